@@ -1,0 +1,26 @@
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: setup quickstart test bench
+
+setup: .venv/installed
+
+# DeepSpeed comes as source and imports torch while it is built: torch goes first, and the rest without
+# build isolation. Its CUDA operators are compiled when first used, not here.
+.venv/installed: requirements.txt tests/requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)"
+	$(PIP) setuptools wheel packaging
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation -r requirements.txt -r tests/requirements.txt
+	touch $@
+
+quickstart: setup
+	$(BIN)/python examples/quickstart/run.py
+
+test: setup
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m tests.benchmarks

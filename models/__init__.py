@@ -1,0 +1,34 @@
+"""What is trained. One file is one `[model] type`; this folder's listing is the list of models."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from models.base import BasePipeline
+
+NOT_MODELS = {"__init__", "base"}
+
+
+def available() -> list[str]:
+    """The names that `[model] type` may have."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in NOT_MODELS)
+
+
+def find(model_type: str) -> type[BasePipeline]:
+    """The pipeline class of a model type; imports that one model only.
+
+    Raises:
+        ValueError: there is no such type; names those that there are.
+    """
+    name = model_type.replace("-", "_").lower()
+    if name not in available():
+        raise ValueError(f"unknown model type '{model_type}'; this version trains: {', '.join(available())}")
+    module = importlib.import_module(f"models.{name}")
+    pipelines = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, BasePipeline) and value.__module__ == module.__name__
+    ]
+    assert len(pipelines) == 1, f"models/{name}.py must define exactly one pipeline class"
+    return pipelines[0]

@@ -1,0 +1,174 @@
+"""The contract of a model: what a pipeline class states and what it does. Nothing here knows any one model.
+
+Shapes: B batch; a latent has the dimensions of its model, (C h w) for pictures and (C f h w) for clips, written `...`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from models.foundation.key_layouts import KeyLayout
+from models.foundation.weights import Weights, build_empty, materialise
+from utils.adapters.attach import base_name
+from utils.dataset.buckets import MediaFacts
+from utils.dataset.encoding import Encoder
+from utils.diffusion import seeds
+from utils.diffusion.losses import Labels, mean_squared_error
+from utils.diffusion.objectives import FlowMatching
+from utils.diffusion.timesteps import ResolutionShift, TimestepSampler
+from utils.settings.schema import ModelSettings, torch_dtype
+
+Features = Mapping[str, torch.Tensor]
+
+
+class BasePipeline(ABC):
+    """A model that can be trained. Subclasses fill in the facts and the abstract methods.
+
+    Attributes:
+        Options: the `[model]` keys of this model.
+        media: to what multiples pictures and clips are rounded, and how many frames it takes.
+        objective: what the denoiser predicts.
+        blocks: names of the denoiser's lists of repeated blocks. They are what is recomputed and adapted.
+        stream_type: the NamedTuple that travels between layers.
+        resolution_shift: the constants by which the timestep shift follows the picture's size.
+        keep_in_high_precision: parts of parameter names that stay float32 whatever `dtype` says.
+        original_layout: names of the publisher's single-file checkpoint, if they differ from diffusers'.
+        denoiser_folder: where a diffusers folder keeps the denoiser.
+    """
+
+    Options: ClassVar[type[ModelSettings]] = ModelSettings
+    media: ClassVar[MediaFacts]
+    objective: ClassVar[FlowMatching] = FlowMatching()
+    blocks: ClassVar[tuple[str, ...]]
+    stream_type: ClassVar[Callable[..., tuple]]
+    resolution_shift: ClassVar[ResolutionShift] = ResolutionShift()
+    keep_in_high_precision: ClassVar[tuple[str, ...]] = ()
+    original_layout: ClassVar[KeyLayout | None] = None
+    denoiser_folder: ClassVar[str] = "transformer"
+
+    def __init__(self, options: ModelSettings, seed: int = 0):
+        self.options = options
+        self.seed = seed
+        self.dtype: torch.dtype = torch_dtype(options.dtype)
+        self.denoiser_dtype: torch.dtype = torch_dtype(options.transformer_dtype or options.dtype)
+
+    @abstractmethod
+    def check(self) -> None:
+        """Whether the files that the options name are there and are this model's, from their headers alone.
+
+        Raises:
+            SettingsError: what is missing or does not fit.
+        """
+
+    @abstractmethod
+    def encoders(self) -> list[Encoder]:
+        """The VAE first, then the text encoders. With a dataset that has control images, see `control_encoders`."""
+
+    def control_encoders(self) -> list[Encoder]:
+        """What encodes control images.
+
+        Raises:
+            SettingsError: this model takes none.
+        """
+        from utils.settings.errors import SettingsError
+
+        raise SettingsError.of("this model takes no control images; leave control_path out", where="[[directory]]")
+
+    @abstractmethod
+    def build_denoiser(self) -> nn.Module:
+        """The whole diffusers module, from its configuration, with whatever weights it is born with."""
+
+    @abstractmethod
+    def to_layers(self, denoiser: nn.Module) -> list[nn.Module]:
+        """[entry, one layer per block, exit]: each takes a stream and returns one, the exit a latent (B, ...)."""
+
+    @abstractmethod
+    def prepare_inputs(
+        self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
+    ) -> tuple:
+        """What the entry takes: NamedTuple of CPU tensors.
+
+        Args:
+            features: what the encoders yielded, each (B, ...).
+            x_t: noised latents (B, ...).
+            t_B: noise levels in [0, 1], float32.
+            guidance: of a guidance-distilled model in sampling; None for the value that training uses.
+        """
+
+    @abstractmethod
+    def tokens(self, latent_shape: Sequence[int]) -> int:
+        """How many image tokens the denoiser makes of a latent of this shape, without the batch."""
+
+    @abstractmethod
+    def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
+        """The shape of a sample's latent, without the batch."""
+
+    @abstractmethod
+    def scheduler(self) -> Any:
+        """The stock scheduler of diffusers with which samples are drawn."""
+
+    def latents(self, features: Features) -> torch.Tensor:
+        """The clean latents (B, ...) among the features, in float32."""
+        return features["latents"].float()
+
+    def loss(self, prediction: torch.Tensor, labels: Labels) -> torch.Tensor:
+        """Loss per sample (B,)."""
+        return mean_squared_error(prediction, labels)
+
+    def timestep_sampler(self) -> TimestepSampler:
+        """The distribution of noise levels that the options ask for."""
+        options = self.options
+        shift = self.resolution_shift if options.flux_shift else options.shift
+        return TimestepSampler(options.timestep_sample_method, options.sigmoid_scale, shift)
+
+    def load_denoiser(self) -> nn.Module:
+        """The whole denoiser: on the meta device until `fill` reads what a stage needs, or, with `from_scratch`, with
+        random weights that depend on the seed alone."""
+        if self.options.from_scratch:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seeds.derive(self.seed, "denoiser"))
+                denoiser = self.build_denoiser()
+        else:
+            denoiser = build_empty(self.build_denoiser)
+        for name, parameter in denoiser.named_parameters():
+            parameter.data = parameter.data.to(self.parameter_dtype(name))
+        return denoiser
+
+    def open_weights(self, denoiser: nn.Module) -> Weights | None:
+        """The denoiser's tensors on disk, checked against its shapes; None if it starts from scratch."""
+        if self.options.from_scratch:
+            return None
+        path = self.denoiser_path
+        layout = self.original_layout
+        if layout is not None:
+            from models.foundation.weights import read_header
+
+            layout = layout if layout.recognises(read_header(path).files) else None
+        return Weights(path, denoiser, layout)
+
+    @property
+    def denoiser_path(self) -> Path:
+        """File or folder of the denoiser's weights."""
+        return self.options.transformer_path or self.options.diffusers_path / self.denoiser_folder
+
+    def fill(self, denoiser: nn.Module, weights: Weights | None, layers: Sequence[nn.Module]) -> None:
+        """Reads the base weights of `layers`, which are some of the layers of `denoiser`."""
+        wanted = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        names = [
+            name
+            for name, parameter in denoiser.named_parameters()
+            if id(parameter) in wanted and parameter.is_meta and ".lora_" not in name
+        ]
+        if weights is not None:
+            materialise(denoiser, names, lambda name: weights.read(base_name(name)), self.parameter_dtype)
+
+    def parameter_dtype(self, name: str) -> torch.dtype:
+        """The type in which a parameter of the denoiser is kept."""
+        high = any(part in name for part in self.keep_in_high_precision)
+        return torch.float32 if high else self.denoiser_dtype

@@ -1,0 +1,236 @@
+"""Flux.1: dev, schnell, Flex.1 (the folder's configuration tells them apart) and Kontext (given control images).
+
+Shapes: B batch, T image tokens, L text tokens, S = L + T, C latent channels, D width, h w latent cells.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from einops import rearrange
+from torch import nn
+
+from models.base import BasePipeline, Features
+from models.foundation.autoencoders import ImageAutoencoder
+from models.foundation.files import check_diffusers_folder, check_text_encoder_types, part_override
+from models.foundation.key_layouts import KeyLayout, Rule
+from models.foundation.stages import Middle
+from models.foundation.text_encoders import clip_l, t5
+from utils.dataset.buckets import MediaFacts
+from utils.dataset.encoding import Encoder
+from utils.settings.schema import Count, ModelSettings
+
+PATCH = 2
+PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
+
+BFL_LAYOUT = KeyLayout(
+    [
+        Rule("double_blocks.{}.img_attn.qkv", tuple(f"transformer_blocks.{{}}.attn.to_{p}" for p in "qkv")),
+        Rule("double_blocks.{}.txt_attn.qkv", tuple(f"transformer_blocks.{{}}.attn.add_{p}_proj" for p in "qkv")),
+        Rule("double_blocks.{}.img_attn.norm.query_norm", ("transformer_blocks.{}.attn.norm_q",), weight_there="scale"),
+        Rule("double_blocks.{}.img_attn.norm.key_norm", ("transformer_blocks.{}.attn.norm_k",), weight_there="scale"),
+        Rule("double_blocks.{}.txt_attn.norm.query_norm", ("transformer_blocks.{}.attn.norm_added_q",),
+             weight_there="scale"),
+        Rule("double_blocks.{}.txt_attn.norm.key_norm", ("transformer_blocks.{}.attn.norm_added_k",),
+             weight_there="scale"),
+        Rule("double_blocks.{}.img_attn.proj", ("transformer_blocks.{}.attn.to_out.0",)),
+        Rule("double_blocks.{}.txt_attn.proj", ("transformer_blocks.{}.attn.to_add_out",)),
+        Rule("double_blocks.{}.img_mod.lin", ("transformer_blocks.{}.norm1.linear",)),
+        Rule("double_blocks.{}.txt_mod.lin", ("transformer_blocks.{}.norm1_context.linear",)),
+        Rule("double_blocks.{}.img_mlp.0", ("transformer_blocks.{}.ff.net.0.proj",)),
+        Rule("double_blocks.{}.img_mlp.2", ("transformer_blocks.{}.ff.net.2",)),
+        Rule("double_blocks.{}.txt_mlp.0", ("transformer_blocks.{}.ff_context.net.0.proj",)),
+        Rule("double_blocks.{}.txt_mlp.2", ("transformer_blocks.{}.ff_context.net.2",)),
+        Rule("single_blocks.{}.linear1", (*(f"single_transformer_blocks.{{}}.attn.to_{p}" for p in "qkv"),
+                                          "single_transformer_blocks.{}.proj_mlp")),
+        Rule("single_blocks.{}.linear2", ("single_transformer_blocks.{}.proj_out",)),
+        Rule("single_blocks.{}.norm.query_norm", ("single_transformer_blocks.{}.attn.norm_q",), weight_there="scale"),
+        Rule("single_blocks.{}.norm.key_norm", ("single_transformer_blocks.{}.attn.norm_k",), weight_there="scale"),
+        Rule("single_blocks.{}.modulation.lin", ("single_transformer_blocks.{}.norm.linear",)),
+        Rule("img_in", ("x_embedder",)),
+        Rule("txt_in", ("context_embedder",)),
+        *(
+            Rule(f"{there}_in.{layer}_layer", (f"time_text_embed.{here}_embedder.linear_{number}",))
+            for there, here in (("time", "timestep"), ("vector", "text"), ("guidance", "guidance"))
+            for number, layer in ((1, "in"), (2, "out"))
+        ),
+        Rule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),
+        Rule("final_layer.linear", ("proj_out",)),
+    ]
+)  # fmt: skip
+
+
+class FluxOptions(ModelSettings):
+    """`[model]` of `type = "flux"`."""
+
+    guidance: float = 1.0
+    """Guidance embedded in training (models with a guidance embedding only); 1 trains the plain conditional flow."""
+    max_sequence_length: Count = 512
+    """T5 tokens, padding included, which the model sees: 512 for dev and Kontext, 256 for schnell."""
+    bypass_guidance_embedding: bool = False
+    """Leave the guidance embedding out of the model's conditioning, as Flex.1 is trained."""
+
+
+class FluxInputs(NamedTuple):
+    """What the entry takes. `canvas_hw0` has no elements: its shape carries the latent's height and width."""
+
+    x_BTC: torch.Tensor
+    text_BLD: torch.Tensor
+    pooled_BD: torch.Tensor
+    t_B: torch.Tensor
+    guidance_B: torch.Tensor | None
+    positions_S3: torch.Tensor
+    canvas_hw0: torch.Tensor
+
+
+class FluxStream(NamedTuple):
+    """What travels from layer to layer."""
+
+    x_BTD: torch.Tensor
+    text_BLD: torch.Tensor
+    time_BD: torch.Tensor
+    rope_SD: tuple[torch.Tensor, torch.Tensor]
+    canvas_hw0: torch.Tensor
+
+
+class Entry(nn.Module):
+    """Embeds tokens, text, time and positions."""
+
+    def __init__(self, denoiser: FluxTransformer2DModel, bypass_guidance: bool):
+        super().__init__()
+        self.x_embedder = denoiser.x_embedder
+        self.context_embedder = denoiser.context_embedder
+        self.time_text_embed = denoiser.time_text_embed
+        self.pos_embed = denoiser.pos_embed
+        self.bypass_guidance = bypass_guidance
+
+    def forward(self, inputs: FluxInputs) -> FluxStream:
+        weight = self.x_embedder.weight
+        pooled_BD = inputs.pooled_BD.to(weight.dtype)
+        return FluxStream(
+            x_BTD=self.x_embedder(inputs.x_BTC.to(weight.dtype)),
+            text_BLD=self.context_embedder(inputs.text_BLD.to(weight.dtype)),
+            time_BD=self._time(inputs.t_B, inputs.guidance_B, pooled_BD),
+            rope_SD=self.pos_embed(inputs.positions_S3),
+            canvas_hw0=inputs.canvas_hw0,
+        )
+
+    def _time(self, t_B: torch.Tensor, guidance_B: torch.Tensor | None, pooled_BD: torch.Tensor) -> torch.Tensor:
+        """The time embedding. t stays float32 until it is embedded: bfloat16 would round 0..1000 to steps of 4."""
+        embed = self.time_text_embed
+        if guidance_B is None:
+            return embed(t_B * 1000, pooled_BD)
+        if not self.bypass_guidance:
+            return embed(t_B * 1000, guidance_B * 1000, pooled_BD)
+        time_BD = embed.timestep_embedder(embed.time_proj(t_B * 1000).to(pooled_BD.dtype))
+        return time_BD + embed.text_embedder(pooled_BD)
+
+
+class Exit(nn.Module):
+    """Projects the noisy tokens (a control image's follow them) to the latent (B, C, h, w)."""
+
+    def __init__(self, denoiser: FluxTransformer2DModel):
+        super().__init__()
+        self.norm_out = denoiser.norm_out
+        self.proj_out = denoiser.proj_out
+
+    def forward(self, stream: FluxStream) -> torch.Tensor:
+        x_BTC = self.proj_out(self.norm_out(stream.x_BTD, stream.time_BD))
+        height, width, _ = stream.canvas_hw0.shape
+        return unpack(x_BTC[:, : (height // PATCH) * (width // PATCH)], height, width)
+
+
+class FluxPipeline(BasePipeline):
+    """Flux.1 of Black Forest Labs, and models of its shape."""
+
+    Options = FluxOptions
+    media = MediaFacts(spatial=16, temporal=1, max_frames=1)
+    blocks = ("transformer_blocks", "single_transformer_blocks")
+    stream_type = FluxStream
+    original_layout = BFL_LAYOUT
+
+    def check(self) -> None:
+        check_diffusers_folder(self.options, PARTS, {"transformer": "transformer_path", "vae": "vae_path"})
+        check_text_encoder_types(self.options, ("clip", "t5"))
+
+    def encoders(self) -> list[Encoder]:
+        options, folder = self.options, self.options.diffusers_path
+        return [
+            ImageAutoencoder(folder, options.vae_path, self.dtype, seed=self.seed),
+            clip_l(folder, part_override(options, "clip"), self.dtype),
+            t5(folder, part_override(options, "t5"), self.dtype, options.max_sequence_length),
+        ]
+
+    def control_encoders(self) -> list[Encoder]:
+        return [ImageAutoencoder(self.options.diffusers_path, self.options.vae_path, self.dtype, reads="control")]
+
+    def build_denoiser(self) -> FluxTransformer2DModel:
+        return FluxTransformer2DModel.from_config(self._config("transformer"))
+
+    def to_layers(self, denoiser: FluxTransformer2DModel) -> list[nn.Module]:
+        reads = {
+            "hidden_states": "x_BTD",
+            "encoder_hidden_states": "text_BLD",
+            "temb": "time_BD",
+            "image_rotary_emb": "rope_SD",
+        }
+        blocks = [*denoiser.transformer_blocks, *denoiser.single_transformer_blocks]
+        middles = [Middle(block, reads, writes=("text_BLD", "x_BTD")) for block in blocks]
+        return [Entry(denoiser, self.options.bypass_guidance_embedding), *middles, Exit(denoiser)]
+
+    def prepare_inputs(
+        self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
+    ) -> FluxInputs:
+        batch, _, height, width = x_t.shape
+        text_BLD = features["t5"]
+        tokens, positions = [pack(x_t)], [torch.zeros(text_BLD.shape[1], 3), grid_positions(height, width, image=0)]
+        if "control_latents" in features:
+            control = features["control_latents"].float()
+            tokens.append(pack(control))
+            positions.append(grid_positions(*control.shape[2:], image=1))
+        guided = self._config("transformer").get("guidance_embeds", False)
+        strength = self.options.guidance if guidance is None else guidance
+        return FluxInputs(
+            x_BTC=torch.cat(tokens, dim=1),
+            text_BLD=text_BLD,
+            pooled_BD=features["clip_pooled"],
+            t_B=t_B,
+            guidance_B=torch.full((batch,), strength) if guided else None,
+            positions_S3=torch.cat(positions),
+            canvas_hw0=torch.empty(height, width, 0),
+        )
+
+    def tokens(self, latent_shape: Sequence[int]) -> int:
+        _, height, width = latent_shape
+        return (height // PATCH) * (width // PATCH)
+
+    def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
+        vae = self._config("vae")
+        cell = 2 ** (len(vae["block_out_channels"]) - 1)
+        return vae["latent_channels"], height // cell, width // cell
+
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.options.diffusers_path, subfolder="scheduler")
+
+    def _config(self, part: str) -> dict[str, Any]:
+        return json.loads((self.options.diffusers_path / part / "config.json").read_text())
+
+
+def pack(x_BChw: torch.Tensor) -> torch.Tensor:
+    """A latent as tokens of 2x2 cells (B, T, 4C)."""
+    return rearrange(x_BChw, "b c (h p) (w q) -> b (h w) (c p q)", p=PATCH, q=PATCH)
+
+
+def unpack(x_BTC: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The inverse of `pack`, for a latent of `height` x `width` cells."""
+    return rearrange(x_BTC, "b (h w) (c p q) -> b c (h p) (w q)", h=height // PATCH, w=width // PATCH, p=PATCH, q=PATCH)
+
+
+def grid_positions(height: int, width: int, image: int) -> torch.Tensor:
+    """(image, row, column) of every token (T, 3) of a latent of `height` x `width` cells; a control image is image 1."""
+    rows, columns = torch.meshgrid(torch.arange(height // PATCH), torch.arange(width // PATCH), indexing="ij")
+    return torch.stack([torch.full_like(rows, image), rows, columns], dim=-1).reshape(-1, 3).float()

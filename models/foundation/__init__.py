@@ -1,0 +1,1 @@
+"""What the models share: stages, autoencoders, text encoders, weights, key layouts."""

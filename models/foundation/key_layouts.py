@@ -1,0 +1,176 @@
+"""Module names of diffusers <-> names of other programs, as tables that work in both directions.
+
+A rule says that one module there is several modules here, stacked along the first dimension of their weights (fused
+query-key-value projections), perhaps with its halves swapped (modulations whose scale and shift change places). Names
+hold one `{}` where a block's number stands; a parameter follows its module.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+BLOCK_NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The module `there` is cat(`here`); its parameter may be called otherwise there (`scale` for `weight`)."""
+
+    there: str
+    here: tuple[str, ...]
+    swap_halves: bool = False
+    weight_there: str = "weight"
+
+    def parameter_there(self, parameter: str) -> str:
+        return self.weight_there if parameter == "weight" else parameter
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a tensor of ours lies in a file: rows [start, stop) of `key` (all of them: None)."""
+
+    key: str
+    rows: tuple[int, int] | None = None
+    swap_halves: bool = False
+
+
+def swap_halves(tensor: torch.Tensor) -> torch.Tensor:
+    """The second half of the rows first."""
+    return torch.cat(list(reversed(tensor.chunk(2))))
+
+
+class KeyLayout:
+    """The renaming table of a model family, and what it does to weights and to LoRA factors."""
+
+    def __init__(self, rules: Sequence[Rule]):
+        self.rules = tuple(rules)
+
+    def recognises(self, keys: Iterable[str]) -> bool:
+        """Whether a file with `keys` is of this layout: its first rule's module is in it."""
+        first = self.rules[0].there.format(0)
+        return any(key.startswith(tuple(prefix + first for prefix in PREFIXES)) for key in keys)
+
+    def pieces(self, shapes: Mapping[str, Sequence[int]], keys: Iterable[str]) -> dict[str, Piece]:
+        """For every parameter of ours, where it lies in a file with `keys`.
+
+        Args:
+            shapes: parameter name -> shape.
+
+        Raises:
+            ValueError: naming the first tensor that the file lacks.
+        """
+        keys = set(keys)
+        prefix = next(p for p in PREFIXES if any(key.startswith(p + self.rules[0].there.format(0)) for key in keys))
+        found = {}
+        for there, parts, rule in self._modules({name.rpartition(".")[0] for name in shapes}):
+            for parameter in ("weight", "bias"):
+                names = [f"{part}.{parameter}" for part in parts]
+                if not all(name in shapes for name in names):
+                    continue
+                key = f"{prefix}{there}.{rule.parameter_there(parameter)}"
+                if key not in keys:
+                    raise ValueError(f"the tensor '{key}' is missing")
+                found |= _rows_of(key, names, shapes, rule.swap_halves)
+        return found
+
+    def to_original(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Our tensors under the other program's names.
+
+        Raises:
+            ValueError: a tensor has no place in the table.
+        """
+        converted, used = {}, set()
+        for there, parts, rule in self._modules({name.rpartition(".")[0] for name in tensors}):
+            for parameter in ("weight", "bias"):
+                names = [f"{part}.{parameter}" for part in parts]
+                if all(name in tensors for name in names):
+                    joined = torch.cat([tensors[name] for name in names]) if len(names) > 1 else tensors[names[0]]
+                    key = f"{there}.{rule.parameter_there(parameter)}"
+                    converted[key] = swap_halves(joined) if rule.swap_halves else joined
+                    used.update(names)
+        left = sorted(set(tensors) - used)
+        if left:
+            raise ValueError(f"no place in the original layout for {len(left)} tensors, first '{left[0]}'")
+        return converted
+
+    def lora_to_kohya(
+        self, factors: Mapping[str, torch.Tensor], scale_of: Callable[[str], float], rows_of: Callable[[str], int]
+    ) -> dict[str, torch.Tensor]:
+        """LoRA factors under kohya's names, which ComfyUI, Forge and diffusers read:
+        `lora_unet_<module there, _ for .>.lora_down.weight`, `.lora_up.weight`, `.alpha`.
+
+        A fused module gets one LoRA whose rank is the sum of its parts': down stacked, up block-diagonal.
+
+        Args:
+            factors: `<module>.lora_A.weight` (rank, in) and `<module>.lora_B.weight` (out, rank).
+            scale_of: module -> alpha / rank of its LoRA.
+            rows_of: module -> its number of outputs.
+        """
+        adapted = {name.removesuffix(".lora_A.weight") for name in factors if name.endswith(".lora_A.weight")}
+        converted, used = {}, set()
+        for there, parts, rule in self._modules(adapted):
+            present = [part for part in parts if part in adapted]
+            down = torch.cat([factors[f"{part}.lora_A.weight"] for part in present])
+            blocks = [
+                factors[f"{part}.lora_B.weight"] * scale_of(part) if part in adapted else down.new_zeros(rows_of(part), 0)
+                for part in parts
+            ]
+            up = torch.block_diag(*blocks)
+            name = "lora_unet_" + there.replace(".", "_")
+            converted[f"{name}.lora_down.weight"] = down.contiguous()
+            converted[f"{name}.lora_up.weight"] = (swap_halves(up) if rule.swap_halves else up).contiguous()
+            converted[f"{name}.alpha"] = torch.tensor(float(down.shape[0]))
+            used.update(present)
+        assert used == adapted, f"no place in the original layout for {sorted(adapted - used)[:3]}"
+        return converted
+
+    def lora_from_kohya(
+        self, tensors: Mapping[str, torch.Tensor], modules: Iterable[str], rows_of: Callable[[str], int]
+    ) -> dict[str, torch.Tensor]:
+        """The inverse of `lora_to_kohya` for the given modules of ours, with alpha multiplied into `lora_B`.
+
+        A fused LoRA is taken apart where it is block-diagonal; another one, made by a program that trains the fused
+        module, serves every part whole.
+        """
+        factors = {}
+        for there, parts, rule in self._modules(set(modules)):
+            name = "lora_unet_" + there.replace(".", "_")
+            if f"{name}.lora_down.weight" not in tensors:
+                continue
+            down, up = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
+            alpha = tensors.get(f"{name}.alpha", torch.tensor(float(down.shape[0])))
+            up = up * (alpha.item() / down.shape[0])
+            up = swap_halves(up) if rule.swap_halves else up
+            for part, rows in zip(parts, up.split([rows_of(part) for part in parts]), strict=True):
+                used = rows.any(dim=0)
+                if used.any():
+                    factors[f"{part}.lora_A.weight"] = down[used].contiguous()
+                    factors[f"{part}.lora_B.weight"] = rows[:, used].contiguous()
+        return factors
+
+    def _modules(self, ours: set[str]) -> list[tuple[str, list[str], Rule]]:
+        """(module there, modules here, rule) wherever at least one of our modules is among those here."""
+        numbers = sorted({int(number) for name in ours for number in BLOCK_NUMBER.findall(name)})
+        found = []
+        for rule in self.rules:
+            for number in numbers if "{}" in rule.there else [0]:
+                parts = [name.format(number) for name in rule.here]
+                if any(part in ours for part in parts):
+                    found.append((rule.there.format(number), parts, rule))
+        return found
+
+
+def _rows_of(key: str, names: list[str], shapes: Mapping[str, Sequence[int]], swap: bool) -> dict[str, Piece]:
+    if len(names) == 1:
+        return {names[0]: Piece(key, None, swap)}
+    pieces, start = {}, 0
+    for name in names:
+        stop = start + shapes[name][0]
+        pieces[name] = Piece(key, (start, stop), swap)
+        start = stop
+    return pieces

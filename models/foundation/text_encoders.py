@@ -1,0 +1,129 @@
+"""Text encoders of transformers as encoders for the cache.
+
+Shapes: B captions, L tokens, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, PreTrainedModel, T5EncoderModel
+
+from models.foundation.weights import fingerprint, read_header
+from utils.dataset.buckets import Bucket
+from utils.settings.errors import SettingsError
+
+Encode = Callable[[nn.Module, Any, list[str]], dict[str, torch.Tensor]]
+
+
+def clip_pooled(text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, torch.Tensor]:
+    """The pooled output of CLIP (B, D), over the tokenizer's whole length, without a mask."""
+    tokens = tokenizer(captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+                       return_tensors="pt")  # fmt: skip
+    return {"clip_pooled": text_encoder(tokens.input_ids.to(text_encoder.device)).pooler_output}
+
+
+@dataclass(frozen=True)
+class T5Features:
+    """The last hidden state of T5 (B, L, D), padded to `length` tokens without a mask, as inference makes it."""
+
+    length: int
+
+    def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, torch.Tensor]:
+        tokens = tokenizer(captions, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
+        return {"t5": text_encoder(tokens.input_ids.to(text_encoder.device))[0]}
+
+
+class TextEncoder:
+    """A frozen text encoder as an `Encoder`: captions -> features.
+
+    Args:
+        name: of its store.
+        model_class: of transformers.
+        folder: the diffusers folder; `subfolder` has the configuration and weights, `tokenizer` the tokenizer.
+        file: a single .safetensors file, or a folder, with weights that replace the folder's.
+        dtype: in which it computes.
+        encode: captions -> named features; its repr is part of the fingerprint.
+        feature_bytes: of one caption's features, for the estimate before caching.
+    """
+
+    reads = ("caption",)
+
+    def __init__(
+        self,
+        name: str,
+        model_class: type[PreTrainedModel],
+        folder: Path,
+        subfolder: str,
+        tokenizer: str,
+        file: Path | None,
+        dtype: torch.dtype,
+        encode: Encode,
+        feature_bytes: int,
+    ):
+        self.name, self.model_class, self.folder = name, model_class, folder
+        self.subfolder, self.tokenizer_folder = subfolder, folder / tokenizer
+        self.file, self.dtype, self.features, self.feature_bytes = file, dtype, encode, feature_bytes
+        self.model: nn.Module | None = None
+        self.tokenizer: Any = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        how = getattr(self.features, "__name__", repr(self.features))
+        return fingerprint(self.name, how, str(self.dtype), self.tokenizer_folder, self._weights)
+
+    @property
+    def _weights(self) -> Path:
+        return self.file or self.folder / self.subfolder
+
+    def load(self, device: torch.device) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_folder)
+        self.model = self._load_model().to(device).eval().requires_grad_(False)
+
+    def _load_model(self) -> nn.Module:
+        if self._weights.is_dir():
+            return self.model_class.from_pretrained(self._weights, torch_dtype=self.dtype)
+        read_header(self.file)
+        config = AutoConfig.from_pretrained(self.folder / self.subfolder)
+        with init_empty_weights(include_buffers=False):
+            model = self.model_class(config)
+        tensors = {name: tensor.to(self.dtype) for name, tensor in load_file(self.file).items()}
+        missing, _ = model.load_state_dict(tensors, strict=False, assign=True)
+        model.tie_weights()
+        empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        if empty:
+            raise SettingsError.of(f"the tensor '{empty[0]}' of {self.model_class.__name__} is not in the file; "
+                                   f"is it another model's? ({len(missing)} are missing)", str(self.file))  # fmt: skip
+        return model.to(self.dtype)
+
+    def unload(self) -> None:
+        self.model = self.tokenizer = None
+
+    @torch.no_grad()
+    def encode(self, caption: list[str]) -> dict[str, torch.Tensor]:
+        return self.features(self.model, self.tokenizer, caption)
+
+    def item_bytes(self, bucket: Bucket) -> int:
+        return self.feature_bytes
+
+
+def clip_l(folder: Path, file: Path | None, dtype: torch.dtype) -> TextEncoder:
+    """CLIP's pooled output, from `text_encoder` and `tokenizer` of a diffusers folder."""
+    width = AutoConfig.from_pretrained(folder / "text_encoder").hidden_size
+    return TextEncoder("clip", CLIPTextModel, folder, "text_encoder", "tokenizer", file, dtype, clip_pooled,
+                       width * dtype.itemsize)  # fmt: skip
+
+
+def t5(folder: Path, file: Path | None, dtype: torch.dtype, length: int) -> TextEncoder:
+    """T5's features of `length` tokens, from `text_encoder_2` and `tokenizer_2` of a diffusers folder."""
+    width = AutoConfig.from_pretrained(folder / "text_encoder_2").d_model
+    return TextEncoder("t5", T5EncoderModel, folder, "text_encoder_2", "tokenizer_2", file, dtype, T5Features(length),
+                       length * width * dtype.itemsize)  # fmt: skip

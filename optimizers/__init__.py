@@ -1,0 +1,36 @@
+"""How weights move: one table of algorithms, each made from the settings of its `type`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from utils.settings.schema import OptimizerSettings
+
+Groups = list[dict[str, Any]]
+
+
+def build(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """The optimizer that `settings` describe, over `groups` (see `parameter_groups.groups_of`).
+
+    A group's own `weight_decay` and `lr` count before those of `settings`.
+    Raises ValueError if the algorithm cannot run on this machine.
+    """
+    # The keys of a settings class are named as the arguments of its optimizer.
+    return _BUILDERS[settings.type](groups, **settings.model_dump(exclude={"type"}))
+
+
+def _adamw8bit(groups: Groups, **keys: Any) -> torch.optim.Optimizer:
+    if not torch.cuda.is_available():
+        raise ValueError('[optimizer] type = "adamw8bit" needs a GPU, and there is none; use "adamw"')
+    # Its import looks for CUDA libraries and takes seconds.
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(groups, **keys)
+
+
+_BUILDERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adamw8bit": _adamw8bit,
+    "sgd": torch.optim.SGD,
+}

@@ -1,0 +1,72 @@
+"""Starts a job on several processes, each of them one rank, and brings back what they return.
+
+The processes are forked from a server that has imported torch and deepspeed already: a start takes a tenth of a second,
+not five.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+TIMEOUT = timedelta(minutes=3)
+PRELOADED = ["tests.preload"]
+
+
+def run_ranks(job: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+    """`job(ranks, *arguments)` on `world_size` connected processes; what each returns, in the order of the ranks.
+
+    Raises:
+        RuntimeError: one of them failed; with its traceback.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    results = context.Queue()
+    port = _free_port()
+    processes = [
+        context.Process(target=_run, args=(job, rank, world_size, port, results, arguments), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    returned: dict[int, Any] = {}
+    try:
+        while len(returned) < world_size:
+            rank, value, error = results.get(timeout=TIMEOUT.total_seconds())
+            if error:
+                raise RuntimeError(f"rank {rank} failed:\n{error}")
+            returned[rank] = value
+    finally:
+        for process in processes:
+            process.join(timeout=10 if len(returned) == world_size else 0.1)
+            process.kill()
+    return [returned[rank] for rank in range(world_size)]
+
+
+def _run(job: Callable[..., Any], rank: int, world_size: int, port: int, results: Any, arguments: tuple) -> None:
+    from utils import ranks as together
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank),
+                      WORLD_SIZE=str(world_size))  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        ranks = together.from_environment()
+        together.connect(ranks)
+        value = job(ranks, *arguments)
+        together.disconnect()
+        results.put((rank, value, None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

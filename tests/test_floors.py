@@ -1,0 +1,151 @@
+"""The architecture, read from the imports: who may import whom, and how long things may grow."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HOUSE = ("train.py", "models", "utils", "optimizers")
+MAX_FUNCTION_LINES = 80
+MAX_FILE_LINES = 450
+
+# By module or package: its floor, and the folder that it counts to. A module imports from floors below its
+# own, and from its own folder.
+PLACES = {
+    "train": (5, "train"),
+    "models": (4, "models"),
+    "models.base": (3, "foundation"),
+    "models.foundation": (3, "foundation"),
+    "utils.run": (2, "run"),
+    "utils.dataset": (1, "dataset"),
+    "utils.parallel": (1, "parallel"),
+    "optimizers": (1, "optimizers"),
+    "utils.settings": (0, "settings"),
+    "utils.media": (0, "media"),
+    "utils.diffusion": (0, "diffusion"),
+    "utils.adapters": (0, "adapters"),
+    "utils.ranks": (0, "ranks"),
+    "utils": (0, "utils"),
+}
+
+
+def sources(*tops: str) -> list[str]:
+    """Paths of the Python files under `tops`, relative to the root."""
+    found = [
+        path for top in tops for path in ([ROOT / top] if top.endswith(".py") else (ROOT / top).rglob("*.py"))
+    ]
+    return sorted(str(path.relative_to(ROOT)) for path in found if path.exists())
+
+
+def module_name(path: str) -> str:
+    return ".".join(PurePosixPath(path).with_suffix("").parts).removesuffix(".__init__")
+
+
+def place(module: str) -> tuple[int, str] | None:
+    """Floor and folder of a module of the project; None for what comes from outside."""
+    parts = module.split(".")
+    prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((PLACES[prefix] for prefix in prefixes if prefix in PLACES), None)
+
+
+def imports(path: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Every module that a file imports, wherever in it, with the name that it is bound to."""
+    package = module_name(path).split(".")[: None if path.endswith("__init__.py") else -1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, alias.asname or alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                # A name may itself be a module, as in `from utils import ranks`.
+                whole = f"{module}.{alias.name}"
+                yield whole if is_module(whole) else module, alias.asname or alias.name
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
+def bases(tree: ast.Module) -> set[str]:
+    """Names of which a class of the file is a subclass; for `flux.FluxPipeline` also `flux`."""
+    written = [
+        ast.unparse(base) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in node.bases
+    ]
+    return {name.rpartition(".")[0] or name for name in written} | set(written)
+
+
+def faults(path: str, source: str) -> list[str]:
+    """What is against the architecture in a file of the house."""
+    tree = ast.parse(source)
+    own, (floor, folder) = module_name(path), place(module_name(path))
+    subclassed_from = {module for module, bound in imports(path, tree) if bound in bases(tree)}
+    found = []
+    for module, _ in imports(path, tree):
+        if module.split(".")[0] == "deepspeed" and folder != "parallel":
+            found.append(f"{path} imports deepspeed; only utils/parallel does")
+        target = place(module)
+        if target is None or module == own:
+            continue
+        if target[1] == folder:
+            if (
+                folder == "models"
+                and module != "models"
+                and own != "models"
+                and module not in subclassed_from
+            ):
+                found.append(f"{path} imports {module} and subclasses nothing of it")
+        elif target[0] >= floor:
+            found.append(f"{path} (floor {floor}) imports {module} (floor {target[0]})")
+    return found
+
+
+@pytest.mark.parametrize("path", sources(*HOUSE))
+def test_imports_go_down(path: str) -> None:
+    assert faults(path, (ROOT / path).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", sources(*HOUSE, "tests", "examples"))
+def test_files_and_functions_are_short(path: str) -> None:
+    source = (ROOT / path).read_text(encoding="utf-8")
+    assert source.count("\n") <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, f"{path}: {node.name}"
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("utils/dataset/batches.py", "import deepspeed.comm"),
+        ("utils/run/sampling.py", "def f():\n    from models.base import BasePipeline"),
+        ("optimizers/lion.py", "import models"),
+        ("optimizers/lion.py", "from utils.dataset import buckets"),
+        ("utils/settings/reader.py", "from utils import ranks"),
+        ("utils/media/decode.py", "from ..settings import schema"),
+        ("models/base.py", "import models.flux"),
+        ("models/chroma.py", "from models.flux import double_block"),
+        ("models/flux.py", "import train"),
+    ],
+)
+def test_a_wrong_import_is_seen(path: str, source: str) -> None:
+    assert len(faults(path, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("utils/parallel/engine.py", "import deepspeed\nfrom utils.ranks import barrier"),
+        ("models/chroma.py", "from models.flux import FluxPipeline\nclass C(FluxPipeline): ..."),
+        ("models/chroma.py", "from models import flux\nclass C(flux.FluxPipeline): ..."),
+        ("models/base.py", "from models.foundation import stages\nfrom utils.run import export"),
+        ("train.py", "import models\nimport utils.settings.reader\nimport torch"),
+        ("utils/media/decode.py", "from . import geometry"),
+    ],
+)
+def test_a_right_import_is_let_pass(path: str, source: str) -> None:
+    assert faults(path, source) == []

@@ -1,0 +1,235 @@
+"""Files read into settings, and what is told of files that cannot be."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import model_validator
+
+from tests.utils.settings.conftest import DATASET, Folder, TinyOptions, options_for
+from utils.settings.errors import SettingsError
+from utils.settings.reader import read_all, read_dataset, read_settings, write_resolved
+from utils.settings.schema import AdamWSettings, SGDSettings, torch_dtype
+
+
+def problems_of(path: Path, world_size: int = 1) -> dict[str, str]:
+    """Messages by place."""
+    with pytest.raises(SettingsError) as caught:
+        read_all(path, options_for, world_size)
+    return {problem.where: problem.message for problem in caught.value.problems}
+
+
+def test_a_sound_run(folder: Folder) -> None:
+    path = folder.run(top="epochs = 3", model="max_sequence_length = 8", optimizer="betas = [0.9, 0.95]")
+    settings, dataset, evaluation = read_all(path, options_for, 1)
+    assert settings.epochs == 3
+    assert settings.model == TinyOptions(type="tiny", diffusers_path="weights", max_sequence_length=8)
+    assert settings.optimizer == AdamWSettings(type="adamw", lr=1e-3, betas=(0.9, 0.95))
+    assert settings.adapter is None
+    assert dataset.resolutions == [64]
+    assert evaluation == {}
+
+
+@pytest.mark.parametrize("group", ["output", "training", "eval", "save", "optimization"])
+def test_every_group_takes_the_runs_keys(folder: Folder, group: str) -> None:
+    assert read_settings(folder.run(tables=f"[{group}]\nmax_steps = 7"), options_for).max_steps == 7
+
+
+def test_second_spellings_mean_the_same(folder: Folder) -> None:
+    model = 'diffusion_model = "weights"\ndiffusion_model_dtype = "float16"\nvae = "weights"'
+    settings = read_settings(folder.run(model=model), options_for)
+    assert settings.model.transformer_path == settings.model.vae_path == Path("weights")
+    assert settings.model.transformer_dtype == "float16"
+    other = folder.write("other.toml", DATASET.replace("directory", "datasets").replace("path", "root"))
+    assert read_dataset(other) == read_dataset(Path("dataset.toml"))
+
+
+@pytest.mark.parametrize(
+    ("top", "where", "message"),
+    [
+        ('epochs = "10"', "key `epochs`", 'must be a whole number; given: "10" (a text)'),
+        ("epochs = true", "key `epochs`", "must be a whole number; given: true"),
+        ("epochs = 0", "key `epochs`", "must be at least 1; given: 0 (a whole number)"),
+        ("epoch = 3", "key `epoch`", "no such key; did you mean `epochs`?"),
+        ("lr = 3", "key `lr`", "no such key here; it belongs in [optimizer]"),
+        (
+            "resolutions = [3]",
+            "key `resolutions`",
+            "no such key here; it belongs at the top of a dataset file",
+        ),
+        ("zzz = 3", "key `zzz`", "no such key"),
+        ("training = 3", "[training]", "must be a table; given: 3 (a whole number)"),
+        ("sampling = 3", "[sampling]", "must be a table; given: 3 (a whole number)"),
+        (
+            'save_dtype = "bf16"',
+            "key `save_dtype`",
+            "must be 'float32', 'float16' or 'bfloat16'; given: \"bf16\" (a text)",
+        ),
+        ("eval_datasets = [{name = 'a'}]", "key `eval_datasets[0].config`", "is required and not given"),
+        (
+            "eval_datasets = [{name = 'a', config = 'run.toml', conf = 1}]",
+            "key `eval_datasets[0].conf`",
+            "no such key; did you mean `config`?",
+        ),
+    ],
+)
+def test_a_wrong_key_of_the_run(folder: Folder, top: str, where: str, message: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read_settings(folder.run(top=top), options_for)
+    assert [(problem.where, problem.message) for problem in caught.value.problems] == [(where, message)]
+
+
+@pytest.mark.parametrize(
+    ("table", "where", "words"),
+    [
+        ("[model]\ntype = 'nope'", "[model] type", "known: tiny"),
+        ("[model]\ndtype = 'float32'", "[model] type", "required"),
+        ("[model]\ntype = 3", "[model] type", "given: 3"),
+        (
+            "[model]\ntype = 'tiny'\nvae = 'a'\nvae_path = 'a'",
+            "[model] vae_path",
+            "[model] vae is the same key",
+        ),
+        ("[model]\ntype = 'tiny'\nepochs = 3", "[model] epochs", "top of the run's file"),
+        (
+            "[model]\ntype = 'tiny'\nmax_sequence_lenght = 3",
+            "[model] max_sequence_lenght",
+            "`max_sequence_length`",
+        ),
+        (
+            "[model]\ntype = 'tiny'\ntext_encoders = [{type = 't5'}]",
+            "[model] text_encoders[0].path",
+            "required",
+        ),
+        ("[optimizer]\ntype = 'adamx'\nlr = 1", "[optimizer] type", "adamw, adamw8bit, sgd"),
+        ("[optimizer]\ntype = 'adamw'\nlr = 1\nmomentum = 0.5", "[optimizer] momentum", 'type = "sgd"'),
+        ("[optimizer]\ntype = 'adamw'\nlr = 0", "[optimizer] lr", "greater than 0"),
+        ("[optimizer]\ntype = 'adamw'\nlr = inf", "[optimizer] lr", "finite"),
+        ("[adapter]\ntype = 'lora'", "[adapter] rank", "required"),
+        ("[adapter]\ntype = 'loha'\nrank = 1", "[adapter] type", "'lora'"),
+    ],
+)
+def test_a_wrong_key_of_a_table(folder: Folder, table: str, where: str, words: str) -> None:
+    tables = {
+        "[model]": "[model]\ntype = 'tiny'",
+        "[optimizer]": "[optimizer]\ntype = 'sgd'\nlr = 1",
+        table.split("\n")[0]: table,
+    }
+    text = "\n".join(["output_dir = 'runs'", "dataset = 'dataset.toml'", *tables.values()])
+    with pytest.raises(SettingsError) as caught:
+        read_settings(folder.write("run.toml", text), options_for)
+    (problem,) = caught.value.problems
+    assert problem.where == where
+    assert words in problem.message
+
+
+@pytest.mark.parametrize("name", ["model", "adapter", "optimizer", "monitoring", "sampling"])
+def test_a_section_that_is_no_table(folder: Folder, name: str) -> None:
+    text = f"output_dir = 'runs'\ndataset = 'dataset.toml'\n{name} = 3\n"
+    text += "".join(f"[{other}]\ntype = 3\n" for other in ("model", "optimizer") if other != name)
+    places = problems_of(folder.write("run.toml", text))
+    assert places.pop(f"[{name}]") == "must be a table; given: 3 (a whole number)"
+    others = {"[model] type", "[optimizer] type", "[optimizer] lr", "[model]"}
+    assert places.keys() <= others
+
+
+def test_a_key_given_twice_names_both_places(folder: Folder) -> None:
+    path = folder.run(top="epochs = 1", tables="[training]\nepochs = 2\nmax_steps = 3\n[save]\nmax_steps = 3")
+    problems = problems_of(path)
+    assert "key `epochs`" in problems["[training] epochs"]
+    assert "[training] max_steps" in problems["[save] max_steps"]
+
+
+def test_a_check_of_a_models_own_is_told_at_its_table(folder: Folder) -> None:
+    class Checked(TinyOptions):
+        @model_validator(mode="after")
+        def _short(self) -> "Checked":
+            raise ValueError("{captions} are too long")
+
+    with pytest.raises(SettingsError) as caught:
+        read_settings(folder.run(), lambda name: Checked)
+    assert [(entry.where, entry.message) for entry in caught.value.problems] == [
+        ("[model]", "{captions} are too long")
+    ]
+
+
+def test_optimizer_types_are_told_apart_in_any_case(folder: Folder) -> None:
+    text = folder.run().read_text().replace('"adamw"', '"SGD"') + "momentum = 0.9"
+    assert read_settings(folder.write("run.toml", text), options_for).optimizer == SGDSettings(
+        type="sgd", lr=1e-3, momentum=0.9
+    )
+
+
+def test_all_problems_of_all_files_come_at_once(folder: Folder) -> None:
+    folder.write("dataset.toml", DATASET.replace("resolutions", "resolution").replace("pictures", "gone"))
+    folder.write("eval.toml", "[[directory]]\nroot = 3")
+    top = """
+        eval_datasets = [{name = "a", config = "eval.toml"}, {name = "b", config = "gone.toml"}]
+        epochs = 1.5
+    """
+    path = folder.run(
+        top=top,
+        model="shift = 3\nflux_shift = true",
+        optimizer="eps = -1",
+        tables="[sampling]\nprompts = ['a']",
+    )
+    with pytest.raises(SettingsError) as caught:
+        read_all(path, options_for, 1)
+    assert {(problem.file, problem.where) for problem in caught.value.problems} == {
+        ("run.toml", "key `epochs`"),
+        ("run.toml", "key `eval_datasets[1].config`"),
+        ("run.toml", "[model] shift"),
+        ("run.toml", "[optimizer] eps"),
+        ("run.toml", "[sampling] prompts"),
+        ("dataset.toml", "key `resolution`"),
+        ("dataset.toml", "key `directory[0].path`"),
+        ("eval.toml", "key `directory[0].path`"),
+    }
+
+
+def test_evaluation_sets_come_by_name(folder: Folder) -> None:
+    top = 'eval_datasets = [{name = "a", config = "dataset.toml"}, {name = "b", config = "dataset.toml"}]'
+    _, dataset, evaluation = read_all(folder.run(top=top), options_for, 1)
+    assert evaluation == {"a": dataset, "b": dataset}
+
+
+def test_files_that_cannot_be_read(folder: Folder) -> None:
+    with pytest.raises(SettingsError, match=r"gone.toml\n.*cannot be read"):
+        read_settings(Path("gone.toml"), options_for)
+    with pytest.raises(SettingsError, match="not valid TOML.*line 2"):
+        read_settings(folder.write("run.toml", "epochs = 1\nepochs = = 2"), options_for)
+    folder.write("dataset.toml", "resolutions = [")
+    assert "not valid TOML" in problems_of(folder.run())[""]
+
+
+def test_an_empty_file_is_told_what_it_needs(folder: Folder) -> None:
+    required = dict.fromkeys(["key `output_dir`", "key `dataset`", "[model]", "[optimizer]"])
+    assert problems_of(folder.write("run.toml", "")).keys() == required.keys()
+
+
+def test_resolved_settings_read_back_the_same_without_the_accounts_key(folder: Folder) -> None:
+    path = folder.run(
+        top='eval_datasets = [{name = "a", config = "dataset.toml"}]\ngradient_clipping = 0.5',
+        model="max_sequence_length = 8\ntext_encoders = [{type = 't5', path = 'weights'}]",
+        optimizer="eps = 1e-08\nbetas = [0.9, 0.95]",
+        tables="[adapter]\ntype = 'lora'\nrank = 4\nexclude = ['*.norm']\n"
+        "[monitoring]\nenable_wandb = true\nwandb_api_key = 'secret'",
+    )
+    settings = read_settings(path, options_for)
+    write_resolved(settings, Path("resolved.toml"))
+    assert "secret" not in Path("resolved.toml").read_text()
+    assert "secret" not in repr(settings)
+    again = read_settings(Path("resolved.toml"), options_for)
+    without_key = settings.monitoring.model_copy(update={"wandb_api_key": None})
+    assert again == settings.model_copy(update={"monitoring": without_key})
+
+
+def test_home_is_expanded_and_relative_paths_stay(folder: Folder) -> None:
+    path = folder.run(tables="[adapter]\ntype = 'lora'\nrank = 1\ninit_from_existing = '~/a'")
+    settings = read_settings(path, options_for)
+    assert settings.adapter.init_from_existing == Path.home() / "a"
+    assert settings.output_dir == Path("runs")
+
+
+def test_dtypes_by_name() -> None:
+    assert torch_dtype("bfloat16") is torch.bfloat16

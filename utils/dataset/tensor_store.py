@@ -1,0 +1,281 @@
+"""A folder that keeps named tensors by key: shard files of bytes, and an SQLite index of what lies where.
+
+An item is on disk before the index speaks of it, so whatever a killed process leaves is either whole or
+unreferenced bytes at a shard's end. Every writer has shards of its own, and never appends to one it did not
+begin itself: any number of processes, also of two runs, may fill one store.
+
+The index keeps SQLite's rollback journal and full synchronisation. A write-ahead log would need memory shared
+by all readers and writers, which a folder mounted by several machines does not have, and commits are seconds
+apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Self
+
+import torch
+from safetensors.torch import save
+
+INDEX_NAME = "index.sqlite"
+SHARD_BYTES = 2**30
+FLUSH_BYTES = 2**26
+FLUSH_SECONDS = 30.0
+BUSY_SECONDS = 120
+KEYS_PER_QUERY = 10_000
+# Tensors are views of an item's bytes, and a view asks that its start is a multiple of its element's size.
+ALIGNMENT = 64
+HEADER_LENGTH_BYTES = 8
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+class CorruptItem(ValueError):
+    """An item whose bytes are not those that were written."""
+
+
+class _Place(NamedTuple):
+    """Where an item's bytes are, and their checksum: the columns of the index after the key."""
+
+    shard: str
+    offset: int
+    length: int
+    crc32: int
+
+
+class TensorStore:
+    """Items are mappings from names to tensors. A store is used in one thread, or read in several.
+
+    Args:
+        folder: made if missing.
+        writer_id: name of this writer's shards; None: this store only reads.
+        shard_bytes: size after which a new shard begins.
+        flush_bytes, flush_seconds: what is put is committed after so much or so long.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        writer_id: str | None = None,
+        *,
+        shard_bytes: int = SHARD_BYTES,
+        flush_bytes: int = FLUSH_BYTES,
+        flush_seconds: float = FLUSH_SECONDS,
+    ) -> None:
+        self.folder = folder
+        self._writer_id = writer_id
+        self._shard_bytes, self._flush_bytes, self._flush_seconds = shard_bytes, flush_bytes, flush_seconds
+        self._pending: dict[str, bytes] = {}
+        self._pending_bytes = 0
+        self._last_flush = time.monotonic()
+        self._shard: BinaryIO | None = None
+        self._verified: set[str] = set()
+        self._lock = threading.Lock()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._index = sqlite3.connect(
+            folder / INDEX_NAME, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        self._index.execute(
+            "CREATE TABLE IF NOT EXISTS items (key TEXT PRIMARY KEY, shard TEXT, offset INTEGER,"
+            " length INTEGER, crc32 INTEGER) WITHOUT ROWID"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """Number of committed items."""
+        return self._query("SELECT count(*) FROM items")[0][0]
+
+    def put(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keeps an item, in place of the one that had its key; it is safe after the next `flush`."""
+        assert self._writer_id is not None, "this store only reads"
+        # Cloned: views that share memory are refused by safetensors, or would be written at their whole
+        # length.
+        item = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+        self._pending[key] = item
+        self._pending_bytes += len(item)
+        waited = time.monotonic() - self._last_flush
+        if self._pending_bytes >= self._flush_bytes or waited >= self._flush_seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Brings all items to disk, then into the index."""
+        if self._pending:
+            places = self._append(self._pending)
+            with self._transaction() as index:
+                index.executemany(
+                    "INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?, ?)",
+                    [(key, *place) for key, place in places.items()],
+                )
+        self._verified -= self._pending.keys()
+        self._pending, self._pending_bytes = {}, 0
+        self._last_flush = time.monotonic()
+
+    def get(self, key: str) -> dict[str, torch.Tensor]:
+        """The item, on the CPU; its tensors share one piece of memory that is theirs alone.
+
+        Raises:
+            KeyError: there is no such item.
+            CorruptItem: its shard is missing, cut short, or changed.
+        """
+        if key in self._pending:
+            self.flush()
+        rows = self._query("SELECT shard, offset, length, crc32 FROM items WHERE key = ?", [key])
+        if not rows:
+            raise KeyError(key)
+        return _tensors(self._read(key, _Place(*rows[0])))
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those of the keys that have no item, in their order."""
+        keys = list(keys)
+        found = set(self._pending)
+        for part in _parts(keys):
+            found.update(
+                key for (key,) in self._query(f"SELECT key FROM items WHERE key IN {_marks(part)}", part)
+            )
+        return [key for key in keys if key not in found]
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Removes items, and the shards that hold no other. The bytes in other shards stay, unused."""
+        self.flush()
+        self._end_shard()
+        touched: set[str] = set()
+        with self._transaction() as index:
+            for part in _parts(list(keys)):
+                rows = index.execute(f"DELETE FROM items WHERE key IN {_marks(part)} RETURNING shard", part)
+                touched.update(shard for (shard,) in rows)
+            kept = (
+                {shard for (shard,) in index.execute("SELECT DISTINCT shard FROM items")}
+                if touched
+                else set()
+            )
+        for shard in touched - kept:
+            (self.folder / shard).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        try:
+            self.flush()
+        finally:
+            self._end_shard()
+            self._index.close()
+
+    def _append(self, items: Mapping[str, bytes]) -> dict[str, _Place]:
+        """Writes items to the end of the shard and waits for the disk."""
+        shard = self._shard = self._shard or self._new_shard()
+        places = {}
+        for key, item in items.items():
+            shard.write(bytes(-shard.tell() % ALIGNMENT))
+            places[key] = _Place(Path(shard.name).name, shard.tell(), len(item), zlib.crc32(item))
+            shard.write(item)
+        shard.flush()
+        os.fsync(shard.fileno())
+        if shard.tell() >= self._shard_bytes:
+            self._end_shard()
+        return places
+
+    def _new_shard(self) -> BinaryIO:
+        """A shard that no other process has: creating a file that exists fails."""
+        number = 0
+        while True:
+            try:
+                shard = (self.folder / f"{self._writer_id}-{number}.shard").open("xb")
+            except FileExistsError:
+                number += 1
+            else:
+                _sync_folder(self.folder)
+                return shard
+
+    def _end_shard(self) -> None:
+        if self._shard is not None:
+            self._shard.close()
+            self._shard = None
+
+    def _read(self, key: str, place: _Place) -> torch.Tensor:
+        """The item's bytes, checked when they are read for the first time."""
+        # Read and not mapped: the one copy costs no more than a mapping's page faults, and a shard cut short
+        # is an error with a name where a mapping would end the process.
+        item = torch.empty(place.length, dtype=torch.uint8)
+        try:
+            with (self.folder / place.shard).open("rb", buffering=0) as shard:
+                shard.seek(place.offset)
+                read = shard.readinto(item.numpy())
+        except FileNotFoundError:
+            read = 0
+        checked = key in self._verified
+        if read != place.length or not (checked or zlib.crc32(item.numpy()) == place.crc32):
+            raise CorruptItem(
+                f"{self.folder / place.shard}: the item {key} at byte {place.offset} is damaged or missing; "
+                "encode it again by filling the cache anew"
+            )
+        self._verified.add(key)
+        return item
+
+    def _query(self, statement: str, values: Sequence[str] = ()) -> list[tuple]:
+        with self._lock:
+            return self._index.execute(statement, values).fetchall()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        # Immediate: a transaction that begins by reading cannot wait for its turn to write.
+        with self._lock, self._index as index:
+            index.execute("BEGIN IMMEDIATE")
+            yield index
+
+
+def _tensors(item: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors in an item's bytes, as views.
+
+    Layout (safetensors): the header's length in 8 bytes, the header in JSON, the tensors at offsets from its
+    end.
+    """
+    length = int.from_bytes(item[:HEADER_LENGTH_BYTES].numpy().tobytes(), "little")
+    content = HEADER_LENGTH_BYTES + length
+    header = json.loads(item[HEADER_LENGTH_BYTES:content].numpy().tobytes())
+    return {
+        name: item[content + start : content + end].view(DTYPES[entry["dtype"]]).view(entry["shape"])
+        for name, entry in header.items()
+        for start, end in [entry["data_offsets"]]
+    }
+
+
+def _parts(keys: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The keys in pieces that fit into one statement."""
+    return (keys[start : start + KEYS_PER_QUERY] for start in range(0, len(keys), KEYS_PER_QUERY))
+
+
+def _marks(values: Sequence[str]) -> str:
+    return f"({', '.join('?' * len(values))})"
+
+
+def _sync_folder(folder: Path) -> None:
+    """Brings the folder's list of files to disk: a file that was synchronised can still lose its name."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

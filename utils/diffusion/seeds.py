@@ -1,0 +1,38 @@
+"""Draws are functions, not events: every random number is a pure function of what it is for.
+
+A draw is named by (seed, purpose, anything that tells it from the others: epoch, step, sample id). The same name
+gives the same numbers on every rank, at every layout, and after every resume; nothing is broadcast and no random state
+is saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def derive(seed: int, *name: object) -> int:
+    """A 63-bit seed for the draw called `name` under the run's `seed`."""
+    text = "\x1f".join([str(seed), *map(str, name)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def generator(seed: int, *name: object) -> torch.Generator:
+    """A CPU generator for the draw called `name`."""
+    return torch.Generator().manual_seed(derive(seed, *name))
+
+
+def normal(shape: tuple[int, ...], seed: int, *name: object) -> torch.Tensor:
+    """Standard normal numbers in float32 on the CPU."""
+    return torch.randn(shape, generator=generator(seed, *name))
+
+
+def uniform(seed: int, *name: object) -> float:
+    """One number in [0, 1)."""
+    return derive(seed, *name) / 2**63
+
+
+def permutation(count: int, seed: int, *name: object) -> list[int]:
+    """A permutation of range(count)."""
+    return torch.randperm(count, generator=generator(seed, *name)).tolist()

@@ -1,0 +1,1 @@
+"""Pipeline parallelism: the only folder that imports deepspeed."""

@@ -1,0 +1,253 @@
+"""DeepSpeed's pipeline engine, corrected by subclassing.
+
+What differs from `deepspeed.runtime.pipe.engine.PipelineEngine` of 0.19.8, each with a test beside it:
+
+- a stage with several outputs runs its backward pass once, not once per output;
+- every received tensor gets a buffer of its own type and shape (the stock pool mixes up types from three stages on);
+- the stream may change its shape from micro-batch to micro-batch; only what requires a gradient gets one (`wire.py`);
+- the gradient norm is that of all stages, not of the first;
+- a stage without trainable parameters trains;
+- evaluation returns a loss per sample, and a prediction can be had from the same stages.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe import p2p, schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import nn
+
+from utils.parallel import wire
+from utils.parallel.pipeline import DenoiserPipeline
+
+NEVER = 10**9
+MicroBatch = tuple[Any, Any]
+"""(inputs of the first stage, labels of the last): NamedTuples or tuples of CPU tensors and None."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Mean loss over the micro-batches and data ranks, and the norm of the gradient before clipping."""
+
+    loss: float
+    grad_norm: float
+
+
+class Engine(PipelineEngine):
+    """Trains, evaluates and predicts with one stage of a `DenoiserPipeline`; see the module for what it corrects."""
+
+    def __init__(self, module: DenoiserPipeline, optimizer: torch.optim.Optimizer, *, micro_batch: int,
+                 accumulation: int, clip_norm: float):  # fmt: skip
+        config = {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": 0.0,
+            "steps_per_print": NEVER,
+            "zero_allow_untested_optimizer": True,
+        }
+        mpu = module.mpu()
+        super().__init__(
+            args=None, model=module, optimizer=optimizer, mpu=mpu, config=config,
+            config_class=DeepSpeedConfig(config, mpu),
+            model_parameters=[p for p in module.parameters() if p.requires_grad],
+        )  # fmt: skip
+        self.clip_norm = clip_norm
+        self._grad_norm = torch.zeros(())
+        self._forward_count = 0
+        self._step = 0
+        self._keep_predictions = False
+        self._description_group = dist.new_group(backend="gloo") if self.is_pipe_parallel else None
+
+    def train_step(self, batches: Iterable[MicroBatch] | None, step: int) -> StepResult:
+        """One optimizer step over as many micro-batches as are accumulated.
+
+        Args:
+            batches: this data rank's micro-batches; None on a stage that is neither the first nor the last.
+            step: number of the step, which seeds dropout.
+        """
+        self._begin(step)
+        loss = self.train_batch(iter(batches) if batches is not None else None)
+        return StepResult(loss.item(), self._grad_norm.item())
+
+    def evaluate(self, batches: Iterable[MicroBatch] | None, count: int) -> list[torch.Tensor]:
+        """The loss of every sample (B,) in float32, per micro-batch, on every stage of this data rank."""
+        return self._run_forward(batches, count, keep_predictions=False)
+
+    def predict(self, batches: Iterable[MicroBatch] | None, count: int) -> list[torch.Tensor]:
+        """The last layer's output per micro-batch, on every stage of this data rank."""
+        return self._run_forward(batches, count, keep_predictions=True)
+
+    def _begin(self, step: int) -> None:
+        self._forward_count = 0
+        self._step = step
+        self.module.draw = None
+
+    def _run_forward(self, batches: Iterable[MicroBatch] | None, count: int, *, keep_predictions: bool) -> list:
+        self._begin(self._step)
+        self.module.eval()
+        self._compute_loss = not keep_predictions
+        self._keep_predictions = keep_predictions
+        self.total_loss = None
+        self.set_dataiterator(iter(batches) if batches is not None else None)
+        with torch.no_grad():
+            self._exec_schedule(self._inference_schedule(count))
+        self._keep_predictions = False
+        for buffers in self.pipe_buffers.values():
+            buffers[:] = [None] * len(buffers)
+        outputs = self.fwd_outputs
+        self.fwd_outputs = []
+        return self._from_last_stage(outputs, count)
+
+    def _from_last_stage(self, tensors: list[torch.Tensor], count: int) -> list[torch.Tensor]:
+        """Gives the last stage's tensors to the other stages of the same pipeline."""
+        if not self.is_pipe_parallel:
+            return tensors
+        group, source = self.grid.get_pipe_parallel_group(), self._loss_stage_global_rank()
+        received = []
+        for index in range(count):
+            if self.is_last_stage():
+                _, description = wire.flatten((tensors[index],))
+                numbers = wire.encode(description).to(self.device)
+            else:
+                numbers = torch.empty(wire.DESCRIPTION_NUMBERS, dtype=torch.int64, device=self.device)
+            dist.broadcast(numbers, source, group=group)
+            (expected,) = wire.decode(numbers.cpu()).tensors
+            tensor = tensors[index].contiguous() if self.is_last_stage() else self._buffer(expected)
+            dist.broadcast(tensor, source, group=group)
+            received.append(tensor)
+        return received
+
+    def _buffer(self, expected: wire.TensorDescription) -> torch.Tensor:
+        return torch.empty(expected.shape, dtype=expected.dtype, device=self.device)
+
+    # The instructions of the schedule, in the order in which a micro-batch meets them.
+
+    def _load_micro_batch(self, buffer_id: int) -> None:
+        inputs, labels = next(self.data_iterator)
+        if self.is_first_stage():
+            self.pipe_buffers["inputs"][buffer_id] = _to_device(inputs, self.device)
+        if self.is_last_stage():
+            self.pipe_buffers["labels"][buffer_id] = _to_device(labels, self.device)
+
+    def _receive_activations(self, buffer_id: int) -> None:
+        numbers = torch.empty(wire.DESCRIPTION_NUMBERS, dtype=torch.int64)
+        dist.recv(numbers, self.grid.stage_to_global(self.prev_stage), group=self._description_group)
+        description = wire.decode(numbers)
+        tensors = [self._buffer(expected) for expected in description.tensors]
+        for tensor, expected in zip(tensors, description.tensors, strict=True):
+            if tensor.numel():
+                p2p.recv(tensor, self.prev_stage)
+            tensor.requires_grad_(expected.requires_grad and torch.is_grad_enabled())
+        self.pipe_buffers["inputs"][buffer_id] = wire.unflatten(tensors, description)
+
+    def _forward(self, buffer_id: int) -> None:
+        self.module.draw = (self._step, self.grid.get_data_parallel_rank(), self._forward_count)
+        self._forward_count += 1
+        outputs = self.module(self.pipe_buffers["inputs"][buffer_id])
+        self.pipe_buffers["outputs"][buffer_id] = outputs
+        if not self.is_last_stage():
+            return
+        if self._keep_predictions:
+            self.fwd_outputs.append(outputs)
+            return
+        losses_B = self.module.loss_fn(outputs, self.pipe_buffers["labels"][buffer_id])
+        self.fwd_outputs.append(losses_B.detach().float())
+        self.loss = losses_B.mean()
+        self.total_loss = self.loss.detach() + (0.0 if self.total_loss is None else self.total_loss)
+
+    def _send_activations(self, buffer_id: int) -> None:
+        tensors, description = wire.flatten(self.pipe_buffers["outputs"][buffer_id])
+        numbers = wire.encode(description)
+        dist.send(numbers, self.grid.stage_to_global(self.next_stage), group=self._description_group)
+        for tensor in tensors:
+            if tensor.numel():
+                p2p.send(tensor.detach().contiguous(), self.next_stage)
+
+    def _receive_gradients(self, buffer_id: int) -> None:
+        _, description = wire.flatten(self.pipe_buffers["outputs"][buffer_id])
+        self.grad_layer = []
+        for expected in description.tensors:
+            if expected.requires_grad:
+                gradient = self._buffer(expected)
+                if gradient.numel():
+                    p2p.recv(gradient, self.next_stage)
+                self.grad_layer.append(gradient)
+
+    def _backward(self, buffer_id: int) -> None:
+        if self.is_last_stage():
+            if self.loss.requires_grad:
+                DeepSpeedEngine.backward(self, self.loss)
+        else:
+            tensors, _ = wire.flatten(self.pipe_buffers["outputs"][buffer_id])
+            outputs = [tensor for tensor in tensors if tensor.requires_grad]
+            if outputs:
+                torch.autograd.backward(outputs, self.grad_layer)
+        self.grad_layer = None
+        self.pipe_buffers["outputs"][buffer_id] = None
+
+    def _send_gradients(self, buffer_id: int) -> None:
+        tensors, _ = wire.flatten(self.pipe_buffers["inputs"][buffer_id])
+        for tensor in tensors:
+            if tensor.requires_grad and tensor.numel():
+                gradient = tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)
+                p2p.send(gradient.contiguous(), self.prev_stage)
+        self.pipe_buffers["inputs"][buffer_id] = None
+
+    def _take_model_step(self, lr_kwargs: Any) -> None:
+        self._grad_norm = self._clip()
+        super()._take_model_step(lr_kwargs)
+
+    def _clip(self) -> torch.Tensor:
+        """The norm of the gradient over all stages; scales it down to `clip_norm` where that is not 0."""
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters]).to(self.device, torch.float32)
+        if self.is_pipe_parallel:
+            square = norm.square()
+            dist.all_reduce(square, group=self.grid.get_pipe_parallel_group())
+            norm = square.sqrt()
+        if self.clip_norm > 0 and parameters:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        return norm
+
+    _INSTRUCTION_MAP = {
+        **PipelineEngine._INSTRUCTION_MAP,
+        schedule.LoadMicroBatch: _load_micro_batch,
+        schedule.RecvActivation: _receive_activations,
+        schedule.ForwardPass: _forward,
+        schedule.SendActivation: _send_activations,
+        schedule.RecvGrad: _receive_gradients,
+        schedule.BackwardPass: _backward,
+        schedule.SendGrad: _send_gradients,
+    }
+
+
+def optimizer_for_frozen_stage() -> torch.optim.Optimizer:
+    """What a stage without trainable parameters steps: DeepSpeed insists on an optimizer."""
+    return torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.0)
+
+
+def _to_device(fields: Any, device: torch.device) -> Any:
+    """The same NamedTuple (or tuple) with its tensors on `device`."""
+
+    def move(field: Any) -> Any:
+        if isinstance(field, tuple):
+            return tuple(move(part) for part in field)
+        return field if field is None else field.to(device, non_blocking=True)
+
+    moved: Iterator[Any] = map(move, fields)
+    return type(fields)(*moved) if hasattr(fields, "_fields") else tuple(moved)
+
+
+def collect_garbage() -> None:
+    """Frees what the set-up left behind before the first step allocates."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

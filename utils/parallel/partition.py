@@ -1,0 +1,62 @@
+"""Which layers each stage holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def stage_bounds(
+    method: str, layer_sizes: Sequence[int], stages: int, split: Sequence[int] | None = None
+) -> list[tuple[int, int]]:
+    """The half-open range of layers of every stage.
+
+    Args:
+        method: "parameters" balances the number of parameters, frozen ones included, since under LoRA they are the
+            memory and the time; "uniform" balances the number of layers; "manual" begins stages 1, 2, ... at the
+            layers named in `split`.
+        layer_sizes: parameters per layer, in order.
+
+    Raises:
+        ValueError: there are fewer layers than stages, or `split` does not fit the layers.
+    """
+    count = len(layer_sizes)
+    if stages > count:
+        raise ValueError(f"pipeline_stages = {stages}, but the model has only {count} layers; use at most {count} stages")
+    if method == "manual":
+        starts = _manual_starts(count, stages, split or ())
+    else:
+        weights = [1] * count if method == "uniform" else list(layer_sizes)
+        starts = _balanced_starts(weights, stages)
+    return list(zip(starts, [*starts[1:], count], strict=True))
+
+
+def _manual_starts(count: int, stages: int, split: Sequence[int]) -> list[int]:
+    starts = [0, *split]
+    if len(starts) != stages:
+        raise ValueError(f"partition_split names {len(split)} layers; {stages} stages need {stages - 1}")
+    if any(late <= early for early, late in zip(starts, [*starts[1:], count], strict=True)):
+        raise ValueError(f"partition_split = {list(split)} must increase strictly within 1 and {count - 1}, "
+                         f"since the model has {count} layers")  # fmt: skip
+    return starts
+
+
+def _balanced_starts(weights: list[int], stages: int) -> list[int]:
+    """The starts of contiguous, non-empty parts whose heaviest is as light as possible (dynamic programming over the
+    last part's start); among equals, the one with the earliest cuts."""
+    sums = [0]
+    for weight in weights:
+        sums.append(sums[-1] + weight)
+    count = len(weights)
+    heaviest = [[0] * (count + 1) for _ in range(stages + 1)]
+    start = [[0] * (count + 1) for _ in range(stages + 1)]
+    for end in range(1, count + 1):
+        heaviest[1][end] = sums[end]
+    for parts in range(2, stages + 1):
+        for end in range(parts, count + 1):
+            options = [(max(heaviest[parts - 1][cut], sums[end] - sums[cut]), cut) for cut in range(parts - 1, end)]
+            heaviest[parts][end], start[parts][end] = min(options)
+    starts, end = [], count
+    for parts in range(stages, 0, -1):
+        end = start[parts][end]
+        starts.append(end)
+    return starts[::-1]

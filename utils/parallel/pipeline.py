@@ -1,0 +1,69 @@
+"""The part of a denoiser that one stage holds, as a DeepSpeed `PipelineModule`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from deepspeed.pipe import PipelineModule
+from torch import nn
+
+from utils.diffusion import seeds
+from utils.parallel.recompute import run_layer
+
+
+class DenoiserPipeline(PipelineModule):
+    """Layers `Stream -> Stream`, cut into stages at given bounds.
+
+    Args:
+        layers: all layers of the denoiser; only those of this process's stage must hold real weights.
+        bounds: the half-open range of layers of every stage.
+        stream_type: the NamedTuple that travels from layer to layer.
+        loss: (prediction, labels) -> loss per sample (B,).
+        recompute: keep only the inputs of the layers that say `recomputable`.
+        seed: of the run; dropout draws from (seed, step, data rank, micro-batch, layer), so that it is the same at any
+            number of stages and after a resume.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        bounds: Sequence[tuple[int, int]],
+        stream_type: Callable[..., tuple],
+        loss: Callable[[Any, Any], torch.Tensor],
+        *,
+        recompute: bool = False,
+        seed: int = 0,
+    ):
+        self.bounds = list(bounds)
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its seeds and partitions
+            super().__init__(layers=layers, num_stages=len(bounds), loss_fn=loss)
+        self.stream_type = stream_type
+        self.recompute = recompute
+        self.seed = seed
+        self.draws_random_numbers = any(
+            isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules()
+        )
+        self.draw: tuple[object, ...] | None = None
+
+    def _partition_layers(self, method: str) -> None:
+        """DeepSpeed balances trainable parameters only; the bounds are computed before the weights are loaded."""
+        self.parts = [start for start, _ in self.bounds] + [self.bounds[-1][1]]
+        self._set_bounds(*self.bounds[self.stage_id])
+
+    def forward(self, fields: tuple) -> Any:
+        """Runs this stage's layers on what the data loader or the previous stage gave."""
+        stream = fields if self._local_start == 0 else self.stream_type(*fields)
+        for index, layer in enumerate(self.forward_funcs, start=self._local_start):
+            if self.draws_random_numbers and self.training and self.draw is not None:
+                torch.manual_seed(seeds.derive(self.seed, "dropout", *self.draw, index))
+            stream = run_layer(
+                layer,
+                stream,
+                recompute=self.recompute and torch.is_grad_enabled() and getattr(layer, "recomputable", False),
+                draws_random_numbers=self.draws_random_numbers,
+            )
+        return stream

@@ -1,0 +1,19 @@
+"""Recomputing a block's activations in the backward pass instead of keeping them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def run_layer(layer: nn.Module, stream: Any, *, recompute: bool, draws_random_numbers: bool) -> Any:
+    """Runs one layer. With `recompute`, only its input is kept for the backward pass, which runs it again.
+
+    The random state is saved and restored around the second run only where a layer draws from it (dropout): doing so
+    copies the state from the device, which waits for it.
+    """
+    if not recompute:
+        return layer(stream)
+    return checkpoint(layer, stream, use_reentrant=False, preserve_rng_state=draws_random_numbers)

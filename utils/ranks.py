@@ -1,0 +1,142 @@
+"""Who am I among the processes of this run: rank, stage, data rank; and the few things all of them do together.
+
+Ranks are laid out stage by stage, as DeepSpeed's `PipeDataParallelTopology` does: with S stages and D data ranks,
+rank = stage * D + data_rank. The process group runs NCCL on GPUs and gloo on CPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The coordinates of this process."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    stages: int = 1
+
+    @property
+    def data_ranks(self) -> int:
+        return self.world_size // self.stages
+
+    @property
+    def stage(self) -> int:
+        return self.rank // self.data_ranks
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank % self.data_ranks
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.stage == self.stages - 1
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    def with_stages(self, stages: int) -> Ranks:
+        """The same process in a layout of `stages` pipeline stages."""
+        assert self.world_size % stages == 0
+        return replace(self, stages=stages)
+
+
+def from_environment() -> Ranks:
+    """The coordinates that a launcher (deepspeed, torchrun) left in the environment; one process without any."""
+    environment = os.environ
+    return Ranks(
+        rank=int(environment.get("RANK", 0)),
+        world_size=int(environment.get("WORLD_SIZE", 1)),
+        local_rank=int(environment.get("LOCAL_RANK", 0)),
+    )
+
+
+def connect(ranks: Ranks, master_port: int | None = None) -> None:
+    """Starts the process group. `MASTER_ADDR` and `MASTER_PORT` of the environment are respected; `master_port` is
+    used where the environment names none, and a free port is taken by a process that runs alone."""
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if master_port is not None:
+        os.environ.setdefault("MASTER_PORT", str(master_port))
+    if ranks.world_size == 1:
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    coordinates = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank}
+    for name, value in coordinates.items():
+        os.environ[name] = str(value)
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=COLLECTIVE_TIMEOUT)
+
+
+def disconnect() -> None:
+    """Leaves the process group together: a process that leaves early makes gloo abort in the others."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def share(ranks: Ranks, tag: str, value: Any, timeout: timedelta = timedelta(hours=48)) -> list[Any]:
+    """Every rank's `value` (anything JSON can hold), in the order of the ranks, once all have given theirs.
+
+    It goes through the key-value store and not through a collective, so that one rank may be hours slower than the
+    others without running into the time-out of a collective. `tag` must be new at each call of a run.
+
+    Raises:
+        TimeoutError: naming the ranks that gave nothing within `timeout`.
+    """
+    if ranks.world_size == 1:
+        return [value]
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"share/{tag}/{ranks.rank}", json.dumps(value))
+    keys = [f"share/{tag}/{rank}" for rank in range(ranks.world_size)]
+    deadline = time.monotonic() + timeout.total_seconds()
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            raise TimeoutError(f"waited {timeout} at '{tag}' for the ranks {missing}")
+        time.sleep(POLL_SECONDS)
+    return [json.loads(store.get(key)) for key in keys]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is set on any rank; every rank gets the same answer."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    votes = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes.item())
+
+
+def barrier() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

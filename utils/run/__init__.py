@@ -1,0 +1,1 @@
+"""A run: its folder, its clock, and what happens between two steps."""

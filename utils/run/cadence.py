@@ -1,0 +1,47 @@
+"""When something is due: every so many steps, epochs, examples or minutes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from utils.run.progress import Progress
+
+
+class Cadence:
+    """Says after each step whether something is due. Several intervals may be given; any one of them suffices.
+
+    Args:
+        steps, epochs, examples, minutes: intervals; None for never. Epochs count when they are complete.
+        clock: seconds; only the main rank's clock decides, see `due`.
+    """
+
+    def __init__(
+        self,
+        steps: int | None = None,
+        epochs: int | None = None,
+        examples: int | None = None,
+        minutes: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.steps, self.epochs, self.examples, self.minutes = steps, epochs, examples, minutes
+        self.clock = clock
+        self.last_time = clock()
+
+    def due(self, before: Progress, after: Progress, epoch_ended: bool) -> bool:
+        """Whether the step from `before` to `after` reached an interval. A pure function of the progress: the same on
+        every rank, and after a resume. Minutes are asked for apart, see `overdue`."""
+        by_steps = self.steps is not None and after.step % self.steps == 0
+        by_epochs = self.epochs is not None and epoch_ended and (after.epoch + 1) % self.epochs == 0
+        by_examples = (
+            self.examples is not None and after.examples // self.examples > before.examples // self.examples
+        )
+        return by_steps or by_epochs or by_examples
+
+    def overdue(self) -> bool:
+        """Whether the minutes have passed since the last `restart`. Clocks differ: ask one rank and tell the others."""
+        return self.minutes is not None and self.clock() - self.last_time >= 60 * self.minutes
+
+    def restart(self) -> None:
+        """Counts the minutes from now."""
+        self.last_time = self.clock()

@@ -1,0 +1,138 @@
+"""State to resume from, keyed by parameter name: it loads on any number of stages and data ranks.
+
+    global_step1200/
+        state-0.safetensors ...   per stage: "weights/<parameter>" and "optimizer/<parameter>/<key>"
+        progress.json             where the run stood, and what it was made with
+    latest                        the name of the newest complete checkpoint
+
+A checkpoint is written beside its place and renamed when all its bytes are on disk; `latest` follows. What is random
+or ordered needs no state: it is a function of the seed and the progress.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from utils import ranks as together
+from utils.ranks import Ranks
+from utils.run.folder import LATEST
+from utils.run.progress import Progress
+from utils.settings.errors import SettingsError
+
+FORMAT = 1
+NamedParameters = Mapping[str, torch.nn.Parameter]
+
+
+def save(
+    folder: Path, ranks: Ranks, progress: Progress, parameters: NamedParameters, optimizer: torch.optim.Optimizer,
+    made_with: Mapping[str, Any],
+) -> Path:  # fmt: skip
+    """Writes the checkpoint of this step into the run's folder; all ranks call it, one per stage writes.
+
+    Args:
+        parameters: the trainable parameters of this stage by name.
+        made_with: settings that a resumed run should share; told to the user where they differ.
+    """
+    name = f"global_step{progress.step}"
+    unfinished = folder / f"{name}.unfinished"
+    if ranks.is_main:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    together.barrier()
+    if ranks.data_rank == 0:
+        _write_synced(unfinished / f"state-{ranks.stage}.safetensors", _state(parameters, optimizer))
+    together.barrier()
+    if ranks.is_main:
+        content = {"format": FORMAT, "progress": progress.as_dict(), "made_with": dict(made_with)}
+        (unfinished / "progress.json").write_text(json.dumps(content, indent=2))
+        shutil.rmtree(folder / name, ignore_errors=True)
+        unfinished.rename(folder / name)
+        replace_text(folder / LATEST, name)
+    together.barrier()
+    return folder / name
+
+
+def _state(parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    tensors = {f"weights/{name}": parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer/{name}/{key}"] = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _write_synced(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a small file so that it always holds either the old or the new text."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+class Checkpoint:
+    """The newest checkpoint of a run's folder (or the one in `folder` itself), opened for reading.
+
+    Raises:
+        SettingsError: it is incomplete or of another format.
+    """
+
+    def __init__(self, run_folder: Path):
+        self.folder = run_folder / (run_folder / LATEST).read_text().strip()
+        try:
+            content = json.loads((self.folder / "progress.json").read_text())
+        except (OSError, ValueError) as error:
+            raise SettingsError.of(f"the checkpoint cannot be read ({error}); name another in '{LATEST}'",
+                                   str(self.folder)) from error  # fmt: skip
+        if content.get("format") != FORMAT:
+            raise SettingsError.of("the checkpoint is of another version of penstock", str(self.folder))
+        self.progress = Progress(**content["progress"])
+        self.made_with: dict[str, Any] = content["made_with"]
+        files = [safe_open(path, framework="pt") for path in sorted(self.folder.glob("state-*.safetensors"))]
+        self._files = {key: file for file in files for key in file.keys()}
+
+    def load_weights(self, parameters: NamedParameters) -> None:
+        """Copies the weights of these parameters.
+
+        Raises:
+            SettingsError: the checkpoint lacks one, or it has another shape.
+        """
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(self._read(f"weights/{name}", parameter.shape))
+
+    def load_optimizer(self, parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> None:
+        """Gives the optimizer its state for these parameters back, in the types that it was saved in."""
+        prefix = "optimizer/"
+        keys: dict[str, list[str]] = {}
+        for entry in self._files:
+            if entry.startswith(prefix):
+                name, _, key = entry.removeprefix(prefix).rpartition("/")
+                keys.setdefault(name, []).append(key)
+        for name, parameter in parameters.items():
+            state = {key: self._read(f"{prefix}{name}/{key}") for key in keys.get(name, [])}
+            optimizer.state[parameter] = {
+                key: value if value.ndim == 0 else value.to(parameter.device) for key, value in state.items()
+            }
+
+    def _read(self, key: str, shape: torch.Size | None = None) -> torch.Tensor:
+        if key not in self._files:
+            raise SettingsError.of(f"'{key}' is not in the checkpoint; was it made with another [model] or [adapter]?",
+                                   str(self.folder))  # fmt: skip
+        tensor = self._files[key].get_tensor(key)
+        if shape is not None and tensor.shape != shape:
+            raise SettingsError.of(f"'{key}' is {list(tensor.shape)}, this run's is {list(shape)}; resume with the "
+                                   "[model] and [adapter] that it was made with", str(self.folder))  # fmt: skip
+        return tensor

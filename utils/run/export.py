@@ -1,0 +1,142 @@
+"""Weights to use elsewhere: an adapter as one file, a trained denoiser as a diffusers folder and a single file.
+
+Every stage writes what it holds into a part file; the main rank maps the parts into memory and writes the exports, so
+that no process ever holds the whole model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from utils import ranks as together
+from utils.adapters.attach import scale
+from utils.ranks import Ranks
+from utils.settings.schema import AdapterSettings
+
+logger = logging.getLogger(__name__)
+
+Tensors = dict[str, torch.Tensor]
+ADAPTER_FILE = "adapter_model.safetensors"
+SHARD_BYTES = 5 * 2**30
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What a run's exports contain.
+
+    Attributes:
+        adapter: its settings, or None for a full fine-tune.
+        dtype: of the exported weights; None for that of training.
+        formats: names of the layouts to write.
+        layouts: name of a further layout -> tensors in diffusers' names to tensors in that layout.
+        config: of the denoiser, for a diffusers folder.
+        denoiser_folder: its name in a diffusers folder.
+        metadata: about the run, written into every file.
+    """
+
+    adapter: AdapterSettings | None
+    dtype: torch.dtype | None
+    formats: tuple[str, ...]
+    layouts: Mapping[str, Callable[[Tensors], Tensors]]
+    config: Mapping[str, object]
+    denoiser_folder: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def export(folder: Path, ranks: Ranks, parameters: Mapping[str, torch.Tensor], plan: ExportPlan, step: int) -> None:
+    """Writes the export into `folder`; all ranks call it with the weights that their stage holds, by name."""
+    parts = folder.with_name(folder.name + ".parts")
+    if ranks.is_main:
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir(parents=True)
+    together.barrier()
+    if ranks.data_rank == 0 and parameters:
+        held = {name: tensor.detach().to("cpu", plan.dtype or tensor.dtype) for name, tensor in parameters.items()}
+        save_file({name: tensor.contiguous() for name, tensor in held.items()}, parts / f"{ranks.stage}.safetensors")
+    together.barrier()
+    if ranks.is_main:
+        tensors: Tensors = {}
+        for part in sorted(parts.glob("*.safetensors")):
+            tensors |= load_file(part)
+        unfinished = folder.with_name(folder.name + ".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        metadata = {**plan.metadata, "step": str(step), "format": "pt"}
+        write = _write_adapter if plan.adapter else _write_denoiser
+        write(unfinished, tensors, plan, metadata)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+        shutil.rmtree(parts)
+        logger.info("exported %s", folder)
+    together.barrier()
+
+
+def _write_adapter(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: dict[str, str]) -> None:
+    """`adapter_model.safetensors` with keys "transformer.<module>.lora_A.weight", and PEFT's `adapter_config.json`.
+
+    diffusers assumes alpha = rank unless the header says otherwise, in the key that its own exporter writes.
+    """
+    settings = plan.adapter
+    alpha = settings.rank * scale(settings)
+    modules = sorted({name.split(".lora_")[0] for name in tensors})
+    config = {
+        "peft_type": "LORA", "r": settings.rank, "lora_alpha": alpha, "lora_dropout": settings.dropout, "bias": "none",
+        "target_modules": modules, "base_model_name_or_path": metadata.get("base_model"),
+    }  # fmt: skip
+    metadata = {**metadata, "rank": str(settings.rank), "alpha": str(alpha)}
+    prefix = plan.denoiser_folder
+    known_to_diffusers = {f"{prefix}.{key}": config[key] for key in ("r", "lora_alpha", "lora_dropout", "bias",
+                                                                     "target_modules")}  # fmt: skip
+    if "diffusers" in plan.formats:
+        header = {**metadata, "lora_adapter_metadata": json.dumps(known_to_diffusers, sort_keys=True)}
+        save_file({f"{prefix}.{name}": tensor for name, tensor in tensors.items()}, folder / ADAPTER_FILE, header)
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    for name, convert in plan.layouts.items():
+        if name in plan.formats:
+            save_file(convert(tensors), folder / f"adapter_model_{name}.safetensors", metadata)
+
+
+def _write_denoiser(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: dict[str, str]) -> None:
+    """`<denoiser>/` as diffusers loads it, in shards of 5 GiB, and one file per further layout."""
+    if "diffusers" in plan.formats:
+        denoiser = folder / plan.denoiser_folder
+        denoiser.mkdir()
+        (denoiser / "config.json").write_text(json.dumps(dict(plan.config), indent=2))
+        _write_shards(denoiser, tensors, metadata)
+    for name, convert in plan.layouts.items():
+        if name in plan.formats:
+            save_file(convert(tensors), folder / f"model_{name}.safetensors", metadata)
+
+
+def _write_shards(folder: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    shards: list[Tensors] = [{}]
+    for name, tensor in sorted(tensors.items()):
+        size = sum(t.nbytes for t in shards[-1].values())
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = tensor
+    stem = "diffusion_pytorch_model"
+    if len(shards) == 1:
+        save_file(shards[0], folder / f"{stem}.safetensors", metadata)
+        return
+    places = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata)
+        places |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": places}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+
+
+def settings_hash(text: str) -> str:
+    """A short name for resolved settings, in exports' metadata."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

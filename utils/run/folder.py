@@ -1,0 +1,67 @@
+"""The folder of a run, and how to find one again."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from utils.settings.errors import SettingsError
+from utils.settings.reader import write_resolved
+from utils.settings.schema import Settings
+
+logger = logging.getLogger(__name__)
+
+RUN_NAME = re.compile(r"\d{8}_\d{2}-\d{2}-\d{2}(_\d+)?$")
+LATEST = "latest"
+
+
+def new_name(output_dir: Path) -> str:
+    """A name for a new run: the UTC date and time, and a number if that second is taken."""
+    name = datetime.now(UTC).strftime("%Y%m%d_%H-%M-%S")
+    taken = [candidate for number in range(1, 100) if not (output_dir / (candidate := _numbered(name, number))).exists()]
+    return taken[0]
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}_{number}"
+
+
+def create(folder: Path, settings: Settings, config: Path, datasets: Sequence[Path]) -> None:
+    """Makes the run's folder and copies into it the files as the user gave them and the settings as resolved."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(config, folder / "config.toml")
+    for index, dataset in enumerate(datasets):
+        shutil.copyfile(dataset, folder / ("dataset.toml" if index == 0 else f"eval_{dataset.name}"))
+    write_resolved(settings, folder / "settings.toml")
+
+
+def find_run(output_dir: Path, asked: str | None) -> Path:
+    """The run folder to resume: the one that is named (a path, or a name within `output_dir`), else the newest.
+
+    Raises:
+        SettingsError: there is none, or it holds no checkpoint; says what there is.
+    """
+    runs = sorted(p for p in output_dir.glob("*") if p.is_dir() and RUN_NAME.match(p.name)) if output_dir.is_dir() else []
+    resumable = [run for run in runs if (run / LATEST).is_file()]
+    known = ", ".join(run.name for run in resumable[-5:]) or "none"
+    if not asked:
+        if not resumable:
+            raise SettingsError.of(f"no run with a checkpoint to resume; {len(runs)} runs are here. Start without "
+                                   "--resume_from_checkpoint", str(output_dir))  # fmt: skip
+        return resumable[-1]
+    candidates = [Path(asked), output_dir / asked]
+    folder = next((candidate for candidate in candidates if candidate.is_dir()), None)
+    if folder is None:
+        raise SettingsError.of(f"no such folder '{asked}'; runs with a checkpoint in {output_dir}: {known}",
+                               where="--resume_from_checkpoint")  # fmt: skip
+    if folder.name.startswith("global_step"):
+        folder = folder.parent
+    if not (folder / LATEST).is_file():
+        raise SettingsError.of(f"'{folder}' holds no checkpoint (no file '{LATEST}'); exports are for inference only. "
+                               f"Runs with a checkpoint in {output_dir}: {known}",
+                               where="--resume_from_checkpoint")  # fmt: skip
+    return folder

@@ -1,0 +1,45 @@
+"""Where a run stands."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training has come; the next step to take is step `step_in_epoch` of epoch `epoch`, both from 0.
+
+    Attributes:
+        step: optimizer steps taken.
+        examples: samples seen, over all data ranks.
+        epoch_loss_sum: sum of the losses of this epoch's steps, for their mean.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    examples: int = 0
+    epoch_loss_sum: float = 0.0
+
+    def after_step(self, loss: float, examples: int) -> Progress:
+        """One step further in the same epoch."""
+        return replace(
+            self,
+            step=self.step + 1,
+            step_in_epoch=self.step_in_epoch + 1,
+            examples=self.examples + examples,
+            epoch_loss_sum=self.epoch_loss_sum + loss,
+        )
+
+    def next_epoch(self) -> Progress:
+        """The beginning of the following epoch."""
+        return replace(self, epoch=self.epoch + 1, step_in_epoch=0, epoch_loss_sum=0.0)
+
+    @property
+    def epoch_loss(self) -> float:
+        """Mean loss of this epoch's steps so far."""
+        return self.epoch_loss_sum / max(self.step_in_epoch, 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

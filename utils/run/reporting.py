@@ -1,0 +1,110 @@
+"""What the user sees: the log, the progress, and the screen that tells of a mistake."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from tqdm import tqdm
+
+from utils.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+QUIET_LIBRARIES = {
+    "accelerate": logging.ERROR, "bitsandbytes": logging.ERROR, "deepspeed": logging.WARNING,
+    "DeepSpeed": logging.WARNING, "diffusers": logging.ERROR, "peft": logging.ERROR, "torch": logging.WARNING,
+    "transformers": logging.ERROR, "PIL": logging.INFO,
+}  # fmt: skip
+SECONDS_FOR_MAIN_RANK = 5.0
+
+
+class _Once(logging.Filter):
+    """Lets each text of a warning through once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
+        message = record.getMessage()
+        new = message not in self.seen
+        self.seen.add(message)
+        return new
+
+
+def start_logging(ranks: Ranks) -> None:
+    """One readable log on the main rank, above the progress bar; errors only from the others."""
+    handler = _AboveProgressBar()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
+    handler.addFilter(_Once())
+    logging.basicConfig(level=logging.INFO if ranks.is_main else logging.ERROR, handlers=[handler], force=True)
+    for name, level in QUIET_LIBRARIES.items():
+        logging.getLogger(name).setLevel(level)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+class _AboveProgressBar(logging.StreamHandler):
+    """Writes lines to stderr without tearing a progress bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def report_user_error(error: Exception, ranks: Ranks) -> None:
+    """Shows a mistake of the user's, once.
+
+    All ranks meet most mistakes at the same time. The others leave the main rank the time to tell; the launcher ends
+    them when it has. One that is still there then tells itself: it met what the main rank did not.
+    """
+    if not ranks.is_main:
+        time.sleep(SECONDS_FOR_MAIN_RANK)
+    sys.stderr.write(f"\nerror: {error}\n")
+    sys.stderr.flush()
+
+
+class StepReporter:
+    """The main rank's progress bar on a terminal, and a line in the log every so many steps.
+
+    Args:
+        first, total: the step to begin with, and the one to end before.
+        every: steps from line to line.
+    """
+
+    def __init__(self, first: int, total: int, every: int, active: bool):
+        self.first, self.total, self.every, self.active = first, total, every, active
+        self.started = time.monotonic()
+        on_terminal = active and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=first, desc="training", unit="step", disable=not on_terminal)
+
+    def step(self, done: int, epoch: int, values: dict[str, float]) -> None:
+        """Tells of a step; `done` counts steps since the run's beginning."""
+        self.bar.update(1)
+        self.bar.set_postfix(loss=f"{values['train/loss']:.4f}")
+        if self.active and (done % self.every == 0 or done == self.total):
+            pace = (time.monotonic() - self.started) / (done - self.first)
+            left = timedelta(seconds=round(pace * (self.total - done)))
+            logger.info(
+                "step %d/%d  epoch %d  loss %.4f  norm %.3f  lr %.2e  %.3f s/step  left %s",
+                done, self.total, epoch + 1, values["train/loss"], values["train/grad_norm"], values["train/lr"],
+                values["train/step_time_sec"], left,
+            )  # fmt: skip
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Logs how long something took."""
+    started = time.monotonic()
+    yield
+    logger.info("%s: %.1f s", what, time.monotonic() - started)

@@ -1,0 +1,93 @@
+"""Where a key may stand and how else it may be spelled: what the reader accepts and the documents list."""
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+
+from pydantic import BaseModel
+
+from utils.settings.schema import (
+    AdapterSettings,
+    DatasetSettings,
+    DirectorySettings,
+    EvalDataset,
+    ModelSettings,
+    MonitoringSettings,
+    OptimizerSettings,
+    SamplingSettings,
+    Settings,
+    TextEncoderFile,
+    optimizer_types,
+)
+
+# Tables that only group: the run's own keys are accepted at the top of the file and in each of these.
+GROUPS = ("output", "training", "eval", "save", "optimization")
+# Tables with keys of their own, each with a class. [model] and [optimizer] get theirs by their `type`.
+SECTIONS: Mapping[str, type[BaseModel] | None] = {
+    "model": None,
+    "adapter": AdapterSettings,
+    "optimizer": None,
+    "monitoring": MonitoringSettings,
+    "sampling": SamplingSettings,
+}
+# By table: a second spelling, and the key that it stands for.
+SPELLINGS: Mapping[str, Mapping[str, str]] = {
+    "model": {
+        "diffusion_model": "transformer_path",
+        "diffusion_model_dtype": "transformer_dtype",
+        "vae": "vae_path",
+    },
+    "dataset": {"datasets": "directory"},
+    "directory": {"root": "path"},
+}
+
+
+# Arrays of tables, whose entries have keys of their own.
+NESTED: Mapping[str, type[BaseModel]] = {
+    "eval_datasets": EvalDataset,
+    "text_encoders": TextEncoderFile,
+    "directory": DirectorySettings,
+}
+
+
+def known_keys(section: str, cls: type[BaseModel]) -> set[str]:
+    """The keys of `cls` as a table called `section`, in all their spellings."""
+    return {*cls.model_fields, *SPELLINGS.get(section, {})}
+
+
+def run_keys() -> list[str]:
+    """The keys of the run itself, which stand at the top of the file or in a group."""
+    return [key for key in Settings.model_fields if key not in SECTIONS]
+
+
+def spellings(section: str, key: str) -> list[str]:
+    """The second spellings of `key` in `section`."""
+    return [other for other, meant in SPELLINGS.get(section, {}).items() if meant == key]
+
+
+def unknown_key(key: str, here: Iterable[str]) -> str:
+    """What to tell of a key not among those known `here`: the place it belongs to, or the nearest key."""
+    here = sorted(here)
+    places = _places()
+    for place, keys in places.items():
+        if key in keys:
+            return f"no such key here; it belongs {place}"
+    if near := get_close_matches(key, here, n=1):
+        return f"no such key; did you mean `{near[0]}`?"
+    for place, keys in places.items():
+        if near := get_close_matches(key, sorted(keys), n=1):
+            return f"no such key; did you mean `{near[0]}`, {place}?"
+    # All of the run's keys would bury the other problems.
+    return f"no such key; known here: {', '.join(here)}" if len(here) <= 12 else "no such key"
+
+
+def _places() -> dict[str, set[str]]:
+    """Every place of a file, and the keys known there."""
+    shared = {"model": ModelSettings, "optimizer": OptimizerSettings}
+    optimizers = {f'in [optimizer] with type = "{name}"': cls for name, cls in optimizer_types().items()}
+    return {
+        "at the top of the run's file, above all tables": set(run_keys()),
+        **{f"in [{name}]": known_keys(name, cls or shared[name]) for name, cls in SECTIONS.items()},
+        **{place: set(cls.model_fields) for place, cls in optimizers.items()},
+        "at the top of a dataset file": known_keys("dataset", DatasetSettings),
+        "in [[directory]] of a dataset file": known_keys("directory", DirectorySettings),
+    }

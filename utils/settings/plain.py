@@ -1,0 +1,56 @@
+"""Pydantic's errors in plain language: what was given, and what is allowed."""
+
+from collections.abc import Mapping
+from datetime import date, time
+from typing import Any
+
+# By pydantic's error type; filled with the error's own context.
+_ALLOWED: Mapping[str, str] = {
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "string_type": "must be a text in quotes",
+    "string_too_short": "must not be empty",
+    "path_type": "must be a path in quotes",
+    "list_type": "must be an array, as in [1, 2]",
+    "tuple_type": "must be an array, as in [1, 2]",
+    "model_type": "must be a table",
+    "literal_error": "must be {expected}",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "too_short": "needs {min_length} or more entries",
+    "too_long": "takes at most {max_length} entries",
+    "value_error": "{error}",
+}
+_KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (bool, "true or false"),
+    (int, "a whole number"),
+    (float, "a number"),
+    (str, "a text"),
+    ((list, tuple), "an array"),
+    (dict, "a table"),
+    ((date, time), "a date or time"),
+)
+
+
+def explain(error: Mapping[str, Any]) -> str:
+    """The message for one entry of `ValidationError.errors()`."""
+    if error["type"] == "missing":
+        return "is required and not given"
+    template = _ALLOWED.get(error["type"])
+    allowed = template.format(**error.get("ctx", {})) if template else error["msg"]
+    # A check of a whole table names the keys that it is about.
+    whole = error["type"] == "value_error" and isinstance(error["input"], dict)
+    return allowed if whole else f"{allowed}; given: {given(error['input'])}"
+
+
+def given(value: Any) -> str:
+    """A value as the user would know it again, with its kind."""
+    kind = next((kind for cls, kind in _KINDS if isinstance(value, cls)), "something else")
+    if isinstance(value, bool):
+        return str(value).lower()
+    shown = f'"{value}"' if isinstance(value, str) else str(value)
+    return f"{shown} ({kind})" if len(shown) <= 60 else kind

@@ -1,0 +1,166 @@
+"""TOML files -> settings, with every problem of every file in one error."""
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import toml
+
+from utils.settings.errors import Problem, SettingsError
+from utils.settings.keys import SECTIONS, known_keys, run_keys
+from utils.settings.plain import given
+from utils.settings.rules import check_dataset, check_rules
+from utils.settings.schema import (
+    AdamWSettings,
+    DatasetSettings,
+    ModelSettings,
+    OptimizerSettings,
+    Settings,
+    SettingsTable,
+    lower_type,
+    optimizer_types,
+)
+from utils.settings.tables import Reading, Table, check, one_table, run_table, where
+
+OptionsFor = Callable[[str], type[ModelSettings]]
+
+
+def read_settings(path: Path, options_for: OptionsFor) -> Settings:
+    """The run that the file at `path` describes, before the rules of `check_rules`.
+
+    `options_for(type)` gives the class of a model's options, or a ValueError that names the known types.
+    Raises SettingsError with all problems of the file.
+    """
+    return _read_run(Path(path), options_for).sound()
+
+
+def read_dataset(path: Path) -> DatasetSettings:
+    """The dataset that the file at `path` describes, before the rules of `check_dataset`.
+
+    Raises SettingsError with all problems of the file.
+    """
+    return _read_dataset(Path(path)).sound()
+
+
+def read_all(
+    path: Path, options_for: OptionsFor, world_size: int
+) -> tuple[Settings, DatasetSettings, dict[str, DatasetSettings]]:
+    """Settings, training set, and evaluation sets by name, checked by every rule.
+
+    Raises one SettingsError with the problems of all these files.
+    """
+    run = _read_run(Path(path), options_for)
+    problems = [*run.problems, *check_rules(run.value, world_size, str(path), run.broken)]
+    training = [] if "dataset" in run.broken else [run.value.dataset]
+    evaluation = [] if "eval_datasets" in run.broken else run.value.eval_datasets
+
+    datasets: dict[Path, DatasetSettings] = {}
+    for file in dict.fromkeys([*training, *(entry.config for entry in evaluation)]):
+        # That a file is missing is told by the rules of the file that names it.
+        if not file.exists():
+            continue
+        try:
+            reading = _read_dataset(file)
+        except SettingsError as error:
+            problems += error.problems
+            continue
+        problems += [*reading.problems, *check_dataset(reading.value, str(file), reading.broken)]
+        datasets[file] = reading.value
+    if problems:
+        raise SettingsError(problems)
+    by_name = {entry.name: datasets[entry.config] for entry in evaluation}
+    return run.value, datasets[run.value.dataset], by_name
+
+
+def write_resolved(settings: Settings, path: Path) -> None:
+    """Writes every key that has a value as TOML, fit to be read again; the account's key is left out."""
+    table = settings.model_dump(mode="json", exclude_none=True, exclude={"monitoring": {"wandb_api_key"}})
+    Path(path).write_text(toml.dumps(table), encoding="utf-8")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError.of(f"cannot be read: {error.strerror}", str(path)) from None
+    except UnicodeDecodeError as error:
+        raise SettingsError.of(f"is not written in UTF-8: {error}", str(path)) from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError.of(f"is not valid TOML: {error}", str(path)) from None
+
+
+def _read_run(path: Path, options_for: OptionsFor) -> Reading[Settings]:
+    raw = _load(path)
+    parts = {name: _read_section(str(path), name, raw[name], options_for) for name in SECTIONS if name in raw}
+    table = run_table(str(path), raw)
+    # A part with problems goes in as far as it is sound, so that the whole is checked all the same.
+    table.keys.update({name: part.value for name, part in parts.items()})
+    table.places.update({name: (f"[{name}]", "") for name in SECTIONS})
+    run = check(Settings, table, run_keys())
+    problems = [*run.problems, *(problem for part in parts.values() for problem in part.problems)]
+    broken = {f"{name}.{key}" for name, part in parts.items() for key in part.broken}
+    return Reading(run.value, problems, run.broken | broken)
+
+
+def _read_section(file: str, name: str, written: Any, options_for: OptionsFor) -> Reading[SettingsTable]:
+    """A table with keys of its own; for those whose `type` chooses the class, that one."""
+    title = f"[{name}]"
+    fallback, type_of_fallback, by_type = {
+        "model": (ModelSettings, "", options_for),
+        "optimizer": (AdamWSettings, "adamw", _optimizer_class),
+    }.get(name, (SECTIONS[name], None, None))
+    if not isinstance(written, dict):
+        problem = Problem(file, title, f"must be a table; given: {given(written)}")
+        value = fallback.model_construct(type=type_of_fallback) if by_type else fallback.model_construct()
+        return Reading(value, [problem], frozenset(fallback.model_fields))
+    table = one_table(file, name, title, lower_type(written) if name == "optimizer" else written)
+    cls = _class_by_type(table, by_type) if by_type else fallback
+    if cls is None:
+        # Whether a key belongs to a type can be told once the type is known: check what all types share.
+        cls = fallback
+        shared = {key: value for key, value in table.keys.items() if key in fallback.model_fields}
+        table = replace(table, keys=shared | {"type": type_of_fallback})
+    return check(cls, table, known_keys(name, cls))
+
+
+def _class_by_type(table: Table, by_type: Callable[[str], type[SettingsTable]]) -> type[SettingsTable] | None:
+    """The class that the table's `type` chooses; if it chooses none, None, and a problem in the table."""
+    place = where(table.title, "type")
+    name = table.keys.get("type")
+    if name is None:
+        table.complain(place, "is required and not given")
+    elif not isinstance(name, str):
+        table.complain(place, f"must be a text in quotes; given: {given(name)}")
+    else:
+        try:
+            return by_type(name)
+        except ValueError as error:
+            table.complain(place, str(error))
+    return None
+
+
+def _optimizer_class(name: str) -> type[OptimizerSettings]:
+    types = optimizer_types()
+    if name not in types:
+        raise ValueError(f'no optimizer is called "{name}"; known: {", ".join(types)}')
+    return types[name]
+
+
+def _read_dataset(path: Path) -> Reading[DatasetSettings]:
+    table = one_table(str(path), "dataset", "", _load(path))
+    entries = table.keys.get("directory")
+    if isinstance(entries, list):
+        table.keys["directory"] = [
+            _one_directory(table, number, entry) if isinstance(entry, dict) else entry
+            for number, entry in enumerate(entries)
+        ]
+    return check(DatasetSettings, table, known_keys("dataset", DatasetSettings))
+
+
+def _one_directory(dataset: Table, number: int, written: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of `directory` with second spellings replaced; a key given twice is a problem of `dataset`."""
+    entry = one_table(dataset.file, "directory", dataset.locate(("directory", number)), written)
+    dataset.problems.extend(entry.problems)
+    return entry.keys

@@ -1,0 +1,116 @@
+"""One table of a file -> a settings value, or what is wrong with it, told in the user's own words."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from utils.settings.errors import Problem, SettingsError
+from utils.settings.keys import GROUPS, NESTED, SECTIONS, SPELLINGS, unknown_key
+from utils.settings.plain import explain, given
+
+T = TypeVar("T", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Reading(Generic[T]):
+    """What a table came to. `value` lacks the keys named in `broken`: then only rules may look at it."""
+
+    value: T
+    problems: list[Problem] = field(default_factory=list)
+    broken: frozenset[str] = frozenset()
+
+    def sound(self) -> T:
+        """The value, or a SettingsError with the problems."""
+        if self.problems:
+            raise SettingsError(self.problems)
+        return self.value
+
+
+@dataclass
+class Table:
+    """The keys of a table, and for messages where each was written: its table's title and its spelling."""
+
+    file: str
+    keys: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, tuple[str, str]] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    title: str = ""
+
+    def add(self, key: str, value: Any, title: str, written: str) -> None:
+        """Takes up a key; a second value for it is a problem."""
+        if key in self.keys:
+            first = where(*self.places[key])
+            self.complain(where(title, written), f"is given twice: {first} is the same key; keep one of them")
+        else:
+            self.keys[key], self.places[key] = value, (title, written)
+
+    def locate(self, loc: tuple[str | int, ...]) -> str:
+        """The words for one of pydantic's locations in this table."""
+        if not loc:
+            return self.title
+        title, written = self.places.get(str(loc[0]), (self.title, str(loc[0])))
+        inner = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc[1:])
+        return where(title, written + inner)
+
+    def complain(self, place: str, message: str) -> None:
+        """Notes a problem at `place`."""
+        self.problems.append(Problem(self.file, place, message))
+
+
+def where(title: str, key: str) -> str:
+    """The words for a key: `[optimizer] lr`, or key `epochs` at the top of a file."""
+    return f"{title} {key}".rstrip() if title else f"key `{key}`"
+
+
+def one_table(file: str, section: str, title: str, written: Mapping[str, Any]) -> Table:
+    """A table as written, with second spellings replaced by the keys that they stand for."""
+    table = Table(file, title=title)
+    for key, value in written.items():
+        table.add(SPELLINGS.get(section, {}).get(key, key), value, title, key)
+    return table
+
+
+def run_table(file: str, raw: Mapping[str, Any]) -> Table:
+    """The run's own keys, from the top of the file and from the tables that only group them."""
+    table = Table(file)
+    top = {key: value for key, value in raw.items() if key not in {*GROUPS, *SECTIONS}}
+    for title, keys in [("", top), *((f"[{group}]", raw[group]) for group in GROUPS if group in raw)]:
+        if not isinstance(keys, dict):
+            table.complain(title, f"must be a table; given: {given(keys)}")
+            continue
+        for key, value in keys.items():
+            if key in SECTIONS:
+                table.complain(where(title, key), f"no such key here; [{key}] is a table of its own")
+            else:
+                table.add(key, value, title, key)
+    return table
+
+
+def check(cls: type[T], table: Table, known: Iterable[str]) -> Reading[T]:
+    """`table` as a `cls`, which has the `known` keys in all their spellings."""
+    try:
+        return Reading(cls.model_validate(table.keys), table.problems)
+    except ValidationError as error:
+        errors = error.errors()
+    problems = [*table.problems]
+    for error in errors:
+        loc = error["loc"]
+        if error["type"] == "extra_forbidden":
+            message = unknown_key(str(loc[-1]), NESTED[str(loc[0])].model_fields if len(loc) > 1 else known)
+        else:
+            message = explain(error)
+        problems.append(Problem(table.file, table.locate(loc), message))
+    broken = frozenset(str(error["loc"][0]) for error in errors if error["loc"])
+    return Reading(_partial(cls, table.keys, broken), problems, broken)
+
+
+def _partial(cls: type[T], keys: Mapping[str, Any], broken: frozenset[str]) -> T:
+    """A `cls` of the sound keys alone, not validated as a whole."""
+    sound = {
+        name: TypeAdapter(Annotated[info.annotation, info]).validate_python(keys[name])
+        for name, info in cls.model_fields.items()
+        if name in keys and name not in broken
+    }
+    return cls.model_construct(**sound)
