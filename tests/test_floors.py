@@ -25,8 +25,9 @@ PLACES = {
     "utils.settings": (0, "settings"),
     "utils.media": (0, "media"),
     "utils.diffusion": (0, "diffusion"),
-    "utils.adapters": (0, "adapters"),
+    "utils.adapters": (1, "adapters"),
     "utils.ranks": (0, "ranks"),
+    "utils.progress_bar": (0, "progress_bar"),
     "utils": (0, "utils"),
 }
 

@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -121,14 +122,14 @@ def share(ranks: Ranks, tag: str, value: Any, timeout: timedelta = timedelta(hou
     return [json.loads(store.get(key)) for key in keys]
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether `flag` is set on any rank; every rank gets the same answer."""
+def any_rank(flags: Sequence[bool]) -> list[bool]:
+    """For each flag whether it is set on any rank; every rank gets the same answer."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return flag
+        return list(flags)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    votes = torch.tensor([int(flag)], device=device)
+    votes = torch.tensor([int(flag) for flag in flags], device=device)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes.item())
+    return [bool(vote) for vote in votes.tolist()]
 
 
 def barrier() -> None:

@@ -92,8 +92,7 @@ class ImageAutoencoder:
         latents = latents_BChw.to(self.device, self.dtype) / config.scaling_factor + (config.shift_factor or 0.0)
         return rearrange(self.vae.decode(latents).sample.float(), "b c h w -> b c 1 h w").clamp(-1, 1)
 
-    def item_bytes(self, bucket: Bucket) -> int:
+    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         config = AutoencoderKL.load_config(self.folder / "vae")
         cell = 2 ** (len(config["block_out_channels"]) - 1)
-        return config["latent_channels"] * (bucket.width // cell) * (bucket.height // cell) * self.dtype.itemsize
-
+        return {self.output: ((config["latent_channels"], bucket.height // cell, bucket.width // cell), self.dtype)}

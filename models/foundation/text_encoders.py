@@ -5,7 +5,7 @@ Shapes: B captions, L tokens, D features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, PreTrainedModel, T5EncoderModel
+from transformers.utils.logging import disable_progress_bar
 
 from models.foundation.weights import fingerprint, read_header
 from utils.dataset.buckets import Bucket
@@ -52,7 +53,7 @@ class TextEncoder:
         file: a single .safetensors file, or a folder, with weights that replace the folder's.
         dtype: in which it computes.
         encode: captions -> named features; its repr is part of the fingerprint.
-        feature_bytes: of one caption's features, for the estimate before caching.
+        shapes: of one caption's features, by name.
     """
 
     reads = ("caption",)
@@ -67,11 +68,11 @@ class TextEncoder:
         file: Path | None,
         dtype: torch.dtype,
         encode: Encode,
-        feature_bytes: int,
+        shapes: Mapping[str, tuple[int, ...]],
     ):
         self.name, self.model_class, self.folder = name, model_class, folder
         self.subfolder, self.tokenizer_folder = subfolder, folder / tokenizer
-        self.file, self.dtype, self.features, self.feature_bytes = file, dtype, encode, feature_bytes
+        self.file, self.dtype, self.features, self.shapes = file, dtype, encode, shapes
         self.model: nn.Module | None = None
         self.tokenizer: Any = None
 
@@ -85,6 +86,7 @@ class TextEncoder:
         return self.file or self.folder / self.subfolder
 
     def load(self, device: torch.device) -> None:
+        disable_progress_bar()
         self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_folder)
         self.model = self._load_model().to(device).eval().requires_grad_(False)
 
@@ -111,19 +113,19 @@ class TextEncoder:
     def encode(self, caption: list[str]) -> dict[str, torch.Tensor]:
         return self.features(self.model, self.tokenizer, caption)
 
-    def item_bytes(self, bucket: Bucket) -> int:
-        return self.feature_bytes
+    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {name: (shape, self.dtype) for name, shape in self.shapes.items()}
 
 
 def clip_l(folder: Path, file: Path | None, dtype: torch.dtype) -> TextEncoder:
     """CLIP's pooled output, from `text_encoder` and `tokenizer` of a diffusers folder."""
     width = AutoConfig.from_pretrained(folder / "text_encoder").hidden_size
     return TextEncoder("clip", CLIPTextModel, folder, "text_encoder", "tokenizer", file, dtype, clip_pooled,
-                       width * dtype.itemsize)  # fmt: skip
+                       {"clip_pooled": (width,)})  # fmt: skip
 
 
 def t5(folder: Path, file: Path | None, dtype: torch.dtype, length: int) -> TextEncoder:
     """T5's features of `length` tokens, from `text_encoder_2` and `tokenizer_2` of a diffusers folder."""
     width = AutoConfig.from_pretrained(folder / "text_encoder_2").d_model
     return TextEncoder("t5", T5EncoderModel, folder, "text_encoder_2", "tokenizer_2", file, dtype, T5Features(length),
-                       length * width * dtype.itemsize)  # fmt: skip
+                       {"t5": (length, width)})  # fmt: skip

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.dataset.buckets import MediaFacts, Sample, assign
-from utils.dataset.encoding import CacheReport
+from utils.dataset.encoding import CacheReport, Encoder
 from utils.dataset.manifest import scan
 from utils.ranks import Ranks, share
 from utils.settings.errors import Problem, SettingsError
@@ -41,7 +41,12 @@ class Collection:
 
 
 def collect(
-    sources: Sequence[Source], facts: MediaFacts, index_path: Path, *, trust: bool = False, progress: bool = False
+    sources: Sequence[Source],
+    facts: MediaFacts,
+    index_path: Path,
+    *,
+    trust: bool = False,
+    progress: bool = False,
 ) -> list[Collection]:
     """The samples of every source.
 
@@ -91,13 +96,28 @@ def collect_together(
 
 
 def _mixed_controls(collections: Sequence[Collection]) -> list[Problem]:
-    """A batch either has control images or has none: a set must not mix."""
+    """Batches either all have control images or have none."""
+    if not any(collection.has_controls for collection in collections):
+        return []
     return [
-        Problem(str(collection.source.file), "control_path", "some directories have control images and some have none; "
-                "give all of them a control_path, or train them apart")  # fmt: skip
+        Problem(
+            str(collection.source.file),
+            "control_path",
+            "some directories of this run have control images and some "
+            "have none; give all of them a control_path, or train them apart",
+        )  # fmt: skip
         for collection in collections
-        if collection.has_controls and not all(sample.control for sample in collection.samples)
+        if not all(sample.control for sample in collection.samples)
     ]
+
+
+def encoders_for(
+    collections: Sequence[Collection],
+    encoders: Callable[[], list[Encoder]],
+    control_encoders: Callable[[], list[Encoder]],
+) -> list[Encoder]:
+    """What must encode these collections: a model's encoders, and those for control images where there are some."""
+    return encoders() + (control_encoders() if any(c.has_controls for c in collections) else [])
 
 
 def refuse_failures(reports: Sequence[CacheReport]) -> None:
@@ -112,5 +132,7 @@ def refuse_failures(reports: Sequence[CacheReport]) -> None:
     problems = [Problem("", "unreadable", failure.reason) for failure in failures[:FAILURES_LISTED]]
     if len(failures) > FAILURES_LISTED:
         problems.append(Problem("", "", f"and {len(failures) - FAILURES_LISTED} more"))
-    problems.append(Problem("", "", "mend or remove these files and start again; what is encoded stays encoded"))
+    problems.append(
+        Problem("", "", "mend or remove these files and start again; what is encoded stays encoded")
+    )
     raise SettingsError(problems)

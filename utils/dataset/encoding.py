@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from tqdm import tqdm
 
 from utils.dataset.buckets import Bucket, Sample
 from utils.dataset.manifest import MediaFile
 from utils.dataset.tensor_store import TensorStore
 from utils.media.decode import MediaError, load_image
+from utils.progress_bar import progress_bar
 from utils.ranks import Ranks, share
 
 logger = logging.getLogger(__name__)
@@ -52,8 +52,8 @@ class Encoder(Protocol):
         """Features of a batch, batched in dimension 0, under names that no other encoder of the model uses.
         Pixels and control come as BCFHW on the CPU, captions as a list of B strings."""
 
-    def item_bytes(self, bucket: Bucket) -> int:
-        """About what one sample takes in the cache, in bytes."""
+    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape, without the batch, and type of each feature of a sample; nothing is loaded for it."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _encode(
     batches = list(_batches(items, encoder, batch_size))
     with (
         ThreadPoolExecutor(DECODERS) as pool,
-        tqdm(total=len(items), desc=f"cache {encoder.name}", disable=not progress) as bar,
+        progress_bar(len(items), f"cache {encoder.name}", active=progress) as bar,
         torch.no_grad(),
     ):
         for batch in _decoded(batches, lambda key: _inputs(encoder, items[key]), pool):

@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from utils.media.decode import CLIP_SUFFIXES, IMAGE_SUFFIXES, MediaError, probe
+from utils.progress_bar import progress_bar
 from utils.settings.errors import Problem
 from utils.settings.schema import DatasetSettings, ResolvedDirectory
 
@@ -30,7 +29,7 @@ BUSY_SECONDS = 60
 
 @dataclass(frozen=True)
 class MediaFile:
-    """A picture or clip: where it is, the hash of its content, its size as it is looked at in pixels, its frames."""
+    """A picture or clip: where it is, the hash of its content, its upright size in pixels, its frames."""
 
     path: Path
     digest: str
@@ -92,7 +91,7 @@ class _Findings:
 
 @dataclass(frozen=True)
 class _Folder:
-    """The paths that a directory contributes, before any file is opened: captions and controls by image stem."""
+    """What a directory contributes, before any file is opened; captions and controls by the image's stem."""
 
     settings: ResolvedDirectory
     images: list[Path]
@@ -219,7 +218,10 @@ def _identify_all(
         found = pool.map(lambda path: _identify(path, known.get(str(path)), trust), paths)
         records: list[_Record | MediaError] = []
         try:
-            records.extend(tqdm(found, "files", total=len(paths), disable=not progress))
+            with progress_bar(len(paths), "files", active=progress) as bar:
+                for record in found:
+                    records.append(record)
+                    bar.update()
         finally:
             # Also of a scan that is interrupted: hours of hashing are kept.
             identified = [record for record in records if isinstance(record, _Record)]

@@ -21,8 +21,8 @@ Item = TypeVar("Item")
 class Slot:
     """Micro-batches of one bucket, one for each data rank.
 
-    `samples` are positions within bucket number `bucket`: those of data rank 0, then those of rank 1, and so on.
-    The last `fill` of them appear elsewhere in this epoch, where they are no fill.
+    `samples` are positions within bucket number `bucket`: those of data rank 0, then those of rank 1, and so
+    on. The last `fill` of them appear elsewhere in this epoch, where they are no fill.
     """
 
     bucket: int

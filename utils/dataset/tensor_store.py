@@ -31,8 +31,6 @@ FLUSH_BYTES = 2**26
 FLUSH_SECONDS = 30.0
 BUSY_SECONDS = 120
 KEYS_PER_QUERY = 10_000
-# Tensors are views of an item's bytes, and a view asks that its start is a multiple of its element's size.
-ALIGNMENT = 64
 HEADER_LENGTH_BYTES = 8
 DTYPES = {
     "BOOL": torch.bool,
@@ -113,8 +111,7 @@ class TensorStore:
     def put(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keeps an item, in place of the one that had its key; it is safe after the next `flush`."""
         assert self._writer_id is not None, "this store only reads"
-        # Cloned: views that share memory are refused by safetensors, or would be written at their whole
-        # length.
+        # Cloned: safetensors refuses tensors that share memory.
         item = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
         self._pending[key] = item
         self._pending_bytes += len(item)
@@ -131,7 +128,6 @@ class TensorStore:
                     "INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?, ?)",
                     [(key, *place) for key, place in places.items()],
                 )
-        self._verified -= self._pending.keys()
         self._pending, self._pending_bytes = {}, 0
         self._last_flush = time.monotonic()
 
@@ -154,9 +150,8 @@ class TensorStore:
         keys = list(keys)
         found = set(self._pending)
         for part in _parts(keys):
-            found.update(
-                key for (key,) in self._query(f"SELECT key FROM items WHERE key IN {_marks(part)}", part)
-            )
+            rows = self._query(f"SELECT key FROM items WHERE key IN {_marks(part)}", part)
+            found.update(key for (key,) in rows)
         return [key for key in keys if key not in found]
 
     def delete(self, keys: Iterable[str]) -> None:
@@ -168,11 +163,7 @@ class TensorStore:
             for part in _parts(list(keys)):
                 rows = index.execute(f"DELETE FROM items WHERE key IN {_marks(part)} RETURNING shard", part)
                 touched.update(shard for (shard,) in rows)
-            kept = (
-                {shard for (shard,) in index.execute("SELECT DISTINCT shard FROM items")}
-                if touched
-                else set()
-            )
+            kept = {shard for (shard,) in index.execute("SELECT DISTINCT shard FROM items")}
         for shard in touched - kept:
             (self.folder / shard).unlink(missing_ok=True)
 
@@ -189,7 +180,6 @@ class TensorStore:
         shard = self._shard = self._shard or self._new_shard()
         places = {}
         for key, item in items.items():
-            shard.write(bytes(-shard.tell() % ALIGNMENT))
             places[key] = _Place(Path(shard.name).name, shard.tell(), len(item), zlib.crc32(item))
             shard.write(item)
         shard.flush()
@@ -217,8 +207,8 @@ class TensorStore:
 
     def _read(self, key: str, place: _Place) -> torch.Tensor:
         """The item's bytes, checked when they are read for the first time."""
-        # Read and not mapped: the one copy costs no more than a mapping's page faults, and a shard cut short
-        # is an error with a name where a mapping would end the process.
+        # Read and not mapped: a shard cut short is an error with a name, where a mapping would end the
+        # process. The copy takes a fraction of a millisecond for some megabytes.
         item = torch.empty(place.length, dtype=torch.uint8)
         try:
             with (self.folder / place.shard).open("rb", buffering=0) as shard:
@@ -226,12 +216,10 @@ class TensorStore:
                 read = shard.readinto(item.numpy())
         except FileNotFoundError:
             read = 0
-        checked = key in self._verified
-        if read != place.length or not (checked or zlib.crc32(item.numpy()) == place.crc32):
-            raise CorruptItem(
-                f"{self.folder / place.shard}: the item {key} at byte {place.offset} is damaged or missing; "
-                "encode it again by filling the cache anew"
-            )
+        sound = read == place.length and (key in self._verified or zlib.crc32(item.numpy()) == place.crc32)
+        if not sound:
+            where = f"{self.folder / place.shard}: the item {key} at byte {place.offset}"
+            raise CorruptItem(f"{where} is damaged or missing; regenerate the cache")
         self._verified.add(key)
         return item
 

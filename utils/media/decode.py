@@ -92,13 +92,13 @@ def _open(path: Path) -> Iterator[Image.Image]:
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     """`image`, of any mode, as RGB on white."""
-    if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, WHITE)
-        return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow's own conversion clips 16-bit grey to 255 instead of scaling it.
         levels_HW = np.asarray(image).clip(0, 65535) / 257
         image = Image.fromarray(levels_HW.round().astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, WHITE)
+        image = Image.alpha_composite(canvas, image.convert("RGBA"))
     return image.convert("RGB")

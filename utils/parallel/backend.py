@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 
-import torch
 
 
 def initialize_deepspeed() -> None:
@@ -15,6 +14,8 @@ def initialize_deepspeed() -> None:
     time, a lock that a killed build leaves behind for ever, and 132 MB in /dev/shm per run. Nothing here uses it, so it
     is declared unavailable.
     """
+    import torch
+
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed

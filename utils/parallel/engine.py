@@ -12,8 +12,7 @@ What differs from `deepspeed.runtime.pipe.engine.PipelineEngine` of 0.19.8, each
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,12 +241,8 @@ def _to_device(fields: Any, device: torch.device) -> Any:
             return tuple(move(part) for part in field)
         return field if field is None else field.to(device, non_blocking=True)
 
-    moved: Iterator[Any] = map(move, fields)
+    if fields is None:
+        return None
+    moved = [move(field) for field in fields]
     return type(fields)(*moved) if hasattr(fields, "_fields") else tuple(moved)
 
-
-def collect_garbage() -> None:
-    """Frees what the set-up left behind before the first step allocates."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from utils.run.progress import Progress
 
@@ -28,6 +29,11 @@ class Cadence:
         self.clock = clock
         self.last_time = clock()
 
+    @property
+    def ever(self) -> bool:
+        """Whether any interval is given."""
+        return any(interval is not None for interval in (self.steps, self.epochs, self.examples, self.minutes))
+
     def due(self, before: Progress, after: Progress, epoch_ended: bool) -> bool:
         """Whether the step from `before` to `after` reached an interval. A pure function of the progress: the same on
         every rank, and after a resume. Minutes are asked for apart, see `overdue`."""
@@ -45,3 +51,20 @@ class Cadence:
     def restart(self) -> None:
         """Counts the minutes from now."""
         self.last_time = self.clock()
+
+
+@dataclass(frozen=True)
+class Duty:
+    """Something done between two steps: evaluation, sampling, export.
+
+    Attributes:
+        perform: does it; takes the progress, and whether an epoch has just ended.
+        cadence: when.
+        before_first_step: also before training.
+        at_end: also after the last step.
+    """
+
+    perform: Callable[[Progress, bool], None]
+    cadence: Cadence
+    before_first_step: bool = False
+    at_end: bool = False

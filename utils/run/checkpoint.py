@@ -103,6 +103,25 @@ class Checkpoint:
         files = [safe_open(path, framework="pt") for path in sorted(self.folder.glob("state-*.safetensors"))]
         self._files = {key: file for file in files for key in file.keys()}
 
+    def check_optimizer(self, settings: Mapping[str, Any], *, new_parameters: bool, new_state: bool) -> None:
+        """Whether [optimizer] is that of the checkpoint, unless the user asked for another.
+
+        Raises:
+            SettingsError: naming the keys that differ and the flag that takes the config's.
+        """
+        old = self.made_with["optimizer"]
+        if new_state:
+            return
+        if old["type"] != settings["type"]:
+            raise SettingsError.of(
+                f"is '{settings['type']}', the checkpoint's is '{old['type']}', whose state it cannot use; pass "
+                "--reset_optimizer to begin with a new state", str(self.folder), "[optimizer] type")  # fmt: skip
+        changed = [key for key in settings if settings[key] != old.get(key)]
+        if changed and not new_parameters:
+            values = ", ".join(f"{key} = {settings[key]} (checkpoint: {old.get(key)})" for key in changed)
+            raise SettingsError.of(f"{values}; pass --reset_optimizer_params to take the config's", str(self.folder),
+                                   "[optimizer]")  # fmt: skip
+
     def load_weights(self, parameters: NamedParameters) -> None:
         """Copies the weights of these parameters.
 

@@ -36,6 +36,10 @@ class Progress:
         """The beginning of the following epoch."""
         return replace(self, epoch=self.epoch + 1, step_in_epoch=0, epoch_loss_sum=0.0)
 
+    def with_global_batch(self, old: int, new: int) -> Progress:
+        """The same place in the epoch when a step takes `new` samples instead of `old`."""
+        return self if old == new else replace(self, step_in_epoch=self.step_in_epoch * old // new)
+
     @property
     def epoch_loss(self) -> float:
         """Mean loss of this epoch's steps so far."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 import warnings
@@ -12,6 +13,7 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
+from utils.progress_bar import progress_bar
 from utils.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ def start_logging(ranks: Ranks) -> None:
     logging.basicConfig(level=logging.INFO if ranks.is_main else logging.ERROR, handlers=[handler], force=True)
     for name, level in QUIET_LIBRARIES.items():
         logging.getLogger(name).setLevel(level)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
@@ -82,13 +85,12 @@ class StepReporter:
     def __init__(self, first: int, total: int, every: int, active: bool):
         self.first, self.total, self.every, self.active = first, total, every, active
         self.started = time.monotonic()
-        on_terminal = active and sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=first, desc="training", unit="step", disable=not on_terminal)
+        # Into a file the log lines tell enough.
+        self.bar = progress_bar(total, "training", first=first, active=active and sys.stderr.isatty())
 
     def step(self, done: int, epoch: int, values: dict[str, float]) -> None:
         """Tells of a step; `done` counts steps since the run's beginning."""
         self.bar.update(1)
-        self.bar.set_postfix(loss=f"{values['train/loss']:.4f}")
         if self.active and (done % self.every == 0 or done == self.total):
             pace = (time.monotonic() - self.started) / (done - self.first)
             left = timedelta(seconds=round(pace * (self.total - done)))

@@ -40,7 +40,7 @@ class SampleModel:
         tokens: latent shape -> image tokens.
         scheduler: -> a stock flow-matching scheduler of diffusers.
         shift: the model's constants for a scheduler that shifts by size.
-        decode: latents (1, ...) -> pixels (1, C, F, H, W) in [-1, 1].
+        decode: latents, each (1, ...) -> pixels, each (C, F, H, W) in [-1, 1].
     """
 
     features: Callable[[str], Mapping[str, torch.Tensor]]
@@ -50,7 +50,7 @@ class SampleModel:
     tokens: Callable[[Sequence[int]], int]
     scheduler: Callable[[], Any]
     shift: ResolutionShift
-    decode: Callable[[torch.Tensor], torch.Tensor]
+    decode: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
 
 
 def sample(
@@ -60,11 +60,11 @@ def sample(
     """Draws every prompt into `folder/samples/step000100/00_<prompt>.png`, the data ranks sharing the prompts."""
     place = folder / "samples" / f"step{step:06d}"
     place.mkdir(parents=True, exist_ok=True)
-    for index in range(ranks.data_rank, len(settings.prompts), ranks.data_ranks):
-        latents = denoise(engine, ranks, model, settings, settings.prompts[index], index)
-        if ranks.is_first_stage:
-            picture = tensor_to_image(model.decode(latents)[0])
-            picture.save(place / file_name(index, settings.prompts[index]))
+    own = range(ranks.data_rank, len(settings.prompts), ranks.data_ranks)
+    latents = [denoise(engine, ranks, model, settings, settings.prompts[index], index) for index in own]
+    if ranks.is_first_stage:
+        for index, pixels_CFHW in zip(own, model.decode(latents), strict=True):
+            tensor_to_image(pixels_CFHW).save(place / file_name(index, settings.prompts[index]))
     together.barrier()
     if ranks.is_main:
         for index, prompt in enumerate(settings.prompts):

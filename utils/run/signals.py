@@ -15,7 +15,7 @@ class StopRequests:
     """Listens for signals while it is entered. A second signal ends the process at once."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.received: int | None = None
         self._launcher = os.getppid() if LAUNCHER in _command_of(os.getppid()) else None
         self._launcher_parent = _parent_of(self._launcher) if self._launcher else None
         self._before: dict[int, object] = {}
@@ -29,14 +29,19 @@ class StopRequests:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.received = number
         signal.signal(number, signal.SIG_DFL)
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal, as shells have it."""
+        return 128 + (self.received or signal.SIGTERM)
 
     def pending(self) -> bool:
         """Whether this process was asked to stop, or the `deepspeed` command that started its launcher is gone: a
         terminated `deepspeed` leaves launcher and processes behind, and they would train on unseen."""
         orphaned = self._launcher is not None and _parent_of(self._launcher) != self._launcher_parent
-        return self.requested or orphaned
+        return self.received is not None or orphaned
 
 
 def _parent_of(process: int) -> int | None:

@@ -290,8 +290,9 @@ class Settings(SettingsTable):
     """Export weights after every n training samples."""
     save_dtype: DType | None = None
     """Type of exported weights; default: the type in which they are trained."""
-    save_format: Literal["diffusers", "comfyui", "both"] = "diffusers"
-    """Program whose key names exported weights follow."""
+    save_format: Literal["diffusers", "comfyui", "both"] | None = None
+    """Layout of exported weights: diffusers', or the single file that ComfyUI loads; default: diffusers for an adapter,
+    both for a full fine-tune."""
     checkpoint_every_n_steps: Count | None = None
     """Write the state to resume from after every n steps."""
     checkpoint_every_n_epochs: Count | None = None
@@ -396,7 +397,7 @@ class DatasetSettings(SettingsTable):
     num_repeats: Count = 1
     """Times that each sample is used in an epoch."""
     cache_dir: UserPath | None = None
-    """Folder of encoded samples; default: a folder beside the data, named by the trainer."""
+    """Folder of encoded samples, which all runs may share; default: `cache` in the run's `output_dir`."""
     directory: Annotated[list[DirectorySettings], Field(min_length=1)]
     """The folders of the data: one `[[directory]]` table each."""
 

@@ -1,0 +1,79 @@
+"""Adapter files of other programs and of earlier runs -> the factors of this run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from models.foundation.key_layouts import KeyLayout
+from models.foundation.weights import read_header
+from utils.settings.errors import SettingsError
+
+Tensors = dict[str, torch.Tensor]
+PEFT_PREFIX = "base_model.model."
+
+
+def read_adapter(
+    path: Path, denoiser: nn.Module, denoiser_folder: str, layout: KeyLayout | None, scale: float
+) -> Tensors:
+    """The factors in a file or folder under our names, such that `scale` (alpha / rank of this run) gives the effect
+    that the file has in the program which wrote it. Reads diffusers', PEFT's and kohya's names.
+
+    Raises:
+        SettingsError: the file is none of these.
+    """
+    file = _adapter_file(path)
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata() or {}
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+    if any(".lora_down.weight" in key for key in tensors):
+        if layout is None:
+            raise SettingsError.of("kohya's names are not known for this model; give the file in diffusers' layout",
+                                   str(path))  # fmt: skip
+        linears = {name: module for name, module in denoiser.named_modules() if hasattr(module, "out_features")}
+        modules = [name for name in linears if ".lora_" not in name and ".base_layer" not in name]
+        factors = layout.lora_from_kohya(tensors, modules, lambda name: linears[name].out_features)
+        return _scaled_up(factors, dict.fromkeys(factors, 1.0 / scale))
+    factors = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PEFT_PREFIX).removeprefix(f"{denoiser_folder}.").removeprefix("diffusion_model.")
+        factors[name] = tensor
+    alphas = {name.removesuffix(".alpha"): factors.pop(name).item() for name in list(factors) if name.endswith(".alpha")}
+    if not any(name.endswith(".lora_A.weight") for name in factors):
+        raise SettingsError.of(f"no LoRA factors in this file, its first tensor is '{next(iter(tensors), 'none')}'",
+                               str(path))  # fmt: skip
+    return _scaled_up(factors, {name: _scale(name, factors, alphas, metadata) / scale for name in factors})
+
+
+def _adapter_file(path: Path) -> Path:
+    if path.is_file():
+        read_header(path)
+        return path
+    files = read_header(path).paths
+    preferred = [file for file in files if file.name == "adapter_model.safetensors"] or files
+    return preferred[0]
+
+
+def _scale(name: str, factors: Tensors, alphas: Mapping[str, float], metadata: Mapping[str, str]) -> float:
+    """alpha / rank of the module that a factor belongs to: by its own alpha, the header's, or 1."""
+    module = name.split(".lora_")[0]
+    rank = factors[f"{module}.lora_A.weight"].shape[0]
+    if module in alphas:
+        return alphas[module] / rank
+    if "lora_adapter_metadata" in metadata:
+        known = json.loads(metadata["lora_adapter_metadata"])
+        alpha = next((value for key, value in known.items() if key.endswith("lora_alpha")), rank)
+        return alpha / rank
+    return 1.0
+
+
+def _scaled_up(factors: Tensors, by: Mapping[str, float]) -> Tensors:
+    return {
+        name: tensor * by[name] if name.endswith(".lora_B.weight") and by[name] != 1.0 else tensor
+        for name, tensor in factors.items()
+    }

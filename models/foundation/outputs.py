@@ -1,0 +1,83 @@
+"""What a run gives out of a model: exported weights, and samples drawn on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from models.base import BasePipeline
+from models.foundation.placement import Blueprint
+from utils.adapters.attach import scale
+from utils.dataset.batches import SampleReader
+from utils.dataset.buckets import Bucket, Sample
+from utils.dataset.encoding import Encoder, fill
+from utils.ranks import Ranks
+from utils.run.export import ExportPlan, Tensors, settings_hash
+from utils.run.sampling import SampleModel
+from utils.settings.schema import Settings, torch_dtype
+
+COMFYUI = "comfyui"
+
+
+def export_plan(pipeline: BasePipeline, settings: Settings, blueprint: Blueprint) -> ExportPlan:
+    """What the exports of this run contain."""
+    layout, adapter = pipeline.original_layout, settings.adapter
+    rows = {name: module.out_features for name, module in blueprint.denoiser.named_modules()
+            if hasattr(module, "out_features")}  # fmt: skip
+
+    def lora_to_kohya(tensors: Tensors) -> Tensors:
+        return layout.lora_to_kohya(tensors, lambda module: scale(adapter), rows.__getitem__)
+
+    convert = lora_to_kohya if adapter else layout and layout.to_original
+    asked = settings.save_format or ("diffusers" if adapter else "both")
+    return ExportPlan(
+        adapter=adapter,
+        dtype=torch_dtype(settings.save_dtype) if settings.save_dtype else None,
+        formats=("diffusers", COMFYUI) if asked == "both" else (asked,),
+        layouts={COMFYUI: convert} if layout else {},
+        config=dict(blueprint.denoiser.config),
+        denoiser_folder=pipeline.denoiser_folder,
+        metadata={
+            "trained_with": "penstock",
+            "model_type": settings.model.type,
+            "base_model": Path(pipeline.denoiser_path).name if settings.model.transformer_path
+                          else settings.model.diffusers_path.resolve().name,
+            "settings_hash": settings_hash(settings.model_dump_json()),
+        },
+    )  # fmt: skip
+
+
+def sample_model(
+    pipeline: BasePipeline, encoders: Sequence[Encoder], settings: Settings, ranks: Ranks, cache_dir: Path
+) -> SampleModel:
+    """How to draw this model's samples; encodes the prompts into the cache."""
+    autoencoder = encoders[0]
+    text_encoders = [encoder for encoder in encoders if encoder.reads == ("caption",)]
+    bucket = Bucket(settings.sampling.width, settings.sampling.height, 1)
+    prompts = {prompt: Sample(prompt, None, prompt, None, bucket, 0) for prompt in settings.sampling.prompts}
+    if prompts:
+        fill(text_encoders, list(prompts.values()), cache_dir, ranks, settings.caching_batch_size, ranks.device,
+             tag="prompts")  # fmt: skip
+    reader = SampleReader(text_encoders, cache_dir)
+
+    def features(prompt: str) -> Mapping[str, torch.Tensor]:
+        return reader.batch([prompts[prompt]]).features
+
+    def decode(latents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        autoencoder.load(ranks.device)
+        pixels = [autoencoder.decode(one)[0].cpu() for one in latents]
+        autoencoder.unload()
+        return pixels
+
+    return SampleModel(
+        features=features,
+        prepare=pipeline.prepare_inputs,
+        velocity=pipeline.objective.velocity,
+        latent_shape=pipeline.latent_shape,
+        tokens=pipeline.tokens,
+        scheduler=pipeline.scheduler,
+        shift=pipeline.resolution_shift,
+        decode=decode,
+    )

@@ -1,0 +1,81 @@
+"""The piece of a model that one process trains: built without memory, cut, and only then given its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from models.base import BasePipeline
+from models.foundation.adapter_files import read_adapter
+from utils.adapters import attach
+from utils.parallel.partition import stage_bounds
+from utils.settings.errors import SettingsError
+from utils.settings.schema import Settings
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A denoiser, still without weights, with its adapter attached and cut into stages.
+
+    Attributes:
+        denoiser: the whole module.
+        layers: its layers in order; they share the denoiser's parameters.
+        bounds: the half-open range of layers of every stage.
+    """
+
+    denoiser: nn.Module
+    layers: list[nn.Module]
+    bounds: list[tuple[int, int]]
+
+    def stage_layers(self, stage: int) -> list[nn.Module]:
+        start, stop = self.bounds[stage]
+        return self.layers[start:stop]
+
+    def trained(self, layers: list[nn.Module]) -> dict[str, nn.Parameter]:
+        """The trainable parameters among `layers`, by name."""
+        held = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        return {
+            attach.base_name(name): parameter
+            for name, parameter in self.denoiser.named_parameters()
+            if parameter.requires_grad and id(parameter) in held
+        }
+
+
+def draw_up(pipeline: BasePipeline, settings: Settings, denoiser: nn.Module) -> Blueprint:
+    """Attaches the adapter and cuts the denoiser.
+
+    Raises:
+        SettingsError: the adapter's patterns leave nothing, or the stages do not fit the layers.
+    """
+    if settings.adapter:
+        attach.attach(denoiser, pipeline.blocks, settings.adapter)
+    layers = pipeline.to_layers(denoiser)
+    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    try:
+        bounds = stage_bounds(settings.partition_method, sizes, settings.pipeline_stages, settings.partition_split)
+    except ValueError as error:
+        raise SettingsError.of(str(error), where="pipeline_stages, partition_split") from error
+    return Blueprint(denoiser, layers, bounds)
+
+
+def load_stage(pipeline: BasePipeline, settings: Settings, stage: int) -> Blueprint:
+    """A blueprint in which the layers of `stage` hold their weights, base and adapter.
+
+    Raises:
+        SettingsError: a file does not fit the model or the adapter.
+    """
+    denoiser = pipeline.load_denoiser()
+    weights = pipeline.open_weights(denoiser)
+    blueprint = draw_up(pipeline, settings, denoiser)
+    layers = blueprint.stage_layers(stage)
+    pipeline.fill(denoiser, weights, layers)
+    if settings.adapter:
+        attach.initialise(denoiser, layers, settings.adapter, pipeline.seed)
+        existing = settings.adapter.init_from_existing
+        if existing:
+            factors = read_adapter(
+                existing, denoiser, pipeline.denoiser_folder, pipeline.original_layout, attach.scale(settings.adapter)
+            )
+            attach.load(denoiser, layers, factors, str(existing))
+    return blueprint
