@@ -9,9 +9,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +66,35 @@ def _run(job: Callable[..., Any], rank: int, world_size: int, port: int, results
         results.put((rank, value, None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
+
+
+def run_command(words: list[str], world_size: int, log: Path) -> list[int]:
+    """`train.py` with these words on `world_size` processes; the exit codes, in the order of the ranks. What they print
+    goes to `log`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    port = _free_port()
+    processes = [
+        context.Process(target=_command, args=(words, rank, world_size, port, str(log))) for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=TIMEOUT.total_seconds())
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def _command(words: list[str], rank: int, world_size: int, port: int, log: str) -> None:
+    import train
+
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank),
+                      WORLD_SIZE=str(world_size))  # fmt: skip
+    torch.set_num_threads(1)
+    sys.exit(train.main(words))
 
 
 def _free_port() -> int:

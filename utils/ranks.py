@@ -99,6 +99,27 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
+def leave_together(ranks: Ranks, seconds: float) -> bool:
+    """Before a process ends early: waits until all want to, `seconds` at most. Whether they all did.
+
+    Processes that are not connected yet just wait; a launcher ends them when the main one has ended.
+    """
+    if ranks.world_size == 1:
+        return True
+    if not dist.is_initialized():
+        time.sleep(0.0 if ranks.is_main else seconds)
+        return False
+    try:
+        share(ranks, "leaving", None, timedelta(seconds=seconds))
+        # The main process keeps the store: the others must have read from it before it goes.
+        time.sleep(10 * POLL_SECONDS if ranks.is_main else 0.0)
+    except TimeoutError:
+        return False
+    except dist.DistError:
+        pass
+    return True
+
+
 def share(ranks: Ranks, tag: str, value: Any, timeout: timedelta = timedelta(hours=48)) -> list[Any]:
     """Every rank's `value` (anything JSON can hold), in the order of the ranks, once all have given theirs.
 

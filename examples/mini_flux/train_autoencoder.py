@@ -25,9 +25,11 @@ log = logging.getLogger(__name__)
 PICTURES, HELD_OUT = 6000, 256
 BATCH_SIZE = 16
 PEAK_LEARNING_RATE = 2e-3
-# Squared error beside the absolute one punishes a wrong colour more than a soft edge; the pull towards a
-# normal distribution is only as strong as it must be to keep the latents in one place.
+# Squared error beside the absolute one punishes a wrong colour more than a soft edge. The pull towards a
+# normal distribution is strong for an autoencoder: flow matching learns smooth latents much faster.
 SQUARED_ERROR_WEIGHT, KL_WEIGHT = 0.5, 2e-5
+# Of the finished encoder: a deviation of 0.00005.
+LOG_VARIANCE = -20.0
 
 
 def pictures_as_tensor(count: int, seed: int) -> Tensor:
@@ -72,6 +74,19 @@ def train(autoencoder: AutoencoderKL, pictures_BCHW: Tensor, steps: int) -> None
 
 
 @torch.no_grad()
+def narrow_posterior(autoencoder: AutoencoderKL) -> None:
+    """Makes a sampled latent equal to its mean.
+
+    The noise of training smooths the space of latents, and unused dimensions are noise alone. A transformer
+    that learns from samples would have to predict it.
+    """
+    last = autoencoder.encoder.conv_out
+    _, log_variance_rows = last.weight.chunk(2)
+    log_variance_rows.zero_()
+    last.bias.chunk(2)[1].fill_(LOG_VARIANCE)
+
+
+@torch.no_grad()
 def latents_of(autoencoder: AutoencoderKL, pictures_BCHW: Tensor) -> Tensor:
     """The means of the latent distributions, unscaled, `(B, 4, 8, 8)`."""
     return torch.cat([autoencoder.encode(x_BCHW).latent_dist.mode() for x_BCHW in pictures_BCHW.split(100)])
@@ -96,6 +111,7 @@ def main() -> None:
     autoencoder = new_autoencoder()
     log.info("%.2fM parameters", sum(parameter.numel() for parameter in autoencoder.parameters()) / 1e6)
     train(autoencoder, pictures_BCHW, options.steps)
+    narrow_posterior(autoencoder)
     error = held_out_error(autoencoder, pictures_as_tensor(HELD_OUT, seed=1))
     log.info("L1 on held-out pictures: %.4f", error)
 

@@ -109,7 +109,7 @@ def picture_of(rows: Sequence[tuple[str, Sequence[Path]]], prompts: Sequence[str
 def main() -> None:
     settings = tomllib.loads(CONFIG.read_text(encoding="utf-8"))
     try:
-        draw_stars("stars", count=60, seed=1)
+        draw_stars("stars", count=120, seed=1)
         draw_stars("held_out_stars", count=12, seed=2)
         train()
     except StepFailed as failure:

@@ -72,10 +72,23 @@ def load_stage(pipeline: BasePipeline, settings: Settings, stage: int) -> Bluepr
     pipeline.fill(denoiser, weights, layers)
     if settings.adapter:
         attach.initialise(denoiser, layers, settings.adapter, pipeline.seed)
-        existing = settings.adapter.init_from_existing
-        if existing:
-            factors = read_adapter(
-                existing, denoiser, pipeline.denoiser_folder, pipeline.original_layout, attach.scale(settings.adapter)
-            )
-            attach.load(denoiser, layers, factors, str(existing))
+        load_existing_adapter(pipeline, settings, blueprint, layers)
     return blueprint
+
+
+def load_existing_adapter(
+    pipeline: BasePipeline, settings: Settings, blueprint: Blueprint, layers: list[nn.Module]
+) -> None:
+    """Copies the adapter of `init_from_existing`, if one is named, into the factors of `layers`; with no layers it is
+    only checked.
+
+    Raises:
+        SettingsError: it does not fit the model or the run's adapter.
+    """
+    existing = settings.adapter and settings.adapter.init_from_existing
+    if existing:
+        factors = read_adapter(
+            existing, blueprint.denoiser, pipeline.denoiser_folder, pipeline.original_layout,
+            attach.scale(settings.adapter),
+        )  # fmt: skip
+        attach.load(blueprint.denoiser, layers, factors, str(existing))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from models.base import BasePipeline
-from models.foundation.placement import Blueprint, draw_up
+from models.foundation.placement import Blueprint, draw_up, load_existing_adapter
 from models.foundation.weights import build_empty
 from utils.dataset.buckets import Bucket, format_table, table
 from utils.dataset.collection import Collection, encoders_for
@@ -33,6 +33,7 @@ def describe(settings: Settings, ranks: Ranks, pipeline: BasePipeline, collectio
     empty = build_empty(pipeline.build_denoiser)
     pipeline.open_weights(empty)
     blueprint = draw_up(pipeline, settings, empty)
+    load_existing_adapter(pipeline, settings, blueprint, layers=[])
     parameters = list(blueprint.denoiser.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     micro, accumulation = settings.micro_batch_size_per_gpu, settings.gradient_accumulation_steps

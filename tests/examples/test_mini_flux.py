@@ -147,10 +147,12 @@ def test_autoencoder_keeps_pictures_of_every_shape(draw: ModuleType, pipeline: F
     pictures = [picture for picture, _ in draw.captioned_pictures(48, 99, list(draw.SHAPES))]
     vae = pipeline.vae
     pixels_BCHW = pipeline.image_processor.preprocess(pictures)
-    latents_BCHW = vae.encode(pixels_BCHW).latent_dist.mode()
+    posterior = vae.encode(pixels_BCHW).latent_dist
+    latents_BCHW = posterior.mode()
     scaled_BCHW = (latents_BCHW - vae.config.shift_factor) * vae.config.scaling_factor
 
     assert (vae.decode(latents_BCHW).sample - pixels_BCHW).abs().mean() < 0.05
+    assert posterior.std.max() < 1e-3
     assert scaled_BCHW.shape == (48, 4, 8, 8)
     assert scaled_BCHW.mean().item() == pytest.approx(0, abs=0.1)
     assert scaled_BCHW.std().item() == pytest.approx(1, abs=0.1)

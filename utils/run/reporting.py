@@ -14,7 +14,7 @@ from datetime import timedelta
 from tqdm import tqdm
 
 from utils.progress_bar import progress_bar
-from utils.ranks import Ranks
+from utils.ranks import Ranks, leave_together
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ QUIET_LIBRARIES = {
     "DeepSpeed": logging.WARNING, "diffusers": logging.ERROR, "peft": logging.ERROR, "torch": logging.WARNING,
     "transformers": logging.ERROR, "PIL": logging.INFO,
 }  # fmt: skip
-SECONDS_FOR_MAIN_RANK = 5.0
+SECONDS_FOR_MAIN_RANK = 3.0
 
 
 class _Once(logging.Filter):
@@ -63,13 +63,18 @@ class _AboveProgressBar(logging.StreamHandler):
 
 
 def report_user_error(error: Exception, ranks: Ranks) -> None:
-    """Shows a mistake of the user's, once.
+    """Shows a mistake of the user's, once, and lets the ranks leave together.
 
-    All ranks meet most mistakes at the same time. The others leave the main rank the time to tell; the launcher ends
-    them when it has. One that is still there then tells itself: it met what the main rank did not.
+    All ranks meet most mistakes at the same time: the main rank tells, and the others leave silently once it has. A
+    rank that waits for the main one in vain met what that did not, and tells itself.
     """
-    if not ranks.is_main:
-        time.sleep(SECONDS_FOR_MAIN_RANK)
+    if ranks.is_main:
+        _tell(error)
+    if not leave_together(ranks, SECONDS_FOR_MAIN_RANK) and not ranks.is_main:
+        _tell(error)
+
+
+def _tell(error: Exception) -> None:
     sys.stderr.write(f"\nerror: {error}\n")
     sys.stderr.flush()
 

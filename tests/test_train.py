@@ -1,0 +1,220 @@
+"""The command line from TOML to exports, on real processes: training, resuming, mistakes of the user's."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toml
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.processes import run_command
+
+ROOT = Path(__file__).parents[1]
+MINI_FLUX = ROOT / "examples" / "mini_flux"
+COLOURS = ("red", "green", "blue", "yellow", "white", "black", "purple")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven captioned pictures of two shapes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, colour in enumerate(COLOURS):
+        size = (96, 48) if number % 3 == 0 else (64, 64)
+        Image.new("RGB", size, colour).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a {colour} picture")
+    return folder
+
+
+@pytest.fixture
+def write_config(tmp_path: Path, pictures: Path) -> Callable[..., Path]:
+    """Writes a run's TOML; keys given as `section__key` change one key, None leaves it out."""
+
+    def write(directory: Path = pictures, data: Mapping[str, Any] | None = None, **changes: Any) -> Path:
+        dataset = {"resolutions": [64], "enable_ar_bucket": True, "directory": [{"path": str(directory)}], **(data or {})}
+        (tmp_path / "data.toml").write_text(toml.dumps(dataset))
+        config: dict[str, Any] = {
+            "output_dir": str(tmp_path / "runs"), "dataset": str(tmp_path / "data.toml"), "max_steps": 6, "epochs": 9,
+            "micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "warmup_steps": 2, "lr_scheduler": "cosine",
+            "checkpoint_every_n_steps": 3,
+            "model": {"type": "flux", "dtype": "float32", "diffusers_path": str(MINI_FLUX), "max_sequence_length": 16},
+            "adapter": {"type": "lora", "rank": 4, "dropout": 0.2}, "optimizer": {"type": "adamw", "lr": 1e-2},
+        }  # fmt: skip
+        for name, value in changes.items():
+            table, _, key = name.rpartition("__")
+            place = config.setdefault(table, {}) if table else config
+            place[key] = value
+        (tmp_path / "run.toml").write_text(toml.dumps(config))
+        return tmp_path / "run.toml"
+
+    return write
+
+
+def launch(config: Path, *words: str, processes: int = 1) -> tuple[list[int], str]:
+    log = config.parent / "log.txt"
+    log.unlink(missing_ok=True)
+    codes = run_command(["--config", str(config), *words], processes, log)
+    return codes, log.read_text()
+
+
+def only_run(config: Path) -> Path:
+    (run,) = [p for p in (config.parent / "runs").iterdir() if re.match(r"\d{8}_", p.name)]
+    return run
+
+
+def metrics(run: Path, name: str) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["value"] for line in lines if line["name"] == name}
+
+
+def newest_export(run: Path) -> dict[str, torch.Tensor]:
+    (export,) = [p for p in run.iterdir() if re.match(r"(step|epoch)\d+$", p.name)]
+    return load_file(export / "adapter_model.safetensors")
+
+
+def test_a_run_leaves_what_is_promised(write_config: Callable[..., Path]) -> None:
+    evaluation = write_config()
+    shutil.copy(evaluation.parent / "data.toml", evaluation.parent / "eval.toml")
+    config = write_config(
+        eval_datasets=[{"name": "seen", "config": str(evaluation.parent / "eval.toml")}], eval_every_n_epochs=1,
+        pipeline_stages=2, save_every_n_epochs=1, save_format="both", activation_checkpointing=True,
+        sampling={"prompts": ["a red picture"], "sample_before_first_step": True, "width": 64, "height": 64, "steps": 2},
+    )  # fmt: skip
+    codes, log = launch(config, processes=2)
+    assert codes == [0, 0], log
+    run = only_run(config)
+    assert (run / "config.toml").read_text() == config.read_text()
+    assert {p.name for p in run.iterdir()} >= {
+        "dataset.toml", "settings.toml", "tensorboard_logs", "samples", "latest", "global_step6", "epoch1", "epoch2", "epoch3",
+    }  # fmt: skip
+    for name in ("train/loss", "train/grad_norm", "train/lr", "train/step_time_sec", "train/samples_per_sec"):
+        assert sorted(metrics(run, name)) == [1, 2, 3, 4, 5, 6]
+    assert sorted(metrics(run, "train/epoch_loss")) == [2, 4, 6]
+    assert sorted(metrics(run, "seen/loss")) == [0, 2, 4, 6]
+    quantiles = [metrics(run, f"seen/loss_quantile_{q / 10:.2f}")[6] for q in range(1, 10)]
+    assert metrics(run, "seen/loss")[6] == pytest.approx(sum(quantiles) / 9)
+    with Image.open(run / "samples" / "step000006" / "00_a_red_picture.png") as picture:
+        assert picture.size == (64, 64)
+    assert (run / "epoch3" / "adapter_model_comfyui.safetensors").is_file()
+    assert re.search(r"cache vae: wanted=7 reused=0 encoded=7 failed=0", log)
+
+
+def test_adding_one_picture_encodes_one(write_config: Callable[..., Path], pictures: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pictures, tmp_path / "own")
+    config = write_config(folder)
+    codes, log = launch(config, "--cache_only", processes=2)
+    assert codes == [0, 0], log
+    Image.new("RGB", (64, 64), "orange").save(folder / "new.png")
+    (folder / "new.txt").write_text("an orange picture")
+    codes, log = launch(config, "--cache-only")
+    assert codes == [0]
+    assert "cache vae: wanted=8 reused=7 encoded=1 failed=0" in log
+    assert "cache t5: wanted=8 reused=7 encoded=1 failed=0" in log
+    assert not (tmp_path / "runs").joinpath("latest").exists()
+
+
+@pytest.mark.parametrize(("processes", "stages"), [(1, 1), (2, 2), (2, 1)])
+def test_resuming_computes_what_an_uninterrupted_run_would(
+    write_config: Callable[..., Path], processes: int, stages: int
+) -> None:
+    config = write_config(pipeline_stages=stages)
+    codes, log = launch(config, processes=processes)
+    assert set(codes) == {0}, log
+    run = only_run(config)
+    weights, losses = newest_export(run), metrics(run, "train/loss")
+    for leftover in (run / "global_step6", *run.glob("epoch*"), *run.glob("step*")):
+        shutil.rmtree(leftover)
+    (run / "latest").write_text("global_step3")
+    (run / "metrics.jsonl").unlink()
+    codes, log = launch(config, "--resume_from_checkpoint", processes=processes)
+    assert set(codes) == {0}, log
+    assert metrics(run, "train/loss") == {step: losses[step] for step in (4, 5, 6)}
+    again = newest_export(run)
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+def test_a_checkpoint_loads_on_another_layout(write_config: Callable[..., Path]) -> None:
+    config = write_config(adapter__dropout=0.0, pipeline_stages=2)
+    assert launch(config, processes=2)[0] == [0, 0]
+    run = only_run(config)
+    weights = newest_export(run)
+    for leftover in (run / "global_step6", *run.glob("epoch*"), *run.glob("step*")):
+        shutil.rmtree(leftover)
+    (run / "latest").write_text("global_step3")
+    config = write_config(adapter__dropout=0.0)
+    codes, log = launch(config, "--resume_from_checkpoint", str(run))
+    assert codes == [0], log
+    again = newest_export(run)
+    assert all(torch.allclose(again[name], weights[name], atol=1e-4) for name in weights)
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], list[str], int, str]] = {
+    "unknown key": ({"optimizer__learning_rate": 1e-4}, [], 1, r"\[optimizer\].*learning_rate.*\blr\b"),
+    "wrong type": ({"epochs": "ten"}, [], 1, r"epochs.*ten"),
+    "missing path": ({"dataset": "/nowhere/data.toml"}, [], 1, r"dataset.*/nowhere/data.toml"),
+    "stages": ({"pipeline_stages": 2}, [], 1, r"pipeline_stages.*2"),
+    "stages of two": ({"pipeline_stages": 3}, [], 2, r"pipeline_stages.*3"),
+    "split": (
+        {"pipeline_stages": 2, "partition_method": "manual", "partition_split": [1, 2]}, [], 2, r"partition_split.*\[1, 2\]",
+    ),
+    "split beyond the layers": (
+        {"pipeline_stages": 2, "partition_method": "manual", "partition_split": [50]}, [], 2, r"partition_split.*8 layers",
+    ),
+    "no checkpoint": ({}, ["--resume_from_checkpoint"], 2, r"no run with a checkpoint"),
+    "no such checkpoint": ({}, ["--resume_from_checkpoint", "/nowhere"], 1, r"no such folder '/nowhere'"),
+    "not a lora": (
+        {"adapter__init_from_existing": str(MINI_FLUX / "vae" / "diffusion_pytorch_model.safetensors")}, [], 2,
+        r"no LoRA factors.*",
+    ),
+    "unknown model": ({"model__type": "fluks"}, [], 1, r"fluks.*flux"),
+    "nothing to adapt": ({"adapter__include": ["nothing"]}, [], 1, r"\[adapter\].*nothing to adapt"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("check", [False, True], ids=["run", "check"])
+def test_a_mistake_is_told_in_one_screen(write_config: Callable[..., Path], mistake: str, check: bool) -> None:
+    changes, words, processes, expected = MISTAKES[mistake]
+    if check and words:
+        pytest.skip("--check does not open checkpoints")
+    codes, log = launch(write_config(**changes), *words, *(["--check"] if check else []), processes=processes)
+    # With --check the other ranks leave at once: the main rank alone looks.
+    assert (codes[:1] if check else list(set(codes))) == [1], log
+    assert re.search(expected, log, re.DOTALL), log
+    assert "Traceback" not in log
+    told = log[log.index("error:") :]
+    assert len(told.splitlines()) < 30
+
+
+def test_mistakes_in_the_data_are_told_together(write_config: Callable[..., Path], pictures: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pictures, tmp_path / "own")
+    (folder / "0.txt").unlink()
+    (folder / "1.png").write_bytes(b"no picture")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    config = write_config(data={"directory": [{"path": str(folder)}, {"path": str(empty)}]})
+    codes, log = launch(config, processes=2)
+    assert codes == [1, 1]
+    assert "Traceback" not in log
+    for part in ("0.txt", "1.png", str(empty)):
+        assert part in log
+
+
+def test_a_picture_that_breaks_off_is_told_after_the_others_are_encoded(
+    write_config: Callable[..., Path], pictures: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(pictures, tmp_path / "own")
+    noise = Image.effect_noise((256, 256), 90)
+    noise.save(folder / "2.png")
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:20_000])
+    codes, log = launch(write_config(folder))
+    assert codes == [1]
+    assert "cache vae: wanted=7 reused=0 encoded=6 failed=1" in log
+    assert "2.png" in log[log.index("error:") :]
