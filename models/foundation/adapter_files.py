@@ -43,11 +43,13 @@ def read_adapter(
     for key, tensor in tensors.items():
         name = key.removeprefix(PEFT_PREFIX).removeprefix(f"{denoiser_folder}.").removeprefix("diffusion_model.")
         factors[name] = tensor
-    alphas = {name.removesuffix(".alpha"): factors.pop(name).item() for name in list(factors) if name.endswith(".alpha")}
+    modules = [name.removesuffix(".alpha") for name in factors if name.endswith(".alpha")]
+    alphas = {module: factors.pop(f"{module}.alpha").item() for module in modules}
     if not any(name.endswith(".lora_A.weight") for name in factors):
         raise SettingsError.of(f"no LoRA factors in this file, its first tensor is '{next(iter(tensors), 'none')}'",
                                str(path))  # fmt: skip
-    return _scaled_up(factors, {name: _scale(name, factors, alphas, metadata) / scale for name in factors})
+    alpha = _common_alpha(file, metadata)
+    return _scaled_up(factors, {name: _scale(name, factors, alphas, alpha) / scale for name in factors})
 
 
 def _adapter_file(path: Path) -> Path:
@@ -59,17 +61,20 @@ def _adapter_file(path: Path) -> Path:
     return preferred[0]
 
 
-def _scale(name: str, factors: Tensors, alphas: Mapping[str, float], metadata: Mapping[str, str]) -> float:
-    """alpha / rank of the module that a factor belongs to: by its own alpha, the header's, or 1."""
+def _common_alpha(file: Path, metadata: Mapping[str, str]) -> float | None:
+    """The alpha of all modules: by the header, where diffusers keeps it, or by PEFT's configuration beside the file."""
+    known = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    config = file.with_name("adapter_config.json")
+    if not known and config.is_file():
+        known = json.loads(config.read_text())
+    return next((value for key, value in known.items() if key.split(".")[-1] == "lora_alpha"), None)
+
+
+def _scale(name: str, factors: Tensors, alphas: Mapping[str, float], common_alpha: float | None) -> float:
+    """alpha / rank of the module that a factor belongs to: by its own alpha, that of all modules, or 1."""
     module = name.split(".lora_")[0]
     rank = factors[f"{module}.lora_A.weight"].shape[0]
-    if module in alphas:
-        return alphas[module] / rank
-    if "lora_adapter_metadata" in metadata:
-        known = json.loads(metadata["lora_adapter_metadata"])
-        alpha = next((value for key, value in known.items() if key.endswith("lora_alpha")), rank)
-        return alpha / rank
-    return 1.0
+    return alphas.get(module, rank if common_alpha is None else common_alpha) / rank
 
 
 def _scaled_up(factors: Tensors, by: Mapping[str, float]) -> Tensors:

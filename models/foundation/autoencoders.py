@@ -11,26 +11,29 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from einops import rearrange
 
-from models.foundation.weights import fingerprint
+from models.foundation.weights import assign, build_empty, fingerprint, load_tensors
 from utils.dataset.buckets import Bucket
 from utils.diffusion import seeds
-from utils.settings.errors import SettingsError
 
 
 def load_autoencoder_kl(folder: Path | None, file: Path | None, dtype: torch.dtype) -> AutoencoderKL:
-    """An image VAE from a diffusers folder, its weights perhaps from a single file with original keys.
+    """An image VAE from a diffusers folder, its weights perhaps from a single file with diffusers' or original keys.
 
     Raises:
         SettingsError: the file holds no VAE that fits the folder's configuration.
     """
     if file is None or file.is_dir():
         return AutoencoderKL.from_pretrained(file or folder / "vae", torch_dtype=dtype)
-    try:
-        return AutoencoderKL.from_single_file(str(file), config=str(folder), subfolder="vae", torch_dtype=dtype)
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise SettingsError.of(f"no VAE that fits {folder}/vae/config.json: {error}", str(file)) from error
+    config = AutoencoderKL.load_config(folder / "vae")
+    vae = build_empty(lambda: AutoencoderKL.from_config(config))
+    tensors = load_tensors(file, dtype)
+    if not tensors.keys() >= vae.state_dict().keys():
+        tensors = convert_ldm_vae_checkpoint(tensors, config)
+    assign(vae, tensors, file)
+    return vae
 
 
 class ImageAutoencoder:

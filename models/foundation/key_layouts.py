@@ -52,8 +52,12 @@ class KeyLayout:
 
     def recognises(self, keys: Iterable[str]) -> bool:
         """Whether a file with `keys` is of this layout: its first rule's module is in it."""
-        first = self.rules[0].there.format(0)
-        return any(key.startswith(tuple(prefix + first for prefix in PREFIXES)) for key in keys)
+        return self.prefix(keys) is not None
+
+    def prefix(self, keys: Iterable[str]) -> str | None:
+        """What stands before the names of this layout in a file with `keys`; None for a file of another layout."""
+        keys, first = list(keys), self.rules[0].there.format(0)
+        return next((prefix for prefix in PREFIXES if any(key.startswith(prefix + first) for key in keys)), None)
 
     def pieces(self, shapes: Mapping[str, Sequence[int]], keys: Iterable[str]) -> dict[str, Piece]:
         """For every parameter of ours, where it lies in a file with `keys`.
@@ -65,7 +69,7 @@ class KeyLayout:
             ValueError: naming the first tensor that the file lacks.
         """
         keys = set(keys)
-        prefix = next(p for p in PREFIXES if any(key.startswith(p + self.rules[0].there.format(0)) for key in keys))
+        prefix = self.prefix(keys)
         found = {}
         for there, parts, rule in self._modules({name.rpartition(".")[0] for name in shapes}):
             for parameter in ("weight", "bias"):
@@ -117,7 +121,8 @@ class KeyLayout:
             present = [part for part in parts if part in adapted]
             down = torch.cat([factors[f"{part}.lora_A.weight"] for part in present])
             blocks = [
-                factors[f"{part}.lora_B.weight"] * scale_of(part) if part in adapted else down.new_zeros(rows_of(part), 0)
+                factors[f"{part}.lora_B.weight"] * scale_of(part)
+                if part in adapted else down.new_zeros(rows_of(part), 0)
                 for part in parts
             ]
             up = torch.block_diag(*blocks)
@@ -147,7 +152,7 @@ class KeyLayout:
             up = up * (alpha.item() / down.shape[0])
             up = swap_halves(up) if rule.swap_halves else up
             for part, rows in zip(parts, up.split([rows_of(part) for part in parts]), strict=True):
-                used = rows.any(dim=0)
+                used = rows.any(dim=0) if len(parts) > 1 else torch.ones(len(down), dtype=torch.bool)
                 if used.any():
                     factors[f"{part}.lora_A.weight"] = down[used].contiguous()
                     factors[f"{part}.lora_B.weight"] = rows[:, used].contiguous()

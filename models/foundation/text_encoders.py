@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, PreTrainedModel, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from models.foundation.weights import fingerprint, read_header
+from models.foundation.weights import check_shape, fingerprint, load_tensors
 from utils.dataset.buckets import Bucket
-from utils.settings.errors import SettingsError
 
 Encode = Callable[[nn.Module, Any, list[str]], dict[str, torch.Tensor]]
 
@@ -92,19 +89,17 @@ class TextEncoder:
 
     def _load_model(self) -> nn.Module:
         if self._weights.is_dir():
-            return self.model_class.from_pretrained(self._weights, torch_dtype=self.dtype)
-        read_header(self.file)
-        config = AutoConfig.from_pretrained(self.folder / self.subfolder)
-        with init_empty_weights(include_buffers=False):
-            model = self.model_class(config)
-        tensors = {name: tensor.to(self.dtype) for name, tensor in load_file(self.file).items()}
-        missing, _ = model.load_state_dict(tensors, strict=False, assign=True)
-        model.tie_weights()
-        empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-        if empty:
-            raise SettingsError.of(f"the tensor '{empty[0]}' of {self.model_class.__name__} is not in the file; "
-                                   f"is it another model's? ({len(missing)} are missing)", str(self.file))  # fmt: skip
-        return model.to(self.dtype)
+            return self.model_class.from_pretrained(self._weights, dtype=self.dtype)
+        # transformers itself knows the names of older files, which tensors are tied, and what must stay in float32.
+        model, report = self.model_class.from_pretrained(
+            None, config=AutoConfig.from_pretrained(self.folder / self.subfolder), dtype=self.dtype,
+            state_dict=load_tensors(self.file, self.dtype), ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+        for name in sorted(report["missing_keys"]):
+            check_shape(name, None, (), self.file)
+        for name, stored, asked in report["mismatched_keys"]:
+            check_shape(name, stored, asked, self.file)
+        return model
 
     def unload(self) -> None:
         self.model = self.tokenizer = None

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,16 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from models.foundation.key_layouts import KeyLayout, Piece, swap_halves
 from utils.settings.errors import SettingsError
 
+logger = logging.getLogger(__name__)
+
+SCALE_NAMES = ("scale_weight", "weight_scale")
+"""What programs call the number by which an 8-bit `weight` is to be multiplied."""
 FINGERPRINT_BLOCKS = 64
 FINGERPRINT_BLOCK_BYTES = 64 * 1024
 
@@ -76,30 +82,95 @@ class Weights:
         except ValueError as error:
             raise SettingsError.of(f"{error}: this file does not fit the model's configuration", str(path)) from error
         self.header = header
-        self._check(shapes)
+        self._check(shapes, layout.prefix(header.files) if layout else "")
         self._opened: dict[Path, Any] = {}
 
-    def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def _check(self, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> None:
+        asked: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes.items():
-            piece = self.pieces.get(name)
-            if piece is None or piece.key not in self.header.files:
-                raise SettingsError.of(f"the tensor '{name}' of the model is not in the file; is it another model's?",
-                                       str(self.path))  # fmt: skip
-            stored = self.header.shapes[piece.key]
-            if piece.rows is None and stored != shape:
-                raise SettingsError.of(
-                    f"'{piece.key}' is {list(stored)}, but the model's configuration asks for {list(shape)}; "
-                    "is it another model's?", str(self.path))  # fmt: skip
+            piece = self.pieces.get(name, Piece(name))
+            # The pieces of a fused tensor come in the order of its rows: the last one ends where it does.
+            asked[piece.key] = (piece.rows[1], *shape[1:]) if piece.rows else shape
+        for key, shape in asked.items():
+            check_shape(key, self.header.shapes.get(key), shape, self.path)
+        unused = [key for key in self.header.files if key.startswith(prefix) and key not in asked
+                  and key.endswith(("weight", "bias", "scale"))]  # fmt: skip
+        if unused:
+            logger.warning("%s: the model's configuration has no use for %d of the tensors, the first is '%s'; is it "
+                           "another model's?", self.path, len(unused), unused[0])  # fmt: skip
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, in the type of the file."""
+        """One tensor, on the CPU, in the type of the file; float32 if the file stores it scaled."""
         piece = self.pieces[name]
-        file = self.header.files[piece.key]
+        stored = self._slice(piece.key)
+        tensor = stored[piece.rows[0] : piece.rows[1]] if piece.rows else stored[...]
+        scale = next((key for key in scale_keys(piece.key) if key in self.header.files), None)
+        tensor = tensor if scale is None else unscaled(tensor, self._slice(scale)[...], scale, self.path)
+        return swap_halves(tensor) if piece.swap_halves else tensor
+
+    def _slice(self, key: str) -> Any:
+        file = self.header.files[key]
         if file not in self._opened:
             self._opened[file] = safe_open(file, framework="pt")
-        stored = self._opened[file].get_slice(piece.key)
-        tensor = stored[piece.rows[0] : piece.rows[1]] if piece.rows else stored[...]
-        return swap_halves(tensor) if piece.swap_halves else tensor
+        return self._opened[file].get_slice(key)
+
+
+def check_shape(key: str, stored: Sequence[int] | None, asked: Sequence[int], source: Path) -> None:
+    """Whether a tensor of a file is there (else its shape is None), and as large as the model asks.
+
+    Raises:
+        SettingsError: it is not.
+    """
+    if stored is None:
+        raise SettingsError.of(f"the tensor '{key}' of the model is not in the file; is it another model's?",
+                               str(source))  # fmt: skip
+    if tuple(stored) != tuple(asked):
+        raise SettingsError.of(f"'{key}' is {list(stored)}, but the model's configuration asks for {list(asked)}; "
+                               "is it another model's?", str(source))  # fmt: skip
+
+
+def scale_keys(key: str) -> list[str]:
+    """Names under which the scale of an 8-bit tensor may be stored."""
+    return [key.removesuffix("weight") + name for name in SCALE_NAMES if key.endswith(".weight")]
+
+
+def unscaled(tensor: torch.Tensor, scale: torch.Tensor, key: str, source: Path) -> torch.Tensor:
+    """The values of a tensor stored in 8 bits, in float32.
+
+    Raises:
+        SettingsError: it has more than one scale.
+    """
+    if scale.numel() != 1:
+        raise SettingsError.of(f"'{key}' has {scale.numel()} scales for one tensor; give a file in bfloat16, or in "
+                               "fp8 with one scale", str(source))  # fmt: skip
+    return tensor.float() * scale.float().reshape(())
+
+
+def load_tensors(file: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All tensors of a single file, those of floating point in `dtype`.
+
+    Raises:
+        SettingsError: there is no such file, or it is not a safetensors file.
+    """
+    read_header(file)
+    tensors = load_file(file)
+    for key in list(tensors):
+        scale = next((name for name in scale_keys(key) if name in tensors), None)
+        tensors[key] = tensors[key] if scale is None else unscaled(tensors[key], tensors[scale], scale, file)
+        tensors[key] = tensors[key].to(dtype) if tensors[key].is_floating_point() else tensors[key]
+    return tensors
+
+
+def assign(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: Path) -> None:
+    """Gives a module on the meta device all its values; tensors that it has no use for are left.
+
+    Raises:
+        SettingsError: a tensor is missing or has another shape.
+    """
+    empty = module.state_dict()
+    for name, parameter in empty.items():
+        check_shape(name, tensors[name].shape if name in tensors else None, parameter.shape, source)
+    module.load_state_dict({name: tensors[name] for name in empty}, assign=True)
 
 
 def build_empty(factory: Callable[[], nn.Module]) -> nn.Module:

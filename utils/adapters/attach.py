@@ -41,8 +41,8 @@ def targets(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSetting
     chosen = [name for name in linears if _chosen(name, settings)]
     if not chosen:
         raise SettingsError.of(
-            f"include = {settings.include}, exclude = {settings.exclude} leave nothing to adapt; the model's modules are "
-            f"called like {linears[0]}", where="[adapter]")  # fmt: skip
+            f"include = {settings.include}, exclude = {settings.exclude} leave nothing to adapt; the model's modules "
+            f"are called like {linears[0]}", where="[adapter]")  # fmt: skip
     return chosen
 
 
@@ -63,8 +63,8 @@ def attach(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings
 
 
 def initialise(denoiser: nn.Module, layers: Iterable[nn.Module], settings: AdapterSettings, seed: int) -> None:
-    """Gives the factors in `layers` their first values: PEFT's own, drawn from (seed, module name), so that they are the
-    same however the denoiser is cut."""
+    """Gives the factors in `layers` their first values: PEFT's own, drawn from (seed, module name), so that they are
+    the same however the denoiser is cut."""
     held = {id(module) for layer in layers for module in layer.modules()}
     dtype = torch_dtype(settings.dtype)
     for name, module in denoiser.named_modules():

@@ -30,7 +30,8 @@ def normal(shape: tuple[int, ...], seed: int, *name: object) -> torch.Tensor:
 
 def uniform(seed: int, *name: object) -> float:
     """One number in [0, 1)."""
-    return derive(seed, *name) / 2**63
+    # A float has 53 bits: with all 63, the largest draws would round to 1.
+    return (derive(seed, *name) >> 10) / 2**53
 
 
 def permutation(count: int, seed: int, *name: object) -> list[int]:

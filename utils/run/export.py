@@ -41,6 +41,7 @@ class ExportPlan:
         config: of the denoiser, for a diffusers folder.
         denoiser_folder: its name in a diffusers folder.
         metadata: about the run, written into every file.
+        shard_bytes: largest file of a denoiser in diffusers' layout.
     """
 
     adapter: AdapterSettings | None
@@ -50,6 +51,7 @@ class ExportPlan:
     config: Mapping[str, object]
     denoiser_folder: str
     metadata: Mapping[str, str] = field(default_factory=dict)
+    shard_bytes: int = SHARD_BYTES
 
 
 def export(folder: Path, ranks: Ranks, parameters: Mapping[str, torch.Tensor], plan: ExportPlan, step: int) -> None:
@@ -106,22 +108,22 @@ def _write_adapter(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: d
 
 
 def _write_denoiser(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: dict[str, str]) -> None:
-    """`<denoiser>/` as diffusers loads it, in shards of 5 GiB, and one file per further layout."""
+    """`<denoiser>/` as diffusers loads it, in shards, and one file per further layout."""
     if "diffusers" in plan.formats:
         denoiser = folder / plan.denoiser_folder
         denoiser.mkdir()
         (denoiser / "config.json").write_text(json.dumps(dict(plan.config), indent=2))
-        _write_shards(denoiser, tensors, metadata)
+        _write_shards(denoiser, tensors, metadata, plan.shard_bytes)
     for name, convert in plan.layouts.items():
         if name in plan.formats:
             save_file(convert(tensors), folder / f"model_{name}.safetensors", metadata)
 
 
-def _write_shards(folder: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+def _write_shards(folder: Path, tensors: Tensors, metadata: dict[str, str], shard_bytes: int) -> None:
     shards: list[Tensors] = [{}]
     for name, tensor in sorted(tensors.items()):
         size = sum(t.nbytes for t in shards[-1].values())
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
             shards.append({})
         shards[-1][name] = tensor
     stem = "diffusion_pytorch_model"

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.benchmarks import backward_calls
 from tests.processes import run_ranks
 from tests.utils.parallel import toy_flux
 from utils.adapters.attach import base_name
 from utils.ranks import Ranks
+from utils.settings.schema import AdapterSettings
 
 STEPS = 3
 CLIP = 0.05
@@ -82,3 +84,107 @@ def test_equals_one_process(folder: Path, stages: int, data_ranks: int, settings
         assert weights.keys() == expected["weights"].keys()
         for name, values in expected["weights"].items():
             assert torch.allclose(weights[name], values, atol=2e-5), name
+
+
+def train_frozen_first_stage(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Job: only the single blocks are adapted, so that the first of two stages trains nothing."""
+    ranks = ranks.with_stages(2)
+    flux = toy_flux.pipeline(folder)
+    engine, trained = engine_of(ranks, flux, SINGLE_BLOCKS_ONLY, 4, CLIP)
+    steps = [engine.train_step(batches_of(ranks, flux, step, 4), step) for step in range(STEPS)]
+    return {"losses": [s.loss for s in steps], "norms": [s.grad_norm for s in steps], "trained": len(trained)}
+
+
+SINGLE_BLOCKS_ONLY = AdapterSettings(type="lora", rank=4, include=["single_transformer_blocks.1"])
+
+
+def test_a_stage_without_trainable_parameters_trains(folder: Path) -> None:
+    first, last = run_ranks(train_frozen_first_stage, 2, folder)
+    expected = toy_flux.train_plainly(folder, SINGLE_BLOCKS_ONLY, 1, 4, STEPS, CLIP)
+    assert first["trained"] == 0 and last["trained"] == len(expected["weights"])
+    for result in (first, last):
+        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+
+
+def train_with_dropout(ranks: Ranks, folder: Path, stages: int, recompute: bool) -> list[float]:
+    """Job: losses with dropout in the adapter."""
+    ranks = ranks.with_stages(stages)
+    flux = toy_flux.pipeline(folder)
+    engine, _ = engine_of(ranks, flux, toy_flux.adapter(dropout=0.5), 4, CLIP, recompute)
+    return [engine.train_step(batches_of(ranks, flux, step, 4), step).loss for step in range(STEPS)]
+
+
+def test_dropout_is_the_same_at_any_number_of_stages_and_when_recomputed(folder: Path) -> None:
+    (one,) = run_ranks(train_with_dropout, 1, folder, 1, False)
+    two = run_ranks(train_with_dropout, 2, folder, 2, True)
+    without = toy_flux.train_plainly(folder, toy_flux.adapter(), 1, 4, STEPS, CLIP)["losses"]
+    assert two[0] == two[1] == pytest.approx(one, rel=1e-6)
+    assert one != pytest.approx(without, rel=1e-4)
+
+
+def evaluate_and_predict(ranks: Ranks, folder: Path) -> tuple[list, list]:
+    """Job: per-sample losses and predictions of three micro-batches of two shapes, after a training step."""
+    ranks = ranks.with_stages(ranks.world_size)
+    flux = toy_flux.pipeline(folder)
+    engine, _ = engine_of(ranks, flux, None, 1, 0.0)
+    losses = engine.evaluate(batches_of(ranks, flux, 7, 3), 3)
+    predictions = engine.predict(batches_of(ranks, flux, 7, 3), 3)
+    engine.train_step(batches_of(ranks, flux, 0, 1), 0)
+    after = engine.evaluate(batches_of(ranks, flux, 7, 3), 3)
+    assert not torch.equal(torch.cat(losses), torch.cat(after)), "training changes what is evaluated"
+    return [t.numpy() for t in losses], [t.numpy() for t in predictions]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_evaluation_gives_every_stage_every_sample(folder: Path, stages: int) -> None:
+    flux = toy_flux.pipeline(folder)
+    _, layers = toy_flux.denoiser_and_layers(flux, None)
+    for losses, predictions in run_ranks(evaluate_and_predict, stages, folder):
+        for index in range(3):
+            stream, labels = toy_flux.micro_batch(flux, 7, 0, index)
+            with torch.no_grad():
+                for layer in layers:
+                    stream = layer(stream)
+                expected = flux.loss(stream, labels)
+            assert torch.allclose(torch.from_numpy(predictions[index]), stream, atol=1e-6)
+            assert torch.allclose(torch.from_numpy(losses[index]), expected, rtol=1e-5)
+
+
+def test_a_stage_with_two_outputs_runs_its_backward_pass_once() -> None:
+    """The stock engine runs it once per output that requires a gradient."""
+    assert run_ranks(backward_calls.count, 2, "ours")[0] == backward_calls.MICRO_BATCHES
+    assert run_ranks(backward_calls.count, 2, "stock")[0] == 2 * backward_calls.MICRO_BATCHES
+
+
+def stock_gradient_norms(ranks: Ranks) -> tuple[float, float]:
+    """Job: the norm by which the stock engine clips, and the norm of this stage's gradient before clipping."""
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    from utils.parallel.backend import initialize_deepspeed
+
+    initialize_deepspeed()
+    torch.manual_seed(ranks.rank)
+    layers = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)]
+    module = PipelineModule(layers, num_stages=2, partition_method="uniform", loss_fn=lambda y, _: y.square().mean())
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    config = {"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 1e-6, "steps_per_print": 10**9}
+    engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+    before = []
+    engine.clip_fp32_gradients, clip = (lambda: before.append(total_norm(module)) or clip()), engine.clip_fp32_gradients
+    kept = {}
+    engine.zero_grad = lambda *_: kept.update(after=total_norm(module))
+    engine.train_batch(iter([(torch.ones(2, 4), torch.zeros(2))]))
+    return before[0] * 1e-6 / kept["after"], before[0]
+
+
+def total_norm(module: torch.nn.Module) -> float:
+    return torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]).item()
+
+
+def test_the_stock_engine_clips_by_the_first_stages_norm_alone() -> None:
+    """Which is why ours computes its own; that it is right is shown against one process above."""
+    (used, first), (used_last, last) = run_ranks(stock_gradient_norms, 2)
+    assert used == pytest.approx(first, rel=1e-3) and used_last == pytest.approx(first, rel=1e-3)
+    assert (first**2 + last**2) ** 0.5 != pytest.approx(first, rel=1e-2)

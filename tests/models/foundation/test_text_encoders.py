@@ -1,0 +1,124 @@
+"""CLIP and T5 against the stock pipeline, from a diffusers folder and from single files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline as StockPipeline
+from safetensors.torch import load_file, save_file
+
+from models.foundation.text_encoders import TextEncoder, clip_l, t5
+from tests.models.tiny_flux import MINI_FLUX, TEXT_TOKENS
+from utils.dataset.buckets import Bucket
+from utils.settings.errors import SettingsError
+
+Tensors = dict[str, torch.Tensor]
+CAPTIONS = ["a red star on a white background", "", "two blue circles " * 40]
+
+
+def encoder(name: str, file: Path | None = None, dtype: torch.dtype = torch.float32) -> TextEncoder:
+    return clip_l(MINI_FLUX, file, dtype) if name == "clip" else t5(MINI_FLUX, file, dtype, TEXT_TOKENS)
+
+
+def features(made: TextEncoder) -> torch.Tensor:
+    made.load(torch.device("cpu"))
+    (encoded,) = made.encode(CAPTIONS).values()
+    return encoded
+
+
+def shipped(name: str) -> Tensors:
+    folder = {"clip": "text_encoder", "t5": "text_encoder_2"}[name]
+    return load_file(MINI_FLUX / folder / "model.safetensors")
+
+
+def as_clip_l(tensors: Tensors) -> Tensors:
+    """Keys of clip_l.safetensors: of a whole CLIP, of which the text model's projection and ids are not used."""
+    prefixed = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
+    extra = {"text_model.embeddings.position_ids": torch.arange(77)[None], "text_projection.weight": torch.eye(32)}
+    return prefixed | extra
+
+
+def as_t5xxl(tensors: Tensors) -> Tensors:
+    """Keys of t5xxl.safetensors: the embedding is there once, as "shared"."""
+    return {name: tensor for name, tensor in tensors.items() if "embed_tokens" not in name}
+
+
+AS_SINGLE_FILE = {"clip": as_clip_l, "t5": as_t5xxl}
+
+
+@torch.no_grad()
+def test_features_are_those_of_the_stock_pipeline() -> None:
+    stock = StockPipeline.from_pretrained(MINI_FLUX, transformer=None, vae=None)
+    text_BLD, pooled_BD, _ = stock.encode_prompt(CAPTIONS, None, device="cpu", max_sequence_length=TEXT_TOKENS)
+    assert torch.equal(features(encoder("clip")), pooled_BD)
+    assert torch.equal(features(encoder("t5")), text_BLD)
+
+
+@pytest.mark.parametrize("name", ["clip", "t5"])
+def test_promised_shapes_are_those_that_come(name: str) -> None:
+    made = encoder(name, dtype=torch.bfloat16)
+    (shape, dtype), encoded = *made.feature_shapes(Bucket(64, 64, 1)).values(), features(made)
+    assert (encoded.shape[1:], encoded.dtype) == (shape, dtype)
+
+
+@pytest.mark.parametrize("name", ["clip", "t5"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_single_file_equals_the_folder(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    save_file(AS_SINGLE_FILE[name](shipped(name)), tmp_path / "model.safetensors")
+    assert torch.equal(features(encoder(name, tmp_path / "model.safetensors", dtype)), features(encoder(name, dtype=dtype)))
+
+
+def test_t5_keeps_its_large_numbers_in_float32(tmp_path: Path) -> None:
+    """In float16 the output of a large T5's feed-forward layers overflows; transformers keeps them in float32."""
+    file = tmp_path / "t5.safetensors"
+    save_file(as_t5xxl(shipped("t5")), file)
+    for made in (encoder("t5", file, torch.float16), encoder("t5", None, torch.float16)):
+        made.load(torch.device("cpu"))
+        kept = {name: p.dtype for name, p in made.model.named_parameters()}
+        assert all((dtype == torch.float32) == name.endswith(".wo.weight") for name, dtype in kept.items())
+
+
+def test_8_bit_files_are_cast_and_scaled(tmp_path: Path) -> None:
+    fp8 = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in as_t5xxl(shipped("t5")).items()}
+    plain, scaled = tmp_path / "fp8.safetensors", tmp_path / "fp8_scaled.safetensors"
+    save_file(fp8, plain)
+    key = "encoder.block.0.layer.0.SelfAttention.k.weight"
+    save_file({**fp8, key: (fp8[key].float() * 2).to(torch.float8_e4m3fn), "scaled_fp8": torch.zeros(2),
+               key.replace("weight", "scale_weight"): torch.tensor(0.5)}, scaled)  # fmt: skip
+    made = encoder("t5", plain, torch.bfloat16)
+    encoded = features(made)
+    assert torch.equal(dict(made.model.named_parameters())[key], fp8[key].bfloat16())
+    assert torch.equal(features(encoder("t5", scaled, torch.bfloat16)), encoded)
+
+
+MISTAKES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
+    "another model's": (lambda tensors: {"double_blocks.0.img_mod.lin.weight": torch.zeros(2)}, "is not in the file"),
+    "a missing block": (
+        lambda tensors: {name: tensor for name, tensor in tensors.items() if "block.1.layer.1.DenseReluDense.wo" not in name},
+        "'encoder.block.1.layer.1.DenseReluDense.wo.weight' of the model is not in the file",
+    ),
+    "another size": (
+        lambda tensors: {**tensors, "shared.weight": tensors["shared.weight"][:, :3].contiguous()},
+        "'shared.weight' is [376, 3], but the model's configuration asks for [376, 64]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, mistake: str) -> None:
+    change, message = MISTAKES[mistake]
+    file = tmp_path / "t5.safetensors"
+    save_file(change(as_t5xxl(shipped("t5"))), file)
+    with pytest.raises(SettingsError) as raised:
+        encoder("t5", file).load(torch.device("cpu"))
+    assert message in str(raised.value) and str(file) in str(raised.value)
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    whole = (MINI_FLUX / "text_encoder" / "model.safetensors").read_bytes()
+    (tmp_path / "clip.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SettingsError, match="download it again"):
+        encoder("clip", tmp_path / "clip.safetensors").load(torch.device("cpu"))
