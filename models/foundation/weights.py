@@ -89,8 +89,9 @@ class Weights:
         asked: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes.items():
             piece = self.pieces.get(name, Piece(name))
-            # The pieces of a fused tensor come in the order of its rows: the last one ends where it does.
-            asked[piece.key] = (piece.rows[1], *shape[1:]) if piece.rows else shape
+            # A fused tensor ends where its last piece does.
+            whole = (piece.rows[1], *shape[1:]) if piece.rows else shape
+            asked[piece.key] = max(whole, asked.get(piece.key, whole))
         for key, shape in asked.items():
             check_shape(key, self.header.shapes.get(key), shape, self.path)
         unused = [key for key in self.header.files if key.startswith(prefix) and key not in asked

@@ -1,0 +1,56 @@
+"""Writes the pages and schemas that are made from the code: `python docs/generate.py`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent))
+
+
+def pages() -> dict[str, str]:
+    """File name under docs/ -> content."""
+    import models
+    from utils.settings.document import dataset_json_schema, settings_json_schema, settings_page
+
+    pipelines = {name: models.find(name) for name in models.available()}
+    options = {name: pipeline.Options for name, pipeline in pipelines.items()}
+    return {
+        "settings.md": settings_page(options),
+        "settings.schema.json": settings_json_schema(options),
+        "dataset.schema.json": dataset_json_schema(),
+        "supported_models.md": supported_models(pipelines),
+    }
+
+
+def supported_models(pipelines: dict[str, type]) -> str:
+    """One section a model, from what its class states."""
+    sections = [section(name, pipeline) for name, pipeline in pipelines.items()]
+    return "\n\n".join(["# Supported models", "This page is generated from `models/`.", *sections]) + "\n"
+
+
+def section(name: str, pipeline: type) -> str:
+    media = pipeline.media
+    known = pipeline.original_layout is not None
+    facts = {
+        "Trains on": ("still pictures" if media.max_frames == 1 else f"pictures, and clips of up to {media.max_frames} "
+                      "frames") + f"; sides are multiples of {media.spatial} pixels",
+        "Objective": type(pipeline.objective).__name__,
+        "Trains as": "LoRA, or in full",
+        "Weights from": "a diffusers folder" + (", or a single file with the publisher's keys" if known else ""),
+        "Exports for": "diffusers" + (", ComfyUI" if known else ""),
+        "Blocks that are adapted and recomputed": ", ".join(f"`{block}`" for block in pipeline.blocks),
+    }  # fmt: skip
+    rows = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
+    return f"## `{name}`\n\n{pipeline.__doc__}\n\n| | |\n|---|---|\n{rows}\n\nIts own keys: [settings](settings.md)."
+
+
+def main() -> int:
+    for name, content in pages().items():
+        (DOCS / name).write_text(content, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Every file that is shipped for copying is accepted, and so is every key in it that is commented out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import models
+from docs import generate
+from utils.settings.reader import read_dataset, read_settings
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").rglob("*.toml"))
+COMMENTED_KEY = re.compile(r"^# ?([a-z_0-9]+ = .+|\[\[?[a-z]+\]\]?)$")
+
+
+def parse(path: Path) -> None:
+    """Reads a run's file or a dataset's, by what it holds."""
+    if re.search(r"^\[\[(directory|datasets)\]\]", path.read_text(), re.MULTILINE):
+        read_dataset(path)
+    else:
+        read_settings(path, lambda model_type: models.find(model_type).Options)
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=relative)
+def test_an_example_is_accepted(path: Path) -> None:
+    parse(path)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=relative)
+def test_its_commented_keys_are_accepted(path: Path, tmp_path: Path) -> None:
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines):
+        key = COMMENTED_KEY.match(line)
+        if key is None or key[1].startswith("["):
+            continue
+        name = key[1].split(" = ")[0]
+        # The commented form is an alternative to the line that sets the same key.
+        others = [text for index, text in enumerate(lines) if index != number and not text.startswith(f"{name} = ")]
+        place = sum(not text.startswith(f"{name} = ") for text in lines[:number])
+        tried = tmp_path / path.name
+        tried.write_text("\n".join([*others[:place], key[1], *others[place:]]))
+        parse(tried)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=relative)
+def test_an_example_points_to_its_schema(path: Path) -> None:
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("#:schema ")
+    assert (path.parent / first.removeprefix("#:schema ")).is_file()
+
+
+@pytest.mark.parametrize("name", ["settings.md", "settings.schema.json", "dataset.schema.json", "supported_models.md"])
+def test_the_generated_pages_are_those_of_the_code(name: str) -> None:
+    assert (ROOT / "docs" / name).read_text() == generate.pages()[name], "run python docs/generate.py"
