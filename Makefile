@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup quickstart test bench
+.PHONY: setup quickstart test bench docs
 
 setup: .venv/installed
 
@@ -24,3 +24,6 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks
+
+docs: setup
+	$(BIN)/python docs/generate.py

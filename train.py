@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.ranks import Ranks, any_rank, barrier, connect, disconnect, from_environment, share
+from utils.ranks import Ranks, connect, disconnect, from_environment
 from utils.parallel.backend import initialize_deepspeed
 from utils.run.cadence import Cadence, Duty
 from utils.run.metrics import Metrics
 from utils.run.progress import Progress
 from utils.run.reporting import StepReporter, report_user_error, start_logging, timed
 from utils.run.signals import StopRequests
-from utils.settings.errors import SettingsError
+from utils.settings.errors import Problem, SettingsError
 from utils.settings.reader import read_all
 from utils.settings.schema import DatasetSettings, Settings
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
     from models.base import BasePipeline
     from models.foundation.placement import Blueprint
-    from utils.dataset.batches import SampleReader, TrainingBatches
+    from utils.dataset.batches import SampleReader
     from utils.dataset.collection import Collection, Source
     from utils.dataset.encoding import Encoder
-    from utils.parallel.engine import Engine
     from utils.run.checkpoint import Checkpoint
+    from utils.run.trainer import Trainer
 
 logger = logging.getLogger("penstock")
 
@@ -63,12 +59,15 @@ def main(words: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace, ranks: Ranks, started: float) -> int:
     """Settings, data, cache, model, training: each is checked before the next is loaded."""
+    import models
+
     settings, datasets = read_settings(arguments, ranks)
     ranks = ranks.with_stages(settings.pipeline_stages)
-    pipeline = make_pipeline(settings)
+    pipeline = models.find(settings.model.type)(settings.model, settings.seed)
     sources = sources_of(settings, datasets)
     if arguments.check:
         return check(settings, ranks, pipeline, sources, arguments)
+    pipeline.check()
     connect(ranks, arguments.master_port)
     resumed = open_checkpoint(settings, arguments)
     data = load_data(settings, ranks, pipeline, sources, arguments)
@@ -79,7 +78,6 @@ def run(arguments: argparse.Namespace, ranks: Ranks, started: float) -> int:
         trainer = build_trainer(settings, ranks, pipeline, data, resumed, arguments)
         logger.info("ready after %.1f s", time.monotonic() - started)
         finished = train(trainer, stop)
-    trainer.metrics.close()
     return 0 if finished else stop.exit_code
 
 
@@ -95,7 +93,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 FLAGS: dict[str, dict[str, Any]] = {
     "config": {"type": Path, "required": True, "help": "TOML file of the run"},
     "resume_from_checkpoint": {
-        "nargs": "?", "const": NEWEST_RUN, "metavar": "FOLDER",
+        "nargs": "?",
+        "const": NEWEST_RUN,
+        "metavar": "FOLDER",
         "help": "go on from the newest checkpoint of this run folder, or of the newest run",
     },
     "cache_only": {"action": "store_true", "help": "encode the datasets and end"},
@@ -106,12 +106,12 @@ FLAGS: dict[str, dict[str, Any]] = {
     "reset_optimizer_params": {
         "action": "store_true",
         "help": "on resuming, take the learning rate and the other keys of [optimizer] from the config where they differ "
-                "from the checkpoint's",
+        "from the checkpoint's",
     },
     "check": {"action": "store_true", "help": "check config, datasets and folders, print the plan, and end"},
     "master_port": {"type": int, "help": "port at which the processes meet, where the launcher names none"},
     "local_rank": {"type": int, "help": "given by launchers; the environment's LOCAL_RANK is what counts"},
-}  # fmt: skip
+}
 
 
 def read_settings(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Settings, dict[str, DatasetSettings]]:
@@ -124,15 +124,6 @@ def read_settings(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Settings
 
     settings, training, evaluation = read_all(arguments.config, options_of, ranks.world_size)
     return settings, {"train": training, **evaluation}
-
-
-def make_pipeline(settings: Settings) -> BasePipeline:
-    """The model's pipeline object, its files looked at and nothing loaded."""
-    import models
-
-    pipeline = models.find(settings.model.type)(settings.model, settings.seed)
-    pipeline.check()
-    return pipeline
 
 
 def sources_of(settings: Settings, datasets: Mapping[str, DatasetSettings]) -> list[Source]:
@@ -150,14 +141,26 @@ def cache_folder(settings: Settings, sources: list[Source]) -> Path:
 def check(
     settings: Settings, ranks: Ranks, pipeline: BasePipeline, sources: list[Source], arguments: argparse.Namespace
 ) -> int:
-    """Prints the plan of the run; raises with every problem of the data."""
+    """Prints the plan of the run, or raises with every problem of the model's files and of the data."""
     from models.foundation.plan import describe
     from utils.dataset.collection import collect
 
-    if ranks.is_main:
+    if not ranks.is_main:
+        return 0
+    problems: list[Problem] = []
+    collections: list[Collection] = []
+    try:
+        pipeline.check()
+    except SettingsError as error:
+        problems += error.problems
+    try:
         index = cache_folder(settings, sources) / "files.sqlite"
         collections = collect(sources, pipeline.media, index, trust=arguments.trust_cache)
-        sys.stdout.write(describe(settings, ranks, pipeline, collections) + "\n")
+    except SettingsError as error:
+        problems += error.problems
+    if problems:
+        raise SettingsError(problems)
+    sys.stdout.write(describe(settings, ranks, pipeline, collections) + "\n")
     return 0
 
 
@@ -185,8 +188,15 @@ def load_data(
     encoders = encoders_for(collections, pipeline.encoders, pipeline.control_encoders)
     samples = [sample for collection in collections for sample in collection.samples]
     with timed("cache"):
-        reports = fill(encoders, samples, cache_dir, ranks, settings.caching_batch_size, ranks.device,
-                       regenerate=arguments.regenerate_cache)  # fmt: skip
+        reports = fill(
+            encoders,
+            samples,
+            cache_dir,
+            ranks,
+            settings.caching_batch_size,
+            ranks.device,
+            regenerate=arguments.regenerate_cache,
+        )
     refuse_failures(reports)
     return Data(collections[0], collections[1:], encoders, cache_dir)
 
@@ -201,50 +211,20 @@ def open_checkpoint(settings: Settings, arguments: argparse.Namespace) -> Checkp
     checkpoint = Checkpoint(find_run(settings.output_dir, arguments.resume_from_checkpoint))
     checkpoint.check_optimizer(
         settings.optimizer.model_dump(mode="json"),
-        new_parameters=arguments.reset_optimizer_params, new_state=arguments.reset_optimizer,
-    )  # fmt: skip
+        new_parameters=arguments.reset_optimizer_params,
+        new_state=arguments.reset_optimizer,
+    )
     return checkpoint
 
 
-@dataclass
-class Trainer:
-    """Everything that the loop turns."""
-
-    settings: Settings
-    ranks: Ranks
-    engine: Engine
-    optimizer: torch.optim.Optimizer
-    parameters: Mapping[str, nn.Parameter]
-    batches: TrainingBatches
-    progress: Progress
-    folder: Path
-    metrics: Metrics
-    duties: list[Duty]
-    checkpoints: Cadence
-
-    @property
-    def steps_left(self) -> int:
-        """Steps to the end of the last epoch, or to `max_steps` if that comes first."""
-        left = (self.settings.epochs - self.progress.epoch) * self.batches.steps_per_epoch
-        left -= self.progress.step_in_epoch
-        limit = self.settings.max_steps
-        return max(0, left if limit is None else min(left, limit - self.progress.step))
-
-    @property
-    def global_batch(self) -> int:
-        return global_batch(self.settings, self.ranks)
-
-    def prefetched(self) -> Iterator[Any]:
-        """This data rank's micro-batches, step after step; None for a stage in the middle, which reads no data."""
-        if self.ranks.is_first_stage or self.ranks.is_last_stage:
-            return self.batches.iterate(self.progress.epoch, self.progress.step_in_epoch)
-        return itertools.repeat(None)
-
-
 def build_trainer(
-    settings: Settings, ranks: Ranks, pipeline: BasePipeline, data: Data, resumed: Checkpoint | None,
+    settings: Settings,
+    ranks: Ranks,
+    pipeline: BasePipeline,
+    data: Data,
+    resumed: Checkpoint | None,
     arguments: argparse.Namespace,
-) -> Trainer:  # fmt: skip
+) -> Trainer:
     """Loads this stage's weights and puts the engine, the batches and the run's folder together."""
     import optimizers
     from models.foundation.noising import training_micro_batch
@@ -253,77 +233,50 @@ def build_trainer(
     from utils.dataset.batches import SampleReader, TrainingBatches
     from utils.parallel.engine import Engine, optimizer_for_frozen_stage
     from utils.parallel.pipeline import DenoiserPipeline
+    from utils.run import folder as run_folder
+    from utils.run.trainer import Trainer, global_batch
 
+    micro_batch, accumulation = settings.micro_batch_size_per_gpu, settings.gradient_accumulation_steps
     blueprint = load_stage(pipeline, settings, ranks.stage)
     parameters = blueprint.trained(blueprint.stage_layers(ranks.stage))
-    if resumed:
-        resumed.load_weights(parameters)
-    module = DenoiserPipeline(
-        blueprint.layers, blueprint.bounds, pipeline.stream_type, pipeline.loss,
-        recompute=settings.activation_checkpointing, seed=settings.seed,
-    )  # fmt: skip
     chosen = settings.optimizer
     groups = groups_of(parameters.items(), lr=chosen.lr, weight_decay=chosen.weight_decay)
     optimizer = optimizers.build(groups, chosen) if groups else optimizer_for_frozen_stage()
-    if resumed and not arguments.reset_optimizer:
-        resumed.load_optimizer(parameters, optimizer)
+    module = DenoiserPipeline(
+        blueprint.layers,
+        blueprint.bounds,
+        pipeline.stream_type,
+        pipeline.loss,
+        recompute=settings.activation_checkpointing,
+        seed=settings.seed,
+    )
+    engine = Engine(
+        module, optimizer, micro_batch=micro_batch, accumulation=accumulation, clip_norm=settings.gradient_clipping
+    )
     reader = SampleReader(data.encoders, data.cache_dir)
     batches = TrainingBatches(
-        data.training.samples, reader, lambda batch, epoch, *_: training_micro_batch(pipeline, batch, epoch),
-        micro_batch=settings.micro_batch_size_per_gpu, data_ranks=ranks.data_ranks, data_rank=ranks.data_rank,
-        accumulation=settings.gradient_accumulation_steps, seed=settings.seed,
-    )  # fmt: skip
-    folder = resumed.folder.parent if resumed else new_run_folder(settings, ranks, arguments)
-    trainer = Trainer(
-        settings=settings, ranks=ranks, parameters=parameters, batches=batches, folder=folder, optimizer=optimizer,
-        engine=Engine(
-            module, optimizer, micro_batch=settings.micro_batch_size_per_gpu,
-            accumulation=settings.gradient_accumulation_steps, clip_norm=settings.gradient_clipping,
-        ),
-        progress=starting_point(resumed, batches, settings, ranks, arguments),
-        metrics=Metrics.of_run(folder, settings.monitoring, settings.model_dump(mode="json"), ranks.is_main),
-        duties=[],
-        checkpoints=Cadence(settings.checkpoint_every_n_steps, settings.checkpoint_every_n_epochs,
-                            minutes=settings.checkpoint_every_n_minutes),
-    )  # fmt: skip
+        data.training.samples,
+        reader,
+        lambda batch, epoch, *_: training_micro_batch(pipeline, batch, epoch),
+        micro_batch=micro_batch,
+        data_ranks=ranks.data_ranks,
+        data_rank=ranks.data_rank,
+        accumulation=accumulation,
+        seed=settings.seed,
+    )
+    progress = Progress()
+    if resumed:
+        resumed.load_weights(parameters)
+        if not arguments.reset_optimizer:
+            resumed.load_optimizer(parameters, optimizer)
+        progress = resumed.starting_point(
+            global_batch(settings, ranks), batches.steps_per_epoch, restart_data=arguments.reset_dataloader
+        )
+    folder = resumed.folder.parent if resumed else run_folder.create(settings, ranks, arguments.config)
+    metrics = Metrics.of_run(folder, settings.monitoring, settings.model_dump(mode="json"), ranks.is_main)
+    trainer = Trainer(settings, ranks, engine, optimizer, parameters, batches, progress, folder, metrics)
     trainer.duties = duties_of(trainer, pipeline, data, reader, blueprint)
     return trainer
-
-
-def new_run_folder(settings: Settings, ranks: Ranks, arguments: argparse.Namespace) -> Path:
-    """A folder for this run, the same on every rank, with the user's files in it."""
-    from utils.run import folder
-
-    name = share(ranks, "run folder", folder.new_name(settings.output_dir))[0]
-    path = settings.output_dir / name
-    if ranks.is_main:
-        datasets = [settings.dataset, *(entry.config for entry in settings.eval_datasets)]
-        folder.create(path, settings, arguments.config, datasets)
-        logger.info("run folder: %s", path)
-    barrier()
-    return path
-
-
-def starting_point(
-    resumed: Checkpoint | None, batches: TrainingBatches, settings: Settings, ranks: Ranks,
-    arguments: argparse.Namespace,
-) -> Progress:  # fmt: skip
-    """Where training begins: at the start, or where the checkpoint stands."""
-    if resumed is None:
-        return Progress()
-    progress = resumed.progress
-    if arguments.reset_dataloader:
-        progress = replace(progress, epoch=0, step_in_epoch=0, epoch_loss_sum=0.0)
-    progress = progress.with_global_batch(resumed.made_with["global_batch"], global_batch(settings, ranks))
-    if progress.step_in_epoch >= batches.steps_per_epoch:
-        progress = progress.next_epoch()
-    logger.info("resuming %s at step %d, epoch %d", resumed.folder, progress.step, progress.epoch + 1)
-    return progress
-
-
-def global_batch(settings: Settings, ranks: Ranks) -> int:
-    """Samples of one optimizer step."""
-    return settings.micro_batch_size_per_gpu * settings.gradient_accumulation_steps * ranks.data_ranks
 
 
 def duties_of(
@@ -366,83 +319,45 @@ def duties_of(
     evaluation = Duty(
         run_evaluation,
         Cadence(settings.eval_every_n_steps, settings.eval_every_n_epochs, settings.eval_every_n_examples),
-        before_first_step=settings.eval_before_first_step, at_end=True,
-    )  # fmt: skip
+        before_first_step=settings.eval_before_first_step,
+        at_end=True,
+    )
     drawing = Duty(
-        draw_samples, Cadence(sampling.sample_every_n_steps, sampling.sample_every_n_epochs),
-        before_first_step=sampling.sample_before_first_step, at_end=True,
-    )  # fmt: skip
+        draw_samples,
+        Cadence(sampling.sample_every_n_steps, sampling.sample_every_n_epochs),
+        before_first_step=sampling.sample_before_first_step,
+        at_end=True,
+    )
     saving = Duty(
         write_export,
-        Cadence(settings.save_every_n_steps, settings.save_every_n_epochs, settings.save_every_n_examples), at_end=True,
-    )  # fmt: skip
+        Cadence(settings.save_every_n_steps, settings.save_every_n_epochs, settings.save_every_n_examples),
+        at_end=True,
+    )
     return [*([evaluation] if sets else []), *([drawing] if sampling.prompts else []), saving]
 
 
 def train(trainer: Trainer, stop: StopRequests) -> bool:
     """The loop: a step, its numbers, what is due after it. Returns whether it came to its end."""
-    t = trainer
-    total = t.progress.step + t.steps_left
-    if t.progress.step == 0:
-        for duty in t.duties:
-            if duty.before_first_step:
-                duty.perform(t.progress, False)
-    report = StepReporter(t.progress.step, total, t.settings.steps_per_print, t.ranks.is_main)
-    batches = t.prefetched()
-    while t.progress.step < total:
-        before = t.progress
-        done, values = take_step(t, next(batches), total)
-        epoch_ended = done.step_in_epoch == t.batches.steps_per_epoch
-        if epoch_ended:
-            values["train/epoch_loss"] = done.epoch_loss
-        t.metrics.scalars(values, done.step)
+    if trainer.progress.step == 0:
+        trainer.begin()
+    first, last = trainer.progress.step, trainer.last_step
+    report = StepReporter(first, last, trainer.settings.steps_per_print, trainer.ranks.is_main)
+    batches = trainer.prefetched()
+    stopped = False
+    while trainer.progress.step < last and not stopped:
+        done, values = trainer.step(next(batches))
+        trainer.metrics.scalars(values, done.step)
         report.step(done.step, done.epoch, values)
-        for duty in t.duties:
-            if duty.cadence.due(before, done, epoch_ended) or (duty.at_end and done.step == total):
-                duty.perform(done, epoch_ended)
-        t.progress = done.next_epoch() if epoch_ended else done
-        stopping, overdue = any_rank([stop.pending(), t.ranks.is_main and t.checkpoints.overdue()])
-        last = t.checkpoints.ever and done.step == total
-        if stopping or overdue or last or t.checkpoints.due(before, done, epoch_ended):
-            save_checkpoint(t)
-        if stopping and done.step < total:
-            logger.warning("stopped at step %d; --resume_from_checkpoint %s goes on from here", done.step, t.folder)
-            break
+        stopped = trainer.advance(done, stop.pending())
     report.close()
-    if hasattr(batches, "close"):
-        batches.close()
-    return t.progress.step >= total
-
-
-def take_step(t: Trainer, batches: list | None, total: int) -> tuple[Progress, dict[str, float]]:
-    """One optimizer step; the progress after it, and its numbers."""
-    from optimizers.schedules import learning_rates
-
-    started = time.monotonic()
-    step = t.progress.step
-    rates = learning_rates(step, [t.settings.optimizer.lr] * len(t.optimizer.param_groups), t.settings, total)
-    for group, rate in zip(t.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    result = t.engine.train_step(batches, step)
-    seconds = time.monotonic() - started
-    values = {
-        "train/loss": result.loss, "train/grad_norm": result.grad_norm, "train/lr": rates[0],
-        "train/step_time_sec": seconds, "train/samples_per_sec": t.global_batch / seconds,
-    }  # fmt: skip
-    return t.progress.after_step(result.loss, t.global_batch), values
-
-
-def save_checkpoint(t: Trainer) -> None:
-    """Writes the state to resume from."""
-    from utils.run import checkpoint
-
-    made_with = {
-        "optimizer": t.settings.optimizer.model_dump(mode="json"), "global_batch": t.global_batch,
-        "seed": t.settings.seed,
-    }  # fmt: skip
-    path = checkpoint.save(t.folder, t.ranks, t.progress, t.parameters, t.optimizer, made_with)
-    t.checkpoints.restart()
-    logger.info("checkpoint: %s", path)
+    trainer.close(batches)
+    if stopped:
+        logger.warning("stopped; --resume_from_checkpoint %s goes on from here", trainer.folder)
+    elif first == last:
+        logger.warning(
+            "nothing is left to train: %d epochs are done; set epochs or max_steps higher", trainer.progress.epoch
+        )
+    return not stopped
 
 
 if __name__ == "__main__":

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 
+import models
 import train
 from tests.benchmarks.setting import MINI_FLUX, write_run
 from utils.parallel.backend import initialize_deepspeed
 from utils.ranks import connect, disconnect, from_environment
+from utils.run.trainer import Trainer
 
 BLOCKS, STEPS = 12, 10
 LIMIT = 1.10
@@ -45,23 +47,23 @@ def measure() -> Iterator[str]:
     yield f"ratio {ratio:.3f} (limit {LIMIT:.2f}): {'ok' if ratio <= LIMIT else 'TOO SLOW'}"
 
 
-def _trainer(folder: Path) -> train.Trainer:
+def _trainer(folder: Path) -> Trainer:
     arguments = train.parse_arguments(["--config", str(write_run(folder))])
     ranks = from_environment()
     settings, datasets = train.read_settings(arguments, ranks)
-    pipeline = train.make_pipeline(settings)
+    pipeline = models.find(settings.model.type)(settings.model, settings.seed)
     connect(ranks)
     data = train.load_data(settings, ranks, pipeline, train.sources_of(settings, datasets), arguments)
     initialize_deepspeed()
     return train.build_trainer(settings, ranks, pipeline, data, None, arguments)
 
 
-def _trainer_step(trainer: train.Trainer, batches: Iterator[Any]) -> None:
-    trainer.progress, values = train.take_step(trainer, next(batches), total=10**6)
+def _trainer_step(trainer: Trainer, batches: Iterator[Any]) -> None:
+    trainer.progress, values = trainer.step(next(batches))
     trainer.metrics.scalars(values, trainer.progress.step)
 
 
-def _bare_step(trainer: train.Trainer) -> Any:
+def _bare_step(trainer: Trainer) -> Any:
     """One step of a loop that does nothing but train: its batch lies ready."""
     device = trainer.ranks.device
     model = FluxTransformer2DModel.from_pretrained(MINI_FLUX, subfolder="transformer", torch_dtype=torch.float32)

@@ -12,9 +12,11 @@ or ordered needs no state: it is a function of the seed and the progress.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from utils.ranks import Ranks
 from utils.run.folder import LATEST
 from utils.run.progress import Progress
 from utils.settings.errors import SettingsError
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 NamedParameters = Mapping[str, torch.nn.Parameter]
@@ -121,6 +125,18 @@ class Checkpoint:
             values = ", ".join(f"{key} = {settings[key]} (checkpoint: {old.get(key)})" for key in changed)
             raise SettingsError.of(f"{values}; pass --reset_optimizer_params to take the config's", str(self.folder),
                                    "[optimizer]")  # fmt: skip
+
+    def starting_point(self, global_batch: int, steps_per_epoch: int, *, restart_data: bool) -> Progress:
+        """Where training goes on: where the checkpoint stands, at the same place of the epoch if a step now takes
+        another number of samples; with `restart_data` at the beginning of the first epoch."""
+        progress = self.progress
+        if restart_data:
+            progress = replace(progress, epoch=0, step_in_epoch=0, epoch_loss_sum=0.0)
+        progress = progress.with_global_batch(self.made_with["global_batch"], global_batch)
+        if progress.step_in_epoch >= steps_per_epoch:
+            progress = progress.next_epoch()
+        logger.info("resuming %s at step %d, epoch %d", self.folder, progress.step, progress.epoch + 1)
+        return progress
 
     def load_weights(self, parameters: NamedParameters) -> None:
         """Copies the weights of these parameters.

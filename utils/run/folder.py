@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from utils.ranks import Ranks, barrier, share
 from utils.settings.errors import SettingsError
 from utils.settings.reader import write_resolved
 from utils.settings.schema import Settings
@@ -30,13 +30,20 @@ def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f"{name}_{number}"
 
 
-def create(folder: Path, settings: Settings, config: Path, datasets: Sequence[Path]) -> None:
-    """Makes the run's folder and copies into it the files as the user gave them and the settings as resolved."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(config, folder / "config.toml")
-    for index, dataset in enumerate(datasets):
-        shutil.copyfile(dataset, folder / ("dataset.toml" if index == 0 else f"eval_{dataset.name}"))
-    write_resolved(settings, folder / "settings.toml")
+def create(settings: Settings, ranks: Ranks, config: Path) -> Path:
+    """Makes a folder for this run, the same on every rank, with the user's files as given and the settings as
+    resolved."""
+    folder = settings.output_dir / share(ranks, "run folder", new_name(settings.output_dir))[0]
+    if ranks.is_main:
+        folder.mkdir(parents=True)
+        shutil.copyfile(config, folder / "config.toml")
+        shutil.copyfile(settings.dataset, folder / "dataset.toml")
+        for entry in settings.eval_datasets:
+            shutil.copyfile(entry.config, folder / f"dataset_{entry.name}.toml")
+        write_resolved(settings, folder / "settings.toml")
+        logger.info("run folder: %s", folder)
+    barrier()
+    return folder
 
 
 def find_run(output_dir: Path, asked: str | None) -> Path:

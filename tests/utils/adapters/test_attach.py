@@ -1,0 +1,174 @@
+"""LoRA factors on a denoiser: where they go, what they start from, what they load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from utils.adapters import attach
+from utils.settings.errors import SettingsError
+from utils.settings.schema import AdapterSettings
+
+BLOCKS = ("first_blocks", "blocks")
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.to_q, self.to_k, self.out = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
+        normed_BD = self.norm(x_BD)
+        return x_BD + self.out(self.to_q(normed_BD) * self.to_k(normed_BD))
+
+
+class Denoiser(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 6)
+        self.first_blocks = nn.ModuleList([Block()])
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
+        x_BD = self.embed(x_BD)
+        for block in [*self.first_blocks, *self.blocks]:
+            x_BD = block(x_BD)
+        return x_BD
+
+
+def denoiser() -> Denoiser:
+    torch.manual_seed(0)
+    return Denoiser()
+
+
+def lora(**keys: Any) -> AdapterSettings:
+    return AdapterSettings(**{"type": "lora", "rank": 2, **keys})
+
+
+def initialised(settings: AdapterSettings, seed: int = 0) -> Denoiser:
+    adapted = denoiser()
+    attach.attach(adapted, BLOCKS, settings)
+    attach.initialise(adapted, [adapted], settings, seed)
+    return adapted
+
+
+def factors(adapted: nn.Module) -> dict[str, torch.Tensor]:
+    return {attach.base_name(name): p for name, p in adapted.named_parameters() if ".lora_" in name}
+
+
+ALL = [f"{block}.{part}" for block in ("first_blocks.0", "blocks.0", "blocks.1") for part in ("to_q", "to_k", "out")]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        ({}, ALL),
+        ({"include": ["to_q"]}, [name for name in ALL if name.endswith("to_q")]),
+        ({"include": ["blocks.?.to_*"], "exclude": ["to_k", "first_"]}, ["blocks.0.to_q", "blocks.1.to_q"]),
+        ({"exclude": ["blocks.0.*"]}, [name for name in ALL if ".1." in name]),
+        ({"include": ["out", "first*to_q"]}, ["first_blocks.0.to_q", *(name for name in ALL if name.endswith("out"))]),
+    ],
+)
+def test_patterns_choose_the_linears_of_the_blocks(patterns: dict, expected: list[str]) -> None:
+    adapted = initialised(lora(**patterns))
+    assert {name.split(".lora_")[0] for name in factors(adapted)} == set(expected)
+    trained = {attach.base_name(name) for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trained == factors(adapted).keys()
+
+
+@pytest.mark.parametrize("patterns", [{"include": ["embed"]}, {"include": ["norm"]}, {"exclude": ["*"]}])
+def test_patterns_that_leave_nothing_are_told(patterns: dict) -> None:
+    with pytest.raises(SettingsError, match="leave nothing to adapt; the model's modules are called like first_blocks.0"):
+        attach.attach(denoiser(), BLOCKS, lora(**patterns))
+
+
+def test_equals_a_model_adapted_by_peft() -> None:
+    settings = lora(rank=3, alpha=1.5)
+    adapted = initialised(settings)
+    drawn = {name: torch.randn_like(tensor) for name, tensor in factors(adapted).items()}
+    attach.load(adapted, [adapted], drawn, "a test")
+    reference = get_peft_model(denoiser(), LoraConfig(r=3, lora_alpha=1.5, target_modules=ALL))
+    theirs = {attach.base_name(name.removeprefix("base_model.model.")): p for name, p in reference.named_parameters()}
+    with torch.no_grad():
+        for name, tensor in drawn.items():
+            theirs[name].copy_(tensor)
+    x_BD = torch.randn(5, 4)
+    assert torch.equal(adapted(x_BD), reference(x_BD))
+    assert attach.scale(settings) == 0.5 and attach.scale(lora()) == 1.0
+
+
+def test_starts_without_an_effect() -> None:
+    x_BD = torch.randn(5, 4)
+    assert torch.equal(initialised(lora())(x_BD), denoiser()(x_BD))
+
+
+def test_first_values_are_the_same_however_the_denoiser_is_cut() -> None:
+    whole = factors(initialised(lora()))
+    cut = denoiser().to("meta")
+    attach.attach(cut, BLOCKS, lora())
+    torch.manual_seed(99)
+    attach.initialise(cut, [cut.blocks[1]], lora(), seed=0)
+    for name, tensor in factors(cut).items():
+        assert tensor.is_meta != name.startswith("blocks.1."), name
+        assert tensor.is_meta or torch.equal(tensor, whole[name]), name
+
+
+def test_first_values_differ_by_seed_and_module() -> None:
+    first = {name: tensor for name, tensor in factors(initialised(lora())).items() if ".lora_A." in name}
+    second = factors(initialised(lora(), seed=1))
+    values = [*first.values(), *(second[name] for name in first)]
+    assert len({tuple(tensor.flatten().tolist()) for tensor in values}) == 2 * len(ALL)
+
+
+def test_drawing_first_values_leaves_the_random_state() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    adapted = denoiser()
+    attach.attach(adapted, BLOCKS, lora())
+    torch.manual_seed(7)
+    attach.initialise(adapted, [adapted], lora(), seed=0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_factors_have_their_own_type() -> None:
+    adapted = denoiser().to(torch.bfloat16)
+    attach.attach(adapted, BLOCKS, lora())
+    attach.initialise(adapted, [adapted], lora(), seed=0)
+    assert {tensor.dtype for tensor in factors(adapted).values()} == {torch.float32}
+    attach.initialise(adapted, [adapted], lora(dtype="bfloat16"), seed=0)
+    assert {tensor.dtype for tensor in factors(adapted).values()} == {torch.bfloat16}
+
+
+def test_only_held_factors_are_loaded() -> None:
+    adapted = denoiser().to("meta")
+    attach.attach(adapted, BLOCKS, lora())
+    attach.initialise(adapted, [adapted.blocks[0]], lora(), seed=0)
+    given = {name: torch.full(tensor.shape, 2.0) for name, tensor in factors(adapted).items()}
+    attach.load(adapted, [adapted.blocks[0]], given, "a test")
+    for name, tensor in factors(adapted).items():
+        assert tensor.is_meta or torch.equal(tensor, given[name]), name
+
+
+@pytest.mark.parametrize(
+    ("made_with", "message"),
+    [
+        ({"rank": 4}, "is [4, 6], this run's is [2, 6]; set [adapter] rank"),
+        ({"include": ["to_q"]}, "'blocks.0.out.lora_A.weight' and 11 more are not in this adapter"),
+    ],
+)
+def test_another_adapter_does_not_load(made_with: dict, message: str) -> None:
+    adapted = initialised(lora())
+    with pytest.raises(SettingsError) as raised:
+        attach.load(adapted, [adapted], factors(initialised(lora(**made_with))), "other.safetensors")
+    assert message in str(raised.value) and "other.safetensors" in str(raised.value)
+
+
+def test_factors_without_a_place_do_not_load() -> None:
+    adapted = initialised(lora(include=["to_q"]))
+    with pytest.raises(SettingsError, match="'first_blocks.0.to_k.lora_A.weight' has no counterpart"):
+        attach.load(adapted, [adapted], factors(initialised(lora())), "other.safetensors")

@@ -1,0 +1,137 @@
+"""A run in motion: what the loop turns, and one step of it."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from optimizers.schedules import learning_rates
+from utils.dataset.batches import TrainingBatches
+from utils.parallel.engine import Engine
+from utils.ranks import Ranks, any_rank
+from utils.run import checkpoint
+from utils.run.cadence import Cadence, Duty
+from utils.run.metrics import Metrics
+from utils.run.progress import Progress
+from utils.settings.schema import Settings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Trainer:
+    """Everything that the loop turns.
+
+    Attributes:
+        parameters: the trainable ones of this stage, by name.
+        progress: moves with every step.
+        duties: what is done between two steps, in this order.
+    """
+
+    settings: Settings
+    ranks: Ranks
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    parameters: Mapping[str, nn.Parameter]
+    batches: TrainingBatches
+    progress: Progress
+    folder: Path
+    metrics: Metrics
+    duties: list[Duty] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        chosen = self.settings
+        self.checkpoints = Cadence(
+            chosen.checkpoint_every_n_steps,
+            chosen.checkpoint_every_n_epochs,
+            minutes=chosen.checkpoint_every_n_minutes,
+        )
+        self.last_step = self.progress.step + self._steps_left()
+
+    def _steps_left(self) -> int:
+        """Steps to the end of the last epoch, or to `max_steps` if that comes first."""
+        left = (self.settings.epochs - self.progress.epoch) * self.batches.steps_per_epoch
+        left -= self.progress.step_in_epoch
+        limit = self.settings.max_steps
+        return max(0, left if limit is None else min(left, limit - self.progress.step))
+
+    def prefetched(self) -> Iterator[Any]:
+        """This data rank's micro-batches, step after step; None for a stage in the middle, which reads no data."""
+        if self.ranks.is_first_stage or self.ranks.is_last_stage:
+            return self.batches.iterate(self.progress.epoch, self.progress.step_in_epoch)
+        return itertools.repeat(None)
+
+    def step(self, batches: list | None) -> tuple[Progress, dict[str, float]]:
+        """One optimizer step; where the run stands after it, and its numbers."""
+        started = time.monotonic()
+        step, groups = self.progress.step, self.optimizer.param_groups
+        rates = learning_rates(step, [self.settings.optimizer.lr] * len(groups), self.settings, self.last_step)
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+        result = self.engine.train_step(batches, step)
+        seconds = time.monotonic() - started
+        examples = global_batch(self.settings, self.ranks)
+        done = self.progress.after_step(result.loss, examples)
+        values = {
+            "train/loss": result.loss,
+            "train/grad_norm": result.grad_norm,
+            "train/lr": rates[0],
+            "train/step_time_sec": seconds,
+            "train/samples_per_sec": examples / seconds,
+        }
+        if self.ends_epoch(done):
+            values["train/epoch_loss"] = done.epoch_loss
+        return done, values
+
+    def ends_epoch(self, done: Progress) -> bool:
+        """Whether the step that led to `done` was its epoch's last."""
+        return done.step_in_epoch == self.batches.steps_per_epoch
+
+    def begin(self) -> None:
+        """What is due before the first step of a run."""
+        for duty in self.duties:
+            if duty.before_first_step:
+                duty.perform(self.progress, False)
+
+    def advance(self, done: Progress, stop_requested: bool) -> bool:
+        """Does what is due after the step that led to `done`. Returns whether all ranks are to stop here."""
+        before, ended, last = self.progress, self.ends_epoch(done), done.step == self.last_step
+        for duty in self.duties:
+            if duty.cadence.due(before, done, ended) or (last and duty.at_end):
+                duty.perform(done, ended)
+        self.progress = done.next_epoch() if ended else done
+        # A signal reaches one process, and clocks differ: the ranks agree, since saving takes all of them.
+        stopping, overdue = any_rank([stop_requested, self.ranks.is_main and self.checkpoints.overdue()])
+        at_end = last and self.checkpoints.ever
+        if stopping or overdue or at_end or self.checkpoints.due(before, done, ended):
+            self.save_checkpoint()
+        return stopping and not last
+
+    def close(self, batches: Iterator[Any]) -> None:
+        """Ends the thread that reads ahead, and closes the metrics."""
+        if isinstance(batches, Generator):
+            batches.close()
+        self.metrics.close()
+
+    def save_checkpoint(self) -> None:
+        """Writes the state to resume from."""
+        made_with = {
+            "optimizer": self.settings.optimizer.model_dump(mode="json"),
+            "global_batch": global_batch(self.settings, self.ranks),
+        }
+        path = checkpoint.save(self.folder, self.ranks, self.progress, self.parameters, self.optimizer, made_with)
+        self.checkpoints.restart()
+        logger.info("checkpoint: %s", path)
+
+
+def global_batch(settings: Settings, ranks: Ranks) -> int:
+    """Samples of one optimizer step."""
+    return settings.micro_batch_size_per_gpu * settings.gradient_accumulation_steps * ranks.data_ranks
