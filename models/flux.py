@@ -231,6 +231,6 @@ def unpack(x_BTC: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def grid_positions(height: int, width: int, image: int) -> torch.Tensor:
-    """(image, row, column) of every token (T, 3) of a latent of `height` x `width` cells; control images are image 1."""
+    """(image, row, column) of every token (T, 3) of a latent of `height` x `width` cells; a control is image 1."""
     rows, columns = torch.meshgrid(torch.arange(height // PATCH), torch.arange(width // PATCH), indexing="ij")
     return torch.stack([torch.full_like(rows, image), rows, columns], dim=-1).reshape(-1, 3).float()

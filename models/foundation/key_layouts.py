@@ -122,7 +122,8 @@ class KeyLayout:
             down = torch.cat([factors[f"{part}.lora_A.weight"] for part in present])
             blocks = [
                 factors[f"{part}.lora_B.weight"] * scale_of(part)
-                if part in adapted else down.new_zeros(rows_of(part), 0)
+                if part in adapted
+                else down.new_zeros(rows_of(part), 0)
                 for part in parts
             ]
             up = torch.block_diag(*blocks)

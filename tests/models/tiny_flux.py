@@ -1,4 +1,4 @@
-"""A whole tiny Flux in diffusers' layout: the miniature of the examples with a transformer and a scheduler of its own."""
+"""A whole tiny Flux in diffusers' layout: the examples' miniature with a transformer and a scheduler of its own."""
 
 from __future__ import annotations
 

@@ -4,9 +4,8 @@ An item is on disk before the index speaks of it, so whatever a killed process l
 unreferenced bytes at a shard's end. Every writer has shards of its own, and never appends to one it did not
 begin itself: any number of processes, also of two runs, may fill one store.
 
-The index keeps SQLite's rollback journal and full synchronisation. A write-ahead log would need memory shared
-by all readers and writers, which a folder mounted by several machines does not have, and commits are seconds
-apart.
+The index keeps a write-ahead log, so that readers and writers do not wait for each other; on a folder that
+several machines may mount it keeps SQLite's rollback journal, since the log needs memory shared by all of them.
 """
 
 from __future__ import annotations
@@ -32,6 +31,9 @@ FLUSH_SECONDS = 30.0
 BUSY_SECONDS = 120
 KEYS_PER_QUERY = 10_000
 HEADER_LENGTH_BYTES = 8
+NETWORK_FILESYSTEMS = (
+    "9p", "afs", "beegfs", "ceph", "cifs", "fuse", "glusterfs", "gpfs", "lustre", "nfs", "ocfs2", "smb", "virtiofs",
+)
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -93,6 +95,7 @@ class TensorStore:
         self._index = sqlite3.connect(
             folder / INDEX_NAME, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
+        self._index.execute(f"PRAGMA journal_mode = {'DELETE' if _on_network(folder) else 'WAL'}")
         self._index.execute(
             "CREATE TABLE IF NOT EXISTS items (key TEXT PRIMARY KEY, shard TEXT, offset INTEGER,"
             " length INTEGER, crc32 INTEGER) WITHOUT ROWID"
@@ -267,3 +270,15 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _on_network(folder: Path) -> bool:
+    """Whether the folder lies on a file system that other machines may use at the same time, as far as the system
+    tells (/proc/mounts); elsewhere it is taken for local."""
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return False
+    path = folder.resolve()
+    holding = [(len(point), kind) for point, kind in mounts if path.is_relative_to(point)]
+    return max(holding, default=(0, ""))[1].startswith(NETWORK_FILESYSTEMS)

@@ -52,7 +52,8 @@ def trained_by_peft() -> tuple[FluxTransformer2DModel, LoraConfig]:
 def by_diffusers(place: Path) -> Path:
     denoiser, config = trained_by_peft()
     StockPipeline.save_lora_weights(
-        place, get_peft_model_state_dict(denoiser), transformer_lora_adapter_metadata=config.to_dict())
+        place, get_peft_model_state_dict(denoiser), transformer_lora_adapter_metadata=config.to_dict()
+    )
     return place / "pytorch_lora_weights.safetensors"
 
 
@@ -134,8 +135,13 @@ def test_a_file_without_alpha_has_a_scale_of_one(folder: Path, tmp_path: Path) -
 
 
 def other_model(place: Path) -> Path:
-    save_file({"unet.down_blocks.0.attn.to_q.lora_A.weight": torch.zeros(RANK, 8),
-               "unet.down_blocks.0.attn.to_q.lora_B.weight": torch.zeros(8, RANK)}, place / "sdxl.safetensors")
+    save_file(
+        {
+            "unet.down_blocks.0.attn.to_q.lora_A.weight": torch.zeros(RANK, 8),
+            "unet.down_blocks.0.attn.to_q.lora_B.weight": torch.zeros(8, RANK),
+        },
+        place / "sdxl.safetensors",
+    )
     return place / "sdxl.safetensors"
 
 

@@ -131,18 +131,19 @@ def test_promised_shapes_are_those_that_come(folder: Path, reads: str) -> None:
 @pytest.mark.parametrize("prefix", ["", "first_stage_model.", "vae."])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_single_file_in_original_names(folder: Path, tmp_path: Path, prefix: str, dtype: torch.dtype) -> None:
-    tensors = {f"{prefix}{name}": tensor for name, tensor in with_original_names(load_file(weights_file(folder))).items()}
+    expected = load_file(weights_file(folder))
+    tensors = {f"{prefix}{name}": tensor for name, tensor in with_original_names(expected).items()}
     save_file(tensors, tmp_path / "ae.safetensors")
     weights = load_autoencoder_kl(folder, tmp_path / "ae.safetensors", dtype).state_dict()
-    expected = load_file(weights_file(folder))
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(weights[name], tensor.to(dtype)), name
 
 
 def test_single_file_in_the_names_of_diffusers(folder: Path) -> None:
-    inputs = {"pixels_BCFHW": pixels()}
-    assert torch.equal(loaded(folder, file=weights_file(folder)).encode(**inputs)["latents"], loaded(folder).encode(**inputs)["latents"])
+    from_folder, from_file = loaded(folder), loaded(folder, file=weights_file(folder))
+    one, other = (autoencoder.encode(pixels_BCFHW=pixels())["latents"] for autoencoder in (from_folder, from_file))
+    assert torch.equal(one, other)
 
 
 MISTAKES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {

@@ -72,7 +72,8 @@ def test_the_table_names_what_the_model_has(converted: Tensors, denoiser: nn.Mod
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
 def test_pieces_are_what_diffusers_converts(prefix: str, original: Tensors, converted: Tensors) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in converted.items()}
-    prefixed = {f"{prefix}{key}": tensor for key, tensor in original.items()} | {"vae.decoder.conv_in.bias": torch.zeros(1)}
+    prefixed = {f"{prefix}{key}": tensor for key, tensor in original.items()}
+    prefixed["vae.decoder.conv_in.bias"] = torch.zeros(1)
     pieces = BFL_LAYOUT.pieces(shapes, prefixed)
     assert pieces.keys() == converted.keys()
     for name, tensor in converted.items():

@@ -12,6 +12,7 @@ from models.flux import FluxPipeline, unpack
 from models.foundation.noising import evaluation_micro_batch, training_micro_batch
 from tests.models import tiny_flux
 from utils.dataset.batches import FeatureBatch
+from utils.dataset.buckets import Bucket
 from utils.diffusion.seeds import normal
 from utils.diffusion.timesteps import ResolutionShift, TimestepSampler
 
@@ -28,6 +29,7 @@ def batch(*samples: str) -> FeatureBatch:
     return FeatureBatch(
         {name: torch.stack([normal(shape, 0, name, sample) for sample in samples]) for name, shape in shapes.items()},
         list(samples),
+        Bucket(48, 32, 1),
     )
 
 

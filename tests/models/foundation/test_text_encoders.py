@@ -68,7 +68,8 @@ def test_promised_shapes_are_those_that_come(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_single_file_equals_the_folder(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     save_file(AS_SINGLE_FILE[name](shipped(name)), tmp_path / "model.safetensors")
-    assert torch.equal(features(encoder(name, tmp_path / "model.safetensors", dtype)), features(encoder(name, dtype=dtype)))
+    from_file = encoder(name, tmp_path / "model.safetensors", dtype)
+    assert torch.equal(features(from_file), features(encoder(name, dtype=dtype)))
 
 
 def test_t5_keeps_its_large_numbers_in_float32(tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_8_bit_files_are_cast_and_scaled(tmp_path: Path) -> None:
 MISTAKES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "another model's": (lambda tensors: {"double_blocks.0.img_mod.lin.weight": torch.zeros(2)}, "is not in the file"),
     "a missing block": (
-        lambda tensors: {name: tensor for name, tensor in tensors.items() if "block.1.layer.1.DenseReluDense.wo" not in name},
+        lambda tensors: {name: t for name, t in tensors.items() if "block.1.layer.1.DenseReluDense.wo" not in name},
         "'encoder.block.1.layer.1.DenseReluDense.wo.weight' of the model is not in the file",
     ),
     "another size": (

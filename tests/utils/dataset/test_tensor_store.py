@@ -4,8 +4,10 @@ import multiprocessing
 import os
 import random
 import signal
+import sqlite3
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,3 +250,10 @@ def test_processes_write_at_once_and_a_killed_one_leaves_a_sound_store(tmp_path)
         store.put("1", item(1))
         assert_items(store, [1])
         assert len(store) == 400 + len(survivors)
+
+
+def test_the_index_keeps_a_write_ahead_log(tmp_path: Path) -> None:
+    with TensorStore(tmp_path, "writer"):
+        index = sqlite3.connect(tmp_path / "index.sqlite")
+        assert index.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        index.close()

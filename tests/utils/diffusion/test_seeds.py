@@ -39,7 +39,8 @@ def test_drawing_leaves_the_global_random_state() -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [(1, "noise", 1, 23), (0, "other", 1, 23), (0, "noise", 2, 23), (0, "noise", 12, 3), (0, "noise", "1", "2", 3)]
+    "other",
+    [(1, "noise", 1, 23), (0, "other", 1, 23), (0, "noise", 2, 23), (0, "noise", 12, 3), (0, "noise", "1", "2", 3)],
 )
 def test_every_part_of_a_name_counts(other: tuple) -> None:
     assert seeds.derive(*other) != seeds.derive(0, "noise", 1, 23)
