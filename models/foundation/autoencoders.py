@@ -58,7 +58,9 @@ class ImageAutoencoder:
     @cached_property
     def fingerprint(self) -> str:
         draws = "mode" if self.reads == ("control",) else f"sample-{self.seed}"
-        return fingerprint("vae", draws, str(self.dtype), self.file or self.folder / "vae")
+        config = self.folder / "vae" / "config.json"
+        weights = [self.file, config] if self.file else [self.folder / "vae"]
+        return fingerprint("vae", draws, str(self.dtype), *weights)
 
     def load(self, device: torch.device) -> None:
         self.device = device

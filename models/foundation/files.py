@@ -26,7 +26,9 @@ def check_diffusers_folder(options: ModelSettings, parts: Sequence[str], overrid
     if folder is None:
         raise SettingsError.of(
             "is needed: single files hold neither configurations nor tokenizers. Give the model's folder in diffusers' "
-            "layout (its weights may be left out of it where another path gives them)", where="[model] diffusers_path")  # fmt: skip
+            "layout (its weights may be left out of it where another path gives them)",
+            where="[model] diffusers_path",
+        )
     problems = [
         Problem(str(folder), part, "this part is missing; download the whole diffusers folder")
         for part in parts

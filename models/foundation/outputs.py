@@ -16,7 +16,8 @@ from utils.dataset.encoding import Encoder, fill
 from utils.ranks import Ranks
 from utils.run.export import ExportPlan, Tensors, settings_hash
 from utils.run.sampling import SampleModel
-from utils.settings.schema import Settings, torch_dtype
+from utils.settings.errors import SettingsError
+from utils.settings.schema import SamplingSettings, Settings, torch_dtype
 
 COMFYUI = "comfyui"
 
@@ -49,14 +50,31 @@ def export_plan(pipeline: BasePipeline, settings: Settings, blueprint: Blueprint
     )  # fmt: skip
 
 
+def sample_bucket(pipeline: BasePipeline, sampling: SamplingSettings) -> Bucket:
+    """The size of the samples.
+
+    Raises:
+        SettingsError: the model makes no pictures of this size.
+    """
+    size, spatial = (sampling.width, sampling.height), pipeline.media.spatial
+    if any(side % spatial for side in size):
+        width, height = (max(spatial, round(side / spatial) * spatial) for side in size)
+        raise SettingsError.of(
+            f"the sides of this model's pictures are multiples of {spatial}; set {width} x {height} instead of "
+            f"{size[0]} x {size[1]}", where="[sampling] width, height")  # fmt: skip
+    return Bucket(*size, 1)
+
+
 def sample_model(
     pipeline: BasePipeline, encoders: Sequence[Encoder], settings: Settings, ranks: Ranks, cache_dir: Path
 ) -> SampleModel:
     """How to draw this model's samples; encodes the prompts into the cache."""
     autoencoder = encoders[0]
     text_encoders = [encoder for encoder in encoders if encoder.reads == ("caption",)]
-    bucket = Bucket(settings.sampling.width, settings.sampling.height, 1)
-    prompts = {prompt: Sample(prompt, None, prompt, None, bucket, 0) for prompt in settings.sampling.prompts}
+    prompts = {
+        prompt: Sample(prompt, None, prompt, None, sample_bucket(pipeline, settings.sampling), 0)
+        for prompt in settings.sampling.prompts
+    }
     if prompts:
         fill(text_encoders, list(prompts.values()), cache_dir, ranks, settings.caching_batch_size, ranks.device,
              tag="prompts")  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from models.base import BasePipeline
+from models.foundation.outputs import sample_bucket
 from models.foundation.placement import Blueprint, draw_up, load_existing_adapter
 from models.foundation.weights import build_empty
 from utils.dataset.buckets import Bucket, format_table, table
@@ -34,6 +35,8 @@ def describe(settings: Settings, ranks: Ranks, pipeline: BasePipeline, collectio
     pipeline.open_weights(empty)
     blueprint = draw_up(pipeline, settings, empty)
     load_existing_adapter(pipeline, settings, blueprint, layers=[])
+    if settings.sampling.prompts:
+        sample_bucket(pipeline, settings.sampling)
     parameters = list(blueprint.denoiser.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     micro, accumulation = settings.micro_batch_size_per_gpu, settings.gradient_accumulation_steps
@@ -88,8 +91,8 @@ def _memory(
         in_flight = min(settings.gradient_accumulation_steps, len(blueprint.bounds) - stage)
         activations = in_flight * sum(kept[start:stop])
         rows.append(
-            f"  stage {stage} (layers {start} to {stop - 1}): {(weights + state + activations) / GIB:.2f} GiB = weights "
-            f"{weights / GIB:.2f} + gradients and optimizer {state / GIB:.2f} + activations {activations / GIB:.2f}"
+            f"  stage {stage} (layers {start} to {stop - 1}): {(weights + state + activations) / GIB:.2f} GiB = "
+            f"weights {weights / GIB:.2f} + gradients and optimizer {state / GIB:.2f} + activations {activations / GIB:.2f}"
         )
     return "\n".join([f"estimated memory per rank, bucket {largest}:", *rows])
 
@@ -142,4 +145,3 @@ def _bytes(value: Any) -> int:
     if isinstance(value, torch.Tensor):
         return value.nbytes
     return sum(map(_bytes, value)) if isinstance(value, tuple) else 0
-

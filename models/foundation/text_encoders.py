@@ -76,11 +76,9 @@ class TextEncoder:
     @cached_property
     def fingerprint(self) -> str:
         how = getattr(self.features, "__name__", repr(self.features))
-        return fingerprint(self.name, how, str(self.dtype), self.tokenizer_folder, self._weights)
-
-    @property
-    def _weights(self) -> Path:
-        return self.file or self.folder / self.subfolder
+        folder = self.folder / self.subfolder
+        weights = [self.file, folder / "config.json"] if self.file else [folder]
+        return fingerprint(self.name, how, str(self.dtype), self.tokenizer_folder, *weights)
 
     def load(self, device: torch.device) -> None:
         disable_progress_bar()
@@ -88,8 +86,8 @@ class TextEncoder:
         self.model = self._load_model().to(device).eval().requires_grad_(False)
 
     def _load_model(self) -> nn.Module:
-        if self._weights.is_dir():
-            return self.model_class.from_pretrained(self._weights, dtype=self.dtype)
+        if self.file is None or self.file.is_dir():
+            return self.model_class.from_pretrained(self.file or self.folder / self.subfolder, dtype=self.dtype)
         # transformers itself knows the names of older files, which tensors are tied, and what must stay in float32.
         model, report = self.model_class.from_pretrained(
             None, config=AutoConfig.from_pretrained(self.folder / self.subfolder), dtype=self.dtype,

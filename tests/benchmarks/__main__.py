@@ -1,11 +1,11 @@
-"""Runs every benchmark, or those that are named: `python -m tests.benchmarks [overhead] [startup]`."""
+"""Runs every benchmark, or those that are named: `python -m tests.benchmarks [overhead] [startup] ...`."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-BENCHMARKS = ("overhead", "startup", "backward_calls")
+BENCHMARKS = ("overhead", "startup", "backward_calls", "parity")
 
 
 def main(names: list[str]) -> int:

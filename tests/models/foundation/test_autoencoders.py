@@ -175,3 +175,18 @@ def test_a_truncated_file_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "ae.safetensors").write_bytes(whole[:1000])
     with pytest.raises(SettingsError, match="download it again"):
         loaded(folder, file=tmp_path / "ae.safetensors")
+
+
+def test_fingerprint_tells_what_changes_the_latents(folder: Path, tmp_path: Path) -> None:
+    def made(place: Path, **keys: object) -> str:
+        return ImageAutoencoder(place, **{"file": None, "dtype": torch.float32, **keys}).fingerprint
+
+    config = AutoencoderKL.load_config(folder / "vae")
+    AutoencoderKL.from_config({**config, "scaling_factor": 1.0}).save_config(tmp_path / "vae")
+    file = weights_file(folder)
+    different = [
+        made(folder), made(folder, seed=1), made(folder, dtype=torch.bfloat16), made(folder, reads="control"),
+        made(folder, file=file), made(tmp_path, file=file),
+    ]  # fmt: skip
+    assert len(set(different)) == len(different)
+    assert made(folder) == made(folder)

@@ -16,14 +16,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 from models.flux import BFL_LAYOUT, FluxPipeline
-from models.foundation.outputs import export_plan
+from models.foundation.outputs import export_plan, sample_bucket
 from models.foundation.placement import load_stage
 from tests.models import tiny_flux
 from tests.processes import run_ranks
+from utils.dataset.buckets import Bucket
 from utils.diffusion.seeds import normal
 from utils.ranks import Ranks
 from utils.run.export import export
-from utils.settings.schema import AdapterSettings
+from utils.settings.errors import SettingsError
+from utils.settings.schema import AdapterSettings, SamplingSettings
 
 STEP = 7
 LORA_FILE, LORA_COMFYUI, DENOISER_COMFYUI = (
@@ -194,3 +196,10 @@ def test_two_stages_export_what_one_does(folder: Path, tmp_path: Path, adapter: 
         one, two = load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file)
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_samples_have_a_size_that_the_model_makes(folder: Path) -> None:
+    flux = tiny_flux.pipeline(folder)
+    assert sample_bucket(flux, SamplingSettings(width=96, height=64)) == Bucket(96, 64, 1)
+    with pytest.raises(SettingsError, match="multiples of 16; set 992 x 16 instead of 1000 x 4"):
+        sample_bucket(flux, SamplingSettings(width=1000, height=4))

@@ -95,6 +95,16 @@ def test_8_bit_files_are_cast_and_scaled(tmp_path: Path) -> None:
     assert torch.equal(features(encoder("t5", scaled, torch.bfloat16)), encoded)
 
 
+def test_fingerprint_tells_what_changes_the_features() -> None:
+    file = MINI_FLUX / "text_encoder_2" / "model.safetensors"
+    different = [
+        encoder("clip"), encoder("t5"), encoder("t5", dtype=torch.bfloat16), encoder("t5", file),
+        t5(MINI_FLUX, None, torch.float32, TEXT_TOKENS + 1),
+    ]  # fmt: skip
+    assert len({made.fingerprint for made in different}) == len(different)
+    assert encoder("t5").fingerprint == encoder("t5").fingerprint
+
+
 MISTAKES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "another model's": (lambda tensors: {"double_blocks.0.img_mod.lin.weight": torch.zeros(2)}, "is not in the file"),
     "a missing block": (
