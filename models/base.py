@@ -20,7 +20,7 @@ from utils.dataset.buckets import MediaFacts
 from utils.dataset.encoding import Encoder
 from utils.diffusion import seeds
 from utils.diffusion.losses import Labels, mean_squared_error
-from utils.diffusion.objectives import FlowMatching
+from utils.diffusion.objectives import FlowMatching, Objective
 from utils.diffusion.timesteps import ResolutionShift, TimestepSampler
 from utils.settings.schema import ModelSettings, torch_dtype
 
@@ -33,8 +33,9 @@ class BasePipeline(ABC):
     Attributes:
         Options: the `[model]` keys of this model.
         media: to what multiples pictures and clips are rounded, and how many frames it takes.
-        objective: what the denoiser predicts.
-        blocks: names of the denoiser's lists of repeated blocks. They are what is recomputed and adapted.
+        objective: what the denoiser predicts; a property where it follows from the model's files.
+        blocks: names of the denoiser's lists of repeated blocks, which are what is adapted. Recomputed are the layers
+            that say `recomputable`.
         stream_type: the NamedTuple that travels between layers.
         resolution_shift: the constants by which the timestep shift follows the picture's size.
         keep_in_high_precision: parts of parameter names that stay float32 whatever `dtype` says.
@@ -44,7 +45,7 @@ class BasePipeline(ABC):
 
     Options: ClassVar[type[ModelSettings]] = ModelSettings
     media: ClassVar[MediaFacts]
-    objective: ClassVar[FlowMatching] = FlowMatching()
+    objective: Objective = FlowMatching()
     blocks: ClassVar[tuple[str, ...]]
     stream_type: ClassVar[Callable[..., tuple]]
     resolution_shift: ClassVar[ResolutionShift] = ResolutionShift()
@@ -86,7 +87,8 @@ class BasePipeline(ABC):
 
     @abstractmethod
     def to_layers(self, denoiser: nn.Module) -> list[nn.Module]:
-        """[entry, one layer per block, exit]: each takes a stream and returns one, the exit a latent (B, ...)."""
+        """[entry, one layer per block, exit]: each takes a stream and returns one. The exit returns what `loss` takes; in
+        evaluation mode the prediction as a latent (B, ...)."""
 
     @abstractmethod
     def prepare_inputs(

@@ -92,7 +92,7 @@ def sample_model(
     return SampleModel(
         features=features,
         prepare=pipeline.prepare_inputs,
-        velocity=pipeline.objective.velocity,
+        for_scheduler=pipeline.objective.for_scheduler,
         latent_shape=pipeline.latent_shape,
         tokens=pipeline.tokens,
         scheduler=pipeline.scheduler,

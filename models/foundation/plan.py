@@ -80,7 +80,12 @@ def _memory(
     """Per stage: weights, gradients and optimizer state by counting; activations by running the largest bucket's
     micro-batch through the layers on the meta device and adding up what autograd keeps."""
     largest = max(buckets, key=lambda bucket: bucket.width * bucket.height * bucket.frames)
-    kept = _activations(settings, pipeline, blueprint, encoders, largest)
+    title = f"estimated memory per rank, bucket {largest}"
+    try:
+        kept = _activations(settings, pipeline, blueprint, encoders, largest)
+    except NotImplementedError:
+        # Experts that are chosen by a tensor's values cannot be run without values.
+        kept, title = [0] * len(blueprint.layers), f"{title}, without activations"
     rows = []
     for stage, (start, stop) in enumerate(blueprint.bounds):
         layers = blueprint.stage_layers(stage)
@@ -92,9 +97,10 @@ def _memory(
         activations = in_flight * sum(kept[start:stop])
         rows.append(
             f"  stage {stage} (layers {start} to {stop - 1}): {(weights + state + activations) / GIB:.2f} GiB = "
-            f"weights {weights / GIB:.2f} + gradients and optimizer {state / GIB:.2f} + activations {activations / GIB:.2f}"
+            f"weights {weights / GIB:.2f} + gradients and optimizer {state / GIB:.2f} + "
+            f"activations {activations / GIB:.2f}"
         )
-    return "\n".join([f"estimated memory per rank, bucket {largest}:", *rows])
+    return "\n".join([f"{title}:", *rows])
 
 
 def _activations(
@@ -103,12 +109,12 @@ def _activations(
     """Bytes that autograd keeps of each layer for one micro-batch of `bucket`."""
     batch = settings.micro_batch_size_per_gpu
     features = {
-        name: torch.empty((batch, *shape), dtype=dtype, device="meta")
+        name: torch.zeros((batch, *shape), dtype=dtype)
         for encoder in encoders
         for name, (shape, dtype) in encoder.feature_shapes(bucket).items()
     }
-    latent = torch.empty((batch, *pipeline.latent_shape(bucket.width, bucket.height, bucket.frames)), device="meta")
-    stream = _on_meta(pipeline.prepare_inputs(features, latent, torch.empty(batch, device="meta")))
+    latent = torch.zeros((batch, *pipeline.latent_shape(bucket.width, bucket.height, bucket.frames)))
+    stream = _on_meta(pipeline.prepare_inputs(features, latent, torch.zeros(batch)))
     parameters = {parameter.untyped_storage()._cdata for parameter in blueprint.denoiser.parameters()}
     return _run_layers(blueprint.layers, stream, parameters, settings.activation_checkpointing)
 
@@ -126,7 +132,7 @@ def _run_layers(layers: Sequence[nn.Module], stream: Any, parameters: set[int], 
 
         given = _bytes(stream)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            stream = layer(stream)
+            stream = layer.to("meta")(stream)
         only_input = recompute and getattr(layer, "recomputable", False)
         kept_per_layer.append(given if only_input else sum(storages.values()))
     return kept_per_layer

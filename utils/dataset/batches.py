@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Generic, Self, TypeVar
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from utils.dataset.buckets import Bucket, Sample, by_bucket
 from utils.dataset.encoding import Encoder, item_key
@@ -63,12 +64,20 @@ class SampleReader:
     def batch(self, samples: Sequence[Sample]) -> FeatureBatch:
         """Samples of one bucket as a batch."""
         items = [self.read(sample) for sample in samples]
-        stacked = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+        stacked = {name: _stacked([item[name] for item in items]) for name in items[0]}
         return FeatureBatch(stacked, [sample.id for sample in samples], samples[0].bucket)
 
     def close(self) -> None:
         for _, store in self._stores:
             store.close()
+
+
+def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The tensors as a batch. Those of different lengths (dimension 0) are padded with zeros to the longest: an encoder
+    whose features are ragged yields a mask of ones beside them, which is padded to say where they end."""
+    if len({tensor.shape for tensor in tensors}) == 1:
+        return torch.stack(tensors)
+    return pad_sequence(tensors, batch_first=True)
 
 
 class TrainingBatches(Generic[Prepared]):

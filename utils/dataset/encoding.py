@@ -48,9 +48,10 @@ class Encoder(Protocol):
     def unload(self) -> None:
         """Frees them."""
 
-    def encode(self, **inputs: Any) -> dict[str, torch.Tensor]:
-        """Features of a batch, batched in dimension 0, under names that no other encoder of the model uses.
-        Pixels and control come as BCFHW on the CPU, captions as a list of B strings."""
+    def encode(self, **inputs: Any) -> dict[str, torch.Tensor | list[torch.Tensor]]:
+        """Features of a batch under names that no other encoder of the model uses, each a tensor batched in dimension
+        0 or a list of B tensors of different lengths. Pixels and control come as BCFHW on the CPU, captions as a list
+        of B strings."""
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape, without the batch, and type of each feature of a sample; nothing is loaded for it."""
@@ -187,9 +188,9 @@ def _encode(
 def _encode_batch(inputs: dict[str, dict[str, Any]], encoder: Encoder, store: TensorStore) -> None:
     columns = {thing: [item[thing] for item in inputs.values()] for thing in encoder.reads}
     stacked = {thing: torch.stack(column) if thing in _MEDIA else column for thing, column in columns.items()}
-    features = {name: tensor.cpu() for name, tensor in encoder.encode(**stacked).items()}
+    features = encoder.encode(**stacked)
     for position, key in enumerate(inputs):
-        store.put(key, {name: tensor[position] for name, tensor in features.items()})
+        store.put(key, {name: tensors[position].cpu() for name, tensors in features.items()})
 
 
 def _batches(items: dict[str, Sample], encoder: Encoder, batch_size: int) -> Iterator[list[str]]:

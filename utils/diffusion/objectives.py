@@ -6,8 +6,22 @@ Shapes: B batch, then the latent's own dimensions (C H W for pictures, C F H W f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+
+
+class Objective(Protocol):
+    """What training and sampling need to know of it."""
+
+    def noised(self, clean: torch.Tensor, noise: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        """x_t, in the shape of `clean` (B, ...), at noise levels t_B in [0, 1]."""
+
+    def target(self, clean: torch.Tensor, noise: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        """What the denoiser should output, in the shape of `clean`."""
+
+    def for_scheduler(self, prediction: torch.Tensor) -> torch.Tensor:
+        """The denoiser's output as the stock scheduler of diffusers takes it."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +44,8 @@ class FlowMatching:
         velocity = noise - clean
         return -velocity if self.predicts_data_minus_noise else velocity
 
-    def velocity(self, prediction: torch.Tensor) -> torch.Tensor:
-        """dx/dt from the denoiser's output: what a sampler steps along."""
+    def for_scheduler(self, prediction: torch.Tensor) -> torch.Tensor:
+        """The velocity n - x_0 = dx/dt."""
         return -prediction if self.predicts_data_minus_noise else prediction
 
 

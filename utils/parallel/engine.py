@@ -207,11 +207,12 @@ class Engine(PipelineEngine):
     def _clip(self) -> torch.Tensor:
         """The norm of the gradient over all stages; scales it down to `clip_norm` where that is not 0."""
         parameters = [p for p in self.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters]).to(self.device, torch.float32)
+        # In float32 whatever the gradients are in: bfloat16 would leave the norm two digits.
+        norms = torch._foreach_norm([p.grad for p in parameters], 2, dtype=torch.float32) if parameters else ()
+        square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
         if self.is_pipe_parallel:
-            square = norm.square()
             dist.all_reduce(square, group=self.grid.get_pipe_parallel_group())
-            norm = square.sqrt()
+        norm = square.sqrt()
         if self.clip_norm > 0 and parameters:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
         return norm

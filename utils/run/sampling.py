@@ -35,7 +35,7 @@ class SampleModel:
     Attributes:
         features: prompt -> its text features, each (1, ...), on the CPU.
         prepare: (features, x_t, t_B, guidance) -> inputs of the first stage.
-        velocity: prediction -> dx/dt.
+        for_scheduler: prediction -> what the scheduler takes.
         latent_shape: (width, height) -> shape of a latent without the batch.
         tokens: latent shape -> image tokens.
         scheduler: -> a stock flow-matching scheduler of diffusers.
@@ -45,7 +45,7 @@ class SampleModel:
 
     features: Callable[[str], Mapping[str, torch.Tensor]]
     prepare: Callable[[Mapping[str, torch.Tensor], torch.Tensor, torch.Tensor, float], tuple]
-    velocity: Callable[[torch.Tensor], torch.Tensor]
+    for_scheduler: Callable[[torch.Tensor], torch.Tensor]
     latent_shape: Callable[[int, int], tuple[int, ...]]
     tokens: Callable[[Sequence[int]], int]
     scheduler: Callable[[], Any]
@@ -94,8 +94,8 @@ def denoise(
             inputs = model.prepare(features, latents, t_B, settings.guidance) if ranks.is_first_stage else None
             batches = [(inputs, None)]
         (prediction,) = engine.predict(batches, 1)
-        velocity = model.velocity(prediction.float().cpu())
-        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        output = model.for_scheduler(prediction.float().cpu())
+        latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
     return latents
 
 

@@ -142,3 +142,37 @@ def test_evaluation_takes_each_sample_once(filled, data_ranks):
     again = [[batch.sample_ids for batch in rank] for rank in ranks]
     assert again == [[batch.sample_ids for batch in batches] for batches in taken]
     assert sorted(len(name_list) for batches in again for name_list in batches) == [1, 1, 3, 3, 3]
+
+
+class RaggedEncoder:
+    """As many ones as the caption has words, and a mask of them."""
+
+    name, reads, fingerprint = "ragged", ("caption",), "1"
+
+    def load(self, device):
+        pass
+
+    def unload(self):
+        pass
+
+    def encode(self, caption):
+        lengths = [len(text.split()) for text in caption]
+        return {
+            "words": [torch.ones(length, 3) for length in lengths],
+            "mask": [torch.ones(length, dtype=torch.bool) for length in lengths],
+        }
+
+
+def test_ragged_features_keep_their_length_and_are_padded_in_a_batch(tmp_path):
+    folder = tmp_path / "pictures"
+    draw_pictures(folder, 3)
+    for index, caption in enumerate(("one", "one two three", "one two")):
+        (folder / f"{index:03d}.txt").write_text(caption)
+    samples = samples_of(dataset_of(folder), tmp_path / "index.sqlite")
+    fill([RaggedEncoder()], samples, tmp_path / "cache", Ranks(), 3, torch.device("cpu"))
+    with SampleReader([RaggedEncoder()], tmp_path / "cache") as reader:
+        assert [len(reader.read(sample)["words"]) for sample in samples] == [1, 3, 2]
+        features = reader.batch(samples).features
+    assert features["words"].shape == (3, 3, 3)
+    assert features["mask"].sum(1).tolist() == [1, 3, 2]
+    assert torch.equal(features["words"].sum(2) > 0, features["mask"])
