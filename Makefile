@@ -20,6 +20,7 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check --quiet .
 	$(BIN)/python -m pytest
 
 bench: setup

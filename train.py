@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.ranks import Ranks, connect, disconnect, from_environment
 from utils.parallel.backend import initialize_deepspeed
+from utils.ranks import Ranks, connect, disconnect, from_environment
 from utils.run.cadence import Cadence, Duty
 from utils.run.metrics import Metrics
 from utils.run.progress import Progress
@@ -105,8 +105,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "reset_optimizer": {"action": "store_true", "help": "on resuming, begin with an optimizer that remembers nothing"},
     "reset_optimizer_params": {
         "action": "store_true",
-        "help": "on resuming, take the learning rate and the other keys of [optimizer] from the config where they differ "
-        "from the checkpoint's",
+        "help": "on resuming, take the keys of [optimizer] from the config where they differ from the checkpoint's",
     },
     "check": {"action": "store_true", "help": "check config, datasets and folders, print the plan, and end"},
     "master_port": {"type": int, "help": "port at which the processes meet, where the launcher names none"},

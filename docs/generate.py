@@ -34,14 +34,16 @@ def section(name: str, pipeline: type) -> str:
     media = pipeline.media
     known = pipeline.original_layout is not None
     facts = {
-        "Trains on": ("still pictures" if media.max_frames == 1 else f"pictures, and clips of up to {media.max_frames} "
-                      "frames") + f"; sides are multiples of {media.spatial} pixels",
+        "Trains on": (
+            "still pictures" if media.max_frames == 1 else f"pictures, and clips of up to {media.max_frames} frames"
+        )
+        + f"; sides are multiples of {media.spatial} pixels",
         "Objective": type(pipeline.objective).__name__,
         "Trains as": "LoRA, or in full",
         "Weights from": "a diffusers folder" + (", or a single file with the publisher's keys" if known else ""),
         "Exports for": "diffusers" + (", ComfyUI" if known else ""),
         "Blocks that are adapted and recomputed": ", ".join(f"`{block}`" for block in pipeline.blocks),
-    }  # fmt: skip
+    }
     rows = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
     return f"## `{name}`\n\n{pipeline.__doc__}\n\n| | |\n|---|---|\n{rows}\n\nIts own keys: [settings](settings.md)."
 

@@ -87,8 +87,8 @@ class BasePipeline(ABC):
 
     @abstractmethod
     def to_layers(self, denoiser: nn.Module) -> list[nn.Module]:
-        """[entry, one layer per block, exit]: each takes a stream and returns one. The exit returns what `loss` takes; in
-        evaluation mode the prediction as a latent (B, ...)."""
+        """[entry, one layer per block, exit]: each takes a stream and returns one. The exit returns what `loss` takes;
+        in evaluation mode the prediction as a latent (B, ...)."""
 
     @abstractmethod
     def prepare_inputs(

@@ -33,10 +33,16 @@ BFL_LAYOUT = KeyLayout(
         Rule("double_blocks.{}.txt_attn.qkv", tuple(f"transformer_blocks.{{}}.attn.add_{p}_proj" for p in "qkv")),
         Rule("double_blocks.{}.img_attn.norm.query_norm", ("transformer_blocks.{}.attn.norm_q",), weight_there="scale"),
         Rule("double_blocks.{}.img_attn.norm.key_norm", ("transformer_blocks.{}.attn.norm_k",), weight_there="scale"),
-        Rule("double_blocks.{}.txt_attn.norm.query_norm", ("transformer_blocks.{}.attn.norm_added_q",),
-             weight_there="scale"),
-        Rule("double_blocks.{}.txt_attn.norm.key_norm", ("transformer_blocks.{}.attn.norm_added_k",),
-             weight_there="scale"),
+        Rule(
+            "double_blocks.{}.txt_attn.norm.query_norm",
+            ("transformer_blocks.{}.attn.norm_added_q",),
+            weight_there="scale",
+        ),
+        Rule(
+            "double_blocks.{}.txt_attn.norm.key_norm",
+            ("transformer_blocks.{}.attn.norm_added_k",),
+            weight_there="scale",
+        ),
         Rule("double_blocks.{}.img_attn.proj", ("transformer_blocks.{}.attn.to_out.0",)),
         Rule("double_blocks.{}.txt_attn.proj", ("transformer_blocks.{}.attn.to_add_out",)),
         Rule("double_blocks.{}.img_mod.lin", ("transformer_blocks.{}.norm1.linear",)),
@@ -45,8 +51,10 @@ BFL_LAYOUT = KeyLayout(
         Rule("double_blocks.{}.img_mlp.2", ("transformer_blocks.{}.ff.net.2",)),
         Rule("double_blocks.{}.txt_mlp.0", ("transformer_blocks.{}.ff_context.net.0.proj",)),
         Rule("double_blocks.{}.txt_mlp.2", ("transformer_blocks.{}.ff_context.net.2",)),
-        Rule("single_blocks.{}.linear1", (*(f"single_transformer_blocks.{{}}.attn.to_{p}" for p in "qkv"),
-                                          "single_transformer_blocks.{}.proj_mlp")),
+        Rule(
+            "single_blocks.{}.linear1",
+            (*(f"single_transformer_blocks.{{}}.attn.to_{p}" for p in "qkv"), "single_transformer_blocks.{}.proj_mlp"),
+        ),
         Rule("single_blocks.{}.linear2", ("single_transformer_blocks.{}.proj_out",)),
         Rule("single_blocks.{}.norm.query_norm", ("single_transformer_blocks.{}.attn.norm_q",), weight_there="scale"),
         Rule("single_blocks.{}.norm.key_norm", ("single_transformer_blocks.{}.attn.norm_k",), weight_there="scale"),
@@ -61,7 +69,7 @@ BFL_LAYOUT = KeyLayout(
         Rule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),
         Rule("final_layer.linear", ("proj_out",)),
     ]
-)  # fmt: skip
+)
 
 
 class FluxOptions(ModelSettings):

@@ -31,7 +31,5 @@ def learning_rates(step: int, base_lrs: Sequence[float], settings: Settings, tot
     """The learning rate of each parameter group at `step`, given the rates after warm-up."""
     if settings.force_constant_lr is not None:
         return [settings.force_constant_lr] * len(base_lrs)
-    scale = factor(
-        step, kind=settings.lr_scheduler, warmup_steps=settings.warmup_steps, total_steps=total_steps
-    )
+    scale = factor(step, kind=settings.lr_scheduler, warmup_steps=settings.warmup_steps, total_steps=total_steps)
     return [base * scale for base in base_lrs]

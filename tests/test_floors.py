@@ -34,9 +34,7 @@ PLACES = {
 
 def sources(*tops: str) -> list[str]:
     """Paths of the Python files under `tops`, relative to the root."""
-    found = [
-        path for top in tops for path in ([ROOT / top] if top.endswith(".py") else (ROOT / top).rglob("*.py"))
-    ]
+    found = [path for top in tops for path in ([ROOT / top] if top.endswith(".py") else (ROOT / top).rglob("*.py"))]
     return sorted(str(path.relative_to(ROOT)) for path in found if path.exists())
 
 
@@ -74,9 +72,7 @@ def is_module(name: str) -> bool:
 
 def bases(tree: ast.Module) -> set[str]:
     """Names of which a class of the file is a subclass; for `flux.FluxPipeline` also `flux`."""
-    written = [
-        ast.unparse(base) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in node.bases
-    ]
+    written = [ast.unparse(base) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in node.bases]
     return {name.rpartition(".")[0] or name for name in written} | set(written)
 
 
@@ -93,12 +89,7 @@ def faults(path: str, source: str) -> list[str]:
         if target is None or module == own:
             continue
         if target[1] == folder:
-            if (
-                folder == "models"
-                and module != "models"
-                and own != "models"
-                and module not in subclassed_from
-            ):
+            if folder == "models" and module != "models" and own != "models" and module not in subclassed_from:
                 found.append(f"{path} imports {module} and subclasses nothing of it")
         elif target[0] >= floor:
             found.append(f"{path} (floor {floor}) imports {module} (floor {target[0]})")

@@ -38,15 +38,27 @@ def write_config(tmp_path: Path, pictures: Path) -> Callable[..., Path]:
     """Writes a run's TOML; keys given as `section__key` change one key, None leaves it out."""
 
     def write(directory: Path = pictures, data: Mapping[str, Any] | None = None, **changes: Any) -> Path:
-        dataset = {"resolutions": [64], "enable_ar_bucket": True, "directory": [{"path": str(directory)}], **(data or {})}
+        dataset = {
+            "resolutions": [64],
+            "enable_ar_bucket": True,
+            "directory": [{"path": str(directory)}],
+            **(data or {}),
+        }
         (tmp_path / "data.toml").write_text(toml.dumps(dataset))
         config: dict[str, Any] = {
-            "output_dir": str(tmp_path / "runs"), "dataset": str(tmp_path / "data.toml"), "max_steps": 6, "epochs": 9,
-            "micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "warmup_steps": 2, "lr_scheduler": "cosine",
+            "output_dir": str(tmp_path / "runs"),
+            "dataset": str(tmp_path / "data.toml"),
+            "max_steps": 6,
+            "epochs": 9,
+            "micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 2,
+            "warmup_steps": 2,
+            "lr_scheduler": "cosine",
             "checkpoint_every_n_steps": 3,
             "model": {"type": "flux", "dtype": "float32", "diffusers_path": str(MINI_FLUX), "max_sequence_length": 16},
-            "adapter": {"type": "lora", "rank": 4, "dropout": 0.2}, "optimizer": {"type": "adamw", "lr": 1e-2},
-        }  # fmt: skip
+            "adapter": {"type": "lora", "rank": 4, "dropout": 0.2},
+            "optimizer": {"type": "adamw", "lr": 1e-2},
+        }
         for name, value in changes.items():
             table, _, key = name.rpartition("__")
             place = config.setdefault(table, {}) if table else config
@@ -83,17 +95,35 @@ def test_a_run_leaves_what_is_promised(write_config: Callable[..., Path]) -> Non
     evaluation = write_config()
     shutil.copy(evaluation.parent / "data.toml", evaluation.parent / "eval.toml")
     config = write_config(
-        eval_datasets=[{"name": "seen", "config": str(evaluation.parent / "eval.toml")}], eval_every_n_epochs=1,
-        pipeline_stages=2, save_every_n_epochs=1, save_format="both", activation_checkpointing=True,
-        sampling={"prompts": ["a red picture"], "sample_before_first_step": True, "width": 64, "height": 64, "steps": 2},
-    )  # fmt: skip
+        eval_datasets=[{"name": "seen", "config": str(evaluation.parent / "eval.toml")}],
+        eval_every_n_epochs=1,
+        pipeline_stages=2,
+        save_every_n_epochs=1,
+        save_format="both",
+        activation_checkpointing=True,
+        sampling={
+            "prompts": ["a red picture"],
+            "sample_before_first_step": True,
+            "width": 64,
+            "height": 64,
+            "steps": 2,
+        },
+    )
     codes, log = launch(config, processes=2)
     assert codes == [0, 0], log
     run = only_run(config)
     assert (run / "config.toml").read_text() == config.read_text()
     assert {p.name for p in run.iterdir()} >= {
-        "dataset.toml", "settings.toml", "tensorboard_logs", "samples", "latest", "global_step6", "epoch1", "epoch2", "epoch3",
-    }  # fmt: skip
+        "dataset.toml",
+        "settings.toml",
+        "tensorboard_logs",
+        "samples",
+        "latest",
+        "global_step6",
+        "epoch1",
+        "epoch2",
+        "epoch3",
+    }
     for name in ("train/loss", "train/grad_norm", "train/lr", "train/step_time_sec", "train/samples_per_sec"):
         assert sorted(metrics(run, name)) == [1, 2, 3, 4, 5, 6]
     assert sorted(metrics(run, "train/epoch_loss")) == [2, 4, 6]
@@ -162,20 +192,28 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str], int, str]] = {
     "stages": ({"pipeline_stages": 2}, [], 1, r"pipeline_stages.*2"),
     "stages of two": ({"pipeline_stages": 3}, [], 2, r"pipeline_stages.*3"),
     "split": (
-        {"pipeline_stages": 2, "partition_method": "manual", "partition_split": [1, 2]}, [], 2, r"partition_split.*\[1, 2\]",
+        {"pipeline_stages": 2, "partition_method": "manual", "partition_split": [1, 2]},
+        [],
+        2,
+        r"partition_split.*\[1, 2\]",
     ),
     "split beyond the layers": (
-        {"pipeline_stages": 2, "partition_method": "manual", "partition_split": [50]}, [], 2, r"partition_split.*8 layers",
+        {"pipeline_stages": 2, "partition_method": "manual", "partition_split": [50]},
+        [],
+        2,
+        r"partition_split.*8 layers",
     ),
     "no checkpoint": ({}, ["--resume_from_checkpoint"], 2, r"no run with a checkpoint"),
     "no such checkpoint": ({}, ["--resume_from_checkpoint", "/nowhere"], 1, r"no such folder '/nowhere'"),
     "not a lora": (
-        {"adapter__init_from_existing": str(MINI_FLUX / "vae" / "diffusion_pytorch_model.safetensors")}, [], 2,
+        {"adapter__init_from_existing": str(MINI_FLUX / "vae" / "diffusion_pytorch_model.safetensors")},
+        [],
+        2,
         r"no LoRA factors.*",
     ),
     "unknown model": ({"model__type": "fluks"}, [], 1, r"fluks.*flux"),
     "nothing to adapt": ({"adapter__include": ["nothing"]}, [], 1, r"\[adapter\].*nothing to adapt"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -193,7 +231,9 @@ def test_a_mistake_is_told_in_one_screen(write_config: Callable[..., Path], mist
     assert len(told.splitlines()) < 30
 
 
-def test_mistakes_in_the_data_are_told_together(write_config: Callable[..., Path], pictures: Path, tmp_path: Path) -> None:
+def test_mistakes_in_the_data_are_told_together(
+    write_config: Callable[..., Path], pictures: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(pictures, tmp_path / "own")
     (folder / "0.txt").unlink()
     (folder / "1.png").write_bytes(b"no picture")

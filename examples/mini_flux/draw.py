@@ -86,8 +86,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write to; made if it is missing")
     parser.add_argument("--count", type=int, required=True, help="number of pictures")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=TAUGHT_SHAPES, metavar="SHAPE",
-                        help=f"which of {', '.join(SHAPES)}; default: {', '.join(TAUGHT_SHAPES)}")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=SHAPES,
+        default=TAUGHT_SHAPES,
+        metavar="SHAPE",
+        help=f"which of {', '.join(SHAPES)}; default: {', '.join(TAUGHT_SHAPES)}",
+    )
     options = parser.parse_args()
 
     options.out.mkdir(parents=True, exist_ok=True)

@@ -33,8 +33,9 @@ def read_adapter(
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}
     if any(".lora_down.weight" in key for key in tensors):
         if layout is None:
-            raise SettingsError.of("kohya's names are not known for this model; give the file in diffusers' layout",
-                                   str(path))  # fmt: skip
+            raise SettingsError.of(
+                "kohya's names are not known for this model; give the file in diffusers' layout", str(path)
+            )
         linears = {name: module for name, module in denoiser.named_modules() if hasattr(module, "out_features")}
         modules = [name for name in linears if ".lora_" not in name and ".base_layer" not in name]
         factors = layout.lora_from_kohya(tensors, modules, lambda name: linears[name].out_features)
@@ -46,8 +47,9 @@ def read_adapter(
     modules = [name.removesuffix(".alpha") for name in factors if name.endswith(".alpha")]
     alphas = {module: factors.pop(f"{module}.alpha").item() for module in modules}
     if not any(name.endswith(".lora_A.weight") for name in factors):
-        raise SettingsError.of(f"no LoRA factors in this file, its first tensor is '{next(iter(tensors), 'none')}'",
-                               str(path))  # fmt: skip
+        raise SettingsError.of(
+            f"no LoRA factors in this file, its first tensor is '{next(iter(tensors), 'none')}'", str(path)
+        )
     alpha = _common_alpha(file, metadata)
     return _scaled_up(factors, {name: _scale(name, factors, alphas, alpha) / scale for name in factors})
 

@@ -37,8 +37,13 @@ def check_diffusers_folder(options: ModelSettings, parts: Sequence[str], overrid
     for part, option in overrides.items():
         needs_weights = getattr(options, option) is None and not (part == "transformer" and options.from_scratch)
         if (folder / part).is_dir() and needs_weights and not any((folder / part).glob("*.safetensors")):
-            problems.append(Problem(str(folder / part), "weights", f"no .safetensors here; download them, or name a "
-                                                                   f"file with [model] {option}"))  # fmt: skip
+            problems.append(
+                Problem(
+                    str(folder / part),
+                    "weights",
+                    f"no .safetensors here; download them, or name a file with [model] {option}",
+                )
+            )
     if problems:
         raise SettingsError(problems)
 
@@ -49,8 +54,10 @@ def check_text_encoder_types(options: ModelSettings, types: Sequence[str]) -> No
     wrong = [name for name in seen if name not in types]
     twice = {name for name in seen if seen.count(name) > 1}
     if wrong:
-        raise SettingsError.of(f"'{wrong[0]}' is none of this model's text encoders; it has {', '.join(types)}",
-                               where="[model] text_encoders")  # fmt: skip
+        raise SettingsError.of(
+            f"'{wrong[0]}' is none of this model's text encoders; it has {', '.join(types)}",
+            where="[model] text_encoders",
+        )
     if twice:
         raise SettingsError.of(f"'{twice.pop()}' is given twice", where="[model] text_encoders")
 

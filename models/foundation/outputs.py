@@ -25,8 +25,11 @@ COMFYUI = "comfyui"
 def export_plan(pipeline: BasePipeline, settings: Settings, blueprint: Blueprint) -> ExportPlan:
     """What the exports of this run contain."""
     layout, adapter = pipeline.original_layout, settings.adapter
-    rows = {name: module.out_features for name, module in blueprint.denoiser.named_modules()
-            if hasattr(module, "out_features")}  # fmt: skip
+    rows = {
+        name: module.out_features
+        for name, module in blueprint.denoiser.named_modules()
+        if hasattr(module, "out_features")
+    }
 
     def lora_to_kohya(tensors: Tensors) -> Tensors:
         return layout.lora_to_kohya(tensors, lambda module: scale(adapter), rows.__getitem__)
@@ -43,11 +46,12 @@ def export_plan(pipeline: BasePipeline, settings: Settings, blueprint: Blueprint
         metadata={
             "trained_with": "penstock",
             "model_type": settings.model.type,
-            "base_model": Path(pipeline.denoiser_path).name if settings.model.transformer_path
-                          else settings.model.diffusers_path.resolve().name,
+            "base_model": Path(pipeline.denoiser_path).name
+            if settings.model.transformer_path
+            else settings.model.diffusers_path.resolve().name,
             "settings_hash": settings_hash(settings.model_dump_json()),
         },
-    )  # fmt: skip
+    )
 
 
 def sample_bucket(pipeline: BasePipeline, sampling: SamplingSettings) -> Bucket:
@@ -61,7 +65,9 @@ def sample_bucket(pipeline: BasePipeline, sampling: SamplingSettings) -> Bucket:
         width, height = (max(spatial, round(side / spatial) * spatial) for side in size)
         raise SettingsError.of(
             f"the sides of this model's pictures are multiples of {spatial}; set {width} x {height} instead of "
-            f"{size[0]} x {size[1]}", where="[sampling] width, height")  # fmt: skip
+            f"{size[0]} x {size[1]}",
+            where="[sampling] width, height",
+        )
     return Bucket(*size, 1)
 
 
@@ -76,8 +82,15 @@ def sample_model(
         for prompt in settings.sampling.prompts
     }
     if prompts:
-        fill(text_encoders, list(prompts.values()), cache_dir, ranks, settings.caching_batch_size, ranks.device,
-             tag="prompts")  # fmt: skip
+        fill(
+            text_encoders,
+            list(prompts.values()),
+            cache_dir,
+            ranks,
+            settings.caching_batch_size,
+            ranks.device,
+            tag="prompts",
+        )
     reader = SampleReader(text_encoders, cache_dir)
 
     def features(prompt: str) -> Mapping[str, torch.Tensor]:

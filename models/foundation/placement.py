@@ -88,7 +88,10 @@ def load_existing_adapter(
     existing = settings.adapter and settings.adapter.init_from_existing
     if existing:
         factors = read_adapter(
-            existing, blueprint.denoiser, pipeline.denoiser_folder, pipeline.original_layout,
+            existing,
+            blueprint.denoiser,
+            pipeline.denoiser_folder,
+            pipeline.original_layout,
             attach.scale(settings.adapter),
-        )  # fmt: skip
+        )
         attach.load(blueprint.denoiser, layers, factors, str(existing))

@@ -47,10 +47,10 @@ def describe(settings: Settings, ranks: Ranks, pipeline: BasePipeline, collectio
         "model": f"{settings.model.type}, {settings.adapter.type if settings.adapter else 'full fine-tune'}",
         "processes": f"{ranks.world_size} = {ranks.stages} stages x {ranks.data_ranks} data ranks",
         "global batch": f"{micro * accumulation * ranks.data_ranks} = {micro} per micro-batch x {accumulation} "
-                        f"accumulated x {ranks.data_ranks} data ranks",
+        f"accumulated x {ranks.data_ranks} data ranks",
         "steps": f"{steps} per epoch, {total} in all",
         "parameters": f"{sum(p.numel() for p in parameters):,} in all, {trained:,} trained",
-    }  # fmt: skip
+    }
     sections = [
         "\n".join(f"{name + ':':<14}{value}" for name, value in facts.items()),
         format_table(lines),
@@ -74,9 +74,12 @@ def _cache_size(encoders: Sequence[Encoder], collections: Sequence[Collection]) 
 
 
 def _memory(
-    settings: Settings, pipeline: BasePipeline, blueprint: Blueprint, encoders: Sequence[Encoder],
+    settings: Settings,
+    pipeline: BasePipeline,
+    blueprint: Blueprint,
+    encoders: Sequence[Encoder],
     buckets: Sequence[Bucket],
-) -> str:  # fmt: skip
+) -> str:
     """Per stage: weights, gradients and optimizer state by counting; activations by running the largest bucket's
     micro-batch through the layers on the meta device and adding up what autograd keeps."""
     largest = max(buckets, key=lambda bucket: bucket.width * bucket.height * bucket.frames)

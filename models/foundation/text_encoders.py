@@ -24,8 +24,9 @@ Encode = Callable[[nn.Module, Any, list[str]], dict[str, torch.Tensor]]
 
 def clip_pooled(text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, torch.Tensor]:
     """The pooled output of CLIP (B, D), over the tokenizer's whole length, without a mask."""
-    tokens = tokenizer(captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-                       return_tensors="pt")  # fmt: skip
+    tokens = tokenizer(
+        captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
     return {"clip_pooled": text_encoder(tokens.input_ids.to(text_encoder.device)).pooler_output}
 
 
@@ -90,9 +91,13 @@ class TextEncoder:
             return self.model_class.from_pretrained(self.file or self.folder / self.subfolder, dtype=self.dtype)
         # transformers itself knows the names of older files, which tensors are tied, and what must stay in float32.
         model, report = self.model_class.from_pretrained(
-            None, config=AutoConfig.from_pretrained(self.folder / self.subfolder), dtype=self.dtype,
-            state_dict=load_tensors(self.file, self.dtype), ignore_mismatched_sizes=True, output_loading_info=True,
-        )  # fmt: skip
+            None,
+            config=AutoConfig.from_pretrained(self.folder / self.subfolder),
+            dtype=self.dtype,
+            state_dict=load_tensors(self.file, self.dtype),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
         for name in sorted(report["missing_keys"]):
             check_shape(name, None, (), self.file)
         for name, stored, asked in report["mismatched_keys"]:
@@ -113,12 +118,22 @@ class TextEncoder:
 def clip_l(folder: Path, file: Path | None, dtype: torch.dtype) -> TextEncoder:
     """CLIP's pooled output, from `text_encoder` and `tokenizer` of a diffusers folder."""
     width = AutoConfig.from_pretrained(folder / "text_encoder").hidden_size
-    return TextEncoder("clip", CLIPTextModel, folder, "text_encoder", "tokenizer", file, dtype, clip_pooled,
-                       {"clip_pooled": (width,)})  # fmt: skip
+    return TextEncoder(
+        "clip", CLIPTextModel, folder, "text_encoder", "tokenizer", file, dtype, clip_pooled, {"clip_pooled": (width,)}
+    )
 
 
 def t5(folder: Path, file: Path | None, dtype: torch.dtype, length: int) -> TextEncoder:
     """T5's features of `length` tokens, from `text_encoder_2` and `tokenizer_2` of a diffusers folder."""
     width = AutoConfig.from_pretrained(folder / "text_encoder_2").d_model
-    return TextEncoder("t5", T5EncoderModel, folder, "text_encoder_2", "tokenizer_2", file, dtype, T5Features(length),
-                       {"t5": (length, width)})  # fmt: skip
+    return TextEncoder(
+        "t5",
+        T5EncoderModel,
+        folder,
+        "text_encoder_2",
+        "tokenizer_2",
+        file,
+        dtype,
+        T5Features(length),
+        {"t5": (length, width)},
+    )

@@ -94,11 +94,19 @@ class Weights:
             asked[piece.key] = max(whole, asked.get(piece.key, whole))
         for key, shape in asked.items():
             check_shape(key, self.header.shapes.get(key), shape, self.path)
-        unused = [key for key in self.header.files if key.startswith(prefix) and key not in asked
-                  and key.endswith(("weight", "bias", "scale"))]  # fmt: skip
+        unused = [
+            key
+            for key in self.header.files
+            if key.startswith(prefix) and key not in asked and key.endswith(("weight", "bias", "scale"))
+        ]
         if unused:
-            logger.warning("%s: the model's configuration has no use for %d of the tensors, the first is '%s'; is it "
-                           "another model's?", self.path, len(unused), unused[0])  # fmt: skip
+            logger.warning(
+                "%s: the model's configuration has no use for %d of the tensors, the first is '%s'; is it "
+                "another model's?",
+                self.path,
+                len(unused),
+                unused[0],
+            )
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU, in the type of the file; float32 if the file stores it scaled."""
@@ -123,11 +131,14 @@ def check_shape(key: str, stored: Sequence[int] | None, asked: Sequence[int], so
         SettingsError: it is not.
     """
     if stored is None:
-        raise SettingsError.of(f"the tensor '{key}' of the model is not in the file; is it another model's?",
-                               str(source))  # fmt: skip
+        raise SettingsError.of(
+            f"the tensor '{key}' of the model is not in the file; is it another model's?", str(source)
+        )
     if tuple(stored) != tuple(asked):
-        raise SettingsError.of(f"'{key}' is {list(stored)}, but the model's configuration asks for {list(asked)}; "
-                               "is it another model's?", str(source))  # fmt: skip
+        raise SettingsError.of(
+            f"'{key}' is {list(stored)}, but the model's configuration asks for {list(asked)}; is it another model's?",
+            str(source),
+        )
 
 
 def scale_keys(key: str) -> list[str]:
@@ -142,8 +153,10 @@ def unscaled(tensor: torch.Tensor, scale: torch.Tensor, key: str, source: Path) 
         SettingsError: it has more than one scale.
     """
     if scale.numel() != 1:
-        raise SettingsError.of(f"'{key}' has {scale.numel()} scales for one tensor; give a file in bfloat16, or in "
-                               "fp8 with one scale", str(source))  # fmt: skip
+        raise SettingsError.of(
+            f"'{key}' has {scale.numel()} scales for one tensor; give a file in bfloat16, or in fp8 with one scale",
+            str(source),
+        )
     return tensor.float() * scale.float().reshape(())
 
 

@@ -86,10 +86,18 @@ def _stock(layers: list[nn.Module], bounds: list[tuple[int, int]]) -> Any:
     import deepspeed
     from deepspeed.pipe import PipelineModule
 
-    module = PipelineModule(layers, num_stages=2, partition_method="uniform",
-                            loss_fn=lambda prediction, labels: _loss(prediction, labels).mean())  # fmt: skip
+    module = PipelineModule(
+        layers,
+        num_stages=2,
+        partition_method="uniform",
+        loss_fn=lambda prediction, labels: _loss(prediction, labels).mean(),
+    )
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": MICRO_BATCHES, "steps_per_print": 10**9}
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": MICRO_BATCHES,
+        "steps_per_print": 10**9,
+    }
     return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
 
 

@@ -72,10 +72,13 @@ def _bare_step(trainer: Trainer) -> Any:
     ((inputs, labels),) = trainer.batches.step(0, 0)
     text_length = inputs.text_BLD.shape[1]
     arguments = {
-        "hidden_states": inputs.x_BTC, "encoder_hidden_states": inputs.text_BLD, "pooled_projections": inputs.pooled_BD,
-        "timestep": inputs.t_B, "txt_ids": inputs.positions_S3[:text_length],
+        "hidden_states": inputs.x_BTC,
+        "encoder_hidden_states": inputs.text_BLD,
+        "pooled_projections": inputs.pooled_BD,
+        "timestep": inputs.t_B,
+        "txt_ids": inputs.positions_S3[:text_length],
         "img_ids": inputs.positions_S3[text_length:],
-    }  # fmt: skip
+    }
     arguments = {name: tensor.to(device) for name, tensor in arguments.items()}
     target = torch.randn_like(arguments["hidden_states"])
 

@@ -20,13 +20,16 @@ def write_run(folder: Path, pictures: int = 256, **keys: Any) -> Path:
     subprocess.run(command, check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
     (folder / "data.toml").write_text(toml.dumps({"resolutions": [64], "directory": [{"path": str(drawn)}]}))
     config = {
-        "output_dir": str(folder / "runs"), "dataset": str(folder / "data.toml"), "epochs": 1000,
-        "micro_batch_size_per_gpu": 32, "caching_batch_size": 32,
+        "output_dir": str(folder / "runs"),
+        "dataset": str(folder / "data.toml"),
+        "epochs": 1000,
+        "micro_batch_size_per_gpu": 32,
+        "caching_batch_size": 32,
         "model": {"type": "flux", "dtype": "float32", "diffusers_path": str(MINI_FLUX), "max_sequence_length": 16},
         "optimizer": {"type": "adamw", "lr": 1e-4, "weight_decay": 0.0},
         "monitoring": {"enable_tensorboard": True},
         **keys,
-    }  # fmt: skip
+    }
     path = folder / "run.toml"
     path.write_text(toml.dumps(config))
     return path

@@ -17,7 +17,9 @@ from pathlib import Path
 
 from tests.benchmarks.setting import ROOT, write_run
 
-IMPORTS = "import torch, deepspeed, peft, diffusers.models.transformers.transformer_flux, transformers.models.t5.modeling_t5"
+IMPORTS = (
+    "import torch, deepspeed, peft, diffusers.models.transformers.transformer_flux, transformers.models.t5.modeling_t5"
+)
 LAUNCHERS = {
     "python": [sys.executable, "train.py"],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "train.py"],

@@ -80,9 +80,7 @@ def test_shapes_cover_what_geometry_says(draw: ModuleType, shape: str, area: flo
     assert tuple(picture[0, 0]) == draw.BACKGROUNDS["white"]
 
 
-def test_every_word_of_a_caption_is_one_token(
-    draw: ModuleType, make_parts: ModuleType, pipeline: FluxPipeline
-) -> None:
+def test_every_word_of_a_caption_is_one_token(draw: ModuleType, make_parts: ModuleType, pipeline: FluxPipeline) -> None:
     words = make_parts.vocabulary()
     assert len(words) > 200
     assert {*draw.SHAPES, *draw.COLOURS, *draw.BACKGROUNDS, "a", "an", "on", "background"} <= {*words}
@@ -124,7 +122,8 @@ def test_random_text_encoders_tell_captions_apart(draw: ModuleType, pipeline: Fl
         [draw.caption(*triple) for triple in words], max_sequence_length=TEXT_TOKENS
     )
     neighbours = [
-        (a, b) for a, b in product(range(len(words)), repeat=2)
+        (a, b)
+        for a, b in product(range(len(words)), repeat=2)
         if sum(x != y for x, y in zip(words[a], words[b], strict=True)) == 1
     ]
     order = torch.randperm(len(words), generator=torch.Generator().manual_seed(0))
@@ -160,8 +159,13 @@ def test_autoencoder_keeps_pictures_of_every_shape(draw: ModuleType, pipeline: F
 
 def test_stock_pipeline_draws_a_picture(pipeline: FluxPipeline) -> None:
     picture = pipeline(
-        "a red circle on a white background", height=64, width=64, num_inference_steps=4,
-        max_sequence_length=TEXT_TOKENS, guidance_scale=0.0, generator=torch.Generator().manual_seed(0),
+        "a red circle on a white background",
+        height=64,
+        width=64,
+        num_inference_steps=4,
+        max_sequence_length=TEXT_TOKENS,
+        guidance_scale=0.0,
+        generator=torch.Generator().manual_seed(0),
     ).images[0]
 
     assert picture.size == (64, 64)

@@ -51,7 +51,10 @@ def test_the_picture_shows_first_over_last_in_the_order_of_prompts(
     right, below = left + side + quickstart.GAP, top + side + quickstart.GAP
     corners = [(left, top), (right, top), (left, below), (right, below)]
     assert [picture.getpixel(corner) for corner in corners] == [
-        (0, 0, 0), (128, 128, 128), (255, 0, 0), (0, 255, 0),
+        (0, 0, 0),
+        (128, 128, 128),
+        (255, 0, 0),
+        (0, 255, 0),
     ]
 
 

@@ -69,15 +69,20 @@ def stock_arguments(features: dict, x_BChw: torch.Tensor, t_B: torch.Tensor, gui
         image_ids[..., 0] = image
         ids.append(image_ids)
     return {
-        "hidden_states": torch.cat(tokens, dim=1), "encoder_hidden_states": features["t5"],
-        "pooled_projections": features["clip_pooled"], "timestep": t_B,
+        "hidden_states": torch.cat(tokens, dim=1),
+        "encoder_hidden_states": features["t5"],
+        "pooled_projections": features["clip_pooled"],
+        "timestep": t_B,
         "guidance": None if guidance is None else torch.full((len(t_B),), guidance),
-        "img_ids": torch.cat(ids), "txt_ids": torch.zeros(features["t5"].shape[1], 3), "return_dict": False,
-    }  # fmt: skip
+        "img_ids": torch.cat(ids),
+        "txt_ids": torch.zeros(features["t5"].shape[1], 3),
+        "return_dict": False,
+    }
 
 
-@pytest.mark.parametrize(("model", "control_hw"), [("dev", None), ("schnell", None), ("dev", (8, 4))],
-                         ids=["dev", "schnell", "kontext"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "control_hw"), [("dev", None), ("schnell", None), ("dev", (8, 4))], ids=["dev", "schnell", "kontext"]
+)
 @pytest.mark.parametrize("canvas_hw", [(4, 6), (8, 8)])
 def test_layers_equal_the_whole_transformer(
     folder: Path, schnell_folder: Path, model: str, control_hw: tuple[int, int] | None, canvas_hw: tuple[int, int]
@@ -215,9 +220,15 @@ def test_samples_are_those_of_the_stock_pipeline(tmp_path: Path, model: dict, sc
     for index, prompt in enumerate(sampling.prompts):
         noise_BChw = normal((1, 4, height // CELL, width // CELL), 7, "sample", index)
         tokens_BTC = stock(
-            prompt, width=width, height=height, num_inference_steps=4, guidance_scale=2.5, output_type="latent",
-            latents=pack(noise_BChw), max_sequence_length=tiny_flux.TEXT_TOKENS,
-        ).images  # fmt: skip
+            prompt,
+            width=width,
+            height=height,
+            num_inference_steps=4,
+            guidance_scale=2.5,
+            output_type="latent",
+            latents=pack(noise_BChw),
+            max_sequence_length=tiny_flux.TEXT_TOKENS,
+        ).images
         expected = StockPipeline._unpack_latents(tokens_BTC, height, width, CELL)
         assert (expected - noise_BChw).abs().mean() > 0.1
         for latents in painted:

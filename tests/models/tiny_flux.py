@@ -14,10 +14,17 @@ from utils.settings.schema import AdapterSettings, Settings
 MINI_FLUX = Path(__file__).resolve().parents[2] / "examples" / "mini_flux"
 TEXT_TOKENS = 16
 CONFIG = {
-    "patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,
-    "num_attention_heads": 2, "joint_attention_dim": 64, "pooled_projection_dim": 32, "guidance_embeds": True,
+    "patch_size": 1,
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 64,
+    "pooled_projection_dim": 32,
+    "guidance_embeds": True,
     "axes_dims_rope": [4, 4, 8],
-}  # fmt: skip
+}
 
 
 def transformer(**changes: Any) -> FluxTransformer2DModel:
@@ -32,8 +39,11 @@ def transformer(**changes: Any) -> FluxTransformer2DModel:
 
 def write_folder(place: Path, *, scheduler: dict[str, Any] | None = None, **changes: Any) -> Path:
     """A diffusers folder with this transformer and scheduler; the other parts are the miniature's own."""
-    for part in (*(MINI_FLUX / name for name in ("model_index.json", "vae")), *MINI_FLUX.glob("t*_encoder*"),
-                 *MINI_FLUX.glob("tokenizer*")):  # fmt: skip
+    for part in (
+        *(MINI_FLUX / name for name in ("model_index.json", "vae")),
+        *MINI_FLUX.glob("t*_encoder*"),
+        *MINI_FLUX.glob("tokenizer*"),
+    ):
         (place / part.name).symlink_to(part)
     transformer(**changes).save_pretrained(place / "transformer")
     FlowMatchEulerDiscreteScheduler(**(scheduler or {})).save_pretrained(place / "scheduler")
@@ -48,6 +58,10 @@ def pipeline(folder: Path, **options: Any) -> FluxPipeline:
 def settings(flux: FluxPipeline, adapter: AdapterSettings | None = None, **keys: Any) -> Settings:
     """A run's settings that train this model."""
     return Settings(
-        output_dir=Path("runs"), dataset=Path("dataset.toml"), model=flux.options, adapter=adapter,
-        optimizer={"type": "adamw", "lr": 1e-3}, **keys,
-    )  # fmt: skip
+        output_dir=Path("runs"),
+        dataset=Path("dataset.toml"),
+        model=flux.options,
+        adapter=adapter,
+        optimizer={"type": "adamw", "lr": 1e-3},
+        **keys,
+    )

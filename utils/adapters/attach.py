@@ -42,7 +42,9 @@ def targets(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSetting
     if not chosen:
         raise SettingsError.of(
             f"include = {settings.include}, exclude = {settings.exclude} leave nothing to adapt; the model's modules "
-            f"are called like {linears[0]}", where="[adapter]")  # fmt: skip
+            f"are called like {linears[0]}",
+            where="[adapter]",
+        )
     return chosen
 
 
@@ -97,15 +99,22 @@ def check_fits(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, torc
         if name not in shapes:
             raise SettingsError.of(
                 f"'{name}' has no counterpart; this adapter was made for another model or other modules "
-                "([adapter] include/exclude)", source)  # fmt: skip
+                "([adapter] include/exclude)",
+                source,
+            )
         if tuple(tensor.shape) != shapes[name]:
             raise SettingsError.of(
                 f"'{name}' is {list(tensor.shape)}, this run's is {list(shapes[name])}; set [adapter] rank to that of "
-                f"the file, or leave init_from_existing out", source)  # fmt: skip
+                f"the file, or leave init_from_existing out",
+                source,
+            )
     missing = sorted(set(shapes) - set(tensors))
     if missing:
-        raise SettingsError.of(f"'{missing[0]}' and {len(missing) - 1} more are not in this adapter; adapt the same "
-                               "modules ([adapter] include/exclude)", source)  # fmt: skip
+        raise SettingsError.of(
+            f"'{missing[0]}' and {len(missing) - 1} more are not in this adapter; adapt the same "
+            "modules ([adapter] include/exclude)",
+            source,
+        )
 
 
 def scale(settings: AdapterSettings) -> float:

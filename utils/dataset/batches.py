@@ -127,9 +127,7 @@ class TrainingBatches(Generic[Prepared]):
 
     def _positions(self, epoch: int, index: int) -> Iterator[tuple[int, int]]:
         for number in count(epoch):
-            yield from (
-                (number, step) for step in range(index if number == epoch else 0, self.steps_per_epoch)
-            )
+            yield from ((number, step) for step in range(index if number == epoch else 0, self.steps_per_epoch))
 
     def _steps(self, epoch: int) -> list[Step]:
         if self._order[0] != epoch:
@@ -138,9 +136,7 @@ class TrainingBatches(Generic[Prepared]):
 
     def _batch(self, slot: Slot) -> FeatureBatch:
         group = self._groups[slot.bucket]
-        return self._reader.batch(
-            [group[index] for index in slot.of_rank(self._data_rank, self._micro_batch)]
-        )
+        return self._reader.batch([group[index] for index in slot.of_rank(self._data_rank, self._micro_batch)])
 
 
 class EvaluationBatches:

@@ -117,10 +117,7 @@ def _choices(settings: ResolvedDirectory, facts: MediaFacts) -> list[list[_Size]
         return [[rounded(width, height, frames)] for width, height in shapes]
     ratios = _ratios(settings)
     areas = [width * height for width, height in shapes]
-    return [
-        [rounded(math.sqrt(area * ratio), math.sqrt(area / ratio), frames) for ratio in ratios]
-        for area in areas
-    ]
+    return [[rounded(math.sqrt(area * ratio), math.sqrt(area / ratio), frames) for ratio in ratios] for area in areas]
 
 
 def _ratios(settings: ResolvedDirectory) -> list[float]:
@@ -137,11 +134,7 @@ def _buckets_of(media: MediaFile, choices: list[list[_Size]], facts: MediaFacts)
     """The file's bucket at each resolution; resolutions that come to the same one count once."""
     chosen = {}
     for sizes in choices:
-        fitting = [
-            Bucket(size.width, size.height, frames)
-            for size in sizes
-            if (frames := _frames(media, size, facts))
-        ]
+        fitting = [Bucket(size.width, size.height, frames) for size in sizes if (frames := _frames(media, size, facts))]
         if fitting:
             chosen[min(fitting, key=lambda bucket: _distance(media, bucket))] = None
     if not chosen:
@@ -169,15 +162,10 @@ def by_bucket(samples: Iterable[Sample]) -> dict[Bucket, list[Sample]]:
     return dict(sorted(groups.items()))
 
 
-def table(
-    samples: Sequence[Sample], micro_batch: int, data_ranks: int, accumulation: int
-) -> list[BucketLine]:
+def table(samples: Sequence[Sample], micro_batch: int, data_ranks: int, accumulation: int) -> list[BucketLine]:
     """A line for each bucket, then one of the total."""
     slot = micro_batch * data_ranks
-    lines = [
-        _line(bucket, group, math.ceil(len(group) / slot), slot)
-        for bucket, group in by_bucket(samples).items()
-    ]
+    lines = [_line(bucket, group, math.ceil(len(group) / slot), slot) for bucket, group in by_bucket(samples).items()]
     steps = math.ceil(sum(line.batches for line in lines) / accumulation)
     return [*lines, _line(None, samples, steps * accumulation, slot)]
 
@@ -190,7 +178,5 @@ def _line(bucket: Bucket | None, samples: Sequence[Sample], batches: int, slot: 
 def format_table(lines: Iterable[BucketLine]) -> str:
     """The table as text, columns aligned."""
     rows = [("bucket", "files", "samples", "batches", "fill")]
-    rows += [
-        (str(line.bucket or "total"), line.files, line.samples, line.batches, line.fill) for line in lines
-    ]
+    rows += [(str(line.bucket or "total"), line.files, line.samples, line.batches, line.fill) for line in lines]
     return "\n".join(f"{name:<16}" + "".join(f"{count:>9}" for count in counts) for name, *counts in rows)

@@ -105,7 +105,7 @@ def _mixed_controls(collections: Sequence[Collection]) -> list[Problem]:
             "control_path",
             "some directories of this run have control images and some "
             "have none; give all of them a control_path, or train them apart",
-        )  # fmt: skip
+        )
         for collection in collections
         if not all(sample.control for sample in collection.samples)
     ]
@@ -132,7 +132,5 @@ def refuse_failures(reports: Sequence[CacheReport]) -> None:
     problems = [Problem("", "unreadable", failure.reason) for failure in failures[:FAILURES_LISTED]]
     if len(failures) > FAILURES_LISTED:
         problems.append(Problem("", "", f"and {len(failures) - FAILURES_LISTED} more"))
-    problems.append(
-        Problem("", "", "mend or remove these files and start again; what is encoded stays encoded")
-    )
+    problems.append(Problem("", "", "mend or remove these files and start again; what is encoded stays encoded"))
     raise SettingsError(problems)

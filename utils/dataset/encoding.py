@@ -119,14 +119,10 @@ def fill(
     return reports
 
 
-def usable(
-    samples: Iterable[Sample], encoders: Sequence[Encoder], reports: Iterable[CacheReport]
-) -> list[Sample]:
+def usable(samples: Iterable[Sample], encoders: Sequence[Encoder], reports: Iterable[CacheReport]) -> list[Sample]:
     """The samples that none of the failures concern."""
     failed = {failure.key for report in reports for failure in report.failures}
-    return [
-        sample for sample in samples if failed.isdisjoint(item_key(encoder, sample) for encoder in encoders)
-    ]
+    return [sample for sample in samples if failed.isdisjoint(item_key(encoder, sample) for encoder in encoders)]
 
 
 def _fill_one(
@@ -152,9 +148,7 @@ def _fill_one(
         if missing:
             encoder.load(device)
             try:
-                failures = _encode(
-                    {key: wanted[key] for key in missing}, encoder, store, batch_size, ranks.is_main
-                )
+                failures = _encode({key: wanted[key] for key in missing}, encoder, store, batch_size, ranks.is_main)
             finally:
                 encoder.unload()
     reused, encoded = len(mine) - len(missing), len(missing) - len(failures)
@@ -259,8 +253,7 @@ def _report(failures: list[dict[str, str]], **counts: Any) -> CacheReport:
 
 def _total(reports: Sequence[CacheReport]) -> CacheReport:
     sums = {
-        name: sum(getattr(report, name) for report in reports)
-        for name in ("wanted", "reused", "encoded", "failed")
+        name: sum(getattr(report, name) for report in reports) for name in ("wanted", "reused", "encoded", "failed")
     }
     failures = sorted((failure for report in reports for failure in report.failures), key=lambda f: f.reason)
     return CacheReport(reports[0].encoder, **sums, failures=tuple(failures))

@@ -115,16 +115,12 @@ def scan(
     """
     findings, warnings = _Findings(file), []
     folders = [_list_folder(dataset.resolved(entry), findings, warnings) for entry in dataset.directory]
-    paths = list(
-        dict.fromkeys(path for folder in folders for path in [*folder.images, *folder.controls.values()])
-    )
+    paths = list(dict.fromkeys(path for folder in folders for path in [*folder.images, *folder.controls.values()]))
     captions = list(dict.fromkeys(path for folder in folders for path in folder.captions.values()))
     with ThreadPoolExecutor(READERS) as pool:
         media = _identify_all(paths, index_path, trust, pool, progress)
         texts = dict(zip(captions, pool.map(_read_caption, captions), strict=True))
-    rows = [
-        row for index, folder in enumerate(folders) for row in _rows(index, folder, media, texts, findings)
-    ]
+    rows = [row for index, folder in enumerate(folders) for row in _rows(index, folder, media, texts, findings)]
     return Manifest(rows, findings.capped(), warnings)
 
 

@@ -32,7 +32,19 @@ BUSY_SECONDS = 120
 KEYS_PER_QUERY = 10_000
 HEADER_LENGTH_BYTES = 8
 NETWORK_FILESYSTEMS = (
-    "9p", "afs", "beegfs", "ceph", "cifs", "fuse", "glusterfs", "gpfs", "lustre", "nfs", "ocfs2", "smb", "virtiofs",
+    "9p",
+    "afs",
+    "beegfs",
+    "ceph",
+    "cifs",
+    "fuse",
+    "glusterfs",
+    "gpfs",
+    "lustre",
+    "nfs",
+    "ocfs2",
+    "smb",
+    "virtiofs",
 )
 DTYPES = {
     "BOOL": torch.bool,

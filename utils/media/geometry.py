@@ -8,9 +8,7 @@ def round_to_multiple(value: float, multiple: int) -> int:
     return max(multiple, round(value / multiple) * multiple)
 
 
-def cover_box(
-    width: int, height: int, target_width: int, target_height: int
-) -> tuple[float, float, float, float]:
+def cover_box(width: int, height: int, target_width: int, target_height: int) -> tuple[float, float, float, float]:
     """The part of a width x height picture to keep: (left, top, right, bottom).
 
     It is the largest centred box of the target's shape. Resizing it to the target is the same as scaling the

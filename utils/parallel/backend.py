@@ -6,7 +6,6 @@ import logging
 import os
 
 
-
 def initialize_deepspeed() -> None:
     """Lets DeepSpeed use the running process group; quietly, and without compiling anything.
 

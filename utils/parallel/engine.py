@@ -43,8 +43,15 @@ class StepResult:
 class Engine(PipelineEngine):
     """Trains, evaluates and predicts with one stage of a `DenoiserPipeline`; see the module for what it corrects."""
 
-    def __init__(self, module: DenoiserPipeline, optimizer: torch.optim.Optimizer, *, micro_batch: int,
-                 accumulation: int, clip_norm: float):  # fmt: skip
+    def __init__(
+        self,
+        module: DenoiserPipeline,
+        optimizer: torch.optim.Optimizer,
+        *,
+        micro_batch: int,
+        accumulation: int,
+        clip_norm: float,
+    ):
         config = {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,
@@ -54,10 +61,14 @@ class Engine(PipelineEngine):
         }
         mpu = module.mpu()
         super().__init__(
-            args=None, model=module, optimizer=optimizer, mpu=mpu, config=config,
+            args=None,
+            model=module,
+            optimizer=optimizer,
+            mpu=mpu,
+            config=config,
             config_class=DeepSpeedConfig(config, mpu),
             model_parameters=[p for p in module.parameters() if p.requires_grad],
-        )  # fmt: skip
+        )
         self.clip_norm = clip_norm
         self._grad_norm = torch.zeros(())
         self._forward_count = 0
@@ -246,4 +257,3 @@ def _to_device(fields: Any, device: torch.device) -> Any:
         return None
     moved = [move(field) for field in fields]
     return type(fields)(*moved) if hasattr(fields, "_fields") else tuple(moved)
-

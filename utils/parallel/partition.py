@@ -21,7 +21,9 @@ def stage_bounds(
     """
     count = len(layer_sizes)
     if stages > count:
-        raise ValueError(f"pipeline_stages = {stages}, but the model has only {count} layers; use at most {count} stages")
+        raise ValueError(
+            f"pipeline_stages = {stages}, but the model has only {count} layers; use at most {count} stages"
+        )
     if method == "manual":
         starts = _manual_starts(count, stages, split or ())
     else:
@@ -35,8 +37,10 @@ def _manual_starts(count: int, stages: int, split: Sequence[int]) -> list[int]:
     if len(starts) != stages:
         raise ValueError(f"partition_split names {len(split)} layers; {stages} stages need {stages - 1}")
     if any(late <= early for early, late in zip(starts, [*starts[1:], count], strict=True)):
-        raise ValueError(f"partition_split = {list(split)} must increase strictly within 1 and {count - 1}, "
-                         f"since the model has {count} layers")  # fmt: skip
+        raise ValueError(
+            f"partition_split = {list(split)} must increase strictly within 1 and {count - 1}, "
+            f"since the model has {count} layers"
+        )
     return starts
 
 

@@ -44,9 +44,7 @@ class DenoiserPipeline(PipelineModule):
         self.stream_type = stream_type
         self.recompute = recompute
         self.seed = seed
-        self.draws_random_numbers = any(
-            isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules()
-        )
+        self.draws_random_numbers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
         self.draw: tuple[object, ...] | None = None
 
     def _partition_layers(self, method: str) -> None:

@@ -1,11 +1,11 @@
 """What crosses a stage boundary, and how it is described.
 
 A stream is a NamedTuple whose fields are tensors, tuples of tensors, or None. Before it crosses, it is flattened into
-its tensors and a description (which field holds what; type, shape and "requires grad" of every tensor). The description
-travels first, as one small integer tensor through a CPU group, so that neither side waits for its GPU; then the tensors.
-A gradient comes back for exactly those tensors that required one on the sender's side: rotary tables, masks, text
-features and the time embedding of a frozen embedder cost no gradient. Tensors without elements, which carry a length in
-their shape, are described and not sent.
+its tensors and a description (which field holds what; type, shape and "requires grad" of every tensor). The
+description travels first, as one small integer tensor through a CPU group, so that neither side waits for its GPU; then
+the tensors. A gradient comes back for exactly those tensors that required one on the sender's side: rotary tables, masks, text features
+and the time embedding of a frozen embedder cost no gradient. Tensors without elements, which carry a length in their
+shape, are described and not sent.
 """
 
 from __future__ import annotations
@@ -18,10 +18,21 @@ import torch
 
 DESCRIPTION_NUMBERS = 1024
 DTYPES = (
-    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128,
-    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool,
-    torch.float8_e4m3fn, torch.float8_e5m2,
-)  # fmt: skip
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.complex64,
+    torch.complex128,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
 DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 NOTHING, SINGLE = -1, -2
 
@@ -83,7 +94,9 @@ def encode(description: Description) -> torch.Tensor:
     numbers = [len(description.fields), *description.fields, len(description.tensors)]
     for tensor in description.tensors:
         numbers += [DTYPE_CODES[tensor.dtype], int(tensor.requires_grad), len(tensor.shape), *tensor.shape]
-    assert len(numbers) <= DESCRIPTION_NUMBERS, f"a stream of {len(description.tensors)} tensors is too long to describe"
+    assert len(numbers) <= DESCRIPTION_NUMBERS, (
+        f"a stream of {len(description.tensors)} tensors is too long to describe"
+    )
     return torch.tensor(numbers + [0] * (DESCRIPTION_NUMBERS - len(numbers)), dtype=torch.int64)
 
 

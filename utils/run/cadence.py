@@ -39,9 +39,7 @@ class Cadence:
         every rank, and after a resume. Minutes are asked for apart, see `overdue`."""
         by_steps = self.steps is not None and after.step % self.steps == 0
         by_epochs = self.epochs is not None and epoch_ended and (after.epoch + 1) % self.epochs == 0
-        by_examples = (
-            self.examples is not None and after.examples // self.examples > before.examples // self.examples
-        )
+        by_examples = self.examples is not None and after.examples // self.examples > before.examples // self.examples
         return by_steps or by_epochs or by_examples
 
     def overdue(self) -> bool:

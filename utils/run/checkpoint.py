@@ -37,9 +37,13 @@ NamedParameters = Mapping[str, torch.nn.Parameter]
 
 
 def save(
-    folder: Path, ranks: Ranks, progress: Progress, parameters: NamedParameters, optimizer: torch.optim.Optimizer,
+    folder: Path,
+    ranks: Ranks,
+    progress: Progress,
+    parameters: NamedParameters,
+    optimizer: torch.optim.Optimizer,
     made_with: Mapping[str, Any],
-) -> Path:  # fmt: skip
+) -> Path:
     """Writes the checkpoint of this step into the run's folder; all ranks call it, one per stage writes.
 
     Args:
@@ -98,8 +102,9 @@ class Checkpoint:
         try:
             content = json.loads((self.folder / "progress.json").read_text())
         except (OSError, ValueError) as error:
-            raise SettingsError.of(f"the checkpoint cannot be read ({error}); name another in '{LATEST}'",
-                                   str(self.folder)) from error  # fmt: skip
+            raise SettingsError.of(
+                f"the checkpoint cannot be read ({error}); name another in '{LATEST}'", str(self.folder)
+            ) from error
         if content.get("format") != FORMAT:
             raise SettingsError.of("the checkpoint is of another version of penstock", str(self.folder))
         self.progress = Progress(**content["progress"])
@@ -119,12 +124,16 @@ class Checkpoint:
         if old["type"] != settings["type"]:
             raise SettingsError.of(
                 f"is '{settings['type']}', the checkpoint's is '{old['type']}', whose state it cannot use; pass "
-                "--reset_optimizer to begin with a new state", str(self.folder), "[optimizer] type")  # fmt: skip
+                "--reset_optimizer to begin with a new state",
+                str(self.folder),
+                "[optimizer] type",
+            )
         changed = [key for key in settings if settings[key] != old.get(key)]
         if changed and not new_parameters:
             values = ", ".join(f"{key} = {settings[key]} (checkpoint: {old.get(key)})" for key in changed)
-            raise SettingsError.of(f"{values}; pass --reset_optimizer_params to take the config's", str(self.folder),
-                                   "[optimizer]")  # fmt: skip
+            raise SettingsError.of(
+                f"{values}; pass --reset_optimizer_params to take the config's", str(self.folder), "[optimizer]"
+            )
 
     def starting_point(self, global_batch: int, steps_per_epoch: int, *, restart_data: bool) -> Progress:
         """Where training goes on: where the checkpoint stands, at the same place of the epoch if a step now takes
@@ -164,10 +173,14 @@ class Checkpoint:
 
     def _read(self, key: str, shape: torch.Size | None = None) -> torch.Tensor:
         if key not in self._files:
-            raise SettingsError.of(f"'{key}' is not in the checkpoint; was it made with another [model] or [adapter]?",
-                                   str(self.folder))  # fmt: skip
+            raise SettingsError.of(
+                f"'{key}' is not in the checkpoint; was it made with another [model] or [adapter]?", str(self.folder)
+            )
         tensor = self._files[key].get_tensor(key)
         if shape is not None and tensor.shape != shape:
-            raise SettingsError.of(f"'{key}' is {list(tensor.shape)}, this run's is {list(shape)}; resume with the "
-                                   "[model] and [adapter] that it was made with", str(self.folder))  # fmt: skip
+            raise SettingsError.of(
+                f"'{key}' is {list(tensor.shape)}, this run's is {list(shape)}; resume with the "
+                "[model] and [adapter] that it was made with",
+                str(self.folder),
+            )
         return tensor

@@ -91,13 +91,19 @@ def _write_adapter(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: d
     alpha = settings.rank * scale(settings)
     modules = sorted({name.split(".lora_")[0] for name in tensors})
     config = {
-        "peft_type": "LORA", "r": settings.rank, "lora_alpha": alpha, "lora_dropout": settings.dropout, "bias": "none",
-        "target_modules": modules, "base_model_name_or_path": metadata.get("base_model"),
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "r": settings.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": settings.dropout,
+        "bias": "none",
+        "target_modules": modules,
+        "base_model_name_or_path": metadata.get("base_model"),
+    }
     metadata = {**metadata, "rank": str(settings.rank), "alpha": str(alpha)}
     prefix = plan.denoiser_folder
-    known_to_diffusers = {f"{prefix}.{key}": config[key] for key in ("r", "lora_alpha", "lora_dropout", "bias",
-                                                                     "target_modules")}  # fmt: skip
+    known_to_diffusers = {
+        f"{prefix}.{key}": config[key] for key in ("r", "lora_alpha", "lora_dropout", "bias", "target_modules")
+    }
     if "diffusers" in plan.formats:
         header = {**metadata, "lora_adapter_metadata": json.dumps(known_to_diffusers, sort_keys=True)}
         save_file({f"{prefix}.{name}": tensor for name, tensor in tensors.items()}, folder / ADAPTER_FILE, header)

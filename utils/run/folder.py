@@ -22,7 +22,9 @@ LATEST = "latest"
 def new_name(output_dir: Path) -> str:
     """A name for a new run: the UTC date and time, and a number if that second is taken."""
     name = datetime.now(UTC).strftime("%Y%m%d_%H-%M-%S")
-    taken = [candidate for number in range(1, 100) if not (output_dir / (candidate := _numbered(name, number))).exists()]
+    taken = [
+        candidate for number in range(1, 100) if not (output_dir / (candidate := _numbered(name, number))).exists()
+    ]
     return taken[0]
 
 
@@ -52,23 +54,32 @@ def find_run(output_dir: Path, asked: str | None) -> Path:
     Raises:
         SettingsError: there is none, or it holds no checkpoint; says what there is.
     """
-    runs = sorted(p for p in output_dir.glob("*") if p.is_dir() and RUN_NAME.match(p.name)) if output_dir.is_dir() else []
+    runs = (
+        sorted(p for p in output_dir.glob("*") if p.is_dir() and RUN_NAME.match(p.name)) if output_dir.is_dir() else []
+    )
     resumable = [run for run in runs if (run / LATEST).is_file()]
     known = ", ".join(run.name for run in resumable[-5:]) or "none"
     if not asked:
         if not resumable:
-            raise SettingsError.of(f"no run with a checkpoint to resume; {len(runs)} runs are here. Start without "
-                                   "--resume_from_checkpoint", str(output_dir))  # fmt: skip
+            raise SettingsError.of(
+                f"no run with a checkpoint to resume; {len(runs)} runs are here. Start without "
+                "--resume_from_checkpoint",
+                str(output_dir),
+            )
         return resumable[-1]
     candidates = [Path(asked), output_dir / asked]
     folder = next((candidate for candidate in candidates if candidate.is_dir()), None)
     if folder is None:
-        raise SettingsError.of(f"no such folder '{asked}'; runs with a checkpoint in {output_dir}: {known}",
-                               where="--resume_from_checkpoint")  # fmt: skip
+        raise SettingsError.of(
+            f"no such folder '{asked}'; runs with a checkpoint in {output_dir}: {known}",
+            where="--resume_from_checkpoint",
+        )
     if folder.name.startswith("global_step"):
         folder = folder.parent
     if not (folder / LATEST).is_file():
-        raise SettingsError.of(f"'{folder}' holds no checkpoint (no file '{LATEST}'); exports are for inference only. "
-                               f"Runs with a checkpoint in {output_dir}: {known}",
-                               where="--resume_from_checkpoint")  # fmt: skip
+        raise SettingsError.of(
+            f"'{folder}' holds no checkpoint (no file '{LATEST}'); exports are for inference only. "
+            f"Runs with a checkpoint in {output_dir}: {known}",
+            where="--resume_from_checkpoint",
+        )
     return folder

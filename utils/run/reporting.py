@@ -19,10 +19,16 @@ from utils.ranks import Ranks, leave_together
 logger = logging.getLogger(__name__)
 
 QUIET_LIBRARIES = {
-    "accelerate": logging.ERROR, "bitsandbytes": logging.ERROR, "deepspeed": logging.WARNING,
-    "DeepSpeed": logging.WARNING, "diffusers": logging.ERROR, "peft": logging.ERROR, "torch": logging.WARNING,
-    "transformers": logging.ERROR, "PIL": logging.INFO,
-}  # fmt: skip
+    "accelerate": logging.ERROR,
+    "bitsandbytes": logging.ERROR,
+    "deepspeed": logging.WARNING,
+    "DeepSpeed": logging.WARNING,
+    "diffusers": logging.ERROR,
+    "peft": logging.ERROR,
+    "torch": logging.WARNING,
+    "transformers": logging.ERROR,
+    "PIL": logging.INFO,
+}
 SECONDS_FOR_MAIN_RANK = 3.0
 
 
@@ -101,9 +107,15 @@ class StepReporter:
             left = timedelta(seconds=round(pace * (self.total - done)))
             logger.info(
                 "step %d/%d  epoch %d  loss %.4f  norm %.3f  lr %.2e  %.3f s/step  left %s",
-                done, self.total, epoch + 1, values["train/loss"], values["train/grad_norm"], values["train/lr"],
-                values["train/step_time_sec"], left,
-            )  # fmt: skip
+                done,
+                self.total,
+                epoch + 1,
+                values["train/loss"],
+                values["train/grad_norm"],
+                values["train/lr"],
+                values["train/step_time_sec"],
+                left,
+            )
 
     def close(self) -> None:
         self.bar.close()

@@ -54,9 +54,14 @@ class SampleModel:
 
 
 def sample(
-    engine: Engine, ranks: Ranks, model: SampleModel, settings: SamplingSettings, folder: Path, metrics: Metrics,
+    engine: Engine,
+    ranks: Ranks,
+    model: SampleModel,
+    settings: SamplingSettings,
+    folder: Path,
+    metrics: Metrics,
     step: int,
-) -> None:  # fmt: skip
+) -> None:
     """Draws every prompt into `folder/samples/step000100/00_<prompt>.png`, the data ranks sharing the prompts."""
     place = folder / "samples" / f"step{step:06d}"
     place.mkdir(parents=True, exist_ok=True)

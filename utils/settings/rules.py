@@ -30,9 +30,7 @@ def check_rules(
     ]
 
 
-def check_dataset(
-    dataset: DatasetSettings, file: str = "", broken: frozenset[str] = frozenset()
-) -> list[Problem]:
+def check_dataset(dataset: DatasetSettings, file: str = "", broken: frozenset[str] = frozenset()) -> list[Problem]:
     """The problems of a dataset file; as for `check_rules`."""
     problems = [] if "directory" in broken else list(_directories_exist(dataset))
     # The size keys work together, across file and directories: with one unknown, none can be judged.
@@ -210,9 +208,7 @@ _RULES = (
     Rule(("eval_datasets", *EVAL_CADENCES), _eval_cadence_has_data),
     Rule(("model.shift", "model.flux_shift"), _one_shift),
     Rule(("model.diffusers_path", "model.transformer_path"), _weights_have_a_source),
-    Rule(
-        ("model.from_scratch", "model.diffusers_path", "model.transformer_path"), _scratch_has_a_configuration
-    ),
+    Rule(("model.from_scratch", "model.diffusers_path", "model.transformer_path"), _scratch_has_a_configuration),
     *(_model_path_exists(key) for key in ("diffusers_path", "transformer_path", "vae_path")),
     Rule(("model.text_encoders",), _text_encoder_paths_exist),
     Rule(("adapter.init_from_existing",), _adapter_path_exists),

@@ -405,7 +405,5 @@ class DatasetSettings(SettingsTable):
         """The values that hold for `directory`: its own, else the file's."""
         own = {key for key, value in directory if value is not None}
         shared = DirectorySettings.model_fields.keys() - {"path", "control_path"}
-        inherited = {
-            key: None if _REPLACED_BY.get(key, set()) & own else getattr(self, key) for key in shared - own
-        }
+        inherited = {key: None if _REPLACED_BY.get(key, set()) & own else getattr(self, key) for key in shared - own}
         return ResolvedDirectory(**{**dict(directory), **inherited})

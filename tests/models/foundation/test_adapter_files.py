@@ -37,8 +37,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained_by_peft() -> tuple[FluxTransformer2DModel, LoraConfig]:
     """A denoiser with a LoRA of some effect, made without our code."""
     denoiser = tiny_flux.transformer()
-    modules = [name for name, _ in denoiser.named_modules()
-               if "blocks" in name and any(name.endswith(target) for target in TARGETS)]  # fmt: skip
+    modules = [
+        name
+        for name, _ in denoiser.named_modules()
+        if "blocks" in name and any(name.endswith(target) for target in TARGETS)
+    ]
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=modules)
     denoiser.add_adapter(config)
     draw = generator(0, "lora")
@@ -76,8 +79,11 @@ def by_comfyui(place: Path) -> Path:
 
 def by_kohya(place: Path) -> Path:
     denoiser, _ = trained_by_peft()
-    rows = {name: module.out_features for name, module in tiny_flux.transformer().named_modules()
-            if isinstance(module, torch.nn.Linear)}  # fmt: skip
+    rows = {
+        name: module.out_features
+        for name, module in tiny_flux.transformer().named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
     kohya = BFL_LAYOUT.lora_to_kohya(get_peft_model_state_dict(denoiser), lambda module: ALPHA / RANK, rows.__getitem__)
     save_file(kohya, place / "lora.safetensors")
     return place / "lora.safetensors"
@@ -147,8 +153,10 @@ def other_model(place: Path) -> Path:
 
 def other_kohya(place: Path) -> Path:
     names = {"down": (RANK, 8), "up": (8, RANK)}
-    save_file({f"lora_unet_input_blocks_4_1_proj_in.lora_{name}.weight": torch.zeros(shape)
-               for name, shape in names.items()}, place / "sdxl.safetensors")  # fmt: skip
+    save_file(
+        {f"lora_unet_input_blocks_4_1_proj_in.lora_{name}.weight": torch.zeros(shape) for name, shape in names.items()},
+        place / "sdxl.safetensors",
+    )
     return place / "sdxl.safetensors"
 
 

@@ -23,10 +23,16 @@ from utils.settings.errors import SettingsError
 Tensors = dict[str, torch.Tensor]
 LEVELS = 2
 CONFIG = {
-    "block_out_channels": (8, 16), "down_block_types": ("DownEncoderBlock2D",) * LEVELS, "norm_num_groups": 4,
-    "up_block_types": ("UpDecoderBlock2D",) * LEVELS, "latent_channels": 4, "use_quant_conv": False,
-    "use_post_quant_conv": False, "scaling_factor": 0.3611, "shift_factor": 0.1159,
-}  # fmt: skip
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * LEVELS,
+    "norm_num_groups": 4,
+    "up_block_types": ("UpDecoderBlock2D",) * LEVELS,
+    "latent_channels": 4,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+}
 CPU = torch.device("cpu")
 # What diffusers calls it -> what the autoencoder of latent diffusion (and Flux's ae.safetensors) calls it.
 ORIGINAL_NAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
@@ -147,8 +153,7 @@ def test_single_file_in_the_names_of_diffusers(folder: Path) -> None:
 
 
 MISTAKES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
-    "a transformer": (
-        lambda tensors: {"double_blocks.0.img_attn.qkv.weight": torch.zeros(6, 2)}, "is not in the file"),
+    "a transformer": (lambda tensors: {"double_blocks.0.img_attn.qkv.weight": torch.zeros(6, 2)}, "is not in the file"),
     "a missing tensor": (
         lambda tensors: {name: t for name, t in tensors.items() if name != "decoder.up.1.block.0.conv1.weight"},
         "'decoder.up_blocks.0.resnets.0.conv1.weight' of the model is not in the file",
@@ -157,7 +162,7 @@ MISTAKES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         lambda tensors: {**tensors, "decoder.conv_in.weight": torch.zeros(16, 16, 3, 3)},
         "'decoder.conv_in.weight' is [16, 16, 3, 3], but the model's configuration asks for [16, 4, 3, 3]",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -185,8 +190,12 @@ def test_fingerprint_tells_what_changes_the_latents(folder: Path, tmp_path: Path
     AutoencoderKL.from_config({**config, "scaling_factor": 1.0}).save_config(tmp_path / "vae")
     file = weights_file(folder)
     different = [
-        made(folder), made(folder, seed=1), made(folder, dtype=torch.bfloat16), made(folder, reads="control"),
-        made(folder, file=file), made(tmp_path, file=file),
-    ]  # fmt: skip
+        made(folder),
+        made(folder, seed=1),
+        made(folder, dtype=torch.bfloat16),
+        made(folder, reads="control"),
+        made(folder, file=file),
+        made(tmp_path, file=file),
+    ]
     assert len(set(different)) == len(different)
     assert made(folder) == made(folder)

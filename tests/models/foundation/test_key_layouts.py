@@ -27,13 +27,26 @@ WIDTH, HEAD = 3072, 128
 MLP = 4 * WIDTH
 # Modules of one double and one single block of Black Forest Labs' checkpoint, and their outputs.
 ROWS = {
-    "img_in": WIDTH, "txt_in": WIDTH, "final_layer.linear": 64, "final_layer.adaLN_modulation.1": 2 * WIDTH,
+    "img_in": WIDTH,
+    "txt_in": WIDTH,
+    "final_layer.linear": 64,
+    "final_layer.adaLN_modulation.1": 2 * WIDTH,
     **{f"{part}_in.{layer}_layer": WIDTH for part in ("time", "vector", "guidance") for layer in ("in", "out")},
-    **{f"double_blocks.0.{stream}_{module}": rows for stream in ("img", "txt") for module, rows in {
-        "mod.lin": 6 * WIDTH, "attn.qkv": 3 * WIDTH, "attn.proj": WIDTH, "mlp.0": MLP, "mlp.2": WIDTH}.items()},
-    "single_blocks.0.linear1": 3 * WIDTH + MLP, "single_blocks.0.linear2": WIDTH,
+    **{
+        f"double_blocks.0.{stream}_{module}": rows
+        for stream in ("img", "txt")
+        for module, rows in {
+            "mod.lin": 6 * WIDTH,
+            "attn.qkv": 3 * WIDTH,
+            "attn.proj": WIDTH,
+            "mlp.0": MLP,
+            "mlp.2": WIDTH,
+        }.items()
+    },
+    "single_blocks.0.linear1": 3 * WIDTH + MLP,
+    "single_blocks.0.linear2": WIDTH,
     "single_blocks.0.modulation.lin": 3 * WIDTH,
-}  # fmt: skip
+}
 NORMS = [
     f"{where}.{which}_norm.scale"
     for where in ("double_blocks.0.img_attn.norm", "double_blocks.0.txt_attn.norm", "single_blocks.0.norm")
@@ -130,9 +143,11 @@ def stock_reading(kohya: Tensors) -> Tensors:
 
 
 TARGETS = {
-    "all": {}, "queries": {"include": ["attn.to_q"]}, "keys and mlp": {"include": ["to_k", "add_k_proj", "mlp"]},
+    "all": {},
+    "queries": {"include": ["attn.to_q"]},
+    "keys and mlp": {"include": ["to_k", "add_k_proj", "mlp"]},
     "double blocks": {"exclude": ["single_transformer_blocks"]},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("patterns", TARGETS)
@@ -166,9 +181,11 @@ def test_a_fused_kohya_lora_serves_every_part(denoiser: nn.Module) -> None:
     kohya = {}
     for module in ("double_blocks.0.img_attn.qkv", "single_blocks.0.linear1", "double_blocks.0.txt_mlp.0"):
         name = "lora_unet_" + module.replace(".", "_")
-        kohya |= {f"{name}.lora_down.weight": normal((rank, WIDTH), 0, name, "down"),
-                  f"{name}.lora_up.weight": normal((ROWS[module], rank), 0, name, "up"),
-                  f"{name}.alpha": torch.tensor(1.0)}  # fmt: skip
+        kohya |= {
+            f"{name}.lora_down.weight": normal((rank, WIDTH), 0, name, "down"),
+            f"{name}.lora_up.weight": normal((ROWS[module], rank), 0, name, "up"),
+            f"{name}.alpha": torch.tensor(1.0),
+        }
     ours = BFL_LAYOUT.lora_from_kohya(kohya, sizes, lambda module: sizes[module][1])
     theirs = stock_reading(kohya)
     assert ours.keys() == theirs.keys() and len(ours) == 2 * 8
@@ -180,8 +197,10 @@ def test_a_fused_kohya_lora_serves_every_part(denoiser: nn.Module) -> None:
 
 def test_an_untrained_kohya_lora_keeps_its_rank(denoiser: nn.Module) -> None:
     sizes = module_sizes(denoiser)
-    factors = {name: torch.zeros_like(tensor) if ".lora_B." in name else tensor
-               for name, tensor in random_lora(denoiser, 2, include=["ff.net"]).items()}  # fmt: skip
+    factors = {
+        name: torch.zeros_like(tensor) if ".lora_B." in name else tensor
+        for name, tensor in random_lora(denoiser, 2, include=["ff.net"]).items()
+    }
     kohya = BFL_LAYOUT.lora_to_kohya(factors, lambda module: 1.0, lambda module: sizes[module][1])
     returned = BFL_LAYOUT.lora_from_kohya(kohya, sizes, lambda module: sizes[module][1])
     assert {name: t.shape for name, t in returned.items()} == {name: t.shape for name, t in factors.items()}

@@ -29,8 +29,10 @@ from utils.settings.schema import AdapterSettings, SamplingSettings
 
 STEP = 7
 LORA_FILE, LORA_COMFYUI, DENOISER_COMFYUI = (
-    "adapter_model.safetensors", "adapter_model_comfyui.safetensors", "model_comfyui.safetensors"
-)  # fmt: skip
+    "adapter_model.safetensors",
+    "adapter_model_comfyui.safetensors",
+    "model_comfyui.safetensors",
+)
 
 
 @pytest.fixture(scope="module")

@@ -87,8 +87,15 @@ def test_8_bit_files_are_cast_and_scaled(tmp_path: Path) -> None:
     plain, scaled = tmp_path / "fp8.safetensors", tmp_path / "fp8_scaled.safetensors"
     save_file(fp8, plain)
     key = "encoder.block.0.layer.0.SelfAttention.k.weight"
-    save_file({**fp8, key: (fp8[key].float() * 2).to(torch.float8_e4m3fn), "scaled_fp8": torch.zeros(2),
-               key.replace("weight", "scale_weight"): torch.tensor(0.5)}, scaled)  # fmt: skip
+    save_file(
+        {
+            **fp8,
+            key: (fp8[key].float() * 2).to(torch.float8_e4m3fn),
+            "scaled_fp8": torch.zeros(2),
+            key.replace("weight", "scale_weight"): torch.tensor(0.5),
+        },
+        scaled,
+    )
     made = encoder("t5", plain, torch.bfloat16)
     encoded = features(made)
     assert torch.equal(dict(made.model.named_parameters())[key], fp8[key].bfloat16())
@@ -98,9 +105,12 @@ def test_8_bit_files_are_cast_and_scaled(tmp_path: Path) -> None:
 def test_fingerprint_tells_what_changes_the_features() -> None:
     file = MINI_FLUX / "text_encoder_2" / "model.safetensors"
     different = [
-        encoder("clip"), encoder("t5"), encoder("t5", dtype=torch.bfloat16), encoder("t5", file),
+        encoder("clip"),
+        encoder("t5"),
+        encoder("t5", dtype=torch.bfloat16),
+        encoder("t5", file),
         t5(MINI_FLUX, None, torch.float32, TEXT_TOKENS + 1),
-    ]  # fmt: skip
+    ]
     assert len({made.fingerprint for made in different}) == len(different)
     assert encoder("t5").fingerprint == encoder("t5").fingerprint
 
@@ -115,7 +125,7 @@ MISTAKES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         lambda tensors: {**tensors, "shared.weight": tensors["shared.weight"][:, :3].contiguous()},
         "'shared.weight' is [376, 3], but the model's configuration asks for [376, 64]",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -73,9 +73,12 @@ def in_comfyui_checkpoint(place: Path, stock: FluxTransformer2DModel) -> Path:
     "write", [in_diffusers_folder, in_shards, in_diffusers_file, in_original_file, in_comfyui_checkpoint]
 )
 def test_every_kind_of_file_gives_the_same_weights(
-    folder: Path, tmp_path: Path, stock: FluxTransformer2DModel, caplog: pytest.LogCaptureFixture,
+    folder: Path,
+    tmp_path: Path,
+    stock: FluxTransformer2DModel,
+    caplog: pytest.LogCaptureFixture,
     write: Callable[[Path, FluxTransformer2DModel], Path],
-) -> None:  # fmt: skip
+) -> None:
     with caplog.at_level(logging.WARNING, "models"):
         weights = filled(tiny_flux.pipeline(folder, transformer_path=write(tmp_path, stock))).state_dict()
     assert not caplog.records
@@ -94,13 +97,19 @@ def test_only_a_stage_takes_memory(folder: Path, stock: FluxTransformer2DModel) 
 @pytest.mark.parametrize("kept", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("names", [dict, BFL_LAYOUT.to_original], ids=["diffusers", "original"])
 def test_stored_types_are_cast(
-    folder: Path, tmp_path: Path, stock: FluxTransformer2DModel, stored: torch.dtype, kept: torch.dtype,
+    folder: Path,
+    tmp_path: Path,
+    stock: FluxTransformer2DModel,
+    stored: torch.dtype,
+    kept: torch.dtype,
     names: Callable[[Tensors], Tensors],
-) -> None:  # fmt: skip
+) -> None:
     tensors = {name: tensor.to(stored) for name, tensor in stock.state_dict().items()}
     save_file(names(tensors), tmp_path / "flux.safetensors")
-    options: dict[str, Any] = {"transformer_path": tmp_path / "flux.safetensors",
-                               "transformer_dtype": str(kept).removeprefix("torch.")}  # fmt: skip
+    options: dict[str, Any] = {
+        "transformer_path": tmp_path / "flux.safetensors",
+        "transformer_dtype": str(kept).removeprefix("torch."),
+    }
     weights = filled(tiny_flux.pipeline(folder, **options)).state_dict()
     for name, tensor in tensors.items():
         assert weights[name].dtype == kept
@@ -146,10 +155,14 @@ MISTAKES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "a missing bias": (without("final_layer.linear.bias"), "'final_layer.linear.bias' is missing"),
     "another size": (first_rows("img_in.weight"), "'img_in.weight' is [7, 16], but the model's configuration asks for"),
     "another size of a fused tensor": (
-        first_rows(QKV), f"'{QKV}' is [7, 32], but the model's configuration asks for [96, 32]"),
+        first_rows(QKV),
+        f"'{QKV}' is [7, 32], but the model's configuration asks for [96, 32]",
+    ),
     "fewer columns of a fused tensor": (
-        lambda tensors: {**tensors, QKV: tensors[QKV][:, :7].contiguous()}, f"'{QKV}' is [96, 7], but"),
-}  # fmt: skip
+        lambda tensors: {**tensors, QKV: tensors[QKV][:, :7].contiguous()},
+        f"'{QKV}' is [96, 7], but",
+    ),
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -189,9 +202,12 @@ def test_a_truncated_file_is_refused(folder: Path, tmp_path: Path, stock: FluxTr
 @pytest.mark.parametrize("changes", [{"num_layers": 1}, {"guidance_embeds": False}], ids=["blocks", "guidance"])
 @pytest.mark.parametrize("write", [in_diffusers_file, in_original_file])
 def test_more_than_the_configuration_asks_is_told(
-    tmp_path: Path, stock: FluxTransformer2DModel, caplog: pytest.LogCaptureFixture, changes: dict,
+    tmp_path: Path,
+    stock: FluxTransformer2DModel,
+    caplog: pytest.LogCaptureFixture,
+    changes: dict,
     write: Callable[[Path, FluxTransformer2DModel], Path],
-) -> None:  # fmt: skip
+) -> None:
     """The weights of dev under the configuration of schnell would train, and train something else."""
     (tmp_path / "weights").mkdir()
     file = write(tmp_path / "weights", stock)

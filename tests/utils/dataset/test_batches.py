@@ -60,18 +60,14 @@ def test_all_ranks_together_follow_the_order(filled):
     samples, _ = filled
     ranks = [training(filled, rank) for rank in range(2)]
     expected = epoch_order([7, 4], 2, 2, 3, seed=7, epoch=4)
-    groups = [
-        sorted((s for s in samples if s.bucket.width == width), key=samples.index) for width in (64, 96)
-    ]
+    groups = [sorted((s for s in samples if s.bucket.width == width), key=samples.index) for width in (64, 96)]
     assert ranks[0].steps_per_epoch == len(expected) == 1
     steps = [rank.step(4, 0) for rank in ranks]
     for number, slot in enumerate(expected[0]):
         ids = [name for step in steps for name in step[number][0].sample_ids]
         assert ids == [groups[slot.bucket][index].id for index in slot.samples]
         assert all(step[number][1:] == (4, 0, number) for step in steps)
-    assert {name for step in steps for batch, *_ in step for name in batch.sample_ids} == {
-        s.id for s in samples
-    }
+    assert {name for step in steps for batch, *_ in step for name in batch.sample_ids} == {s.id for s in samples}
 
 
 def ids(step):
@@ -80,9 +76,7 @@ def ids(step):
 
 def test_the_iterator_goes_on_from_anywhere_through_all_epochs(filled):
     samples, reader = filled
-    batches = TrainingBatches(
-        samples, reader, keep, micro_batch=2, data_ranks=1, data_rank=0, accumulation=1, seed=3
-    )
+    batches = TrainingBatches(samples, reader, keep, micro_batch=2, data_ranks=1, data_rank=0, accumulation=1, seed=3)
     assert batches.steps_per_epoch == 6
     positions = [(epoch, step) for epoch in range(3) for step in range(6)]
     whole = batches.iterate(0, 0)

@@ -58,9 +58,7 @@ def test_ratios_are_spaced_evenly_in_logarithm():
     }
     found = [assigned([media(1000 * r, 1000)], **keys)[0].bucket for r in (0.25, 0.5, 1, 2, 4)]
     assert [bucket.width / bucket.height for bucket in found] == pytest.approx([0.25, 0.5, 1, 2, 4], rel=0.01)
-    assert [math.sqrt(bucket.width * bucket.height) for bucket in found] == pytest.approx(
-        [4096] * 5, rel=0.01
-    )
+    assert [math.sqrt(bucket.width * bucket.height) for bucket in found] == pytest.approx([4096] * 5, rel=0.01)
 
 
 def test_explicit_ratios_and_sizes():

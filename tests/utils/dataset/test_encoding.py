@@ -183,9 +183,7 @@ def fill_as_rank(rank, port, dataset, folder, results):
         )
         for again in (False, True)
     ]
-    results.put(
-        (rank, [(one.wanted, one.reused, one.encoded, one.failed) for (one,) in reports], len(vae.batches))
-    )
+    results.put((rank, [(one.wanted, one.reused, one.encoded, one.failed) for (one,) in reports], len(vae.batches)))
     dist.barrier()
     dist.destroy_process_group()
 

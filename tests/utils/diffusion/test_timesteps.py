@@ -67,8 +67,9 @@ def test_uniform_is_the_quantile() -> None:
 
 SAMPLERS = [
     TimestepSampler(method, 1.0, shift)
-    for method in ("logit_normal", "uniform") for shift in (None, 3.0, ResolutionShift())
-]  # fmt: skip
+    for method in ("logit_normal", "uniform")
+    for shift in (None, 3.0, ResolutionShift())
+]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)

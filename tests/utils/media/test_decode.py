@@ -129,9 +129,7 @@ def test_any_broken_file_is_a_media_error(tmp_path):
                 assert str(path) in str(error)
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"), [(b"hello", "not an image"), (b"", "not an image"), (None, "no such")]
-)
+@pytest.mark.parametrize(("content", "reason"), [(b"hello", "not an image"), (b"", "not an image"), (None, "no such")])
 def test_reasons_are_readable(tmp_path, content, reason):
     if content is not None:
         (tmp_path / "a.png").write_bytes(content)

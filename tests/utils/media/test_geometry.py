@@ -7,9 +7,7 @@ import pytest
 from utils.media.geometry import cover_box, round_to_multiple
 
 
-@pytest.mark.parametrize(
-    ("value", "multiple", "expected"), [(100, 16, 96), (105, 16, 112), (3, 16, 16), (64, 64, 64)]
-)
+@pytest.mark.parametrize(("value", "multiple", "expected"), [(100, 16, 96), (105, 16, 112), (3, 16, 16), (64, 64, 64)])
 def test_round_to_multiple(value, multiple, expected):
     assert round_to_multiple(value, multiple) == expected
 

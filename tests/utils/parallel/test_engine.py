@@ -39,13 +39,13 @@ def engine_of(ranks: Ranks, flux: Any, settings: Any, accumulation: int, clip: f
     bounds = stage_bounds("parameters", sizes, ranks.stages)
     module = DenoiserPipeline(layers, bounds, flux.stream_type, flux.loss, recompute=recompute)
     held = {id(p) for p in module.parameters()}
-    trained = {
-        base_name(name): p for name, p in denoiser.named_parameters() if p.requires_grad and id(p) in held
-    }
+    trained = {base_name(name): p for name, p in denoiser.named_parameters() if p.requires_grad and id(p) in held}
     optimizer = (
         torch.optim.AdamW(trained.values(), lr=toy_flux.LEARNING_RATE) if trained else optimizer_for_frozen_stage()
     )
-    return Engine(module, optimizer, micro_batch=toy_flux.MICRO_BATCH, accumulation=accumulation, clip_norm=clip), trained
+    return Engine(
+        module, optimizer, micro_batch=toy_flux.MICRO_BATCH, accumulation=accumulation, clip_norm=clip
+    ), trained
 
 
 def batches_of(ranks: Ranks, flux: Any, step: int, accumulation: int) -> list | None:

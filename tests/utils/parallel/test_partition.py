@@ -29,9 +29,15 @@ def test_manual_begins_stages_where_told() -> None:
     assert stage_bounds("manual", SIZES, 3, [1, 5]) == [(0, 1), (1, 5), (5, 7)]
 
 
-@pytest.mark.parametrize(("stages", "split", "told"), [
-    (3, [2], "3 stages need 2"), (2, [7], "within 1 and 6"), (3, [4, 4], "increase"), (2, [0], "within 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stages", "split", "told"),
+    [
+        (3, [2], "3 stages need 2"),
+        (2, [7], "within 1 and 6"),
+        (3, [4, 4], "increase"),
+        (2, [0], "within 1"),
+    ],
+)
 def test_a_split_that_does_not_fit_is_refused(stages: int, split: list[int], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         stage_bounds("manual", SIZES, stages, split)

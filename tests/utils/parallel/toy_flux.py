@@ -16,10 +16,17 @@ from utils.diffusion.seeds import generator
 from utils.settings.schema import AdapterSettings
 
 CONFIG = {
-    "patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,
-    "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 32, "guidance_embeds": True,
+    "patch_size": 1,
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "guidance_embeds": True,
     "axes_dims_rope": [4, 4, 8],
-}  # fmt: skip
+}
 LEARNING_RATE = 1e-3
 MICRO_BATCH = 2
 
@@ -65,7 +72,9 @@ def micro_batch(flux: FluxPipeline, step: int, data_rank: int, index: int) -> tu
         return torch.randn(shape, generator=draw)
 
     features = {"t5": normal(MICRO_BATCH, 5, 32), "clip_pooled": normal(MICRO_BATCH, 32)}
-    inputs = flux.prepare_inputs(features, normal(MICRO_BATCH, 4, height, width), torch.rand(MICRO_BATCH, generator=draw))
+    inputs = flux.prepare_inputs(
+        features, normal(MICRO_BATCH, 4, height, width), torch.rand(MICRO_BATCH, generator=draw)
+    )
     return inputs, Labels(normal(MICRO_BATCH, 4, height, width), torch.ones(MICRO_BATCH))
 
 

@@ -22,14 +22,17 @@ def due_steps(cadence: Cadence, steps: int = 24) -> list[int]:
     return due
 
 
-@pytest.mark.parametrize(("intervals", "expected"), [
-    ({"steps": 5}, [5, 10, 15, 20]),
-    ({"epochs": 2}, [8, 16, 24]),
-    ({"examples": 25}, [5, 9, 13, 17, 21]),
-    ({"steps": 10, "epochs": 3}, [10, 12, 20, 24]),
-    ({}, []),
-    ({"minutes": 1.0}, []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("intervals", "expected"),
+    [
+        ({"steps": 5}, [5, 10, 15, 20]),
+        ({"epochs": 2}, [8, 16, 24]),
+        ({"examples": 25}, [5, 9, 13, 17, 21]),
+        ({"steps": 10, "epochs": 3}, [10, 12, 20, 24]),
+        ({}, []),
+        ({"minutes": 1.0}, []),
+    ],
+)
 def test_due(intervals: dict, expected: list[int]) -> None:
     assert due_steps(Cadence(**intervals)) == expected
 

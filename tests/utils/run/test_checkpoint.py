@@ -72,13 +72,16 @@ def test_parameters_that_do_not_fit_are_told(tmp_path: Path) -> None:
         opened.load_weights({"block.0.weight": torch.nn.Parameter(torch.zeros(5))})
 
 
-@pytest.mark.parametrize(("settings", "flags", "told"), [
-    (ADAMW, {}, None),
-    ({**ADAMW, "lr": 5e-3}, {}, r"lr = 0.005 \(checkpoint: 0.001\); pass --reset_optimizer_params"),
-    ({**ADAMW, "lr": 5e-3}, {"new_parameters": True}, None),
-    ({**ADAMW, "type": "sgd"}, {"new_parameters": True}, "pass --reset_optimizer"),
-    ({**ADAMW, "type": "sgd"}, {"new_state": True}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "flags", "told"),
+    [
+        (ADAMW, {}, None),
+        ({**ADAMW, "lr": 5e-3}, {}, r"lr = 0.005 \(checkpoint: 0.001\); pass --reset_optimizer_params"),
+        ({**ADAMW, "lr": 5e-3}, {"new_parameters": True}, None),
+        ({**ADAMW, "type": "sgd"}, {"new_parameters": True}, "pass --reset_optimizer"),
+        ({**ADAMW, "type": "sgd"}, {"new_state": True}, None),
+    ],
+)
 def test_another_optimizer_must_be_asked_for(tmp_path: Path, settings: dict, flags: dict, told: str | None) -> None:
     save(tmp_path, Progress(step=1))
     opened = checkpoint.Checkpoint(tmp_path)

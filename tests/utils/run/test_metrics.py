@@ -20,8 +20,9 @@ def test_scalars_and_pictures(tmp_path: Path) -> None:
     metrics.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["name"], line["value"], line["step"]) for line in lines] == [
-        ("train/loss", 0.25, 3), ("train/lr", 1e-4, 3),
-    ]  # fmt: skip
+        ("train/loss", 0.25, 3),
+        ("train/lr", 1e-4, 3),
+    ]
     events = EventAccumulator(str(tmp_path / "tensorboard_logs"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 0.25)]

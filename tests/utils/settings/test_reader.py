@@ -148,9 +148,7 @@ def test_a_check_of_a_models_own_is_told_at_its_table(folder: Folder) -> None:
 
     with pytest.raises(SettingsError) as caught:
         read_settings(folder.run(), lambda name: Checked)
-    assert [(entry.where, entry.message) for entry in caught.value.problems] == [
-        ("[model]", "{captions} are too long")
-    ]
+    assert [(entry.where, entry.message) for entry in caught.value.problems] == [("[model]", "{captions} are too long")]
 
 
 def test_optimizer_types_are_told_apart_in_any_case(folder: Folder) -> None:

@@ -79,9 +79,7 @@ def test_a_sound_run_has_no_problem(folder: Folder) -> None:
 
 
 def test_rules_leave_out_what_is_broken(folder: Folder) -> None:
-    settings = read_settings(
-        folder.run(top="pipeline_stages = 3", model="shift = 3\nflux_shift = true"), options_for
-    )
+    settings = read_settings(folder.run(top="pipeline_stages = 3", model="shift = 3\nflux_shift = true"), options_for)
     places = {problem.where for problem in check_rules(settings, 4)}
     assert places == {"key `pipeline_stages`", "[model] shift"}
     assert check_rules(settings, 4, broken=frozenset({"pipeline_stages", "model.flux_shift"})) == []
