@@ -177,14 +177,14 @@ def load_data(
     settings: Settings, ranks: Ranks, pipeline: BasePipeline, sources: list[Source], arguments: argparse.Namespace
 ) -> Data:
     """Scans the datasets and encodes what the cache lacks."""
-    from utils.dataset.collection import collect_together, encoders_for, refuse_failures
+    from utils.dataset.collection import collect_together, refuse_failures
     from utils.dataset.encoding import fill
 
     cache_dir = cache_folder(settings, sources)
     collections = collect_together(
         ranks, sources, pipeline.media, cache_dir / "files.sqlite", trust=arguments.trust_cache
     )
-    encoders = encoders_for(collections, pipeline.encoders, pipeline.control_encoders)
+    encoders = pipeline.encoders_for(any(collection.has_controls for collection in collections))
     samples = [sample for collection in collections for sample in collection.samples]
     with timed("cache"):
         reports = fill(

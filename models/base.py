@@ -22,6 +22,7 @@ from utils.diffusion import seeds
 from utils.diffusion.losses import Labels, mean_squared_error
 from utils.diffusion.objectives import FlowMatching, Objective
 from utils.diffusion.timesteps import ResolutionShift, TimestepSampler
+from utils.settings.errors import SettingsError
 from utils.settings.schema import ModelSettings, torch_dtype
 
 Features = Mapping[str, torch.Tensor]
@@ -40,7 +41,8 @@ class BasePipeline(ABC):
         resolution_shift: the constants by which the timestep shift follows the picture's size.
         keep_in_high_precision: parts of parameter names that stay float32 whatever `dtype` says.
         original_layout: names of the publisher's single-file checkpoint, if they differ from diffusers'.
-        denoiser_folder: where a diffusers folder keeps the denoiser.
+        denoiser_folder: where a diffusers folder keeps the denoiser; a property where an option chooses it.
+        takes_controls: whether it is conditioned on the control images of a dataset that has some.
     """
 
     Options: ClassVar[type[ModelSettings]] = ModelSettings
@@ -51,7 +53,8 @@ class BasePipeline(ABC):
     resolution_shift: ClassVar[ResolutionShift] = ResolutionShift()
     keep_in_high_precision: ClassVar[tuple[str, ...]] = ()
     original_layout: ClassVar[KeyLayout | None] = None
-    denoiser_folder: ClassVar[str] = "transformer"
+    denoiser_folder: str = "transformer"
+    takes_controls: ClassVar[bool] = False
 
     def __init__(self, options: ModelSettings, seed: int = 0):
         self.options = options
@@ -68,18 +71,18 @@ class BasePipeline(ABC):
         """
 
     @abstractmethod
-    def encoders(self) -> list[Encoder]:
-        """The VAE first, then the text encoders. With a dataset that has control images, see `control_encoders`."""
+    def encoders(self, with_controls: bool = False) -> list[Encoder]:
+        """The VAE first, then the rest; with control images (models that take them) also what reads those."""
 
-    def control_encoders(self) -> list[Encoder]:
-        """What encodes control images.
+    def encoders_for(self, with_controls: bool) -> list[Encoder]:
+        """`encoders`, for a dataset that has control images or has none.
 
         Raises:
-            SettingsError: this model takes none.
+            SettingsError: it has some, and this model takes none.
         """
-        from utils.settings.errors import SettingsError
-
-        raise SettingsError.of("this model takes no control images; leave control_path out", where="[[directory]]")
+        if with_controls and not self.takes_controls:
+            raise SettingsError.of("this model takes no control images; leave control_path out", where="[[directory]]")
+        return self.encoders(with_controls)
 
     @abstractmethod
     def build_denoiser(self) -> nn.Module:

@@ -160,21 +160,21 @@ class FluxPipeline(BasePipeline):
     blocks = ("transformer_blocks", "single_transformer_blocks")
     stream_type = FluxStream
     original_layout = BFL_LAYOUT
+    takes_controls = True
 
     def check(self) -> None:
         check_diffusers_folder(self.options, PARTS, {"transformer": "transformer_path", "vae": "vae_path"})
         check_text_encoder_types(self.options, ("clip", "t5"))
 
-    def encoders(self) -> list[Encoder]:
+    def encoders(self, with_controls: bool = False) -> list[Encoder]:
         options, folder = self.options, self.options.diffusers_path
+        controls = [ImageAutoencoder(folder, options.vae_path, self.dtype, reads="control")]
         return [
             ImageAutoencoder(folder, options.vae_path, self.dtype, seed=self.seed),
             clip_l(folder, part_override(options, "clip"), self.dtype),
             t5(folder, part_override(options, "t5"), self.dtype, options.max_sequence_length),
+            *(controls if with_controls else []),
         ]
-
-    def control_encoders(self) -> list[Encoder]:
-        return [ImageAutoencoder(self.options.diffusers_path, self.options.vae_path, self.dtype, reads="control")]
 
     def build_denoiser(self) -> FluxTransformer2DModel:
         return FluxTransformer2DModel.from_config(self._config("transformer"))

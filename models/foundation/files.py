@@ -10,7 +10,9 @@ from utils.settings.errors import Problem, SettingsError
 from utils.settings.schema import ModelSettings
 
 
-def check_diffusers_folder(options: ModelSettings, parts: Sequence[str], overrides: Mapping[str, str]) -> None:
+def check_diffusers_folder(
+    options: ModelSettings, parts: Sequence[str], overrides: Mapping[str, str], denoiser: str = "transformer"
+) -> None:
     """Whether `diffusers_path` is a diffusers folder with all parts.
 
     A part whose weights come from elsewhere still needs its configuration here, since single files have none.
@@ -18,6 +20,7 @@ def check_diffusers_folder(options: ModelSettings, parts: Sequence[str], overrid
     Args:
         parts: subfolders that the model needs.
         overrides: part -> the option that names a file with its weights.
+        denoiser: the part that needs no weights with `from_scratch`.
 
     Raises:
         SettingsError: listing everything that is missing.
@@ -35,7 +38,7 @@ def check_diffusers_folder(options: ModelSettings, parts: Sequence[str], overrid
         if not (folder / part).is_dir()
     ]
     for part, option in overrides.items():
-        needs_weights = getattr(options, option) is None and not (part == "transformer" and options.from_scratch)
+        needs_weights = getattr(options, option) is None and not (part == denoiser and options.from_scratch)
         if (folder / part).is_dir() and needs_weights and not any((folder / part).glob("*.safetensors")):
             problems.append(
                 Problem(

@@ -14,7 +14,7 @@ from models.foundation.outputs import sample_bucket
 from models.foundation.placement import Blueprint, draw_up, load_existing_adapter
 from models.foundation.weights import build_empty
 from utils.dataset.buckets import Bucket, format_table, table
-from utils.dataset.collection import Collection, encoders_for
+from utils.dataset.collection import Collection
 from utils.dataset.encoding import Encoder
 from utils.ranks import Ranks
 from utils.settings.schema import Settings
@@ -30,7 +30,7 @@ def describe(settings: Settings, ranks: Ranks, pipeline: BasePipeline, collectio
     Raises:
         SettingsError: the settings do not fit the model or its files.
     """
-    encoders = encoders_for(collections, pipeline.encoders, pipeline.control_encoders)
+    encoders = pipeline.encoders_for(any(collection.has_controls for collection in collections))
     empty = build_empty(pipeline.build_denoiser)
     pipeline.open_weights(empty)
     blueprint = draw_up(pipeline, settings, empty)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.dataset.buckets import MediaFacts, Sample, assign
-from utils.dataset.encoding import CacheReport, Encoder
+from utils.dataset.encoding import CacheReport
 from utils.dataset.manifest import scan
 from utils.ranks import Ranks, share
 from utils.settings.errors import Problem, SettingsError
@@ -109,15 +109,6 @@ def _mixed_controls(collections: Sequence[Collection]) -> list[Problem]:
         for collection in collections
         if not all(sample.control for sample in collection.samples)
     ]
-
-
-def encoders_for(
-    collections: Sequence[Collection],
-    encoders: Callable[[], list[Encoder]],
-    control_encoders: Callable[[], list[Encoder]],
-) -> list[Encoder]:
-    """What must encode these collections: a model's encoders, and those for control images where there are some."""
-    return encoders() + (control_encoders() if any(c.has_controls for c in collections) else [])
 
 
 def refuse_failures(reports: Sequence[CacheReport]) -> None:

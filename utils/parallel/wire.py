@@ -2,10 +2,10 @@
 
 A stream is a NamedTuple whose fields are tensors, tuples of tensors, or None. Before it crosses, it is flattened into
 its tensors and a description (which field holds what; type, shape and "requires grad" of every tensor). The
-description travels first, as one small integer tensor through a CPU group, so that neither side waits for its GPU; then
-the tensors. A gradient comes back for exactly those tensors that required one on the sender's side: rotary tables, masks, text features
-and the time embedding of a frozen embedder cost no gradient. Tensors without elements, which carry a length in their
-shape, are described and not sent.
+description travels first, as one small integer tensor through a CPU group, so that neither side waits for its GPU;
+then the tensors. A gradient comes back for exactly those tensors that required one on the sender's side: rotary
+tables, masks, text features and the time embedding of a frozen embedder cost no gradient. Tensors without elements,
+which carry a length in their shape, are described and not sent.
 """
 
 from __future__ import annotations
