@@ -49,7 +49,6 @@ def write_config(tmp_path: Path, pictures: Path) -> Callable[..., Path]:
             "output_dir": str(tmp_path / "runs"),
             "dataset": str(tmp_path / "data.toml"),
             "max_steps": 6,
-            "epochs": 9,
             "micro_batch_size_per_gpu": 2,
             "gradient_accumulation_steps": 2,
             "warmup_steps": 2,
@@ -63,6 +62,8 @@ def write_config(tmp_path: Path, pictures: Path) -> Callable[..., Path]:
             table, _, key = name.rpartition("__")
             place = config.setdefault(table, {}) if table else config
             place[key] = value
+            if value is None:
+                del place[key]
         (tmp_path / "run.toml").write_text(toml.dumps(config))
         return tmp_path / "run.toml"
 
@@ -134,6 +135,19 @@ def test_a_run_leaves_what_is_promised(write_config: Callable[..., Path]) -> Non
         assert picture.size == (64, 64)
     assert (run / "epoch3" / "adapter_model_comfyui.safetensors").is_file()
     assert re.search(r"cache vae: wanted=7 reused=0 encoded=7 failed=0", log)
+
+
+@pytest.mark.parametrize(
+    ("keys", "steps"),
+    [({"epochs": 2, "max_steps": None}, 4), ({"epochs": 2, "max_steps": 3}, 3), ({"max_steps": 5}, 5)],
+)
+def test_epochs_and_max_steps_end_a_run(write_config: Callable[..., Path], keys: dict[str, Any], steps: int) -> None:
+    config = write_config(checkpoint_every_n_steps=None, **keys)
+    codes, log = launch(config)
+    assert codes == [0], log
+    run = only_run(config)
+    assert sorted(metrics(run, "train/loss")) == list(range(1, steps + 1))
+    assert not (run / "latest").exists()
 
 
 def test_adding_one_picture_encodes_one(write_config: Callable[..., Path], pictures: Path, tmp_path: Path) -> None:

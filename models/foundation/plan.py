@@ -42,7 +42,8 @@ def describe(settings: Settings, ranks: Ranks, pipeline: BasePipeline, collectio
     micro, accumulation = settings.micro_batch_size_per_gpu, settings.gradient_accumulation_steps
     lines = table(collections[0].samples, micro, ranks.data_ranks, accumulation)
     steps = -(-sum(line.batches for line in lines if line.bucket) // accumulation)
-    total = min(settings.max_steps or 10**12, settings.epochs * steps)
+    epochs = settings.epochs or (math.inf if settings.max_steps else 1)
+    total = min(settings.max_steps or math.inf, epochs * steps)
     facts = {
         "model": f"{settings.model.type}, {settings.adapter.type if settings.adapter else 'full fine-tune'}",
         "processes": f"{ranks.world_size} = {ranks.stages} stages x {ranks.data_ranks} data ranks",

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,12 @@ class Trainer:
 
     def _steps_left(self) -> int:
         """Steps to the end of the last epoch, or to `max_steps` if that comes first."""
-        left = (self.settings.epochs - self.progress.epoch) * self.batches.steps_per_epoch
-        left -= self.progress.step_in_epoch
-        limit = self.settings.max_steps
-        return max(0, left if limit is None else min(left, limit - self.progress.step))
+        epochs, limit = self.settings.epochs, self.settings.max_steps
+        to_limit = inf if limit is None else limit - self.progress.step
+        if epochs is None and limit is not None:
+            return max(0, to_limit)
+        to_end = ((epochs or 1) - self.progress.epoch) * self.batches.steps_per_epoch - self.progress.step_in_epoch
+        return max(0, min(to_end, to_limit))
 
     def prefetched(self) -> Iterator[Any]:
         """This data rank's micro-batches, step after step; None for a stage in the middle, which reads no data."""

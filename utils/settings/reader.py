@@ -11,7 +11,7 @@ import toml
 from utils.settings.errors import Problem, SettingsError
 from utils.settings.keys import SECTIONS, known_keys, run_keys
 from utils.settings.plain import given
-from utils.settings.rules import check_dataset, check_rules
+from utils.settings.rules import check_dataset, check_evaluation_set, check_rules
 from utils.settings.schema import (
     AdamWSettings,
     DatasetSettings,
@@ -68,6 +68,7 @@ def read_all(
             continue
         problems += [*reading.problems, *check_dataset(reading.value, str(file), reading.broken)]
         datasets[file] = reading.value
+        problems += check_evaluation_set(reading.value, datasets, training, str(file))
     if problems:
         raise SettingsError(problems)
     by_name = {entry.name: datasets[entry.config] for entry in evaluation}

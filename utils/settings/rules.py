@@ -1,6 +1,6 @@
 """What several keys must agree on. Rules see what is sound of a file even when some of its keys are not."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +10,7 @@ from utils.settings.schema import DatasetSettings, Settings
 
 EVAL_CADENCES = ("eval_every_n_steps", "eval_every_n_epochs", "eval_every_n_examples")
 SAMPLE_CADENCES = ("sample_every_n_steps", "sample_every_n_epochs", "sample_before_first_step")
+TRAINING_NAME = "train"
 WANDB_KEYS = ("wandb_api_key", "wandb_tracker_name", "wandb_run_name")
 RATIO_KEYS = ("min_ar", "max_ar", "num_ar_buckets")
 
@@ -28,6 +29,17 @@ def check_rules(
         if not any(key in broken or key.split(".")[0] in broken for key in rule.keys)
         for problem in rule.check(settings, world_size)
     ]
+
+
+def check_evaluation_set(
+    dataset: DatasetSettings, read: Mapping[Path, DatasetSettings], training: Sequence[Path], file: str
+) -> list[Problem]:
+    """The problems of a dataset file beside the training set's: a run has one cache, where the training set says."""
+    cache_dir = next((read[path].cache_dir for path in training if path in read), None)
+    if dataset.cache_dir in (None, cache_dir):
+        return []
+    message = f"a run has one cache, set by the training set's file ({cache_dir or 'not set there'}); leave it out here"
+    return [Problem(file, "key `cache_dir`", message)]
 
 
 def check_dataset(dataset: DatasetSettings, file: str = "", broken: frozenset[str] = frozenset()) -> list[Problem]:
@@ -128,6 +140,8 @@ def _adapter_path_exists(settings: Settings, _: int) -> Iterator[Problem]:
 def _eval_names_differ(settings: Settings, _: int) -> Iterator[Problem]:
     names = [entry.name for entry in settings.eval_datasets]
     for number, name in enumerate(names):
+        if name == TRAINING_NAME:
+            yield _at(f"key `eval_datasets[{number}].name`", f'"{name}" is what the training set is called')
         if name in names[:number]:
             yield _at(f"key `eval_datasets[{number}].name`", f'"{name}" names an entry above too')
 

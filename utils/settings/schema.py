@@ -252,8 +252,8 @@ class Settings(SettingsTable):
     """Folder in which every run makes a folder of its own, named by date and time."""
     dataset: UserPath
     """Dataset file of the training data."""
-    epochs: Count = 1
-    """Passes over the training data."""
+    epochs: Count | None = None
+    """Passes over the training data; default: as many as `max_steps` takes, and one without it."""
     max_steps: Count | None = None
     """Stop after so many optimizer steps, if that comes before the last epoch's end."""
     micro_batch_size_per_gpu: Count = 1

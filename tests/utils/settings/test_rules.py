@@ -5,7 +5,7 @@ import pytest
 from tests.utils.settings.conftest import Folder, options_for
 from utils.settings.errors import Problem
 from utils.settings.reader import read_dataset, read_settings
-from utils.settings.rules import check_dataset, check_rules
+from utils.settings.rules import check_dataset, check_evaluation_set, check_rules
 from utils.settings.schema import DatasetSettings, DirectorySettings
 
 EVAL = 'eval_datasets = [{name = "a", config = "dataset.toml"}, {name = "a", config = "dataset.toml"}]'
@@ -30,6 +30,7 @@ EVAL = 'eval_datasets = [{name = "a", config = "dataset.toml"}, {name = "a", con
         ({"dataset": "dataset = 'gone.toml'"}, "key `dataset`", "no gone.toml"),
         ({"top": "eval_every_n_steps = 3"}, "key `eval_every_n_steps`", "nothing to evaluate"),
         ({"top": EVAL}, "key `eval_datasets[1].name`", '"a"'),
+        ({"top": EVAL.replace('"a"', '"train"', 1)}, "key `eval_datasets[0].name`", "training set"),
         (
             {"top": EVAL.replace('"a", config = "dataset.toml"}]', '"b", config = "gone"}]')},
             "key `eval_datasets[1].config`",
@@ -140,3 +141,13 @@ def test_a_directory_has_its_own_values_or_the_files() -> None:
     # What a directory says of sizes replaces what the file says, in whatever key.
     assert (second.size_buckets, second.resolutions, second.num_repeats) == (None, [32], 5)
     assert (second.ar_buckets, second.min_ar, second.enable_ar_bucket) == (None, 0.8, True)
+
+
+def test_a_run_has_one_cache():
+    def dataset(cache_dir):
+        return DatasetSettings(cache_dir=cache_dir, resolutions=[64], directory=[DirectorySettings(path="x")])
+
+    training = {"train.toml": dataset("/cache")}
+    for cache_dir, told in ((None, False), ("/cache", False), ("/other", True)):
+        problems = check_evaluation_set(dataset(cache_dir), training, ["train.toml"], "eval.toml")
+        assert bool(problems) == told, cache_dir
