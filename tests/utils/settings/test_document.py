@@ -42,7 +42,7 @@ def test_every_key_is_documented(cls: type[ModelSettings]) -> None:
 
 def test_the_page_shows_types_defaults_and_spellings() -> None:
     page = settings_page(OPTIONS)
-    assert "| `epochs` | whole number | `1` |" in page
+    assert "| `seed` | whole number | `0` |" in page
     assert "| `vae_path` or `vae` | path |  |" in page
     assert "| `betas` | [number, number] | `[0.9, 0.999]` |" in page
     assert '### `[model]` with `type = "tiny"`' in page
