@@ -21,7 +21,7 @@ from utils.run.progress import Progress
 from utils.run.reporting import StepReporter, report_user_error, start_logging, timed
 from utils.run.signals import StopRequests
 from utils.settings.errors import Problem, SettingsError
-from utils.settings.reader import read_all
+from utils.settings.reader import read_all, resolved
 from utils.settings.schema import DatasetSettings, Settings
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ def build_trainer(
             global_batch(settings, ranks), batches.steps_per_epoch, restart_data=arguments.reset_dataloader
         )
     folder = resumed.folder.parent if resumed else run_folder.create(settings, ranks, arguments.config)
-    metrics = Metrics.of_run(folder, settings.monitoring, settings.model_dump(mode="json"), ranks.is_main)
+    metrics = Metrics.of_run(folder, settings.monitoring, resolved(settings), ranks.is_main)
     trainer = Trainer(settings, ranks, engine, optimizer, parameters, batches, progress, folder, metrics)
     trainer.duties = duties_of(trainer, pipeline, data, reader, blueprint)
     return trainer

@@ -114,7 +114,7 @@ def fill(
         report = _total([_report(**data) for data in share(ranks, f"{tag}/{encoder.name}", asdict(own))])
         if ranks.is_main:
             counts = f"reused={report.reused} encoded={report.encoded} failed={report.failed}"
-            logger.info("cache %s: wanted=%d %s", encoder.name, report.wanted, counts)
+            logger.info("%s %s: wanted=%d %s", tag, encoder.name, report.wanted, counts)
         reports.append(report)
     return reports
 

@@ -75,10 +75,14 @@ def read_all(
     return run.value, datasets[run.value.dataset], by_name
 
 
+def resolved(settings: Settings) -> dict[str, Any]:
+    """Every key that has a value, in types that TOML and JSON have; the account's key is left out."""
+    return settings.model_dump(mode="json", exclude_none=True, exclude={"monitoring": {"wandb_api_key"}})
+
+
 def write_resolved(settings: Settings, path: Path) -> None:
     """Writes every key that has a value as TOML, fit to be read again; the account's key is left out."""
-    table = settings.model_dump(mode="json", exclude_none=True, exclude={"monitoring": {"wandb_api_key"}})
-    Path(path).write_text(toml.dumps(table), encoding="utf-8")
+    Path(path).write_text(toml.dumps(resolved(settings)), encoding="utf-8")
 
 
 def _load(path: Path) -> dict[str, Any]:
