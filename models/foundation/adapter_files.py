@@ -55,12 +55,7 @@ def read_adapter(
 
 
 def _adapter_file(path: Path) -> Path:
-    if path.is_file():
-        read_header(path)
-        return path
-    files = read_header(path).paths
-    preferred = [file for file in files if file.name == "adapter_model.safetensors"] or files
-    return preferred[0]
+    return read_header(path).paths[0]
 
 
 def _common_alpha(file: Path, metadata: Mapping[str, str]) -> float | None:

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 SCALE_NAMES = ("scale_weight", "weight_scale")
 """What programs call the number by which an 8-bit `weight` is to be multiplied."""
+USUAL_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "adapter_model.safetensors")
 FINGERPRINT_BLOCKS = 64
 FINGERPRINT_BLOCK_BYTES = 64 * 1024
 
@@ -44,12 +45,12 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file, or of all those in a folder.
+    """The header of a safetensors file, or of those in a folder that belong together.
 
     Raises:
         SettingsError: there is no such file, or it is not a safetensors file.
     """
-    paths = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    paths = [path] if path.is_file() else _files_in(path)
     if not paths:
         raise SettingsError.of("no safetensors file here; give a .safetensors file or a folder with some", str(path))
     files, shapes = {}, {}
@@ -62,6 +63,15 @@ def read_header(path: Path) -> Header:
         except (SafetensorError, OSError) as error:
             raise SettingsError.of(f"not a whole safetensors file ({error}); download it again", str(file)) from error
     return Header(files, shapes)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """The files of a folder's weights: the shards that its index names, or the one with the usual name (others are
+    variants of it, as `.fp16`), or whatever there is."""
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    usual = [folder / name for name in USUAL_NAMES if (folder / name).is_file()]
+    return usual[:1] or sorted(folder.glob("*.safetensors"))
 
 
 class Weights:

@@ -52,6 +52,13 @@ def in_shards(place: Path, stock: FluxTransformer2DModel) -> Path:
     return place
 
 
+def beside_a_variant(place: Path, stock: FluxTransformer2DModel) -> Path:
+    stock.save_pretrained(place)
+    other = {name: torch.zeros_like(tensor) for name, tensor in stock.state_dict().items()}
+    save_file(other, place / "diffusion_pytorch_model.fp16.safetensors")
+    return place
+
+
 def in_diffusers_file(place: Path, stock: FluxTransformer2DModel) -> Path:
     stock.save_pretrained(place)
     return place / "diffusion_pytorch_model.safetensors"
@@ -70,7 +77,15 @@ def in_comfyui_checkpoint(place: Path, stock: FluxTransformer2DModel) -> Path:
 
 
 @pytest.mark.parametrize(
-    "write", [in_diffusers_folder, in_shards, in_diffusers_file, in_original_file, in_comfyui_checkpoint]
+    "write",
+    [
+        in_diffusers_folder,
+        beside_a_variant,
+        in_shards,
+        in_diffusers_file,
+        in_original_file,
+        in_comfyui_checkpoint,
+    ],
 )
 def test_every_kind_of_file_gives_the_same_weights(
     folder: Path,
