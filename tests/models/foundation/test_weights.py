@@ -196,13 +196,12 @@ def test_a_file_that_does_not_fit_is_refused(
 def test_a_missing_shard_is_told(folder: Path, tmp_path: Path, stock: FluxTransformer2DModel) -> None:
     in_shards(tmp_path, stock)
     index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
-    name, file = next(iter(index["weight_map"].items()))
+    file = next(iter(index["weight_map"].values()))
     (tmp_path / file).unlink()
     flux = tiny_flux.pipeline(folder, transformer_path=tmp_path)
-    with pytest.raises(SettingsError, match="is not in the file") as raised:
+    with pytest.raises(SettingsError, match="download it again") as raised:
         flux.open_weights(flux.load_denoiser())
-    lost = [name for name, place in index["weight_map"].items() if place == file]
-    assert any(f"'{name}'" in str(raised.value) for name in lost)
+    assert file in str(raised.value)
 
 
 def test_a_truncated_file_is_refused(folder: Path, tmp_path: Path, stock: FluxTransformer2DModel) -> None:
