@@ -88,6 +88,8 @@ def connect(ranks: Ranks, master_port: int | None = None) -> None:
         os.environ[name] = str(value)
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
+    else:
+        _share_cores(ranks)
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=COLLECTIVE_TIMEOUT)
 
@@ -156,6 +158,15 @@ def any_rank(flags: Sequence[bool]) -> list[bool]:
 def barrier() -> None:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
+
+
+def _share_cores(ranks: Ranks) -> None:
+    """Divides the machine's cores among its processes, unless OMP_NUM_THREADS says how: threads that wait for a core
+    which another process has make a step many times slower."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks.world_size)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
 
 
 def _free_port() -> int:
