@@ -96,7 +96,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         "nargs": "?",
         "const": NEWEST_RUN,
         "metavar": "FOLDER",
-        "help": "go on from the newest checkpoint of this run folder, or of the newest run",
+        "help": "go on from this checkpoint, or the newest of this run folder, or of the newest run",
     },
     "cache_only": {"action": "store_true", "help": "encode the datasets and end"},
     "regenerate_cache": {"action": "store_true", "help": "encode everything again"},
@@ -205,9 +205,9 @@ def open_checkpoint(settings: Settings, arguments: argparse.Namespace) -> Checkp
     if arguments.resume_from_checkpoint is None:
         return None
     from utils.run.checkpoint import Checkpoint
-    from utils.run.folder import find_run
+    from utils.run.folder import find_checkpoint
 
-    checkpoint = Checkpoint(find_run(settings.output_dir, arguments.resume_from_checkpoint))
+    checkpoint = Checkpoint(find_checkpoint(settings.output_dir, arguments.resume_from_checkpoint))
     checkpoint.check_optimizer(
         settings.optimizer.model_dump(mode="json"),
         new_parameters=arguments.reset_optimizer_params,

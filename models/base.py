@@ -141,8 +141,7 @@ class BasePipeline(ABC):
                 denoiser = self.build_denoiser()
         else:
             denoiser = build_empty(self.build_denoiser)
-        for name, parameter in denoiser.named_parameters():
-            parameter.data = parameter.data.to(self.parameter_dtype(name))
+        self.set_types(denoiser)
         return denoiser
 
     def open_weights(self, denoiser: nn.Module) -> Weights | None:
@@ -172,6 +171,11 @@ class BasePipeline(ABC):
         ]
         if weights is not None:
             materialise(denoiser, names, lambda name: weights.read(base_name(name)), self.parameter_dtype)
+
+    def set_types(self, denoiser: nn.Module) -> None:
+        """Brings every parameter of a denoiser as it was built to the type in which it is kept."""
+        for name, parameter in denoiser.named_parameters():
+            parameter.data = parameter.data.to(self.parameter_dtype(name))
 
     def parameter_dtype(self, name: str) -> torch.dtype:
         """The type in which a parameter of the denoiser is kept."""

@@ -5,8 +5,8 @@ Shapes: B batch, T image tokens, L text tokens, S = L + T, C latent channels, D 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 
 from models.base import BasePipeline, Features
 from models.foundation.autoencoders import ImageAutoencoder
-from models.foundation.files import check_diffusers_folder, check_text_encoder_types, part_override
+from models.foundation.files import check_diffusers_folder, check_text_encoder_types, part_override, read_config
 from models.foundation.key_layouts import KeyLayout, Rule
 from models.foundation.stages import Middle
 from models.foundation.text_encoders import clip_l, t5
@@ -177,7 +177,7 @@ class FluxPipeline(BasePipeline):
         ]
 
     def build_denoiser(self) -> FluxTransformer2DModel:
-        return FluxTransformer2DModel.from_config(self._config("transformer"))
+        return FluxTransformer2DModel.from_config(self._transformer_config)
 
     def to_layers(self, denoiser: FluxTransformer2DModel) -> list[nn.Module]:
         reads = {
@@ -200,14 +200,13 @@ class FluxPipeline(BasePipeline):
             control = features["control_latents"].float()
             tokens.append(pack(control))
             positions.append(grid_positions(*control.shape[2:], image=1))
-        guided = self._config("transformer").get("guidance_embeds", False)
         strength = self.options.guidance if guidance is None else guidance
         return FluxInputs(
             x_BTC=torch.cat(tokens, dim=1),
             text_BLD=text_BLD,
             pooled_BD=features["clip_pooled"],
             t_B=t_B,
-            guidance_B=torch.full((batch,), strength) if guided else None,
+            guidance_B=torch.full((batch,), strength) if self._transformer_config.get("guidance_embeds") else None,
             positions_S3=torch.cat(positions),
             canvas_hw0=torch.empty(height, width, 0),
         )
@@ -217,15 +216,21 @@ class FluxPipeline(BasePipeline):
         return (height // PATCH) * (width // PATCH)
 
     def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
-        vae = self._config("vae")
+        vae = self._vae_config
         cell = 2 ** (len(vae["block_out_channels"]) - 1)
         return vae["latent_channels"], height // cell, width // cell
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         return FlowMatchEulerDiscreteScheduler.from_pretrained(self.options.diffusers_path, subfolder="scheduler")
 
-    def _config(self, part: str) -> dict[str, Any]:
-        return json.loads((self.options.diffusers_path / part / "config.json").read_text())
+    # Kept: every micro-batch asks for them.
+    @cached_property
+    def _transformer_config(self) -> dict[str, Any]:
+        return read_config(self.options.diffusers_path, "transformer")
+
+    @cached_property
+    def _vae_config(self) -> dict[str, Any]:
+        return read_config(self.options.diffusers_path, "vae")
 
 
 def pack(x_BChw: torch.Tensor) -> torch.Tensor:

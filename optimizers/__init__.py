@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from utils.settings.errors import SettingsError
 from utils.settings.schema import OptimizerSettings
 
 Groups = list[dict[str, Any]]
@@ -14,7 +15,7 @@ def build(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """The optimizer that `settings` describe, over `groups` (see `parameter_groups.groups_of`).
 
     A group's own `weight_decay` and `lr` count before those of `settings`.
-    Raises ValueError if the algorithm cannot run on this machine.
+    Raises SettingsError if the algorithm cannot run on this machine.
     """
     # The keys of a settings class are named as the arguments of its optimizer.
     return _BUILDERS[settings.type](groups, **settings.model_dump(exclude={"type"}))
@@ -22,7 +23,7 @@ def build(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
 
 def _adamw8bit(groups: Groups, **keys: Any) -> torch.optim.Optimizer:
     if not torch.cuda.is_available():
-        raise ValueError('[optimizer] type = "adamw8bit" needs a GPU, and there is none; use "adamw"')
+        raise SettingsError.of('"adamw8bit" needs a GPU, and there is none; use "adamw"', where="[optimizer] type")
     # Its import looks for CUDA libraries and takes seconds.
     from bitsandbytes.optim import AdamW8bit
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from utils.settings.errors import Problem, SettingsError
 from utils.settings.schema import ModelSettings
@@ -70,6 +71,14 @@ def part_override(options: ModelSettings, text_encoder: str) -> Path | None:
     return next((entry.path for entry in options.text_encoders if entry.type == text_encoder), None)
 
 
-def read_config(folder: Path, part: str) -> dict:
-    """The configuration of a part of a diffusers folder."""
-    return json.loads((folder / part / "config.json").read_text())
+def read_config(folder: Path, part: str) -> dict[str, Any]:
+    """The configuration of a part of a diffusers folder.
+
+    Raises:
+        SettingsError: it is missing or damaged.
+    """
+    file = folder / part / "config.json"
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise SettingsError.of(f"this configuration cannot be read ({error}); download it again", str(file)) from error

@@ -32,6 +32,7 @@ def describe(settings: Settings, ranks: Ranks, pipeline: BasePipeline, collectio
     """
     encoders = pipeline.encoders_for(any(collection.has_controls for collection in collections))
     empty = build_empty(pipeline.build_denoiser)
+    pipeline.set_types(empty)
     pipeline.open_weights(empty)
     blueprint = draw_up(pipeline, settings, empty)
     load_existing_adapter(pipeline, settings, blueprint, layers=[])
@@ -41,7 +42,7 @@ def describe(settings: Settings, ranks: Ranks, pipeline: BasePipeline, collectio
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     micro, accumulation = settings.micro_batch_size_per_gpu, settings.gradient_accumulation_steps
     lines = table(collections[0].samples, micro, ranks.data_ranks, accumulation)
-    steps = -(-sum(line.batches for line in lines if line.bucket) // accumulation)
+    steps = lines[-1].batches // accumulation
     epochs = settings.epochs or (math.inf if settings.max_steps else 1)
     total = min(settings.max_steps or math.inf, epochs * steps)
     facts = {

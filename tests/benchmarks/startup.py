@@ -1,13 +1,12 @@
 """From the command to the first step, for the miniature model, and what the time goes to.
 
-Three launches with a filled cache: plain python, torchrun and deepspeed, each on one process. The reference is a python
-that imports torch, diffusers' Flux and deepspeed and does nothing.
+Whole launches with a filled cache: plain python, torchrun and deepspeed, each with one process. The reference is a
+python that imports the same libraries and does nothing. Then one start in its parts.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,9 +16,7 @@ from pathlib import Path
 
 from tests.benchmarks.setting import ROOT, write_run
 
-IMPORTS = (
-    "import torch, deepspeed, peft, diffusers.models.transformers.transformer_flux, transformers.models.t5.modeling_t5"
-)
+IMPORTS = "import torch, torch._dynamo, deepspeed, peft, diffusers.models.transformers.transformer_flux, tensorboard"
 LAUNCHERS = {
     "python": [sys.executable, "train.py"],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "train.py"],
@@ -31,16 +28,56 @@ def measure() -> Iterator[str]:
     reference = _seconds([sys.executable, "-c", IMPORTS])[0]
     yield f"imports alone: {reference:.1f} s"
     with tempfile.TemporaryDirectory() as folder:
-        config = write_run(Path(folder), pictures=64, max_steps=1, steps_per_print=1)
+        config = write_run(Path(folder), pictures=64, max_steps=1)
         _seconds([*LAUNCHERS["python"], "--config", str(config), "--cache_only"])
         for name, command in LAUNCHERS.items():
-            shutil.rmtree(Path(folder) / "runs" / "none", ignore_errors=True)
             whole, output = _seconds([*command, "--config", str(config)])
             ready = float(re.search(r"ready after ([\d.]+) s", output).group(1))
             yield f"{name}: ready after {ready:.1f} s ({ready / reference:.2f} of the imports), whole {whole:.1f} s"
+        _, output = _seconds([sys.executable, "-m", "tests.benchmarks.startup", str(config)])
+        yield from (line for line in output.splitlines() if re.match(r"\s+[\d.]+ s  ", line))
+
+
+def parts(config: str) -> Iterator[tuple[str, float]]:
+    """The parts of a start in this process, with their seconds."""
+    started = time.perf_counter()
+
+    def since() -> float:
+        nonlocal started
+        started, before = time.perf_counter(), started
+        return started - before
+
+    import train
+
+    yield "import of train.py and torch", since()
+    arguments = train.parse_arguments(["--config", config])
+    ranks = train.from_environment()
+    settings, datasets = train.read_settings(arguments, ranks)
+    yield "settings, import of the model and diffusers", since()
+    import models
+
+    pipeline = models.find(settings.model.type)(settings.model, settings.seed)
+    pipeline.check()
+    train.connect(ranks)
+    data = train.load_data(settings, ranks, pipeline, train.sources_of(settings, datasets), arguments)
+    yield "data and cache, nothing to encode", since()
+    train.initialize_deepspeed()
+    yield "import of deepspeed", since()
+    trainer = train.build_trainer(settings, ranks, pipeline, data, None, arguments)
+    yield "weights, engine, optimizer, TensorBoard", since()
+    batches = trainer.prefetched()
+    trainer.step(next(batches))
+    yield "first step", since()
+    trainer.close(batches)
+    train.disconnect()
 
 
 def _seconds(command: list[str]) -> tuple[float, str]:
     started = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    return time.perf_counter() - started, done.stdout + done.stderr
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return time.perf_counter() - started, done.stdout
+
+
+if __name__ == "__main__":
+    for part, seconds in parts(sys.argv[1]):
+        sys.stdout.write(f"  {seconds:.1f} s  {part}\n")

@@ -103,7 +103,6 @@ class Engine(PipelineEngine):
     def _run_forward(self, batches: Iterable[MicroBatch] | None, count: int, *, keep_predictions: bool) -> list:
         self._begin(self._step)
         self.module.eval()
-        self._compute_loss = not keep_predictions
         self._keep_predictions = keep_predictions
         self.total_loss = None
         self.set_dataiterator(iter(batches) if batches is not None else None)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 DESCRIPTION_NUMBERS = 1024
+# Those that NCCL sends too: it has no int16.
 DTYPES = (
     torch.float32,
     torch.float64,
@@ -26,7 +27,6 @@ DTYPES = (
     torch.complex128,
     torch.uint8,
     torch.int8,
-    torch.int16,
     torch.int32,
     torch.int64,
     torch.bool,

@@ -14,7 +14,7 @@ class Cadence:
 
     Args:
         steps, epochs, examples, minutes: intervals; None for never. Epochs count when they are complete.
-        clock: seconds; only the main rank's clock decides, see `due`.
+        clock: seconds; only the main rank's clock decides, see `overdue`.
     """
 
     def __init__(

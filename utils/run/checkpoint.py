@@ -77,6 +77,14 @@ def _state(parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> dic
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
+def _as_kept(value: torch.Tensor, device: torch.device) -> torch.Tensor | int:
+    """A piece of an optimizer's state as the optimizer keeps it: torch counts steps in a float tensor on the CPU,
+    bitsandbytes in a plain int, which as a tensor it would bring to the GPU and read back at every step."""
+    if value.ndim:
+        return value.to(device)
+    return value if value.is_floating_point() else int(value)
+
+
 def _write_synced(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, path)
     with path.open("rb") as file:
@@ -91,19 +99,20 @@ def replace_text(path: Path, text: str) -> None:
 
 
 class Checkpoint:
-    """The newest checkpoint of a run's folder (or the one in `folder` itself), opened for reading.
+    """The checkpoint in `folder`, opened for reading.
 
     Raises:
         SettingsError: it is incomplete or of another format.
     """
 
-    def __init__(self, run_folder: Path):
-        self.folder = run_folder / (run_folder / LATEST).read_text().strip()
+    def __init__(self, folder: Path):
+        self.folder = folder
         try:
             content = json.loads((self.folder / "progress.json").read_text())
         except (OSError, ValueError) as error:
             raise SettingsError.of(
-                f"the checkpoint cannot be read ({error}); name another in '{LATEST}'", str(self.folder)
+                f"the checkpoint cannot be read ({error}); name another with --resume_from_checkpoint",
+                str(self.folder),
             ) from error
         if content.get("format") != FORMAT:
             raise SettingsError.of("the checkpoint is of another version of penstock", str(self.folder))
@@ -167,9 +176,7 @@ class Checkpoint:
                 keys.setdefault(name, []).append(key)
         for name, parameter in parameters.items():
             state = {key: self._read(f"{prefix}{name}/{key}") for key in keys.get(name, [])}
-            optimizer.state[parameter] = {
-                key: value if value.ndim == 0 else value.to(parameter.device) for key, value in state.items()
-            }
+            optimizer.state[parameter] = {key: _as_kept(value, parameter.device) for key, value in state.items()}
 
     def _read(self, key: str, shape: torch.Size | None = None) -> torch.Tensor:
         if key not in self._files:

@@ -38,18 +38,25 @@ def create(settings: Settings, ranks: Ranks, config: Path) -> Path:
     folder = settings.output_dir / share(ranks, "run folder", new_name(settings.output_dir))[0]
     if ranks.is_main:
         folder.mkdir(parents=True)
-        shutil.copyfile(config, folder / "config.toml")
+        (folder / "config.toml").write_text(_without_key(config, settings), encoding="utf-8")
         shutil.copyfile(settings.dataset, folder / "dataset.toml")
         for entry in settings.eval_datasets:
-            shutil.copyfile(entry.config, folder / f"dataset_{entry.name}.toml")
+            shutil.copyfile(entry.config, folder / f"dataset_{entry.name.replace('/', '_')}.toml")
         write_resolved(settings, folder / "settings.toml")
         logger.info("run folder: %s", folder)
     barrier()
     return folder
 
 
-def find_run(output_dir: Path, asked: str | None) -> Path:
-    """The run folder to resume: the one that is named (a path, or a name within `output_dir`), else the newest.
+def _without_key(config: Path, settings: Settings) -> str:
+    """The run's file as the user wrote it, but for the account's key: run folders are shared."""
+    text, key = config.read_text(encoding="utf-8"), settings.monitoring.wandb_api_key
+    return text.replace(key, "") if key else text
+
+
+def find_checkpoint(output_dir: Path, asked: str | None) -> Path:
+    """The checkpoint to resume: the one that is named, or the newest of the run that is named (a path, or a name within
+    `output_dir`), or that of the newest run.
 
     Raises:
         SettingsError: there is none, or it holds no checkpoint; says what there is.
@@ -66,7 +73,7 @@ def find_run(output_dir: Path, asked: str | None) -> Path:
                 "--resume_from_checkpoint",
                 str(output_dir),
             )
-        return resumable[-1]
+        return _newest_of(resumable[-1])
     candidates = [Path(asked), output_dir / asked]
     folder = next((candidate for candidate in candidates if candidate.is_dir()), None)
     if folder is None:
@@ -75,11 +82,15 @@ def find_run(output_dir: Path, asked: str | None) -> Path:
             where="--resume_from_checkpoint",
         )
     if folder.name.startswith("global_step"):
-        folder = folder.parent
+        return folder
     if not (folder / LATEST).is_file():
         raise SettingsError.of(
             f"'{folder}' holds no checkpoint (no file '{LATEST}'); exports are for inference only. "
             f"Runs with a checkpoint in {output_dir}: {known}",
             where="--resume_from_checkpoint",
         )
-    return folder
+    return _newest_of(folder)
+
+
+def _newest_of(run: Path) -> Path:
+    return run / (run / LATEST).read_text().strip()

@@ -37,8 +37,11 @@ class Progress:
         return replace(self, epoch=self.epoch + 1, step_in_epoch=0, epoch_loss_sum=0.0)
 
     def with_global_batch(self, old: int, new: int) -> Progress:
-        """The same place in the epoch when a step takes `new` samples instead of `old`."""
-        return self if old == new else replace(self, step_in_epoch=self.step_in_epoch * old // new)
+        """The same place in the epoch, with the same mean loss, when a step takes `new` samples instead of `old`."""
+        if old == new:
+            return self
+        steps = self.step_in_epoch * old // new
+        return replace(self, step_in_epoch=steps, epoch_loss_sum=self.epoch_loss * steps)
 
     @property
     def epoch_loss(self) -> float:

@@ -133,9 +133,10 @@ class AdapterSettings(SettingsTable):
     dtype: DType = "float32"
     """Type of the adapter's weights."""
     include: list[str] = []
-    """Glob patterns on module names: adapt only what matches one; empty: the model's usual targets."""
+    """Glob patterns that may match anywhere in a module's name: adapt only what matches one; empty: all Linears of the
+    blocks."""
     exclude: list[str] = []
-    """Glob patterns on module names that are not adapted."""
+    """Glob patterns that may match anywhere in a module's name: do not adapt what matches one."""
     init_from_existing: UserPath | None = None
     """File or folder of an adapter to go on from; default: start from zero effect."""
 
@@ -208,9 +209,9 @@ class MonitoringSettings(SettingsTable):
     wandb_api_key: Annotated[str | None, Field(repr=False)] = None
     """Key of the account; default: what `wandb login` or WANDB_API_KEY set. Never written to a run folder."""
     wandb_tracker_name: str | None = None
-    """Project that the run is filed under."""
+    """Project that the run is filed under; default: penstock."""
     wandb_run_name: str | None = None
-    """Name of the run; default: chosen by Weights & Biases."""
+    """Name of the run; default: that of its folder."""
 
 
 class SamplingSettings(SettingsTable):
