@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# These tests are about processes; those marked gpu start their own.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import deepspeed  # noqa: E402, F401

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,14 @@ def newest_export(run: Path) -> dict[str, torch.Tensor]:
     return load_file(export / "adapter_model.safetensors")
 
 
+def rewind(run: Path) -> None:
+    """Makes a run of six steps look as if it had been stopped after its checkpoint at step 3."""
+    for leftover in (run / "global_step6", *run.glob("epoch*"), *run.glob("step*")):
+        shutil.rmtree(leftover)
+    (run / "latest").write_text("global_step3")
+    (run / "metrics.jsonl").unlink()
+
+
 def test_a_run_leaves_what_is_promised(write_config: Callable[..., Path]) -> None:
     evaluation = write_config()
     shutil.copy(evaluation.parent / "data.toml", evaluation.parent / "eval.toml")
@@ -173,10 +183,7 @@ def test_resuming_computes_what_an_uninterrupted_run_would(
     assert set(codes) == {0}, log
     run = only_run(config)
     weights, losses = newest_export(run), metrics(run, "train/loss")
-    for leftover in (run / "global_step6", *run.glob("epoch*"), *run.glob("step*")):
-        shutil.rmtree(leftover)
-    (run / "latest").write_text("global_step3")
-    (run / "metrics.jsonl").unlink()
+    rewind(run)
     codes, log = launch(config, "--resume_from_checkpoint", processes=processes)
     assert set(codes) == {0}, log
     assert metrics(run, "train/loss") == {step: losses[step] for step in (4, 5, 6)}
@@ -189,9 +196,7 @@ def test_a_checkpoint_loads_on_another_layout(write_config: Callable[..., Path])
     assert launch(config, processes=2)[0] == [0, 0]
     run = only_run(config)
     weights = newest_export(run)
-    for leftover in (run / "global_step6", *run.glob("epoch*"), *run.glob("step*")):
-        shutil.rmtree(leftover)
-    (run / "latest").write_text("global_step3")
+    rewind(run)
     config = write_config(adapter__dropout=0.0)
     codes, log = launch(config, "--resume_from_checkpoint", str(run))
     assert codes == [0], log
@@ -272,3 +277,24 @@ def test_a_picture_that_breaks_off_is_told_after_the_others_are_encoded(
     assert codes == [1]
     assert "cache vae: wanted=7 reused=0 encoded=6 failed=1" in log
     assert "2.png" in log[log.index("error:") :]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_trains_in_bfloat16_and_resumes_to_the_bit(write_config: Callable[..., Path]) -> None:
+    config = write_config(
+        model__dtype="bfloat16",
+        activation_checkpointing=True,
+        sampling={"prompts": ["a red picture"], "sample_every_n_steps": 6, "width": 64, "height": 64, "steps": 2},
+    )
+    # In processes of its own: those of `launch` are kept off the GPU.
+    command = [sys.executable, "train.py", "--config", str(config)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    run = only_run(config)
+    weights, losses = newest_export(run), metrics(run, "train/loss")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    rewind(run)
+    subprocess.run([*command, "--resume_from_checkpoint"], cwd=ROOT, check=True)
+    assert metrics(run, "train/loss") == {step: losses[step] for step in (4, 5, 6)}
+    again = newest_export(run)
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
