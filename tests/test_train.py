@@ -160,6 +160,28 @@ def test_epochs_and_max_steps_end_a_run(write_config: Callable[..., Path], keys:
     assert not (run / "latest").exists()
 
 
+def test_evaluation_is_the_same_on_more_data_ranks(
+    write_config: Callable[..., Path], pictures: Path, tmp_path: Path
+) -> None:
+    """Also of a set that has nothing for one of them."""
+    (tmp_path / "one").mkdir()
+    for file in pictures.glob("1.*"):
+        shutil.copy(file, tmp_path / "one")
+    sets = {"seen": pictures, "one": tmp_path / "one"}
+    for name, folder in sets.items():
+        data = {"resolutions": [64], "enable_ar_bucket": True, "directory": [{"path": str(folder)}]}
+        (tmp_path / f"{name}.toml").write_text(toml.dumps(data))
+    entries = [{"name": name, "config": str(tmp_path / f"{name}.toml")} for name in sets]
+    config = write_config(max_steps=1, eval_datasets=entries)
+    results = []
+    for processes in (1, 2):
+        codes, log = launch(config, processes=processes)
+        assert set(codes) == {0}, log
+        results.append([metrics(only_run(config), f"{name}/loss")[0] for name in sets])
+        shutil.rmtree(only_run(config))
+    assert results[0] == pytest.approx(results[1], rel=1e-6)
+
+
 def test_adding_one_picture_encodes_one(write_config: Callable[..., Path], pictures: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(pictures, tmp_path / "own")
     config = write_config(folder)

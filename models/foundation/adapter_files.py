@@ -39,7 +39,7 @@ def read_adapter(
         linears = {name: module for name, module in denoiser.named_modules() if hasattr(module, "out_features")}
         modules = [name for name in linears if ".lora_" not in name and ".base_layer" not in name]
         factors = layout.lora_from_kohya(tensors, modules, lambda name: linears[name].out_features)
-        return _scaled_up(factors, dict.fromkeys(factors, 1.0 / scale))
+        return _scaled_up(factors, {name: 1.0 / scale for name in factors if name.endswith(".lora_B.weight")})
     factors = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PEFT_PREFIX).removeprefix(f"{denoiser_folder}.").removeprefix("diffusion_model.")
@@ -51,7 +51,11 @@ def read_adapter(
             f"no LoRA factors in this file, its first tensor is '{next(iter(tensors), 'none')}'", str(path)
         )
     alpha = _common_alpha(file, metadata)
-    return _scaled_up(factors, {name: _scale(name, factors, alphas, alpha) / scale for name in factors})
+    updates = [name for name in factors if name.endswith(".lora_B.weight")]
+    alone = [name for name in updates if name.replace(".lora_B.", ".lora_A.") not in factors]
+    if alone:
+        raise SettingsError.of(f"'{alone[0]}' has no lora_A beside it; is the file whole?", str(path))
+    return _scaled_up(factors, {name: _scale(name, factors, alphas, alpha) / scale for name in updates})
 
 
 def _adapter_file(path: Path) -> Path:
@@ -68,14 +72,11 @@ def _common_alpha(file: Path, metadata: Mapping[str, str]) -> float | None:
 
 
 def _scale(name: str, factors: Tensors, alphas: Mapping[str, float], common_alpha: float | None) -> float:
-    """alpha / rank of the module that a factor belongs to: by its own alpha, that of all modules, or 1."""
-    module = name.split(".lora_")[0]
+    """alpha / rank of the module that a `lora_B` belongs to: by its own alpha, that of all modules, or 1."""
+    module = name.removesuffix(".lora_B.weight")
     rank = factors[f"{module}.lora_A.weight"].shape[0]
     return alphas.get(module, rank if common_alpha is None else common_alpha) / rank
 
 
 def _scaled_up(factors: Tensors, by: Mapping[str, float]) -> Tensors:
-    return {
-        name: tensor * by[name] if name.endswith(".lora_B.weight") and by[name] != 1.0 else tensor
-        for name, tensor in factors.items()
-    }
+    return {name: tensor * by[name] if by.get(name, 1.0) != 1.0 else tensor for name, tensor in factors.items()}

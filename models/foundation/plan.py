@@ -20,8 +20,8 @@ from utils.ranks import Ranks
 from utils.settings.schema import Settings
 
 GIB = 2**30
-OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "sgd": 4}
-"""Bytes of optimizer state per trained float32 parameter."""
+OPTIMIZER_STATE = {"adamw": (2, 0), "adamw8bit": (0, 2), "sgd": (1, 0)}
+"""What an optimizer keeps: copies of the trained parameters in their own type, and further bytes per parameter."""
 
 
 def describe(settings: Settings, ranks: Ranks, pipeline: BasePipeline, collections: Sequence[Collection]) -> str:
@@ -94,10 +94,7 @@ def _memory(
     rows = []
     for stage, (start, stop) in enumerate(blueprint.bounds):
         layers = blueprint.stage_layers(stage)
-        held = {id(p): p for layer in layers for p in layer.parameters()}.values()
-        weights = sum(p.numel() * p.element_size() for p in held)
-        trained = sum(p.numel() for p in held if p.requires_grad)
-        state = trained * (4 + OPTIMIZER_BYTES[settings.optimizer.type])
+        weights, state = held_bytes(layers, settings.optimizer.type)
         in_flight = min(settings.gradient_accumulation_steps, len(blueprint.bounds) - stage)
         activations = in_flight * sum(kept[start:stop])
         rows.append(
@@ -106,6 +103,15 @@ def _memory(
             f"activations {activations / GIB:.2f}"
         )
     return "\n".join([f"{title}:", *rows])
+
+
+def held_bytes(layers: Sequence[nn.Module], optimizer: str) -> tuple[int, int]:
+    """Bytes of the weights of some layers, and of their gradients and optimizer state together."""
+    held = {id(p): p for layer in layers for p in layer.parameters()}.values()
+    trained = [p for p in held if p.requires_grad]
+    copies, further = OPTIMIZER_STATE[optimizer]
+    state = sum((1 + copies) * p.nbytes + further * p.numel() for p in trained)
+    return sum(p.nbytes for p in held), state
 
 
 def _activations(

@@ -6,6 +6,7 @@ from torch import nn
 
 from optimizers import build
 from optimizers.parameter_groups import groups_of
+from utils.settings.errors import SettingsError
 from utils.settings.schema import AdamW8bitSettings, AdamWSettings, SGDSettings, optimizer_types
 
 
@@ -48,7 +49,7 @@ def test_every_declared_type_builds_or_says_why_not() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_eight_bits_without_a_gpu_is_told() -> None:
-    with pytest.raises(ValueError, match=r"needs a GPU.*adamw"):
+    with pytest.raises(SettingsError, match=r"\[optimizer\] type.*needs a GPU.*adamw"):
         build([{"params": [nn.Parameter(torch.ones(2))]}], AdamW8bitSettings(type="adamw8bit", lr=1.0))
 
 

@@ -7,6 +7,7 @@ PEFT wraps each adapted module: `to_q.weight` becomes `to_q.base_layer.weight`, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 
@@ -56,10 +57,11 @@ def _chosen(name: str, settings: AdapterSettings) -> bool:
 def attach(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings) -> None:
     """Freezes the denoiser and puts LoRA factors on its target modules, still without values where the denoiser has
     none (on the meta device)."""
-    names = targets(denoiser, blocks, settings)
+    # As a pattern, which has to fit a whole name: of names in a list PEFT also takes what ends like one.
+    pattern = "|".join(map(re.escape, targets(denoiser, blocks, settings)))
     denoiser.requires_grad_(False)
     config = LoraConfig(
-        r=settings.rank, lora_alpha=_alpha(settings), lora_dropout=settings.dropout, bias="none", target_modules=names
+        r=settings.rank, lora_alpha=_alpha(settings), lora_dropout=settings.dropout, bias="none", target_modules=pattern
     )
     inject_adapter_in_model(config, denoiser, low_cpu_mem_usage=True)
 

@@ -119,12 +119,6 @@ def fill(
     return reports
 
 
-def usable(samples: Iterable[Sample], encoders: Sequence[Encoder], reports: Iterable[CacheReport]) -> list[Sample]:
-    """The samples that none of the failures concern."""
-    failed = {failure.key for report in reports for failure in report.failures}
-    return [sample for sample in samples if failed.isdisjoint(item_key(encoder, sample) for encoder in encoders)]
-
-
 def _fill_one(
     encoder: Encoder,
     samples: Sequence[Sample],
@@ -151,6 +145,9 @@ def _fill_one(
                 failures = _encode({key: wanted[key] for key in missing}, encoder, store, batch_size, ranks.is_main)
             finally:
                 encoder.unload()
+                if device.type == "cuda":
+                    # What torch keeps for itself is not there for NCCL, nor for the processes beside this one.
+                    torch.cuda.empty_cache()
     reused, encoded = len(mine) - len(missing), len(missing) - len(failures)
     return CacheReport(encoder.name, len(mine), reused, encoded, len(failures), tuple(failures))
 

@@ -24,11 +24,14 @@ from typing import BinaryIO, NamedTuple, Self
 import torch
 from safetensors.torch import save
 
+from utils.settings.errors import SettingsError
+
 INDEX_NAME = "index.sqlite"
 SHARD_BYTES = 2**30
 FLUSH_BYTES = 2**26
 FLUSH_SECONDS = 30.0
 BUSY_SECONDS = 120
+SECONDS_BETWEEN_TRIES = 0.02
 KEYS_PER_QUERY = 10_000
 HEADER_LENGTH_BYTES = 8
 NETWORK_FILESYSTEMS = (
@@ -62,7 +65,7 @@ DTYPES = {
 }
 
 
-class CorruptItem(ValueError):
+class CorruptItem(SettingsError):
     """An item whose bytes are not those that were written."""
 
 
@@ -107,7 +110,7 @@ class TensorStore:
         self._index = sqlite3.connect(
             folder / INDEX_NAME, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
-        self._index.execute(f"PRAGMA journal_mode = {'DELETE' if _on_network(folder) else 'WAL'}")
+        self._choose_journal()
         self._index.execute(
             "CREATE TABLE IF NOT EXISTS items (key TEXT PRIMARY KEY, shard TEXT, offset INTEGER,"
             " length INTEGER, crc32 INTEGER) WITHOUT ROWID"
@@ -190,6 +193,20 @@ class TensorStore:
             self._end_shard()
             self._index.close()
 
+    def _choose_journal(self) -> None:
+        """Sets the journal's kind. SQLite does not wait for its turn to do so, as it does elsewhere: of two processes
+        that begin a store at once, one is refused."""
+        statement = f"PRAGMA journal_mode = {'DELETE' if _on_network(self.folder) else 'WAL'}"
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                self._index.execute(statement)
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+            time.sleep(SECONDS_BETWEEN_TRIES)
+
     def _append(self, items: Mapping[str, bytes]) -> dict[str, _Place]:
         """Writes items to the end of the shard and waits for the disk."""
         shard = self._shard = self._shard or self._new_shard()
@@ -233,8 +250,8 @@ class TensorStore:
             read = 0
         sound = read == place.length and (key in self._verified or zlib.crc32(item.numpy()) == place.crc32)
         if not sound:
-            where = f"{self.folder / place.shard}: the item {key} at byte {place.offset}"
-            raise CorruptItem(f"{where} is damaged or missing; regenerate the cache")
+            what = f"the item {key} at byte {place.offset} is damaged or missing; start once with --regenerate_cache"
+            raise CorruptItem.of(what, str(self.folder / place.shard))
         self._verified.add(key)
         return item
 

@@ -1,7 +1,7 @@
 """Weights to use elsewhere: an adapter as one file, a trained denoiser as a diffusers folder and a single file.
 
 Every stage writes what it holds into a part file; the main rank maps the parts into memory and writes the exports, so
-that no process ever holds the whole model.
+that no process holds the whole model; only tensors that a further layout fuses are copied.
 """
 
 from __future__ import annotations

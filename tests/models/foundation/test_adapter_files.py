@@ -160,6 +160,12 @@ def other_kohya(place: Path) -> Path:
     return place / "sdxl.safetensors"
 
 
+def half_an_adapter(place: Path) -> Path:
+    tensors = {name: tensor for name, tensor in load_file(by_diffusers(place)).items() if ".lora_B." in name}
+    save_file({**tensors, "transformer.other.lora_A.weight": torch.zeros(RANK, 8)}, place / "half.safetensors")
+    return place / "half.safetensors"
+
+
 def whole_model(place: Path) -> Path:
     tiny_flux.transformer().save_pretrained(place)
     return place
@@ -180,6 +186,7 @@ def truncated(place: Path) -> Path:
         (by_kohya, {"include": []}, "more are not in this adapter"),
         (other_model, {}, "'unet.down_blocks.0.attn.to_q.lora_A.weight' has no counterpart"),
         (other_kohya, {}, "are not in this adapter"),
+        (half_an_adapter, {}, "has no lora_A beside it"),
         (whole_model, {}, "no LoRA factors in this file"),
         (truncated, {}, "download it again"),
         (lambda place: place, {}, "no safetensors file here"),

@@ -81,6 +81,14 @@ def test_patterns_choose_the_linears_of_the_blocks(patterns: dict, expected: lis
     assert trained == factors(adapted).keys()
 
 
+def test_modules_elsewhere_of_the_same_names_are_left_alone() -> None:
+    adapted = denoiser()
+    adapted.refiner = nn.Module()
+    adapted.refiner.blocks = nn.ModuleList([Block()])
+    attach.attach(adapted, BLOCKS, lora(include=["to_q"]))
+    assert {name.split(".lora_")[0] for name in factors(adapted)} == {name for name in ALL if name.endswith("to_q")}
+
+
 @pytest.mark.parametrize("patterns", [{"include": ["embed"]}, {"include": ["norm"]}, {"exclude": ["*"]}])
 def test_patterns_that_leave_nothing_are_told(patterns: dict) -> None:
     with pytest.raises(SettingsError, match="leave nothing to adapt; .* are called like first_blocks.0.to_q"):

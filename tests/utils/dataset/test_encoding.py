@@ -21,7 +21,7 @@ from tests.utils.dataset.conftest import (
     samples_of,
 )
 from utils.dataset.buckets import assign
-from utils.dataset.encoding import CacheReport, fill, item_key, usable
+from utils.dataset.encoding import CacheReport, fill, item_key
 from utils.dataset.manifest import scan
 from utils.dataset.tensor_store import TensorStore
 from utils.media.decode import load_image
@@ -116,8 +116,8 @@ def test_a_broken_file_stops_nothing(pictures, cache, tmp_path):
     reports = fill_alone(encoders, samples, cache, batch_size=3)
     assert [(one.wanted, one.encoded, one.failed) for one in reports] == [(6, 5, 1), (6, 6, 0)]
     assert "002.png: cannot be read" in reports[0].failures[0].reason
-    left = usable(samples, encoders, reports)
-    assert [sample.media.path.stem for sample in left] == ["000", "001", "003", "004", "005"]
+    (broken,) = (sample for sample in samples if sample.media.path.stem == "002")
+    assert [failure.key for failure in reports[0].failures] == [item_key(encoders[0], broken)]
     (pictures / "002.png").write_bytes(whole)
     mended = samples_of(dataset_of(pictures), tmp_path / "index")
     assert fill_alone(encoders[:1], mended, cache)[0] == report(encoders[0], 6, 5, 1)

@@ -57,7 +57,8 @@ def test_progress_keeps_the_mean_loss_of_the_epoch() -> None:
 
 
 def test_progress_finds_its_place_with_another_batch_size() -> None:
-    progress = Progress(step=10, epoch=1, step_in_epoch=6)
-    assert progress.with_global_batch(8, 4).step_in_epoch == 12
-    assert progress.with_global_batch(8, 16).step_in_epoch == 3
+    progress = Progress(step=10, epoch=1, step_in_epoch=6, epoch_loss_sum=3.0)
+    for new, steps in ((4, 12), (16, 3)):
+        moved = progress.with_global_batch(8, new)
+        assert (moved.step_in_epoch, moved.epoch_loss) == (steps, 0.5)
     assert progress.with_global_batch(8, 8) == progress
