@@ -176,7 +176,8 @@ class Data:
 def load_data(
     settings: Settings, ranks: Ranks, pipeline: BasePipeline, sources: list[Source], arguments: argparse.Namespace
 ) -> Data:
-    """Scans the datasets and encodes what the cache lacks."""
+    """Scans the datasets and encodes what the cache lacks of them and of the prompts to be sampled."""
+    from models.foundation.outputs import prompt_encoders, prompt_samples
     from utils.dataset.collection import collect_together, refuse_failures
     from utils.dataset.encoding import fill
 
@@ -187,16 +188,21 @@ def load_data(
     encoders = pipeline.encoders_for(any(collection.has_controls for collection in collections))
     samples = [sample for collection in collections for sample in collection.samples]
     with timed("cache"):
-        reports = fill(
-            encoders,
-            samples,
-            cache_dir,
-            ranks,
-            settings.caching_batch_size,
-            ranks.device,
-            regenerate=arguments.regenerate_cache,
-        )
-    refuse_failures(reports)
+        for tag, readers, wanted in (
+            ("cache", encoders, samples),
+            ("prompts", prompt_encoders(encoders), list(prompt_samples(pipeline, settings.sampling).values())),
+        ):
+            reports = fill(
+                readers if wanted else [],
+                wanted,
+                cache_dir,
+                ranks,
+                settings.caching_batch_size,
+                ranks.device,
+                regenerate=arguments.regenerate_cache,
+                tag=tag,
+            )
+            refuse_failures(reports)
     return Data(collections[0], collections[1:], encoders, cache_dir)
 
 
@@ -344,7 +350,7 @@ def train(trainer: Trainer, stop: StopRequests) -> bool:
     batches = trainer.prefetched()
     stopped = False
     while trainer.progress.step < last and not stopped:
-        done, values = trainer.step(next(batches))
+        done, values = trainer.step(batches)
         trainer.metrics.scalars(values, done.step)
         report.step(done.step, done.epoch, values)
         stopped = trainer.advance(done, stop.pending())

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from optimizers.adamw import AdamW
 from utils.settings.errors import SettingsError
 from utils.settings.schema import OptimizerSettings
 
@@ -31,7 +32,7 @@ def _adamw8bit(groups: Groups, **keys: Any) -> torch.optim.Optimizer:
 
 
 _BUILDERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": torch.optim.AdamW,
+    "adamw": AdamW,
     "adamw8bit": _adamw8bit,
     "sgd": torch.optim.SGD,
 }

@@ -12,7 +12,7 @@ from models.foundation.placement import Blueprint
 from utils.adapters.attach import scale
 from utils.dataset.batches import SampleReader
 from utils.dataset.buckets import Bucket, Sample
-from utils.dataset.encoding import Encoder, fill
+from utils.dataset.encoding import Encoder
 from utils.ranks import Ranks
 from utils.run.export import ExportPlan, Tensors, settings_hash
 from utils.run.sampling import SampleModel
@@ -71,27 +71,29 @@ def sample_bucket(pipeline: BasePipeline, sampling: SamplingSettings) -> Bucket:
     return Bucket(*size, 1)
 
 
+def prompt_encoders(encoders: Sequence[Encoder]) -> list[Encoder]:
+    """Those that a prompt goes through."""
+    return [encoder for encoder in encoders if encoder.reads == ("caption",)]
+
+
+def prompt_samples(pipeline: BasePipeline, sampling: SamplingSettings) -> dict[str, Sample]:
+    """The prompts as samples that can be cached.
+
+    Raises:
+        SettingsError: pictures of this size cannot be drawn; see `sample_bucket`.
+    """
+    return {
+        prompt: Sample(prompt, None, prompt, None, sample_bucket(pipeline, sampling), 0) for prompt in sampling.prompts
+    }
+
+
 def sample_model(
     pipeline: BasePipeline, encoders: Sequence[Encoder], settings: Settings, ranks: Ranks, cache_dir: Path
 ) -> SampleModel:
-    """How to draw this model's samples; encodes the prompts into the cache."""
+    """How to draw this model's samples; the prompts must be in the cache."""
     autoencoder = encoders[0]
-    text_encoders = [encoder for encoder in encoders if encoder.reads == ("caption",)]
-    prompts = {
-        prompt: Sample(prompt, None, prompt, None, sample_bucket(pipeline, settings.sampling), 0)
-        for prompt in settings.sampling.prompts
-    }
-    if prompts:
-        fill(
-            text_encoders,
-            list(prompts.values()),
-            cache_dir,
-            ranks,
-            settings.caching_batch_size,
-            ranks.device,
-            tag="prompts",
-        )
-    reader = SampleReader(text_encoders, cache_dir)
+    prompts = prompt_samples(pipeline, settings.sampling)
+    reader = SampleReader(prompt_encoders(encoders), cache_dir)
 
     def features(prompt: str) -> Mapping[str, torch.Tensor]:
         return reader.batch([prompts[prompt]]).features

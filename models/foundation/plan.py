@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,13 @@ from utils.ranks import Ranks
 from utils.settings.schema import Settings
 
 GIB = 2**30
-OPTIMIZER_STATE = {"adamw": (2, 0), "adamw8bit": (0, 2), "sgd": (1, 0)}
-"""What an optimizer keeps: copies of the trained parameters in their own type, and further bytes per parameter."""
+OPTIMIZER_STATE: dict[str, Callable[[torch.Tensor], int]] = {
+    # Two moments in float32, and a master of what is shorter.
+    "adamw": lambda parameter: parameter.numel() * (8 if parameter.itemsize >= 4 else 12),
+    "adamw8bit": lambda parameter: parameter.numel() * 2,
+    "sgd": lambda parameter: parameter.nbytes,
+}
+"""Bytes that an optimizer keeps of a parameter."""
 
 
 def describe(settings: Settings, ranks: Ranks, pipeline: BasePipeline, collections: Sequence[Collection]) -> str:
@@ -109,8 +114,7 @@ def held_bytes(layers: Sequence[nn.Module], optimizer: str) -> tuple[int, int]:
     """Bytes of the weights of some layers, and of their gradients and optimizer state together."""
     held = {id(p): p for layer in layers for p in layer.parameters()}.values()
     trained = [p for p in held if p.requires_grad]
-    copies, further = OPTIMIZER_STATE[optimizer]
-    state = sum((1 + copies) * p.nbytes + further * p.numel() for p in trained)
+    state = sum(parameter.nbytes + OPTIMIZER_STATE[optimizer](parameter) for parameter in trained)
     return sum(p.nbytes for p in held), state
 
 

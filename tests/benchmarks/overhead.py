@@ -59,7 +59,7 @@ def _trainer(folder: Path) -> Trainer:
 
 
 def _trainer_step(trainer: Trainer, batches: Iterator[Any]) -> None:
-    trainer.progress, values = trainer.step(next(batches))
+    trainer.progress, values = trainer.step(batches)
     trainer.metrics.scalars(values, trainer.progress.step)
 
 

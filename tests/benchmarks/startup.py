@@ -66,7 +66,7 @@ def parts(config: str) -> Iterator[tuple[str, float]]:
     trainer = train.build_trainer(settings, ranks, pipeline, data, None, arguments)
     yield "weights, engine, optimizer, TensorBoard", since()
     batches = trainer.prefetched()
-    trainer.step(next(batches))
+    trainer.step(batches)
     yield "first step", since()
     trainer.close(batches)
     train.disconnect()

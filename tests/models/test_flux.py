@@ -16,8 +16,10 @@ from diffusers import FluxPipeline as StockPipeline
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
 
 from models.flux import FluxPipeline, grid_positions, pack, unpack
+from models.foundation.outputs import prompt_encoders, prompt_samples, sample_model
 from tests.models import tiny_flux
 from tests.processes import run_ranks
+from utils.dataset.encoding import fill
 from utils.diffusion.seeds import generator, normal
 from utils.ranks import Ranks
 from utils.settings.schema import SamplingSettings
@@ -178,7 +180,6 @@ def test_latent_shape_is_that_of_the_autoencoder(folder: Path) -> None:
 
 def paint(ranks: Ranks, folder: Path, cache: Path, stages: int, sampling: SamplingSettings) -> list[np.ndarray]:
     """Job of a rank: the latents of every prompt."""
-    from models.foundation.outputs import sample_model
     from models.foundation.placement import load_stage
     from utils.parallel.backend import initialize_deepspeed
     from utils.parallel.engine import Engine
@@ -192,6 +193,8 @@ def paint(ranks: Ranks, folder: Path, cache: Path, stages: int, sampling: Sampli
     blueprint = load_stage(flux, settings, ranks.stage)
     module = DenoiserPipeline(blueprint.layers, blueprint.bounds, flux.stream_type, flux.loss)
     engine = Engine(module, torch.optim.SGD(module.parameters(), lr=0.0), micro_batch=1, accumulation=1, clip_norm=0.0)
+    prompts = list(prompt_samples(flux, settings.sampling).values())
+    fill(prompt_encoders(flux.encoders()), prompts, cache, ranks, 1, torch.device("cpu"))
     model = sample_model(flux, flux.encoders(), settings, ranks, cache)
     return [
         denoise(engine, ranks, model, sampling, prompt, index).numpy() for index, prompt in enumerate(sampling.prompts)

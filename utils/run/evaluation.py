@@ -30,8 +30,8 @@ def evaluate(
     """
     results: dict[str, float] = {}
     for name, batches in sets.items():
-        losses_QN = [_losses(engine, ranks, batches, prepare, name, quantile) for quantile in QUANTILES]
-        own = [[losses.sum().item() for losses in losses_QN], losses_QN[0].numel()]
+        losses_QN = _losses(engine, ranks, batches, prepare, name)
+        own = [losses_QN.sum(1).tolist(), losses_QN.shape[1]]
         # The stages of a pipeline hold the same losses: those of the first stage stand for all.
         pipelines = together.share(ranks, f"evaluation/{tag}/{name}", own)[: ranks.data_ranks]
         count = sum(held for _, held in pipelines)
@@ -41,13 +41,13 @@ def evaluate(
     return results
 
 
-def _losses(
-    engine: Engine, ranks: Ranks, batches: EvaluationBatches, prepare: Prepare, name: str, quantile: float
-) -> torch.Tensor:
-    """The loss of each of this data rank's samples (N,), in float64."""
+def _losses(engine: Engine, ranks: Ranks, batches: EvaluationBatches, prepare: Prepare, name: str) -> torch.Tensor:
+    """The losses (quantiles, samples) of this data rank, in float64; each batch is read once."""
     if not len(batches):
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(len(QUANTILES), 0, dtype=torch.float64)
     prepared = None
     if ranks.is_first_stage or ranks.is_last_stage:
-        prepared = (prepare(batch, name, quantile) for batch in batches)
-    return torch.cat(engine.evaluate(prepared, len(batches))).double().cpu()
+        prepared = (prepare(batch, name, quantile) for batch in batches for quantile in QUANTILES)
+    losses = engine.evaluate(prepared, len(batches) * len(QUANTILES))
+    by_quantile = [torch.cat(losses[index :: len(QUANTILES)]) for index in range(len(QUANTILES))]
+    return torch.stack(by_quantile).double().cpu()

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from utils.run import checkpoint
 from utils.run.cadence import Cadence, Duty
 from utils.run.metrics import Metrics
 from utils.run.progress import Progress
+from utils.settings.errors import SettingsError
 from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
@@ -72,14 +73,26 @@ class Trainer:
             return self.batches.iterate(self.progress.epoch, self.progress.step_in_epoch)
         return itertools.repeat(None)
 
-    def step(self, batches: list | None) -> tuple[Progress, dict[str, float]]:
-        """One optimizer step; where the run stands after it, and its numbers."""
+    def step(self, batches: Iterator[Any]) -> tuple[Progress, dict[str, float]]:
+        """One optimizer step on the next micro-batches; where the run stands after it, and its numbers. The time of a
+        step is what passes between two of them, waiting for data included.
+
+        Raises:
+            SettingsError: the loss is no number any more.
+        """
         started = time.monotonic()
         step, groups = self.progress.step, self.optimizer.param_groups
         rates = learning_rates(step, [self.settings.optimizer.lr] * len(groups), self.settings, self.last_step)
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
-        result = self.engine.train_step(batches, step)
+        result = self.engine.train_step(next(batches), step)
+        if not isfinite(result.loss) or not isfinite(result.grad_norm):
+            raise SettingsError.of(
+                f"loss {result.loss}, gradient norm {result.grad_norm}: training has diverged, and nothing was saved "
+                "since. Go on from a checkpoint with a lower [optimizer] lr or more warmup_steps",
+                str(self.folder),
+                f"step {step + 1}",
+            )
         seconds = time.monotonic() - started
         examples = global_batch(self.settings, self.ranks)
         done = self.progress.after_step(result.loss, examples)

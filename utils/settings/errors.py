@@ -30,7 +30,7 @@ class SettingsError(ValueError):
 
 def _screen(problems: list[Problem]) -> str:
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    lines = [f"{count} in the settings"]
+    lines = [count]
     # A file's problems may come in several passes (keys first, then rules): sort by first appearance.
     order = list(dict.fromkeys(problem.file for problem in problems))
     for file, group in groupby(sorted(problems, key=lambda p: order.index(p.file)), lambda p: p.file):

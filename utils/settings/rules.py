@@ -137,6 +137,16 @@ def _adapter_path_exists(settings: Settings, _: int) -> Iterator[Problem]:
         yield from _missing("[adapter] init_from_existing", settings.adapter.init_from_existing)
 
 
+def _float16_is_not_trained(settings: Settings, _: int) -> Iterator[Problem]:
+    tables = {"[model]": settings.model, "[adapter]": settings.adapter}
+    for table, chosen in tables.items():
+        for key in ("dtype", "transformer_dtype"):
+            if getattr(chosen, key, None) == "float16":
+                yield _at(
+                    f"{table} {key}", "float16 overflows in training without loss scaling; use bfloat16 or float32"
+                )
+
+
 def _eval_names_differ(settings: Settings, _: int) -> Iterator[Problem]:
     names = [entry.name for entry in settings.eval_datasets]
     for number, name in enumerate(names):
@@ -219,6 +229,7 @@ _RULES = (
     Rule(("dataset",), _dataset_exists),
     Rule(("eval_datasets",), _eval_paths_exist),
     Rule(("eval_datasets",), _eval_names_differ),
+    Rule(("model", "adapter"), _float16_is_not_trained),
     Rule(("eval_datasets", *EVAL_CADENCES), _eval_cadence_has_data),
     Rule(("model.shift", "model.flux_shift"), _one_shift),
     Rule(("model.diffusers_path", "model.transformer_path"), _weights_have_a_source),

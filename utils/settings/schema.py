@@ -153,7 +153,7 @@ class OptimizerSettings(SettingsTable):
 
 
 class AdamWSettings(OptimizerSettings):
-    """`type = "adamw"`: AdamW of torch."""
+    """`type = "adamw"`: AdamW, with a float32 master of each parameter that is kept in 16 bits."""
 
     type: Literal["adamw"]
     """Algorithm; upper and lower case are alike."""

@@ -12,7 +12,7 @@ def test_the_screen_groups_problems_by_file_in_order_of_first_appearance() -> No
         ]
     )
     assert str(error) == (
-        "3 problems in the settings\n"
+        "3 problems\n"
         "\nrun.toml\n  key `epochs`: must be a whole number\n  is odd\n"
         "\ndata.toml\n  key `root`: no such key"
     )
@@ -22,4 +22,4 @@ def test_one_problem_is_a_value_error_that_holds_it() -> None:
     error = SettingsError.of("is odd", "run.toml", "[model] shift")
     assert isinstance(error, ValueError)
     assert error.problems == [Problem("run.toml", "[model] shift", "is odd")]
-    assert str(error).startswith("1 problem in")
+    assert str(error).startswith("1 problem\n")

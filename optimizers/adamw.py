@@ -1,0 +1,72 @@
+"""AdamW of torch, with a float32 master of every parameter that is kept in 16 bits.
+
+A step of 1e-5 on a weight of 1 is lost in bfloat16, whose next number is 0.8 % away: without a master most weights of a
+full fine-tune never move. The master takes the step, the parameter its rounded value (Micikevicius et al. 2018, "Mixed
+Precision Training", section 3.1).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.adamw import adamw
+
+MASTER = "master"
+
+
+class AdamW(torch.optim.Optimizer):
+    """As `torch.optim.AdamW`; the state of a 16-bit parameter has its `master` beside the moments, all in float32.
+
+    Args:
+        params: parameters, or groups of them.
+        lr, betas, eps, weight_decay: as torch's.
+    """
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        for group in self.param_groups:
+            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+            self._update([parameter for parameter in moved if not _is_short(parameter)], group)
+            # One by one: the float32 gradients of all at once would take as much again as the masters.
+            for parameter in filter(_is_short, moved):
+                self._update([parameter], group)
+                parameter.copy_(self.state[parameter][MASTER])
+
+    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        states = [self._state_of(parameter) for parameter in parameters]
+        targets = [state.get(MASTER, parameter) for state, parameter in zip(states, parameters, strict=True)]
+        first, second = group["betas"]
+        adamw(
+            targets,
+            [parameter.grad.to(target.dtype) for parameter, target in zip(parameters, targets, strict=True)],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=first,
+            beta2=second,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        state = self.state[parameter]
+        if not state:
+            values = parameter.detach().float() if _is_short(parameter) else parameter
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(values, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(values, memory_format=torch.preserve_format)
+            if _is_short(parameter):
+                state[MASTER] = values
+        return state
+
+
+def _is_short(parameter: nn.Parameter) -> bool:
+    return parameter.dtype.itemsize < torch.float32.itemsize

@@ -1,0 +1,56 @@
+"""Our AdamW against torch's, and in 16 bits against 32."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from optimizers.adamw import AdamW
+
+KEYS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def parameters(dtype: torch.dtype) -> list[nn.Parameter]:
+    draw = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=draw).to(dtype)) for shape in ((5, 3), (7,), ())]
+
+
+def train(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], steps: int) -> None:
+    for step in range(steps):
+        draw = torch.Generator().manual_seed(step)
+        for weight in weights[: 2 if step % 2 else 3]:
+            weight.grad = torch.randn(weight.shape, generator=draw).bfloat16().to(weight.dtype)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_in_float32_it_is_torchs_to_the_bit() -> None:
+    ours, torchs = parameters(torch.float32), parameters(torch.float32)
+    train(AdamW(ours, **KEYS), ours, 6)
+    train(torch.optim.AdamW(torchs, **KEYS), torchs, 6)
+    assert all(torch.equal(a, b) for a, b in zip(ours, torchs, strict=True))
+
+
+def test_in_bfloat16_the_master_goes_where_float32_goes() -> None:
+    short = parameters(torch.bfloat16)
+    whole = [nn.Parameter(weight.detach().float()) for weight in short]
+    optimizer = AdamW(short, **{**KEYS, "lr": 1e-4})
+    train(optimizer, short, 8)
+    train(torch.optim.AdamW(whole, **{**KEYS, "lr": 1e-4}), whole, 8)
+    for a, b in zip(short, whole, strict=True):
+        assert torch.equal(optimizer.state[a]["master"], b)
+        assert torch.equal(a, b.bfloat16())
+
+
+def test_small_steps_are_not_lost() -> None:
+    """Which they are for torch's, on the same weights."""
+    moved = {}
+    for name, kind in (("ours", AdamW), ("torchs", torch.optim.AdamW)):
+        weight = nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
+        optimizer = kind([weight], **{**KEYS, "lr": 1e-5, "weight_decay": 0.0})
+        for _ in range(500):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        moved[name] = (1 - weight.float()).mean().item()
+    assert moved["torchs"] == 0
+    assert 0.003 < moved["ours"] < 0.007
