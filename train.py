@@ -87,7 +87,11 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     for name, options in FLAGS.items():
         spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
         parser.add_argument(*spellings, **options)
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    resets = [name for name in FLAGS if name.startswith("reset_") and getattr(arguments, name)]
+    if resets and arguments.resume_from_checkpoint is None:
+        parser.error(f"--{resets[0]} says how to resume; give --resume_from_checkpoint with it")
+    return arguments
 
 
 FLAGS: dict[str, dict[str, Any]] = {
@@ -210,10 +214,11 @@ def open_checkpoint(settings: Settings, arguments: argparse.Namespace) -> Checkp
     """The checkpoint to go on from, if one is asked for, checked against the settings."""
     if arguments.resume_from_checkpoint is None:
         return None
-    from utils.run.checkpoint import Checkpoint
+    from utils.run.checkpoint import Checkpoint, identity_of
     from utils.run.folder import find_checkpoint
 
     checkpoint = Checkpoint(find_checkpoint(settings.output_dir, arguments.resume_from_checkpoint))
+    checkpoint.check_identity(identity_of(settings))
     checkpoint.check_optimizer(
         settings.optimizer.model_dump(mode="json"),
         new_parameters=arguments.reset_optimizer_params,

@@ -37,6 +37,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def write_config(tmp_path: Path, pictures: Path) -> Callable[..., Path]:
+    return config_writer(tmp_path, pictures)
+
+
+def config_writer(tmp_path: Path, pictures: Path) -> Callable[..., Path]:
     """Writes a run's TOML; keys given as `section__key` change one key, None leaves it out."""
 
     def write(directory: Path = pictures, data: Mapping[str, Any] | None = None, **changes: Any) -> Path:
@@ -224,6 +228,33 @@ def test_a_checkpoint_loads_on_another_layout(write_config: Callable[..., Path])
     assert codes == [0], log
     again = newest_export(run)
     assert all(torch.allclose(again[name], weights[name], atol=1e-4) for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"adapter__alpha": 8.0}, r"\[adapter\] alpha = 8.0 \(checkpoint: None\)"),
+        ({"seed": 5}, r"seed = 5 \(checkpoint: 0\)"),
+        ({"optimizer__lr": 1e-3}, "pass --reset_optimizer_params"),
+    ],
+)
+def test_resuming_as_another_run_is_refused(
+    stopped: tuple[Path, dict[str, Any]], write_config: Callable[..., Path], changes: dict[str, Any], told: str
+) -> None:
+    run, keys = stopped
+    codes, log = launch(write_config(**keys, **changes), "--resume_from_checkpoint", str(run))
+    assert codes == [1]
+    assert re.search(told, log), log
+
+
+@pytest.fixture(scope="module")
+def stopped(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run with a checkpoint, and the keys that it was made with."""
+    folder = tmp_path_factory.mktemp("stopped")
+    keys: dict[str, Any] = {"max_steps": 1, "checkpoint_every_n_steps": 1}
+    config = config_writer(folder, pictures)(**keys)
+    assert launch(config)[0] == [0]
+    return only_run(config), keys
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], list[str], int, str]] = {

@@ -38,6 +38,12 @@ def check_diffusers_folder(
         for part in parts
         if not (folder / part).is_dir()
     ]
+    problems += [
+        Problem(str(folder / part), "config.json", "is missing; download the whole diffusers folder")
+        for part in parts
+        if not part.startswith(("tokenizer", "scheduler"))
+        if (folder / part).is_dir() and not (folder / part / "config.json").is_file()
+    ]
     for part, option in overrides.items():
         needs_weights = getattr(options, option) is None and not (part == denoiser and options.from_scratch)
         if (folder / part).is_dir() and needs_weights and not any((folder / part).glob("*.safetensors")):

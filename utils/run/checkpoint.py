@@ -29,11 +29,24 @@ from utils.ranks import Ranks
 from utils.run.folder import LATEST
 from utils.run.progress import Progress
 from utils.settings.errors import SettingsError
+from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 NamedParameters = Mapping[str, torch.nn.Parameter]
+
+
+def identity_of(settings: Settings) -> dict[str, Any]:
+    """The settings without which a checkpoint's weights would mean another model, or its draws be others."""
+    adapter = settings.adapter
+    return {
+        "seed": settings.seed,
+        "[model] type": settings.model.type,
+        "[adapter] type": adapter and adapter.type,
+        "[adapter] rank": adapter and adapter.rank,
+        "[adapter] alpha": adapter and adapter.alpha,
+    }
 
 
 def save(
@@ -120,6 +133,23 @@ class Checkpoint:
         self.made_with: dict[str, Any] = content["made_with"]
         files = [safe_open(path, framework="pt") for path in sorted(self.folder.glob("state-*.safetensors"))]
         self._files = {key: file for file in files for key in file.keys()}
+
+    def check_identity(self, identity: Mapping[str, Any]) -> None:
+        """Whether what decides what the weights mean and what is drawn is as it was; see `identity_of`.
+
+        Raises:
+            SettingsError: naming what differs.
+        """
+        old = self.made_with["identity"]
+        changed = [
+            f"{key} = {identity[key]} (checkpoint: {old.get(key)})" for key in identity if identity[key] != old.get(key)
+        ]
+        if changed:
+            raise SettingsError.of(
+                f"{', '.join(changed)}; resume with what the checkpoint was made with, or start a new run with "
+                "[adapter] init_from_existing",
+                str(self.folder),
+            )
 
     def check_optimizer(self, settings: Mapping[str, Any], *, new_parameters: bool, new_state: bool) -> None:
         """Whether [optimizer] is that of the checkpoint, unless the user asked for another.

@@ -140,6 +140,7 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Writes the state to resume from."""
         made_with = {
+            "identity": checkpoint.identity_of(self.settings),
             "optimizer": self.settings.optimizer.model_dump(mode="json"),
             "global_batch": global_batch(self.settings, self.ranks),
         }

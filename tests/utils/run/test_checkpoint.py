@@ -38,7 +38,9 @@ def step(parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optim
 
 def save(folder: Path, progress: Progress) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
     parameters, optimizer = trained()
-    checkpoint.save(folder, Ranks(), progress, parameters, optimizer, {"optimizer": ADAMW, "global_batch": 4})
+    checkpoint.save(
+        folder, Ranks(), progress, parameters, optimizer, {"optimizer": ADAMW, "global_batch": 4, "identity": {}}
+    )
     return parameters, optimizer
 
 
