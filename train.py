@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,9 @@ def main(words: list[str] | None = None) -> int:
     # Everything is read from paths that the user names; a hub that cannot be reached must cost no time.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     ranks = from_environment()
+    if ranks.device.type == "cpu":
+        # DeepSpeed looks for an accelerator when it is imported, and warns that it finds none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     start_logging(ranks)
     try:
         code = run(arguments, ranks, started)
@@ -61,7 +64,11 @@ def run(arguments: argparse.Namespace, ranks: Ranks, started: float) -> int:
     """Settings, data, cache, model, training: each is checked before the next is loaded."""
     import models
 
+    if arguments.check and ranks.world_size == 1:
+        # Without a launcher the plan is that of one pipeline, whatever its number of stages.
+        ranks = replace(ranks, world_size=0)
     settings, datasets = read_settings(arguments, ranks)
+    ranks = replace(ranks, world_size=ranks.world_size or settings.pipeline_stages)
     ranks = ranks.with_stages(settings.pipeline_stages)
     pipeline = models.find(settings.model.type)(settings.model, settings.seed)
     sources = sources_of(settings, datasets)

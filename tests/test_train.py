@@ -257,6 +257,13 @@ def stopped(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return only_run(config), keys
 
 
+def test_check_without_a_launcher_plans_one_pipeline(write_config: Callable[..., Path]) -> None:
+    codes, log = launch(write_config(pipeline_stages=3), "--check")
+    assert codes == [0], log
+    assert "3 = 3 stages x 1 data ranks" in log
+    assert log.count("stage ") >= 3
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], list[str], int, str]] = {
     "unknown key": ({"optimizer__learning_rate": 1e-4}, [], 1, r"\[optimizer\].*learning_rate.*\blr\b"),
     "wrong type": ({"epochs": "ten"}, [], 1, r"epochs.*ten"),
@@ -292,8 +299,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str], int, str]] = {
 @pytest.mark.parametrize("check", [False, True], ids=["run", "check"])
 def test_a_mistake_is_told_in_one_screen(write_config: Callable[..., Path], mistake: str, check: bool) -> None:
     changes, words, processes, expected = MISTAKES[mistake]
-    if check and words:
-        pytest.skip("--check does not open checkpoints")
+    if check and (words or mistake == "stages"):
+        pytest.skip("--check opens no checkpoints, and plans for as many processes as there are stages")
     codes, log = launch(write_config(**changes), *words, *(["--check"] if check else []), processes=processes)
     # With --check the other ranks leave at once: the main rank alone looks.
     assert (codes[:1] if check else list(set(codes))) == [1], log
