@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 
+SECONDS_OF_REPEATS = 3.0
+"""DeepSpeed's launcher passes on a signal that the whole process group got already: the same wish, heard twice."""
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 LAUNCHER = b"deepspeed.launcher.launch"
 
 
 class StopRequests:
-    """Listens for signals while it is entered. A second signal ends the process at once."""
+    """Listens for signals while it is entered. A later second signal ends the process at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -29,8 +32,11 @@ class StopRequests:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
+        if self.received is None:
+            self.received, self.received_at = number, time.monotonic()
+        elif time.monotonic() - self.received_at > SECONDS_OF_REPEATS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     @property
     def exit_code(self) -> int:
