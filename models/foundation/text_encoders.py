@@ -87,21 +87,20 @@ class TextEncoder:
         self.model = self._load_model().to(device).eval().requires_grad_(False)
 
     def _load_model(self) -> nn.Module:
-        if self.file is None or self.file.is_dir():
-            return self.model_class.from_pretrained(self.file or self.folder / self.subfolder, dtype=self.dtype)
-        # transformers itself knows the names of older files, which tensors are tied, and what must stay in float32.
-        model, report = self.model_class.from_pretrained(
-            None,
-            config=AutoConfig.from_pretrained(self.folder / self.subfolder),
-            dtype=self.dtype,
-            state_dict=load_tensors(self.file, self.dtype),
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        source = self.file or self.folder / self.subfolder
+        # transformers knows the names of older files, which tensors are tied, and what must stay in float32. What
+        # a file lacks it fills with random numbers: its report is what tells.
+        how = {"dtype": self.dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        if source.is_dir():
+            model, report = self.model_class.from_pretrained(source, **how)
+        else:
+            config = AutoConfig.from_pretrained(self.folder / self.subfolder)
+            tensors = load_tensors(source, self.dtype)
+            model, report = self.model_class.from_pretrained(None, config=config, state_dict=tensors, **how)
         for name in sorted(report["missing_keys"]):
-            check_shape(name, None, (), self.file)
+            check_shape(name, None, (), source)
         for name, stored, asked in report["mismatched_keys"]:
-            check_shape(name, stored, asked, self.file)
+            check_shape(name, stored, asked, source)
         return model
 
     def unload(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,3 +144,13 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "clip.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(SettingsError, match="download it again"):
         encoder("clip", tmp_path / "clip.safetensors").load(torch.device("cpu"))
+
+
+def test_a_folder_that_lacks_a_tensor_is_told(tmp_path: Path) -> None:
+    """transformers would go on with random numbers."""
+    broken = shutil.copytree(MINI_FLUX / "text_encoder_2", tmp_path / "t5")
+    tensors = load_file(broken / "model.safetensors")
+    lost = next(name for name in tensors if "SelfAttention.q" in name)
+    save_file({name: t for name, t in tensors.items() if name != lost}, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SettingsError, match=lost):
+        t5(MINI_FLUX, broken, torch.float32, 16).load(torch.device("cpu"))
