@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.parallel.backend import initialize_deepspeed
-from utils.ranks import Ranks, connect, disconnect, from_environment
+from utils.ranks import Ranks, connect, disconnect, from_environment, leave_together
 from utils.run.cadence import Cadence, Duty
 from utils.run.metrics import Metrics
 from utils.run.progress import Progress
-from utils.run.reporting import StepReporter, report_user_error, start_logging, timed
-from utils.run.signals import StopRequests
+from utils.run.reporting import StepReporter, is_users, report_user_error, start_logging, timed
+from utils.run.signals import StopRequested, StopRequests
 from utils.settings.errors import Problem, SettingsError
 from utils.settings.reader import read_all, resolved
 from utils.settings.schema import DatasetSettings, Settings
@@ -37,6 +37,8 @@ logger = logging.getLogger("penstock")
 
 NEWEST_RUN = ""
 """What --resume_from_checkpoint holds when it names no folder."""
+SECONDS_TO_LEAVE = 10.0
+"""How long a process that was asked to stop waits for the others of the run."""
 
 
 def main(words: list[str] | None = None) -> int:
@@ -51,18 +53,26 @@ def main(words: list[str] | None = None) -> int:
         # DeepSpeed looks for an accelerator when it is imported, and warns that it finds none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     start_logging(ranks)
-    try:
-        code = run(arguments, ranks, started)
-    except SettingsError as error:
-        report_user_error(error, ranks)
-        return 1
-    disconnect()
-    return code
+    with StopRequests() as stop:
+        try:
+            finished = run(arguments, ranks, stop, started)
+            disconnect()
+        except StopRequested:
+            leave_together(ranks, SECONDS_TO_LEAVE)
+            finished = False
+        except (ValueError, OSError) as error:
+            if not is_users(error):
+                raise
+            report_user_error(error, ranks)
+            return 1
+    return 0 if finished else stop.exit_code
 
 
-def run(arguments: argparse.Namespace, ranks: Ranks, started: float) -> int:
-    """Settings, data, cache, model, training: each is checked before the next is loaded."""
+def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started: float) -> bool:
+    """Settings, data, cache, model, training: each is checked before the next is loaded. Returns whether the run came
+    to its end."""
     import models
+    from models.foundation.plan import check_model
 
     if arguments.check and ranks.world_size == 1:
         # Without a launcher the plan is that of one pipeline, whatever its number of stages.
@@ -73,19 +83,18 @@ def run(arguments: argparse.Namespace, ranks: Ranks, started: float) -> int:
     pipeline = models.find(settings.model.type)(settings.model, settings.seed)
     sources = sources_of(settings, datasets)
     if arguments.check:
-        return check(settings, ranks, pipeline, sources, arguments)
-    pipeline.check()
+        check(settings, ranks, pipeline, sources, arguments)
+        return True
+    check_model(settings, pipeline)
     connect(ranks, arguments.master_port)
     resumed = open_checkpoint(settings, arguments)
-    data = load_data(settings, ranks, pipeline, sources, arguments)
+    data = load_data(settings, ranks, pipeline, sources, arguments, stop)
     if arguments.cache_only:
-        return 0
+        return True
     initialize_deepspeed()
-    with StopRequests() as stop:
-        trainer = build_trainer(settings, ranks, pipeline, data, resumed, arguments)
-        logger.info("ready after %.1f s", time.monotonic() - started)
-        finished = train(trainer, stop)
-    return 0 if finished else stop.exit_code
+    trainer = build_trainer(settings, ranks, pipeline, data, resumed, arguments, stop)
+    logger.info("ready after %.1f s", time.monotonic() - started)
+    return train(trainer)
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -150,17 +159,17 @@ def cache_folder(settings: Settings, sources: list[Source]) -> Path:
 
 def check(
     settings: Settings, ranks: Ranks, pipeline: BasePipeline, sources: list[Source], arguments: argparse.Namespace
-) -> int:
+) -> None:
     """Prints the plan of the run, or raises with every problem of the model's files and of the data."""
-    from models.foundation.plan import describe
+    from models.foundation.plan import check_model, describe
     from utils.dataset.collection import collect
 
     if not ranks.is_main:
-        return 0
+        return
     problems: list[Problem] = []
     collections: list[Collection] = []
     try:
-        pipeline.check()
+        check_model(settings, pipeline)
     except SettingsError as error:
         problems += error.problems
     try:
@@ -171,7 +180,6 @@ def check(
     if problems:
         raise SettingsError(problems)
     sys.stdout.write(describe(settings, ranks, pipeline, collections) + "\n")
-    return 0
 
 
 @dataclass(frozen=True)
@@ -185,7 +193,12 @@ class Data:
 
 
 def load_data(
-    settings: Settings, ranks: Ranks, pipeline: BasePipeline, sources: list[Source], arguments: argparse.Namespace
+    settings: Settings,
+    ranks: Ranks,
+    pipeline: BasePipeline,
+    sources: list[Source],
+    arguments: argparse.Namespace,
+    stop: StopRequests,
 ) -> Data:
     """Scans the datasets and encodes what the cache lacks of them and of the prompts to be sampled."""
     from models.foundation.outputs import prompt_encoders, prompt_samples
@@ -194,7 +207,7 @@ def load_data(
 
     cache_dir = cache_folder(settings, sources)
     collections = collect_together(
-        ranks, sources, pipeline.media, cache_dir / "files.sqlite", trust=arguments.trust_cache
+        ranks, sources, pipeline.media, cache_dir / "files.sqlite", trust=arguments.trust_cache, heed=stop.heed
     )
     encoders = pipeline.encoders_for(any(collection.has_controls for collection in collections))
     samples = [sample for collection in collections for sample in collection.samples]
@@ -212,6 +225,7 @@ def load_data(
                 ranks.device,
                 regenerate=arguments.regenerate_cache,
                 tag=tag,
+                heed=stop.heed,
             )
             refuse_failures(reports)
     return Data(collections[0], collections[1:], encoders, cache_dir)
@@ -241,6 +255,7 @@ def build_trainer(
     data: Data,
     resumed: Checkpoint | None,
     arguments: argparse.Namespace,
+    stop: StopRequests,
 ) -> Trainer:
     """Loads this stage's weights and puts the engine, the batches and the run's folder together."""
     import optimizers
@@ -291,7 +306,7 @@ def build_trainer(
         )
     folder = resumed.folder.parent if resumed else run_folder.create(settings, ranks, arguments.config)
     metrics = Metrics.of_run(folder, settings.monitoring, resolved(settings), ranks.is_main)
-    trainer = Trainer(settings, ranks, engine, optimizer, parameters, batches, progress, folder, metrics)
+    trainer = Trainer(settings, ranks, engine, optimizer, parameters, batches, progress, folder, metrics, stop)
     trainer.duties = duties_of(trainer, pipeline, data, reader, blueprint)
     return trainer
 
@@ -320,13 +335,14 @@ def duties_of(
 
     def run_evaluation(progress: Progress, epoch_ended: bool) -> None:
         prepare = partial(evaluation_micro_batch, pipeline)
-        results = evaluate(trainer.engine, ranks, sets, prepare, tag=str(progress.step))
+        results = evaluate(trainer.engine, ranks, sets, prepare, str(progress.step), trainer.heed)
         trainer.metrics.scalars(results, progress.step)
         for name in sets:
             logger.info("step %d: %s/loss %.5f", progress.step, name, results[f"{name}/loss"])
 
     def draw_samples(progress: Progress, epoch_ended: bool) -> None:
-        sample(trainer.engine, ranks, painter, settings.sampling, trainer.folder, trainer.metrics, progress.step)
+        folder, metrics = trainer.folder, trainer.metrics
+        sample(trainer.engine, ranks, painter, settings.sampling, folder, metrics, progress.step, trainer.heed)
 
     def write_export(progress: Progress, epoch_ended: bool) -> None:
         name = f"epoch{progress.epoch + 1}" if epoch_ended else f"step{progress.step}"
@@ -349,28 +365,27 @@ def duties_of(
         write_export,
         Cadence(settings.save_every_n_steps, settings.save_every_n_epochs, settings.save_every_n_examples),
         at_end=True,
+        interruptible=False,
     )
     return [*([evaluation] if sets else []), *([drawing] if sampling.prompts else []), saving]
 
 
-def train(trainer: Trainer, stop: StopRequests) -> bool:
+def train(trainer: Trainer) -> bool:
     """The loop: a step, its numbers, what is due after it. Returns whether it came to its end."""
-    if trainer.progress.step == 0:
-        trainer.begin()
+    stopped = trainer.begin()
     first, last = trainer.progress.step, trainer.last_step
     report = StepReporter(first, last, trainer.settings.steps_per_print, trainer.ranks.is_main)
     batches = trainer.prefetched()
-    stopped = False
     while trainer.progress.step < last and not stopped:
         done, values = trainer.step(batches)
         trainer.metrics.scalars(values, done.step)
         report.step(done.step, done.epoch, values)
-        stopped = trainer.advance(done, stop.pending())
+        stopped = trainer.advance(done)
     report.close()
     trainer.close(batches)
-    if stopped:
+    if stopped and trainer.progress.step > first:
         logger.warning("stopped; --resume_from_checkpoint %s goes on from here", trainer.folder)
-    elif first == last:
+    elif not stopped and first == last:
         logger.warning(
             "nothing is left to train: %d epochs are done; set epochs or max_steps higher", trainer.progress.epoch
         )

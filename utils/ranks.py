@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -20,6 +20,10 @@ import torch.distributed as dist
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 POLL_SECONDS = 0.05
+
+
+class LaunchError(ValueError):
+    """The way in which the processes were launched cannot work, and how it can."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,11 @@ def from_environment() -> Ranks:
 
 def connect(ranks: Ranks, master_port: int | None = None) -> None:
     """Starts the process group. `MASTER_ADDR` and `MASTER_PORT` of the environment are respected; `master_port` is
-    used where the environment names none, and a free port is taken by a process that runs alone."""
+    used where the environment names none, and a free port is taken by a process that runs alone.
+
+    Raises:
+        LaunchError: the port is taken, or this machine has fewer GPUs than it was given processes.
+    """
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if master_port is not None:
         os.environ.setdefault("MASTER_PORT", str(master_port))
@@ -87,11 +95,24 @@ def connect(ranks: Ranks, master_port: int | None = None) -> None:
     for name, value in coordinates.items():
         os.environ[name] = str(value)
     if ranks.device.type == "cuda":
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise LaunchError(
+                f"--num_gpus, --nproc_per_node: this machine has {torch.cuda.device_count()} GPUs, and this is its "
+                f"process number {ranks.local_rank + 1}; launch as many processes as it has GPUs"
+            )
         torch.cuda.set_device(ranks.device)
     else:
         _share_cores(ranks)
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=COLLECTIVE_TIMEOUT)
+    try:
+        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=COLLECTIVE_TIMEOUT)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise LaunchError(
+            f"--master_port: the port {os.environ['MASTER_PORT']} is taken, perhaps by another run on this machine; give "
+            "the launcher a free one: deepspeed --master_port 29501 ..., torchrun --master_port 29501 ..."
+        ) from None
 
 
 def disconnect() -> None:
@@ -122,11 +143,18 @@ def leave_together(ranks: Ranks, seconds: float) -> bool:
     return True
 
 
-def share(ranks: Ranks, tag: str, value: Any, timeout: timedelta = timedelta(hours=48)) -> list[Any]:
+def share(
+    ranks: Ranks,
+    tag: str,
+    value: Any,
+    timeout: timedelta = timedelta(hours=48),
+    heed: Callable[[], None] = lambda: None,
+) -> list[Any]:
     """Every rank's `value` (anything JSON can hold), in the order of the ranks, once all have given theirs.
 
     It goes through the key-value store and not through a collective, so that one rank may be hours slower than the
-    others without running into the time-out of a collective. `tag` must be new at each call of a run.
+    others without running into the time-out of a collective. `tag` must be new at each call of a run. `heed` is called
+    while waiting, and ends it by raising.
 
     Raises:
         TimeoutError: naming the ranks that gave nothing within `timeout`.
@@ -141,6 +169,7 @@ def share(ranks: Ranks, tag: str, value: Any, timeout: timedelta = timedelta(hou
         if time.monotonic() > deadline:
             missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
             raise TimeoutError(f"waited {timeout} at '{tag}' for the ranks {missing}")
+        heed()
         time.sleep(POLL_SECONDS)
     return [json.loads(store.get(key)) for key in keys]
 

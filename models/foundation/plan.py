@@ -35,14 +35,8 @@ def describe(settings: Settings, ranks: Ranks, pipeline: BasePipeline, collectio
     Raises:
         SettingsError: the settings do not fit the model or its files.
     """
+    blueprint = check_model(settings, pipeline)
     encoders = pipeline.encoders_for(any(collection.has_controls for collection in collections))
-    empty = build_empty(pipeline.build_denoiser)
-    pipeline.set_types(empty)
-    pipeline.open_weights(empty)
-    blueprint = draw_up(pipeline, settings, empty)
-    load_existing_adapter(pipeline, settings, blueprint, layers=[])
-    if settings.sampling.prompts:
-        sample_bucket(pipeline, settings.sampling)
     parameters = list(blueprint.denoiser.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     micro, accumulation = settings.micro_batch_size_per_gpu, settings.gradient_accumulation_steps
@@ -66,6 +60,24 @@ def describe(settings: Settings, ranks: Ranks, pipeline: BasePipeline, collectio
         _cache_size(encoders, collections),
     ]
     return "\n\n".join(sections)
+
+
+def check_model(settings: Settings, pipeline: BasePipeline) -> Blueprint:
+    """The denoiser without weights, adapted and cut as the settings ask, once all of the model's files are seen to fit:
+    hours of encoding are not to end in a mistake that could be told before them.
+
+    Raises:
+        SettingsError: the settings do not fit the model or its files.
+    """
+    pipeline.check()
+    empty = build_empty(pipeline.build_denoiser)
+    pipeline.set_types(empty)
+    pipeline.open_weights(empty)
+    blueprint = draw_up(pipeline, settings, empty)
+    load_existing_adapter(pipeline, settings, blueprint, layers=[])
+    if settings.sampling.prompts:
+        sample_bucket(pipeline, settings.sampling)
+    return blueprint
 
 
 def _cache_size(encoders: Sequence[Encoder], collections: Sequence[Collection]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -141,7 +142,7 @@ class TrainingBatches(Generic[Prepared]):
 
 class EvaluationBatches:
     """A data rank's share of all samples, each of them once over all ranks, always in the same order. The
-    last batch of a bucket may be smaller, and ranks may differ by one batch."""
+    last batch of a bucket may be smaller, and ranks may differ by one batch: `rounds` is the most that one has."""
 
     def __init__(
         self,
@@ -156,6 +157,7 @@ class EvaluationBatches:
             for group in by_bucket(samples).values()
             for start in range(0, len(group), micro_batch)
         ]
+        self.rounds = math.ceil(len(batches) / data_ranks)
         self._batches = batches[data_rank::data_ranks]
         self._reader = reader
 

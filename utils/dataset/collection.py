@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,12 +47,14 @@ def collect(
     *,
     trust: bool = False,
     progress: bool = False,
+    heed: Callable[[], None] = lambda: None,
 ) -> list[Collection]:
     """The samples of every source.
 
     Args:
         index_path: where the identities of files are remembered.
         trust: take remembered files as unchanged without looking at them.
+        heed: called now and then; what it raises ends the search.
 
     Raises:
         SettingsError: with everything that is wrong with the data.
@@ -60,7 +62,7 @@ def collect(
     problems: list[Problem] = []
     collections = []
     for source in sources:
-        manifest = scan(source.settings, index_path, str(source.file), trust=trust, progress=progress)
+        manifest = scan(source.settings, index_path, str(source.file), trust=trust, progress=progress, heed=heed)
         problems += manifest.problems
         for warning in manifest.warnings:
             logger.warning("%s", warning)
@@ -76,7 +78,13 @@ def collect(
 
 
 def collect_together(
-    ranks: Ranks, sources: Sequence[Source], facts: MediaFacts, index_path: Path, *, trust: bool = False
+    ranks: Ranks,
+    sources: Sequence[Source],
+    facts: MediaFacts,
+    index_path: Path,
+    *,
+    trust: bool = False,
+    heed: Callable[[], None] = lambda: None,
 ) -> list[Collection]:
     """`collect` on all ranks: the main rank reads the files, the others what it remembered of them.
 
@@ -86,10 +94,10 @@ def collect_together(
     collections, problems = None, []
     if ranks.is_main:
         try:
-            collections = collect(sources, facts, index_path, trust=trust, progress=True)
+            collections = collect(sources, facts, index_path, trust=trust, progress=True, heed=heed)
         except SettingsError as error:
             problems = [[problem.file, problem.where, problem.message] for problem in error.problems]
-    shared = share(ranks, "collection", problems)[0]
+    shared = share(ranks, "collection", problems, heed=heed)[0]
     if shared:
         raise SettingsError(Problem(*problem) for problem in shared)
     return collections if collections is not None else collect(sources, facts, index_path, trust=trust)

@@ -97,6 +97,7 @@ def fill(
     *,
     regenerate: bool = False,
     tag: str = "cache",
+    heed: Callable[[], None] = lambda: None,
 ) -> list[CacheReport]:
     """Encodes what the cache lacks, one encoder after the other, the work shared by all ranks; waits for all
     of them.
@@ -107,11 +108,13 @@ def fill(
     Args:
         regenerate: encode everything anew.
         tag: new at each call of a run, the same on all ranks.
+        heed: called between two batches; what it raises ends the work, with all that is encoded kept.
     """
     reports = []
     for encoder in encoders:
-        own = _fill_one(encoder, samples, cache_dir, ranks, batch_size, device, regenerate)
-        report = _total([_report(**data) for data in share(ranks, f"{tag}/{encoder.name}", asdict(own))])
+        own = _fill_one(encoder, samples, cache_dir, ranks, batch_size, device, regenerate, heed)
+        shared = share(ranks, f"{tag}/{encoder.name}", asdict(own), heed=heed)
+        report = _total([_report(**data) for data in shared])
         if ranks.is_main:
             counts = f"reused={report.reused} encoded={report.encoded} failed={report.failed}"
             logger.info("%s %s: wanted=%d %s", tag, encoder.name, report.wanted, counts)
@@ -127,6 +130,7 @@ def _fill_one(
     batch_size: int,
     device: torch.device,
     regenerate: bool,
+    heed: Callable[[], None],
 ) -> CacheReport:
     """This rank's share of one encoder's work."""
     wanted = {item_key(encoder, sample): sample for sample in samples}
@@ -142,7 +146,8 @@ def _fill_one(
         if missing:
             encoder.load(device)
             try:
-                failures = _encode({key: wanted[key] for key in missing}, encoder, store, batch_size, ranks.is_main)
+                items = {key: wanted[key] for key in missing}
+                failures = _encode(items, encoder, store, batch_size, ranks.is_main, heed)
             finally:
                 encoder.unload()
                 if device.type == "cuda":
@@ -153,7 +158,12 @@ def _fill_one(
 
 
 def _encode(
-    items: dict[str, Sample], encoder: Encoder, store: TensorStore, batch_size: int, progress: bool
+    items: dict[str, Sample],
+    encoder: Encoder,
+    store: TensorStore,
+    batch_size: int,
+    progress: bool,
+    heed: Callable[[], None],
 ) -> list[Failure]:
     """Encodes the items into the store; returns what could not be decoded."""
     failures = []
@@ -173,6 +183,7 @@ def _encode(
             if inputs:
                 _encode_batch(inputs, encoder, store)
             bar.update(len(batch))
+            heed()
     return failures
 
 

@@ -10,7 +10,7 @@ import hashlib
 import os
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -100,7 +100,13 @@ class _Folder:
 
 
 def scan(
-    dataset: DatasetSettings, index_path: Path, file: str, *, trust: bool = False, progress: bool = False
+    dataset: DatasetSettings,
+    index_path: Path,
+    file: str,
+    *,
+    trust: bool = False,
+    progress: bool = False,
+    heed: Callable[[], None] = lambda: None,
 ) -> Manifest:
     """Every image of the dataset's directories (their subfolders are not searched).
 
@@ -112,13 +118,14 @@ def scan(
         file: the dataset's settings file, to be named in problems.
         trust: take remembered files as unchanged without looking.
         progress: show a progress bar.
+        heed: called between two files; what it raises ends the scan, with what was found remembered.
     """
     findings, warnings = _Findings(file), []
     folders = [_list_folder(dataset.resolved(entry), findings, warnings) for entry in dataset.directory]
     paths = list(dict.fromkeys(path for folder in folders for path in [*folder.images, *folder.controls.values()]))
     captions = list(dict.fromkeys(path for folder in folders for path in folder.captions.values()))
     with ThreadPoolExecutor(READERS) as pool:
-        media = _identify_all(paths, index_path, trust, pool, progress)
+        media = _identify_all(paths, index_path, trust, pool, progress, heed)
         texts = dict(zip(captions, pool.map(_read_caption, captions), strict=True))
     rows = [row for index, folder in enumerate(folders) for row in _rows(index, folder, media, texts, findings)]
     return Manifest(rows, findings.capped(), warnings)
@@ -207,7 +214,12 @@ def _read_caption(path: Path) -> str | MediaError:
 
 
 def _identify_all(
-    paths: list[Path], index_path: Path, trust: bool, pool: ThreadPoolExecutor, progress: bool
+    paths: list[Path],
+    index_path: Path,
+    trust: bool,
+    pool: ThreadPoolExecutor,
+    progress: bool,
+    heed: Callable[[], None],
 ) -> dict[Path, MediaFile | MediaError]:
     with _index(index_path) as index:
         known = {record[0]: _Record(*record) for record in index.execute("SELECT * FROM media")}
@@ -218,6 +230,7 @@ def _identify_all(
                 for record in found:
                     records.append(record)
                     bar.update()
+                    heed()
         finally:
             # Also of a scan that is interrupted: hours of hashing are kept.
             identified = [record for record in records if isinstance(record, _Record)]

@@ -60,9 +60,11 @@ class Duty:
         cadence: when.
         before_first_step: also before training.
         at_end: also after the last step.
+        interruptible: left out, or left half done, when the run is asked to stop.
     """
 
     perform: Callable[[Progress, bool], None]
     cadence: Cadence
     before_first_step: bool = False
     at_end: bool = False
+    interruptible: bool = True

@@ -6,6 +6,7 @@ differ by the weights alone, at any number of stages and data ranks.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -21,16 +22,22 @@ Prepare = Callable[[FeatureBatch, str, float], MicroBatch]
 
 
 def evaluate(
-    engine: Engine, ranks: Ranks, sets: Mapping[str, EvaluationBatches], prepare: Prepare, tag: str
+    engine: Engine,
+    ranks: Ranks,
+    sets: Mapping[str, EvaluationBatches],
+    prepare: Prepare,
+    tag: str,
+    heed: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Mean losses, "<set>/loss_quantile_0.10" ... and "<set>/loss", the same on every rank.
 
     Args:
         tag: tells this evaluation from the others of the run.
+        heed: called by all ranks now and then, as often by each; what it raises ends the evaluation.
     """
     results: dict[str, float] = {}
     for name, batches in sets.items():
-        losses_QN = _losses(engine, ranks, batches, prepare, name)
+        losses_QN = _losses(engine, ranks, batches, prepare, name, heed)
         own = [losses_QN.sum(1).tolist(), losses_QN.shape[1]]
         # The stages of a pipeline hold the same losses: those of the first stage stand for all.
         pipelines = together.share(ranks, f"evaluation/{tag}/{name}", own)[: ranks.data_ranks]
@@ -41,13 +48,26 @@ def evaluate(
     return results
 
 
-def _losses(engine: Engine, ranks: Ranks, batches: EvaluationBatches, prepare: Prepare, name: str) -> torch.Tensor:
+def _losses(
+    engine: Engine,
+    ranks: Ranks,
+    batches: EvaluationBatches,
+    prepare: Prepare,
+    name: str,
+    heed: Callable[[], None],
+) -> torch.Tensor:
     """The losses (quantiles, samples) of this data rank, in float64; each batch is read once."""
-    if not len(batches):
+    reads = ranks.is_first_stage or ranks.is_last_stage
+    prepared = (prepare(batch, name, quantile) for batch in batches for quantile in QUANTILES) if reads else None
+    losses: list[torch.Tensor] = []
+    # A deep pipeline is filled and emptied at every turn: the more stages, the longer its turns.
+    batches_a_turn = max(1, ranks.stages // 2)
+    for start in range(0, batches.rounds, batches_a_turn):
+        heed()
+        count = len(range(start, len(batches))[:batches_a_turn]) * len(QUANTILES)
+        if count:
+            losses += engine.evaluate(prepared and itertools.islice(prepared, count), count)
+    if not losses:
         return torch.zeros(len(QUANTILES), 0, dtype=torch.float64)
-    prepared = None
-    if ranks.is_first_stage or ranks.is_last_stage:
-        prepared = (prepare(batch, name, quantile) for batch in batches for quantile in QUANTILES)
-    losses = engine.evaluate(prepared, len(batches) * len(QUANTILES))
     by_quantile = [torch.cat(losses[index :: len(QUANTILES)]) for index in range(len(QUANTILES))]
     return torch.stack(by_quantile).double().cpu()

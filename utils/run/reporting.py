@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -14,7 +15,8 @@ from datetime import timedelta
 from tqdm import tqdm
 
 from utils.progress_bar import progress_bar
-from utils.ranks import Ranks, leave_together
+from utils.ranks import LaunchError, Ranks, leave_together
+from utils.settings.errors import SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ QUIET_LIBRARIES = {
     "PIL": logging.INFO,
 }
 SECONDS_FOR_MAIN_RANK = 3.0
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Once(logging.Filter):
@@ -68,6 +71,11 @@ class _AboveProgressBar(logging.StreamHandler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+def is_users(error: Exception) -> bool:
+    """Whether this is a mistake of the user's, or of their machine, that its text explains: a traceback would not."""
+    return isinstance(error, SettingsError | LaunchError) or (isinstance(error, OSError) and error.errno in FULL)
+
+
 def report_user_error(error: Exception, ranks: Ranks) -> None:
     """Shows a mistake of the user's, once, and lets the ranks leave together.
 
@@ -81,6 +89,12 @@ def report_user_error(error: Exception, ranks: Ranks) -> None:
 
 
 def _tell(error: Exception) -> None:
+    if isinstance(error, OSError):
+        error = SettingsError.of(
+            f"{error.strerror}: nothing more can be written here. Make room and start again (a run with "
+            "--resume_from_checkpoint); what was cached and saved before stays",
+            str(error.filename or "the disk of output_dir, cache_dir or of temporary files"),
+        )
     sys.stderr.write(f"\nerror: {error}\n")
     sys.stderr.flush()
 

@@ -61,12 +61,21 @@ def sample(
     folder: Path,
     metrics: Metrics,
     step: int,
+    heed: Callable[[], None] = lambda: None,
 ) -> None:
-    """Draws every prompt into `folder/samples/step000100/00_<prompt>.png`, the data ranks sharing the prompts."""
+    """Draws every prompt into `folder/samples/step000100/00_<prompt>.png`, the data ranks sharing the prompts.
+
+    `heed` is called by all ranks before each of their prompts, as often by each; what it raises ends the drawing.
+    """
     place = folder / "samples" / f"step{step:06d}"
     place.mkdir(parents=True, exist_ok=True)
     own = range(ranks.data_rank, len(settings.prompts), ranks.data_ranks)
-    latents = [denoise(engine, ranks, model, settings, settings.prompts[index], index) for index in own]
+    latents = []
+    for first in range(0, len(settings.prompts), ranks.data_ranks):
+        heed()
+        index = first + ranks.data_rank
+        if index in own:
+            latents.append(denoise(engine, ranks, model, settings, settings.prompts[index], index))
     if ranks.is_first_stage:
         for index, pixels_CFHW in zip(own, model.decode(latents), strict=True):
             tensor_to_image(pixels_CFHW).save(place / file_name(index, settings.prompts[index]))

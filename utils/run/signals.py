@@ -1,17 +1,25 @@
-"""Requests to stop: Ctrl-C, SIGTERM, the launcher's death. They are heard at once and obeyed between two steps."""
+"""Requests to stop: Ctrl-C, SIGTERM, the launcher's death. They are heard at once and obeyed where nothing is lost."""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
 from pathlib import Path
 from types import FrameType
 
+logger = logging.getLogger(__name__)
+
 SECONDS_OF_REPEATS = 3.0
 """DeepSpeed's launcher passes on a signal that the whole process group got already: the same wish, heard twice."""
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-LAUNCHER = b"deepspeed.launcher.launch"
+DEEPSPEED_LAUNCHER = b"deepspeed.launcher.launch"
+LAUNCHERS = (DEEPSPEED_LAUNCHER, b"torchrun", b"torch.distributed.run", b"torch.distributed.launch")
+
+
+class StopRequested(Exception):
+    """The work in hand ends here, since the run was asked to stop."""
 
 
 class StopRequests:
@@ -19,8 +27,8 @@ class StopRequests:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._launcher = os.getppid() if LAUNCHER in _command_of(os.getppid()) else None
-        self._launcher_parent = _parent_of(self._launcher) if self._launcher else None
+        self._told = False
+        self._ancestors = _launchers()
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequests:
@@ -44,10 +52,33 @@ class StopRequests:
         return 128 + (self.received or signal.SIGTERM)
 
     def pending(self) -> bool:
-        """Whether this process was asked to stop, or the `deepspeed` command that started its launcher is gone: a
-        terminated `deepspeed` leaves launcher and processes behind, and they would train on unseen."""
-        orphaned = self._launcher is not None and _parent_of(self._launcher) != self._launcher_parent
-        return self.received is not None or orphaned
+        """Whether this process was asked to stop, or was left alone by the launcher that watches over it: a
+        terminated `deepspeed` leaves its processes behind, a killed `torchrun` too, and they would train on unseen."""
+        pending = self.received is not None or _launchers() != self._ancestors
+        if pending and not self._told:
+            # Not in the handler: it may have interrupted the logging of something else.
+            self._told = True
+            logger.warning("asked to stop: ending as soon as nothing is lost by it; once more ends at once")
+        return pending
+
+    def heed(self) -> None:
+        """Ends what this process is doing, if it was asked to stop.
+
+        Raises:
+            StopRequested: it was.
+        """
+        if self.pending():
+            raise StopRequested
+
+
+def _launchers() -> list[int | None]:
+    """The processes that must live on while this one does: the launcher that started it, and the `deepspeed` command
+    that started its launcher. A shell is none of them: it may be left."""
+    launcher = os.getppid()
+    command = _command_of(launcher)
+    if DEEPSPEED_LAUNCHER in command:
+        return [launcher, _parent_of(launcher)]
+    return [launcher] if any(name in command for name in LAUNCHERS) else []
 
 
 def _parent_of(process: int) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf, isfinite
 from pathlib import Path
@@ -22,6 +22,7 @@ from utils.run import checkpoint
 from utils.run.cadence import Cadence, Duty
 from utils.run.metrics import Metrics
 from utils.run.progress import Progress
+from utils.run.signals import StopRequested, StopRequests
 from utils.settings.errors import SettingsError
 from utils.settings.schema import Settings
 
@@ -35,6 +36,7 @@ class Trainer:
     Attributes:
         parameters: the trainable ones of this stage, by name.
         progress: moves with every step.
+        stop: whether this process was asked to stop; the ranks agree on it among themselves.
         duties: what is done between two steps, in this order.
     """
 
@@ -47,6 +49,7 @@ class Trainer:
     progress: Progress
     folder: Path
     metrics: Metrics
+    stop: StopRequests
     duties: list[Duty] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -111,25 +114,45 @@ class Trainer:
         """Whether the step that led to `done` was its epoch's last."""
         return done.step_in_epoch == self.batches.steps_per_epoch
 
-    def begin(self) -> None:
-        """What is due before the first step of a run."""
-        for duty in self.duties:
-            if duty.before_first_step:
-                duty.perform(self.progress, False)
+    def begin(self) -> bool:
+        """Does what is due before the first step of a run. Returns whether all ranks are to stop here."""
+        due = [duty for duty in self.duties if duty.before_first_step] if self.progress.step == 0 else []
+        return self._perform(due, self.progress, False)
 
-    def advance(self, done: Progress, stop_requested: bool) -> bool:
+    def advance(self, done: Progress) -> bool:
         """Does what is due after the step that led to `done`. Returns whether all ranks are to stop here."""
         before, ended, last = self.progress, self.ends_epoch(done), done.step == self.last_step
-        for duty in self.duties:
-            if duty.cadence.due(before, done, ended) or (last and duty.at_end):
-                duty.perform(done, ended)
+        due = [duty for duty in self.duties if duty.cadence.due(before, done, ended) or (last and duty.at_end)]
+        stopping = self._perform(due, done, ended)
         self.progress = done.next_epoch() if ended else done
-        # A signal reaches one process, and clocks differ: the ranks agree, since saving takes all of them.
-        stopping, overdue = any_rank([stop_requested, self.ranks.is_main and self.checkpoints.overdue()])
+        # Clocks differ: the main rank's decides, since saving takes all of them.
+        (overdue,) = any_rank([self.ranks.is_main and self.checkpoints.overdue()])
         at_end = last and self.checkpoints.ever
         if stopping or overdue or at_end or self.checkpoints.due(before, done, ended):
             self.save_checkpoint()
         return stopping and not last
+
+    def heed(self) -> None:
+        """Ends what all ranks are doing, if one was asked to stop: a signal may reach one process alone.
+
+        Raises:
+            StopRequested: on every rank.
+        """
+        (stopping,) = any_rank([self.stop.pending()])
+        if stopping:
+            raise StopRequested
+
+    def _perform(self, due: Sequence[Duty], progress: Progress, epoch_ended: bool) -> bool:
+        """Does the duties, but for those that a stop interrupts. Returns whether there is one."""
+        stopping = False
+        for duty in due:
+            if stopping and duty.interruptible:
+                continue
+            try:
+                duty.perform(progress, epoch_ended)
+            except StopRequested:
+                stopping = True
+        return stopping or any_rank([self.stop.pending()])[0]
 
     def close(self, batches: Iterator[Any]) -> None:
         """Ends the thread that reads ahead, and closes the metrics."""
