@@ -383,9 +383,11 @@ def train(trainer: Trainer) -> bool:
         stopped = trainer.advance(done)
     report.close()
     trainer.close(batches)
-    if stopped and trainer.progress.step > first:
+    if stopped and trainer.progress.step == first:
+        logger.warning("stopped before a step was made; what is cached stays cached")
+    elif stopped:
         logger.warning("stopped; --resume_from_checkpoint %s goes on from here", trainer.folder)
-    elif not stopped and first == last:
+    elif first == last:
         logger.warning(
             "nothing is left to train: %d epochs are done; set epochs or max_steps higher", trainer.progress.epoch
         )

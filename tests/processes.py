@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -69,9 +70,9 @@ def _run(job: Callable[..., Any], rank: int, world_size: int, port: int, results
         results.put((rank, None, traceback.format_exc()))
 
 
-def run_command(words: list[str], world_size: int, log: Path) -> list[int]:
+def run_command(words: list[str], world_size: int, log: Path, stop_after: str | None = None) -> list[int]:
     """`train.py` with these words on `world_size` processes; the exit codes, in the order of the ranks. What they print
-    goes to `log`."""
+    goes to `log`; once it has the text `stop_after`, the last process is sent SIGTERM."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     port = _free_port()
@@ -80,6 +81,12 @@ def run_command(words: list[str], world_size: int, log: Path) -> list[int]:
     ]
     for process in processes:
         process.start()
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while stop_after and time.monotonic() < deadline:
+        if log.exists() and stop_after in log.read_text():
+            processes[-1].terminate()
+            stop_after = None
+        time.sleep(0.005)
     for process in processes:
         process.join(timeout=TIMEOUT.total_seconds())
         process.kill()

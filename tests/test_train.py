@@ -76,10 +76,10 @@ def config_writer(tmp_path: Path, pictures: Path) -> Callable[..., Path]:
     return write
 
 
-def launch(config: Path, *words: str, processes: int = 1) -> tuple[list[int], str]:
+def launch(config: Path, *words: str, processes: int = 1, stop_after: str | None = None) -> tuple[list[int], str]:
     log = config.parent / "log.txt"
     log.unlink(missing_ok=True)
-    codes = run_command(["--config", str(config), *words], processes, log)
+    codes = run_command(["--config", str(config), *words], processes, log, stop_after)
     return codes, log.read_text()
 
 
@@ -228,6 +228,35 @@ def test_a_checkpoint_loads_on_another_layout(write_config: Callable[..., Path])
     assert codes == [0], log
     again = newest_export(run)
     assert all(torch.allclose(again[name], weights[name], atol=1e-4) for name in weights)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_step(write_config: Callable[..., Path]) -> None:
+    config = write_config(pipeline_stages=2, max_steps=500)
+    codes, log = launch(config, processes=2, stop_after="step 2/500")
+    assert codes == [143, 143], log
+    run = only_run(config)
+    done = int((run / "latest").read_text().removeprefix("global_step"))
+    assert 2 <= done < 500
+    assert max(metrics(run, "train/loss")) == done
+
+
+def test_a_stop_before_the_first_step_keeps_what_is_cached(write_config: Callable[..., Path]) -> None:
+    config = write_config(sampling__prompts=["a red picture"], sampling__sample_every_n_steps=1, max_steps=500)
+    codes, log = launch(config, stop_after="cache vae: wanted=7")
+    assert codes == [143], log
+    assert "Traceback" not in log
+    codes, log = launch(config, "--cache_only")
+    assert codes == [0] and "cache vae: wanted=7 reused=7 encoded=0" in log
+
+
+def test_a_stop_leaves_an_evaluation_half_done(write_config: Callable[..., Path], pictures: Path) -> None:
+    config = write_config(data={"num_repeats": 300})
+    evaluation = config.with_name("evaluation.toml")
+    config.with_name("data.toml").rename(evaluation)
+    config = write_config(pipeline_stages=2, eval_datasets=[{"name": "held", "config": str(evaluation)}])
+    codes, log = launch(config, processes=2, stop_after="ready after")
+    assert codes == [143, 143] and "stopped before a step was made" in log, log
+    assert not metrics(only_run(config), "held/loss")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from utils.dataset.buckets import Bucket, Sample, by_bucket
 from utils.dataset.encoding import Encoder, item_key
 from utils.dataset.ordering import Slot, Step, epoch_order, steps_per_epoch
 from utils.dataset.tensor_store import TensorStore
+from utils.settings.errors import SettingsError
 
 STEPS_AHEAD = 2
 
@@ -51,12 +52,19 @@ class SampleReader:
         """All features of one sample, on the CPU, without a batch dimension.
 
         Raises:
-            KeyError: the cache lacks the sample.
-            CorruptItem: the cache is damaged.
+            SettingsError: the cache lacks the sample, or is damaged.
         """
         features: dict[str, torch.Tensor] = {}
         for encoder, store in self._stores:
-            item = store.get(item_key(encoder, sample))
+            key = item_key(encoder, sample)
+            try:
+                item = store.get(key)
+            except KeyError:
+                raise SettingsError.of(
+                    f"the item {key} is gone from the cache; was the folder cleared during the run? Go on with "
+                    "--resume_from_checkpoint: what is missing is encoded first",
+                    str(store.folder),
+                ) from None
             shared = features.keys() & item.keys()
             assert not shared, f"{encoder.name} and another encoder both yield {shared}"
             features |= item

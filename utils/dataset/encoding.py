@@ -139,9 +139,8 @@ def _fill_one(
     ordered = sorted(wanted, key=lambda key: _shape(encoder, wanted[key]) or ())
     mine = ordered[ranks.rank :: ranks.world_size]
     with TensorStore(cache_dir / encoder.name, f"rank{ranks.rank}") as store:
-        if regenerate:
-            store.delete(mine)
-        missing = store.missing(mine)
+        # What is made anew replaces the old item, which another run may be reading until then.
+        missing = mine if regenerate else store.missing(mine)
         failures: list[Failure] = []
         if missing:
             encoder.load(device)
