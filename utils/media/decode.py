@@ -1,104 +1,133 @@
-"""Media files to tensors, and back.
+"""Media files to tensors.
 
-Shapes: B batch, C channels (RGB), F frames, H height, W width. Pixels are float32 in [-1, 1]; a still image
+What a file is, its bytes say; its suffix only says whether to look at it. Nothing is shared between calls: they may
+run in threads.
+
+Shapes: C channels (RGB), F frames, H height, W width. Pixels are float32 in [-1, 1], masks in [0, 1]; a still image
 has F=1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
-from utils.media.geometry import cover_box
+from utils.media.colour import jittered
+from utils.media.geometry import View
+from utils.media.images import Shown, alpha_of, luminance_of, open_image, probe_image, rgb_of, shown_images
+from utils.media.source import ROUNDING_SECONDS, MediaError, Probe, Source, opened
+from utils.media.video import probe_video, shown_frames
 
-IMAGE_SUFFIXES = frozenset({".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-CLIP_SUFFIXES = frozenset({".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
-
-SIDEWAYS = (5, 6, 7, 8)
-WHITE = (255, 255, 255, 255)
-
-
-class MediaError(ValueError):
-    """A file that cannot be used, and why."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Size of a file's pictures as they are to be looked at, in pixels, and their number."""
-
-    width: int
-    height: int
-    frames: int
+IMAGE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".jfif", ".jp2", ".jpeg", ".jpg", ".png", ".tga", ".tif", ".tiff", ".webp"}
+)
+CLIP_SUFFIXES = frozenset(
+    {".apng", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
+)
 
 
-def probe(path: Path) -> Probe:
-    """What is in the file at `path`, by its header alone.
+class _Channels(NamedTuple):
+    """What of a picture is wanted, as a picture of one or three channels, and the filter to scale it by."""
+
+    of: Callable[[Image.Image], Image.Image]
+    filter: Image.Resampling
+
+
+COLOUR = _Channels(rgb_of, Image.Resampling.LANCZOS)
+# Lanczos would put a brighter and a darker line along the edges of a mask.
+LUMINANCE = _Channels(luminance_of, Image.Resampling.BILINEAR)
+ALPHA = _Channels(alpha_of, Image.Resampling.BILINEAR)
+
+
+def probe(source: Source) -> Probe:
+    """What is in a file. Of a still, the header is read alone; of an animation or a video, all of it.
 
     Raises:
-        MediaError: the header cannot be read.
+        MediaError: there is nothing in it that could be shown, or too many pixels.
     """
-    with _open(path) as image:
-        # Pillow gives the size of a TIFF upright already. A PNG's own `getexif` would decode the whole
-        # picture to find EXIF behind the pixels, where next to no program writes it.
-        upright = image.format == "TIFF"
-        orientation = 1 if upright else Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-        width, height = image.size
-    return Probe(height, width, 1) if orientation in SIDEWAYS else Probe(width, height, 1)
+    with opened(source) as stream:
+        image = open_image(stream)
+        return probe_image(image) if image else probe_video(stream)
 
 
-def load_image(path: Path, width: int, height: int) -> torch.Tensor:
-    """The picture at `path` as `pixels_CFHW`, float32 in [-1, 1], F=1: scaled to cover width x height,
-    cropped to it.
+def load_image(source: Source, view: View) -> torch.Tensor:
+    """The picture, or the first of a clip, as `pixels_CFHW`, float32 in [-1, 1], F=1.
 
     What is transparent becomes white. EXIF orientation is applied.
 
     Raises:
         MediaError: the file cannot be decoded.
     """
-    with _open(path) as image:
-        image = _as_rgb(ImageOps.exif_transpose(image))
-        box = cover_box(*image.size, width, height)
-        image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
-    pixels_HWC = torch.from_numpy(np.array(image))
-    return rearrange(pixels_HWC, "h w c -> c 1 h w").float().div_(127.5).sub_(1)
+    return load_clip(source, view, 0.0, 1, 1.0)
 
 
-def tensor_to_image(pixels_CFHW: torch.Tensor) -> Image.Image:
-    """The first frame of pixels in [-1, 1] as an RGB picture; values outside are clipped."""
-    levels_CHW = pixels_CFHW[:, 0].detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte()
-    return Image.fromarray(rearrange(levels_CHW, "c h w -> h w c").cpu().numpy())
+def load_clip(source: Source, view: View, start_seconds: float, frames: int, rate: float) -> torch.Tensor:
+    """A clip as `pixels_CFHW`, float32 in [-1, 1], F=frames: its frame i is what the file shows `start_seconds` +
+    i / `rate` after its beginning. A still is shown for ever.
+
+    Each frame is brought to its size as it comes; what follows the clip is not decoded.
+
+    Raises:
+        MediaError: the file cannot be decoded, or ends before.
+    """
+    levels_FHWC = _levels(source, view, start_seconds, frames, rate, COLOUR)
+    pixels_CFHW = _tensor(levels_FHWC, view).div_(127.5).sub_(1)
+    return jittered(pixels_CFHW, view.jitter)
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as image:
-            yield image
-    except FileNotFoundError:
-        raise MediaError(f"{path}: there is no such file") from None
-    # Pillow's decoders answer broken bytes with OSError, SyntaxError, ValueError, struct.error, EOFError and
-    # more.
-    except Exception as error:
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else f"{error}".rstrip(".")
-        raise MediaError(f"{path}: cannot be read ({reason or type(error).__name__})") from error
+def load_mask(
+    source: Source, view: View, start_seconds: float = 0.0, frames: int = 1, rate: float = 1.0
+) -> torch.Tensor:
+    """The luminance of a picture or clip as `mask_1FHW`, float32 in [0, 1]; otherwise like `load_clip`, in the colours
+    of the file."""
+    return _tensor(_levels(source, view, start_seconds, frames, rate, LUMINANCE), view).div_(255)
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """`image`, of any mode, as RGB on white."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow's own conversion clips 16-bit grey to 255 instead of scaling it.
-        levels_HW = np.asarray(image).clip(0, 65535) / 257
-        image = Image.fromarray(levels_HW.round().astype(np.uint8))
-    if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, WHITE)
-        image = Image.alpha_composite(canvas, image.convert("RGBA"))
-    return image.convert("RGB")
+def load_alpha(
+    source: Source, view: View, start_seconds: float = 0.0, frames: int = 1, rate: float = 1.0
+) -> torch.Tensor:
+    """How opaque a picture or clip is as `mask_1FHW`, float32 in [0, 1]; 1 where it has no transparency."""
+    return _tensor(_levels(source, view, start_seconds, frames, rate, ALPHA), view).div_(255)
+
+
+def _levels(
+    source: Source, view: View, start_seconds: float, frames: int, rate: float, channels: _Channels
+) -> np.ndarray:
+    """The frames of a clip in their size, not yet mirrored, as `levels_FHWC`, uint8."""
+    assert start_seconds >= 0 and frames > 0 and rate > 0, (start_seconds, frames, rate)
+    levels: list[np.ndarray] = []
+    with opened(source) as stream, closing(_shown(stream, start_seconds)) as shown:
+        end = 0.0
+        for end, picture in shown:
+            fitted = None
+            # Several times or never, if the file has another rate.
+            while len(levels) < frames and start_seconds + len(levels) / rate < end - ROUNDING_SECONDS:
+                fitted = _fit(channels.of(picture()), view, channels.filter) if fitted is None else fitted
+                levels.append(fitted)
+            if len(levels) == frames:
+                return np.stack(levels)
+        wanted = f"wanted are {frames} frames, {rate:g} per second, from {start_seconds:.3f} s on"
+        raise MediaError(f"ends after {end:.3f} s, but {wanted}; use a shorter clip, or replace the file")
+
+
+def _shown(stream: BinaryIO, start_seconds: float) -> Iterator[Shown]:
+    image = open_image(stream)
+    return shown_images(image) if image else shown_frames(stream, start_seconds)
+
+
+def _fit(image: Image.Image, view: View, resample: Image.Resampling) -> np.ndarray:
+    resized = image.resize((view.width, view.height), resample, box=view.box(*image.size))
+    return np.asarray(resized).reshape(view.height, view.width, -1)
+
+
+def _tensor(levels_FHWC: np.ndarray, view: View) -> torch.Tensor:
+    """Levels as float32 of their own range, mirrored if the view is."""
+    levels_CFHW = rearrange(torch.from_numpy(levels_FHWC), "f h w c -> c f h w")
+    mirrored = levels_CFHW.flip(-1) if view.flip else levels_CFHW
+    return mirrored.to(torch.float32, memory_format=torch.contiguous_format)

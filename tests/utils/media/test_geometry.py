@@ -1,10 +1,12 @@
 """Sizes and boxes against numbers worked out by hand, and against what must hold for any."""
 
+import json
 import random
 
 import pytest
 
-from utils.media.geometry import cover_box, round_to_multiple
+from utils.media.colour import Jitter
+from utils.media.geometry import View, cover_box, round_to_multiple
 
 
 @pytest.mark.parametrize(("value", "multiple", "expected"), [(100, 16, 96), (105, 16, 112), (3, 16, 16), (64, 64, 64)])
@@ -27,3 +29,38 @@ def test_cover_box_is_the_largest_centred_box_of_the_shape():
         assert left + right == pytest.approx(width) and top + bottom == pytest.approx(height)
         assert (right - left) / (bottom - top) == pytest.approx(target_width / target_height)
         assert right - left == pytest.approx(width) or bottom - top == pytest.approx(height)
+
+
+def test_a_place_divides_what_is_cut_off():
+    draw = random.Random(0)
+    for _ in range(2000):
+        width, height, target_width, target_height = (draw.randint(1, 5000) for _ in range(4))
+        place = draw.choice([0.0, 1.0, draw.random()]), draw.choice([0.0, 1.0, draw.random()])
+        left, top, right, bottom = cover_box(width, height, target_width, target_height, place)
+        centre = cover_box(width, height, target_width, target_height)
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height
+        assert (right - left, bottom - top) == pytest.approx((centre[2] - centre[0], centre[3] - centre[1]))
+        assert left == pytest.approx(place[0] * (left + width - right), abs=1e-6)
+        assert top == pytest.approx(place[1] * (top + height - bottom), abs=1e-6)
+
+
+def test_identities_are_the_same_for_equal_views_alone():
+    views = [
+        View(64, 48),
+        View(48, 64),
+        View(64, 48, "none"),
+        View(64, 48, (0.5, 0.5)),
+        View(64, 48, (0.25, 1)),
+        View(64, 48, flip=True),
+        View(64, 48, jitter=Jitter(brightness=1.1)),
+        View(64, 48, jitter=Jitter(contrast=1.1)),
+        View(64, 48, jitter=Jitter(saturation=1.1)),
+        View(64, 48, jitter=Jitter(hue=0.1)),
+    ]
+    assert len({json.dumps(view.identity) for view in views}) == len(set(views)) == len(views)
+    assert json.dumps(View(64, 48, (0, 1)).identity) == json.dumps(View(64, 48, (0.0, 1.0)).identity)
+    assert View(64, 48, (0.25, 1)).identity == [64, 48, 0.25, 1.0, 0, 1.0, 1.0, 1.0, 0.0]
+
+
+def test_a_view_without_a_crop_takes_all_of_the_picture():
+    assert View(64, 48, "none").box(100, 30) == (0, 0, 100, 30)

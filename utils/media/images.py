@@ -1,0 +1,120 @@
+"""Pictures and animated pictures, by Pillow.
+
+Shapes: H height, W width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from utils.media.source import MAX_PIXELS, MediaError, Probe, check_pixels
+
+# Other formats of several pictures hold pages, sizes or views of one.
+ANIMATED = frozenset({"AVIF", "GIF", "PNG", "WEBP"})
+UNTIMED_MILLISECONDS = 100
+SIDEWAYS = (5, 6, 7, 8)
+WHITE = (255, 255, 255, 255)
+# What white may be in pictures of more than 8 bits.
+INTEGER_WHITES = (65535,)
+FLOAT_WHITES = (1, 255, 65535)
+
+
+class Shown(NamedTuple):
+    """A frame: until when it is shown, in seconds from the beginning of the file, and how to get it, upright; to be
+    called before the next frame is asked for."""
+
+    end: float
+    picture: Callable[[], Image.Image]
+
+
+def open_image(stream: BinaryIO) -> Image.Image | None:
+    """The picture in `stream`, undecoded; None if it is of no kind that Pillow decodes."""
+    try:
+        image = Image.open(stream)
+    except Image.UnidentifiedImageError:
+        return None
+    except Image.DecompressionBombError as error:
+        reason = str(error).rstrip(".")
+        raise MediaError(f"more than {MAX_PIXELS:,} pixels ({reason}); scale it down or remove it") from error
+    # Of an MPEG video, Pillow reads the size and no more.
+    if image.format == "MPEG":
+        return None
+    check_pixels(*image.size)
+    return image
+
+
+def probe_image(image: Image.Image) -> Probe:
+    """What is in a picture: of a still, the header is read alone; an animation is decoded to know its durations."""
+    # Pillow gives the size of a TIFF upright already. A PNG's own `getexif` would decode the whole picture to find
+    # EXIF behind the pixels, where next to no program writes it.
+    upright = image.format == "TIFF"
+    orientation = 1 if upright else Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    width, height = reversed(image.size) if orientation in SIDEWAYS else image.size
+    if not _animated(image):
+        return Probe(width, height, 1)
+    ends = [shown.end for shown in shown_images(image)]
+    return Probe(width, height, len(ends), len(ends) / ends[-1])
+
+
+def shown_images(image: Image.Image) -> Iterator[Shown]:
+    """The frames of an animation, in turn; a still is shown for ever."""
+    if not _animated(image):
+        yield Shown(math.inf, lambda: ImageOps.exif_transpose(image))
+        return
+    milliseconds = 0.0
+    # An animated PNG may begin with a picture for programs that show stills only.
+    for frame in range(1 if getattr(image, "default_image", False) else 0, image.n_frames):
+        image.seek(frame)
+        # Some formats know a frame's duration only once it is decoded.
+        image.load()
+        # Without a duration, browsers show a frame for a tenth of a second.
+        milliseconds += image.info.get("duration") or UNTIMED_MILLISECONDS
+        yield Shown(milliseconds / 1000, lambda: ImageOps.exif_transpose(image))
+
+
+def rgb_of(image: Image.Image) -> Image.Image:
+    """`image`, of any mode, as RGB on white."""
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        image = _shallow(image)
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, WHITE)
+        image = Image.alpha_composite(canvas, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def luminance_of(image: Image.Image) -> Image.Image:
+    """`image`, of any mode, as 8-bit grey; what is transparent is white."""
+    return rgb_of(image).convert("L")
+
+
+def alpha_of(image: Image.Image) -> Image.Image:
+    """How opaque `image` is, as 8-bit grey: white where it is not transparent."""
+    if not image.has_transparency_data:
+        return Image.new("L", image.size, 255)
+    return image.convert("RGBA").getchannel("A")
+
+
+def _animated(image: Image.Image) -> bool:
+    return image.format in ANIMATED and getattr(image, "is_animated", False)
+
+
+def _shallow(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits, or of floating-point numbers, as 8-bit grey.
+
+    Pillow's own conversion clips at 255. White is 65535 for integers, and for floating-point numbers the first of 1,
+    255 and 65535 that none of them exceeds; values that fit none are scaled by their own range.
+    """
+    values_HW = np.asarray(image, dtype=np.float32)
+    low, high = float(values_HW.min()), float(values_HW.max())
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise MediaError("has pixels that are infinite or no numbers; write it anew without them")
+    whites = FLOAT_WHITES if image.mode == "F" else INTEGER_WHITES
+    fitting = [white for white in whites if low >= 0 and high <= white]
+    black, white = (0, fitting[0]) if fitting else (low, high)
+    levels_HW = (values_HW - black) * (255 / (white - black or 1))
+    return Image.fromarray(levels_HW.round().astype(np.uint8))

@@ -1,0 +1,164 @@
+"""Videos, by FFmpeg through PyAV: decoded frame by frame, so that memory does not grow with their length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from typing import BinaryIO
+
+import av
+import numpy as np
+from av.stream import Disposition
+from av.video.reformatter import Interpolation
+from av.video.stream import VideoStream
+from PIL import Image
+
+from utils.media.images import Shown
+from utils.media.source import ROUNDING_SECONDS, MediaError, Probe, check_pixels
+
+# Containers alone: FFmpeg also takes plain text for a video, and playlists, which open other files.
+CONTAINERS = "asf,avi,flv,matroska,mov,mpeg,mpegts"
+# Where times are right after a seek. Others are decoded from their beginning.
+SEEKABLE = frozenset({"asf", "avi", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "mpegts"})
+UNKNOWN_RATE = 25
+# How far before the wanted frame to look for a keyframe, in turn. The first finds one but where a keyframe is stored
+# before frames that are shown before it, or where a container has no index; the last is the beginning.
+BACK_SECONDS = (0, 2, 16, math.inf)
+# FFmpeg's default takes a shortcut from halved chroma to RGB that darkens by more than one level in 255.
+EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+# The signs of a display matrix (a, b, c, d), where (x, y) is shown at (ax + cy, bx + dy), y pointing down.
+UPRIGHT = {
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
+SIDEWAYS = frozenset(transpose for signs, transpose in UPRIGHT.items() if not signs[0])
+
+
+def probe_video(stream: BinaryIO) -> Probe:
+    """What is in a video. All of it is read, one frame is decoded: as many packets are to be shown as frames would come
+    of decoding all, while the number in a header may be missing, or include what an edit list leaves out."""
+    with _open(stream) as video:
+        first, count, begin, end = None, 0, math.inf, -math.inf
+        for packet in video.container.demux(video):
+            first = first or next(iter(packet.decode()), None)
+            if _is_shown(packet):
+                time = _seconds(packet.dts if packet.pts is None else packet.pts, video)
+                count, begin, end = count + 1, min(begin, time), max(end, time + _period(packet, video))
+        if first is None or not count:
+            raise MediaError("holds no frame that can be decoded; replace or remove it")
+        return Probe(*_upright_size(first, video), count, _rate(count, end - begin, video))
+
+
+def shown_frames(stream: BinaryIO, start_seconds: float) -> Iterator[Shown]:
+    """The frames from the one on that is shown `start_seconds` after the first (or from an earlier one), in turn."""
+    for back in BACK_SECONDS:
+        with _open(stream) as video, closing(_decoded(video, start_seconds - back)) as frames:
+            time, frame = next(frames, (math.inf, None))
+            if time > start_seconds + ROUNDING_SECONDS and start_seconds > back:
+                continue
+            for following, next_frame in frames:
+                yield Shown(following, partial(_picture, frame, video))
+                time, frame = following, next_frame
+            if frame:
+                yield Shown(time + _period(frame, video), partial(_picture, frame, video))
+            return
+
+
+@contextmanager
+def _open(stream: BinaryIO) -> Iterator[VideoStream]:
+    """The first video stream of a file, and its container open as long."""
+    stream.seek(0)
+    try:
+        container = av.open(stream, options={"format_whitelist": CONTAINERS})
+    except av.FFmpegError as error:
+        reason = f"neither a picture nor a video that can be read ({error.strerror}); replace or remove it"
+        raise MediaError(reason) from error
+    with container:
+        # The picture on the cover of a song is a video stream as well.
+        videos = [video for video in container.streams.video if not video.disposition & Disposition.attached_pic]
+        if not videos:
+            raise MediaError("has sound but no video; remove it")
+        check_pixels(videos[0].width, videos[0].height)
+        # Callers read several files at once, in threads of their own. Threads within a file would each hold a frame,
+        # and decode ahead what nobody wants.
+        videos[0].codec_context.thread_count = 1
+        yield videos[0]
+
+
+def _decoded(video: VideoStream, start_seconds: float) -> Iterator[tuple[float, av.VideoFrame]]:
+    """The frames from the keyframe before `start_seconds` on, and when they are shown: in seconds after the first."""
+    if video.container.format.name == "avi" and video.codec_context.has_b_frames:
+        # The times are those of storing, in another order: only the number of frames tells when one is shown.
+        yield from ((index / _nominal_rate(video), frame) for index, frame in enumerate(video.container.decode(video)))
+        return
+    if start_seconds > 0 and video.container.format.name in SEEKABLE:
+        offset = (video.start_time or 0) + int(start_seconds / video.time_base)
+        video.container.seek(offset, stream=video)
+    time = 0.0
+    for frame in video.container.decode(video):
+        time = time if frame.pts is None else _seconds(frame.pts - (video.start_time or 0), video)
+        yield time, frame
+        time += _period(frame, video)
+
+
+def _is_shown(packet: av.Packet) -> bool:
+    # VP8 has frames for reference alone: the fifth bit tells. Other codecs store those along with one that is shown.
+    hidden = packet.size and packet.stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
+    return bool(packet.size and not packet.is_discard and not hidden)
+
+
+def _seconds(ticks: int | None, video: VideoStream) -> float:
+    return float((ticks or 0) * video.time_base)
+
+
+def _nominal_rate(video: VideoStream) -> float:
+    return float(video.average_rate or video.guessed_rate or UNKNOWN_RATE)
+
+
+def _period(timed: av.Packet | av.VideoFrame, video: VideoStream) -> float:
+    return _seconds(timed.duration, video) or 1 / _nominal_rate(video)
+
+
+def _rate(frames: int, seconds: float, video: VideoStream) -> float:
+    """Frames per second: what the container says, unless rounding does not account for the difference."""
+    nominal = _nominal_rate(video)
+    return nominal if abs(frames / nominal - seconds) <= 2 * ROUNDING_SECONDS else frames / seconds
+
+
+def _picture(frame: av.VideoFrame, video: VideoStream) -> Image.Image:
+    """The frame as it is to be looked at."""
+    transparent = any(component.is_alpha for component in frame.format.components)
+    width, height = _square_size(frame, video)
+    levels_HWC = frame.to_ndarray(
+        format="rgba" if transparent else "rgb24", width=width, height=height, interpolation=EXACT, threads=1
+    )
+    transpose = _transpose(frame)
+    image = Image.fromarray(levels_HWC)
+    return image if transpose is None else image.transpose(transpose)
+
+
+def _square_size(frame: av.VideoFrame, video: VideoStream) -> tuple[int, int]:
+    """Width and height in square pixels, before the frame is turned upright."""
+    width = max(1, round(frame.width * (video.sample_aspect_ratio or 1)))
+    check_pixels(width, frame.height)
+    return width, frame.height
+
+
+def _upright_size(frame: av.VideoFrame, video: VideoStream) -> tuple[int, int]:
+    width, height = _square_size(frame, video)
+    return (height, width) if _transpose(frame) in SIDEWAYS else (width, height)
+
+
+def _transpose(frame: av.VideoFrame) -> Image.Transpose | None:
+    """What turns the frame upright; nothing for matrices that turn by other than right angles."""
+    if "DISPLAYMATRIX" not in frame.side_data:
+        return None
+    matrix = np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32)
+    return UPRIGHT.get(tuple(int(sign) for sign in np.sign(matrix[[0, 1, 3, 4]])))
