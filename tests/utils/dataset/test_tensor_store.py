@@ -1,37 +1,21 @@
 """What is put comes back, also from several processes, and whatever is killed or damaged."""
 
-import multiprocessing
 import os
 import random
-import signal
+import re
 import sqlite3
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load
 
-from utils.dataset.tensor_store import DTYPES, CorruptItem, TensorStore
-
-
-def item(seed, size=64):
-    return {
-        "x_LD": torch.randn(size, 4, generator=torch.Generator().manual_seed(seed)),
-        "n": torch.tensor(seed),
-    }
-
-
-def assert_items(store, seeds):
-    for seed in seeds:
-        found, expected = store.get(str(seed)), item(seed)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def shards(folder):
-    return sorted(path.name for path in folder.glob("*.shard"))
+from tests.utils.dataset.stored import assert_items, item, shards
+from utils.dataset.item_format import DTYPES
+from utils.dataset.shards import GATHERED_BYTES, SHARDS_KEPT_OPEN
+from utils.dataset.store_index import on_network
+from utils.dataset.tensor_store import CorruptItem, TensorStore
 
 
 def test_items_come_back(tmp_path):
@@ -83,19 +67,41 @@ def test_types_of_all_widths_in_one_item(tmp_path):
     assert all(torch.equal(found[name].float(), torch.ones(3)) for name in tensors)
 
 
+def test_items_smaller_and_larger_than_what_is_gathered(tmp_path):
+    sizes = {0: 10, 1: 30_000, 2: 100_000, 3: 300_000, 4: 10, 5: 131_060, 6: 200_000, 7: 131_064, 8: 10}
+    with TensorStore(tmp_path, "a") as store:
+        for seed, size in sizes.items():
+            store.put(str(seed), item(seed, size))
+        for seed, size in sizes.items():
+            assert_items(store, [seed], size)
+        assert store.stats().unreferenced_bytes == 0
+
+
+def test_an_item_of_many_tensors(tmp_path):
+    tensors = {str(number): torch.full((2,), number) for number in range(1500)}
+    large = {"large": torch.zeros(GATHERED_BYTES + 1, dtype=torch.uint8), **tensors}
+    with TensorStore(tmp_path, "a") as store:
+        store.put("small", tensors)
+        store.put("large", large)
+        for key, expected in {"small": tensors, "large": large}.items():
+            found = store.get(key)
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_views_are_stored_as_what_they_show(tmp_path):
     whole_BD = torch.arange(1000.0).view(10, 100)
     with TensorStore(tmp_path, "a") as store:
         store.put("key", {"row": whole_BD[3], "column": whole_BD[:, 3], "again": whole_BD[3]})
         found = store.get("key")
     assert torch.equal(found["row"], whole_BD[3]) and torch.equal(found["column"], whole_BD[:, 3])
-    assert (tmp_path / "a-0.shard").stat().st_size < 2000
+    assert shards(tmp_path)[0].stat().st_size < 2000
 
 
 def test_a_shard_holds_plain_safetensors(tmp_path):
     with TensorStore(tmp_path, "a") as store:
         store.put("7", item(7))
-    found = load((tmp_path / "a-0.shard").read_bytes())
+    found = load(shards(tmp_path)[0].read_bytes())
     assert torch.equal(found["x_LD"], item(7)["x_LD"])
 
 
@@ -129,7 +135,7 @@ def test_a_full_shard_is_followed_by_another(tmp_path):
         for seed in range(9):
             store.put(str(seed), item(seed))
         assert_items(store, range(9))
-    assert shards(tmp_path) == ["a-0.shard", "a-1.shard", "a-2.shard"]
+    assert len(shards(tmp_path)) == 3
 
 
 def test_a_writer_never_appends_to_what_it_finds(tmp_path):
@@ -141,7 +147,7 @@ def test_a_writer_never_appends_to_what_it_finds(tmp_path):
         for seed in range(6):
             (first, second)[seed % 2].put(str(seed), item(seed))
         assert_items(first, range(6))
-    assert shards(tmp_path) == ["a-0.shard", "a-1.shard"]
+    assert len(shards(tmp_path)) == 2
 
 
 def test_putting_again_replaces(tmp_path):
@@ -153,14 +159,26 @@ def test_putting_again_replaces(tmp_path):
         assert len(store) == 1
 
 
-def test_delete_frees_shards_that_nothing_else_is_in(tmp_path):
-    with TensorStore(tmp_path, "a", shard_bytes=1, flush_bytes=1) as store:
+def test_what_is_deleted_is_missing(tmp_path):
+    with TensorStore(tmp_path, "a", flush_bytes=1) as store:
         for seed in range(3):
             store.put(str(seed), item(seed))
+        store.get("0")
         store.delete(["0", "2", "unknown"])
-        assert shards(tmp_path) == ["a-1.shard"] and store.missing(["0", "1", "2"]) == ["0", "2"]
+        assert store.keys() == ["1"] and store.missing(["0", "1", "2"]) == ["0", "2"]
+        with pytest.raises(KeyError):
+            store.get("0")
         store.put("2", item(2))
         assert_items(store, [1, 2])
+
+
+def test_what_is_deleted_before_it_was_written_is_never_written(tmp_path):
+    with TensorStore(tmp_path, "a") as store:
+        store.put("0", item(0))
+        store.put("1", item(1))
+        store.delete(["0"])
+        store.flush()
+        assert store.keys() == ["1"]
 
 
 def test_more_keys_than_one_statement_takes(tmp_path):
@@ -182,26 +200,64 @@ def damage(path, change):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda content: content.__setitem__(700, content[700] ^ 1),
-        lambda content: content.__delitem__(slice(900, None)),
+        lambda content: content.__setitem__(-700, content[-700] ^ 1),
+        lambda content: content.__delitem__(slice(-100, None)),
     ],
     ids=["flipped bit", "cut short"],
 )
-def test_damage_is_named(tmp_path, change):
+def test_damage_is_named_found_and_mended(tmp_path, change):
     with TensorStore(tmp_path, "a") as store:
-        store.put("1", item(1))
-    damage(tmp_path / "a-0.shard", change)
-    with TensorStore(tmp_path) as store, pytest.raises(CorruptItem, match=r"a-0.shard\s+the item 1 at byte 0"):
-        store.get("1")
+        for seed in range(3):
+            store.put(str(seed), item(seed))
+    (shard,) = shards(tmp_path)
+    damage(shard, change)
+    with TensorStore(tmp_path, "a") as store:
+        offset = 2 * shard.stat().st_size // 3 // 8 * 8
+        with pytest.raises(CorruptItem, match=rf"{re.escape(str(shard))}\s+the item 2 at byte (\d+) ") as caught:
+            store.get("2")
+        assert abs(int(re.search(r"byte (\d+)", str(caught.value))[1]) - offset) < 100
+        assert_items(store, [0, 1])
+        assert store.verify(["0", "1", "2", "unknown"]) == [caught.value.key] == ["2"]
+        store.delete([caught.value.key])
+        assert store.missing(["0", "1", "2"]) == ["2"]
+        store.put("2", item(2))
+        assert_items(store, range(3))
+        assert store.verify(store.keys()) == []
+
+
+def test_a_shard_cut_short_after_it_was_read(tmp_path):
+    with TensorStore(tmp_path, "a") as store:
+        for seed in range(2):
+            store.put(str(seed), item(seed))
+        assert_items(store, range(2))
+        (shard,) = shards(tmp_path)
+        damage(shard, lambda content: content.__delitem__(slice(-100, None)))
+        assert_items(store, [0])
+        with pytest.raises(CorruptItem):
+            store.get("1")
 
 
 def test_a_lost_shard_is_named(tmp_path):
     with TensorStore(tmp_path, "a") as store:
         store.put("1", item(1))
         store.flush()
-        (tmp_path / "a-0.shard").unlink()
-        with pytest.raises(CorruptItem, match="a-0.shard"):
+        (shard,) = shards(tmp_path)
+        shard.unlink()
+        with pytest.raises(CorruptItem, match=shard.name):
             store.get("1")
+        assert store.verify(["1"]) == ["1"]
+
+
+def test_more_shards_than_are_kept_open(tmp_path):
+    with TensorStore(tmp_path, "a", shard_bytes=1) as store:
+        for seed in range(200):
+            store.put(str(seed), item(seed, size=1))
+            store.flush()
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(2):
+            for seed in range(200):
+                assert store.get(str(seed))["n"] == seed
+        assert len(os.listdir("/proc/self/fd")) <= before + SHARDS_KEPT_OPEN
 
 
 def test_threads_read_together(tmp_path):
@@ -225,44 +281,15 @@ def test_threads_read_together(tmp_path):
         assert not failures
 
 
-def write(folder, name, seeds, last):
-    """A process that writes, and tells which item it wrote last."""
-    with TensorStore(folder, name, flush_bytes=3000) as store:
-        for seed in seeds:
-            store.put(str(seed), item(seed))
-            last.value = seed
-
-
-def test_processes_write_at_once_and_a_killed_one_leaves_a_sound_store(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    marks = [context.Value("q", -1) for _ in range(3)]
-    work = [("a", range(200)), ("b", range(200, 400)), ("killed", range(1000, 1_000_000))]
-    processes = [
-        context.Process(target=write, args=(tmp_path, name, seeds, mark))
-        for (name, seeds), mark in zip(work, marks, strict=True)
-    ]
-    for process in processes:
-        process.start()
-    while marks[2].value < 1100:
-        assert processes[2].is_alive()
-        time.sleep(0.01)
-    os.kill(processes[2].pid, signal.SIGKILL)
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, -signal.SIGKILL]
-    with TensorStore(tmp_path, "killed") as store:
-        seeds = range(1000, marks[2].value + 2)
-        lost = {int(key) for key in store.missing(map(str, seeds))}
-        survivors = [seed for seed in seeds if seed not in lost]
-        assert len(survivors) >= 90 and survivors == list(range(1000, 1000 + len(survivors)))
-        assert_items(store, [*range(400), *survivors])
-        store.put("1", item(1))
-        assert_items(store, [1])
-        assert len(store) == 400 + len(survivors)
-
-
 def test_the_index_keeps_a_write_ahead_log(tmp_path: Path) -> None:
     with TensorStore(tmp_path, "writer"):
         index = sqlite3.connect(tmp_path / "index.sqlite")
         assert index.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         index.close()
+
+
+def test_network_file_systems_are_known():
+    mounts = ["/dev/a / ext4 rw 0 0", "server:/b /data nfs4 rw 0 0", "/dev/c /data/local xfs rw 0 0"]
+    assert not on_network(Path("/home/me"), mounts)
+    assert on_network(Path("/data/cache"), mounts)
+    assert not on_network(Path("/data/local/cache"), mounts)

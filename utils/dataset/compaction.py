@@ -1,0 +1,96 @@
+"""Frees what no row of a store's index refers to.
+
+Shard by shard: what is live in it is copied into a new shard and brought to disk, its rows are moved in one
+transaction, and only then the old shard is unlinked. Killed before the transaction, this leaves a copy that nobody
+refers to; killed after it, an old shard that nobody refers to; either is freed the next time. Since a shard that is
+copied was mostly empty, the disk needs room for half a shard, and less is copied than is freed.
+
+A shard that a living writer fills is locked and left alone. One that could be locked never grows again, hence its rows
+can only become fewer while it is worked on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import numpy as np
+
+from utils.dataset.shards import ShardWriter, WriteFailed, lock, sizes
+from utils.dataset.store_index import Place, StoreIndex
+
+logger = logging.getLogger(__name__)
+
+SHARE = 0.5
+SHARDS_AT_ONCE = 64
+
+
+def compact(
+    folder: Path,
+    index: StoreIndex,
+    writer: ShardWriter,
+    read: Callable[[Place], np.ndarray | None],
+    share: float,
+) -> int:
+    """Frees shards of which more than `share` is unreferenced; the bytes that were freed.
+
+    Args:
+        read: an item's bytes, None if they are damaged.
+
+    Raises:
+        WriteFailed: there is no room for what is to be moved.
+    """
+    taken, live = sizes(folder), index.live_bytes()
+    emptier = [shard for shard, size in taken.items() if _is_emptier(live.get(shard, 0), size, share)]
+    # The emptiest first: they give room for what is copied out of the others.
+    emptier.sort(key=lambda shard: live.get(shard, 0))
+    freed = 0
+    for start in range(0, len(emptier), SHARDS_AT_ONCE):
+        with ExitStack() as locks:
+            locked = [shard for shard in emptier[start : start + SHARDS_AT_ONCE] if _locked(folder / shard, locks)]
+            # Asked after locking: a writer may have committed its last rows since the shards were chosen.
+            rows = index.in_shards(locked)
+            for shard in locked:
+                size, items = (folder / shard).stat().st_size, rows.get(shard, {})
+                if _is_emptier(sum(place.length for place in items.values()), size, share):
+                    freed += size - _move(items, index, writer, read)
+                    (folder / shard).unlink()
+    writer.end()
+    return freed
+
+
+def _is_emptier(live: int, size: int, share: float) -> bool:
+    return live == 0 or size - live > share * size
+
+
+def _locked(path: Path, locks: ExitStack) -> bool:
+    """Takes the shard's lock until `locks` is closed; False if somebody has it, or had it and unlinked the shard."""
+    with suppress(FileNotFoundError):
+        # Opened for writing, which some network file systems want for a lock.
+        file = locks.enter_context(path.open("r+b"))
+        return lock(file, without=False) and path.exists()
+    return False
+
+
+def _move(
+    rows: Mapping[str, Place], index: StoreIndex, writer: ShardWriter, read: Callable[[Place], np.ndarray | None]
+) -> int:
+    """Copies a shard's live items to the writer's shard, and moves their rows after them; the bytes that were
+    copied."""
+    places: dict[str, Place] = {}
+    try:
+        for key in sorted(rows, key=lambda key: rows[key].offset):
+            item = read(rows[key])
+            if item is not None:
+                places[key] = writer.append([item])
+    except WriteFailed:
+        writer.abandon()
+        raise
+    if rows:
+        writer.commit(lambda: index.move(rows, places))
+    lost = [key for key in rows if key not in places]
+    if lost:
+        logger.warning("%d damaged items were dropped from the cache; they are encoded again: %s", len(lost), lost[:10])
+    return sum(place.length for place in places.values())

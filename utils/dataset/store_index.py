@@ -1,0 +1,158 @@
+"""The index of a store: an SQLite table of what lies where.
+
+It keeps a write-ahead log, so that readers and writers do not wait for each other; on a folder that several machines
+may mount it keeps SQLite's rollback journal, since the log needs memory shared by all of them.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+INDEX_NAME = "index.sqlite"
+BUSY_SECONDS = 120
+SECONDS_BETWEEN_TRIES = 0.02
+KEYS_PER_QUERY = 10_000
+NETWORK_FILESYSTEMS = (
+    "9p",
+    "afs",
+    "beegfs",
+    "ceph",
+    "cifs",
+    "fuse",
+    "glusterfs",
+    "gpfs",
+    "lustre",
+    "nfs",
+    "ocfs2",
+    "smb",
+    "virtiofs",
+)
+_COLUMNS = "shard, offset, length, crc32"
+
+
+class Place(NamedTuple):
+    """Where an item's bytes are, and their checksum: the columns of the index after the key."""
+
+    shard: str
+    offset: int
+    length: int
+    crc32: int
+
+
+class StoreIndex:
+    """Which item lies where. May be used by several threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._database = sqlite3.connect(
+            folder / INDEX_NAME, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        self._choose_journal()
+        self._database.execute(
+            "CREATE TABLE IF NOT EXISTS items (key TEXT PRIMARY KEY, shard TEXT, offset INTEGER,"
+            " length INTEGER, crc32 INTEGER) WITHOUT ROWID"
+        )
+
+    def __len__(self) -> int:
+        return self._query("SELECT count(*) FROM items")[0][0]
+
+    def keys(self) -> list[str]:
+        return [key for (key,) in self._query("SELECT key FROM items")]
+
+    def place(self, key: str) -> Place | None:
+        rows = self._query(f"SELECT {_COLUMNS} FROM items WHERE key = ?", [key])
+        return Place(*rows[0]) if rows else None
+
+    def places(self, keys: Sequence[str]) -> dict[str, Place]:
+        """Of those of the keys that are there."""
+        return {key: Place(*place) for key, *place in self._by_parts(f"SELECT key, {_COLUMNS}", "key", keys)}
+
+    def present(self, keys: Sequence[str]) -> set[str]:
+        """Those of the keys that are there."""
+        return {key for (key,) in self._by_parts("SELECT key", "key", keys)}
+
+    def in_shards(self, shards: Sequence[str]) -> dict[str, dict[str, Place]]:
+        """By shard, what lies in it."""
+        found: dict[str, dict[str, Place]] = defaultdict(dict)
+        for key, *place in self._by_parts(f"SELECT key, {_COLUMNS}", "shard", shards):
+            found[place[0]][key] = Place(*place)
+        return found
+
+    def live_bytes(self) -> dict[str, int]:
+        """By shard, the bytes of its items."""
+        return dict(self._query("SELECT shard, sum(length) FROM items GROUP BY shard"))
+
+    def add(self, places: Mapping[str, Place]) -> None:
+        """In place of what had those keys, all at once."""
+        with self._transaction() as database:
+            rows = [(key, *place) for key, place in places.items()]
+            database.executemany("INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?, ?)", rows)
+
+    def move(self, old: Mapping[str, Place], new: Mapping[str, Place]) -> None:
+        """Items to their new places, all at once; those without one are removed. An item that was replaced or removed
+        in the meantime is left alone."""
+        moves = [(*new[key], key, *place) for key, place in old.items() if key in new]
+        gone = [(key, *place) for key, place in old.items() if key not in new]
+        same = "key = ? AND shard = ? AND offset = ? AND length = ? AND crc32 = ?"
+        with self._transaction() as database:
+            database.executemany(f"UPDATE items SET ({_COLUMNS}) = (?, ?, ?, ?) WHERE {same}", moves)
+            database.executemany(f"DELETE FROM items WHERE {same}", gone)
+
+    def remove(self, keys: Sequence[str]) -> None:
+        with self._transaction() as database:
+            database.executemany("DELETE FROM items WHERE key = ?", ((key,) for key in keys))
+
+    def close(self) -> None:
+        self._database.close()
+
+    def _choose_journal(self) -> None:
+        """Sets the journal's kind. SQLite does not wait for its turn to do so, as it does elsewhere: of two processes
+        that begin a store at once, one is refused."""
+        statement = f"PRAGMA journal_mode = {'DELETE' if on_network(self._folder) else 'WAL'}"
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                self._database.execute(statement)
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+            time.sleep(SECONDS_BETWEEN_TRIES)
+
+    def _query(self, statement: str, values: Collection[str] = ()) -> list[tuple]:
+        with self._lock:
+            return self._database.execute(statement, values).fetchall()
+
+    def _by_parts(self, select: str, column: str, values: Sequence[str]) -> Iterator[tuple]:
+        """Rows whose column has one of the values, asked for in pieces that fit into one statement."""
+        for start in range(0, len(values), KEYS_PER_QUERY):
+            part = values[start : start + KEYS_PER_QUERY]
+            yield from self._query(f"{select} FROM items WHERE {column} IN ({', '.join('?' * len(part))})", part)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        # Immediate: a transaction that begins by reading cannot wait for its turn to write.
+        with self._lock, self._database as database:
+            database.execute("BEGIN IMMEDIATE")
+            yield database
+
+
+def on_network(folder: Path, mounts: Iterable[str] | None = None) -> bool:
+    """Whether the folder lies on a file system that other machines may use at the same time, as far as the system
+    tells (the lines of /proc/mounts); elsewhere it is taken for local."""
+    try:
+        lines = Path("/proc/mounts").read_text().splitlines() if mounts is None else mounts
+    except OSError:
+        return False
+    path = folder.resolve()
+    points = [line.split()[1:3] for line in lines]
+    holding = [(len(point), kind) for point, kind in points if path.is_relative_to(point)]
+    return max(holding, default=(0, ""))[1].startswith(NETWORK_FILESYSTEMS)
