@@ -9,10 +9,13 @@ import pytest
 
 import models
 from docs import generate
+from utils.settings.dataset_rules import check_dataset
+from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 from utils.settings.reader import read_dataset, read_settings
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").rglob("*.toml"))
+EVERYTHING = ROOT / "examples" / "dataset_everything.toml"
 COMMENTED_KEY = re.compile(r"^# ?([a-z_0-9]+ = .+|\[\[?[a-z]+\]\]?)$")
 
 
@@ -33,6 +36,12 @@ def test_an_example_is_accepted(path: Path) -> None:
     parse(path)
 
 
+@pytest.mark.parametrize("path", [path for path in EXAMPLES if "dataset" in path.name], ids=relative)
+def test_the_keys_of_a_dataset_agree(path: Path) -> None:
+    # The data are not there.
+    assert [problem for problem in check_dataset(read_dataset(path)) if "there is no " not in problem.message] == []
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=relative)
 def test_its_commented_keys_are_accepted(path: Path, tmp_path: Path) -> None:
     lines = path.read_text().splitlines()
@@ -47,6 +56,24 @@ def test_its_commented_keys_are_accepted(path: Path, tmp_path: Path) -> None:
         tried = tmp_path / path.name
         tried.write_text("\n".join([*others[:place], key[1], *others[place:]]))
         parse(tried)
+
+
+def test_one_example_has_every_key_of_a_dataset_with_its_default(tmp_path: Path) -> None:
+    everything = tmp_path / "everything.toml"
+    everything.write_text(re.sub(r"^# ([a-z_]+ = )", r"\1", EVERYTHING.read_text(), flags=re.MULTILINE))
+    dataset = read_dataset(everything)
+    (directory,) = dataset.directory
+    assert dataset.model_fields_set | directory.model_fields_set == {
+        *DatasetSettings.model_fields,
+        *DirectorySettings.model_fields,
+    }
+    # The two without which nothing is shown of sizes.
+    example = {"resolutions", "enable_ar_bucket"}
+    for table in (dataset, directory):
+        for key in table.model_fields_set - example:
+            info = type(table).model_fields[key]
+            default = info.get_default()
+            assert info.is_required() or default is None or getattr(table, key) == default, key
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=relative)

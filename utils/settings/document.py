@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from itertools import combinations
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -9,15 +10,28 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from utils.settings.dataset_schema import DataKeys, DatasetSettings, DirectorySettings
 from utils.settings.keys import GROUPS, NESTED, SECTIONS, SPELLINGS, run_keys, spellings
-from utils.settings.schema import DatasetSettings, DirectorySettings, ModelSettings, Settings, optimizer_types
+from utils.settings.schema import ModelSettings, Settings, optimizer_types
 
-_TYPES: Mapping[Any, str] = {
-    bool: "true or false",
-    int: "whole number",
-    float: "number",
-    str: "text",
-    Path: "path",
+# A type in one and in several.
+_TYPES: Mapping[Any, tuple[str, str]] = {
+    bool: ("true or false", "true or false"),
+    int: ("whole number", "whole numbers"),
+    float: ("number", "numbers"),
+    str: ("text", "texts"),
+    Path: ("path", "paths"),
+}
+_TABLE = ("table", "tables")
+# The first key of each group of a dataset's keys, in the schema's order.
+DATA_GROUPS: Mapping[str, str] = {
+    "Sizes": "resolutions",
+    "Variants": "augment_variants",
+    "Clips": "framerate",
+    "Captions": "caption_source",
+    "Masks, controls, weights": "alpha_mask",
+    "How often, and when": "num_repeats",
+    "What is read": "recursive",
 }
 _HEAD = """# Settings
 
@@ -27,6 +41,11 @@ listed here is refused.
 ## The run's own keys
 
 They stand at the top of the file, above all tables, or in tables that only group them: {groups}.
+"""
+_SHARED = """### Keys of the file or of a `[[directory]]`
+
+At the top of the file, above all tables, a key holds for every directory; in a `[[directory]]`, for that one, whatever
+stands at the top.
 """
 
 
@@ -44,9 +63,24 @@ def settings_page(options: Mapping[str, type[ModelSettings]]) -> str:
             parts += [_section(f'## `[optimizer]` with `type = "{kind}"`', one) for kind, one in classes]
         elif cls is not None:
             parts.append(_section(f"## `[{name}]`", cls))
-    parts.append(_section("## The dataset file", DatasetSettings, "dataset"))
-    parts.append(_section("### `[[directory]]`, or `[[datasets]]`", DirectorySettings, "directory"))
+    parts.append(_section("## The dataset file", DatasetSettings, "dataset", only=_own_keys(DatasetSettings)))
+    directory = _own_keys(DirectorySettings)
+    parts.append(_section("### `[[directory]]`, or `[[datasets]]`", DirectorySettings, "directory", only=directory))
+    parts.append(_SHARED)
+    parts += [f"#### {title}\n\n{_table(DataKeys, 'directory', only=keys)}" for title, keys in data_groups().items()]
     return "\n".join(parts)
+
+
+def data_groups() -> dict[str, list[str]]:
+    """The keys that a dataset file and its directories share, by the title of their group."""
+    keys = list(DataKeys.model_fields)
+    bounds = [*map(keys.index, DATA_GROUPS.values()), len(keys)]
+    return {title: keys[bounds[n] : bounds[n + 1]] for n, title in enumerate(DATA_GROUPS)}
+
+
+def _own_keys(cls: type[DataKeys]) -> list[str]:
+    """The keys that a dataset file and its directories do not share."""
+    return [key for key in cls.model_fields if key not in DataKeys.model_fields]
 
 
 def settings_json_schema(options: Mapping[str, type[ModelSettings]]) -> str:
@@ -95,36 +129,47 @@ def _options(kind: str, cls: type[ModelSettings]) -> str:
     return f"{heading}\n\n{_table(cls, 'model', only=own)}"
 
 
-def _section(heading: str, cls: type[BaseModel], spelled_as: str = "") -> str:
+def _section(heading: str, cls: type[BaseModel], spelled_as: str = "", only: Iterable[str] | None = None) -> str:
     # What stands before a colon is the name, which the heading says already.
     said = (cls.__doc__ or "").split("\n")[0].split(": ", 1)[-1]
-    return f"{heading}\n\n{said[:1].upper()}{said[1:]}\n\n{_table(cls, spelled_as)}"
+    return f"{heading}\n\n{said[:1].upper()}{said[1:]}\n\n{_table(cls, spelled_as, only)}"
 
 
 def _table(cls: type[BaseModel], section: str, only: Iterable[str] | None = None) -> str:
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name in only or cls.model_fields:
         info = cls.model_fields[name]
-        names = " or ".join(f"`{spelling}`" for spelling in (name, *spellings(section, name)))
-        cells = [names, _type_words(info.annotation), _default(info), info.description or ""]
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        cells = [_names(cls, section, name), _type_words(info.annotation), _default(info), info.description or ""]
+        # A row is one line.
+        rows.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
 
 
-def _type_words(annotation: Any) -> str:
-    """A type in the words of the reader's messages."""
+def _names(cls: type[BaseModel], section: str, key: str) -> str:
+    """A key and its second spellings, of which a directory has some that the top of a file has not."""
+    names = [f"`{key}`"]
+    for other in spellings(section, key):
+        only_there = cls is DataKeys and other not in SPELLINGS["dataset"]
+        names.append(f"`{other}`" + (" (in a `[[directory]]`)" if only_there else ""))
+    return " or ".join(names)
+
+
+def _type_words(annotation: Any, several: bool = False) -> str:
+    """A type in the words of the reader's messages; of `several` of them."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _type_words(inner[0])
+        return _type_words(inner[0], several)
     if origin is Literal:
         return ", ".join(f'`"{choice}"`' for choice in inner)
     if origin in (Union, UnionType):
-        return " or ".join(_type_words(choice) for choice in inner if choice is not NoneType)
+        return " or ".join(_type_words(choice, several) for choice in inner if choice is not NoneType)
     if origin is list:
-        return f"array of: {_type_words(inner[0])}"
+        return f"array{'s' if several else ''} of {_type_words(inner[0], several=True)}"
     if origin is tuple:
-        return f"[{', '.join(_type_words(part) for part in inner)}]"
-    return _TYPES.get(annotation, "table")
+        return f"[{', '.join(map(_type_words, inner))}]"
+    if origin is dict:
+        return f"{_TABLE[several]} of {_type_words(inner[1], several=True)}"
+    return _TYPES.get(annotation, _TABLE)[several]
 
 
 def _default(info: FieldInfo) -> str:
@@ -137,15 +182,15 @@ def _default(info: FieldInfo) -> str:
 
 
 def _respelled(schema: dict[str, Any], section: str) -> dict[str, Any]:
-    """The schema of a table in which a key may be written in its second spelling, but not in both."""
+    """The schema of a table in which a key may be written in any of its spellings, but in one alone."""
     properties, required = dict(schema["properties"]), set(schema.get("required", ()))
-    conditions = []
-    for other, key in SPELLINGS[section].items():
-        properties[other] = properties[key]
-        both = {"required": [key, other]}
-        conditions.append({"not": both})
+    conditions: list[dict[str, Any]] = []
+    for key in dict.fromkeys(SPELLINGS[section].values()):
+        names = [key, *spellings(section, key)]
+        properties |= dict.fromkeys(names, properties[key])
+        conditions += [{"not": {"required": list(pair)}} for pair in combinations(names, 2)]
         if key in required:
-            conditions.append({"anyOf": [{"required": [key]}, {"required": [other]}]})
+            conditions.append({"anyOf": [{"required": [name]} for name in names]})
             required.remove(key)
     return schema | {"properties": properties, "required": sorted(required), "allOf": conditions}
 

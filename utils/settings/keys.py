@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from typing import Any
 
 from pydantic import BaseModel
 
+from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
+from utils.settings.foreign import advice
 from utils.settings.schema import (
     AdapterSettings,
-    DatasetSettings,
-    DirectorySettings,
     EvalDataset,
     ModelSettings,
     MonitoringSettings,
@@ -29,6 +30,16 @@ SECTIONS: Mapping[str, type[BaseModel] | None] = {
     "monitoring": MonitoringSettings,
     "sampling": SamplingSettings,
 }
+_DATA_SPELLINGS = {
+    "shuffle_count": "cache_shuffle_num",
+    "shuffle_delimiter": "cache_shuffle_delimiter",
+    "caption_dropout": "uncond_fraction",
+    "caption_dropout_rate": "uncond_fraction",
+    "frame_rate": "framerate",
+    "repeats": "num_repeats",
+    "is_reg": "is_regularisation_data",
+    "is_regularization_data": "is_regularisation_data",
+}
 # By table: a second spelling, and the key that it stands for.
 SPELLINGS: Mapping[str, Mapping[str, str]] = {
     "model": {
@@ -36,10 +47,17 @@ SPELLINGS: Mapping[str, Mapping[str, str]] = {
         "diffusion_model_dtype": "transformer_dtype",
         "vae": "vae_path",
     },
-    "dataset": {"datasets": "directory"},
-    "directory": {"root": "path"},
+    "dataset": {"datasets": "directory", **_DATA_SPELLINGS},
+    "directory": {
+        "root": "path",
+        "image_dir": "path",
+        "control_dir": "control_path",
+        "conditioning_data_dir": "control_path",
+        # Elsewhere this is the weight of the regularisation data alone: at the top of a file it would weigh all data.
+        "prior_loss_weight": "loss_weight",
+        **_DATA_SPELLINGS,
+    },
 }
-
 
 # Arrays of tables, whose entries have keys of their own.
 NESTED: Mapping[str, type[BaseModel]] = {
@@ -64,8 +82,38 @@ def spellings(section: str, key: str) -> list[str]:
     return [other for other, meant in SPELLINGS.get(section, {}).items() if meant == key]
 
 
+def is_run(raw: Mapping[str, Any]) -> bool:
+    """Whether a file that is to be a dataset's is a run's."""
+    return bool(raw.keys() & {"dataset", "output_dir", *SECTIONS, *GROUPS}) and not is_dataset(raw)
+
+
+def is_dataset(raw: Mapping[str, Any]) -> bool:
+    """Whether a file that is to be a run's is a dataset's."""
+    return bool(raw.keys() & {"directory", "datasets"}) and not raw.keys() & {"dataset", "model", "optimizer"}
+
+
+def unknown_tables(raw: Mapping[str, Any]) -> dict[str, str | None]:
+    """The tables of a run's file that have no known name -> the name that was probably meant."""
+    known, elsewhere = [*SECTIONS, *GROUPS], set().union(*_places().values())
+    unknown = [key for key, value in raw.items() if isinstance(value, dict) and key not in {*known, *elsewhere}]
+    meant: dict[str, str | None] = {}
+    for key in unknown:
+        shorter = [name for name in known if key.startswith(name) or name.startswith(key)]
+        meant[key] = next(iter([*shorter, *get_close_matches(key, known, n=1)]), None)
+    return meant
+
+
+def unknown_table(meant: str | None) -> str:
+    """What to tell of a table that has no known name."""
+    return "no such table; " + (
+        f"did you mean [{meant}]?" if meant else f"known are {', '.join(f'[{name}]' for name in (*SECTIONS, *GROUPS))}"
+    )
+
+
 def unknown_key(key: str, here: Iterable[str]) -> str:
     """What to tell of a key not among those known `here`: the place it belongs to, or the nearest key."""
+    if advised := advice(key):
+        return f"no such key; {advised}"
     here = sorted(here)
     places = _places()
     for place, keys in places.items():

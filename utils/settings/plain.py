@@ -14,6 +14,7 @@ _ALLOWED: Mapping[str, str] = {
     "string_too_short": "must not be empty",
     "path_type": "must be a path in quotes",
     "list_type": "must be an array, as in [1, 2]",
+    "dict_type": "must be a table, as in { t5 = 0.1 }",
     "tuple_type": "must be an array, as in [1, 2]",
     "model_type": "must be a table",
     "literal_error": "must be {expected}",

@@ -8,13 +8,14 @@ from typing import Any
 
 import toml
 
+from utils.settings.dataset_rules import check_dataset, check_evaluation_set, check_with_run
+from utils.settings.dataset_schema import DatasetSettings
 from utils.settings.errors import Problem, SettingsError
-from utils.settings.keys import SECTIONS, known_keys, run_keys
+from utils.settings.keys import SECTIONS, is_dataset, is_run, known_keys, run_keys, unknown_tables
 from utils.settings.plain import given
-from utils.settings.rules import check_dataset, check_evaluation_set, check_rules
+from utils.settings.rules import check_rules
 from utils.settings.schema import (
     AdamWSettings,
-    DatasetSettings,
     ModelSettings,
     OptimizerSettings,
     Settings,
@@ -22,7 +23,7 @@ from utils.settings.schema import (
     lower_type,
     optimizer_types,
 )
-from utils.settings.tables import Reading, Table, check, one_table, run_table, where
+from utils.settings.tables import Reading, Table, check, no_table, one_table, run_table, where
 
 OptionsFor = Callable[[str], type[ModelSettings]]
 
@@ -68,7 +69,9 @@ def read_all(
             continue
         problems += [*reading.problems, *check_dataset(reading.value, str(file), reading.broken)]
         datasets[file] = reading.value
-        problems += check_evaluation_set(reading.value, datasets, training, str(file))
+        problems += check_evaluation_set(reading.value, datasets, training, file, reading.broken)
+        if not reading.broken:
+            problems += check_with_run(run.value, reading.value, str(file), run.broken)
     if problems:
         raise SettingsError(problems)
     by_name = {entry.name: datasets[entry.config] for entry in evaluation}
@@ -87,7 +90,7 @@ def write_resolved(settings: Settings, path: Path) -> None:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise SettingsError.of(f"cannot be read: {error.strerror}", str(path)) from None
     except UnicodeDecodeError as error:
@@ -98,6 +101,8 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _read_run(path: Path, options_for: OptionsFor) -> Reading[Settings]:
     raw = _load(path)
+    if is_dataset(raw):
+        raise SettingsError.of("is a dataset's file; give the run's file, whose key `dataset` names it", str(path))
     parts = {name: _read_section(str(path), name, raw[name], options_for) for name in SECTIONS if name in raw}
     table = run_table(str(path), raw)
     # A part with problems goes in as far as it is sound, so that the whole is checked all the same.
@@ -105,6 +110,9 @@ def _read_run(path: Path, options_for: OptionsFor) -> Reading[Settings]:
     table.places.update({name: (f"[{name}]", "") for name in SECTIONS})
     run = check(Settings, table, run_keys())
     problems = [*run.problems, *(problem for part in parts.values() for problem in part.problems)]
+    # A table under a wrong name is not missing too.
+    misspelt = {f"[{name}]" for name in unknown_tables(raw).values() if name and name not in raw}
+    problems = [problem for problem in problems if problem.where not in misspelt]
     broken = {f"{name}.{key}" for name, part in parts.items() for key in part.broken}
     return Reading(run.value, problems, run.broken | broken)
 
@@ -117,7 +125,7 @@ def _read_section(file: str, name: str, written: Any, options_for: OptionsFor) -
         "optimizer": (AdamWSettings, "adamw", _optimizer_class),
     }.get(name, (SECTIONS[name], None, None))
     if not isinstance(written, dict):
-        problem = Problem(file, title, f"must be a table; given: {given(written)}")
+        problem = Problem(file, title, no_table(title, written))
         value = fallback.model_construct(type=type_of_fallback) if by_type else fallback.model_construct()
         return Reading(value, [problem], frozenset(fallback.model_fields))
     table = one_table(file, name, title, lower_type(written) if name == "optimizer" else written)
@@ -154,7 +162,10 @@ def _optimizer_class(name: str) -> type[OptimizerSettings]:
 
 
 def _read_dataset(path: Path) -> Reading[DatasetSettings]:
-    table = one_table(str(path), "dataset", "", _load(path))
+    raw = _load(path)
+    if is_run(raw):
+        raise SettingsError.of("is a run's file; a dataset's has [[directory]] tables and keys for them", str(path))
+    table = one_table(str(path), "dataset", "", raw)
     entries = table.keys.get("directory")
     if isinstance(entries, list):
         table.keys["directory"] = [

@@ -1,18 +1,19 @@
-"""What several keys must agree on. Rules see what is sound of a file even when some of its keys are not."""
+"""What several keys of a run must agree on. Rules see what is sound of a file even when some of its keys are not."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 from utils.settings.errors import Problem
-from utils.settings.schema import DatasetSettings, Settings
+from utils.settings.paths import missing, unwritable
+from utils.settings.schema import Settings
 
-EVAL_CADENCES = ("eval_every_n_steps", "eval_every_n_epochs", "eval_every_n_examples")
+EVAL_KEYS = ("eval_every_n_steps", "eval_every_n_epochs", "eval_every_n_examples", "eval_micro_batch_size_per_gpu")
 SAMPLE_CADENCES = ("sample_every_n_steps", "sample_every_n_epochs", "sample_before_first_step")
 TRAINING_NAME = "train"
+BATCH_KEYS = ("micro_batch_size_per_gpu", "image_micro_batch_size_per_gpu", "eval_micro_batch_size_per_gpu")
 WANDB_KEYS = ("wandb_api_key", "wandb_tracker_name", "wandb_run_name")
-RATIO_KEYS = ("min_ar", "max_ar", "num_ar_buckets")
 
 
 def check_rules(
@@ -29,27 +30,6 @@ def check_rules(
         if not any(key in broken or key.split(".")[0] in broken for key in rule.keys)
         for problem in rule.check(settings, world_size)
     ]
-
-
-def check_evaluation_set(
-    dataset: DatasetSettings, read: Mapping[Path, DatasetSettings], training: Sequence[Path], file: str
-) -> list[Problem]:
-    """The problems of a dataset file beside the training set's: a run has one cache, where the training set says."""
-    cache_dir = next((read[path].cache_dir for path in training if path in read), None)
-    if dataset.cache_dir in (None, cache_dir):
-        return []
-    message = f"a run has one cache, set by the training set's file ({cache_dir or 'not set there'}); leave it out here"
-    return [Problem(file, "key `cache_dir`", message)]
-
-
-def check_dataset(dataset: DatasetSettings, file: str = "", broken: frozenset[str] = frozenset()) -> list[Problem]:
-    """The problems of a dataset file; as for `check_rules`."""
-    problems = [] if "directory" in broken else list(_directories_exist(dataset))
-    # The size keys work together, across file and directories: with one unknown, none can be judged.
-    if not broken:
-        for rule in (_sizes_are_given_once, _sizes_make_sense, _ratios_are_used):
-            problems += rule(dataset)
-    return [replace(problem, file=file) for problem in problems]
 
 
 @dataclass(frozen=True)
@@ -93,48 +73,52 @@ def _one_shift(settings: Settings, _: int) -> Iterator[Problem]:
         yield _at("[model] shift", "excludes flux_shift = true; leave out one of them")
 
 
-def _weights_have_a_source(settings: Settings, _: int) -> Iterator[Problem]:
+def _model_has_a_folder(settings: Settings, _: int) -> Iterator[Problem]:
     model = settings.model
-    if model.diffusers_path is None and model.transformer_path is None:
-        yield _at("[model]", "needs diffusers_path (a folder) or transformer_path (the denoiser's weights)")
-
-
-def _scratch_has_a_configuration(settings: Settings, _: int) -> Iterator[Problem]:
-    model, path = settings.model, settings.model.transformer_path
-    if not model.from_scratch or model.diffusers_path is not None or path is None:
-        return
-    if path.is_file() and path.suffix != ".json":
+    if model.diffusers_path is None:
+        path = model.transformer_path
         yield _at(
-            "[model] from_scratch",
-            "needs the denoiser's configuration: set diffusers_path, or transformer_path to a folder or file "
-            f"with it; {path} has weights only",
+            "[model] diffusers_path",
+            f"is required{' beside transformer_path' if path else ''}: single files hold neither configurations nor "
+            "tokenizers. Give the model's folder in diffusers' layout; weights may be left out of it where another "
+            "path gives them",
+        )
+    elif os.path.isfile(model.diffusers_path):
+        yield _at(
+            "[model] diffusers_path",
+            f"{model.diffusers_path} is a file, and the model's folder in diffusers' layout is needed; a file with the "
+            "denoiser's weights goes into transformer_path, beside it",
         )
 
 
+def _output_can_be_written(settings: Settings, _: int) -> Iterator[Problem]:
+    yield from unwritable("key `output_dir`", settings.output_dir)
+
+
 def _dataset_exists(settings: Settings, _: int) -> Iterator[Problem]:
-    yield from _missing("key `dataset`", settings.dataset)
+    yield from missing("key `dataset`", settings.dataset)
 
 
 def _eval_paths_exist(settings: Settings, _: int) -> Iterator[Problem]:
     for number, entry in enumerate(settings.eval_datasets):
-        yield from _missing(f"key `eval_datasets[{number}].config`", entry.config)
+        yield from missing(f"key `eval_datasets[{number}].config`", entry.config)
 
 
 def _model_path_exists(key: str) -> Rule:
     def check(settings: Settings, _: int) -> Iterator[Problem]:
-        return _missing(f"[model] {key}", getattr(settings.model, key))
+        return missing(f"[model] {key}", getattr(settings.model, key))
 
     return Rule((f"model.{key}",), check)
 
 
 def _text_encoder_paths_exist(settings: Settings, _: int) -> Iterator[Problem]:
     for number, encoder in enumerate(settings.model.text_encoders):
-        yield from _missing(f"[model] text_encoders[{number}].path", encoder.path)
+        yield from missing(f"[model] text_encoders[{number}].path", encoder.path)
 
 
 def _adapter_path_exists(settings: Settings, _: int) -> Iterator[Problem]:
     if settings.adapter is not None:
-        yield from _missing("[adapter] init_from_existing", settings.adapter.init_from_existing)
+        yield from missing("[adapter] init_from_existing", settings.adapter.init_from_existing)
 
 
 def _float16_is_not_trained(settings: Settings, _: int) -> Iterator[Problem]:
@@ -156,11 +140,21 @@ def _eval_names_differ(settings: Settings, _: int) -> Iterator[Problem]:
             yield _at(f"key `eval_datasets[{number}].name`", f'"{name}" names an entry above too')
 
 
-def _eval_cadence_has_data(settings: Settings, _: int) -> Iterator[Problem]:
+def _eval_keys_have_data(settings: Settings, _: int) -> Iterator[Problem]:
     if not settings.eval_datasets:
-        for key in EVAL_CADENCES:
+        for key in EVAL_KEYS:
             if getattr(settings, key) is not None:
                 yield _at(f"key `{key}`", "there is nothing to evaluate; add eval_datasets, or leave it out")
+
+
+def _one_batch_a_resolution(key: str) -> Rule:
+    def check(settings: Settings, _: int) -> Iterator[Problem]:
+        sizes = getattr(settings, key)
+        sides = [side for side, _ in sizes] if isinstance(sizes, list) else []
+        if twice := next((side for side in sides if sides.count(side) > 1), None):
+            yield _at(f"key `{key}`", f"has the resolution {twice} twice; keep one of them")
+
+    return Rule((key,), check)
 
 
 def _prompts_have_a_cadence(settings: Settings, _: int) -> Iterator[Problem]:
@@ -179,50 +173,6 @@ def _wandb_is_enabled(settings: Settings, _: int) -> Iterator[Problem]:
             yield _at(f"[monitoring] {key}", "needs enable_wandb = true; set that, or leave this out")
 
 
-def _missing(place: str, path: Path | None) -> Iterator[Problem]:
-    if path is not None and not path.exists():
-        base = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
-        yield _at(place, f"there is no {path}{base}")
-
-
-def _directories_exist(dataset: DatasetSettings) -> Iterator[Problem]:
-    for number, directory in enumerate(dataset.directory):
-        for key in ("path", "control_path"):
-            path = getattr(directory, key)
-            place = f"key `directory[{number}].{key}`"
-            if path is not None and path.is_file():
-                yield _at(place, f"{path} is a file; a folder is needed")
-            else:
-                yield from _missing(place, path)
-
-
-def _sizes_are_given_once(dataset: DatasetSettings) -> Iterator[Problem]:
-    tables = [("", dataset), *((f"directory[{n}].", entry) for n, entry in enumerate(dataset.directory))]
-    for prefix, table in tables:
-        for key, excluded in (("size_buckets", ("resolutions", *RATIO_KEYS)), ("ar_buckets", RATIO_KEYS)):
-            both = [other for other in excluded if other in table.model_fields_set]
-            if getattr(table, key) is not None and both:
-                yield _at(f"key `{prefix}{key}`", f"excludes {', '.join(both)} of the same table")
-
-
-def _sizes_make_sense(dataset: DatasetSettings) -> Iterator[Problem]:
-    for number, directory in enumerate(dataset.directory):
-        effective = dataset.resolved(directory)
-        place = f"key `directory[{number}]`"
-        if not effective.resolutions and not effective.size_buckets:
-            yield _at(place, "has no size; set resolutions (or size_buckets) for the file or for it")
-        if effective.min_ar > effective.max_ar:
-            yield _at(place, f"min_ar {effective.min_ar} is above max_ar {effective.max_ar}")
-
-
-def _ratios_are_used(dataset: DatasetSettings) -> Iterator[Problem]:
-    if any(dataset.resolved(directory).enable_ar_bucket for directory in dataset.directory):
-        return
-    for key in (*RATIO_KEYS, "ar_buckets"):
-        if key in dataset.model_fields_set:
-            yield _at(f"key `{key}`", "needs enable_ar_bucket = true; set that, or leave this out")
-
-
 _RULES = (
     Rule(("partition_split", "partition_method", "pipeline_stages"), _split_fits_method),
     Rule(("pipeline_stages",), _stages_divide_world),
@@ -230,10 +180,11 @@ _RULES = (
     Rule(("eval_datasets",), _eval_paths_exist),
     Rule(("eval_datasets",), _eval_names_differ),
     Rule(("model", "adapter"), _float16_is_not_trained),
-    Rule(("eval_datasets", *EVAL_CADENCES), _eval_cadence_has_data),
+    Rule(("eval_datasets", *EVAL_KEYS), _eval_keys_have_data),
     Rule(("model.shift", "model.flux_shift"), _one_shift),
-    Rule(("model.diffusers_path", "model.transformer_path"), _weights_have_a_source),
-    Rule(("model.from_scratch", "model.diffusers_path", "model.transformer_path"), _scratch_has_a_configuration),
+    Rule(("output_dir",), _output_can_be_written),
+    Rule(("model.diffusers_path", "model.transformer_path"), _model_has_a_folder),
+    *(_one_batch_a_resolution(key) for key in BATCH_KEYS),
     *(_model_path_exists(key) for key in ("diffusers_path", "transformer_path", "vae_path")),
     Rule(("model.text_encoders",), _text_encoder_paths_exist),
     Rule(("adapter.init_from_existing",), _adapter_path_exists),

@@ -5,7 +5,6 @@ The documentation and the JSON schemas are generated from the strings under the 
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -44,7 +43,7 @@ class SettingsTable(BaseModel):
     )
 
 
-def _or_else(message: str) -> WrapValidator:
+def or_else(message: str) -> WrapValidator:
     """One `message` instead of the complaints of every member of a union."""
 
     def validate(value: Any, inner: Any) -> Any:
@@ -65,16 +64,23 @@ Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Part = Annotated[float, Field(ge=0, le=1)]
+"""A share that may be the whole."""
 # TOML has neither paths nor tuples: these two alone are converted, from a text and from an array.
 UserPath = Annotated[Path, Field(strict=False), AfterValidator(_at_home)]
 Pair = Annotated[tuple[Count, Count], Field(strict=False)]
+MicroBatch = Annotated[tuple[Count, Count], Field(strict=False)]
 Betas = Annotated[tuple[Share, Share], Field(strict=False)]
-Resolution = Annotated[Count | Pair, _or_else("must be a side as in 512, or a size as in [768, 512]")]
-AspectRatio = Annotated[Positive | Pair, _or_else("must be a ratio as in 1.5, or a size as in [768, 512]")]
+Resolution = Annotated[Count | Pair, or_else("must be a side as in 512, or a size as in [768, 512]")]
+AspectRatio = Annotated[Positive | Pair, or_else("must be a ratio as in 1.5, or a size as in [768, 512]")]
+MicroBatches = Annotated[
+    Count | Annotated[list[MicroBatch], Field(min_length=1)],
+    or_else("must be a number, or pairs of a resolution and a number as in [[512, 4], [1024, 1]]"),
+]
 SizeBucket = Annotated[
     tuple[Count, Count, Count],
     Field(strict=False),
-    _or_else("must be [width, height, frames] as in [512, 512, 33]"),
+    or_else("must be [width, height, frames] as in [512, 512, 33]"),
 ]
 
 
@@ -105,6 +111,9 @@ class ModelSettings(SettingsTable):
     """Type in which the denoiser's weights are kept; default: `dtype`."""
     vae_path: UserPath | None = None
     """File or folder of the VAE's weights; default: from `diffusers_path`."""
+    latents: Literal["sample", "mode", "distribution"] = "sample"
+    """What of the VAE's answer is cached: a sample of its distribution, the middle of it, or all of it, to draw another
+    sample each epoch."""
     text_encoders: list[TextEncoderFile] = []
     """Text encoders read from elsewhere; those not listed come from `diffusers_path`."""
     from_scratch: bool = False
@@ -257,8 +266,11 @@ class Settings(SettingsTable):
     """Passes over the training data; default: as many as `max_steps` takes, and one without it."""
     max_steps: Count | None = None
     """Stop after so many optimizer steps, if that comes before the last epoch's end."""
-    micro_batch_size_per_gpu: Count = 1
-    """Samples in one forward pass of one pipeline."""
+    micro_batch_size_per_gpu: MicroBatches = 1
+    """Samples in one forward pass of one pipeline; or several pairs of a resolution and their number, of which the
+    nearest resolution's is used, as in [[512, 4], [1024, 1]]."""
+    image_micro_batch_size_per_gpu: MicroBatches | None = None
+    """The same for still pictures, where there are clips too; default: as for clips."""
     pipeline_stages: Count = 1
     """Pieces that the model is cut into, each on a GPU of its own; it divides the number of GPUs."""
     gradient_accumulation_steps: Count = 1
@@ -281,7 +293,7 @@ class Settings(SettingsTable):
     """Evaluate after every n training samples."""
     eval_before_first_step: bool = True
     """Evaluate before training too, if there is something to evaluate."""
-    eval_micro_batch_size_per_gpu: Count | None = None
+    eval_micro_batch_size_per_gpu: MicroBatches | None = None
     """Samples in one forward pass of evaluation; default: as in training."""
     save_every_n_steps: Count | None = None
     """Export weights after every n steps."""
@@ -308,6 +320,13 @@ class Settings(SettingsTable):
     """For `manual`: the layer at which each stage but the first begins, counted from 0."""
     caching_batch_size: Count = 1
     """Samples that the VAE and the text encoders take at once when the cache is filled."""
+    cache_text_embeddings: bool = True
+    """Encode captions once, into the cache; false: encode them as they are needed, with the text encoders kept on the
+    device, so that each epoch may have other versions of them."""
+    verify: Literal["stat", "content"] = "stat"
+    """How a file or cached item is seen to be unchanged: by size and time, or by reading all of it."""
+    max_failed_fraction: Part = 0.05
+    """Share of the files that may be broken or lack what they need; with more, the run ends before training."""
     steps_per_print: Count = 1
     """Log progress every n steps."""
     seed: Natural = 0
@@ -322,89 +341,3 @@ class Settings(SettingsTable):
     """Where metrics go."""
     sampling: SamplingSettings = SamplingSettings()
     """Pictures drawn during the run."""
-
-
-@dataclass(frozen=True)
-class ResolvedDirectory:
-    """A directory with the values that hold for it; the fields mean what the dataset's keys mean.
-
-    `size_buckets`, if any, stand in place of `resolutions` and of the aspect ratios, and `ar_buckets` in
-    place of `min_ar`, `max_ar` and `num_ar_buckets`.
-    """
-
-    path: Path
-    control_path: Path | None
-    resolutions: list[int | tuple[int, int]]
-    enable_ar_bucket: bool
-    min_ar: float
-    max_ar: float
-    num_ar_buckets: int
-    ar_buckets: list[float | tuple[int, int]] | None
-    frame_buckets: list[int]
-    size_buckets: list[tuple[int, int, int]] | None
-    num_repeats: int
-
-
-class DirectorySettings(SettingsTable):
-    """`[[directory]]`: one folder of the data; a key that is left out has the file's value."""
-
-    path: UserPath
-    """Folder of images or videos, each with its caption in a `.txt` file of the same name."""
-    control_path: UserPath | None = None
-    """Folder of control images, of the same names as those in `path`; default: none."""
-    resolutions: list[Resolution] | None = None
-    """As above, for this directory; replaces the file's `size_buckets` too."""
-    enable_ar_bucket: bool | None = None
-    """As above, for this directory."""
-    min_ar: Positive | None = None
-    """As above, for this directory; replaces the file's `ar_buckets` too."""
-    max_ar: Positive | None = None
-    """As above, for this directory; replaces the file's `ar_buckets` too."""
-    num_ar_buckets: Count | None = None
-    """As above, for this directory; replaces the file's `ar_buckets` too."""
-    ar_buckets: list[AspectRatio] | None = None
-    """As above, for this directory."""
-    frame_buckets: list[Count] | None = None
-    """As above, for this directory."""
-    size_buckets: list[SizeBucket] | None = None
-    """As above, for this directory."""
-    num_repeats: Count | None = None
-    """As above, for this directory."""
-
-
-# A directory that sets one of the keys on the right has chosen against the file's value on the left.
-_REPLACED_BY = {"size_buckets": {"resolutions"}, "ar_buckets": {"min_ar", "max_ar", "num_ar_buckets"}}
-
-
-class DatasetSettings(SettingsTable):
-    """A dataset file: what a run's `dataset` and the `config` of `eval_datasets` name."""
-
-    resolutions: list[Resolution] = []
-    """Sizes that each sample is used at: a side stands for the area of that square; or [width, height]."""
-    enable_ar_bucket: bool = False
-    """Keep pictures near their own shape instead of cropping all to one shape."""
-    min_ar: Positive = 0.5
-    """Narrowest bucket: width / height."""
-    max_ar: Positive = 2.0
-    """Widest bucket: width / height."""
-    num_ar_buckets: Count = 7
-    """Number of buckets from `min_ar` to `max_ar`, evenly spaced in logarithm."""
-    ar_buckets: list[AspectRatio] | None = None
-    """The buckets themselves, as width / height or [width, height]; excludes the three keys above."""
-    frame_buckets: list[Count] = [1]
-    """Numbers of frames that clips are cut to; 1 is a still picture."""
-    size_buckets: list[SizeBucket] | None = None
-    """Complete buckets as [width, height, frames]; excludes `resolutions` and the aspect ratio keys."""
-    num_repeats: Count = 1
-    """Times that each sample is used in an epoch."""
-    cache_dir: UserPath | None = None
-    """Folder of encoded samples, which all runs may share; default: `cache` in the run's `output_dir`."""
-    directory: Annotated[list[DirectorySettings], Field(min_length=1)]
-    """The folders of the data: one `[[directory]]` table each."""
-
-    def resolved(self, directory: DirectorySettings) -> ResolvedDirectory:
-        """The values that hold for `directory`: its own, else the file's."""
-        own = {key for key, value in directory if value is not None}
-        shared = DirectorySettings.model_fields.keys() - {"path", "control_path"}
-        inherited = {key: None if _REPLACED_BY.get(key, set()) & own else getattr(self, key) for key in shared - own}
-        return ResolvedDirectory(**{**dict(directory), **inherited})

@@ -7,7 +7,16 @@ from typing import Annotated, Any, Generic, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from utils.settings.errors import Problem, SettingsError
-from utils.settings.keys import GROUPS, NESTED, SECTIONS, SPELLINGS, unknown_key
+from utils.settings.keys import (
+    GROUPS,
+    NESTED,
+    SECTIONS,
+    SPELLINGS,
+    known_keys,
+    unknown_key,
+    unknown_table,
+    unknown_tables,
+)
 from utils.settings.plain import explain, given
 
 T = TypeVar("T", bound=BaseModel)
@@ -54,6 +63,11 @@ class Table:
         inner = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc[1:])
         return where(title, written + inner)
 
+    def entry_title(self, key: str) -> str:
+        """How an entry of an array of tables is headed in this file."""
+        title, written = self.places[key]
+        return f"[[{'.'.join(filter(None, (title.strip('[]'), written)))}]]"
+
     def complain(self, place: str, message: str) -> None:
         """Notes a problem at `place`."""
         self.problems.append(Problem(self.file, place, message))
@@ -75,10 +89,13 @@ def one_table(file: str, section: str, title: str, written: Mapping[str, Any]) -
 def run_table(file: str, raw: Mapping[str, Any]) -> Table:
     """The run's own keys, from the top of the file and from the tables that only group them."""
     table = Table(file)
-    top = {key: value for key, value in raw.items() if key not in {*GROUPS, *SECTIONS}}
+    unknown = unknown_tables(raw)
+    for key, meant in unknown.items():
+        table.complain(f"[{key}]", unknown_table(meant))
+    top = {key: value for key, value in raw.items() if key not in {*GROUPS, *SECTIONS, *unknown}}
     for title, keys in [("", top), *((f"[{group}]", raw[group]) for group in GROUPS if group in raw)]:
         if not isinstance(keys, dict):
-            table.complain(title, f"must be a table; given: {given(keys)}")
+            table.complain(title, no_table(title, keys))
             continue
         for key, value in keys.items():
             if key in SECTIONS:
@@ -86,6 +103,13 @@ def run_table(file: str, raw: Mapping[str, Any]) -> Table:
             else:
                 table.add(key, value, title, key)
     return table
+
+
+def no_table(title: str, value: Any) -> str:
+    """What to tell of a value that is to be a table."""
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        return f"is one table; write {title}, in single brackets"
+    return f"must be a table; given: {given(value)}"
 
 
 def check(cls: type[T], table: Table, known: Iterable[str]) -> Reading[T]:
@@ -98,7 +122,11 @@ def check(cls: type[T], table: Table, known: Iterable[str]) -> Reading[T]:
     for error in errors:
         loc = error["loc"]
         if error["type"] == "extra_forbidden":
-            message = unknown_key(str(loc[-1]), NESTED[str(loc[0])].model_fields if len(loc) > 1 else known)
+            nested = str(loc[0])
+            here = known_keys(nested, NESTED[nested]) if len(loc) > 1 else known
+            message = unknown_key(str(loc[-1]), here)
+        elif error["type"] == "list_type" and isinstance(error["input"], dict):
+            message = f"may have several entries; write {table.entry_title(str(loc[0]))}, in double brackets"
         else:
             message = explain(error)
         problems.append(Problem(table.file, table.locate(loc), message))

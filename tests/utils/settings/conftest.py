@@ -22,7 +22,7 @@ def options_for(name: str) -> type[ModelSettings]:
 
 
 RUN = """
-output_dir = "runs"
+{output_dir}
 {dataset}
 {top}
 
@@ -38,7 +38,11 @@ lr = 1e-3
 
 {tables}
 """
-SOUND = {"dataset": 'dataset = "dataset.toml"', "weights": 'diffusers_path = "weights"'}
+SOUND = {
+    "output_dir": 'output_dir = "runs"',
+    "dataset": 'dataset = "dataset.toml"',
+    "weights": 'diffusers_path = "weights"',
+}
 DATASET = """
 resolutions = [64]
 

@@ -1,15 +1,18 @@
 """The generated documents name every key, in all its spellings, with what it means."""
 
+import inspect
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tests.utils.settings.conftest import TinyOptions
-from utils.settings.document import dataset_json_schema, settings_json_schema, settings_page
+from utils.settings.dataset_schema import DataKeys, DatasetSettings
+from utils.settings.document import data_groups, dataset_json_schema, settings_json_schema, settings_page
 from utils.settings.keys import GROUPS, NESTED, SECTIONS, SPELLINGS, run_keys
-from utils.settings.schema import DatasetSettings, ModelSettings, Settings, optimizer_types
+from utils.settings.schema import ModelSettings, Settings, optimizer_types
 
 OPTIONS = {"tiny": TinyOptions}
 TABLES = [Settings, TinyOptions, DatasetSettings, *NESTED.values(), *optimizer_types().values()]
@@ -37,7 +40,7 @@ def test_every_key_is_documented(cls: type[ModelSettings]) -> None:
         assert info.description, f"{cls.__name__}.{name} has no docstring"
         if name not in SECTIONS:
             assert f"| `{name}`" in page
-            assert info.description in page
+            assert " ".join(info.description.split()).replace("|", "\\|") in page
 
 
 def test_the_page_shows_types_defaults_and_spellings() -> None:
@@ -47,6 +50,28 @@ def test_the_page_shows_types_defaults_and_spellings() -> None:
     assert "| `betas` | [number, number] | `[0.9, 0.999]` |" in page
     assert '### `[model]` with `type = "tiny"`' in page
     assert "| `max_sequence_length` | whole number | `16` | Tokens of a caption. |" in page
+    assert "| `control_path` or `control_dir` or `conditioning_data_dir` | path or array of paths |  |" in page
+    assert "| `loss_weight` or `prior_loss_weight` (in a `[[directory]]`) | number | `1.0` |" in page
+    assert "| `uncond_fraction_per_encoder` | table of numbers | `{}` |" in page
+    assert "| `micro_batch_size_per_gpu` | whole number or array of [whole number, whole number] | `1` |" in page
+    assert "| `eval_datasets` | array of tables | `[]` |" in page
+
+
+def test_every_row_of_the_page_is_one_line() -> None:
+    for line in settings_page(OPTIONS).splitlines():
+        if line.startswith("|"):
+            assert len(re.findall(r"(?<!\\)\|", line)) == 5, line
+
+
+def test_a_key_that_file_and_directory_share_is_listed_once_under_the_schemas_headings() -> None:
+    page = settings_page(OPTIONS)
+    for key in DataKeys.model_fields:
+        assert len(re.findall(rf"^\| `{key}`", page, re.MULTILINE)) == 1, key
+    groups = data_groups()
+    assert [key for keys in groups.values() for key in keys] == list(DataKeys.model_fields)
+    said = re.findall(r"^    # (.+)\.\n    (\w+):", inspect.getsource(DataKeys), re.MULTILINE)
+    assert [(title, keys[0]) for title, keys in groups.items()] == said
+    assert all(f"#### {title}\n" in page for title in groups)
 
 
 def test_the_runs_keys_are_accepted_at_the_top_and_in_groups(schema: dict[str, Any]) -> None:
@@ -62,10 +87,14 @@ def test_both_spellings_are_accepted_but_not_together(schema: dict[str, Any]) ->
     assert {*TinyOptions.model_fields, *SPELLINGS["model"]} == model["properties"].keys()
     assert {"not": {"required": ["vae_path", "vae"]}} in model["allOf"]
     dataset = json.loads(dataset_json_schema())
+    assert dataset["properties"]["datasets"] == dataset["properties"]["directory"]
     directory = dataset["$defs"]["DirectorySettings"]
     assert directory["required"] == []
-    assert {"anyOf": [{"required": ["path"]}, {"required": ["root"]}]} in directory["allOf"]
-    assert dataset["properties"]["datasets"] == dataset["properties"]["directory"]
+    assert {"anyOf": [{"required": [name]} for name in ("path", "root", "image_dir")]} in directory["allOf"]
+    for table in (dataset, directory):
+        assert {"not": {"required": ["caption_dropout", "caption_dropout_rate"]}} in table["allOf"]
+        assert table["properties"]["repeats"] == table["properties"]["num_repeats"]
+    assert "prior_loss_weight" not in dataset["properties"]
 
 
 @pytest.mark.parametrize("text", [settings_json_schema(OPTIONS), dataset_json_schema()])

@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from tests.utils.settings.conftest import DATASET, Folder, TinyOptions, options_for
 from utils.settings.errors import SettingsError
+from utils.settings.keys import SPELLINGS
 from utils.settings.reader import read_all, read_dataset, read_settings, write_resolved
 from utils.settings.schema import AdamWSettings, SGDSettings, torch_dtype
 
@@ -42,6 +43,93 @@ def test_second_spellings_mean_the_same(folder: Folder) -> None:
     assert settings.model.transformer_dtype == "float16"
     other = folder.write("other.toml", DATASET.replace("directory", "datasets").replace("path", "root"))
     assert read_dataset(other) == read_dataset(Path("dataset.toml"))
+
+
+@pytest.mark.parametrize("table", ["", "[[directory]]\npath = 'a'\n"])
+def test_second_spellings_of_a_datasets_keys_hold_at_the_top_and_in_a_directory(folder: Folder, table: str) -> None:
+    values = {"uncond_fraction": "0.5", "is_regularisation_data": "true", "cache_shuffle_delimiter": "'; '"}
+    for spelling, key in SPELLINGS["dataset"].items():
+        if key == "directory":
+            continue
+        texts = [f"{table}{name} = {values.get(key, 3)}\n" + ("" if table else DATASET) for name in (spelling, key)]
+        first, second = (read_dataset(folder.write("other.toml", text)) for text in texts)
+        assert first == second
+        told = first.directory[0] if table else first
+        assert told.model_fields_set >= {key}, spelling
+
+
+def test_one_key_in_two_spellings_is_given_twice(folder: Folder) -> None:
+    folder.write("dataset.toml", f"{DATASET}caption_dropout = 0.1\ncaption_dropout_rate = 0.1")
+    assert "is the same key" in problems_of(folder.run())["key `directory[0]` caption_dropout_rate"]
+    folder.write("dataset.toml", f"{DATASET}image_dir = 'pictures'")
+    assert "is the same key" in problems_of(folder.run())["key `directory[0]` image_dir"]
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "words"),
+    [
+        (f"random_crop = true\n{DATASET}", "key `random_crop`", 'write `crop = "random"` instead'),
+        (f"{DATASET}flip_aug = true", "key `directory[0].flip_aug`", "write `flip`, with `augment_variants` instead"),
+        (f"prior_loss_weight = 0.5\n{DATASET}", "key `prior_loss_weight`", "`loss_weight`, in the `[[directory]]`"),
+        (f"[general]\nshuffle_caption = true\n{DATASET}", "key `general`", "at the top of the dataset file"),
+        (f"{DATASET}support_video = true", "key `directory[0].support_video`", "leave it out: clips are found by"),
+        (f"{DATASET}repeat = 3", "key `directory[0].repeat`", "did you mean `repeats`?"),
+    ],
+)
+def test_a_key_of_another_trainers_dataset_is_met_with_advice(
+    folder: Folder, text: str, where: str, words: str
+) -> None:
+    folder.write("dataset.toml", text)
+    assert words in problems_of(folder.run())[where]
+
+
+def test_a_key_of_another_trainers_run_is_met_with_advice(folder: Folder) -> None:
+    problems = problems_of(folder.run(top="learning_rate = 1e-4\nmax_train_steps = 100"))
+    assert problems["key `learning_rate`"] == "no such key; write `lr`, in `[optimizer]` instead"
+    assert problems["key `max_train_steps`"] == "no such key; write `max_steps` instead"
+
+
+@pytest.mark.parametrize(
+    ("top", "told"),
+    [
+        ("epochs = 2", {"key `directory[0].start_epoch`": "epochs = 2"}),
+        ("max_steps = 10", {"key `directory[0].start_step`": "max_steps = 10"}),
+        ("epochs = 3\nmax_steps = 11", {}),
+        ("epochs = 'a'", {"key `epochs`": "whole number"}),
+    ],
+)
+def test_a_directory_that_the_run_never_comes_to_is_told(folder: Folder, top: str, told: dict[str, str]) -> None:
+    folder.write("dataset.toml", f"{DATASET}start_epoch = 3\nstart_step = 10")
+    if told:
+        problems = problems_of(folder.run(top=top))
+        assert problems.keys() == told.keys()
+        assert all(words in problems[where] for where, words in told.items())
+    else:
+        read_all(folder.run(top=top), options_for, 1)
+
+
+@pytest.mark.parametrize("line", ["keep_tokens = 1", "cache_shuffle_delimiter = ';'"])
+@pytest.mark.parametrize("is_own", [True, False])
+def test_what_tags_are_need_some_change_of_them(folder: Folder, line: str, is_own: bool) -> None:
+    text = f"{DATASET}{line}\n" if is_own else f"{line}\n{DATASET}"
+    folder.write("dataset.toml", text)
+    place = f"directory[0].{line.split()[0]}" if is_own else line.split()[0]
+    ((where, message),) = problems_of(folder.run()).items()
+    assert where == f"key `{place}`"
+    assert "for tags that are changed" in message
+    for change in ("tag_dropout = 0.1", "shuffle_capitalization = 0.1", "cache_shuffle_num = 1"):
+        folder.write("dataset.toml", f"{change}\nkeep_tokens_separator = '|||'\n{text}")
+        read_all(folder.run(), options_for, 1)
+
+
+def test_an_evaluation_set_has_no_keys_of_training_unless_it_is_the_training_set(folder: Folder) -> None:
+    folder.write("dataset.toml", f"num_repeats = 3\n{DATASET}")
+    folder.write("eval.toml", f"num_repeats = 3\n{DATASET}")
+    top = 'eval_datasets = [{name = "a", config = "FILE"}]'
+    read_all(folder.run(top=top.replace("FILE", str(folder.root / "dataset.toml"))), options_for, 1)
+    with pytest.raises(SettingsError) as caught:
+        read_all(folder.run(top=top.replace("FILE", "eval.toml")), options_for, 1)
+    assert [(entry.file, entry.where) for entry in caught.value.problems] == [("eval.toml", "key `num_repeats`")]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +217,7 @@ def test_a_section_that_is_no_table(folder: Folder, name: str) -> None:
     text += "".join(f"[{other}]\ntype = 3\n" for other in ("model", "optimizer") if other != name)
     places = problems_of(folder.write("run.toml", text))
     assert places.pop(f"[{name}]") == "must be a table; given: 3 (a whole number)"
-    others = {"[model] type", "[optimizer] type", "[optimizer] lr", "[model]"}
+    others = {"[model] type", "[optimizer] type", "[optimizer] lr", "[model] diffusers_path"}
     assert places.keys() <= others
 
 
@@ -189,6 +277,45 @@ def test_evaluation_sets_come_by_name(folder: Folder) -> None:
     top = 'eval_datasets = [{name = "a", config = "dataset.toml"}, {name = "b", config = "dataset.toml"}]'
     _, dataset, evaluation = read_all(folder.run(top=top), options_for, 1)
     assert evaluation == {"a": dataset, "b": dataset}
+
+
+MISSPELT = [
+    ("[optimizer]", "[optimiser]", "[optimiser]", "did you mean [optimizer]?"),
+    ("[model]", "[[model]]", "[model]", "write [model], in single brackets"),
+    ("", "[evaluation]\neval_every_n_steps = 1", "[evaluation]", "did you mean [eval]?"),
+    ("", "[sample]\nprompts = ['a']", "[sample]", "did you mean [sampling]?"),
+    ("", "[train]\nepochs = 3", "[train]", "did you mean [training]?"),
+    ("", "[zzz]\nepochs = 3", "[zzz]", "known are [model], [adapter]"),
+    ("", "[[training]]\nepochs = 3", "[training]", "write [training], in single brackets"),
+    ("", "[eval_datasets]\nname = 'a'", "key `eval_datasets`", "write [[eval_datasets]], in double brackets"),
+    ("", "[eval.eval_datasets]\nname = 'a'", "[eval] eval_datasets", "write [[eval.eval_datasets]]"),
+    ("", "[model.text_encoders]\ntype = 'a'", "[model] text_encoders", "write [[model.text_encoders]]"),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong", "where", "words"), MISSPELT)
+def test_a_wrong_title_is_one_problem(folder: Folder, right: str, wrong: str, where: str, words: str) -> None:
+    text = folder.run().read_text()
+    path = folder.write("run.toml", text.replace(right, wrong) if right else f"{text}\n{wrong}")
+    ((place, message),) = problems_of(path).items()
+    assert place == where
+    assert words in message
+
+
+@pytest.mark.parametrize("title", ["directory", "datasets"])
+def test_directories_need_double_brackets(folder: Folder, title: str) -> None:
+    folder.write("dataset.toml", DATASET.replace("[[directory]]", f"[{title}]"))
+    message = f"may have several entries; write [[{title}]], in double brackets"
+    assert problems_of(folder.run()) == {f"key `{title}`": message}
+
+
+def test_the_files_of_a_run_in_each_others_place(folder: Folder) -> None:
+    assert "is a dataset's file; give the run's" in problems_of(Path("dataset.toml"))[""]
+    assert "is a run's file" in problems_of(folder.run(dataset="dataset = 'run.toml'"))[""]
+
+
+def test_a_byte_order_mark_is_no_mistake(folder: Folder) -> None:
+    assert problems_of(folder.write("run.toml", "\ufeffepochs = 'a'"))["key `epochs`"]
 
 
 def test_files_that_cannot_be_read(folder: Folder) -> None:

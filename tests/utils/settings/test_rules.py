@@ -1,12 +1,12 @@
 """Keys that must agree: each rule fires on its fault, names its place, and is silent on a sound run."""
 
+import os
+
 import pytest
 
 from tests.utils.settings.conftest import Folder, options_for
-from utils.settings.errors import Problem
-from utils.settings.reader import read_dataset, read_settings
-from utils.settings.rules import check_dataset, check_evaluation_set, check_rules
-from utils.settings.schema import DatasetSettings, DirectorySettings
+from utils.settings.reader import read_settings
+from utils.settings.rules import check_rules
 
 EVAL = 'eval_datasets = [{name = "a", config = "dataset.toml"}, {name = "a", config = "dataset.toml"}]'
 
@@ -29,6 +29,12 @@ EVAL = 'eval_datasets = [{name = "a", config = "dataset.toml"}, {name = "a", con
         ({"top": "pipeline_stages = 3"}, "key `pipeline_stages`", "multiple of 3"),
         ({"dataset": "dataset = 'gone.toml'"}, "key `dataset`", "no gone.toml"),
         ({"top": "eval_every_n_steps = 3"}, "key `eval_every_n_steps`", "nothing to evaluate"),
+        ({"top": "eval_micro_batch_size_per_gpu = 3"}, "key `eval_micro_batch_size_per_gpu`", "nothing to evaluate"),
+        (
+            {"top": "micro_batch_size_per_gpu = [[512, 4], [1024, 1], [512, 2]]"},
+            "key `micro_batch_size_per_gpu`",
+            "512 twice",
+        ),
         ({"top": EVAL}, "key `eval_datasets[1].name`", '"a"'),
         ({"top": EVAL.replace('"a"', '"train"', 1)}, "key `eval_datasets[0].name`", "training set"),
         (
@@ -45,12 +51,16 @@ EVAL = 'eval_datasets = [{name = "a", config = "dataset.toml"}, {name = "a", con
             "no gone",
         ),
         ({"weights": "diffusers_path = 'gone'"}, "[model] diffusers_path", "no gone"),
-        ({"weights": ""}, "[model]", "transformer_path"),
+        ({"weights": ""}, "[model] diffusers_path", "is required: single files"),
         (
-            {"weights": "transformer_path = 'dataset.toml'", "model": "from_scratch = true"},
-            "[model] from_scratch",
-            "weights only",
+            {"weights": "transformer_path = 'dataset.toml'"},
+            "[model] diffusers_path",
+            "required beside transformer_path",
         ),
+        ({"weights": "diffusers_path = 'dataset.toml'"}, "[model] diffusers_path", "is a file"),
+        ({"output_dir": "output_dir = 'dataset.toml'"}, "key `output_dir`", "dataset.toml is no folder"),
+        ({"output_dir": "output_dir = 'dataset.toml/runs'"}, "key `output_dir`", "dataset.toml is no folder"),
+        ({"output_dir": "output_dir = '~nobody_here/runs'"}, "key `output_dir`", "no such user"),
         (
             {"tables": "[adapter]\ntype = 'lora'\nrank = 1\ninit_from_existing = 'gone'"},
             "[adapter] init_from_existing",
@@ -72,8 +82,17 @@ def test_each_rule(folder: Folder, parts: dict[str, str], where: str, words: str
     assert words in problems[0].message
 
 
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_to_is_told(folder: Folder) -> None:
+    (folder.root / "weights").chmod(0o500)
+    settings = read_settings(folder.run(output_dir="output_dir = 'weights/runs'"), options_for)
+    (problem,) = check_rules(settings, world_size=1)
+    assert "cannot be written to" in problem.message
+
+
 def test_a_sound_run_has_no_problem(folder: Folder) -> None:
     top = "partition_method = 'manual'\npartition_split = [1, 3, 4]\npipeline_stages = 4\n"
+    top += "micro_batch_size_per_gpu = [[512, 4], [1024, 1]]\nimage_micro_batch_size_per_gpu = 2\n"
     top += EVAL.replace('"a", config = "dataset.toml"}]', '"b", config = "dataset.toml"}]')
     path = folder.run(top=top, tables="[sampling]\nprompts = ['a']\nsample_every_n_steps = 1")
     assert check_rules(read_settings(path, options_for), world_size=8) == []
@@ -87,67 +106,3 @@ def test_rules_leave_out_what_is_broken(folder: Folder) -> None:
     assert {problem.where for problem in check_rules(settings, 4, broken=frozenset({"model"}))} == {
         "key `pipeline_stages`"
     }
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("[[directory]]\npath = 'pictures'", ("key `directory[0]`", "resolutions")),
-        ("resolutions = [1]\n[[directory]]\npath = 'gone'", ("key `directory[0].path`", "no gone")),
-        ("resolutions = [1]\n[[directory]]\npath = 'run.toml'", ("key `directory[0].path`", "is a file")),
-        (
-            "resolutions = [1]\n[[directory]]\npath = 'pictures'\ncontrol_path = 'gone'",
-            ("key `directory[0].control_path`", "no gone"),
-        ),
-        (
-            "resolutions = [1]\nsize_buckets = [[1, 1, 1]]\n[[directory]]\npath = 'pictures'",
-            ("key `size_buckets`", "resolutions"),
-        ),
-        (
-            "resolutions = [1]\nenable_ar_bucket = true\nar_buckets = [1]\nmin_ar = 0.5\n"
-            "[[directory]]\npath = 'pictures'",
-            ("key `ar_buckets`", "min_ar"),
-        ),
-        (
-            "resolutions = [1]\nenable_ar_bucket = true\n[[directory]]\npath = 'pictures'\nmin_ar = 3",
-            ("key `directory[0]`", "above max_ar"),
-        ),
-        (
-            "resolutions = [1]\nmin_ar = 0.5\n[[directory]]\npath = 'pictures'",
-            ("key `min_ar`", "enable_ar_bucket"),
-        ),
-    ],
-)
-def test_each_rule_of_a_dataset(folder: Folder, text: str, problem: tuple[str, str]) -> None:
-    folder.run()
-    found: list[Problem] = check_dataset(read_dataset(folder.write("other.toml", text)), "other.toml")
-    assert [entry.where for entry in found] == [problem[0]]
-    assert problem[1] in found[0].message
-
-
-def test_a_directory_has_its_own_values_or_the_files() -> None:
-    plain = DirectorySettings(path="a")
-    own = DirectorySettings(path="b", resolutions=[32], min_ar=0.8, num_repeats=5)
-    whole = DatasetSettings(
-        size_buckets=[[64, 64, 1]],
-        ar_buckets=[1.0],
-        num_repeats=2,
-        enable_ar_bucket=True,
-        directory=[plain, own],
-    )
-    first, second = whole.resolved(plain), whole.resolved(own)
-    assert (first.size_buckets, first.ar_buckets, first.num_repeats) == ([(64, 64, 1)], [1.0], 2)
-    assert (first.min_ar, first.max_ar, first.num_ar_buckets) == (0.5, 2.0, 7)
-    # What a directory says of sizes replaces what the file says, in whatever key.
-    assert (second.size_buckets, second.resolutions, second.num_repeats) == (None, [32], 5)
-    assert (second.ar_buckets, second.min_ar, second.enable_ar_bucket) == (None, 0.8, True)
-
-
-def test_a_run_has_one_cache():
-    def dataset(cache_dir):
-        return DatasetSettings(cache_dir=cache_dir, resolutions=[64], directory=[DirectorySettings(path="x")])
-
-    training = {"train.toml": dataset("/cache")}
-    for cache_dir, told in ((None, False), ("/cache", False), ("/other", True)):
-        problems = check_evaluation_set(dataset(cache_dir), training, ["train.toml"], "eval.toml")
-        assert bool(problems) == told, cache_dir
