@@ -8,16 +8,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
+from models.foundation.files import problems_of
 from models.foundation.key_layouts import KeyLayout
-from models.foundation.weights import Weights, build_empty, materialise
+from models.foundation.weights import Weights, build_empty, materialise, read_header
 from utils.adapters.attach import base_name
 from utils.dataset.buckets import MediaFacts
-from utils.dataset.encoding import Encoder
+from utils.dataset.encoders import Encoder
 from utils.diffusion import seeds
 from utils.diffusion.losses import Labels, mean_squared_error
 from utils.diffusion.objectives import FlowMatching, Objective
@@ -26,6 +27,17 @@ from utils.settings.errors import SettingsError
 from utils.settings.schema import ModelSettings, torch_dtype
 
 Features = Mapping[str, torch.Tensor]
+
+
+class ModelEncoder(Encoder, Protocol):
+    """An encoder as a model gives it."""
+
+    def check(self) -> None:
+        """Whether its files are whole and fit one another, from headers alone.
+
+        Raises:
+            SettingsError: they do not.
+        """
 
 
 class BasePipeline(ABC):
@@ -42,7 +54,7 @@ class BasePipeline(ABC):
         keep_in_high_precision: parts of parameter names that stay float32 whatever `dtype` says.
         original_layout: names of the publisher's single-file checkpoint, if they differ from diffusers'.
         denoiser_folder: where a diffusers folder keeps the denoiser; a property where an option chooses it.
-        takes_controls: whether it is conditioned on the control images of a dataset that has some.
+        max_controls: how many control images it is conditioned on, of a dataset that has some.
     """
 
     Options: ClassVar[type[ModelSettings]] = ModelSettings
@@ -54,7 +66,7 @@ class BasePipeline(ABC):
     keep_in_high_precision: ClassVar[tuple[str, ...]] = ()
     original_layout: ClassVar[KeyLayout | None] = None
     denoiser_folder: str = "transformer"
-    takes_controls: ClassVar[bool] = False
+    max_controls: ClassVar[int] = 0
 
     def __init__(self, options: ModelSettings, seed: int = 0):
         self.options = options
@@ -70,19 +82,34 @@ class BasePipeline(ABC):
             SettingsError: what is missing or does not fit.
         """
 
-    @abstractmethod
-    def encoders(self, with_controls: bool = False) -> list[Encoder]:
-        """The VAE first, then the rest; with control images (models that take them) also what reads those."""
-
-    def encoders_for(self, with_controls: bool) -> list[Encoder]:
-        """`encoders`, for a dataset that has control images or has none.
+    def check_tensors(self) -> None:
+        """Whether denoiser and encoders find their tensors in the files, by name and shape.
 
         Raises:
-            SettingsError: it has some, and this model takes none.
+            SettingsError: all that do not fit.
         """
-        if with_controls and not self.takes_controls:
-            raise SettingsError.of("this model takes no control images; leave control_path out", where="[[directory]]")
-        return self.encoders(with_controls)
+        encoders = [encoder.check for encoder in self.encoders()]
+        problems = problems_of([lambda: self.open_weights(build_empty(self.build_denoiser)), *encoders])
+        if problems:
+            raise SettingsError(problems)
+
+    @abstractmethod
+    def encoders(self, controls: int = 0) -> list[ModelEncoder]:
+        """The VAE first, then the rest; with control images (models that take them) also what reads those."""
+
+    def encoders_for(self, controls: int) -> list[Encoder]:
+        """`encoders`, for a dataset with so many control images a sample.
+
+        Raises:
+            SettingsError: this model takes fewer.
+        """
+        if controls > self.max_controls:
+            raise SettingsError.of(
+                f"this model takes {self.max_controls or 'no'} control images, and there are {controls}; leave "
+                "control_path or data_file_keys out, or some of them",
+                where="[[directory]]",
+            )
+        return self.encoders(controls)
 
     @abstractmethod
     def build_denoiser(self) -> nn.Module:
@@ -118,9 +145,13 @@ class BasePipeline(ABC):
     def scheduler(self) -> Any:
         """The stock scheduler of diffusers with which samples are drawn."""
 
-    def latents(self, features: Features) -> torch.Tensor:
-        """The clean latents (B, ...) among the features, in float32."""
-        return features["latents"].float()
+    def latents(self, features: Features, draw: Callable[[torch.Size], torch.Tensor]) -> torch.Tensor:
+        """The clean latents (B, ...) among the features, in float32; `draw` gives standard normal numbers of a shape
+        where the features hold a distribution of latents."""
+        if "latents" in features:
+            return features["latents"].float()
+        mean, std = features["latents_mean"].float(), features["latents_std"].float()
+        return mean + std * draw(mean.shape)
 
     def loss(self, prediction: torch.Tensor, labels: Labels) -> torch.Tensor:
         """Loss per sample (B,)."""
@@ -151,8 +182,6 @@ class BasePipeline(ABC):
         path = self.denoiser_path
         layout = self.original_layout
         if layout is not None:
-            from models.foundation.weights import read_header
-
             layout = layout if layout.recognises(read_header(path).files) else None
         return Weights(path, denoiser, layout)
 

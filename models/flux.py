@@ -14,18 +14,19 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from einops import rearrange
 from torch import nn
 
-from models.base import BasePipeline, Features
-from models.foundation.autoencoders import ImageAutoencoder
-from models.foundation.files import check_diffusers_folder, check_text_encoder_types, part_override, read_config
+from models.base import BasePipeline, Features, ModelEncoder
+from models.foundation.autoencoders import ImageAutoencoder, vae_config
+from models.foundation.files import check_diffusers_folder, part_override, read_config
 from models.foundation.key_layouts import KeyLayout, Rule
 from models.foundation.stages import Middle
 from models.foundation.text_encoders import clip_l, t5
 from utils.dataset.buckets import MediaFacts
-from utils.dataset.encoding import Encoder
 from utils.settings.schema import Count, ModelSettings
 
 PATCH = 2
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
+SINGLE_FILES = {"transformer": "transformer_path", "vae": "vae_path"}
+TEXT_ENCODERS = {"text_encoder": "clip", "text_encoder_2": "t5"}
 
 BFL_LAYOUT = KeyLayout(
     [
@@ -160,20 +161,20 @@ class FluxPipeline(BasePipeline):
     blocks = ("transformer_blocks", "single_transformer_blocks")
     stream_type = FluxStream
     original_layout = BFL_LAYOUT
-    takes_controls = True
+    max_controls = 1
 
     def check(self) -> None:
-        check_diffusers_folder(self.options, PARTS, {"transformer": "transformer_path", "vae": "vae_path"})
-        check_text_encoder_types(self.options, ("clip", "t5"))
+        check_diffusers_folder(self.options, PARTS, SINGLE_FILES, TEXT_ENCODERS)
+        self.check_tensors()
 
-    def encoders(self, with_controls: bool = False) -> list[Encoder]:
+    def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         options, folder = self.options, self.options.diffusers_path
-        controls = [ImageAutoencoder(folder, options.vae_path, self.dtype, reads="control")]
+        control_vae = ImageAutoencoder(folder, options.vae_path, self.dtype, reads="control", draw="mode")
         return [
-            ImageAutoencoder(folder, options.vae_path, self.dtype, seed=self.seed),
+            ImageAutoencoder(folder, options.vae_path, self.dtype, draw=options.latents),
             clip_l(folder, part_override(options, "clip"), self.dtype),
             t5(folder, part_override(options, "t5"), self.dtype, options.max_sequence_length),
-            *(controls if with_controls else []),
+            *([control_vae] if controls else []),
         ]
 
     def build_denoiser(self) -> FluxTransformer2DModel:
@@ -226,11 +227,11 @@ class FluxPipeline(BasePipeline):
     # Kept: every micro-batch asks for them.
     @cached_property
     def _transformer_config(self) -> dict[str, Any]:
-        return read_config(self.options.diffusers_path, "transformer")
+        return read_config(self.options.diffusers_path, "transformer", model="FluxTransformer2DModel")
 
     @cached_property
     def _vae_config(self) -> dict[str, Any]:
-        return read_config(self.options.diffusers_path, "vae")
+        return vae_config(self.options.diffusers_path, self.options.vae_path)
 
 
 def pack(x_BChw: torch.Tensor) -> torch.Tensor:

@@ -16,15 +16,24 @@ def build(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """The optimizer that `settings` describe, over `groups` (see `parameter_groups.groups_of`).
 
     A group's own `weight_decay` and `lr` count before those of `settings`.
-    Raises SettingsError if the algorithm cannot run on this machine.
+    Raises SettingsError if the algorithm cannot run on this machine; see `check`.
     """
+    check(settings, "cuda" if torch.cuda.is_available() else "cpu")
     # The keys of a settings class are named as the arguments of its optimizer.
     return _BUILDERS[settings.type](groups, **settings.model_dump(exclude={"type"}))
 
 
-def _adamw8bit(groups: Groups, **keys: Any) -> torch.optim.Optimizer:
-    if not torch.cuda.is_available():
+def check(settings: OptimizerSettings, device_type: str) -> None:
+    """Whether the algorithm can run on a device of this type ("cuda", "cpu").
+
+    Raises:
+        SettingsError: it cannot.
+    """
+    if settings.type == "adamw8bit" and device_type != "cuda":
         raise SettingsError.of('"adamw8bit" needs a GPU, and there is none; use "adamw"', where="[optimizer] type")
+
+
+def _adamw8bit(groups: Groups, **keys: Any) -> torch.optim.Optimizer:
     # Its import looks for CUDA libraries and takes seconds.
     from bitsandbytes.optim import AdamW8bit
 

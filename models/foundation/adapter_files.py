@@ -13,6 +13,7 @@ from torch import nn
 from models.foundation.key_layouts import KeyLayout
 from models.foundation.weights import read_header
 from utils.settings.errors import SettingsError
+from utils.settings.json_files import read_json
 
 Tensors = dict[str, torch.Tensor]
 PEFT_PREFIX = "base_model.model."
@@ -59,7 +60,10 @@ def read_adapter(
 
 
 def _adapter_file(path: Path) -> Path:
-    return read_header(path).paths[0]
+    files = read_header(path).paths
+    if not files:
+        raise SettingsError.of("this file is empty; download it again", str(path))
+    return files[0]
 
 
 def _common_alpha(file: Path, metadata: Mapping[str, str]) -> float | None:
@@ -67,7 +71,7 @@ def _common_alpha(file: Path, metadata: Mapping[str, str]) -> float | None:
     known = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     config = file.with_name("adapter_config.json")
     if not known and config.is_file():
-        known = json.loads(config.read_text())
+        known = read_json(config)
     return next((value for key, value in known.items() if key.split(".")[-1] == "lora_alpha"), None)
 
 

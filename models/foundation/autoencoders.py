@@ -6,33 +6,58 @@ Shapes: B batch, C channels, F frames, H W pixels, h w latent cells.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from einops import rearrange
 
-from models.foundation.weights import assign, build_empty, fingerprint, load_tensors
-from utils.dataset.buckets import Bucket
+from models.foundation.files import read_config
+from models.foundation.weights import assign, build_empty, fingerprint, load_tensors, promised_tensors
+from utils.dataset.samples import Bucket
 from utils.diffusion import seeds
 
+CONFIG_KEYS = ("block_out_channels", "latent_channels", "scaling_factor")
+Draw = Literal["sample", "mode", "distribution"]
+NOISE_SEED = 0
+"""Of the draw from a picture's distribution. It is the picture's alone, so that all runs may share a cache."""
 
-def load_autoencoder_kl(folder: Path | None, file: Path | None, dtype: torch.dtype) -> AutoencoderKL:
-    """An image VAE from a diffusers folder, its weights perhaps from a single file with diffusers' or original keys.
+
+def vae_config(folder: Path, file: Path | None) -> dict[str, Any]:
+    """The configuration of an image VAE: that of a diffusers folder, unless `file` is a folder with its own.
 
     Raises:
-        SettingsError: the file holds no VAE that fits the folder's configuration.
+        SettingsError: it is missing, damaged, or another model's.
     """
-    if file is None or file.is_dir():
-        return AutoencoderKL.from_pretrained(file or folder / "vae", torch_dtype=dtype)
-    config = AutoencoderKL.load_config(folder / "vae")
-    vae = build_empty(lambda: AutoencoderKL.from_config(config))
-    tensors = load_tensors(file, dtype)
-    if not tensors.keys() >= vae.state_dict().keys():
+    own = file is not None and (file / "config.json").is_file()
+    return read_config(file if own else folder / "vae", model="AutoencoderKL", keys=CONFIG_KEYS)
+
+
+def load_autoencoder_kl(
+    folder: Path,
+    file: Path | None,
+    dtype: torch.dtype,
+    read: Callable[[Path, torch.dtype], dict[str, torch.Tensor]] = load_tensors,
+) -> AutoencoderKL:
+    """An image VAE from a diffusers folder, its weights perhaps from elsewhere, with diffusers' or original names.
+
+    Args:
+        file: file or folder of weights that replace the folder's.
+        read: what gives the tensors of a file or folder; with `promised_tensors` the VAE is on the meta device.
+
+    Raises:
+        SettingsError: the file holds no VAE that fits the configuration.
+    """
+    config = vae_config(folder, file)
+    vae, source = build_empty(lambda: AutoencoderKL.from_config(config)), file or folder / "vae"
+    tensors = read(source, dtype)
+    if not any("down_blocks." in name for name in tensors):
         tensors = convert_ldm_vae_checkpoint(tensors, config)
-    assign(vae, tensors, file)
+    assign(vae, tensors, source)
     return vae
 
 
@@ -41,26 +66,37 @@ class ImageAutoencoder:
 
     Args:
         folder: the diffusers folder with `vae/config.json`.
-        file: weights that replace the folder's.
+        file: file or folder of weights that replace the folder's.
         dtype: in which it encodes.
-        name: of its store; "control" reads the control image and takes the mode of the distribution.
-        reads: what it encodes, "pixels" or "control".
+        reads: what it encodes, "pixels" or "control"; its store and its features are named by it.
+        draw: what it yields of a picture's distribution of latents: one sample, which is always the same for a
+            picture; the mode; or mean and standard deviation, so that mean + std * noise is a latent.
     """
 
-    def __init__(self, folder: Path, file: Path | None, dtype: torch.dtype, *, reads: str = "pixels", seed: int = 0):
-        self.folder, self.file, self.dtype, self.seed = folder, file, dtype, seed
+    def __init__(
+        self, folder: Path, file: Path | None, dtype: torch.dtype, *, reads: str = "pixels", draw: Draw = "sample"
+    ):
+        self.folder, self.file, self.dtype, self.draw = folder, file, dtype, draw
         self.name = "vae" if reads == "pixels" else "vae_control"
         self.reads = (reads,)
-        self.output = "latents" if reads == "pixels" else "control_latents"
+        latents = "latents" if reads == "pixels" else "control_latents"
+        self.outputs = [f"{latents}_mean", f"{latents}_std"] if draw == "distribution" else [latents]
         self.vae: AutoencoderKL | None = None
         self.device = torch.device("cpu")
 
     @cached_property
     def fingerprint(self) -> str:
-        draws = "mode" if self.reads == ("control",) else f"sample-{self.seed}"
         config = self.folder / "vae" / "config.json"
         weights = [self.file, config] if self.file else [self.folder / "vae"]
-        return fingerprint("vae", draws, str(self.dtype), *weights)
+        return fingerprint("vae", self.draw, str(self.dtype), *weights)
+
+    def check(self) -> None:
+        """Whether the weights fit the configuration, from their headers alone.
+
+        Raises:
+            SettingsError: they do not.
+        """
+        load_autoencoder_kl(self.folder, self.file, self.dtype, promised_tensors)
 
     def load(self, device: torch.device) -> None:
         self.device = device
@@ -71,24 +107,16 @@ class ImageAutoencoder:
 
     @torch.no_grad()
     def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Latents (B, C, h, w) of `pixels_BCFHW` or `control_BCFHW` in [-1, 1], F = 1: the posterior's mode for a
-        control image, as inference takes it, else a sample."""
+        """Latents (B, C, h, w) of `pixels_BCFHW` or `control_BCFHW` in [-1, 1], F = 1, as `draw` says."""
         (pixels_BCFHW,) = inputs.values()
         pixels_BCHW = rearrange(pixels_BCFHW, "b c 1 h w -> b c h w").to(self.device, self.dtype)
         posterior = self.vae.encode(pixels_BCHW).latent_dist
+        shift, scale = self.vae.config.shift_factor or 0.0, self.vae.config.scaling_factor
         latents = posterior.mode()
-        if self.reads == ("pixels",):
-            latents = latents + posterior.std * self._noise(pixels_BCFHW, latents)
-        config = self.vae.config
-        return {self.output: (latents - (config.shift_factor or 0.0)) * config.scaling_factor}
-
-    def _noise(self, pixels_BCFHW: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """Normal noise that depends on the seed and each picture alone, not on the batch it is encoded in."""
-        noise = torch.empty(latents.shape)
-        for index, pixels in enumerate(pixels_BCFHW):
-            picture = hashlib.blake2b(pixels.cpu().contiguous().numpy().tobytes(), digest_size=8).hexdigest()
-            noise[index] = seeds.normal(latents.shape[1:], self.seed, "latents", picture)
-        return noise.to(latents)
+        if self.draw == "sample":
+            latents = latents + posterior.std * _noise(pixels_BCFHW, latents)
+        yielded = [(latents - shift) * scale, posterior.std * scale]
+        return dict(zip(self.outputs, yielded, strict=False))
 
     @torch.no_grad()
     def decode(self, latents_BChw: torch.Tensor) -> torch.Tensor:
@@ -98,6 +126,16 @@ class ImageAutoencoder:
         return rearrange(self.vae.decode(latents).sample.float(), "b c h w -> b c 1 h w").clamp(-1, 1)
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        config = AutoencoderKL.load_config(self.folder / "vae")
+        config = vae_config(self.folder, self.file)
         cell = 2 ** (len(config["block_out_channels"]) - 1)
-        return {self.output: ((config["latent_channels"], bucket.height // cell, bucket.width // cell), self.dtype)}
+        shape = (config["latent_channels"], bucket.height // cell, bucket.width // cell)
+        return dict.fromkeys(self.outputs, (shape, self.dtype))
+
+
+def _noise(pixels_BCFHW: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """Normal noise that depends on each picture alone, not on the batch it is encoded in."""
+    noise = torch.empty(latents.shape)
+    for index, pixels in enumerate(pixels_BCFHW):
+        picture = hashlib.blake2b(pixels.cpu().contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+        noise[index] = seeds.normal(latents.shape[1:], NOISE_SEED, "latents", picture)
+    return noise.to(latents)

@@ -2,60 +2,81 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from models.foundation.weights import read_header
 from utils.settings.errors import Problem, SettingsError
+from utils.settings.json_files import read_json
 from utils.settings.schema import ModelSettings
 
 
 def check_diffusers_folder(
-    options: ModelSettings, parts: Sequence[str], overrides: Mapping[str, str], denoiser: str = "transformer"
+    options: ModelSettings,
+    parts: Sequence[str],
+    overrides: Mapping[str, str],
+    text_encoders: Mapping[str, str],
+    denoiser: str = "transformer",
 ) -> None:
-    """Whether `diffusers_path` is a diffusers folder with all parts.
+    """Whether `diffusers_path` is a diffusers folder with all parts, and whether their configurations and the headers
+    of their weights can be read.
 
     A part whose weights come from elsewhere still needs its configuration here, since single files have none.
 
     Args:
         parts: subfolders that the model needs.
         overrides: part -> the option that names a file with its weights.
+        text_encoders: part -> its `type` in the option `text_encoders`.
         denoiser: the part that needs no weights with `from_scratch`.
 
     Raises:
-        SettingsError: listing everything that is missing.
+        SettingsError: listing everything that is missing or damaged.
     """
     folder = options.diffusers_path
-    if folder is None:
-        raise SettingsError.of(
-            "is needed: single files hold neither configurations nor tokenizers. Give the model's folder in diffusers' "
-            "layout (its weights may be left out of it where another path gives them)",
-            where="[model] diffusers_path",
-        )
+    assert folder is not None, "the settings' rules ask for it"
+    check_text_encoder_types(options, list(text_encoders.values()))
+    present = [part for part in parts if (folder / part).is_dir()]
     problems = [
         Problem(str(folder), part, "this part is missing; download the whole diffusers folder")
         for part in parts
-        if not (folder / part).is_dir()
+        if part not in present
     ]
-    problems += [
-        Problem(str(folder / part), "config.json", "is missing; download the whole diffusers folder")
-        for part in parts
-        if not part.startswith(("tokenizer", "scheduler"))
-        if (folder / part).is_dir() and not (folder / part / "config.json").is_file()
-    ]
-    for part, option in overrides.items():
-        needs_weights = getattr(options, option) is None and not (part == denoiser and options.from_scratch)
-        if (folder / part).is_dir() and needs_weights and not any((folder / part).glob("*.safetensors")):
-            problems.append(
-                Problem(
-                    str(folder / part),
-                    "weights",
-                    f"no .safetensors here; download them, or name a file with [model] {option}",
-                )
-            )
+    weights = {
+        **{part: (getattr(options, option), f"[model] {option}") for part, option in overrides.items()},
+        **{part: (part_override(options, name), "[model] text_encoders") for part, name in text_encoders.items()},
+    }
+    if options.from_scratch:
+        weights.pop(denoiser, None)
+    checks: list[Callable[[], object]] = [partial(read_json, folder / part / _config_name(part)) for part in present]
+    for part, (override, option) in weights.items():
+        if override is not None:
+            checks.append(partial(read_header, override))
+        elif part in present and any((folder / part).glob("*.safetensors*")):
+            checks.append(partial(read_header, folder / part))
+        elif part in present:
+            cure = f"no .safetensors here; download them, or name a file with {option}"
+            problems.append(Problem(str(folder / part), "weights", cure))
+    problems += problems_of(checks)
     if problems:
         raise SettingsError(problems)
+
+
+def _config_name(part: str) -> str:
+    kinds = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
+    return kinds.get(part.split("_")[0], "config.json")
+
+
+def problems_of(checks: Iterable[Callable[[], object]]) -> list[Problem]:
+    """What all of some checks tell, each of which raises a SettingsError or does nothing."""
+    problems: list[Problem] = []
+    for check in checks:
+        try:
+            check()
+        except SettingsError as error:
+            problems += error.problems
+    return problems
 
 
 def check_text_encoder_types(options: ModelSettings, types: Sequence[str]) -> None:
@@ -77,14 +98,21 @@ def part_override(options: ModelSettings, text_encoder: str) -> Path | None:
     return next((entry.path for entry in options.text_encoders if entry.type == text_encoder), None)
 
 
-def read_config(folder: Path, part: str) -> dict[str, Any]:
+def read_config(folder: Path, part: str = "", *, model: str, keys: Sequence[str] = ()) -> dict[str, Any]:
     """The configuration of a part of a diffusers folder.
 
+    Args:
+        model: the class of diffusers, or the `model_type` of transformers, that it must be of.
+        keys: what it must have.
+
     Raises:
-        SettingsError: it is missing or damaged.
+        SettingsError: it is missing or damaged, or another model's.
     """
     file = folder / part / "config.json"
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise SettingsError.of(f"this configuration cannot be read ({error}); download it again", str(file)) from error
+    config = read_json(file)
+    named = config.get("_class_name", config.get("model_type", model))
+    if named != model:
+        raise SettingsError.of(f"is a configuration of {named}; one of {model} belongs here", str(file))
+    if missing := [key for key in keys if key not in config]:
+        raise SettingsError.of(f"lacks `{missing[0]}`; download it again", str(file))
+    return config

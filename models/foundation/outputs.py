@@ -11,8 +11,8 @@ from models.base import BasePipeline
 from models.foundation.placement import Blueprint
 from utils.adapters.attach import scale
 from utils.dataset.batches import SampleReader
-from utils.dataset.buckets import Bucket, Sample
-from utils.dataset.encoding import Encoder
+from utils.dataset.encoders import Encoder, reads_media
+from utils.dataset.samples import Bucket, Shown, of_prompt
 from utils.ranks import Ranks
 from utils.run.export import ExportPlan, Tensors, settings_hash
 from utils.run.sampling import SampleModel
@@ -20,6 +20,22 @@ from utils.settings.errors import SettingsError
 from utils.settings.schema import SamplingSettings, Settings, torch_dtype
 
 COMFYUI = "comfyui"
+
+
+def check_outputs(pipeline: BasePipeline, settings: Settings) -> None:
+    """Whether the model gives what the settings ask for: exports in this layout, samples of this size.
+
+    Raises:
+        SettingsError: it does not.
+    """
+    if settings.save_format in (COMFYUI, "both") and pipeline.original_layout is None:
+        raise SettingsError.of(
+            f'"{settings.save_format}" needs the names of ComfyUI\'s files, which are not known for this model; use '
+            '"diffusers"',
+            where="key `save_format`",
+        )
+    if settings.sampling.prompts:
+        sample_bucket(pipeline, settings.sampling)
 
 
 def export_plan(pipeline: BasePipeline, settings: Settings, blueprint: Blueprint) -> ExportPlan:
@@ -73,18 +89,16 @@ def sample_bucket(pipeline: BasePipeline, sampling: SamplingSettings) -> Bucket:
 
 def prompt_encoders(encoders: Sequence[Encoder]) -> list[Encoder]:
     """Those that a prompt goes through."""
-    return [encoder for encoder in encoders if encoder.reads == ("caption",)]
+    return [encoder for encoder in encoders if not reads_media(encoder)]
 
 
-def prompt_samples(pipeline: BasePipeline, sampling: SamplingSettings) -> dict[str, Sample]:
-    """The prompts as samples that can be cached.
+def prompts_shown(pipeline: BasePipeline, sampling: SamplingSettings) -> dict[str, Shown]:
+    """The prompts as what text encoders read of samples.
 
     Raises:
         SettingsError: pictures of this size cannot be drawn; see `sample_bucket`.
     """
-    return {
-        prompt: Sample(prompt, None, prompt, None, sample_bucket(pipeline, sampling), 0) for prompt in sampling.prompts
-    }
+    return {prompt: of_prompt(prompt, sample_bucket(pipeline, sampling)) for prompt in sampling.prompts}
 
 
 def sample_model(
@@ -92,7 +106,7 @@ def sample_model(
 ) -> SampleModel:
     """How to draw this model's samples; the prompts must be in the cache."""
     autoencoder = encoders[0]
-    prompts = prompt_samples(pipeline, settings.sampling)
+    prompts = prompts_shown(pipeline, settings.sampling)
     reader = SampleReader(prompt_encoders(encoders), cache_dir)
 
     def features(prompt: str) -> Mapping[str, torch.Tensor]:

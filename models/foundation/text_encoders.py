@@ -13,13 +13,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, PreTrainedModel, T5EncoderModel
+from transformers import AutoTokenizer, CLIPTextModel, PretrainedConfig, PreTrainedModel, T5EncoderModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.logging import disable_progress_bar
 
-from models.foundation.weights import check_shape, fingerprint, load_tensors
-from utils.dataset.buckets import Bucket
+from models.foundation.files import problems_of, read_config
+from models.foundation.weights import check_shape, fingerprint, load_tensors, promised_tensors
+from utils.dataset.samples import Bucket
+from utils.settings.errors import SettingsError
+from utils.settings.json_files import read_json
 
-Encode = Callable[[nn.Module, Any, list[str]], dict[str, torch.Tensor]]
+Features = dict[str, torch.Tensor | list[torch.Tensor]]
+Encode = Callable[[nn.Module, Any, list[str]], Features]
+
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+"""Files that hold a tokenizer's words: any of these sets is enough."""
 
 
 def clip_pooled(text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, torch.Tensor]:
@@ -41,8 +49,29 @@ class T5Features:
         return {"t5": text_encoder(tokens.input_ids.to(text_encoder.device))[0]}
 
 
+@dataclass(frozen=True)
+class TrueLengthFeatures:
+    """The last hidden state of the tokens of each caption, B times (l, D) with l up to `length`, and a mask (l,) of
+    ones beside it: for models that mask the padding or set it to zero, which is then no part of the cache."""
+
+    name: str
+    length: int
+
+    def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, list[torch.Tensor]]:
+        tokens = tokenizer(
+            captions, padding="longest", max_length=self.length, truncation=True, return_tensors="pt"
+        ).to(text_encoder.device)
+        hidden_BLD = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        lengths = tokens.attention_mask.sum(1).tolist()
+        return {
+            self.name: [hidden[:length] for hidden, length in zip(hidden_BLD, lengths, strict=True)],
+            f"{self.name}_mask": [torch.ones(length, dtype=torch.bool) for length in lengths],
+        }
+
+
 class TextEncoder:
-    """A frozen text encoder as an `Encoder`: captions -> features.
+    """A frozen text encoder as an `Encoder`: captions -> features. `truncated` counts the captions, since it was
+    loaded, that were longer than it reads.
 
     Args:
         name: of its store.
@@ -50,7 +79,8 @@ class TextEncoder:
         folder: the diffusers folder; `subfolder` has the configuration and weights, `tokenizer` the tokenizer.
         file: a single .safetensors file, or a folder, with weights that replace the folder's.
         dtype: in which it computes.
-        encode: captions -> named features; its repr is part of the fingerprint.
+        encode: captions -> named features; its repr is part of the fingerprint, and its `length` is how many tokens it
+            reads (default: as many as the tokenizer says).
         shapes: of one caption's features, by name.
     """
 
@@ -72,7 +102,7 @@ class TextEncoder:
         self.subfolder, self.tokenizer_folder = subfolder, folder / tokenizer
         self.file, self.dtype, self.features, self.shapes = file, dtype, encode, shapes
         self.model: nn.Module | None = None
-        self.tokenizer: Any = None
+        self.truncated = 0
 
     @cached_property
     def fingerprint(self) -> str:
@@ -81,42 +111,114 @@ class TextEncoder:
         weights = [self.file, folder / "config.json"] if self.file else [folder]
         return fingerprint(self.name, how, str(self.dtype), self.tokenizer_folder, *weights)
 
+    def check(self) -> None:
+        """Whether the tokenizer can be loaded, and the weights fit the configuration, from their headers alone.
+
+        Raises:
+            SettingsError: they do not; tells of both.
+        """
+        problems = problems_of([self._check_tokenizer, self._check_weights])
+        if problems:
+            raise SettingsError(problems)
+
+    def _check_tokenizer(self) -> None:
+        words, known = len(load_tokenizer(self.tokenizer_folder)), self._config().vocab_size
+        if words > known:
+            raise SettingsError.of(
+                f"this tokenizer has {words} tokens, and the encoder in {self.subfolder} knows {known}; is it another "
+                "model's?",
+                str(self.tokenizer_folder),
+            )
+
+    def _check_weights(self) -> None:
+        tensors = promised_tensors(self._source, self.dtype)
+        self._build(None, config=self._config(), state_dict=tensors, device_map="meta")
+
     def load(self, device: torch.device) -> None:
-        disable_progress_bar()
-        self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_folder)
+        self.truncated = 0
         self.model = self._load_model().to(device).eval().requires_grad_(False)
 
+    @property
+    def _source(self) -> Path:
+        return self.file or self.folder / self.subfolder
+
+    def _config(self) -> PretrainedConfig:
+        own = (self._source / "config.json").is_file()
+        return self.model_class.config_class.from_pretrained(self._source if own else self.folder / self.subfolder)
+
     def _load_model(self) -> nn.Module:
-        source = self.file or self.folder / self.subfolder
-        # transformers knows the names of older files, which tensors are tied, and what must stay in float32. What
-        # a file lacks it fills with random numbers: its report is what tells.
-        how = {"dtype": self.dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
-        if source.is_dir():
-            model, report = self.model_class.from_pretrained(source, **how)
-        else:
-            config = AutoConfig.from_pretrained(self.folder / self.subfolder)
-            tensors = load_tensors(source, self.dtype)
-            model, report = self.model_class.from_pretrained(None, config=config, state_dict=tensors, **how)
+        source = self._source
+        # In a folder with the names that it writes, transformers reads one tensor after the other.
+        if any((source / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+            return self._build(source, config=self._config())
+        return self._build(None, config=self._config(), state_dict=load_tensors(source, self.dtype))
+
+    def _build(self, source: Path | None, **how: Any) -> nn.Module:
+        """The model with its weights. transformers knows the names of older files, which tensors are tied, and what
+        must stay in float32. What a file lacks it fills with random numbers: its report is what tells."""
+        disable_progress_bar()
+        model, report = self.model_class.from_pretrained(
+            source, dtype=self.dtype, ignore_mismatched_sizes=True, output_loading_info=True, **how
+        )
         for name in sorted(report["missing_keys"]):
-            check_shape(name, None, (), source)
+            check_shape(name, None, (), self._source)
         for name, stored, asked in report["mismatched_keys"]:
-            check_shape(name, stored, asked, source)
+            check_shape(name, stored, asked, self._source)
         return model
 
     def unload(self) -> None:
-        self.model = self.tokenizer = None
+        self.model = None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.tokenizer_folder)
+
+    @property
+    def token_limit(self) -> int:
+        """Tokens of a caption that are read; what follows them is cut off."""
+        return getattr(self.features, "length", self.tokenizer.model_max_length)
+
+    def token_count(self, caption: str) -> int:
+        """Tokens of a caption, those that would be cut off too."""
+        return len(self.tokenizer(caption).input_ids)
 
     @torch.no_grad()
-    def encode(self, caption: list[str]) -> dict[str, torch.Tensor]:
+    def encode(self, caption: list[str]) -> Features:
+        self.truncated += sum(self.token_count(text) > self.token_limit for text in caption)
         return self.features(self.model, self.tokenizer, caption)
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {name: (shape, self.dtype) for name, shape in self.shapes.items()}
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder.
+
+    Raises:
+        SettingsError: it is not whole.
+    """
+    for file in sorted(folder.glob("*.json")):
+        read_json(file)
+    # Without its words a tokenizer would be loaded all the same, and would know none.
+    if not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
+        raise SettingsError.of(
+            f"the tokenizer's words are missing ({' or '.join(' and '.join(names) for names in VOCABULARIES)}); "
+            "download this folder again",
+            str(folder),
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    # Which errors there are is for three libraries to choose; some raise a bare Exception.
+    except Exception as error:
+        raise SettingsError.of(f"the tokenizer cannot be loaded ({error}); download it again", str(folder)) from error
+    if tokenizer.pad_token is None:
+        raise SettingsError.of("names no `pad_token`; download it again", str(folder / "tokenizer_config.json"))
+    return tokenizer
+
+
 def clip_l(folder: Path, file: Path | None, dtype: torch.dtype) -> TextEncoder:
     """CLIP's pooled output, from `text_encoder` and `tokenizer` of a diffusers folder."""
-    width = AutoConfig.from_pretrained(folder / "text_encoder").hidden_size
+    width = read_config(folder, "text_encoder", model="clip_text_model", keys=["hidden_size"])["hidden_size"]
     return TextEncoder(
         "clip", CLIPTextModel, folder, "text_encoder", "tokenizer", file, dtype, clip_pooled, {"clip_pooled": (width,)}
     )
@@ -124,7 +226,7 @@ def clip_l(folder: Path, file: Path | None, dtype: torch.dtype) -> TextEncoder:
 
 def t5(folder: Path, file: Path | None, dtype: torch.dtype, length: int) -> TextEncoder:
     """T5's features of `length` tokens, from `text_encoder_2` and `tokenizer_2` of a diffusers folder."""
-    width = AutoConfig.from_pretrained(folder / "text_encoder_2").d_model
+    width = read_config(folder, "text_encoder_2", model="t5", keys=["d_model"])["d_model"]
     return TextEncoder(
         "t5",
         T5EncoderModel,

@@ -22,12 +22,15 @@ from torch import nn
 
 from models.foundation.key_layouts import KeyLayout, Piece, swap_halves
 from utils.settings.errors import SettingsError
+from utils.settings.json_files import read_json
 
 logger = logging.getLogger(__name__)
 
 SCALE_NAMES = ("scale_weight", "weight_scale")
 """What programs call the number by which an 8-bit `weight` is to be multiplied."""
 USUAL_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "adapter_model.safetensors")
+INDEX = ".index.json"
+SUFFIXES = (".safetensors", ".sft")
 FINGERPRINT_BLOCKS = 64
 FINGERPRINT_BLOCK_BYTES = 64 * 1024
 
@@ -48,7 +51,7 @@ def read_header(path: Path) -> Header:
     """The header of a safetensors file, or of those in a folder that belong together.
 
     Raises:
-        SettingsError: there is no such file, or it is not a safetensors file.
+        SettingsError: there is no such file, or it is not a whole safetensors file.
     """
     paths = [path] if path.is_file() else _files_in(path)
     if not paths:
@@ -61,17 +64,29 @@ def read_header(path: Path) -> Header:
                     files[key] = file
                     shapes[key] = tuple(opened.get_slice(key).get_shape())
         except (SafetensorError, OSError) as error:
-            raise SettingsError.of(f"not a whole safetensors file ({error}); download it again", str(file)) from error
+            cure = "download it again" if file.suffix in SUFFIXES else "give one; other formats are not read"
+            raise SettingsError.of(f"not a whole safetensors file ({error}); {cure}", str(file)) from error
     return Header(files, shapes)
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """The files of a folder's weights: the shards that its index names, or the one with the usual name (others are
-    variants of it, as `.fp16`), or whatever there is."""
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    usual = [folder / name for name in USUAL_NAMES if (folder / name).is_file()]
-    return usual[:1] or sorted(folder.glob("*.safetensors"))
+    """The files of a folder's weights: those with the usual name, as shards or as one (others are variants of it, as
+    `.fp16`), else the shards of another name, else whatever there is."""
+    for name in USUAL_NAMES:
+        if (folder / f"{name}{INDEX}").is_file():
+            return _shards(folder / f"{name}{INDEX}")
+        if (folder / name).is_file():
+            return [folder / name]
+    variants = sorted(folder.glob(f"*.safetensors{INDEX}"))
+    return _shards(variants[0]) if variants else sorted(folder.glob("*.safetensors"))
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise SettingsError.of("has no table `weight_map` of file names; download it again", str(index))
+    return sorted({index.parent / name for name in places.values()})
 
 
 class Weights:
@@ -170,19 +185,25 @@ def unscaled(tensor: torch.Tensor, scale: torch.Tensor, key: str, source: Path) 
     return tensor.float() * scale.float().reshape(())
 
 
-def load_tensors(file: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All tensors of a single file, those of floating point in `dtype`.
+def load_tensors(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All tensors of a file or folder, those of floating point in `dtype`.
 
     Raises:
-        SettingsError: there is no such file, or it is not a safetensors file.
+        SettingsError: there is no such file, or it is not a whole safetensors file.
     """
-    read_header(file)
-    tensors = load_file(file)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in read_header(path).paths:
+        tensors |= load_file(file)
     for key in list(tensors):
         scale = next((name for name in scale_keys(key) if name in tensors), None)
-        tensors[key] = tensors[key] if scale is None else unscaled(tensors[key], tensors[scale], scale, file)
+        tensors[key] = tensors[key] if scale is None else unscaled(tensors[key], tensors[scale], scale, path)
         tensors[key] = tensors[key].to(dtype) if tensors[key].is_floating_point() else tensors[key]
     return tensors
+
+
+def promised_tensors(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What `load_tensors` would give, on the meta device: only headers are read."""
+    return {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in read_header(path).shapes.items()}
 
 
 def assign(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: Path) -> None:

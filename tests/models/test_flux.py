@@ -16,10 +16,10 @@ from diffusers import FluxPipeline as StockPipeline
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
 
 from models.flux import FluxPipeline, grid_positions, pack, unpack
-from models.foundation.outputs import prompt_encoders, prompt_samples, sample_model
+from models.foundation.outputs import prompt_encoders, prompts_shown, sample_model
 from tests.models import tiny_flux
 from tests.processes import run_ranks
-from utils.dataset.encoding import fill
+from utils.dataset.encoding import Filling, fill
 from utils.diffusion.seeds import generator, normal
 from utils.ranks import Ranks
 from utils.settings.schema import SamplingSettings
@@ -192,9 +192,10 @@ def paint(ranks: Ranks, folder: Path, cache: Path, stages: int, sampling: Sampli
     settings = tiny_flux.settings(flux, sampling=sampling, pipeline_stages=stages)
     blueprint = load_stage(flux, settings, ranks.stage)
     module = DenoiserPipeline(blueprint.layers, blueprint.bounds, flux.stream_type, flux.loss)
-    engine = Engine(module, torch.optim.SGD(module.parameters(), lr=0.0), micro_batch=1, accumulation=1, clip_norm=0.0)
-    prompts = list(prompt_samples(flux, settings.sampling).values())
-    fill(prompt_encoders(flux.encoders()), prompts, cache, ranks, 1, torch.device("cpu"))
+    engine = Engine(module, torch.optim.SGD(module.parameters(), lr=0.0), accumulation=1, clip_norm=0.0)
+    prompts = [shown.sample for shown in prompts_shown(flux, settings.sampling).values()]
+    for encoder in prompt_encoders(flux.encoders()):
+        fill(encoder, prompts, Filling(cache, folder, ranks))
     model = sample_model(flux, flux.encoders(), settings, ranks, cache)
     return [
         denoise(engine, ranks, model, sampling, prompt, index).numpy() for index, prompt in enumerate(sampling.prompts)

@@ -15,25 +15,29 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 
 from utils import ranks as together
 from utils.ranks import Ranks
-from utils.run.folder import LATEST
+from utils.run.folder import LATEST, checkpoints_before
 from utils.run.progress import Progress
+from utils.run.tensor_file import write_tensors
 from utils.settings.errors import SettingsError
+from utils.settings.json_files import read_json
 from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+PROGRESS = "progress.json"
+MADE_WITH = ("identity", "optimizer", "steps_in_epoch")
+"""What is known of the settings that a checkpoint was made with."""
 NamedParameters = Mapping[str, torch.nn.Parameter]
 
 
@@ -46,6 +50,8 @@ def identity_of(settings: Settings) -> dict[str, Any]:
         "[adapter] type": adapter and adapter.type,
         "[adapter] rank": adapter and adapter.rank,
         "[adapter] alpha": adapter and adapter.alpha,
+        "[adapter] include": adapter and adapter.include,
+        "[adapter] exclude": adapter and adapter.exclude,
     }
 
 
@@ -61,7 +67,8 @@ def save(
 
     Args:
         parameters: the trainable parameters of this stage by name.
-        made_with: settings that a resumed run should share; told to the user where they differ.
+        made_with: settings that a resumed run should share, under the names in `MADE_WITH`; told to the user where
+            they differ.
     """
     name = f"global_step{progress.step}"
     unfinished = folder / f"{name}.unfinished"
@@ -70,11 +77,16 @@ def save(
         unfinished.mkdir(parents=True)
     together.barrier()
     if ranks.data_rank == 0:
-        _write_synced(unfinished / f"state-{ranks.stage}.safetensors", _state(parameters, optimizer))
+        write_tensors(unfinished / f"state-{ranks.stage}.safetensors", _state(parameters, optimizer))
     together.barrier()
     if ranks.is_main:
-        content = {"format": FORMAT, "progress": progress.as_dict(), "made_with": dict(made_with)}
-        (unfinished / "progress.json").write_text(json.dumps(content, indent=2))
+        content = {
+            "format": FORMAT,
+            "stages": ranks.stages,
+            "progress": progress.as_dict(),
+            "made_with": dict(made_with),
+        }
+        (unfinished / PROGRESS).write_text(json.dumps(content, indent=2))
         shutil.rmtree(folder / name, ignore_errors=True)
         unfinished.rename(folder / name)
         replace_text(folder / LATEST, name)
@@ -98,12 +110,6 @@ def _as_kept(value: torch.Tensor, device: torch.device) -> torch.Tensor | int:
     return value if value.is_floating_point() else int(value)
 
 
-def _write_synced(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    save_file(tensors, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def replace_text(path: Path, text: str) -> None:
     """Writes a small file so that it always holds either the old or the new text."""
     beside = path.with_name(path.name + ".new")
@@ -111,28 +117,45 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)
+
+
 class Checkpoint:
     """The checkpoint in `folder`, opened for reading.
 
     Raises:
-        SettingsError: it is incomplete or of another format.
+        SettingsError: it is incomplete or of another format; names the checkpoint before it.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        try:
-            content = json.loads((self.folder / "progress.json").read_text())
-        except (OSError, ValueError) as error:
-            raise SettingsError.of(
-                f"the checkpoint cannot be read ({error}); name another with --resume_from_checkpoint",
-                str(self.folder),
-            ) from error
+        content = read_json(folder / PROGRESS, self._cure())
         if content.get("format") != FORMAT:
-            raise SettingsError.of("the checkpoint is of another version of penstock", str(self.folder))
-        self.progress = Progress(**content["progress"])
-        self.made_with: dict[str, Any] = content["made_with"]
-        files = [safe_open(path, framework="pt") for path in sorted(self.folder.glob("state-*.safetensors"))]
+            raise SettingsError.of("the checkpoint is of another version of penstock", str(folder))
+        try:
+            self.progress = Progress(**{field.name: content["progress"][field.name] for field in fields(Progress)})
+            self.made_with: dict[str, Any] = {key: content["made_with"][key] for key in MADE_WITH}
+            stages = int(content.get("stages", len(list(folder.glob("state-*.safetensors")))))
+        except (KeyError, TypeError, ValueError) as error:
+            raise SettingsError.of(
+                f"is not whole: {error} is missing or wrong; {self._cure()}", str(folder / PROGRESS)
+            ) from error
+        files = [self._opened(folder / f"state-{stage}.safetensors") for stage in range(stages)]
         self._files = {key: file for file in files for key in file.keys()}
+
+    def _opened(self, path: Path) -> Any:
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise SettingsError.of(f"not a whole safetensors file ({error}); {self._cure()}", str(path)) from error
+
+    def _cure(self) -> str:
+        """How to go on when this checkpoint cannot be read: with the one before it."""
+        before = checkpoints_before(self.folder)
+        if before:
+            return f"the one before it is --resume_from_checkpoint {before[-1]}"
+        return "there is none before it; name another with --resume_from_checkpoint"
 
     def check_identity(self, identity: Mapping[str, Any]) -> None:
         """Whether what decides what the weights mean and what is drawn is as it was; see `identity_of`.
@@ -142,7 +165,9 @@ class Checkpoint:
         """
         old = self.made_with["identity"]
         changed = [
-            f"{key} = {identity[key]} (checkpoint: {old.get(key)})" for key in identity if identity[key] != old.get(key)
+            f"{key} = {_shown(identity[key])} (checkpoint: {_shown(old[key])})"
+            for key in identity
+            if key in old and identity[key] != old[key]
         ]
         if changed:
             raise SettingsError.of(
@@ -174,14 +199,19 @@ class Checkpoint:
                 f"{values}; pass --reset_optimizer_params to take the config's", str(self.folder), "[optimizer]"
             )
 
-    def starting_point(self, global_batch: int, steps_per_epoch: int, *, restart_data: bool) -> Progress:
-        """Where training goes on: where the checkpoint stands, at the same place of the epoch if a step now takes
-        another number of samples; with `restart_data` at the beginning of the first epoch."""
+    def starting_point(self, steps_in: Callable[[int], int], *, restart_data: bool) -> Progress:
+        """Where training goes on: where the checkpoint stands, at the same place of the epoch if it now takes another
+        number of steps; with `restart_data` at the beginning of the first epoch.
+
+        Args:
+            steps_in: steps of each epoch.
+        """
         progress = self.progress
         if restart_data:
             progress = replace(progress, epoch=0, step_in_epoch=0, epoch_loss_sum=0.0)
-        progress = progress.with_global_batch(self.made_with["global_batch"], global_batch)
-        if progress.step_in_epoch >= steps_per_epoch:
+        steps = steps_in(progress.epoch)
+        progress = progress.with_epoch_of(self.made_with["steps_in_epoch"], steps)
+        if progress.step_in_epoch >= steps:
             progress = progress.next_epoch()
         logger.info("resuming %s at step %d, epoch %d", self.folder, progress.step, progress.epoch + 1)
         return progress

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from utils import ranks as together
 from utils.adapters.attach import scale
 from utils.ranks import Ranks
+from utils.run.tensor_file import write_tensors
 from utils.settings.schema import AdapterSettings
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def export(folder: Path, ranks: Ranks, parameters: Mapping[str, torch.Tensor], p
     together.barrier()
     if ranks.data_rank == 0 and parameters:
         held = {name: tensor.detach().to("cpu", plan.dtype or tensor.dtype) for name, tensor in parameters.items()}
-        save_file({name: tensor.contiguous() for name, tensor in held.items()}, parts / f"{ranks.stage}.safetensors")
+        write_tensors(parts / f"{ranks.stage}.safetensors", {name: t.contiguous() for name, t in held.items()})
     together.barrier()
     if ranks.is_main:
         tensors: Tensors = {}
@@ -106,11 +107,11 @@ def _write_adapter(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: d
     }
     if "diffusers" in plan.formats:
         header = {**metadata, "lora_adapter_metadata": json.dumps(known_to_diffusers, sort_keys=True)}
-        save_file({f"{prefix}.{name}": tensor for name, tensor in tensors.items()}, folder / ADAPTER_FILE, header)
+        write_tensors(folder / ADAPTER_FILE, {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}, header)
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
     for name, convert in plan.layouts.items():
         if name in plan.formats:
-            save_file(convert(tensors), folder / f"adapter_model_{name}.safetensors", metadata)
+            write_tensors(folder / f"adapter_model_{name}.safetensors", convert(tensors), metadata)
 
 
 def _write_denoiser(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: dict[str, str]) -> None:
@@ -122,7 +123,7 @@ def _write_denoiser(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: 
         _write_shards(denoiser, tensors, metadata, plan.shard_bytes)
     for name, convert in plan.layouts.items():
         if name in plan.formats:
-            save_file(convert(tensors), folder / f"model_{name}.safetensors", metadata)
+            write_tensors(folder / f"model_{name}.safetensors", convert(tensors), metadata)
 
 
 def _write_shards(folder: Path, tensors: Tensors, metadata: dict[str, str], shard_bytes: int) -> None:
@@ -134,12 +135,12 @@ def _write_shards(folder: Path, tensors: Tensors, metadata: dict[str, str], shar
         shards[-1][name] = tensor
     stem = "diffusion_pytorch_model"
     if len(shards) == 1:
-        save_file(shards[0], folder / f"{stem}.safetensors", metadata)
+        write_tensors(folder / f"{stem}.safetensors", shards[0], metadata)
         return
     places = {}
     for number, shard in enumerate(shards, start=1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata)
+        write_tensors(folder / file, shard, metadata)
         places |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": places}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))

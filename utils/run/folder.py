@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 RUN_NAME = re.compile(r"\d{8}_\d{2}-\d{2}-\d{2}(_\d+)?$")
 LATEST = "latest"
+CHECKPOINT_NAME = re.compile(r"global_step(\d+)")
 
 
 def new_name(output_dir: Path) -> str:
@@ -32,12 +33,23 @@ def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f"{name}_{number}"
 
 
+def checkpoints_before(checkpoint: Path) -> list[Path]:
+    """The complete checkpoints beside one, or beside where it should be, that were written before it, oldest first."""
+    steps = {
+        int(found[1]): path
+        for path in checkpoint.parent.glob("global_step*")
+        if (found := CHECKPOINT_NAME.fullmatch(path.name))
+    }
+    this = CHECKPOINT_NAME.fullmatch(checkpoint.name)
+    return [steps[step] for step in sorted(steps) if not this or step < int(this[1])]
+
+
 def create(settings: Settings, ranks: Ranks, config: Path) -> Path:
     """Makes a folder for this run, the same on every rank, with the user's files as given and the settings as
     resolved."""
     folder = settings.output_dir / share(ranks, "run folder", new_name(settings.output_dir))[0]
     if ranks.is_main:
-        folder.mkdir(parents=True)
+        _make(folder)
         (folder / "config.toml").write_text(_without_key(config, settings), encoding="utf-8")
         shutil.copyfile(settings.dataset, folder / "dataset.toml")
         for entry in settings.eval_datasets:
@@ -46,6 +58,15 @@ def create(settings: Settings, ranks: Ranks, config: Path) -> Path:
         logger.info("run folder: %s", folder)
     barrier()
     return folder
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise SettingsError.of(
+            f"the run's folder {folder} cannot be made ({error.strerror}); name another place", where="key `output_dir`"
+        ) from error
 
 
 def _without_key(config: Path, settings: Settings) -> str:
@@ -93,4 +114,11 @@ def find_checkpoint(output_dir: Path, asked: str | None) -> Path:
 
 
 def _newest_of(run: Path) -> Path:
-    return run / (run / LATEST).read_text().strip()
+    newest = run / (run / LATEST).read_text().strip()
+    if newest.is_dir() and newest != run:
+        return newest
+    there = [str(path) for path in checkpoints_before(run / LATEST)]
+    raise SettingsError.of(
+        f"names no checkpoint; name one with --resume_from_checkpoint. There are: {', '.join(there) or 'none'}",
+        str(run / LATEST),
+    )

@@ -6,15 +6,58 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
+from math import inf
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlparse
 
 import numpy as np
 from PIL import Image
 
+from utils.settings.errors import SettingsError
 from utils.settings.schema import MonitoringSettings
 
 logger = logging.getLogger(__name__)
+
+
+WANDB = "[monitoring] enable_wandb"
+WANDB_CURE = "set wandb_api_key, or WANDB_API_KEY, or run `wandb login`; WANDB_MODE=offline needs no account"
+WITHOUT_ACCOUNT = ("offline", "dryrun", "disabled")
+
+
+def check_account(settings: MonitoringSettings) -> None:
+    """Whether Weights & Biases, if it is enabled, would know whose the run is. For the main rank: where the others run,
+    no account is needed.
+
+    Raises:
+        SettingsError: no key is known, or what wandb was told elsewhere makes no sense.
+    """
+    if not settings.enable_wandb or settings.wandb_api_key:
+        return
+    import wandb
+
+    known = wandb.Settings()
+    try:
+        known.update_from_system_settings()
+        known.update_from_env_vars(os.environ)
+    except ValueError as error:
+        raise SettingsError.of(f"the settings of wandb on this machine are wrong: {error}", where=WANDB) from error
+    if known.mode in WITHOUT_ACCOUNT or known.api_key or known.identity_token_file:
+        return
+    # `wandb login` of older versions kept the key under the older name of the same host.
+    if not _has_key((urlparse(known.base_url).hostname or "", "api.wandb.ai")):
+        raise SettingsError.of(f"no account is known on this machine; {WANDB_CURE}", where=WANDB)
+
+
+def _has_key(hosts: Sequence[str]) -> bool:
+    """Whether the file of this machine's accounts has one at any of these hosts."""
+    try:
+        accounts = netrc(os.environ.get("NETRC", os.path.expanduser("~/.netrc")))
+    except (OSError, NetrcParseError):
+        return False
+    return any(accounts.authenticators(host) for host in hosts)
 
 
 class Sink(Protocol):
@@ -28,8 +71,11 @@ class Sink(Protocol):
 class JsonLines:
     """One JSON object a line: {"name", "value", "step", "time"}. Pictures lie in the run folder anyway."""
 
-    def __init__(self, folder: Path):
-        self.file = (folder / "metrics.jsonl").open("a", buffering=1)
+    def __init__(self, folder: Path, resumed_at: int | None = None):
+        path = folder / "metrics.jsonl"
+        if resumed_at is not None and path.exists():
+            _cut_after(path, resumed_at)
+        self.file = path.open("a", buffering=1)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         now = time.time()
@@ -43,11 +89,27 @@ class JsonLines:
         self.file.close()
 
 
+def _cut_after(path: Path, step: int) -> None:
+    """Leaves out what was measured after `step`, and a line that a killed run did not finish."""
+    beside = path.with_name(path.name + ".new")
+    with path.open(encoding="utf-8", errors="replace") as old, beside.open("w", encoding="utf-8") as new:
+        new.writelines(line for line in old if _step_of(line) <= step)
+    os.replace(beside, path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else inf
+    except (ValueError, KeyError, TypeError):
+        return inf
+
+
 class TensorBoard:
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, resumed_at: int | None = None):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard_logs"))
+        purge_step = None if resumed_at is None else resumed_at + 1
+        self.writer = SummaryWriter(str(folder / "tensorboard_logs"), purge_step=purge_step)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -67,12 +129,15 @@ class WeightsAndBiases:
         if settings.wandb_api_key:
             os.environ["WANDB_API_KEY"] = settings.wandb_api_key
         self.wandb = wandb
-        self.run = wandb.init(
-            project=settings.wandb_tracker_name or "penstock",
-            name=settings.wandb_run_name or folder.name,
-            dir=str(folder),
-            config=resolved,
-        )
+        try:
+            self.run = wandb.init(
+                project=settings.wandb_tracker_name or "penstock",
+                name=settings.wandb_run_name or folder.name,
+                dir=str(folder),
+                config=resolved,
+            )
+        except wandb.Error as error:
+            raise SettingsError.of(f"Weights & Biases refused the run: {error}; {WANDB_CURE}", where=WANDB) from error
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         self.run.log(values, step=step)
@@ -91,12 +156,28 @@ class Metrics:
         self.sinks = sinks
 
     @classmethod
-    def of_run(cls, folder: Path, settings: MonitoringSettings, resolved: dict[str, Any], is_main: bool) -> Metrics:
+    def of_run(
+        cls,
+        folder: Path,
+        settings: MonitoringSettings,
+        resolved: dict[str, Any],
+        is_main: bool,
+        resumed_at: int | None = None,
+    ) -> Metrics:
+        """The sinks that the settings ask for.
+
+        Args:
+            resolved: settings of the run, to be kept beside its numbers.
+            resumed_at: the step that a resumed run goes on from; what was measured after it is measured again.
+
+        Raises:
+            SettingsError: Weights & Biases does not take the run.
+        """
         if not is_main:
             return cls([])
-        sinks: list[Sink] = [JsonLines(folder)]
+        sinks: list[Sink] = [JsonLines(folder, resumed_at)]
         if settings.enable_tensorboard:
-            sinks.append(TensorBoard(folder))
+            sinks.append(TensorBoard(folder, resumed_at))
         if settings.enable_wandb:
             sinks.append(WeightsAndBiases(folder, settings, resolved))
         return cls(sinks)

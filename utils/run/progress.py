@@ -36,11 +36,11 @@ class Progress:
         """The beginning of the following epoch."""
         return replace(self, epoch=self.epoch + 1, step_in_epoch=0, epoch_loss_sum=0.0)
 
-    def with_global_batch(self, old: int, new: int) -> Progress:
-        """The same place in the epoch, with the same mean loss, when a step takes `new` samples instead of `old`."""
+    def with_epoch_of(self, old: int, new: int) -> Progress:
+        """The same place in the epoch, with the same mean loss, when it has `new` steps instead of `old`."""
         if old == new:
             return self
-        steps = self.step_in_epoch * old // new
+        steps = self.step_in_epoch * new // old
         return replace(self, step_in_epoch=steps, epoch_loss_sum=self.epoch_loss * steps)
 
     @property

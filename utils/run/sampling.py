@@ -17,7 +17,7 @@ from PIL import Image
 from utils import ranks as together
 from utils.diffusion import seeds
 from utils.diffusion.timesteps import ResolutionShift
-from utils.media.decode import tensor_to_image
+from utils.media.writing import tensor_to_image
 from utils.parallel.engine import Engine
 from utils.ranks import Ranks
 from utils.run.metrics import Metrics

@@ -16,6 +16,7 @@ from torch import nn
 
 from optimizers.schedules import learning_rates
 from utils.dataset.batches import TrainingBatches
+from utils.dataset.epochs import Epochs
 from utils.parallel.engine import Engine
 from utils.ranks import Ranks, any_rank
 from utils.run import checkpoint
@@ -67,8 +68,13 @@ class Trainer:
         to_limit = inf if limit is None else limit - self.progress.step
         if epochs is None and limit is not None:
             return max(0, to_limit)
-        to_end = ((epochs or 1) - self.progress.epoch) * self.batches.steps_per_epoch - self.progress.step_in_epoch
+        begun, last = self.progress.epoch, max(epochs or 1, self.progress.epoch)
+        to_end = self.epochs.first_step(last) - self.epochs.first_step(begun) - self.progress.step_in_epoch
         return max(0, min(to_end, to_limit))
+
+    @property
+    def epochs(self) -> Epochs:
+        return self.batches.epochs
 
     def prefetched(self) -> Iterator[Any]:
         """This data rank's micro-batches, step after step; None for a stage in the middle, which reads no data."""
@@ -97,7 +103,7 @@ class Trainer:
                 f"step {step + 1}",
             )
         seconds = time.monotonic() - started
-        examples = global_batch(self.settings, self.ranks)
+        examples = self.epochs.examples(self.progress.epoch, self.progress.step_in_epoch)
         done = self.progress.after_step(result.loss, examples)
         values = {
             "train/loss": result.loss,
@@ -112,7 +118,7 @@ class Trainer:
 
     def ends_epoch(self, done: Progress) -> bool:
         """Whether the step that led to `done` was its epoch's last."""
-        return done.step_in_epoch == self.batches.steps_per_epoch
+        return done.step_in_epoch == self.epochs.steps_in(done.epoch)
 
     def begin(self) -> bool:
         """Does what is due before the first step of a run. Returns whether all ranks are to stop here."""
@@ -165,13 +171,8 @@ class Trainer:
         made_with = {
             "identity": checkpoint.identity_of(self.settings),
             "optimizer": self.settings.optimizer.model_dump(mode="json"),
-            "global_batch": global_batch(self.settings, self.ranks),
+            "steps_in_epoch": self.epochs.steps_in(self.progress.epoch),
         }
         path = checkpoint.save(self.folder, self.ranks, self.progress, self.parameters, self.optimizer, made_with)
         self.checkpoints.restart()
         logger.info("checkpoint: %s", path)
-
-
-def global_batch(settings: Settings, ranks: Ranks) -> int:
-    """Samples of one optimizer step."""
-    return settings.micro_batch_size_per_gpu * settings.gradient_accumulation_steps * ranks.data_ranks

@@ -177,9 +177,22 @@ def truncated(place: Path) -> Path:
     return file
 
 
+def empty(place: Path) -> Path:
+    save_file({}, place / "empty.safetensors")
+    return place / "empty.safetensors"
+
+
+def damaged_configuration(place: Path) -> Path:
+    file = by_peft(place)
+    (place / "adapter_config.json").write_text("{")
+    return file
+
+
 @pytest.mark.parametrize(
     ("write", "keys", "message"),
     [
+        (empty, {}, "this file is empty"),
+        (damaged_configuration, {}, "adapter_config.json\n  is not JSON"),
         (by_diffusers, {"rank": 8}, "set [adapter] rank to that of the file"),
         (by_kohya, {"rank": 8}, "set [adapter] rank to that of the file"),
         (by_diffusers, {"include": ["to_q"]}, "has no counterpart"),

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from models.flux import FluxPipeline, unpack
-from models.foundation.noising import evaluation_micro_batch, training_micro_batch
+from models.foundation.noising import Noising
 from tests.models import tiny_flux
 from utils.dataset.batches import FeatureBatch
-from utils.dataset.buckets import Bucket
+from utils.dataset.samples import Bucket
 from utils.diffusion.seeds import normal
 from utils.diffusion.timesteps import ResolutionShift, TimestepSampler
 
@@ -30,6 +30,7 @@ def batch(*samples: str) -> FeatureBatch:
         {name: torch.stack([normal(shape, 0, name, sample) for sample in samples]) for name, shape in shapes.items()},
         list(samples),
         Bucket(48, 32, 1),
+        torch.ones(len(samples), 1, 1, 1),
     )
 
 
@@ -43,34 +44,56 @@ def noised(inputs: Any) -> torch.Tensor:
 
 def test_inputs_and_target_are_of_one_noise(folder: Path) -> None:
     given = batch("a", "b", "c")
-    inputs, labels = training_micro_batch(flux(folder), given, epoch=2)
+    inputs, labels = Noising(flux(folder)).training(given, epoch=2)
     t = inputs.t_B.view(-1, 1, 1, 1)
     torch.testing.assert_close(noised(inputs), given.features["latents"] + t * labels.target, rtol=1e-5, atol=1e-5)
     assert len(set(inputs.t_B.tolist())) == 3
-    assert labels.weight_B.tolist() == [1.0] * 3
+    assert labels.weight is given.weight
+
+
+def test_a_stage_is_given_what_it_uses(folder: Path) -> None:
+    inputs, labels = Noising(flux(folder)).training(batch("a"), epoch=2)
+    first, nothing = Noising(flux(folder), wants_labels=False).training(batch("a"), epoch=2)
+    none, last = Noising(flux(folder), wants_inputs=False).training(batch("a"), epoch=2)
+    assert nothing is None and torch.equal(first.x_BTC, inputs.x_BTC)
+    assert none is None and torch.equal(last.target, labels.target)
+
+
+def test_of_a_distribution_of_latents_one_is_drawn_each_epoch(folder: Path) -> None:
+    """x_t - t * target is the clean latent: over many epochs it has the mean and the spread of the distribution."""
+    given = batch("a", "b")
+    mean = given.features.pop("latents")
+    given.features.update(latents_mean=mean, latents_std=torch.full_like(mean, 0.5))
+    drawn = []
+    for epoch in range(200):
+        inputs, labels = Noising(flux(folder)).training(given, epoch)
+        drawn.append(noised(inputs) - inputs.t_B.view(-1, 1, 1, 1) * labels.target)
+    drawn = torch.stack(drawn)
+    torch.testing.assert_close(drawn.mean(0), mean, atol=0.2, rtol=0)
+    assert drawn.std(0).mean().item() == pytest.approx(0.5, rel=0.02)
 
 
 def test_a_sample_is_noised_alike_in_any_company(folder: Path) -> None:
-    inputs, labels = training_micro_batch(flux(folder), batch("a", "b", "c"), epoch=2)
+    inputs, labels = Noising(flux(folder)).training(batch("a", "b", "c"), epoch=2)
     for index, sample in enumerate("abc"):
-        alone, its_labels = training_micro_batch(flux(folder), batch(sample), epoch=2)
+        alone, its_labels = Noising(flux(folder)).training(batch(sample), epoch=2)
         assert torch.equal(alone.x_BTC[0], inputs.x_BTC[index])
         assert torch.equal(its_labels.target[0], labels.target[index])
 
 
 def test_another_epoch_or_seed_draws_anew(folder: Path) -> None:
-    inputs, labels = training_micro_batch(flux(folder), batch("a"), epoch=2)
+    inputs, labels = Noising(flux(folder)).training(batch("a"), epoch=2)
     for seed, epoch in ((0, 3), (1, 2)):
-        others, other_labels = training_micro_batch(flux(folder, seed), batch("a"), epoch)
+        others, other_labels = Noising(flux(folder, seed)).training(batch("a"), epoch)
         assert others.t_B.item() != inputs.t_B.item()
         assert (other_labels.target - labels.target).abs().mean() > 0.1
 
 
 def test_evaluation_is_the_same_in_every_run(folder: Path) -> None:
-    first, labels = evaluation_micro_batch(flux(folder, seed=1), batch("a", "b"), "held out", 0.3)
-    again, other_labels = evaluation_micro_batch(flux(folder, seed=2), batch("b"), "held out", 0.3)
+    first, labels = Noising(flux(folder, seed=1)).evaluation(batch("a", "b"), "held out", 0.3)
+    again, other_labels = Noising(flux(folder, seed=2)).evaluation(batch("b"), "held out", 0.3)
     assert torch.equal(first.x_BTC[1], again.x_BTC[0]) and torch.equal(labels.target[1], other_labels.target[0])
-    another_set, _ = evaluation_micro_batch(flux(folder), batch("b"), "other", 0.3)
+    another_set, _ = Noising(flux(folder)).evaluation(batch("b"), "other", 0.3)
     assert not torch.equal(another_set.x_BTC, again.x_BTC)
 
 
@@ -83,6 +106,6 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("options", "sampler"), OPTIONS)
 def test_levels_are_those_the_options_ask_for(folder: Path, options: dict, sampler: TimestepSampler) -> None:
-    inputs, _ = evaluation_micro_batch(flux(folder, **options), batch("a", "b"), "held out", 0.3)
+    inputs, _ = Noising(flux(folder, **options)).evaluation(batch("a", "b"), "held out", 0.3)
     assert inputs.t_B.dtype == torch.float32
     assert inputs.t_B.tolist() == pytest.approx([sampler.timestep(0.3, tokens=6)] * 2)

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from models.flux import BFL_LAYOUT, FluxPipeline
-from models.foundation.outputs import export_plan, sample_bucket
+from models.foundation.outputs import check_outputs, export_plan, sample_bucket
 from models.foundation.placement import load_stage
 from tests.models import tiny_flux
 from tests.processes import run_ranks
-from utils.dataset.buckets import Bucket
+from utils.dataset.samples import Bucket
 from utils.diffusion.seeds import normal
 from utils.ranks import Ranks
 from utils.run.export import export
@@ -205,3 +205,26 @@ def test_samples_have_a_size_that_the_model_makes(folder: Path) -> None:
     assert sample_bucket(flux, SamplingSettings(width=96, height=64)) == Bucket(96, 64, 1)
     with pytest.raises(SettingsError, match="multiples of 16; set 992 x 16 instead of 1000 x 4"):
         sample_bucket(flux, SamplingSettings(width=1000, height=4))
+
+
+class WithoutOriginal(FluxPipeline):
+    """A model whose publisher's names are not known."""
+
+    original_layout = None
+
+
+@pytest.mark.parametrize("save_format", ["comfyui", "both"])
+def test_a_layout_that_the_model_has_not_is_refused(folder: Path, save_format: str) -> None:
+    flux = tiny_flux.pipeline(folder)
+    other = WithoutOriginal(flux.options)
+    check_outputs(flux, tiny_flux.settings(flux, save_format=save_format))
+    check_outputs(other, tiny_flux.settings(other))
+    with pytest.raises(SettingsError, match=f'save_format`: "{save_format}" needs .* use "diffusers"'):
+        check_outputs(other, tiny_flux.settings(other, save_format=save_format))
+
+
+def test_exports_are_readable_by_whom_the_umask_says(folder: Path, tmp_path: Path) -> None:
+    exported(folder, tmp_path / "epoch1", lora(), save_format="both")
+    (tmp_path / "other").write_text("")
+    expected = (tmp_path / "other").stat().st_mode
+    assert {file.stat().st_mode for file in (tmp_path / "epoch1").iterdir()} == {expected}

@@ -11,14 +11,15 @@ import torch
 
 import optimizers
 from models.foundation.placement import load_stage
-from models.foundation.plan import describe, held_bytes
+from models.foundation.plan import check_run, describe, held_bytes
 from optimizers.parameter_groups import groups_of
 from tests.models import tiny_flux
-from utils.dataset.buckets import Bucket, Sample
 from utils.dataset.collection import Collection, Source
-from utils.dataset.manifest import MediaFile
+from utils.dataset.samples import Bucket, MediaFile, Sample, Take
+from utils.dataset.sources import Locator
 from utils.ranks import Ranks
-from utils.settings.schema import AdapterSettings, DatasetSettings, DirectorySettings
+from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
+from utils.settings.schema import AdapterSettings
 
 
 @pytest.fixture
@@ -28,10 +29,14 @@ def folder(tmp_path: Path) -> Path:
 
 def collection(count: int) -> Collection:
     bucket = Bucket(64, 64, 1)
-    media = MediaFile(Path("picture.png"), "0" * 32, 64, 64, 1)
-    samples = [Sample(str(number), media, "a caption", None, bucket, 0) for number in range(count)]
-    data = DatasetSettings(resolutions=[64], directory=[DirectorySettings(path="pictures")])
-    return Collection(Source("train", Path("dataset.toml"), data), samples)
+    media = MediaFile(Locator(Path("picture.png")), "0" * 32, 64, 64, 1)
+    rules = DirectorySettings(path="pictures")
+    samples = [
+        Sample(str(number), media, bucket, (Take(),), ("a caption",), (), None, 0.0, 1, rules)
+        for number in range(count)
+    ]
+    data = DatasetSettings(resolutions=[64], directory=[rules])
+    return Collection(Source("train", Path("dataset.toml"), data), samples, [], [], count)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -60,7 +65,7 @@ def test_a_large_model_is_planned_in_its_own_type(folder: Path, dtype: str, size
     file.write_text(json.dumps(config))
     flux = tiny_flux.pipeline(folder, dtype=dtype, from_scratch=True)
     settings = tiny_flux.settings(flux, AdapterSettings(type="lora", rank=1), epochs=2, gradient_accumulation_steps=2)
-    text = describe(settings, Ranks(), flux, [collection(5)])
+    text = describe(settings, Ranks(), flux, check_run(settings, Ranks(), flux), [collection(5)])
     total, trained = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:in all,|trained)", text))
     weights = float(re.search(r"weights ([\d.]+)", text)[1])
     # The adapter's own weights are float32.

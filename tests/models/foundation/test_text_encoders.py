@@ -10,10 +10,11 @@ import pytest
 import torch
 from diffusers import FluxPipeline as StockPipeline
 from safetensors.torch import load_file, save_file
+from transformers import UMT5Config, UMT5EncoderModel
 
-from models.foundation.text_encoders import TextEncoder, clip_l, t5
+from models.foundation.text_encoders import TextEncoder, TrueLengthFeatures, clip_l, load_tokenizer, t5
 from tests.models.tiny_flux import MINI_FLUX, TEXT_TOKENS
-from utils.dataset.buckets import Bucket
+from utils.dataset.samples import Bucket
 from utils.settings.errors import SettingsError
 
 Tensors = dict[str, torch.Tensor]
@@ -146,6 +147,49 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
         encoder("clip", tmp_path / "clip.safetensors").load(torch.device("cpu"))
 
 
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_check_tells_the_same_from_headers_alone(tmp_path: Path, mistake: str) -> None:
+    change, message = MISTAKES[mistake]
+    save_file(change(as_t5xxl(shipped("t5"))), tmp_path / "t5.safetensors")
+    with pytest.raises(SettingsError) as raised:
+        encoder("t5", tmp_path / "t5.safetensors").check()
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["clip", "t5"])
+def test_a_check_is_silent_about_what_can_be_loaded(tmp_path: Path, name: str) -> None:
+    save_file(AS_SINGLE_FILE[name](shipped(name)), tmp_path / "model.safetensors")
+    for file in (None, tmp_path / "model.safetensors", tmp_path):
+        encoder(name, file).check()
+
+
+def test_a_folder_may_hold_a_file_of_any_name(tmp_path: Path) -> None:
+    save_file(as_t5xxl(shipped("t5")), tmp_path / "t5xxl_fp32.safetensors")
+    assert torch.equal(features(encoder("t5", tmp_path)), features(encoder("t5")))
+
+
+SPOILT_TOKENIZERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no words": (lambda folder: (folder / "tokenizer.json").unlink(), "the tokenizer's words are missing"),
+    "words that are none": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be loaded"),
+    "no settings": (lambda folder: (folder / "tokenizer_config.json").write_text("{}"), "names no `pad_token`"),
+    "no JSON": (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json\n  is not JSON"),
+    "another model's": (
+        lambda folder: shutil.copytree(MINI_FLUX / "tokenizer", folder, dirs_exist_ok=True),
+        "this tokenizer has 1217 tokens, and the encoder in text_encoder_2 knows 376",
+    ),
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT_TOKENIZERS)
+def test_a_tokenizer_that_is_not_whole_is_told(tmp_path: Path, spoilt: str) -> None:
+    change, message = SPOILT_TOKENIZERS[spoilt]
+    (tmp_path / "text_encoder_2").symlink_to(MINI_FLUX / "text_encoder_2")
+    change(Path(shutil.copytree(MINI_FLUX / "tokenizer_2", tmp_path / "tokenizer_2")))
+    with pytest.raises(SettingsError) as raised:
+        t5(tmp_path, None, torch.float32, TEXT_TOKENS).check()
+    assert message in str(raised.value)
+
+
 def test_a_folder_that_lacks_a_tensor_is_told(tmp_path: Path) -> None:
     """transformers would go on with random numbers."""
     broken = shutil.copytree(MINI_FLUX / "text_encoder_2", tmp_path / "t5")
@@ -154,3 +198,28 @@ def test_a_folder_that_lacks_a_tensor_is_told(tmp_path: Path) -> None:
     save_file({name: t for name, t in tensors.items() if name != lost}, broken / "model.safetensors", {"format": "pt"})
     with pytest.raises(SettingsError, match=lost):
         t5(MINI_FLUX, broken, torch.float32, 16).load(torch.device("cpu"))
+
+
+@torch.no_grad()
+def test_features_at_their_true_length_are_the_padded_ones_before_the_padding() -> None:
+    """Wan's encoder, and how its stock pipeline calls it: padded and masked, what follows a caption set to zero."""
+    torch.manual_seed(0)
+    config = UMT5Config(vocab_size=1000, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    umt5, tokenizer = UMT5EncoderModel(config).eval(), load_tokenizer(MINI_FLUX / "tokenizer_2")
+    padded = tokenizer(CAPTIONS, padding="max_length", max_length=24, truncation=True, return_tensors="pt")
+    hidden_BLD = umt5(padded.input_ids, attention_mask=padded.attention_mask)[0]
+    made = TrueLengthFeatures("umt5", 24)(umt5, tokenizer, CAPTIONS)
+    lengths = padded.attention_mask.sum(1).tolist()
+    assert [len(features_LD) for features_LD in made["umt5"]] == lengths
+    assert [mask_L.sum().item() for mask_L in made["umt5_mask"]] == lengths and min(lengths) < 24
+    for features_LD, whole_LD in zip(made["umt5"], hidden_BLD, strict=True):
+        torch.testing.assert_close(features_LD, whole_LD[: len(features_LD)])
+
+
+def test_captions_that_are_too_long_are_counted() -> None:
+    made = encoder("t5")
+    made.load(torch.device("cpu"))
+    made.encode(CAPTIONS)
+    made.encode(CAPTIONS[:1])
+    assert made.truncated == 1
+    assert made.token_count(CAPTIONS[2]) > made.token_limit == TEXT_TOKENS

@@ -59,6 +59,16 @@ def beside_a_variant(place: Path, stock: FluxTransformer2DModel) -> Path:
     return place
 
 
+def beside_a_variant_in_shards(place: Path, stock: FluxTransformer2DModel) -> Path:
+    other = {name: torch.zeros_like(tensor) for name, tensor in stock.state_dict().items()}
+    variant = FluxTransformer2DModel.from_config(stock.config)
+    variant.load_state_dict(other)
+    variant.save_pretrained(place, variant="fp16", max_shard_size="100KB")
+    stock.save_pretrained(place)
+    assert list(place.glob("*fp16*.index.json")) or list(place.glob("*.index.fp16.json"))
+    return place
+
+
 def in_diffusers_file(place: Path, stock: FluxTransformer2DModel) -> Path:
     stock.save_pretrained(place)
     return place / "diffusion_pytorch_model.safetensors"
@@ -81,6 +91,7 @@ def in_comfyui_checkpoint(place: Path, stock: FluxTransformer2DModel) -> Path:
     [
         in_diffusers_folder,
         beside_a_variant,
+        beside_a_variant_in_shards,
         in_shards,
         in_diffusers_file,
         in_original_file,

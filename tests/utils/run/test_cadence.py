@@ -56,9 +56,9 @@ def test_progress_keeps_the_mean_loss_of_the_epoch() -> None:
     assert (after.epoch, after.step_in_epoch, after.step, after.epoch_loss) == (1, 0, 2, 0.0)
 
 
-def test_progress_finds_its_place_with_another_batch_size() -> None:
+def test_progress_finds_its_place_in_an_epoch_of_another_length() -> None:
     progress = Progress(step=10, epoch=1, step_in_epoch=6, epoch_loss_sum=3.0)
-    for new, steps in ((4, 12), (16, 3)):
-        moved = progress.with_global_batch(8, new)
+    for new, steps in ((16, 12), (4, 3)):
+        moved = progress.with_epoch_of(8, new)
         assert (moved.step_in_epoch, moved.epoch_loss) == (steps, 0.5)
-    assert progress.with_global_batch(8, 8) == progress
+    assert progress.with_epoch_of(8, 8) == progress

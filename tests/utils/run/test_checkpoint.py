@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +16,11 @@ from utils.run import checkpoint
 from utils.run.folder import find_checkpoint, new_name
 from utils.run.progress import Progress
 from utils.settings.errors import SettingsError
+from utils.settings.schema import Settings
 
+LORA = {"seed": 0, "[adapter] type": "lora", "[adapter] rank": 4, "[adapter] alpha": None}
 ADAMW = {"type": "adamw", "lr": 1e-3, "betas": [0.9, 0.999]}
+MADE_WITH = {"optimizer": ADAMW, "steps_in_epoch": 4, "identity": LORA}
 
 
 def trained() -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
@@ -38,9 +44,7 @@ def step(parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optim
 
 def save(folder: Path, progress: Progress) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
     parameters, optimizer = trained()
-    checkpoint.save(
-        folder, Ranks(), progress, parameters, optimizer, {"optimizer": ADAMW, "global_batch": 4, "identity": {}}
-    )
+    checkpoint.save(folder, Ranks(), progress, parameters, optimizer, MADE_WITH)
     return parameters, optimizer
 
 
@@ -65,7 +69,7 @@ def test_what_bitsandbytes_keeps_is_of_its_types_again(tmp_path: Path) -> None:
     parameters = {"weight": torch.nn.Parameter(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)))}
     optimizer = AdamW8bit(parameters.values(), lr=1e-2)
     step(parameters, optimizer)
-    checkpoint.save(tmp_path, Ranks(), Progress(step=1), parameters, optimizer, {})
+    checkpoint.save(tmp_path, Ranks(), Progress(step=1), parameters, optimizer, MADE_WITH)
     fresh = {"weight": torch.nn.Parameter(parameters["weight"].detach().clone())}
     other = AdamW8bit(fresh.values(), lr=1e-2)
     checkpoint.Checkpoint(tmp_path / "global_step1").load_optimizer(fresh, other)
@@ -113,14 +117,94 @@ def test_another_optimizer_must_be_asked_for(tmp_path: Path, settings: dict, fla
             opened.check_optimizer(settings, **flags)
 
 
-def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
+def rewrite(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    """Changes what `progress.json` says."""
+
+    def spoil(folder: Path) -> None:
+        content = json.loads((folder / "progress.json").read_text())
+        change(content)
+        (folder / "progress.json").write_text(json.dumps(content))
+
+    return spoil
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no JSON": (lambda folder: (folder / "progress.json").write_text("{"), "progress.json\n  is not JSON"),
+    "no object": (lambda folder: (folder / "progress.json").write_text("3"), "progress.json\n  holds no JSON object"),
+    "no progress.json": (lambda folder: (folder / "progress.json").unlink(), "progress.json\n  cannot be read"),
+    "no epoch": (rewrite(lambda content: content["progress"].pop("epoch")), "'epoch' is missing"),
+    "no progress": (rewrite(lambda content: content.pop("progress")), "'progress' is missing"),
+    "no identity": (rewrite(lambda content: content["made_with"].pop("identity")), "'identity' is missing"),
+    "a truncated state": (
+        lambda folder: os.truncate(folder / "state-0.safetensors", 100),
+        "state-0.safetensors\n  not a whole safetensors file",
+    ),
+    "a lost state": (
+        lambda folder: (folder / "state-0.safetensors").unlink(),
+        "state-0.safetensors\n  not a whole safetensors file",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_names_the_one_before(tmp_path: Path, damage: str) -> None:
+    for step_number in (9, 10, 12):
+        save(tmp_path, Progress(step=step_number))
+    spoil, words = DAMAGE[damage]
+    spoil(tmp_path / "global_step10")
+    with pytest.raises(SettingsError) as raised:
+        checkpoint.Checkpoint(tmp_path / "global_step10")
+    assert words in str(raised.value)
+    assert f"--resume_from_checkpoint {tmp_path / 'global_step9'}" in str(raised.value)
+    spoil(tmp_path / "global_step9")
+    with pytest.raises(SettingsError, match="there is none before it"):
+        checkpoint.Checkpoint(tmp_path / "global_step9")
+
+
+def test_a_checkpoint_of_another_format_is_told(tmp_path: Path) -> None:
     save(tmp_path, Progress(step=1))
-    (tmp_path / "global_step1" / "progress.json").write_text("{")
-    with pytest.raises(SettingsError, match="cannot be read"):
-        checkpoint.Checkpoint(tmp_path / "global_step1")
     (tmp_path / "global_step1" / "progress.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(SettingsError, match="another version"):
         checkpoint.Checkpoint(tmp_path / "global_step1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rank": 8}, r"\[adapter\] rank = 8 \(checkpoint: 4\)"),
+        ({"alpha": 2.0}, r"\[adapter\] alpha = 2.0 \(checkpoint: not set\)"),
+        ({"include": ["to_q"]}, r"\[adapter\] include = \['to_q'\] \(checkpoint: \[\]\)"),
+        ({"exclude": ["to_q"]}, r"\[adapter\] exclude = \['to_q'\] \(checkpoint: \[\]\)"),
+        (None, r"\[adapter\] type = not set \(checkpoint: lora\)"),
+    ],
+)
+def test_another_adapter_is_told_by_key_and_values(tmp_path: Path, changes: dict[str, Any] | None, told: str) -> None:
+    def identity(adapter: dict[str, Any] | None) -> dict[str, Any]:
+        return checkpoint.identity_of(
+            Settings(
+                output_dir="runs",
+                dataset="dataset.toml",
+                model={"type": "flux"},
+                optimizer=ADAMW,
+                adapter=adapter,
+            )
+        )
+
+    lora = {"type": "lora", "rank": 4}
+    parameters, optimizer = trained()
+    made_with = {**MADE_WITH, "identity": identity(lora)}
+    checkpoint.save(tmp_path, Ranks(), Progress(step=1), parameters, optimizer, made_with)
+    opened = checkpoint.Checkpoint(tmp_path / "global_step1")
+    opened.check_identity(identity(lora))
+    with pytest.raises(SettingsError, match=told):
+        opened.check_identity(identity(changes and {**lora, **changes}))
+
+
+def test_files_are_readable_by_whom_the_umask_says(tmp_path: Path) -> None:
+    save(tmp_path, Progress(step=1))
+    (tmp_path / "other").write_text("")
+    expected = (tmp_path / "other").stat().st_mode
+    assert {file.stat().st_mode for file in (tmp_path / "global_step1").iterdir()} == {expected}
 
 
 def test_the_newest_run_with_a_checkpoint_is_found(tmp_path: Path) -> None:
@@ -129,7 +213,7 @@ def test_the_newest_run_with_a_checkpoint_is_found(tmp_path: Path) -> None:
         run.mkdir()
     (tmp_path / "cache").mkdir()
     for run in runs[:2]:
-        (run / "latest").write_text("global_step1")
+        save(run, Progress(step=1))
     assert find_checkpoint(tmp_path, "") == runs[1] / "global_step1"
     assert find_checkpoint(tmp_path, runs[0].name) == runs[0] / "global_step1"
     assert find_checkpoint(tmp_path, str(runs[0] / ".")) == runs[0] / "global_step1"
@@ -137,6 +221,15 @@ def test_the_newest_run_with_a_checkpoint_is_found(tmp_path: Path) -> None:
         find_checkpoint(tmp_path, str(runs[2]))
     with pytest.raises(SettingsError, match="no such folder"):
         find_checkpoint(tmp_path, "nowhere")
+
+
+@pytest.mark.parametrize("text", ["", "global_step9\n"])
+def test_a_newest_checkpoint_that_is_gone_is_told(tmp_path: Path, text: str) -> None:
+    run = tmp_path / "20260101_00-00-00"
+    save(run, Progress(step=3))
+    (run / "latest").write_text(text)
+    with pytest.raises(SettingsError, match=f"latest\n.*There are: {run / 'global_step3'}"):
+        find_checkpoint(tmp_path, "")
 
 
 def test_an_older_checkpoint_that_is_named_is_taken(tmp_path: Path) -> None:

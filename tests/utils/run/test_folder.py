@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from utils.ranks import Ranks
 from utils.run.folder import create
+from utils.settings.errors import SettingsError
 from utils.settings.schema import Settings
 
 CONFIG = """# mine
@@ -36,3 +39,15 @@ def test_files_are_kept_as_given_but_for_the_accounts_key(tmp_path: Path) -> Non
     }
     assert (folder / "config.toml").read_text() == CONFIG.replace("0123secret", "")
     assert not any("secret" in path.read_text() for path in folder.iterdir())
+
+
+def test_a_place_that_takes_no_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    settings = Settings(
+        output_dir=tmp_path / "file" / "runs",
+        dataset=tmp_path / "data.toml",
+        model={"type": "flux"},
+        optimizer={"type": "adamw", "lr": 1e-3},
+    )
+    with pytest.raises(SettingsError, match="key `output_dir`: the run's folder .*file/runs.* cannot be made"):
+        create(settings, Ranks(), tmp_path / "run.toml")

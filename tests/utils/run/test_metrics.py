@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils.run.metrics import Metrics
+from utils.run.metrics import Metrics, check_account
+from utils.settings.errors import SettingsError
 from utils.settings.schema import MonitoringSettings
 
 
@@ -39,3 +41,59 @@ def test_without_tensorboard_there_are_no_events(tmp_path: Path) -> None:
     metrics = Metrics.of_run(tmp_path, MonitoringSettings(enable_tensorboard=False), {}, is_main=True)
     metrics.close()
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_resumed_run_measures_no_step_twice(tmp_path: Path) -> None:
+    first = Metrics.of_run(tmp_path, MonitoringSettings(), {}, is_main=True)
+    for step in (1, 2, 3, 4):
+        first.scalars({"train/loss": float(step)}, step)
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"name": "train/loss", "st')
+    again = Metrics.of_run(tmp_path, MonitoringSettings(), {}, is_main=True, resumed_at=2)
+    for step in (3, 4):
+        again.scalars({"train/loss": 10.0 * step}, step)
+    again.close()
+    expected = [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["value"]) for line in lines] == expected
+    events = EventAccumulator(str(tmp_path / "tensorboard_logs"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == expected
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard_logs"}
+
+
+@pytest.fixture
+def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The home of someone who never logged in."""
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+WANDB = MonitoringSettings(enable_wandb=True, enable_tensorboard=False)
+
+
+def test_an_account_that_is_missing_is_told_early_and_late(no_account: Path) -> None:
+    check_account(MonitoringSettings())
+    with pytest.raises(SettingsError, match=r"\[monitoring\] enable_wandb: no account.*wandb login"):
+        check_account(WANDB)
+    with pytest.raises(SettingsError, match=r"\[monitoring\] enable_wandb: .* refused the run: .*API key"):
+        Metrics.of_run(no_account, WANDB, {}, is_main=True)
+
+
+@pytest.mark.parametrize("variable", [{"WANDB_API_KEY": "a" * 40}, {"WANDB_MODE": "offline"}])
+def test_an_account_or_none_needed_by_the_environment(
+    no_account: Path, monkeypatch: pytest.MonkeyPatch, variable: dict[str, str]
+) -> None:
+    for name, value in variable.items():
+        monkeypatch.setenv(name, value)
+    check_account(WANDB)
+
+
+def test_an_account_in_a_file_or_in_the_settings(no_account: Path) -> None:
+    check_account(WANDB.model_copy(update={"wandb_api_key": "a" * 40}))
+    (no_account / ".netrc").write_text(f"machine api.wandb.ai login user password {'a' * 40}\n")
+    check_account(WANDB)
