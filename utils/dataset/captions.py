@@ -1,0 +1,203 @@
+"""From a caption as written to the texts that a sample is trained with. All draws are pure functions of their names.
+
+A caption may be a list of tags with `cache_shuffle_delimiter` between them. Some of them are kept: they stay where they
+are, are never left out, and keep their capitals. They are the first `keep_tokens`; or, in a caption that has a
+`keep_tokens_separator`, all before it, and all behind a second one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+from utils.diffusion import seeds
+from utils.settings.dataset_schema import DirectorySettings
+
+VERSIONS_IN_ORDER = 8
+"""Versions of a caption whose tags are left out or change their capitals, but keep their order
+(`cache_shuffle_num` = 0): with a single one, what it lacks would never be learnt."""
+
+_CAPITALS: tuple[Callable[[str], str], ...] = (
+    str.lower,
+    str.capitalize,
+    lambda tag: " ".join(word.capitalize() for word in tag.split(" ")),
+    str.upper,
+)
+
+
+def caption_variants(
+    captions: Sequence[str], directory: DirectorySettings, seed: int, identity: str
+) -> tuple[str, ...]:
+    """All the texts that one sample may be trained with, without duplicates, in a stable order.
+
+    Of several captions, all are used, or with `multiple_captions` = "first" the first. Each comes in
+    `cache_shuffle_num` versions; with 0 in one, or in `VERSIONS_IN_ORDER` where tags are left out or change capitals.
+
+    Args:
+        identity: names the sample among all others.
+    """
+    if directory.multiple_captions == "first":
+        captions = captions[:1]
+    versions = directory.cache_shuffle_num or (VERSIONS_IN_ORDER if _changes_tags(directory) else 1)
+    return tuple(
+        dict.fromkeys(
+            caption_variant(caption, directory, seed, identity, index)
+            for caption in captions
+            for index in range(versions)
+        )
+    )
+
+
+def caption_variant(caption: str, directory: DirectorySettings, seed: int, identity: str, index: int) -> str:
+    """Version number `index`, from 0 on without end, of one caption.
+
+    Its tags are left out, reordered and capitalised, in this order; then come the trigger word, the prefix and the
+    suffix, which nothing of this befalls. A tag with the trigger word in it is not left out and keeps its capitals.
+    """
+    caption = _with_other_tags(caption, directory, _Draws(seed, identity, index))
+    trigger = directory.trigger_word
+    if trigger and not _contains(caption, trigger):
+        caption = f"{trigger}, {caption}" if caption else trigger
+    return f"{directory.caption_prefix}{caption}{directory.caption_suffix}"
+
+
+def _changes_tags(directory: DirectorySettings) -> bool:
+    return directory.tag_dropout > 0 or directory.shuffle_capitalization > 0
+
+
+class _Draws(NamedTuple):
+    seed: int
+    identity: str
+    index: int
+
+    def uniform(self, *name: object) -> float:
+        return seeds.uniform(self.seed, "captions", self.identity, self.index, *name)
+
+    def permutation(self, count: int) -> list[int]:
+        return seeds.permutation(count, self.seed, "captions", self.identity, self.index)
+
+
+class _Tags(NamedTuple):
+    before: list[str]
+    free: list[str]
+    behind: list[str]
+
+
+def _with_other_tags(caption: str, directory: DirectorySettings, draws: _Draws) -> str:
+    shuffles, changes = directory.cache_shuffle_num > 0, _changes_tags(directory)
+    separator = directory.keep_tokens_separator
+    if not shuffles and not changes and not (separator and separator in caption):
+        return caption
+    tags = _tags(caption, directory)
+    free = list(enumerate(tags.free))
+    if changes:
+        free = [(number, tag) for number, tag in free if not _is_dropped(number, tag, directory, draws)]
+    if shuffles:
+        free = [free[place] for place in draws.permutation(len(free))]
+    if changes:
+        free = [(number, _capitalised(number, tag, directory, draws)) for number, tag in free]
+    return directory.cache_shuffle_delimiter.join([*tags.before, *(tag for _, tag in free), *tags.behind])
+
+
+def _is_dropped(number: int, tag: str, directory: DirectorySettings, draws: _Draws) -> bool:
+    probability = directory.tag_dropout
+    return (
+        probability > 0 and draws.uniform("drop", number) < probability and not _contains(tag, directory.trigger_word)
+    )
+
+
+def _capitalised(number: int, tag: str, directory: DirectorySettings, draws: _Draws) -> str:
+    probability = directory.shuffle_capitalization
+    if probability == 0 or draws.uniform("capitals", number) >= probability or _contains(tag, directory.trigger_word):
+        return tag
+    return _CAPITALS[int(draws.uniform("style", number) * len(_CAPITALS))](tag)
+
+
+def _contains(text: str, trigger: str | None) -> bool:
+    """Whether the trigger word is in the text as a word of its own: "art" is not in "party"."""
+    # By ASCII: in scripts without spaces, words have letters on both sides.
+    return bool(trigger) and bool(re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.ASCII))
+
+
+def _tags(caption: str, directory: DirectorySettings) -> _Tags:
+    separator = directory.keep_tokens_separator
+    if separator and separator in caption:
+        parts = [_split(part, directory) for part in caption.split(separator, 2)]
+        return _Tags(parts[0], parts[1], parts[2] if len(parts) == 3 else [])
+    tags = _split(caption, directory)
+    return _Tags(tags[: directory.keep_tokens], tags[directory.keep_tokens :], [])
+
+
+def _split(text: str, directory: DirectorySettings) -> list[str]:
+    """The tags of a text, without the spaces around them and without empty ones."""
+    # "a,b" is two tags by ", " as well.
+    delimiter = directory.cache_shuffle_delimiter.strip() or directory.cache_shuffle_delimiter
+    pieces = text.split(delimiter)
+    if directory.weighted_tags:
+        pieces = _joined_in_brackets(pieces, delimiter)
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+
+def _joined_in_brackets(pieces: list[str], delimiter: str) -> list[str]:
+    """The pieces, with those that a pair of brackets goes around put together again: "(a, b:1.2)" is one tag."""
+    joined: list[str] = []
+    depth = 0
+    for piece in pieces:
+        if depth > 0:
+            joined[-1] += delimiter + piece
+        else:
+            joined.append(piece)
+        for mark in _BRACKETS.findall(piece):
+            depth = max(0, depth + (1 if mark in "([" else -1 if mark in ")]" else 0))
+    return joined
+
+
+def weighted(text: str) -> list[tuple[str, float]]:
+    r"""The pieces of a text with their weights, as A1111 and ComfyUI read them; never none.
+
+    `(word)` weighs 1.1 times what is around it, `[word]` 1 / 1.1 times, `(word:1.3)` 1.3 times; all of it may be
+    nested. A bracket that is not closed goes on to the end, one that was not opened is text. `\(`, `\)`, `\[`, `\]`
+    and `\\` are the characters themselves.
+    """
+    pieces: list[tuple[str, float]] = []
+    # Each kind of bracket is closed by its own, wherever the other is.
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+
+    def weigh(start: int, factor: float) -> None:
+        pieces[start:] = [(piece, weight * factor) for piece, weight in pieces[start:]]
+
+    for token in _TOKEN.finditer(text):
+        mark = token.group()
+        if mark in opened:
+            opened[mark].append(len(pieces))
+        elif token["weight"] and opened["("]:
+            weigh(opened["("].pop(), float(token["weight"]))
+        elif mark in _CLOSING and opened[_CLOSING[mark]]:
+            weigh(opened[_CLOSING[mark]].pop(), _FACTORS[_CLOSING[mark]])
+        else:
+            pieces.append((token["escaped"] or mark, 1.0))
+    for bracket, starts in opened.items():
+        for start in starts:
+            weigh(start, _FACTORS[bracket])
+    merged = [("".join(text for text, _ in group), weight) for weight, group in groupby(pieces, lambda piece: piece[1])]
+    return merged or [("", 1.0)]
+
+
+def without_weights(text: str) -> str:
+    """A text without the marks by which `weighted` tells weights."""
+    return "".join(piece for piece, _ in weighted(text))
+
+
+_FACTORS = {"(": 1.1, "[": 1 / 1.1}
+_CLOSING = {")": "(", "]": "["}
+_BRACKETS = re.compile(r"\\.|[()\[\]]", re.DOTALL)
+_TOKEN = re.compile(
+    r"\\(?P<escaped>[\\()\[\]])"
+    r"|[()\[\]]"
+    # More digits could be infinite.
+    r"|:\s*(?P<weight>[+-]?(?:\d{1,6}(?:\.\d*)?|\.\d+))\s*\)"
+    r"|[^\\()\[\]:]+|.",
+    re.DOTALL,
+)

@@ -1,0 +1,114 @@
+"""What a `[[directory]]` of a dataset holds: every picture or clip with its captions, control images and mask.
+
+One file for each kind of source: `folders`, `text_tables` and `arrow_tables` (which `tables` and `rows` make samples
+of), and `tars`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from utils.dataset.sources.arrow_tables import ARROW_SUFFIXES
+from utils.dataset.sources.folders import MEDIA_SUFFIXES, Tree, list_files, list_pictures
+from utils.dataset.sources.places import NOT_BROKEN, Container, Entry, Listing, Locator, Rejected, SourceProblem
+from utils.dataset.sources.tables import list_arrow_tables, list_text_table
+from utils.dataset.sources.tars import list_tars
+from utils.dataset.sources.text_tables import TEXT_TABLES
+from utils.settings.dataset_schema import DirectorySettings
+
+__all__ = ["NOT_BROKEN", "Container", "Entry", "Listing", "Locator", "Rejected", "read_source"]
+
+FOLDER_TABLES = ("captions.json", "metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet")
+"""The tables that a folder may have, of which the first is read."""
+
+_TABLES = frozenset({*TEXT_TABLES, *ARROW_SUFFIXES})
+
+
+def read_source(
+    directory: DirectorySettings, *, heed: Callable[[], None] = lambda: None, remember: Path | None = None
+) -> Listing:
+    """Lists what there is to train on in a directory, without opening any picture.
+
+    `path` may be a table or a tar. If it is a folder, what is read is the first of these that there is: one of
+    `FOLDER_TABLES`; its .tar files; its .parquet and .arrow files; its pictures and clips. What is there beside it is
+    not read, and told of. Nothing is raised for what is wrong with the data: it is in the listing.
+
+    Args:
+        directory: with the file's values for the keys that it does not set itself.
+        heed: called now and then; what it raises ends the listing.
+        remember: the folder in which the indices of tars are kept, so that a tar is walked through only once.
+    """
+    path = Path(os.path.abspath(directory.path))
+    try:
+        listing = (_list_folder if path.is_dir() else _list_file)(path, directory, heed, remember)
+    except SourceProblem as problem:
+        return Listing(problems=[str(problem)])
+    if not listing.entries and not listing.rejected and not listing.problems:
+        listing.problems.append(
+            f"filter = {directory.filter!r} holds for no row" if directory.filter else "there is nothing in it"
+        )
+    return listing
+
+
+def _list_file(path: Path, rules: DirectorySettings, heed: Callable[[], None], remember: Path | None) -> Listing:
+    suffix = path.suffix.lower()
+    if not path.exists():
+        raise SourceProblem("there is no such folder or file")
+    if suffix in TEXT_TABLES:
+        return list_text_table(path, rules, heed)
+    if suffix in ARROW_SUFFIXES:
+        return list_arrow_tables([path], rules, heed)
+    if _is_tar(path.name):
+        _check_keys(rules, filter=rules.filter)
+        return list_tars([path], rules, heed, remember)
+    endings = ", ".join([*sorted(_TABLES), ".tar"])
+    raise SourceProblem(f"a single file must be one of {endings}; pictures are read from the folder that they are in")
+
+
+def _list_folder(path: Path, rules: DirectorySettings, heed: Callable[[], None], remember: Path | None) -> Listing:
+    tree = list_files(path, rules.recursive, heed)
+    names = set(tree.names)
+    tables = [name for name in FOLDER_TABLES if name in names]
+    tars = [name for name in tree.names if _is_tar(name)]
+    arrows = [name for name in tree.names if _ending(name) in ARROW_SUFFIXES and name not in tables]
+    if tables:
+        first, others = path / tables[0], [*tables[1:], *tars, *arrows]
+        if first.suffix in TEXT_TABLES:
+            listing = list_text_table(first, rules, heed, is_of_folder=True)
+        else:
+            listing = list_arrow_tables([first], rules, heed, is_of_folder=True)
+    elif tars:
+        _check_keys(rules, filter=rules.filter)
+        listing, others = list_tars([path / name for name in tars], rules, heed, remember), [*arrows, *_media(tree)]
+    elif arrows:
+        listing, others = list_arrow_tables([path / name for name in arrows], rules, heed), _media(tree)
+    else:
+        _check_keys(rules, filter=rules.filter, data_file_keys=rules.data_file_keys)
+        return list_pictures(tree, rules, heed)
+    read = (tables or tars or arrows)[0]
+    reason = f"{read} is read of this folder instead; to use this too, give it a [[directory]] of its own"
+    listing.rejected.extend(Rejected(f"{path}/{name}", "not read", reason) for name in others)
+    return listing
+
+
+def _is_tar(name: str) -> bool:
+    """Also a compressed one, which is refused where it is read."""
+    name = name.lower()
+    return name.endswith((".tar", ".tgz")) or ".tar." in name
+
+
+def _media(tree: Tree) -> list[str]:
+    return [name for name in tree.names if _ending(name) in MEDIA_SUFFIXES]
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _check_keys(rules: DirectorySettings, **values: object) -> None:
+    """Whether none of the keys is set that this kind of source cannot heed."""
+    for key, value in values.items():
+        if value:
+            raise SourceProblem(f"{key} = {value!r} has no meaning here; set it in the [[directory]] of a table alone")

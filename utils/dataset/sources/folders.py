@@ -1,0 +1,253 @@
+"""Folders with a caption beside each picture or clip."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils.dataset.sources.places import Entry, Fault, Kind, Listing, Locator, Rejected, SourceProblem
+from utils.dataset.sources.texts import caption_ending, captions_in, given_caption, is_given, is_utf8
+from utils.media.decode import CLIP_SUFFIXES, IMAGE_SUFFIXES
+from utils.settings.dataset_schema import DirectorySettings
+
+MEDIA_SUFFIXES = IMAGE_SUFFIXES | CLIP_SUFFIXES
+# What lies beside pictures without being meant for training. All other endings are told of.
+_COMPANIONS = frozenset(
+    ".bak .caption .csv .db .html .ini .json .jsonl .log .md .npy .npz .parquet .pdf .pt .py .safetensors .sh .sqlite"
+    " .toml .tsv .txt .xml .yaml .yml".split()
+)
+_READERS = 8
+_CHUNK = 512
+_READ_BYTES = 2**16
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The files under `root`, by their names from there on, sorted, without hidden ones; and what is wrong with others.
+
+    `subfolders` tells whether there are any, searched or not.
+    """
+
+    root: Path
+    names: list[str]
+    rejected: list[Rejected] = field(default_factory=list)
+    subfolders: bool = False
+
+    def by_stem(self) -> dict[str, str]:
+        """Pictures and clips by their names without suffix; of several, the first."""
+        split = (os.path.splitext(name) for name in reversed(self.names))
+        return {stem: stem + suffix for stem, suffix in split if suffix.lower() in MEDIA_SUFFIXES}
+
+
+def list_files(root: Path, recursive: bool, heed: Callable[[], None]) -> Tree:
+    """The files in `root`, and in the folders within where `recursive`. Links are followed, but in no circle.
+
+    Raises:
+        SourceProblem: the folder cannot be read.
+    """
+    names: list[str] = []
+    rejected: list[Rejected] = []
+    subfolders = False
+    folders = [("", frozenset({os.path.realpath(root)}))]
+    while folders:
+        prefix, above = folders.pop()
+        heed()
+        try:
+            found = _list_one(root, prefix)
+        except OSError as error:
+            if not prefix:
+                raise SourceProblem(f"this folder cannot be read ({error.strerror})") from None
+            rejected.append(Rejected(f"{root}/{prefix}", "unreadable", f"cannot be read ({error.strerror})"))
+            continue
+        names += found.files
+        rejected += found.rejected
+        subfolders = subfolders or bool(found.folders)
+        for folder in found.folders if recursive else ():
+            real = os.path.realpath(f"{root}/{folder}")
+            if real not in above:
+                folders.append((f"{folder}/", above | {real}))
+    return Tree(root, sorted(names), rejected, subfolders)
+
+
+@dataclass(frozen=True)
+class _Found:
+    files: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+
+
+def _list_one(root: Path, prefix: str) -> _Found:
+    found = _Found()
+    with os.scandir(f"{root}/{prefix}") as entries:
+        for entry in entries:
+            name = prefix + entry.name
+            if entry.name[0] == ".":
+                continue
+            if not is_utf8(entry.name):
+                # It can neither be remembered nor printed.
+                reason = "the name is not UTF-8, as names from old archives are; rename it"
+                found.rejected.append(Fault("name not UTF-8", reason).at(f"{root}/{name}"))
+            elif entry.is_file():
+                found.files.append(name)
+            elif entry.is_dir():
+                found.folders.append(name)
+            elif entry.is_symlink():
+                reason = f"this link leads to {os.readlink(entry.path)}, which is not there; mend or remove it"
+                found.rejected.append(Fault("no such file", reason).at(f"{root}/{name}"))
+    return found
+
+
+class Beside:
+    """Control images and masks, that lie under the same names as pictures in folders of their own."""
+
+    def __init__(self, rules: DirectorySettings, heed: Callable[[], None]) -> None:
+        """
+        Raises:
+            SourceProblem: one of the folders cannot be read.
+        """
+        self._controls = [_named("control_path", path, rules, heed) for path in rules.control_paths]
+        self._masks = _named("mask_path", rules.mask_path, rules, heed) if rules.mask_path else None
+        self._recursive = rules.recursive
+        self._masks_elsewhere = rules.alpha_mask or rules.default_mask_file is not None
+
+    @property
+    def is_needed(self) -> bool:
+        return bool(self._controls) or self._masks is not None
+
+    def controls(self, stem: str) -> tuple[Locator, ...]:
+        """One of each control folder for the picture of this name without suffix.
+
+        Raises:
+            Fault: one of them has none.
+        """
+        return tuple(self._find(folder, stem, "control missing", "control image") for folder in self._controls)
+
+    def mask(self, stem: str) -> Locator | None:
+        """The mask of the picture of this name without suffix; None if there is none and none is needed.
+
+        Raises:
+            Fault: there is none.
+        """
+        if self._masks is None:
+            return None
+        try:
+            return self._find(self._masks, stem, "mask missing", "mask")
+        except Fault as fault:
+            if self._masks_elsewhere:
+                return None
+            raise Fault("mask missing", f"{fault}, or set default_mask_file for all that have none") from None
+
+    def _find(self, folder: tuple[Path, dict[str, str]], stem: str, kind: Kind, what: str) -> Locator:
+        root, names = folder
+        name = names.get(stem if self._recursive else os.path.basename(stem))
+        if name is None:
+            raise Fault(kind, f"there is no {what} called {stem} in {root}; put one there")
+        return Locator(root / name)
+
+
+def _named(key: str, folder: Path, rules: DirectorySettings, heed: Callable[[], None]) -> tuple[Path, dict[str, str]]:
+    root = Path(os.path.abspath(folder))
+    try:
+        return root, list_files(root, rules.recursive, heed).by_stem()
+    except SourceProblem as problem:
+        raise SourceProblem(f"{key} = {root}: {problem}") from None
+
+
+def list_pictures(tree: Tree, rules: DirectorySettings, heed: Callable[[], None]) -> Listing:
+    """Every picture and clip of a folder, with the caption that lies beside it or follows from its name."""
+    beside = Beside(rules, heed)
+    listing = Listing(rejected=list(tree.rejected))
+    ending = caption_ending(rules)
+    media: list[tuple[str, str]] = []
+    captions: dict[str, str] = {}
+    for name in tree.names:
+        stem, suffix = os.path.splitext(name)
+        suffix = suffix.lower()
+        if suffix in MEDIA_SUFFIXES:
+            media.append((stem, name))
+        elif name.lower().endswith(ending):
+            captions[name[: -len(ending)]] = name
+        elif suffix not in _COMPANIONS:
+            listing.rejected.append(_unknown(f"{tree.root}/{name}", suffix))
+    if not media:
+        hint = "; set recursive = true to search its subfolders too" if tree.subfolders and not rules.recursive else ""
+        listing.problems.append(f"there is no picture or clip in this folder{hint}")
+    texts: Iterator[tuple[str, ...] | Fault | None]
+    if is_given(rules):
+        texts = ((given_caption(rules, f"{tree.root}/{name}"),) for _, name in media)
+    else:
+        lone = captions.keys() - {stem for stem, _ in media}
+        fault = Fault("no picture", "no picture or clip beside it has this name")
+        listing.rejected.extend(fault.at(f"{tree.root}/{captions[stem]}") for stem in sorted(lone))
+        texts = iter(_read_all(tree.root, [captions.get(stem) for stem, _ in media], rules.caption_column, heed))
+    for (stem, name), text in zip(media, texts, strict=True):
+        try:
+            listing.entries.append(_entry(tree.root, stem, name, _caption(text, stem, ending), beside))
+        except Fault as fault:
+            listing.rejected.append(fault.at(f"{tree.root}/{name}"))
+    return listing
+
+
+def _unknown(place: str, suffix: str) -> Rejected:
+    ending = f"files ending in {suffix} are" if suffix else "a file without an ending is"
+    reason = f"{ending} not read; if it is a picture or clip, save it as .png, .jpg or .mp4"
+    return Rejected(place, "unknown kind of file", reason)
+
+
+def _caption(text: tuple[str, ...] | Fault | None, stem: str, ending: str) -> tuple[str, ...]:
+    if text is None:
+        raise Fault(
+            "caption missing",
+            f"there is no caption; write it to {stem}{ending} (an empty file trains without a caption)",
+        )
+    if isinstance(text, Fault):
+        raise text
+    return text
+
+
+def _entry(root: Path, stem: str, name: str, captions: tuple[str, ...], beside: Beside) -> Entry:
+    if beside.is_needed:
+        return Entry(Locator(root / name), captions, beside.controls(stem), beside.mask(stem))
+    return Entry(Locator(root / name), captions)
+
+
+def _read_all(
+    root: Path, names: Sequence[str | None], key: str | None, heed: Callable[[], None]
+) -> list[tuple[str, ...] | Fault | None]:
+    """The captions in the files, None where there is no name."""
+
+    def read(chunk: Sequence[str | None]) -> list[tuple[str, ...] | Fault | None]:
+        return [None if name is None else _read(f"{root}/{name}", name, key) for name in chunk]
+
+    # In chunks: handing a single file to a thread takes longer than reading it.
+    chunks = [names[start : start + _CHUNK] for start in range(0, len(names), _CHUNK)]
+    texts = []
+    with ThreadPoolExecutor(_READERS) as pool:
+        try:
+            for chunk in pool.map(read, chunks):
+                texts += chunk
+                heed()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return texts
+
+
+def _read(path: str, name: str, key: str | None) -> tuple[str, ...] | Fault:
+    # Half the time of `open`, and there may be a million.
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            content = piece = os.read(descriptor, _READ_BYTES)
+            while len(piece) == _READ_BYTES:
+                piece = os.read(descriptor, _READ_BYTES)
+                content += piece
+        finally:
+            os.close(descriptor)
+        return captions_in(content, name, key)
+    except OSError as error:
+        return Fault("caption unreadable", f"the caption {name} cannot be read ({error.strerror})")
+    except Fault as fault:
+        return fault

@@ -1,0 +1,131 @@
+"""Where the bytes of pictures and clips are, and what a source says of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Literal, Protocol
+
+from utils.media.source import Blob, Source
+
+Kind = Literal[
+    "broken row",
+    "caption missing",
+    "caption unreadable",
+    "control missing",
+    "mask missing",
+    "name not UTF-8",
+    "no picture",
+    "no such file",
+    "not listed",
+    "not read",
+    "twice",
+    "unknown kind of file",
+    "unreadable",
+]
+NOT_BROKEN: frozenset[Kind] = frozenset({"no picture", "not listed", "not read", "twice", "unknown kind of file"})
+"""What is told of files that are not used though nothing that was asked for is missing or broken."""
+
+
+class Container(Protocol):
+    """A file that holds others: a tar, or a table with pictures in its cells."""
+
+    def open(self, part: str) -> BinaryIO:
+        """The bytes of `part`: another seekable stream at every call. Threads may call it at once."""
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Locator:
+    """Where the bytes of a picture or clip are.
+
+    Attributes:
+        path: the file that holds them.
+        part: "" for the whole file; the name of the member of a tar, or "row 17, column image" of a table.
+        container: what opens the part.
+    """
+
+    path: Path
+    part: str = ""
+    container: Container | None = field(default=None, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.part}" if self.part else str(self.path)
+
+    def open(self) -> BinaryIO:
+        """A seekable stream of the bytes, another one at every call."""
+        return self.container.open(self.part) if self.container else self.path.open("rb")
+
+    @property
+    def source(self) -> Source:
+        """The same as the decoders of pictures take it."""
+        return Blob(str(self), self.open) if self.part else self.path
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a source says of one sample.
+
+    Attributes:
+        captions: as written, before any processing; at least one, of which "" is one too.
+        controls: one for each control path or data_file_key, in order.
+        repeats: of this sample alone, times those of its directory.
+    """
+
+    media: Locator
+    captions: tuple[str, ...]
+    controls: tuple[Locator, ...] = ()
+    mask: Locator | None = None
+    repeats: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A file or row that is not used.
+
+    Attributes:
+        place: the file, or the row as in "metadata.csv row 17".
+        kind: what is wrong, for counting.
+        reason: what is wrong and how to mend it.
+    """
+
+    place: str
+    kind: Kind
+    reason: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All that a directory holds, in order of name.
+
+    Attributes:
+        entries: what can be used, as far as it can be told without opening pictures.
+        rejected: what cannot.
+        problems: why the directory as a whole cannot be used.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+class Fault(ValueError):
+    """Why one file or row is not used."""
+
+    def __init__(self, kind: Kind, reason: str) -> None:
+        super().__init__(_printable(reason))
+        self.kind = kind
+
+    def at(self, place: str) -> Rejected:
+        return Rejected(_printable(place), self.kind, str(self))
+
+
+class SourceProblem(ValueError):
+    """Why a directory cannot be used as a whole."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(_printable(reason))
+
+
+def _printable(text: str) -> str:
+    """`text` without the surrogates that stand for bytes that are not UTF-8, which no log or file would take."""
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()

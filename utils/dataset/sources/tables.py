@@ -1,0 +1,90 @@
+"""Samples that are listed in tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from utils.dataset.sources.arrow_tables import ArrowTable, Recent
+from utils.dataset.sources.columns import DIGEST_NAMES, Columns, find_columns
+from utils.dataset.sources.filters import Filter
+from utils.dataset.sources.folders import Beside
+from utils.dataset.sources.places import Listing, Locator, SourceProblem
+from utils.dataset.sources.rows import FilesOf, Row, Seen, Table, list_rows
+from utils.dataset.sources.text_tables import read_text_table
+from utils.dataset.sources.texts import CAPTION_NAMES
+from utils.settings.dataset_schema import DirectorySettings
+
+# Texts and digests, too, may be kept as bytes.
+_NEVER_FILES = frozenset({*CAPTION_NAMES, *DIGEST_NAMES})
+
+
+def list_text_table(
+    path: Path, rules: DirectorySettings, heed: Callable[[], None], is_of_folder: bool = False
+) -> Listing:
+    """The files that a table of text names.
+
+    Args:
+        is_of_folder: tell of the pictures and clips in its folder that it does not name.
+
+    Raises:
+        SourceProblem: it cannot be read, or lacks a column.
+    """
+    content = read_text_table(path)
+    listing = Listing(rejected=content.rejected)
+    columns = find_columns(content.columns, rules, media=content.media)
+    files = FilesOf(path.parent)
+    chosen = Filter(rules.filter, content.columns) if rules.filter else None
+    table = Table(path, columns, rules, chosen, Beside(rules, heed), lambda number, column, cell: files.find(cell))
+    list_rows(content.rows, table, listing, Seen(), heed)
+    if is_of_folder:
+        listing.rejected.extend(files.not_named(path))
+    return listing
+
+
+def list_arrow_tables(
+    paths: list[Path], rules: DirectorySettings, heed: Callable[[], None], is_of_folder: bool = False
+) -> Listing:
+    """The pictures and clips in the cells of Parquet and Arrow tables, or the files that they name; see
+    `list_text_table`."""
+    listing, recent, seen, beside = Listing(), Recent(), Seen(), Beside(rules, heed)
+    for path in paths:
+        arrow = ArrowTable(path, recent)
+        never = {rules.caption_column, *(name for name in arrow.columns if name.lower() in _NEVER_FILES)}
+        held = arrow.held - never
+        columns = find_columns(arrow.columns, rules, cells=held)
+        if columns.media in held:
+            _check_cells(rules)
+        chosen = Filter(rules.filter, [name for name in arrow.columns if name not in held]) if rules.filter else None
+        files = FilesOf(path.parent)
+        table = Table(path, columns, rules, chosen, beside, _finder(arrow, held, files))
+        list_rows(_rows(arrow, held, columns, chosen), table, listing, seen, heed)
+        if is_of_folder and columns.media not in held:
+            listing.rejected.extend(files.not_named(path))
+    return listing
+
+
+def _finder(arrow: ArrowTable, held: frozenset[str], files: FilesOf) -> Callable[[int, str, Any], Locator]:
+    def locate(number: int, column: str, cell: Any) -> Locator:
+        return Locator(arrow.path, arrow.part(number, column), arrow) if column in held else files.find(cell)
+
+    return locate
+
+
+def _check_cells(rules: DirectorySettings) -> None:
+    """Whether what is asked for can be had of pictures in cells."""
+    if rules.control_path or rules.mask_path:
+        raise SourceProblem("control_path and mask_path go with files; name the columns of controls in data_file_keys")
+    if rules.instance_prompt is None and rules.caption_source in ("filename", "foldername"):
+        raise SourceProblem(f"caption_source = {rules.caption_source!r} goes with files, and this table holds pictures")
+
+
+def _rows(arrow: ArrowTable, held: frozenset[str], columns: Columns, chosen: Filter | None) -> Iterator[Row]:
+    used = {columns.media, columns.caption, *columns.controls, columns.mask, columns.repeats, columns.digest} - {None}
+    # What is in these cells is not looked at here, but that there is something in them.
+    pictures = dict.fromkeys(used & held, True)
+    wanted = (used | (chosen.columns if chosen else set())) - held
+    names = [name for name in arrow.columns if name in wanted]
+    for number, cells in enumerate(arrow.rows(names), start=1):
+        yield Row(f"{arrow.path} row {number}", number, cells | pictures)

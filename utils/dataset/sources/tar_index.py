@@ -1,0 +1,159 @@
+"""Where the members of a tar are, so that each can be read without those before it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from utils.dataset.sources.places import Kind, SourceProblem
+from utils.dataset.sources.texts import is_utf8
+
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_MEMBERS_BETWEEN_HEEDS = 1024
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """Offset and length in bytes of each member by its name, and what is wrong with others: name, kind and reason."""
+
+    path: Path
+    members: dict[str, tuple[int, int]]
+    faults: list[tuple[str, Kind, str]]
+
+    def open(self, part: str) -> BinaryIO:
+        return io.BufferedReader(_Window(self.path.open("rb", buffering=0), *self.members[part]))
+
+
+class _Window(io.RawIOBase):
+    """A stretch of a file, as a file, which it closes with itself."""
+
+    def __init__(self, file: io.FileIO, offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._position = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        wanted = min(len(buffer), max(0, self._length - self._position))
+        self._file.seek(self._offset + self._position)
+        count = self._file.readinto(memoryview(buffer)[:wanted])
+        self._position += count
+        return count
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        if origin + offset < 0:
+            raise ValueError("before the beginning of the file")
+        self._position = origin + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def index_tar(path: Path, heed: Callable[[], None], remember: Path | None) -> TarIndex:
+    """The index of a tar, as it was remembered, or by walking through it.
+
+    Args:
+        remember: the folder in which the indices of tars are kept, by path, size and time of change; none are kept
+            without it.
+
+    Raises:
+        SourceProblem: it is no tar, or a compressed one.
+    """
+    try:
+        status = path.stat()
+        stamp = [status.st_size, status.st_mtime_ns]
+        kept = remember and remember / f"{hashlib.blake2b(str(path).encode(), digest_size=16).hexdigest()}.json"
+        if kept and (index := _recalled(path, kept, stamp)):
+            return index
+        index = _walked(path, heed)
+    except OSError as error:
+        raise SourceProblem(f"{path} cannot be read ({error.strerror})") from None
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        # Renamed into place: several processes may write it at once.
+        new = kept.with_suffix(f".{os.getpid()}")
+        new.write_text(json.dumps({"stamp": stamp, "members": index.members, "faults": index.faults}))
+        new.replace(kept)
+    return index
+
+
+def _recalled(path: Path, kept: Path, stamp: list[int]) -> TarIndex | None:
+    try:
+        content = json.loads(kept.read_bytes())
+        if content["stamp"] != stamp:
+            return None
+        return TarIndex(path, content["members"], content["faults"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _walked(path: Path, heed: Callable[[], None]) -> TarIndex:
+    with path.open("rb") as file:
+        start = file.read(8)
+    for magic, name in _COMPRESSIONS.items():
+        if start.startswith(magic):
+            raise SourceProblem(f"{path} is compressed by {name}, and can only be read from its start; decompress it")
+    index = TarIndex(path, {}, [])
+    try:
+        with tarfile.open(path, "r:") as tar:
+            count = 0
+            while member := tar.next():
+                _add(index, member)
+                # It keeps all members that it has seen, which takes a kilobyte each.
+                tar.members.clear()
+                count += 1
+                if count % _MEMBERS_BETWEEN_HEEDS == 0:
+                    heed()
+            is_whole = not _block(path, tar.offset).strip(b"\0")
+    except tarfile.TarError as error:
+        if not index.members:
+            raise SourceProblem(f"{path} cannot be read as a tar ({error}); bring it anew") from None
+        is_whole = False
+    if not is_whole:
+        _cut(index)
+    return index
+
+
+def _cut(index: TarIndex) -> None:
+    """Tells that the tar is damaged behind its last member, and leaves that out if some of it is missing."""
+    last, (offset, length) = next(reversed(index.members.items()), ("", (0, 0)))
+    reason = "the tar is broken off or damaged from here on; bring it anew"
+    index.faults.append((last, "unreadable", reason))
+    if offset + length > index.path.stat().st_size:
+        index.members.pop(last, None)
+
+
+def _block(path: Path, offset: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(tarfile.BLOCKSIZE)
+
+
+def _add(index: TarIndex, member: tarfile.TarInfo) -> None:
+    name = member.name.removeprefix("./")
+    if member.isdir() or os.path.basename(name).startswith("."):
+        return
+    if not is_utf8(name):
+        index.faults.append((ascii(name)[1:-1], "name not UTF-8", "the name is not UTF-8; pack the tar anew"))
+    elif not member.isreg() or member.issparse():
+        index.faults.append((name, "unreadable", "is no plain file; pack the tar without links and holes"))
+    elif name in index.members:
+        index.faults.append((name, "twice", "is in the tar more than once; the first is used"))
+    else:
+        index.members[name] = (member.offset_data, member.size)
