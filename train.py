@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,18 +18,20 @@ from utils.ranks import Ranks, connect, disconnect, from_environment, leave_toge
 from utils.run.cadence import Cadence, Duty
 from utils.run.metrics import Metrics
 from utils.run.progress import Progress
-from utils.run.reporting import StepReporter, is_users, report_user_error, start_logging, timed
+from utils.run.reporting import StepReporter, is_users, report_user_error, start_logging
 from utils.run.signals import StopRequested, StopRequests
-from utils.settings.errors import Problem, SettingsError
+from utils.settings.dataset_schema import DatasetSettings
 from utils.settings.reader import read_all, resolved
-from utils.settings.schema import DatasetSettings, Settings
+from utils.settings.schema import Settings
 
 if TYPE_CHECKING:
     from models.base import BasePipeline
+    from models.foundation.caching import Data
+    from models.foundation.noising import Noising
     from models.foundation.placement import Blueprint
     from utils.dataset.batches import SampleReader
-    from utils.dataset.collection import Collection, Source
-    from utils.dataset.encoding import Encoder
+    from utils.dataset.collection import Source
+    from utils.dataset.manifest import Scan
     from utils.run.checkpoint import Checkpoint
     from utils.run.trainer import Trainer
 
@@ -72,7 +74,6 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
     """Settings, data, cache, model, training: each is checked before the next is loaded. Returns whether the run came
     to its end."""
     import models
-    from models.foundation.plan import check_model
 
     if arguments.check and ranks.world_size == 1:
         # Without a launcher the plan is that of one pipeline, whatever its number of stages.
@@ -80,16 +81,23 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
     settings, datasets = read_settings(arguments, ranks)
     ranks = replace(ranks, world_size=ranks.world_size or settings.pipeline_stages)
     ranks = ranks.with_stages(settings.pipeline_stages)
+    from models.foundation.dump import dump
+    from models.foundation.plan import check_run, plan_of
+
     pipeline = models.find(settings.model.type)(settings.model, settings.seed)
     sources = sources_of(settings, datasets)
+    scan = scan_of(settings, sources, arguments, stop)
     if arguments.check:
-        check(settings, ranks, pipeline, sources, arguments)
+        if ranks.is_main:
+            sys.stdout.write(plan_of(settings, ranks, pipeline, sources, scan) + "\n")
         return True
-    check_model(settings, pipeline)
+    check_run(settings, ranks, pipeline)
     connect(ranks, arguments.master_port)
     resumed = open_checkpoint(settings, arguments)
-    data = load_data(settings, ranks, pipeline, sources, arguments, stop)
-    if arguments.cache_only:
+    data = cached_data(settings, ranks, pipeline, sources, scan, arguments)
+    if arguments.dump_dataset and ranks.is_main:
+        dump(settings, pipeline, data, ranks, arguments.dump_dataset)
+    if arguments.cache_only or arguments.dump_dataset:
         return True
     initialize_deepspeed()
     trainer = build_trainer(settings, ranks, pipeline, data, resumed, arguments, stop)
@@ -127,6 +135,11 @@ FLAGS: dict[str, dict[str, Any]] = {
         "action": "store_true",
         "help": "on resuming, take the keys of [optimizer] from the config where they differ from the checkpoint's",
     },
+    "dump_dataset": {
+        "type": Path,
+        "metavar": "FOLDER",
+        "help": "write what the trainer sees of the data, decoded, with a page to look through, and end",
+    },
     "check": {"action": "store_true", "help": "check config, datasets and folders, print the plan, and end"},
     "master_port": {"type": int, "help": "port at which the processes meet, where the launcher names none"},
     "local_rank": {"type": int, "help": "given by launchers; the environment's LOCAL_RANK is what counts"},
@@ -157,78 +170,40 @@ def cache_folder(settings: Settings, sources: list[Source]) -> Path:
     return sources[0].settings.cache_dir or settings.output_dir / "cache"
 
 
-def check(
-    settings: Settings, ranks: Ranks, pipeline: BasePipeline, sources: list[Source], arguments: argparse.Namespace
-) -> None:
-    """Prints the plan of the run, or raises with every problem of the model's files and of the data."""
-    from models.foundation.plan import check_model, describe
-    from utils.dataset.collection import collect
+def scan_of(settings: Settings, sources: list[Source], arguments: argparse.Namespace, stop: StopRequests) -> Scan:
+    """How the files of the datasets are looked at."""
+    from utils.dataset.manifest import Scan
 
-    if not ranks.is_main:
-        return
-    problems: list[Problem] = []
-    collections: list[Collection] = []
-    try:
-        check_model(settings, pipeline)
-    except SettingsError as error:
-        problems += error.problems
-    try:
-        index = cache_folder(settings, sources) / "files.sqlite"
-        collections = collect(sources, pipeline.media, index, trust=arguments.trust_cache)
-    except SettingsError as error:
-        problems += error.problems
-    if problems:
-        raise SettingsError(problems)
-    sys.stdout.write(describe(settings, ranks, pipeline, collections) + "\n")
+    return Scan(
+        cache_folder(settings, sources) / "files.sqlite",
+        trust=arguments.trust_cache,
+        verify=settings.verify == "content",
+        heed=stop.heed,
+    )
 
 
-@dataclass(frozen=True)
-class Data:
-    """The cached datasets, and the encoders that made them."""
-
-    training: Collection
-    evaluation: list[Collection]
-    encoders: list[Encoder]
-    cache_dir: Path
-
-
-def load_data(
+def cached_data(
     settings: Settings,
     ranks: Ranks,
     pipeline: BasePipeline,
     sources: list[Source],
+    scan: Scan,
     arguments: argparse.Namespace,
-    stop: StopRequests,
 ) -> Data:
-    """Scans the datasets and encodes what the cache lacks of them and of the prompts to be sampled."""
-    from models.foundation.outputs import prompt_encoders, prompt_samples
-    from utils.dataset.collection import collect_together, refuse_failures
-    from utils.dataset.encoding import fill
+    """The datasets, once all of them are in the cache."""
+    from models.foundation.caching import load_data
+    from utils.dataset.encoding import Filling
 
-    cache_dir = cache_folder(settings, sources)
-    collections = collect_together(
-        ranks, sources, pipeline.media, cache_dir / "files.sqlite", trust=arguments.trust_cache, heed=stop.heed
+    filling = Filling(
+        cache_folder(settings, sources),
+        arguments.config,
+        ranks,
+        settings.caching_batch_size,
+        regenerate=arguments.regenerate_cache,
+        verify=scan.verify,
+        heed=scan.heed,
     )
-    encoders = pipeline.encoders_for(any(collection.has_controls for collection in collections))
-    samples = [sample for collection in collections for sample in collection.samples]
-    with timed("cache"):
-        for tag, readers, wanted in (
-            ("cache", encoders, samples),
-            ("prompts", prompt_encoders(encoders), list(prompt_samples(pipeline, settings.sampling).values())),
-        ):
-            reports = fill(
-                readers if wanted else [],
-                wanted,
-                cache_dir,
-                ranks,
-                settings.caching_batch_size,
-                ranks.device,
-                regenerate=arguments.regenerate_cache,
-                tag=tag,
-                heed=stop.heed,
-            )
-            refuse_failures(reports)
-    return Data(collections[0], collections[1:], encoders, cache_dir)
+    return load_data(settings, pipeline, sources, scan, filling)
 
 
 def open_checkpoint(settings: Settings, arguments: argparse.Namespace) -> Checkpoint | None:
@@ -259,16 +234,24 @@ def build_trainer(
 ) -> Trainer:
     """Loads this stage's weights and puts the engine, the batches and the run's folder together."""
     import optimizers
-    from models.foundation.noising import training_micro_batch
+    from models.foundation.caching import reader_of
+    from models.foundation.noising import Noising
     from models.foundation.placement import load_stage
     from optimizers.parameter_groups import groups_of
-    from utils.dataset.batches import SampleReader, TrainingBatches
+    from utils.dataset.batches import TrainingBatches
+    from utils.dataset.encoders import reads_text
+    from utils.dataset.epochs import Epochs, format_table, micro_batch_of
+    from utils.dataset.samples import Showing
     from utils.parallel.engine import Engine, optimizer_for_frozen_stage
     from utils.parallel.pipeline import DenoiserPipeline
     from utils.run import folder as run_folder
-    from utils.run.trainer import Trainer, global_batch
+    from utils.run.trainer import Trainer
 
-    micro_batch, accumulation = settings.micro_batch_size_per_gpu, settings.gradient_accumulation_steps
+    accumulation = settings.gradient_accumulation_steps
+    epochs = Epochs(
+        data.training.samples, partial(micro_batch_of, settings), ranks.data_ranks, accumulation, settings.seed
+    )
+    logger.info("training data:\n%s", format_table(epochs.table()))
     blueprint = load_stage(pipeline, settings, ranks.stage)
     parameters = blueprint.trained(blueprint.stage_layers(ranks.stage))
     chosen = settings.optimizer
@@ -282,48 +265,50 @@ def build_trainer(
         recompute=settings.activation_checkpointing,
         seed=settings.seed,
     )
-    engine = Engine(
-        module, optimizer, micro_batch=micro_batch, accumulation=accumulation, clip_norm=settings.gradient_clipping
+    engine = Engine(module, optimizer, accumulation=accumulation, clip_norm=settings.gradient_clipping)
+    reader = reader_of(data, ranks)
+    noising = Noising(pipeline, ranks.is_first_stage, ranks.is_last_stage)
+    showing = Showing(
+        settings.seed, [encoder.name for encoder in data.encoders if reads_text(encoder)], bool(data.live)
     )
-    reader = SampleReader(data.encoders, data.cache_dir)
-    batches = TrainingBatches(
-        data.training.samples,
-        reader,
-        lambda batch, epoch, *_: training_micro_batch(pipeline, batch, epoch),
-        micro_batch=micro_batch,
-        data_ranks=ranks.data_ranks,
-        data_rank=ranks.data_rank,
-        accumulation=accumulation,
-        seed=settings.seed,
-    )
+    batches = TrainingBatches(epochs, reader, showing, noising.training, ranks.data_rank)
     progress = Progress()
     if resumed:
         resumed.load_weights(parameters)
         if not arguments.reset_optimizer:
             resumed.load_optimizer(parameters, optimizer)
-        progress = resumed.starting_point(
-            global_batch(settings, ranks), batches.steps_per_epoch, restart_data=arguments.reset_dataloader
-        )
+        progress = resumed.starting_point(epochs.steps_in, restart_data=arguments.reset_dataloader)
     folder = resumed.folder.parent if resumed else run_folder.create(settings, ranks, arguments.config)
-    metrics = Metrics.of_run(folder, settings.monitoring, resolved(settings), ranks.is_main)
+    metrics = Metrics.of_run(
+        folder,
+        settings.monitoring,
+        resolved(settings),
+        ranks.is_main,
+        resumed_at=progress.step if resumed else None,
+    )
     trainer = Trainer(settings, ranks, engine, optimizer, parameters, batches, progress, folder, metrics, stop)
-    trainer.duties = duties_of(trainer, pipeline, data, reader, blueprint)
+    trainer.duties = duties_of(trainer, pipeline, data, reader, noising, blueprint)
     return trainer
 
 
 def duties_of(
-    trainer: Trainer, pipeline: BasePipeline, data: Data, reader: SampleReader, blueprint: Blueprint
+    trainer: Trainer,
+    pipeline: BasePipeline,
+    data: Data,
+    reader: SampleReader,
+    noising: Noising,
+    blueprint: Blueprint,
 ) -> list[Duty]:
     """Evaluation, sampling and export, as the settings ask for them."""
-    from models.foundation.noising import evaluation_micro_batch
     from models.foundation.outputs import export_plan, sample_model
     from utils.dataset.batches import EvaluationBatches
+    from utils.dataset.epochs import micro_batch_of
     from utils.run.evaluation import evaluate
     from utils.run.export import export
     from utils.run.sampling import sample
 
     settings, ranks = trainer.settings, trainer.ranks
-    micro_batch = settings.eval_micro_batch_size_per_gpu or settings.micro_batch_size_per_gpu
+    micro_batch = partial(micro_batch_of, settings, evaluating=True)
     sets = {
         collection.source.name: EvaluationBatches(
             collection.samples, reader, micro_batch, ranks.data_ranks, ranks.data_rank
@@ -334,8 +319,7 @@ def duties_of(
     painter = sample_model(pipeline, data.encoders, settings, ranks, data.cache_dir)
 
     def run_evaluation(progress: Progress, epoch_ended: bool) -> None:
-        prepare = partial(evaluation_micro_batch, pipeline)
-        results = evaluate(trainer.engine, ranks, sets, prepare, str(progress.step), trainer.heed)
+        results = evaluate(trainer.engine, ranks, sets, noising.evaluation, str(progress.step), trainer.heed)
         trainer.metrics.scalars(results, progress.step)
         for name in sets:
             logger.info("step %d: %s/loss %.5f", progress.step, name, results[f"{name}/loss"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -11,9 +12,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import toml
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -103,7 +106,6 @@ def rewind(run: Path) -> None:
     for leftover in (run / "global_step6", *run.glob("epoch*"), *run.glob("step*")):
         shutil.rmtree(leftover)
     (run / "latest").write_text("global_step3")
-    (run / "metrics.jsonl").unlink()
 
 
 def test_a_run_leaves_what_is_promised(write_config: Callable[..., Path]) -> None:
@@ -209,10 +211,12 @@ def test_resuming_computes_what_an_uninterrupted_run_would(
     assert set(codes) == {0}, log
     run = only_run(config)
     weights, losses = newest_export(run), metrics(run, "train/loss")
+    lines = len((run / "metrics.jsonl").read_text().splitlines())
     rewind(run)
     codes, log = launch(config, "--resume_from_checkpoint", processes=processes)
     assert set(codes) == {0}, log
-    assert metrics(run, "train/loss") == {step: losses[step] for step in (4, 5, 6)}
+    assert metrics(run, "train/loss") == losses
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == lines
     again = newest_export(run)
     assert all(torch.equal(again[name], weights[name]) for name in weights)
 
@@ -250,7 +254,7 @@ def test_a_stop_before_the_first_step_keeps_what_is_cached(write_config: Callabl
 
 
 def test_a_stop_leaves_an_evaluation_half_done(write_config: Callable[..., Path], pictures: Path) -> None:
-    config = write_config(data={"num_repeats": 300})
+    config = write_config(data={"resolutions": list(range(64, 192, 16))})
     evaluation = config.with_name("evaluation.toml")
     config.with_name("data.toml").rename(evaluation)
     config = write_config(pipeline_stages=2, eval_datasets=[{"name": "held", "config": str(evaluation)}])
@@ -262,7 +266,7 @@ def test_a_stop_leaves_an_evaluation_half_done(write_config: Callable[..., Path]
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"adapter__alpha": 8.0}, r"\[adapter\] alpha = 8.0 \(checkpoint: None\)"),
+        ({"adapter__alpha": 8.0}, r"\[adapter\] alpha = 8.0 \(checkpoint: not set\)"),
         ({"seed": 5}, r"seed = 5 \(checkpoint: 0\)"),
         ({"optimizer__lr": 1e-3}, "pass --reset_optimizer_params"),
     ],
@@ -355,17 +359,78 @@ def test_mistakes_in_the_data_are_told_together(
         assert part in log
 
 
-def test_a_picture_that_breaks_off_is_told_after_the_others_are_encoded(
+def test_the_dataset_is_shown_as_the_trainer_sees_it(
     write_config: Callable[..., Path], pictures: Path, tmp_path: Path
 ) -> None:
+    """What is shown is the stock VAE's own round trip of each picture."""
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for path in pictures.glob("*.png"):
+        Image.new("L", (64, 64), 128).save(masks / path.name)
+    data = {"directory": [{"path": str(pictures), "mask_path": str(masks), "unmasked_weight": 0.5}]}
+    config = write_config(data=data | {"trigger_word": "zzz"}, model__latents="mode")
+    codes, log = launch(config, "--dump_dataset", str(tmp_path / "shown"))
+    assert codes == [0], log
+    page = (tmp_path / "shown" / "index.html").read_text()
+    assert all(f"zzz, a {colour} picture" in page for colour in COLOURS)
+    files = re.findall(r'<img src="([^"]+)"', page)
+    assert len(files) == 3 * len(COLOURS) and all((tmp_path / "shown" / file).is_file() for file in files)
+    vae = AutoencoderKL.from_pretrained(MINI_FLUX / "vae")
+    for name in ("train/000001", "train/000002"):
+        source, decoded = (Image.open(tmp_path / "shown" / f"{name}{what}.png") for what in ("_source", ""))
+        pixels_BCHW = torch.from_numpy(np.array(source)).permute(2, 0, 1)[None] / 127.5 - 1
+        with torch.no_grad():
+            expected = vae.decode(vae.encode(pixels_BCHW).latent_dist.mode()).sample[0].clamp(-1, 1)
+        shown = torch.from_numpy(np.array(decoded)).permute(2, 0, 1) / 127.5 - 1
+        assert (shown - expected).abs().max() < 1.5 / 127.5
+
+
+def test_captions_may_be_encoded_as_they_are_needed(write_config: Callable[..., Path]) -> None:
+    """With nothing drawn of them, training is what it is with cached ones."""
+    losses = []
+    for cached in (True, False):
+        config = write_config(cache_text_embeddings=cached, pipeline_stages=2, max_steps=3)
+        codes, log = launch(config, processes=2)
+        assert codes == [0, 0], log
+        assert ("cache t5: wanted=7" in log) is cached
+        losses.append(metrics(only_run(config), "train/loss"))
+        shutil.rmtree(config.parent / "runs")
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_micro_batches_of_several_sizes_share_a_step(write_config: Callable[..., Path]) -> None:
+    """The loss of a step that takes the whole set is the mean over its samples, however they are batched."""
+    losses = []
+    for sizes, accumulation in (([[64, 1]], 7), ([[64, 4], [68, 3]], 2)):
+        config = write_config(
+            data={"resolutions": [64], "enable_ar_bucket": True},
+            micro_batch_size_per_gpu=sizes,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            adapter__dropout=0.0,
+        )
+        codes, log = launch(config)
+        assert codes == [0], log
+        losses.append(metrics(only_run(config), "train/loss")[1])
+        shutil.rmtree(config.parent / "runs")
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_broken_files_are_left_out(write_config: Callable[..., Path], pictures: Path, tmp_path: Path) -> None:
+    """One is seen to be broken by its header, one only when it is decoded."""
     folder = shutil.copytree(pictures, tmp_path / "own")
-    noise = Image.effect_noise((256, 256), 90)
-    noise.save(folder / "2.png")
+    Image.effect_noise((256, 256), 90).save(folder / "2.png")
     (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:20_000])
-    codes, log = launch(write_config(folder))
-    assert codes == [1]
-    assert "cache vae: wanted=7 reused=0 encoded=6 failed=1" in log
-    assert "2.png" in log[log.index("error:") :]
+    (folder / "3.png").write_bytes(b"no picture")
+    codes, log = launch(write_config(folder), processes=2)
+    assert codes == [1, 1] and "max_failed_fraction" in log
+    codes, log = launch(write_config(folder, max_failed_fraction=0.5, pipeline_stages=2), processes=2)
+    assert codes == [0, 0], log
+    assert "cache vae: wanted=6 reused=0 encoded=5 failed=1" in log
+    with (tmp_path / "runs" / "cache" / "failed.csv").open() as file:
+        assert [Path(row["file"]).name for row in csv.DictReader(file)] == ["3.png", "2.png"]
+    codes, log = launch(write_config(folder, max_failed_fraction=0.5), "--check")
+    assert codes == [0] and "3.png" in log
 
 
 @pytest.mark.gpu
@@ -384,6 +449,6 @@ def test_a_gpu_trains_in_bfloat16_and_resumes_to_the_bit(write_config: Callable[
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
     rewind(run)
     subprocess.run([*command, "--resume_from_checkpoint"], cwd=ROOT, check=True)
-    assert metrics(run, "train/loss") == {step: losses[step] for step in (4, 5, 6)}
+    assert metrics(run, "train/loss") == losses
     again = newest_export(run)
     assert all(torch.equal(again[name], weights[name]) for name in weights)

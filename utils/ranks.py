@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+PATIENCE = timedelta(minutes=30)
+"""How long a rank is waited for that gives no sign of life."""
 POLL_SECONDS = 0.05
 
 
@@ -58,6 +60,11 @@ class Ranks:
     @property
     def is_last_stage(self) -> bool:
         return self.stage == self.stages - 1
+
+    @property
+    def local_size(self) -> int:
+        """Processes of this run on this machine, as far as the launcher says."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or self.world_size)
 
     @property
     def device(self) -> torch.device:
@@ -110,8 +117,8 @@ def connect(ranks: Ranks, master_port: int | None = None) -> None:
         if "EADDRINUSE" not in str(error):
             raise
         raise LaunchError(
-            f"--master_port: the port {os.environ['MASTER_PORT']} is taken, perhaps by another run on this machine; give "
-            "the launcher a free one: deepspeed --master_port 29501 ..., torchrun --master_port 29501 ..."
+            f"--master_port: the port {os.environ['MASTER_PORT']} is taken, perhaps by another run on this machine; "
+            "give the launcher a free one: deepspeed --master_port 29501 ..., torchrun --master_port 29501 ..."
         ) from None
 
 
@@ -147,31 +154,47 @@ def share(
     ranks: Ranks,
     tag: str,
     value: Any,
-    timeout: timedelta = timedelta(hours=48),
+    patience: timedelta = PATIENCE,
     heed: Callable[[], None] = lambda: None,
 ) -> list[Any]:
     """Every rank's `value` (anything JSON can hold), in the order of the ranks, once all have given theirs.
 
     It goes through the key-value store and not through a collective, so that one rank may be hours slower than the
-    others without running into the time-out of a collective. `tag` must be new at each call of a run. `heed` is called
+    others, as long as it shows a `sign_of_life` now and then. `tag` must be new at each call of a run. `heed` is called
     while waiting, and ends it by raising.
 
     Raises:
-        TimeoutError: naming the ranks that gave nothing within `timeout`.
+        TimeoutError: naming the ranks that gave nothing, and no sign of life, for as long as `patience`.
     """
     if ranks.world_size == 1:
         return [value]
     store = dist.distributed_c10d._get_default_store()
     store.set(f"share/{tag}/{ranks.rank}", json.dumps(value))
-    keys = [f"share/{tag}/{rank}" for rank in range(ranks.world_size)]
-    deadline = time.monotonic() + timeout.total_seconds()
-    while not store.check(keys):
-        if time.monotonic() > deadline:
-            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-            raise TimeoutError(f"waited {timeout} at '{tag}' for the ranks {missing}")
+    awaited = dict.fromkeys(range(ranks.world_size), (0, time.monotonic()))
+    while awaited:
         heed()
-        time.sleep(POLL_SECONDS)
-    return [json.loads(store.get(key)) for key in keys]
+        awaited = {
+            rank: _last_sign(store, tag, rank, last)
+            for rank, last in awaited.items()
+            if not store.check([f"share/{tag}/{rank}"])
+        }
+        silent = [rank for rank, (_, since) in awaited.items() if time.monotonic() - since > patience.total_seconds()]
+        if silent:
+            raise TimeoutError(f"heard nothing for {patience} at '{tag}' from the ranks {silent}")
+        time.sleep(POLL_SECONDS if awaited else 0.0)
+    return [json.loads(store.get(f"share/{tag}/{rank}")) for rank in range(ranks.world_size)]
+
+
+def sign_of_life(ranks: Ranks, tag: str) -> None:
+    """Tells those who wait at `tag` that this rank is still at work."""
+    if ranks.world_size > 1:
+        dist.distributed_c10d._get_default_store().add(f"alive/{tag}/{ranks.rank}", 1)
+
+
+def _last_sign(store: dist.Store, tag: str, rank: int, last: tuple[int, float]) -> tuple[int, float]:
+    """How many signs of life the rank has given, and when (by this rank's clock) their number was seen to change."""
+    signs = store.add(f"alive/{tag}/{rank}", 0)
+    return last if signs == last[0] else (signs, time.monotonic())
 
 
 def any_rank(flags: Sequence[bool]) -> list[bool]:
@@ -194,8 +217,7 @@ def _share_cores(ranks: Ranks) -> None:
     which another process has make a step many times slower."""
     if "OMP_NUM_THREADS" in os.environ:
         return
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks.world_size)
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_size))
 
 
 def _free_port() -> int:

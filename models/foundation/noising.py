@@ -6,7 +6,8 @@ own, arrive at the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,34 +17,51 @@ from utils.diffusion import seeds
 from utils.diffusion.losses import Labels
 
 
-def training_micro_batch(pipeline: BasePipeline, batch: FeatureBatch, epoch: int) -> tuple[tuple, Labels]:
-    """Each sample at a noise level and with noise drawn for this epoch."""
-    quantiles = [seeds.uniform(pipeline.seed, "timestep", epoch, sample) for sample in batch.sample_ids]
-    return _noised(pipeline, batch.features, batch.sample_ids, quantiles, ("noise", epoch))
+@dataclass(frozen=True)
+class Noising:
+    """Makes micro-batches for one stage.
 
+    Attributes:
+        wants_inputs: this is the first stage, which takes what `prepare_inputs` gives.
+        wants_labels: this is the last one, which compares its prediction with the target.
+    """
 
-def evaluation_micro_batch(
-    pipeline: BasePipeline, batch: FeatureBatch, set_name: str, quantile: float
-) -> tuple[tuple, Labels]:
-    """Each sample at the same quantile of the noise levels, with noise that depends on (set, sample, quantile) alone:
-    not even on the run's seed, so that runs can be compared."""
-    quantiles = [quantile] * len(batch.sample_ids)
-    return _noised(pipeline, batch.features, batch.sample_ids, quantiles, ("evaluation", set_name, quantile), seed=0)
+    pipeline: BasePipeline
+    wants_inputs: bool = True
+    wants_labels: bool = True
 
+    def training(self, batch: FeatureBatch, epoch: int) -> tuple[tuple | None, Labels | None]:
+        """Each sample at a noise level and with noise drawn for this epoch."""
+        seed = self.pipeline.seed
+        quantiles = [seeds.uniform(seed, "timestep", epoch, draw) for draw in batch.draws]
+        return self._noised(batch, quantiles, seed, ("noise", epoch), ("latents", epoch))
 
-def _noised(
-    pipeline: BasePipeline,
-    features: Mapping[str, torch.Tensor],
-    samples: Sequence[str],
-    quantiles: Sequence[float],
-    draw: tuple[object, ...],
-    seed: int | None = None,
-) -> tuple[tuple, Labels]:
-    clean = pipeline.latents(features)
-    shape = clean.shape[1:]
-    seed = pipeline.seed if seed is None else seed
-    noise = torch.stack([seeds.normal(shape, seed, *draw, sample) for sample in samples])
-    sampler, tokens = pipeline.timestep_sampler(), pipeline.tokens(shape)
-    t_B = torch.tensor([sampler.timestep(quantile, tokens) for quantile in quantiles], dtype=torch.float32)
-    inputs = pipeline.prepare_inputs(features, pipeline.objective.noised(clean, noise, t_B), t_B)
-    return inputs, Labels(pipeline.objective.target(clean, noise, t_B), torch.ones(len(samples)))
+    def evaluation(self, batch: FeatureBatch, set_name: str, quantile: float) -> tuple[tuple | None, Labels | None]:
+        """Each sample at the same quantile of the noise levels, with noise that depends on (set, sample, quantile)
+        alone: not even on the run's seed, so that runs can be compared."""
+        quantiles = [quantile] * len(batch.draws)
+        return self._noised(batch, quantiles, 0, ("evaluation", set_name, quantile), ("latents", set_name))
+
+    def _noised(
+        self,
+        batch: FeatureBatch,
+        quantiles: Sequence[float],
+        seed: int,
+        noise_name: tuple[object, ...],
+        latents_name: tuple[object, ...],
+    ) -> tuple[tuple | None, Labels | None]:
+        def draw(shape: torch.Size, name: tuple[object, ...]) -> torch.Tensor:
+            return torch.stack([seeds.normal(shape[1:], seed, *name, one) for one in batch.draws])
+
+        pipeline, objective = self.pipeline, self.pipeline.objective
+        clean = pipeline.latents(batch.features, lambda shape: draw(shape, latents_name))
+        noise = draw(clean.shape, noise_name)
+        sampler, tokens = pipeline.timestep_sampler(), pipeline.tokens(clean.shape[1:])
+        t_B = torch.tensor([sampler.timestep(quantile, tokens) for quantile in quantiles], dtype=torch.float32)
+        inputs = labels = None
+        if self.wants_inputs:
+            features = {**batch.features, "latents": clean}
+            inputs = pipeline.prepare_inputs(features, objective.noised(clean, noise, t_B), t_B)
+        if self.wants_labels:
+            labels = Labels(objective.target(clean, noise, t_B), batch.weight)
+        return inputs, labels

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+import optimizers
 from models.base import BasePipeline
-from models.foundation.outputs import sample_bucket
+from models.foundation.files import problems_of
+from models.foundation.outputs import check_outputs
 from models.foundation.placement import Blueprint, draw_up, load_existing_adapter
 from models.foundation.weights import build_empty
-from utils.dataset.buckets import Bucket, format_table, table
-from utils.dataset.collection import Collection
-from utils.dataset.encoding import Encoder
+from utils.dataset.collection import Collection, Source, check_encoder_names, collect, shortfalls
+from utils.dataset.encoders import Encoder, items_wanted
+from utils.dataset.epochs import Epochs, format_table, micro_batch_of
+from utils.dataset.manifest import Scan
+from utils.dataset.masks import MaskEncoder
+from utils.dataset.samples import Bucket
 from utils.ranks import Ranks
+from utils.run.metrics import check_account
+from utils.settings.errors import SettingsError
 from utils.settings.schema import Settings
 
 GIB = 2**30
@@ -29,66 +38,113 @@ OPTIMIZER_STATE: dict[str, Callable[[torch.Tensor], int]] = {
 """Bytes that an optimizer keeps of a parameter."""
 
 
-def describe(settings: Settings, ranks: Ranks, pipeline: BasePipeline, collections: Sequence[Collection]) -> str:
-    """The plan as text.
+def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline) -> Blueprint:
+    """Whether everything but the data fits: hours of encoding are not to end in a mistake that could be told before
+    them. The denoiser without weights, adapted and cut as the settings ask.
 
     Raises:
-        SettingsError: the settings do not fit the model or its files.
+        SettingsError: with what does not.
     """
-    blueprint = check_model(settings, pipeline)
-    encoders = pipeline.encoders_for(any(collection.has_controls for collection in collections))
+    if ranks.is_main:
+        check_account(settings.monitoring)
+    optimizers.check(settings.optimizer, ranks.device.type)
+    pipeline.check()
+    empty = build_empty(pipeline.build_denoiser)
+    pipeline.set_types(empty)
+    blueprint = draw_up(pipeline, settings, empty)
+    load_existing_adapter(pipeline, settings, blueprint, layers=[])
+    check_outputs(pipeline, settings)
+    return blueprint
+
+
+def choices_of(settings: Settings) -> dict[str, Any]:
+    """What the run's settings say of the collecting of data."""
+    return {
+        "max_failed_fraction": settings.max_failed_fraction,
+        "caption_versions": settings.cache_text_embeddings,
+    }
+
+
+def plan_of(settings: Settings, ranks: Ranks, pipeline: BasePipeline, sources: Sequence[Source], scan: Scan) -> str:
+    """The plan of the run, as text.
+
+    Raises:
+        SettingsError: with every problem of the model's files and of the data.
+    """
+    blueprint, collections = None, []
+
+    def check() -> None:
+        nonlocal blueprint
+        blueprint = check_run(settings, ranks, pipeline)
+
+    def look() -> None:
+        collections.extend(collect(sources, pipeline.media, scan, **choices_of(settings)))
+
+    problems = problems_of([check, look])
+    if problems:
+        raise SettingsError(problems)
+    return describe(settings, ranks, pipeline, blueprint, collections)
+
+
+def describe(
+    settings: Settings,
+    ranks: Ranks,
+    pipeline: BasePipeline,
+    blueprint: Blueprint,
+    collections: Sequence[Collection],
+) -> str:
+    """What the run will do with data that is collected."""
+    encoders = encoders_of(pipeline, collections)
     parameters = list(blueprint.denoiser.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    micro, accumulation = settings.micro_batch_size_per_gpu, settings.gradient_accumulation_steps
-    lines = table(collections[0].samples, micro, ranks.data_ranks, accumulation)
-    steps = lines[-1].batches // accumulation
-    epochs = settings.epochs or (math.inf if settings.max_steps else 1)
-    total = min(settings.max_steps or math.inf, epochs * steps)
+    accumulation = settings.gradient_accumulation_steps
+    epochs = Epochs(
+        collections[0].samples, partial(micro_batch_of, settings), ranks.data_ranks, accumulation, settings.seed
+    )
+    buckets = sorted({sample.bucket for sample in collections[0].samples})
+    micro = " or ".join(str(size) for size in sorted({micro_batch_of(settings, bucket) for bucket in buckets}))
+    passes = settings.epochs or (None if settings.max_steps else 1)
+    total = min(settings.max_steps or math.inf, epochs.first_step(passes) if passes else math.inf)
     facts = {
         "model": f"{settings.model.type}, {settings.adapter.type if settings.adapter else 'full fine-tune'}",
         "processes": f"{ranks.world_size} = {ranks.stages} stages x {ranks.data_ranks} data ranks",
-        "global batch": f"{micro * accumulation * ranks.data_ranks} = {micro} per micro-batch x {accumulation} "
-        f"accumulated x {ranks.data_ranks} data ranks",
-        "steps": f"{steps} per epoch, {total} in all",
+        "global batch": f"{epochs.examples(0, 0)} = {micro} per micro-batch x {accumulation} accumulated "
+        f"x {ranks.data_ranks} data ranks",
+        "steps": f"{epochs.steps_in(0)} per epoch, {total} in all",
         "parameters": f"{sum(p.numel() for p in parameters):,} in all, {trained:,} trained",
     }
     sections = [
         "\n".join(f"{name + ':':<14}{value}" for name, value in facts.items()),
-        format_table(lines),
+        format_table(epochs.table()),
         *(f"evaluation '{c.source.name}': {len(c.samples)} samples" for c in collections[1:]),
-        _memory(settings, pipeline, blueprint, encoders, [line.bucket for line in lines if line.bucket]),
+        *(["\n".join(shortfalls(collections))] if shortfalls(collections) else []),
+        _memory(settings, pipeline, blueprint, encoders, buckets),
         _cache_size(encoders, collections),
     ]
     return "\n\n".join(sections)
 
 
-def check_model(settings: Settings, pipeline: BasePipeline) -> Blueprint:
-    """The denoiser without weights, adapted and cut as the settings ask, once all of the model's files are seen to fit:
-    hours of encoding are not to end in a mistake that could be told before them.
+def encoders_of(pipeline: BasePipeline, collections: Sequence[Collection]) -> list[Encoder]:
+    """What encodes the collections: the model's encoders, and that of masks if there are any.
 
     Raises:
-        SettingsError: the settings do not fit the model or its files.
+        SettingsError: the collections have what the model does not take.
     """
-    pipeline.check()
-    empty = build_empty(pipeline.build_denoiser)
-    pipeline.set_types(empty)
-    pipeline.open_weights(empty)
-    blueprint = draw_up(pipeline, settings, empty)
-    load_existing_adapter(pipeline, settings, blueprint, layers=[])
-    if settings.sampling.prompts:
-        sample_bucket(pipeline, settings.sampling)
-    return blueprint
+    encoders = pipeline.encoders_for(max(collection.controls for collection in collections))
+    check_encoder_names(collections, encoders)
+    masks = [MaskEncoder(pipeline.latent_shape)] if any(collection.has_masks for collection in collections) else []
+    return [*encoders, *masks]
 
 
 def _cache_size(encoders: Sequence[Encoder], collections: Sequence[Collection]) -> str:
-    samples = [sample for collection in collections for sample in collection.samples if sample.repeat == 0]
-    captions = {sample.caption: sample for sample in samples}.values()
-    size = sum(
-        math.prod(shape) * dtype.itemsize
-        for encoder in encoders
-        for sample in (captions if encoder.reads == ("caption",) else samples)
-        for shape, dtype in encoder.feature_shapes(sample.bucket).values()
-    )
+    samples = [sample for collection in collections for sample in collection.samples]
+    size = 0
+    for encoder in encoders:
+        # One sample's bucket stands for all items of its size.
+        buckets = Counter(bucket for _, bucket in items_wanted(encoder, samples))
+        for bucket, count in buckets.items():
+            shapes = encoder.feature_shapes(bucket).values()
+            size += count * sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
     return f"estimated cache on disk: {size / 2**20:.1f} MiB"
 
 
@@ -134,14 +190,14 @@ def _activations(
     settings: Settings, pipeline: BasePipeline, blueprint: Blueprint, encoders: Sequence[Encoder], bucket: Bucket
 ) -> list[int]:
     """Bytes that autograd keeps of each layer for one micro-batch of `bucket`."""
-    batch = settings.micro_batch_size_per_gpu
+    batch = micro_batch_of(settings, bucket)
     features = {
         name: torch.zeros((batch, *shape), dtype=dtype)
         for encoder in encoders
         for name, (shape, dtype) in encoder.feature_shapes(bucket).items()
     }
     latent = torch.zeros((batch, *pipeline.latent_shape(bucket.width, bucket.height, bucket.frames)))
-    stream = _on_meta(pipeline.prepare_inputs(features, latent, torch.zeros(batch)))
+    stream = _on_meta(pipeline.prepare_inputs({**features, "latents": latent}, latent, torch.zeros(batch)))
     parameters = {parameter.untyped_storage()._cdata for parameter in blueprint.denoiser.parameters()}
     return _run_layers(blueprint.layers, stream, parameters, settings.activation_checkpointing)
 

@@ -6,7 +6,7 @@ import importlib
 import subprocess
 import sys
 
-BENCHMARKS = ("overhead", "startup", "backward_calls", "parity")
+BENCHMARKS = ("overhead", "startup", "store", "caching", "backward_calls", "parity")
 
 
 def main(names: list[str]) -> int:

@@ -79,7 +79,7 @@ def _ours(layers: list[nn.Module], bounds: list[tuple[int, int]]) -> Any:
 
     module = DenoiserPipeline(layers, bounds, stream, _loss)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    return Engine(module, optimizer, micro_batch=2, accumulation=MICRO_BATCHES, clip_norm=0.0)
+    return Engine(module, optimizer, accumulation=MICRO_BATCHES, clip_norm=0.0)
 
 
 def _stock(layers: list[nn.Module], bounds: list[tuple[int, int]]) -> Any:

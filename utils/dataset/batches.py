@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -15,13 +16,22 @@ from typing import Generic, Self, TypeVar
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from utils.dataset.buckets import Bucket, Sample, by_bucket
-from utils.dataset.encoding import Encoder, item_key
-from utils.dataset.ordering import Slot, Step, epoch_order, steps_per_epoch
-from utils.dataset.tensor_store import TensorStore
+from utils.dataset.buckets import by_shape
+from utils.dataset.encoders import Encoder, concerns, item_key, text_of
+from utils.dataset.epochs import Epochs
+from utils.dataset.masks import MASK
+from utils.dataset.ordering import Slot
+from utils.dataset.samples import Bucket, Sample, Showing, Shown, first_shown
+from utils.dataset.tensor_store import CorruptItem, TensorStore
+from utils.settings.dataset_schema import DirectorySettings
 from utils.settings.errors import SettingsError
 
+WORKERS = 2
 STEPS_AHEAD = 2
+SMALLEST_LATENT = 4
+"""Dimensions of a batch of latents, at least."""
+SMALLEST_AREA = 1e-3
+"""Share of a picture that the smallest mask is taken for when its weight is divided by its area."""
 
 Item = TypeVar("Item")
 Prepared = TypeVar("Prepared")
@@ -29,18 +39,32 @@ Prepared = TypeVar("Prepared")
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """What the encoders made of some samples of one bucket: features by name, batched in dimension 0."""
+    """What the encoders made of some samples of one shape: features by name, batched in dimension 0.
+
+    Attributes:
+        draws: names of what is drawn for each sample.
+        weight: factor on the loss, with as many dimensions as a batch of latents, which are the features of the most
+            dimensions: (B, 1, h, w) or (B, 1, f, h, w) where there is a mask, else 1 in all but the first.
+    """
 
     features: dict[str, torch.Tensor]
-    sample_ids: list[str]
+    draws: list[str]
     bucket: Bucket
+    weight: torch.Tensor
 
 
 class SampleReader:
-    """Reads samples from the stores that `encoding.fill` filled."""
+    """Reads samples from the stores that `encoding.fill` filled.
 
-    def __init__(self, encoders: Sequence[Encoder], cache_dir: Path) -> None:
-        self._stores = [(encoder, TensorStore(cache_dir / encoder.name)) for encoder in encoders]
+    Args:
+        live: text encoders whose features are not in the cache but made as they are needed, loaded.
+    """
+
+    def __init__(self, encoders: Sequence[Encoder], cache_dir: Path, live: Sequence[Encoder] = ()) -> None:
+        self._stores = [(encoder, TensorStore(cache_dir / encoder.name)) for encoder in encoders if encoder not in live]
+        self._live = list(live)
+        # One thread at a time: the tokenizers of transformers break when two use them.
+        self._live_lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -48,37 +72,77 @@ class SampleReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def read(self, sample: Sample) -> dict[str, torch.Tensor]:
-        """All features of one sample, on the CPU, without a batch dimension.
+    def read(self, shown: Shown) -> dict[str, torch.Tensor]:
+        """All cached features of one sample, on the CPU, without a batch dimension.
 
         Raises:
             SettingsError: the cache lacks the sample, or is damaged.
         """
         features: dict[str, torch.Tensor] = {}
         for encoder, store in self._stores:
-            key = item_key(encoder, sample)
-            try:
-                item = store.get(key)
-            except KeyError:
-                raise SettingsError.of(
-                    f"the item {key} is gone from the cache; was the folder cleared during the run? Go on with "
-                    "--resume_from_checkpoint: what is missing is encoded first",
-                    str(store.folder),
-                ) from None
+            if not concerns(encoder, shown.sample):
+                continue
+            item = _item(store, item_key(encoder, shown))
             shared = features.keys() & item.keys()
             assert not shared, f"{encoder.name} and another encoder both yield {shared}"
             features |= item
         return features
 
-    def batch(self, samples: Sequence[Sample]) -> FeatureBatch:
-        """Samples of one bucket as a batch."""
-        items = [self.read(sample) for sample in samples]
-        stacked = {name: _stacked([item[name] for item in items]) for name in items[0]}
-        return FeatureBatch(stacked, [sample.id for sample in samples], samples[0].bucket)
+    def batch(self, shown: Sequence[Shown], masked: Sequence[bool] | None = None) -> FeatureBatch:
+        """Samples of one shape as a batch; `masked` says for each whether its mask is applied (default: yes)."""
+        items = [self.read(one) for one in shown]
+        masks = [item.pop(MASK, None) for item in items]
+        applied = [mask if use else None for mask, use in zip(masks, masked or [True] * len(items), strict=True)]
+        features = {name: _stacked([item[name] for item in items]) for name in items[0]}
+        features |= self._made(shown)
+        dimensions = max([SMALLEST_LATENT, *(tensor.dim() for tensor in features.values())])
+        weight = _weights([one.sample for one in shown], applied, dimensions)
+        return FeatureBatch(features, [one.draw for one in shown], shown[0].sample.bucket, weight)
+
+    def _made(self, shown: Sequence[Shown]) -> dict[str, torch.Tensor]:
+        """What the live encoders make of the captions."""
+        features: dict[str, torch.Tensor] = {}
+        for encoder in self._live:
+            texts = {thing: [text_of(one, encoder, thing) for one in shown] for thing in encoder.reads}
+            with self._live_lock, torch.no_grad():
+                made = encoder.encode(**texts)
+            features |= {name: _stacked([tensor.cpu() for tensor in tensors]) for name, tensors in made.items()}
+        return features
 
     def close(self) -> None:
         for _, store in self._stores:
             store.close()
+
+
+def _item(store: TensorStore, key: str) -> dict[str, torch.Tensor]:
+    try:
+        return store.get(key)
+    except KeyError:
+        reason = "is gone from the cache; was the folder cleared during the run?"
+    except CorruptItem as error:
+        # So that the next start knows that it is missing.
+        store.delete([key])
+        reason = f"was damaged ({error.problems[0].file}) and is taken out of the cache."
+    raise SettingsError.of(
+        f"the item {key} {reason} Go on with --resume_from_checkpoint: what is missing is encoded first",
+        str(store.folder),
+    )
+
+
+def _weights(samples: Sequence[Sample], masks: Sequence[torch.Tensor | None], dimensions: int) -> torch.Tensor:
+    """The factor on each sample's loss, over the places of its latent where some sample has a mask."""
+    shape = next((mask.shape for mask in masks if mask is not None), (1,) * (dimensions - 1))
+    return torch.stack([_weight(sample.rules, mask).expand(shape) for sample, mask in zip(samples, masks, strict=True)])
+
+
+def _weight(rules: DirectorySettings, mask: torch.Tensor | None) -> torch.Tensor:
+    """`unmasked_weight` where the mask is 0 and 1 where it is 1, over its mean if masked areas are to count alike."""
+    if mask is None:
+        return torch.tensor(rules.loss_weight)
+    weight = rules.unmasked_weight + (1 - rules.unmasked_weight) * mask.float()
+    if rules.normalize_masked_area:
+        weight = weight / weight.mean().clamp_min(SMALLEST_AREA)
+    return rules.loss_weight * weight
 
 
 def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -90,40 +154,31 @@ def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 class TrainingBatches(Generic[Prepared]):
-    """A data rank's micro-batches of every step, in the order of `ordering.epoch_order`.
+    """A data rank's micro-batches of every step, in the order of `Epochs`.
 
     Args:
-        prepare: makes of (batch, epoch, step within the epoch, micro-batch within the step) what training
-            takes; `iterate` calls it in a thread of its own.
+        showing: in which version a sample is shown.
+        prepare: makes of (batch, epoch) what training takes. The weights of a batch are such that each sample of a
+            step counts alike in the mean over its micro-batches, whatever their sizes.
     """
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        epochs: Epochs,
         reader: SampleReader,
-        prepare: Callable[[FeatureBatch, int, int, int], Prepared],
-        *,
-        micro_batch: int,
-        data_ranks: int,
+        showing: Showing,
+        prepare: Callable[[FeatureBatch, int], Prepared],
         data_rank: int,
-        accumulation: int,
-        seed: int,
     ) -> None:
-        self._groups = list(by_bucket(samples).values())
-        self._reader, self._prepare = reader, prepare
-        self._micro_batch, self._data_rank = micro_batch, data_rank
-        self._layout = ([len(group) for group in self._groups], micro_batch, data_ranks, accumulation)
-        self._seed = seed
-        self._order: tuple[int, list[Step]] = (-1, [])
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return steps_per_epoch(*self._layout)
+        self.epochs = epochs
+        self._reader, self._showing, self._prepare = reader, showing, prepare
+        self._data_rank = data_rank
 
     def step(self, epoch: int, index: int) -> list[Prepared]:
         """The prepared micro-batches of one step of an epoch, both counted from 0."""
-        slots = self._steps(epoch)[index]
-        return [self._prepare(self._batch(slot), epoch, index, number) for number, slot in enumerate(slots)]
+        slots = self.epochs.step(epoch, index)
+        mean = sum(slot.micro_batch for slot in slots) / len(slots)
+        return [self._prepare(self._batch(slot, epoch, slot.micro_batch / mean), epoch) for slot in slots]
 
     def iterate(self, epoch: int, index: int) -> Iterator[list[Prepared]]:
         """This step and those after it, epoch after epoch without end, read a few steps ahead in the
@@ -136,16 +191,14 @@ class TrainingBatches(Generic[Prepared]):
 
     def _positions(self, epoch: int, index: int) -> Iterator[tuple[int, int]]:
         for number in count(epoch):
-            yield from ((number, step) for step in range(index if number == epoch else 0, self.steps_per_epoch))
+            first = index if number == epoch else 0
+            yield from ((number, step) for step in range(first, self.epochs.steps_in(number)))
 
-    def _steps(self, epoch: int) -> list[Step]:
-        if self._order[0] != epoch:
-            self._order = epoch, epoch_order(*self._layout, self._seed, epoch)
-        return self._order[1]
-
-    def _batch(self, slot: Slot) -> FeatureBatch:
-        group = self._groups[slot.bucket]
-        return self._reader.batch([group[index] for index in slot.of_rank(self._data_rank, self._micro_batch)])
+    def _batch(self, slot: Slot, epoch: int, share: float) -> FeatureBatch:
+        appearances = self.epochs.samples_of(slot, epoch, self._data_rank)
+        shown = [self._showing.shown(sample, epoch, number) for sample, number in appearances]
+        batch = self._reader.batch(shown, [self._showing.is_masked(one, epoch) for one in shown])
+        return batch if share == 1 else replace(batch, weight=share * batch.weight)
 
 
 class EvaluationBatches:
@@ -156,14 +209,15 @@ class EvaluationBatches:
         self,
         samples: Sequence[Sample],
         reader: SampleReader,
-        micro_batch: int,
+        micro_batch: Callable[[Bucket], int],
         data_ranks: int,
         data_rank: int,
     ) -> None:
         batches = [
-            group[start : start + micro_batch]
-            for group in by_bucket(samples).values()
-            for start in range(0, len(group), micro_batch)
+            group[start : start + size]
+            for group in by_shape(samples).values()
+            for size in [micro_batch(group[0].bucket)]
+            for start in range(0, len(group), size)
         ]
         self.rounds = math.ceil(len(batches) / data_ranks)
         self._batches = batches[data_rank::data_ranks]
@@ -173,15 +227,15 @@ class EvaluationBatches:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[FeatureBatch]:
-        return _ahead(partial(self._reader.batch, batch) for batch in self._batches)
+        return _ahead(partial(self._reader.batch, [first_shown(one) for one in batch]) for batch in self._batches)
 
 
 def _ahead(tasks: Iterable[Callable[[], Item]]) -> Iterator[Item]:
-    """The tasks' results in order, worked on by one thread that is a few tasks ahead."""
+    """The tasks' results in order, worked on by a few threads that are a few tasks ahead."""
     pending: deque[Future[Item]] = deque()
-    pool = ThreadPoolExecutor(1)
+    pool = ThreadPoolExecutor(WORKERS)
     try:
-        for task in tasks:
+        for task in _failing_in_turn(tasks):
             pending.append(pool.submit(task))
             if len(pending) > STEPS_AHEAD:
                 yield pending.popleft().result()
@@ -189,3 +243,16 @@ def _ahead(tasks: Iterable[Callable[[], Item]]) -> Iterator[Item]:
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _failing_in_turn(tasks: Iterable[Callable[[], Item]]) -> Iterator[Callable[[], Item]]:
+    """The tasks; if there is no next one to be had for an error, then one that fails with it."""
+    try:
+        yield from tasks
+    except SettingsError as error:
+        failure = error
+
+        def fail() -> Item:
+            raise failure
+
+        yield fail

@@ -5,148 +5,274 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from utils.dataset.manifest import Manifest, MediaFile, Row
+from utils.dataset.captions import caption_variants
+from utils.dataset.manifest import Row
+from utils.dataset.samples import Bucket, Control, MediaFile, Sample, Take
+from utils.diffusion import seeds
+from utils.media.colour import Jitter
 from utils.media.geometry import round_to_multiple
-from utils.settings.schema import DatasetSettings, ResolvedDirectory
+from utils.media.source import Probe
+from utils.media.timing import clip_starts, frames_at
+from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
+
+COLOURS = ("brightness", "contrast", "saturation", "hue")
 
 
 @dataclass(frozen=True)
 class MediaFacts:
-    """What a model asks of sizes: width and height are multiples of `spatial` pixels, the frames after the
-    first a multiple of `temporal`, and there are at most `max_frames` of them."""
+    """What a model asks of media: width and height are multiples of `spatial` pixels, the frames after the first a
+    multiple of `temporal`, there are at most `max_frames` of them, and they come at `rate` a second."""
 
     spatial: int
     temporal: int = 1
     max_frames: int = 1
+    rate: float = 16.0
 
-
-@dataclass(frozen=True, order=True)
-class Bucket:
-    """A size: width and height in pixels, number of frames."""
-
-    width: int
-    height: int
-    frames: int
-
-    def __str__(self) -> str:
-        return f"{self.width}x{self.height}x{self.frames}"
+    def frames(self, count: int) -> int:
+        """The most frames that the model takes of `count`."""
+        return (min(count, self.max_frames) - 1) // self.temporal * self.temporal + 1
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One thing to train on once an epoch.
+class LeftOut:
+    """A file that gives no sample, or less than all of it, and why, with the numbers."""
 
-    `id` names its draws, and no two samples of a list share it. `repeat` tells apart samples that are
-    otherwise the same, and that are one item in the cache.
-    """
-
-    id: str
-    media: MediaFile
-    caption: str
-    control: MediaFile | None
-    bucket: Bucket
-    repeat: int
+    file: str
+    reason: str
+    is_used: bool
 
 
 @dataclass(frozen=True)
-class BucketLine:
-    """What one bucket gives to an epoch.
+class Assignment:
+    """The samples of a dataset, and what of its files is not used."""
 
-    A batch is one of all data ranks together; `fill` counts the samples that appear again to complete
-    batches. In the line of the total `bucket` is None, and what completes the last step is counted too.
-    """
-
-    bucket: Bucket | None
-    files: int
-    samples: int
-    batches: int
-    fill: int
+    samples: list[Sample]
+    left_out: list[LeftOut]
 
 
 @dataclass(frozen=True)
 class _Size:
-    """A width and height on offer, and the numbers of frames on offer with it."""
+    """A width and height on offer, and the numbers of frames on offer with it that the model takes."""
 
     width: int
     height: int
     frames: Sequence[int]
 
 
-def assign(manifest: Manifest, dataset: DatasetSettings, facts: MediaFacts) -> list[Sample]:
-    """The samples of an epoch: each file once per resolution and repeat, in the bucket nearest its shape.
+def assign(
+    rows: Iterable[Row], dataset: DatasetSettings, facts: MediaFacts, *, caption_versions: bool = True
+) -> Assignment:
+    """Each file once per resolution (and per clip), in the bucket nearest its shape.
 
-    Raises:
-        ValueError: no size is set that a file could have.
+    What is drawn for the versions of a sample depends on the file alone, so that all runs share what is cached.
+
+    Args:
+        caption_versions: make the versions of each caption that are to be cached; else captions stay as written.
     """
-    choices = [_choices(dataset.resolved(directory), facts) for directory in dataset.directory]
-    seen: Counter[tuple[str, str, Bucket]] = Counter()
-    return [
-        _sample(row, bucket, seen)
-        for row in manifest.rows
-        for bucket in _buckets_of(row.media, choices[row.directory], facts)
-        for _ in range(row.repeats)
-    ]
+    directories = [dataset.resolved(directory) for directory in dataset.directory]
+    offered = [_offers(rules, facts) for rules in directories]
+    seen: Counter[str] = Counter()
+    samples: list[Sample] = []
+    left_out: list[LeftOut] = []
+    for row in rows:
+        rules = directories[row.directory]
+        buckets, reason = _buckets_of(row.media, offered[row.directory], rules, facts)
+        if reason:
+            left_out.append(LeftOut(str(row.media.place), reason, bool(buckets)))
+        for bucket in buckets:
+            for sample in _samples(row, bucket, rules, facts, caption_versions):
+                # Counted over all rows: a file that lies in two folders must not draw the same noise twice.
+                number = seen[sample.id]
+                seen[sample.id] += 1
+                samples.append(replace(sample, id=f"{sample.id}-copy{number}") if number else sample)
+    return Assignment(_balanced(samples), left_out)
 
 
-def _sample(row: Row, bucket: Bucket, seen: Counter[tuple[str, str, Bucket]]) -> Sample:
-    caption = hashlib.blake2b(row.caption.encode(), digest_size=4).hexdigest()
-    name = (row.media.digest[:16], caption, bucket)
-    # Counted over all rows: a file that lies in two folders must not draw the same noise twice.
-    repeat = seen[name]
-    seen[name] += 1
-    identity = "-".join(map(str, [*name, repeat]))
-    return Sample(identity, row.media, row.caption, row.control, bucket, repeat)
+def _samples(
+    row: Row, bucket: Bucket, rules: DirectorySettings, facts: MediaFacts, caption_versions: bool
+) -> Iterator[Sample]:
+    """One sample for each clip, and for each caption where each is a sample of its own."""
+    media = row.media
+    rate = _rate(rules, facts) if bucket.frames > 1 else 0.0
+    controls = tuple(Control(control, _control_bucket(bucket, rules, facts)) for control in row.controls)
+    for captions in [(one,) for one in row.captions] if rules.multiple_captions == "all" else [row.captions]:
+        texts = hashlib.blake2b("\0".join(captions).encode(), digest_size=4).hexdigest()
+        if caption_versions:
+            versions = caption_variants(captions, rules, 0, media.digest)
+        else:
+            versions = captions[:1] if rules.multiple_captions == "first" else tuple(dict.fromkeys(captions))
+        for clip, takes in enumerate(_takes(media, bucket, rules, rate)):
+            name = f"{media.digest[:16]}-{texts}-{bucket}" + (f"-clip{clip}" if clip else "")
+            repeats = rules.num_repeats * row.repeats
+            yield Sample(name, media, bucket, takes, versions, controls, row.mask, rate, repeats, rules)
 
 
-def _choices(settings: ResolvedDirectory, facts: MediaFacts) -> list[list[_Size]]:
+def _takes(media: MediaFile, bucket: Bucket, rules: DirectorySettings, rate: float) -> list[tuple[Take, ...]]:
+    """For each clip (one, of a still) the versions that are cached."""
+
+    def drawn(number: int, what: str) -> float:
+        return seeds.uniform(0, "take", media.digest, number, what)
+
+    def take(number: int, start: float) -> Take:
+        crop = (drawn(number, "x"), drawn(number, "y")) if rules.crop == "random" else rules.crop
+        changes = [
+            width * (2 * drawn(number, name) - 1)
+            for name, width in zip(COLOURS, rules.color_jitter or (), strict=False)
+        ]
+        jitter = Jitter(*(1 + change for change in changes[:3]), changes[3]) if changes else Jitter()
+        # Every other version, so that of two there are both; which of them is the first is drawn.
+        flip = rules.flip and (number + (drawn(0, "flip") < 0.5)) % 2 == 1
+        return Take(crop, flip, jitter, start)
+
+    def starts(number: int) -> list[float]:
+        if bucket.frames == 1:
+            return [0.0]
+        frames = clip_starts(_available(media, rate), bucket.frames, rules.video_clip_mode, drawn(number, "start"))
+        return [frame / rate for frame in frames]
+
+    versions = [[take(number, start) for start in starts(number)] for number in range(rules.augment_variants)]
+    return [tuple(dict.fromkeys(version)) for version in zip(*versions, strict=True)]
+
+
+def _balanced(samples: list[Sample]) -> list[Sample]:
+    """The samples, with as many appearances of regularisation data as of the rest."""
+    count = {kind: sum(s.repeats for s in samples if s.rules.is_regularisation_data is kind) for kind in (True, False)}
+    if not all(count.values()):
+        return samples
+    factor = count[False] / count[True]
+    return [replace(s, repeats=s.repeats * factor) if s.rules.is_regularisation_data else s for s in samples]
+
+
+def _offers(rules: DirectorySettings, facts: MediaFacts) -> list[list[_Size]]:
     """For each resolution, the sizes to choose from."""
 
     def rounded(width: float, height: float, frames: Sequence[int]) -> _Size:
-        multiple = facts.spatial
-        return _Size(round_to_multiple(width, multiple), round_to_multiple(height, multiple), frames)
+        multiple, counts = facts.spatial, sorted({facts.frames(count) for count in frames})
+        return _Size(round_to_multiple(width, multiple), round_to_multiple(height, multiple), counts)
 
-    if settings.size_buckets:
-        return [[rounded(width, height, [frames]) for width, height, frames in settings.size_buckets]]
+    if rules.size_buckets:
+        return [[rounded(width, height, [frames]) for width, height, frames in rules.size_buckets]]
     # A still picture is trained as one, also among clips.
-    frames = [1, *settings.frame_buckets]
-    shapes = [size if isinstance(size, tuple) else (size, size) for size in settings.resolutions]
-    if not settings.enable_ar_bucket:
+    frames = [1, *rules.frame_buckets]
+    shapes = [size if isinstance(size, tuple) else (size, size) for size in rules.resolutions]
+    if not rules.enable_ar_bucket:
         return [[rounded(width, height, frames)] for width, height in shapes]
-    ratios = _ratios(settings)
+    ratios = _ratios(rules)
     areas = [width * height for width, height in shapes]
     return [[rounded(math.sqrt(area * ratio), math.sqrt(area / ratio), frames) for ratio in ratios] for area in areas]
 
 
-def _ratios(settings: ResolvedDirectory) -> list[float]:
+def _ratios(rules: DirectorySettings) -> list[float]:
     """The aspect ratios (width / height) of the buckets."""
-    if settings.ar_buckets:
-        return [ratio[0] / ratio[1] if isinstance(ratio, tuple) else ratio for ratio in settings.ar_buckets]
-    low, high, count = math.log(settings.min_ar), math.log(settings.max_ar), settings.num_ar_buckets
+    if rules.ar_buckets:
+        return [ratio[0] / ratio[1] if isinstance(ratio, tuple) else ratio for ratio in rules.ar_buckets]
+    low, high, count = math.log(rules.min_ar), math.log(rules.max_ar), rules.num_ar_buckets
     if count == 1:
         return [math.exp((low + high) / 2)]
     return [math.exp(low + (high - low) * index / (count - 1)) for index in range(count)]
 
 
-def _buckets_of(media: MediaFile, choices: list[list[_Size]], facts: MediaFacts) -> list[Bucket]:
-    """The file's bucket at each resolution; resolutions that come to the same one count once."""
-    chosen = {}
-    for sizes in choices:
-        fitting = [Bucket(size.width, size.height, frames) for size in sizes if (frames := _frames(media, size, facts))]
+def _buckets_of(
+    media: MediaFile, offers: list[list[_Size]], rules: DirectorySettings, facts: MediaFacts
+) -> tuple[list[Bucket], str]:
+    """The file's bucket at each resolution (those that come to the same one count once), and why it is not used, or not
+    all of it."""
+    area = media.width * media.height
+    if rules.min_resolution and area < rules.min_resolution**2:
+        return [], f"{media.width}x{media.height} pixels are fewer than min_resolution = {rules.min_resolution} squared"
+    if rules.max_resolution and area > rules.max_resolution**2:
+        return [], f"{media.width}x{media.height} pixels are more than max_resolution = {rules.max_resolution} squared"
+    is_clip = media.frames > 1
+    available = _available(media, _rate(rules, facts)) if is_clip else 1
+    chosen: dict[Bucket, None] = {}
+    own_sizes: list[Bucket] = []
+    for sizes in offers:
+        fitting = [
+            Bucket(size.width, size.height, frames)
+            for size in sizes
+            for frames in size.frames
+            if frames <= available and (frames > 1) == is_clip
+        ]
         if fitting:
-            chosen[min(fitting, key=lambda bucket: _distance(media, bucket))] = None
-    if not chosen:
-        hint = f"add one of at most {media.frames} frame(s) to `size_buckets`, or set `resolutions`"
-        raise ValueError(f"{media.path}: no bucket fits a file of {media.frames} frame(s); {hint}")
-    return list(chosen)
+            nearest = min(fitting, key=lambda bucket: _distance(media, bucket))
+            if rules.no_upscale and not _fills(media, nearest):
+                own_sizes.append(_within(media, nearest, facts))
+            else:
+                chosen[nearest] = None
+    if own_sizes:
+        # One for all resolutions that ask for more, though they do not round to the same.
+        chosen[max(own_sizes, key=lambda bucket: bucket.pixels)] = None
+    buckets = [bucket for bucket in chosen if bucket.pixels]
+    if not buckets:
+        return [], _why_not(media, available, offers, facts, bool(own_sizes), rules)
+    return buckets, _cut_short(media, available, max(bucket.frames for bucket in buckets), rules, facts)
 
 
-def _frames(media: MediaFile, size: _Size, facts: MediaFacts) -> int:
-    """The longest clip that can be cut from the file at this size, in frames; 0: none."""
-    lengths = (min(frames, facts.max_frames) for frames in size.frames if frames <= media.frames)
-    return max(((length - 1) // facts.temporal * facts.temporal + 1 for length in lengths), default=0)
+def _why_not(
+    media: MediaFile,
+    available: int,
+    offers: list[list[_Size]],
+    facts: MediaFacts,
+    too_small: bool,
+    rules: DirectorySettings,
+) -> str:
+    if too_small:
+        return f"{media.width}x{media.height} pixels are fewer than one cell of {facts.spatial}x{facts.spatial}"
+    if media.frames == 1:
+        return "no bucket is for still pictures; add one of 1 frame to size_buckets, or set resolutions"
+    if facts.max_frames == 1:
+        return "a clip, and this model is trained on still pictures alone"
+    lengths = sorted({count for sizes in offers for size in sizes for count in size.frames} - {1})
+    needed = f"the shortest bucket has {lengths[0]}" if lengths else "no bucket has more than one; set frame_buckets"
+    return f"{_length(media, available, rules, facts)}, and {needed}"
+
+
+def _cut_short(media: MediaFile, available: int, frames: int, rules: DirectorySettings, facts: MediaFacts) -> str:
+    """What to tell of a clip of which not every frame is used."""
+    if media.frames == 1 or rules.video_clip_mode == "multiple_overlapping":
+        return ""
+    clips = available // frames if rules.video_clip_mode == "chunks" else 1
+    if clips * frames == available:
+        return ""
+    return f"{_length(media, available, rules, facts)}, bucket {frames}" + (f" x {clips} clips" if clips > 1 else "")
+
+
+def _length(media: MediaFile, available: int, rules: DirectorySettings, facts: MediaFacts) -> str:
+    return f"{media.frames} frames at {media.rate:.4g} fps = {available} at {_rate(rules, facts):.4g} fps"
+
+
+def _available(media: MediaFile, rate: float) -> int:
+    """How many frames the file has at `rate`."""
+    return frames_at(Probe(media.width, media.height, media.frames, media.rate), rate)
+
+
+def _rate(rules: DirectorySettings, facts: MediaFacts) -> float:
+    return rules.framerate or facts.rate
+
+
+def _fills(media: MediaFile, bucket: Bucket) -> bool:
+    return media.width >= bucket.width and media.height >= bucket.height
+
+
+def _within(media: MediaFile, bucket: Bucket, facts: MediaFacts) -> Bucket:
+    """The largest bucket of the same shape that the file fills; of no width if that is less than one cell."""
+    # In whole numbers: a hair less than a whole cell would cost the cell.
+    is_wider = media.width * bucket.height > media.height * bucket.width
+    size, of = (media.height, bucket.height) if is_wider else (media.width, bucket.width)
+    width, height = (side * size // of // facts.spatial * facts.spatial for side in (bucket.width, bucket.height))
+    return Bucket(width, height, bucket.frames)
+
+
+def _control_bucket(bucket: Bucket, rules: DirectorySettings, facts: MediaFacts) -> Bucket:
+    """The target's shape at the controls' own area; a control is a still picture."""
+    if rules.control_resolution is None:
+        return Bucket(bucket.width, bucket.height, 1)
+    scale = rules.control_resolution / math.sqrt(bucket.width * bucket.height)
+    width, height = (round_to_multiple(side * scale, facts.spatial) for side in (bucket.width, bucket.height))
+    return Bucket(width, height, 1)
 
 
 def _distance(media: MediaFile, bucket: Bucket) -> tuple[float, int]:
@@ -154,29 +280,9 @@ def _distance(media: MediaFile, bucket: Bucket) -> tuple[float, int]:
     return abs(math.log(media.width / media.height) - math.log(bucket.width / bucket.height)), -bucket.frames
 
 
-def by_bucket(samples: Iterable[Sample]) -> dict[Bucket, list[Sample]]:
-    """The samples of each bucket, buckets in ascending order."""
+def by_shape(samples: Iterable[Sample]) -> dict[tuple[Bucket, ...], list[Sample]]:
+    """The samples that can share a batch, by the shape that they share, in ascending order."""
     groups = defaultdict(list)
     for sample in samples:
-        groups[sample.bucket].append(sample)
+        groups[sample.shape].append(sample)
     return dict(sorted(groups.items()))
-
-
-def table(samples: Sequence[Sample], micro_batch: int, data_ranks: int, accumulation: int) -> list[BucketLine]:
-    """A line for each bucket, then one of the total."""
-    slot = micro_batch * data_ranks
-    lines = [_line(bucket, group, math.ceil(len(group) / slot), slot) for bucket, group in by_bucket(samples).items()]
-    steps = math.ceil(sum(line.batches for line in lines) / accumulation)
-    return [*lines, _line(None, samples, steps * accumulation, slot)]
-
-
-def _line(bucket: Bucket | None, samples: Sequence[Sample], batches: int, slot: int) -> BucketLine:
-    files = len({sample.media.path for sample in samples})
-    return BucketLine(bucket, files, len(samples), batches, batches * slot - len(samples))
-
-
-def format_table(lines: Iterable[BucketLine]) -> str:
-    """The table as text, columns aligned."""
-    rows = [("bucket", "files", "samples", "batches", "fill")]
-    rows += [(str(line.bucket or "total"), line.files, line.samples, line.batches, line.fill) for line in lines]
-    return "\n".join(f"{name:<16}" + "".join(f"{count:>9}" for count in counts) for name, *counts in rows)

@@ -1,27 +1,37 @@
-"""A run's data: the training set and the evaluation sets, scanned, put into buckets, cached."""
+"""A run's data: the training set and the evaluation sets, scanned, put into buckets, and rid of what is broken."""
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from utils.dataset.buckets import MediaFacts, Sample, assign
+from utils.dataset.buckets import LeftOut, MediaFacts, assign
+from utils.dataset.encoders import Encoder, reads_text
 from utils.dataset.encoding import CacheReport
-from utils.dataset.manifest import scan
-from utils.ranks import Ranks, share
+from utils.dataset.manifest import Scan, scan
+from utils.dataset.samples import MediaFile, Sample
+from utils.dataset.sources import NOT_BROKEN, Rejected
+from utils.ranks import Ranks, share, sign_of_life
+from utils.settings.dataset_schema import DatasetSettings
 from utils.settings.errors import Problem, SettingsError
-from utils.settings.schema import DatasetSettings
 
 logger = logging.getLogger(__name__)
 
-FAILURES_LISTED = 10
+LISTED = 10
+FAILED_NAME = "failed.csv"
+TRAINING = "train"
+"""Name of the training set."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset file and what it says. The training set's name is "train"."""
+    """A dataset file and what it says. The training set's name is `TRAINING`."""
 
     name: str
     file: Path
@@ -30,47 +40,55 @@ class Source:
 
 @dataclass(frozen=True)
 class Collection:
-    """The samples of one dataset file."""
+    """The samples of one dataset file; the files of it that are not used, in whole or in part; and those that cannot be
+    used, for they are broken. `files` counts all files and rows that were looked at."""
 
     source: Source
     samples: list[Sample]
+    left_out: list[LeftOut]
+    rejected: list[Rejected]
+    files: int
 
     @property
-    def has_controls(self) -> bool:
-        return any(sample.control for sample in self.samples)
+    def controls(self) -> int:
+        """How many control images each sample has."""
+        return max((len(sample.controls) for sample in self.samples), default=0)
+
+    @property
+    def has_masks(self) -> bool:
+        return any(sample.mask for sample in self.samples)
 
 
 def collect(
     sources: Sequence[Source],
     facts: MediaFacts,
-    index_path: Path,
+    how: Scan,
     *,
-    trust: bool = False,
-    progress: bool = False,
-    heed: Callable[[], None] = lambda: None,
+    max_failed_fraction: float = 0.0,
+    caption_versions: bool = True,
 ) -> list[Collection]:
     """The samples of every source.
 
     Args:
-        index_path: where the identities of files are remembered.
-        trust: take remembered files as unchanged without looking at them.
-        heed: called now and then; what it raises ends the search.
+        max_failed_fraction: share of the files that may be broken; those are left out.
+        caption_versions: of the training set; see `buckets.assign`.
 
     Raises:
-        SettingsError: with everything that is wrong with the data.
+        SettingsError: with everything that is wrong with whole directories, and with files where they are too many.
     """
     problems: list[Problem] = []
     collections = []
     for source in sources:
-        manifest = scan(source.settings, index_path, str(source.file), trust=trust, progress=progress, heed=heed)
+        manifest = scan(source.settings, str(source.file), how)
         problems += manifest.problems
-        for warning in manifest.warnings:
-            logger.warning("%s", warning)
-        if not manifest.problems:
-            try:
-                collections.append(Collection(source, assign(manifest, source.settings, facts)))
-            except ValueError as error:
-                problems.append(Problem(str(source.file), "buckets", str(error)))
+        # In evaluation a caption is the same at every turn: no version of it is made for an epoch.
+        versions = caption_versions or source.name != TRAINING
+        chosen = assign(manifest.rows, source.settings, facts, caption_versions=versions)
+        files = len(manifest.rows) + len(manifest.rejected)
+        collections.append(Collection(source, chosen.samples, chosen.left_out, manifest.rejected, files))
+        if not files and not manifest.problems:
+            problems.append(Problem(str(source.file), "", "there is no picture or clip in any of its directories"))
+    problems += too_many_failures(collections, max_failed_fraction)
     problems += _mixed_controls(collections)
     if problems:
         raise SettingsError(problems)
@@ -78,58 +96,156 @@ def collect(
 
 
 def collect_together(
-    ranks: Ranks,
-    sources: Sequence[Source],
-    facts: MediaFacts,
-    index_path: Path,
-    *,
-    trust: bool = False,
-    heed: Callable[[], None] = lambda: None,
+    ranks: Ranks, sources: Sequence[Source], facts: MediaFacts, how: Scan, **choices: Any
 ) -> list[Collection]:
     """`collect` on all ranks: the main rank reads the files, the others what it remembered of them.
 
     Raises:
-        SettingsError: on every rank, when the main rank found something wrong.
+        SettingsError: on every rank, when the main rank found something wrong, or another found other files.
     """
     collections, problems = None, []
+
+    def heed() -> None:
+        # The first look at a large dataset takes hours.
+        sign_of_life(ranks, "collection")
+        how.heed()
+
     if ranks.is_main:
         try:
-            collections = collect(sources, facts, index_path, trust=trust, progress=True, heed=heed)
+            collections = collect(sources, facts, replace(how, progress=True, heed=heed), **choices)
         except SettingsError as error:
             problems = [[problem.file, problem.where, problem.message] for problem in error.problems]
-    shared = share(ranks, "collection", problems, heed=heed)[0]
+    shared = share(ranks, "collection", problems, heed=how.heed)[0]
     if shared:
         raise SettingsError(Problem(*problem) for problem in shared)
-    return collections if collections is not None else collect(sources, facts, index_path, trust=trust)
+    if collections is None:
+        collections = collect(sources, facts, replace(how, verify=False), **choices)
+    _check_same(ranks, collections, how)
+    return collections
+
+
+def _check_same(ranks: Ranks, collections: Sequence[Collection], how: Scan) -> None:
+    names = "\n".join(sample.id for collection in collections for sample in collection.samples)
+    seen = share(ranks, "samples", hashlib.blake2b(names.encode(), digest_size=16).hexdigest(), heed=how.heed)
+    others = [rank for rank, digest in enumerate(seen) if digest != seen[0]]
+    if others:
+        raise SettingsError.of(
+            f"the ranks {others} see other files than rank 0; do all machines see the same folders, and does nothing "
+            "write into them?",
+            str(collections[0].source.file),
+        )
+
+
+def without_failures(collections: Sequence[Collection], reports: Iterable[CacheReport]) -> list[Collection]:
+    """The collections without the samples one of whose files could not be encoded; those are rejected."""
+    reasons = {failure.digest: failure.reason for report in reports for failure in report.failures}
+    if not reasons:
+        return list(collections)
+    cleaned = []
+    for collection in collections:
+        broken: dict[str, str] = {}
+        sound = []
+        for sample in collection.samples:
+            faults = [reasons[media.digest] for media in _files_of(sample) if media.digest in reasons]
+            if faults:
+                broken[str(sample.media.place)] = faults[0]
+            else:
+                sound.append(sample)
+        rejected = [Rejected(place, "unreadable", reason) for place, reason in broken.items()]
+        cleaned.append(replace(collection, samples=sound, rejected=[*collection.rejected, *rejected]))
+    return cleaned
+
+
+def too_many_failures(collections: Sequence[Collection], max_failed_fraction: float) -> list[Problem]:
+    """The files and the reasons, where too much of the data is broken to train without it."""
+    problems: list[Problem] = []
+    for collection in collections:
+        broken = [fault for fault in collection.rejected if fault.kind not in NOT_BROKEN]
+        failed, file = len(broken), str(collection.source.file)
+        asked_for = collection.files - (len(collection.rejected) - failed)
+        if not collection.samples:
+            reasons = [f"{one.file}: {one.reason}" for one in collection.left_out[:LISTED]]
+            reasons = reasons or [_told(fault) for fault in collection.rejected[:LISTED]]
+            problems += [Problem(file, "not used", reason) for reason in reasons]
+            if collection.files:
+                problems.append(Problem(file, "", f"none of its {collection.files} files can be used"))
+        elif failed > max_failed_fraction * asked_for:
+            problems += [Problem(file, fault.kind, _told(fault)) for fault in broken[:LISTED]]
+            more = f"and {failed - LISTED} more; " if failed > LISTED else ""
+            problems.append(
+                Problem(
+                    file,
+                    "",
+                    f"{more}{failed} of {asked_for} files cannot be used, which is more than "
+                    f"max_failed_fraction = {max_failed_fraction:g} allows: mend or remove them",
+                )
+            )
+    return problems
+
+
+def tell(collections: Sequence[Collection], cache_dir: Path) -> None:
+    """Logs what is not used, by kind, and writes the broken files with their reasons to `failed.csv`."""
+    rejected = [(str(c.source.file), fault) for c in collections for fault in c.rejected]
+    path = cache_dir / FAILED_NAME
+    if rejected or path.exists():
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["dataset", "file", "kind", "reason"])
+            writer.writerows([dataset, *asdict(fault).values()] for dataset, fault in rejected)
+    for line in shortfalls(collections):
+        logger.warning("%s", line)
+    if rejected:
+        logger.warning("all files that cannot be used, and why: %s", path)
+
+
+def shortfalls(collections: Sequence[Collection]) -> list[str]:
+    """A line for each file that cannot be used, is not used, or is cut short: up to ten of each, and how many there
+    are of each kind."""
+    lines = []
+    rejected = [fault for collection in collections for fault in collection.rejected]
+    if rejected:
+        kinds = Counter(fault.kind for fault in rejected).most_common()
+        lines.append(f"cannot be used: {len(rejected)} ({', '.join(f'{count} {kind}' for kind, count in kinds)})")
+        lines += [f"cannot be used: {_told(fault)}" for fault in rejected[:LISTED]]
+    for used, title in ((False, "not used"), (True, "cut short")):
+        told = [one for collection in collections for one in collection.left_out if one.is_used is used]
+        lines += [f"{title}: {one.file}: {one.reason}" for one in told[:LISTED]]
+        if len(told) > LISTED:
+            lines.append(f"{title}: and {len(told) - LISTED} more files")
+    return lines
+
+
+def check_encoder_names(collections: Sequence[Collection], encoders: Sequence[Encoder]) -> None:
+    """Whether `uncond_fraction_per_encoder` names text encoders of the model.
+
+    Raises:
+        SettingsError: it names others.
+    """
+    known = [encoder.name for encoder in encoders if reads_text(encoder)]
+    for collection in collections:
+        for directory in collection.source.settings.directory:
+            rules = collection.source.settings.resolved(directory)
+            for name in sorted(rules.uncond_fraction_per_encoder.keys() - set(known)):
+                message = f"'{name}' is none of this model's text encoders; they are {', '.join(known)}"
+                raise SettingsError.of(message, str(collection.source.file), "uncond_fraction_per_encoder")
+
+
+def _files_of(sample: Sample) -> list[MediaFile]:
+    masks = [sample.mask.media] if sample.mask else []
+    return [sample.media, *(control.media for control in sample.controls), *masks]
+
+
+def _told(fault: Rejected) -> str:
+    return fault.reason if fault.place in fault.reason else f"{fault.place}: {fault.reason}"
 
 
 def _mixed_controls(collections: Sequence[Collection]) -> list[Problem]:
-    """Batches either all have control images or have none."""
-    if not any(collection.has_controls for collection in collections):
+    """Batches either all have the same number of control images or have none."""
+    counts = {len(sample.controls) for collection in collections for sample in collection.samples}
+    if len(counts) < 2:
         return []
-    return [
-        Problem(
-            str(collection.source.file),
-            "control_path",
-            "some directories of this run have control images and some "
-            "have none; give all of them a control_path, or train them apart",
-        )
-        for collection in collections
-        if not all(sample.control for sample in collection.samples)
-    ]
-
-
-def refuse_failures(reports: Sequence[CacheReport]) -> None:
-    """Stops before training when files could not be encoded.
-
-    Raises:
-        SettingsError: naming the files and the reasons.
-    """
-    failures = [failure for report in reports for failure in report.failures]
-    if not failures:
-        return
-    problems = [Problem("", "unreadable", failure.reason) for failure in failures[:FAILURES_LISTED]]
-    if len(failures) > FAILURES_LISTED:
-        problems.append(Problem("", "", f"and {len(failures) - FAILURES_LISTED} more"))
-    problems.append(Problem("", "", "mend or remove these files and start again; what is encoded stays encoded"))
-    raise SettingsError(problems)
+    message = (
+        "some directories of this run have other numbers of control images than others; give all of them the same "
+        "number of control_path, or train them apart"
+    )
+    return [Problem(str(collection.source.file), "control_path", message) for collection in collections]

@@ -5,252 +5,274 @@ Shapes: B batch, C channels, F frames, H height, W width. Pixels are float32 in 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
+import os
+import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from utils.dataset.buckets import Bucket, Sample
-from utils.dataset.manifest import MediaFile
+from utils.dataset import references
+from utils.dataset.cache_lock import CacheBusy, CacheLock
+from utils.dataset.encoders import (
+    TEXT,
+    Encoder,
+    Unreadable,
+    decoded_bytes,
+    inputs_of,
+    item_key,
+    items_wanted,
+    shape_of,
+    versions,
+)
+from utils.dataset.memory import decoding_budget
+from utils.dataset.samples import Sample, Shown
 from utils.dataset.tensor_store import TensorStore
-from utils.media.decode import MediaError, load_image
 from utils.progress_bar import progress_bar
-from utils.ranks import Ranks, share
+from utils.ranks import PATIENCE, Ranks, share, sign_of_life
 
 logger = logging.getLogger(__name__)
 
-# Part of every key: change it when the same file would be decoded to other pixels.
-TRANSFORM = "cover, lanczos, 1"
-DECODERS = 4
-BATCHES_AHEAD = 2
-
-
-class Encoder(Protocol):
-    """A model's VAE or text encoder, as the cache sees it."""
-
-    name: str
-    """Its store's folder."""
-    reads: tuple[str, ...]
-    """What `encode` takes, of "pixels", "caption" and "control"."""
-    fingerprint: str
-    """Changes whenever its output would."""
-
-    def load(self, device: torch.device) -> None:
-        """Brings the weights to the device."""
-
-    def unload(self) -> None:
-        """Frees them."""
-
-    def encode(self, **inputs: Any) -> dict[str, torch.Tensor | list[torch.Tensor]]:
-        """Features of a batch under names that no other encoder of the model uses, each a tensor batched in dimension
-        0 or a list of B tensors of different lengths. Pixels and control come as BCFHW on the CPU, captions as a list
-        of B strings."""
-
-    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape, without the batch, and type of each feature of a sample; nothing is loaded for it."""
+DECODERS = 8
+BATCHES_AHEAD = 16
+BATCHES_TO_WRITE = 4
+VERIFIED_AT_ONCE = 4096
+SECONDS_BETWEEN_TRIES = 1.0
+FOREVER = timedelta(days=365)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An item that could not be made, by its key, and why; the reason names the file."""
+    """A file that something could not be made of, by the hash of its content, and why; the reason names the file."""
 
-    key: str
+    digest: str
     reason: str
 
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What was done for one encoder, over all ranks: items wanted = reused + encoded + failed."""
+    """What was done for one encoder, over all ranks: items wanted = reused + encoded + failed.
+
+    `busy` is the share of the time spent encoding, and not waiting for files to be decoded: the mean of the ranks that
+    encoded something. `truncated` captions were longer than the encoder reads.
+    """
 
     encoder: str
     wanted: int
     reused: int
     encoded: int
     failed: int
+    busy: float = 1.0
+    truncated: int = 0
     failures: tuple[Failure, ...] = ()
 
+    def __str__(self) -> str:
+        counts = f"wanted={self.wanted} reused={self.reused} encoded={self.encoded} failed={self.failed}"
+        told = f" encoder busy {self.busy:.0%}" if self.encoded else ""
+        return f"{self.encoder}: {counts}{told}" + (f", {self.truncated} captions truncated" if self.truncated else "")
 
-def item_key(encoder: Encoder, sample: Sample) -> str:
-    """The name of what the encoder makes of the sample: a hash of all that it is made from.
 
-    Raises:
-        ValueError: the encoder reads a control image and the sample has none.
+@dataclass(frozen=True)
+class Filling:
+    """How the cache is filled.
+
+    Attributes:
+        cache_dir: where every encoder has its store.
+        owner: the run's settings file, on whose behalf the items are wanted.
+        batch_size: samples that an encoder takes at once.
+        regenerate: encode everything anew.
+        verify: read what is there, and encode anew what is damaged.
+        heed: called between two batches; what it raises ends the work, with all that is encoded kept.
+        patience: how long a rank is waited for that gives no sign of life.
     """
-    parts = [encoder.name, encoder.fingerprint] + [_IDENTITIES[thing](sample) for thing in encoder.reads]
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=20).hexdigest()
+
+    cache_dir: Path
+    owner: Path
+    ranks: Ranks
+    batch_size: int = 1
+    regenerate: bool = False
+    verify: bool = False
+    heed: Callable[[], None] = lambda: None
+    patience: timedelta = PATIENCE
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While no other run fills this cache: its main rank waits, and the others of this run wait for it."""
+        # Each holder is told of once, though the lock is asked for again and again.
+        told = lru_cache(partial(logger.warning, "another run fills this cache, and is waited for: %s"))
+        with CacheLock(self.cache_dir) as lock:
+            while self.ranks.is_main:
+                try:
+                    lock.acquire(SECONDS_BETWEEN_TRIES, told)
+                    break
+                except CacheBusy:
+                    self.heed()
+            share(self.ranks, "cache lock", None, patience=FOREVER, heed=self.heed)
+            yield
 
 
-def fill(
-    encoders: Sequence[Encoder],
-    samples: Sequence[Sample],
-    cache_dir: Path,
-    ranks: Ranks,
-    batch_size: int,
-    device: torch.device,
-    *,
-    regenerate: bool = False,
-    tag: str = "cache",
-    heed: Callable[[], None] = lambda: None,
-) -> list[CacheReport]:
-    """Encodes what the cache lacks, one encoder after the other, the work shared by all ranks; waits for all
-    of them.
+def fill(encoder: Encoder, samples: Sequence[Sample], filling: Filling) -> CacheReport:
+    """Encodes what the cache lacks of the samples, the work shared by all ranks; waits for all of them. Called once for
+    each encoder.
 
     Files that cannot be decoded are reported and do not stop the rest: what to do about them is the caller's
     choice.
-
-    Args:
-        regenerate: encode everything anew.
-        tag: new at each call of a run, the same on all ranks.
-        heed: called between two batches; what it raises ends the work, with all that is encoded kept.
     """
-    reports = []
-    for encoder in encoders:
-        own = _fill_one(encoder, samples, cache_dir, ranks, batch_size, device, regenerate, heed)
-        shared = share(ranks, f"{tag}/{encoder.name}", asdict(own), heed=heed)
-        report = _total([_report(**data) for data in shared])
-        if ranks.is_main:
-            counts = f"reused={report.reused} encoded={report.encoded} failed={report.failed}"
-            logger.info("%s %s: wanted=%d %s", tag, encoder.name, report.wanted, counts)
-        reports.append(report)
-    return reports
+    ranks, tag = filling.ranks, f"cache/{encoder.name}"
+    own = _fill_one(encoder, samples, filling, tag)
+    shared = share(ranks, tag, asdict(own), filling.patience, filling.heed)
+    report = _total([_report(**data) for data in shared])
+    if ranks.is_main:
+        logger.info("cache %s", report)
+    return report
 
 
-def _fill_one(
-    encoder: Encoder,
-    samples: Sequence[Sample],
-    cache_dir: Path,
-    ranks: Ranks,
-    batch_size: int,
-    device: torch.device,
-    regenerate: bool,
-    heed: Callable[[], None],
-) -> CacheReport:
+def reclaim_unwanted(encoder: Encoder, samples: Sequence[Sample], filling: Filling) -> None:
+    """Lets go of what no run wants any more of an encoder; for the main rank, once all have filled the cache."""
+    keys = [key for key, _ in items_wanted(encoder, samples)]
+    references.remember(filling.cache_dir, encoder.name, filling.owner, keys)
+    with TensorStore(filling.cache_dir / encoder.name, "compaction") as store:
+        freed = references.reclaim(filling.cache_dir, store, all_of_it=filling.regenerate)
+    if freed:
+        logger.info("cache %s: %.1f MiB that nothing refers to are free again", encoder.name, freed / 2**20)
+
+
+def _fill_one(encoder: Encoder, samples: Sequence[Sample], filling: Filling, tag: str) -> CacheReport:
     """This rank's share of one encoder's work."""
-    wanted = {item_key(encoder, sample): sample for sample in samples}
+    ranks = filling.ranks
+    wanted = {item_key(encoder, shown): shown for sample in samples for shown in versions(encoder, sample)}
     # Shared by position among all that is wanted, and not among what is missing: every rank knows its share
     # without asking, whenever it looks and whatever others have already written.
-    ordered = sorted(wanted, key=lambda key: _shape(encoder, wanted[key]) or ())
+    ordered = sorted(wanted, key=lambda key: shape_of(encoder, wanted[key]))
     mine = ordered[ranks.rank :: ranks.world_size]
-    with TensorStore(cache_dir / encoder.name, f"rank{ranks.rank}") as store:
+    with TensorStore(filling.cache_dir / encoder.name, f"rank{ranks.rank}") as store:
+        for start in range(0, len(mine) if filling.verify else 0, VERIFIED_AT_ONCE):
+            store.delete(store.verify(mine[start : start + VERIFIED_AT_ONCE]))
+            sign_of_life(ranks, tag)
+            filling.heed()
         # What is made anew replaces the old item, which another run may be reading until then.
-        missing = mine if regenerate else store.missing(mine)
-        failures: list[Failure] = []
+        missing = mine if filling.regenerate else store.missing(mine)
+        failures, busy, truncated = [], 1.0, 0
         if missing:
-            encoder.load(device)
+            encoder.load(ranks.device)
             try:
-                items = {key: wanted[key] for key in missing}
-                failures = _encode(items, encoder, store, batch_size, ranks.is_main, heed)
+                failures, busy = _encode({key: wanted[key] for key in missing}, encoder, filling, store, tag)
+                truncated = getattr(encoder, "truncated", 0)
             finally:
                 encoder.unload()
-                if device.type == "cuda":
+                if ranks.device.type == "cuda":
                     # What torch keeps for itself is not there for NCCL, nor for the processes beside this one.
                     torch.cuda.empty_cache()
-    reused, encoded = len(mine) - len(missing), len(missing) - len(failures)
-    return CacheReport(encoder.name, len(mine), reused, encoded, len(failures), tuple(failures))
+    counts = len(mine), len(mine) - len(missing), len(missing) - len(failures), len(failures)
+    return CacheReport(encoder.name, *counts, busy, truncated, tuple(dict.fromkeys(failures)))
 
 
 def _encode(
-    items: dict[str, Sample],
-    encoder: Encoder,
-    store: TensorStore,
-    batch_size: int,
-    progress: bool,
-    heed: Callable[[], None],
-) -> list[Failure]:
-    """Encodes the items into the store; returns what could not be decoded."""
-    failures = []
-    batches = list(_batches(items, encoder, batch_size))
+    items: dict[str, Shown], encoder: Encoder, filling: Filling, store: TensorStore, tag: str
+) -> tuple[list[Failure], float]:
+    """Encodes the items into the store; what could not be decoded, one entry for each item, and the share of the time
+    that was spent encoding."""
+    ranks, neighbours = filling.ranks, filling.ranks.local_size
+    failures: list[Failure] = []
+    batches = list(_batches(items, encoder, filling.batch_size))
+    decoders = max(1, min(DECODERS, len(os.sched_getaffinity(0)) // neighbours))
+    started, waited = time.monotonic(), 0.0
     with (
-        ThreadPoolExecutor(DECODERS) as pool,
-        progress_bar(len(items), f"cache {encoder.name}", active=progress) as bar,
+        _decoders(decoders) as pool,
+        ThreadPoolExecutor(1) as writer,
+        progress_bar(len(items), f"cache {encoder.name}", active=ranks.is_main) as bar,
         torch.no_grad(),
     ):
-        for batch in _decoded(batches, lambda key: _inputs(encoder, items[key]), pool):
-            broken = {key: future.exception() for key, future in batch.items() if future.exception()}
-            for key, error in broken.items():
-                if not isinstance(error, MediaError):
-                    raise error
-                failures.append(Failure(key, str(error)))
-            inputs = {key: future.result() for key, future in batch.items() if key not in broken}
+        written: deque[Future[None]] = deque()
+        for batch in _decoded(batches, items, encoder, decoding_budget(neighbours), pool):
+            before, count = time.monotonic(), len(batch)
+            inputs, broken = _results(batch)
+            failures += broken
+            waited += time.monotonic() - before
             if inputs:
-                _encode_batch(inputs, encoder, store)
-            bar.update(len(batch))
-            heed()
-    return failures
+                # On a thread of its own: the disk is waited for while the next batch is encoded.
+                written.append(writer.submit(_write, store, _features(inputs, encoder)))
+            # Nothing of it is to be held while others are decoded.
+            inputs.clear()
+            while len(written) > BATCHES_TO_WRITE or (written and written[0].done()):
+                written.popleft().result()
+            bar.update(count)
+            sign_of_life(ranks, tag)
+            filling.heed()
+        for future in written:
+            future.result()
+    return failures, 1 - waited / max(time.monotonic() - started, 1e-9)
 
 
-def _encode_batch(inputs: dict[str, dict[str, Any]], encoder: Encoder, store: TensorStore) -> None:
+@contextmanager
+def _decoders(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that, when the work ends early, leave what they have not begun."""
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _results(batch: dict[str, Future[dict[str, Any]]]) -> tuple[dict[str, dict[str, Any]], list[Failure]]:
+    """What was decoded of a batch, which is emptied, and what could not be."""
+    inputs, failures = {}, []
+    for key in list(batch):
+        try:
+            inputs[key] = batch.pop(key).result()
+        except Unreadable as error:
+            failures.append(Failure(error.media.digest, str(error)))
+    return inputs, failures
+
+
+def _features(inputs: dict[str, dict[str, Any]], encoder: Encoder) -> dict[str, dict[str, torch.Tensor]]:
+    """What the encoder makes of a batch, by item."""
     columns = {thing: [item[thing] for item in inputs.values()] for thing in encoder.reads}
-    stacked = {thing: torch.stack(column) if thing in _MEDIA else column for thing, column in columns.items()}
+    stacked = {thing: column if thing in TEXT else torch.stack(column) for thing, column in columns.items()}
     features = encoder.encode(**stacked)
-    for position, key in enumerate(inputs):
-        store.put(key, {name: tensors[position].cpu() for name, tensors in features.items()})
+    return {
+        key: {name: tensors[position].cpu() for name, tensors in features.items()}
+        for position, key in enumerate(inputs)
+    }
 
 
-def _batches(items: dict[str, Sample], encoder: Encoder, batch_size: int) -> Iterator[list[str]]:
+def _write(store: TensorStore, items: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    for key, tensors in items.items():
+        store.put(key, tensors)
+
+
+def _batches(items: dict[str, Shown], encoder: Encoder, batch_size: int) -> Iterator[list[str]]:
     """The items' keys in batches of one shape."""
     groups = defaultdict(list)
-    for key, sample in items.items():
-        groups[_shape(encoder, sample)].append(key)
+    for key, shown in items.items():
+        groups[shape_of(encoder, shown)].append(key)
     for keys in groups.values():
         yield from (keys[start : start + batch_size] for start in range(0, len(keys), batch_size))
 
 
 def _decoded(
-    batches: Iterable[list[str]], decode: Callable[[str], dict[str, Any]], pool: ThreadPoolExecutor
+    batches: Iterable[list[str]], items: dict[str, Shown], encoder: Encoder, budget: int, pool: ThreadPoolExecutor
 ) -> Iterator[dict[str, Future[dict[str, Any]]]]:
-    """The batches' inputs, decoded a few batches ahead of their use."""
-    ahead: deque[dict[str, Future[dict[str, Any]]]] = deque()
+    """The batches' inputs, decoded as far ahead of their use as `budget` bytes of memory allow."""
+    ahead: deque[tuple[int, dict[str, Future[dict[str, Any]]]]] = deque()
+    held = 0
     for batch in batches:
-        ahead.append({key: pool.submit(decode, key) for key in batch})
-        if len(ahead) > BATCHES_AHEAD:
-            yield ahead.popleft()
-    yield from ahead
-
-
-def _shape(encoder: Encoder, sample: Sample) -> Bucket | None:
-    """What samples must share to be encoded in one batch; captions can always be."""
-    return sample.bucket if _MEDIA & set(encoder.reads) else None
-
-
-def _inputs(encoder: Encoder, sample: Sample) -> dict[str, Any]:
-    return {thing: _INPUTS[thing](sample) for thing in encoder.reads}
-
-
-def _load(media: MediaFile, bucket: Bucket) -> torch.Tensor:
-    return load_image(media.path, bucket.width, bucket.height)
-
-
-def _identity(media: MediaFile, bucket: Bucket) -> list[Any]:
-    return [TRANSFORM, media.digest, bucket.width, bucket.height, bucket.frames]
-
-
-def _control(sample: Sample) -> MediaFile:
-    if sample.control is None:
-        raise ValueError(
-            f"{sample.media.path}: this model reads control images and this file has none; set `control_path`"
-        )
-    return sample.control
-
-
-_MEDIA = frozenset({"pixels", "control"})
-_IDENTITIES: dict[str, Callable[[Sample], Any]] = {
-    "pixels": lambda sample: _identity(sample.media, sample.bucket),
-    "caption": lambda sample: sample.caption,
-    "control": lambda sample: _identity(_control(sample), sample.bucket),
-}
-_INPUTS: dict[str, Callable[[Sample], Any]] = {
-    "pixels": lambda sample: _load(sample.media, sample.bucket),
-    "caption": lambda sample: sample.caption,
-    "control": lambda sample: _load(_control(sample), sample.bucket),
-}
+        size = sum(decoded_bytes(encoder, items[key]) for key in batch)
+        while ahead and (held + size > budget or len(ahead) >= BATCHES_AHEAD):
+            freed, oldest = ahead.popleft()
+            yield oldest
+            held -= freed
+        ahead.append((size, {key: pool.submit(inputs_of, encoder, items[key]) for key in batch}))
+        held += size
+    yield from (batch for _, batch in ahead)
 
 
 def _report(failures: list[dict[str, str]], **counts: Any) -> CacheReport:
@@ -259,8 +281,9 @@ def _report(failures: list[dict[str, str]], **counts: Any) -> CacheReport:
 
 
 def _total(reports: Sequence[CacheReport]) -> CacheReport:
-    sums = {
-        name: sum(getattr(report, name) for report in reports) for name in ("wanted", "reused", "encoded", "failed")
-    }
-    failures = sorted((failure for report in reports for failure in report.failures), key=lambda f: f.reason)
-    return CacheReport(reports[0].encoder, **sums, failures=tuple(failures))
+    counts = ("wanted", "reused", "encoded", "failed", "truncated")
+    sums = {name: sum(getattr(report, name) for report in reports) for name in counts}
+    busy = [report.busy for report in reports if report.encoded] or [1.0]
+    failures = {failure: None for report in reports for failure in report.failures}
+    ordered = tuple(sorted(failures, key=lambda failure: failure.reason))
+    return CacheReport(reports[0].encoder, **sums, busy=sum(busy) / len(busy), failures=ordered)

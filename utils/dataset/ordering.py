@@ -1,90 +1,105 @@
 """In which order samples are trained on: a pure function of sizes, seed and epoch.
 
-A slot is one micro-batch of every data rank, cut from one bucket so that all ranks do equal work; a step is
-`accumulation` slots. No sample is left out of an epoch. What is missing to whole slots and whole steps is
-filled with samples of the same epoch, and counted.
+A slot is one micro-batch of every data rank, cut from one group of samples of one shape so that all ranks do equal
+work; a step is `accumulation` slots, of any groups. No sample is left out of an epoch. What is missing to whole slots
+and whole steps is filled with samples of the same epoch, and counted. Within a group, the order is the same for any
+number of data ranks, and nothing appears again before all of it has appeared.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from utils.diffusion.seeds import permutation
 
-Item = TypeVar("Item")
-
 
 @dataclass(frozen=True)
-class Slot:
-    """Micro-batches of one bucket, one for each data rank.
+class Group:
+    """How many samples of one shape an epoch has, and how many of them one forward pass takes."""
 
-    `samples` are positions within bucket number `bucket`: those of data rank 0, then those of rank 1, and so
-    on. The last `fill` of them appear elsewhere in this epoch, where they are no fill.
+    size: int
+    micro_batch: int
+
+    def slots(self, data_ranks: int) -> int:
+        return math.ceil(self.size / (self.micro_batch * data_ranks))
+
+    def fill(self, data_ranks: int) -> int:
+        """How many samples the last slot lacks."""
+        return -self.size % (self.micro_batch * data_ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Micro-batches of one group, one for each data rank.
+
+    `samples` are positions within group number `group`: those of data rank 0, then those of rank 1, and so on. The last
+    `fill` of them appear elsewhere in this epoch, where they are no fill.
     """
 
-    bucket: int
+    group: int
     samples: tuple[int, ...]
+    micro_batch: int
     fill: int = 0
 
-    def of_rank(self, data_rank: int, micro_batch: int) -> tuple[int, ...]:
+    def of_rank(self, data_rank: int) -> tuple[int, ...]:
         """The samples of one data rank."""
-        return self.samples[data_rank * micro_batch : (data_rank + 1) * micro_batch]
+        return self.samples[data_rank * self.micro_batch : (data_rank + 1) * self.micro_batch]
 
 
 Step = tuple[Slot, ...]
 
 
-@dataclass(frozen=True)
-class Fill:
-    """How much of an epoch is there a second time: samples that complete slots, and slots that complete the
-    last step."""
-
-    samples: int
-    slots: int
+def steps_per_epoch(groups: Iterable[Group], data_ranks: int, accumulation: int) -> int:
+    """Length of `EpochOrder`."""
+    return math.ceil(sum(group.slots(data_ranks) for group in groups) / accumulation)
 
 
-def steps_per_epoch(bucket_sizes: Iterable[int], micro_batch: int, data_ranks: int, accumulation: int) -> int:
-    """Length of `epoch_order`."""
-    slots = sum(math.ceil(size / (micro_batch * data_ranks)) for size in bucket_sizes)
-    return math.ceil(slots / accumulation)
-
-
-def epoch_order(
-    bucket_sizes: Sequence[int], micro_batch: int, data_ranks: int, accumulation: int, seed: int, epoch: int
-) -> list[Step]:
+class EpochOrder:
     """The steps of an epoch. Each sample is in exactly one place that is no fill.
 
-    A bucket's last slot is filled with the samples that its order begins with: with others than it holds,
-    unless the bucket is smaller than a slot. The last step is completed with the slots that the epoch begins
-    with.
+    A group's last slot is filled with the samples that its order begins with: with others than it holds, unless the
+    group is smaller than a slot. The last step is completed with the slots that the epoch begins with.
     """
-    orders = [permutation(size, seed, "order", epoch, bucket) for bucket, size in enumerate(bucket_sizes)]
-    slot_size = micro_batch * data_ranks
-    slots = [slot for bucket, order in enumerate(orders) for slot in _slots(bucket, order, slot_size)]
-    order = [slots[index] for index in permutation(len(slots), seed, "slots", epoch)]
-    missing = -len(order) % accumulation
-    order += [Slot(slot.bucket, slot.samples, len(slot.samples)) for slot in _cycled(order, missing)]
-    return [tuple(order[start : start + accumulation]) for start in range(0, len(order), accumulation)]
 
+    def __init__(self, groups: Sequence[Group], data_ranks: int, accumulation: int, seed: int, epoch: int) -> None:
+        self._groups, self._data_ranks, self._accumulation = groups, data_ranks, accumulation
+        # Numbers, of which slots are made when they are asked for: an epoch may have a million.
+        self._orders = [
+            np.array(permutation(group.size, seed, "order", epoch, number), dtype=np.int64)
+            for number, group in enumerate(groups)
+        ]
+        counts = [group.slots(data_ranks) for group in groups]
+        in_turn = np.repeat(np.arange(len(groups)), counts)
+        self._group_of = in_turn[permutation(len(in_turn), seed, "slots", epoch)]
+        # Groups are mixed, but each one's slots come in their own order, so that the one with fill is its last.
+        self._number_in_group = np.empty_like(self._group_of)
+        firsts = np.cumsum([0, *counts[:-1]], dtype=np.int64)
+        self._number_in_group[np.argsort(self._group_of, kind="stable")] = np.arange(len(in_turn)) - firsts[in_turn]
 
-def count_fill(steps: Iterable[Step]) -> Fill:
-    """What of the steps is fill."""
-    slots = [slot for step in steps for slot in step]
-    again = [slot for slot in slots if slot.fill == len(slot.samples)]
-    return Fill(sum(slot.fill for slot in slots if slot.fill < len(slot.samples)), len(again))
+    def __len__(self) -> int:
+        return math.ceil(len(self._group_of) / self._accumulation)
 
+    def __iter__(self) -> Iterator[Step]:
+        return map(self.step, range(len(self)))
 
-def _slots(bucket: int, order: list[int], slot_size: int) -> list[Slot]:
-    """A bucket's samples, in their order, cut into slots."""
-    fill = -len(order) % slot_size
-    filled = order + _cycled(order, fill)
-    parts = [tuple(filled[start : start + slot_size]) for start in range(0, len(filled), slot_size)]
-    return [Slot(bucket, part) for part in parts[:-1]] + [Slot(bucket, part, fill) for part in parts[-1:]]
+    def step(self, index: int) -> Step:
+        """Step number `index`, from 0."""
+        assert 0 <= index < len(self), index
+        start = index * self._accumulation
+        return tuple(self._slot(place) for place in range(start, start + self._accumulation))
 
-
-def _cycled(items: list[Item], count: int) -> list[Item]:
-    """The first `count` of the items, begun again as often as needed."""
-    return [items[index % len(items)] for index in range(count)]
+    def _slot(self, place: int) -> Slot:
+        if place >= len(self._group_of):
+            again = self._slot(place % len(self._group_of))
+            return replace(again, fill=len(again.samples))
+        number = int(self._group_of[place])
+        order, micro_batch = self._orders[number], self._groups[number].micro_batch
+        size = micro_batch * self._data_ranks
+        start = int(self._number_in_group[place]) * size
+        own = order[start : start + size]
+        fill = size - len(own)
+        return Slot(number, (*own.tolist(), *np.resize(order, fill).tolist()), micro_batch, fill)

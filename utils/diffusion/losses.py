@@ -1,7 +1,12 @@
-"""How far a prediction is from its target: one number per sample."""
+"""How far a prediction is from its target: one number per sample.
+
+Shapes: B batch, `...` the latent's own dimensions.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,14 +17,150 @@ class Labels(NamedTuple):
 
     Attributes:
         target: (B, ...), float32.
-        weight_B: factor on each sample's loss.
+        weight: factor on the error, (B, 1, ...): by sample, or by place too.
+        delta: (B, 1, ...), the width of losses that have one; see `Loss.delta`.
+        variational: (clean, x_t, t_B), for `learned_variance.variational_bound`.
     """
 
     target: torch.Tensor
-    weight_B: torch.Tensor
+    weight: torch.Tensor
+    delta: torch.Tensor | None = None
+    variational: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+
+def _square(error: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """e^2."""
+    return error.square()
+
+
+def _absolute(error: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """|e|."""
+    return error.abs()
+
+
+def _huber(error: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """e^2 / 2 where |e| < d, else d (|e| - d / 2). Huber 1964; `torch.nn.HuberLoss`."""
+    size = error.abs()
+    return torch.where(size < delta, 0.5 * error.square(), delta * (size - 0.5 * delta))
+
+
+def _smooth_l1(error: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """`_huber` / d: slope 1 for large errors. Girshick 2015; `torch.nn.SmoothL1Loss`."""
+    return _huber(error, delta) / delta
+
+
+def _pseudo_huber(error: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """2 d (sqrt(e^2 + d^2) - d): e^2 where |e| << d, 2 d |e| where |e| >> d. Charbonnier et al. 1997; "huber" of kohya
+    and SimpleTuner, scaled as the squared error. Khrapov et al. 2024 brought it to diffusion."""
+    # sqrt(e^2 + d^2) - d would lose the digits of a small e.
+    return 2.0 * delta * error.square() / ((error.square() + delta.square()).sqrt() + delta)
+
+
+LOSSES: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "mse": _square,
+    "mae": _absolute,
+    "huber": _huber,
+    "smooth_l1": _smooth_l1,
+    "pseudo_huber": _pseudo_huber,
+}
+# What other trainers call them.
+LOSS_SPELLINGS: Mapping[str, str] = {**{name: name for name in LOSSES}, "l2": "mse", "l1": "mae"}
+WITHOUT_DELTA = ("mse", "mae")
+
+
+def _constant(c: float, t_B: torch.Tensor, snr_B: torch.Tensor) -> torch.Tensor:
+    """c."""
+    return torch.full_like(t_B, c)
+
+
+def _exponential(c: float, t_B: torch.Tensor, snr_B: torch.Tensor) -> torch.Tensor:
+    """c^t: from 1 at the clean picture to c at noise."""
+    return c**t_B
+
+
+def _by_snr(c: float, t_B: torch.Tensor, snr_B: torch.Tensor) -> torch.Tensor:
+    """(1 - c) / (1 + SNR^(-1/2))^2 + c."""
+    return (1.0 - c) / (1.0 + snr_B.rsqrt()).square() + c
+
+
+# Of d over the noise levels. Khrapov et al. 2024 ("Improving diffusion models' data-corruption resistance using
+# scheduled pseudo-Huber loss"); kohya's `huber_schedule`.
+SCHEDULES: Mapping[str, Callable[[float, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "constant": _constant,
+    "exponential": _exponential,
+    "snr": _by_snr,
+}
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss and its width.
+
+    Attributes:
+        loss_type: a name in LOSSES.
+        huber_c: c of the schedule.
+        huber_schedule: how the width follows the noise level, a name in SCHEDULES.
+        huber_scale: factor on the width.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    loss_type: str = "mse"
+    huber_c: float = 0.1
+    huber_schedule: str = "snr"
+    huber_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, table in (("loss_type", LOSSES), ("huber_schedule", SCHEDULES)):
+            if getattr(self, name) not in table:
+                raise ValueError(f"{name} must be one of {', '.join(table)}, and is {getattr(self, name)}")
+        for name in ("huber_c", "huber_scale"):
+            if getattr(self, name) <= 0.0:
+                raise ValueError(f"{name} must be above 0, and is {getattr(self, name)}")
+
+    def delta(self, t_B: torch.Tensor, snr_B: torch.Tensor) -> torch.Tensor | None:
+        """The width (B,) at noise levels t_B in [0, 1], whose signal-to-noise ratios are snr_B; None if it has none.
+
+        `Labels.delta` is this over the sample, (B, 1, ...).
+        """
+        if self.loss_type in WITHOUT_DELTA:
+            return None
+        return self.huber_scale * SCHEDULES[self.huber_schedule](self.huber_c, t_B, snr_B)
+
+    def __call__(self, prediction: torch.Tensor, labels: Labels) -> torch.Tensor:
+        """The weighted mean error of every sample (B,), in float32."""
+        assert (labels.delta is None) == (self.loss_type in WITHOUT_DELTA), self.loss_type
+        error = prediction.float() - labels.target.float()
+        delta = torch.ones_like(error) if labels.delta is None else labels.delta
+        return (LOSSES[self.loss_type](error, delta) * labels.weight).flatten(1).mean(1)
 
 
 def mean_squared_error(prediction: torch.Tensor, labels: Labels) -> torch.Tensor:
     """The weighted mean squared error of every sample (B,), in float32."""
-    error = (prediction.float() - labels.target.float()).square()
-    return error.flatten(1).mean(1) * labels.weight_B
+    return Loss("mse")(prediction, labels)
+
+
+def mask_weight(mask: torch.Tensor, unmasked_weight: float = 0.0, normalise: bool = False) -> torch.Tensor:
+    """What each place counts, in the shape of `mask` (B, 1, ...).
+
+    Args:
+        mask: in [0, 1]: 1 what is to be learnt.
+        unmasked_weight: what the rest counts at least.
+        normalise: divide by the mean over the sample, so that a sample's loss is the mean over what counts, and a small
+            object weighs as much as a large one. A sample in which nothing counts weighs nothing.
+    """
+    weight = mask.float().clamp(min=unmasked_weight)
+    if not normalise:
+        return weight
+    mean = weight.flatten(1).mean(1).view(-1, *[1] * (weight.ndim - 1))
+    return torch.where(mean > 0.0, weight / mean, 0.0)
+
+
+def mean_over_what_counts(losses_B: torch.Tensor, counts_B: torch.Tensor, total: float) -> torch.Tensor:
+    """The part of these samples in the mean loss of a step: sum(losses * counts) / total, a scalar.
+
+    With `total` the sum of counts over all micro-batches and data ranks of the step, the sum of the parts is the mean
+    over all that counts, however unequal the micro-batches are; a repeated sample that fills a batch counts 0.
+    """
+    return (losses_B * counts_B).sum() / total

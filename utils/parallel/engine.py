@@ -48,12 +48,12 @@ class Engine(PipelineEngine):
         module: DenoiserPipeline,
         optimizer: torch.optim.Optimizer,
         *,
-        micro_batch: int,
         accumulation: int,
         clip_norm: float,
     ):
         config = {
-            "train_micro_batch_size_per_gpu": micro_batch,
+            # Nothing is made of it: micro-batches may differ in size.
+            "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": 0.0,
             "steps_per_print": NEVER,

@@ -1,210 +1,346 @@
 """The cache holds what encoders make, makes it once, and anew when what it is made from changes."""
 
 import logging
-import multiprocessing
-import socket
-from dataclasses import replace
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 
+from tests.processes import run_ranks
 from tests.utils.dataset.conftest import (
-    FACTS,
-    DifferenceEncoder,
+    CLIP_FACTS,
     LengthEncoder,
     MeanEncoder,
+    counts,
     dataset_of,
-    draw_pictures,
+    filled,
+    item,
     samples_of,
+    scanned,
+    truncate,
 )
+from utils.dataset import encoding
 from utils.dataset.buckets import assign
-from utils.dataset.encoding import CacheReport, fill, item_key
-from utils.dataset.manifest import scan
+from utils.dataset.cache_lock import CacheLock
+from utils.dataset.encoders import decoded_bytes, item_key
+from utils.dataset.encoding import CacheReport, Filling, fill, reclaim_unwanted
+from utils.dataset.samples import Shown, first_shown
 from utils.dataset.tensor_store import TensorStore
 from utils.media.decode import load_image
+from utils.media.geometry import View
 from utils.ranks import Ranks
-from utils.settings.schema import DatasetSettings, DirectorySettings
-
-CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def cache(tmp_path):
-    return tmp_path / "cache"
+def shards_of(cache):
+    return sum(path.stat().st_size for path in cache.rglob("*.shard"))
 
 
-def fill_alone(encoders, samples, cache, batch_size=4, **options):
-    return fill(encoders, samples, cache, Ranks(), batch_size, CPU, **options)
-
-
-def report(encoder, wanted, reused, encoded, failed=0):
-    return CacheReport(encoder.name, wanted, reused, encoded, failed)
-
-
-def test_what_encoders_make_is_kept(pictures, cache, tmp_path):
-    samples = samples_of(dataset_of(pictures), tmp_path / "index")
+def test_what_encoders_make_is_kept(pictures, cache):
+    samples = samples_of(dataset_of(pictures), cache)
     vae, text = MeanEncoder(), LengthEncoder()
-    assert fill_alone([vae, text], samples, cache) == [report(vae, 6, 0, 6), report(text, 6, 0, 6)]
-    with TensorStore(cache / "vae") as store, TensorStore(cache / "text") as texts:
-        for sample in samples:
-            pixels_CFHW = load_image(sample.media.path, 32, 32)
-            item = store.get(item_key(vae, sample))
-            torch.testing.assert_close(item["mean_BC"], pixels_CFHW.mean(dim=(1, 2, 3)))
-            assert item["size_B"] == 32
-            assert texts.get(item_key(text, sample)) == {"length_B": len(sample.caption)}
+    assert [counts(filled(encoder, samples, cache)) for encoder in (vae, text)] == [(6, 0, 6, 0)] * 2
+    for sample in samples:
+        pixels_CFHW = load_image(sample.media.place.path, View(32, 32))
+        found = item(cache, vae, first_shown(sample))
+        torch.testing.assert_close(found["mean_BC"], pixels_CFHW.mean(dim=(1, 2, 3)))
+        assert found["size_B"] == 32
+        assert item(cache, text, first_shown(sample)) == {"length_B": len(sample.captions[0])}
     assert (vae.loads, vae.unloads) == (1, 1) and vae.batches == [(4, 3, 1, 32, 32), (2, 3, 1, 32, 32)]
 
 
-def test_only_what_is_new_is_encoded(pictures, cache, tmp_path):
+def test_only_what_is_new_is_encoded(pictures, cache):
     dataset = dataset_of(pictures)
-    fill_alone([MeanEncoder(), LengthEncoder()], samples_of(dataset, tmp_path / "index"), cache)
+
+    def fill_both(fingerprint="mean-1"):
+        samples = samples_of(dataset, cache)
+        return [counts(filled(encoder, samples, cache)) for encoder in (MeanEncoder(fingerprint), LengthEncoder())]
+
+    assert fill_both() == [(6, 0, 6, 0), (6, 0, 6, 0)]
+    assert fill_both() == [(6, 6, 0, 0), (6, 6, 0, 0)]
     Image.new("RGB", (99, 99), (1, 2, 3)).save(pictures / "new.png")
     (pictures / "new.txt").write_text("picture 000")
+    assert fill_both() == [(7, 6, 1, 0), (6, 6, 0, 0)]
     (pictures / "003.txt").write_text("another caption")
+    assert fill_both() == [(7, 7, 0, 0), (6, 5, 1, 0)]
+    Image.new("RGB", (48, 32), (3, 2, 1)).save(pictures / "004.png")
+    assert fill_both() == [(7, 6, 1, 0), (6, 6, 0, 0)]
     (pictures / "005.png").rename(pictures / "moved.png")
     (pictures / "005.txt").rename(pictures / "moved.txt")
-    vae, text = MeanEncoder(), LengthEncoder()
-    samples = samples_of(dataset, tmp_path / "index")
-    assert fill_alone([vae, text], samples, cache) == [report(vae, 7, 6, 1), report(text, 6, 5, 1)]
+    assert fill_both() == [(7, 7, 0, 0), (6, 6, 0, 0)]
+    assert fill_both("mean-2") == [(7, 0, 7, 0), (6, 6, 0, 0)]
+    dataset = dataset_of(pictures, resolutions=[64])
+    assert fill_both() == [(7, 0, 7, 0), (6, 6, 0, 0)]
+
+
+def test_nothing_is_loaded_for_nothing(pictures, cache):
+    samples = samples_of(dataset_of(pictures), cache)
+    filled(MeanEncoder(), samples, cache)
     again = MeanEncoder()
-    assert fill_alone([again], samples, cache) == [report(again, 7, 7, 0)]
-    assert again.loads == 0
+    assert counts(filled(again, samples, cache)) == (6, 6, 0, 0) and again.loads == 0
 
 
-def test_repeats_and_captions_share_items(pictures, cache, tmp_path):
+def test_identical_pictures_and_captions_are_kept_once(pictures, cache):
     for path in pictures.glob("*.txt"):
         path.write_text("all the same")
-    samples = samples_of(dataset_of(pictures, num_repeats=3, resolutions=[32, 64]), tmp_path / "index")
-    assert len(samples) == 36
+    (pictures / "copy.png").write_bytes((pictures / "000.png").read_bytes())
+    (pictures / "copy.txt").write_text("all the same")
+    samples = samples_of(dataset_of(pictures, num_repeats=3, resolutions=[32, 64]), cache)
+    assert len(samples) == 14
     vae, text = MeanEncoder(), LengthEncoder()
-    assert fill_alone([vae, text], samples, cache) == [report(vae, 12, 0, 12), report(text, 1, 0, 1)]
+    assert counts(filled(vae, samples, cache)) == (12, 0, 12, 0)
+    assert counts(filled(text, samples, cache)) == (1, 0, 1, 0)
     assert sorted(vae.batches) == sorted([(count, 3, 1, side, side) for side in (32, 64) for count in (4, 2)])
 
 
-def test_a_key_names_all_that_an_item_is_made_from(pictures, tmp_path):
-    sample = samples_of(dataset_of(pictures), tmp_path / "index")[0]
+def test_all_versions_are_cached(pictures, cache):
+    keys = {"augment_variants": 4, "crop": "random", "cache_shuffle_num": 50, "uncond_fraction": 0.1}
+    for path in pictures.glob("*.txt"):
+        path.write_text("a, b")
+    samples = samples_of(dataset_of(pictures, **keys), cache)
+    assert all(len(sample.takes) == 4 and set(sample.captions) == {"a, b", "b, a"} for sample in samples)
     vae, text = MeanEncoder(), LengthEncoder()
-    other_picture = replace(sample, media=replace(sample.media, digest="0" * 32))
-    other_bucket = replace(sample, bucket=replace(sample.bucket, width=48))
-    other_caption = replace(sample, caption="another")
-    moved = replace(sample, id="x", repeat=4, media=replace(sample.media, path="elsewhere"))
-    variants = [sample, other_picture, other_bucket, other_caption, moved]
-    pixel_keys = [item_key(vae, variant) for variant in variants]
-    assert len(set(pixel_keys)) == 3 and pixel_keys[0] == pixel_keys[3] == pixel_keys[4]
-    caption_keys = [item_key(text, variant) for variant in variants]
-    assert len(set(caption_keys)) == 2 and caption_keys[0] != caption_keys[3]
-    assert item_key(MeanEncoder("mean-2"), sample) != item_key(vae, sample)
+    # Two orders of the tags, and no caption at all.
+    assert counts(filled(vae, samples, cache)) == (24, 0, 24, 0) and counts(filled(text, samples, cache)) == (
+        3,
+        0,
+        3,
+        0,
+    )
+    for sample in samples:
+        for take in sample.takes:
+            shown = Shown(sample, take, "b, a", "draw", frozenset(["text"]))
+            pixels = load_image(sample.media.place.path, View(32, 32, take.crop))
+            torch.testing.assert_close(item(cache, vae, shown)["mean_BC"], pixels.mean(dim=(1, 2, 3)))
+            assert item(cache, text, shown) == {"length_B": 0}
 
 
-def test_regenerating_replaces_everything(pictures, cache, tmp_path):
-    samples = samples_of(dataset_of(pictures), tmp_path / "index")
-    fill_alone([MeanEncoder()], samples, cache)
-    size = sum(path.stat().st_size for path in cache.rglob("*.shard"))
-    vae = MeanEncoder()
-    assert fill_alone([vae], samples, cache, regenerate=True) == [report(vae, 6, 0, 6)]
-    assert sum(path.stat().st_size for path in cache.rglob("*.shard")) == size
+@pytest.mark.parametrize(
+    "keys",
+    [{"uncond_fraction": 0.1}, {"uncond_every_n_epochs": 3}, {"uncond_fraction_per_encoder": {"text": 0.5}}],
+)
+def test_the_caption_that_is_left_out_is_cached_once_if_it_ever_is(pictures, cache, keys):
+    assert counts(filled(LengthEncoder(), samples_of(dataset_of(pictures), cache), cache)) == (6, 0, 6, 0)
+    assert counts(filled(LengthEncoder(), samples_of(dataset_of(pictures, **keys), cache), cache)) == (7, 6, 1, 0)
+    assert counts(filled(MeanEncoder(), samples_of(dataset_of(pictures, **keys), cache), cache)) == (6, 0, 6, 0)
 
 
-def test_a_broken_file_stops_nothing(pictures, cache, tmp_path):
+def test_regenerating_replaces_everything(pictures, cache):
+    samples = samples_of(dataset_of(pictures), cache)
+    filled(MeanEncoder(), samples, cache)
+    size = shards_of(cache)
+    how = {"regenerate": True}
+    assert counts(filled(MeanEncoder(), samples, cache, **how)) == (6, 0, 6, 0)
+    reclaim_unwanted(MeanEncoder(), samples, Filling(cache, pictures, Ranks(), **how))
+    assert shards_of(cache) == size
+    with TensorStore(cache / "vae") as store:
+        assert len(store) == 6
+
+
+def test_items_that_no_run_wants_are_let_go(pictures, cache, tmp_path):
+    def run(name, **keys):
+        (tmp_path / name).write_text("")
+        samples = samples_of(dataset_of(pictures, **keys), cache)
+        filled(MeanEncoder(), samples, cache)
+        reclaim_unwanted(MeanEncoder(), samples, Filling(cache, tmp_path / name, Ranks()))
+        with TensorStore(cache / "vae") as store:
+            return len(store)
+
+    assert run("first.toml") == 6
+    assert run("second.toml", resolutions=[48]) == 12
+    # The six of the first run as it was are half of what its store has; then they are more.
+    assert run("first.toml", resolutions=[64]) == 18
+    assert run("first.toml", resolutions=[80]) == 24
+    assert run("first.toml", resolutions=[96]) == 12
+    samples = samples_of(dataset_of(pictures, resolutions=[48]), cache)
+    assert counts(filled(MeanEncoder(), samples, cache)) == (6, 6, 0, 0)
+
+
+def test_damaged_items_are_encoded_again(pictures, cache):
+    samples = samples_of(dataset_of(pictures), cache)
+    filled(MeanEncoder(), samples, cache)
+    with TensorStore(cache / "vae") as store:
+        expected = [store.get(item_key(MeanEncoder(), first_shown(sample))) for sample in samples]
+    (shard,) = cache.rglob("*.shard")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert counts(filled(MeanEncoder(), samples, cache)) == (6, 6, 0, 0)
+    assert counts(filled(MeanEncoder(), samples, cache, verify=True)) == (6, 5, 1, 0)
+    with TensorStore(cache / "vae") as store:
+        for sample, one in zip(samples, expected, strict=True):
+            found = store.get(item_key(MeanEncoder(), first_shown(sample)))
+            assert all(torch.equal(found[name], one[name]) for name in one)
+
+
+def test_a_broken_file_stops_nothing(pictures, cache):
     whole = (pictures / "002.png").read_bytes()
-    (pictures / "002.png").write_bytes(whole[:50])
-    samples = samples_of(dataset_of(pictures), tmp_path / "index")
-    encoders = [MeanEncoder(), LengthEncoder()]
-    reports = fill_alone(encoders, samples, cache, batch_size=3)
-    assert [(one.wanted, one.encoded, one.failed) for one in reports] == [(6, 5, 1), (6, 6, 0)]
-    assert "002.png: cannot be read" in reports[0].failures[0].reason
-    (broken,) = (sample for sample in samples if sample.media.path.stem == "002")
-    assert [failure.key for failure in reports[0].failures] == [item_key(encoders[0], broken)]
+    truncate(pictures / "002.png")
+    samples = samples_of(dataset_of(pictures), cache)
+    vae, text = MeanEncoder(), LengthEncoder()
+    report = filled(vae, samples, cache, batch_size=3)
+    assert counts(report) == (6, 0, 5, 1) and counts(filled(text, samples, cache)) == (6, 0, 6, 0)
+    (failure,) = report.failures
+    assert "002.png: cannot be read" in failure.reason and failure.digest == samples[2].media.digest
     (pictures / "002.png").write_bytes(whole)
-    mended = samples_of(dataset_of(pictures), tmp_path / "index")
-    assert fill_alone(encoders[:1], mended, cache)[0] == report(encoders[0], 6, 5, 1)
+    assert counts(filled(vae, samples_of(dataset_of(pictures), cache), cache)) == (6, 5, 1, 0)
 
 
-def test_an_encoders_own_error_is_raised_and_what_was_done_is_kept(pictures, cache, tmp_path):
-    class Breaking(MeanEncoder):
-        def encode(self, *, pixels):
-            if len(self.batches) == 2:
-                raise RuntimeError("out of memory")
-            return super().encode(pixels=pixels)
+def test_a_file_that_is_gone_since_the_scan(pictures, cache):
+    samples = samples_of(dataset_of(pictures), cache)
+    (pictures / "001.png").unlink()
+    report = filled(MeanEncoder(), samples, cache)
+    assert counts(report) == (6, 0, 5, 1) and "001.png: there is no such file" in report.failures[0].reason
 
-    samples = samples_of(dataset_of(pictures), tmp_path / "index")
-    breaking = Breaking()
+
+class Breaking(MeanEncoder):
+    def encode(self, *, pixels):
+        if len(self.batches) == 2:
+            raise RuntimeError("out of memory")
+        return super().encode(pixels=pixels)
+
+
+def test_an_encoders_own_error_is_raised_and_what_was_done_is_kept(pictures, cache):
+    samples, breaking = samples_of(dataset_of(pictures), cache), Breaking()
     with pytest.raises(RuntimeError, match="out of memory"):
-        fill_alone([breaking], samples, cache, batch_size=2)
+        filled(breaking, samples, cache, batch_size=2)
     assert breaking.unloads == 1
-    vae = MeanEncoder()
-    assert fill_alone([vae], samples, cache) == [report(vae, 6, 4, 2)]
+    assert counts(filled(MeanEncoder(), samples, cache)) == (6, 4, 2, 0)
 
 
-def test_control_images(pictures, cache, tmp_path):
-    draw_pictures(tmp_path / "controls", 6, size=(20, 20), captions=False, seed=1)
-    directory = DirectorySettings(path=pictures, control_path=tmp_path / "controls")
-    dataset = DatasetSettings(resolutions=[32], directory=[directory])
-    samples = samples_of(dataset, tmp_path / "index")
-    edit = DifferenceEncoder()
-    assert fill_alone([edit], samples, cache) == [report(edit, 6, 0, 6)]
-    with TensorStore(cache / "edit") as store:
-        for sample in samples:
-            pixels, control = (load_image(file.path, 32, 32) for file in (sample.media, sample.control))
-            found = store.get(item_key(edit, sample))["difference_BC"]
-            torch.testing.assert_close(found, (pixels - control).mean(dim=(1, 2, 3)))
-    other = replace(samples[0], control=replace(samples[0].control, digest="0" * 32))
-    assert item_key(edit, other) != item_key(edit, samples[0])
-    with pytest.raises(ValueError, match="000.png: .*set `control_path`"):
-        item_key(edit, replace(samples[0], control=None))
+class Stopped(Exception):
+    pass
 
 
-def test_says_what_it_did(pictures, cache, tmp_path, caplog):
+def test_a_stop_keeps_what_was_done(pictures, cache):
+    samples, calls = samples_of(dataset_of(pictures), cache), []
+
+    def heed():
+        calls.append(1)
+        if len(calls) == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        filled(MeanEncoder(), samples, cache, batch_size=2, heed=heed)
+    assert counts(filled(MeanEncoder(), samples, cache)) == (6, 4, 2, 0)
+
+
+def test_says_what_it_did(pictures, cache, caplog):
     caplog.set_level(logging.INFO)
-    fill_alone([MeanEncoder()], samples_of(dataset_of(pictures), tmp_path / "index"), cache)
-    assert "cache vae: wanted=6 reused=0 encoded=6 failed=0" in caplog.messages
+    filled(MeanEncoder(), samples_of(dataset_of(pictures), cache), cache)
+    assert any(line.startswith("cache vae: wanted=6 reused=0 encoded=6 failed=0") for line in caplog.messages)
+    assert "9 captions truncated" in str(CacheReport("text", 1, 0, 1, 0, truncated=9))
 
 
-def fill_as_rank(rank, port, dataset, folder, results):
-    """One of two processes that fill one cache twice, the second time after one picture has gone bad."""
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=60))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    samples = assign(scan(dataset, folder / f"index{rank}", "d"), dataset, FACTS)
-    vae = MeanEncoder()
-    reports = [
-        fill(
-            [vae],
-            samples,
-            folder / "cache",
-            Ranks(rank=rank, world_size=2),
-            2,
-            CPU,
-            regenerate=again,
-            tag=str(again),
-        )
-        for again in (False, True)
-    ]
-    results.put((rank, [(one.wanted, one.reused, one.encoded, one.failed) for (one,) in reports], len(vae.batches)))
-    dist.barrier()
-    dist.destroy_process_group()
+class CountingPool(ThreadPoolExecutor):
+    """Threads whose tasks are counted: a budget is kept when what was handed over and not yet given back fits it."""
+
+    def __init__(self):
+        super().__init__(2)
+        self.submitted = []
+
+    def submit(self, task, encoder, shown):
+        self.submitted.append(decoded_bytes(encoder, shown))
+        return super().submit(task, encoder, shown)
 
 
-def test_two_ranks_share_the_work(pictures, tmp_path):
-    (pictures / "002.png").write_bytes((pictures / "002.png").read_bytes()[:50])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    arguments = (port, dataset_of(pictures), tmp_path, results)
-    processes = [context.Process(target=fill_as_rank, args=(rank, *arguments)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    found = sorted(results.get(timeout=60) for _ in processes)
-    for process in processes:
-        process.join()
-    # Three files a rank, in batches of two: two batches, or one where the broken file is a batch of its own.
-    totals = [(6, 0, 5, 1), (6, 0, 5, 1)]
-    assert [totals_of_rank for _, totals_of_rank, _ in found] == [totals, totals]
-    assert all(batches in (2, 4) for _, _, batches in found)
-    with TensorStore(tmp_path / "cache" / "vae") as store:
+@pytest.mark.parametrize("batches_of_budget", [0.1, 1.0, 2.5, 100.0])
+def test_decoding_ahead_keeps_to_its_budget(pictures, cache, batches_of_budget):
+    samples = samples_of(dataset_of(pictures, resolutions=[32, 48, 64, 80, 96]), cache)
+    encoder = MeanEncoder()
+    items = {item_key(encoder, first_shown(sample)): first_shown(sample) for sample in samples}
+    batches = list(encoding._batches(items, encoder, 2))
+    sizes = [sum(decoded_bytes(encoder, items[key]) for key in batch) for batch in batches]
+    budget = int(max(sizes) * batches_of_budget)
+    given, most = 0, 0
+    with CountingPool() as pool:
+        for number, batch in enumerate(encoding._decoded(batches, items, encoder, budget, pool)):
+            held = sum(pool.submitted) - given
+            assert list(batch) == batches[number]
+            assert held <= max(budget, sizes[number])
+            given += sizes[number]
+            most = max(most, held)
+        assert len(pool.submitted) == len(items) and given == sum(sizes)
+    # Neither does it stay far below.
+    assert most >= min(budget - max(sizes), sum(sizes[: encoding.BATCHES_AHEAD]))
+
+
+def test_the_second_run_waits_and_is_told_once_who_fills_the_cache(cache, caplog, monkeypatch):
+    monkeypatch.setattr(encoding, "SECONDS_BETWEEN_TRIES", 0.05)
+    with CacheLock(cache) as other:
+        other.acquire(0, str)
+        told = f"another run fills this cache, and is waited for: {other.holder()}"
+        threading.Timer(0.5, other.release).start()
+        started = time.monotonic()
+        with Filling(cache, cache, Ranks()).alone():
+            assert time.monotonic() - started > 0.4 and caplog.messages == [told]
+            with pytest.raises(Stopped), Filling(cache, cache, Ranks(), heed=stop).alone():
+                pass
+    with Filling(cache, cache, Ranks(), heed=stop).alone():
+        pass
+
+
+def stop():
+    raise Stopped
+
+
+def fill_as_rank(ranks, dataset, cache):
+    """One of two processes that fill one cache twice, the second time all of it."""
+    rows = scanned(dataset, cache / f"own{ranks.rank}").rows
+    samples = assign(rows, dataset, CLIP_FACTS).samples
+    found = []
+    for name, again in (("vae", False), ("vae2", True)):
+        vae = MeanEncoder()
+        vae.name = name
+        report = fill(vae, samples, Filling(cache, cache, ranks, 2, regenerate=again))
+        found.append((counts(report), len(report.failures), sum(shape[0] for shape in vae.batches)))
+    return found
+
+
+def test_two_ranks_share_the_work(pictures, cache):
+    truncate(pictures / "002.png")
+    cache.mkdir()
+    found = run_ranks(fill_as_rank, 2, dataset_of(pictures), cache)
+    # The report is of both, and the same on both; three files each, of which one is broken.
+    totals = [((6, 0, 5, 1), 1), ((6, 0, 5, 1), 1)]
+    assert [[(total, failures) for total, failures, _ in one] for one in found] == [totals, totals]
+    assert [sorted(encoded) for encoded in zip(*([own for *_, own in one] for one in found), strict=True)] == [
+        [2, 3]
+    ] * 2
+    with TensorStore(cache / "vae") as store:
         assert len(store) == 5
+
+
+class Hanging(MeanEncoder):
+    def load(self, device):
+        super().load(device)
+        time.sleep(3)
+
+
+class Slow(MeanEncoder):
+    def encode(self, *, pixels):
+        time.sleep(0.4)
+        return super().encode(pixels=pixels)
+
+
+def fill_with_one_slow_rank(ranks, dataset, cache, slow):
+    samples = assign(scanned(dataset, cache / f"own{ranks.rank}").rows, dataset, CLIP_FACTS).samples
+    encoder = slow() if ranks.rank == 1 else MeanEncoder()
+    try:
+        return counts(fill(encoder, samples, Filling(cache, cache, ranks, 1, patience=timedelta(seconds=1))))
+    except TimeoutError as error:
+        return str(error)
+
+
+def test_a_rank_that_gives_no_sign_of_life_is_named(pictures, cache):
+    cache.mkdir()
+    told, _ = run_ranks(fill_with_one_slow_rank, 2, dataset_of(pictures), cache, Hanging)
+    assert "'cache/vae' from the ranks [1]" in told
+
+
+def test_a_rank_that_is_slow_is_waited_for(pictures, cache):
+    cache.mkdir()
+    assert run_ranks(fill_with_one_slow_rank, 2, dataset_of(pictures), cache, Slow) == [(6, 0, 6, 0)] * 2

@@ -2,23 +2,16 @@
 
 import os
 import sqlite3
+import tarfile
 
+import av
 import pytest
 from PIL import Image
 
-from tests.utils.dataset.conftest import dataset_of, draw_pictures
-from utils.dataset import manifest as module
-from utils.dataset.manifest import scan
-from utils.settings.schema import DatasetSettings, DirectorySettings
-
-
-@pytest.fixture
-def index(tmp_path):
-    return tmp_path / "cache" / "files.sqlite"
-
-
-def messages(manifest):
-    return [problem.message for problem in manifest.problems]
+from tests.utils.dataset.conftest import dataset_of, draw_pictures, scanned
+from tests.utils.media.clips import write_video
+from utils.dataset.samples import Mask
+from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 
 
 def change(path, keep_time):
@@ -29,113 +22,190 @@ def change(path, keep_time):
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + (0 if keep_time else 1)))
 
 
-def test_rows_of_a_folder(tmp_path, pictures, index):
-    (pictures / "003.txt").write_text("﻿  ein Bär \n", encoding="utf-8")
-    (pictures / "004.txt").write_text("")
-    (pictures / "notes.txt").write_bytes(b"\xff no caption of any image")
-    (pictures / "._000.png").write_bytes(b"left by another system")
-    manifest = scan(dataset_of(pictures, num_repeats=3), index, "dataset.toml")
-    assert manifest.problems == [] and manifest.warnings == []
-    assert [row.media.path.name for row in manifest.rows] == [f"00{index}.png" for index in range(6)]
-    assert [row.caption for row in manifest.rows][2:5] == ["picture 002", "ein Bär", ""]
+def names(manifest):
+    return [row.media.place.path.stem for row in manifest.rows]
+
+
+def test_rows_of_a_folder(pictures, cache):
+    manifest = scanned(dataset_of(pictures), cache)
+    assert manifest.problems == [] and manifest.rejected == []
+    assert names(manifest) == [f"00{index}" for index in range(6)]
+    assert [row.captions for row in manifest.rows][:2] == [("picture 000",), ("picture 001",)]
     row = manifest.rows[0]
-    assert (row.media.width, row.media.height, row.media.frames) == (48, 32, 1)
-    assert (row.directory, row.repeats, row.control) == (0, 3, None)
-    assert row.media.path.is_absolute() and len(row.media.digest) == 32
+    assert (row.media.width, row.media.height, row.media.frames, row.media.rate) == (48, 32, 1, 0.0)
+    assert (row.directory, row.repeats, row.controls, row.mask) == (0, 1.0, (), None)
+    assert row.media.place.path.is_absolute() and len(row.media.digest) == 32
 
 
-def test_a_digest_is_of_the_content_alone(tmp_path, pictures, index):
+def test_clips(tmp_path, cache):
+    write_video(tmp_path / "clip.mp4", frames=30, rate=24)
+    Image.new("RGB", (20, 10)).save(
+        tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (20, 10), "red")] * 3, duration=100
+    )
+    for name in ("clip", "moving"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    manifest = scanned(dataset_of(tmp_path), cache)
+    found = {row.media.place.path.name: row.media for row in manifest.rows}
+    assert (found["clip.mp4"].frames, found["clip.mp4"].rate) == (30, pytest.approx(24))
+    assert found["moving.gif"].frames > 1 and found["moving.gif"].rate > 0
+    again = scanned(dataset_of(tmp_path), cache)
+    assert again.rows == manifest.rows
+
+
+def test_a_digest_is_of_the_content_alone(pictures, cache):
     (pictures / "copy.png").write_bytes((pictures / "000.png").read_bytes())
     (pictures / "copy.txt").write_text("a copy")
-    rows = scan(dataset_of(pictures), index, "d").rows
-    digests = {row.media.path.stem: row.media.digest for row in rows}
+    rows = scanned(dataset_of(pictures), cache).rows
+    digests = {row.media.place.path.stem: row.media.digest for row in rows}
     assert digests["copy"] == digests["000"] and len(set(digests.values())) == 6
 
 
-def test_a_second_scan_reads_only_what_changed(pictures, index):
-    first = scan(dataset_of(pictures), index, "d")
+def test_a_second_scan_reads_only_what_changed(pictures, cache):
+    first = scanned(dataset_of(pictures), cache)
     change(pictures / "001.png", keep_time=True)
     change(pictures / "002.png", keep_time=False)
     Image.new("RGB", (16, 64)).save(pictures / "003.png")
-    second = scan(dataset_of(pictures), index, "d")
+    second = scanned(dataset_of(pictures), cache)
     same = [a == b for a, b in zip(first.rows, second.rows, strict=True)]
     assert same == [True, True, False, False, True, True]
     assert (second.rows[3].media.width, second.rows[3].media.height) == (16, 64)
+    verified = scanned(dataset_of(pictures), cache, verify=True)
+    assert verified.rows[1] != first.rows[1] and verified.rows[2:] == second.rows[2:]
 
 
-def test_trust_takes_known_files_as_they_were(pictures, index):
-    first = scan(dataset_of(pictures), index, "d")
+def test_captions_are_read_anew(pictures, cache):
+    scanned(dataset_of(pictures), cache)
+    (pictures / "001.txt").write_text("another")
+    assert scanned(dataset_of(pictures), cache, trust=True).rows[1].captions == ("another",)
+
+
+def test_trust_takes_known_files_as_they_were(pictures, cache):
+    first = scanned(dataset_of(pictures), cache)
     Image.new("RGB", (16, 64)).save(pictures / "002.png")
     draw_pictures(pictures / "more", 1)
     (pictures / "more" / "000.png").rename(pictures / "new.png")
     (pictures / "new.txt").write_text("")
-    trusted = scan(dataset_of(pictures), index, "d", trust=True)
+    trusted = scanned(dataset_of(pictures), cache, trust=True)
     assert trusted.rows[:6] == first.rows
-    assert [row.media.path.name for row in trusted.rows[6:]] == ["new.png"]
+    assert names(trusted)[6:] == ["new"]
 
 
-def test_a_scan_that_breaks_off_keeps_its_hashes(pictures, index, monkeypatch):
-    original = module._identify
-
-    def interrupted(path, *arguments):
-        if path.name == "004.png":
-            raise KeyboardInterrupt
-        return original(path, *arguments)
-
-    monkeypatch.setattr(module, "_identify", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        scan(dataset_of(pictures), index, "d")
-    with sqlite3.connect(index) as remembered:
-        assert remembered.execute("SELECT count(*) FROM media").fetchone() == (4,)
+class Stopped(Exception):
+    pass
 
 
-def test_control_images(tmp_path, pictures, index):
-    draw_pictures(tmp_path / "controls", 5, size=(20, 20), captions=False)
-    settings = DatasetSettings(
-        resolutions=[32], directory=[DirectorySettings(path=pictures, control_path=tmp_path / "controls")]
-    )
-    manifest = scan(settings, index, "dataset.toml")
-    assert [row.control.path.name for row in manifest.rows] == [f"00{index}.png" for index in range(5)]
-    assert manifest.rows[0].control.width == 20
-    assert len(manifest.problems) == 1
-    assert "005.png: no control image called 005 in" in manifest.problems[0].message
+def test_a_scan_that_is_stopped_keeps_its_hashes(pictures, cache):
+    calls = []
+
+    def heed():
+        with sqlite3.connect(cache / "files.sqlite") as remembered:
+            tables = remembered.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        calls.append(tables)
+        if tables == (1,) and len([call for call in calls if call == (1,)]) == 3:
+            raise Stopped
+
+    cache.mkdir()
+    with pytest.raises(Stopped):
+        scanned(dataset_of(pictures), cache, heed=heed)
+    with sqlite3.connect(cache / "files.sqlite") as remembered:
+        assert remembered.execute("SELECT count(*) FROM media").fetchone()[0] >= 3
+    assert len(scanned(dataset_of(pictures), cache).rows) == 6
 
 
-def test_all_problems_at_once(tmp_path, pictures, index):
-    (tmp_path / "empty").mkdir()
+def test_control_images(tmp_path, pictures, cache):
+    draw_pictures(tmp_path / "a", 5, size=(20, 20), captions=False)
+    draw_pictures(tmp_path / "b", 6, size=(30, 20), captions=False, seed=1)
+    directory = DirectorySettings(path=pictures, control_path=[tmp_path / "a", tmp_path / "b"])
+    manifest = scanned(DatasetSettings(resolutions=[32], directory=[directory]), cache)
+    assert names(manifest) == [f"00{index}" for index in range(5)]
+    for row in manifest.rows:
+        assert [control.place.path.stem for control in row.controls] == [row.media.place.path.stem] * 2
+        assert [control.width for control in row.controls] == [20, 30]
+    (fault,) = manifest.rejected
+    assert fault.place == str(pictures / "005.png") and str(tmp_path / "a") in fault.reason
+
+
+def test_masks(tmp_path, pictures, cache):
+    draw_pictures(tmp_path / "masks", 3, captions=False, seed=1)
+    Image.new("L", (8, 8), 128).save(tmp_path / "default.png")
+
+    def masks(**keys):
+        settings = DatasetSettings(resolutions=[32], directory=[DirectorySettings(path=pictures, **keys)])
+        manifest = scanned(settings, cache)
+        return [row.mask for row in manifest.rows], len(manifest.rejected)
+
+    own, missing = masks(mask_path=tmp_path / "masks")
+    assert missing == 3 and [mask.media.place.path.parent.name for mask in own] == ["masks"] * 3
+    mixed, missing = masks(mask_path=tmp_path / "masks", default_mask_file=tmp_path / "default.png")
+    assert missing == 0 and mixed[:3] == own
+    assert {mask.media.place.path.name for mask in mixed[3:]} == {"default.png"}
+    alpha, _ = masks(alpha_mask=True)
+    rows = scanned(dataset_of(pictures), cache).rows
+    assert alpha == [Mask(row.media, is_alpha=True) for row in rows]
+
+
+def test_files_that_are_no_pictures_are_told_with_their_reasons(pictures, cache):
     (pictures / "000.png").write_text("not a picture")
-    (pictures / "001.txt").unlink()
-    (pictures / "002.txt").write_bytes(b"caf\xe9")
-    (pictures / "clip.mp4").write_bytes(b"")
-    manifest = scan(dataset_of(tmp_path / "gone", tmp_path / "empty", pictures), index, "dataset.toml")
-    expected = [
-        "this folder cannot be read (No such file or directory)",
-        "no image in this folder",
-        f"{pictures / '000.png'}: cannot be read (not an image)",
-        "001.txt beside it (an empty file trains without a caption)",
-        "002.txt: this caption is not UTF-8 text (byte 3)",
+    whole = (pictures / "001.png").read_bytes()
+    (pictures / "001.png").write_bytes(whole[:20])
+    (pictures / "002.png").write_bytes(b"")
+    (pictures / "002.mp4").write_bytes(b"")
+    with av.open(str(pictures / "none.mp4"), "w", options={"movflags": "empty_moov+frag_keyframe"}) as container:
+        stream = container.add_stream("mpeg4", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        container.start_encoding()
+    (pictures / "none.txt").write_text("")
+    # The suffix lies, and the content is read nevertheless.
+    Image.new("RGB", (32, 32)).save(pictures / "003.png", format="JPEG")
+    # Small on disk, 900 million pixels in memory.
+    Image.new("1", (30_000, 30_000)).save(pictures / "004.png")
+    manifest = scanned(dataset_of(pictures), cache)
+    assert names(manifest) == ["003", "005"]
+    reasons = {os.path.basename(fault.place): fault.reason for fault in manifest.rejected}
+    assert reasons.keys() >= {"000.png", "001.png", "002.png", "none.mp4", "004.png"}
+    for name, reason in reasons.items():
+        assert name in reason
+    assert "178,956,970 pixels" in reasons["004.png"] and "empty" in reasons["002.png"]
+    assert {fault.kind for fault in manifest.rejected if fault.place.endswith("000.png")} == {"unreadable"}
+
+
+def test_a_broken_control_or_mask_is_told_at_its_picture(tmp_path, pictures, cache):
+    draw_pictures(tmp_path / "controls", 6, captions=False)
+    (tmp_path / "controls" / "002.png").write_text("broken")
+    directory = DirectorySettings(path=pictures, control_path=tmp_path / "controls")
+    manifest = scanned(DatasetSettings(resolutions=[32], directory=[directory]), cache)
+    (fault,) = manifest.rejected
+    assert fault.place == str(pictures / "002.png") and str(tmp_path / "controls" / "002.png") in fault.reason
+    assert len(manifest.rows) == 5
+
+
+def test_what_is_wrong_with_directories_is_told_at_once(tmp_path, pictures, cache):
+    (tmp_path / "empty").mkdir()
+    manifest = scanned(dataset_of(tmp_path / "gone", tmp_path / "empty", pictures), cache)
+    assert [problem.where for problem in manifest.problems] == [
+        f"[[directory]] {tmp_path / 'gone'}",
+        f"[[directory]] {tmp_path / 'empty'}",
     ]
-    assert len(manifest.problems) == len(expected)
-    for part, problem in zip(expected, manifest.problems, strict=True):
-        assert part in problem.message and problem.file == "dataset.toml"
-    assert manifest.problems[0].where == f"[[directory]] {tmp_path / 'gone'}"
-    assert [row.media.path.stem for row in manifest.rows] == ["003", "004", "005"]
-    assert {row.directory for row in manifest.rows} == {2}
-    assert len(manifest.warnings) == 1 and "1 clip(s) left out" in manifest.warnings[0]
+    assert all(problem.file == "dataset.toml" and problem.message for problem in manifest.problems)
+    assert {row.directory for row in manifest.rows} == {2} and len(manifest.rows) == 6
 
 
-def test_a_kind_of_problem_is_listed_ten_times(tmp_path, index):
-    draw_pictures(tmp_path / "a", 25, captions=False)
-    (tmp_path / "a" / "000.png").write_text("broken")
-    found = messages(scan(dataset_of(tmp_path / "a"), index, "d"))
-    assert len(found) == 12
-    assert found[-1] == "and 15 more: captions that are missing or cannot be read"
+def test_identical_pictures_are_used_once_if_asked(pictures, cache):
+    (pictures / "copy.png").write_bytes((pictures / "000.png").read_bytes())
+    (pictures / "copy.txt").write_text("a copy")
+    manifest = scanned(dataset_of(pictures, deduplicate=True), cache)
+    assert len(manifest.rows) == 6
+    assert [(fault.place, fault.kind) for fault in manifest.rejected] == [(str(pictures / "copy.png"), "twice")]
+    assert len(scanned(dataset_of(pictures), cache).rows) == 7
 
 
-def test_a_name_that_is_not_text(pictures, index):
-    try:
-        os.rename(pictures / "000.png", os.fsencode(pictures) + b"/\xff.png")
-    except OSError:
-        pytest.skip("this file system takes UTF-8 names only")
-    manifest = scan(dataset_of(pictures), index, "d")
-    assert len(manifest.rows) == 5 and "rename the file '\\udcff.png'" in messages(manifest)[0]
+def test_members_of_a_tar_are_identified_by_their_content(tmp_path, pictures, cache):
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for path in sorted(pictures.iterdir()):
+            tar.add(path, path.name)
+    inside = scanned(dataset_of(tmp_path / "shard.tar"), cache).rows
+    outside = scanned(dataset_of(pictures), cache).rows
+    assert [row.media.digest for row in inside] == [row.media.digest for row in outside]
+    assert [row.captions for row in inside] == [row.captions for row in outside]
+    assert [row.media.place.part for row in inside] == [row.media.place.path.name for row in outside]
+    assert scanned(dataset_of(tmp_path / "shard.tar"), cache).rows == inside

@@ -44,7 +44,7 @@ def engine_of(ranks: Ranks, flux: Any, settings: Any, accumulation: int, clip: f
         torch.optim.AdamW(trained.values(), lr=toy_flux.LEARNING_RATE) if trained else optimizer_for_frozen_stage()
     )
     return Engine(
-        module, optimizer, micro_batch=toy_flux.MICRO_BATCH, accumulation=accumulation, clip_norm=clip
+        module, optimizer, accumulation=accumulation, clip_norm=clip
     ), trained
 
 

@@ -75,7 +75,7 @@ def micro_batch(flux: FluxPipeline, step: int, data_rank: int, index: int) -> tu
     inputs = flux.prepare_inputs(
         features, normal(MICRO_BATCH, 4, height, width), torch.rand(MICRO_BATCH, generator=draw)
     )
-    return inputs, Labels(normal(MICRO_BATCH, 4, height, width), torch.ones(MICRO_BATCH))
+    return inputs, Labels(normal(MICRO_BATCH, 4, height, width), torch.ones(MICRO_BATCH, 1, 1, 1))
 
 
 def train_plainly(

@@ -1,0 +1,212 @@
+"""What encoders read of a sample, and by which name it is kept, against what is read of the files by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.utils.dataset.conftest import (
+    CLIP_FACTS,
+    DifferenceEncoder,
+    InstructionEncoder,
+    LengthEncoder,
+    MeanEncoder,
+    PixelEncoder,
+    WeightEncoder,
+    counts,
+    dataset_of,
+    draw_pictures,
+    filled,
+    item,
+    plain_sample,
+    samples_of,
+)
+from tests.utils.media.clips import write_video
+from utils.dataset.encoders import decoded_bytes, item_key, items_wanted, versions
+from utils.dataset.masks import MASK, MaskEncoder
+from utils.dataset.samples import Shown, first_shown
+from utils.media.colour import Jitter
+from utils.media.decode import load_clip, load_image
+from utils.media.geometry import View
+from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
+
+
+def test_a_key_names_all_that_an_item_is_made_from():
+    shown = first_shown(plain_sample("a", rate=16.0))
+    sample, bucket = shown.sample, shown.sample.bucket
+
+    def other(**parts):
+        return replace(shown, sample=replace(sample, **parts))
+
+    def took(**parts):
+        return replace(shown, take=replace(shown.take, **parts))
+
+    pictures = {
+        "other picture": other(media=replace(sample.media, digest="0" * 32)),
+        "other width": other(bucket=replace(bucket, width=48)),
+        "other frames": other(bucket=replace(bucket, frames=5)),
+        "other rate": other(rate=8.0),
+        "flipped": took(flip=True),
+        "crop": took(crop=(0.0, 0.5)),
+        "whole": took(crop="none"),
+        "colours": took(jitter=Jitter(1.1)),
+        "start": took(start=0.5),
+    }
+    the_same = {
+        "caption": replace(shown, caption="another"),
+        "name": other(id="x", repeats=4.0, media=replace(sample.media, place=None)),
+        "weight": other(rules=plain_sample(loss_weight=0.5).rules),
+    }
+    vae, text = MeanEncoder(), LengthEncoder()
+    keys = {item_key(vae, one) for one in (shown, *pictures.values())}
+    assert len(keys) == 1 + len(pictures)
+    assert {item_key(vae, one) for one in the_same.values()} == {item_key(vae, shown)}
+    captions = {item_key(text, one) for one in (shown, *pictures.values(), the_same["name"])}
+    assert captions == {item_key(text, shown)} and item_key(text, the_same["caption"]) not in captions
+    assert item_key(MeanEncoder("mean-2"), shown) not in keys
+
+
+def beside(pictures, **keys):
+    directory = DirectorySettings(path=pictures, **keys)
+    return DatasetSettings(resolutions=[32], directory=[directory])
+
+
+def test_control_images(pictures, cache, tmp_path):
+    draw_pictures(tmp_path / "controls", 6, size=(20, 20), captions=False, seed=1)
+    samples = samples_of(beside(pictures, control_path=tmp_path / "controls"), cache)
+    edit = DifferenceEncoder()
+    assert counts(filled(edit, samples, cache)) == (6, 0, 6, 0)
+    for sample in samples:
+        files = (sample.media, sample.controls[0].media)
+        pixels, control = (load_image(file.place.path, View(32, 32)) for file in files)
+        found = item(cache, edit, first_shown(sample))["difference_BC"]
+        torch.testing.assert_close(found, (pixels - control).mean(dim=(1, 2, 3)))
+    control = samples[0].controls[0]
+    other = replace(samples[0], controls=(replace(control, media=replace(control.media, digest="0" * 32)),))
+    assert item_key(edit, first_shown(other)) != item_key(edit, first_shown(samples[0]))
+    with pytest.raises(ValueError, match="000.png: .*set `control_path`"):
+        item_key(edit, first_shown(replace(samples[0], controls=())))
+
+
+def test_further_control_images(pictures, cache, tmp_path):
+    class Second(DifferenceEncoder):
+        reads = ("pixels", "control_2")
+
+        def encode(self, *, pixels, control_2):
+            return super().encode(pixels=pixels, control=control_2)
+
+    for number in (1, 2):
+        draw_pictures(tmp_path / f"c{number}", 6, captions=False, seed=number)
+    samples = samples_of(beside(pictures, control_path=[tmp_path / "c1", tmp_path / "c2"]), cache)
+    filled(Second(), samples, cache)
+    swapped = [replace(sample, controls=sample.controls[::-1]) for sample in samples]
+    assert counts(filled(DifferenceEncoder(), swapped, cache / "other")) == (6, 0, 6, 0)
+    for sample, other in zip(samples, swapped, strict=True):
+        found = item(cache, Second(), first_shown(sample))["difference_BC"]
+        assert torch.equal(found, item(cache / "other", DifferenceEncoder(), first_shown(other))["difference_BC"])
+
+
+def gradient(path, size=(64, 32)):
+    """A picture whose every place can be told by its colour."""
+    picture = Image.new("RGB", size)
+    picture.putdata([(4 * x, 8 * y, 0) for y in range(size[1]) for x in range(size[0])])
+    picture.save(path)
+
+
+def test_masks_and_controls_follow_the_crop_and_flip_of_their_take(cache, tmp_path):
+    """The same picture as target, control and mask: what each becomes must show the same place."""
+    for name in ("pictures", "controls", "masks"):
+        (tmp_path / name).mkdir()
+        gradient(tmp_path / name / "a.png")
+    (tmp_path / "pictures" / "a.txt").write_text("")
+    keys = {"control_path": tmp_path / "controls", "mask_path": tmp_path / "masks"}
+    varied = {"crop": "random", "flip": True, "augment_variants": 4, "color_jitter": (0.3, 0, 0, 0)}
+    (sample,) = samples_of(beside(tmp_path / "pictures", **keys, **varied), cache)
+    assert {take.flip for take in sample.takes} == {False, True} and len({take.crop for take in sample.takes}) == 4
+
+    class Control(PixelEncoder):
+        name, reads = "control", ("control",)
+
+        def encode(self, *, control):
+            return {"control": control}
+
+    masks = MaskEncoder(lambda width, height, frames: (1, height, width))
+    encoders = [PixelEncoder(), Control(), masks]
+    assert [counts(filled(encoder, [sample], cache)) for encoder in encoders] == [(4, 0, 4, 0)] * 3
+    for take in sample.takes:
+        pixels, control, mask = (item(cache, encoder, Shown(sample, take, "", "")) for encoder in encoders)
+        plain = load_image(tmp_path / "pictures" / "a.png", View(32, 32, take.crop, take.flip))[:, 0]
+        assert torch.equal(control["control"][:, 0], plain)
+        jittered = ((plain + 1) * take.jitter.brightness - 1).clamp(-1, 1)
+        torch.testing.assert_close(pixels["latents"], jittered, atol=1e-5, rtol=0)
+        luma = (plain + 1) / 2 * torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+        # Masks are scaled by another filter, and read in whole levels.
+        torch.testing.assert_close(mask[MASK], luma.sum(0, keepdim=True), atol=0.02, rtol=0)
+
+
+def test_a_picture_without_a_mask_has_no_item(pictures, cache, tmp_path):
+    Image.new("LA", (48, 32), (255, 128)).save(pictures / "003.png")
+    samples = samples_of(beside(pictures, alpha_mask=True), cache)
+    masks = MaskEncoder(lambda width, height, frames: (16, height // 8, width // 8))
+    assert counts(filled(masks, samples, cache)) == (6, 0, 6, 0)
+    values = [item(cache, masks, first_shown(sample))[MASK] for sample in samples]
+    assert [value.mean().item() for value in values] == pytest.approx([1, 1, 1, 128 / 255, 1, 1])
+    assert all(value.shape == (1, 4, 4) for value in values)
+    assert counts(filled(masks, [replace(sample, mask=None) for sample in samples], cache)) == (0, 0, 0, 0)
+
+
+def test_clips(cache, tmp_path):
+    write_video(tmp_path / "clip.mp4", frames=60, rate=24)
+    (tmp_path / "clip.txt").write_text("a clip")
+    dataset = dataset_of(tmp_path, frame_buckets=[17], video_clip_mode="multiple_overlapping", resolutions=[64])
+    samples = samples_of(dataset, cache, CLIP_FACTS)
+    assert [sample.takes[0].start for sample in samples] == [0.0, 11 / 16, 23 / 16]
+    encoder = PixelEncoder()
+    assert counts(filled(encoder, samples, cache)) == (3, 0, 3, 0)
+    for sample in samples:
+        expected = load_clip(tmp_path / "clip.mp4", View(64, 64), sample.takes[0].start, 17, 16.0)
+        assert torch.equal(item(cache, encoder, first_shown(sample))["latents"], expected)
+
+
+def test_encoders_that_read_several_things(pictures, cache, tmp_path):
+    draw_pictures(tmp_path / "controls", 6, captions=False, seed=1)
+    keys = {"flip": True, "augment_variants": 2, "crop": "random", "uncond_fraction": 0.1}
+    samples = samples_of(beside(pictures, control_path=tmp_path / "controls", **keys), cache)
+    encoder = InstructionEncoder()
+    # Two views of each control image, each with its caption and without.
+    assert counts(filled(encoder, samples, cache)) == (24, 0, 24, 0)
+    for sample in samples:
+        for take in sample.takes:
+            control = load_image(sample.controls[0].media.place.path, take.plain_view(sample.bucket))
+            for without in (frozenset(), frozenset(["instruction"])):
+                found = item(cache, encoder, Shown(sample, take, sample.captions[0], "", without))["instruction_BC"]
+                length = 0 if without else len(sample.captions[0])
+                torch.testing.assert_close(found, control.mean(dim=(1, 2, 3)) + length)
+
+
+def test_weighted_captions(pictures, cache):
+    (pictures / "000.txt").write_text("a (bear:1.5)")
+    weights, text = WeightEncoder(), LengthEncoder()
+    for used, weight, length in ((True, 2 + 4 * 1.5, 6), (False, 12, 12)):
+        sample = samples_of(dataset_of(pictures, weighted_tags=used), cache)[0]
+        for encoder in (weights, text):
+            filled(encoder, [sample], cache)
+        assert item(cache, weights, first_shown(sample))["weight_B"] == pytest.approx(weight)
+        assert item(cache, text, first_shown(sample)) == {"length_B": length}
+
+
+def test_versions_and_sizes_of_items(pictures, cache):
+    samples = samples_of(dataset_of(pictures, resolutions=[32, 64], flip=True, augment_variants=2), cache)
+    wanted = items_wanted(MeanEncoder(), samples)
+    assert len(wanted) == 24 and {str(bucket) for _, bucket in wanted} == {"32x32x1", "64x64x1"}
+    assert {key for key, _ in wanted} == {
+        item_key(MeanEncoder(), shown) for sample in samples for shown in versions(MeanEncoder(), sample)
+    }
+
+
+def test_what_a_batch_takes():
+    """Two pictures of 64x64 at 64x64, in three channels of four bytes: as they come, and as they are in the file."""
+    shown = first_shown(plain_sample("a"))
+    assert decoded_bytes(MeanEncoder(), shown) == 2 * 3 * 4 * 64 * 64
+    assert decoded_bytes(LengthEncoder(), shown) == 0

@@ -1,0 +1,88 @@
+"""What nobody wants any more goes, once it is much; what another run wants stays."""
+
+import pytest
+import torch
+
+from utils.dataset import references
+from utils.dataset.tensor_store import TensorStore
+
+
+@pytest.fixture
+def owners(tmp_path):
+    """The settings files of two runs."""
+    files = [tmp_path / "first.toml", tmp_path / "second.toml"]
+    for file in files:
+        file.write_text("")
+    return files
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store of ten items, in small shards."""
+    (tmp_path / "cache").mkdir()
+    with TensorStore(tmp_path / "cache" / "vae", "test", shard_bytes=4096) as store:
+        for number in range(10):
+            store.put(str(number), {"x": torch.full((500,), float(number))})
+        store.flush()
+        yield store
+
+
+def keys(*numbers):
+    return [str(number) for number in numbers]
+
+
+def kept(store):
+    return sorted(int(key) for key in store.keys())
+
+
+def taken(store):
+    return sum(path.stat().st_size for path in store.folder.glob("*.shard"))
+
+
+def test_little_is_kept_and_much_goes(tmp_path, store, owners):
+    references.remember(tmp_path / "cache", "vae", owners[0], keys(*range(5)))
+    assert references.reclaim(tmp_path / "cache", store) == 0 and kept(store) == list(range(10))
+    references.remember(tmp_path / "cache", "vae", owners[0], keys(*range(4)))
+    before = taken(store)
+    freed = references.reclaim(tmp_path / "cache", store)
+    assert kept(store) == [0, 1, 2, 3]
+    assert freed == before - taken(store) > 0
+    assert all(torch.equal(store.get(str(number))["x"], torch.full((500,), float(number))) for number in range(4))
+
+
+def test_all_of_it_goes_where_asked(tmp_path, store, owners):
+    references.remember(tmp_path / "cache", "vae", owners[0], keys(*range(9)))
+    references.reclaim(tmp_path / "cache", store, all_of_it=True)
+    assert kept(store) == list(range(9))
+
+
+def test_what_another_run_wants_stays(tmp_path, store, owners):
+    references.remember(tmp_path / "cache", "vae", owners[0], keys(0, 1))
+    references.remember(tmp_path / "cache", "vae", owners[1], keys(1, 2))
+    references.reclaim(tmp_path / "cache", store, all_of_it=True)
+    assert kept(store) == [0, 1, 2]
+    references.remember(tmp_path / "cache", "vae", owners[0], keys(5))
+    references.reclaim(tmp_path / "cache", store, all_of_it=True)
+    assert kept(store) == [1, 2]
+
+
+def test_a_run_whose_file_is_gone_wants_nothing(tmp_path, store, owners):
+    references.remember(tmp_path / "cache", "vae", owners[0], keys(0, 1))
+    owners[0].unlink()
+    references.remember(tmp_path / "cache", "vae", owners[1], keys(1, 2))
+    references.reclaim(tmp_path / "cache", store, all_of_it=True)
+    assert kept(store) == [1, 2]
+
+
+def test_each_store_has_its_own(tmp_path, store, owners):
+    references.remember(tmp_path / "cache", "vae", owners[0], keys(0))
+    references.remember(tmp_path / "cache", "text", owners[0], keys(1, 2, 3))
+    references.reclaim(tmp_path / "cache", store, all_of_it=True)
+    assert kept(store) == [0]
+
+
+def test_the_same_once_more_writes_nothing(tmp_path, owners):
+    references.remember(tmp_path, "vae", owners[0], keys(0, 1))
+    before = (tmp_path / references.NAME).stat().st_mtime_ns
+    references.remember(tmp_path, "vae", owners[0], keys(1, 0))
+    assert (tmp_path / references.NAME).stat().st_mtime_ns == before

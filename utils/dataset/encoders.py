@@ -1,0 +1,220 @@
+"""What encodes a sample: a model's VAE and text encoders as the cache sees them, and what they read.
+
+Shapes: B batch, C channels, F frames, H height, W width. Pixels are float32 in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from utils.dataset.captions import weighted, without_weights
+from utils.dataset.samples import Bucket, Control, MediaFile, Sample, Shown, may_lack_caption
+from utils.media.decode import load_alpha, load_clip, load_image, load_mask
+from utils.media.source import MediaError
+
+TRANSFORM = "2"
+"""Part of every key: changed when the same view of a file would come to other pixels."""
+BYTES_PER_PIXEL = 3 * 4
+"""Of decoded colours in float32."""
+
+
+class Encoder(Protocol):
+    """A model's VAE or text encoder, as the cache sees it."""
+
+    name: str
+    """Its store's folder."""
+    reads: tuple[str, ...]
+    """What `encode` takes, of "pixels", "mask", "control" ("control_2" ... for the further ones), "caption" and
+    "weighted_caption"."""
+    fingerprint: str
+    """Changes whenever its output would."""
+
+    def load(self, device: torch.device) -> None:
+        """Brings the weights to the device."""
+
+    def unload(self) -> None:
+        """Frees them."""
+
+    def encode(self, **inputs: Any) -> dict[str, torch.Tensor | list[torch.Tensor]]:
+        """Features of a batch under names that no other encoder of the model uses, each a tensor batched in dimension
+        0 or a list of B tensors of different lengths. Pixels, controls and masks come as BCFHW on the CPU, captions as
+        a list of B strings, weighted captions as a list of B lists of (text, weight)."""
+
+    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape, without the batch, and type of each feature of a sample; nothing is loaded for it."""
+
+
+class Unreadable(ValueError):
+    """A file of a sample that cannot be decoded."""
+
+    def __init__(self, media: MediaFile, reason: str) -> None:
+        super().__init__(reason)
+        self.media = media
+
+
+def item_key(encoder: Encoder, shown: Shown) -> str:
+    """The name of what the encoder makes of the sample: a hash of all that it is made from.
+
+    Raises:
+        ValueError: the encoder reads a control image and the sample has none.
+    """
+    parts = [encoder.name, encoder.fingerprint]
+    parts += [_READINGS[thing.split("_")[0]].identity(shown, encoder.name, thing) for thing in encoder.reads]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=20).hexdigest()
+
+
+def concerns(encoder: Encoder, sample: Sample) -> bool:
+    """Whether the encoder makes anything of the sample: only masks may be there or not."""
+    return "mask" not in encoder.reads or sample.mask is not None
+
+
+def reads_media(encoder: Encoder) -> bool:
+    """Whether the encoder reads anything but text."""
+    return not set(encoder.reads) <= TEXT
+
+
+def reads_text(encoder: Encoder) -> bool:
+    """Whether the encoder reads captions, beside other things or not."""
+    return bool(TEXT & set(encoder.reads))
+
+
+def versions(encoder: Encoder, sample: Sample) -> Iterator[Shown]:
+    """The sample in all the versions that the encoder tells apart."""
+    if not concerns(encoder, sample):
+        return
+    takes = sample.takes if reads_media(encoder) else sample.takes[:1]
+    captions = sample.captions if reads_text(encoder) else sample.captions[:1]
+    for take in takes:
+        for caption in captions:
+            yield Shown(sample, take, caption, sample.id)
+        if reads_text(encoder) and may_lack_caption(sample):
+            yield Shown(sample, take, "", sample.id)
+
+
+def items_wanted(encoder: Encoder, samples: Iterable[Sample]) -> list[tuple[str, Bucket]]:
+    """The items that the encoder makes of the samples: their keys, and the sizes that they are made at."""
+    thing = next((thing for thing in encoder.reads if thing not in TEXT), "pixels")
+    return list(
+        {
+            item_key(encoder, shown): bucket_read(thing, sample)
+            for sample in samples
+            for shown in versions(encoder, sample)
+        }.items()
+    )
+
+
+def decoded_bytes(encoder: Encoder, shown: Shown) -> int:
+    """What decoding an item takes: the pixels at their size as numbers, and one picture at the size of its file."""
+    if not reads_media(encoder):
+        return 0
+    media = shown.sample.media
+    pixels = sum(bucket.pixels for bucket in shape_of(encoder, shown))
+    return BYTES_PER_PIXEL * pixels + BYTES_PER_PIXEL * media.width * media.height
+
+
+def shape_of(encoder: Encoder, shown: Shown) -> tuple[Bucket, ...]:
+    """What samples must share to be encoded in one batch; captions can always be."""
+    return tuple(bucket_read(thing, shown.sample) for thing in encoder.reads if thing not in TEXT)
+
+
+def bucket_read(thing: str, sample: Sample) -> Bucket:
+    """The size at which an encoder reads one thing of a sample."""
+    return _control(sample, thing).bucket if thing.startswith("control") else sample.bucket
+
+
+def inputs_of(encoder: Encoder, shown: Shown) -> dict[str, Any]:
+    """What the encoder reads of what is shown, by thing.
+
+    Raises:
+        Unreadable: a file cannot be decoded.
+    """
+    return {thing: _READINGS[thing.split("_")[0]].read(shown, encoder.name, thing) for thing in encoder.reads}
+
+
+def text_of(shown: Shown, encoder: Encoder, thing: str) -> Any:
+    """What a text encoder reads of what is shown."""
+    return _READINGS[thing.split("_")[0]].read(shown, encoder.name, thing)
+
+
+def _control(sample: Sample, thing: str) -> Control:
+    """The control image that "control", "control_2" ... stand for."""
+    number = int(thing.partition("_")[2] or 1)
+    if number > len(sample.controls):
+        raise ValueError(
+            f"{sample.media.place}: this model reads {number} control image(s) and this file has "
+            f"{len(sample.controls)}; set `control_path`"
+        )
+    return sample.controls[number - 1]
+
+
+class _Reading(NamedTuple):
+    """How one of the things that encoders read is known, and got: functions of (shown, encoder's name, thing)."""
+
+    identity: Callable[[Shown, str, str], Any]
+    read: Callable[[Shown, str, str], Any]
+
+
+def _load(media: MediaFile, load: Callable[..., torch.Tensor], *how: Any) -> torch.Tensor:
+    try:
+        return load(media.place.source, *how)
+    except MediaError as error:
+        raise Unreadable(media, str(error)) from error
+
+
+def _pixels_identity(shown: Shown, name: str, thing: str) -> list[Any]:
+    sample, take = shown.sample, shown.take
+    time_ = [sample.bucket.frames, take.start, sample.rate] if sample.rate else []
+    return [TRANSFORM, sample.media.digest, *take.view(sample.bucket).identity, *time_]
+
+
+def _pixels(shown: Shown, name: str, thing: str) -> torch.Tensor:
+    sample, take = shown.sample, shown.take
+    how = take.view(sample.bucket), take.start, sample.bucket.frames, sample.rate or 1.0
+    return _load(sample.media, load_clip, *how)
+
+
+def _mask_identity(shown: Shown, name: str, thing: str) -> list[Any]:
+    sample, take, mask = shown.sample, shown.take, shown.sample.mask
+    time_ = [sample.bucket.frames, take.start, sample.rate] if sample.rate else []
+    return [TRANSFORM, mask.media.digest, mask.is_alpha, *take.plain_view(sample.bucket).identity, *time_]
+
+
+def _mask(shown: Shown, name: str, thing: str) -> torch.Tensor:
+    sample, take, mask = shown.sample, shown.take, shown.sample.mask
+    how = take.plain_view(sample.bucket), take.start, sample.bucket.frames, sample.rate or 1.0
+    return _load(mask.media, load_alpha if mask.is_alpha else load_mask, *how)
+
+
+def _control_identity(shown: Shown, name: str, thing: str) -> list[Any]:
+    control = _control(shown.sample, thing)
+    return [TRANSFORM, control.media.digest, *shown.take.plain_view(control.bucket).identity]
+
+
+def _control_pixels(shown: Shown, name: str, thing: str) -> torch.Tensor:
+    control = _control(shown.sample, thing)
+    return _load(control.media, load_image, shown.take.plain_view(control.bucket))
+
+
+def _caption(shown: Shown, name: str, thing: str) -> str:
+    caption = shown.caption_for(name)
+    return without_weights(caption) if shown.sample.rules.weighted_tags else caption
+
+
+def _weighted_caption(shown: Shown, name: str, thing: str) -> list[tuple[str, float]]:
+    caption = shown.caption_for(name)
+    return weighted(caption) if shown.sample.rules.weighted_tags else [(caption, 1.0)]
+
+
+TEXT = frozenset({"caption", "weighted_caption"})
+_READINGS: dict[str, _Reading] = {
+    "pixels": _Reading(_pixels_identity, _pixels),
+    "mask": _Reading(_mask_identity, _mask),
+    "control": _Reading(_control_identity, _control_pixels),
+    "caption": _Reading(_caption, _caption),
+    "weighted": _Reading(_weighted_caption, _weighted_caption),
+}

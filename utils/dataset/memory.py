@@ -1,0 +1,78 @@
+"""How much host memory may be used for reading ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
+MEMINFO = Path("/proc/meminfo")
+SHARE_FOR_DECODING = 0.25
+FALLBACK_BYTES = 4 * 2**30
+
+
+def available_bytes(cgroup: Path = CGROUP, own: Path = OWN_CGROUP, meminfo: Path = MEMINFO) -> int:
+    """Bytes that can still be used: of the machine, and of the control groups (a container, a batch job) that this
+    process is in.
+
+    Args:
+        cgroup: where control groups are mounted, of version 2, or of version 1 with a folder for `memory`.
+        own: the file that says in which of them this process is.
+    """
+    return min([*_of_machine(meminfo), *_of_cgroups(cgroup, own)], default=FALLBACK_BYTES)
+
+
+def decoding_budget(processes: int) -> int:
+    """Bytes of decoded media that each of a machine's processes may hold."""
+    return int(available_bytes() * SHARE_FOR_DECODING / processes)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What a version of control groups calls its files, and the statistic of what files left in memory."""
+
+    limit: str
+    used: str
+    cached: str
+
+
+VERSION_1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+VERSION_2 = _Files("memory.max", "memory.current", "inactive_file")
+
+
+def _of_machine(meminfo: Path) -> list[int]:
+    return [int(line.split()[1]) * 1024 for line in _lines(meminfo) if line.startswith("MemAvailable:")]
+
+
+def _of_cgroups(cgroup: Path, own: Path) -> list[int]:
+    """What is left of each limit, from the process's own group up to that which is mounted: any may be the lowest."""
+    left = []
+    for line in _lines(own) or ["0::/"]:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            left += _left(cgroup, path, VERSION_2)
+        elif "memory" in controllers.split(","):
+            left += _left(cgroup / "memory", path, VERSION_1)
+    return left
+
+
+def _left(mounted: Path, path: str, files: _Files) -> Iterator[int]:
+    # In a container its own group is what is mounted, and the path may be one of the machine outside.
+    group = mounted / path.strip("/")
+    for folder in (group, *group.parents):
+        limit, used = _lines(folder / files.limit), _lines(folder / files.used)
+        if limit and used and limit[0].isdigit():
+            statistics = dict(line.split(" ", 1) for line in _lines(folder / "memory.stat"))
+            # What files left in memory is given up when it is needed.
+            yield max(0, int(limit[0]) - int(used[0]) + int(statistics.get(files.cached, 0)))
+        if folder == mounted:
+            break
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,59 @@
+"""Which items of a cache are still wanted, and by whom: what nobody wants any more can go."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from utils.dataset.tensor_store import TensorStore
+
+NAME = "references.sqlite"
+BUSY_SECONDS = 120
+STALE_SHARE = 0.5
+
+
+def remember(cache_dir: Path, store: str, owner: Path, keys: Iterable[str]) -> None:
+    """Notes that the run whose settings are in the file `owner` wants these items of a store, and of that store no
+    others any more. Owners whose file is gone want nothing."""
+    keys = sorted(keys)
+    digest = hashlib.blake2b("".join(keys).encode(), digest_size=16).hexdigest()
+    with _opened(cache_dir) as index:
+        gone = [name for (name,) in index.execute("SELECT DISTINCT owner FROM owners") if not Path(name).exists()]
+        for name in gone:
+            index.execute("DELETE FROM owners WHERE owner = ?", [name])
+            index.execute("DELETE FROM wanted WHERE owner = ?", [name])
+        this = [str(owner.resolve()), store]
+        if index.execute("SELECT digest FROM owners WHERE owner = ? AND store = ?", this).fetchone() == (digest,):
+            return
+        index.execute("DELETE FROM wanted WHERE owner = ? AND store = ?", this)
+        index.executemany("INSERT INTO wanted VALUES (?, ?, ?)", ((*this, key) for key in keys))
+        index.execute("INSERT OR REPLACE INTO owners VALUES (?, ?, ?)", [*this, digest])
+
+
+def reclaim(cache_dir: Path, store: TensorStore, *, all_of_it: bool = False) -> int:
+    """Removes the items of a store that nobody wants, if they are more than half of it, or whenever `all_of_it` is to
+    go; then the bytes that hold nothing. The bytes that were freed on disk."""
+    with _opened(cache_dir) as index:
+        rows = index.execute("SELECT DISTINCT key FROM wanted WHERE store = ?", [store.folder.name])
+        wanted = {key for (key,) in rows}
+    keys = store.keys()
+    stale = [key for key in keys if key not in wanted]
+    if stale and (all_of_it or len(stale) > STALE_SHARE * len(keys)):
+        store.delete(stale)
+    return store.compact()
+
+
+@contextmanager
+def _opened(cache_dir: Path) -> Iterator[sqlite3.Connection]:
+    with closing(sqlite3.connect(cache_dir / NAME, timeout=BUSY_SECONDS)) as index, index:
+        index.execute(
+            "CREATE TABLE IF NOT EXISTS owners (owner TEXT, store TEXT, digest TEXT, PRIMARY KEY (owner, store))"
+        )
+        index.execute(
+            "CREATE TABLE IF NOT EXISTS wanted (owner TEXT, store TEXT, key TEXT, PRIMARY KEY (owner, store, key))"
+            " WITHOUT ROWID"
+        )
+        yield index

@@ -1,0 +1,195 @@
+"""What is trained on: a sample, in its versions, and the one of them that a draw shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from utils.dataset.captions import caption_variant
+from utils.dataset.sources import Locator
+from utils.diffusion import seeds
+from utils.media.colour import Jitter
+from utils.media.geometry import View
+from utils.settings.dataset_schema import DirectorySettings
+
+Numbers = float | np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class MediaFile:
+    """A picture or clip: where it is, the hash of its content, its upright size in pixels, its frames, and how many of
+    them come in a second (0 for a still)."""
+
+    place: Locator
+    digest: str
+    width: int
+    height: int
+    frames: int
+    rate: float = 0.0
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Bucket:
+    """A size: width and height in pixels, number of frames."""
+
+    width: int
+    height: int
+    frames: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}x{self.frames}"
+
+    @property
+    def pixels(self) -> int:
+        return self.width * self.height * self.frames
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """One version of a sample's pixels: what is seen of the file, and, of a clip, from which second on."""
+
+    crop: Literal["center", "none"] | tuple[float, float] = "center"
+    flip: bool = False
+    jitter: Jitter = Jitter()
+    start: float = 0.0
+
+    def view(self, bucket: Bucket) -> View:
+        return View(bucket.width, bucket.height, self.crop, self.flip, self.jitter)
+
+    def plain_view(self, bucket: Bucket) -> View:
+        """The same without changes of colour, for what lies beside a picture: controls and masks."""
+        return View(bucket.width, bucket.height, self.crop, self.flip)
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A picture or clip that the model is conditioned on, and the size that it is brought to."""
+
+    media: MediaFile
+    bucket: Bucket
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """What of a sample counts: the light of a picture, or the opacity of the sample's own."""
+
+    media: MediaFile
+    is_alpha: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One thing to train on.
+
+    `id` names its draws, and no two samples of a list share it. `takes` and `captions` are its cached versions.
+    `rate` is that of the clip to be made, 0 for a still. `rules` are the keys of its directory.
+    """
+
+    id: str
+    media: MediaFile
+    bucket: Bucket
+    takes: tuple[Take, ...]
+    captions: tuple[str, ...]
+    controls: tuple[Control, ...]
+    mask: Mask | None
+    rate: float
+    repeats: float
+    rules: DirectorySettings
+
+    @property
+    def shape(self) -> tuple[Bucket, ...]:
+        """What samples of one batch share: the sizes of the target and of the controls."""
+        return (self.bucket, *(control.bucket for control in self.controls))
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A sample as one draw shows it.
+
+    `draw` names what is drawn for it: noise, timestep. `unconditional` are the encoders whose caption is left out.
+    """
+
+    sample: Sample
+    take: Take
+    caption: str
+    draw: str
+    unconditional: frozenset[str] = frozenset()
+
+    def caption_for(self, encoder: str) -> str:
+        """The caption that the encoder of this name is given."""
+        return "" if encoder in self.unconditional else self.caption
+
+
+def of_prompt(prompt: str, bucket: Bucket) -> Shown:
+    """A prompt as what text encoders read of a sample; there is no file."""
+    rules = DirectorySettings(path=Path())
+    sample = Sample(prompt, None, bucket, (Take(),), (prompt,), (), None, 0.0, 1, rules)
+    return first_shown(sample)
+
+
+def first_shown(sample: Sample) -> Shown:
+    """A sample as evaluation shows it: the same at every turn."""
+    return Shown(sample, sample.takes[0], sample.captions[0], sample.id)
+
+
+@dataclass(frozen=True)
+class Showing:
+    """How samples are shown in training: pure functions of the seed, the epoch (from 0), and the sample.
+
+    Attributes:
+        text_encoders: names of all encoders that read captions.
+        fresh_captions: captions are encoded as they are needed: each epoch has a version of its own, not one of those
+            that were cached.
+    """
+
+    seed: int
+    text_encoders: Sequence[str]
+    fresh_captions: bool = False
+
+    def shown(self, sample: Sample, epoch: int, copy: int) -> Shown:
+        """The sample as it is shown the `copy`-th time (from 0) in an epoch. Takes follow one another, so that all are
+        used alike; captions are drawn."""
+        draw = sample.id if copy == 0 else f"{sample.id}#{copy}"
+        turn = int(appearances_before(sample.repeats, repeat_phase(sample, self.seed), epoch)) + copy
+        take = sample.takes[(turn + seeds.derive(self.seed, "take", sample.id)) % len(sample.takes)]
+        caption = sample.captions[int(seeds.uniform(self.seed, "caption", epoch, draw) * len(sample.captions))]
+        if self.fresh_captions:
+            caption = caption_variant(caption, sample.rules, self.seed, draw, epoch)
+        return Shown(sample, take, caption, draw, self._unconditional(sample.rules, epoch, draw))
+
+    def is_masked(self, shown: Shown, epoch: int) -> bool:
+        """Whether the sample's mask is applied."""
+        return seeds.uniform(self.seed, "mask", epoch, shown.draw) < shown.sample.rules.mask_probability
+
+    def _unconditional(self, rules: DirectorySettings, epoch: int, draw: str) -> frozenset[str]:
+        """The encoders whose caption is left out."""
+
+        def happens(probability: float, *name: str) -> bool:
+            return probability > 0 and seeds.uniform(self.seed, "uncond", epoch, draw, *name) < probability
+
+        every = rules.uncond_every_n_epochs
+        if happens(rules.uncond_fraction) or (every is not None and (epoch + 1) % every == 0):
+            return frozenset(self.text_encoders)
+        return frozenset(name for name, share in rules.uncond_fraction_per_encoder.items() if happens(share, name))
+
+
+def appearances_before(repeats: Numbers, phases: Numbers, epoch: int) -> Numbers:
+    """How often a sample is shown before an epoch (from 0), or each of many samples. A fraction of a repeat comes up in
+    that fraction of the epochs: after n of them the sum is n times `repeats`, rounded up or down."""
+    return np.floor(repeats * epoch + phases)
+
+
+def repeat_phase(sample: Sample, seed: int) -> float:
+    """The part of a repeat, in [0, 1), with which the count of a sample's repeats begins, so that samples take
+    turns."""
+    return 0.0 if float(sample.repeats).is_integer() else seeds.uniform(seed, "repeats", sample.id)
+
+
+def may_lack_caption(sample: Sample) -> bool:
+    """Whether some draw shows the sample without its caption."""
+    rules = sample.rules
+    return bool(rules.uncond_fraction or rules.uncond_every_n_epochs or any(rules.uncond_fraction_per_encoder.values()))
