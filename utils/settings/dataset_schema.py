@@ -35,7 +35,8 @@ class DataKeys(SettingsTable):
 
     # Sizes.
     resolutions: list[Resolution] = []
-    """Sizes that each sample is used at: a side stands for the area of that square; or [width, height]."""
+    """Sizes that each sample is used at: a side stands for the area of that square; or [width, height], of which aspect
+    ratio buckets take the area."""
     enable_ar_bucket: bool = False
     """Keep pictures near their own shape instead of cropping all to one shape."""
     min_ar: Positive = 0.5
