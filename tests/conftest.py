@@ -1,6 +1,32 @@
-"""What holds for every test."""
+"""What holds for every test, and the fixtures of small real runs."""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 
 # Set before torch starts: the machine's cores are shared with the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from PIL import Image  # noqa: E402
+
+from tests.runs import COLOURS, config_writer  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven captioned pictures of two shapes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, colour in enumerate(COLOURS):
+        size = (96, 48) if number % 3 == 0 else (64, 64)
+        Image.new("RGB", size, colour).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a {colour} picture")
+    return folder
+
+
+@pytest.fixture
+def write_config(tmp_path: Path, pictures: Path) -> Callable[..., Path]:
+    return config_writer(tmp_path, pictures)

@@ -68,7 +68,7 @@ def measure() -> Iterator[str]:
 def _scans(folder: Path) -> Iterator[str]:
     models, many = folder / "models", folder / "many"
     many.mkdir()
-    _draw(models, MODELS, (640, 480))
+    _draw(models, MODELS, (1600, 1200))
     for number in range(FILES):
         os.link(models / f"{number % MODELS}.jpg", many / f"{number}.jpg")
         os.link(models / f"{number % MODELS}.txt", many / f"{number}.txt")

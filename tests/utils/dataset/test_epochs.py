@@ -20,7 +20,7 @@ from utils.settings.schema import Settings
 SQUARE, WIDE, CLIP = Bucket(64, 64, 1), Bucket(128, 32, 1), Bucket(64, 64, 5)
 MICRO_BATCHES = {SQUARE: 2, WIDE: 3, CLIP: 1}
 REPEATS = st.sampled_from([1, 2, 3, 0.5, 1.7, 1 / 3])
-TAKES = tuple(Take(start=float(number)) for number in range(3))
+TAKES = tuple(Take(start=float(number)) for number in range(4))
 
 
 def epochs_of(samples, ranks=1, accumulation=1, seed=0):
@@ -198,6 +198,12 @@ def test_steps_of_epochs_far_ahead():
     assert epochs_of(samples).first_step(100_000) == 500_000
     halves = epochs_of([plain_sample(f"s{number}", repeats=0.5) for number in range(100)])
     assert halves.first_step(2) == sum(math.ceil(len(appearances(halves, epoch, 1)) / 2) for epoch in (0, 1))
+
+
+def test_reading_ahead_into_the_next_epoch_costs_no_other_one():
+    epochs = epochs_of([plain_sample(f"s{number}") for number in range(5)])
+    opened = epochs._open(2)
+    assert epochs._open(3) is not opened and epochs._open(2) is opened
 
 
 def test_many_threads_may_ask_at_once():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import pairwise
 from statistics import NormalDist
 
 import numpy as np
@@ -12,7 +14,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
-from utils.diffusion.timesteps import ResolutionShift, TimestepSampler, shift_by_factor
+from utils.diffusion.timesteps import (
+    METHOD_SPELLINGS,
+    METHODS,
+    RESOLUTION_SHIFTS,
+    ResolutionShift,
+    TimestepSampler,
+    shift_by_factor,
+)
 
 QUANTILES = [(n + 0.5) / 2000 for n in range(2000)]
 LEVELS = np.linspace(0.02, 1.0, 50)
@@ -66,9 +75,10 @@ def test_uniform_is_the_quantile() -> None:
 
 
 SAMPLERS = [
-    TimestepSampler(method, 1.0, shift)
-    for method in ("logit_normal", "uniform")
+    TimestepSampler(method, 1.0, shift, min_t=low, max_t=high)
+    for method in METHODS
     for shift in (None, 3.0, ResolutionShift())
+    for low, high in ((0.0, 1.0), (0.3, 1.0), (0.1, 0.9))
 ]
 
 
@@ -77,6 +87,82 @@ def test_levels_rise_with_the_quantile_and_stay_inside(sampler: TimestepSampler)
     levels = [sampler.timestep(u, tokens=1024) for u in (0.0, *QUANTILES, 1.0)]
     assert all(low < high for low, high in zip(levels, levels[1:], strict=False))
     assert 0.0 < levels[0] and levels[-1] < 1.0
+    assert sampler.min_t <= levels[0] and levels[-1] <= sampler.max_t
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_between_two_levels_is_the_integral_of_the_density(sampler: TimestepSampler) -> None:
+    """By Gauss' quadrature; with a shift and limits too."""
+    nodes, weights = np.polynomial.legendre.leggauss(100)
+    quantiles = (0.01, 0.2, 0.5, 0.7, 0.99)
+    for low, high in pairwise(quantiles):
+        start, end = (sampler.timestep(u, tokens=1024) for u in (low, high))
+        points = start + 0.5 * (end - start) * (nodes + 1)
+        share = 0.5 * (end - start) * np.dot(weights, [sampler.density(t, 1024) for t in points])
+        assert share == pytest.approx(high - low, abs=1e-8)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_quantile_is_the_inverse(sampler: TimestepSampler) -> None:
+    for u in QUANTILES[::100]:
+        assert sampler.quantile(sampler.timestep(u, 1024), 1024) == pytest.approx(u, abs=1e-9)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_limits_cut_the_distribution_and_leave_its_shape(sampler: TimestepSampler) -> None:
+    """As if every draw outside the limits were drawn anew."""
+    unlimited = replace(sampler, min_t=0.0, max_t=1.0)
+    inside = [t for t in (unlimited.timestep(u, 1024) for u in QUANTILES) if sampler.min_t <= t <= sampler.max_t]
+    np.testing.assert_allclose(
+        np.quantile(inside, (0.1, 0.5, 0.9)), [sampler.timestep(u, 1024) for u in (0.1, 0.5, 0.9)], atol=0.002
+    )
+    for t in (0.05, 0.2, 0.5, 0.95):
+        is_inside = sampler.min_t <= t <= sampler.max_t
+        assert (sampler.density(t, 1024) > 0.0) == is_inside
+
+
+def test_limits_hold_after_the_shift() -> None:
+    sampler = TimestepSampler("uniform", shift=5.0, min_t=0.2, max_t=0.4)
+    assert sampler.timestep(0.0, 1) == pytest.approx(0.2, rel=1e-12)
+    assert sampler.timestep(1.0, 1) == pytest.approx(0.4, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"shift": -3.0}, "shift must be above 0"),
+        ({"shift": 0.0}, "shift must be above 0"),
+        ({"min_t": 0.5, "max_t": 0.5}, "min_t < max_t"),
+        ({"min_t": 0.7, "max_t": 0.2}, "min_t < max_t"),
+        ({"min_t": -0.1}, "min_t < max_t"),
+        ({"max_t": 1.1}, "min_t < max_t"),
+        ({"method": "normal"}, "logit_normal, uniform"),
+        ({"sigmoid_scale": 0.0}, "sigmoid_scale"),
+        ({"method": "mode", "mode_scale": 2.0}, "mode_scale"),
+        ({"sigmoid_scale": 0.1, "min_t": 0.9}, "never draws"),
+    ],
+)
+def test_wrong_values_are_refused(wrong: dict, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        TimestepSampler(**wrong)
+
+
+def test_other_spellings_lead_to_methods() -> None:
+    assert set(METHOD_SPELLINGS.values()) == set(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        ("flux", (256, 0.5), (4096, 1.15)),
+        ("qwen", (256, 0.5), (8192, 0.9)),
+        ("ltx", (1024, 0.95), (4096, 2.05)),
+        ("krea2", (256, 0.5), (6400, 1.15)),
+    ],
+)
+def test_published_shifts(name: str, low: tuple, high: tuple) -> None:
+    for tokens, mu in (low, high):
+        assert RESOLUTION_SHIFTS[name].factor(tokens) == pytest.approx(math.exp(mu), rel=1e-12)
 
 
 def test_shift_comes_after_the_distribution() -> None:

@@ -1,0 +1,26 @@
+"""Losses beside that of the prediction.
+
+Shapes: T tokens, E experts, K experts that a token is sent to.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def load_balancing(probabilities_TE: torch.Tensor, chosen_TK: torch.Tensor) -> torch.Tensor:
+    """E * sum over experts of f_e P_e, a scalar: 1 where all experts do alike, E where one does all.
+
+    f_e is the share of the T K choices that fell on expert e, P_e the mean of its probability. Only P has a gradient:
+    it lowers the probability of experts in the measure in which they are chosen. Fedus et al. 2021 ("Switch
+    Transformers"), equations 4 to 6, for several experts a token; HiDream-I1's gate, whose weight on it is 0.01.
+
+    Args:
+        probabilities_TE: the router's softmax.
+        chosen_TK: indices of the experts, int64.
+    """
+    experts = probabilities_TE.shape[1]
+    # A mean over thousands of tokens in 16 bits would have two digits.
+    mean_E = probabilities_TE.mean(0, dtype=torch.promote_types(probabilities_TE.dtype, torch.float32))
+    share_E = torch.bincount(chosen_TK.flatten(), minlength=experts) / chosen_TK.numel()
+    return experts * (share_E * mean_E).sum()
