@@ -43,9 +43,7 @@ def engine_of(ranks: Ranks, flux: Any, settings: Any, accumulation: int, clip: f
     optimizer = (
         torch.optim.AdamW(trained.values(), lr=toy_flux.LEARNING_RATE) if trained else optimizer_for_frozen_stage()
     )
-    return Engine(
-        module, optimizer, accumulation=accumulation, clip_norm=clip
-    ), trained
+    return Engine(module, optimizer, accumulation=accumulation, clip_norm=clip), trained
 
 
 def batches_of(ranks: Ranks, flux: Any, step: int, accumulation: int) -> list | None:
