@@ -114,7 +114,7 @@ class ImageAutoencoder:
         shift, scale = self.vae.config.shift_factor or 0.0, self.vae.config.scaling_factor
         latents = posterior.mode()
         if self.draw == "sample":
-            latents = latents + posterior.std * _noise(pixels_BCFHW, latents)
+            latents = latents + posterior.std * picture_noise(pixels_BCFHW, latents)
         yielded = [(latents - shift) * scale, posterior.std * scale]
         return dict(zip(self.outputs, yielded, strict=False))
 
@@ -132,7 +132,7 @@ class ImageAutoencoder:
         return dict.fromkeys(self.outputs, (shape, self.dtype))
 
 
-def _noise(pixels_BCFHW: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+def picture_noise(pixels_BCFHW: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     """Normal noise that depends on each picture alone, not on the batch it is encoded in."""
     noise = torch.empty(latents.shape)
     for index, pixels in enumerate(pixels_BCFHW):

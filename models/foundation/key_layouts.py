@@ -2,7 +2,8 @@
 
 A rule says that one module there is several modules here, stacked along the first dimension of their weights (fused
 query-key-value projections), perhaps with its halves swapped (modulations whose scale and shift change places). Names
-hold one `{}` where a block's number stands; a parameter follows its module.
+hold one `{}` where a block's number stands; a parameter follows its module, and one that stands alone has a rule of its
+own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from dataclasses import dataclass
 import torch
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+OWN_NAME = ""
+"""The parameter of a rule that names a parameter and no module."""
+PARAMETERS = ("weight", "bias", OWN_NAME)
 BLOCK_NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 
 
@@ -71,12 +75,12 @@ class KeyLayout:
         keys = set(keys)
         prefix = self.prefix(keys)
         found = {}
-        for there, parts, rule in self._modules({name.rpartition(".")[0] for name in shapes}):
-            for parameter in ("weight", "bias"):
-                names = [f"{part}.{parameter}" for part in parts]
+        for there, parts, rule in self._modules(_modules_and_parameters(shapes)):
+            for parameter in PARAMETERS:
+                names = [_named(part, parameter) for part in parts]
                 if not all(name in shapes for name in names):
                     continue
-                key = f"{prefix}{there}.{rule.parameter_there(parameter)}"
+                key = prefix + _named(there, rule.parameter_there(parameter))
                 if key not in keys:
                     raise ValueError(f"the tensor '{key}' is missing")
                 found |= _rows_of(key, names, shapes, rule.swap_halves)
@@ -89,12 +93,12 @@ class KeyLayout:
             ValueError: a tensor has no place in the table.
         """
         converted, used = {}, set()
-        for there, parts, rule in self._modules({name.rpartition(".")[0] for name in tensors}):
-            for parameter in ("weight", "bias"):
-                names = [f"{part}.{parameter}" for part in parts]
+        for there, parts, rule in self._modules(_modules_and_parameters(tensors)):
+            for parameter in PARAMETERS:
+                names = [_named(part, parameter) for part in parts]
                 if all(name in tensors for name in names):
                     joined = torch.cat([tensors[name] for name in names]) if len(names) > 1 else tensors[names[0]]
-                    key = f"{there}.{rule.parameter_there(parameter)}"
+                    key = _named(there, rule.parameter_there(parameter))
                     converted[key] = swap_halves(joined) if rule.swap_halves else joined
                     used.update(names)
         left = sorted(set(tensors) - used)
@@ -169,6 +173,14 @@ class KeyLayout:
                 if any(part in ours for part in parts):
                     found.append((rule.there.format(number), parts, rule))
         return found
+
+
+def _modules_and_parameters(names: Iterable[str]) -> set[str]:
+    return {part for name in names for part in (name, name.rpartition(".")[0])}
+
+
+def _named(module: str, parameter: str) -> str:
+    return f"{module}.{parameter}" if parameter else module
 
 
 def _rows_of(key: str, names: list[str], shapes: Mapping[str, Sequence[int]], swap: bool) -> dict[str, Piece]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +34,10 @@ def check_outputs(pipeline: BasePipeline, settings: Settings) -> None:
             f'"{settings.save_format}" needs the names of ComfyUI\'s files, which are not known for this model; use '
             '"diffusers"',
             where="key `save_format`",
+        )
+    if settings.sampling.negative_prompt and not pipeline.guided_by_second_prediction:
+        raise SettingsError.of(
+            "is not used: guidance is an input of this model; leave it out", where="[sampling] negative_prompt"
         )
     if settings.sampling.prompts:
         sample_bucket(pipeline, settings.sampling)
@@ -77,6 +82,12 @@ def sample_bucket(pipeline: BasePipeline, sampling: SamplingSettings) -> Bucket:
         SettingsError: the model makes no pictures of this size.
     """
     size, spatial = (sampling.width, sampling.height), pipeline.media.spatial
+    frames = pipeline.media.frames(sampling.frames)
+    if frames != sampling.frames:
+        raise SettingsError.of(
+            f"this model makes clips of {pipeline.media.describe_frames()}; set {frames} instead of {sampling.frames}",
+            where="[sampling] frames",
+        )
     if any(side % spatial for side in size):
         width, height = (max(spatial, round(side / spatial) * spatial) for side in size)
         raise SettingsError.of(
@@ -84,7 +95,11 @@ def sample_bucket(pipeline: BasePipeline, sampling: SamplingSettings) -> Bucket:
             f"{size[0]} x {size[1]}",
             where="[sampling] width, height",
         )
-    return Bucket(*size, 1)
+    return Bucket(*size, sampling.frames)
+
+
+def _latent_shape(pipeline: BasePipeline, sampling: SamplingSettings) -> tuple[int, ...]:
+    return pipeline.latent_shape(sampling.width, sampling.height, sampling.frames)
 
 
 def prompt_encoders(encoders: Sequence[Encoder]) -> list[Encoder]:
@@ -98,7 +113,13 @@ def prompts_shown(pipeline: BasePipeline, sampling: SamplingSettings) -> dict[st
     Raises:
         SettingsError: pictures of this size cannot be drawn; see `sample_bucket`.
     """
-    return {prompt: of_prompt(prompt, sample_bucket(pipeline, sampling)) for prompt in sampling.prompts}
+    texts = [*sampling.prompts, *([sampling.negative_prompt] if is_guided(pipeline, sampling) else [])]
+    return {prompt: of_prompt(prompt, sample_bucket(pipeline, sampling)) for prompt in texts}
+
+
+def is_guided(pipeline: BasePipeline, sampling: SamplingSettings) -> bool:
+    """Whether samples take a second prediction, for the negative prompt."""
+    return bool(sampling.prompts) and pipeline.guided_by_second_prediction and sampling.guidance != 1
 
 
 def sample_model(
@@ -122,7 +143,10 @@ def sample_model(
         features=features,
         prepare=pipeline.prepare_inputs,
         for_scheduler=pipeline.objective.for_scheduler,
-        latent_shape=pipeline.latent_shape,
+        latent_shape=partial(_latent_shape, pipeline, settings.sampling),
+        levels=pipeline.sampling_levels,
+        negative_prompt=settings.sampling.negative_prompt if is_guided(pipeline, settings.sampling) else None,
+        rate=pipeline.media.rate,
         tokens=pipeline.tokens,
         scheduler=pipeline.scheduler,
         shift=pipeline.resolution_shift,

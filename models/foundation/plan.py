@@ -108,8 +108,8 @@ def describe(
     facts = {
         "model": f"{settings.model.type}, {settings.adapter.type if settings.adapter else 'full fine-tune'}",
         "processes": f"{ranks.world_size} = {ranks.stages} stages x {ranks.data_ranks} data ranks",
-        "global batch": f"{epochs.examples(0, 0)} = {micro} per micro-batch x {accumulation} accumulated "
-        f"x {ranks.data_ranks} data ranks",
+        "global batch": f"{micro} per micro-batch x {accumulation} accumulated x {ranks.data_ranks} data ranks"
+        + (f" = {int(micro) * accumulation * ranks.data_ranks}" if micro.isdigit() else ", by size"),
         "steps": f"{epochs.steps_in(0)} per epoch, {total} in all",
         "parameters": f"{sum(p.numel() for p in parameters):,} in all, {trained:,} trained",
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import FluxKontextPipeline
@@ -16,12 +15,10 @@ from diffusers import FluxPipeline as StockPipeline
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
 
 from models.flux import FluxPipeline, grid_positions, pack, unpack
-from models.foundation.outputs import prompt_encoders, prompts_shown, sample_model
 from tests.models import tiny_flux
+from tests.models.painted import paint
 from tests.processes import run_ranks
-from utils.dataset.encoding import Filling, fill
 from utils.diffusion.seeds import generator, normal
-from utils.ranks import Ranks
 from utils.settings.schema import SamplingSettings
 
 CELL = 8
@@ -178,30 +175,6 @@ def test_latent_shape_is_that_of_the_autoencoder(folder: Path) -> None:
     assert flux.tokens(latents.shape[1:]) == pack(latents).shape[1]
 
 
-def paint(ranks: Ranks, folder: Path, cache: Path, stages: int, sampling: SamplingSettings) -> list[np.ndarray]:
-    """Job of a rank: the latents of every prompt."""
-    from models.foundation.placement import load_stage
-    from utils.parallel.backend import initialize_deepspeed
-    from utils.parallel.engine import Engine
-    from utils.parallel.pipeline import DenoiserPipeline
-    from utils.run.sampling import denoise
-
-    initialize_deepspeed()
-    ranks = ranks.with_stages(stages)
-    flux = tiny_flux.pipeline(folder)
-    settings = tiny_flux.settings(flux, sampling=sampling, pipeline_stages=stages)
-    blueprint = load_stage(flux, settings, ranks.stage)
-    module = DenoiserPipeline(blueprint.layers, blueprint.bounds, flux.stream_type, flux.loss)
-    engine = Engine(module, torch.optim.SGD(module.parameters(), lr=0.0), accumulation=1, clip_norm=0.0)
-    prompts = [shown.sample for shown in prompts_shown(flux, settings.sampling).values()]
-    for encoder in prompt_encoders(flux.encoders()):
-        fill(encoder, prompts, Filling(cache, folder, ranks))
-    model = sample_model(flux, flux.encoders(), settings, ranks, cache)
-    return [
-        denoise(engine, ranks, model, sampling, prompt, index).numpy() for index, prompt in enumerate(sampling.prompts)
-    ]
-
-
 @pytest.mark.parametrize(
     ("model", "scheduler", "stages"),
     [
@@ -217,7 +190,7 @@ def test_samples_are_those_of_the_stock_pipeline(tmp_path: Path, model: dict, sc
     sampling = SamplingSettings(
         prompts=PROMPTS, sample_every_n_steps=1, steps=4, width=width, height=height, seed=7, guidance=2.5
     )
-    painted = run_ranks(paint, stages, folder, tmp_path / "cache", stages, sampling)
+    painted = run_ranks(paint, stages, tiny_flux.pipeline, folder, tmp_path / "cache", stages, sampling)
 
     stock = StockPipeline.from_pretrained(folder)
     stock.set_progress_bar_config(disable=True)

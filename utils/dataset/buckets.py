@@ -31,6 +31,13 @@ class MediaFacts:
     max_frames: int = 1
     rate: float = 16.0
 
+    def describe_frames(self) -> str:
+        """In words: which numbers of frames the model takes."""
+        if self.max_frames == 1:
+            return "one frame: still pictures alone"
+        numbers = f"1, {1 + self.temporal}, {1 + 2 * self.temporal} ..." if self.temporal > 1 else "any number"
+        return f"{numbers} up to {self.max_frames} frames"
+
     def frames(self, count: int) -> int:
         """The most frames that the model takes of `count`."""
         return (min(count, self.max_frames) - 1) // self.temporal * self.temporal + 1

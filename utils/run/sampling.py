@@ -17,7 +17,7 @@ from PIL import Image
 from utils import ranks as together
 from utils.diffusion import seeds
 from utils.diffusion.timesteps import ResolutionShift
-from utils.media.writing import tensor_to_image
+from utils.media.writing import tensor_to_image, write_clip
 from utils.parallel.engine import Engine
 from utils.ranks import Ranks
 from utils.run.metrics import Metrics
@@ -36,7 +36,10 @@ class SampleModel:
         features: prompt -> its text features, each (1, ...), on the CPU.
         prepare: (features, x_t, t_B, guidance) -> inputs of the first stage.
         for_scheduler: prediction -> what the scheduler takes.
-        latent_shape: (width, height) -> shape of a latent without the batch.
+        latent_shape: -> shape of a sample's latent without the batch.
+        levels: steps -> their noise levels before the scheduler shifts them; None for the scheduler's own.
+        negative_prompt: what a second prediction is made for, to lead away from; None for one prediction.
+        rate: frames of a clip a second.
         tokens: latent shape -> image tokens.
         scheduler: -> a stock flow-matching scheduler of diffusers.
         shift: the model's constants for a scheduler that shifts by size.
@@ -46,7 +49,10 @@ class SampleModel:
     features: Callable[[str], Mapping[str, torch.Tensor]]
     prepare: Callable[[Mapping[str, torch.Tensor], torch.Tensor, torch.Tensor, float], tuple]
     for_scheduler: Callable[[torch.Tensor], torch.Tensor]
-    latent_shape: Callable[[int, int], tuple[int, ...]]
+    latent_shape: Callable[[], tuple[int, ...]]
+    levels: Callable[[int], Sequence[float] | None]
+    negative_prompt: str | None
+    rate: float
     tokens: Callable[[Sequence[int]], int]
     scheduler: Callable[[], Any]
     shift: ResolutionShift
@@ -63,7 +69,8 @@ def sample(
     step: int,
     heed: Callable[[], None] = lambda: None,
 ) -> None:
-    """Draws every prompt into `folder/samples/step000100/00_<prompt>.png`, the data ranks sharing the prompts.
+    """Draws every prompt into `folder/samples/step000100/00_<prompt>.png`, the data ranks sharing the prompts. Of a
+    clip (`.mp4`) that is its middle frame.
 
     `heed` is called by all ranks before each of their prompts, as often by each; what it raises ends the drawing.
     """
@@ -78,7 +85,7 @@ def sample(
             latents.append(denoise(engine, ranks, model, settings, settings.prompts[index], index))
     if ranks.is_first_stage:
         for index, pixels_CFHW in zip(own, model.decode(latents), strict=True):
-            tensor_to_image(pixels_CFHW).save(place / file_name(index, settings.prompts[index]))
+            _write(pixels_CFHW, model.rate, place / file_name(index, settings.prompts[index]))
     together.barrier()
     if ranks.is_main:
         for index, prompt in enumerate(settings.prompts):
@@ -95,22 +102,42 @@ def denoise(
     The noise depends on (sampling seed, place of the prompt) alone. The steps are those of diffusers' pipelines: noise
     levels from 1 to 1/n, shifted by the scheduler.
     """
-    shape = model.latent_shape(settings.width, settings.height)
+    shape = model.latent_shape()
     latents = seeds.normal((1, *shape), settings.seed, "sample", index)
     scheduler = model.scheduler()
-    levels = np.linspace(1.0, 1.0 / settings.steps, settings.steps)
-    scheduler.set_timesteps(sigmas=levels, **_shift_arguments(scheduler, model, shape))
-    features = model.features(prompt) if ranks.is_first_stage else {}
+    levels = model.levels(settings.steps)
+    steps = {"num_inference_steps": settings.steps} if levels is None else {"sigmas": np.array(levels)}
+    scheduler.set_timesteps(**steps, **_shift_arguments(scheduler, model, shape))
+    prompts = [prompt, *([] if model.negative_prompt is None else [model.negative_prompt])]
+    features = [model.features(one) for one in prompts] if ranks.is_first_stage else [None] * len(prompts)
     for timestep in scheduler.timesteps:
         batches = None
         if ranks.is_first_stage or ranks.is_last_stage:
             t_B = timestep.float().reshape(1) / scheduler.config.num_train_timesteps
-            inputs = model.prepare(features, latents, t_B, settings.guidance) if ranks.is_first_stage else None
-            batches = [(inputs, None)]
-        (prediction,) = engine.predict(batches, 1)
-        output = model.for_scheduler(prediction.float().cpu())
+            batches = [
+                (model.prepare(one, latents, t_B, settings.guidance) if ranks.is_first_stage else None, None)
+                for one in features
+            ]
+        predictions = [prediction.float().cpu() for prediction in engine.predict(batches, len(prompts))]
+        output = model.for_scheduler(_guided(predictions, settings.guidance))
         latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
     return latents
+
+
+def _guided(predictions: Sequence[torch.Tensor], guidance: float) -> torch.Tensor:
+    """The prediction for the prompt, or, with one for the negative prompt, that much further away from the latter:
+    n + g (p - n). Ho & Salimans 2022, as diffusers writes it."""
+    if len(predictions) == 1:
+        return predictions[0]
+    prompted, negative = predictions
+    return negative + guidance * (prompted - negative)
+
+
+def _write(pixels_CFHW: torch.Tensor, rate: float, path: Path) -> None:
+    frames = pixels_CFHW.shape[1]
+    if frames > 1:
+        write_clip(pixels_CFHW, rate, path.with_suffix(".mp4"))
+    tensor_to_image(pixels_CFHW[:, frames // 2 :]).save(path)
 
 
 def _shift_arguments(scheduler: Any, model: SampleModel, shape: Sequence[int]) -> dict[str, float]:

@@ -3,20 +3,25 @@
 The documentation and the JSON schemas are generated from the strings under the keys.
 """
 
-import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    ValidationError,
-    WrapValidator,
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, field_validator
+
+from utils.settings.values import (
+    Betas,
+    Count,
+    LossType,
+    MicroBatches,
+    Natural,
+    NotNegative,
+    Part,
+    Positive,
+    SettingsTable,
+    Share,
+    TimestepMethod,
+    UserPath,
+    WeightingScheme,
 )
 
 DType = Literal["float32", "float16", "bfloat16"]
@@ -28,60 +33,6 @@ def torch_dtype(name: DType) -> Any:
     import torch
 
     return getattr(torch, name)
-
-
-class SettingsTable(BaseModel):
-    """A table of a settings file: unknown keys are refused and `"10"` is no number."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),
-    )
-
-
-def or_else(message: str) -> WrapValidator:
-    """One `message` instead of the complaints of every member of a union."""
-
-    def validate(value: Any, inner: Any) -> Any:
-        try:
-            return inner(value)
-        except ValidationError:
-            raise ValueError(message) from None
-
-    return WrapValidator(validate)
-
-
-def _at_home(path: Path) -> Path:
-    # Unlike Path.expanduser, this leaves the ~name of an unknown user as it is, to be told of as missing.
-    return Path(os.path.expanduser(path))
-
-
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Part = Annotated[float, Field(ge=0, le=1)]
-"""A share that may be the whole."""
-# TOML has neither paths nor tuples: these two alone are converted, from a text and from an array.
-UserPath = Annotated[Path, Field(strict=False), AfterValidator(_at_home)]
-Pair = Annotated[tuple[Count, Count], Field(strict=False)]
-MicroBatch = Annotated[tuple[Count, Count], Field(strict=False)]
-Betas = Annotated[tuple[Share, Share], Field(strict=False)]
-Resolution = Annotated[Count | Pair, or_else("must be a side as in 512, or a size as in [768, 512]")]
-AspectRatio = Annotated[Positive | Pair, or_else("must be a ratio as in 1.5, or a size as in [768, 512]")]
-MicroBatches = Annotated[
-    Count | Annotated[list[MicroBatch], Field(min_length=1)],
-    or_else("must be a number, or pairs of a resolution and a number as in [[512, 4], [1024, 1]]"),
-]
-SizeBucket = Annotated[
-    tuple[Count, Count, Count],
-    Field(strict=False),
-    or_else("must be [width, height, frames] as in [512, 512, 33]"),
-]
 
 
 class TextEncoderFile(SettingsTable):
@@ -118,14 +69,65 @@ class ModelSettings(SettingsTable):
     """Text encoders read from elsewhere; those not listed come from `diffusers_path`."""
     from_scratch: bool = False
     """Start the denoiser from random weights: only its configuration is read."""
-    timestep_sample_method: Literal["logit_normal", "uniform"] = "logit_normal"
-    """Distribution from which training timesteps are drawn."""
+    timestep_sample_method: TimestepMethod = "logit_normal"
+    """Distribution from which training timesteps t are drawn, 0 being the clean picture and 1 noise. "sigmoid" is
+    logit_normal, "sigma" uniform, "logsnr" log_snr."""
     sigmoid_scale: Positive = 1.0
-    """Width of `logit_normal`: the factor on the normal number before the sigmoid."""
+    """Width of `logit_normal` and `log_snr`: the standard deviation of the normal number."""
+    logit_mean: float = 0.0
+    """Middle of `logit_normal` and `log_snr`: the mean of the normal number."""
+    mode_scale: Annotated[float, Field(ge=-1, le=1.7519)] = 1.29
+    """Of `mode`: above 0 the middle timesteps are drawn more often, below 0 the ends."""
+    beta_alpha: Positive = 2.0
+    """First parameter of `beta`; above 1 it keeps away from clean pictures."""
+    beta_beta: Positive = 2.0
+    """Second parameter of `beta`; above 1 it keeps away from noise."""
     shift: Positive | None = None
     """Moves timesteps towards noise: t becomes s*t / (1 + (s-1)*t); default: no shift."""
     flux_shift: bool = False
     """Shift by the size of the picture, as Flux does; excludes `shift`."""
+    min_t: Part = 0.0
+    """Lowest timestep that is trained, after the shift."""
+    max_t: Part = 1.0
+    """Highest timestep that is trained, after the shift."""
+    stratified_timesteps: Literal["none", "batch", "epoch"] = "none"
+    """Draw each timestep in a part of its own of the distribution, among the samples of a step or among those of an
+    epoch, so that few draws meet all noise levels."""
+    weighting_scheme: WeightingScheme = "none"
+    """Weight of the loss by timestep, of flow matching: sigma_sqrt is 1/t^2, cosmap 2 / (pi * (1 - 2*t + 2*t^2))."""
+    min_snr_gamma: Positive | None = None
+    """Weigh by min(SNR, gamma) / SNR, for v-prediction / (SNR + 1); models with DDPM's steps only. The paper has 5."""
+    soft_min_snr_gamma: Positive | None = None
+    """The same with SNR*gamma / (SNR + gamma) for the minimum; excludes `min_snr_gamma`."""
+    debiased_estimation_loss: bool = False
+    """Weigh by 1 / sqrt(SNR), for v-prediction 1 / (SNR + 1); models with DDPM's steps only."""
+    scale_v_pred_loss_like_noise_pred: bool = False
+    """Weigh the loss of v-prediction by SNR / (SNR + 1), which makes it that of noise prediction."""
+    v_pred_like_loss: NotNegative = 0.0
+    """Add to the loss of noise prediction so many times a loss like that of v-prediction."""
+    rescale_betas_zero_snr: bool = False
+    """Let nothing of the picture be left at the last step; v-prediction only."""
+    noise_offset: NotNegative = 0.0
+    """Width of a random number that is added to the noise of a whole channel, for very dark and very bright pictures;
+    excludes `multires_noise_iterations`."""
+    adaptive_noise_scale: float = 0.0
+    """Added to `noise_offset`: so many times the mean of the sample's channel."""
+    multires_noise_iterations: Natural = 0
+    """Levels of coarser noise that are added to the noise; 0 for plain noise, 6 to 10 are usual."""
+    multires_noise_discount: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """By what each of these levels counts less than the one before."""
+    ip_noise_gamma: NotNegative = 0.0
+    """Strength of further noise that the model sees and is not asked for; 0.1 in the paper."""
+    loss_type: LossType = "mse"
+    """Distance of prediction and target. What others call "huber" is `pseudo_huber`, which has the scale of mse; "l2"
+    is mse, "l1" mae."""
+    huber_c: Positive = 0.1
+    """Width within which huber, smooth_l1 and pseudo_huber are quadratic, at noise."""
+    huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
+    """How that width follows the timestep: `huber_c` everywhere, or from 1 at clean pictures to `huber_c` at noise, as
+    c^t or by the signal-to-noise ratio."""
+    huber_scale: Positive = 1.0
+    """Factor on that width."""
 
 
 class AdapterSettings(SettingsTable):
@@ -157,7 +159,7 @@ class OptimizerSettings(SettingsTable):
     """Algorithm; upper and lower case are alike."""
     lr: Positive
     """Learning rate, after warm-up."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: NotNegative = 0.01
     """Decay of the weights a step, times the learning rate."""
 
 
@@ -208,6 +210,35 @@ def optimizer_types(
     return {get_args(cls.model_fields["type"].annotation)[0]: cls for cls in classes}
 
 
+class EMASettings(SettingsTable):
+    """`[ema]`: an exponential moving average of what is trained. Without this table: none."""
+
+    decay: Share = 0.9999
+    """What is kept of the average at an update; the rest is the weights'."""
+    warmup: Literal["none", "ratio", "power"] = "power"
+    """How the decay rises to that, n counting the updates before: not at all, as (1 + n) / (10 + n), or as
+    1 - (1 + n)^-power."""
+    power: Positive = 2 / 3
+    """Of `warmup = "power"`; 1 makes the average the plain mean until `decay` is reached."""
+    update_interval: Count = 1
+    """Steps from one update to the next."""
+    device: Literal["cpu", "gpu"] = "gpu"
+    """Where the averages are kept, in float32: in the machine's memory, or beside the weights."""
+    export: Literal["beside", "instead"] = "beside"
+    """Export the averages beside the weights, as `epoch5_ema`, or instead of them, as `epoch5`."""
+    evaluate: bool = True
+    """Evaluate the averages too, as `name/ema_loss`, which takes as long again."""
+    sample: bool = True
+    """Draw samples from the averages instead of the weights."""
+
+    @field_validator("power")
+    @classmethod
+    def _power_is_used(cls, power: float, read: ValidationInfo) -> float:
+        if read.data.get("warmup", "power") != "power":
+            raise ValueError(f'is of use with warmup = "power" alone, and that is "{read.data["warmup"]}"')
+        return power
+
+
 class MonitoringSettings(SettingsTable):
     """`[monitoring]`: where metrics go, besides the run folder's `metrics.jsonl`."""
 
@@ -228,6 +259,8 @@ class SamplingSettings(SettingsTable):
 
     prompts: list[str] = []
     """What to draw; empty: nothing."""
+    negative_prompt: str = ""
+    """What guidance leads away from, in models that are guided by a second prediction."""
     sample_every_n_steps: Count | None = None
     """Draw after every n steps."""
     sample_every_n_epochs: Count | None = None
@@ -240,9 +273,11 @@ class SamplingSettings(SettingsTable):
     """Width, in pixels."""
     height: Count = 1024
     """Height, in pixels."""
+    frames: Count = 1
+    """Number of frames: 1 for a picture; a clip is written as mp4."""
     seed: Natural = 0
     """Seed of the first noise, the same at every turn."""
-    guidance: Annotated[float, Field(ge=0)] = 3.5
+    guidance: NotNegative = 3.5
     """Strength of guidance by the prompt."""
 
 
@@ -275,7 +310,7 @@ class Settings(SettingsTable):
     """Pieces that the model is cut into, each on a GPU of its own; it divides the number of GPUs."""
     gradient_accumulation_steps: Count = 1
     """Micro-batches of one optimizer step."""
-    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
+    gradient_clipping: NotNegative = 1.0
     """Largest norm of the gradient of the whole model; 0: no limit."""
     warmup_steps: Natural = 0
     """Steps in which the learning rate rises to its full value."""
@@ -312,6 +347,9 @@ class Settings(SettingsTable):
     """Write the state to resume from after every n epochs."""
     checkpoint_every_n_minutes: Positive | None = None
     """Write the state to resume from after every n minutes; fractions are allowed."""
+    keep_checkpoints: Count | None = None
+    """Newest checkpoints that are kept; older ones are removed, but for the one that the run went on from; default:
+    all."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     partition_method: Literal["parameters", "uniform", "manual"] = "parameters"
@@ -329,6 +367,9 @@ class Settings(SettingsTable):
     """Share of the files that may be broken or lack what they need; with more, the run ends before training."""
     steps_per_print: Count = 1
     """Log progress every n steps."""
+    regularisation_target: Literal["data", "parent"] = "data"
+    """What the samples of `is_regularisation_data` teach: themselves, or what the model without the adapter makes of
+    them, which takes one more forward pass a step."""
     seed: Natural = 0
     """Seed of all that is drawn: order, noise, timesteps, dropout, first weights."""
     model: SerializeAsAny[ModelSettings]
@@ -337,6 +378,8 @@ class Settings(SettingsTable):
     """Train an adapter; without it, the model itself."""
     optimizer: AnyOptimizer
     """How weights move."""
+    ema: EMASettings | None = None
+    """Average what is trained."""
     monitoring: MonitoringSettings = MonitoringSettings()
     """Where metrics go."""
     sampling: SamplingSettings = SamplingSettings()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from models.flux import FluxPipeline, unpack
 from models.foundation.noising import Noising
 from tests.models import tiny_flux
 from utils.dataset.batches import FeatureBatch
+from utils.dataset.epochs import Places
 from utils.dataset.samples import Bucket
+from utils.diffusion import strata
 from utils.diffusion.seeds import normal
 from utils.diffusion.timesteps import ResolutionShift, TimestepSampler
 
@@ -48,7 +51,7 @@ def test_inputs_and_target_are_of_one_noise(folder: Path) -> None:
     t = inputs.t_B.view(-1, 1, 1, 1)
     torch.testing.assert_close(noised(inputs), given.features["latents"] + t * labels.target, rtol=1e-5, atol=1e-5)
     assert len(set(inputs.t_B.tolist())) == 3
-    assert labels.weight is given.weight
+    assert torch.equal(labels.weight, given.weight)
 
 
 def test_a_stage_is_given_what_it_uses(folder: Path) -> None:
@@ -109,3 +112,65 @@ def test_levels_are_those_the_options_ask_for(folder: Path, options: dict, sampl
     inputs, _ = Noising(flux(folder, **options)).evaluation(batch("a", "b"), "held out", 0.3)
     assert inputs.t_B.dtype == torch.float32
     assert inputs.t_B.tolist() == pytest.approx([sampler.timestep(0.3, tokens=6)] * 2)
+
+
+def noise_of(labels: Any, given: FeatureBatch) -> torch.Tensor:
+    """The noise that a target of flow matching asks for."""
+    return labels.target + given.features["latents"]
+
+
+def test_noise_is_made_as_the_options_ask(folder: Path) -> None:
+    given = batch("a", "b")
+    plain = noise_of(Noising(flux(folder)).training(given, epoch=2)[1], given)
+    added = noise_of(Noising(flux(folder, noise_offset=0.5)).training(given, epoch=2)[1], given) - plain
+    torch.testing.assert_close(added, added[:, :, :1, :1].expand_as(added), rtol=0, atol=1e-6)
+    assert added[:, :, 0, 0].unique().numel() == 8
+    pyramid = noise_of(Noising(flux(folder, multires_noise_iterations=4)).training(given, epoch=2)[1], given)
+    torch.testing.assert_close(pyramid.std((1, 2, 3)), torch.ones(2), rtol=1e-5, atol=0)
+    assert (pyramid - plain).abs().mean() > 0.05
+
+
+def test_perturbation_is_seen_and_not_asked_for(folder: Path) -> None:
+    given = batch(*"abcdefgh")
+    inputs, labels = Noising(flux(folder)).training(given, epoch=2)
+    seen, asked = Noising(flux(folder, ip_noise_gamma=0.3)).training(given, epoch=2)
+    assert torch.equal(asked.target, labels.target) and torch.equal(seen.t_B, inputs.t_B)
+    further = (noised(seen) - noised(inputs)) / seen.t_B.view(-1, 1, 1, 1)
+    assert further.std().item() == pytest.approx(0.3, rel=0.1)
+    assert abs((further * noise_of(labels, given)).mean().item()) < 0.05
+
+
+def test_weights_and_widths_follow_the_noise_level(folder: Path) -> None:
+    given = batch("a", "b")
+    given.weight.mul_(torch.tensor([1.0, 0.5]).view(-1, 1, 1, 1))
+    inputs, labels = Noising(flux(folder, weighting_scheme="sigma_sqrt", loss_type="huber")).training(given, epoch=2)
+    t = inputs.t_B.view(-1, 1, 1, 1)
+    torch.testing.assert_close(labels.weight, given.weight / t**2)
+    torch.testing.assert_close(labels.delta, 0.9 * (1 - t) ** 2 + 0.1)
+
+
+def test_evaluation_measures_the_runs_distance_without_the_extras_of_training(folder: Path) -> None:
+    given = batch("a", "b")
+    extras = {"noise_offset": 0.5, "ip_noise_gamma": 0.3, "weighting_scheme": "cosmap", "stratified_timesteps": "epoch"}
+    plain_inputs, plain = Noising(flux(folder)).evaluation(given, "held out", 0.3)
+    inputs, labels = Noising(flux(folder, **extras, loss_type="mae")).evaluation(given, "held out", 0.3)
+    assert torch.equal(inputs.x_BTC, plain_inputs.x_BTC) and torch.equal(labels.target, plain.target)
+    assert torch.equal(labels.weight, given.weight) and labels.delta is None
+    prediction = torch.zeros_like(labels.target)
+    torch.testing.assert_close(
+        flux(folder, loss_type="mae").loss(prediction, labels), labels.target.abs().mean((1, 2, 3))
+    )
+
+
+def test_stratified_timesteps_are_drawn_in_parts_of_their_own(folder: Path) -> None:
+    sampler = TimestepSampler()
+    for method, count, taken in (("batch", 8, [4, 5, 6, 7]), ("epoch", 100, [3, 30, 99, 7])):
+        given = replace(batch("a", "b", "c", "d"), places=Places(5, range(4, 8), 8, [3, 30, 99, 7], 100))
+        inputs, _ = Noising(flux(folder, stratified_timesteps=method)).training(given, epoch=2)
+        quantile = {
+            "batch": lambda place, n: strata.in_batch(0, 2, 5, place, n),
+            "epoch": lambda place, n: strata.in_epoch(0, 2, place, n),
+        }[method]
+        assert inputs.t_B.tolist() == pytest.approx([sampler.timestep(quantile(p, count), 6) for p in taken])
+        parts = [int(sampler.quantile(t, 6) * count) for t in inputs.t_B.tolist()]
+        assert len(set(parts)) == 4

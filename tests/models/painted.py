@@ -1,0 +1,47 @@
+"""Samples drawn by several processes, as latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models.base import BasePipeline
+from models.foundation.outputs import prompt_encoders, prompts_shown, sample_model
+from tests.models.tiny_flux import settings as settings_of
+from utils.dataset.encoding import Filling, fill
+from utils.ranks import Ranks
+from utils.settings.schema import SamplingSettings
+
+
+def paint(
+    ranks: Ranks,
+    pipeline_of: Callable[[Path], BasePipeline],
+    folder: Path,
+    cache: Path,
+    stages: int,
+    sampling: SamplingSettings,
+) -> list[np.ndarray]:
+    """Job of a rank: the latents of every prompt."""
+    from models.foundation.placement import load_stage
+    from utils.parallel.backend import initialize_deepspeed
+    from utils.parallel.engine import Engine
+    from utils.parallel.pipeline import DenoiserPipeline
+    from utils.run.sampling import denoise
+
+    initialize_deepspeed()
+    ranks = ranks.with_stages(stages)
+    pipeline = pipeline_of(folder)
+    settings = settings_of(pipeline, sampling=sampling, pipeline_stages=stages)
+    blueprint = load_stage(pipeline, settings, ranks.stage)
+    module = DenoiserPipeline(blueprint.layers, blueprint.bounds, pipeline.stream_type, pipeline.loss)
+    engine = Engine(module, torch.optim.SGD(module.parameters(), lr=0.0), accumulation=1, clip_norm=0.0)
+    prompts = [shown.sample for shown in prompts_shown(pipeline, settings.sampling).values()]
+    for encoder in prompt_encoders(pipeline.encoders()):
+        fill(encoder, prompts, Filling(cache, folder, ranks))
+    model = sample_model(pipeline, pipeline.encoders(), settings, ranks, cache)
+    return [
+        denoise(engine, ranks, model, sampling, prompt, index).numpy() for index, prompt in enumerate(sampling.prompts)
+    ]

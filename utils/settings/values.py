@@ -1,0 +1,88 @@
+"""What the value of a key may be: the types that the tables of the schema are made of."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
+
+
+class SettingsTable(BaseModel):
+    """A table of a settings file: unknown keys are refused and `"10"` is no number."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+
+def or_else(message: str) -> WrapValidator:
+    """One `message` instead of the complaints of every member of a union."""
+
+    def validate(value: Any, inner: Any) -> Any:
+        try:
+            return inner(value)
+        except ValidationError:
+            raise ValueError(message) from None
+
+    return WrapValidator(validate)
+
+
+def also_called(choice: Any, **others: str) -> Any:
+    """`choice`, a Literal of texts, with second spellings of some of them: what other trainers call them."""
+
+    def settle(value: Any) -> Any:
+        return others.get(value, value) if isinstance(value, str) else value
+
+    return Annotated[choice, BeforeValidator(settle, json_schema_input_type=Literal[(*get_args(choice), *others)])]
+
+
+def _at_home(path: Path) -> Path:
+    # Unlike Path.expanduser, this leaves the ~name of an unknown user as it is, to be told of as missing.
+    return Path(os.path.expanduser(path))
+
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Part = Annotated[float, Field(ge=0, le=1)]
+"""A share that may be the whole."""
+# TOML has neither paths nor tuples: these two alone are converted, from a text and from an array.
+UserPath = Annotated[Path, Field(strict=False), AfterValidator(_at_home)]
+Pair = Annotated[tuple[Count, Count], Field(strict=False)]
+MicroBatch = Annotated[tuple[Count, Count], Field(strict=False)]
+Betas = Annotated[tuple[Share, Share], Field(strict=False)]
+Resolution = Annotated[Count | Pair, or_else("must be a side as in 512, or a size as in [768, 512]")]
+AspectRatio = Annotated[Positive | Pair, or_else("must be a ratio as in 1.5, or a size as in [768, 512]")]
+MicroBatches = Annotated[
+    Count | Annotated[list[MicroBatch], Field(min_length=1)],
+    or_else("must be a number, or pairs of a resolution and a number as in [[512, 4], [1024, 1]]"),
+]
+SizeBucket = Annotated[
+    tuple[Count, Count, Count],
+    Field(strict=False),
+    or_else("must be [width, height, frames] as in [512, 512, 33]"),
+]
+TimestepMethod = also_called(
+    Literal["logit_normal", "uniform", "mode", "cosmap", "beta", "log_snr"],
+    sigmoid="logit_normal",
+    sigma="uniform",
+    logsnr="log_snr",
+)
+LossType = also_called(Literal["mse", "mae", "huber", "smooth_l1", "pseudo_huber"], l2="mse", l1="mae")
+
+
+def _only_weighs(value: Any) -> Any:
+    """Elsewhere one word says how timesteps are drawn, or how their losses are weighted."""
+    if value in ("uniform", "logit_normal", "mode"):
+        raise ValueError(f'is how timesteps are drawn: write timestep_sample_method = "{value}" instead')
+    return value
+
+
+WeightingScheme = Annotated[Literal["none", "sigma_sqrt", "cosmap"], BeforeValidator(_only_weighs)]
