@@ -52,17 +52,23 @@ class T5Features:
 @dataclass(frozen=True)
 class TrueLengthFeatures:
     """The last hidden state of the tokens of each caption, B times (l, D) with l up to `length`, and a mask (l,) of
-    ones beside it: for models that mask the padding or set it to zero, which is then no part of the cache."""
+    ones beside it: for models that mask the padding or set it to zero, which is then no part of the cache.
+
+    Attributes:
+        padding_tokens: how many tokens of the padding the model sees all the same.
+    """
 
     name: str
     length: int
+    padding_tokens: int = 0
 
     def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, list[torch.Tensor]]:
-        tokens = tokenizer(
-            captions, padding="longest", max_length=self.length, truncation=True, return_tensors="pt"
-        ).to(text_encoder.device)
+        padding = "max_length" if self.padding_tokens else "longest"
+        tokens = tokenizer(captions, padding=padding, max_length=self.length, truncation=True, return_tensors="pt").to(
+            text_encoder.device
+        )
         hidden_BLD = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-        lengths = tokens.attention_mask.sum(1).tolist()
+        lengths = (tokens.attention_mask.sum(1) + self.padding_tokens).clamp(max=self.length).tolist()
         return {
             self.name: [hidden[:length] for hidden, length in zip(hidden_BLD, lengths, strict=True)],
             f"{self.name}_mask": [torch.ones(length, dtype=torch.bool) for length in lengths],

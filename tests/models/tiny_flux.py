@@ -9,6 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
 from models.flux import FluxOptions, FluxPipeline
+from utils.diffusion.seeds import normal
 from utils.settings.schema import AdapterSettings, Settings
 
 MINI_FLUX = Path(__file__).resolve().parents[2] / "examples" / "mini_flux"
@@ -65,3 +66,11 @@ def settings(flux: FluxPipeline, adapter: AdapterSettings | None = None, **keys:
         optimizer={"type": "adamw", "lr": 1e-3},
         **keys,
     )
+
+
+def features(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Random text features; they have all the same number of tokens."""
+    return {
+        "t5": normal((len(lengths), TEXT_TOKENS, 64), 0, "text", *lengths),
+        "clip_pooled": normal((len(lengths), 32), 0, "pooled", *lengths),
+    }

@@ -12,6 +12,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from models.wan import WanOptions, WanPipeline
 from tests.models.tiny_flux import MINI_FLUX
+from utils.dataset.batches import pad_ragged
+from utils.diffusion.seeds import normal
 
 TEXT_TOKENS, TEXT_WIDTH, CHANNELS = 24, 16, 4
 TRANSFORMER = {
@@ -62,3 +64,8 @@ def write_folder(place: Path, **changes: Any) -> Path:
 def pipeline(folder: Path, **options: Any) -> WanPipeline:
     options = {"dtype": "float32", "max_sequence_length": TEXT_TOKENS, **options}
     return WanPipeline(WanOptions(type="wan", diffusers_path=folder, **options), seed=0)
+
+
+def features(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Random text features of these many tokens each."""
+    return {"umt5": pad_ragged([normal((length, TEXT_WIDTH), 0, "text", length) for length in lengths])}

@@ -1,0 +1,218 @@
+"""Chroma: Flux's blocks with one small network that makes the modulations of all of them, and text that is masked.
+
+Shapes: B batch, T image tokens, L text tokens, M rows of modulation, C channels, D width of the transformer.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import ChromaTransformer2DModel
+from torch import nn
+from transformers import T5EncoderModel
+
+from models.base import Features, ModelEncoder
+from models.flux import BFL_LAYOUT, FluxPipeline, grid_positions, pack, unpack
+from models.foundation.autoencoders import ImageAutoencoder
+from models.foundation.files import check_diffusers_folder, part_override, read_config
+from models.foundation.key_layouts import KeyLayout, Rule
+from models.foundation.text_encoders import TextEncoder, TrueLengthFeatures
+from utils.settings.schema import ModelSettings
+from utils.settings.values import Count
+
+PATCH = 2
+PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+SINGLE_FILES = {"transformer": "transformer_path", "vae": "vae_path"}
+TEXT_ENCODERS = {"text_encoder": "t5"}
+DOUBLE_ROWS, SINGLE_ROWS, EXIT_ROWS = 6, 3, 2
+"""Rows of modulation: of each stream of a double block, of a single block, of the exit."""
+
+# What Flux has and Chroma has not: modulations of each block, and what they were made of.
+LEFT_OUT = ("_mod.lin", "modulation.lin", "adaLN_modulation", "time_in", "vector_in", "guidance_in")
+CHROMA_LAYOUT = KeyLayout(
+    [
+        *(rule for rule in BFL_LAYOUT.rules if not any(part in rule.there for part in LEFT_OUT)),
+        *(
+            Rule(f"distilled_guidance_layer.{part}", (f"distilled_guidance_layer.{part}",))
+            for part in ("in_proj", "out_proj")
+        ),
+        Rule("distilled_guidance_layer.layers.{}.in_layer", ("distilled_guidance_layer.layers.{}.linear_1",)),
+        Rule("distilled_guidance_layer.layers.{}.out_layer", ("distilled_guidance_layer.layers.{}.linear_2",)),
+        Rule("distilled_guidance_layer.norms.{}", ("distilled_guidance_layer.norms.{}",), weight_there="scale"),
+    ]
+)
+
+
+class ChromaOptions(ModelSettings):
+    """`[model]` of `type = "chroma"`."""
+
+    max_sequence_length: Count = 512
+    """T5 tokens of a caption that are read."""
+
+
+class ChromaInputs(NamedTuple):
+    """What the entry takes. `canvas_hw0` has no elements: its shape carries the latent's height and width."""
+
+    x_BTC: torch.Tensor
+    text_BLD: torch.Tensor
+    text_mask_BL: torch.Tensor
+    t_B: torch.Tensor
+    positions_S3: torch.Tensor
+    canvas_hw0: torch.Tensor
+
+
+class ChromaStream(NamedTuple):
+    """What travels from layer to layer. From the first single block on the text is in front of the image in `x_BTD`,
+    and `text_BLD` has no elements: its shape still says how many tokens there are."""
+
+    x_BTD: torch.Tensor
+    text_BLD: torch.Tensor
+    modulation_BMD: torch.Tensor
+    rope_SD: tuple[torch.Tensor, torch.Tensor]
+    mask_BS: torch.Tensor
+    canvas_hw0: torch.Tensor
+
+
+class Entry(nn.Module):
+    """Embeds tokens, text and positions, and makes the modulations of all blocks of the time."""
+
+    def __init__(self, denoiser: ChromaTransformer2DModel):
+        super().__init__()
+        self.x_embedder = denoiser.x_embedder
+        self.context_embedder = denoiser.context_embedder
+        self.time_text_embed = denoiser.time_text_embed
+        self.distilled_guidance_layer = denoiser.distilled_guidance_layer
+        self.pos_embed = denoiser.pos_embed
+
+    def forward(self, inputs: ChromaInputs) -> ChromaStream:
+        dtype = self.x_embedder.weight.dtype
+        # t stays float32 until it is embedded: bfloat16 would round 0..1000 to steps of 4.
+        time_BME = self.time_text_embed(inputs.t_B * 1000).to(dtype)
+        image_mask_BT = torch.ones(inputs.x_BTC.shape[:2], dtype=torch.bool, device=inputs.x_BTC.device)
+        return ChromaStream(
+            x_BTD=self.x_embedder(inputs.x_BTC.to(dtype)),
+            text_BLD=self.context_embedder(inputs.text_BLD.to(dtype)),
+            modulation_BMD=self.distilled_guidance_layer(time_BME),
+            rope_SD=self.pos_embed(inputs.positions_S3),
+            mask_BS=torch.cat([inputs.text_mask_BL, image_mask_BT], dim=1),
+            canvas_hw0=inputs.canvas_hw0,
+        )
+
+
+class Double(nn.Module):
+    """A block of two streams, and which rows of modulation are theirs."""
+
+    recomputable = True
+
+    def __init__(self, block: nn.Module, image_row: int, text_row: int):
+        super().__init__()
+        self.block, self.rows = block, (image_row, text_row)
+
+    def forward(self, stream: ChromaStream) -> ChromaStream:
+        rows = [stream.modulation_BMD[:, row : row + DOUBLE_ROWS] for row in self.rows]
+        text_BLD, x_BTD = self.block(
+            hidden_states=stream.x_BTD,
+            encoder_hidden_states=stream.text_BLD,
+            temb=torch.cat(rows, dim=1),
+            image_rotary_emb=stream.rope_SD,
+            attention_mask=stream.mask_BS,
+        )
+        return stream._replace(x_BTD=x_BTD, text_BLD=text_BLD)
+
+
+class Single(nn.Module):
+    """A block of text and image in a row, and which rows of modulation are its own."""
+
+    recomputable = True
+
+    def __init__(self, block: nn.Module, row: int):
+        super().__init__()
+        self.block, self.row = block, row
+
+    def forward(self, stream: ChromaStream) -> ChromaStream:
+        x_BSD, text_BLD = stream.x_BTD, stream.text_BLD
+        if text_BLD.numel():
+            x_BSD = torch.cat([text_BLD, x_BSD], dim=1)
+            text_BLD = text_BLD.new_empty(*text_BLD.shape[:2], 0)
+        x_BSD = self.block(
+            hidden_states=x_BSD,
+            temb=stream.modulation_BMD[:, self.row : self.row + SINGLE_ROWS],
+            image_rotary_emb=stream.rope_SD,
+            attention_mask=stream.mask_BS,
+        )
+        return stream._replace(x_BTD=x_BSD, text_BLD=text_BLD)
+
+
+class Exit(nn.Module):
+    """Projects the image tokens to the latent (B, C, h, w)."""
+
+    def __init__(self, denoiser: ChromaTransformer2DModel):
+        super().__init__()
+        self.norm_out = denoiser.norm_out
+        self.proj_out = denoiser.proj_out
+
+    def forward(self, stream: ChromaStream) -> torch.Tensor:
+        x_BTD = stream.x_BTD[:, stream.text_BLD.shape[1] :]
+        x_BTC = self.proj_out(self.norm_out(x_BTD, stream.modulation_BMD[:, -EXIT_ROWS:]))
+        height, width, _ = stream.canvas_hw0.shape
+        return unpack(x_BTC, height, width)
+
+
+class ChromaPipeline(FluxPipeline):
+    """Chroma of Lodestone Rock: Flux.1 schnell, made smaller."""
+
+    Options = ChromaOptions
+    stream_type = ChromaStream
+    original_layout = CHROMA_LAYOUT
+    guided_by_second_prediction = True
+    max_controls = 0
+
+    def check(self) -> None:
+        check_diffusers_folder(self.options, PARTS, SINGLE_FILES, TEXT_ENCODERS)
+        self.check_tensors()
+
+    def encoders(self, controls: int = 0) -> list[ModelEncoder]:
+        options, folder = self.options, self.options.diffusers_path
+        width = read_config(folder, "text_encoder", model="t5", keys=["d_model"])["d_model"]
+        length = options.max_sequence_length
+        # Chroma sees one token of the padding, and masks the rest.
+        features = TrueLengthFeatures("t5", length, padding_tokens=1)
+        text = (T5EncoderModel, folder, "text_encoder", "tokenizer", part_override(options, "t5"), self.dtype)
+        return [
+            ImageAutoencoder(folder, options.vae_path, self.dtype, draw=options.latents),
+            TextEncoder("t5", *text, features, {"t5": (length, width), "t5_mask": (length,)}),
+        ]
+
+    def build_denoiser(self) -> ChromaTransformer2DModel:
+        return ChromaTransformer2DModel.from_config(self._transformer_config)
+
+    def to_layers(self, denoiser: ChromaTransformer2DModel) -> list[nn.Module]:
+        doubles, singles = denoiser.transformer_blocks, denoiser.single_transformer_blocks
+        image = SINGLE_ROWS * len(singles)
+        text = image + DOUBLE_ROWS * len(doubles)
+        return [
+            Entry(denoiser),
+            *(Double(block, image + DOUBLE_ROWS * i, text + DOUBLE_ROWS * i) for i, block in enumerate(doubles)),
+            *(Single(block, SINGLE_ROWS * i) for i, block in enumerate(singles)),
+            Exit(denoiser),
+        ]
+
+    def prepare_inputs(
+        self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
+    ) -> ChromaInputs:
+        height, width = x_t.shape[2:]
+        text_positions = torch.zeros(features["t5"].shape[1], 3)
+        return ChromaInputs(
+            x_BTC=pack(x_t),
+            text_BLD=features["t5"],
+            text_mask_BL=features["t5_mask"].bool(),
+            t_B=t_B,
+            positions_S3=torch.cat([text_positions, grid_positions(height, width, image=0)]),
+            canvas_hw0=torch.empty(height, width, 0),
+        )
+
+    @cached_property
+    def _transformer_config(self) -> dict[str, Any]:
+        return read_config(self.options.diffusers_path, "transformer", model="ChromaTransformer2DModel")
