@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.parallel.backend import initialize_deepspeed
 from utils.ranks import Ranks, connect, disconnect, from_environment, leave_together
-from utils.run.cadence import Cadence, Duty
+from utils.run.cadence import Duty
 from utils.run.metrics import Metrics
 from utils.run.progress import Progress
 from utils.run.reporting import StepReporter, is_users, report_user_error, start_logging
@@ -25,12 +25,17 @@ from utils.settings.reader import read_all, resolved
 from utils.settings.schema import Settings
 
 if TYPE_CHECKING:
+    from torch.nn import Parameter
+    from torch.optim import Optimizer
+
     from models.base import BasePipeline
     from models.foundation.caching import Data
     from models.foundation.noising import Noising
     from models.foundation.placement import Blueprint
+    from optimizers.ema import EMA
     from utils.dataset.batches import SampleReader
     from utils.dataset.collection import Source
+    from utils.dataset.epochs import Epochs
     from utils.dataset.manifest import Scan
     from utils.run.checkpoint import Checkpoint
     from utils.run.trainer import Trainer
@@ -85,6 +90,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
     from models.foundation.plan import check_run, plan_of
 
     pipeline = models.find(settings.model.type)(settings.model, settings.seed)
+    pipeline.check_training(str(arguments.config))
     sources = sources_of(settings, datasets)
     scan = scan_of(settings, sources, arguments, stop)
     if arguments.check:
@@ -236,7 +242,7 @@ def build_trainer(
     import optimizers
     from models.foundation.caching import reader_of
     from models.foundation.noising import Noising
-    from models.foundation.placement import load_stage
+    from models.foundation.placement import load_stage, teacher_of
     from optimizers.parameter_groups import groups_of
     from utils.dataset.batches import TrainingBatches
     from utils.dataset.encoders import reads_text
@@ -265,19 +271,15 @@ def build_trainer(
         recompute=settings.activation_checkpointing,
         seed=settings.seed,
     )
-    engine = Engine(module, optimizer, accumulation=accumulation, clip_norm=settings.gradient_clipping)
+    teacher = teacher_of(pipeline, settings, blueprint)
+    engine = Engine(module, optimizer, accumulation=accumulation, clip_norm=settings.gradient_clipping, teacher=teacher)
     reader = reader_of(data, ranks)
     noising = Noising(pipeline, ranks.is_first_stage, ranks.is_last_stage)
     showing = Showing(
         settings.seed, [encoder.name for encoder in data.encoders if reads_text(encoder)], bool(data.live)
     )
     batches = TrainingBatches(epochs, reader, showing, noising.training, ranks.data_rank)
-    progress = Progress()
-    if resumed:
-        resumed.load_weights(parameters)
-        if not arguments.reset_optimizer:
-            resumed.load_optimizer(parameters, optimizer)
-        progress = resumed.starting_point(epochs.steps_in, restart_data=arguments.reset_dataloader)
+    progress, ema = beginning(settings, arguments, resumed, epochs, parameters, optimizer)
     folder = resumed.folder.parent if resumed else run_folder.create(settings, ranks, arguments.config)
     metrics = Metrics.of_run(
         folder,
@@ -286,9 +288,45 @@ def build_trainer(
         ranks.is_main,
         resumed_at=progress.step if resumed else None,
     )
-    trainer = Trainer(settings, ranks, engine, optimizer, parameters, batches, progress, folder, metrics, stop)
+    trainer = Trainer(
+        settings,
+        ranks,
+        engine,
+        optimizer,
+        parameters,
+        batches,
+        progress,
+        folder,
+        metrics,
+        stop,
+        ema,
+        resumed and resumed.folder,
+    )
     trainer.duties = duties_of(trainer, pipeline, data, reader, noising, blueprint)
     return trainer
+
+
+def beginning(
+    settings: Settings,
+    arguments: argparse.Namespace,
+    resumed: Checkpoint | None,
+    epochs: Epochs,
+    parameters: Mapping[str, Parameter],
+    optimizer: Optimizer,
+) -> tuple[Progress, EMA | None]:
+    """Where the run begins, and the averages if it has any; parameters and optimizer take the checkpoint's values."""
+    from optimizers.ema import EMA
+
+    progress = Progress()
+    if resumed:
+        resumed.load_weights(parameters)
+        if not arguments.reset_optimizer:
+            resumed.load_optimizer(parameters, optimizer)
+        progress = resumed.starting_point(epochs.steps_in, restart_data=arguments.reset_dataloader)
+    ema = EMA(parameters.items(), settings.ema, optimizer, since=progress.step) if settings.ema else None
+    if resumed:
+        resumed.load_ema(ema)
+    return progress, ema
 
 
 def duties_of(
@@ -303,9 +341,7 @@ def duties_of(
     from models.foundation.outputs import export_plan, sample_model
     from utils.dataset.batches import EvaluationBatches
     from utils.dataset.epochs import micro_batch_of
-    from utils.run.evaluation import evaluate
-    from utils.run.export import export
-    from utils.run.sampling import sample
+    from utils.run import duties
 
     settings, ranks = trainer.settings, trainer.ranks
     micro_batch = partial(micro_batch_of, settings, evaluating=True)
@@ -315,43 +351,8 @@ def duties_of(
         )
         for collection in data.evaluation
     }
-    plan = export_plan(pipeline, settings, blueprint)
     painter = sample_model(pipeline, data.encoders, settings, ranks, data.cache_dir)
-
-    def run_evaluation(progress: Progress, epoch_ended: bool) -> None:
-        results = evaluate(trainer.engine, ranks, sets, noising.evaluation, str(progress.step), trainer.heed)
-        trainer.metrics.scalars(results, progress.step)
-        for name in sets:
-            logger.info("step %d: %s/loss %.5f", progress.step, name, results[f"{name}/loss"])
-
-    def draw_samples(progress: Progress, epoch_ended: bool) -> None:
-        folder, metrics = trainer.folder, trainer.metrics
-        sample(trainer.engine, ranks, painter, settings.sampling, folder, metrics, progress.step, trainer.heed)
-
-    def write_export(progress: Progress, epoch_ended: bool) -> None:
-        name = f"epoch{progress.epoch + 1}" if epoch_ended else f"step{progress.step}"
-        export(trainer.folder / name, ranks, trainer.parameters, plan, progress.step)
-
-    sampling = settings.sampling
-    evaluation = Duty(
-        run_evaluation,
-        Cadence(settings.eval_every_n_steps, settings.eval_every_n_epochs, settings.eval_every_n_examples),
-        before_first_step=settings.eval_before_first_step,
-        at_end=True,
-    )
-    drawing = Duty(
-        draw_samples,
-        Cadence(sampling.sample_every_n_steps, sampling.sample_every_n_epochs),
-        before_first_step=sampling.sample_before_first_step,
-        at_end=True,
-    )
-    saving = Duty(
-        write_export,
-        Cadence(settings.save_every_n_steps, settings.save_every_n_epochs, settings.save_every_n_examples),
-        at_end=True,
-        interruptible=False,
-    )
-    return [*([evaluation] if sets else []), *([drawing] if sampling.prompts else []), saving]
+    return duties.of_run(trainer, sets, noising.evaluation, painter, export_plan(pipeline, settings, blueprint))
 
 
 def train(trainer: Trainer) -> bool:

@@ -5,10 +5,11 @@ Shapes: B batch; a latent has the dimensions of its model, (C h w) for pictures 
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -20,13 +21,20 @@ from utils.adapters.attach import base_name
 from utils.dataset.buckets import MediaFacts
 from utils.dataset.encoders import Encoder
 from utils.diffusion import seeds
-from utils.diffusion.losses import Labels, mean_squared_error
+from utils.diffusion.checks import DEMANDS, refusals
+from utils.diffusion.losses import Labels, Loss
+from utils.diffusion.noise import NoiseOptions
 from utils.diffusion.objectives import FlowMatching, Objective
+from utils.diffusion.schedules import over_sample
 from utils.diffusion.timesteps import ResolutionShift, TimestepSampler
-from utils.settings.errors import SettingsError
+from utils.diffusion.weights import LossWeighting
+from utils.settings.errors import Problem, SettingsError
 from utils.settings.schema import ModelSettings, torch_dtype
 
 Features = Mapping[str, torch.Tensor]
+Value = TypeVar("Value")
+_KEYS = {"log_snr": 'timestep_sample_method = "log_snr"'}
+"""The option whose value has a demand of its own."""
 
 
 class ModelEncoder(Encoder, Protocol):
@@ -54,6 +62,8 @@ class BasePipeline(ABC):
         keep_in_high_precision: parts of parameter names that stay float32 whatever `dtype` says.
         original_layout: names of the publisher's single-file checkpoint, if they differ from diffusers'.
         denoiser_folder: where a diffusers folder keeps the denoiser; a property where an option chooses it.
+        guided_by_second_prediction: samples are guided by the difference to a prediction for the negative prompt
+            (classifier-free guidance); without it guidance, if the model knows any, is one of its inputs.
         max_controls: how many control images it is conditioned on, of a dataset that has some.
     """
 
@@ -66,6 +76,7 @@ class BasePipeline(ABC):
     keep_in_high_precision: ClassVar[tuple[str, ...]] = ()
     original_layout: ClassVar[KeyLayout | None] = None
     denoiser_folder: str = "transformer"
+    guided_by_second_prediction: ClassVar[bool] = False
     max_controls: ClassVar[int] = 0
 
     def __init__(self, options: ModelSettings, seed: int = 0):
@@ -145,6 +156,11 @@ class BasePipeline(ABC):
     def scheduler(self) -> Any:
         """The stock scheduler of diffusers with which samples are drawn."""
 
+    def sampling_levels(self, steps: int) -> Sequence[float] | None:
+        """The noise levels of a sample's steps before the scheduler shifts them, as the stock pipeline of the model has
+        them; None for the scheduler's own."""
+        return [1.0 - (1.0 - 1.0 / steps) * index / max(steps - 1, 1) for index in range(steps)]
+
     def latents(self, features: Features, draw: Callable[[torch.Size], torch.Tensor]) -> torch.Tensor:
         """The clean latents (B, ...) among the features, in float32; `draw` gives standard normal numbers of a shape
         where the features hold a distribution of latents."""
@@ -155,13 +171,62 @@ class BasePipeline(ABC):
 
     def loss(self, prediction: torch.Tensor, labels: Labels) -> torch.Tensor:
         """Loss per sample (B,)."""
-        return mean_squared_error(prediction, labels)
+        return self.loss_function()(self.objective.compared(prediction), labels)
+
+    def taught(self, labels: Labels, output: torch.Tensor) -> Labels:
+        """The labels on the output's device; of regularisation data the output, another model's, is the target."""
+        parents = self.objective.compared(output).float()
+        regularising = over_sample(labels.regularising, parents).to(parents.device)
+        return labels._replace(target=torch.where(regularising, parents, labels.target.to(parents.device)))
+
+    def check_training(self, file: str = "") -> None:
+        """Whether the objective can honour what the options ask of timesteps, noise and loss.
+
+        Args:
+            file: where the options are written.
+
+        Raises:
+            SettingsError: it cannot, or some of them contradict each other.
+        """
+        refused = refusals(self._asked(), self.objective.kind)
+        problems = [Problem(file, f"[model] {_KEYS.get(name, name)}", reason) for name, reason in refused.items()]
+        for build in (self.timestep_sampler, self.loss_weighting, self.noise_options, self.loss_function):
+            try:
+                build()
+            except ValueError as error:
+                problems.append(Problem(file, "[model]", str(error)))
+        if problems:
+            raise SettingsError(problems)
 
     def timestep_sampler(self) -> TimestepSampler:
         """The distribution of noise levels that the options ask for."""
         options = self.options
         shift = self.resolution_shift if options.flux_shift else options.shift
-        return TimestepSampler(options.timestep_sample_method, options.sigmoid_scale, shift)
+        return self._from_options(TimestepSampler, method=options.timestep_sample_method, shift=shift)
+
+    def loss_weighting(self) -> LossWeighting:
+        """What the loss counts at a noise level."""
+        return self._from_options(LossWeighting)
+
+    def noise_options(self) -> NoiseOptions:
+        """How noise is made in training."""
+        return self._from_options(NoiseOptions)
+
+    def loss_function(self) -> Loss:
+        """The distance of prediction and target."""
+        return self._from_options(Loss)
+
+    def _from_options(self, cls: Callable[..., Value], **others: Any) -> Value:
+        """A dataclass whose fields, but for `others`, are called as the options are."""
+        names = {field.name for field in dataclasses.fields(cls)} - others.keys()
+        return cls(**{name: getattr(self.options, name) for name in names}, **others)
+
+    def _asked(self) -> list[str]:
+        """What the options ask of the objective, by the names in DEMANDS."""
+        options = self.options
+        defaults = {name: info.default for name, info in type(options).model_fields.items() if name in DEMANDS}
+        changed = [name for name, default in defaults.items() if getattr(options, name) != default]
+        return [*changed, options.timestep_sample_method]
 
     def load_denoiser(self) -> nn.Module:
         """The whole denoiser: on the meta device until `fill` reads what a stage needs, or, with `from_scratch`, with

@@ -21,7 +21,8 @@ from models.foundation.key_layouts import KeyLayout, Rule
 from models.foundation.stages import Middle
 from models.foundation.text_encoders import clip_l, t5
 from utils.dataset.buckets import MediaFacts
-from utils.settings.schema import Count, ModelSettings
+from utils.settings.schema import ModelSettings
+from utils.settings.values import Count
 
 PATCH = 2
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")

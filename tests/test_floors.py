@@ -17,6 +17,8 @@ PLACES = {
     "train": (5, "train"),
     "models": (4, "models"),
     "models.base": (3, "foundation"),
+    # A command, as train.py is.
+    "models.foundation.timestep_plot": (5, "timestep_plot"),
     "models.foundation": (3, "foundation"),
     "utils.run": (2, "run"),
     "utils.dataset": (1, "dataset"),

@@ -137,6 +137,30 @@ def test_a_checkpoint_loads_on_another_layout(write_config: Callable[..., Path])
     assert all(torch.allclose(again[name], weights[name], atol=1e-4) for name in weights)
 
 
+def test_older_checkpoints_go_but_for_the_one_that_was_resumed(write_config: Callable[..., Path]) -> None:
+    config = write_config(max_steps=3, checkpoint_every_n_steps=1)
+    assert launch(config)[0] == [0]
+    run = only_run(config)
+    config = write_config(checkpoint_every_n_steps=1, keep_checkpoints=2, save_every_n_steps=4)
+    codes, log = launch(config, "--resume_from_checkpoint", str(run / "global_step2"))
+    assert codes == [0], log
+    assert {p.name for p in run.glob("global_step*")} == {"global_step2", "global_step5", "global_step6"}
+    assert {p.name for p in run.iterdir()} >= {"step3", "epoch2", "epoch3"}
+
+
+def test_an_export_takes_the_place_of_none_after_the_data_began_anew(write_config: Callable[..., Path]) -> None:
+    config = write_config(max_steps=2, checkpoint_every_n_steps=2, ema={})
+    assert launch(config)[0] == [0]
+    run = only_run(config)
+    before = newest_export(run)
+    codes, log = launch(write_config(max_steps=4, ema={}), "--resume_from_checkpoint", "--reset_dataloader")
+    assert codes == [0], log
+    names = {"epoch1", "epoch1_ema", "epoch1_step4", "epoch1_step4_ema"}
+    assert {p.name for p in run.glob("epoch*")} == names
+    again = newest_export(run)
+    assert all(torch.equal(again[name], before[name]) for name in before)
+
+
 def test_a_signal_to_one_process_stops_all_after_the_step(write_config: Callable[..., Path]) -> None:
     config = write_config(pipeline_stages=2, max_steps=500)
     codes, log = launch(config, processes=2, stop_after="step 2/500")

@@ -78,6 +78,23 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str], int, str]] = {
         r"no LoRA factors.*",
     ),
     "unknown model": ({"model__type": "fluks"}, [], 1, r"fluks.*flux"),
+    "weights of DDPM": ({"model__min_snr_gamma": 5.0}, [], 1, r"run\.toml\n.*\[model\] min_snr_gamma.*flow matching"),
+    "noise twice": (
+        {"model__noise_offset": 0.1, "model__multires_noise_iterations": 6},
+        [],
+        1,
+        r"run\.toml\n.*\[model\].*noise_offset and multires_noise_iterations both",
+    ),
+    "no timestep": ({"model__min_t": 0.6, "model__max_t": 0.6}, [], 1, r"run\.toml\n.*\[model\].*min_t and max_t"),
+    "negative shift": ({"model__shift": -1.0}, [], 2, r"run\.toml\n.*\[model\] shift.*greater than 0.*-1"),
+    "unused": ({"model__huber_c": 0.2}, [], 1, r"run\.toml\n.*\[model\] huber_c.*loss_type"),
+    "not a weight": ({"model__weighting_scheme": "mode"}, [], 1, r'\[model\].*timestep_sample_method = "mode"'),
+    "no parent's data": (
+        {"regularisation_target": "parent"},
+        [],
+        1,
+        r"run\.toml\n.*regularisation_target.*no directory",
+    ),
     "nothing to adapt": ({"adapter__include": ["nothing"]}, [], 1, r"\[adapter\].*nothing to adapt"),
 }
 

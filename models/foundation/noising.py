@@ -2,19 +2,39 @@
 
 Every number is a function of (seed, purpose, epoch or set, sample), so that the first and the last stage, each on its
 own, arrive at the same.
+
+Shapes: B batch; latents (B, C, h, w) or (B, C, f, h, w), written (B, ...).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from models.base import BasePipeline
 from utils.dataset.batches import FeatureBatch
-from utils.diffusion import seeds
+from utils.diffusion import seeds, strata
 from utils.diffusion.losses import Labels
+from utils.diffusion.noise import NoiseOptions, perturbed, sample_noise
+from utils.diffusion.schedules import over_sample
+from utils.diffusion.weights import LossWeighting
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is drawn for a micro-batch.
+
+    Attributes:
+        quantiles: of the noise levels, one a sample.
+        noise, latents: names of the draws; those of the samples follow.
+    """
+
+    seed: int
+    quantiles: Sequence[float]
+    noise: tuple[object, ...]
+    latents: tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -32,36 +52,67 @@ class Noising:
 
     def training(self, batch: FeatureBatch, epoch: int) -> tuple[tuple | None, Labels | None]:
         """Each sample at a noise level and with noise drawn for this epoch."""
-        seed = self.pipeline.seed
-        quantiles = [seeds.uniform(seed, "timestep", epoch, draw) for draw in batch.draws]
-        return self._noised(batch, quantiles, seed, ("noise", epoch), ("latents", epoch))
+        pipeline = self.pipeline
+        quantiles = QUANTILES[pipeline.options.stratified_timesteps](pipeline.seed, epoch, batch)
+        draws = Draws(pipeline.seed, quantiles, ("noise", epoch), ("latents", epoch))
+        return self._noised(batch, draws, pipeline.noise_options(), pipeline.loss_weighting())
 
     def evaluation(self, batch: FeatureBatch, set_name: str, quantile: float) -> tuple[tuple | None, Labels | None]:
         """Each sample at the same quantile of the noise levels, with noise that depends on (set, sample, quantile)
-        alone: not even on the run's seed, so that runs can be compared."""
-        quantiles = [quantile] * len(batch.draws)
-        return self._noised(batch, quantiles, 0, ("evaluation", set_name, quantile), ("latents", set_name))
+        alone: not even on the run's seed, so that runs can be compared.
+
+        What is measured is the run's `loss_type`, with plain noise and without weights by noise level: the noise of
+        training only helps to learn, and weights would make of the mean over quantiles that of a few of them. Masks and
+        `loss_weight` are the evaluated data's own, and count.
+        """
+        draws = Draws(0, [quantile] * len(batch.draws), ("evaluation", set_name, quantile), ("latents", set_name))
+        return self._noised(batch, draws, NoiseOptions(), LossWeighting())
 
     def _noised(
-        self,
-        batch: FeatureBatch,
-        quantiles: Sequence[float],
-        seed: int,
-        noise_name: tuple[object, ...],
-        latents_name: tuple[object, ...],
+        self, batch: FeatureBatch, draws: Draws, options: NoiseOptions, weighting: LossWeighting
     ) -> tuple[tuple | None, Labels | None]:
-        def draw(shape: torch.Size, name: tuple[object, ...]) -> torch.Tensor:
-            return torch.stack([seeds.normal(shape[1:], seed, *name, one) for one in batch.draws])
-
         pipeline, objective = self.pipeline, self.pipeline.objective
-        clean = pipeline.latents(batch.features, lambda shape: draw(shape, latents_name))
-        noise = draw(clean.shape, noise_name)
+        clean = pipeline.latents(
+            batch.features,
+            lambda shape: _each(lambda name: seeds.normal(shape[1:], draws.seed, *draws.latents, name), batch.draws),
+        )
+        noise = _each(lambda one, name: sample_noise(one, options, draws.seed, *draws.noise, name), clean, batch.draws)
         sampler, tokens = pipeline.timestep_sampler(), pipeline.tokens(clean.shape[1:])
-        t_B = torch.tensor([sampler.timestep(quantile, tokens) for quantile in quantiles], dtype=torch.float32)
+        t_B = torch.tensor([sampler.timestep(quantile, tokens) for quantile in draws.quantiles], dtype=torch.float32)
         inputs = labels = None
         if self.wants_inputs:
+            seen = _each(lambda one, name: perturbed(one, options, draws.seed, *draws.noise, name), noise, batch.draws)
             features = {**batch.features, "latents": clean}
-            inputs = pipeline.prepare_inputs(features, objective.noised(clean, noise, t_B), t_B)
+            inputs = pipeline.prepare_inputs(features, objective.noised(clean, seen, t_B), t_B)
         if self.wants_labels:
-            labels = Labels(objective.target(clean, noise, t_B), batch.weight)
+            weight = batch.weight * over_sample(weighting.weight(objective, t_B), batch.weight)
+            delta_B = pipeline.loss_function().delta(t_B, objective.snr(t_B))
+            delta = None if delta_B is None else over_sample(delta_B, clean)
+            labels = Labels(objective.target(clean, noise, t_B), weight, delta, batch.regularising)
         return inputs, labels
+
+
+def _each(make: Callable[..., torch.Tensor], *of_samples: Sequence) -> torch.Tensor:
+    """What `make` gives for every sample, as a batch."""
+    return torch.stack([make(*one) for one in zip(*of_samples, strict=True)])
+
+
+def _independent(seed: int, epoch: int, batch: FeatureBatch) -> list[float]:
+    return [seeds.uniform(seed, "timestep", epoch, draw) for draw in batch.draws]
+
+
+def _in_batch(seed: int, epoch: int, batch: FeatureBatch) -> list[float]:
+    places = batch.places
+    return [strata.in_batch(seed, epoch, places.step, place, places.of_step) for place in places.in_step]
+
+
+def _in_epoch(seed: int, epoch: int, batch: FeatureBatch) -> list[float]:
+    return [strata.in_epoch(seed, epoch, place, batch.places.of_epoch) for place in batch.places.in_epoch]
+
+
+QUANTILES: Mapping[str, Callable[[int, int, FeatureBatch], list[float]]] = {
+    "none": _independent,
+    "batch": _in_batch,
+    "epoch": _in_epoch,
+}
+"""By `stratified_timesteps`: (seed, epoch, batch) -> the quantile at which each sample is trained."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -10,6 +11,7 @@ from models.base import BasePipeline
 from models.foundation.adapter_files import read_adapter
 from utils.adapters import attach
 from utils.parallel.partition import stage_bounds
+from utils.parallel.teacher import Teacher
 from utils.settings.errors import SettingsError
 from utils.settings.schema import Settings
 
@@ -74,6 +76,13 @@ def load_stage(pipeline: BasePipeline, settings: Settings, stage: int) -> Bluepr
         attach.initialise(denoiser, layers, settings.adapter, pipeline.seed)
         load_existing_adapter(pipeline, settings, blueprint, layers)
     return blueprint
+
+
+def teacher_of(pipeline: BasePipeline, settings: Settings, blueprint: Blueprint) -> Teacher | None:
+    """The model without its adapter, if regularisation data is to keep what that makes of it."""
+    if settings.regularisation_target == "data":
+        return None
+    return Teacher(partial(attach.switched_off, blueprint.denoiser), pipeline.taught)
 
 
 def load_existing_adapter(

@@ -164,10 +164,11 @@ def _memory(
     except NotImplementedError:
         # Experts that are chosen by a tensor's values cannot be run without values.
         kept, title = [0] * len(blueprint.layers), f"{title}, without activations"
+    averages = settings.ema is not None and settings.ema.device == "gpu"
     rows = []
     for stage, (start, stop) in enumerate(blueprint.bounds):
         layers = blueprint.stage_layers(stage)
-        weights, state = held_bytes(layers, settings.optimizer.type)
+        weights, state = held_bytes(layers, settings.optimizer.type, averages=averages)
         in_flight = min(settings.gradient_accumulation_steps, len(blueprint.bounds) - stage)
         activations = in_flight * sum(kept[start:stop])
         rows.append(
@@ -178,11 +179,13 @@ def _memory(
     return "\n".join([f"{title}:", *rows])
 
 
-def held_bytes(layers: Sequence[nn.Module], optimizer: str) -> tuple[int, int]:
-    """Bytes of the weights of some layers, and of their gradients and optimizer state together."""
+def held_bytes(layers: Sequence[nn.Module], optimizer: str, *, averages: bool = False) -> tuple[int, int]:
+    """Bytes of the weights of some layers, and of their gradients and optimizer state together; with `averages` in
+    float32 of what is trained (an EMA that is kept on the GPU)."""
     held = {id(p): p for layer in layers for p in layer.parameters()}.values()
     trained = [p for p in held if p.requires_grad]
     state = sum(parameter.nbytes + OPTIMIZER_STATE[optimizer](parameter) for parameter in trained)
+    state += 4 * sum(parameter.numel() for parameter in trained) if averages else 0
     return sum(p.nbytes for p in held), state
 
 

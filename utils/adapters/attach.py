@@ -8,7 +8,8 @@ PEFT wraps each adapted module: `to_q.weight` becomes `to_q.base_layer.weight`, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 
 import torch
@@ -64,6 +65,20 @@ def attach(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings
         r=settings.rank, lora_alpha=_alpha(settings), lora_dropout=settings.dropout, bias="none", target_modules=pattern
     )
     inject_adapter_in_model(config, denoiser, low_cpu_mem_usage=True)
+
+
+@contextmanager
+def switched_off(denoiser: nn.Module) -> Iterator[None]:
+    """Within it the denoiser does what it does without its adapter, bit for bit."""
+    adapted = [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
+    scales = [module.scaling[ADAPTER] for module in adapted]
+    try:
+        for module in adapted:
+            module.scaling[ADAPTER] = 0.0
+        yield
+    finally:
+        for module, scaling in zip(adapted, scales, strict=True):
+            module.scaling[ADAPTER] = scaling
 
 
 def initialise(denoiser: nn.Module, layers: Iterable[nn.Module], settings: AdapterSettings, seed: int) -> None:

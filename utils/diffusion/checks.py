@@ -30,7 +30,7 @@ TITLES: Mapping[Kind, str] = {
 _DDPM = "weighs by the signal-to-noise ratio of DDPM's steps"
 _LEVELS = "moves noise levels whose signal-to-noise ratio follows from t alone, and DDPM's has its schedule"
 _STEPS = "changes DDPM's schedule of steps, and this model has none"
-# By the option's name, also where other trainers call it otherwise.
+# By the option's name.
 DEMANDS: Mapping[str, Demand] = {
     "weighting_scheme": Demand(("flow",), "weighs by the sigma of flow matching"),
     "shift": Demand(("flow", "edm"), _LEVELS),
@@ -47,18 +47,12 @@ DEMANDS: Mapping[str, Demand] = {
 }
 
 
-def check_honoured(options: Iterable[str], kind: Kind) -> None:
-    """Whether a model with an objective of this kind can honour all `options`, given by name as far as they are set.
-
-    Raises:
-        ValueError: it cannot; names each option, the objective, and what it would need.
-    """
-    refused = [name for name in options if name in DEMANDS and kind not in DEMANDS[name].kinds]
-    if refused:
-        raise ValueError("; ".join(refusal(name, kind) for name in refused))
+def refusals(options: Iterable[str], kind: Kind) -> dict[str, str]:
+    """Those of the `options`, given by name as far as they are set, that a model with an objective of this kind cannot
+    honour, each with the reason."""
+    return {name: _refusal(name, kind) for name in options if name in DEMANDS and kind not in DEMANDS[name].kinds}
 
 
-def refusal(name: str, kind: Kind) -> str:
-    """Why an option is refused."""
+def _refusal(name: str, kind: Kind) -> str:
     needed = " or ".join(TITLES[one] for one in DEMANDS[name].kinds)
-    return f"{name} {DEMANDS[name].reason}: it needs {needed}, and this model has {TITLES[kind]}; leave it out"
+    return f"{DEMANDS[name].reason}: it needs {needed}, and this model has {TITLES[kind]}; leave it out"

@@ -19,12 +19,14 @@ class Labels(NamedTuple):
         target: (B, ...), float32.
         weight: factor on the error, (B, 1, ...): by sample, or by place too.
         delta: (B, 1, ...), the width of losses that have one; see `Loss.delta`.
+        regularising: (B,), which samples are regularisation data: another model's output may become their target.
         variational: (clean, x_t, t_B), for `learned_variance.variational_bound`.
     """
 
     target: torch.Tensor
     weight: torch.Tensor
     delta: torch.Tensor | None = None
+    regularising: torch.Tensor | None = None
     variational: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
 
@@ -63,8 +65,6 @@ LOSSES: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "smooth_l1": _smooth_l1,
     "pseudo_huber": _pseudo_huber,
 }
-# What other trainers call them.
-LOSS_SPELLINGS: Mapping[str, str] = {**{name: name for name in LOSSES}, "l2": "mse", "l1": "mae"}
 WITHOUT_DELTA = ("mse", "mae")
 
 
@@ -139,28 +139,3 @@ class Loss:
 def mean_squared_error(prediction: torch.Tensor, labels: Labels) -> torch.Tensor:
     """The weighted mean squared error of every sample (B,), in float32."""
     return Loss("mse")(prediction, labels)
-
-
-def mask_weight(mask: torch.Tensor, unmasked_weight: float = 0.0, normalise: bool = False) -> torch.Tensor:
-    """What each place counts, in the shape of `mask` (B, 1, ...).
-
-    Args:
-        mask: in [0, 1]: 1 what is to be learnt.
-        unmasked_weight: what the rest counts at least.
-        normalise: divide by the mean over the sample, so that a sample's loss is the mean over what counts, and a small
-            object weighs as much as a large one. A sample in which nothing counts weighs nothing.
-    """
-    weight = mask.float().clamp(min=unmasked_weight)
-    if not normalise:
-        return weight
-    mean = weight.flatten(1).mean(1).view(-1, *[1] * (weight.ndim - 1))
-    return torch.where(mean > 0.0, weight / mean, 0.0)
-
-
-def mean_over_what_counts(losses_B: torch.Tensor, counts_B: torch.Tensor, total: float) -> torch.Tensor:
-    """The part of these samples in the mean loss of a step: sum(losses * counts) / total, a scalar.
-
-    With `total` the sum of counts over all micro-batches and data ranks of the step, the sum of the parts is the mean
-    over all that counts, however unequal the micro-batches are; a repeated sample that fills a batch counts 0.
-    """
-    return (losses_B * counts_B).sum() / total

@@ -82,7 +82,8 @@ class TimestepSampler:
         assert self.distribution
         check_shift(self.shift)
         check_range(self.min_t, self.max_t)
-        if not isinstance(self.shift, ResolutionShift) and self._share(0) < LOWEST_SHARE:
+        sizes = (self.shift.base_tokens, self.shift.max_tokens) if isinstance(self.shift, ResolutionShift) else (0,)
+        if min(self._share(tokens) for tokens in sizes) < LOWEST_SHARE:
             raise ValueError(f"{self.method} never draws a timestep from min_t {self.min_t} to max_t {self.max_t}")
 
     @property
@@ -133,13 +134,6 @@ METHODS: Mapping[str, Callable[[TimestepSampler], Distribution]] = {
     "cosmap": lambda sampler: CosMap(),
     "beta": lambda sampler: Beta(sampler.beta_alpha, sampler.beta_beta),
     "log_snr": lambda sampler: log_snr_normal(sampler.logit_mean, sampler.sigmoid_scale),
-}
-# What other trainers call the methods (`timestep_sampling` of kohya and musubi).
-METHOD_SPELLINGS: Mapping[str, str] = {
-    **{name: name for name in METHODS},
-    "sigmoid": "logit_normal",
-    "sigma": "uniform",
-    "logsnr": "log_snr",
 }
 
 

@@ -37,16 +37,6 @@ FLOW_WEIGHTINGS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigma_sqrt": _sigma_sqrt,
     "cosmap": _cosmap,
 }
-# What `weighting_scheme` of diffusers' scripts, kohya, musubi and SimpleTuner means: (how t is drawn, how the loss is
-# weighted), for there one word stands for either. None: as it would be drawn without.
-WEIGHTING_SPELLINGS: Mapping[str, tuple[str | None, str]] = {
-    "none": (None, "none"),
-    "uniform": ("uniform", "none"),
-    "logit_normal": ("logit_normal", "none"),
-    "mode": ("mode", "none"),
-    "sigma_sqrt": (None, "sigma_sqrt"),
-    "cosmap": (None, "cosmap"),
-}
 
 
 def min_snr(snr_B: torch.Tensor, gamma: float, kind: Kind) -> torch.Tensor:
@@ -120,7 +110,7 @@ class LossWeighting:
     def weight(self, objective: Objective, t_B: torch.Tensor) -> torch.Tensor:
         """What the loss of each sample counts (B,), float32, at noise levels t_B in (0, 1).
 
-        Whether the objective can honour the options is for `checks.check_honoured` to say, before.
+        Whether the objective can honour the options is for `checks.refusals` to say, before.
         """
         weight_B = FLOW_WEIGHTINGS[self.weighting_scheme](t_B.float())
         if objective.kind not in ("epsilon", "v"):

@@ -26,6 +26,7 @@ from torch import nn
 
 from utils.parallel import wire
 from utils.parallel.pipeline import DenoiserPipeline
+from utils.parallel.teacher import Teacher
 
 NEVER = 10**9
 MicroBatch = tuple[Any, Any]
@@ -50,6 +51,7 @@ class Engine(PipelineEngine):
         *,
         accumulation: int,
         clip_norm: float,
+        teacher: Teacher | None = None,
     ):
         config = {
             # Nothing is made of it: micro-batches may differ in size.
@@ -70,6 +72,7 @@ class Engine(PipelineEngine):
             model_parameters=[p for p in module.parameters() if p.requires_grad],
         )
         self.clip_norm = clip_norm
+        self.teacher = teacher
         self._grad_norm = torch.zeros(())
         self._forward_count = 0
         self._step = 0
@@ -83,17 +86,30 @@ class Engine(PipelineEngine):
             batches: this data rank's micro-batches; None on a stage that is neither the first nor the last.
             step: number of the step, which seeds dropout.
         """
+        if self.teacher is not None:
+            batches = self._taught(self.teacher, batches)
         self._begin(step)
         loss = self.train_batch(iter(batches) if batches is not None else None)
         return StepResult(loss.item(), self._grad_norm.item())
 
     def evaluate(self, batches: Iterable[MicroBatch] | None, count: int) -> list[torch.Tensor]:
         """The loss of every sample (B,) in float32, per micro-batch, on every stage of this data rank."""
-        return self._run_forward(batches, count, keep_predictions=False)
+        return self._from_last_stage(self._run_forward(batches, count, keep_predictions=False), count)
 
     def predict(self, batches: Iterable[MicroBatch] | None, count: int) -> list[torch.Tensor]:
         """The last layer's output per micro-batch, on every stage of this data rank."""
-        return self._run_forward(batches, count, keep_predictions=True)
+        return self._from_last_stage(self._run_forward(batches, count, keep_predictions=True), count)
+
+    def _taught(self, teacher: Teacher, batches: Iterable[MicroBatch] | None) -> Iterable[MicroBatch] | None:
+        """The micro-batches of a step, on the last stage with the teacher's labels."""
+        batches = batches if batches is None else list(batches)
+        with teacher.present():
+            outputs = self._run_forward(batches, self.micro_batches, keep_predictions=True)
+        if not self.is_last_stage():
+            return batches
+        return [
+            (inputs, teacher.teach(labels, output)) for (inputs, labels), output in zip(batches, outputs, strict=True)
+        ]
 
     def _begin(self, step: int) -> None:
         self._forward_count = 0
@@ -101,6 +117,7 @@ class Engine(PipelineEngine):
         self.module.draw = None
 
     def _run_forward(self, batches: Iterable[MicroBatch] | None, count: int, *, keep_predictions: bool) -> list:
+        """What the last stage makes of the micro-batches; nothing on the others."""
         self._begin(self._step)
         self.module.eval()
         self._keep_predictions = keep_predictions
@@ -113,7 +130,7 @@ class Engine(PipelineEngine):
             buffers[:] = [None] * len(buffers)
         outputs = self.fwd_outputs
         self.fwd_outputs = []
-        return self._from_last_stage(outputs, count)
+        return outputs
 
     def _from_last_stage(self, tensors: list[torch.Tensor], count: int) -> list[torch.Tensor]:
         """Gives the last stage's tensors to the other stages of the same pipeline."""

@@ -1,7 +1,7 @@
 """State to resume from, keyed by parameter name: it loads on any number of stages and data ranks.
 
     global_step1200/
-        state-0.safetensors ...   per stage: "weights/<parameter>" and "optimizer/<parameter>/<key>"
+        state-0.safetensors ...   per stage: "weights/<parameter>", "optimizer/<parameter>/<key>", "ema/<parameter>"
         progress.json             where the run stood, and what it was made with
     latest                        the name of the newest complete checkpoint
 
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from optimizers.ema import EMA
 from utils import ranks as together
 from utils.ranks import Ranks
 from utils.run.folder import LATEST, checkpoints_before
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 PROGRESS = "progress.json"
+REMOVED = ".removed"
 MADE_WITH = ("identity", "optimizer", "steps_in_epoch")
 """What is known of the settings that a checkpoint was made with."""
 NamedParameters = Mapping[str, torch.nn.Parameter]
@@ -62,6 +64,7 @@ def save(
     parameters: NamedParameters,
     optimizer: torch.optim.Optimizer,
     made_with: Mapping[str, Any],
+    ema: EMA | None = None,
 ) -> Path:
     """Writes the checkpoint of this step into the run's folder; all ranks call it, one per stage writes.
 
@@ -69,6 +72,7 @@ def save(
         parameters: the trainable parameters of this stage by name.
         made_with: settings that a resumed run should share, under the names in `MADE_WITH`; told to the user where
             they differ.
+        ema: the averages of these parameters, if there are any.
     """
     name = f"global_step{progress.step}"
     unfinished = folder / f"{name}.unfinished"
@@ -77,7 +81,7 @@ def save(
         unfinished.mkdir(parents=True)
     together.barrier()
     if ranks.data_rank == 0:
-        write_tensors(unfinished / f"state-{ranks.stage}.safetensors", _state(parameters, optimizer))
+        write_tensors(unfinished / f"state-{ranks.stage}.safetensors", _state(parameters, optimizer, ema))
     together.barrier()
     if ranks.is_main:
         content = {
@@ -85,6 +89,7 @@ def save(
             "stages": ranks.stages,
             "progress": progress.as_dict(),
             "made_with": dict(made_with),
+            "ema_since": ema and ema.since,
         }
         (unfinished / PROGRESS).write_text(json.dumps(content, indent=2))
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -94,8 +99,22 @@ def save(
     return folder / name
 
 
-def _state(parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def remove_older(newest: Path, keep: int, spared: Path | None) -> None:
+    """Removes the checkpoints before `newest`, but for the last of them, so that `keep` are left, and but for `spared`.
+
+    Each is renamed first: what a killed process leaves half removed must not look whole.
+    """
+    for leftover in newest.parent.glob(f"global_step*{REMOVED}"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    before = checkpoints_before(newest)
+    for old in before[: max(0, len(before) + 1 - keep)]:
+        if spared is None or old.resolve() != spared.resolve():
+            shutil.rmtree(old.rename(old.with_name(old.name + REMOVED)), ignore_errors=True)
+
+
+def _state(parameters: NamedParameters, optimizer: torch.optim.Optimizer, ema: EMA | None) -> dict[str, torch.Tensor]:
     tensors = {f"weights/{name}": parameter.detach() for name, parameter in parameters.items()}
+    tensors |= {f"ema/{name}": average for name, average in (ema.averages if ema else {}).items()}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{name}/{key}"] = value if isinstance(value, torch.Tensor) else torch.tensor(value)
@@ -136,6 +155,7 @@ class Checkpoint:
         try:
             self.progress = Progress(**{field.name: content["progress"][field.name] for field in fields(Progress)})
             self.made_with: dict[str, Any] = {key: content["made_with"][key] for key in MADE_WITH}
+            self.ema_since: int | None = content.get("ema_since")
             stages = int(content.get("stages", len(list(folder.glob("state-*.safetensors")))))
         except (KeyError, TypeError, ValueError) as error:
             raise SettingsError.of(
@@ -237,6 +257,18 @@ class Checkpoint:
         for name, parameter in parameters.items():
             state = {key: self._read(f"{prefix}{name}/{key}") for key in keys.get(name, [])}
             optimizer.state[parameter] = {key: _as_kept(value, parameter.device) for key, value in state.items()}
+
+    def load_ema(self, ema: EMA | None) -> None:
+        """Gives the averages, just begun with the run's weights, their values back. That there are none, or none that
+        the run goes on with, is told."""
+        if ema and self.ema_since is None:
+            logger.warning("%s has no moving averages: those of [ema] begin with its weights", self.folder)
+        elif ema:
+            ema.since = self.ema_since
+            for name, average in ema.averages.items():
+                average.copy_(self._read(f"ema/{name}", average.shape))
+        elif self.ema_since is not None:
+            logger.warning("the moving averages of %s end here: the run has no [ema]", self.folder)
 
     def _read(self, key: str, shape: torch.Size | None = None) -> torch.Tensor:
         if key not in self._files:

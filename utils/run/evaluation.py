@@ -28,23 +28,26 @@ def evaluate(
     prepare: Prepare,
     tag: str,
     heed: Callable[[], None] = lambda: None,
+    prefix: str = "",
 ) -> dict[str, float]:
     """Mean losses, "<set>/loss_quantile_0.10" ... and "<set>/loss", the same on every rank.
 
     Args:
         tag: tells this evaluation from the others of the run.
         heed: called by all ranks now and then, as often by each; what it raises ends the evaluation.
+        prefix: of the losses' names, as in "<set>/ema_loss".
     """
     results: dict[str, float] = {}
     for name, batches in sets.items():
+        loss = f"{name}/{prefix}loss"
         losses_QN = _losses(engine, ranks, batches, prepare, name, heed)
         own = [losses_QN.sum(1).tolist(), losses_QN.shape[1]]
         # The stages of a pipeline hold the same losses: those of the first stage stand for all.
         pipelines = together.share(ranks, f"evaluation/{tag}/{name}", own)[: ranks.data_ranks]
         count = sum(held for _, held in pipelines)
         for index, quantile in enumerate(QUANTILES):
-            results[f"{name}/loss_quantile_{quantile:.2f}"] = sum(sums[index] for sums, _ in pipelines) / count
-        results[f"{name}/loss"] = sum(results[f"{name}/loss_quantile_{q:.2f}"] for q in QUANTILES) / len(QUANTILES)
+            results[f"{loss}_quantile_{quantile:.2f}"] = sum(sums[index] for sums, _ in pipelines) / count
+        results[loss] = sum(results[f"{loss}_quantile_{q:.2f}"] for q in QUANTILES) / len(QUANTILES)
     return results
 
 

@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from utils import ranks as together
 from utils.adapters.attach import scale
 from utils.ranks import Ranks
+from utils.run.progress import Progress
 from utils.run.tensor_file import write_tensors
 from utils.settings.schema import AdapterSettings
 
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
 ADAPTER_FILE = "adapter_model.safetensors"
 SHARD_BYTES = 5 * 2**30
+OF_AVERAGES = "_ema"
+"""What follows the name of an export where its weights' averages are beside it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,29 @@ class ExportPlan:
     denoiser_folder: str
     metadata: Mapping[str, str] = field(default_factory=dict)
     shard_bytes: int = SHARD_BYTES
+
+
+def export_name(run: Path, progress: Progress, epoch_ended: bool) -> str:
+    """The name of an export, `epoch3` or `step500`; `epoch3_step500` where that of another step is there: epochs count
+    anew after --reset_dataloader."""
+    step = f"step{progress.step}"
+    if not epoch_ended:
+        return step
+    name = f"epoch{progress.epoch + 1}"
+    there = {_step_of(run / taken) for taken in (name, name + OF_AVERAGES)}
+    return name if there <= {None, str(progress.step)} else f"{name}_{step}"
+
+
+def _step_of(folder: Path) -> str | None:
+    """The step of an export, None if there is no such export."""
+    file = next(folder.rglob("*.safetensors"), None)
+    if file is None:
+        return None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return (opened.metadata() or {}).get("step", "unknown")
+    except (SafetensorError, OSError):
+        return "unknown"
 
 
 def export(folder: Path, ranks: Ranks, parameters: Mapping[str, torch.Tensor], plan: ExportPlan, step: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from optimizers.ema import EMA
 from optimizers.schedules import learning_rates
 from utils.dataset.batches import TrainingBatches
 from utils.dataset.epochs import Epochs
@@ -38,6 +39,8 @@ class Trainer:
         parameters: the trainable ones of this stage, by name.
         progress: moves with every step.
         stop: whether this process was asked to stop; the ranks agree on it among themselves.
+        ema: the averages of the parameters, if the run has any.
+        resumed_from: the checkpoint that the run went on from.
         duties: what is done between two steps, in this order.
     """
 
@@ -51,6 +54,8 @@ class Trainer:
     folder: Path
     metrics: Metrics
     stop: StopRequests
+    ema: EMA | None = None
+    resumed_from: Path | None = None
     duties: list[Duty] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -102,6 +107,8 @@ class Trainer:
                 str(self.folder),
                 f"step {step + 1}",
             )
+        if self.ema:
+            self.ema.update(step + 1)
         seconds = time.monotonic() - started
         examples = self.epochs.examples(self.progress.epoch, self.progress.step_in_epoch)
         done = self.progress.after_step(result.loss, examples)
@@ -173,6 +180,9 @@ class Trainer:
             "optimizer": self.settings.optimizer.model_dump(mode="json"),
             "steps_in_epoch": self.epochs.steps_in(self.progress.epoch),
         }
-        path = checkpoint.save(self.folder, self.ranks, self.progress, self.parameters, self.optimizer, made_with)
+        state = (self.progress, self.parameters, self.optimizer, made_with, self.ema)
+        path = checkpoint.save(self.folder, self.ranks, *state)
         self.checkpoints.restart()
         logger.info("checkpoint: %s", path)
+        if self.ranks.is_main and self.settings.keep_checkpoints:
+            checkpoint.remove_older(path, self.settings.keep_checkpoints, self.resumed_from)

@@ -90,6 +90,15 @@ def check_with_run(settings: Settings, dataset: DatasetSettings, file: str, brok
     return [replace(problem, file=file) for problem in _unused(dataset, uses)]
 
 
+def check_training_set(settings: Settings, dataset: DatasetSettings, file: str) -> list[Problem]:
+    """What a sound run asks of its training set, as problems of the run's file."""
+    taught = any(dataset.resolved(entry).is_regularisation_data for entry in dataset.directory)
+    if settings.regularisation_target == "data" or taught:
+        return []
+    message = f"no directory of {settings.dataset} has is_regularisation_data = true; set it there, or leave this out"
+    return [Problem(file, "key `regularisation_target`", message)]
+
+
 def _uses_in(settings: Settings) -> dict[str, Use]:
     """By key of the run: the keys of a dataset that are used or not by its value."""
     uses = {}

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from utils.settings.schema import (
+from utils.settings.values import (
     AspectRatio,
     Count,
     Natural,

@@ -10,6 +10,7 @@ from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 from utils.settings.foreign import advice
 from utils.settings.schema import (
     AdapterSettings,
+    EMASettings,
     EvalDataset,
     ModelSettings,
     MonitoringSettings,
@@ -27,6 +28,7 @@ SECTIONS: Mapping[str, type[BaseModel] | None] = {
     "model": None,
     "adapter": AdapterSettings,
     "optimizer": None,
+    "ema": EMASettings,
     "monitoring": MonitoringSettings,
     "sampling": SamplingSettings,
 }
@@ -95,11 +97,14 @@ def is_dataset(raw: Mapping[str, Any]) -> bool:
 def unknown_tables(raw: Mapping[str, Any]) -> dict[str, str | None]:
     """The tables of a run's file that have no known name -> the name that was probably meant."""
     known, elsewhere = [*SECTIONS, *GROUPS], set().union(*_places().values())
-    unknown = [key for key, value in raw.items() if isinstance(value, dict) and key not in {*known, *elsewhere}]
+    unknown = [key for key, value in raw.items() if isinstance(value, dict) and key not in {*known, *run_keys()}]
     meant: dict[str, str | None] = {}
     for key in unknown:
         shorter = [name for name in known if key.startswith(name) or name.startswith(key)]
-        meant[key] = next(iter([*shorter, *get_close_matches(key, known, n=1)]), None)
+        near = next(iter([*shorter, *get_close_matches(key, known, n=1)]), None)
+        # A name near that of a table means it, also where it is a key elsewhere: `sample` is one in [ema].
+        if near or key not in elsewhere:
+            meant[key] = near
     return meant
 
 

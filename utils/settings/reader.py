@@ -8,7 +8,12 @@ from typing import Any
 
 import toml
 
-from utils.settings.dataset_rules import check_dataset, check_evaluation_set, check_with_run
+from utils.settings.dataset_rules import (
+    check_dataset,
+    check_evaluation_set,
+    check_training_set,
+    check_with_run,
+)
 from utils.settings.dataset_schema import DatasetSettings
 from utils.settings.errors import Problem, SettingsError
 from utils.settings.keys import SECTIONS, is_dataset, is_run, known_keys, run_keys, unknown_tables
@@ -19,11 +24,11 @@ from utils.settings.schema import (
     ModelSettings,
     OptimizerSettings,
     Settings,
-    SettingsTable,
     lower_type,
     optimizer_types,
 )
 from utils.settings.tables import Reading, Table, check, no_table, one_table, run_table, where
+from utils.settings.values import SettingsTable
 
 OptionsFor = Callable[[str], type[ModelSettings]]
 
@@ -73,6 +78,8 @@ def read_all(
         if not reading.broken:
             problems += check_with_run(run.value, reading.value, str(file), run.broken)
     if problems:
+        raise SettingsError(problems)
+    if problems := check_training_set(run.value, datasets[run.value.dataset], str(path)):
         raise SettingsError(problems)
     by_name = {entry.name: datasets[entry.config] for entry in evaluation}
     return run.value, datasets[run.value.dataset], by_name

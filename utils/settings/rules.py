@@ -14,6 +14,13 @@ SAMPLE_CADENCES = ("sample_every_n_steps", "sample_every_n_epochs", "sample_befo
 TRAINING_NAME = "train"
 BATCH_KEYS = ("micro_batch_size_per_gpu", "image_micro_batch_size_per_gpu", "eval_micro_batch_size_per_gpu")
 WANDB_KEYS = ("wandb_api_key", "wandb_tracker_name", "wandb_run_name")
+# Keys of [model] that only some values of another make use of.
+USED_WITH: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
+    ("sigmoid_scale", "logit_mean"): ("timestep_sample_method", ("logit_normal", "log_snr")),
+    ("mode_scale",): ("timestep_sample_method", ("mode",)),
+    ("beta_alpha", "beta_beta"): ("timestep_sample_method", ("beta",)),
+    ("huber_c", "huber_schedule", "huber_scale"): ("loss_type", ("huber", "smooth_l1", "pseudo_huber")),
+}
 
 
 def check_rules(
@@ -91,6 +98,12 @@ def _model_has_a_folder(settings: Settings, _: int) -> Iterator[Problem]:
         )
 
 
+def _parent_is_kept(settings: Settings, _: int) -> Iterator[Problem]:
+    if settings.regularisation_target == "parent" and settings.adapter is None:
+        message = '"parent" needs [adapter]: a full fine-tune does not keep the model that it began with'
+        yield _at("key `regularisation_target`", message)
+
+
 def _output_can_be_written(settings: Settings, _: int) -> Iterator[Problem]:
     yield from unwritable("key `output_dir`", settings.output_dir)
 
@@ -166,6 +179,30 @@ def _prompts_have_a_cadence(settings: Settings, _: int) -> Iterator[Problem]:
         yield _at(f"[sampling] {given[0]}", "there is nothing to draw; add prompts, or leave it out")
 
 
+def _is_used(key: str, chooser: str, values: tuple[str, ...]) -> Rule:
+    """A key that has its default may stand anywhere: a run's resolved settings have all keys."""
+
+    def check(settings: Settings, _: int) -> Iterator[Problem]:
+        model = settings.model
+        if _is_changed(settings, key) and getattr(model, chooser) not in values:
+            fitting = " or ".join(f'"{value}"' for value in values)
+            yield _at(f"[model] {key}", f"is for {chooser} = {fitting} only; set that, or leave this out")
+
+    return Rule((f"model.{key}", f"model.{chooser}"), check)
+
+
+def _discount_has_levels(settings: Settings, _: int) -> Iterator[Problem]:
+    if _is_changed(settings, "multires_noise_discount") and not settings.model.multires_noise_iterations:
+        yield _at(
+            "[model] multires_noise_discount", "is for multires_noise_iterations only; set that, or leave this out"
+        )
+
+
+def _is_changed(settings: Settings, key: str) -> bool:
+    """Whether a key of [model] has another value than its default."""
+    return getattr(settings.model, key) != type(settings.model).model_fields[key].default
+
+
 def _wandb_is_enabled(settings: Settings, _: int) -> Iterator[Problem]:
     monitoring = settings.monitoring
     for key in WANDB_KEYS:
@@ -182,6 +219,9 @@ _RULES = (
     Rule(("model", "adapter"), _float16_is_not_trained),
     Rule(("eval_datasets", *EVAL_KEYS), _eval_keys_have_data),
     Rule(("model.shift", "model.flux_shift"), _one_shift),
+    *(_is_used(key, *chosen) for keys, chosen in USED_WITH.items() for key in keys),
+    Rule(("model.multires_noise_discount", "model.multires_noise_iterations"), _discount_has_levels),
+    Rule(("regularisation_target", "adapter"), _parent_is_kept),
     Rule(("output_dir",), _output_can_be_written),
     Rule(("model.diffusers_path", "model.transformer_path"), _model_has_a_folder),
     *(_one_batch_a_resolution(key) for key in BATCH_KEYS),

@@ -54,6 +54,8 @@ def test_what_a_stage_holds_is_counted(folder: Path, dtype: str, adapter: Adapte
     expected = sum(tensor.nbytes for tensor in [*kept, *(p.grad for p in parameters.values())])
     weights = sum(p.nbytes for p in blueprint.denoiser.parameters())
     assert held_bytes(blueprint.layers, "adamw") == (weights, expected)
+    averages = 4 * sum(parameter.numel() for parameter in parameters.values())
+    assert held_bytes(blueprint.layers, "adamw", averages=True) == (weights, expected + averages)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])

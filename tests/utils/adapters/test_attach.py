@@ -115,6 +115,18 @@ def test_starts_without_an_effect() -> None:
     assert torch.equal(initialised(lora())(x_BD), denoiser()(x_BD))
 
 
+def test_switched_off_it_has_no_effect_and_comes_back() -> None:
+    adapted, x_BD = initialised(lora()), torch.randn(5, 4)
+    for name, tensor in factors(adapted).items():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(tensor)
+    effect = adapted(x_BD)
+    with pytest.raises(KeyError), attach.switched_off(adapted):
+        assert torch.equal(adapted(x_BD), denoiser()(x_BD))
+        raise KeyError
+    assert torch.equal(adapted(x_BD), effect) and not torch.equal(effect, denoiser()(x_BD))
+
+
 def test_first_values_are_the_same_however_the_denoiser_is_cut() -> None:
     whole = factors(initialised(lora()))
     cut = denoiser().to("meta")

@@ -9,15 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import huber_loss, l1_loss, mse_loss, smooth_l1_loss
 
-from utils.diffusion.losses import (
-    LOSS_SPELLINGS,
-    LOSSES,
-    Labels,
-    Loss,
-    mask_weight,
-    mean_over_what_counts,
-    mean_squared_error,
-)
+from utils.diffusion.losses import LOSSES, Labels, Loss, mean_squared_error
 from utils.diffusion.objectives import FlowMatching
 from utils.diffusion.seeds import normal
 
@@ -145,32 +137,3 @@ def test_width_by_snr_at_the_ends() -> None:
 def test_wrong_values_are_refused(wrong: dict, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         Loss(**wrong)
-
-
-def test_spellings_lead_to_losses() -> None:
-    assert set(LOSS_SPELLINGS.values()) == set(LOSSES)
-
-
-def test_normalised_masks_give_the_mean_over_what_counts() -> None:
-    mask = torch.zeros(3, 1, 4, 4)
-    mask[0, 0, :2], mask[1, 0, 0, 0] = 1.0, 0.5
-    prediction, target = normal((3, 2, 4, 4), 0, "prediction"), normal((3, 2, 4, 4), 0, "target")
-    square = (prediction - target).square()
-    losses_B = mean_squared_error(prediction, Labels(target, mask_weight(mask, normalise=True)))
-    expected = [square[0, :, :2].mean(), square[1, :, 0, 0].mean(), torch.zeros(())]
-    torch.testing.assert_close(losses_B, torch.stack(expected))
-
-    unnormalised_B = mean_squared_error(prediction, Labels(target, mask_weight(mask)))
-    torch.testing.assert_close(unnormalised_B[0], square[0, :, :2].sum() / 32)
-    assert mask_weight(mask, unmasked_weight=0.1)[1].unique().tolist() == pytest.approx([0.1, 0.5])
-
-
-def test_unequal_micro_batches_make_the_mean_over_all() -> None:
-    """Two micro-batches of 4 and 2 samples, of which the last of each only fills it up."""
-    losses = normal((6,), 0, "losses").requires_grad_()
-    counts = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, 0.0])
-    whole = losses[counts > 0].mean()
-    parts = [mean_over_what_counts(losses[part], counts[part], 4.0) for part in (slice(4), slice(4, 6))]
-    torch.testing.assert_close(sum(parts), whole)
-    (gradient,) = torch.autograd.grad(sum(parts), losses)
-    torch.testing.assert_close(gradient, counts / 4)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 
-from utils.diffusion.checks import DEMANDS, TITLES, check_honoured
+from utils.diffusion.checks import DEMANDS, TITLES, refusals
 from utils.diffusion.objectives import EDM, Epsilon, FlowMatching, Objective, VPrediction
 from utils.diffusion.schedules import NoiseSchedule
-from utils.diffusion.timesteps import METHODS
-from utils.diffusion.weights import FLOW_WEIGHTINGS, WEIGHTING_SPELLINGS, LossWeighting
+from utils.diffusion.weights import FLOW_WEIGHTINGS, LossWeighting
 
 STEPS = (0, 100, 500, 999)
 LEVELS = torch.tensor(STEPS) / 1000
@@ -60,7 +60,7 @@ def test_of_ddpm_are_the_formulas(options: dict, epsilon, v) -> None:
         if formula is not None:
             expected = [formula(snr_of(step)) for step in STEPS]
             assert weights_of(LossWeighting(**options), objective) == pytest.approx(expected, rel=1e-5)
-            check_honoured(options, objective.kind)
+            assert not refusals(options, objective.kind)
 
 
 def test_min_snr_is_one_weight_on_the_picture() -> None:
@@ -89,30 +89,30 @@ def test_weights_are_finite_with_zero_terminal_snr() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "objective", "reason"),
+    ("option", "objective", "reason"),
     [
-        (["min_snr_gamma"], FlowMatching(), "min_snr_gamma .* needs noise prediction .* flow matching"),
-        (["soft_min_snr_gamma"], EDM(), "soft_min_snr_gamma .* EDM"),
-        (["debiased_estimation_loss"], FlowMatching(), "debiased_estimation_loss"),
-        (["scale_v_pred_loss_like_noise_pred"], Epsilon(), "needs v-prediction"),
-        (["v_pred_like_loss"], VPrediction(), "needs noise prediction"),
-        (["weighting_scheme"], Epsilon(), "sigma of flow matching"),
-        (["shift"], VPrediction(), "shift .* needs flow matching or EDM"),
-        (["rescale_betas_zero_snr"], Epsilon(), "rescale_betas_zero_snr"),
-        (["log_snr", "beta_schedule", "vlb_weight"], FlowMatching(), "beta_schedule .*; vlb_weight"),
+        ("min_snr_gamma", FlowMatching(), "needs noise prediction .* flow matching"),
+        ("soft_min_snr_gamma", EDM(), "EDM"),
+        ("debiased_estimation_loss", FlowMatching(), "DDPM's steps"),
+        ("scale_v_pred_loss_like_noise_pred", Epsilon(), "needs v-prediction"),
+        ("v_pred_like_loss", VPrediction(), "needs noise prediction"),
+        ("weighting_scheme", Epsilon(), "sigma of flow matching"),
+        ("shift", VPrediction(), "needs flow matching or EDM"),
+        ("log_snr", Epsilon(), "needs flow matching or EDM"),
+        ("rescale_betas_zero_snr", Epsilon(), "needs some picture left"),
     ],
     ids=str,
 )
-def test_what_an_objective_cannot_honour_is_refused(options: list, objective: Objective, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        check_honoured(options, objective.kind)
+def test_what_an_objective_cannot_honour_is_refused(option: str, objective: Objective, reason: str) -> None:
+    refused = refusals([option, "unheard_of"], objective.kind)
+    assert refused.keys() == {option}
+    assert re.search(reason, refused[option])
 
 
 def test_every_demand_can_be_met_and_is_not_met_by_all() -> None:
     for name, demand in DEMANDS.items():
-        check_honoured([name], demand.kinds[0])
+        assert not refusals([name], demand.kinds[0])
         assert set(demand.kinds) < set(TITLES)
-    check_honoured(["unheard_of"], "flow")
 
 
 @pytest.mark.parametrize(
@@ -127,9 +127,3 @@ def test_every_demand_can_be_met_and_is_not_met_by_all() -> None:
 def test_wrong_values_are_refused(wrong: dict, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         LossWeighting(**wrong)
-
-
-def test_spellings_lead_to_methods_and_weightings() -> None:
-    for method, weighting in WEIGHTING_SPELLINGS.values():
-        assert method is None or method in METHODS
-        assert weighting in FLOW_WEIGHTINGS

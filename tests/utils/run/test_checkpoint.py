@@ -245,3 +245,24 @@ def test_two_runs_of_one_second_get_two_names(tmp_path: Path) -> None:
     first = new_name(tmp_path)
     (tmp_path / first).mkdir()
     assert new_name(tmp_path) != first
+
+
+@pytest.mark.parametrize(
+    ("keep", "spared", "left"),
+    [
+        (1, None, {"global_step12", "global_step20"}),
+        (2, None, {"global_step10", "global_step12", "global_step20"}),
+        (2, "global_step3", {"global_step3", "global_step10", "global_step12", "global_step20"}),
+        (9, None, {"global_step3", "global_step9", "global_step10", "global_step12", "global_step20"}),
+    ],
+)
+def test_older_checkpoints_are_removed(tmp_path: Path, keep: int, spared: str | None, left: set[str]) -> None:
+    """Nothing else; and not one of a later step, which a run left that went on from an older checkpoint."""
+    others = {"epoch3", "step9", "step9_ema", "latest", "global_step_mine"}
+    for name in ("global_step3", "global_step9", "global_step10", "global_step12", "global_step20", *others):
+        (tmp_path / name).mkdir()
+    (tmp_path / "global_step1.removed").mkdir()
+    # Another way to the same folder.
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    checkpoint.remove_older(tmp_path / "global_step12", keep, spared and tmp_path / "link" / spared)
+    assert {p.name for p in tmp_path.iterdir()} == left | others | {"link"}

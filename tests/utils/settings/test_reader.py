@@ -284,6 +284,8 @@ MISSPELT = [
     ("[model]", "[[model]]", "[model]", "write [model], in single brackets"),
     ("", "[evaluation]\neval_every_n_steps = 1", "[evaluation]", "did you mean [eval]?"),
     ("", "[sample]\nprompts = ['a']", "[sample]", "did you mean [sampling]?"),
+    # Also a key of [ema].
+    ("", "[evaluate]\neval_every_n_steps = 1", "[evaluate]", "did you mean [eval]?"),
     ("", "[train]\nepochs = 3", "[train]", "did you mean [training]?"),
     ("", "[zzz]\nepochs = 3", "[zzz]", "known are [model], [adapter]"),
     ("", "[[training]]\nepochs = 3", "[training]", "write [training], in single brackets"),
@@ -358,3 +360,22 @@ def test_home_is_expanded_and_relative_paths_stay(folder: Folder) -> None:
 
 def test_dtypes_by_name() -> None:
     assert torch_dtype("bfloat16") is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("keys", "where", "words"),
+    [
+        ("decay = 1.0", "[ema] decay", "less than 1"),
+        ("decay = -0.1", "[ema] decay", "at least 0"),
+        ("warmup = 'linear'", "[ema] warmup", "'none', 'ratio' or 'power'"),
+        ("power = 0.0", "[ema] power", "greater than 0"),
+        ("warmup = 'ratio'\npower = 0.5", "[ema] power", 'warmup = "power" alone'),
+        ("update_interval = 0", "[ema] update_interval", "at least 1"),
+        ("device = 'cuda'", "[ema] device", "'cpu' or 'gpu'"),
+        ("ema_decay = 0.9", "[ema] ema_decay", "did you mean `decay`"),
+    ],
+)
+def test_mistakes_in_the_moving_average_are_told(folder: Folder, keys: str, where: str, words: str) -> None:
+    problems = problems_of(folder.run(tables=f"[ema]\n{keys}"))
+    assert list(problems) == [where]
+    assert words in problems[where]

@@ -43,6 +43,22 @@ EVAL = 'eval_datasets = [{name = "a", config = "dataset.toml"}, {name = "a", con
             "no gone",
         ),
         ({"model": "shift = 3\nflux_shift = true"}, "[model] shift", "flux_shift"),
+        (
+            {"model": "timestep_sample_method = 'uniform'\nsigmoid_scale = 2.0"},
+            "[model] sigmoid_scale",
+            '"log_snr" only',
+        ),
+        ({"model": "timestep_sample_method = 'mode'\nlogit_mean = 0.5"}, "[model] logit_mean", '"logit_normal" or'),
+        ({"model": "mode_scale = 1.0"}, "[model] mode_scale", 'timestep_sample_method = "mode"'),
+        ({"model": "beta_alpha = 3.0"}, "[model] beta_alpha", 'timestep_sample_method = "beta"'),
+        ({"model": "loss_type = 'mae'\nhuber_c = 0.2"}, "[model] huber_c", 'loss_type = "huber" or'),
+        ({"model": "huber_schedule = 'constant'"}, "[model] huber_schedule", "set that, or leave this out"),
+        (
+            {"model": "multires_noise_discount = 0.5"},
+            "[model] multires_noise_discount",
+            "is for multires_noise_iterations only",
+        ),
+        ({"top": "regularisation_target = 'parent'"}, "key `regularisation_target`", "needs [adapter]"),
         ({"model": "vae_path = 'gone'"}, "[model] vae_path", "no gone"),
         ({"model": "transformer_path = 'gone'"}, "[model] transformer_path", "no gone"),
         (
@@ -94,7 +110,9 @@ def test_a_sound_run_has_no_problem(folder: Folder) -> None:
     top = "partition_method = 'manual'\npartition_split = [1, 3, 4]\npipeline_stages = 4\n"
     top += "micro_batch_size_per_gpu = [[512, 4], [1024, 1]]\nimage_micro_batch_size_per_gpu = 2\n"
     top += EVAL.replace('"a", config = "dataset.toml"}]', '"b", config = "dataset.toml"}]')
-    path = folder.run(top=top, tables="[sampling]\nprompts = ['a']\nsample_every_n_steps = 1")
+    model = "timestep_sample_method = 'log_snr'\nlogit_mean = 1\nmode_scale = 1.29\n"
+    model += "loss_type = 'smooth_l1'\nhuber_c = 0.2\nmultires_noise_iterations = 6\nmultires_noise_discount = 0.5"
+    path = folder.run(top=top, model=model, tables="[sampling]\nprompts = ['a']\nsample_every_n_steps = 1")
     assert check_rules(read_settings(path, options_for), world_size=8) == []
 
 

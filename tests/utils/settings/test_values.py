@@ -1,0 +1,50 @@
+"""What values a key takes: second spellings, and words that mean another key."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from pydantic import TypeAdapter
+
+from tests.utils.settings.conftest import Folder, TinyOptions, options_for
+from utils.settings.document import settings_json_schema
+from utils.settings.errors import SettingsError
+from utils.settings.reader import read_settings, write_resolved
+from utils.settings.values import LossType, TimestepMethod
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "meant"),
+    [
+        ("loss_type", "l2", "mse"),
+        ("loss_type", "l1", "mae"),
+        ("loss_type", "huber", "huber"),
+        ("timestep_sample_method", "sigmoid", "logit_normal"),
+        ("timestep_sample_method", "sigma", "uniform"),
+        ("timestep_sample_method", "logsnr", "log_snr"),
+    ],
+)
+def test_second_spellings_are_settled_when_a_file_is_read(folder: Folder, key: str, written: str, meant: str) -> None:
+    settings = read_settings(folder.run(model=f"{key} = '{written}'"), options_for)
+    assert getattr(settings.model, key) == meant
+    write_resolved(settings, folder.root / "again.toml")
+    assert read_settings(folder.root / "again.toml", options_for) == settings
+    (model,) = json.loads(settings_json_schema({"tiny": TinyOptions}))["properties"]["model"]["anyOf"]
+    assert written in model["properties"][key]["enum"]
+
+
+@pytest.mark.parametrize("choice", [LossType, TimestepMethod])
+def test_other_words_are_not_values(choice: object) -> None:
+    for wrong in ("l3", 1, None, ["mse"]):
+        with pytest.raises(ValueError, match="Input should be"):
+            TypeAdapter(choice).validate_python(wrong)
+
+
+@pytest.mark.parametrize("word", ["uniform", "logit_normal", "mode"])
+def test_a_word_for_drawing_is_not_a_weight(folder: Folder, word: str) -> None:
+    with pytest.raises(SettingsError) as raised:
+        read_settings(folder.run(model=f"weighting_scheme = '{word}'"), options_for)
+    (problem,) = raised.value.problems
+    assert problem.where == "[model] weighting_scheme"
+    assert f'write timestep_sample_method = "{word}" instead' in problem.message
