@@ -11,9 +11,14 @@ import pytest
 # Set before torch starts: the machine's cores are shared with the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from hypothesis import settings  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from tests.runs import COLOURS, config_writer  # noqa: E402
+
+# How long an example takes says nothing on a machine that others use too.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from models.base import BasePipeline
@@ -20,8 +22,10 @@ from utils.dataset.collection import (
 )
 from utils.dataset.encoders import Encoder
 from utils.dataset.encoding import Filling, fill, reclaim_unwanted
+from utils.dataset.epochs import Epochs, micro_batch_of
 from utils.dataset.manifest import Scan
 from utils.dataset.masks import MaskEncoder
+from utils.dataset.samples import Sample
 from utils.ranks import Ranks
 from utils.run.reporting import timed
 from utils.settings.errors import Problem, SettingsError
@@ -50,6 +54,7 @@ def load_data(
     ranks, cached_texts = filling.ranks, settings.cache_text_embeddings
     collections = collect_together(ranks, sources, pipeline.media, scan, **choices_of(settings))
     encoders = encoders_of(pipeline, collections)
+    check_epochs(settings, ranks, collections[0].samples)
     of_prompts = prompt_encoders(encoders)
     live = [] if cached_texts else of_prompts
     samples = [sample for collection in collections for sample in collection.samples]
@@ -61,8 +66,7 @@ def load_data(
     with timed("cache"), filling.alone():
         reports = [fill(encoder, wanted[encoder.name], filling) for encoder in encoders if wanted[encoder.name]]
         if ranks.is_main:
-            for encoder in encoders:
-                reclaim_unwanted(encoder, wanted[encoder.name], filling)
+            reclaim_unwanted([(encoder, wanted[encoder.name]) for encoder in encoders], filling)
     collections = without_failures(collections, reports)
     if ranks.is_main:
         tell(collections, filling.cache_dir)
@@ -70,6 +74,33 @@ def load_data(
     if problems:
         raise SettingsError([*problems, Problem("", "", "what is encoded stays encoded")])
     return Data(collections[0], collections[1:], encoders, live, filling.cache_dir)
+
+
+def check_epochs(settings: Settings, ranks: Ranks, samples: Sequence[Sample]) -> None:
+    """Whether every epoch of the run has samples: hours of encoding, or of training, are not to end in one that has
+    none. Looked at are the epochs until nothing begins or ends any more, and fractions of repeats have had their turn.
+
+    Raises:
+        SettingsError: an epoch has none.
+    """
+    epochs = Epochs(
+        samples,
+        partial(micro_batch_of, settings),
+        ranks.data_ranks,
+        settings.gradient_accumulation_steps,
+        settings.seed,
+    )
+    rules = list({id(sample.rules): sample.rules for sample in samples}.values())
+    steady_epoch = max(max(one.start_epoch, one.end_epoch or 1) for one in rules)
+    steady_step = max(max(one.start_step, one.end_step or 0) for one in rules)
+    in_turn = math.ceil(1 / min(1.0, *(sample.repeats for sample in samples)))
+    last = settings.epochs or (math.inf if settings.max_steps else 1)
+    limit = settings.max_steps or math.inf
+    epoch, steady = 0, 0
+    while epoch < last and epochs.first_step(epoch) < limit and steady <= in_turn:
+        epochs.steps_in(epoch)
+        steady += epoch >= steady_epoch and epochs.first_step(epoch) >= steady_step
+        epoch += 1
 
 
 def reader_of(data: Data, ranks: Ranks) -> SampleReader:

@@ -20,7 +20,8 @@ from utils.media.geometry import View
 from utils.media.writing import tensor_to_image, write_clip
 from utils.progress_bar import progress_bar
 from utils.ranks import Ranks
-from utils.run.dataset_page import Seen, write_page
+from utils.run.dataset_page import PAGE_NAME, Seen, write_page
+from utils.settings.errors import SettingsError
 from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def dump(settings: Settings, pipeline: BasePipeline, data: Data, ranks: Ranks, f
 
     The latents are decoded by the model's own VAE: what it loses is lost in the pictures too.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     names = [encoder.name for encoder in data.encoders if reads_text(encoder)]
     showing = Showing(settings.seed, names, fresh_captions=bool(data.live))
     autoencoder = data.encoders[0]
@@ -53,6 +54,16 @@ def dump(settings: Settings, pipeline: BasePipeline, data: Data, ranks: Ranks, f
     page = write_page(folder, f"{settings.dataset.stem}, as {settings.model.type} sees it", _summary(data), seen)
     logger.info("dataset: %s", page)
     return page
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # What an earlier dump left there is not to be taken for a part of this one.
+        (folder / PAGE_NAME).unlink(missing_ok=True)
+    except OSError as error:
+        what = f"{folder} cannot be made or written to ({error.strerror}); name another folder"
+        raise SettingsError.of(what, where="--dump_dataset") from error
 
 
 def _first_epoch(collection: Collection, showing: Showing, *, is_training: bool) -> Iterator[Shown]:
@@ -126,7 +137,9 @@ def _facts(shown: Shown, name: str, encoders: Sequence[Encoder]) -> dict[str, st
         if reads_text(encoder) and hasattr(encoder, "token_count"):
             used = shown.caption_for(encoder.name)
             left_out = " (caption left out)" if encoder.name in shown.unconditional else ""
-            facts[f"{encoder.name} tokens"] = f"{encoder.token_count(used)} of {encoder.token_limit}{left_out}"
+            count, limit = encoder.token_count(used), encoder.token_limit
+            cut = f", cut off after {limit}" if count > limit else f" of {limit}"
+            facts[f"{encoder.name} tokens"] = f"{count}{cut}{left_out}"
     if sample.rules.loss_weight != 1:
         facts["loss weight"] = f"{sample.rules.loss_weight:g}"
     return facts

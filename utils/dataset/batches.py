@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from utils.dataset.buckets import by_shape
 from utils.dataset.encoders import Encoder, concerns, item_key, text_of
-from utils.dataset.epochs import Epochs
+from utils.dataset.epochs import Epochs, Places
 from utils.dataset.masks import MASK
 from utils.dataset.ordering import Slot
 from utils.dataset.samples import Bucket, Sample, Showing, Shown, first_shown
@@ -45,12 +45,16 @@ class FeatureBatch:
         draws: names of what is drawn for each sample.
         weight: factor on the loss, with as many dimensions as a batch of latents, which are the features of the most
             dimensions: (B, 1, h, w) or (B, 1, f, h, w) where there is a mask, else 1 in all but the first.
+        regularising: whether each sample is regularisation data (B,).
+        places: in training, where the samples stand in their step and epoch.
     """
 
     features: dict[str, torch.Tensor]
     draws: list[str]
     bucket: Bucket
     weight: torch.Tensor
+    regularising: torch.Tensor | None = None
+    places: Places | None = None
 
 
 class SampleReader:
@@ -93,11 +97,12 @@ class SampleReader:
         items = [self.read(one) for one in shown]
         masks = [item.pop(MASK, None) for item in items]
         applied = [mask if use else None for mask, use in zip(masks, masked or [True] * len(items), strict=True)]
-        features = {name: _stacked([item[name] for item in items]) for name in items[0]}
+        features = {name: pad_ragged([item[name] for item in items]) for name in items[0]}
         features |= self._made(shown)
         dimensions = max([SMALLEST_LATENT, *(tensor.dim() for tensor in features.values())])
         weight = _weights([one.sample for one in shown], applied, dimensions)
-        return FeatureBatch(features, [one.draw for one in shown], shown[0].sample.bucket, weight)
+        regularising = torch.tensor([one.sample.rules.is_regularisation_data for one in shown])
+        return FeatureBatch(features, [one.draw for one in shown], shown[0].sample.bucket, weight, regularising)
 
     def _made(self, shown: Sequence[Shown]) -> dict[str, torch.Tensor]:
         """What the live encoders make of the captions."""
@@ -106,7 +111,7 @@ class SampleReader:
             texts = {thing: [text_of(one, encoder, thing) for one in shown] for thing in encoder.reads}
             with self._live_lock, torch.no_grad():
                 made = encoder.encode(**texts)
-            features |= {name: _stacked([tensor.cpu() for tensor in tensors]) for name, tensors in made.items()}
+            features |= {name: pad_ragged([tensor.cpu() for tensor in tensors]) for name, tensors in made.items()}
         return features
 
     def close(self) -> None:
@@ -122,7 +127,10 @@ def _item(store: TensorStore, key: str) -> dict[str, torch.Tensor]:
     except CorruptItem as error:
         # So that the next start knows that it is missing.
         store.delete([key])
-        reason = f"was damaged ({error.problems[0].file}) and is taken out of the cache."
+        reason = (
+            f"was damaged ({error.problems[0].file}) and is taken out of the cache. Others may be too: "
+            'verify = "content" of the run reads all of them at its start.'
+        )
     raise SettingsError.of(
         f"the item {key} {reason} Go on with --resume_from_checkpoint: what is missing is encoded first",
         str(store.folder),
@@ -145,7 +153,7 @@ def _weight(rules: DirectorySettings, mask: torch.Tensor | None) -> torch.Tensor
     return rules.loss_weight * weight
 
 
-def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
+def pad_ragged(tensors: list[torch.Tensor]) -> torch.Tensor:
     """The tensors as a batch. Those of different lengths (dimension 0) are padded with zeros to the longest: an encoder
     whose features are ragged yields a mask of ones beside them, which is padded to say where they end."""
     if len({tensor.shape for tensor in tensors}) == 1:
@@ -159,7 +167,8 @@ class TrainingBatches(Generic[Prepared]):
     Args:
         showing: in which version a sample is shown.
         prepare: makes of (batch, epoch) what training takes. The weights of a batch are such that each sample of a
-            step counts alike in the mean over its micro-batches, whatever their sizes.
+            step counts alike in the mean over its micro-batches, whatever their sizes; those that appear again to fill
+            a batch count like the others.
     """
 
     def __init__(
@@ -176,9 +185,12 @@ class TrainingBatches(Generic[Prepared]):
 
     def step(self, epoch: int, index: int) -> list[Prepared]:
         """The prepared micro-batches of one step of an epoch, both counted from 0."""
-        slots = self.epochs.step(epoch, index)
+        slots, places = self.epochs.step(epoch, index), self.epochs.places(epoch, index, self._data_rank)
         mean = sum(slot.micro_batch for slot in slots) / len(slots)
-        return [self._prepare(self._batch(slot, epoch, slot.micro_batch / mean), epoch) for slot in slots]
+        return [
+            self._prepare(self._batch(slot, own, epoch, slot.micro_batch / mean), epoch)
+            for slot, own in zip(slots, places, strict=True)
+        ]
 
     def iterate(self, epoch: int, index: int) -> Iterator[list[Prepared]]:
         """This step and those after it, epoch after epoch without end, read a few steps ahead in the
@@ -194,11 +206,11 @@ class TrainingBatches(Generic[Prepared]):
             first = index if number == epoch else 0
             yield from ((number, step) for step in range(first, self.epochs.steps_in(number)))
 
-    def _batch(self, slot: Slot, epoch: int, share: float) -> FeatureBatch:
+    def _batch(self, slot: Slot, places: Places, epoch: int, share: float) -> FeatureBatch:
         appearances = self.epochs.samples_of(slot, epoch, self._data_rank)
         shown = [self._showing.shown(sample, epoch, number) for sample, number in appearances]
         batch = self._reader.batch(shown, [self._showing.is_masked(one, epoch) for one in shown])
-        return batch if share == 1 else replace(batch, weight=share * batch.weight)
+        return replace(batch, weight=share * batch.weight, places=places)
 
 
 class EvaluationBatches:

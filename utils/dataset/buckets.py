@@ -95,7 +95,7 @@ def assign(
                 number = seen[sample.id]
                 seen[sample.id] += 1
                 samples.append(replace(sample, id=f"{sample.id}-copy{number}") if number else sample)
-    return Assignment(_balanced(samples), left_out)
+    return Assignment(_in_turns(_balanced(samples)), left_out)
 
 
 def _samples(
@@ -151,6 +151,23 @@ def _balanced(samples: list[Sample]) -> list[Sample]:
         return samples
     factor = count[False] / count[True]
     return [replace(s, repeats=s.repeats * factor) if s.rules.is_regularisation_data else s for s in samples]
+
+
+def _in_turns(samples: list[Sample]) -> list[Sample]:
+    """The samples, those of each directory that are used a fraction of a time evenly spread over their turns: drawn one
+    by one, many could fall into one epoch, and none into the next."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for place, sample in enumerate(samples):
+        if not float(sample.repeats).is_integer():
+            groups[id(sample.rules)].append(place)
+    if not groups:
+        return samples
+    placed = list(samples)
+    for places in groups.values():
+        places.sort(key=lambda place: seeds.derive(0, "turn", samples[place].id))
+        for number, place in enumerate(places):
+            placed[place] = replace(samples[place], turn=number / len(places))
+    return placed
 
 
 def _offers(rules: DirectorySettings, facts: MediaFacts) -> list[list[_Size]]:

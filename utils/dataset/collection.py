@@ -66,12 +66,14 @@ def collect(
     *,
     max_failed_fraction: float = 0.0,
     caption_versions: bool = True,
+    listing: bool = True,
 ) -> list[Collection]:
     """The samples of every source.
 
     Args:
         max_failed_fraction: share of the files that may be broken; those are left out.
         caption_versions: of the training set; see `buckets.assign`.
+        listing: write what cannot be used to `FAILED_NAME` beside the index of the files.
 
     Raises:
         SettingsError: with everything that is wrong with whole directories, and with files where they are too many.
@@ -88,6 +90,8 @@ def collect(
         collections.append(Collection(source, chosen.samples, chosen.left_out, manifest.rejected, files))
         if not files and not manifest.problems:
             problems.append(Problem(str(source.file), "", "there is no picture or clip in any of its directories"))
+    if listing:
+        write_list(collections, how.index.parent)
     problems += too_many_failures(collections, max_failed_fraction)
     problems += _mixed_controls(collections)
     if problems:
@@ -119,7 +123,7 @@ def collect_together(
     if shared:
         raise SettingsError(Problem(*problem) for problem in shared)
     if collections is None:
-        collections = collect(sources, facts, replace(how, verify=False), **choices)
+        collections = collect(sources, facts, replace(how, verify=False), listing=False, **choices)
     _check_same(ranks, collections, how)
     return collections
 
@@ -177,14 +181,24 @@ def too_many_failures(collections: Sequence[Collection], max_failed_fraction: fl
                     file,
                     "",
                     f"{more}{failed} of {asked_for} files cannot be used, which is more than "
-                    f"max_failed_fraction = {max_failed_fraction:g} allows: mend or remove them",
+                    f"max_failed_fraction = {max_failed_fraction:g} allows: mend or remove them ({FAILED_NAME} in the "
+                    "cache lists all)",
                 )
             )
     return problems
 
 
 def tell(collections: Sequence[Collection], cache_dir: Path) -> None:
-    """Logs what is not used, by kind, and writes the broken files with their reasons to `failed.csv`."""
+    """Logs what is not used, by kind, and writes the files and rows with their reasons to `FAILED_NAME`."""
+    write_list(collections, cache_dir)
+    for line in shortfalls(collections):
+        logger.warning("%s", line)
+    if any(collection.rejected for collection in collections):
+        logger.warning("all files that cannot be used, and why: %s", cache_dir / FAILED_NAME)
+
+
+def write_list(collections: Sequence[Collection], cache_dir: Path) -> None:
+    """Writes the files and rows that cannot be used to `FAILED_NAME`, in place of an older list."""
     rejected = [(str(c.source.file), fault) for c in collections for fault in c.rejected]
     path = cache_dir / FAILED_NAME
     if rejected or path.exists():
@@ -192,10 +206,6 @@ def tell(collections: Sequence[Collection], cache_dir: Path) -> None:
             writer = csv.writer(file)
             writer.writerow(["dataset", "file", "kind", "reason"])
             writer.writerows([dataset, *asdict(fault).values()] for dataset, fault in rejected)
-    for line in shortfalls(collections):
-        logger.warning("%s", line)
-    if rejected:
-        logger.warning("all files that cannot be used, and why: %s", path)
 
 
 def shortfalls(collections: Sequence[Collection]) -> list[str]:
@@ -203,10 +213,15 @@ def shortfalls(collections: Sequence[Collection]) -> list[str]:
     are of each kind."""
     lines = []
     rejected = [fault for collection in collections for fault in collection.rejected]
-    if rejected:
-        kinds = Counter(fault.kind for fault in rejected).most_common()
-        lines.append(f"cannot be used: {len(rejected)} ({', '.join(f'{count} {kind}' for kind, count in kinds)})")
-        lines += [f"cannot be used: {_told(fault)}" for fault in rejected[:LISTED]]
+    # Apart: what nobody asked for must not hide what is broken.
+    for title, is_broken in (("cannot be used", True), ("not used", False)):
+        faults = [fault for fault in rejected if (fault.kind not in NOT_BROKEN) is is_broken]
+        if faults:
+            kinds = Counter(fault.kind for fault in faults).most_common()
+            lines.append(f"{title}: {len(faults)} ({', '.join(f'{count} {kind}' for kind, count in kinds)})")
+            lines += [f"{title}: {_told(fault)}" for fault in faults[:LISTED]]
+        if len(faults) > LISTED:
+            lines.append(f"{title}: and {len(faults) - LISTED} more; {FAILED_NAME} in the cache has all")
     for used, title in ((False, "not used"), (True, "cut short")):
         told = [one for collection in collections for one in collection.left_out if one.is_used is used]
         lines += [f"{title}: {one.file}: {one.reason}" for one in told[:LISTED]]

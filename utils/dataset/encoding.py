@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from utils.dataset import references
 from utils.dataset.cache_lock import CacheBusy, CacheLock
@@ -37,7 +38,7 @@ from utils.dataset.memory import decoding_budget
 from utils.dataset.samples import Sample, Shown
 from utils.dataset.tensor_store import TensorStore
 from utils.progress_bar import progress_bar
-from utils.ranks import PATIENCE, Ranks, share, sign_of_life
+from utils.ranks import PATIENCE, LaunchError, Ranks, share, sign_of_life
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,11 @@ class Filling:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """While no other run fills this cache: its main rank waits, and the others of this run wait for it."""
+        """While no other run fills this cache: its main rank waits, and the others of this run wait for it.
+
+        Raises:
+            LaunchError: on the other ranks, when the main one has ended in the meantime.
+        """
         # Each holder is told of once, though the lock is asked for again and again.
         told = lru_cache(partial(logger.warning, "another run fills this cache, and is waited for: %s"))
         with CacheLock(self.cache_dir) as lock:
@@ -115,8 +120,12 @@ class Filling:
                     break
                 except CacheBusy:
                     self.heed()
-            share(self.ranks, "cache lock", None, patience=FOREVER, heed=self.heed)
-            yield
+            try:
+                share(self.ranks, "cache lock", None, patience=FOREVER, heed=self.heed)
+                yield
+            except dist.DistError as error:
+                # As on a disk that is full for it first. It tells why; here it is only seen to be gone.
+                raise LaunchError("the main process of this run has ended; what it tells is why") from error
 
 
 def fill(encoder: Encoder, samples: Sequence[Sample], filling: Filling) -> CacheReport:
@@ -135,14 +144,25 @@ def fill(encoder: Encoder, samples: Sequence[Sample], filling: Filling) -> Cache
     return report
 
 
-def reclaim_unwanted(encoder: Encoder, samples: Sequence[Sample], filling: Filling) -> None:
-    """Lets go of what no run wants any more of an encoder; for the main rank, once all have filled the cache."""
-    keys = [key for key, _ in items_wanted(encoder, samples)]
-    references.remember(filling.cache_dir, encoder.name, filling.owner, keys)
-    with TensorStore(filling.cache_dir / encoder.name, "compaction") as store:
+def reclaim_unwanted(wanted: Iterable[tuple[Encoder, Sequence[Sample]]], filling: Filling) -> None:
+    """Lets go of what no run wants any more: of each encoder all but the items of its samples, and everything of
+    encoders that this run had before and has no more. For the main rank, once all have filled the cache."""
+    keys = {encoder.name: [key for key, _ in items_wanted(encoder, samples)] for encoder, samples in wanted}
+    earlier = references.stores_of(filling.cache_dir, filling.owner)
+    for name in [*keys, *sorted(earlier - keys.keys())]:
+        _reclaim(name, keys.get(name, []), filling)
+
+
+def _reclaim(name: str, keys: Sequence[str], filling: Filling) -> None:
+    references.remember(filling.cache_dir, name, filling.owner, keys)
+    with TensorStore(filling.cache_dir / name, "compaction") as store:
         freed = references.reclaim(filling.cache_dir, store, all_of_it=filling.regenerate)
     if freed:
-        logger.info("cache %s: %.1f MiB that nothing refers to are free again", encoder.name, freed / 2**20)
+        logger.info("cache %s: %s that nothing refers to are free again", name, _size(freed))
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
 def _fill_one(encoder: Encoder, samples: Sequence[Sample], filling: Filling, tag: str) -> CacheReport:
@@ -154,10 +174,7 @@ def _fill_one(encoder: Encoder, samples: Sequence[Sample], filling: Filling, tag
     ordered = sorted(wanted, key=lambda key: shape_of(encoder, wanted[key]))
     mine = ordered[ranks.rank :: ranks.world_size]
     with TensorStore(filling.cache_dir / encoder.name, f"rank{ranks.rank}") as store:
-        for start in range(0, len(mine) if filling.verify else 0, VERIFIED_AT_ONCE):
-            store.delete(store.verify(mine[start : start + VERIFIED_AT_ONCE]))
-            sign_of_life(ranks, tag)
-            filling.heed()
+        _forget_damaged(store, mine, filling, tag)
         # What is made anew replaces the old item, which another run may be reading until then.
         missing = mine if filling.regenerate else store.missing(mine)
         failures, busy, truncated = [], 1.0, 0
@@ -173,6 +190,21 @@ def _fill_one(encoder: Encoder, samples: Sequence[Sample], filling: Filling, tag
                     torch.cuda.empty_cache()
     counts = len(mine), len(mine) - len(missing), len(missing) - len(failures), len(failures)
     return CacheReport(encoder.name, *counts, busy, truncated, tuple(dict.fromkeys(failures)))
+
+
+def _forget_damaged(store: TensorStore, keys: Sequence[str], filling: Filling, tag: str) -> None:
+    """Takes out of the index what its shard does not have any more, and with `verify` all that is damaged."""
+    damaged = store.lost(keys)
+    for start in range(0, len(keys) if filling.verify else 0, VERIFIED_AT_ONCE):
+        damaged += store.verify(keys[start : start + VERIFIED_AT_ONCE])
+        sign_of_life(filling.ranks, tag)
+        filling.heed()
+    damaged = list(dict.fromkeys(damaged))
+    if damaged:
+        # As an error, since of all but the main rank nothing less is shown.
+        shards = ", ".join(store.shards_of(damaged))
+        logger.error("%s: damaged: %d items, which are encoded again; in %s", store.folder, len(damaged), shards)
+        store.delete(damaged)
 
 
 def _encode(

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -85,10 +86,32 @@ def _within(number: int, bounds: np.ndarray) -> np.ndarray:
     return (bounds[:, 0] <= number) & (number < bounds[:, 1])
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where the samples of a micro-batch stand among all samples of their step, and among those of their epoch.
+
+    The place in an epoch is the same at any layout; a sample that appears again to fill a batch keeps it.
+
+    Attributes:
+        step: number of the step in its epoch.
+        in_step, in_epoch: the place of each sample, from 0.
+        of_step, of_epoch: how many places there are.
+    """
+
+    step: int
+    in_step: Sequence[int]
+    of_step: int
+    in_epoch: Sequence[int]
+    of_epoch: int
+
+
 class _Epoch(NamedTuple):
-    """An epoch in the making: by group the place of each sample's first appearance, and the order of all places."""
+    """An epoch in the making: by group the place of each sample's first appearance, and that of the group in the epoch;
+    the number of all places, and their order."""
 
     begins: list[np.ndarray]
+    firsts: list[int]
+    size: int
     order: EpochOrder
 
 
@@ -147,6 +170,18 @@ class Epochs:
             (group[number], place - int(begins[number])) for number, place in zip(numbers.tolist(), places, strict=True)
         ]
 
+    def places(self, epoch: int, index: int, data_rank: int) -> list[Places]:
+        """Where the samples of each micro-batch of one step of a data rank stand."""
+        opened, slots = self._open(epoch), self.step(epoch, index)
+        ends = list(accumulate(len(slot.samples) for slot in slots))
+        found = []
+        for slot, end in zip(slots, ends, strict=True):
+            first = end - len(slot.samples) + data_rank * slot.micro_batch
+            in_step = range(first, first + slot.micro_batch)
+            in_epoch = [opened.firsts[slot.group] + place for place in slot.of_rank(data_rank)]
+            found.append(Places(index, in_step, ends[-1], in_epoch, opened.size))
+        return found
+
     def examples(self, epoch: int, index: int) -> int:
         """Samples of one step, over all data ranks."""
         return sum(len(slot.samples) for slot in self.step(epoch, index))
@@ -169,10 +204,13 @@ class Epochs:
             if epoch not in self._opened:
                 # Tells, if so, that there is nothing to open.
                 self.steps_in(epoch)
-                order = EpochOrder(self._sized(epoch), self._data_ranks, self._accumulation, self._seed, epoch)
+                groups = self._sized(epoch)
+                ends = list(accumulate(group.size for group in groups))
+                firsts = [end - group.size for end, group in zip(ends, groups, strict=True)]
+                order = EpochOrder(groups, self._data_ranks, self._accumulation, self._seed, epoch)
                 begins = [np.cumsum(counts) - counts for counts in self._counts(epoch)]
                 self._opened = {number: self._opened[number] for number in sorted(self._opened)[-1:]}
-                self._opened[epoch] = _Epoch(begins, order)
+                self._opened[epoch] = _Epoch(begins, firsts, ends[-1], order)
             return self._opened[epoch]
 
     def _counts(self, epoch: int) -> list[np.ndarray]:

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from utils.dataset.databases import told
 from utils.dataset.samples import Mask, MediaFile
-from utils.dataset.sources import Entry, Locator, Rejected, read_source
+from utils.dataset.sources import Entry, Listing, Locator, Rejected, read_source
 from utils.media.decode import probe
 from utils.media.source import MediaError
 from utils.progress_bar import progress_bar
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
-from utils.settings.errors import Problem
+from utils.settings.errors import Problem, SettingsError
 
 READERS = 8
 BUSY_SECONDS = 60
@@ -134,7 +135,22 @@ def scan(dataset: DatasetSettings, file: str, how: Scan) -> Manifest:
         for rules, listing in zip(directories, listings, strict=True)
         for text in listing.problems
     ]
+    problems += _idle_keys(dataset, file, listings)
     return Manifest(rows, rejected, problems)
+
+
+def _idle_keys(dataset: DatasetSettings, file: str, listings: Sequence[Listing]) -> Iterator[Problem]:
+    """The keys that do nothing where they are written: one at the top of the file need not be of use to each directory
+    that it holds for, but must be to one of them."""
+    shared: dict[str, list[str | None]] = {}
+    for entry, listing in zip(dataset.directory, listings, strict=True):
+        for key in listing.idle.keys() & entry.model_fields_set:
+            yield Problem(file, f"[[directory]] {entry.path}", f"{key} {listing.idle[key]}")
+        for key in dataset.model_fields_set - entry.model_fields_set:
+            shared.setdefault(key, []).append(listing.idle.get(key))
+    for key in sorted(shared):
+        if all(shared[key]):
+            yield Problem(file, f"key `{key}`", f"{shared[key][0]}, as are all that it holds for")
 
 
 def _places(entry: Entry) -> Iterator[Locator]:
@@ -208,8 +224,13 @@ def _identify_all(places: Sequence[Locator], how: Scan) -> dict[Locator, MediaFi
 
 @contextmanager
 def _index(path: Path) -> Iterator[sqlite3.Connection]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as index:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"this folder for the cache cannot be made ({error.strerror}); name another in cache_dir or output_dir"
+        raise SettingsError.of(what, str(path.parent)) from error
+    if_damaged = "remove it; all files are looked at again, and nothing is encoded again"
+    with told(path, if_damaged), closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as index:
         index.execute(
             "CREATE TABLE IF NOT EXISTS media (path TEXT, part TEXT, size INTEGER, mtime_ns INTEGER, digest TEXT,"
             " width INTEGER, height INTEGER, frames INTEGER, rate REAL, PRIMARY KEY (path, part)) WITHOUT ROWID"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from utils.dataset.databases import told
 from utils.dataset.tensor_store import TensorStore
 
 NAME = "references.sqlite"
@@ -33,6 +34,13 @@ def remember(cache_dir: Path, store: str, owner: Path, keys: Iterable[str]) -> N
         index.execute("INSERT OR REPLACE INTO owners VALUES (?, ?, ?)", [*this, digest])
 
 
+def stores_of(cache_dir: Path, owner: Path) -> set[str]:
+    """The stores of which a run wants something, or once did."""
+    with _opened(cache_dir) as index:
+        rows = index.execute("SELECT store FROM owners WHERE owner = ?", [str(owner.resolve())]).fetchall()
+    return {store for (store,) in rows if (cache_dir / store).is_dir()}
+
+
 def reclaim(cache_dir: Path, store: TensorStore, *, all_of_it: bool = False) -> int:
     """Removes the items of a store that nobody wants, if they are more than half of it, or whenever `all_of_it` is to
     go; then the bytes that hold nothing. The bytes that were freed on disk."""
@@ -48,7 +56,9 @@ def reclaim(cache_dir: Path, store: TensorStore, *, all_of_it: bool = False) -> 
 
 @contextmanager
 def _opened(cache_dir: Path) -> Iterator[sqlite3.Connection]:
-    with closing(sqlite3.connect(cache_dir / NAME, timeout=BUSY_SECONDS)) as index, index:
+    path = cache_dir / NAME
+    if_damaged = "remove it; start each run that shares this cache once, so that what it wants is known again"
+    with told(path, if_damaged), closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as index, index:
         index.execute(
             "CREATE TABLE IF NOT EXISTS owners (owner TEXT, store TEXT, digest TEXT, PRIMARY KEY (owner, store))"
         )

@@ -86,7 +86,8 @@ class Sample:
     """One thing to train on.
 
     `id` names its draws, and no two samples of a list share it. `takes` and `captions` are its cached versions.
-    `rate` is that of the clip to be made, 0 for a still. `rules` are the keys of its directory.
+    `rate` is that of the clip to be made, 0 for a still. `rules` are the keys of its directory. `turn`, in [0, 1), is
+    its place among those with which it takes turns where it is used a fraction of a time; None: it is drawn.
     """
 
     id: str
@@ -99,6 +100,7 @@ class Sample:
     rate: float
     repeats: float
     rules: DirectorySettings
+    turn: float | None = None
 
     @property
     def shape(self) -> tuple[Bucket, ...]:
@@ -186,7 +188,11 @@ def appearances_before(repeats: Numbers, phases: Numbers, epoch: int) -> Numbers
 def repeat_phase(sample: Sample, seed: int) -> float:
     """The part of a repeat, in [0, 1), with which the count of a sample's repeats begins, so that samples take
     turns."""
-    return 0.0 if float(sample.repeats).is_integer() else seeds.uniform(seed, "repeats", sample.id)
+    if float(sample.repeats).is_integer():
+        return 0.0
+    if sample.turn is None:
+        return seeds.uniform(seed, "repeats", sample.id)
+    return (sample.turn + seeds.uniform(seed, "repeats")) % 1.0
 
 
 def may_lack_caption(sample: Sample) -> bool:

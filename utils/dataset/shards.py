@@ -106,7 +106,7 @@ class ShardWriter:
                 self._write_gathered()
                 os.fsync(self._shard.fileno())
             record()
-        except (OSError, sqlite3.OperationalError) as error:
+        except (OSError, sqlite3.DatabaseError) as error:
             failure = self._failure(self.uncommitted, error)
             self.abandon()
             raise failure from error

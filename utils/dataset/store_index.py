@@ -11,9 +11,11 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+from utils.dataset.databases import told
 
 INDEX_NAME = "index.sqlite"
 BUSY_SECONDS = 120
@@ -52,14 +54,15 @@ class StoreIndex:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock = threading.Lock()
-        self._database = sqlite3.connect(
-            folder / INDEX_NAME, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
-        )
-        self._choose_journal()
-        self._database.execute(
-            "CREATE TABLE IF NOT EXISTS items (key TEXT PRIMARY KEY, shard TEXT, offset INTEGER,"
-            " length INTEGER, crc32 INTEGER) WITHOUT ROWID"
-        )
+        with self._told():
+            self._database = sqlite3.connect(
+                folder / INDEX_NAME, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            self._choose_journal()
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS items (key TEXT PRIMARY KEY, shard TEXT, offset INTEGER,"
+                " length INTEGER, crc32 INTEGER) WITHOUT ROWID"
+            )
 
     def __len__(self) -> int:
         return self._query("SELECT count(*) FROM items")[0][0]
@@ -90,6 +93,10 @@ class StoreIndex:
         """By shard, the bytes of its items."""
         return dict(self._query("SELECT shard, sum(length) FROM items GROUP BY shard"))
 
+    def ends(self) -> dict[str, int]:
+        """By shard, how long it must at least be."""
+        return dict(self._query("SELECT shard, max(offset + length) FROM items GROUP BY shard"))
+
     def add(self, places: Mapping[str, Place]) -> None:
         """In place of what had those keys, all at once."""
         with self._transaction() as database:
@@ -107,7 +114,7 @@ class StoreIndex:
             database.executemany(f"DELETE FROM items WHERE {same}", gone)
 
     def remove(self, keys: Sequence[str]) -> None:
-        with self._transaction() as database:
+        with self._told(), self._transaction() as database:
             database.executemany("DELETE FROM items WHERE key = ?", ((key,) for key in keys))
 
     def close(self) -> None:
@@ -128,8 +135,11 @@ class StoreIndex:
             time.sleep(SECONDS_BETWEEN_TRIES)
 
     def _query(self, statement: str, values: Collection[str] = ()) -> list[tuple]:
-        with self._lock:
+        with self._lock, self._told():
             return self._database.execute(statement, values).fetchall()
+
+    def _told(self) -> AbstractContextManager[None]:
+        return told(self._folder / INDEX_NAME, "remove this folder; what it held is encoded again")
 
     def _by_parts(self, select: str, column: str, values: Sequence[str]) -> Iterator[tuple]:
         """Rows whose column has one of the values, asked for in pieces that fit into one statement."""

@@ -162,6 +162,21 @@ class TensorStore:
         ordered = sorted(places, key=lambda key: places[key])
         return [key for key in ordered if self._sound(places[key]) is None and not self._sound_elsewhere(key)]
 
+    def lost(self, keys: Iterable[str]) -> list[str]:
+        """Those of the keys whose item's shard is gone, or cut short before it: what can be told without reading any.
+        Missing ones are not looked for."""
+        ends = self._index.ends()
+        taken = sizes(self.folder)
+        short = [shard for shard, end in ends.items() if taken.get(shard, -1) < end]
+        if not short:
+            return []
+        places = self._index.places(list(keys))
+        return [key for key, place in places.items() if taken.get(place.shard, -1) < place.offset + place.length]
+
+    def shards_of(self, keys: Iterable[str]) -> list[str]:
+        """The names of the shards that the items of these keys are in."""
+        return sorted({place.shard for place in self._index.places(list(keys)).values()})
+
     def stats(self) -> StoreStats:
         """What the store takes, now; what living writers have not committed yet counts as unreferenced."""
         taken, live = sizes(self.folder), self._index.live_bytes()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from utils.media.colour import Jitter
@@ -33,7 +33,9 @@ class View:
     def identity(self) -> list[str | float]:
         """Numbers and strings that are the same for views of the same pixels, and for no others."""
         place = [self.crop] if isinstance(self.crop, str) else [float(part) for part in self.crop]
-        return [self.width, self.height, *place, int(self.flip), *(float(factor) for factor in astuple(self.jitter))]
+        # One by one: `astuple` would be most of the time that naming a sample takes.
+        factors = self.jitter.brightness, self.jitter.contrast, self.jitter.saturation, self.jitter.hue
+        return [self.width, self.height, *place, int(self.flip), *map(float, factors)]
 
     def box(self, width: int, height: int) -> tuple[float, float, float, float]:
         """The part of a width x height picture to scale to the view: (left, top, right, bottom)."""

@@ -84,7 +84,8 @@ def _open(stream: BinaryIO) -> Iterator[VideoStream]:
         # The picture on the cover of a song is a video stream as well.
         videos = [video for video in container.streams.video if not video.disposition & Disposition.attached_pic]
         if not videos:
-            raise MediaError("has sound but no video; remove it")
+            has = "has sound but no video" if container.streams.audio else "has no video in it"
+            raise MediaError(f"{has}; replace or remove it")
         check_pixels(videos[0].width, videos[0].height)
         # Callers read several files at once, in threads of their own. Threads within a file would each hold a frame,
         # and decode ahead what nobody wants.

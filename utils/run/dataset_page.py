@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+PAGE_NAME = "index.html"
 CLIPS = (".mp4",)
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -44,8 +45,8 @@ class Seen:
 
 
 def write_page(folder: Path, title: str, summary: str, samples: Sequence[Seen]) -> Path:
-    """Writes `index.html` into the folder."""
-    path = folder / "index.html"
+    """Writes the page into the folder."""
+    path = folder / PAGE_NAME
     shown = "\n".join(map(_sample, samples))
     path.write_text(
         PAGE.format(title=html.escape(title), summary=html.escape(summary), samples=shown), encoding="utf-8"

@@ -73,7 +73,9 @@ class _AboveProgressBar(logging.StreamHandler):
 
 def is_users(error: Exception) -> bool:
     """Whether this is a mistake of the user's, or of their machine, that its text explains: a traceback would not."""
-    return isinstance(error, SettingsError | LaunchError) or (isinstance(error, OSError) and error.errno in FULL)
+    is_full = isinstance(error, OSError) and error.errno in FULL
+    # A time-out is an OSError to Python; ours name the ranks that were waited for.
+    return isinstance(error, SettingsError | LaunchError | TimeoutError) or is_full
 
 
 def report_user_error(error: Exception, ranks: Ranks) -> None:
@@ -89,7 +91,7 @@ def report_user_error(error: Exception, ranks: Ranks) -> None:
 
 
 def _tell(error: Exception) -> None:
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno in FULL:
         error = SettingsError.of(
             f"{error.strerror}: nothing more can be written here. Make room and start again (a run with "
             "--resume_from_checkpoint); what was cached and saved before stays",

@@ -1,4 +1,4 @@
-"""`--dump_dataset` of clips, with encoders whose features are the pixels themselves; of pictures see test_train_data."""
+"""`--dump_dataset` of clips, with encoders whose features are the pixels themselves; of pictures: test_train_data."""
 
 from __future__ import annotations
 

@@ -74,8 +74,9 @@ def test_features_are_those_of_the_samples(cached):
     batches = training(cached)
     seen = set()
     for index in range(batches.epochs.steps_in(0)):
-        for batch, epoch in batches.step(0, index):
+        for number, (batch, epoch) in enumerate(batches.step(0, index)):
             assert batch.features.keys() == {"mean_BC", "size_B", "length_B"} and epoch == 0
+            assert batch.places == batches.epochs.places(0, index, 0)[number]
             for position, name in enumerate(batch.draws):
                 sample = by_id[name]
                 assert sample.bucket == batch.bucket

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tests.utils.dataset.conftest import CLIP_FACTS, FACTS
 from utils.dataset.buckets import LeftOut, MediaFacts, assign, by_shape
 from utils.dataset.manifest import Row
-from utils.dataset.samples import Bucket, Mask, MediaFile, Take
+from utils.dataset.samples import Bucket, Mask, MediaFile, Take, appearances_before, repeat_phase
 from utils.dataset.sources import Locator
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 
@@ -325,6 +326,21 @@ def test_directories_keep_their_own_settings():
         ("96x96x1", 3),
     ]
     assert [one.reason for one in found.left_out] == ["40x40 pixels are fewer than min_resolution = 50 squared"]
+
+
+@pytest.mark.parametrize(("count", "repeats"), [(2, 0.5), (11, 0.3), (40, 0.1), (7, 2.4), (3, 0.9)])
+def test_each_epoch_has_its_share_of_what_is_used_a_fraction_of_a_time(count, repeats):
+    """As many in every epoch, but for rounding; and each sample as often as it should be."""
+    rows = [row(media(100, 100, digest=f"{number:016d}")) for number in range(count)]
+    samples = assigned([], rows=rows, num_repeats=repeats).samples
+    for seed in range(5):
+        phases = np.array([repeat_phase(sample, seed) for sample in samples])
+        shown = np.array([appearances_before(repeats, phases, epoch) for epoch in range(41)])
+        of_epochs = np.diff(shown, axis=0).sum(axis=1)
+        assert np.abs(of_epochs - count * repeats).max() < 1
+        assert np.abs(shown[40] - 40 * repeats).max() <= 1
+    orders = {tuple(np.argsort([repeat_phase(sample, seed) for sample in samples])) for seed in range(20)}
+    assert len(orders) > 1
 
 
 def test_repeats_of_a_row_multiply_those_of_its_directory():

@@ -83,6 +83,24 @@ def test_long_lists_are_cut(cache, tmp_path):
     assert len(messages(error)) == LISTED + 1 and messages(error)[-1].startswith("and 5 more; 15 of 16 files")
 
 
+def test_all_that_is_broken_is_listed_where_it_ends_the_run(pictures, cache, tmp_path):
+    for path in draw_pictures(tmp_path / "more", LISTED + 5):
+        path.write_text("broken")
+    with pytest.raises(SettingsError, match=f"{FAILED_NAME} in the cache lists all"):
+        collected(cache, source_of(pictures, tmp_path / "more"), max_failed_fraction=0.5)
+    assert len((cache / FAILED_NAME).read_text().splitlines()) == 1 + LISTED + 5
+
+
+def test_what_nobody_asked_for_does_not_hide_what_is_broken(pictures, cache):
+    for number in range(LISTED + 2):
+        (pictures / f"lone{number:02d}.txt").write_text("a caption without a picture")
+    (pictures / "005.png").write_text("broken")
+    lines = shortfalls(collected(cache, source_of(pictures)))
+    assert lines[0] == "cannot be used: 1 (1 unreadable)" and "005.png" in lines[1]
+    assert lines[2] == f"not used: {LISTED + 2} ({LISTED + 2} no picture)" and "lone00.txt" in lines[3]
+    assert lines[-1] == f"not used: and 2 more; {FAILED_NAME} in the cache has all" and len(lines) == LISTED + 4
+
+
 def test_what_is_not_broken_does_not_count(pictures, cache):
     """Files that nobody asked for, and pictures that are there twice."""
     (pictures / "copy.png").write_bytes((pictures / "000.png").read_bytes())

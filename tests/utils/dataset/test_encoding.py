@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from tests.processes import run_ranks
@@ -32,7 +33,7 @@ from utils.dataset.samples import Shown, first_shown
 from utils.dataset.tensor_store import TensorStore
 from utils.media.decode import load_image
 from utils.media.geometry import View
-from utils.ranks import Ranks
+from utils.ranks import LaunchError, Ranks, sign_of_life
 
 
 def shards_of(cache):
@@ -134,7 +135,7 @@ def test_regenerating_replaces_everything(pictures, cache):
     size = shards_of(cache)
     how = {"regenerate": True}
     assert counts(filled(MeanEncoder(), samples, cache, **how)) == (6, 0, 6, 0)
-    reclaim_unwanted(MeanEncoder(), samples, Filling(cache, pictures, Ranks(), **how))
+    reclaim_unwanted([(MeanEncoder(), samples)], Filling(cache, pictures, Ranks(), **how))
     assert shards_of(cache) == size
     with TensorStore(cache / "vae") as store:
         assert len(store) == 6
@@ -145,7 +146,7 @@ def test_items_that_no_run_wants_are_let_go(pictures, cache, tmp_path):
         (tmp_path / name).write_text("")
         samples = samples_of(dataset_of(pictures, **keys), cache)
         filled(MeanEncoder(), samples, cache)
-        reclaim_unwanted(MeanEncoder(), samples, Filling(cache, tmp_path / name, Ranks()))
+        reclaim_unwanted([(MeanEncoder(), samples)], Filling(cache, tmp_path / name, Ranks()))
         with TensorStore(cache / "vae") as store:
             return len(store)
 
@@ -157,6 +158,40 @@ def test_items_that_no_run_wants_are_let_go(pictures, cache, tmp_path):
     assert run("first.toml", resolutions=[96]) == 12
     samples = samples_of(dataset_of(pictures, resolutions=[48]), cache)
     assert counts(filled(MeanEncoder(), samples, cache)) == (6, 6, 0, 0)
+
+
+def test_what_an_encoder_made_that_a_run_has_no_more_is_let_go(pictures, cache, tmp_path):
+    """As of masks that are left out again, unless another run has them."""
+    samples = samples_of(dataset_of(pictures), cache)
+    vae, text = MeanEncoder(), LengthEncoder()
+    for encoder in (vae, text):
+        filled(encoder, samples, cache)
+
+    def run(name, *encoders):
+        (tmp_path / name).write_text("")
+        reclaim_unwanted([(encoder, samples) for encoder in encoders], Filling(cache, tmp_path / name, Ranks()))
+        return [len(store.keys()) for encoder in (vae, text) for store in [TensorStore(cache / encoder.name)]]
+
+    assert run("first.toml", vae, text) == [6, 6]
+    assert run("second.toml", vae, text) == [6, 6]
+    assert run("first.toml", vae) == [6, 6]
+    assert run("second.toml", vae) == [6, 0]
+
+
+@pytest.mark.parametrize("harm", ["gone", "cut"])
+def test_what_a_shard_has_no_more_is_encoded_again_without_being_asked(pictures, cache, caplog, harm):
+    samples = samples_of(dataset_of(pictures), cache)
+    filled(MeanEncoder(), samples, cache)
+    (shard,) = cache.rglob("*.shard")
+    content = shard.read_bytes()
+    shard.unlink()
+    if harm == "cut":
+        shard.write_bytes(content[: len(content) // 2 + 1])
+    kept = 0 if harm == "gone" else 3
+    assert counts(filled(MeanEncoder(), samples, cache)) == (6, kept, 6 - kept, 0)
+    told = f"{cache / 'vae'}: damaged: {6 - kept} items, which are encoded again; in {shard.name}"
+    assert told in caplog.messages
+    assert counts(filled(MeanEncoder(), samples, cache, verify=True)) == (6, 6, 0, 0)
 
 
 def test_damaged_items_are_encoded_again(pictures, cache):
@@ -344,3 +379,25 @@ def test_a_rank_that_gives_no_sign_of_life_is_named(pictures, cache):
 def test_a_rank_that_is_slow_is_waited_for(pictures, cache):
     cache.mkdir()
     assert run_ranks(fill_with_one_slow_rank, 2, dataset_of(pictures), cache, Slow) == [(6, 0, 6, 0)] * 2
+
+
+def fill_until_the_main_rank_ends(ranks, cache):
+    """The main rank, which keeps what the others talk through, ends with an error of its own."""
+    if ranks.is_main:
+        with pytest.raises(OSError), Filling(cache, cache, ranks).alone():
+            raise OSError("no room")
+        dist.destroy_process_group()
+        return ""
+    try:
+        with Filling(cache, cache, ranks).alone():
+            while True:
+                sign_of_life(ranks, "test")
+                time.sleep(0.05)
+    except LaunchError as error:
+        dist.destroy_process_group()
+        return str(error)
+
+
+def test_the_others_say_so_when_the_main_rank_is_gone(cache):
+    cache.mkdir()
+    assert "the main process of this run has ended" in run_ranks(fill_until_the_main_rank_ends, 2, cache)[1]

@@ -107,6 +107,41 @@ def test_fractions_of_repeats_add_up(samples, seed, number):
 
 
 @settings(max_examples=40)
+@given(sample_lists(), LAYOUTS, st.integers(0, 4))
+def test_places_count_the_samples_of_a_step_and_of_an_epoch(samples, layout, epoch):
+    """At any layout a sample has the same place in its epoch, also where it fills a batch."""
+    alone = {copy: place for _, copy, place in placed(epochs_of(samples, seed=layout["seed"]), epoch, 1)}
+    assert sorted(alone.values()) == list(range(len(alone)))
+    epochs = epochs_of(samples, **layout)
+    assert {copy: place for _, copy, place in placed(epochs, epoch, layout["ranks"])} == alone
+    for step in range(epochs.steps_in(epoch)):
+        of_ranks = [epochs.places(epoch, step, rank) for rank in range(layout["ranks"])]
+        in_step = [place for slots in of_ranks for places in slots for place in places.in_step]
+        assert sorted(in_step) == list(range(epochs.examples(epoch, step)))
+        for places in (places for slots in of_ranks for places in slots):
+            assert (places.step, places.of_step, places.of_epoch) == (step, len(in_step), len(alone))
+
+
+def placed(epochs, epoch, ranks):
+    """(place in its step, (sample's name, copy), place in the epoch) of all that an epoch shows."""
+    found = []
+    for step in range(epochs.steps_in(epoch)):
+        for rank in range(ranks):
+            for slot, places in zip(epochs.step(epoch, step), epochs.places(epoch, step, rank), strict=True):
+                shown = [(sample.id, copy) for sample, copy in epochs.samples_of(slot, epoch, rank)]
+                found += zip(places.in_step, shown, places.in_epoch, strict=True)
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_places_of_a_step_do_not_depend_on_how_it_is_shared(ranks):
+    """Of samples of one shape: two data ranks are as two accumulated micro-batches."""
+    samples = [plain_sample(str(number), SQUARE) for number in range(32)]
+    alone, shared = epochs_of(samples, 1, accumulation=ranks), epochs_of(samples, ranks)
+    assert sorted(placed(alone, 1, 1)) == sorted(placed(shared, 1, ranks))
+
+
+@settings(max_examples=40)
 @given(sample_lists(least=12), st.integers(0, 99), st.lists(st.integers(1, 4), min_size=2, max_size=3))
 def test_within_a_group_the_order_is_the_same_for_any_number_of_data_ranks(samples, seed, ranks):
     bucket_of = {sample.id: sample.bucket for sample in samples}

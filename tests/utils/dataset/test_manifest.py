@@ -190,6 +190,26 @@ def test_what_is_wrong_with_directories_is_told_at_once(tmp_path, pictures, cach
     assert {row.directory for row in manifest.rows} == {2} and len(manifest.rows) == 6
 
 
+def test_a_key_of_the_file_need_not_be_of_use_to_all(tmp_path, pictures, cache):
+    draw_pictures(tmp_path / "listed", 3, seed=7, captions=False)
+    (tmp_path / "listed" / "metadata.csv").write_text(
+        "file,caption,width\n000.png,x,100\n001.png,y,500\n002.png,z,500\n"
+    )
+    both = dataset_of(pictures, tmp_path / "listed", filter="width > 300")
+    manifest = scanned(both, cache)
+    assert manifest.problems == [] and len(manifest.rows) == 6 + 2
+    (problem,) = scanned(dataset_of(pictures, filter="width > 300"), cache).problems
+    assert (problem.file, problem.where) == ("dataset.toml", "key `filter`")
+    assert problem.message == "is for tables; this is a folder of pictures, as are all that it holds for"
+    # In a directory of its own it must be of use there.
+    own = both.model_copy(update={"directory": [DirectorySettings(path=pictures, filter="a > 1"), both.directory[1]]})
+    (problem,) = scanned(own, cache).problems
+    assert (problem.where, problem.message) == (
+        f"[[directory]] {pictures}",
+        "filter is for tables; this is a folder of pictures",
+    )
+
+
 def test_identical_pictures_are_used_once_if_asked(pictures, cache):
     (pictures / "copy.png").write_bytes((pictures / "000.png").read_bytes())
     (pictures / "copy.txt").write_text("a copy")

@@ -125,10 +125,11 @@ def test_controls_and_masks_by_name(tmp_path):
     assert told(listing, target) == {"b.png": "control missing"} and "called b in" in listing.rejected[0].reason
     listing = read(target, mask_path=mask)
     assert [entry.mask for entry in listing.entries] == [Locator(mask / "c.png")]
-    assert told(listing, target) == {"b.png": "mask missing"}
+    assert told(listing, target) == {"b.png": "mask missing", "x": "not read"}
     for keys in ({"default_mask_file": mask / "c.png"}, {"alpha_mask": True}):
         listing = read(target, mask_path=mask, **keys)
-        assert [entry.mask for entry in listing.entries] == [None, Locator(mask / "c.png")] and not listing.rejected
+        assert [entry.mask for entry in listing.entries] == [None, Locator(mask / "c.png")]
+        assert told(listing, target) == {"x": "not read"}
 
 
 def test_what_is_wrong_with_whole_folders(tmp_path):
@@ -137,8 +138,24 @@ def test_what_is_wrong_with_whole_folders(tmp_path):
     assert "recursive = true" in read(tmp_path).problems[0]
     assert "control_path" in read(tmp_path / "x", control_path=tmp_path / "gone").problems[0]
     assert "single file" in read(tmp_path / "x" / "a.png").problems[0]
-    assert "filter" in read(tmp_path / "x", filter="width > 3").problems[0]
-    assert "data_file_keys" in read(tmp_path / "x", data_file_keys=["depth"]).problems[0]
+
+
+def test_folders_that_are_not_searched_are_told(tmp_path):
+    write(tmp_path, a_png="", a_txt="", x__b_png="", x__y__c_png="", masks__a_png="", notes__a_txt="")
+    assert told(read(tmp_path), tmp_path) == {"masks": "not read", "x": "not read"}
+    assert told(read(tmp_path, mask_path=tmp_path / "masks"), tmp_path) == {"x": "not read"}
+    assert "not read" not in told(read(tmp_path, recursive=True), tmp_path).values()
+
+
+def test_keys_of_other_sources_are_left_aside_and_told(tmp_path):
+    write(tmp_path, a_png="", a_txt="x", b_png="", b_json='{"text": "y", "tags": "z"}')
+    keys = {"filter": "width > 3", "data_file_keys": ["depth"], "file_column": "a", "image_column": "b"}
+    listing = read(tmp_path, **keys, caption_column="tags", recursive=True)
+    assert captions(listing) == {"a.png": ("x",)} and listing.problems == []
+    assert listing.idle.keys() == {*keys, "caption_column"}
+    assert listing.idle["filter"] == "is for tables; this is a folder of pictures"
+    listing = read(tmp_path, caption_column="tags", caption_extension="json")
+    assert captions(listing) == {"b.png": ("z",)} and listing.idle == {}
 
 
 def test_a_listing_can_be_stopped(tmp_path):

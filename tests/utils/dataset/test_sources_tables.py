@@ -151,7 +151,6 @@ def test_captions_that_are_not_in_the_table(folder):
         ("file,caption", {"data_file_keys": ["depth"]}, "no column depth"),
         ("file,file,caption", {}, "several columns called file"),
         ("file,caption", {"filter": "widht > 3"}, "no column widht"),
-        ("file,caption", {"image_column": "file"}, "holds no bytes"),
     ],
 )
 def test_columns_that_cannot_be_told(folder, header, keys, words):
@@ -175,7 +174,11 @@ def test_rows_are_filtered(folder):
     assert captions(listing) == {"b.png": ("y",)}
     # What the filter leaves out was not forgotten in the table, and is not told of.
     assert told(listing, folder) == {"metadata.csv row 5": "broken row"}
-    assert read(folder, filter="caption == 'no'").problems == ["filter = \"caption == 'no'\" holds for no row"]
+    nothing = ["filter = \"caption == 'no'\" holds for no row that can be used"]
+    assert read(folder, filter="caption == 'no'").problems == nothing
+    # Nor if a row cannot be read at all.
+    table(folder, "metadata.csv", f"{rows}a,b,c,d,e\n")
+    assert read(folder, filter="caption == 'no'").problems == nothing
 
 
 def test_one_of_several_tables_is_read(folder):
@@ -205,3 +208,11 @@ def test_one_of_several_tables_is_read(folder):
 )
 def test_tables_that_cannot_be_read(folder, name, content, words):
     assert words in read(table(folder, name, content)).problems[0]
+
+
+def test_keys_of_other_sources_are_left_aside_and_told(folder):
+    written = table(folder, "metadata.csv", "file,caption\na.png,x\n")
+    for path in (folder, written):
+        listing = read(path, image_column="image", caption_extension=".caption")
+        assert captions(listing) == {"a.png": ("x",)} and listing.problems == []
+        assert listing.idle.keys() == {"image_column", "caption_extension"}

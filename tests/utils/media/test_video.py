@@ -220,6 +220,13 @@ def _no_frame(path):
         container.start_encoding()
 
 
+def _nothing(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        container.start_encoding()
+
+
 def _cut(path):
     write_video(path, 40)
     path.write_bytes(path.read_bytes()[:-200])
@@ -233,7 +240,8 @@ def _playlist(path):
 @pytest.mark.parametrize(
     ("write", "reason"),
     [
-        (_sound, "no video"),
+        (_sound, "sound but no video"),
+        (_nothing, "no video in it"),
         (_no_frame, "no frame"),
         (_cut, "neither a picture nor a video"),
         (_playlist, "neither a picture nor a video"),

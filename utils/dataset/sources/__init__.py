@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from utils.dataset.sources.arrow_tables import ARROW_SUFFIXES
@@ -16,6 +17,7 @@ from utils.dataset.sources.places import NOT_BROKEN, Container, Entry, Listing, 
 from utils.dataset.sources.tables import list_arrow_tables, list_text_table
 from utils.dataset.sources.tars import list_tars
 from utils.dataset.sources.text_tables import TEXT_TABLES
+from utils.dataset.sources.texts import caption_ending
 from utils.settings.dataset_schema import DirectorySettings
 
 __all__ = ["NOT_BROKEN", "Container", "Entry", "Listing", "Locator", "Rejected", "read_source"]
@@ -24,6 +26,21 @@ FOLDER_TABLES = ("captions.json", "metadata.jsonl", "metadata.csv", "metadata.js
 """The tables that a folder may have, of which the first is read."""
 
 _TABLES = frozenset({*TEXT_TABLES, *ARROW_SUFFIXES})
+_OF_TABLES = "is for tables"
+_IDLE: dict[str, dict[str, str]] = {
+    "a folder of pictures": {
+        **dict.fromkeys(("filter", "file_column", "image_column"), _OF_TABLES),
+        "data_file_keys": "is for tables and tars; of folders, set control_path",
+        "caption_column": 'is for tables, and for captions in .json; for those, set caption_extension = ".json"',
+    },
+    "a tar": dict.fromkeys(("filter", "file_column", "image_column"), _OF_TABLES),
+    "a table that names files": {
+        "image_column": "is for tables that hold the pictures themselves; set file_column",
+        "caption_extension": "is for captions in files of their own; set caption_column",
+    },
+    "a .parquet or .arrow table": {"caption_extension": "is for captions in files of their own; set caption_column"},
+}
+"""The keys that each kind of source cannot heed, and what they are for."""
 
 
 def read_source(
@@ -33,7 +50,8 @@ def read_source(
 
     `path` may be a table or a tar. If it is a folder, what is read is the first of these that there is: one of
     `FOLDER_TABLES`; its .tar files; its .parquet and .arrow files; its pictures and clips. What is there beside it is
-    not read, and told of. Nothing is raised for what is wrong with the data: it is in the listing.
+    not read, and told of. Keys that this kind of source cannot heed are left aside, and told of: another directory may
+    have a use for them. Nothing is raised for what is wrong with the data: it is in the listing.
 
     Args:
         directory: with the file's values for the keys that it does not set itself.
@@ -45,10 +63,11 @@ def read_source(
         listing = (_list_folder if path.is_dir() else _list_file)(path, directory, heed, remember)
     except SourceProblem as problem:
         return Listing(problems=[str(problem)])
-    if not listing.entries and not listing.rejected and not listing.problems:
-        listing.problems.append(
-            f"filter = {directory.filter!r} holds for no row" if directory.filter else "there is nothing in it"
-        )
+    if not listing.entries and not listing.problems:
+        if directory.filter and "filter" not in listing.idle:
+            listing.problems.append(f"filter = {directory.filter!r} holds for no row that can be used")
+        elif not listing.rejected:
+            listing.problems.append("there is nothing in it")
     return listing
 
 
@@ -57,12 +76,11 @@ def _list_file(path: Path, rules: DirectorySettings, heed: Callable[[], None], r
     if not path.exists():
         raise SourceProblem("there is no such folder or file")
     if suffix in TEXT_TABLES:
-        return list_text_table(path, rules, heed)
+        return _listed("a table that names files", rules, lambda heeded: list_text_table(path, heeded, heed))
     if suffix in ARROW_SUFFIXES:
-        return list_arrow_tables([path], rules, heed)
+        return _listed("a .parquet or .arrow table", rules, lambda heeded: list_arrow_tables([path], heeded, heed))
     if _is_tar(path.name):
-        _check_keys(rules, filter=rules.filter)
-        return list_tars([path], rules, heed, remember)
+        return _listed("a tar", rules, lambda heeded: list_tars([path], heeded, heed, remember))
     endings = ", ".join([*sorted(_TABLES), ".tar"])
     raise SourceProblem(f"a single file must be one of {endings}; pictures are read from the folder that they are in")
 
@@ -76,17 +94,18 @@ def _list_folder(path: Path, rules: DirectorySettings, heed: Callable[[], None],
     if tables:
         first, others = path / tables[0], [*tables[1:], *tars, *arrows]
         if first.suffix in TEXT_TABLES:
-            listing = list_text_table(first, rules, heed, is_of_folder=True)
+            kind, listed = "a table that names files", partial(list_text_table, first, is_of_folder=True)
         else:
-            listing = list_arrow_tables([first], rules, heed, is_of_folder=True)
+            kind, listed = "a .parquet or .arrow table", partial(list_arrow_tables, [first], is_of_folder=True)
     elif tars:
-        _check_keys(rules, filter=rules.filter)
-        listing, others = list_tars([path / name for name in tars], rules, heed, remember), [*arrows, *_media(tree)]
+        kind, listed = "a tar", partial(list_tars, [path / name for name in tars], remember=remember)
+        others = [*arrows, *_media(tree)]
     elif arrows:
-        listing, others = list_arrow_tables([path / name for name in arrows], rules, heed), _media(tree)
+        kind, listed = "a .parquet or .arrow table", partial(list_arrow_tables, [path / name for name in arrows])
+        others = _media(tree)
     else:
-        _check_keys(rules, filter=rules.filter, data_file_keys=rules.data_file_keys)
-        return list_pictures(tree, rules, heed)
+        return _listed("a folder of pictures", rules, partial(list_pictures, tree, heed=heed))
+    listing = _listed(kind, rules, partial(listed, heed=heed))
     read = (tables or tars or arrows)[0]
     reason = f"{read} is read of this folder instead; to use this too, give it a [[directory]] of its own"
     listing.rejected.extend(Rejected(f"{path}/{name}", "not read", reason) for name in others)
@@ -107,8 +126,12 @@ def _ending(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _check_keys(rules: DirectorySettings, **values: object) -> None:
-    """Whether none of the keys is set that this kind of source cannot heed."""
-    for key, value in values.items():
-        if value:
-            raise SourceProblem(f"{key} = {value!r} has no meaning here; set it in the [[directory]] of a table alone")
+def _listed(kind: str, rules: DirectorySettings, of: Callable[[DirectorySettings], Listing]) -> Listing:
+    """What a kind of source lists by those of the rules that it can heed."""
+    defaults = {key: DirectorySettings.model_fields[key].get_default(call_default_factory=True) for key in _IDLE[kind]}
+    if caption_ending(rules) == ".json":
+        defaults.pop("caption_column", None)
+    set_ = {key: default for key, default in defaults.items() if getattr(rules, key) != default}
+    listing = of(rules.model_copy(update=set_))
+    listing.idle.update({key: f"{_IDLE[kind][key]}; this is {kind}" for key in set_})
+    return listing

@@ -28,13 +28,13 @@ _READ_BYTES = 2**16
 class Tree:
     """The files under `root`, by their names from there on, sorted, without hidden ones; and what is wrong with others.
 
-    `subfolders` tells whether there are any, searched or not.
+    `subfolders` are those right in it, searched or not.
     """
 
     root: Path
     names: list[str]
     rejected: list[Rejected] = field(default_factory=list)
-    subfolders: bool = False
+    subfolders: list[str] = field(default_factory=list)
 
     def by_stem(self) -> dict[str, str]:
         """Pictures and clips by their names without suffix; of several, the first."""
@@ -50,7 +50,7 @@ def list_files(root: Path, recursive: bool, heed: Callable[[], None]) -> Tree:
     """
     names: list[str] = []
     rejected: list[Rejected] = []
-    subfolders = False
+    subfolders: list[str] = []
     folders = [("", frozenset({os.path.realpath(root)}))]
     while folders:
         prefix, above = folders.pop()
@@ -64,12 +64,12 @@ def list_files(root: Path, recursive: bool, heed: Callable[[], None]) -> Tree:
             continue
         names += found.files
         rejected += found.rejected
-        subfolders = subfolders or bool(found.folders)
+        subfolders += [] if prefix else found.folders
         for folder in found.folders if recursive else ():
             real = os.path.realpath(f"{root}/{folder}")
             if real not in above:
                 folders.append((f"{folder}/", above | {real}))
-    return Tree(root, sorted(names), rejected, subfolders)
+    return Tree(root, sorted(names), rejected, sorted(subfolders))
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,7 @@ def list_pictures(tree: Tree, rules: DirectorySettings, heed: Callable[[], None]
     if not media:
         hint = "; set recursive = true to search its subfolders too" if tree.subfolders and not rules.recursive else ""
         listing.problems.append(f"there is no picture or clip in this folder{hint}")
+    listing.rejected.extend(_not_searched(tree, rules))
     texts: Iterator[tuple[str, ...] | Fault | None]
     if is_given(rules):
         texts = ((given_caption(rules, f"{tree.root}/{name}"),) for _, name in media)
@@ -189,6 +190,23 @@ def list_pictures(tree: Tree, rules: DirectorySettings, heed: Callable[[], None]
         except Fault as fault:
             listing.rejected.append(fault.at(f"{tree.root}/{name}"))
     return listing
+
+
+def _not_searched(tree: Tree, rules: DirectorySettings) -> Iterator[Rejected]:
+    """The folders within that have pictures or clips and are not searched, but for those of masks and controls."""
+    named = {os.path.abspath(path) for path in (*rules.control_paths, rules.mask_path) if path}
+    for folder in () if rules.recursive else tree.subfolders:
+        if f"{tree.root}/{folder}" not in named and _has_media(f"{tree.root}/{folder}"):
+            reason = "this folder is not searched; set recursive = true to use the pictures in it too"
+            yield Rejected(f"{tree.root}/{folder}", "not read", reason)
+
+
+def _has_media(folder: str) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(os.path.splitext(entry.name)[1].lower() in MEDIA_SUFFIXES for entry in entries)
+    except OSError:
+        return False
 
 
 def _unknown(place: str, suffix: str) -> Rejected:

@@ -101,11 +101,13 @@ class Listing:
         entries: what can be used, as far as it can be told without opening pictures.
         rejected: what cannot.
         problems: why the directory as a whole cannot be used.
+        idle: by key of the settings that asks for something which this kind of source cannot heed, why.
     """
 
     entries: list[Entry] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    idle: dict[str, str] = field(default_factory=dict)
 
 
 class Fault(ValueError):

@@ -1,0 +1,69 @@
+"""A cache whose SQLite files cannot be used says so, and how to mend it."""
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from tests.utils.dataset.conftest import MeanEncoder, dataset_of, filled, samples_of, scanned
+from utils.dataset.databases import told
+from utils.dataset.references import reclaim
+from utils.dataset.tensor_store import TensorStore
+from utils.settings.errors import SettingsError
+
+
+@pytest.fixture
+def broken(pictures, cache):
+    """A filled cache, all of whose databases are damaged."""
+    filled(MeanEncoder(), samples_of(dataset_of(pictures), cache), cache)
+    (cache / "references.sqlite").touch()
+    paths = [cache / "files.sqlite", cache / "references.sqlite", cache / "vae" / "index.sqlite"]
+    for path in paths:
+        path.write_bytes(b"no database" * 1000)
+    return paths
+
+
+def test_a_damaged_database_is_told_with_its_remedy(broken, pictures, cache, tmp_path):
+    files, wanted, index = broken
+    with pytest.raises(SettingsError, match="damaged.*remove it; all files are looked at again"):
+        scanned(dataset_of(pictures), cache)
+    with pytest.raises(SettingsError, match="damaged.*remove this folder"):
+        TensorStore(cache / "vae")
+    index.unlink()
+    with TensorStore(cache / "vae", "test") as store, pytest.raises(SettingsError, match="damaged.*remove it"):
+        reclaim(cache, store)
+    files.unlink()
+    assert len(scanned(dataset_of(pictures), cache).rows) == 6
+
+
+def test_an_index_that_is_damaged_while_it_is_used(pictures, cache):
+    encoder = MeanEncoder()
+    filled(encoder, samples_of(dataset_of(pictures), cache), cache)
+    path = cache / "vae" / "index.sqlite"
+    page = path.read_bytes()[:4096]
+    path.write_bytes(page + b"\xff" * (path.stat().st_size - len(page)))
+    with TensorStore(cache / "vae") as store, pytest.raises(SettingsError, match=f"{path}(.|\n)*damaged"):
+        store.keys()
+
+
+def test_a_full_disk_is_told_with_its_numbers(tmp_path):
+    """SQLite's own limit stands for that of the disk."""
+    index = sqlite3.connect(tmp_path / "files.sqlite")
+    index.execute("CREATE TABLE media (path TEXT)")
+    index.execute("PRAGMA max_page_count = 2")
+    with pytest.raises(SettingsError, match=r"files\.sqlite(.|\n)*full, with [\d,]+ bytes free"):
+        with told(tmp_path / "files.sqlite", ""):
+            index.execute("INSERT INTO media VALUES (?)", ["x" * 10_000])
+
+
+def test_a_cache_folder_that_cannot_be_made(pictures, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(SettingsError, match="cannot be made.*name another"):
+        scanned(dataset_of(pictures), Path(tmp_path / "file" / "cache"))
+
+
+def test_our_own_mistakes_stay_what_they_are(tmp_path):
+    index = sqlite3.connect(tmp_path / "files.sqlite")
+    index.close()
+    with pytest.raises(sqlite3.ProgrammingError), told(tmp_path / "files.sqlite", ""):
+        index.execute("SELECT 1")
