@@ -23,6 +23,7 @@ import train
 from tests.benchmarks.setting import MINI_FLUX, write_run
 from utils.parallel.backend import initialize_deepspeed
 from utils.ranks import connect, disconnect, from_environment
+from utils.run.signals import StopRequests
 from utils.run.trainer import Trainer
 
 BLOCKS, STEPS = 12, 10
@@ -56,14 +57,17 @@ def _trainer(folder: Path) -> Trainer:
     settings, datasets = train.read_settings(arguments, ranks)
     pipeline = models.find(settings.model.type)(settings.model, settings.seed)
     connect(ranks)
-    data = train.load_data(settings, ranks, pipeline, train.sources_of(settings, datasets), arguments)
+    sources, stop = train.sources_of(settings, datasets), StopRequests()
+    scan = train.scan_of(settings, sources, arguments, stop)
+    data = train.cached_data(settings, ranks, pipeline, sources, scan, arguments)
     initialize_deepspeed()
-    return train.build_trainer(settings, ranks, pipeline, data, None, arguments)
+    return train.build_trainer(settings, ranks, pipeline, data, None, arguments, stop)
 
 
 def _trainer_step(trainer: Trainer, batches: Iterator[Any]) -> None:
-    trainer.progress, values = trainer.step(batches)
-    trainer.metrics.scalars(values, trainer.progress.step)
+    done, values = trainer.step(batches)
+    trainer.metrics.scalars(values, done.step)
+    trainer.progress = done.next_epoch() if trainer.ends_epoch(done) else done
 
 
 def _bare_step(trainer: Trainer) -> Any:

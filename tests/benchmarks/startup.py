@@ -55,15 +55,19 @@ def parts(config: str) -> Iterator[tuple[str, float]]:
     settings, datasets = train.read_settings(arguments, ranks)
     yield "settings, import of the model and diffusers", since()
     import models
+    from models.foundation.plan import check_run
 
     pipeline = models.find(settings.model.type)(settings.model, settings.seed)
-    pipeline.check()
+    check_run(settings, ranks, pipeline)
+    yield "what is checked before the data", since()
     train.connect(ranks)
-    data = train.load_data(settings, ranks, pipeline, train.sources_of(settings, datasets), arguments)
+    sources, stop = train.sources_of(settings, datasets), train.StopRequests()
+    scan = train.scan_of(settings, sources, arguments, stop)
+    data = train.cached_data(settings, ranks, pipeline, sources, scan, arguments)
     yield "data and cache, nothing to encode", since()
     train.initialize_deepspeed()
     yield "import of deepspeed", since()
-    trainer = train.build_trainer(settings, ranks, pipeline, data, None, arguments)
+    trainer = train.build_trainer(settings, ranks, pipeline, data, None, arguments, stop)
     yield "weights, engine, optimizer, TensorBoard", since()
     batches = trainer.prefetched()
     trainer.step(batches)
