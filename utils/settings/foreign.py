@@ -70,6 +70,8 @@ INSTEAD: Mapping[str, str] = {
     "use_gradient_checkpointing": "`activation_checkpointing`",
     "max_grad_norm": "`gradient_clipping`",
     "lr_warmup_steps": "`warmup_steps`",
+    "max_token_length": "`max_sequence_length`, in `[model]`",
+    "tokenizer_max_length": "`max_sequence_length`, in `[model]`",
     "learning_rate": "`lr`, in `[optimizer]`",
     "unet_lr": "`lr`, in `[optimizer]`",
     "optimizer_type": "`type`, in `[optimizer]`",
