@@ -66,7 +66,7 @@ def load_data(
     with timed("cache"), filling.alone():
         reports = [fill(encoder, wanted[encoder.name], filling) for encoder in encoders if wanted[encoder.name]]
         if ranks.is_main:
-            reclaim_unwanted([(encoder, wanted[encoder.name]) for encoder in encoders], filling)
+            reclaim_unwanted([report.encoder for report in reports], filling)
     collections = without_failures(collections, reports)
     if ranks.is_main:
         tell(collections, filling.cache_dir)

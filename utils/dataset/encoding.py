@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,7 +30,6 @@ from utils.dataset.encoders import (
     decoded_bytes,
     inputs_of,
     item_key,
-    items_wanted,
     shape_of,
     versions,
 )
@@ -144,21 +143,17 @@ def fill(encoder: Encoder, samples: Sequence[Sample], filling: Filling) -> Cache
     return report
 
 
-def reclaim_unwanted(wanted: Iterable[tuple[Encoder, Sequence[Sample]]], filling: Filling) -> None:
-    """Lets go of what no run wants any more: of each encoder all but the items of its samples, and everything of
-    encoders that this run had before and has no more. For the main rank, once all have filled the cache."""
-    keys = {encoder.name: [key for key, _ in items_wanted(encoder, samples)] for encoder, samples in wanted}
-    earlier = references.stores_of(filling.cache_dir, filling.owner)
-    for name in [*keys, *sorted(earlier - keys.keys())]:
-        _reclaim(name, keys.get(name, []), filling)
-
-
-def _reclaim(name: str, keys: Sequence[str], filling: Filling) -> None:
-    references.remember(filling.cache_dir, name, filling.owner, keys)
-    with TensorStore(filling.cache_dir / name, "compaction") as store:
-        freed = references.reclaim(filling.cache_dir, store, all_of_it=filling.regenerate)
-    if freed:
-        logger.info("cache %s: %s that nothing refers to are free again", name, _size(freed))
+def reclaim_unwanted(filled: Collection[str], filling: Filling) -> None:
+    """Lets go of what no run wants any more: in the stores that were `filled`, and in those that this run had before
+    and has no more. For the main rank, once all have filled the cache."""
+    dropped = references.stores_of(filling.cache_dir, filling.owner) - set(filled)
+    for name in dropped:
+        references.remember(filling.cache_dir, name, filling.owner, [])
+    for name in [*filled, *sorted(dropped)]:
+        with TensorStore(filling.cache_dir / name, "compaction") as store:
+            freed = references.reclaim(filling.cache_dir, store, all_of_it=filling.regenerate)
+        if freed:
+            logger.info("cache %s: %s that nothing refers to are free again", name, _size(freed))
 
 
 def _size(count: int) -> str:
@@ -169,6 +164,8 @@ def _fill_one(encoder: Encoder, samples: Sequence[Sample], filling: Filling, tag
     """This rank's share of one encoder's work."""
     ranks = filling.ranks
     wanted = {item_key(encoder, shown): shown for sample in samples for shown in versions(encoder, sample)}
+    if ranks.is_main:
+        references.remember(filling.cache_dir, encoder.name, filling.owner, wanted)
     # Shared by position among all that is wanted, and not among what is missing: every rank knows its share
     # without asking, whenever it looks and whatever others have already written.
     ordered = sorted(wanted, key=lambda key: shape_of(encoder, wanted[key]))

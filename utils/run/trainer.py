@@ -130,16 +130,17 @@ class Trainer:
     def begin(self) -> bool:
         """Does what is due before the first step of a run. Returns whether all ranks are to stop here."""
         due = [duty for duty in self.duties if duty.before_first_step] if self.progress.step == 0 else []
-        return self._perform(due, self.progress, False)
+        return self._perform(due, self.progress, False) or any_rank([self.stop.pending()])[0]
 
     def advance(self, done: Progress) -> bool:
         """Does what is due after the step that led to `done`. Returns whether all ranks are to stop here."""
         before, ended, last = self.progress, self.ends_epoch(done), done.step == self.last_step
         due = [duty for duty in self.duties if duty.cadence.due(before, done, ended) or (last and duty.at_end)]
-        stopping = self._perform(due, done, ended)
+        interrupted = self._perform(due, done, ended)
         self.progress = done.next_epoch() if ended else done
-        # Clocks differ: the main rank's decides, since saving takes all of them.
-        (overdue,) = any_rank([self.ranks.is_main and self.checkpoints.overdue()])
+        # A signal reaches one process, and clocks differ: the ranks agree, since saving takes all of them.
+        asked, overdue = any_rank([self.stop.pending(), self.ranks.is_main and self.checkpoints.overdue()])
+        stopping = interrupted or asked
         at_end = last and self.checkpoints.ever
         if stopping or overdue or at_end or self.checkpoints.due(before, done, ended):
             self.save_checkpoint()
@@ -156,16 +157,16 @@ class Trainer:
             raise StopRequested
 
     def _perform(self, due: Sequence[Duty], progress: Progress, epoch_ended: bool) -> bool:
-        """Does the duties, but for those that a stop interrupts. Returns whether there is one."""
-        stopping = False
+        """Does the duties. Returns whether a stop interrupted one: those after it that can wait are left out."""
+        interrupted = False
         for duty in due:
-            if stopping and duty.interruptible:
+            if interrupted and duty.interruptible:
                 continue
             try:
                 duty.perform(progress, epoch_ended)
             except StopRequested:
-                stopping = True
-        return stopping or any_rank([self.stop.pending()])[0]
+                interrupted = True
+        return interrupted
 
     def close(self, batches: Iterator[Any]) -> None:
         """Ends the thread that reads ahead, and closes the metrics."""

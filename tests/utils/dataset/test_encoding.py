@@ -135,7 +135,7 @@ def test_regenerating_replaces_everything(pictures, cache):
     size = shards_of(cache)
     how = {"regenerate": True}
     assert counts(filled(MeanEncoder(), samples, cache, **how)) == (6, 0, 6, 0)
-    reclaim_unwanted([(MeanEncoder(), samples)], Filling(cache, pictures, Ranks(), **how))
+    reclaim_unwanted(["vae"], Filling(cache, cache, Ranks(), **how))
     assert shards_of(cache) == size
     with TensorStore(cache / "vae") as store:
         assert len(store) == 6
@@ -145,8 +145,9 @@ def test_items_that_no_run_wants_are_let_go(pictures, cache, tmp_path):
     def run(name, **keys):
         (tmp_path / name).write_text("")
         samples = samples_of(dataset_of(pictures, **keys), cache)
-        filled(MeanEncoder(), samples, cache)
-        reclaim_unwanted([(MeanEncoder(), samples)], Filling(cache, tmp_path / name, Ranks()))
+        filling = Filling(cache, tmp_path / name, Ranks())
+        fill(MeanEncoder(), samples, filling)
+        reclaim_unwanted(["vae"], filling)
         with TensorStore(cache / "vae") as store:
             return len(store)
 
@@ -164,12 +165,11 @@ def test_what_an_encoder_made_that_a_run_has_no_more_is_let_go(pictures, cache, 
     """As of masks that are left out again, unless another run has them."""
     samples = samples_of(dataset_of(pictures), cache)
     vae, text = MeanEncoder(), LengthEncoder()
-    for encoder in (vae, text):
-        filled(encoder, samples, cache)
 
     def run(name, *encoders):
         (tmp_path / name).write_text("")
-        reclaim_unwanted([(encoder, samples) for encoder in encoders], Filling(cache, tmp_path / name, Ranks()))
+        filling = Filling(cache, tmp_path / name, Ranks())
+        reclaim_unwanted([fill(encoder, samples, filling).encoder for encoder in encoders], filling)
         return [len(store.keys()) for encoder in (vae, text) for store in [TensorStore(cache / encoder.name)]]
 
     assert run("first.toml", vae, text) == [6, 6]
