@@ -79,6 +79,8 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
     """Settings, data, cache, model, training: each is checked before the next is loaded. Returns whether the run came
     to its end."""
     import models
+    from models.foundation.dump import dump, prepare_folder
+    from models.foundation.plan import check_run, plan_of
 
     if arguments.check and ranks.world_size == 1:
         # Without a launcher the plan is that of one pipeline, whatever its number of stages.
@@ -86,9 +88,6 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
     settings, datasets = read_settings(arguments, ranks)
     ranks = replace(ranks, world_size=ranks.world_size or settings.pipeline_stages)
     ranks = ranks.with_stages(settings.pipeline_stages)
-    from models.foundation.dump import dump
-    from models.foundation.plan import check_run, plan_of
-
     pipeline = models.find(settings.model.type)(settings.model, settings.seed)
     pipeline.check_training(str(arguments.config))
     sources = sources_of(settings, datasets)
@@ -98,11 +97,13 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
             sys.stdout.write(plan_of(settings, ranks, pipeline, sources, scan) + "\n")
         return True
     check_run(settings, ranks, pipeline)
+    if arguments.dump_dataset and ranks.is_main:
+        prepare_folder(arguments.dump_dataset)
     connect(ranks, arguments.master_port)
     resumed = open_checkpoint(settings, arguments)
     data = cached_data(settings, ranks, pipeline, sources, scan, arguments)
     if arguments.dump_dataset and ranks.is_main:
-        dump(settings, pipeline, data, ranks, arguments.dump_dataset)
+        dump(settings, pipeline, data, ranks, arguments.dump_dataset, stop.heed)
     if arguments.cache_only or arguments.dump_dataset:
         return True
     initialize_deepspeed()

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from models.base import BasePipeline
 from models.foundation.outputs import prompt_encoders, prompts_shown
 from models.foundation.plan import choices_of, encoders_of
 from utils.dataset.batches import SampleReader
+from utils.dataset.cache_lock import reading
 from utils.dataset.collection import (
     Collection,
     Source,
@@ -34,13 +36,15 @@ from utils.settings.schema import Settings
 
 @dataclass(frozen=True)
 class Data:
-    """The cached datasets, and the encoders that made them; `live` are those whose features are not cached."""
+    """The cached datasets, and the encoders that made them; `live` are those whose features are not cached. As long as
+    this is, or the process, no other run deletes anything from the cache."""
 
     training: Collection
     evaluation: Sequence[Collection]
     encoders: Sequence[Encoder]
     live: Sequence[Encoder]
     cache_dir: Path
+    in_use: BinaryIO | None
 
 
 def load_data(
@@ -63,17 +67,19 @@ def load_data(
         encoder.name: [*([] if encoder in live else samples), *(prompts if encoder in of_prompts else [])]
         for encoder in encoders
     }
+    in_use = None
     with timed("cache"), filling.alone():
         reports = [fill(encoder, wanted[encoder.name], filling) for encoder in encoders if wanted[encoder.name]]
         if ranks.is_main:
             reclaim_unwanted([report.encoder for report in reports], filling)
+            in_use = reading(filling.cache_dir)
     collections = without_failures(collections, reports)
     if ranks.is_main:
         tell(collections, filling.cache_dir)
     problems = too_many_failures(collections, settings.max_failed_fraction)
     if problems:
         raise SettingsError([*problems, Problem("", "", "what is encoded stays encoded")])
-    return Data(collections[0], collections[1:], encoders, live, filling.cache_dir)
+    return Data(collections[0], collections[1:], encoders, live, filling.cache_dir, in_use)
 
 
 def check_epochs(settings: Settings, ranks: Ranks, samples: Sequence[Sample]) -> None:

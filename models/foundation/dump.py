@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from torch.nn import functional
@@ -29,12 +30,14 @@ logger = logging.getLogger(__name__)
 SOURCE_SIDE = 512
 
 
-def dump(settings: Settings, pipeline: BasePipeline, data: Data, ranks: Ranks, folder: Path) -> Path:
-    """Writes the first epoch of the training set, and the evaluation sets, into `folder`; the page to open.
+def dump(
+    settings: Settings, pipeline: BasePipeline, data: Data, ranks: Ranks, folder: Path, heed: Callable[[], None]
+) -> Path:
+    """Writes the first epoch of the training set, and the evaluation sets, into `folder`, which `prepare_folder` has
+    made; the page to open. `heed` is called before each sample; what it raises ends the work.
 
     The latents are decoded by the model's own VAE: what it loses is lost in the pictures too.
     """
-    _make(folder)
     names = [encoder.name for encoder in data.encoders if reads_text(encoder)]
     showing = Showing(settings.seed, names, fresh_captions=bool(data.live))
     autoencoder = data.encoders[0]
@@ -47,6 +50,7 @@ def dump(settings: Settings, pipeline: BasePipeline, data: Data, ranks: Ranks, f
     autoencoder.load(ranks.device)
     with reader_of(data, ranks) as reader, progress_bar(len(shown), "dump", active=True) as bar:
         for number, (name, one) in enumerate(shown):
+            heed()
             pictures = _pictures(one, f"{name}/{number:06d}", pipeline, reader, autoencoder, folder)
             seen.append(Seen(one.caption, pictures, _facts(one, name, data.encoders)))
             bar.update()
@@ -56,11 +60,18 @@ def dump(settings: Settings, pipeline: BasePipeline, data: Data, ranks: Ranks, f
     return page
 
 
-def _make(folder: Path) -> None:
+def prepare_folder(folder: Path) -> None:
+    """Makes the folder of a dump, before the hours that caching may take.
+
+    Raises:
+        SettingsError: it cannot be made or written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # What an earlier dump left there is not to be taken for a part of this one.
         (folder / PAGE_NAME).unlink(missing_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         what = f"{folder} cannot be made or written to ({error.strerror}); name another folder"
         raise SettingsError.of(what, where="--dump_dataset") from error

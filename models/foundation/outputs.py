@@ -39,6 +39,11 @@ def check_outputs(pipeline: BasePipeline, settings: Settings) -> None:
         raise SettingsError.of(
             "is not used: guidance is an input of this model; leave it out", where="[sampling] negative_prompt"
         )
+    if settings.sampling.negative_prompt and settings.sampling.guidance == 1:
+        raise SettingsError.of(
+            "is not used: with `guidance = 1` nothing leads away from it; leave it out, or raise guidance",
+            where="[sampling] negative_prompt",
+        )
     if settings.sampling.prompts:
         sample_bucket(pipeline, settings.sampling)
 

@@ -1,12 +1,13 @@
-"""Which run fills a cache: one at a time, and it has a name that the next one is told."""
+"""Which run fills a cache: one at a time, and it has a name that the next one is told. And which ones read it: while
+there is any, nothing that it may have asked for is deleted."""
 
 from __future__ import annotations
 
 import os
 import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -15,6 +16,7 @@ from utils.dataset.shards import lock
 from utils.settings.errors import SettingsError
 
 LOCK_NAME = "cache.lock"
+READERS_NAME = "readers.lock"
 SECONDS_BETWEEN_TRIES = 0.5
 
 
@@ -84,3 +86,18 @@ class CacheLock:
     def holder(self) -> str:
         """Who took the lock last, in words; one that is taking it has not said so yet."""
         return self.path.read_text().strip() or "a run that is just starting"
+
+
+def reading(folder: Path) -> BinaryIO:
+    """Marks a cache as read until the file that comes back is closed, or the process ends. Called while the cache is
+    filled by this run: nobody has it for `unread` then."""
+    file = (folder / READERS_NAME).open("a+b", buffering=0)
+    lock(file, without=True, shared=True)
+    return file
+
+
+@contextmanager
+def unread(folder: Path) -> Iterator[bool]:
+    """Whether no run reads the cache; then none begins to before the end of this. False where there are no locks."""
+    with (folder / READERS_NAME).open("a+b", buffering=0) as file:
+        yield lock(file, without=False)

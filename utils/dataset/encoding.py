@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from utils.dataset import references
-from utils.dataset.cache_lock import CacheBusy, CacheLock
+from utils.dataset.cache_lock import CacheBusy, CacheLock, unread
 from utils.dataset.encoders import (
     TEXT,
     Encoder,
@@ -145,15 +145,22 @@ def fill(encoder: Encoder, samples: Sequence[Sample], filling: Filling) -> Cache
 
 def reclaim_unwanted(filled: Collection[str], filling: Filling) -> None:
     """Lets go of what no run wants any more: in the stores that were `filled`, and in those that this run had before
-    and has no more. For the main rank, once all have filled the cache."""
+    and has no more. For the main rank, once all have filled the cache.
+
+    Another run that reads the cache keeps it all: it may have been started from this run's settings file, as that was
+    before, or from one that cannot be seen from here.
+    """
     dropped = references.stores_of(filling.cache_dir, filling.owner) - set(filled)
     for name in dropped:
         references.remember(filling.cache_dir, name, filling.owner, [])
-    for name in [*filled, *sorted(dropped)]:
-        with TensorStore(filling.cache_dir / name, "compaction") as store:
-            freed = references.reclaim(filling.cache_dir, store, all_of_it=filling.regenerate)
-        if freed:
-            logger.info("cache %s: %s that nothing refers to are free again", name, _size(freed))
+    with unread(filling.cache_dir) as deleting:
+        for name in [*filled, *sorted(dropped)]:
+            with TensorStore(filling.cache_dir / name, "compaction") as store:
+                if deleting:
+                    references.delete_unwanted(filling.cache_dir, store, all_of_it=filling.regenerate)
+                freed = store.compact()
+            if freed:
+                logger.info("cache %s: %s that nothing refers to are free again", name, _size(freed))
 
 
 def _size(count: int) -> str:

@@ -41,9 +41,9 @@ def stores_of(cache_dir: Path, owner: Path) -> set[str]:
     return {store for (store,) in rows if (cache_dir / store).is_dir()}
 
 
-def reclaim(cache_dir: Path, store: TensorStore, *, all_of_it: bool = False) -> int:
-    """Removes the items of a store that nobody wants, if they are more than half of it, or whenever `all_of_it` is to
-    go; then the bytes that hold nothing. The bytes that were freed on disk."""
+def delete_unwanted(cache_dir: Path, store: TensorStore, *, all_of_it: bool = False) -> None:
+    """Deletes the items of a store that nobody wants, if they are more than half of it, or whenever `all_of_it` is to
+    go. No run may be reading them."""
     with _opened(cache_dir) as index:
         rows = index.execute("SELECT DISTINCT key FROM wanted WHERE store = ?", [store.folder.name])
         wanted = {key for (key,) in rows}
@@ -51,7 +51,6 @@ def reclaim(cache_dir: Path, store: TensorStore, *, all_of_it: bool = False) -> 
     stale = [key for key in keys if key not in wanted]
     if stale and (all_of_it or len(stale) > STALE_SHARE * len(keys)):
         store.delete(stale)
-    return store.compact()
 
 
 @contextmanager

@@ -239,10 +239,11 @@ class _Descriptor:
             os.close(self.number)
 
 
-def lock(file: BinaryIO, *, without: bool) -> bool:
-    """Takes the file's lock unless someone has it; whether it was taken, and `without` where there are no locks."""
+def lock(file: BinaryIO, *, without: bool, shared: bool = False) -> bool:
+    """Takes the file's lock unless someone has it; whether it was taken, and `without` where there are no locks. A
+    shared one can be had by many, and then nobody has it alone."""
     try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file.fileno(), (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

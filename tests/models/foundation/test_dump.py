@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from models.foundation.caching import Data
-from models.foundation.dump import dump
+from models.foundation.dump import dump, prepare_folder
 from tests.models import tiny_flux
 from tests.utils.dataset.conftest import CLIP_FACTS, LengthEncoder, PixelEncoder, draw_pictures, filled
 from tests.utils.media.clips import write_video
@@ -19,6 +19,7 @@ from utils.dataset.collection import Source, collect
 from utils.dataset.manifest import Scan
 from utils.dataset.masks import MaskEncoder
 from utils.ranks import Ranks
+from utils.run.signals import StopRequested
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 from utils.settings.errors import SettingsError
 
@@ -63,7 +64,7 @@ def data_of(folder: Path) -> Data:
     # The stand-in keeps every frame: so must the mask.
     for encoder in encoders:
         filled(encoder, training.samples, cache)
-    return Data(training, [], encoders, [], cache)
+    return Data(training, [], encoders, [], cache, None)
 
 
 def frames_of(path: Path) -> np.ndarray:
@@ -71,9 +72,16 @@ def frames_of(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
+def stop():
+    raise StopRequested
+
+
 def test_clips_are_shown_as_clips(folder):
     pipeline = tiny_flux.pipeline(tiny_flux.MINI_FLUX)
-    page = dump(tiny_flux.settings(pipeline), pipeline, data_of(folder), Ranks(), folder / "shown")
+    dumped = tiny_flux.settings(pipeline), pipeline, data_of(folder), Ranks(), folder / "shown"
+    with pytest.raises(StopRequested):
+        dump(*dumped, heed=stop)
+    page = dump(*dumped, heed=lambda: None)
     samples = page.read_text().split('<div class="sample">')[1:]
     assert len(samples) == 3
     picture, first, second = samples
@@ -95,6 +103,5 @@ def test_clips_are_shown_as_clips(folder):
 
 def test_a_folder_that_cannot_be_written_to_is_told(folder):
     (folder / "file").write_text("")
-    pipeline = tiny_flux.pipeline(tiny_flux.MINI_FLUX)
     with pytest.raises(SettingsError, match="--dump_dataset: .*file cannot be made or written to"):
-        dump(tiny_flux.settings(pipeline), pipeline, data_of(folder), Ranks(), folder / "file")
+        prepare_folder(folder / "file")

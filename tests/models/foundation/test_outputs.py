@@ -18,7 +18,7 @@ from torch import nn
 from models.flux import BFL_LAYOUT, FluxPipeline
 from models.foundation.outputs import check_outputs, export_plan, sample_bucket
 from models.foundation.placement import load_stage
-from tests.models import tiny_flux
+from tests.models import tiny_chroma, tiny_flux
 from tests.processes import run_ranks
 from utils.dataset.samples import Bucket
 from utils.diffusion.seeds import normal
@@ -205,6 +205,16 @@ def test_samples_have_a_size_that_the_model_makes(folder: Path) -> None:
     assert sample_bucket(flux, SamplingSettings(width=96, height=64)) == Bucket(96, 64, 1)
     with pytest.raises(SettingsError, match="multiples of 16; set 992 x 16 instead of 1000 x 4"):
         sample_bucket(flux, SamplingSettings(width=1000, height=4))
+
+
+def test_a_negative_prompt_that_leads_nowhere_is_refused(folder: Path, tmp_path: Path) -> None:
+    flux, chroma = tiny_flux.pipeline(folder), tiny_chroma.pipeline(tiny_chroma.write_folder(tmp_path))
+    guided = {"prompts": ["a star"], "negative_prompt": "blurred"}
+    check_outputs(chroma, tiny_flux.settings(chroma, save_format="diffusers", sampling=guided))
+    with pytest.raises(SettingsError, match="negative_prompt: is not used: guidance is an input"):
+        check_outputs(flux, tiny_flux.settings(flux, sampling=guided))
+    with pytest.raises(SettingsError, match="negative_prompt: is not used: with `guidance = 1`"):
+        check_outputs(chroma, tiny_flux.settings(chroma, sampling={**guided, "guidance": 1.0}))
 
 
 class WithoutOriginal(FluxPipeline):

@@ -7,7 +7,7 @@ import pytest
 
 from tests.utils.dataset.conftest import MeanEncoder, dataset_of, filled, samples_of, scanned
 from utils.dataset.databases import told
-from utils.dataset.references import reclaim
+from utils.dataset.references import delete_unwanted
 from utils.dataset.tensor_store import TensorStore
 from utils.settings.errors import SettingsError
 
@@ -31,7 +31,7 @@ def test_a_damaged_database_is_told_with_its_remedy(broken, pictures, cache, tmp
         TensorStore(cache / "vae")
     index.unlink()
     with TensorStore(cache / "vae", "test") as store, pytest.raises(SettingsError, match="damaged.*remove it"):
-        reclaim(cache, store)
+        delete_unwanted(cache, store)
     files.unlink()
     assert len(scanned(dataset_of(pictures), cache).rows) == 6
 

@@ -26,7 +26,7 @@ from tests.utils.dataset.conftest import (
 )
 from utils.dataset import encoding
 from utils.dataset.buckets import assign
-from utils.dataset.cache_lock import CacheLock
+from utils.dataset.cache_lock import CacheLock, reading
 from utils.dataset.encoders import decoded_bytes, item_key
 from utils.dataset.encoding import CacheReport, Filling, fill, reclaim_unwanted
 from utils.dataset.samples import Shown, first_shown
@@ -159,6 +159,21 @@ def test_items_that_no_run_wants_are_let_go(pictures, cache, tmp_path):
     assert run("first.toml", resolutions=[96]) == 12
     samples = samples_of(dataset_of(pictures, resolutions=[48]), cache)
     assert counts(filled(MeanEncoder(), samples, cache)) == (6, 6, 0, 0)
+
+
+def test_nothing_goes_while_a_run_reads_the_cache(pictures, cache):
+    """It may have been started from the same settings, as they were before they were changed and started again."""
+    samples = samples_of(dataset_of(pictures), cache)
+    filling = Filling(cache, cache, Ranks())
+    fill(MeanEncoder(), samples, filling)
+    with reading(cache), reading(cache):
+        fill(MeanEncoder(), samples[:1], filling)
+        reclaim_unwanted(["vae"], filling)
+        with TensorStore(cache / "vae") as store:
+            assert len(store) == len(samples)
+    reclaim_unwanted(["vae"], filling)
+    with TensorStore(cache / "vae") as store:
+        assert len(store) == 1
 
 
 def test_what_an_encoder_made_that_a_run_has_no_more_is_let_go(pictures, cache, tmp_path):
