@@ -1,35 +1,227 @@
-"""What holds for every model: any number of stages, recomputed or not, in full or as LoRA, trains alike."""
+"""What holds for every model: it is the stock module in layers, fed and read as the stock pipeline does; it trains
+alike at any number of stages, recomputed or not; and what it exports is loaded by others and by itself.
+
+Shapes: B batch; latents (B, ...).
+"""
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import models
+from models.base import BasePipeline
+from models.foundation.outputs import export_plan, prompt_encoders
+from models.foundation.placement import Blueprint, load_stage
+from tests.models.painted import paint
 from tests.models.tiny_flux import settings as settings_of
+from tests.models.tiny_folder import tiny
 from tests.processes import run_ranks
+from tests.runs import launch, metrics, only_run
 from utils.diffusion.seeds import normal
 from utils.ranks import Ranks
-from utils.settings.schema import AdapterSettings
+from utils.run.export import export
+from utils.settings.schema import AdapterSettings, SamplingSettings
 
 STEPS = 3
 LAYOUTS = [(1, True), (2, False), (3, True)]
 """Stages, and whether blocks are recomputed; compared with one stage that keeps everything."""
+LENGTHS = (5, 11)
+SIZES = [(32, 48, 1), (64, 32, 1)]
+CAPTIONS = ["a hiker on a ridge", "", "two motorcycles and a dog " * 20]
+LORA_FILE, LORA_COMFYUI, DENOISER_COMFYUI = (
+    "adapter_model.safetensors",
+    "adapter_model_comfyui.safetensors",
+    "model_comfyui.safetensors",
+)
 
 
-def tiny(model: str) -> Any:
-    """The module that writes a tiny folder of the model."""
-    return importlib.import_module(f"tests.models.tiny_{model}")
+class Model(NamedTuple):
+    """A model's type, its tiny folder, and the module that knows how the stock library uses it."""
+
+    name: str
+    folder: Path
+    tiny: ModuleType
+
+    def pipeline(self, **options: Any) -> BasePipeline:
+        return self.tiny.pipeline(self.folder, **options)
+
+    def stock(self) -> Any:
+        stock = self.tiny.STOCK.from_pretrained(self.folder)
+        stock.set_progress_bar_config(disable=True)
+        return stock
 
 
-def train(ranks: Ranks, model: str, folder: Path, stages: int, recompute: bool, rank: int | None) -> list[float]:
+@pytest.fixture(scope="module", params=models.available())
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    module = tiny(request.param)
+    return Model(request.param, module.write_folder(tmp_path_factory.mktemp(request.param)), module)
+
+
+def loaded(pipeline: BasePipeline, adapter: AdapterSettings | None = None) -> Blueprint:
+    """The denoiser with its weights, in layers."""
+    return load_stage(pipeline, settings_of(pipeline, adapter), stage=0)
+
+
+class Batch(NamedTuple):
+    """Two noised latents with texts of unequal lengths, and what the output is multiplied with."""
+
+    features: dict[str, torch.Tensor]
+    x_t: torch.Tensor
+    t_B: torch.Tensor
+    weights: torch.Tensor
+
+
+def batch_of(model: Model, pipeline: BasePipeline, size: tuple[int, int, int]) -> Batch:
+    shape = (2, *pipeline.latent_shape(*size))
+    t_B = torch.tensor([0.2513, 0.913])
+    return Batch(model.tiny.features(LENGTHS), normal(shape, 0, "x"), t_B, normal(shape, 0, "loss"))
+
+
+def output(pipeline: BasePipeline, layers: list[nn.Module], batch: Batch) -> torch.Tensor:
+    """What the layers in a row give in evaluation."""
+    stream = pipeline.prepare_inputs(batch.features, batch.x_t, batch.t_B)
+    for layer in layers:
+        stream = layer.eval()(stream)
+    return stream
+
+
+def sizes_of(model: Model) -> list[tuple[int, int, int]]:
+    return getattr(model.tiny, "SIZES", SIZES)
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_layers_equal_the_whole_module(model: Model, number: int) -> None:
+    pipeline = model.pipeline()
+    pipeline.check()
+    batch = batch_of(model, pipeline, sizes_of(model)[number])
+    denoiser, layers, _ = vars(loaded(pipeline)).values()
+    result = output(pipeline, layers, batch)
+    (result * batch.weights).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in denoiser.named_parameters()}
+
+    reference = loaded(pipeline).denoiser.eval()
+    expected = model.tiny.whole(reference, pipeline, batch.features, batch.x_t, batch.t_B)
+    (expected * batch.weights).sum().backward()
+    assert torch.equal(result, expected)
+    for name, parameter in reference.named_parameters():
+        if parameter.grad is None or not parameter.grad.any():
+            assert gradients[name] is None or not gradients[name].any(), name
+        else:
+            assert torch.equal(gradients[name], parameter.grad), name
+
+
+def test_layers_hold_every_parameter_once(model: Model) -> None:
+    pipeline = model.pipeline()
+    denoiser = pipeline.load_denoiser()
+    held = [id(p) for layer in pipeline.to_layers(denoiser) for p in layer.parameters()]
+    assert sorted(held) == sorted(id(p) for p in denoiser.parameters())
+
+
+@torch.no_grad()
+def test_text_is_that_of_the_stock_pipeline(model: Model) -> None:
+    made: dict[str, Any] = {}
+    for encoder in prompt_encoders(model.pipeline().encoders()):
+        encoder.load(torch.device("cpu"))
+        made |= encoder.encode(caption=list(CAPTIONS))
+    expected = model.tiny.prompt_features(model.stock(), list(CAPTIONS))
+    for number, features in enumerate(expected):
+        assert features.keys() == made.keys()
+        for name, feature in features.items():
+            torch.testing.assert_close(made[name][number], feature, rtol=1e-4, atol=1e-5, check_dtype=False)
+
+
+@torch.no_grad()
+def test_latents_are_those_of_the_stock_pipeline(model: Model) -> None:
+    pipeline = model.pipeline(latents="mode")
+    autoencoder = pipeline.encoders()[0]
+    autoencoder.load(torch.device("cpu"))
+    stock = model.stock()
+    for width, height, frames in sizes_of(model):
+        pixels_BCFHW = normal((2, 3, frames, height, width), 0, "pixels").clamp(-1, 1)
+        latents = autoencoder.encode(pixels=pixels_BCFHW)["latents"]
+        torch.testing.assert_close(latents, model.tiny.stock_latents(stock, pixels_BCFHW), rtol=1e-4, atol=1e-5)
+        assert pipeline.latent_shape(width, height, frames) == tuple(latents.shape[1:])
+        decoded = autoencoder.decode(latents)
+        assert decoded.shape == pixels_BCFHW.shape
+        again = autoencoder.encode(pixels=decoded)["latents"]
+        assert again.shape == latents.shape and again.isfinite().all()
+
+
+def test_samples_are_those_of_the_stock_pipeline(model: Model, tmp_path: Path) -> None:
+    """Sign and direction of time are those of the stock pipeline, or the first step would already differ."""
+    keys = {"prompts": CAPTIONS[:1], "sample_every_n_steps": 1, "steps": 4, "seed": 7, **model.tiny.SAMPLING}
+    sampling = SamplingSettings(**keys)
+    pipeline = model.pipeline()
+    shape = (1, *pipeline.latent_shape(sampling.width, sampling.height, sampling.frames))
+    noise = normal(shape, 7, "sample", 0)
+    painted = run_ranks(paint, 2, model.tiny.pipeline, model.folder, tmp_path / "cache", 2, sampling)
+    expected = model.tiny.draw(model.stock(), sampling, noise)
+    assert (expected - noise).abs().mean() > 0.1
+    for latents in painted:
+        torch.testing.assert_close(torch.from_numpy(latents[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+def moved(model: Model, place: Path, adapter: AdapterSettings | None, save_format: str) -> Blueprint:
+    """What is exported into `place`: weights that training has moved."""
+    pipeline = model.pipeline()
+    settings = settings_of(pipeline, adapter, save_format=save_format)
+    blueprint = load_stage(pipeline, settings, stage=0)
+    parameters = blueprint.trained(blueprint.layers)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.add_(normal(tuple(parameter.shape), 0, "moved", name), alpha=0.1)
+    export(place, Ranks(), parameters, export_plan(pipeline, settings, blueprint), step=7)
+    return blueprint
+
+
+@torch.no_grad()
+def test_an_adapter_is_loaded_by_the_stock_pipeline_and_gone_on_from(model: Model, tmp_path: Path) -> None:
+    pipeline, adapter = model.pipeline(), AdapterSettings(type="lora", rank=4, alpha=2.0)
+    batch = batch_of(model, pipeline, sizes_of(model)[0])
+    save_format = "both" if pipeline.original_layout else "diffusers"
+    expected = output(pipeline, moved(model, tmp_path / "out", adapter, save_format).layers, batch)
+    plain = output(pipeline, loaded(pipeline).layers, batch)
+    assert (expected - plain).abs().mean() > 1e-3
+
+    stock = model.stock()
+    stock.load_lora_weights(tmp_path / "out", weight_name=LORA_FILE)
+    theirs = getattr(stock, pipeline.denoiser_folder).eval()
+    result = model.tiny.whole(theirs, pipeline, batch.features, batch.x_t, batch.t_B)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    files = [LORA_FILE, LORA_COMFYUI] if save_format == "both" else [LORA_FILE]
+    for file in files:
+        again = loaded(pipeline, adapter.model_copy(update={"init_from_existing": tmp_path / "out" / file}))
+        torch.testing.assert_close(output(pipeline, again.layers, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_all_weights_are_read_from_what_was_exported(model: Model, tmp_path: Path) -> None:
+    pipeline = model.pipeline()
+    save_format = "both" if pipeline.original_layout else "diffusers"
+    written = moved(model, tmp_path, None, save_format).denoiser
+    sources = [tmp_path / pipeline.denoiser_folder]
+    if save_format == "both":
+        sources.append(tmp_path / DENOISER_COMFYUI)
+        # As ComfyUI's checkpoints have it.
+        prefixed = {f"model.diffusion_model.{name}": t for name, t in load_file(sources[-1]).items()}
+        save_file(prefixed, tmp_path / "prefixed.safetensors")
+        sources.append(tmp_path / "prefixed.safetensors")
+    for source in sources:
+        again = loaded(model.pipeline(transformer_path=source)).denoiser
+        for (name, parameter), other in zip(written.named_parameters(), again.parameters(), strict=True):
+            assert torch.equal(parameter, other), (source.name, name)
+
+
+def train(ranks: Ranks, name: str, folder: Path, stages: int, recompute: bool, rank: int | None) -> list[float]:
     """Job of a rank: losses and gradient norms of some steps, each over two micro-batches of two shapes and texts of
     unequal lengths."""
-    from models.foundation.placement import load_stage
     from utils.diffusion.losses import Labels
     from utils.parallel.backend import initialize_deepspeed
     from utils.parallel.engine import Engine
@@ -37,7 +229,7 @@ def train(ranks: Ranks, model: str, folder: Path, stages: int, recompute: bool, 
 
     initialize_deepspeed()
     ranks = ranks.with_stages(stages)
-    pipeline = tiny(model).pipeline(folder)
+    pipeline = tiny(name).pipeline(folder)
     adapter = AdapterSettings(type="lora", rank=rank) if rank else None
     blueprint = load_stage(pipeline, settings_of(pipeline, adapter, pipeline_stages=stages), ranks.stage)
     module = DenoiserPipeline(
@@ -46,30 +238,53 @@ def train(ranks: Ranks, model: str, folder: Path, stages: int, recompute: bool, 
     trained = list(blueprint.trained(blueprint.stage_layers(ranks.stage)).values())
     engine = Engine(module, torch.optim.AdamW(trained, lr=1e-2), accumulation=2, clip_norm=1.0)
 
-    def micro_batch(step: int, size: tuple[int, int]) -> tuple:
+    def micro_batch(step: int, size: tuple[int, int, int]) -> tuple:
         shape = (2, *pipeline.latent_shape(*size))
         x_t, target = normal(shape, step, "x", *size), normal(shape, step, "target", *size)
         t_B = torch.tensor([0.2 + 0.1 * step, 0.9])
-        inputs = pipeline.prepare_inputs(tiny(model).features((5, 11)), x_t, t_B)
+        inputs = pipeline.prepare_inputs(tiny(name).features(LENGTHS), x_t, t_B)
         return inputs, Labels(target, torch.ones(2, *[1] * (len(shape) - 1)))
 
     numbers = []
     for step in range(STEPS):
-        result = engine.train_step([micro_batch(step, (32, 48)), micro_batch(step, (64, 32))], step)
+        sizes = getattr(tiny(name), "SIZES", SIZES)
+        result = engine.train_step([micro_batch(step, size) for size in sizes], step)
         numbers += [result.loss, result.grad_norm]
     return numbers
 
 
-@pytest.fixture(scope="module", params=models.available())
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    return request.param, tiny(request.param).write_folder(tmp_path_factory.mktemp(request.param))
-
-
 @pytest.mark.parametrize("rank", [None, 4], ids=["full", "lora"])
-def test_stages_and_recomputing_change_nothing(model: tuple[str, Path], rank: int | None) -> None:
-    name, folder = model
-    (reference,) = run_ranks(train, 1, name, folder, 1, False, rank)
+def test_stages_and_recomputing_change_nothing(model: Model, rank: int | None) -> None:
+    (reference,) = run_ranks(train, 1, model.name, model.folder, 1, False, rank)
     assert len({round(number, 5) for number in reference}) == 2 * STEPS, "a model that learns nothing shows nothing"
     for stages, recompute in LAYOUTS:
-        for numbers in run_ranks(train, stages, name, folder, stages, recompute, rank):
+        for numbers in run_ranks(train, stages, model.name, model.folder, stages, recompute, rank):
             assert numbers == pytest.approx(reference, rel=2e-5), (stages, recompute)
+
+
+def test_a_folder_of_pictures_trains(model: Model, write_config: Callable[..., Path]) -> None:
+    """Cache, evaluation, samples, a stop and going on, on two stages."""
+    options = model.pipeline().options.model_dump(mode="json", exclude_unset=True)
+    sampling = {"prompts": CAPTIONS[:1], "steps": 2, "sample_every_n_steps": 10, **model.tiny.SAMPLING}
+    keys = {
+        "model": options,
+        "sampling": sampling,
+        "pipeline_stages": 2,
+        "eval_every_n_steps": 10,
+        "adapter": {"type": "lora", "rank": 4},
+        "checkpoint_every_n_steps": 10,
+        "lr_scheduler": "constant",
+    }
+    config = write_config()
+    config.with_name("data.toml").rename(config.with_name("seen.toml"))
+    keys["eval_datasets"] = [{"name": "seen", "config": str(config.with_name("seen.toml"))}]
+    codes, log = launch(write_config(**keys, max_steps=10), processes=2)
+    assert codes == [0, 0], log
+    codes, log = launch(write_config(**keys, max_steps=20), "--resume_from_checkpoint", processes=2)
+    assert codes == [0, 0], log
+    assert "encoded=0" in log
+    run = only_run(config)
+    assert list(metrics(run, "train/loss")) == list(range(1, 21))
+    seen = metrics(run, "seen/loss")
+    assert list(seen) == [0, 10, 20] and seen[20] < seen[0]
+    assert len(list((run / "samples" / "step000020").iterdir())) >= 1

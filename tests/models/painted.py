@@ -39,8 +39,10 @@ def paint(
     module = DenoiserPipeline(blueprint.layers, blueprint.bounds, pipeline.stream_type, pipeline.loss)
     engine = Engine(module, torch.optim.SGD(module.parameters(), lr=0.0), accumulation=1, clip_norm=0.0)
     prompts = [shown.sample for shown in prompts_shown(pipeline, settings.sampling).values()]
-    for encoder in prompt_encoders(pipeline.encoders()):
-        fill(encoder, prompts, Filling(cache, folder, ranks))
+    filling = Filling(cache, folder, ranks)
+    with filling.alone():
+        for encoder in prompt_encoders(pipeline.encoders()):
+            fill(encoder, prompts, filling)
     model = sample_model(pipeline, pipeline.encoders(), settings, ranks, cache)
     return [
         denoise(engine, ranks, model, sampling, prompt, index).numpy() for index, prompt in enumerate(sampling.prompts)

@@ -13,8 +13,10 @@ import torch
 from diffusers import FluxKontextPipeline
 from diffusers import FluxPipeline as StockPipeline
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
+from torch import nn
 
 from models.flux import FluxPipeline, grid_positions, pack, unpack
+from models.foundation.placement import load_stage
 from tests.models import tiny_flux
 from tests.models.painted import paint
 from tests.processes import run_ranks
@@ -36,12 +38,10 @@ def schnell_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_flux.write_folder(tmp_path_factory.mktemp("schnell"), **SCHNELL)
 
 
-def whole(flux: FluxPipeline) -> tuple[Any, list]:
+def loaded(flux: FluxPipeline) -> tuple[nn.Module, list[nn.Module]]:
     """The denoiser with its weights, and its layers."""
-    denoiser = flux.load_denoiser()
-    layers = flux.to_layers(denoiser)
-    flux.fill(denoiser, flux.open_weights(denoiser), layers)
-    return denoiser, layers
+    blueprint = load_stage(flux, tiny_flux.settings(flux), stage=0)
+    return blueprint.denoiser, blueprint.layers
 
 
 def random_features(batch: int, control_hw: tuple[int, int] | None) -> dict[str, torch.Tensor]:
@@ -92,13 +92,13 @@ def test_layers_equal_the_whole_transformer(
     x_BChw, t_B = normal((2, 4, *canvas_hw), 0, "x"), torch.tensor([0.2513, 0.913])
     weights_BChw = normal((2, 4, *canvas_hw), 0, "loss")
 
-    denoiser, layers = whole(flux)
+    denoiser, layers = loaded(flux)
     stream = flux.prepare_inputs(features, x_BChw, t_B)
     for layer in layers:
         stream = layer(stream)
     (stream * weights_BChw).sum().backward()
 
-    reference, _ = whole(flux)
+    reference, _ = loaded(flux)
     (output_BTC,) = reference(**stock_arguments(features, x_BChw, t_B, guidance))
     tokens = canvas_hw[0] * canvas_hw[1] // 4
     expected = StockPipeline._unpack_latents(
@@ -110,13 +110,6 @@ def test_layers_equal_the_whole_transformer(
     gradients = {name: parameter.grad for name, parameter in denoiser.named_parameters()}
     for name, parameter in reference.named_parameters():
         assert torch.equal(gradients[name], parameter.grad), name
-
-
-def test_layers_hold_every_parameter_once(folder: Path) -> None:
-    flux = tiny_flux.pipeline(folder)
-    denoiser = flux.load_denoiser()
-    held = [id(p) for layer in flux.to_layers(denoiser) for p in layer.parameters()]
-    assert sorted(held) == sorted(id(p) for p in denoiser.parameters())
 
 
 def test_guidance_of_sampling_replaces_that_of_training(folder: Path, schnell_folder: Path) -> None:
@@ -131,14 +124,14 @@ def test_guidance_of_sampling_replaces_that_of_training(folder: Path, schnell_fo
 def test_bypassed_guidance_leaves_time_and_text(folder: Path) -> None:
     inputs = random_features(2, None), torch.zeros(2, 4, 4, 4), torch.tensor([0.3, 0.7])
     bypassing = tiny_flux.pipeline(folder, bypass_guidance_embedding=True)
-    denoiser, layers = whole(bypassing)
+    denoiser, layers = loaded(bypassing)
     unguided = CombinedTimestepTextProjEmbeddings(32, 32)
     missing, unexpected = unguided.load_state_dict(denoiser.time_text_embed.state_dict(), strict=False)
     assert not missing and all(name.startswith("guidance_embedder.") for name in unexpected)
 
     time_BD = layers[0](bypassing.prepare_inputs(*inputs)).time_BD
     guided = tiny_flux.pipeline(folder)
-    guided_time_BD = whole(guided)[1][0](guided.prepare_inputs(*inputs)).time_BD
+    guided_time_BD = loaded(guided)[1][0](guided.prepare_inputs(*inputs)).time_BD
 
     assert torch.equal(time_BD, unguided(inputs[2] * 1000, inputs[0]["clip_pooled"]))
     assert (time_BD - guided_time_BD).abs().mean() > 1e-2
@@ -158,21 +151,12 @@ def test_tokens_are_packed_as_diffusers_packs_them(hw: tuple[int, int]) -> None:
 def test_time_is_embedded_in_float32_under_bfloat16(folder: Path) -> None:
     """Two noise levels that bfloat16 cannot tell apart."""
     flux = tiny_flux.pipeline(folder, dtype="bfloat16")
-    _, layers = whole(flux)
+    _, layers = loaded(flux)
     inputs = flux.prepare_inputs(random_features(2, None), torch.zeros(2, 4, 4, 4), torch.tensor([0.901, 0.9018]))
     inputs = inputs._replace(pooled_BD=torch.zeros(2, 32))
     low_BD, high_BD = layers[0](inputs).time_BD
     assert low_BD.dtype == torch.bfloat16
     assert not torch.equal(low_BD, high_BD)
-
-
-def test_latent_shape_is_that_of_the_autoencoder(folder: Path) -> None:
-    flux = tiny_flux.pipeline(folder)
-    autoencoder = flux.encoders()[0]
-    autoencoder.load(torch.device("cpu"))
-    latents = autoencoder.encode(pixels_BCFHW=torch.zeros(1, 3, 1, 32, 48))["latents"]
-    assert flux.latent_shape(width=48, height=32) == tuple(latents.shape[1:])
-    assert flux.tokens(latents.shape[1:]) == pack(latents).shape[1]
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import ChromaPipeline as StockPipeline
+from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from models.chroma import ChromaOptions, ChromaPipeline
+from tests.models import tiny_flux
 from tests.models.tiny_flux import MINI_FLUX
-from tests.models.tiny_wan import randomised
+from tests.models.tiny_folder import randomised, write_index
 from utils.dataset.batches import pad_ragged
 from utils.diffusion.seeds import normal
+from utils.settings.schema import SamplingSettings
 
+STOCK = StockPipeline
+SAMPLING = {"width": 96, "height": 64, "guidance": 4.0, "negative_prompt": "blurred"}
 TEXT_TOKENS = 24
 TRANSFORMER = {
     "patch_size": 1,
@@ -36,6 +42,16 @@ def write_folder(place: Path) -> Path:
         (place / part).symlink_to(MINI_FLUX / source)
     randomised(ChromaTransformer2DModel(**TRANSFORMER), 1).save_pretrained(place / "transformer")
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(place / "scheduler")
+    parts = {
+        "scheduler": FlowMatchEulerDiscreteScheduler,
+        "text_encoder": T5EncoderModel,
+        "tokenizer": PreTrainedTokenizerFast,
+        "transformer": ChromaTransformer2DModel,
+        "vae": AutoencoderKL,
+        "feature_extractor": None,
+        "image_encoder": None,
+    }
+    write_index(place, STOCK, parts)
     return place
 
 
@@ -48,3 +64,45 @@ def features(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """Random text features of these many tokens each."""
     rows = [normal((length, 64), 0, "text", length) for length in lengths]
     return {"t5": pad_ragged(rows), "t5_mask": pad_ragged([torch.ones(len(row), dtype=torch.bool) for row in rows])}
+
+
+def whole(
+    denoiser: ChromaTransformer2DModel, pipeline: ChromaPipeline, features: dict, x_t: torch.Tensor, t_B: torch.Tensor
+) -> torch.Tensor:
+    """With a Boolean mask: the stock pipeline's mask of ones and zeros is added to the scores, which leaves the padding
+    in."""
+    height, width = x_t.shape[2:]
+    image_mask_BT = torch.ones(len(t_B), height * width // 4, dtype=torch.bool)
+    (output_BTC,) = denoiser(
+        StockPipeline._pack_latents(x_t, *x_t.shape),
+        features["t5"],
+        t_B,
+        StockPipeline._prepare_latent_image_ids(None, height // 2, width // 2, "cpu", torch.float32),
+        torch.zeros(features["t5"].shape[1], 3),
+        torch.cat([features["t5_mask"], image_mask_BT], dim=1),
+        return_dict=False,
+    )
+    return StockPipeline._unpack_latents(output_BTC, height * 8, width * 8, 8)
+
+
+def prompt_features(stock: StockPipeline, captions: list[str]) -> list[dict[str, torch.Tensor]]:
+    text_BLD, mask_BL = stock._get_t5_prompt_embeds(captions, max_sequence_length=TEXT_TOKENS, device="cpu")
+    lengths = mask_BL.sum(1).int().tolist()
+    return [
+        {"t5": text_LD[:length], "t5_mask": torch.ones(length, dtype=torch.bool)}
+        for text_LD, length in zip(text_BLD, lengths, strict=True)
+    ]
+
+
+stock_latents = tiny_flux.stock_latents
+
+
+def draw(stock: StockPipeline, sampling: SamplingSettings, noise: torch.Tensor) -> torch.Tensor:
+    """With the mask as what it means; see `whole`."""
+
+    def as_booleans(_: Any, arguments: tuple, named: dict[str, Any]) -> tuple:
+        return arguments, {**named, "attention_mask": named["attention_mask"].bool()}
+
+    stock.transformer.register_forward_pre_hook(as_booleans, with_kwargs=True)
+    keys = {"negative_prompt": sampling.negative_prompt, "max_sequence_length": TEXT_TOKENS}
+    return tiny_flux.draw(stock, sampling, noise, **keys)

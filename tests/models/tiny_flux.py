@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import FluxPipeline as StockPipeline
 
 from models.flux import FluxOptions, FluxPipeline
 from utils.diffusion.seeds import normal
-from utils.settings.schema import AdapterSettings, Settings
+from utils.settings.schema import AdapterSettings, SamplingSettings, Settings
 
+STOCK = StockPipeline
+SAMPLING = {"width": 96, "height": 64, "guidance": 2.5}
 MINI_FLUX = Path(__file__).resolve().parents[2] / "examples" / "mini_flux"
 TEXT_TOKENS = 16
 CONFIG = {
@@ -74,3 +77,44 @@ def features(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
         "t5": normal((len(lengths), TEXT_TOKENS, 64), 0, "text", *lengths),
         "clip_pooled": normal((len(lengths), 32), 0, "pooled", *lengths),
     }
+
+
+def whole(
+    denoiser: FluxTransformer2DModel, pipeline: FluxPipeline, features: dict, x_t: torch.Tensor, t_B: torch.Tensor
+) -> torch.Tensor:
+    height, width = x_t.shape[2:]
+    (output_BTC,) = denoiser(
+        hidden_states=StockPipeline._pack_latents(x_t, *x_t.shape),
+        encoder_hidden_states=features["t5"],
+        pooled_projections=features["clip_pooled"],
+        timestep=t_B,
+        guidance=torch.ones(len(t_B)),
+        img_ids=StockPipeline._prepare_latent_image_ids(None, height // 2, width // 2, "cpu", torch.float32),
+        txt_ids=torch.zeros(features["t5"].shape[1], 3),
+        return_dict=False,
+    )
+    return StockPipeline._unpack_latents(output_BTC, height * 8, width * 8, 8)
+
+
+def prompt_features(stock: StockPipeline, captions: list[str]) -> list[dict[str, torch.Tensor]]:
+    text_BLD, pooled_BD, _ = stock.encode_prompt(captions, None, max_sequence_length=TEXT_TOKENS, device="cpu")
+    return [{"t5": text_LD, "clip_pooled": pooled_D} for text_LD, pooled_D in zip(text_BLD, pooled_BD, strict=True)]
+
+
+def stock_latents(stock: Any, pixels_BCFHW: torch.Tensor) -> torch.Tensor:
+    latents = stock.vae.encode(pixels_BCFHW[:, :, 0]).latent_dist.mode()
+    return (latents - (stock.vae.config.shift_factor or 0.0)) * stock.vae.config.scaling_factor
+
+
+def draw(stock: Any, sampling: SamplingSettings, noise: torch.Tensor, **keys: Any) -> torch.Tensor:
+    tokens_BTC = stock(
+        sampling.prompts[0],
+        width=sampling.width,
+        height=sampling.height,
+        num_inference_steps=sampling.steps,
+        guidance_scale=sampling.guidance,
+        output_type="latent",
+        latents=stock._pack_latents(noise, *noise.shape),
+        **{"max_sequence_length": TEXT_TOKENS, **keys},
+    ).images
+    return stock._unpack_latents(tokens_BTC, sampling.height, sampling.width, 8)

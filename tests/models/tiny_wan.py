@@ -7,14 +7,21 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
-from torch import nn
-from transformers import UMT5Config, UMT5EncoderModel
+from diffusers import WanPipeline as StockPipeline
+from torch.nn import functional
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from models.wan import WanOptions, WanPipeline
 from tests.models.tiny_flux import MINI_FLUX
+from tests.models.tiny_folder import randomised, write_index
 from utils.dataset.batches import pad_ragged
 from utils.diffusion.seeds import normal
+from utils.settings.schema import SamplingSettings
 
+STOCK = StockPipeline
+SIZES = [(48, 32, 1), (32, 64, 9)]
+"""A still and a clip."""
+SAMPLING = {"width": 48, "height": 32, "frames": 9, "guidance": 5.0, "negative_prompt": "blurred"}
 TEXT_TOKENS, TEXT_WIDTH, CHANNELS = 24, 16, 4
 TRANSFORMER = {
     "patch_size": (1, 2, 2),
@@ -40,15 +47,6 @@ VAE = {
 TEXT = {"vocab_size": 1000, "d_model": TEXT_WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
 
 
-def randomised(module: nn.Module, seed: int) -> nn.Module:
-    """Noise on all parameters: those born as ones or zeros would hide what is behind them."""
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.05)
-    return module
-
-
 def write_folder(place: Path, **changes: Any) -> Path:
     torch.manual_seed(0)
     (place / "tokenizer").symlink_to(MINI_FLUX / "tokenizer_2")
@@ -58,6 +56,15 @@ def write_folder(place: Path, **changes: Any) -> Path:
     UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0).save_pretrained(
         place / "scheduler"
     )
+    parts = {
+        "tokenizer": PreTrainedTokenizerFast,
+        "text_encoder": UMT5EncoderModel,
+        "transformer": WanTransformer3DModel,
+        "transformer_2": None,
+        "vae": AutoencoderKLWan,
+        "scheduler": UniPCMultistepScheduler,
+    }
+    write_index(place, STOCK, parts)
     return place
 
 
@@ -69,3 +76,40 @@ def pipeline(folder: Path, **options: Any) -> WanPipeline:
 def features(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """Random text features of these many tokens each."""
     return {"umt5": pad_ragged([normal((length, TEXT_WIDTH), 0, "text", length) for length in lengths])}
+
+
+def whole(
+    denoiser: WanTransformer3DModel, pipeline: WanPipeline, features: dict, x_t: torch.Tensor, t_B: torch.Tensor
+) -> torch.Tensor:
+    missing = TEXT_TOKENS - features["umt5"].shape[1]
+    text_BLD = functional.pad(features["umt5"], (0, 0, 0, missing))
+    return denoiser(x_t, t_B * 1000, text_BLD, return_dict=False)[0]
+
+
+def prompt_features(stock: StockPipeline, captions: list[str]) -> list[dict[str, torch.Tensor]]:
+    text_BLD, _ = stock.encode_prompt(captions, None, False, max_sequence_length=TEXT_TOKENS, device="cpu")
+    lengths = [min(len(stock.tokenizer(caption).input_ids), TEXT_TOKENS) for caption in captions]
+    return [
+        {"umt5": text_LD[:length], "umt5_mask": torch.ones(length, dtype=torch.bool)}
+        for text_LD, length in zip(text_BLD, lengths, strict=True)
+    ]
+
+
+def stock_latents(stock: StockPipeline, pixels_BCFHW: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(VAE[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    return (stock.vae.encode(pixels_BCFHW).latent_dist.mode() - mean) / std
+
+
+def draw(stock: StockPipeline, sampling: SamplingSettings, noise: torch.Tensor) -> torch.Tensor:
+    return stock(
+        sampling.prompts[0],
+        sampling.negative_prompt,
+        width=sampling.width,
+        height=sampling.height,
+        num_frames=sampling.frames,
+        num_inference_steps=sampling.steps,
+        guidance_scale=sampling.guidance,
+        latents=noise,
+        max_sequence_length=TEXT_TOKENS,
+        output_type="latent",
+    ).frames

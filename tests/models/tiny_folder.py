@@ -1,0 +1,49 @@
+"""What the tiny folders of all models share: random weights, and the index that a stock pipeline is loaded by.
+
+A model's folder is made by `tiny_<type>.py`, whose names the generic tests in tests/test_models.py call:
+
+- STOCK: the stock pipeline class;
+- write_folder(place) -> place: a whole diffusers folder, the same each time;
+- pipeline(folder, **options): ours, in float32 with seed 0;
+- features(lengths): random features of a batch whose texts have these many tokens;
+- whole(denoiser, pipeline, features, x_t, t_B): what the stock module gives, called as the stock pipeline calls it, as
+  a latent;
+- prompt_features(stock, captions): for each caption the features that the stock pipeline computes, at true length;
+- stock_latents(stock, pixels_BCFHW): the mode of its VAE's latents, normalised as it does;
+- SAMPLING, draw(stock, sampling, noise): the latents that it draws for the first prompt;
+- optional: SIZES of (width, height, frames) that are tried.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+
+def tiny(model: str) -> ModuleType:
+    """The module that writes a tiny folder of the model."""
+    return importlib.import_module(f"tests.models.tiny_{model}")
+
+
+def write_index(place: Path, pipeline: type, parts: dict[str, type | None], **values: Any) -> None:
+    """`model_index.json`: which class each part of a diffusers folder is of; None for one that is left out."""
+    index = {"_class_name": pipeline.__name__, "_diffusers_version": diffusers.__version__, **values}
+    for name, part in parts.items():
+        index[name] = [part.__module__.partition(".")[0], part.__name__] if part else [None, None]
+    (place / "model_index.json").write_text(json.dumps(index))
+
+
+def randomised(module: nn.Module, seed: int) -> nn.Module:
+    """Noise on all parameters: those born as ones or zeros would hide what is behind them."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.05)
+    return module
