@@ -262,7 +262,9 @@ def build_trainer(
     blueprint = load_stage(pipeline, settings, ranks.stage)
     parameters = blueprint.trained(blueprint.stage_layers(ranks.stage))
     chosen = settings.optimizer
-    groups = groups_of(parameters.items(), lr=chosen.lr, weight_decay=chosen.weight_decay)
+    groups = groups_of(
+        parameters.items(), lr=chosen.lr, weight_decay=chosen.weight_decay, own_rate=pipeline.learning_rate
+    )
     optimizer = optimizers.build(groups, chosen) if groups else optimizer_for_frozen_stage()
     module = DenoiserPipeline(
         blueprint.layers,
@@ -271,6 +273,7 @@ def build_trainer(
         pipeline.loss,
         recompute=settings.activation_checkpointing,
         seed=settings.seed,
+        loss_terms=pipeline.loss_terms,
     )
     teacher = teacher_of(pipeline, settings, blueprint)
     engine = Engine(module, optimizer, accumulation=accumulation, clip_norm=settings.gradient_clipping, teacher=teacher)

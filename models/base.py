@@ -22,6 +22,7 @@ from utils.dataset.buckets import MediaFacts
 from utils.dataset.encoders import Encoder
 from utils.diffusion import seeds
 from utils.diffusion.checks import DEMANDS, refusals
+from utils.diffusion.learned_variance import hybrid_factor, variational_bound
 from utils.diffusion.losses import Labels, Loss
 from utils.diffusion.noise import NoiseOptions
 from utils.diffusion.objectives import FlowMatching, Objective
@@ -64,6 +65,11 @@ class BasePipeline(ABC):
         denoiser_folder: where a diffusers folder keeps the denoiser; a property where an option chooses it.
         guided_by_second_prediction: samples are guided by the difference to a prediction for the negative prompt
             (classifier-free guidance); without it guidance, if the model knows any, is one of its inputs.
+        no_guidance: the `guidance` at which there is no second prediction, so that it counts as in the stock pipeline:
+            1 where that is n + g (p - n), 0 where it is p + g (p - n).
+        loss_terms: names of the losses that layers add on their way; see `utils.parallel.pipeline.Output`.
+        variational_weight: of the variational term, of models that learn the variance of a step; a property where an
+            option says it.
         max_controls: how many control images it is conditioned on, of a dataset that has some.
     """
 
@@ -77,6 +83,9 @@ class BasePipeline(ABC):
     original_layout: ClassVar[KeyLayout | None] = None
     denoiser_folder: str = "transformer"
     guided_by_second_prediction: ClassVar[bool] = False
+    no_guidance: ClassVar[float] = 1.0
+    loss_terms: ClassVar[tuple[str, ...]] = ()
+    variational_weight: float = 0.0
     max_controls: ClassVar[int] = 0
 
     def __init__(self, options: ModelSettings, seed: int = 0):
@@ -169,9 +178,17 @@ class BasePipeline(ABC):
         mean, std = features["latents_mean"].float(), features["latents_std"].float()
         return mean + std * draw(mean.shape)
 
+    def learning_rate(self, name: str) -> float | None:
+        """The rate of a parameter that has its own; None for that of `[optimizer]`."""
+        return None
+
     def loss(self, prediction: torch.Tensor, labels: Labels) -> torch.Tensor:
         """Loss per sample (B,)."""
-        return self.loss_function()(self.objective.compared(prediction), labels)
+        losses_B = self.loss_function()(self.objective.compared(prediction), labels)
+        if labels.variational is None:
+            return losses_B
+        bound_B = variational_bound(prediction, *labels.variational, self.objective, labels.weight)
+        return losses_B + hybrid_factor(self.objective.schedule, self.variational_weight) * bound_B
 
     def taught(self, labels: Labels, output: torch.Tensor) -> Labels:
         """The labels on the output's device; of regularisation data the output, another model's, is the target."""

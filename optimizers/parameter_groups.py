@@ -1,29 +1,41 @@
 """Named parameters -> the groups that an optimizer takes."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 
 
 def groups_of(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    lr: float,
+    weight_decay: float,
+    own_rate: Callable[[str], float | None] = lambda name: None,
 ) -> list[dict[str, Any]]:
-    """The trainable ones of `named_parameters`, in groups of `params`, `names`, `lr` and `weight_decay`.
+    """The trainable ones of `named_parameters`, in groups of `params`, `names`, `lr`, `initial_lr` and `weight_decay`;
+    `initial_lr` is what schedules multiply.
 
     Vectors and scalars (norm scales, biases) are not decayed: decay would pull a norm's scale from 1 to 0
-    and limits no growth that a bias could have. With `weight_decay` 0 there is one group.
+    and limits no growth that a bias could have. With `weight_decay` 0 all are together.
+
+    Args:
+        own_rate: name -> the learning rate of a parameter that has its own.
     """
-    trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
-    decayed = [entry for entry in trainable if entry[1].ndim > 1 and weight_decay > 0]
-    kept = [entry for entry in trainable if entry[1].ndim <= 1 or weight_decay == 0]
+    groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            own = own_rate(name)
+            key = lr if own is None else own, weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault(key, []).append((name, parameter))
     return [
         {
             "params": [parameter for _, parameter in entries],
             "names": [name for name, _ in entries],
-            "lr": lr,
+            "lr": rate,
+            "initial_lr": rate,
             "weight_decay": decay,
         }
-        for entries, decay in ((decayed, weight_decay), (kept, 0.0))
-        if entries
+        # Those that are decayed first.
+        for (rate, decay), entries in sorted(groups.items(), key=lambda group: group[0], reverse=True)
     ]

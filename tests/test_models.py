@@ -263,7 +263,7 @@ def test_stages_and_recomputing_change_nothing(model: Model, rank: int | None) -
 
 
 def test_a_folder_of_pictures_trains(model: Model, write_config: Callable[..., Path]) -> None:
-    """Cache, evaluation, samples, a stop and going on, on two stages."""
+    """The plan; then cache, evaluation, samples, a stop and going on, on two stages."""
     options = model.pipeline().options.model_dump(mode="json", exclude_unset=True)
     sampling = {"prompts": CAPTIONS[:1], "steps": 2, "sample_every_n_steps": 10, **model.tiny.SAMPLING}
     keys = {
@@ -278,6 +278,8 @@ def test_a_folder_of_pictures_trains(model: Model, write_config: Callable[..., P
     config = write_config()
     config.with_name("data.toml").rename(config.with_name("seen.toml"))
     keys["eval_datasets"] = [{"name": "seen", "config": str(config.with_name("seen.toml"))}]
+    codes, log = launch(write_config(**keys, max_steps=10), "--check")
+    assert codes == [0], log
     codes, log = launch(write_config(**keys, max_steps=10), processes=2)
     assert codes == [0, 0], log
     codes, log = launch(write_config(**keys, max_steps=20), "--resume_from_checkpoint", processes=2)

@@ -49,10 +49,14 @@ def swap_halves(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class KeyLayout:
-    """The renaming table of a model family, and what it does to weights and to LoRA factors."""
+    """The renaming table of a model family, and what it does to weights and to LoRA factors.
 
-    def __init__(self, rules: Sequence[Rule]):
-        self.rules = tuple(rules)
+    Args:
+        unused: tensors of the other program's files that do nothing there either.
+    """
+
+    def __init__(self, rules: Sequence[Rule], unused: Sequence[str] = ()):
+        self.rules, self.unused = tuple(rules), tuple(unused)
 
     def recognises(self, keys: Iterable[str]) -> bool:
         """Whether a file with `keys` is of this layout: its first rule's module is in it."""

@@ -55,7 +55,8 @@ class Noising:
         pipeline = self.pipeline
         quantiles = QUANTILES[pipeline.options.stratified_timesteps](pipeline.seed, epoch, batch)
         draws = Draws(pipeline.seed, quantiles, ("noise", epoch), ("latents", epoch))
-        return self._noised(batch, draws, pipeline.noise_options(), pipeline.loss_weighting())
+        options, weighting = pipeline.noise_options(), pipeline.loss_weighting()
+        return self._noised(batch, draws, options, weighting, with_variance=pipeline.variational_weight > 0)
 
     def evaluation(self, batch: FeatureBatch, set_name: str, quantile: float) -> tuple[tuple | None, Labels | None]:
         """Each sample at the same quantile of the noise levels, with noise that depends on (set, sample, quantile)
@@ -63,13 +64,14 @@ class Noising:
 
         What is measured is the run's `loss_type`, with plain noise and without weights by noise level: the noise of
         training only helps to learn, and weights would make of the mean over quantiles that of a few of them. Masks and
-        `loss_weight` are the evaluated data's own, and count.
+        `loss_weight` are the evaluated data's own, and count. The variational term of models that learn the variance of
+        a step does not.
         """
         draws = Draws(0, [quantile] * len(batch.draws), ("evaluation", set_name, quantile), ("latents", set_name))
-        return self._noised(batch, draws, NoiseOptions(), LossWeighting())
+        return self._noised(batch, draws, NoiseOptions(), LossWeighting(), with_variance=False)
 
     def _noised(
-        self, batch: FeatureBatch, draws: Draws, options: NoiseOptions, weighting: LossWeighting
+        self, batch: FeatureBatch, draws: Draws, options: NoiseOptions, weighting: LossWeighting, *, with_variance: bool
     ) -> tuple[tuple | None, Labels | None]:
         pipeline, objective = self.pipeline, self.pipeline.objective
         clean = pipeline.latents(
@@ -79,16 +81,18 @@ class Noising:
         noise = _each(lambda one, name: sample_noise(one, options, draws.seed, *draws.noise, name), clean, batch.draws)
         sampler, tokens = pipeline.timestep_sampler(), pipeline.tokens(clean.shape[1:])
         t_B = torch.tensor([sampler.timestep(quantile, tokens) for quantile in draws.quantiles], dtype=torch.float32)
-        inputs = labels = None
-        if self.wants_inputs:
+        inputs = labels = x_t = None
+        if self.wants_inputs or with_variance:
             seen = _each(lambda one, name: perturbed(one, options, draws.seed, *draws.noise, name), noise, batch.draws)
-            features = {**batch.features, "latents": clean}
-            inputs = pipeline.prepare_inputs(features, objective.noised(clean, seen, t_B), t_B)
+            x_t = objective.noised(clean, seen, t_B)
+        if self.wants_inputs:
+            inputs = pipeline.prepare_inputs({**batch.features, "latents": clean}, x_t, t_B)
         if self.wants_labels:
             weight = batch.weight * over_sample(weighting.weight(objective, t_B), batch.weight)
             delta_B = pipeline.loss_function().delta(t_B, objective.snr(t_B))
             delta = None if delta_B is None else over_sample(delta_B, clean)
-            labels = Labels(objective.target(clean, noise, t_B), weight, delta, batch.regularising)
+            variational = (clean, x_t, t_B) if with_variance else None
+            labels = Labels(objective.target(clean, noise, t_B), weight, delta, batch.regularising, variational)
         return inputs, labels
 
 

@@ -39,9 +39,10 @@ def check_outputs(pipeline: BasePipeline, settings: Settings) -> None:
         raise SettingsError.of(
             "is not used: guidance is an input of this model; leave it out", where="[sampling] negative_prompt"
         )
-    if settings.sampling.negative_prompt and settings.sampling.guidance == 1:
+    if settings.sampling.negative_prompt and settings.sampling.guidance == pipeline.no_guidance:
         raise SettingsError.of(
-            "is not used: with `guidance = 1` nothing leads away from it; leave it out, or raise guidance",
+            f"is not used: with `guidance = {pipeline.no_guidance:g}` nothing leads away from it; leave it out, or "
+            "raise guidance",
             where="[sampling] negative_prompt",
         )
     if settings.sampling.prompts:
@@ -62,6 +63,11 @@ def export_plan(pipeline: BasePipeline, settings: Settings, blueprint: Blueprint
 
     convert = lora_to_kohya if adapter else layout and layout.to_original
     asked = settings.save_format or ("diffusers" if adapter else "both")
+    frozen = {
+        name: parameter
+        for name, parameter in blueprint.denoiser.named_parameters()
+        if not (adapter or parameter.requires_grad or parameter.is_meta)
+    }
     return ExportPlan(
         adapter=adapter,
         dtype=torch_dtype(settings.save_dtype) if settings.save_dtype else None,
@@ -77,6 +83,7 @@ def export_plan(pipeline: BasePipeline, settings: Settings, blueprint: Blueprint
             else settings.model.diffusers_path.resolve().name,
             "settings_hash": settings_hash(settings.model_dump_json()),
         },
+        frozen=frozen,
     )
 
 
@@ -124,7 +131,7 @@ def prompts_shown(pipeline: BasePipeline, sampling: SamplingSettings) -> dict[st
 
 def is_guided(pipeline: BasePipeline, sampling: SamplingSettings) -> bool:
     """Whether samples take a second prediction, for the negative prompt."""
-    return bool(sampling.prompts) and pipeline.guided_by_second_prediction and sampling.guidance != 1
+    return bool(sampling.prompts) and pipeline.guided_by_second_prediction and sampling.guidance != pipeline.no_guidance
 
 
 def sample_model(
@@ -151,6 +158,7 @@ def sample_model(
         latent_shape=partial(_latent_shape, pipeline, settings.sampling),
         levels=pipeline.sampling_levels,
         negative_prompt=settings.sampling.negative_prompt if is_guided(pipeline, settings.sampling) else None,
+        no_guidance=pipeline.no_guidance,
         rate=pipeline.media.rate,
         tokens=pipeline.tokens,
         scheduler=pipeline.scheduler,

@@ -194,8 +194,9 @@ def _activations(
 ) -> list[int]:
     """Bytes that autograd keeps of each layer for one micro-batch of `bucket`."""
     batch = micro_batch_of(settings, bucket)
+    # Ones, since zeros would be masks that show nothing of the text.
     features = {
-        name: torch.zeros((batch, *shape), dtype=dtype)
+        name: torch.ones((batch, *shape), dtype=dtype)
         for encoder in encoders
         for name, (shape, dtype) in encoder.feature_shapes(bucket).items()
     }

@@ -75,6 +75,48 @@ class TrueLengthFeatures:
         }
 
 
+@dataclass(frozen=True)
+class ChatFeatures:
+    """A hidden state of a chat model that is shown the caption as a user's message: of each caption and the template
+    around it, B times (l, D) with l up to `length`, and a mask (l,) of ones beside it.
+
+    Attributes:
+        layer: which of the hidden states; the first are the embeddings.
+        thinking: what the template is told of `enable_thinking`.
+    """
+
+    name: str
+    length: int
+    layer: int = -2
+    thinking: bool = True
+
+    def written(self, tokenizer: Any, caption: str) -> str:
+        """The caption in the chat template.
+
+        Raises:
+            SettingsError: the tokenizer has none.
+        """
+        if tokenizer.chat_template is None:
+            raise SettingsError.of("has no chat template; download this folder again", str(tokenizer.name_or_path))
+        message = {"role": "user", "content": caption}
+        return tokenizer.apply_chat_template(
+            [message], tokenize=False, add_generation_prompt=True, enable_thinking=self.thinking
+        )
+
+    def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, list[torch.Tensor]]:
+        chats = [self.written(tokenizer, caption) for caption in captions]
+        tokens = tokenizer(chats, padding="longest", max_length=self.length, truncation=True, return_tensors="pt").to(
+            text_encoder.device
+        )
+        mask_BL = tokens.attention_mask.bool()
+        states = text_encoder(tokens.input_ids, attention_mask=mask_BL, output_hidden_states=True).hidden_states
+        features = [hidden[mask] for hidden, mask in zip(states[self.layer], mask_BL, strict=True)]
+        return {
+            self.name: features,
+            f"{self.name}_mask": [torch.ones(len(hidden), dtype=torch.bool) for hidden in features],
+        }
+
+
 class TextEncoder:
     """A frozen text encoder as an `Encoder`: captions -> features. `truncated` counts the captions, since it was
     loaded, that were longer than it reads.
@@ -85,8 +127,8 @@ class TextEncoder:
         folder: the diffusers folder; `subfolder` has the configuration and weights, `tokenizer` the tokenizer.
         file: a single .safetensors file, or a folder, with weights that replace the folder's.
         dtype: in which it computes.
-        encode: captions -> named features; its repr is part of the fingerprint, and its `length` is how many tokens it
-            reads (default: as many as the tokenizer says).
+        encode: captions -> named features; its repr is part of the fingerprint, its `length` is how many tokens it
+            reads (default: as many as the tokenizer says), and its `written` what is put around a caption, if anything.
         shapes: of one caption's features, by name.
     """
 
@@ -135,6 +177,7 @@ class TextEncoder:
                 "model's?",
                 str(self.tokenizer_folder),
             )
+        self.token_count("")
 
     def _check_weights(self) -> None:
         tensors = promised_tensors(self._source, self.dtype)
@@ -186,7 +229,8 @@ class TextEncoder:
 
     def token_count(self, caption: str) -> int:
         """Tokens of a caption, those that would be cut off too."""
-        return len(self.tokenizer(caption).input_ids)
+        written = getattr(self.features, "written", None)
+        return len(self.tokenizer(written(self.tokenizer, caption) if written else caption).input_ids)
 
     @torch.no_grad()
     def encode(self, caption: list[str]) -> Features:
@@ -230,17 +274,16 @@ def clip_l(folder: Path, file: Path | None, dtype: torch.dtype) -> TextEncoder:
     )
 
 
-def t5(folder: Path, file: Path | None, dtype: torch.dtype, length: int) -> TextEncoder:
-    """T5's features of `length` tokens, from `text_encoder_2` and `tokenizer_2` of a diffusers folder."""
-    width = read_config(folder, "text_encoder_2", model="t5", keys=["d_model"])["d_model"]
+def t5(
+    folder: Path,
+    file: Path | None,
+    dtype: torch.dtype,
+    length: int,
+    part: str = "text_encoder_2",
+    tokenizer: str = "tokenizer_2",
+) -> TextEncoder:
+    """T5's features of `length` tokens, from these parts of a diffusers folder."""
+    width = read_config(folder, part, model="t5", keys=["d_model"])["d_model"]
     return TextEncoder(
-        "t5",
-        T5EncoderModel,
-        folder,
-        "text_encoder_2",
-        "tokenizer_2",
-        file,
-        dtype,
-        T5Features(length),
-        {"t5": (length, width)},
+        "t5", T5EncoderModel, folder, part, tokenizer, file, dtype, T5Features(length), {"t5": (length, width)}
     )

@@ -107,10 +107,10 @@ class Weights:
         except ValueError as error:
             raise SettingsError.of(f"{error}: this file does not fit the model's configuration", str(path)) from error
         self.header = header
-        self._check(shapes, layout.prefix(header.files) if layout else "")
+        self._check(shapes, layout.prefix(header.files) if layout else "", layout.unused if layout else ())
         self._opened: dict[Path, Any] = {}
 
-    def _check(self, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> None:
+    def _check(self, shapes: Mapping[str, tuple[int, ...]], prefix: str, known: Sequence[str]) -> None:
         asked: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes.items():
             piece = self.pieces.get(name, Piece(name))
@@ -122,7 +122,10 @@ class Weights:
         unused = [
             key
             for key in self.header.files
-            if key.startswith(prefix) and key not in asked and key.endswith(("weight", "bias", "scale"))
+            if key.startswith(prefix)
+            and key not in asked
+            and key.endswith(("weight", "bias", "scale"))
+            and key.removeprefix(prefix) not in known
         ]
         if unused:
             logger.warning(

@@ -12,8 +12,8 @@ What differs from `deepspeed.runtime.pipe.engine.PipelineEngine` of 0.19.8, each
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import nn
 
 from utils.parallel import wire
-from utils.parallel.pipeline import DenoiserPipeline
+from utils.parallel.pipeline import DenoiserPipeline, Output
 from utils.parallel.teacher import Teacher
 
 NEVER = 10**9
@@ -35,10 +35,16 @@ MicroBatch = tuple[Any, Any]
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean loss over the micro-batches and data ranks, and the norm of the gradient before clipping."""
+    """Means over the micro-batches and data ranks, and the norm of the gradient before clipping.
+
+    Attributes:
+        loss: of the prediction.
+        terms: losses that layers added to it, by name.
+    """
 
     loss: float
     grad_norm: float
+    terms: Mapping[str, float] = field(default_factory=dict)
 
 
 class Engine(PipelineEngine):
@@ -90,7 +96,7 @@ class Engine(PipelineEngine):
             batches = self._taught(self.teacher, batches)
         self._begin(step)
         loss = self.train_batch(iter(batches) if batches is not None else None)
-        return StepResult(loss.item(), self._grad_norm.item())
+        return StepResult(loss.item(), self._grad_norm.item(), self._terms_of_all())
 
     def evaluate(self, batches: Iterable[MicroBatch] | None, count: int) -> list[torch.Tensor]:
         """The loss of every sample (B,) in float32, per micro-batch, on every stage of this data rank."""
@@ -99,6 +105,16 @@ class Engine(PipelineEngine):
     def predict(self, batches: Iterable[MicroBatch] | None, count: int) -> list[torch.Tensor]:
         """The last layer's output per micro-batch, on every stage of this data rank."""
         return self._from_last_stage(self._run_forward(batches, count, keep_predictions=True), count)
+
+    def _terms_of_all(self) -> dict[str, float]:
+        """The losses that layers added, from the last stages to all ranks."""
+        names = self.module.loss_terms
+        if not names:
+            return {}
+        shares_K = self._terms_K / (self.micro_batches * self.grid.get_data_parallel_world_size())
+        if dist.is_initialized():
+            dist.all_reduce(shares_K)
+        return dict(zip(names, shares_K.tolist(), strict=True))
 
     def _taught(self, teacher: Teacher, batches: Iterable[MicroBatch] | None) -> Iterable[MicroBatch] | None:
         """The micro-batches of a step, on the last stage with the teacher's labels."""
@@ -113,6 +129,7 @@ class Engine(PipelineEngine):
 
     def _begin(self, step: int) -> None:
         self._forward_count = 0
+        self._terms_K = torch.zeros(len(self.module.loss_terms), device=self.device)
         self._step = step
         self.module.draw = None
 
@@ -181,13 +198,17 @@ class Engine(PipelineEngine):
         self.pipe_buffers["outputs"][buffer_id] = outputs
         if not self.is_last_stage():
             return
+        prediction, terms_K = outputs if isinstance(outputs, Output) else (outputs, None)
         if self._keep_predictions:
-            self.fwd_outputs.append(outputs)
+            self.fwd_outputs.append(prediction)
             return
-        losses_B = self.module.loss_fn(outputs, self.pipe_buffers["labels"][buffer_id])
+        losses_B = self.module.loss_fn(prediction, self.pipe_buffers["labels"][buffer_id])
         self.fwd_outputs.append(losses_B.detach().float())
         self.loss = losses_B.mean()
         self.total_loss = self.loss.detach() + (0.0 if self.total_loss is None else self.total_loss)
+        if terms_K is not None:
+            self._terms_K += terms_K.detach()
+            self.loss = self.loss + terms_K.sum()
 
     def _send_activations(self, buffer_id: int) -> None:
         tensors, description = wire.flatten(self.pipe_buffers["outputs"][buffer_id])
@@ -258,7 +279,7 @@ class Engine(PipelineEngine):
 
 def optimizer_for_frozen_stage() -> torch.optim.Optimizer:
     """What a stage without trainable parameters steps: DeepSpeed insists on an optimizer."""
-    return torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.0)
+    return torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(()))], "initial_lr": 0.0}], lr=0.0)
 
 
 def _to_device(fields: Any, device: torch.device) -> Any:

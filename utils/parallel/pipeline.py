@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.pipe import PipelineModule
@@ -13,6 +13,19 @@ from torch import nn
 
 from utils.diffusion import seeds
 from utils.parallel.recompute import run_layer
+
+
+class Output(NamedTuple):
+    """What the last layer returns where layers add losses of their own, as a router's of its experts.
+
+    Attributes:
+        prediction: what goes to the loss.
+        terms_K: the sums of these losses over the layers, each with its weight, in the order of `loss_terms`. They
+            travel from stage to stage as a field of the stream, so that their gradients come back with the others.
+    """
+
+    prediction: torch.Tensor
+    terms_K: torch.Tensor
 
 
 class DenoiserPipeline(PipelineModule):
@@ -24,6 +37,7 @@ class DenoiserPipeline(PipelineModule):
         stream_type: the NamedTuple that travels from layer to layer.
         loss: (prediction, labels) -> loss per sample (B,).
         recompute: keep only the inputs of the layers that say `recomputable`.
+        loss_terms: names of the losses that layers add on their way; the last layer then returns `Output`.
         seed: of the run; dropout draws from (seed, step, data rank, micro-batch, layer), so that it is the same at any
             number of stages and after a resume.
     """
@@ -37,6 +51,7 @@ class DenoiserPipeline(PipelineModule):
         *,
         recompute: bool = False,
         seed: int = 0,
+        loss_terms: Sequence[str] = (),
     ):
         self.bounds = list(bounds)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its seeds and partitions
@@ -44,6 +59,7 @@ class DenoiserPipeline(PipelineModule):
         self.stream_type = stream_type
         self.recompute = recompute
         self.seed = seed
+        self.loss_terms = tuple(loss_terms)
         self.draws_random_numbers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
         self.draw: tuple[object, ...] | None = None
 

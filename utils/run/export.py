@@ -46,6 +46,7 @@ class ExportPlan:
         config: of the denoiser, for a diffusers folder.
         denoiser_folder: its name in a diffusers folder.
         metadata: about the run, written into every file.
+        frozen: what this process holds of the denoiser without training it, and a whole denoiser has.
         shard_bytes: largest file of a denoiser in diffusers' layout.
     """
 
@@ -56,6 +57,7 @@ class ExportPlan:
     config: Mapping[str, object]
     denoiser_folder: str
     metadata: Mapping[str, str] = field(default_factory=dict)
+    frozen: Mapping[str, torch.Tensor] = field(default_factory=dict)
     shard_bytes: int = SHARD_BYTES
 
 
@@ -89,8 +91,9 @@ def export(folder: Path, ranks: Ranks, parameters: Mapping[str, torch.Tensor], p
         shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir(parents=True)
     together.barrier()
-    if ranks.data_rank == 0 and parameters:
-        held = {name: tensor.detach().to("cpu", plan.dtype or tensor.dtype) for name, tensor in parameters.items()}
+    written = {**plan.frozen, **parameters}
+    if ranks.data_rank == 0 and written:
+        held = {name: tensor.detach().to("cpu", plan.dtype or tensor.dtype) for name, tensor in written.items()}
         write_tensors(parts / f"{ranks.stage}.safetensors", {name: t.contiguous() for name, t in held.items()})
     together.barrier()
     if ranks.is_main:

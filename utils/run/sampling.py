@@ -37,11 +37,12 @@ class SampleModel:
         prepare: (features, x_t, t_B, guidance) -> inputs of the first stage.
         for_scheduler: prediction -> what the scheduler takes.
         latent_shape: -> shape of a sample's latent without the batch.
-        levels: steps -> their noise levels before the scheduler shifts them; None for the scheduler's own.
+        levels: steps -> their noise levels before a flow-matching scheduler shifts them; None for the scheduler's own.
         negative_prompt: what a second prediction is made for, to lead away from; None for one prediction.
+        no_guidance: the `guidance` that would lead nowhere.
         rate: frames of a clip a second.
         tokens: latent shape -> image tokens.
-        scheduler: -> a stock flow-matching scheduler of diffusers.
+        scheduler: -> a stock scheduler of diffusers.
         shift: the model's constants for a scheduler that shifts by size.
         decode: latents, each (1, ...) -> pixels, each (C, F, H, W) in [-1, 1].
     """
@@ -52,6 +53,7 @@ class SampleModel:
     latent_shape: Callable[[], tuple[int, ...]]
     levels: Callable[[int], Sequence[float] | None]
     negative_prompt: str | None
+    no_guidance: float
     rate: float
     tokens: Callable[[Sequence[int]], int]
     scheduler: Callable[[], Any]
@@ -99,28 +101,33 @@ def denoise(
 ) -> torch.Tensor:
     """The latents (1, ...) of one prompt, on the CPU, the same on every stage.
 
-    The noise depends on (sampling seed, place of the prompt) alone. The steps are those of diffusers' pipelines: noise
-    levels from 1 to 1/n, shifted by the scheduler.
+    The noise depends on (sampling seed, place of the prompt) alone. The steps are those of diffusers' pipelines.
     """
     shape = model.latent_shape()
-    latents = seeds.normal((1, *shape), settings.seed, "sample", index)
     scheduler = model.scheduler()
     levels = model.levels(settings.steps)
     steps = {"num_inference_steps": settings.steps} if levels is None else {"sigmas": np.array(levels)}
     scheduler.set_timesteps(**steps, **_shift_arguments(scheduler, model, shape))
     prompts = [prompt, *([] if model.negative_prompt is None else [model.negative_prompt])]
     features = [model.features(one) for one in prompts] if ranks.is_first_stage else [None] * len(prompts)
+    strength = settings.guidance + (1.0 - model.no_guidance)
+    latents = seeds.normal((1, *shape), settings.seed, "sample", index)
+    # Schedulers of flow matching have neither.
+    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+    as_input = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
+    noise = _noise_arguments(scheduler, settings.seed, index)
     for timestep in scheduler.timesteps:
+        seen = as_input(latents, timestep)
         batches = None
         if ranks.is_first_stage or ranks.is_last_stage:
             t_B = timestep.float().reshape(1) / scheduler.config.num_train_timesteps
             batches = [
-                (model.prepare(one, latents, t_B, settings.guidance) if ranks.is_first_stage else None, None)
+                (model.prepare(one, seen, t_B, settings.guidance) if ranks.is_first_stage else None, None)
                 for one in features
             ]
         predictions = [prediction.float().cpu() for prediction in engine.predict(batches, len(prompts))]
-        output = model.for_scheduler(_guided(predictions, settings.guidance))
-        latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
+        output = model.for_scheduler(_guided(predictions, strength))
+        latents = scheduler.step(output, timestep, latents, return_dict=False, **noise)[0]
     return latents
 
 
@@ -152,6 +159,13 @@ def _shift_arguments(scheduler: Any, model: SampleModel, shape: Sequence[int]) -
         config.get("max_shift", model.shift.max_shift),
     )
     return {"mu": float(np.log(rule.factor(model.tokens(shape))))}
+
+
+def _noise_arguments(scheduler: Any, seed: int, index: int) -> dict[str, torch.Generator]:
+    """The generator of a scheduler that draws noise on its way: every stage draws the same."""
+    if "generator" not in inspect.signature(scheduler.step).parameters:
+        return {}
+    return {"generator": seeds.generator(seed, "sample steps", index)}
 
 
 def file_name(index: int, prompt: str) -> str:

@@ -96,9 +96,10 @@ class Trainer:
         """
         started = time.monotonic()
         step, groups = self.progress.step, self.optimizer.param_groups
-        rates = learning_rates(step, [self.settings.optimizer.lr] * len(groups), self.settings, self.last_step)
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate
+        bases = [self.settings.optimizer.lr, *(group["initial_lr"] for group in groups)]
+        rate, *rates = learning_rates(step, bases, self.settings, self.last_step)
+        for group, own in zip(groups, rates, strict=True):
+            group["lr"] = own
         result = self.engine.train_step(next(batches), step)
         if not isfinite(result.loss) or not isfinite(result.grad_norm):
             raise SettingsError.of(
@@ -115,9 +116,10 @@ class Trainer:
         values = {
             "train/loss": result.loss,
             "train/grad_norm": result.grad_norm,
-            "train/lr": rates[0],
+            "train/lr": rate,
             "train/step_time_sec": seconds,
             "train/samples_per_sec": examples / seconds,
+            **{f"train/{name}": value for name, value in result.terms.items()},
         }
         if self.ends_epoch(done):
             values["train/epoch_loss"] = done.epoch_loss

@@ -1,0 +1,308 @@
+"""Z-Image, Turbo and base: one row of picture and text tokens, each refined on its own before.
+
+Pictures and captions are filled up to multiples of 32 tokens with learned tokens, which the blocks see; what a batch
+adds to the shorter captions beyond that is masked.
+
+Shapes: B batch, T image tokens, L text tokens (both filled up), E rotary frequencies, C channels of a token, D width,
+h w latent cells. From the first joined block on T counts the text too, which follows the picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from einops import rearrange
+from torch import nn
+from torch.nn import functional
+from transformers import Qwen3Model
+
+from models.base import BasePipeline, Features, ModelEncoder
+from models.foundation.autoencoders import ImageAutoencoder, vae_config
+from models.foundation.files import check_diffusers_folder, part_override, read_config
+from models.foundation.key_layouts import KeyLayout, Rule
+from models.foundation.stages import Middle
+from models.foundation.text_encoders import ChatFeatures, TextEncoder
+from utils.dataset.buckets import MediaFacts
+from utils.diffusion.objectives import FlowMatching
+from utils.settings.errors import SettingsError
+from utils.settings.schema import ModelSettings
+from utils.settings.values import Count
+
+PATCH = 2
+PATCH_KEY = "2-1"
+"""Of the embedding and the final layer for patches of 2x2 cells of one frame; Z-Image has no others."""
+FILLED_TO = 32
+PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+SINGLE_FILES = {"transformer": "transformer_path", "vae": "vae_path"}
+TEXT_ENCODERS = {"text_encoder": "qwen3"}
+
+BLOCKS = ("noise_refiner", "context_refiner", "layers")
+RENAMED = {
+    "attention.qkv": tuple(f"attention.to_{part}" for part in "qkv"),
+    "attention.q_norm": ("attention.norm_q",),
+    "attention.k_norm": ("attention.norm_k",),
+    "attention.out": ("attention.to_out.0",),
+}
+KEPT = (
+    *(f"feed_forward.w{number}" for number in (1, 2, 3)),
+    *(f"{part}_norm{number}" for part in ("attention", "ffn") for number in (1, 2)),
+    "adaLN_modulation.0",
+)
+COMFYUI_LAYOUT = KeyLayout(
+    [
+        *(
+            Rule(f"{blocks}.{{}}.{there}", tuple(f"{blocks}.{{}}.{part}" for part in here))
+            for blocks in BLOCKS
+            for there, here in {**RENAMED, **{name: (name,) for name in KEPT}}.items()
+        ),
+        Rule("x_embedder", (f"all_x_embedder.{PATCH_KEY}",)),
+        Rule("final_layer.linear", (f"all_final_layer.{PATCH_KEY}.linear",)),
+        Rule("final_layer.adaLN_modulation.1", (f"all_final_layer.{PATCH_KEY}.adaLN_modulation.1",)),
+        *(Rule(f"t_embedder.mlp.{number}", (f"t_embedder.mlp.{number}",)) for number in (0, 2)),
+        *(Rule(f"cap_embedder.{number}", (f"cap_embedder.{number}",)) for number in (0, 1)),
+        *(Rule(name, (name,)) for name in ("x_pad_token", "cap_pad_token")),
+    ],
+    unused=("norm_final.weight",),
+)
+
+
+class ZImageOptions(ModelSettings):
+    """`[model]` of `type = "z_image"`.
+
+    `[sampling] guidance` counts as in diffusers' pipeline of Z-Image: 0 is none, and right for Turbo; for the base
+    model 3 to 5. It is one less than the `cfg` of ComfyUI.
+    """
+
+    max_sequence_length: Count = 512
+    """Qwen3 tokens of a caption that are read, those of the chat around it included."""
+
+
+class ZImageInputs(NamedTuple):
+    """What the entry takes. `canvas_hw0` has no elements: its shape carries the latent's height and width."""
+
+    x_BTC: torch.Tensor
+    positions_BT3: torch.Tensor
+    text_BLD: torch.Tensor
+    is_caption_BL: torch.Tensor
+    text_mask_BL: torch.Tensor | None
+    t_B: torch.Tensor
+    canvas_hw0: torch.Tensor
+
+
+class ZImageStream(NamedTuple):
+    """What travels from layer to layer. `x_BTD`, its mask (None: all are seen) and its rotary table are the picture's
+    until the first joined block, which appends the text's and sets those to None."""
+
+    x_BTD: torch.Tensor
+    mask_BT: torch.Tensor | None
+    rope_BTE: torch.Tensor
+    text_BLD: torch.Tensor | None
+    text_mask_BL: torch.Tensor | None
+    text_rope_1LE: torch.Tensor | None
+    time_BD: torch.Tensor
+    canvas_hw0: torch.Tensor
+
+
+class Entry(nn.Module):
+    """Embeds tokens, text, time and positions, and puts the learned tokens where the row is filled up."""
+
+    def __init__(self, denoiser: ZImageTransformer2DModel):
+        super().__init__()
+        self.all_x_embedder = denoiser.all_x_embedder
+        self.cap_embedder = denoiser.cap_embedder
+        self.t_embedder = denoiser.t_embedder
+        self.x_pad_token = denoiser.x_pad_token
+        self.cap_pad_token = denoiser.cap_pad_token
+        self.time_scale = denoiser.t_scale
+        # The embedder would make its tables when it is first called, and keep them where that was. They are computed
+        # on the CPU, whatever device reads them.
+        rope = denoiser.rope_embedder
+        tables = rope.precompute_freqs_cis(rope.axes_dims, rope.axes_lens, rope.theta)
+        self.axes = [f"rope_{axis}" for axis in range(len(tables))]
+        for name, table in zip(self.axes, tables, strict=True):
+            self.register_buffer(name, table, persistent=False)
+
+    def forward(self, inputs: ZImageInputs) -> ZImageStream:
+        dtype, device = self.x_pad_token.dtype, self.x_pad_token.device
+        height, width, _ = inputs.canvas_hw0.shape
+        x_BTD = self.all_x_embedder[PATCH_KEY](inputs.x_BTC.to(dtype))
+        is_picture_T = torch.arange(x_BTD.shape[1], device=device) < (height // PATCH) * (width // PATCH)
+        text_BLD = self.cap_embedder(inputs.text_BLD.to(dtype))
+        places_1L1 = torch.arange(1, text_BLD.shape[1] + 1, device=device)[None, :, None]
+        return ZImageStream(
+            x_BTD=torch.where(is_picture_T[:, None], x_BTD, self.x_pad_token),
+            mask_BT=None,
+            rope_BTE=self._rope(inputs.positions_BT3),
+            text_BLD=torch.where(inputs.is_caption_BL[..., None], text_BLD, self.cap_pad_token),
+            text_mask_BL=inputs.text_mask_BL,
+            text_rope_1LE=self._rope(functional.pad(places_1L1, (0, 2))),
+            # The time stays float32 until it is embedded.
+            time_BD=self.t_embedder(inputs.t_B * self.time_scale).to(dtype),
+            canvas_hw0=inputs.canvas_hw0,
+        )
+
+    def _rope(self, positions_BT3: torch.Tensor) -> torch.Tensor:
+        """exp(i angle) of every token, complex64 (B, T, E)."""
+        tables = (self.get_buffer(name) for name in self.axes)
+        return torch.cat([table[positions_BT3[..., axis]] for axis, table in enumerate(tables)], dim=-1)
+
+
+class FirstJoined(Middle):
+    """The first block that sees picture and text in a row."""
+
+    def forward(self, stream: ZImageStream) -> ZImageStream:
+        mask_BT = stream.text_mask_BL
+        if mask_BT is not None:
+            mask_BT = torch.cat([mask_BT.new_ones(stream.x_BTD.shape[:2]), mask_BT], dim=1)
+        joined = stream._replace(
+            x_BTD=torch.cat([stream.x_BTD, stream.text_BLD], dim=1),
+            mask_BT=mask_BT,
+            rope_BTE=torch.cat([stream.rope_BTE, stream.text_rope_1LE.expand(len(stream.rope_BTE), -1, -1)], dim=1),
+            text_BLD=None,
+            text_mask_BL=None,
+            text_rope_1LE=None,
+        )
+        return super().forward(joined)
+
+
+class Exit(nn.Module):
+    """Projects the image tokens to the latent (B, C, h, w)."""
+
+    def __init__(self, denoiser: ZImageTransformer2DModel):
+        super().__init__()
+        self.all_final_layer = denoiser.all_final_layer
+
+    def forward(self, stream: ZImageStream) -> torch.Tensor:
+        height, width, _ = stream.canvas_hw0.shape
+        x_BTC = self.all_final_layer[PATCH_KEY](stream.x_BTD, c=stream.time_BD)
+        return unpatchify(x_BTC[:, : (height // PATCH) * (width // PATCH)], height, width)
+
+
+class ZImagePipeline(BasePipeline):
+    """Z-Image of Alibaba's Tongyi Lab: Turbo, which is distilled, and the base model."""
+
+    Options = ZImageOptions
+    media = MediaFacts(spatial=16, temporal=1, max_frames=1)
+    objective = FlowMatching(predicts_data_minus_noise=True, time_is_cleanness=True)
+    blocks = BLOCKS
+    stream_type = ZImageStream
+    original_layout = COMFYUI_LAYOUT
+    guided_by_second_prediction = True
+    no_guidance = 0.0
+
+    def check(self) -> None:
+        check_diffusers_folder(self.options, PARTS, SINGLE_FILES, TEXT_ENCODERS)
+        self._check_variant()
+        self.check_tensors()
+
+    def _check_variant(self) -> None:
+        config, length = self._transformer_config, self.options.max_sequence_length
+        if config.get("siglip_feat_dim") is not None:
+            raise SettingsError.of(
+                "this is Z-Image Omni, which takes pictures too and is not trained here; give Z-Image or Z-Image Turbo",
+                str(self.options.diffusers_path / "transformer" / "config.json"),
+            )
+        # Text has the places from 1 on, and the picture the one after it.
+        most = (config["axes_lens"][0] - 2) // FILLED_TO * FILLED_TO
+        if length > most:
+            raise SettingsError.of(
+                f"{length} tokens are more than this model has places for; set at most {most}",
+                where="[model] max_sequence_length",
+            )
+
+    def encoders(self, controls: int = 0) -> list[ModelEncoder]:
+        options, folder, length = self.options, self.options.diffusers_path, self.options.max_sequence_length
+        width = read_config(folder, "text_encoder", model="qwen3", keys=["hidden_size"])["hidden_size"]
+        shapes = {"qwen3": (length, width), "qwen3_mask": (length,)}
+        text = (Qwen3Model, folder, "text_encoder", "tokenizer", part_override(options, "qwen3"), self.dtype)
+        return [
+            ImageAutoencoder(folder, options.vae_path, self.dtype, draw=options.latents),
+            TextEncoder("qwen3", *text, ChatFeatures("qwen3", length), shapes),
+        ]
+
+    def build_denoiser(self) -> ZImageTransformer2DModel:
+        return ZImageTransformer2DModel.from_config(self._transformer_config)
+
+    def to_layers(self, denoiser: ZImageTransformer2DModel) -> list[nn.Module]:
+        row = {"x": "x_BTD", "attn_mask": "mask_BT", "freqs_cis": "rope_BTE", "adaln_input": "time_BD"}
+        text = {"x": "text_BLD", "attn_mask": "text_mask_BL", "freqs_cis": "text_rope_1LE"}
+        first, *others = denoiser.layers
+        return [
+            Entry(denoiser),
+            *(Middle(block, row, writes=("x_BTD",)) for block in denoiser.noise_refiner),
+            *(Middle(block, text, writes=("text_BLD",)) for block in denoiser.context_refiner),
+            FirstJoined(first, row, writes=("x_BTD",)),
+            *(Middle(block, row, writes=("x_BTD",)) for block in others),
+            Exit(denoiser),
+        ]
+
+    def prepare_inputs(
+        self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
+    ) -> ZImageInputs:
+        height, width = x_t.shape[2:]
+        x_BTC = patchify(x_t)
+        lengths_B = features["qwen3_mask"].bool().sum(dim=1)
+        filled_B = filled(lengths_B)
+        tokens_L = torch.arange(int(filled_B.max()))
+        text_mask_BL = tokens_L < filled_B[:, None]
+        return ZImageInputs(
+            x_BTC=lengthened(x_BTC, filled(x_BTC.shape[1])),
+            positions_BT3=lengthened(picture_positions(height, width, filled_B + 1), filled(x_BTC.shape[1])),
+            text_BLD=lengthened(features["qwen3"], len(tokens_L)),
+            is_caption_BL=tokens_L < lengths_B[:, None],
+            text_mask_BL=None if text_mask_BL.all() else text_mask_BL,
+            t_B=self.objective.model_time(t_B),
+            canvas_hw0=torch.empty(height, width, 0),
+        )
+
+    def tokens(self, latent_shape: Sequence[int]) -> int:
+        _, height, width = latent_shape
+        return (height // PATCH) * (width // PATCH)
+
+    def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
+        vae = self._vae_config
+        cell = 2 ** (len(vae["block_out_channels"]) - 1)
+        return vae["latent_channels"], height // cell, width // cell
+
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.options.diffusers_path, subfolder="scheduler")
+
+    # Kept: every micro-batch asks for them.
+    @cached_property
+    def _transformer_config(self) -> dict[str, Any]:
+        folder = self.options.diffusers_path
+        return read_config(folder, "transformer", model="ZImageTransformer2DModel", keys=["axes_lens"])
+
+    @cached_property
+    def _vae_config(self) -> dict[str, Any]:
+        return vae_config(self.options.diffusers_path, self.options.vae_path)
+
+
+def filled(length: Any) -> Any:
+    """The next multiple of 32 of a length, or of each of a tensor of lengths."""
+    return length + -length % FILLED_TO
+
+
+def lengthened(row_BLC: torch.Tensor, length: int) -> torch.Tensor:
+    """The row with zeros at its end, `length` tokens long."""
+    return functional.pad(row_BLC, (0, 0, 0, length - row_BLC.shape[1]))
+
+
+def patchify(x_BChw: torch.Tensor) -> torch.Tensor:
+    """A latent as tokens of 2x2 cells (B, T, 4C)."""
+    return rearrange(x_BChw, "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH)
+
+
+def unpatchify(x_BTC: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The inverse of `patchify`, for a latent of `height` x `width` cells."""
+    return rearrange(x_BTC, "b (h w) (p q c) -> b c (h p) (w q)", h=height // PATCH, w=width // PATCH, p=PATCH, q=PATCH)
+
+
+def picture_positions(height: int, width: int, place_B: torch.Tensor) -> torch.Tensor:
+    """(place of the picture after its caption, row, column) of every token, int64 (B, T, 3)."""
+    rows, columns = torch.arange(height // PATCH), torch.arange(width // PATCH)
+    return torch.stack([torch.cartesian_prod(place[None], rows, columns) for place in place_B])
