@@ -282,7 +282,8 @@ def build_trainer(
     showing = Showing(
         settings.seed, [encoder.name for encoder in data.encoders if reads_text(encoder)], bool(data.live)
     )
-    batches = TrainingBatches(epochs, reader, showing, noising.training, ranks.data_rank)
+    folded = settings.model.folded_guidance is not None
+    batches = TrainingBatches(epochs, reader, showing, noising.training, ranks.data_rank, with_empty=folded)
     progress, ema = beginning(settings, arguments, resumed, epochs, parameters, optimizer)
     folder = resumed.folder.parent if resumed else run_folder.create(settings, ranks, arguments.config)
     metrics = Metrics.of_run(

@@ -170,6 +170,11 @@ class BasePipeline(ABC):
         them; None for the scheduler's own."""
         return [1.0 - (1.0 - 1.0 / steps) * index / max(steps - 1, 1) for index in range(steps)]
 
+    def guided(self, prompted: torch.Tensor, negative: torch.Tensor, guidance: float) -> torch.Tensor:
+        """The prediction for the prompt, that much further away from the one for the negative prompt: n + g (p - n).
+        Ho & Salimans 2022, as diffusers writes it."""
+        return negative + guidance * (prompted - negative)
+
     def latents(self, features: Features, draw: Callable[[torch.Size], torch.Tensor]) -> torch.Tensor:
         """The clean latents (B, ...) among the features, in float32; `draw` gives standard normal numbers of a shape
         where the features hold a distribution of latents."""
@@ -195,6 +200,19 @@ class BasePipeline(ABC):
         parents = self.objective.compared(output).float()
         regularising = over_sample(labels.regularising, parents).to(parents.device)
         return labels._replace(target=torch.where(regularising, parents, labels.target.to(parents.device)))
+
+    def folded(self, labels: Labels, output: torch.Tensor) -> Labels:
+        """The labels on the output's device; where there is a caption, the target is what guidance makes of itself and
+        the output u, the model's own for the empty caption: u + g (target - u).
+
+        Ho and Salimans 2022, equation 6, as a target: Tang et al. 2025 ("Diffusion models without classifier-free
+        guidance"), for models that are distilled (Meng et al. 2023) and shall stay so.
+        """
+        unprompted = self.objective.compared(output).float()
+        target = labels.target.to(unprompted.device)
+        strength_B = torch.where(labels.captioned, self.options.folded_guidance, 1.0)
+        strength = over_sample(strength_B, target).to(target)
+        return labels._replace(target=unprompted + strength * (target - unprompted))
 
     def check_training(self, file: str = "") -> None:
         """Whether the objective can honour what the options ask of timesteps, noise and loss.

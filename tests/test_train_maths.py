@@ -50,3 +50,29 @@ def test_two_stages_draw_and_weigh_alike(write_config: Callable[..., Path]) -> N
         losses.append(list(metrics(only_run(config), "train/loss").values()))
         shutil.rmtree(only_run(config))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_folded_guidance_moves_the_targets_of_samples_with_captions(
+    write_config: Callable[..., Path], pictures: Path
+) -> None:
+    """Among 1, 2 stages alike; of samples whose captions are dropped, not at all."""
+
+    def losses(stages: int, folded: float | None, uncond: float = 0.0) -> list[float]:
+        directory = {"path": str(pictures), "uncond_fraction": uncond}
+        given = write_config(
+            data={"directory": [directory]},
+            max_steps=2,
+            pipeline_stages=stages,
+            **({"model__folded_guidance": folded} if folded else {}),
+        )
+        codes, log = launch(given, processes=stages)
+        assert set(codes) == {0}, log
+        assert f"cache t5: wanted={8 if folded or uncond else 7} " in log
+        values = list(metrics(only_run(given), "train/loss").values())
+        shutil.rmtree(only_run(given))
+        return values
+
+    plain, folded = losses(1, None), losses(1, 3.0)
+    assert losses(2, 3.0) == pytest.approx(folded, rel=1e-5)
+    assert folded[0] > 1.05 * plain[0]
+    assert losses(1, 3.0, uncond=1.0) == pytest.approx(losses(1, None, uncond=1.0), rel=1e-6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -63,6 +63,8 @@ def load_data(
     live = [] if cached_texts else of_prompts
     samples = [sample for collection in collections for sample in collection.samples]
     prompts = [shown.sample for shown in prompts_shown(pipeline, settings.sampling).values()]
+    if settings.model.folded_guidance is not None:
+        samples += [replace(sample, captions=("",)) for sample in collections[0].samples]
     wanted = {
         encoder.name: [*([] if encoder in live else samples), *(prompts if encoder in of_prompts else [])]
         for encoder in encoders

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +21,15 @@ from utils.diffusion.losses import Labels
 from utils.diffusion.noise import NoiseOptions, perturbed, sample_noise
 from utils.diffusion.schedules import over_sample
 from utils.diffusion.weights import LossWeighting
+
+
+class MicroBatch(NamedTuple):
+    """What a step takes: inputs of the first stage, labels of the last, and the same inputs with empty captions, for a
+    teacher; None where a stage has no use for them."""
+
+    inputs: tuple | None
+    labels: Labels | None
+    empty: tuple | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class Noising:
     wants_inputs: bool = True
     wants_labels: bool = True
 
-    def training(self, batch: FeatureBatch, epoch: int) -> tuple[tuple | None, Labels | None]:
+    def training(self, batch: FeatureBatch, epoch: int) -> MicroBatch:
         """Each sample at a noise level and with noise drawn for this epoch."""
         pipeline = self.pipeline
         quantiles = QUANTILES[pipeline.options.stratified_timesteps](pipeline.seed, epoch, batch)
@@ -58,7 +68,7 @@ class Noising:
         options, weighting = pipeline.noise_options(), pipeline.loss_weighting()
         return self._noised(batch, draws, options, weighting, with_variance=pipeline.variational_weight > 0)
 
-    def evaluation(self, batch: FeatureBatch, set_name: str, quantile: float) -> tuple[tuple | None, Labels | None]:
+    def evaluation(self, batch: FeatureBatch, set_name: str, quantile: float) -> MicroBatch:
         """Each sample at the same quantile of the noise levels, with noise that depends on (set, sample, quantile)
         alone: not even on the run's seed, so that runs can be compared.
 
@@ -72,7 +82,7 @@ class Noising:
 
     def _noised(
         self, batch: FeatureBatch, draws: Draws, options: NoiseOptions, weighting: LossWeighting, *, with_variance: bool
-    ) -> tuple[tuple | None, Labels | None]:
+    ) -> MicroBatch:
         pipeline, objective = self.pipeline, self.pipeline.objective
         clean = pipeline.latents(
             batch.features,
@@ -81,19 +91,23 @@ class Noising:
         noise = _each(lambda one, name: sample_noise(one, options, draws.seed, *draws.noise, name), clean, batch.draws)
         sampler, tokens = pipeline.timestep_sampler(), pipeline.tokens(clean.shape[1:])
         t_B = torch.tensor([sampler.timestep(quantile, tokens) for quantile in draws.quantiles], dtype=torch.float32)
-        inputs = labels = x_t = None
+        inputs = labels = empty = x_t = None
         if self.wants_inputs or with_variance:
             seen = _each(lambda one, name: perturbed(one, options, draws.seed, *draws.noise, name), noise, batch.draws)
             x_t = objective.noised(clean, seen, t_B)
         if self.wants_inputs:
-            inputs = pipeline.prepare_inputs({**batch.features, "latents": clean}, x_t, t_B)
+            features = {**batch.features, "latents": clean}
+            inputs = pipeline.prepare_inputs(features, x_t, t_B)
+            if batch.empty is not None:
+                empty = pipeline.prepare_inputs({**features, **batch.empty}, x_t, t_B)
         if self.wants_labels:
             weight = batch.weight * over_sample(weighting.weight(objective, t_B), batch.weight)
             delta_B = pipeline.loss_function().delta(t_B, objective.snr(t_B))
             delta = None if delta_B is None else over_sample(delta_B, clean)
             variational = (clean, x_t, t_B) if with_variance else None
-            labels = Labels(objective.target(clean, noise, t_B), weight, delta, batch.regularising, variational)
-        return inputs, labels
+            target = objective.target(clean, noise, t_B)
+            labels = Labels(target, weight, delta, batch.regularising, batch.captioned, variational)
+        return MicroBatch(inputs, labels, empty)
 
 
 def _each(make: Callable[..., torch.Tensor], *of_samples: Sequence) -> torch.Tensor:

@@ -159,6 +159,7 @@ def sample_model(
         levels=pipeline.sampling_levels,
         negative_prompt=settings.sampling.negative_prompt if is_guided(pipeline, settings.sampling) else None,
         no_guidance=pipeline.no_guidance,
+        guided=pipeline.guided,
         rate=pipeline.media.rate,
         tokens=pipeline.tokens,
         scheduler=pipeline.scheduler,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -79,7 +80,10 @@ def load_stage(pipeline: BasePipeline, settings: Settings, stage: int) -> Bluepr
 
 
 def teacher_of(pipeline: BasePipeline, settings: Settings, blueprint: Blueprint) -> Teacher | None:
-    """The model without its adapter, if regularisation data is to keep what that makes of it."""
+    """The model itself with empty captions, if guidance is folded into its targets; or without its adapter, if
+    regularisation data is to keep what that makes of it."""
+    if settings.model.folded_guidance is not None:
+        return Teacher(nullcontext, pipeline.folded, shown=lambda batch: (batch.empty, batch.labels))
     if settings.regularisation_target == "data":
         return None
     return Teacher(partial(attach.switched_off, blueprint.denoiser), pipeline.taught)

@@ -94,7 +94,7 @@ def test_loss_and_gradients_of_flux_are_those_of_the_formulas_in_float64(folder:
     denoiser = flux.load_denoiser()
     layers = flux.to_layers(denoiser)
     flux.fill(denoiser, flux.open_weights(denoiser), layers)
-    inputs, labels = Noising(flux).training(batch, EPOCH)
+    inputs, labels, _ = Noising(flux).training(batch, EPOCH)
     losses_B = flux.loss(run(layers, inputs), labels)
 
     exact = copy.deepcopy(denoiser).double()

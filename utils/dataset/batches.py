@@ -17,7 +17,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from utils.dataset.buckets import by_shape
-from utils.dataset.encoders import Encoder, concerns, item_key, text_of
+from utils.dataset.encoders import Encoder, concerns, item_key, reads_text, text_of
 from utils.dataset.epochs import Epochs, Places
 from utils.dataset.masks import MASK
 from utils.dataset.ordering import Slot
@@ -46,6 +46,8 @@ class FeatureBatch:
         weight: factor on the loss, with as many dimensions as a batch of latents, which are the features of the most
             dimensions: (B, 1, h, w) or (B, 1, f, h, w) where there is a mask, else 1 in all but the first.
         regularising: whether each sample is regularisation data (B,).
+        captioned: whether each sample is shown with its caption (B,).
+        empty: what the text encoders made of the empty caption, if that is asked for.
         places: in training, where the samples stand in their step and epoch.
     """
 
@@ -54,6 +56,8 @@ class FeatureBatch:
     bucket: Bucket
     weight: torch.Tensor
     regularising: torch.Tensor | None = None
+    captioned: torch.Tensor | None = None
+    empty: dict[str, torch.Tensor] | None = None
     places: Places | None = None
 
 
@@ -76,15 +80,15 @@ class SampleReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def read(self, shown: Shown) -> dict[str, torch.Tensor]:
-        """All cached features of one sample, on the CPU, without a batch dimension.
+    def read(self, shown: Shown, *, text_alone: bool = False) -> dict[str, torch.Tensor]:
+        """All cached features of one sample, or those of the encoders of text, on the CPU, without a batch dimension.
 
         Raises:
             SettingsError: the cache lacks the sample, or is damaged.
         """
         features: dict[str, torch.Tensor] = {}
         for encoder, store in self._stores:
-            if not concerns(encoder, shown.sample):
+            if not concerns(encoder, shown.sample) or (text_alone and not reads_text(encoder)):
                 continue
             item = _item(store, item_key(encoder, shown))
             shared = features.keys() & item.keys()
@@ -103,6 +107,12 @@ class SampleReader:
         weight = _weights([one.sample for one in shown], applied, dimensions)
         regularising = torch.tensor([one.sample.rules.is_regularisation_data for one in shown])
         return FeatureBatch(features, [one.draw for one in shown], shown[0].sample.bucket, weight, regularising)
+
+    def without_captions(self, shown: Sequence[Shown]) -> dict[str, torch.Tensor]:
+        """What the text encoders make of the empty caption, for samples of one shape, batched."""
+        empty = [replace(one, caption="") for one in shown]
+        items = [self.read(one, text_alone=True) for one in empty]
+        return {name: pad_ragged([item[name] for item in items]) for name in items[0]} | self._made(empty)
 
     def _made(self, shown: Sequence[Shown]) -> dict[str, torch.Tensor]:
         """What the live encoders make of the captions."""
@@ -169,6 +179,7 @@ class TrainingBatches(Generic[Prepared]):
         prepare: makes of (batch, epoch) what training takes. The weights of a batch are such that each sample of a
             step counts alike in the mean over its micro-batches, whatever their sizes; those that appear again to fill
             a batch count like the others.
+        with_empty: give the features of the empty caption too.
     """
 
     def __init__(
@@ -178,10 +189,12 @@ class TrainingBatches(Generic[Prepared]):
         showing: Showing,
         prepare: Callable[[FeatureBatch, int], Prepared],
         data_rank: int,
+        *,
+        with_empty: bool = False,
     ) -> None:
         self.epochs = epochs
         self._reader, self._showing, self._prepare = reader, showing, prepare
-        self._data_rank = data_rank
+        self._data_rank, self._with_empty = data_rank, with_empty
 
     def step(self, epoch: int, index: int) -> list[Prepared]:
         """The prepared micro-batches of one step of an epoch, both counted from 0."""
@@ -210,7 +223,9 @@ class TrainingBatches(Generic[Prepared]):
         appearances = self.epochs.samples_of(slot, epoch, self._data_rank)
         shown = [self._showing.shown(sample, epoch, number) for sample, number in appearances]
         batch = self._reader.batch(shown, [self._showing.is_masked(one, epoch) for one in shown])
-        return replace(batch, weight=share * batch.weight, places=places)
+        captioned = torch.tensor([self._showing.is_captioned(one) for one in shown])
+        empty = self._reader.without_captions(shown) if self._with_empty else None
+        return replace(batch, weight=share * batch.weight, places=places, captioned=captioned, empty=empty)
 
 
 class EvaluationBatches:

@@ -163,6 +163,10 @@ class Showing:
             caption = caption_variant(caption, sample.rules, self.seed, draw, epoch)
         return Shown(sample, take, caption, draw, self._unconditional(sample.rules, epoch, draw))
 
+    def is_captioned(self, shown: Shown) -> bool:
+        """Whether some encoder is given the sample's caption."""
+        return bool(shown.caption) and not shown.unconditional >= set(self.text_encoders)
+
     def is_masked(self, shown: Shown, epoch: int) -> bool:
         """Whether the sample's mask is applied."""
         return seeds.uniform(self.seed, "mask", epoch, shown.draw) < shown.sample.rules.mask_probability

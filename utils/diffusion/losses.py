@@ -20,6 +20,7 @@ class Labels(NamedTuple):
         weight: factor on the error, (B, 1, ...): by sample, or by place too.
         delta: (B, 1, ...), the width of losses that have one; see `Loss.delta`.
         regularising: (B,), which samples are regularisation data: another model's output may become their target.
+        captioned: (B,), which samples are shown with their caption.
         variational: (clean, x_t, t_B), for `learned_variance.variational_bound`.
     """
 
@@ -27,6 +28,7 @@ class Labels(NamedTuple):
     weight: torch.Tensor
     delta: torch.Tensor | None = None
     regularising: torch.Tensor | None = None
+    captioned: torch.Tensor | None = None
     variational: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
 

@@ -29,8 +29,9 @@ from utils.parallel.pipeline import DenoiserPipeline, Output
 from utils.parallel.teacher import Teacher
 
 NEVER = 10**9
-MicroBatch = tuple[Any, Any]
-"""(inputs of the first stage, labels of the last): NamedTuples or tuples of CPU tensors and None."""
+MicroBatch = tuple[Any, ...]
+"""(inputs of the first stage, labels of the last): NamedTuples or tuples of CPU tensors and None. What follows them is
+for a teacher."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,14 @@ class Engine(PipelineEngine):
     def _taught(self, teacher: Teacher, batches: Iterable[MicroBatch] | None) -> Iterable[MicroBatch] | None:
         """The micro-batches of a step, on the last stage with the teacher's labels."""
         batches = batches if batches is None else list(batches)
+        shown = batches and [teacher.shown(batch) for batch in batches]
         with teacher.present():
-            outputs = self._run_forward(batches, self.micro_batches, keep_predictions=True)
+            outputs = self._run_forward(shown, self.micro_batches, keep_predictions=True)
         if not self.is_last_stage():
             return batches
         return [
-            (inputs, teacher.teach(labels, output)) for (inputs, labels), output in zip(batches, outputs, strict=True)
+            (inputs, teacher.teach(labels, output))
+            for (inputs, labels, *_), output in zip(batches, outputs, strict=True)
         ]
 
     def _begin(self, step: int) -> None:
@@ -174,7 +177,7 @@ class Engine(PipelineEngine):
     # The instructions of the schedule, in the order in which a micro-batch meets them.
 
     def _load_micro_batch(self, buffer_id: int) -> None:
-        inputs, labels = next(self.data_iterator)
+        inputs, labels, *_ = next(self.data_iterator)
         if self.is_first_stage():
             self.pipe_buffers["inputs"][buffer_id] = _to_device(inputs, self.device)
         if self.is_last_stage():

@@ -40,6 +40,7 @@ class SampleModel:
         levels: steps -> their noise levels before a flow-matching scheduler shifts them; None for the scheduler's own.
         negative_prompt: what a second prediction is made for, to lead away from; None for one prediction.
         no_guidance: the `guidance` that would lead nowhere.
+        guided: (prediction for the prompt, that for the negative prompt, guidance) -> what leads away from the latter.
         rate: frames of a clip a second.
         tokens: latent shape -> image tokens.
         scheduler: -> a stock scheduler of diffusers.
@@ -54,6 +55,7 @@ class SampleModel:
     levels: Callable[[int], Sequence[float] | None]
     negative_prompt: str | None
     no_guidance: float
+    guided: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     rate: float
     tokens: Callable[[Sequence[int]], int]
     scheduler: Callable[[], Any]
@@ -126,18 +128,10 @@ def denoise(
                 for one in features
             ]
         predictions = [prediction.float().cpu() for prediction in engine.predict(batches, len(prompts))]
-        output = model.for_scheduler(_guided(predictions, strength))
+        prediction = model.guided(*predictions, strength) if len(predictions) > 1 else predictions[0]
+        output = model.for_scheduler(prediction)
         latents = scheduler.step(output, timestep, latents, return_dict=False, **noise)[0]
     return latents
-
-
-def _guided(predictions: Sequence[torch.Tensor], guidance: float) -> torch.Tensor:
-    """The prediction for the prompt, or, with one for the negative prompt, that much further away from the latter:
-    n + g (p - n). Ho & Salimans 2022, as diffusers writes it."""
-    if len(predictions) == 1:
-        return predictions[0]
-    prompted, negative = predictions
-    return negative + guidance * (prompted - negative)
 
 
 def _write(pixels_CFHW: torch.Tensor, rate: float, path: Path) -> None:

@@ -104,6 +104,12 @@ def _parent_is_kept(settings: Settings, _: int) -> Iterator[Problem]:
         yield _at("key `regularisation_target`", message)
 
 
+def _one_teacher(settings: Settings, _: int) -> Iterator[Problem]:
+    if settings.regularisation_target == "parent" and settings.model.folded_guidance is not None:
+        message = "moves every target, and regularisation_target = \"parent\" gives other ones; leave out one of them"
+        yield _at("[model] folded_guidance", message)
+
+
 def _output_can_be_written(settings: Settings, _: int) -> Iterator[Problem]:
     yield from unwritable("key `output_dir`", settings.output_dir)
 
@@ -222,6 +228,7 @@ _RULES = (
     *(_is_used(key, *chosen) for keys, chosen in USED_WITH.items() for key in keys),
     Rule(("model.multires_noise_discount", "model.multires_noise_iterations"), _discount_has_levels),
     Rule(("regularisation_target", "adapter"), _parent_is_kept),
+    Rule(("regularisation_target", "model.folded_guidance"), _one_teacher),
     Rule(("output_dir",), _output_can_be_written),
     Rule(("model.diffusers_path", "model.transformer_path"), _model_has_a_folder),
     *(_one_batch_a_resolution(key) for key in BATCH_KEYS),

@@ -128,6 +128,10 @@ class ModelSettings(SettingsTable):
     c^t or by the signal-to-noise ratio."""
     huber_scale: Positive = 1.0
     """Factor on that width."""
+    folded_guidance: Annotated[float, Field(gt=1)] | None = None
+    """Train the model to give at once what guidance of this strength makes of two predictions: the target moves so much
+    further away from the model's own prediction for the empty caption. For models that are distilled to need no second
+    prediction, which plain training undoes; takes one more forward pass a step. Evaluation compares with the data."""
 
 
 class AdapterSettings(SettingsTable):

@@ -47,7 +47,7 @@ def noised(inputs: Any) -> torch.Tensor:
 
 def test_inputs_and_target_are_of_one_noise(folder: Path) -> None:
     given = batch("a", "b", "c")
-    inputs, labels = Noising(flux(folder)).training(given, epoch=2)
+    inputs, labels, _ = Noising(flux(folder)).training(given, epoch=2)
     t = inputs.t_B.view(-1, 1, 1, 1)
     torch.testing.assert_close(noised(inputs), given.features["latents"] + t * labels.target, rtol=1e-5, atol=1e-5)
     assert len(set(inputs.t_B.tolist())) == 3
@@ -55,9 +55,9 @@ def test_inputs_and_target_are_of_one_noise(folder: Path) -> None:
 
 
 def test_a_stage_is_given_what_it_uses(folder: Path) -> None:
-    inputs, labels = Noising(flux(folder)).training(batch("a"), epoch=2)
-    first, nothing = Noising(flux(folder), wants_labels=False).training(batch("a"), epoch=2)
-    none, last = Noising(flux(folder), wants_inputs=False).training(batch("a"), epoch=2)
+    inputs, labels, _ = Noising(flux(folder)).training(batch("a"), epoch=2)
+    first, nothing, _ = Noising(flux(folder), wants_labels=False).training(batch("a"), epoch=2)
+    none, last, _ = Noising(flux(folder), wants_inputs=False).training(batch("a"), epoch=2)
     assert nothing is None and torch.equal(first.x_BTC, inputs.x_BTC)
     assert none is None and torch.equal(last.target, labels.target)
 
@@ -69,7 +69,7 @@ def test_of_a_distribution_of_latents_one_is_drawn_each_epoch(folder: Path) -> N
     given.features.update(latents_mean=mean, latents_std=torch.full_like(mean, 0.5))
     drawn = []
     for epoch in range(200):
-        inputs, labels = Noising(flux(folder)).training(given, epoch)
+        inputs, labels, _ = Noising(flux(folder)).training(given, epoch)
         drawn.append(noised(inputs) - inputs.t_B.view(-1, 1, 1, 1) * labels.target)
     drawn = torch.stack(drawn)
     torch.testing.assert_close(drawn.mean(0), mean, atol=0.2, rtol=0)
@@ -77,26 +77,26 @@ def test_of_a_distribution_of_latents_one_is_drawn_each_epoch(folder: Path) -> N
 
 
 def test_a_sample_is_noised_alike_in_any_company(folder: Path) -> None:
-    inputs, labels = Noising(flux(folder)).training(batch("a", "b", "c"), epoch=2)
+    inputs, labels, _ = Noising(flux(folder)).training(batch("a", "b", "c"), epoch=2)
     for index, sample in enumerate("abc"):
-        alone, its_labels = Noising(flux(folder)).training(batch(sample), epoch=2)
+        alone, its_labels, _ = Noising(flux(folder)).training(batch(sample), epoch=2)
         assert torch.equal(alone.x_BTC[0], inputs.x_BTC[index])
         assert torch.equal(its_labels.target[0], labels.target[index])
 
 
 def test_another_epoch_or_seed_draws_anew(folder: Path) -> None:
-    inputs, labels = Noising(flux(folder)).training(batch("a"), epoch=2)
+    inputs, labels, _ = Noising(flux(folder)).training(batch("a"), epoch=2)
     for seed, epoch in ((0, 3), (1, 2)):
-        others, other_labels = Noising(flux(folder, seed)).training(batch("a"), epoch)
+        others, other_labels, _ = Noising(flux(folder, seed)).training(batch("a"), epoch)
         assert others.t_B.item() != inputs.t_B.item()
         assert (other_labels.target - labels.target).abs().mean() > 0.1
 
 
 def test_evaluation_is_the_same_in_every_run(folder: Path) -> None:
-    first, labels = Noising(flux(folder, seed=1)).evaluation(batch("a", "b"), "held out", 0.3)
-    again, other_labels = Noising(flux(folder, seed=2)).evaluation(batch("b"), "held out", 0.3)
+    first, labels, _ = Noising(flux(folder, seed=1)).evaluation(batch("a", "b"), "held out", 0.3)
+    again, other_labels, _ = Noising(flux(folder, seed=2)).evaluation(batch("b"), "held out", 0.3)
     assert torch.equal(first.x_BTC[1], again.x_BTC[0]) and torch.equal(labels.target[1], other_labels.target[0])
-    another_set, _ = Noising(flux(folder)).evaluation(batch("b"), "other", 0.3)
+    another_set, _, _ = Noising(flux(folder)).evaluation(batch("b"), "other", 0.3)
     assert not torch.equal(another_set.x_BTC, again.x_BTC)
 
 
@@ -109,7 +109,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("options", "sampler"), OPTIONS)
 def test_levels_are_those_the_options_ask_for(folder: Path, options: dict, sampler: TimestepSampler) -> None:
-    inputs, _ = Noising(flux(folder, **options)).evaluation(batch("a", "b"), "held out", 0.3)
+    inputs, _, _ = Noising(flux(folder, **options)).evaluation(batch("a", "b"), "held out", 0.3)
     assert inputs.t_B.dtype == torch.float32
     assert inputs.t_B.tolist() == pytest.approx([sampler.timestep(0.3, tokens=6)] * 2)
 
@@ -132,8 +132,8 @@ def test_noise_is_made_as_the_options_ask(folder: Path) -> None:
 
 def test_perturbation_is_seen_and_not_asked_for(folder: Path) -> None:
     given = batch(*"abcdefgh")
-    inputs, labels = Noising(flux(folder)).training(given, epoch=2)
-    seen, asked = Noising(flux(folder, ip_noise_gamma=0.3)).training(given, epoch=2)
+    inputs, labels, _ = Noising(flux(folder)).training(given, epoch=2)
+    seen, asked, _ = Noising(flux(folder, ip_noise_gamma=0.3)).training(given, epoch=2)
     assert torch.equal(asked.target, labels.target) and torch.equal(seen.t_B, inputs.t_B)
     further = (noised(seen) - noised(inputs)) / seen.t_B.view(-1, 1, 1, 1)
     assert further.std().item() == pytest.approx(0.3, rel=0.1)
@@ -143,7 +143,7 @@ def test_perturbation_is_seen_and_not_asked_for(folder: Path) -> None:
 def test_weights_and_widths_follow_the_noise_level(folder: Path) -> None:
     given = batch("a", "b")
     given.weight.mul_(torch.tensor([1.0, 0.5]).view(-1, 1, 1, 1))
-    inputs, labels = Noising(flux(folder, weighting_scheme="sigma_sqrt", loss_type="huber")).training(given, epoch=2)
+    inputs, labels, _ = Noising(flux(folder, weighting_scheme="sigma_sqrt", loss_type="huber")).training(given, epoch=2)
     t = inputs.t_B.view(-1, 1, 1, 1)
     torch.testing.assert_close(labels.weight, given.weight / t**2)
     torch.testing.assert_close(labels.delta, 0.9 * (1 - t) ** 2 + 0.1)
@@ -152,8 +152,8 @@ def test_weights_and_widths_follow_the_noise_level(folder: Path) -> None:
 def test_evaluation_measures_the_runs_distance_without_the_extras_of_training(folder: Path) -> None:
     given = batch("a", "b")
     extras = {"noise_offset": 0.5, "ip_noise_gamma": 0.3, "weighting_scheme": "cosmap", "stratified_timesteps": "epoch"}
-    plain_inputs, plain = Noising(flux(folder)).evaluation(given, "held out", 0.3)
-    inputs, labels = Noising(flux(folder, **extras, loss_type="mae")).evaluation(given, "held out", 0.3)
+    plain_inputs, plain, _ = Noising(flux(folder)).evaluation(given, "held out", 0.3)
+    inputs, labels, _ = Noising(flux(folder, **extras, loss_type="mae")).evaluation(given, "held out", 0.3)
     assert torch.equal(inputs.x_BTC, plain_inputs.x_BTC) and torch.equal(labels.target, plain.target)
     assert torch.equal(labels.weight, given.weight) and labels.delta is None
     prediction = torch.zeros_like(labels.target)
@@ -166,7 +166,7 @@ def test_stratified_timesteps_are_drawn_in_parts_of_their_own(folder: Path) -> N
     sampler = TimestepSampler()
     for method, count, taken in (("batch", 8, [4, 5, 6, 7]), ("epoch", 100, [3, 30, 99, 7])):
         given = replace(batch("a", "b", "c", "d"), places=Places(5, range(4, 8), 8, [3, 30, 99, 7], 100))
-        inputs, _ = Noising(flux(folder, stratified_timesteps=method)).training(given, epoch=2)
+        inputs, _, _ = Noising(flux(folder, stratified_timesteps=method)).training(given, epoch=2)
         quantile = {
             "batch": lambda place, n: strata.in_batch(0, 2, 5, place, n),
             "epoch": lambda place, n: strata.in_epoch(0, 2, place, n),

@@ -1,7 +1,9 @@
-"""Targets that the frozen base gives: at any number of stages those of a base that has no adapter at all."""
+"""Targets that a teacher gives, at any number of stages: the frozen base as a base that has no adapter at all, and the
+model itself for empty captions."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,3 +76,56 @@ def test_regularisation_data_is_held_to_what_the_base_makes_of_it(tmp_path: Path
     for result in run_ranks(train, stages, folder, stages):
         assert result["losses"] == pytest.approx(expected, rel=1e-5)
         assert result["kept"]
+
+
+GUIDANCE = 2.5
+CAPTIONED = torch.tensor([True, False])
+
+
+def captioned_and_empty(flux: Any, step: int) -> list:
+    """Micro-batches of two samples, of which the first has a caption, each with inputs whose captions are empty."""
+    made = [toy_flux.micro_batch(flux, step, 0, index) for index in range(ACCUMULATION)]
+    empty = [inputs._replace(text_BLD=torch.zeros_like(inputs.text_BLD)) for inputs, _ in made]
+    return [
+        (inputs, labels._replace(captioned=CAPTIONED), none) for (inputs, labels), none in zip(made, empty, strict=True)
+    ]
+
+
+def train_folded(ranks: Ranks, folder: Path, stages: int) -> list[float]:
+    """Job of a rank: losses, with guidance folded into the targets."""
+    from utils.parallel.teacher import Teacher
+
+    ranks = ranks.with_stages(stages)
+    flux = toy_flux.pipeline(folder, folded_guidance=GUIDANCE)
+    engine, _ = engine_of(ranks, flux, toy_flux.adapter(), ACCUMULATION, clip=0.0)
+    engine.teacher = Teacher(nullcontext, flux.folded, shown=lambda batch: (batch[2], batch[1]))
+    return [engine.train_step(captioned_and_empty(flux, step), step).loss for step in range(STEPS)]
+
+
+def plain_folded_losses(folder: Path) -> list[float]:
+    """The same steps in one plain process."""
+    flux = toy_flux.pipeline(folder)
+    denoiser, layers = toy_flux.denoiser_and_layers(flux, toy_flux.adapter())
+    optimizer = torch.optim.AdamW([p for p in denoiser.parameters() if p.requires_grad], lr=toy_flux.LEARNING_RATE)
+    losses = []
+    for step in range(STEPS):
+        total = 0.0
+        for inputs, labels, empty in captioned_and_empty(flux, step):
+            with torch.no_grad():
+                unprompted = run(layers, empty)
+            guided = GUIDANCE * labels.target[0] + (1 - GUIDANCE) * unprompted[0]
+            loss = (run(layers, inputs) - torch.stack([guided, labels.target[1]])).square().mean() / ACCUMULATION
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_guidance_is_folded_into_the_targets_of_captioned_samples(tmp_path: Path, stages: int) -> None:
+    folder = toy_flux.write_folder(tmp_path)
+    expected = plain_folded_losses(folder)
+    for losses in run_ranks(train_folded, stages, folder, stages):
+        assert losses == pytest.approx(expected, rel=1e-5)
