@@ -65,8 +65,7 @@ class BasePipeline(ABC):
         denoiser_folder: where a diffusers folder keeps the denoiser; a property where an option chooses it.
         guided_by_second_prediction: samples are guided by the difference to a prediction for the negative prompt
             (classifier-free guidance); without it guidance, if the model knows any, is one of its inputs.
-        no_guidance: the `guidance` at which there is no second prediction, so that it counts as in the stock pipeline:
-            1 where that is n + g (p - n), 0 where it is p + g (p - n).
+        no_guidance: the `guidance` at which `guided` gives the prediction for the prompt, so that no other is needed.
         loss_terms: names of the losses that layers add on their way; see `utils.parallel.pipeline.Output`.
         variational_weight: of the variational term, of models that learn the variance of a step; a property where an
             option says it.

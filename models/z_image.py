@@ -259,6 +259,10 @@ class ZImagePipeline(BasePipeline):
             canvas_hw0=torch.empty(height, width, 0),
         )
 
+    def guided(self, prompted: torch.Tensor, negative: torch.Tensor, guidance: float) -> torch.Tensor:
+        """p + g (p - n), as the stock pipeline counts."""
+        return prompted + guidance * (prompted - negative)
+
     def tokens(self, latent_shape: Sequence[int]) -> int:
         _, height, width = latent_shape
         return (height // PATCH) * (width // PATCH)

@@ -158,7 +158,6 @@ def sample_model(
         latent_shape=partial(_latent_shape, pipeline, settings.sampling),
         levels=pipeline.sampling_levels,
         negative_prompt=settings.sampling.negative_prompt if is_guided(pipeline, settings.sampling) else None,
-        no_guidance=pipeline.no_guidance,
         guided=pipeline.guided,
         rate=pipeline.media.rate,
         tokens=pipeline.tokens,

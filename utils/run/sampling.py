@@ -39,7 +39,6 @@ class SampleModel:
         latent_shape: -> shape of a sample's latent without the batch.
         levels: steps -> their noise levels before a flow-matching scheduler shifts them; None for the scheduler's own.
         negative_prompt: what a second prediction is made for, to lead away from; None for one prediction.
-        no_guidance: the `guidance` that would lead nowhere.
         guided: (prediction for the prompt, that for the negative prompt, guidance) -> what leads away from the latter.
         rate: frames of a clip a second.
         tokens: latent shape -> image tokens.
@@ -54,7 +53,6 @@ class SampleModel:
     latent_shape: Callable[[], tuple[int, ...]]
     levels: Callable[[int], Sequence[float] | None]
     negative_prompt: str | None
-    no_guidance: float
     guided: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     rate: float
     tokens: Callable[[Sequence[int]], int]
@@ -112,7 +110,6 @@ def denoise(
     scheduler.set_timesteps(**steps, **_shift_arguments(scheduler, model, shape))
     prompts = [prompt, *([] if model.negative_prompt is None else [model.negative_prompt])]
     features = [model.features(one) for one in prompts] if ranks.is_first_stage else [None] * len(prompts)
-    strength = settings.guidance + (1.0 - model.no_guidance)
     latents = seeds.normal((1, *shape), settings.seed, "sample", index)
     # Schedulers of flow matching have neither.
     latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -128,7 +125,7 @@ def denoise(
                 for one in features
             ]
         predictions = [prediction.float().cpu() for prediction in engine.predict(batches, len(prompts))]
-        prediction = model.guided(*predictions, strength) if len(predictions) > 1 else predictions[0]
+        prediction = model.guided(*predictions, settings.guidance) if len(predictions) > 1 else predictions[0]
         output = model.for_scheduler(prediction)
         latents = scheduler.step(output, timestep, latents, return_dict=False, **noise)[0]
     return latents
