@@ -10,7 +10,7 @@ from torch import nn
 
 from models.base import BasePipeline
 from models.foundation.adapter_files import read_adapter
-from utils.adapters import attach
+from utils.adapters import attach, presets
 from utils.parallel.partition import stage_bounds
 from utils.parallel.teacher import Teacher
 from utils.settings.errors import SettingsError
@@ -73,10 +73,28 @@ def load_stage(pipeline: BasePipeline, settings: Settings, stage: int) -> Bluepr
     blueprint = draw_up(pipeline, settings, denoiser)
     layers = blueprint.stage_layers(stage)
     pipeline.fill(denoiser, weights, layers)
+    apply_presets(pipeline, blueprint, layers)
     if settings.adapter:
         attach.initialise(denoiser, layers, settings.adapter, pipeline.seed)
         load_existing_adapter(pipeline, settings, blueprint, layers)
     return blueprint
+
+
+def apply_presets(pipeline: BasePipeline, blueprint: Blueprint, layers: list[nn.Module]) -> None:
+    """Brings the `preset_adapters` into `layers`; with no layers they are only checked.
+
+    Raises:
+        SettingsError: one does not fit the model.
+    """
+    denoiser = blueprint.denoiser
+    for preset in pipeline.options.preset_adapters:
+        factors = read_adapter(preset.path, denoiser, pipeline.denoiser_folder, pipeline.original_layout, scale=1.0)
+        updates = presets.updates_of(denoiser, factors, str(preset.path))
+        if preset.fused:
+            presets.fuse(denoiser, layers, updates, preset.weight)
+        else:
+            presets.check_beside(denoiser, updates, str(preset.path))
+            presets.put_beside(denoiser, layers, updates, preset.weight)
 
 
 def teacher_of(pipeline: BasePipeline, settings: Settings, blueprint: Blueprint) -> Teacher | None:

@@ -14,8 +14,8 @@ from torch import nn
 import optimizers
 from models.base import BasePipeline
 from models.foundation.files import problems_of
-from models.foundation.outputs import check_outputs
-from models.foundation.placement import Blueprint, draw_up, load_existing_adapter
+from models.foundation.outputs import check_outputs, check_texts
+from models.foundation.placement import Blueprint, apply_presets, draw_up, load_existing_adapter
 from models.foundation.weights import build_empty
 from utils.dataset.collection import Collection, Source, check_encoder_names, collect, shortfalls
 from utils.dataset.encoders import Encoder, items_wanted
@@ -52,6 +52,7 @@ def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline) -> Bluep
     empty = build_empty(pipeline.build_denoiser)
     pipeline.set_types(empty)
     blueprint = draw_up(pipeline, settings, empty)
+    apply_presets(pipeline, blueprint, layers=[])
     load_existing_adapter(pipeline, settings, blueprint, layers=[])
     check_outputs(pipeline, settings)
     return blueprint
@@ -95,6 +96,7 @@ def describe(
 ) -> str:
     """What the run will do with data that is collected."""
     encoders = encoders_of(pipeline, collections)
+    check_texts(encoders, settings)
     parameters = list(blueprint.denoiser.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     accumulation = settings.gradient_accumulation_steps

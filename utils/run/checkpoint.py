@@ -49,6 +49,7 @@ def identity_of(settings: Settings) -> dict[str, Any]:
     return {
         "seed": settings.seed,
         "[model] type": settings.model.type,
+        "[model] preset_adapters": [[preset.path.name, preset.weight] for preset in settings.model.preset_adapters],
         "[adapter] type": adapter and adapter.type,
         "[adapter] rank": adapter and adapter.rank,
         "[adapter] alpha": adapter and adapter.alpha,

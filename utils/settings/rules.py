@@ -140,6 +140,11 @@ def _adapter_path_exists(settings: Settings, _: int) -> Iterator[Problem]:
         yield from missing("[adapter] init_from_existing", settings.adapter.init_from_existing)
 
 
+def _preset_paths_exist(settings: Settings, _: int) -> Iterator[Problem]:
+    for number, preset in enumerate(settings.model.preset_adapters, start=1):
+        yield from missing(f"[[model.preset_adapters]] {number} path", preset.path)
+
+
 def _float16_is_not_trained(settings: Settings, _: int) -> Iterator[Problem]:
     tables = {"[model]": settings.model, "[adapter]": settings.adapter}
     for table, chosen in tables.items():
@@ -235,6 +240,7 @@ _RULES = (
     *(_model_path_exists(key) for key in ("diffusers_path", "transformer_path", "vae_path")),
     Rule(("model.text_encoders",), _text_encoder_paths_exist),
     Rule(("adapter.init_from_existing",), _adapter_path_exists),
+    Rule(("model.preset_adapters",), _preset_paths_exist),
     Rule(("sampling.prompts", *(f"sampling.{key}" for key in SAMPLE_CADENCES)), _prompts_have_a_cadence),
     Rule(("monitoring.enable_wandb", *(f"monitoring.{key}" for key in WANDB_KEYS)), _wandb_is_enabled),
 )
