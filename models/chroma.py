@@ -15,7 +15,6 @@ from transformers import T5EncoderModel
 
 from models.base import Features, ModelEncoder
 from models.flux import BFL_LAYOUT, FluxPipeline, grid_positions, pack, unpack
-from models.foundation.autoencoders import ImageAutoencoder
 from models.foundation.files import check_diffusers_folder, part_override, read_config
 from models.foundation.key_layouts import KeyLayout, Rule
 from models.foundation.text_encoders import TextEncoder, TrueLengthFeatures
@@ -181,7 +180,7 @@ class ChromaPipeline(FluxPipeline):
         features = TrueLengthFeatures("t5", length, padding_tokens=1)
         text = (T5EncoderModel, folder, "text_encoder", "tokenizer", part_override(options, "t5"), self.dtype)
         return [
-            ImageAutoencoder(folder, options.vae_path, self.dtype, draw=options.latents),
+            self.autoencoder(),
             TextEncoder("t5", *text, features, {"t5": (length, width), "t5_mask": (length,)}),
         ]
 

@@ -5,22 +5,21 @@ Shapes: B batch, T image tokens, L text tokens, S = L + T, C latent channels, D 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from einops import rearrange
 from torch import nn
 
-from models.base import BasePipeline, Features, ModelEncoder
-from models.foundation.autoencoders import ImageAutoencoder, vae_config
+from models.base import Features, ModelEncoder
+from models.foundation.autoencoders import ImageAutoencoder
 from models.foundation.files import check_diffusers_folder, part_override, read_config
 from models.foundation.key_layouts import KeyLayout, Rule
+from models.foundation.picture_models import PicturePipeline
 from models.foundation.stages import Middle
 from models.foundation.text_encoders import clip_l, t5
-from utils.dataset.buckets import MediaFacts
 from utils.settings.schema import ModelSettings
 from utils.settings.values import Count
 
@@ -154,11 +153,10 @@ class Exit(nn.Module):
         return unpack(x_BTC[:, : (height // PATCH) * (width // PATCH)], height, width)
 
 
-class FluxPipeline(BasePipeline):
+class FluxPipeline(PicturePipeline):
     """Flux.1 of Black Forest Labs, and models of its shape."""
 
     Options = FluxOptions
-    media = MediaFacts(spatial=16, temporal=1, max_frames=1)
     blocks = ("transformer_blocks", "single_transformer_blocks")
     stream_type = FluxStream
     original_layout = BFL_LAYOUT
@@ -172,7 +170,7 @@ class FluxPipeline(BasePipeline):
         options, folder = self.options, self.options.diffusers_path
         control_vae = ImageAutoencoder(folder, options.vae_path, self.dtype, reads="control", draw="mode")
         return [
-            ImageAutoencoder(folder, options.vae_path, self.dtype, draw=options.latents),
+            self.autoencoder(),
             clip_l(folder, part_override(options, "clip"), self.dtype),
             t5(folder, part_override(options, "t5"), self.dtype, options.max_sequence_length),
             *([control_vae] if controls else []),
@@ -213,26 +211,10 @@ class FluxPipeline(BasePipeline):
             canvas_hw0=torch.empty(height, width, 0),
         )
 
-    def tokens(self, latent_shape: Sequence[int]) -> int:
-        _, height, width = latent_shape
-        return (height // PATCH) * (width // PATCH)
-
-    def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
-        vae = self._vae_config
-        cell = 2 ** (len(vae["block_out_channels"]) - 1)
-        return vae["latent_channels"], height // cell, width // cell
-
-    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.options.diffusers_path, subfolder="scheduler")
-
-    # Kept: every micro-batch asks for them.
+    # Kept: every micro-batch asks for it.
     @cached_property
     def _transformer_config(self) -> dict[str, Any]:
         return read_config(self.options.diffusers_path, "transformer", model="FluxTransformer2DModel")
-
-    @cached_property
-    def _vae_config(self) -> dict[str, Any]:
-        return vae_config(self.options.diffusers_path, self.options.vae_path)
 
 
 def pack(x_BChw: torch.Tensor) -> torch.Tensor:

@@ -6,24 +6,22 @@ Shapes: B batch, T image tokens, L text tokens, P pooled text features, C latent
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel
 from einops import rearrange
 from torch import nn
 
-from models.base import BasePipeline, Features, ModelEncoder
-from models.foundation.autoencoders import ImageAutoencoder, vae_config
+from models.base import Features, ModelEncoder
 from models.foundation.clip import clip
 from models.foundation.files import check_diffusers_folder, part_override, read_config
 from models.foundation.key_layouts import KeyLayout, Rule
+from models.foundation.picture_models import PicturePipeline
 from models.foundation.stages import Middle
 from models.foundation.text_encoders import TextEncoder, t5
-from utils.dataset.buckets import MediaFacts
 from utils.settings.errors import Problem, SettingsError
 from utils.settings.schema import ModelSettings
 from utils.settings.values import Count
@@ -169,11 +167,10 @@ class Exit(nn.Module):
         )
 
 
-class Sd3Pipeline(BasePipeline):
+class Sd3Pipeline(PicturePipeline):
     """Stable Diffusion 3 medium and 3.5 medium, large and turbo, of Stability AI."""
 
     Options = Sd3Options
-    media = MediaFacts(spatial=16, temporal=1, max_frames=1)
     blocks = ("transformer_blocks",)
     stream_type = Sd3Stream
     keep_in_high_precision = (POSITIONS,)
@@ -222,7 +219,7 @@ class Sd3Pipeline(BasePipeline):
 
     def _check_variant(self) -> None:
         """Whether transformer, VAE and text encoders fit one another."""
-        config, made = self._transformer_config, self._vae_config["latent_channels"]
+        config, made = self._transformer_config, self.vae_config["latent_channels"]
         channels, pooled, width = (config[key] for key in CONFIG_KEYS)
         shapes = {key: shape for name in self._present for key, shape in self._text_encoder(name).shapes.items()}
         clips = {name: shapes[name] for name in CLIPS if name in shapes}
@@ -243,9 +240,7 @@ class Sd3Pipeline(BasePipeline):
             raise SettingsError(problems)
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
-        options = self.options
-        autoencoder = ImageAutoencoder(options.diffusers_path, options.vae_path, self.dtype, draw=options.latents)
-        return [autoencoder, *(self._text_encoder(name) for name in self._present)]
+        return [self.autoencoder(), *(self._text_encoder(name) for name in self._present)]
 
     def _text_encoder(self, name: str) -> TextEncoder:
         options, folder, (part, tokenizer) = self.options, self.options.diffusers_path, TEXT_PARTS[name]
@@ -295,27 +290,11 @@ class Sd3Pipeline(BasePipeline):
             text_BLD[:, CLIP_TOKENS:] = features["t5"]
         return text_BLD, pooled_BP
 
-    def tokens(self, latent_shape: Sequence[int]) -> int:
-        _, height, width = latent_shape
-        return (height // PATCH) * (width // PATCH)
-
-    def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
-        vae = self._vae_config
-        cell = 2 ** (len(vae["block_out_channels"]) - 1)
-        return vae["latent_channels"], height // cell, width // cell
-
-    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.options.diffusers_path, subfolder="scheduler")
-
     def sampling_levels(self, steps: int) -> None:
         return None
 
-    # Kept: every micro-batch asks for them.
+    # Kept: every micro-batch asks for it.
     @cached_property
     def _transformer_config(self) -> dict[str, Any]:
         keys = (*CONFIG_KEYS, "num_layers")
         return read_config(self.options.diffusers_path, "transformer", model="SD3Transformer2DModel", keys=keys)
-
-    @cached_property
-    def _vae_config(self) -> dict[str, Any]:
-        return vae_config(self.options.diffusers_path, self.options.vae_path)

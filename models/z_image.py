@@ -9,24 +9,22 @@ h w latent cells. From the first joined block on T counts the text too, which fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from diffusers import ZImageTransformer2DModel
 from einops import rearrange
 from torch import nn
 from torch.nn import functional
 from transformers import Qwen3Model
 
-from models.base import BasePipeline, Features, ModelEncoder
-from models.foundation.autoencoders import ImageAutoencoder, vae_config
+from models.base import Features, ModelEncoder
 from models.foundation.files import check_diffusers_folder, part_override, read_config
 from models.foundation.key_layouts import KeyLayout, Rule
+from models.foundation.picture_models import PicturePipeline
 from models.foundation.stages import Middle
 from models.foundation.text_encoders import ChatFeatures, TextEncoder
-from utils.dataset.buckets import MediaFacts
 from utils.diffusion.objectives import FlowMatching
 from utils.settings.errors import SettingsError
 from utils.settings.schema import ModelSettings
@@ -182,11 +180,10 @@ class Exit(nn.Module):
         return unpatchify(x_BTC[:, : (height // PATCH) * (width // PATCH)], height, width)
 
 
-class ZImagePipeline(BasePipeline):
+class ZImagePipeline(PicturePipeline):
     """Z-Image of Alibaba's Tongyi Lab: Turbo, which is distilled, and the base model."""
 
     Options = ZImageOptions
-    media = MediaFacts(spatial=16, temporal=1, max_frames=1)
     objective = FlowMatching(predicts_data_minus_noise=True, time_is_cleanness=True)
     blocks = BLOCKS
     stream_type = ZImageStream
@@ -220,7 +217,7 @@ class ZImagePipeline(BasePipeline):
         shapes = {"qwen3": (length, width), "qwen3_mask": (length,)}
         text = (Qwen3Model, folder, "text_encoder", "tokenizer", part_override(options, "qwen3"), self.dtype)
         return [
-            ImageAutoencoder(folder, options.vae_path, self.dtype, draw=options.latents),
+            self.autoencoder(),
             TextEncoder("qwen3", *text, ChatFeatures("qwen3", length), shapes),
         ]
 
@@ -263,27 +260,11 @@ class ZImagePipeline(BasePipeline):
         """p + g (p - n), as the stock pipeline counts."""
         return prompted + guidance * (prompted - negative)
 
-    def tokens(self, latent_shape: Sequence[int]) -> int:
-        _, height, width = latent_shape
-        return (height // PATCH) * (width // PATCH)
-
-    def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
-        vae = self._vae_config
-        cell = 2 ** (len(vae["block_out_channels"]) - 1)
-        return vae["latent_channels"], height // cell, width // cell
-
-    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.options.diffusers_path, subfolder="scheduler")
-
-    # Kept: every micro-batch asks for them.
+    # Kept: every micro-batch asks for it.
     @cached_property
     def _transformer_config(self) -> dict[str, Any]:
         folder = self.options.diffusers_path
         return read_config(folder, "transformer", model="ZImageTransformer2DModel", keys=["axes_lens"])
-
-    @cached_property
-    def _vae_config(self) -> dict[str, Any]:
-        return vae_config(self.options.diffusers_path, self.options.vae_path)
 
 
 def filled(length: Any) -> Any:

@@ -1,0 +1,52 @@
+"""What models of still pictures share whose latents are those of `AutoencoderKL`."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from models.base import BasePipeline
+from models.foundation.autoencoders import ImageAutoencoder, vae_config
+from utils.dataset.buckets import MediaFacts
+
+
+class PicturePipeline(BasePipeline, ABC):
+    """A model of still pictures, drawn by the Euler steps of flow matching.
+
+    Attributes:
+        patch: latent cells on a side of an image token.
+    """
+
+    media = MediaFacts(spatial=16, temporal=1, max_frames=1)
+    patch: ClassVar[int] = 2
+
+    def autoencoder(self) -> ImageAutoencoder:
+        """What makes latents of pictures."""
+        options = self.options
+        return ImageAutoencoder(options.diffusers_path, options.vae_path, self.dtype, draw=options.latents)
+
+    def tokens(self, latent_shape: Sequence[int]) -> int:
+        _, height, width = latent_shape
+        return (height // self.patch) * (width // self.patch)
+
+    def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
+        vae = self.vae_config
+        cell = 2 ** (len(vae["block_out_channels"]) - 1)
+        return vae["latent_channels"], height // cell, width // cell
+
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.options.diffusers_path, subfolder="scheduler")
+
+    # Kept: every micro-batch asks for it.
+    @cached_property
+    def vae_config(self) -> dict[str, Any]:
+        """The configuration of the VAE.
+
+        Raises:
+            SettingsError: it is missing, damaged, or another model's.
+        """
+        return vae_config(self.options.diffusers_path, self.options.vae_path)
