@@ -16,6 +16,7 @@ from torch import nn
 
 from models.foundation.files import problems_of
 from models.foundation.key_layouts import KeyLayout
+from models.foundation.recognition import explained
 from models.foundation.weights import Weights, build_empty, materialise, read_header
 from utils.adapters.attach import base_name
 from utils.dataset.buckets import MediaFacts
@@ -282,7 +283,10 @@ class BasePipeline(ABC):
         layout = self.original_layout
         if layout is not None:
             layout = layout if layout.recognises(read_header(path).files) else None
-        return Weights(path, denoiser, layout)
+        try:
+            return Weights(path, denoiser, layout)
+        except SettingsError as error:
+            raise explained(error, read_header(path).shapes, self.options.type) from error
 
     @property
     def denoiser_path(self) -> Path:
