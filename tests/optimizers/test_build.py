@@ -98,3 +98,19 @@ def test_a_groups_own_decay_counts_first() -> None:
     settings = AdamWSettings(type="adamw", lr=0.1, weight_decay=0.3)
     optimizer = build(groups_of(module.named_parameters(), lr=0.1, weight_decay=0.3), settings)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+
+
+def test_parameters_with_rates_of_their_own_are_groups_of_their_own():
+    module = nn.ModuleDict({"unet": nn.Linear(2, 3), "text_encoder": nn.Linear(2, 3)})
+    groups = groups_of(
+        module.named_parameters(),
+        lr=0.5,
+        weight_decay=0.1,
+        own_rate=lambda name: 0.25 if name.startswith("text_encoder.") else None,
+    )
+    assert [(group["names"], group["lr"], group["initial_lr"], group["weight_decay"]) for group in groups] == [
+        (["unet.weight"], 0.5, 0.5, 0.1),
+        (["unet.bias"], 0.5, 0.5, 0.0),
+        (["text_encoder.weight"], 0.25, 0.25, 0.1),
+        (["text_encoder.bias"], 0.25, 0.25, 0.0),
+    ]
