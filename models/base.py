@@ -57,8 +57,9 @@ class BasePipeline(ABC):
         Options: the `[model]` keys of this model.
         media: to what multiples pictures and clips are rounded, and how many frames it takes.
         objective: what the denoiser predicts; a property where it follows from the model's files.
-        blocks: names of the denoiser's lists of repeated blocks, which are what is adapted. Recomputed are the layers
-            that say `recomputable`.
+        blocks: names of the denoiser's lists of repeated blocks, or patterns of them, which are what is adapted.
+            Recomputed are the layers that say `recomputable`.
+        convolutional_blocks: further lists of them, which are adapted with `convolutions` of `[adapter]`.
         stream_type: the NamedTuple that travels between layers.
         resolution_shift: the constants by which the timestep shift follows the picture's size.
         keep_in_high_precision: parts of parameter names that stay float32 whatever `dtype` says.
@@ -67,7 +68,7 @@ class BasePipeline(ABC):
         guided_by_second_prediction: samples are guided by the difference to a prediction for the negative prompt
             (classifier-free guidance); without it guidance, if the model knows any, is one of its inputs.
         no_guidance: the `guidance` at which `guided` gives the prediction for the prompt, so that no other is needed.
-        loss_terms: names of the losses that layers add on their way; see `utils.parallel.pipeline.Output`.
+        loss_terms: names of the losses that layers add on their way; see `utils.diffusion.auxiliary.Output`.
         variational_weight: of the variational term, of models that learn the variance of a step; a property where an
             option says it.
         max_controls: how many control images it is conditioned on, of a dataset that has some.
@@ -77,6 +78,7 @@ class BasePipeline(ABC):
     media: ClassVar[MediaFacts]
     objective: Objective = FlowMatching()
     blocks: ClassVar[tuple[str, ...]]
+    convolutional_blocks: ClassVar[tuple[str, ...]] = ()
     stream_type: ClassVar[Callable[..., tuple]]
     resolution_shift: ClassVar[ResolutionShift] = ResolutionShift()
     keep_in_high_precision: ClassVar[tuple[str, ...]] = ()

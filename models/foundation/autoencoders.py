@@ -7,58 +7,94 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from einops import rearrange
+from torch import nn
 
 from models.foundation.files import read_config
 from models.foundation.weights import assign, build_empty, fingerprint, load_tensors, promised_tensors
 from utils.dataset.samples import Bucket
 from utils.diffusion import seeds
 
-CONFIG_KEYS = ("block_out_channels", "latent_channels", "scaling_factor")
 Draw = Literal["sample", "mode", "distribution"]
+Tensors = dict[str, torch.Tensor]
 NOISE_SEED = 0
 """Of the draw from a picture's distribution. It is the picture's alone, so that all runs may share a cache."""
 
 
-def vae_config(folder: Path, file: Path | None) -> dict[str, Any]:
-    """The configuration of an image VAE: that of a diffusers folder, unless `file` is a folder with its own.
+@dataclass(frozen=True)
+class Family:
+    """A kind of VAE on disk: a diffusers folder, its weights perhaps from elsewhere, with diffusers' or original names.
 
-    Raises:
-        SettingsError: it is missing, damaged, or another model's.
+    Attributes:
+        model_class: of diffusers.
+        keys: what its configuration must have.
+        own_name: part of a tensor's name in files of diffusers, and of no name in others.
+        convert: (tensors of another program, configuration) -> tensors as diffusers names them.
+        prefix: of its tensors in checkpoints that hold other parts too.
+        older: (part of a name in files of older diffusers, what it is now).
     """
-    own = file is not None and (file / "config.json").is_file()
-    return read_config(file if own else folder / "vae", model="AutoencoderKL", keys=CONFIG_KEYS)
+
+    model_class: type[nn.Module]
+    keys: tuple[str, ...]
+    own_name: str
+    convert: Callable[[Tensors, dict[str, Any]], Tensors]
+    prefix: str = ""
+    older: tuple[tuple[str, str], ...] = ()
+
+    def config(self, folder: Path, file: Path | None) -> dict[str, Any]:
+        """The configuration: that of a diffusers folder, unless `file` is a folder with its own.
+
+        Raises:
+            SettingsError: it is missing, damaged, or another model's.
+        """
+        own = file is not None and (file / "config.json").is_file()
+        return read_config(file if own else folder / "vae", model=self.model_class.__name__, keys=self.keys)
+
+    def load(
+        self,
+        folder: Path,
+        file: Path | None,
+        dtype: torch.dtype,
+        read: Callable[[Path, torch.dtype, str], Tensors] = load_tensors,
+    ) -> nn.Module:
+        """The VAE.
+
+        Args:
+            folder: the diffusers folder with `vae/config.json`.
+            file: file or folder of weights that replace the folder's.
+            read: what gives the tensors of a file or folder; with `promised_tensors` the VAE is on the meta device.
+
+        Raises:
+            SettingsError: the file holds no VAE that fits the configuration.
+        """
+        config = self.config(folder, file)
+        vae, source = build_empty(lambda: self.model_class.from_config(config)), file or folder / "vae"
+        tensors = read(source, dtype, self.prefix)
+        if not any(self.own_name in name for name in tensors):
+            tensors = self.convert(tensors, config)
+        for old, new in self.older:
+            tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+        assign(vae, tensors, source)
+        return vae
 
 
-def load_autoencoder_kl(
-    folder: Path,
-    file: Path | None,
-    dtype: torch.dtype,
-    read: Callable[[Path, torch.dtype], dict[str, torch.Tensor]] = load_tensors,
-) -> AutoencoderKL:
-    """An image VAE from a diffusers folder, its weights perhaps from elsewhere, with diffusers' or original names.
-
-    Args:
-        file: file or folder of weights that replace the folder's.
-        read: what gives the tensors of a file or folder; with `promised_tensors` the VAE is on the meta device.
-
-    Raises:
-        SettingsError: the file holds no VAE that fits the configuration.
-    """
-    config = vae_config(folder, file)
-    vae, source = build_empty(lambda: AutoencoderKL.from_config(config)), file or folder / "vae"
-    tensors = read(source, dtype)
-    if not any("down_blocks." in name for name in tensors):
-        tensors = convert_ldm_vae_checkpoint(tensors, config)
-    assign(vae, tensors, source)
-    return vae
+AUTOENCODER_KL = Family(
+    AutoencoderKL,
+    ("block_out_channels", "latent_channels", "scaling_factor"),
+    "down_blocks.",
+    convert_ldm_vae_checkpoint,
+    prefix="first_stage_model.",
+    older=((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")),
+)
+vae_config = AUTOENCODER_KL.config
 
 
 class ImageAutoencoder:
@@ -68,20 +104,22 @@ class ImageAutoencoder:
         folder: the diffusers folder with `vae/config.json`.
         file: file or folder of weights that replace the folder's.
         dtype: in which it encodes.
-        reads: what it encodes, "pixels" or "control"; its store and its features are named by it.
+        reads: what it encodes, "pixels" or "control" ("control_2" ...); its store and features are named by it.
         draw: what it yields of a picture's distribution of latents: one sample, which is always the same for a
             picture; the mode; or mean and standard deviation, so that mean + std * noise is a latent.
     """
+
+    family: ClassVar[Family] = AUTOENCODER_KL
 
     def __init__(
         self, folder: Path, file: Path | None, dtype: torch.dtype, *, reads: str = "pixels", draw: Draw = "sample"
     ):
         self.folder, self.file, self.dtype, self.draw = folder, file, dtype, draw
-        self.name = "vae" if reads == "pixels" else "vae_control"
+        self.name = "vae" if reads == "pixels" else f"vae_{reads}"
         self.reads = (reads,)
-        latents = "latents" if reads == "pixels" else "control_latents"
+        latents = "latents" if reads == "pixels" else f"{reads}_latents"
         self.outputs = [f"{latents}_mean", f"{latents}_std"] if draw == "distribution" else [latents]
-        self.vae: AutoencoderKL | None = None
+        self.vae: nn.Module | None = None
         self.device = torch.device("cpu")
 
     @cached_property
@@ -96,11 +134,11 @@ class ImageAutoencoder:
         Raises:
             SettingsError: they do not.
         """
-        load_autoencoder_kl(self.folder, self.file, self.dtype, promised_tensors)
+        self.family.load(self.folder, self.file, self.dtype, promised_tensors)
 
     def load(self, device: torch.device) -> None:
         self.device = device
-        self.vae = load_autoencoder_kl(self.folder, self.file, self.dtype).to(device).eval().requires_grad_(False)
+        self.vae = self.family.load(self.folder, self.file, self.dtype).to(device).eval().requires_grad_(False)
 
     def unload(self) -> None:
         self.vae = None
@@ -126,7 +164,7 @@ class ImageAutoencoder:
         return rearrange(self.vae.decode(latents).sample.float(), "b c h w -> b c 1 h w").clamp(-1, 1)
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        config = vae_config(self.folder, self.file)
+        config = self.family.config(self.folder, self.file)
         cell = 2 ** (len(config["block_out_channels"]) - 1)
         shape = (config["latent_channels"], bucket.height // cell, bucket.width // cell)
         return dict.fromkeys(self.outputs, (shape, self.dtype))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from models.base import BasePipeline
-from models.foundation.outputs import prompt_encoders, prompts_shown
+from models.foundation.outputs import check_texts, prompt_encoders, prompts_shown
 from models.foundation.plan import choices_of, encoders_of
 from utils.dataset.batches import SampleReader
 from utils.dataset.cache_lock import reading
@@ -58,6 +58,7 @@ def load_data(
     ranks, cached_texts = filling.ranks, settings.cache_text_embeddings
     collections = collect_together(ranks, sources, pipeline.media, scan, **choices_of(settings))
     encoders = encoders_of(pipeline, collections)
+    check_texts(encoders, settings)
     check_epochs(settings, ranks, collections[0].samples)
     of_prompts = prompt_encoders(encoders)
     live = [] if cached_texts else of_prompts

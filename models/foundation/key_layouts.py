@@ -110,6 +110,26 @@ class KeyLayout:
             raise ValueError(f"no place in the original layout for {len(left)} tensors, first '{left[0]}'")
         return converted
 
+    def from_original(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inverse of `to_original`, for layouts whose fused modules are equally large; tensors that have no place
+        in the table are left out."""
+        numbers = range(1 + max([0, *(int(number) for name in tensors for number in BLOCK_NUMBER.findall(name))]))
+        found = {}
+        for rule in self.rules:
+            for number in numbers if "{}" in rule.there else [0]:
+                for parameter in PARAMETERS:
+                    key = _named(rule.there.format(number), rule.parameter_there(parameter))
+                    if key in tensors:
+                        whole = swap_halves(tensors[key]) if rule.swap_halves else tensors[key]
+                        names = [_named(part.format(number), parameter) for part in rule.here]
+                        found |= dict(zip(names, whole.chunk(len(names)), strict=True))
+        return found
+
+    def names_there(self, modules: Iterable[str]) -> dict[str, str]:
+        """Module here -> the module there that it is, or that it is a part of."""
+        ours = set(modules)
+        return {part: there for there, parts, _ in self._modules(ours) for part in parts if part in ours}
+
     def lora_to_kohya(
         self, factors: Mapping[str, torch.Tensor], scale_of: Callable[[str], float], rows_of: Callable[[str], int]
     ) -> dict[str, torch.Tensor]:

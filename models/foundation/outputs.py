@@ -7,15 +7,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from models.base import BasePipeline
+from models.foundation.ensemble import Ensemble
 from models.foundation.placement import Blueprint
 from utils.adapters.attach import scale
 from utils.dataset.batches import SampleReader
-from utils.dataset.encoders import Encoder, reads_media
+from utils.dataset.encoders import Encoder, reads_media, reads_text
 from utils.dataset.samples import Bucket, Shown, of_prompt
 from utils.ranks import Ranks
-from utils.run.export import ExportPlan, Tensors, settings_hash
+from utils.run.export import ExportPlan, PartFolder, Tensors, settings_hash
 from utils.run.sampling import SampleModel
 from utils.settings.errors import SettingsError
 from utils.settings.schema import SamplingSettings, Settings, torch_dtype
@@ -73,8 +75,7 @@ def export_plan(pipeline: BasePipeline, settings: Settings, blueprint: Blueprint
         dtype=torch_dtype(settings.save_dtype) if settings.save_dtype else None,
         formats=("diffusers", COMFYUI) if asked == "both" else (asked,),
         layouts={COMFYUI: convert} if layout else {},
-        config=dict(blueprint.denoiser.config),
-        denoiser_folder=pipeline.denoiser_folder,
+        folders=_folders(pipeline, blueprint.denoiser),
         metadata={
             "trained_with": "penstock",
             "model_type": settings.model.type,
@@ -84,6 +85,17 @@ def export_plan(pipeline: BasePipeline, settings: Settings, blueprint: Blueprint
             "settings_hash": settings_hash(settings.model_dump_json()),
         },
         frozen=frozen,
+    )
+
+
+def _folders(pipeline: BasePipeline, denoiser: nn.Module) -> tuple[PartFolder, ...]:
+    """The trained modules as parts of a diffusers folder."""
+    if not isinstance(denoiser, Ensemble):
+        return (PartFolder(pipeline.denoiser_folder, dict(denoiser.config)),)
+    return tuple(
+        # What is of transformers has another name for its weights.
+        PartFolder(name, config, f"{name}.", *(["model"] if "model_type" in config else []))
+        for name, config in denoiser.configs.items()
     )
 
 
@@ -117,6 +129,26 @@ def _latent_shape(pipeline: BasePipeline, sampling: SamplingSettings) -> tuple[i
 def prompt_encoders(encoders: Sequence[Encoder]) -> list[Encoder]:
     """Those that a prompt goes through."""
     return [encoder for encoder in encoders if not reads_media(encoder)]
+
+
+def check_texts(encoders: Sequence[Encoder], settings: Settings) -> None:
+    """Whether the settings ask for texts alone of a text encoder that reads control images too.
+
+    Raises:
+        SettingsError: they do.
+    """
+    if not any(reads_text(encoder) and reads_media(encoder) for encoder in encoders):
+        return
+    if settings.sampling.prompts:
+        raise SettingsError.of(
+            "this model's text encoder reads control images with a caption, and a prompt has none; leave `prompts` out",
+            where="[sampling]",
+        )
+    if not settings.cache_text_embeddings:
+        raise SettingsError.of(
+            "this model's text encoder reads control images with a caption, which is cached; leave it out",
+            where="key `cache_text_embeddings`",
+        )
 
 
 def prompts_shown(pipeline: BasePipeline, sampling: SamplingSettings) -> dict[str, Shown]:

@@ -10,11 +10,12 @@ from torch import nn
 
 from models.base import BasePipeline
 from models.foundation.adapter_files import read_adapter
+from models.foundation.ensemble import Ensemble
 from utils.adapters import attach, presets
 from utils.parallel.partition import stage_bounds
 from utils.parallel.teacher import Teacher
 from utils.settings.errors import SettingsError
-from utils.settings.schema import Settings
+from utils.settings.schema import AdapterSettings, Settings
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def draw_up(pipeline: BasePipeline, settings: Settings, denoiser: nn.Module) -> 
         SettingsError: the adapter's patterns leave nothing, or the stages do not fit the layers.
     """
     if settings.adapter:
-        attach.attach(denoiser, pipeline.blocks, settings.adapter)
+        attach.attach(denoiser, adapted_blocks(pipeline, settings.adapter), settings.adapter)
     layers = pipeline.to_layers(denoiser)
     sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
     try:
@@ -60,6 +61,19 @@ def draw_up(pipeline: BasePipeline, settings: Settings, denoiser: nn.Module) -> 
     except ValueError as error:
         raise SettingsError.of(str(error), where="pipeline_stages, partition_split") from error
     return Blueprint(denoiser, layers, bounds)
+
+
+def adapted_blocks(pipeline: BasePipeline, adapter: AdapterSettings) -> tuple[str, ...]:
+    """The blocks in which modules are adapted.
+
+    Raises:
+        SettingsError: convolutions are asked for, and the model has none.
+    """
+    if adapter.convolutions and not pipeline.convolutional_blocks:
+        raise SettingsError.of(
+            "this model's blocks have no convolutions; leave it out", where="[adapter] convolutions"
+        )
+    return (*pipeline.blocks, *(pipeline.convolutional_blocks if adapter.convolutions else ()))
 
 
 def load_stage(pipeline: BasePipeline, settings: Settings, stage: int) -> Blueprint:
@@ -121,7 +135,8 @@ def load_existing_adapter(
         factors = read_adapter(
             existing,
             blueprint.denoiser,
-            pipeline.denoiser_folder,
+            # The names of an ensemble begin with the folder as those in a file do.
+            "" if isinstance(blueprint.denoiser, Ensemble) else pipeline.denoiser_folder,
             pipeline.original_layout,
             attach.scale(settings.adapter),
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -33,3 +35,18 @@ class Middle(nn.Module):
         if len(self.writes) == 1:
             results = (results,)
         return stream._replace(**dict(zip(self.writes, results, strict=True)))
+
+
+@contextmanager
+def listening(
+    modules: Iterable[nn.Module], hear: Callable[[nn.Module, tuple, Any], torch.Tensor]
+) -> Iterator[list[torch.Tensor]]:
+    """What `hear` (module, inputs, output) makes of every call of `modules` within it, for layers that need what
+    happens inside a block. To be used within a layer's forward: where that is recomputed, this is too."""
+    heard: list[torch.Tensor] = []
+    handles = [module.register_forward_hook(lambda *call: heard.append(hear(*call))) for module in modules]
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()

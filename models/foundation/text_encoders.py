@@ -25,6 +25,7 @@ from utils.settings.json_files import read_json
 
 Features = dict[str, torch.Tensor | list[torch.Tensor]]
 Encode = Callable[[nn.Module, Any, list[str]], Features]
+Tensors = dict[str, torch.Tensor]
 
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 """Files that hold a tokenizer's words: any of these sets is enough."""
@@ -47,6 +48,30 @@ class T5Features:
     def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, torch.Tensor]:
         tokens = tokenizer(captions, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
         return {"t5": text_encoder(tokens.input_ids.to(text_encoder.device))[0]}
+
+
+@dataclass(frozen=True)
+class MaskedT5Features:
+    """The last hidden state of T5 (B, L, D), which itself does not look at the padding up to `length`."""
+
+    length: int
+
+    def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, torch.Tensor]:
+        tokens = tokenizer(captions, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
+        tokens = tokens.to(text_encoder.device)
+        return {"t5": text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]}
+
+
+@dataclass(frozen=True)
+class ProjectedFeatures:
+    """What CLIP pools and projects of a caption that is filled up to `length` tokens (B, P), without a mask."""
+
+    name: str
+    length: int
+
+    def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, torch.Tensor]:
+        tokens = tokenizer(captions, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
+        return {self.name: text_encoder(tokens.input_ids.to(text_encoder.device)).text_embeds}
 
 
 @dataclass(frozen=True)
@@ -117,6 +142,24 @@ class ChatFeatures:
         }
 
 
+@dataclass(frozen=True)
+class Original:
+    """How a text encoder is kept in a checkpoint that holds other parts too.
+
+    Attributes:
+        prefix: of its tensors; without it there, the whole file is the encoder's and named as transformers names it.
+        convert: tensors, still with the prefix -> tensors as transformers names them.
+    """
+
+    prefix: str = ""
+    convert: Callable[[Tensors], Tensors] = dict
+
+    def tensors(self, read: Callable[[Path, torch.dtype, str], Tensors], source: Path, dtype: torch.dtype) -> Tensors:
+        """What `read` gives of a file or folder, as transformers names it."""
+        tensors = read(source, dtype, self.prefix)
+        return self.convert(tensors) if all(name.startswith(self.prefix) for name in tensors) else tensors
+
+
 class TextEncoder:
     """A frozen text encoder as an `Encoder`: captions -> features. `truncated` counts the captions, since it was
     loaded, that were longer than it reads.
@@ -130,6 +173,7 @@ class TextEncoder:
         encode: captions -> named features; its repr is part of the fingerprint, its `length` is how many tokens it
             reads (default: as many as the tokenizer says), and its `written` what is put around a caption, if anything.
         shapes: of one caption's features, by name.
+        original: how it is kept in the publisher's checkpoints.
     """
 
     reads = ("caption",)
@@ -145,7 +189,9 @@ class TextEncoder:
         dtype: torch.dtype,
         encode: Encode,
         shapes: Mapping[str, tuple[int, ...]],
+        original: Original | None = None,
     ):
+        self.original = original or Original()
         self.name, self.model_class, self.folder = name, model_class, folder
         self.subfolder, self.tokenizer_folder = subfolder, folder / tokenizer
         self.file, self.dtype, self.features, self.shapes = file, dtype, encode, shapes
@@ -170,7 +216,7 @@ class TextEncoder:
             raise SettingsError(problems)
 
     def _check_tokenizer(self) -> None:
-        words, known = len(load_tokenizer(self.tokenizer_folder)), self._config().vocab_size
+        words, known = len(self.tokenizer), self.config().get_text_config().vocab_size
         if words > known:
             raise SettingsError.of(
                 f"this tokenizer has {words} tokens, and the encoder in {self.subfolder} knows {known}; is it another "
@@ -180,27 +226,29 @@ class TextEncoder:
         self.token_count("")
 
     def _check_weights(self) -> None:
-        tensors = promised_tensors(self._source, self.dtype)
-        self._build(None, config=self._config(), state_dict=tensors, device_map="meta")
+        tensors = self.original.tensors(promised_tensors, self._source, self.dtype)
+        self._build(None, config=self.config(), state_dict=tensors, device_map="meta")
 
     def load(self, device: torch.device) -> None:
         self.truncated = 0
-        self.model = self._load_model().to(device).eval().requires_grad_(False)
+        self.model = self.load_model().to(device).eval().requires_grad_(False)
 
     @property
     def _source(self) -> Path:
         return self.file or self.folder / self.subfolder
 
-    def _config(self) -> PretrainedConfig:
+    def config(self) -> PretrainedConfig:
+        """The configuration of the model of transformers."""
         own = (self._source / "config.json").is_file()
         return self.model_class.config_class.from_pretrained(self._source if own else self.folder / self.subfolder)
 
-    def _load_model(self) -> nn.Module:
+    def load_model(self) -> nn.Module:
+        """The model of transformers with its weights, on the CPU."""
         source = self._source
         # In a folder with the names that it writes, transformers reads one tensor after the other.
         if any((source / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
-            return self._build(source, config=self._config())
-        return self._build(None, config=self._config(), state_dict=load_tensors(source, self.dtype))
+            return self._build(source, config=self.config())
+        return self._build(None, config=self.config(), state_dict=self.original.tensors(load_tensors, source, self.dtype))
 
     def _build(self, source: Path | None, **how: Any) -> nn.Module:
         """The model with its weights. transformers knows the names of older files, which tensors are tied, and what
@@ -241,8 +289,11 @@ class TextEncoder:
         return {name: (shape, self.dtype) for name, shape in self.shapes.items()}
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, *, names_padding: bool = True) -> Any:
     """The tokenizer in a folder.
+
+    Args:
+        names_padding: whether it must name the token that it fills up with.
 
     Raises:
         SettingsError: it is not whole.
@@ -261,7 +312,7 @@ def load_tokenizer(folder: Path) -> Any:
     # Which errors there are is for three libraries to choose; some raise a bare Exception.
     except Exception as error:
         raise SettingsError.of(f"the tokenizer cannot be loaded ({error}); download it again", str(folder)) from error
-    if tokenizer.pad_token is None:
+    if names_padding and tokenizer.pad_token is None:
         raise SettingsError.of("names no `pad_token`; download it again", str(folder / "tokenizer_config.json"))
     return tokenizer
 

@@ -5,49 +5,27 @@ Shapes: B batch, C channels, F frames, H W pixels, f h w latent cells.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
-from models.foundation.autoencoders import ImageAutoencoder, picture_noise
-from models.foundation.files import read_config
-from models.foundation.weights import assign, build_empty, load_tensors, promised_tensors
+from models.foundation.autoencoders import Family, ImageAutoencoder, Tensors, picture_noise
 from utils.dataset.samples import Bucket
 
-WAN_KEYS = ("z_dim", "latents_mean", "latents_std")
+STATISTICS = ("z_dim", "latents_mean", "latents_std")
 
 
-def wan_vae_config(folder: Path, file: Path | None) -> dict:
-    """The configuration of Wan's VAE: that of a diffusers folder, unless `file` is a folder with its own.
-
-    Raises:
-        SettingsError: it is missing, damaged, or another model's.
-    """
-    own = file is not None and (file / "config.json").is_file()
-    return read_config(file if own else folder / "vae", model="AutoencoderKLWan", keys=WAN_KEYS)
+def _from_wan(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    """The original names of Wan's VAE, as diffusers names them."""
+    return convert_wan_vae_to_diffusers(tensors)
 
 
-def load_wan_vae(
-    folder: Path,
-    file: Path | None,
-    dtype: torch.dtype,
-    read: Callable[[Path, torch.dtype], dict[str, torch.Tensor]] = load_tensors,
-) -> AutoencoderKLWan:
-    """Wan's VAE from a diffusers folder, its weights perhaps from elsewhere, with diffusers' or original names.
-
-    Raises:
-        SettingsError: the file holds no VAE that fits the configuration.
-    """
-    config = wan_vae_config(folder, file)
-    vae, source = build_empty(lambda: AutoencoderKLWan.from_config(config)), file or folder / "vae"
-    tensors = read(source, dtype)
-    if not any("up_blocks." in name for name in tensors):
-        tensors = convert_wan_vae_to_diffusers(tensors)
-    assign(vae, tensors, source)
-    return vae
+WAN = Family(AutoencoderKLWan, STATISTICS, "up_blocks.", _from_wan)
+# Qwen-Image's VAE is Wan's, trained again.
+QWEN_IMAGE = Family(AutoencoderKLQwenImage, STATISTICS, "up_blocks.", _from_wan)
+wan_vae_config = WAN.config
 
 
 def latent_size(config: dict, width: int, height: int, frames: int) -> tuple[int, int, int, int]:
@@ -59,14 +37,7 @@ def latent_size(config: dict, width: int, height: int, frames: int) -> tuple[int
 class WanAutoencoder(ImageAutoencoder):
     """Wan's VAE as an `Encoder`: pixels of pictures and clips -> latents (z - mean) / std, by channel."""
 
-    vae: AutoencoderKLWan | None
-
-    def check(self) -> None:
-        load_wan_vae(self.folder, self.file, self.dtype, promised_tensors)
-
-    def load(self, device: torch.device) -> None:
-        self.device = device
-        self.vae = load_wan_vae(self.folder, self.file, self.dtype).to(device).eval().requires_grad_(False)
+    family = WAN
 
     @torch.no_grad()
     def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -88,7 +59,7 @@ class WanAutoencoder(ImageAutoencoder):
         return self.vae.decode(latents).sample.float().clamp(-1, 1)
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        config = wan_vae_config(self.folder, self.file)
+        config = self.family.config(self.folder, self.file)
         shape = latent_size(config, bucket.width, bucket.height, bucket.frames)
         return dict.fromkeys(self.outputs, (shape, self.dtype))
 
@@ -98,3 +69,9 @@ class WanAutoencoder(ImageAutoencoder):
         values = (torch.tensor(config[name]) for name in ("latents_mean", "latents_std"))
         mean, std = (value.to(self.device, self.dtype).view(-1, 1, 1, 1) for value in values)
         return mean, std
+
+
+class QwenImageAutoencoder(WanAutoencoder):
+    """Qwen-Image's VAE as an `Encoder`: as Wan's, (B, C, 1, h, w) of a picture."""
+
+    family = QWEN_IMAGE

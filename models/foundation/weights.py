@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 from models.foundation.key_layouts import KeyLayout, Piece, swap_halves
@@ -188,15 +187,21 @@ def unscaled(tensor: torch.Tensor, scale: torch.Tensor, key: str, source: Path) 
     return tensor.float() * scale.float().reshape(())
 
 
-def load_tensors(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def load_tensors(path: Path, dtype: torch.dtype, prefix: str = "") -> dict[str, torch.Tensor]:
     """All tensors of a file or folder, those of floating point in `dtype`.
+
+    Args:
+        prefix: if names begin with it, only those tensors are read: one part of a checkpoint that holds several.
 
     Raises:
         SettingsError: there is no such file, or it is not a whole safetensors file.
     """
+    header = read_header(path)
+    wanted = _part(header.files, prefix)
     tensors: dict[str, torch.Tensor] = {}
-    for file in read_header(path).paths:
-        tensors |= load_file(file)
+    for file in header.paths:
+        with safe_open(file, framework="pt") as opened:
+            tensors |= {key: opened.get_tensor(key) for key in wanted if header.files[key] == file}
     for key in list(tensors):
         scale = next((name for name in scale_keys(key) if name in tensors), None)
         tensors[key] = tensors[key] if scale is None else unscaled(tensors[key], tensors[scale], scale, path)
@@ -204,9 +209,16 @@ def load_tensors(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def promised_tensors(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def promised_tensors(path: Path, dtype: torch.dtype, prefix: str = "") -> dict[str, torch.Tensor]:
     """What `load_tensors` would give, on the meta device: only headers are read."""
-    return {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in read_header(path).shapes.items()}
+    shapes = read_header(path).shapes
+    return {key: torch.empty(shapes[key], dtype=dtype, device="meta") for key in _part(shapes, prefix)}
+
+
+def _part(keys: Iterable[str], prefix: str) -> list[str]:
+    """The keys with this prefix; all, if none has it."""
+    keys = list(keys)
+    return [key for key in keys if key.startswith(prefix)] or keys
 
 
 def assign(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: Path) -> None:

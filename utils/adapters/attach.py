@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatch
+from fnmatch import fnmatch, fnmatchcase
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -30,21 +30,26 @@ def base_name(name: str) -> str:
 
 
 def targets(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings) -> list[str]:
-    """Names of the Linears inside the denoiser's repeated blocks that the patterns let through.
+    """Names of the Linears, and convolutions if they are asked for, inside the denoiser's repeated blocks that the
+    patterns let through.
+
+    Args:
+        blocks: names of lists of blocks, or patterns of such names.
 
     Raises:
         SettingsError: none is left.
     """
-    linears = [
+    kinds = (nn.Linear, nn.Conv2d) if settings.convolutions else nn.Linear
+    modules = [
         name
         for name, module in denoiser.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(tuple(f"{block}." for block in blocks))
+        if isinstance(module, kinds) and any(fnmatchcase(name, f"{block}.*") for block in blocks)
     ]
-    chosen = [name for name in linears if _chosen(name, settings)]
+    chosen = [name for name in modules if _chosen(name, settings)]
     if not chosen:
         raise SettingsError.of(
             f"include = {settings.include}, exclude = {settings.exclude} leave nothing to adapt; the model's modules "
-            f"are called like {linears[0]}",
+            f"are called like {modules[0]}",
             where="[adapter]",
         )
     return chosen

@@ -29,8 +29,8 @@ class Encoder(Protocol):
     name: str
     """Its store's folder."""
     reads: tuple[str, ...]
-    """What `encode` takes, of "pixels", "mask", "control" ("control_2" ... for the further ones), "caption" and
-    "weighted_caption"."""
+    """What `encode` takes, of "pixels", "place", "mask", "control" ("control_2" ... for the further ones), "caption"
+    and "weighted_caption"."""
     fingerprint: str
     """Changes whenever its output would."""
 
@@ -42,8 +42,9 @@ class Encoder(Protocol):
 
     def encode(self, **inputs: Any) -> dict[str, torch.Tensor | list[torch.Tensor]]:
         """Features of a batch under names that no other encoder of the model uses, each a tensor batched in dimension
-        0 or a list of B tensors of different lengths. Pixels, controls and masks come as BCFHW on the CPU, captions as
-        a list of B strings, weighted captions as a list of B lists of (text, weight)."""
+        0 or a list of B tensors of different lengths. Pixels, controls and masks come as BCFHW on the CPU, places as
+        (B, 6) pixels: height and width of the file, top and left of the crop once it is scaled, height and width of
+        the pixels; captions as a list of B strings, weighted captions as a list of B lists of (text, weight)."""
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape, without the batch, and type of each feature of a sample; nothing is loaded for it."""
@@ -178,6 +179,19 @@ def _pixels(shown: Shown, name: str, thing: str) -> torch.Tensor:
     return _load(sample.media, load_clip, *how)
 
 
+def _place_numbers(shown: Shown, name: str, thing: str) -> list[int]:
+    media, view = shown.sample.media, shown.take.plain_view(shown.sample.bucket)
+    left, top, right, _ = view.box(media.width, media.height)
+    scale = view.width / (right - left)
+    # What is mirrored was cropped on the other side.
+    left = media.width - right if view.flip else left
+    return [media.height, media.width, round(top * scale), round(left * scale), view.height, view.width]
+
+
+def _place(shown: Shown, name: str, thing: str) -> torch.Tensor:
+    return torch.tensor(_place_numbers(shown, name, thing), dtype=torch.float32)
+
+
 def _mask_identity(shown: Shown, name: str, thing: str) -> list[Any]:
     sample, take, mask = shown.sample, shown.take, shown.sample.mask
     time_ = [sample.bucket.frames, take.start, sample.rate] if sample.rate else []
@@ -213,6 +227,7 @@ def _weighted_caption(shown: Shown, name: str, thing: str) -> list[tuple[str, fl
 TEXT = frozenset({"caption", "weighted_caption"})
 _READINGS: dict[str, _Reading] = {
     "pixels": _Reading(_pixels_identity, _pixels),
+    "place": _Reading(_place_numbers, _place),
     "mask": _Reading(_mask_identity, _mask),
     "control": _Reading(_control_identity, _control_pixels),
     "caption": _Reading(_caption, _caption),

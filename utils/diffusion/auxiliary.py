@@ -1,11 +1,26 @@
 """Losses beside that of the prediction.
 
-Shapes: T tokens, E experts, K experts that a token is sent to.
+Shapes: T tokens, E experts, K experts that a token is sent to, or kinds of losses.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+
+
+class Output(NamedTuple):
+    """What the last layer returns where layers add losses of their own, as a router's of its experts.
+
+    Attributes:
+        prediction: what goes to the loss.
+        terms_K: the sums of these losses over the layers, each with its weight, in the order of `loss_terms`. They
+            travel from stage to stage as a field of the stream, so that their gradients come back with the others.
+    """
+
+    prediction: torch.Tensor
+    terms_K: torch.Tensor
 
 
 def load_balancing(probabilities_TE: torch.Tensor, chosen_TK: torch.Tensor) -> torch.Tensor:

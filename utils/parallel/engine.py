@@ -24,8 +24,9 @@ from deepspeed.runtime.pipe import p2p, schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import nn
 
+from utils.diffusion.auxiliary import Output
 from utils.parallel import wire
-from utils.parallel.pipeline import DenoiserPipeline, Output
+from utils.parallel.pipeline import DenoiserPipeline
 from utils.parallel.teacher import Teacher
 
 NEVER = 10**9

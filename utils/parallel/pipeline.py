@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from deepspeed.pipe import PipelineModule
@@ -13,19 +13,6 @@ from torch import nn
 
 from utils.diffusion import seeds
 from utils.parallel.recompute import run_layer
-
-
-class Output(NamedTuple):
-    """What the last layer returns where layers add losses of their own, as a router's of its experts.
-
-    Attributes:
-        prediction: what goes to the loss.
-        terms_K: the sums of these losses over the layers, each with its weight, in the order of `loss_terms`. They
-            travel from stage to stage as a field of the stream, so that their gradients come back with the others.
-    """
-
-    prediction: torch.Tensor
-    terms_K: torch.Tensor
 
 
 class DenoiserPipeline(PipelineModule):
@@ -37,7 +24,7 @@ class DenoiserPipeline(PipelineModule):
         stream_type: the NamedTuple that travels from layer to layer.
         loss: (prediction, labels) -> loss per sample (B,).
         recompute: keep only the inputs of the layers that say `recomputable`.
-        loss_terms: names of the losses that layers add on their way; the last layer then returns `Output`.
+        loss_terms: names of the losses that layers add on their way; the last layer then returns an `Output`.
         seed: of the run; dropout draws from (seed, step, data rank, micro-batch, layer), so that it is the same at any
             number of stages and after a resume.
     """

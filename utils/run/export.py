@@ -10,9 +10,10 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +36,27 @@ OF_AVERAGES = "_ema"
 
 
 @dataclass(frozen=True)
+class PartFolder:
+    """A module as a part of a diffusers folder.
+
+    Attributes:
+        name: of the folder.
+        config: its `config.json`.
+        prefix: what the names of its tensors begin with, where several modules are trained.
+        stem: of the file with its weights.
+    """
+
+    name: str
+    config: Mapping[str, object]
+    prefix: str = ""
+    stem: str = "diffusion_pytorch_model"
+
+    def own(self, names: Iterable[str]) -> dict[str, str]:
+        """Its tensors among `names`: name within the module -> name."""
+        return {name.removeprefix(self.prefix): name for name in names if name.startswith(self.prefix)}
+
+
+@dataclass(frozen=True)
 class ExportPlan:
     """What a run's exports contain.
 
@@ -43,8 +65,7 @@ class ExportPlan:
         dtype: of the exported weights; None for that of training.
         formats: names of the layouts to write.
         layouts: name of a further layout -> tensors in diffusers' names to tensors in that layout.
-        config: of the denoiser, for a diffusers folder.
-        denoiser_folder: its name in a diffusers folder.
+        folders: the modules that are trained, as parts of a diffusers folder.
         metadata: about the run, written into every file.
         frozen: what this process holds of the denoiser without training it, and a whole denoiser has.
         shard_bytes: largest file of a denoiser in diffusers' layout.
@@ -54,8 +75,7 @@ class ExportPlan:
     dtype: torch.dtype | None
     formats: tuple[str, ...]
     layouts: Mapping[str, Callable[[Tensors], Tensors]]
-    config: Mapping[str, object]
-    denoiser_folder: str
+    folders: tuple[PartFolder, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
     frozen: Mapping[str, torch.Tensor] = field(default_factory=dict)
     shard_bytes: int = SHARD_BYTES
@@ -131,39 +151,52 @@ def _write_adapter(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: d
         "base_model_name_or_path": metadata.get("base_model"),
     }
     metadata = {**metadata, "rank": str(settings.rank), "alpha": str(alpha)}
-    prefix = plan.denoiser_folder
-    known_to_diffusers = {
-        f"{prefix}.{key}": config[key] for key in ("r", "lora_alpha", "lora_dropout", "bias", "target_modules")
-    }
     if "diffusers" in plan.formats:
-        header = {**metadata, "lora_adapter_metadata": json.dumps(known_to_diffusers, sort_keys=True)}
-        write_tensors(folder / ADAPTER_FILE, {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}, header)
+        known_to_diffusers = json.dumps(_diffusers_metadata(plan, config), sort_keys=True)
+        header = {**metadata, "lora_adapter_metadata": known_to_diffusers}
+        named = {
+            f"{part.name}.{own}": tensors[name] for part in plan.folders for own, name in part.own(tensors).items()
+        }
+        write_tensors(folder / ADAPTER_FILE, named, header)
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
     for name, convert in plan.layouts.items():
         if name in plan.formats:
             write_tensors(folder / f"adapter_model_{name}.safetensors", convert(tensors), metadata)
 
 
+def _diffusers_metadata(plan: ExportPlan, config: Mapping[str, Any]) -> dict[str, object]:
+    """What diffusers wants to know of each part's adapter, from that of all."""
+    known: dict[str, object] = {}
+    for part in plan.folders:
+        # Where these are without the prefix of CLIP's files, diffusers finds them in newer and older CLIPs.
+        modules = [name.removeprefix("text_model.") for name in part.own(config["target_modules"])]
+        values = {**config, "target_modules": modules}
+        if modules:
+            keys = ("r", "lora_alpha", "lora_dropout", "bias", "target_modules")
+            known |= {f"{part.name}.{key}": values[key] for key in keys}
+    return known
+
+
 def _write_denoiser(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: dict[str, str]) -> None:
     """`<denoiser>/` as diffusers loads it, in shards, and one file per further layout."""
-    if "diffusers" in plan.formats:
-        denoiser = folder / plan.denoiser_folder
-        denoiser.mkdir()
-        (denoiser / "config.json").write_text(json.dumps(dict(plan.config), indent=2))
-        _write_shards(denoiser, tensors, metadata, plan.shard_bytes)
+    for part in plan.folders if "diffusers" in plan.formats else ():
+        place = folder / part.name
+        place.mkdir()
+        (place / "config.json").write_text(json.dumps(dict(part.config), indent=2))
+        own = {here: tensors[name] for here, name in part.own(tensors).items()}
+        _write_shards(place, own, metadata, plan.shard_bytes, part.stem)
     for name, convert in plan.layouts.items():
         if name in plan.formats:
             write_tensors(folder / f"model_{name}.safetensors", convert(tensors), metadata)
 
 
-def _write_shards(folder: Path, tensors: Tensors, metadata: dict[str, str], shard_bytes: int) -> None:
+def _write_shards(folder: Path, tensors: Tensors, metadata: dict[str, str], shard_bytes: int, stem: str) -> None:
     shards: list[Tensors] = [{}]
     for name, tensor in sorted(tensors.items()):
         size = sum(t.nbytes for t in shards[-1].values())
         if shards[-1] and size + tensor.nbytes > shard_bytes:
             shards.append({})
         shards[-1][name] = tensor
-    stem = "diffusion_pytorch_model"
     if len(shards) == 1:
         write_tensors(folder / f"{stem}.safetensors", shards[0], metadata)
         return

@@ -167,6 +167,8 @@ class AdapterSettings(SettingsTable):
     blocks."""
     exclude: list[str] = []
     """Glob patterns that may match anywhere in a module's name: do not adapt what matches one."""
+    convolutions: bool = False
+    """Adapt the convolutions of a UNet too, and all that stands beside its attention (sd15, sdxl)."""
     init_from_existing: UserPath | None = None
     """File or folder of an adapter to go on from; default: start from zero effect."""
 

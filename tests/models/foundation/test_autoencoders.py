@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from einops import rearrange
 from safetensors.torch import load_file, save_file
 
-from models.foundation.autoencoders import ImageAutoencoder, load_autoencoder_kl
+from models.foundation.autoencoders import AUTOENCODER_KL, ImageAutoencoder
 from tests.models.tiny_flux import write_folder
 from utils.dataset.samples import Bucket
 from utils.diffusion.seeds import generator
@@ -151,7 +151,7 @@ def test_single_file_in_original_names(folder: Path, tmp_path: Path, prefix: str
     expected = load_file(weights_file(folder))
     tensors = {f"{prefix}{name}": tensor for name, tensor in with_original_names(expected).items()}
     save_file(tensors, tmp_path / "ae.safetensors")
-    weights = load_autoencoder_kl(folder, tmp_path / "ae.safetensors", dtype).state_dict()
+    weights = AUTOENCODER_KL.load(folder, tmp_path / "ae.safetensors", dtype).state_dict()
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(weights[name], tensor.to(dtype)), name

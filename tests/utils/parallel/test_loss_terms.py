@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from tests.processes import run_ranks
-from utils.diffusion.auxiliary import load_balancing
+from utils.diffusion.auxiliary import Output, load_balancing
 from utils.diffusion.losses import Labels, mean_squared_error
 from utils.diffusion.seeds import normal
-from utils.parallel.pipeline import DenoiserPipeline, Output
+from utils.parallel.pipeline import DenoiserPipeline
 from utils.ranks import Ranks
 
 TOKENS, WIDTH, EXPERTS, CHOSEN = 6, 4, 3, 2

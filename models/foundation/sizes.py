@@ -1,0 +1,37 @@
+"""What SDXL is told of a picture beside its caption: its size, and where it was cropped (Podell et al. 2023, 2.2).
+
+Shapes: B batch.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from utils.dataset.samples import Bucket
+
+SIZES = "size_ids"
+
+
+class SizeEncoder:
+    """Sizes as an `Encoder`: height and width of the file, top and left of the crop, height and width of what is
+    trained."""
+
+    name = "sizes"
+    reads = ("place",)
+    fingerprint = "1"
+
+    def check(self) -> None:
+        """It has no files."""
+
+    def load(self, device: torch.device) -> None:
+        """Nothing to load."""
+
+    def unload(self) -> None:
+        """Nothing to free."""
+
+    def encode(self, place: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The numbers (B, 6), in pixels."""
+        return {SIZES: place}
+
+    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {SIZES: ((6,), torch.float32)}

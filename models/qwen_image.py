@@ -1,0 +1,340 @@
+"""Qwen-Image, and the Edit models of its shape: Edit, Edit-Plus (2509) and 2511.
+
+Shapes: B batch, T image tokens (of the noisy picture, then of its control images), L text tokens, C latent channels,
+D width, E rows of time embedding, h w latent cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from einops import rearrange
+from torch import nn
+from transformers import Qwen2_5_VLModel
+
+from models.base import BasePipeline, Features, ModelEncoder
+from models.foundation.files import check_diffusers_folder, part_override, read_config
+from models.foundation.key_layouts import KeyLayout, Rule
+from models.foundation.qwen_vl import PICTURE, PictureTextEncoder, Prompt, image_processor, width_of
+from models.foundation.stages import Middle
+from models.foundation.text_encoders import TextEncoder
+from models.foundation.video_autoencoders import QWEN_IMAGE, QwenImageAutoencoder, latent_size
+from models.foundation.weights import read_header
+from utils.dataset.buckets import MediaFacts
+from utils.diffusion.timesteps import RESOLUTION_SHIFTS
+from utils.settings.errors import SettingsError
+from utils.settings.json_files import read_json
+from utils.settings.schema import ModelSettings
+from utils.settings.values import Count
+
+PATCH = 2
+PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+SINGLE_FILES = {"transformer": "transformer_path", "vae": "vae_path"}
+TEXT = "qwen2_5_vl"
+CONTROLS = ("control", "control_2", "control_3")
+
+CHAT = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+DESCRIBE = (
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
+    "objects and background:"
+)
+ALTER = (
+    "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how "
+    "the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
+    "requirements while maintaining consistency with the original input where appropriate."
+)
+DESCRIBE_TOKENS, ALTER_TOKENS = 34, 64
+"""Of the template before the user's words: the model does not see them."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What tells an Edit model from others; the weights have the same shapes.
+
+    Attributes:
+        controls: how many control images it takes.
+        picture: what stands for one in its prompt; `{}` is its number.
+        area: at which the text encoder sees one, in pixels.
+    """
+
+    controls: int = 0
+    picture: str = ""
+    area: int = 0
+
+    def template(self, controls: int) -> str:
+        """The prompt around a caption, with so many control images."""
+        return CHAT.format(ALTER, "".join(self.picture.format(number + 1) for number in range(controls)) + "{}")
+
+
+SHOWN = f"<|vision_start|>{PICTURE}<|vision_end|>"
+VARIANTS = {
+    "image": Variant(),
+    "edit": Variant(1, SHOWN, 1024 * 1024),
+    "edit_plus": Variant(len(CONTROLS), f"Picture {{}}: {SHOWN}", 384 * 384),
+}
+PIPELINES = {
+    "QwenImageEditPipeline": "edit",
+    "QwenImageEditInpaintPipeline": "edit",
+    "QwenImageEditPlusPipeline": "edit_plus",
+}
+"""What `model_index.json` calls them; all others are `image`."""
+
+TIMESTEP_ZERO = "__index_timestep_zero__"
+"""By this empty tensor ComfyUI knows a model to which control images are free of noise (2511)."""
+PARTS_OF_A_BLOCK = (
+    *(f"attn.to_{part}" for part in ("q", "k", "v", "out.0", "add_out")),
+    *(f"attn.add_{part}_proj" for part in "qkv"),
+    *(f"attn.norm_{part}" for part in ("q", "k", "added_q", "added_k")),
+    *(f"{stream}_{part}" for stream in ("img", "txt") for part in ("mod.1", "mlp.net.0.proj", "mlp.net.2")),
+)
+AROUND_THE_BLOCKS = (
+    # First what no other model has: by it a file is known.
+    "txt_norm",
+    "img_in",
+    "txt_in",
+    "time_text_embed.timestep_embedder.linear_1",
+    "time_text_embed.timestep_embedder.linear_2",
+    "norm_out.linear",
+    "proj_out",
+)
+NAMES = (*AROUND_THE_BLOCKS, *(f"transformer_blocks.{{}}.{part}" for part in PARTS_OF_A_BLOCK))
+QWEN_LAYOUT = KeyLayout([Rule(name, (name,)) for name in NAMES])
+
+
+class TimestepZeroLayout(KeyLayout):
+    """The layout of a 2511 model: with the tensor by which ComfyUI knows it."""
+
+    def to_original(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**super().to_original(tensors), TIMESTEP_ZERO: torch.empty(0)}
+
+
+class QwenImageOptions(ModelSettings):
+    """`[model]` of `type = "qwen_image"`."""
+
+    variant: Literal["image", "edit", "edit_plus"] | None = None
+    """Whether the weights are of an Edit model (`edit`: of the first, with one control image; `edit_plus`: 2509 and
+    2511, with up to three); default: as `model_index.json` of the folder says."""
+    max_sequence_length: Count = 512
+    """Tokens of a caption that are read. With control images all are."""
+
+
+class QwenImageInputs(NamedTuple):
+    """What the entry takes. `canvases_hw0` have no elements: their shapes carry height and width of the latents, first
+    the noisy one. Without a mask no text is padded."""
+
+    x_BTC: torch.Tensor
+    text_BLD: torch.Tensor
+    text_mask_BL: torch.Tensor | None
+    t_B: torch.Tensor
+    canvases_hw0: tuple[torch.Tensor, ...]
+
+
+class QwenImageStream(NamedTuple):
+    """What travels from layer to layer. Models to which control images are free of noise have two rows of time
+    embedding a sample, E = 2B, and say of each token which is its own."""
+
+    x_BTD: torch.Tensor
+    text_BLD: torch.Tensor
+    text_mask_BL: torch.Tensor | None
+    time_ED: torch.Tensor
+    time_row_BT: torch.Tensor | None
+    rope_TD_LD: tuple[torch.Tensor, torch.Tensor]
+    canvas_hw0: torch.Tensor
+
+
+class Entry(nn.Module):
+    """Embeds tokens, text, time and positions."""
+
+    def __init__(self, denoiser: QwenImageTransformer2DModel):
+        super().__init__()
+        self.img_in = denoiser.img_in
+        self.txt_norm = denoiser.txt_norm
+        self.txt_in = denoiser.txt_in
+        self.time_text_embed = denoiser.time_text_embed
+        self.pos_embed = denoiser.pos_embed
+        self.zero_cond_t = denoiser.zero_cond_t
+
+    def forward(self, inputs: QwenImageInputs) -> QwenImageStream:
+        dtype = self.img_in.weight.dtype
+        x_BTD = self.img_in(inputs.x_BTC.to(dtype))
+        grids = [(1, canvas.shape[0] // PATCH, canvas.shape[1] // PATCH) for canvas in inputs.canvases_hw0]
+        # t stays float32 until it is embedded.
+        t_E, time_row_BT = inputs.t_B, None
+        if self.zero_cond_t:
+            t_E = torch.cat([t_E, t_E * 0])
+            time_row_BT = torch.ones(x_BTD.shape[:2], dtype=torch.int32, device=x_BTD.device)
+            time_row_BT[:, : grids[0][1] * grids[0][2]] = 0
+        return QwenImageStream(
+            x_BTD=x_BTD,
+            text_BLD=self.txt_in(self.txt_norm(inputs.text_BLD.to(dtype))),
+            text_mask_BL=inputs.text_mask_BL,
+            time_ED=self.time_text_embed(t_E, x_BTD),
+            time_row_BT=time_row_BT,
+            rope_TD_LD=self.pos_embed([grids], max_txt_seq_len=inputs.text_BLD.shape[1], device=x_BTD.device),
+            canvas_hw0=inputs.canvases_hw0[0],
+        )
+
+
+class Exit(nn.Module):
+    """Projects the noisy tokens to the latent (B, C, 1, h, w)."""
+
+    def __init__(self, denoiser: QwenImageTransformer2DModel):
+        super().__init__()
+        self.norm_out = denoiser.norm_out
+        self.proj_out = denoiser.proj_out
+
+    def forward(self, stream: QwenImageStream) -> torch.Tensor:
+        x_BTC = self.proj_out(self.norm_out(stream.x_BTD, stream.time_ED[: len(stream.x_BTD)]))
+        height, width, _ = stream.canvas_hw0.shape
+        return unpack(x_BTC[:, : (height // PATCH) * (width // PATCH)], height, width)
+
+
+class QwenImagePipeline(BasePipeline):
+    """Qwen-Image of Alibaba. Control images are encoded at the size that the dataset gives them (inference brings those
+    of 2509 and 2511 to the area of 1024 x 1024: `control_resolution = 1024`), and shown to the text encoder at the
+    size that inference shows them at."""
+
+    Options = QwenImageOptions
+    media = MediaFacts(spatial=16, temporal=1, max_frames=1)
+    blocks = ("transformer_blocks",)
+    stream_type = QwenImageStream
+    resolution_shift = RESOLUTION_SHIFTS["qwen"]
+    guided_by_second_prediction = True
+
+    @property
+    def max_controls(self) -> int:
+        return self._variant.controls
+
+    @property
+    def original_layout(self) -> KeyLayout:
+        return TimestepZeroLayout(QWEN_LAYOUT.rules) if self._transformer_config.get("zero_cond_t") else QWEN_LAYOUT
+
+    def check(self) -> None:
+        options, folder = self.options, self.options.diffusers_path
+        check_diffusers_folder(options, PARTS, SINGLE_FILES, {"text_encoder": TEXT})
+        config, place = self._transformer_config, str(folder / "transformer" / "config.json")
+        if config.get("use_layer3d_rope") or config.get("use_additional_t_cond"):
+            raise SettingsError.of("is of Qwen-Image-Layered, which is not trained here; give another model", place)
+        fed = {"in_channels": PATCH**2 * self._vae_config["z_dim"], "joint_attention_dim": width_of(folder)}
+        for key, size in fed.items():
+            if config.get(key, size) != size:
+                raise SettingsError.of(
+                    f"has `{key}` {config[key]}, where the VAE and the text encoder beside it make {size}; is one of "
+                    "them another model's?",
+                    place,
+                )
+        override = options.transformer_path
+        if override and not config.get("zero_cond_t") and _is_timestep_zero(read_header(override).files):
+            raise SettingsError.of(
+                "is a file of Qwen-Image-Edit-2511, and the configuration in diffusers_path is of another model; give "
+                "the folder of 2511",
+                str(override),
+            )
+        if self.max_controls:
+            image_processor(folder)
+        self.check_tensors()
+
+    def encoders(self, controls: int = 0) -> list[ModelEncoder]:
+        options, folder = self.options, self.options.diffusers_path
+        vae = (folder, options.vae_path, self.dtype)
+        return [
+            QwenImageAutoencoder(*vae, draw=options.latents),
+            self._text_encoder(controls),
+            *(QwenImageAutoencoder(*vae, reads=control, draw="mode") for control in CONTROLS[:controls]),
+        ]
+
+    def _text_encoder(self, controls: int) -> TextEncoder:
+        """What reads captions, or captions together with so many control images. An Edit model is given captions alone
+        in the words of Qwen-Image."""
+        folder, length = self.options.diffusers_path, self.options.max_sequence_length
+        shapes = {TEXT: (length, width_of(folder)), f"{TEXT}_mask": (length,)}
+        source = (TEXT, Qwen2_5_VLModel, folder, "text_encoder", "tokenizer", part_override(self.options, TEXT))
+        if not controls:
+            prompt = Prompt(TEXT, CHAT.format(DESCRIBE, "{}"), DESCRIBE_TOKENS, DESCRIBE_TOKENS + length)
+            return TextEncoder(*source, self.dtype, prompt, shapes)
+        variant = self._variant
+        prompt = Prompt(TEXT, variant.template(controls), ALTER_TOKENS, None)
+        return PictureTextEncoder(*source, self.dtype, prompt, shapes, controls=controls, area=variant.area)
+
+    def build_denoiser(self) -> QwenImageTransformer2DModel:
+        return QwenImageTransformer2DModel.from_config(self._transformer_config)
+
+    def to_layers(self, denoiser: QwenImageTransformer2DModel) -> list[nn.Module]:
+        reads = {
+            "hidden_states": "x_BTD",
+            "encoder_hidden_states": "text_BLD",
+            "encoder_hidden_states_mask": "text_mask_BL",
+            "temb": "time_ED",
+            "image_rotary_emb": "rope_TD_LD",
+            "modulate_index": "time_row_BT",
+        }
+        middles = [Middle(block, reads, writes=("text_BLD", "x_BTD")) for block in denoiser.transformer_blocks]
+        return [Entry(denoiser), *middles, Exit(denoiser)]
+
+    def prepare_inputs(
+        self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
+    ) -> QwenImageInputs:
+        controls = [f"{control}_latents" for control in CONTROLS]
+        pictures = [x_t, *(features[name].float() for name in controls if name in features)]
+        mask_BL = features[f"{TEXT}_mask"].bool()
+        return QwenImageInputs(
+            x_BTC=torch.cat([pack(picture) for picture in pictures], dim=1),
+            text_BLD=features[TEXT],
+            # With a mask, even of ones, attention is slower.
+            text_mask_BL=None if mask_BL.all() else mask_BL,
+            t_B=t_B,
+            canvases_hw0=tuple(torch.empty(*picture.shape[3:], 0) for picture in pictures),
+        )
+
+    def guided(self, prompted: torch.Tensor, negative: torch.Tensor, guidance: float) -> torch.Tensor:
+        """As usual, each token then brought to the length that it has in the prediction for the prompt."""
+        height, width = prompted.shape[3:]
+        moved_BTC = pack(super().guided(prompted, negative, guidance))
+        scale_BT1 = pack(prompted).norm(dim=-1, keepdim=True) / moved_BTC.norm(dim=-1, keepdim=True)
+        return unpack(moved_BTC * scale_BT1, height, width)
+
+    def tokens(self, latent_shape: Sequence[int]) -> int:
+        *_, height, width = latent_shape
+        return (height // PATCH) * (width // PATCH)
+
+    def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
+        return latent_size(self._vae_config, width, height, frames)
+
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.options.diffusers_path, subfolder="scheduler")
+
+    @cached_property
+    def _variant(self) -> Variant:
+        index = self.options.diffusers_path / "model_index.json"
+        named = read_json(index).get("_class_name") if index.is_file() else None
+        return VARIANTS[self.options.variant or PIPELINES.get(named, "image")]
+
+    # Kept: every micro-batch asks for them.
+    @cached_property
+    def _transformer_config(self) -> dict[str, Any]:
+        return read_config(self.options.diffusers_path, "transformer", model="QwenImageTransformer2DModel")
+
+    @cached_property
+    def _vae_config(self) -> dict[str, Any]:
+        return QWEN_IMAGE.config(self.options.diffusers_path, self.options.vae_path)
+
+
+def _is_timestep_zero(keys: Iterable[str]) -> bool:
+    return any(key.endswith(TIMESTEP_ZERO) for key in keys)
+
+
+def pack(x_BC1hw: torch.Tensor) -> torch.Tensor:
+    """A latent as tokens of 2x2 cells (B, T, 4C)."""
+    return rearrange(x_BC1hw, "b c 1 (h p) (w q) -> b (h w) (c p q)", p=PATCH, q=PATCH)
+
+
+def unpack(x_BTC: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The inverse of `pack`, for a latent of `height` x `width` cells."""
+    return rearrange(
+        x_BTC, "b (h w) (c p q) -> b c 1 (h p) (w q)", h=height // PATCH, w=width // PATCH, p=PATCH, q=PATCH
+    )
