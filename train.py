@@ -343,7 +343,8 @@ def duties_of(
     blueprint: Blueprint,
 ) -> list[Duty]:
     """Evaluation, sampling and export, as the settings ask for them."""
-    from models.foundation.outputs import export_plan, sample_model
+    from models.foundation.outputs import export_plan
+    from models.foundation.prompts import sample_model
     from utils.dataset.batches import EvaluationBatches
     from utils.dataset.epochs import micro_batch_of
     from utils.run import duties

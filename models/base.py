@@ -71,6 +71,8 @@ class BasePipeline(ABC):
         loss_terms: names of the losses that layers add on their way; see `utils.diffusion.auxiliary.Output`.
         variational_weight: of the variational term, of models that learn the variance of a step; a property where an
             option says it.
+        starts_from_picture: it makes clips of a first picture: of the sample's own first frame in training; a property
+            where the model's files decide.
         max_controls: how many control images it is conditioned on, of a dataset that has some.
     """
 
@@ -88,6 +90,7 @@ class BasePipeline(ABC):
     no_guidance: ClassVar[float] = 1.0
     loss_terms: ClassVar[tuple[str, ...]] = ()
     variational_weight: float = 0.0
+    starts_from_picture: bool = False
     max_controls: ClassVar[int] = 0
 
     def __init__(self, options: ModelSettings, seed: int = 0):

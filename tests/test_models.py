@@ -18,8 +18,9 @@ from torch import nn
 
 import models
 from models.base import BasePipeline
-from models.foundation.outputs import export_plan, prompt_encoders
+from models.foundation.outputs import export_plan
 from models.foundation.placement import Blueprint, load_stage
+from models.foundation.prompts import prompt_encoders
 from tests.models.painted import paint
 from tests.models.tiny_flux import settings as settings_of
 from tests.models.tiny_folder import tiny

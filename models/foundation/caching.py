@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from models.base import BasePipeline
-from models.foundation.outputs import check_texts, prompt_encoders, prompts_shown
-from models.foundation.plan import choices_of, encoders_of
+from models.foundation.plan import choices_of, controls_of, encoders_of
+from models.foundation.prompts import check_encoders, encoders_of_prompts, prompt_encoders, prompts_shown
 from utils.dataset.batches import SampleReader
 from utils.dataset.cache_lock import reading
 from utils.dataset.collection import (
@@ -58,12 +58,12 @@ def load_data(
     ranks, cached_texts = filling.ranks, settings.cache_text_embeddings
     collections = collect_together(ranks, sources, pipeline.media, scan, **choices_of(settings))
     encoders = encoders_of(pipeline, collections)
-    check_texts(encoders, settings)
+    check_encoders(encoders, controls_of(collections), pipeline, settings)
     check_epochs(settings, ranks, collections[0].samples)
-    of_prompts = prompt_encoders(encoders)
-    live = [] if cached_texts else of_prompts
+    of_prompts = encoders_of_prompts(encoders, settings.sampling)
+    live = [] if cached_texts else prompt_encoders(encoders)
     samples = [sample for collection in collections for sample in collection.samples]
-    prompts = [shown.sample for shown in prompts_shown(pipeline, settings.sampling).values()]
+    prompts = [shown.sample for both in prompts_shown(pipeline, settings.sampling) for shown in both]
     if settings.model.folded_guidance is not None:
         samples += [replace(sample, captions=("",)) for sample in collections[0].samples]
     wanted = {

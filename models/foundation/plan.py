@@ -14,8 +14,9 @@ from torch import nn
 import optimizers
 from models.base import BasePipeline
 from models.foundation.files import problems_of
-from models.foundation.outputs import check_outputs, check_texts
+from models.foundation.outputs import check_outputs
 from models.foundation.placement import Blueprint, apply_presets, draw_up, load_existing_adapter
+from models.foundation.prompts import check_encoders
 from models.foundation.weights import build_empty
 from utils.dataset.collection import Collection, Source, check_encoder_names, collect, shortfalls
 from utils.dataset.encoders import Encoder, items_wanted
@@ -96,7 +97,7 @@ def describe(
 ) -> str:
     """What the run will do with data that is collected."""
     encoders = encoders_of(pipeline, collections)
-    check_texts(encoders, settings)
+    check_encoders(encoders, controls_of(collections), pipeline, settings)
     parameters = list(blueprint.denoiser.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     accumulation = settings.gradient_accumulation_steps
@@ -126,13 +127,18 @@ def describe(
     return "\n\n".join(sections)
 
 
+def controls_of(collections: Sequence[Collection]) -> int:
+    """How many control images a sample has."""
+    return max(collection.controls for collection in collections)
+
+
 def encoders_of(pipeline: BasePipeline, collections: Sequence[Collection]) -> list[Encoder]:
     """What encodes the collections: the model's encoders, and that of masks if there are any.
 
     Raises:
         SettingsError: the collections have what the model does not take.
     """
-    encoders = pipeline.encoders_for(max(collection.controls for collection in collections))
+    encoders = pipeline.encoders_for(controls_of(collections))
     check_encoder_names(collections, encoders)
     masks = [MaskEncoder(pipeline.latent_shape)] if any(collection.has_masks for collection in collections) else []
     return [*encoders, *masks]

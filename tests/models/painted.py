@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from models.base import BasePipeline
-from models.foundation.outputs import prompt_encoders, prompts_shown, sample_model
+from models.foundation.prompts import encoders_of_prompts, prompts_shown, sample_model
 from tests.models.tiny_flux import settings as settings_of
 from utils.dataset.encoding import Filling, fill
 from utils.ranks import Ranks
@@ -38,12 +38,11 @@ def paint(
     blueprint = load_stage(pipeline, settings, ranks.stage)
     module = DenoiserPipeline(blueprint.layers, blueprint.bounds, pipeline.stream_type, pipeline.loss)
     engine = Engine(module, torch.optim.SGD(module.parameters(), lr=0.0), accumulation=1, clip_norm=0.0)
-    prompts = [shown.sample for shown in prompts_shown(pipeline, settings.sampling).values()]
+    prompts = [shown.sample for both in prompts_shown(pipeline, settings.sampling) for shown in both]
+    encoders = pipeline.encoders(0 if pipeline.starts_from_picture else len(prompts[0].controls))
     filling = Filling(cache, folder, ranks)
     with filling.alone():
-        for encoder in prompt_encoders(pipeline.encoders()):
+        for encoder in encoders_of_prompts(encoders, sampling):
             fill(encoder, prompts, filling)
-    model = sample_model(pipeline, pipeline.encoders(), settings, ranks, cache)
-    return [
-        denoise(engine, ranks, model, sampling, prompt, index).numpy() for index, prompt in enumerate(sampling.prompts)
-    ]
+    model = sample_model(pipeline, encoders, settings, ranks, cache)
+    return [denoise(engine, ranks, model, sampling, index).numpy() for index in range(len(sampling.prompts))]

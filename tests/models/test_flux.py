@@ -13,6 +13,7 @@ import torch
 from diffusers import FluxKontextPipeline
 from diffusers import FluxPipeline as StockPipeline
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
+from PIL import Image
 from torch import nn
 
 from models.flux import FluxPipeline, grid_positions, pack, unpack
@@ -157,6 +158,34 @@ def test_time_is_embedded_in_float32_under_bfloat16(folder: Path) -> None:
     low_BD, high_BD = layers[0](inputs).time_BD
     assert low_BD.dtype == torch.bfloat16
     assert not torch.equal(low_BD, high_BD)
+
+
+def test_samples_of_a_picture_are_those_of_kontext(folder: Path, tmp_path: Path) -> None:
+    width, height = 96, 64
+    pixels = normal((8, 12, 3), 0, "picture").repeat_interleave(8, 0).repeat_interleave(8, 1)
+    picture = Image.fromarray((pixels.clamp(-1, 1) * 127 + 128).to(torch.uint8).numpy())
+    picture.save(tmp_path / "picture.png")
+    sampling = SamplingSettings(
+        prompts=PROMPTS,
+        control_images=[tmp_path / "picture.png"],
+        sample_every_n_steps=1,
+        steps=4,
+        width=width,
+        height=height,
+        seed=7,
+        guidance=2.5,
+    )
+    painted = run_ranks(paint, 2, tiny_flux.pipeline, folder, tmp_path / "cache", 2, sampling)
+    stock = FluxKontextPipeline.from_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    for index in range(len(PROMPTS)):
+        noise = normal((1, 4, height // CELL, width // CELL), 7, "sample", index)
+        shown = sampling.model_copy(update={"prompts": PROMPTS[index:]})
+        expected = tiny_flux.draw(stock, shown, noise, image=picture, _auto_resize=False, max_area=width * height)
+        plain = tiny_flux.draw(tiny_flux.STOCK.from_pretrained(folder), shown, noise)
+        assert (expected - plain).abs().mean() > 1e-3
+        for latents in painted:
+            torch.testing.assert_close(torch.from_numpy(latents[index]), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -322,19 +322,25 @@ def test_what_does_not_fit_is_told(tmp_path: Path, mistake: str) -> None:
 def test_an_edit_model_trains_on_pairs(
     folders: dict[str, Path], write_config: Callable[..., Path], pictures: Path
 ) -> None:
-    """On two stages; a prompt without a picture is refused."""
+    """On two stages, with samples; a prompt without its pictures is refused."""
     options = tiny.pipeline(folders["2511"]).options.model_dump(mode="json", exclude_unset=True)
     pairs = {"directory": [{"path": str(pictures), "control_path": [str(pictures)] * 2, "control_resolution": 32}]}
     keys = {"data": pairs, "model": options, "max_steps": 8, "lr_scheduler": "constant"}
     asked = {"prompts": ["a red picture"], "sample_every_n_steps": 4, **tiny.SAMPLING}
-    for refused in ({"sampling": asked}, {"cache_text_embeddings": False}):
+    refusals = {
+        "gives 0 a prompt, and the data has 2 a sample": {"sampling": asked},
+        "reads control images with a caption": {"cache_text_embeddings": False},
+    }
+    for told, refused in refusals.items():
         _, log = launch(write_config(**keys, **refused))
-        assert "reads control images with a caption" in log
+        assert told in log
     data = write_config(**keys).with_name("data.toml")
     seen = data.rename(data.with_name("seen.toml"))
     evaluation = {"eval_every_n_steps": 4, "eval_datasets": [{"name": "seen", "config": str(seen)}]}
-    config = write_config(**keys, **evaluation, pipeline_stages=2)
+    shown = {**asked, "control_images": [[str(pictures / "0.png"), str(pictures / "1.png")]]}
+    config = write_config(**keys, **evaluation, pipeline_stages=2, sampling=shown)
     codes, log = launch(config, processes=2)
     assert codes == [0, 0], log
     losses = metrics(only_run(config), "seen/loss")
     assert losses[8] < losses[0]
+    assert (only_run(config) / "samples" / "step000008" / "00_a_red_picture.png").exists()

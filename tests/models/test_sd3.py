@@ -15,8 +15,9 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
-from models.foundation.outputs import export_plan, prompt_encoders
+from models.foundation.outputs import export_plan
 from models.foundation.placement import Blueprint, load_stage
+from models.foundation.prompts import prompt_encoders
 from models.sd3 import Sd3Inputs, Sd3Pipeline
 from tests.models import tiny_sd3
 from tests.models.tiny_flux import settings as settings_of

@@ -108,7 +108,7 @@ def stock_latents(stock: Any, pixels_BCFHW: torch.Tensor) -> torch.Tensor:
 
 def draw(stock: Any, sampling: SamplingSettings, noise: torch.Tensor, **keys: Any) -> torch.Tensor:
     tokens_BTC = stock(
-        sampling.prompts[0],
+        prompt=sampling.prompts[0],
         width=sampling.width,
         height=sampling.height,
         num_inference_steps=sampling.steps,

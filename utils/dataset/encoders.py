@@ -71,12 +71,17 @@ def item_key(encoder: Encoder, shown: Shown) -> str:
 
 def concerns(encoder: Encoder, sample: Sample) -> bool:
     """Whether the encoder makes anything of the sample: only masks may be there or not."""
-    return "mask" not in encoder.reads or sample.mask is not None
+    return not reads_mask(encoder) or sample.mask is not None
 
 
 def reads_media(encoder: Encoder) -> bool:
     """Whether the encoder reads anything but text."""
     return not set(encoder.reads) <= TEXT
+
+
+def reads_mask(encoder: Encoder) -> bool:
+    """Whether the encoder reads masks."""
+    return "mask" in encoder.reads
 
 
 def reads_text(encoder: Encoder) -> bool:
@@ -111,11 +116,10 @@ def items_wanted(encoder: Encoder, samples: Iterable[Sample]) -> list[tuple[str,
 
 def decoded_bytes(encoder: Encoder, shown: Shown) -> int:
     """What decoding an item takes: the pixels at their size as numbers, and one picture at the size of its file."""
-    if not reads_media(encoder):
-        return 0
-    media = shown.sample.media
+    things = [thing for thing in encoder.reads if thing not in TEXT]
+    files = [_control(shown.sample, thing).media if _is_control(thing) else shown.sample.media for thing in things]
     pixels = sum(bucket.pixels for bucket in shape_of(encoder, shown))
-    return BYTES_PER_PIXEL * pixels + BYTES_PER_PIXEL * media.width * media.height
+    return BYTES_PER_PIXEL * (pixels + max((file.width * file.height for file in files), default=0))
 
 
 def shape_of(encoder: Encoder, shown: Shown) -> tuple[Bucket, ...]:
@@ -125,7 +129,11 @@ def shape_of(encoder: Encoder, shown: Shown) -> tuple[Bucket, ...]:
 
 def bucket_read(thing: str, sample: Sample) -> Bucket:
     """The size at which an encoder reads one thing of a sample."""
-    return _control(sample, thing).bucket if thing.startswith("control") else sample.bucket
+    return _control(sample, thing).bucket if _is_control(thing) else sample.bucket
+
+
+def _is_control(thing: str) -> bool:
+    return thing.startswith("control")
 
 
 def inputs_of(encoder: Encoder, shown: Shown) -> dict[str, Any]:

@@ -256,6 +256,18 @@ def _stamps(paths: list[Path], pool: ThreadPoolExecutor) -> dict[Path, tuple[int
     return {path: stamp for stamped in pool.map(look, chunks) for path, stamp in stamped}
 
 
+def media_file(path: Path) -> MediaFile:
+    """A picture or clip that is in no dataset.
+
+    Raises:
+        MediaError: it cannot be read.
+    """
+    record = _identify(Locator(path.absolute()))
+    if isinstance(record, MediaError):
+        raise record
+    return MediaFile(Locator(path.absolute()), *record[4:])
+
+
 def _identify(place: Locator) -> _Record | MediaError:
     """What the file is, by reading it."""
     try:

@@ -126,10 +126,20 @@ class Shown:
         return "" if encoder in self.unconditional else self.caption
 
 
-def of_prompt(prompt: str, bucket: Bucket) -> Shown:
-    """A prompt as what text encoders read of a sample; there is no file."""
+def of_prompt(
+    prompt: str, bucket: Bucket, pictures: Sequence[MediaFile] = (), rate_of_clip: float | None = None
+) -> Shown:
+    """A prompt as what encoders read of a sample.
+
+    Args:
+        bucket: the size of what is to be drawn, to which the pictures are brought too.
+        pictures: control images; with `rate_of_clip` the first is instead the sample's own picture, which stands still
+            for as many frames as are to be drawn.
+    """
     rules = DirectorySettings(path=Path())
-    sample = Sample(prompt, None, bucket, (Take(),), (prompt,), (), None, 0.0, 1, rules)
+    media = None if rate_of_clip is None else pictures[0]
+    controls = tuple(Control(picture, bucket) for picture in pictures) if media is None else ()
+    sample = Sample(prompt, media, bucket, (Take(),), (prompt,), controls, None, rate_of_clip or 0.0, 1, rules)
     return first_shown(sample)
 
 

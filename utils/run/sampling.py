@@ -33,12 +33,13 @@ class SampleModel:
     """What sampling needs of a model.
 
     Attributes:
-        features: prompt -> its text features, each (1, ...), on the CPU.
+        features: number of a prompt -> the features of each prediction that is made for it, each (1, ...), on the CPU:
+            of the prompt and, if there are two, of the negative prompt.
+        predictions: how many a prompt takes.
         prepare: (features, x_t, t_B, guidance) -> inputs of the first stage.
         for_scheduler: prediction -> what the scheduler takes.
         latent_shape: -> shape of a sample's latent without the batch.
         levels: steps -> their noise levels before a flow-matching scheduler shifts them; None for the scheduler's own.
-        negative_prompt: what a second prediction is made for, to lead away from; None for one prediction.
         guided: (prediction for the prompt, that for the negative prompt, guidance) -> what leads away from the latter.
         rate: frames of a clip a second.
         tokens: latent shape -> image tokens.
@@ -47,12 +48,12 @@ class SampleModel:
         decode: latents, each (1, ...) -> pixels, each (C, F, H, W) in [-1, 1].
     """
 
-    features: Callable[[str], Mapping[str, torch.Tensor]]
+    features: Callable[[int], Sequence[Mapping[str, torch.Tensor]]]
+    predictions: int
     prepare: Callable[[Mapping[str, torch.Tensor], torch.Tensor, torch.Tensor, float], tuple]
     for_scheduler: Callable[[torch.Tensor], torch.Tensor]
     latent_shape: Callable[[], tuple[int, ...]]
     levels: Callable[[int], Sequence[float] | None]
-    negative_prompt: str | None
     guided: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     rate: float
     tokens: Callable[[Sequence[int]], int]
@@ -84,7 +85,7 @@ def sample(
         heed()
         index = first + ranks.data_rank
         if index in own:
-            latents.append(denoise(engine, ranks, model, settings, settings.prompts[index], index))
+            latents.append(denoise(engine, ranks, model, settings, index))
     if ranks.is_first_stage:
         for index, pixels_CFHW in zip(own, model.decode(latents), strict=True):
             _write(pixels_CFHW, model.rate, place / file_name(index, settings.prompts[index]))
@@ -96,10 +97,8 @@ def sample(
         logger.info("samples: %s", place)
 
 
-def denoise(
-    engine: Engine, ranks: Ranks, model: SampleModel, settings: SamplingSettings, prompt: str, index: int
-) -> torch.Tensor:
-    """The latents (1, ...) of one prompt, on the CPU, the same on every stage.
+def denoise(engine: Engine, ranks: Ranks, model: SampleModel, settings: SamplingSettings, index: int) -> torch.Tensor:
+    """The latents (1, ...) of the prompt of this number, on the CPU, the same on every stage.
 
     The noise depends on (sampling seed, place of the prompt) alone. The steps are those of diffusers' pipelines.
     """
@@ -108,8 +107,7 @@ def denoise(
     levels = model.levels(settings.steps)
     steps = {"num_inference_steps": settings.steps} if levels is None else {"sigmas": np.array(levels)}
     scheduler.set_timesteps(**steps, **_shift_arguments(scheduler, model, shape))
-    prompts = [prompt, *([] if model.negative_prompt is None else [model.negative_prompt])]
-    features = [model.features(one) for one in prompts] if ranks.is_first_stage else [None] * len(prompts)
+    features = model.features(index) if ranks.is_first_stage else [None] * model.predictions
     latents = seeds.normal((1, *shape), settings.seed, "sample", index)
     # Schedulers of flow matching have neither.
     latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -124,7 +122,7 @@ def denoise(
                 (model.prepare(one, seen, t_B, settings.guidance) if ranks.is_first_stage else None, None)
                 for one in features
             ]
-        predictions = [prediction.float().cpu() for prediction in engine.predict(batches, len(prompts))]
+        predictions = [prediction.float().cpu() for prediction in engine.predict(batches, model.predictions)]
         prediction = model.guided(*predictions, settings.guidance) if len(predictions) > 1 else predictions[0]
         output = model.for_scheduler(prediction)
         latents = scheduler.step(output, timestep, latents, return_dict=False, **noise)[0]

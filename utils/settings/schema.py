@@ -211,6 +211,11 @@ class SGDSettings(OptimizerSettings):
     """Share of the last update that is kept in the next."""
 
 
+def as_list(value: Any) -> Any:
+    """One thing as a list of one."""
+    return value if isinstance(value, list) else [value]
+
+
 def lower_type(table: Any) -> Any:
     """`table` with its `type` in lower case, so that AdamW and adamw are one."""
     if isinstance(table, dict) and isinstance(table.get("type"), str):
@@ -282,6 +287,10 @@ class SamplingSettings(SettingsTable):
     """What to draw; empty: nothing."""
     negative_prompt: str = ""
     """What guidance leads away from, in models that are guided by a second prediction."""
+    control_images: list[Annotated[list[UserPath], BeforeValidator(as_list), Field(min_length=1)]] = []
+    """The picture that the model is shown with each prompt, or a list of several for each; one entry serves all
+    prompts. For models that change pictures (Kontext, Edit), and as the first frame for those that make a clip of one.
+    It is cut to the shape of the sample."""
     sample_every_n_steps: Count | None = None
     """Draw after every n steps."""
     sample_every_n_epochs: Count | None = None

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from models.flux import BFL_LAYOUT, FluxPipeline
-from models.foundation.outputs import check_outputs, export_plan, sample_bucket
+from models.foundation.outputs import check_outputs, export_plan
 from models.foundation.placement import load_stage
+from models.foundation.prompts import sample_bucket
 from tests.models import tiny_chroma, tiny_flux
 from tests.processes import run_ranks
 from utils.dataset.samples import Bucket
