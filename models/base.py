@@ -18,9 +18,10 @@ from models.foundation.files import problems_of
 from models.foundation.key_layouts import KeyLayout
 from models.foundation.recognition import explained
 from models.foundation.weights import Weights, build_empty, materialise, read_header
-from utils.adapters.attach import base_name
+from utils.adapters.attach import base_name, is_factor
 from utils.dataset.buckets import MediaFacts
 from utils.dataset.encoders import Encoder
+from utils.dataset.samples import Sample
 from utils.diffusion import seeds
 from utils.diffusion.checks import DEMANDS, refusals
 from utils.diffusion.learned_variance import hybrid_factor, variational_bound
@@ -188,6 +189,18 @@ class BasePipeline(ABC):
         mean, std = features["latents_mean"].float(), features["latents_std"].float()
         return mean + std * draw(mean.shape)
 
+    def check_data(self, samples: Sequence[Sample]) -> None:
+        """Whether the model can be trained on these samples.
+
+        Raises:
+            SettingsError: it cannot.
+        """
+
+    def weight_of_places(self, latent_shape: Sequence[int]) -> torch.Tensor | None:
+        """What each place of a latent (C, ...) counts in the loss, 1 on average, to multiply (B, C, ...); None where
+        all count alike."""
+        return None
+
     def learning_rate(self, name: str) -> float | None:
         """The rate of a parameter that has its own; None for that of `[optimizer]`."""
         return None
@@ -304,7 +317,7 @@ class BasePipeline(ABC):
         names = [
             name
             for name, parameter in denoiser.named_parameters()
-            if id(parameter) in wanted and parameter.is_meta and ".lora_" not in name
+            if id(parameter) in wanted and parameter.is_meta and not is_factor(name)
         ]
         if weights is not None:
             materialise(denoiser, names, lambda name: weights.read(base_name(name)), self.parameter_dtype)

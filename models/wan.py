@@ -1,15 +1,17 @@
-"""Wan 2.1 and 2.2, text to video: one chain of blocks over latent patches that attend to the text.
+"""Wan 2.1 and 2.2: one chain of blocks over latent patches that attend to the text.
 
-Both sizes of 2.1, and each of the two experts of 2.2 A14B. Pictures and clips are trained together.
+Both sizes of 2.1, each of the two experts of 2.2 A14B, and TI2V-5B. Those of text to video are trained on pictures and
+clips together; those of picture to video (i2v) are shown the first frame, as further channels and, in 2.1, by CLIP.
 
-Shapes: B batch, C latent channels, f h w latent frames, height and width, T video tokens, L text tokens, D width of the
-transformer.
+Shapes: B batch, C latent channels, f h w latent frames, height and width, T video tokens, L text tokens (those of CLIP
+before them), R rows of time, D width of the transformer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -23,20 +25,27 @@ from transformers import UMT5EncoderModel
 
 from models.base import BasePipeline, Features, ModelEncoder
 from models.foundation.files import check_diffusers_folder, part_override, read_config
+from models.foundation.first_frames import ClipVision, FirstFrameAutoencoder, given_frames
 from models.foundation.key_layouts import KeyLayout, Rule
 from models.foundation.stages import Middle
 from models.foundation.text_encoders import TextEncoder, TrueLengthFeatures
 from models.foundation.video_autoencoders import WanAutoencoder, latent_size, wan_vae_config
 from utils.dataset.buckets import MediaFacts
+from utils.dataset.samples import Sample
 from utils.settings.errors import SettingsError
 from utils.settings.schema import ModelSettings
 from utils.settings.values import Count
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")
 TEXT_ENCODERS = {"text_encoder": "umt5"}
+BLIND_TOKENS = 512
+"""Text tokens of the models that see the first frame by CLIP: their blocks take what is before so many for CLIP's."""
 EXPERT_FOLDERS = {"high": "transformer", "low": "transformer_2"}
 TRAIN_STEPS = 1000
+PATCH = 2
 
+PICTURE_ATTENTION = {"k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k"}
+PICTURE_EMBEDDING = {0: "norm1", 1: "ff.net.0.proj", 3: "ff.net.2", 4: "norm2"}
 ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
 WAN_LAYOUT = KeyLayout(
     [
@@ -44,6 +53,14 @@ WAN_LAYOUT = KeyLayout(
             Rule(f"blocks.{{}}.{there}.{part}", (f"blocks.{{}}.{here}.{ours}",))
             for there, here in (("self_attn", "attn1"), ("cross_attn", "attn2"))
             for part, ours in ATTENTION.items()
+        ),
+        *(
+            Rule(f"blocks.{{}}.cross_attn.{there}", (f"blocks.{{}}.attn2.{here}",))
+            for there, here in PICTURE_ATTENTION.items()
+        ),
+        *(
+            Rule(f"img_emb.proj.{number}", (f"condition_embedder.image_embedder.{here}",))
+            for number, here in PICTURE_EMBEDDING.items()
         ),
         Rule("blocks.{}.norm3", ("blocks.{}.norm2",)),
         Rule("blocks.{}.ffn.0", ("blocks.{}.ffn.net.0.proj",)),
@@ -69,25 +86,38 @@ class WanOptions(ModelSettings):
     model, in the place of the high one."""
     max_sequence_length: Count = 512
     """UMT5 tokens that the model sees, padding included."""
+    from_first_frame: bool = False
+    """Of TI2V-5B: train clips from their first frame, which the model is shown as it is and need not predict; pictures
+    are trained from text all the same."""
 
 
 class WanInputs(NamedTuple):
-    """What the entry takes. `text_BLD` is padded to the batch's longest caption alone."""
+    """What the entry takes. `text_BLD` is padded to the batch's longest caption alone. A second row of time is that of
+    the first frame."""
 
     x_BCfhw: torch.Tensor
     text_BLD: torch.Tensor
-    t_B: torch.Tensor
+    t_BR: torch.Tensor
+    first_frame_BLD: torch.Tensor | None
 
 
 class WanStream(NamedTuple):
-    """What travels from layer to layer. `canvas_fhw0` has no elements: its shape carries the tokens' grid."""
+    """What travels from layer to layer. `canvas_fhw0` has no elements: its shape carries the tokens' grid. With two
+    rows of time, `row_T` says which is a token's: their modulations are looked up in each layer, since those of all
+    tokens would be a gigabyte."""
 
     x_BTD: torch.Tensor
     text_BLD: torch.Tensor
-    modulation_B6D: torch.Tensor
-    time_BD: torch.Tensor
+    modulation_BR6D: torch.Tensor
+    time_BRD: torch.Tensor
+    row_T: torch.Tensor | None
     rope_1T1D: tuple[torch.Tensor, torch.Tensor]
     canvas_fhw0: torch.Tensor
+
+    @property
+    def modulation(self) -> torch.Tensor:
+        """As a block takes it: (B, 6, D), or (B, T, 6, D)."""
+        return self.modulation_BR6D[:, 0] if self.row_T is None else self.modulation_BR6D[:, self.row_T]
 
 
 class Entry(nn.Module):
@@ -104,15 +134,25 @@ class Entry(nn.Module):
         weight = self.patch_embedding.weight
         x_BCfhw = inputs.x_BCfhw.to(weight.dtype)
         text_BLD = functional.pad(inputs.text_BLD, (0, 0, 0, self.text_tokens - inputs.text_BLD.shape[1]))
-        time_BD, modulation_BE, text_BLD, _ = self.condition_embedder(
-            inputs.t_B * TRAIN_STEPS, text_BLD.to(weight.dtype)
+        first_frame_BLD = inputs.first_frame_BLD
+        if first_frame_BLD is not None:
+            first_frame_BLD = first_frame_BLD.to(weight.dtype)
+        # The time stays float32 until it is embedded.
+        time_ED, modulation_EM, text_BLD, first_frame_BLD = self.condition_embedder(
+            inputs.t_BR.flatten() * TRAIN_STEPS, text_BLD.to(weight.dtype), first_frame_BLD
         )
+        if first_frame_BLD is not None:
+            text_BLD = torch.cat([first_frame_BLD, text_BLD], dim=1)
         patches_BDfhw = self.patch_embedding(x_BCfhw)
+        x_BTD = rearrange(patches_BDfhw, "b d f h w -> b (f h w) d").contiguous()
+        rows = inputs.t_BR.shape[1]
+        is_first_T = torch.arange(x_BTD.shape[1], device=weight.device) < patches_BDfhw[0, 0, 0].numel()
         return WanStream(
-            x_BTD=rearrange(patches_BDfhw, "b d f h w -> b (f h w) d").contiguous(),
+            x_BTD=x_BTD,
             text_BLD=text_BLD,
-            modulation_B6D=modulation_BE.unflatten(1, (6, -1)),
-            time_BD=time_BD,
+            modulation_BR6D=rearrange(modulation_EM, "(b r) (m d) -> b r m d", r=rows, m=6),
+            time_BRD=rearrange(time_ED, "(b r) d -> b r d", r=rows),
+            row_T=is_first_T.long() if rows > 1 else None,
             rope_1T1D=self.rope(x_BCfhw),
             canvas_fhw0=torch.empty(*patches_BDfhw.shape[2:], 0, device=weight.device),
         )
@@ -129,8 +169,10 @@ class Exit(nn.Module):
         self.patch = tuple(denoiser.config.patch_size)
 
     def forward(self, stream: WanStream) -> torch.Tensor:
-        shift_B1D, scale_B1D = (self.scale_shift_table + stream.time_BD.unsqueeze(1)).chunk(2, dim=1)
-        x_BTD = (self.norm_out(stream.x_BTD.float()) * (1 + scale_B1D) + shift_B1D).type_as(stream.x_BTD)
+        # One time for all tokens, or one for each.
+        time_BTD = stream.time_BRD if stream.row_T is None else stream.time_BRD[:, stream.row_T]
+        shift_BTD, scale_BTD = (self.scale_shift_table.unsqueeze(1) + time_BTD.unsqueeze(2)).unbind(dim=2)
+        x_BTD = (self.norm_out(stream.x_BTD.float()) * (1 + scale_BTD) + shift_BTD).type_as(stream.x_BTD)
         frames, height, width, _ = stream.canvas_fhw0.shape
         return rearrange(
             self.proj_out(x_BTD),
@@ -149,7 +191,7 @@ class CleanedFeatures(TrueLengthFeatures):
 
 
 class WanPipeline(BasePipeline):
-    """Wan of Alibaba: text to video."""
+    """Wan of Alibaba: text to video, and picture to video."""
 
     Options = WanOptions
     media = MediaFacts(spatial=16, temporal=4, max_frames=241, rate=16.0)
@@ -157,7 +199,24 @@ class WanPipeline(BasePipeline):
     stream_type = WanStream
     original_layout = WAN_LAYOUT
     guided_by_second_prediction = True
-    keep_in_high_precision = ("time_embedder", "scale_shift_table", "norm2")
+    keep_in_high_precision = ("time_embedder", "scale_shift_table", "norm1", "norm2")
+
+    def __init__(self, options: WanOptions, seed: int = 0):
+        super().__init__(options, seed)
+        # Of a folder that is not whole, `check` tells.
+        with suppress(SettingsError):
+            cell = self._vae_config.get("scale_factor_spatial", self.media.spatial // PATCH)
+            self.media = replace(self.media, spatial=PATCH * cell)
+
+    @property
+    def starts_from_picture(self) -> bool:
+        """Whether the model takes the first frame as further channels."""
+        return self._transformer_config["in_channels"] != self._vae_config["z_dim"]
+
+    @property
+    def _sees_first_frame(self) -> bool:
+        """Whether it sees the first frame by CLIP too."""
+        return self._transformer_config.get("image_dim") is not None
 
     @property
     def denoiser_folder(self) -> str:
@@ -167,19 +226,37 @@ class WanPipeline(BasePipeline):
         single_files = {self.denoiser_folder: "transformer_path", "vae": "vae_path"}
         parts = (*PARTS, self.denoiser_folder)
         check_diffusers_folder(self.options, parts, single_files, TEXT_ENCODERS, denoiser=self.denoiser_folder)
-        config, channels = self._transformer_config, self._vae_config["z_dim"]
-        if config["in_channels"] != channels or config.get("image_dim"):
-            raise SettingsError.of(
-                f"this transformer takes {config['in_channels']} channels and the VAE makes {channels}: a model that "
-                "starts from a picture (i2v), which is not trained here yet; give a text-to-video model",
-                str(self.options.diffusers_path / self.denoiser_folder / "config.json"),
-            )
-        if self._vae_config.get("patch_size"):
-            raise SettingsError.of(
-                "this is the VAE of Wan 2.2 TI2V-5B, which is not trained here yet; give Wan 2.1 or Wan 2.2 A14B",
-                str(self.options.diffusers_path / "vae" / "config.json"),
-            )
+        self._check_variant()
         self.check_tensors()
+
+    def _check_variant(self) -> None:
+        channels, made, options = self._transformer_config["in_channels"], self._vae_config["z_dim"], self.options
+        if channels not in (made, 2 * made + self.media.temporal):
+            raise SettingsError.of(
+                f"takes {channels} channels, and the VAE makes {made}; text to video takes {made}, picture to video "
+                f"{2 * made + self.media.temporal}: give the model's own VAE, or another model",
+                str(options.diffusers_path / self.denoiser_folder / "config.json"),
+            )
+        if self._sees_first_frame and options.max_sequence_length != BLIND_TOKENS:
+            raise SettingsError.of(
+                f"must be {BLIND_TOKENS} for a model that sees the first frame by CLIP; leave it out",
+                where="[model] max_sequence_length",
+            )
+        if options.from_first_frame and not self._vae_config.get("patch_size"):
+            raise SettingsError.of(
+                "is for TI2V-5B alone: models of picture to video always take the first frame, the others never; leave "
+                "it out",
+                where="[model] from_first_frame",
+            )
+
+    def check_data(self, samples: Sequence[Sample]) -> None:
+        stills = [sample for sample in samples if sample.bucket.frames == 1]
+        if self.starts_from_picture and stills:
+            raise SettingsError.of(
+                f"{len(stills)} of the samples are still pictures, the first is {stills[0].media.place}: to a model "
+                "that makes clips of a first frame they teach nothing; leave them out, or set frame_buckets without 1",
+                where="[[directory]]",
+            )
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         options, folder = self.options, self.options.diffusers_path
@@ -188,9 +265,12 @@ class WanPipeline(BasePipeline):
         shapes = {"umt5": (length, width), "umt5_mask": (length,)}
         features = CleanedFeatures("umt5", length)
         text = (UMT5EncoderModel, folder, "text_encoder", "tokenizer", part_override(options, "umt5"), self.dtype)
+        first_frame = FirstFrameAutoencoder(folder, options.vae_path, self.dtype)
         return [
             WanAutoencoder(folder, options.vae_path, self.dtype, draw=options.latents),
             TextEncoder("umt5", *text, features, shapes),
+            *([first_frame] if self.starts_from_picture else []),
+            *([ClipVision(folder, self.dtype)] if self._sees_first_frame else []),
         ]
 
     def build_denoiser(self) -> WanTransformer3DModel:
@@ -200,7 +280,7 @@ class WanPipeline(BasePipeline):
         reads = {
             "hidden_states": "x_BTD",
             "encoder_hidden_states": "text_BLD",
-            "temb": "modulation_B6D",
+            "temb": "modulation",
             "rotary_emb": "rope_1T1D",
         }
         middles = [Middle(block, reads, writes=("x_BTD",)) for block in denoiser.blocks]
@@ -209,7 +289,25 @@ class WanPipeline(BasePipeline):
     def prepare_inputs(
         self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
     ) -> WanInputs:
-        return WanInputs(x_t, features["umt5"], t_B)
+        t_BR = t_B.unsqueeze(1)
+        if self.starts_from_picture:
+            condition = features["first_frame_latents"].to(x_t)
+            x_t = torch.cat([x_t, given_frames(condition, self.media.temporal), condition], dim=1)
+        elif self._first_frame_is_given(x_t.shape) and "latents" in features:
+            x_t = torch.cat([features["latents"][:, :, :1].to(x_t), x_t[:, :, 1:]], dim=2)
+            t_BR = torch.stack([t_B, torch.zeros_like(t_B)], dim=1)
+        return WanInputs(x_t, features["umt5"], t_BR, features.get("clip_vision"))
+
+    def _first_frame_is_given(self, shape: Sequence[int]) -> bool:
+        return self.options.from_first_frame and shape[-3] > 1
+
+    def weight_of_places(self, latent_shape: Sequence[int]) -> torch.Tensor | None:
+        if not self._first_frame_is_given(latent_shape):
+            return None
+        frames = latent_shape[-3]
+        weight_fhw = torch.full((frames, 1, 1), frames / (frames - 1))
+        weight_fhw[0] = 0.0
+        return weight_fhw
 
     def tokens(self, latent_shape: Sequence[int]) -> int:
         _, frames, height, width = latent_shape

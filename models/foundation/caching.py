@@ -59,6 +59,8 @@ def load_data(
     collections = collect_together(ranks, sources, pipeline.media, scan, **choices_of(settings))
     encoders = encoders_of(pipeline, collections)
     check_encoders(encoders, controls_of(collections), pipeline, settings)
+    for collection in collections:
+        pipeline.check_data(collection.samples)
     check_epochs(settings, ranks, collections[0].samples)
     of_prompts = encoders_of_prompts(encoders, settings.sampling)
     live = [] if cached_texts else prompt_encoders(encoders)

@@ -6,6 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
+
 from utils.diffusion.objectives import Epsilon, VPrediction
 from utils.diffusion.schedules import NoiseSchedule
 from utils.settings.errors import SettingsError
@@ -65,3 +67,17 @@ def scheduler_config(options: DDPMOptions) -> dict[str, Any]:
         if getattr(options, key) is not None:
             config[key] = getattr(options, key)
     return config
+
+
+def ddpm_scheduler(options: DDPMOptions) -> Any:
+    """The folder's stock scheduler, as the options change it.
+
+    Raises:
+        SettingsError: its configuration is missing or damaged, or of something else.
+    """
+    config = scheduler_config(options)
+    kind = getattr(diffusers, config.get("_class_name", ""), None)
+    if kind is None:
+        file = options.diffusers_path / SCHEDULER_FILE
+        raise SettingsError.of("`_class_name` is no scheduler of diffusers; download it again", str(file))
+    return kind.from_config(config)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "")
 OWN_NAME = ""
 """The parameter of a rule that names a parameter and no module."""
 PARAMETERS = ("weight", "bias", OWN_NAME)

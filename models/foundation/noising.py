@@ -102,6 +102,8 @@ class Noising:
                 empty = pipeline.prepare_inputs({**features, **batch.empty}, x_t, t_B)
         if self.wants_labels:
             weight = batch.weight * over_sample(weighting.weight(objective, t_B), batch.weight)
+            places = pipeline.weight_of_places(clean.shape[1:])
+            weight = weight if places is None else weight * places
             delta_B = pipeline.loss_function().delta(t_B, objective.snr(t_B))
             delta = None if delta_B is None else over_sample(delta_B, clean)
             variational = (clean, x_t, t_B) if with_variance else None

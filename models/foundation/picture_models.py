@@ -34,9 +34,12 @@ class PicturePipeline(BasePipeline, ABC):
         return (height // self.patch) * (width // self.patch)
 
     def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
-        vae = self.vae_config
-        cell = 2 ** (len(vae["block_out_channels"]) - 1)
-        return vae["latent_channels"], height // cell, width // cell
+        return self.vae_config["latent_channels"], height // self.cell, width // self.cell
+
+    @property
+    def cell(self) -> int:
+        """Pixels that a side of a latent's cell stands for."""
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         return FlowMatchEulerDiscreteScheduler.from_pretrained(self.options.diffusers_path, subfolder="scheduler")

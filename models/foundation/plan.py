@@ -98,6 +98,8 @@ def describe(
     """What the run will do with data that is collected."""
     encoders = encoders_of(pipeline, collections)
     check_encoders(encoders, controls_of(collections), pipeline, settings)
+    for collection in collections:
+        pipeline.check_data(collection.samples)
     parameters = list(blueprint.denoiser.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     accumulation = settings.gradient_accumulation_steps

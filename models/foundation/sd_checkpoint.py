@@ -13,8 +13,6 @@ import torch
 
 from models.foundation.key_layouts import KeyLayout, Rule
 from models.foundation.text_encoders import Original
-from models.foundation.weights import Header
-from utils.settings.errors import SettingsError
 
 Tensors = dict[str, torch.Tensor]
 
@@ -48,12 +46,6 @@ OPEN_CLIP = KeyLayout(
 )
 IN_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 IN_RESNET = {**{name: name for name in ("norm1", "conv1", "norm2", "conv2")}, "nin_shortcut": "conv_shortcut"}
-CONV_IN_KEYS = (f"{UNET_PREFIX}input_blocks.0.0.weight", "input_blocks.0.0.weight", "conv_in.weight")
-SIZE_KEYS = (f"{UNET_PREFIX}label_emb.0.0.weight", "label_emb.0.0.weight", "add_embedding.linear_1.weight")
-CROSS_ATTENTION = ".attn2.to_k.weight"
-TEXT_WIDTHS = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2", 1280: "SDXL's refiner", 2048: "SDXL"}
-INPUTS = {8: "edits pictures by instruction", 9: "paints inside masks"}
-"""By channels of the first convolution, where they are not the latent's alone."""
 
 
 def vae_layout(config: Mapping[str, Any]) -> KeyLayout:
@@ -85,11 +77,6 @@ def vae_to_original(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     }
 
 
-def clip_original(prefix: str) -> Original:
-    """CLIP of OpenAI in a checkpoint, which keeps transformers' names."""
-    return Original(prefix, lambda tensors: {name.removeprefix(prefix): t for name, t in tensors.items()})
-
-
 def open_clip_original(prefix: str) -> Original:
     """OpenCLIP in a checkpoint, with names of its own."""
 
@@ -100,15 +87,10 @@ def open_clip_original(prefix: str) -> Original:
     return Original(prefix, convert)
 
 
-def clip_to_original(tensors: Tensors, prefix: str) -> Tensors:
-    """CLIP of OpenAI under the names of `clip_original`."""
-    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
-
-
-def open_clip_to_original(tensors: Tensors, prefix: str) -> Tensors:
-    """OpenCLIP under the names of `open_clip_original`."""
+def open_clip_to_original(tensors: Tensors) -> Tensors:
+    """OpenCLIP under its own names, without the prefix."""
     turned = {name: _other_side(tensor) if name == PROJECTION else tensor for name, tensor in tensors.items()}
-    return {f"{prefix}{name}": tensor for name, tensor in OPEN_CLIP.to_original(turned).items()}
+    return OPEN_CLIP.to_original(turned)
 
 
 def _other_side(projection: torch.Tensor) -> torch.Tensor:
@@ -117,7 +99,7 @@ def _other_side(projection: torch.Tensor) -> torch.Tensor:
 
 
 class CheckpointLayout(KeyLayout):
-    """The names of an ensemble of UNet and text encoders.
+    """The names of an ensemble of UNet and text encoders. What is read by it is the UNet.
 
     Args:
         unet: the publisher's names of the UNet.
@@ -126,12 +108,12 @@ class CheckpointLayout(KeyLayout):
     """
 
     def __init__(self, unet: KeyLayout, lora_prefixes: Mapping[str, str], others: Callable[[Tensors], Tensors]):
-        super().__init__([])
-        self.unet, self.lora_prefixes, self.others = unet, dict(lora_prefixes), others
+        super().__init__(unet.rules)
+        self.lora_prefixes, self.others = dict(lora_prefixes), others
 
     def to_original(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         """A whole checkpoint."""
-        unet = self.unet.to_original(part_of(tensors, "unet"))
+        unet = super().to_original(part_of(tensors, "unet"))
         return {**{f"{UNET_PREFIX}{name}": tensor for name, tensor in unet.items()}, **self.others(dict(tensors))}
 
     def lora_to_kohya(
@@ -153,18 +135,17 @@ class CheckpointLayout(KeyLayout):
         """The inverse, with alpha multiplied into `lora_B`; knows modules by diffusers' names and the publisher's.
 
         Raises:
-            SettingsError: the file holds factors of further modules.
+            ValueError: the file holds factors of further modules.
         """
         known = {self._kohya_name(module): module for module in modules}
         unet = [module.removeprefix("unet.") for module in known.values() if module.startswith("unet.")]
-        known |= {self._kohya_name(f"unet.{there}"): f"unet.{here}" for here, there in self.unet.names_there(unet).items()}
+        publishers = self.names_there(unet).items()
+        known |= {self._kohya_name(f"unet.{there}"): f"unet.{here}" for here, there in publishers}
         names = sorted({key.partition(".")[0] for key in tensors})
         if left := [name for name in names if name not in known]:
-            raise SettingsError.of(
-                f"the file is also for {len(left)} modules that are not trained here, the first is '{left[0]}'; those "
-                "of text encoders (lora_te...) are if [model] gives them a rate (text_encoder_1_lr), convolutions and "
-                "what is beside them if [adapter] has convolutions = true",
-                where="[adapter] init_from_existing",
+            raise ValueError(
+                f"the adapter is also for {len(left)} modules that are not trained here, the first is '{left[0]}'; "
+                "those of text encoders (lora_te...) are if [model] gives them a rate (text_encoder_1_lr)"
             )
         factors = {}
         for name in names:
@@ -183,30 +164,3 @@ def part_of(tensors: Mapping[str, torch.Tensor], part: str) -> Tensors:
     """The tensors of one part of an ensemble, under its own names."""
     own = f"{part}."
     return {name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)}
-
-
-def misfit(header: Header, *, reads_sizes: bool, text_width: int, channels: int) -> str | None:
-    """What a file is that is no UNet or checkpoint of this model, and what would fit it; None where nothing speaks
-    against it.
-
-    Args:
-        reads_sizes: the model is told the size of pictures, as SDXL is.
-        text_width: features of a token of the text that the model reads.
-        channels: of a latent.
-    """
-    shapes = header.shapes
-    if any(".lora_" in key or key.startswith("lora_") for key in shapes):
-        return "is a LoRA; give it as [adapter] init_from_existing, and the model that it was made for here"
-    width = next((shape[1] for key, shape in shapes.items() if key.endswith(CROSS_ATTENTION)), None)
-    inputs = next((shapes[key][1] for key in CONV_IN_KEYS if key in shapes), None)
-    if width is None or inputs is None:
-        return "holds no UNet of Stable Diffusion; give the checkpoint, or the UNet's file"
-    if inputs != channels:
-        what = INPUTS.get(inputs, f"takes {inputs} channels")
-        return f"is of a model that {what}, which is not trained here; give a plain text-to-image model"
-    sizes = any(key in shapes for key in SIZE_KEYS)
-    if width != text_width or sizes != reads_sizes:
-        other = TEXT_WIDTHS.get(width, "SDXL" if sizes else "Stable Diffusion 1.5")
-        kind = {"SDXL": 'type = "sdxl"', "SDXL's refiner": "no type here trains it"}.get(other, 'type = "sd15"')
-        return f"is {other} ({kind}), not the model that this folder's configuration describes"
-    return None

@@ -11,31 +11,28 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple
 
-import diffusers
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from models.base import BasePipeline, Features, ModelEncoder
-from models.foundation.autoencoders import AUTOENCODER_KL, ImageAutoencoder, vae_config
+from models.base import Features, ModelEncoder
+from models.foundation.autoencoders import AUTOENCODER_KL, ImageAutoencoder
 from models.foundation.clip import ClipFeatures, Pooled, clip, clip_config, clip_module
-from models.foundation.ddpm import DDPMOptions, ddpm_objective, scheduler_config
+from models.foundation.ddpm import DDPMOptions, ddpm_objective, ddpm_scheduler
 from models.foundation.ensemble import Ensemble, EnsembleWeights
 from models.foundation.files import check_diffusers_folder, part_override, problems_of, read_config
+from models.foundation.picture_models import PicturePipeline
 from models.foundation.sd_checkpoint import (
     VAE_PREFIX,
     CheckpointLayout,
-    clip_original,
-    clip_to_original,
-    misfit,
     open_clip_original,
     open_clip_to_original,
     part_of,
     vae_to_original,
 )
-from models.foundation.text_encoders import TextEncoder
+from models.foundation.text_encoders import Original, TextEncoder
 from models.foundation.unet import UNetStream, unet_layers, unet_layout, unknown_variant
-from models.foundation.weights import Weights, read_header
+from models.foundation.weights import read_header
 from utils.dataset.buckets import MediaFacts
 from utils.diffusion.objectives import Epsilon
 from utils.settings.errors import Problem, SettingsError
@@ -46,6 +43,8 @@ Tensors = dict[str, torch.Tensor]
 UNET = "unet"
 PARTS = ("scheduler", "unet", "vae")
 SINGLE_FILES = {"unet": "transformer_path", "vae": "vae_path"}
+OPENAI_ACTIVATION = "quick_gelu"
+"""By which CLIPs of OpenAI are told from OpenCLIPs."""
 CONFIG_KEYS = (
     *("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"),
     *("down_block_types", "up_block_types"),
@@ -135,7 +134,7 @@ class Entry(nn.Module):
         return torch.cat(made, dim=-1), pooled_BP
 
 
-class StableDiffusionPipeline(BasePipeline):
+class StableDiffusionPipeline(PicturePipeline):
     """A Stable Diffusion. The denoiser is an `Ensemble` of the UNet and the text encoders that are trained.
 
     Attributes:
@@ -147,6 +146,7 @@ class StableDiffusionPipeline(BasePipeline):
     Options: ClassVar[type[ModelSettings]] = StableDiffusionOptions
     # The UNet halves the sides of a latent thrice.
     media = MediaFacts(spatial=64, temporal=1, max_frames=1)
+    patch = 1
     blocks = (f"{UNET}.*.attentions", "text_encoder*.layers")
     convolutional_blocks = (f"{UNET}.*.resnets", f"{UNET}.*.downsamplers", f"{UNET}.*.upsamplers")
     stream_type = UNetStream
@@ -155,6 +155,10 @@ class StableDiffusionPipeline(BasePipeline):
     texts: ClassVar[tuple[TextPart, ...]]
     addition: ClassVar[str | None]
     other: ClassVar[str]
+
+    def __init__(self, options: StableDiffusionOptions, seed: int = 0):
+        # Here, so that all else asks the options alone where a part is.
+        super().__init__(with_parts_of_checkpoint(options, self.texts), seed)
 
     def text_features(self) -> dict[str, Any]:
         """Which fields of `ClipFeatures` are not as they are by default."""
@@ -174,36 +178,8 @@ class StableDiffusionPipeline(BasePipeline):
         """The text encoders that have a learning rate."""
         return [part for part in self.texts if getattr(self.options, part.rate)]
 
-    @cached_property
-    def files(self) -> ModelSettings:
-        """The options, with the parts of a whole checkpoint in `transformer_path` in place of those that the folder
-        has, unless they too are named.
-
-        Raises:
-            SettingsError: the file cannot be read.
-        """
-        options = self.options
-        path = options.transformer_path
-        if path is None or path.is_dir():
-            return options
-        keys = list(read_header(path).files)
-        given = [entry.type for entry in options.text_encoders]
-        found = [
-            TextEncoderFile(type=part.name, path=path)
-            for part in self.texts
-            if part.name not in given and any(key.startswith(part.prefix) for key in keys)
-        ]
-        has_vae = options.vae_path is None and any(key.startswith(VAE_PREFIX) for key in keys)
-        return options.model_copy(
-            update={
-                "vae_path": path if has_vae else options.vae_path,
-                "text_encoders": [*options.text_encoders, *found],
-            }
-        )
-
     def check(self) -> None:
-        checks = [self._check_rates, self._check_files]
-        if problems := problems_of(checks):
+        if problems := problems_of([self._check_rates, self._check_files]):
             raise SettingsError(problems)
         self._check_variant()
         self.check_tensors()
@@ -219,13 +195,14 @@ class StableDiffusionPipeline(BasePipeline):
     def _check_files(self) -> None:
         parts = [name for part in self.texts for name in (part.folder, part.tokenizer)]
         types = {part.folder: part.name for part in self.texts}
-        check_diffusers_folder(self.files, (*PARTS, *parts), SINGLE_FILES, types, denoiser=UNET)
+        check_diffusers_folder(self.options, (*PARTS, *parts), SINGLE_FILES, types, denoiser=UNET)
 
     def _check_variant(self) -> None:
         """Whether UNet, VAE and text encoders are of this model, and fit one another."""
-        config, vae, folder = self._unet_config, self._vae_config, self.options.diffusers_path
-        latent, width = vae["latent_channels"], sum(self._text_encoder(part).shapes[part.name][1] for part in self.texts)
-        file = str(folder / UNET / "config.json")
+        self.scheduler()
+        config, latent = self._unet_config, self.vae_config["latent_channels"]
+        width = sum(self._text_encoder(part).shapes[part.name][1] for part in self.texts)
+        file = str(self.options.diffusers_path / UNET / "config.json")
         wrong = {
             f"is {self.other}, not this model's UNet": config.get("addition_embed_type") != self.addition,
             f"is of another kind of UNet ({unknown_variant(config)})": unknown_variant(config),
@@ -235,24 +212,27 @@ class StableDiffusionPipeline(BasePipeline):
                 config["cross_attention_dim"] != width
             ),
             "lies beside a VAE with statistics of its latents (latents_mean), which are not known here; give another "
-            "vae": vae.get("latents_mean") is not None,
+            "vae": self.vae_config.get("latents_mean") is not None,
         }
         if problems := [Problem(file, "", message) for message, holds in wrong.items() if holds]:
             raise SettingsError(problems)
-        if not self.options.from_scratch:
-            header = read_header(self.denoiser_path)
-            sizes = self.addition is not None
-            if told := misfit(header, reads_sizes=sizes, text_width=width, channels=latent):
-                raise SettingsError.of(told, str(self.denoiser_path))
+        for part in self.texts:
+            folder = self.options.diffusers_path
+            act = clip_config(folder, part.folder).get("hidden_act", OPENAI_ACTIVATION)
+            if (act != OPENAI_ACTIVATION) != part.is_open_clip:
+                raise SettingsError.of(
+                    f"is a CLIP with the activation {act}, as {'OpenAI' if part.is_open_clip else 'Stable Diffusion 2'}"
+                    " has it, which is not trained here; give this model's own",
+                    str(folder / part.folder / "config.json"),
+                )
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
-        return [self._autoencoder, *(self._text_encoder(part) for part in self.texts)]
+        return [self.autoencoder(), *(self._text_encoder(part) for part in self.texts)]
 
-    @property
-    def _autoencoder(self) -> ImageAutoencoder:
+    def autoencoder(self) -> ImageAutoencoder:
         # Many a VAE overflows in float16.
-        dtype = torch.float32 if self.dtype == torch.float16 and self._vae_config.get("force_upcast") else self.dtype
-        return ImageAutoencoder(self.options.diffusers_path, self.files.vae_path, dtype, draw=self.options.latents)
+        dtype = torch.float32 if self.dtype == torch.float16 and self.vae_config.get("force_upcast") else self.dtype
+        return ImageAutoencoder(self.options.diffusers_path, self.options.vae_path, dtype, draw=self.options.latents)
 
     def _text_encoder(self, part: TextPart) -> TextEncoder:
         return clip(
@@ -260,10 +240,10 @@ class StableDiffusionPipeline(BasePipeline):
             self.options.diffusers_path,
             part.folder,
             part.tokenizer,
-            part_override(self.files, part.name),
+            part_override(self.options, part.name),
             self.dtype,
             part.pooled,
-            original=(open_clip_original if part.is_open_clip else clip_original)(part.prefix),
+            original=open_clip_original(part.prefix) if part.is_open_clip else Original(part.prefix),
             trained=part in self.trained_texts,
             **self.text_features(),
         )
@@ -277,13 +257,10 @@ class StableDiffusionPipeline(BasePipeline):
     def open_weights(self, denoiser: Ensemble) -> EnsembleWeights | None:
         if self.options.from_scratch:
             return None
-        layout = self.original_layout.unet
-        recognised = layout.recognises(read_header(self.denoiser_path).files)
-        unet = Weights(self.denoiser_path, denoiser.unet, layout if recognised else None)
         texts = {
             part.folder: partial(clip_module, self._text_encoder(part), loaded=True) for part in self.trained_texts
         }
-        return EnsembleWeights({UNET: unet}, texts)
+        return EnsembleWeights({UNET: super().open_weights(denoiser.unet)}, texts)
 
     def learning_rate(self, name: str) -> float | None:
         rates = {UNET: self.options.unet_lr, **{part.folder: getattr(self.options, part.rate) for part in self.texts}}
@@ -308,21 +285,8 @@ class StableDiffusionPipeline(BasePipeline):
         pooled = next((features.get(f"{part.name}_pooled") for part in self.texts if part.pooled), None)
         return UNetInputs(x_t, self.objective.model_time(t_B), texts, pooled)
 
-    def tokens(self, latent_shape: Sequence[int]) -> int:
-        _, height, width = latent_shape
-        return height * width
-
-    def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
-        return self._vae_config["latent_channels"], height // self.cell, width // self.cell
-
-    @property
-    def cell(self) -> int:
-        """Pixels that a side of a latent's cell stands for."""
-        return 2 ** (len(self._vae_config["block_out_channels"]) - 1)
-
     def scheduler(self) -> Any:
-        config = scheduler_config(self.options)
-        return getattr(diffusers, config["_class_name"]).from_config(config)
+        return ddpm_scheduler(self.options)
 
     def sampling_levels(self, steps: int) -> None:
         return None
@@ -330,22 +294,39 @@ class StableDiffusionPipeline(BasePipeline):
     def _beside_the_unet(self, tensors: Tensors) -> Tensors:
         """What a checkpoint has beside the UNet: the VAE, and text encoders as they are trained or as they were."""
         dtype = next(iter(tensors.values())).dtype
-        vae = AUTOENCODER_KL.load(self.options.diffusers_path, self.files.vae_path, dtype)
-        checkpoint = vae_to_original(vae.state_dict(), self._vae_config)
+        vae = AUTOENCODER_KL.load(self.options.diffusers_path, self.options.vae_path, dtype)
+        checkpoint = vae_to_original(vae.state_dict(), self.vae_config)
         for part in self.texts:
             frozen = None if part in self.trained_texts else clip_module(self._text_encoder(part), loaded=True)
             text = part_of(tensors, part.folder) if frozen is None else dict(frozen.named_parameters())
-            named = (open_clip_to_original if part.is_open_clip else clip_to_original)(text, part.prefix)
-            checkpoint |= {name: tensor.detach().to(dtype) for name, tensor in named.items()}
+            named = open_clip_to_original(text) if part.is_open_clip else text
+            checkpoint |= {f"{part.prefix}{name}": tensor.detach().to(dtype) for name, tensor in named.items()}
         # By these ComfyUI tells what the model predicts.
         told = {"v_pred": self.objective.kind == "v", "ztsnr": self.objective.schedule.zero_terminal_snr}
         return {**checkpoint, **{name: torch.empty(0) for name, holds in told.items() if holds}}
 
-    # Kept: every micro-batch asks for them.
     @cached_property
     def _unet_config(self) -> dict[str, Any]:
         return read_config(self.options.diffusers_path, UNET, model="UNet2DConditionModel", keys=CONFIG_KEYS)
 
-    @cached_property
-    def _vae_config(self) -> dict[str, Any]:
-        return vae_config(self.options.diffusers_path, self.files.vae_path)
+
+def with_parts_of_checkpoint(options: StableDiffusionOptions, texts: Sequence[TextPart]) -> StableDiffusionOptions:
+    """The options, with what a checkpoint in `transformer_path` holds beside the UNet in place of the folder's parts,
+    unless options name these too.
+
+    Raises:
+        SettingsError: the file cannot be read.
+    """
+    path = options.transformer_path
+    if path is None or path.is_dir():
+        return options
+    keys = read_header(path).files
+    given = [entry.type for entry in options.text_encoders]
+    found = [
+        TextEncoderFile(type=part.name, path=path)
+        for part in texts
+        if part.name not in given and any(key.startswith(part.prefix) for key in keys)
+    ]
+    has_vae = options.vae_path is None and any(key.startswith(VAE_PREFIX) for key in keys)
+    parts = {"vae_path": path} if has_vae else {}
+    return options.model_copy(update={**parts, "text_encoders": [*options.text_encoders, *found]})

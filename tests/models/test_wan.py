@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
+from models.foundation.first_frames import given_frames
 from models.foundation.placement import load_stage
 from models.wan import WAN_LAYOUT
+from tests import test_models as generic
 from tests.models import tiny_flux, tiny_wan
 from tests.models.painted import paint
+from tests.models.tiny_folder import tiny
 from tests.processes import run_ranks
+from tests.runs import launch, metrics, only_run
 from utils.diffusion.seeds import normal
+from utils.media.writing import tensor_to_image, write_clip
 from utils.settings.errors import SettingsError
 from utils.settings.schema import SamplingSettings
 
@@ -41,10 +49,149 @@ def test_a_sample_without_guidance_takes_one_prediction(folder: Path, tmp_path: 
     torch.testing.assert_close(torch.from_numpy(painted[0]), expected, rtol=1e-4, atol=1e-4)
 
 
+CHECKS = [
+    generic.test_layers_hold_every_parameter_once,
+    generic.test_text_is_that_of_the_stock_pipeline,
+    generic.test_latents_are_those_of_the_stock_pipeline,
+    *(partial(generic.test_layers_equal_the_whole_module, number=number) for number in range(2)),
+    partial(generic.test_stages_and_recomputing_change_nothing, rank=4),
+]
+
+
+@pytest.fixture(scope="module", params=["wan_i2v", "wan_i2v_blind"])
+def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> generic.Model:
+    module = tiny(request.param)
+    return generic.Model(request.param, module.write_folder(tmp_path_factory.mktemp(request.param)), module)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: getattr(check, "func", check).__name__)
+def test_picture_to_video_holds_what_all_models_hold(variant: generic.Model, check: Callable[..., None]) -> None:
+    check(variant)
+
+
 @pytest.mark.parametrize(
-    ("changes", "told"),
-    [({"in_channels": 12}, "starts from a picture"), ({"image_dim": 16, "added_kv_proj_dim": 24}, "starts from a")],
+    "check",
+    [
+        generic.test_samples_are_those_of_the_stock_pipeline,
+        generic.test_an_adapter_is_loaded_by_the_stock_pipeline_and_gone_on_from,
+        generic.test_all_weights_are_read_from_what_was_exported,
+    ],
 )
-def test_another_variant_is_told(tmp_path: Path, changes: dict[str, int], told: str) -> None:
+def test_picture_to_video_draws_and_exports(variant: generic.Model, check: Callable[..., None], tmp_path: Path) -> None:
+    check(variant, tmp_path)
+
+
+@torch.no_grad()
+def test_the_first_frame_is_seen_as_the_stock_pipeline_sees_it(variant: generic.Model) -> None:
+    """By the VAE, and by CLIP."""
+    width, height, frames = 48, 32, 9
+    pixels = normal((2, 3, frames, height, width), 0, "clip").clamp(-1, 1)
+    pictures = [tensor_to_image(clip[:, :1]) for clip in pixels]
+    made: dict[str, torch.Tensor] = {}
+    for encoder in variant.pipeline().encoders()[2:]:
+        encoder.load(torch.device("cpu"))
+        made |= encoder.encode(pixels=pixels)
+    stock, noise = variant.stock(), torch.zeros(2, tiny_wan.CHANNELS, 3, 4, 6)
+    how = {"height": height, "width": width, "num_frames": frames, "latents": noise, "dtype": torch.float32}
+    # Stock gives each picture to all samples of a batch.
+    expected = [
+        stock.prepare_latents(clip[None, :, 0], 1, tiny_wan.CHANNELS, device="cpu", **how)[1] for clip in pixels
+    ]
+    torch.testing.assert_close(made["first_frame_latents"], torch.cat(expected)[:, 4:], rtol=1e-4, atol=1e-5)
+    assert torch.equal(given_frames(noise[:1], 4), expected[0][:, :4])
+    if stock.image_encoder is not None:
+        torch.testing.assert_close(made["clip_vision"], stock.encode_image(pictures, "cpu"), rtol=1e-4, atol=1e-5)
+    else:
+        assert "clip_vision" not in made
+
+
+def test_clips_train_from_their_first_frames(
+    variant: generic.Model, write_config: Callable[..., Path], pictures: Path, tmp_path: Path
+) -> None:
+    """With samples of a picture; still pictures are refused."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for number in range(3):
+        pixels = normal((3, 1, 8, 8), number, "clip").repeat_interleave(8, 2).repeat_interleave(8, 3).clamp(-1, 1)
+        write_clip(torch.cat([pixels.roll(shift, 3) for shift in range(12)], dim=1), 16, clips / f"{number}.mp4")
+        (clips / f"{number}.txt").write_text(f"clip number {number}")
+    options = variant.pipeline().options.model_dump(mode="json", exclude_unset=True)
+    sampling = {"prompts": ["a clip"], "sample_every_n_steps": 10, **variant.tiny.SAMPLING, "steps": 2}
+    keys = {"model": options, "sampling": sampling, "max_steps": 10, "micro_batch_size_per_gpu": 1}
+    data = {"frame_buckets": [9], "directory": [{"path": str(clips)}]}
+    _, log = launch(write_config(**keys, data={"directory": [{"path": str(pictures)}]}))
+    assert "7 of the samples are still pictures" in log
+    codes, log = launch(write_config(**keys, data=data, pipeline_stages=2), processes=2)
+    assert codes == [0, 0], log
+    losses = list(metrics(only_run(tmp_path / "run.toml"), "train/loss").values())
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+@pytest.fixture(scope="module")
+def ti2v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """TI2V-5B: its VAE makes patches of the pixels first."""
+    changes = {"in_channels": 12, "out_channels": 12}
+    vae = {**tiny_wan.VAE, "z_dim": 12, "in_channels": 12, "out_channels": 12, "patch_size": 2, "is_residual": True}
+    vae |= {"scale_factor_spatial": 16, "latents_mean": [0.1] * 12, "latents_std": [1.5] * 12}
+    place = tiny_wan.write_folder(tmp_path_factory.mktemp("ti2v"), vae=vae, **changes)
+    index = json.loads((place / "model_index.json").read_text())
+    (place / "model_index.json").write_text(json.dumps({**index, "expand_timesteps": True}))
+    return place
+
+
+def test_ti2v_draws_as_the_stock_pipeline(ti2v_folder: Path, tmp_path: Path) -> None:
+    model = generic.Model("wan", ti2v_folder, tiny_wan)
+    model.pipeline().check()
+    assert model.pipeline().media.spatial == 32
+    keys = {**tiny_wan.SAMPLING, "width": 64}
+    sampling = SamplingSettings(prompts=["a hiker"], sample_every_n_steps=1, steps=4, seed=7, **keys)
+    (painted,) = run_ranks(paint, 1, tiny_wan.pipeline, ti2v_folder, tmp_path / "cache", 1, sampling)
+    noise = normal((1, 12, 3, 2, 4), 7, "sample", 0)
+    expected = tiny_wan.draw(model.stock(), sampling, noise)
+    torch.testing.assert_close(torch.from_numpy(painted[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_ti2v_gives_each_token_its_time(ti2v_folder: Path, given: bool) -> None:
+    """As the stock transformer with a time for each token, which is 0 in the first frame where that is given; that
+    frame does not count."""
+    wan = tiny_wan.pipeline(ti2v_folder, from_first_frame=given)
+    blueprint = generic.loaded(wan)
+    shape = (2, 12, 3, 4, 6)
+    x_t, clean, weights = (normal(shape, 0, name) for name in ("x", "clean", "weights"))
+    t_B = torch.tensor([0.2513, 0.913])
+    features = {**tiny_wan.features((5, 11)), "latents": clean}
+    stream = wan.prepare_inputs(features, x_t, t_B)
+    for layer in blueprint.layers:
+        stream = layer(stream)
+    places = wan.weight_of_places(shape[1:])
+    (stream * weights * (1.0 if places is None else places)).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in blueprint.denoiser.named_parameters()}
+
+    reference = generic.loaded(wan).denoiser
+    seen, time_BT = x_t.clone(), (t_B * 1000)[:, None].repeat(1, 3 * 2 * 3)
+    counted = torch.ones(shape)
+    if given:
+        seen[:, :, 0] = clean[:, :, 0]
+        time_BT[:, : 2 * 3] = 0
+        counted[:, :, 0], counted[:, :, 1:] = 0.0, 1.5
+    missing = tiny_wan.TEXT_TOKENS - features["umt5"].shape[1]
+    text_BLD = torch.nn.functional.pad(features["umt5"], (0, 0, 0, missing))
+    (expected,) = reference(seen, time_BT, text_BLD, return_dict=False)
+    (expected * weights * counted).sum().backward()
+    torch.testing.assert_close(stream, expected, rtol=1e-4, atol=1e-5)
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "told"),
+    [
+        ({"in_channels": 9}, {}, "takes 9 channels, and the VAE makes 4; text to video takes 4, picture to video 12"),
+        ({"in_channels": 12, "image_dim": 16, "added_kv_proj_dim": 24}, {}, "must be 512"),
+        ({}, {"from_first_frame": True}, "is for TI2V-5B alone"),
+    ],
+)
+def test_what_does_not_fit_is_told(tmp_path: Path, changes: dict, options: dict, told: str) -> None:
     with pytest.raises(SettingsError, match=told):
-        tiny_wan.pipeline(tiny_wan.write_folder(tmp_path, **changes)).check()
+        tiny_wan.pipeline(tiny_wan.write_folder(tmp_path, **changes), **options).check()

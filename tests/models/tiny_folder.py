@@ -11,7 +11,8 @@ A model's folder is made by `tiny_<type>.py`, whose names the generic tests in t
 - prompt_features(stock, captions): for each caption the features that the stock pipeline computes, at true length;
 - stock_latents(stock, pixels_BCFHW): the mode of its VAE's latents, normalised as it does;
 - SAMPLING, draw(stock, sampling, noise): the latents that it draws for the first prompt;
-- optional: SIZES of (width, height, frames) that are tried.
+- optional: SIZES of (width, height, frames) that are tried; features_of_pictures(latent_shape): random features of a
+  batch that do not come from text.
 """
 
 from __future__ import annotations

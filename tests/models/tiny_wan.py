@@ -47,11 +47,11 @@ VAE = {
 TEXT = {"vocab_size": 1000, "d_model": TEXT_WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
 
 
-def write_folder(place: Path, **changes: Any) -> Path:
+def write_folder(place: Path, vae: dict[str, Any] | None = None, **changes: Any) -> Path:
     torch.manual_seed(0)
     (place / "tokenizer").symlink_to(MINI_FLUX / "tokenizer_2")
     randomised(WanTransformer3DModel(**{**TRANSFORMER, **changes}), 1).save_pretrained(place / "transformer")
-    randomised(AutoencoderKLWan(**VAE), 2).save_pretrained(place / "vae")
+    randomised(AutoencoderKLWan(**(vae or VAE)), 2).save_pretrained(place / "vae")
     randomised(UMT5EncoderModel(UMT5Config(**TEXT)), 3).save_pretrained(place / "text_encoder")
     UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0).save_pretrained(
         place / "scheduler"

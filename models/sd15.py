@@ -1,0 +1,37 @@
+"""Stable Diffusion 1.5."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from models.foundation.stable_diffusion import StableDiffusionOptions, StableDiffusionPipeline, TextPart
+from utils.settings.values import Count
+
+
+class Sd15Options(StableDiffusionOptions):
+    """`[model]` of `type = "sd15"`."""
+
+    clip_skip: Count = 1
+    """Which of CLIP's layers, counted from the last, the text is taken from: 1 for the model as it was published, 2
+    for many that are trained on drawings."""
+
+
+class Sd15Pipeline(StableDiffusionPipeline):
+    """Stable Diffusion 1.5 of Runway, and its many descendants."""
+
+    Options = Sd15Options
+    texts = (
+        TextPart(
+            "clip_l",
+            "text_encoder",
+            "tokenizer",
+            rate="text_encoder_1_lr",
+            prefix="cond_stage_model.transformer.",
+            lora_prefix="lora_te",
+        ),
+    )
+    addition = None
+    other = 'SDXL\'s (type = "sdxl")'
+
+    def text_features(self) -> dict[str, Any]:
+        return {"layer": -self.options.clip_skip, "normalised": True}

@@ -1,0 +1,61 @@
+"""Stable Diffusion XL.
+
+Shapes: B batch.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from models.base import Features, ModelEncoder
+from models.foundation.sizes import SIZES, SizeEncoder
+from models.foundation.stable_diffusion import StableDiffusionOptions, StableDiffusionPipeline, TextPart, UNetInputs
+from utils.settings.values import Positive
+
+
+class SdxlOptions(StableDiffusionOptions):
+    """`[model]` of `type = "sdxl"`."""
+
+    text_encoder_2_lr: Positive | None = None
+    """Train the second text encoder (OpenCLIP-G) too, with this learning rate; default: it is frozen, and what it makes
+    of captions is cached."""
+
+
+class SdxlPipeline(StableDiffusionPipeline):
+    """Stable Diffusion XL of Stability AI, and its descendants: Pony, Illustrious, NoobAI."""
+
+    Options = SdxlOptions
+    texts = (
+        TextPart(
+            "clip_l",
+            "text_encoder",
+            "tokenizer",
+            rate="text_encoder_1_lr",
+            prefix="conditioner.embedders.0.transformer.",
+            lora_prefix="lora_te1",
+        ),
+        TextPart(
+            "clip_g",
+            "text_encoder_2",
+            "tokenizer_2",
+            rate="text_encoder_2_lr",
+            prefix="conditioner.embedders.1.model.",
+            lora_prefix="lora_te2",
+            pooled="text_embeds",
+            is_open_clip=True,
+        ),
+    )
+    addition = "text_time"
+    other = 'that of Stable Diffusion 1.5 or 2 (type = "sd15")'
+
+    def encoders(self, controls: int = 0) -> list[ModelEncoder]:
+        return [*super().encoders(controls), SizeEncoder()]
+
+    def prepare_inputs(
+        self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
+    ) -> UNetInputs:
+        inputs = super().prepare_inputs(features, x_t, t_B, guidance)
+        height, width = (side * self.cell for side in x_t.shape[2:])
+        # Samples are drawn as if of a picture that was not cropped.
+        whole = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).repeat(len(x_t), 1)
+        return inputs._replace(sizes_B6=features.get(SIZES, whole))
