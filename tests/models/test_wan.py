@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -105,16 +106,21 @@ def test_the_first_frame_is_seen_as_the_stock_pipeline_sees_it(variant: generic.
         assert "clip_vision" not in made
 
 
+def write_clips(folder: Path) -> Path:
+    """Three captioned clips of twelve frames."""
+    folder.mkdir()
+    for number in range(3):
+        pixels = normal((3, 1, 8, 8), number, "clip").repeat_interleave(8, 2).repeat_interleave(8, 3).clamp(-1, 1)
+        write_clip(torch.cat([pixels.roll(shift, 3) for shift in range(12)], dim=1), 16, folder / f"{number}.mp4")
+        (folder / f"{number}.txt").write_text(f"clip number {number}")
+    return folder
+
+
 def test_clips_train_from_their_first_frames(
     variant: generic.Model, write_config: Callable[..., Path], pictures: Path, tmp_path: Path
 ) -> None:
     """With samples of a picture; still pictures are refused."""
-    clips = tmp_path / "clips"
-    clips.mkdir()
-    for number in range(3):
-        pixels = normal((3, 1, 8, 8), number, "clip").repeat_interleave(8, 2).repeat_interleave(8, 3).clamp(-1, 1)
-        write_clip(torch.cat([pixels.roll(shift, 3) for shift in range(12)], dim=1), 16, clips / f"{number}.mp4")
-        (clips / f"{number}.txt").write_text(f"clip number {number}")
+    clips = write_clips(tmp_path / "clips")
     options = variant.pipeline().options.model_dump(mode="json", exclude_unset=True)
     sampling = {"prompts": ["a clip"], "sample_every_n_steps": 10, **variant.tiny.SAMPLING, "steps": 2}
     keys = {"model": options, "sampling": sampling, "max_steps": 10, "micro_batch_size_per_gpu": 1}
@@ -149,6 +155,29 @@ def test_ti2v_draws_as_the_stock_pipeline(ti2v_folder: Path, tmp_path: Path) -> 
     noise = normal((1, 12, 3, 2, 4), 7, "sample", 0)
     expected = tiny_wan.draw(model.stock(), sampling, noise)
     torch.testing.assert_close(torch.from_numpy(painted[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_ti2v_trains_clips_from_their_first_frames_and_pictures_from_text(
+    ti2v_folder: Path, write_config: Callable[..., Path], pictures: Path, tmp_path: Path
+) -> None:
+    """On two stages as on one: what does not count is known to the last."""
+    wan = tiny_wan.pipeline(ti2v_folder, from_first_frame=True)
+    clips = write_clips(tmp_path / "clips")
+    data = {"frame_buckets": [9], "directory": [{"path": str(clips)}, {"path": str(pictures)}]}
+    keys = {
+        "model": wan.options.model_dump(mode="json", exclude_unset=True),
+        "adapter": {"type": "lora", "rank": 4},
+        "micro_batch_size_per_gpu": 1,
+        "max_steps": 5,
+    }
+    losses = []
+    for stages in (1, 2):
+        codes, log = launch(write_config(**keys, data=data, pipeline_stages=stages), processes=stages)
+        assert set(codes) == {0}, log
+        run = only_run(tmp_path / "run.toml")
+        losses.append(list(metrics(run, "train/loss").values()))
+        shutil.rmtree(run)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("given", [False, True])
