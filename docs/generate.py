@@ -6,6 +6,13 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parent
+OBJECTIVES = {
+    "flow": "flow matching",
+    "edm": "EDM",
+    None: "DDPM's steps; predicts the noise or v, as the folder's scheduler says",
+}
+"""By its kind; None if a model's files decide."""
+
 sys.path.insert(0, str(DOCS.parent))
 
 
@@ -38,7 +45,7 @@ def section(name: str, pipeline: type) -> str:
             "still pictures" if media.max_frames == 1 else f"pictures, and clips of up to {media.max_frames} frames"
         )
         + f"; sides are multiples of {media.spatial} pixels",
-        "Objective": type(pipeline.objective).__name__,
+        "Objective": OBJECTIVES[getattr(pipeline.objective, "kind", None)],
         "Trains as": "LoRA, or in full",
         "Weights from": "a diffusers folder" + (", or a single file with the publisher's keys" if known else ""),
         "Exports for": "diffusers" + (", ComfyUI" if known else ""),

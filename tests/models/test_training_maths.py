@@ -13,11 +13,13 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch import nn
 
 from models.flux import FluxPipeline
+from models.foundation.ddpm import scheduler_config
 from models.foundation.noising import QUANTILES, Noising
-from tests.models import tiny_flux
+from tests.models import tiny_flux, tiny_sdxl
 from utils.dataset.batches import FeatureBatch
 from utils.dataset.samples import Bucket
 from utils.diffusion.losses import LOSSES, SCHEDULES, Labels, Loss
@@ -116,6 +118,69 @@ def test_loss_and_gradients_of_flux_are_those_of_the_formulas_in_float64(folder:
     found, expected = gradients(losses_B, denoiser), gradients(expected_B, exact)
     for name, gradient in expected.items():
         tolerance = 1e-4 * gradient.abs().max().item()
+        torch.testing.assert_close(found[name].double(), gradient, rtol=0, atol=tolerance, msg=name)
+
+
+def ddpm_factor(options: dict[str, Any], snr: float, predicts_v: bool) -> float:
+    """Hang et al. 2023; kohya's and diffusers' scripts weigh so."""
+    over = snr + 1 if predicts_v else snr
+    if gamma := options.get("min_snr_gamma"):
+        return min(snr, gamma) / over
+    if gamma := options.get("soft_min_snr_gamma"):
+        return snr * gamma / (snr + gamma) / over
+    if options.get("debiased_estimation_loss"):
+        return 1 / (snr + 1) if predicts_v else snr**-0.5
+    if options.get("scale_v_pred_loss_like_noise_pred"):
+        return snr / (snr + 1)
+    return 1 + options.get("v_pred_like_loss", 0.0) * (snr + 1) / snr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"min_snr_gamma": 5.0},
+        {"soft_min_snr_gamma": 5.0},
+        {"debiased_estimation_loss": True},
+        {"v_pred_like_loss": 0.3},
+        {"prediction_type": "v_prediction", "min_snr_gamma": 5.0},
+        {"prediction_type": "v_prediction", "scale_v_pred_loss_like_noise_pred": True},
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "min_snr_gamma": 5.0},
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+def test_loss_and_gradients_of_sdxl_are_those_of_the_formulas_in_float64(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """With the steps of diffusers' own scheduler."""
+    sdxl = tiny_sdxl.pipeline(tiny_sdxl.write_folder(tmp_path), **options)
+    sdxl.check_training()
+    latents = normal((2, *sdxl.latent_shape(128, 64)), 0, "latents")
+    features = {**tiny_sdxl.features((5, 11)), "latents": latents}
+    denoiser = sdxl.load_denoiser()
+    layers = sdxl.to_layers(denoiser)
+    sdxl.fill(denoiser, sdxl.open_weights(denoiser), layers)
+    batch = FeatureBatch(features, DRAWS, Bucket(128, 64, 1), torch.ones(2, 1, 1, 1))
+    inputs, labels, _ = Noising(sdxl).training(batch, EPOCH)
+    losses_B = sdxl.loss(run(layers, inputs), labels)
+
+    scheduler = DDPMScheduler.from_config(scheduler_config(sdxl.options))
+    steps_B, predicts_v = inputs.step_B, "prediction_type" in options
+    noise = torch.stack([normal(latents.shape[1:], 0, "noise", EPOCH, name) for name in DRAWS]).double()
+    abar = scheduler.alphas_cumprod[steps_B].double().view(-1, 1, 1, 1)
+    clean, exact = latents.double(), copy.deepcopy(denoiser).double()
+    x_t = abar.sqrt() * clean + (1 - abar).sqrt() * noise
+    target = abar.sqrt() * noise - (1 - abar).sqrt() * clean if predicts_v else noise
+    prediction = run(sdxl.to_layers(exact), inputs._replace(x_BChw=x_t))
+    snr_B = (abar / (1 - abar)).flatten().tolist()
+    factors_B = torch.tensor([ddpm_factor(options, snr, predicts_v) for snr in snr_B], dtype=torch.float64)
+    expected_B = (prediction - target).square().mean((1, 2, 3)) * factors_B
+
+    torch.testing.assert_close(losses_B.double(), expected_B, rtol=5e-5, atol=0)
+    found, expected = gradients(losses_B, denoiser), gradients(expected_B, exact)
+    for name, gradient in expected.items():
+        # Biases before a group norm have no gradient but rounding.
+        tolerance = 5e-4 * gradient.abs().max().item() + 1e-6
         torch.testing.assert_close(found[name].double(), gradient, rtol=0, atol=tolerance, msg=name)
 
 
