@@ -8,10 +8,13 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
+from models.foundation.ensemble import Ensemble
 from models.foundation.key_layouts import KeyLayout
 from models.foundation.weights import read_header
+from utils.adapters import lokr
 from utils.settings.errors import SettingsError
 from utils.settings.json_files import read_json
 
@@ -37,13 +40,22 @@ def read_adapter(
             raise SettingsError.of(
                 "kohya's names are not known for this model; give the file in diffusers' layout", str(path)
             )
-        linears = {name: module for name, module in denoiser.named_modules() if hasattr(module, "out_features")}
-        modules = [name for name in linears if ".lora_" not in name and ".base_layer" not in name]
-        factors = layout.lora_from_kohya(tensors, modules, lambda name: linears[name].out_features)
+        known = {
+            name: module
+            for name, module in denoiser.named_modules()
+            if hasattr(module, "out_features") or isinstance(module, nn.Conv2d)
+        }
+        modules = [name for name in known if ".lora_" not in name and ".base_layer" not in name]
+        try:
+            factors = layout.lora_from_kohya(tensors, modules, lambda name: known[name].out_features)
+        except ValueError as error:
+            raise SettingsError.of(str(error), str(path)) from error
         return _scaled_up(factors, {name: 1.0 / scale for name in factors if name.endswith(".lora_B.weight")})
     factors = {}
+    # The names of an ensemble begin with the folder, as those in a file do.
+    folder = "" if isinstance(denoiser, Ensemble) else f"{denoiser_folder}."
     for key, tensor in tensors.items():
-        name = key.removeprefix(PEFT_PREFIX).removeprefix(f"{denoiser_folder}.").removeprefix("diffusion_model.")
+        name = key.removeprefix(PEFT_PREFIX).removeprefix(folder).removeprefix("diffusion_model.")
         factors[name] = tensor
     modules = [name.removesuffix(".alpha") for name in factors if name.endswith(".alpha")]
     alphas = {module: factors.pop(f"{module}.alpha").item() for module in modules}
@@ -57,6 +69,21 @@ def read_adapter(
     if alone:
         raise SettingsError.of(f"'{alone[0]}' has no lora_A beside it; is the file whole?", str(path))
     return _scaled_up(factors, {name: _scale(name, factors, alphas, alpha) / scale for name in updates})
+
+
+def read_lokr(path: Path, denoiser: nn.Module, denoiser_folder: str) -> Tensors:
+    """The LoKr factors in a file or folder under our names, such that this run's scale gives the effect that the file
+    has in the program which wrote it. Reads LyCORIS's names.
+
+    Raises:
+        SettingsError: there are none in it.
+    """
+    tensors: Tensors = load_file(_adapter_file(path))
+    if not any(lokr.MARK in key for key in tensors):
+        raise SettingsError.of(
+            f"no LoKr factors in this file, its first tensor is '{next(iter(tensors), 'none')}'", str(path)
+        )
+    return lokr.from_lycoris(tensors, denoiser, denoiser_folder)
 
 
 def _adapter_file(path: Path) -> Path:

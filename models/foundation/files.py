@@ -98,11 +98,13 @@ def part_override(options: ModelSettings, text_encoder: str) -> Path | None:
     return next((entry.path for entry in options.text_encoders if entry.type == text_encoder), None)
 
 
-def read_config(folder: Path, part: str = "", *, model: str, keys: Sequence[str] = ()) -> dict[str, Any]:
+def read_config(
+    folder: Path, part: str = "", *, model: str | tuple[str, ...], keys: Sequence[str] = ()
+) -> dict[str, Any]:
     """The configuration of a part of a diffusers folder.
 
     Args:
-        model: the class of diffusers, or the `model_type` of transformers, that it must be of.
+        model: the class of diffusers, or the `model_type` of transformers, that it must be of; or those it may be of.
         keys: what it must have.
 
     Raises:
@@ -110,9 +112,10 @@ def read_config(folder: Path, part: str = "", *, model: str, keys: Sequence[str]
     """
     file = folder / part / "config.json"
     config = read_json(file)
-    named = config.get("_class_name", config.get("model_type", model))
-    if named != model:
-        raise SettingsError.of(f"is a configuration of {named}; one of {model} belongs here", str(file))
+    known = (model,) if isinstance(model, str) else model
+    named = config.get("_class_name", config.get("model_type", known[0]))
+    if named not in known:
+        raise SettingsError.of(f"is a configuration of {named}; one of {' or '.join(known)} belongs here", str(file))
     if missing := [key for key in keys if key not in config]:
         raise SettingsError.of(f"lacks `{missing[0]}`; download it again", str(file))
     return config

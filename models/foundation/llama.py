@@ -5,10 +5,11 @@ Shapes: B captions, N states, L tokens, D features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,6 +34,27 @@ class StatesFeatures:
         output = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True)
         # The first state is what goes into the first layer.
         return {self.name: torch.stack([output.hidden_states[1 + layer] for layer in self.layers], dim=1)}
+
+
+class Route(NamedTuple):
+    """Which of the states that arrive at a block it projects, and which it hands on."""
+
+    own: int
+    onward: tuple[int, ...]
+
+
+def routes(layers: Sequence[int]) -> list[Route]:
+    """The routes of the entry, which projects the last block's state, and of all blocks but that.
+
+    Args:
+        layers: the Llama layer of each block.
+    """
+    arriving = [sorted(set(layers)), *(sorted(set(layers[block:-1])) for block in range(len(layers)))]
+    wanted = [layers[-1], *layers[:-1]]
+    return [
+        Route(here.index(layer), tuple(here.index(later) for later in there))
+        for layer, here, there in zip(wanted, arriving[:-1], arriving[1:], strict=True)
+    ]
 
 
 class LlamaStates(LlamaModel):

@@ -9,13 +9,12 @@ from functools import partial
 from torch import nn
 
 from models.base import BasePipeline
-from models.foundation.adapter_files import read_adapter
-from models.foundation.ensemble import Ensemble
+from models.foundation.adapter_files import read_adapter, read_lokr
 from utils.adapters import attach, presets
 from utils.parallel.partition import stage_bounds
 from utils.parallel.teacher import Teacher
 from utils.settings.errors import SettingsError
-from utils.settings.schema import AdapterSettings, Settings
+from utils.settings.schema import AdapterSettings, LokrSettings, Settings
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,7 @@ def adapted_blocks(pipeline: BasePipeline, adapter: AdapterSettings) -> tuple[st
         SettingsError: convolutions are asked for, and the model has none.
     """
     if adapter.convolutions and not pipeline.convolutional_blocks:
-        raise SettingsError.of(
-            "this model's blocks have no convolutions; leave it out", where="[adapter] convolutions"
-        )
+        raise SettingsError.of("this model's blocks have no convolutions; leave it out", where="[adapter] convolutions")
     return (*pipeline.blocks, *(pipeline.convolutional_blocks if adapter.convolutions else ()))
 
 
@@ -132,12 +129,15 @@ def load_existing_adapter(
     """
     existing = settings.adapter and settings.adapter.init_from_existing
     if existing:
-        factors = read_adapter(
-            existing,
-            blueprint.denoiser,
-            # The names of an ensemble begin with the folder as those in a file do.
-            "" if isinstance(blueprint.denoiser, Ensemble) else pipeline.denoiser_folder,
-            pipeline.original_layout,
-            attach.scale(settings.adapter),
+        factors = (
+            read_lokr(existing, blueprint.denoiser, pipeline.denoiser_folder)
+            if isinstance(settings.adapter, LokrSettings)
+            else read_adapter(
+                existing,
+                blueprint.denoiser,
+                pipeline.denoiser_folder,
+                pipeline.original_layout,
+                attach.scale(settings.adapter),
+            )
         )
         attach.load(blueprint.denoiser, layers, factors, str(existing))

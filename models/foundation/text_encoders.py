@@ -27,7 +27,7 @@ Features = dict[str, torch.Tensor | list[torch.Tensor]]
 Encode = Callable[[nn.Module, Any, list[str]], Features]
 Tensors = dict[str, torch.Tensor]
 
-VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("spiece.model",))
 """Files that hold a tokenizer's words: any of these sets is enough."""
 
 
@@ -101,6 +101,21 @@ class TrueLengthFeatures:
 
 
 @dataclass(frozen=True)
+class PaddedFeatures:
+    """The last hidden state of an encoder (B, L, D), padded to `length` tokens at which it does not look, and a mask
+    (B, L) of those that it looks at: for models that mask the padding in one place and see it in another."""
+
+    name: str
+    length: int
+
+    def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, torch.Tensor]:
+        tokens = tokenizer(captions, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
+        tokens = tokens.to(text_encoder.device)
+        hidden_BLD = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        return {self.name: hidden_BLD, f"{self.name}_mask": tokens.attention_mask.bool()}
+
+
+@dataclass(frozen=True)
 class ChatFeatures:
     """A hidden state of a chat model that is shown the caption as a user's message: of each caption and the template
     around it, B times (l, D) with l up to `length`, and a mask (l,) of ones beside it.
@@ -148,16 +163,19 @@ class Original:
 
     Attributes:
         prefix: of its tensors; without it there, the whole file is the encoder's and named as transformers names it.
-        convert: tensors, still with the prefix -> tensors as transformers names them.
+        convert: tensors, still with the prefix -> tensors as transformers names them; None if these names follow it.
     """
 
     prefix: str = ""
-    convert: Callable[[Tensors], Tensors] = dict
+    convert: Callable[[Tensors], Tensors] | None = None
 
     def tensors(self, read: Callable[[Path, torch.dtype, str], Tensors], source: Path, dtype: torch.dtype) -> Tensors:
         """What `read` gives of a file or folder, as transformers names it."""
         tensors = read(source, dtype, self.prefix)
-        return self.convert(tensors) if all(name.startswith(self.prefix) for name in tensors) else tensors
+        if not all(name.startswith(self.prefix) for name in tensors):
+            return tensors
+        named = {name.removeprefix(self.prefix): tensor for name, tensor in tensors.items()}
+        return self.convert(tensors) if self.convert else named
 
 
 class TextEncoder:
@@ -248,7 +266,8 @@ class TextEncoder:
         # In a folder with the names that it writes, transformers reads one tensor after the other.
         if any((source / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
             return self._build(source, config=self.config())
-        return self._build(None, config=self.config(), state_dict=self.original.tensors(load_tensors, source, self.dtype))
+        tensors = self.original.tensors(load_tensors, source, self.dtype)
+        return self._build(None, config=self.config(), state_dict=tensors)
 
     def _build(self, source: Path | None, **how: Any) -> nn.Module:
         """The model with its weights. transformers knows the names of older files, which tensors are tied, and what

@@ -72,8 +72,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=begin[0], eos_token="<|eot_id|>")
 
 
-def write_llama(place: Path, tokenizer_place: Path) -> None:
-    randomised(LlamaForCausalLM(LlamaConfig(**LLAMA)), 4).save_pretrained(place)
+def write_llama(place: Path, tokenizer_place: Path, **changes: Any) -> None:
+    randomised(LlamaForCausalLM(LlamaConfig(**{**LLAMA, **changes})), 4).save_pretrained(place)
     tokenizer().save_pretrained(tokenizer_place)
 
 
@@ -131,18 +131,20 @@ def whole(
     x_t: torch.Tensor,
     t_B: torch.Tensor,
 ) -> torch.Tensor:
+    return denoiser(hidden_states=x_t, timesteps=t_B * 1000, **texts(features), return_dict=False)[0]
+
+
+def texts(features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the stock module takes of text."""
     # Layers that no block reads are of no consequence.
     states = [torch.full_like(features["llama3"][:, 0], torch.nan)] * LLAMA_LAYERS
     for place, layer in enumerate(USED_LAYERS):
         states[layer] = features["llama3"][:, place]
-    return denoiser(
-        hidden_states=x_t,
-        timesteps=t_B * 1000,
-        encoder_hidden_states_t5=features["t5"],
-        encoder_hidden_states_llama3=torch.stack(states),
-        pooled_embeds=torch.cat([features["clip_l_pooled"], features["clip_g_pooled"]], dim=1),
-        return_dict=False,
-    )[0]
+    return {
+        "encoder_hidden_states_t5": features["t5"],
+        "encoder_hidden_states_llama3": torch.stack(states),
+        "pooled_embeds": torch.cat([features["clip_l_pooled"], features["clip_g_pooled"]], dim=1),
+    }
 
 
 def prompt_features(stock: StockPipeline, captions: list[str]) -> list[dict[str, torch.Tensor]]:

@@ -17,9 +17,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from utils.adapters import lokr
+from utils.adapters.lokr import LokrLinear
 from utils.diffusion import seeds
 from utils.settings.errors import SettingsError
-from utils.settings.schema import AdapterSettings, torch_dtype
+from utils.settings.schema import AdapterSettings, LokrSettings, torch_dtype
 
 ADAPTER = "default"
 
@@ -27,6 +29,11 @@ ADAPTER = "default"
 def base_name(name: str) -> str:
     """A parameter's name as it is without an adapter, or as an adapter's file has it."""
     return name.replace(".base_layer.", ".").replace(f".{ADAPTER}.", ".")
+
+
+def is_factor(name: str) -> bool:
+    """Whether a parameter's name is that of an adapter's."""
+    return ".lora_" in name or lokr.MARK in name
 
 
 def targets(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings) -> list[str]:
@@ -61,11 +68,14 @@ def _chosen(name: str, settings: AdapterSettings) -> bool:
 
 
 def attach(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings) -> None:
-    """Freezes the denoiser and puts LoRA factors on its target modules, still without values where the denoiser has
-    none (on the meta device)."""
-    # As a pattern, which has to fit a whole name: of names in a list PEFT also takes what ends like one.
-    pattern = "|".join(map(re.escape, targets(denoiser, blocks, settings)))
+    """Freezes the denoiser and puts factors on its target modules, still without values (on the meta device)."""
+    names = targets(denoiser, blocks, settings)
     denoiser.requires_grad_(False)
+    if isinstance(settings, LokrSettings):
+        lokr.put_on(denoiser, names, settings, ADAPTER)
+        return
+    # As a pattern, which has to fit a whole name: of names in a list PEFT also takes what ends like one.
+    pattern = "|".join(map(re.escape, names))
     config = LoraConfig(
         r=settings.rank, lora_alpha=_alpha(settings), lora_dropout=settings.dropout, bias="none", target_modules=pattern
     )
@@ -75,7 +85,7 @@ def attach(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings
 @contextmanager
 def switched_off(denoiser: nn.Module) -> Iterator[None]:
     """Within it the denoiser does what it does without its adapter, bit for bit."""
-    adapted = [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
+    adapted = [module for module in denoiser.modules() if isinstance(module, (LoraLayer, LokrLinear))]
     scales = [module.scaling[ADAPTER] for module in adapted]
     try:
         for module in adapted:
@@ -92,12 +102,16 @@ def initialise(denoiser: nn.Module, layers: Iterable[nn.Module], settings: Adapt
     held = {id(module) for layer in layers for module in layer.modules()}
     dtype = torch_dtype(settings.dtype)
     for name, module in denoiser.named_modules():
-        if isinstance(module, LoraLayer) and id(module) in held:
+        if not isinstance(module, (LoraLayer, LokrLinear)) or id(module) not in held:
+            continue
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeds.derive(seed, "adapter", name))
+            if isinstance(module, LokrLinear):
+                module.reset(dtype)
+                continue
             for factor in (module.lora_A[ADAPTER], module.lora_B[ADAPTER]):
                 factor.to_empty(device="cpu").to(dtype)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seeds.derive(seed, "adapter", name))
-                module.reset_lora_parameters(ADAPTER, init_lora_weights=True)
+            module.reset_lora_parameters(ADAPTER, init_lora_weights=True)
 
 
 def load(denoiser: nn.Module, layers: Iterable[nn.Module], tensors: Mapping[str, torch.Tensor], source: str) -> None:
@@ -106,7 +120,7 @@ def load(denoiser: nn.Module, layers: Iterable[nn.Module], tensors: Mapping[str,
     Raises:
         SettingsError: a tensor has no place, or another shape (another rank or another model).
     """
-    parameters = {base_name(name): p for name, p in denoiser.named_parameters() if ".lora_" in name}
+    parameters = {base_name(name): p for name, p in denoiser.named_parameters() if is_factor(name)}
     check_fits({name: tuple(p.shape) for name, p in parameters.items()}, tensors, source)
     held = {id(parameter) for layer in layers for parameter in layer.parameters()}
     with torch.no_grad():
@@ -127,7 +141,7 @@ def check_fits(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, torc
         if tuple(tensor.shape) != shapes[name]:
             raise SettingsError.of(
                 f"'{name}' is {list(tensor.shape)}, this run's is {list(shapes[name])}; set [adapter] rank to that of "
-                f"the file, or leave init_from_existing out",
+                f"the file (of LoKr the factors too), or leave init_from_existing out",
                 source,
             )
     missing = sorted(set(shapes) - set(tensors))

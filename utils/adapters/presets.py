@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional
 
+from utils.adapters.lokr import LokrLinear
 from utils.settings.errors import SettingsError
 
 
@@ -103,4 +104,4 @@ def _held(
 
 def _base(denoiser: nn.Module, name: str) -> nn.Module:
     module = denoiser.get_submodule(name)
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return module.get_base_layer() if isinstance(module, (BaseTunerLayer, LokrLinear)) else module

@@ -53,6 +53,8 @@ def identity_of(settings: Settings) -> dict[str, Any]:
         "[adapter] type": adapter and adapter.type,
         "[adapter] rank": adapter and adapter.rank,
         "[adapter] alpha": adapter and adapter.alpha,
+        "[adapter] factor": getattr(adapter, "factor", None),
+        "[adapter] factors": getattr(adapter, "factors", None),
         "[adapter] include": adapter and adapter.include,
         "[adapter] exclude": adapter and adapter.exclude,
     }

@@ -20,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from utils import ranks as together
+from utils.adapters import lokr
 from utils.adapters.attach import scale
 from utils.ranks import Ranks
 from utils.run.progress import Progress
 from utils.run.tensor_file import write_tensors
-from utils.settings.schema import AdapterSettings
+from utils.settings.schema import AdapterSettings, LokrSettings
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,9 @@ def _write_adapter(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: d
     diffusers assumes alpha = rank unless the header says otherwise, in the key that its own exporter writes.
     """
     settings = plan.adapter
+    if isinstance(settings, LokrSettings):
+        _write_lokr(folder, tensors, plan, metadata)
+        return
     alpha = settings.rank * scale(settings)
     modules = sorted({name.split(".lora_")[0] for name in tensors})
     config = {
@@ -162,6 +166,12 @@ def _write_adapter(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: d
     for name, convert in plan.layouts.items():
         if name in plan.formats:
             write_tensors(folder / f"adapter_model_{name}.safetensors", convert(tensors), metadata)
+
+
+def _write_lokr(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: dict[str, str]) -> None:
+    """`adapter_model.safetensors` in the names of LyCORIS, which are all that other programs read of LoKr."""
+    named = lokr.to_lycoris(tensors, plan.adapter.alpha, plan.folders[0].name)
+    write_tensors(folder / ADAPTER_FILE, named, metadata)
 
 
 def _diffusers_metadata(plan: ExportPlan, config: Mapping[str, Any]) -> dict[str, object]:

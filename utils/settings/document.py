@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from utils.settings.dataset_schema import DataKeys, DatasetSettings, DirectorySettings
 from utils.settings.keys import GROUPS, NESTED, SECTIONS, SPELLINGS, run_keys, spellings
-from utils.settings.schema import ModelSettings, Settings, optimizer_types
+from utils.settings.schema import ModelSettings, Settings, adapter_types, optimizer_types
 
 # A type in one and in several.
 _TYPES: Mapping[Any, tuple[str, str]] = {
@@ -61,6 +61,8 @@ def settings_page(options: Mapping[str, type[ModelSettings]]) -> str:
         if name == "optimizer":
             classes = optimizer_types().items()
             parts += [_section(f'## `[optimizer]` with `type = "{kind}"`', one) for kind, one in classes]
+        elif name == "adapter":
+            parts += [_section(f'## `[adapter]` with `type = "{kind}"`', one) for kind, one in adapter_types().items()]
         elif cls is not None:
             parts.append(_section(f"## `[{name}]`", cls))
     parts.append(_section("## The dataset file", DatasetSettings, "dataset", only=_own_keys(DatasetSettings)))

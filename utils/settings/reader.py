@@ -21,9 +21,11 @@ from utils.settings.plain import given
 from utils.settings.rules import check_rules
 from utils.settings.schema import (
     AdamWSettings,
+    AdapterSettings,
     ModelSettings,
     OptimizerSettings,
     Settings,
+    adapter_types,
     lower_type,
     optimizer_types,
 )
@@ -130,6 +132,7 @@ def _read_section(file: str, name: str, written: Any, options_for: OptionsFor) -
     fallback, type_of_fallback, by_type = {
         "model": (ModelSettings, "", options_for),
         "optimizer": (AdamWSettings, "adamw", _optimizer_class),
+        "adapter": (AdapterSettings, "lora", _adapter_class),
     }.get(name, (SECTIONS[name], None, None))
     if not isinstance(written, dict):
         problem = Problem(file, title, no_table(title, written))
@@ -165,6 +168,13 @@ def _optimizer_class(name: str) -> type[OptimizerSettings]:
     types = optimizer_types()
     if name not in types:
         raise ValueError(f'no optimizer is called "{name}"; known: {", ".join(types)}')
+    return types[name]
+
+
+def _adapter_class(name: str) -> type[AdapterSettings]:
+    types = adapter_types()
+    if name not in types:
+        raise ValueError(f"no adapter is called '{name}'; known: {', '.join(map(repr, types))}")
     return types[name]
 
 

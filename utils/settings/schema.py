@@ -173,6 +173,32 @@ class AdapterSettings(SettingsTable):
     """File or folder of an adapter to go on from; default: start from zero effect."""
 
 
+class LokrSettings(AdapterSettings):
+    """`type = "lokr"`: LoKr of LyCORIS, whose update is the Kronecker product of a small matrix and a large one."""
+
+    type: Literal["lokr"]
+    """Kind of adapter."""
+    factor: Count | None = None
+    """Sides of the small matrix, at most; each divides that of the weight. Default: as near to a square root as can be,
+    which makes both matrices alike."""
+    factors: dict[str, Count] = {}
+    """Other factors by glob pattern, as in `{ "attn" = 8, "FeedForward" = 16 }`: the first is taken that may match
+    anywhere in a module's name, or is the class of a module around it."""
+    rank: Count | None = None
+    """Rank of the large matrix; default, and where it saves nothing: the whole of it."""
+    full_matrix: bool = False
+    """Keep the large matrix whole, whatever `rank` says."""
+    decompose_both: bool = False
+    """Give the small matrix that rank too."""
+    convolutions: Literal[False] = False
+    """Linears alone are adapted."""
+
+
+def adapter_types() -> dict[str, type[AdapterSettings]]:
+    """The settings class of every adapter, by the `type` that chooses it."""
+    return {get_args(cls.model_fields["type"].annotation)[0]: cls for cls in (AdapterSettings, LokrSettings)}
+
+
 class OptimizerSettings(SettingsTable):
     """`[optimizer]`: the keys that all optimizers share."""
 
@@ -404,7 +430,7 @@ class Settings(SettingsTable):
     """Seed of all that is drawn: order, noise, timesteps, dropout, first weights."""
     model: SerializeAsAny[ModelSettings]
     """What is trained."""
-    adapter: AdapterSettings | None = None
+    adapter: Annotated[AdapterSettings | LokrSettings, Field(discriminator="type")] | None = None
     """Train an adapter; without it, the model itself."""
     optimizer: AnyOptimizer
     """How weights move."""
