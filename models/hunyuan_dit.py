@@ -1,0 +1,343 @@
+"""HunyuanDiT 1.1 and 1.2: a chain of blocks of which the first half leaves its outputs to the second, as in a UNet.
+
+It learns the variance of a step beside v, in as many channels again. Two encoders read each caption: a BERT, whose
+tokens the blocks see, and mT5, whose tokens they see too and which is pooled for the time embedding. 1.1 is also told
+sizes, and a style, of which there is one.
+
+Shapes: B batch, C latent channels, h w latent cells, T image tokens, L text tokens, D width, E features of mT5, H
+features of an attention head.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import HunyuanDiT2DModel
+from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
+from einops import rearrange
+from torch import nn
+from torch.nn import functional
+from transformers import BertModel, T5EncoderModel
+
+from models.base import Features, ModelEncoder
+from models.foundation.ddpm import DDPMOptions, ddpm_objective, ddpm_scheduler
+from models.foundation.files import check_diffusers_folder, part_override, read_config
+from models.foundation.key_layouts import KeyLayout, Rule
+from models.foundation.picture_models import PicturePipeline
+from models.foundation.sizes import SIZES, SizeEncoder
+from models.foundation.text_encoders import Original, PaddedFeatures, TextEncoder, TrueLengthFeatures
+from models.foundation.weights import read_header
+from utils.diffusion.objectives import Epsilon
+from utils.settings.errors import Problem, SettingsError
+from utils.settings.values import NotNegative
+
+PATCH = 2
+ROTARY_GRID = 32
+"""Tokens on the longer side of the grid to which positions are scaled: those of 512 pixels."""
+USUAL_SIDE = 1024
+"""In pixels, of the file that a sample is drawn as if from."""
+WIDTH_FIRST = [1, 0, 5, 4, 3, 2]
+"""Of `SIZES` in the order of the publisher: width and height of the file, of what is trained, left and top of the crop.
+diffusers and ComfyUI give heights first, which for a square is the same."""
+PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
+SINGLE_FILES = {"transformer": "transformer_path", "vae": "vae_path"}
+TEXT_ENCODERS = {"text_encoder": "bert", "text_encoder_2": "mt5"}
+CONFIG_KEYS = ("in_channels", "cross_attention_dim", "cross_attention_dim_t5", "text_len", "text_len_t5")
+PADDING_KEY, STYLE_KEY = "text_embedding_padding", "style_embedder.weight"
+VERSIONS = {False: "1.2, which is told no sizes", True: "1.1 or older, which is told sizes"}
+CHECKPOINT_PREFIXES = {"bert": "text_encoders.hydit_clip.transformer.", "mt5": "text_encoders.mt5xl.transformer."}
+"""Of the text encoders in checkpoints for ComfyUI."""
+
+IN_BLOCK = {
+    "attn1.Wqkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "attn2.q_proj": ("attn2.to_q",),
+    "attn2.kv_proj": ("attn2.to_k", "attn2.to_v"),
+    **{f"attn{n}.{part}_norm": (f"attn{n}.norm_{part}",) for n in (1, 2) for part in "qk"},
+    **{f"attn{n}.out_proj": (f"attn{n}.to_out.0",) for n in (1, 2)},
+    "default_modulation.1": ("norm1.linear",),
+    "norm1": ("norm1.norm",),
+    # diffusers counts norms in the order in which they are applied.
+    "norm3": ("norm2",),
+    "norm2": ("norm3",),
+    "mlp.fc1": ("ff.net.0.proj",),
+    "mlp.fc2": ("ff.net.2",),
+    "skip_norm": ("skip_norm",),
+    "skip_linear": ("skip_linear",),
+}
+AROUND = {
+    "x_embedder.proj": "pos_embed.proj",
+    "text_embedding_padding": "text_embedding_padding",
+    "mlp_t5.0": "text_embedder.linear_1",
+    "mlp_t5.2": "text_embedder.linear_2",
+    "t_embedder.mlp.0": "time_extra_emb.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_extra_emb.timestep_embedder.linear_2",
+    "extra_embedder.0": "time_extra_emb.extra_embedder.linear_1",
+    "extra_embedder.2": "time_extra_emb.extra_embedder.linear_2",
+    **{f"pooler.{part}_proj": f"time_extra_emb.pooler.{part}_proj" for part in "qkvc"},
+    "pooler.positional_embedding": "time_extra_emb.pooler.positional_embedding",
+    "style_embedder": "time_extra_emb.style_embedder",
+    "final_layer.linear": "proj_out",
+}
+ORIGINAL_LAYOUT = KeyLayout(
+    [
+        *(
+            Rule(f"blocks.{{}}.{there}", tuple(f"blocks.{{}}.{part}" for part in here))
+            for there, here in IN_BLOCK.items()
+        ),
+        *(Rule(there, (here,)) for there, here in AROUND.items()),
+        Rule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),
+    ]
+)
+
+
+class HunyuanDitOptions(DDPMOptions):
+    """`[model]` of `type = "hunyuan_dit"`."""
+
+    vlb_weight: NotNegative = 0.0
+    """Weight of the variational term, from which the model learns the variance of a step: 0.001 is usual (Nichol and
+    Dhariwal 2021), 0 leaves the term out. Stock samplers make no use of that variance."""
+
+
+class HunyuanDitInputs(NamedTuple):
+    """What the entry takes. `bert_BLD` is padded to the batch's longest caption alone; `sizes_B6` is None for a model
+    that is not told sizes."""
+
+    x_BChw: torch.Tensor
+    bert_BLD: torch.Tensor
+    bert_mask_BL: torch.Tensor
+    mt5_BLE: torch.Tensor
+    mt5_mask_BL: torch.Tensor
+    step_B: torch.Tensor
+    rope_TH: tuple[torch.Tensor, torch.Tensor]
+    sizes_B6: torch.Tensor | None
+
+
+class HunyuanDitStream(NamedTuple):
+    """What travels from layer to layer. `skips` are outputs of the first half of the blocks, the last one on top;
+    `canvas_hw0` has no elements: its shape carries the latent's height and width."""
+
+    x_BTD: torch.Tensor
+    skips: tuple[torch.Tensor, ...]
+    text_BLD: torch.Tensor
+    time_BD: torch.Tensor
+    rope_TH: tuple[torch.Tensor, torch.Tensor]
+    canvas_hw0: torch.Tensor
+
+
+class Entry(nn.Module):
+    """Embeds patches, text, and time with what else is told of the picture; where a caption ends, learned tokens
+    follow."""
+
+    def __init__(self, denoiser: HunyuanDiT2DModel):
+        super().__init__()
+        self.pos_embed = denoiser.pos_embed
+        self.time_extra_emb = denoiser.time_extra_emb
+        self.text_embedder = denoiser.text_embedder
+        self.text_embedding_padding = denoiser.text_embedding_padding
+
+    def forward(self, inputs: HunyuanDitInputs) -> HunyuanDitStream:
+        dtype, sizes_B6 = self.text_embedding_padding.dtype, inputs.sizes_B6
+        mt5_BLE = inputs.mt5_BLE.to(dtype)
+        style_B = None if sizes_B6 is None else torch.zeros(len(sizes_B6), dtype=torch.int64, device=sizes_B6.device)
+        return HunyuanDitStream(
+            x_BTD=self.pos_embed(inputs.x_BChw.to(dtype)).contiguous(),
+            skips=(),
+            text_BLD=self._text(inputs, mt5_BLE),
+            # Time and sizes stay float32 until they are embedded.
+            time_BD=self.time_extra_emb(inputs.step_B, mt5_BLE, sizes_B6, style_B, hidden_dtype=dtype),
+            rope_TH=inputs.rope_TH,
+            canvas_hw0=mt5_BLE.new_empty(*inputs.x_BChw.shape[2:], 0),
+        )
+
+    def _text(self, inputs: HunyuanDitInputs, mt5_BLE: torch.Tensor) -> torch.Tensor:
+        """The tokens of BERT and, behind them, of mT5, with learned ones in place of the padding of each."""
+        missing = len(self.text_embedding_padding) - inputs.bert_BLD.shape[1] - mt5_BLE.shape[1]
+        bert_BLD = functional.pad(inputs.bert_BLD.to(mt5_BLE.dtype), (0, 0, 0, missing))
+        bert_mask_BL = functional.pad(inputs.bert_mask_BL, (0, missing))
+        mt5_BLD = self.text_embedder(mt5_BLE.flatten(0, 1)).unflatten(0, mt5_BLE.shape[:2])
+        mask_BL = torch.cat([bert_mask_BL, inputs.mt5_mask_BL], dim=1)
+        text_BLD = torch.cat([bert_BLD, mt5_BLD], dim=1)
+        return torch.where(mask_BL[..., None], text_BLD, self.text_embedding_padding)
+
+
+class Block(nn.Module):
+    """A block that may leave its output on the stack (`pushes`), or take what lies on top of it (`pops`)."""
+
+    recomputable = True
+
+    def __init__(self, block: nn.Module, *, pushes: bool, pops: bool):
+        super().__init__()
+        self.block, self.pushes, self.pops = block, pushes, pops
+
+    def forward(self, stream: HunyuanDitStream) -> HunyuanDitStream:
+        skips, skip = (stream.skips[:-1], stream.skips[-1]) if self.pops else (stream.skips, None)
+        x_BTD = self.block(
+            hidden_states=stream.x_BTD,
+            encoder_hidden_states=stream.text_BLD,
+            temb=stream.time_BD,
+            image_rotary_emb=stream.rope_TH,
+            skip=skip,
+        )
+        return stream._replace(x_BTD=x_BTD, skips=(*skips, x_BTD) if self.pushes else skips)
+
+
+class Exit(nn.Module):
+    """Projects the tokens to v and the variance (B, 2C, h, w)."""
+
+    def __init__(self, denoiser: HunyuanDiT2DModel):
+        super().__init__()
+        self.norm_out = denoiser.norm_out
+        self.proj_out = denoiser.proj_out
+
+    def forward(self, stream: HunyuanDitStream) -> torch.Tensor:
+        height, width, _ = stream.canvas_hw0.shape
+        return rearrange(
+            self.proj_out(self.norm_out(stream.x_BTD, stream.time_BD.float())),
+            "b (h w) (p q c) -> b c (h p) (w q)",
+            h=height // PATCH,
+            w=width // PATCH,
+            p=PATCH,
+            q=PATCH,
+        )
+
+
+class UnpooledBert(BertModel):
+    """BERT without the layer that pools a text, which the model's files need not have."""
+
+    def __init__(self, config: Any):
+        super().__init__(config, add_pooling_layer=False)
+
+
+class HunyuanDitPipeline(PicturePipeline):
+    """HunyuanDiT of Tencent, 1.0 to 1.2, which reads Chinese and English."""
+
+    Options = HunyuanDitOptions
+    blocks = ("blocks",)
+    stream_type = HunyuanDitStream
+    original_layout = ORIGINAL_LAYOUT
+    guided_by_second_prediction = True
+
+    @cached_property
+    def objective(self) -> Epsilon:
+        return ddpm_objective(self.options, learns_sigma=True)
+
+    @property
+    def variational_weight(self) -> float:
+        return self.options.vlb_weight
+
+    def check(self) -> None:
+        check_diffusers_folder(self.options, PARTS, SINGLE_FILES, TEXT_ENCODERS)
+        self._check_variant()
+        self.check_tensors()
+
+    def _check_variant(self) -> None:
+        """Whether transformer, VAE and text encoders fit one another, and the transformer its configuration."""
+        config, channels = self._transformer_config, self.vae_config["latent_channels"]
+        widths = [encoder.shapes[encoder.name][1] for encoder in self._text_encoders()]
+        asked = [config["cross_attention_dim"], config["cross_attention_dim_t5"]]
+        wrong = {
+            "predicts no variance (learn_sigma), as HunyuanDiT does": not config.get("learn_sigma", True),
+            f"takes latents of {config['in_channels']} channels and the VAE makes {channels}; give SDXL's VAE": (
+                config["in_channels"] != channels
+            ),
+            f"takes text of {asked} features, and the encoders make {widths}; give HunyuanDiT's own": asked != widths,
+        }
+        file = str(self.options.diffusers_path / "transformer" / "config.json")
+        if problems := [Problem(file, "", message) for message, holds in wrong.items() if holds]:
+            raise SettingsError(problems)
+        if not self.options.from_scratch:
+            self._check_version()
+
+    def _check_version(self) -> None:
+        names = read_header(self.denoiser_path).files
+        is_hunyuan_dit, is_told_sizes = (any(name.endswith(key) for name in names) for key in (PADDING_KEY, STYLE_KEY))
+        if is_hunyuan_dit and is_told_sizes != self._is_told_sizes:
+            raise SettingsError.of(
+                f"is HunyuanDiT {VERSIONS[is_told_sizes]}, and the folder's configuration is that of "
+                f"{VERSIONS[self._is_told_sizes]}; give the folder of the same version",
+                str(self.denoiser_path),
+            )
+
+    def encoders(self, controls: int = 0) -> list[ModelEncoder]:
+        return [self.autoencoder(), *self._text_encoders(), *([SizeEncoder()] if self._is_told_sizes else [])]
+
+    def _text_encoders(self) -> list[TextEncoder]:
+        config, folder = self._transformer_config, self.options.diffusers_path
+        bert = read_config(folder, "text_encoder", model="bert", keys=["hidden_size"])["hidden_size"]
+        mt5 = read_config(folder, "text_encoder_2", model=("t5", "mt5"), keys=["d_model"])["d_model"]
+        return [
+            self._text_encoder(UnpooledBert, "", TrueLengthFeatures("bert", config["text_len"]), bert),
+            self._text_encoder(T5EncoderModel, "_2", PaddedFeatures("mt5", config["text_len_t5"]), mt5),
+        ]
+
+    def _text_encoder(
+        self, model_class: type, suffix: str, read: TrueLengthFeatures | PaddedFeatures, width: int
+    ) -> TextEncoder:
+        """That of the folders with this suffix."""
+        return TextEncoder(
+            read.name,
+            model_class,
+            self.options.diffusers_path,
+            f"text_encoder{suffix}",
+            f"tokenizer{suffix}",
+            part_override(self.options, read.name),
+            self.dtype,
+            read,
+            {read.name: (read.length, width), f"{read.name}_mask": (read.length,)},
+            Original(CHECKPOINT_PREFIXES[read.name]),
+        )
+
+    def build_denoiser(self) -> HunyuanDiT2DModel:
+        return HunyuanDiT2DModel.from_config(self._transformer_config)
+
+    def to_layers(self, denoiser: HunyuanDiT2DModel) -> list[nn.Module]:
+        half = len(denoiser.blocks) // 2
+        blocks = [Block(block, pushes=n < half - 1, pops=n > half) for n, block in enumerate(denoiser.blocks)]
+        return [Entry(denoiser), *blocks, Exit(denoiser)]
+
+    def prepare_inputs(
+        self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
+    ) -> HunyuanDitInputs:
+        return HunyuanDitInputs(
+            x_BChw=x_t,
+            bert_BLD=features["bert"],
+            bert_mask_BL=features["bert_mask"].bool(),
+            mt5_BLE=features["mt5"],
+            mt5_mask_BL=features["mt5_mask"].bool(),
+            step_B=self.objective.model_time(t_B),
+            rope_TH=rotary_tables(*x_t.shape[2:], self._transformer_config["attention_head_dim"]),
+            sizes_B6=self._sizes(features, x_t) if self._is_told_sizes else None,
+        )
+
+    def _sizes(self, features: Features, x_t: torch.Tensor) -> torch.Tensor:
+        """What the model is told of sizes (B, 6), in pixels."""
+        height, width = (side * self.cell for side in x_t.shape[2:])
+        drawn = torch.tensor([USUAL_SIDE, USUAL_SIDE, 0, 0, height, width], dtype=torch.float32).repeat(len(x_t), 1)
+        return features.get(SIZES, drawn)[:, WIDTH_FIRST]
+
+    def scheduler(self) -> Any:
+        return ddpm_scheduler(self.options)
+
+    def sampling_levels(self, steps: int) -> None:
+        return None
+
+    @property
+    def _is_told_sizes(self) -> bool:
+        return self._transformer_config.get("use_style_cond_and_image_meta_size", True)
+
+    # Kept: every micro-batch asks for it.
+    @cached_property
+    def _transformer_config(self) -> dict[str, Any]:
+        folder = self.options.diffusers_path
+        return read_config(folder, "transformer", model="HunyuanDiT2DModel", keys=[*CONFIG_KEYS, "attention_head_dim"])
+
+
+def rotary_tables(height: int, width: int, features: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines (T, H) of the places of a latent's tokens, scaled such that the picture, whatever its size,
+    fills the longer side of a grid, in whose middle it lies."""
+    grid = (height // PATCH, width // PATCH)
+    place = get_resize_crop_region_for_grid(grid, ROTARY_GRID)
+    return get_2d_rotary_pos_embed(features, place, grid, device="cpu", output_type="pt")
