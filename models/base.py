@@ -189,12 +189,9 @@ class BasePipeline(ABC):
         mean, std = features["latents_mean"].float(), features["latents_std"].float()
         return mean + std * draw(mean.shape)
 
-    def check_data(self, samples: Sequence[Sample]) -> None:
-        """Whether the model can be trained on these samples.
-
-        Raises:
-            SettingsError: it cannot.
-        """
+    def problems_of_data(self, samples: Sequence[Sample]) -> list[Problem]:
+        """Why the model cannot be trained on these samples."""
+        return []
 
     def weight_of_places(self, latent_shape: Sequence[int]) -> torch.Tensor | None:
         """What each place of a latent (C, ...) counts in the loss, 1 on average, to multiply (B, C, ...); None where

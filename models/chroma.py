@@ -21,7 +21,6 @@ from models.foundation.text_encoders import TextEncoder, TrueLengthFeatures
 from utils.settings.schema import ModelSettings
 from utils.settings.values import Count
 
-PATCH = 2
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 SINGLE_FILES = {"transformer": "transformer_path", "vae": "vae_path"}
 TEXT_ENCODERS = {"text_encoder": "t5"}

@@ -10,20 +10,19 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import FluxTransformer2DModel
-from einops import rearrange
 from torch import nn
 
 from models.base import Features, ModelEncoder
 from models.foundation.autoencoders import ImageAutoencoder
 from models.foundation.files import check_diffusers_folder, part_override, read_config
 from models.foundation.key_layouts import KeyLayout, Rule
+from models.foundation.patches import PATCH, pack, unpack
 from models.foundation.picture_models import PicturePipeline
 from models.foundation.stages import Middle
 from models.foundation.text_encoders import clip_l, t5
 from utils.settings.schema import ModelSettings
 from utils.settings.values import Count
 
-PATCH = 2
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 SINGLE_FILES = {"transformer": "transformer_path", "vae": "vae_path"}
 TEXT_ENCODERS = {"text_encoder": "clip", "text_encoder_2": "t5"}
@@ -215,16 +214,6 @@ class FluxPipeline(PicturePipeline):
     @cached_property
     def _transformer_config(self) -> dict[str, Any]:
         return read_config(self.options.diffusers_path, "transformer", model="FluxTransformer2DModel")
-
-
-def pack(x_BChw: torch.Tensor) -> torch.Tensor:
-    """A latent as tokens of 2x2 cells (B, T, 4C)."""
-    return rearrange(x_BChw, "b c (h p) (w q) -> b (h w) (c p q)", p=PATCH, q=PATCH)
-
-
-def unpack(x_BTC: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The inverse of `pack`, for a latent of `height` x `width` cells."""
-    return rearrange(x_BTC, "b (h w) (c p q) -> b c (h p) (w q)", h=height // PATCH, w=width // PATCH, p=PATCH, q=PATCH)
 
 
 def grid_positions(height: int, width: int, image: int) -> torch.Tensor:

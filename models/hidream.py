@@ -19,7 +19,6 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.models.transformers.transformer_hidream_image import MoEGate
-from einops import rearrange
 from torch import nn
 from torch.nn import functional
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
@@ -29,6 +28,7 @@ from models.foundation.clip import clip_config
 from models.foundation.files import check_diffusers_folder, part_override, read_config
 from models.foundation.key_layouts import KeyLayout, Rule
 from models.foundation.llama import LlamaEncoder, LlamaStates, Route, StatesFeatures, routes
+from models.foundation.patches import PATCH, patchify, unpatchify
 from models.foundation.picture_models import PicturePipeline
 from models.foundation.stages import listening
 from models.foundation.text_encoders import MaskedT5Features, ProjectedFeatures, TextEncoder
@@ -41,7 +41,6 @@ from utils.settings.paths import missing
 from utils.settings.schema import ModelSettings
 from utils.settings.values import Count, NotNegative, UserPath
 
-PATCH = 2
 PARTS = (
     "scheduler",
     *(f"text_encoder{number}" for number in ("", "_2", "_3")),
@@ -237,7 +236,7 @@ class Exit(nn.Module):
         tokens = rows * columns
         picture_BTD = stream.x_BTD[:, : tokens if stream.mask_BT is None else self.filled]
         x_BTC = self.final_layer(picture_BTD, stream.time_BD)[:, :tokens]
-        latent = rearrange(x_BTC, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=PATCH, q=PATCH)
+        latent = unpatchify(x_BTC, height, width)
         return Output(latent, stream.terms_K) if self.training else latent
 
 
@@ -348,7 +347,7 @@ class HiDreamPipeline(PicturePipeline):
         self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
     ) -> HiDreamInputs:
         batch, _, height, width = x_t.shape
-        x_BTC = rearrange(x_t, "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH)
+        x_BTC = patchify(x_t)
         tokens, filled = x_BTC.shape[1], self._filled(height, width)
         states_BNLD, t5_BLD = features["llama3"], features["t5"]
         texts = t5_BLD.shape[1] + 2 * states_BNLD.shape[2]

@@ -17,7 +17,6 @@ import torch
 from diffusers import HunyuanDiT2DModel
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
-from einops import rearrange
 from torch import nn
 from torch.nn import functional
 from transformers import BertModel, T5EncoderModel
@@ -26,6 +25,7 @@ from models.base import Features, ModelEncoder
 from models.foundation.ddpm import DDPMOptions, ddpm_objective, ddpm_scheduler
 from models.foundation.files import check_diffusers_folder, part_override, read_config
 from models.foundation.key_layouts import KeyLayout, Rule
+from models.foundation.patches import PATCH, unpatchify
 from models.foundation.picture_models import PicturePipeline
 from models.foundation.sizes import SIZES, SizeEncoder
 from models.foundation.text_encoders import Original, PaddedFeatures, TextEncoder, TrueLengthFeatures
@@ -34,7 +34,6 @@ from utils.diffusion.objectives import Epsilon
 from utils.settings.errors import Problem, SettingsError
 from utils.settings.values import NotNegative
 
-PATCH = 2
 ROTARY_GRID = 32
 """Tokens on the longer side of the grid to which positions are scaled: those of 512 pixels."""
 USUAL_SIDE = 1024
@@ -194,14 +193,7 @@ class Exit(nn.Module):
 
     def forward(self, stream: HunyuanDitStream) -> torch.Tensor:
         height, width, _ = stream.canvas_hw0.shape
-        return rearrange(
-            self.proj_out(self.norm_out(stream.x_BTD, stream.time_BD.float())),
-            "b (h w) (p q c) -> b c (h p) (w q)",
-            h=height // PATCH,
-            w=width // PATCH,
-            p=PATCH,
-            q=PATCH,
-        )
+        return unpatchify(self.proj_out(self.norm_out(stream.x_BTD, stream.time_BD.float())), height, width)
 
 
 class UnpooledBert(BertModel):

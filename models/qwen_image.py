@@ -13,13 +13,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
-from einops import rearrange
 from torch import nn
 from transformers import Qwen2_5_VLModel
 
 from models.base import BasePipeline, Features, ModelEncoder
+from models.foundation import patches
 from models.foundation.files import check_diffusers_folder, part_override, read_config
 from models.foundation.key_layouts import KeyLayout, Rule
+from models.foundation.patches import PATCH
 from models.foundation.qwen_vl import PICTURE, PictureTextEncoder, Prompt, image_processor, width_of
 from models.foundation.stages import Middle
 from models.foundation.text_encoders import TextEncoder
@@ -32,7 +33,6 @@ from utils.settings.json_files import read_json
 from utils.settings.schema import ModelSettings
 from utils.settings.values import Count
 
-PATCH = 2
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 SINGLE_FILES = {"transformer": "transformer_path", "vae": "vae_path"}
 TEXT = "qwen2_5_vl"
@@ -329,12 +329,10 @@ def _is_timestep_zero(keys: Iterable[str]) -> bool:
 
 
 def pack(x_BC1hw: torch.Tensor) -> torch.Tensor:
-    """A latent as tokens of 2x2 cells (B, T, 4C)."""
-    return rearrange(x_BC1hw, "b c 1 (h p) (w q) -> b (h w) (c p q)", p=PATCH, q=PATCH)
+    """A latent of one frame as tokens of 2x2 cells (B, T, 4C)."""
+    return patches.pack(x_BC1hw.squeeze(2))
 
 
 def unpack(x_BTC: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The inverse of `pack`, for a latent of `height` x `width` cells."""
-    return rearrange(
-        x_BTC, "b (h w) (c p q) -> b c 1 (h p) (w q)", h=height // PATCH, w=width // PATCH, p=PATCH, q=PATCH
-    )
+    return patches.unpack(x_BTC, height, width).unsqueeze(2)

@@ -12,13 +12,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers import SD3Transformer2DModel
-from einops import rearrange
 from torch import nn
 
 from models.base import Features, ModelEncoder
 from models.foundation.clip import clip
 from models.foundation.files import check_diffusers_folder, part_override, read_config
 from models.foundation.key_layouts import KeyLayout, Rule
+from models.foundation.patches import unpatchify
 from models.foundation.picture_models import PicturePipeline
 from models.foundation.stages import Middle
 from models.foundation.text_encoders import TextEncoder, t5
@@ -28,7 +28,6 @@ from utils.settings.values import Count
 
 logger = logging.getLogger(__name__)
 
-PATCH = 2
 TRAIN_STEPS = 1000
 CLIP_TOKENS = 77
 PARTS = ("scheduler", "transformer", "vae")
@@ -157,14 +156,7 @@ class Exit(nn.Module):
 
     def forward(self, stream: Sd3Stream) -> torch.Tensor:
         height, width, _ = stream.canvas_hw0.shape
-        return rearrange(
-            self.proj_out(self.norm_out(stream.x_BTD, stream.time_BD)),
-            "b (h w) (p q c) -> b c (h p) (w q)",
-            h=height // PATCH,
-            w=width // PATCH,
-            p=PATCH,
-            q=PATCH,
-        )
+        return unpatchify(self.proj_out(self.norm_out(stream.x_BTD, stream.time_BD)), height, width)
 
 
 class Sd3Pipeline(PicturePipeline):

@@ -32,7 +32,7 @@ from models.foundation.text_encoders import TextEncoder, TrueLengthFeatures
 from models.foundation.video_autoencoders import WanAutoencoder, latent_size, wan_vae_config
 from utils.dataset.buckets import MediaFacts
 from utils.dataset.samples import Sample
-from utils.settings.errors import SettingsError
+from utils.settings.errors import Problem, SettingsError
 from utils.settings.schema import ModelSettings
 from utils.settings.values import Count
 
@@ -249,14 +249,15 @@ class WanPipeline(BasePipeline):
                 where="[model] from_first_frame",
             )
 
-    def check_data(self, samples: Sequence[Sample]) -> None:
+    def problems_of_data(self, samples: Sequence[Sample]) -> list[Problem]:
         stills = [sample for sample in samples if sample.bucket.frames == 1]
-        if self.starts_from_picture and stills:
-            raise SettingsError.of(
-                f"{len(stills)} of the samples are still pictures, the first is {stills[0].media.place}: to a model "
-                "that makes clips of a first frame they teach nothing; leave them out, or set frame_buckets without 1",
-                where="[[directory]]",
-            )
+        if not (self.starts_from_picture and stills):
+            return []
+        message = (
+            f"{len(stills)} of the samples are still pictures, the first is {stills[0].media.place}: to a model that "
+            "makes clips of a first frame they teach nothing; leave them out, or set frame_buckets without 1"
+        )
+        return [Problem("", "[[directory]]", message)]
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         options, folder = self.options, self.options.diffusers_path

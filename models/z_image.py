@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import ZImageTransformer2DModel
-from einops import rearrange
 from torch import nn
 from torch.nn import functional
 from transformers import Qwen3Model
@@ -22,6 +21,7 @@ from transformers import Qwen3Model
 from models.base import Features, ModelEncoder
 from models.foundation.files import check_diffusers_folder, part_override, read_config
 from models.foundation.key_layouts import KeyLayout, Rule
+from models.foundation.patches import PATCH, patchify, unpatchify
 from models.foundation.picture_models import PicturePipeline
 from models.foundation.stages import Middle
 from models.foundation.text_encoders import ChatFeatures, TextEncoder
@@ -30,7 +30,6 @@ from utils.settings.errors import SettingsError
 from utils.settings.schema import ModelSettings
 from utils.settings.values import Count
 
-PATCH = 2
 PATCH_KEY = "2-1"
 """Of the embedding and the final layer for patches of 2x2 cells of one frame; Z-Image has no others."""
 FILLED_TO = 32
@@ -275,16 +274,6 @@ def filled(length: Any) -> Any:
 def lengthened(row_BLC: torch.Tensor, length: int) -> torch.Tensor:
     """The row with zeros at its end, `length` tokens long."""
     return functional.pad(row_BLC, (0, 0, 0, length - row_BLC.shape[1]))
-
-
-def patchify(x_BChw: torch.Tensor) -> torch.Tensor:
-    """A latent as tokens of 2x2 cells (B, T, 4C)."""
-    return rearrange(x_BChw, "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH)
-
-
-def unpatchify(x_BTC: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The inverse of `patchify`, for a latent of `height` x `width` cells."""
-    return rearrange(x_BTC, "b (h w) (p q c) -> b c (h p) (w q)", h=height // PATCH, w=width // PATCH, p=PATCH, q=PATCH)
 
 
 def picture_positions(height: int, width: int, place_B: torch.Tensor) -> torch.Tensor:

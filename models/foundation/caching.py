@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from models.base import BasePipeline
-from models.foundation.plan import choices_of, controls_of, encoders_of
+from models.foundation.plan import check_data, choices_of, controls_of, encoders_of
 from models.foundation.prompts import check_encoders, encoders_of_prompts, prompt_encoders, prompts_shown
 from utils.dataset.batches import SampleReader
 from utils.dataset.cache_lock import reading
@@ -59,8 +59,7 @@ def load_data(
     collections = collect_together(ranks, sources, pipeline.media, scan, **choices_of(settings))
     encoders = encoders_of(pipeline, collections)
     check_encoders(encoders, controls_of(collections), pipeline, settings)
-    for collection in collections:
-        pipeline.check_data(collection.samples)
+    check_data(pipeline, collections)
     check_epochs(settings, ranks, collections[0].samples)
     of_prompts = encoders_of_prompts(encoders, settings.sampling)
     live = [] if cached_texts else prompt_encoders(encoders)

@@ -98,8 +98,7 @@ def describe(
     """What the run will do with data that is collected."""
     encoders = encoders_of(pipeline, collections)
     check_encoders(encoders, controls_of(collections), pipeline, settings)
-    for collection in collections:
-        pipeline.check_data(collection.samples)
+    check_data(pipeline, collections)
     parameters = list(blueprint.denoiser.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     accumulation = settings.gradient_accumulation_steps
@@ -132,6 +131,17 @@ def describe(
 def controls_of(collections: Sequence[Collection]) -> int:
     """How many control images a sample has."""
     return max(collection.controls for collection in collections)
+
+
+def check_data(pipeline: BasePipeline, collections: Sequence[Collection]) -> None:
+    """Whether the model can be trained on the collections.
+
+    Raises:
+        SettingsError: it cannot.
+    """
+    problems = [problem for collection in collections for problem in pipeline.problems_of_data(collection.samples)]
+    if problems:
+        raise SettingsError(problems)
 
 
 def encoders_of(pipeline: BasePipeline, collections: Sequence[Collection]) -> list[Encoder]:

@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers import FluxPipeline as StockPipeline
 
 from models.flux import FluxOptions, FluxPipeline
+from tests.models.tiny_folder import drawn
 from utils.diffusion.seeds import normal
 from utils.settings.schema import AdapterSettings, SamplingSettings, Settings
 
@@ -107,14 +108,7 @@ def stock_latents(stock: Any, pixels_BCFHW: torch.Tensor) -> torch.Tensor:
 
 
 def draw(stock: Any, sampling: SamplingSettings, noise: torch.Tensor, **keys: Any) -> torch.Tensor:
-    tokens_BTC = stock(
-        prompt=sampling.prompts[0],
-        width=sampling.width,
-        height=sampling.height,
-        num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance,
-        output_type="latent",
-        latents=stock._pack_latents(noise, *noise.shape),
-        **{"max_sequence_length": TEXT_TOKENS, **keys},
-    ).images
+    # Guidance is its input.
+    keys = {"negative_prompt": None, "max_sequence_length": TEXT_TOKENS, **keys}
+    tokens_BTC = drawn(stock, sampling, stock._pack_latents(noise, *noise.shape), **keys).images
     return stock._unpack_latents(tokens_BTC, sampling.height, sampling.width, 8)

@@ -27,6 +27,8 @@ import diffusers
 import torch
 from torch import nn
 
+from utils.settings.schema import SamplingSettings
+
 
 def tiny(model: str) -> ModuleType:
     """The module that writes a tiny folder of the model."""
@@ -48,3 +50,18 @@ def randomised(module: nn.Module, seed: int) -> nn.Module:
         for parameter in module.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.05)
     return module
+
+
+def drawn(stock: Any, sampling: SamplingSettings, noise: torch.Tensor, **keys: Any) -> Any:
+    """What a stock pipeline draws for the first prompt from this noise, as it comes: latents, perhaps as tokens."""
+    asked = {
+        "prompt": sampling.prompts[0],
+        "negative_prompt": sampling.negative_prompt,
+        "width": sampling.width,
+        "height": sampling.height,
+        "num_inference_steps": sampling.steps,
+        "guidance_scale": sampling.guidance,
+        "latents": noise,
+        "output_type": "latent",
+    }
+    return stock(**{**asked, **keys})

@@ -24,7 +24,7 @@ from transformers import (
 from models.hidream import HiDreamOptions, HiDreamPipeline
 from tests.models import tiny_flux
 from tests.models.tiny_flux import MINI_FLUX
-from tests.models.tiny_folder import randomised, write_index
+from tests.models.tiny_folder import drawn, randomised, write_index
 from tests.models.tiny_sd3 import clip_config
 from utils.diffusion.seeds import normal
 from utils.settings.schema import SamplingSettings
@@ -163,14 +163,4 @@ stock_latents = tiny_flux.stock_latents
 def draw(stock: StockPipeline, sampling: SamplingSettings, noise: torch.Tensor) -> torch.Tensor:
     # It changes the size of what it draws until it has this area.
     stock.default_sample_size = round((sampling.width * sampling.height) ** 0.5) // stock.vae_scale_factor
-    return stock(
-        sampling.prompts[0],
-        negative_prompt=sampling.negative_prompt,
-        width=sampling.width,
-        height=sampling.height,
-        num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance,
-        latents=noise,
-        max_sequence_length=TEXT_TOKENS,
-        output_type="latent",
-    ).images
+    return drawn(stock, sampling, noise, max_sequence_length=TEXT_TOKENS).images

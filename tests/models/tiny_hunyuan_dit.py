@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel, BertTokenizer, PreTrainedTokeniz
 
 from models.hunyuan_dit import HunyuanDitOptions, HunyuanDitPipeline
 from tests.models.tiny_flux import MINI_FLUX
-from tests.models.tiny_folder import randomised, write_index
+from tests.models.tiny_folder import drawn, randomised, write_index
 from tests.models.tiny_sd15 import write_vae
 from utils.dataset.batches import pad_ragged
 from utils.diffusion import seeds
@@ -165,17 +165,10 @@ def stock_latents(stock: Any, pixels_BCFHW: torch.Tensor) -> torch.Tensor:
 
 
 def draw(stock: StockPipeline, sampling: SamplingSettings, noise: torch.Tensor) -> torch.Tensor:
-    return stock(
-        sampling.prompts[0],
-        negative_prompt=sampling.negative_prompt,
-        width=sampling.width,
-        height=sampling.height,
+    keys = {
         # Width first, as the publisher's code; of itself the stock pipeline gives heights first.
-        target_size=(sampling.width, sampling.height),
-        use_resolution_binning=False,
-        num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance,
-        latents=noise,
-        generator=seeds.generator(sampling.seed, "sample steps", 0),
-        output_type="latent",
-    ).images
+        "target_size": (sampling.width, sampling.height),
+        "use_resolution_binning": False,
+        "generator": seeds.generator(sampling.seed, "sample steps", 0),
+    }
+    return drawn(stock, sampling, noise, **keys).images

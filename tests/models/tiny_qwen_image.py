@@ -14,7 +14,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from models.qwen_image import QwenImageOptions, QwenImagePipeline
-from tests.models.tiny_folder import randomised, write_index
+from tests.models.tiny_folder import drawn, randomised, write_index
 from utils.dataset.batches import pad_ragged
 from utils.diffusion.seeds import normal
 from utils.settings.schema import SamplingSettings
@@ -159,15 +159,8 @@ def stock_latents(stock: Any, pixels_BCFHW: torch.Tensor) -> torch.Tensor:
 
 
 def draw(stock: Any, sampling: SamplingSettings, noise: torch.Tensor) -> torch.Tensor:
-    tokens_BTC = stock(
-        prompt=sampling.prompts[0],
-        negative_prompt=sampling.negative_prompt,
-        true_cfg_scale=sampling.guidance,
-        width=sampling.width,
-        height=sampling.height,
-        num_inference_steps=sampling.steps,
-        latents=rearrange(noise, "b c 1 (h p) (w q) -> b (h w) (c p q)", p=2, q=2),
-        max_sequence_length=TEXT_TOKENS,
-        output_type="latent",
-    ).images
+    tokens_BTC = rearrange(noise, "b c 1 (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+    # What it calls the scale of guidance is an input that no model has.
+    keys = {"true_cfg_scale": sampling.guidance, "guidance_scale": None, "max_sequence_length": TEXT_TOKENS}
+    tokens_BTC = drawn(stock, sampling, tokens_BTC, **keys).images
     return stock._unpack_latents(tokens_BTC, sampling.height, sampling.width, 8)

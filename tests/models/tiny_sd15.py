@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from models.foundation.ensemble import Ensemble
 from models.sd15 import Sd15Options, Sd15Pipeline
 from tests.models.tiny_flux import MINI_FLUX
-from tests.models.tiny_folder import randomised, write_index
+from tests.models.tiny_folder import drawn, randomised, write_index
 from utils.diffusion.seeds import normal
 from utils.settings.schema import SamplingSettings
 
@@ -114,13 +114,4 @@ def stock_latents(stock: Any, pixels_BCFHW: torch.Tensor) -> torch.Tensor:
 
 
 def draw(stock: Any, sampling: SamplingSettings, noise: torch.Tensor) -> torch.Tensor:
-    return stock(
-        sampling.prompts[0],
-        negative_prompt=sampling.negative_prompt,
-        width=sampling.width,
-        height=sampling.height,
-        num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance,
-        latents=noise,
-        output_type="latent",
-    ).images
+    return drawn(stock, sampling, noise).images

@@ -21,7 +21,7 @@ from models.foundation.text_encoders import load_tokenizer
 from models.sd3 import Sd3Options, Sd3Pipeline
 from tests.models import tiny_flux
 from tests.models.tiny_flux import MINI_FLUX
-from tests.models.tiny_folder import randomised, write_index
+from tests.models.tiny_folder import drawn, randomised, write_index
 from utils.diffusion.seeds import normal
 from utils.settings.schema import SamplingSettings
 
@@ -136,14 +136,4 @@ stock_latents = tiny_flux.stock_latents
 
 
 def draw(stock: StockPipeline, sampling: SamplingSettings, noise: torch.Tensor) -> torch.Tensor:
-    return stock(
-        sampling.prompts[0],
-        negative_prompt=sampling.negative_prompt,
-        width=sampling.width,
-        height=sampling.height,
-        num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance,
-        latents=noise,
-        max_sequence_length=TEXT_TOKENS,
-        output_type="latent",
-    ).images
+    return drawn(stock, sampling, noise, max_sequence_length=TEXT_TOKENS).images

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from models.wan import WanOptions, WanPipeline
 from tests.models.tiny_flux import MINI_FLUX
-from tests.models.tiny_folder import randomised, write_index
+from tests.models.tiny_folder import drawn, randomised, write_index
 from utils.dataset.batches import pad_ragged
 from utils.diffusion.seeds import normal
 from utils.settings.schema import SamplingSettings
@@ -101,15 +101,5 @@ def stock_latents(stock: StockPipeline, pixels_BCFHW: torch.Tensor) -> torch.Ten
 
 
 def draw(stock: StockPipeline, sampling: SamplingSettings, noise: torch.Tensor) -> torch.Tensor:
-    return stock(
-        sampling.prompts[0],
-        sampling.negative_prompt,
-        width=sampling.width,
-        height=sampling.height,
-        num_frames=sampling.frames,
-        num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance,
-        latents=noise,
-        max_sequence_length=TEXT_TOKENS,
-        output_type="latent",
-    ).frames
+    keys = {"num_frames": sampling.frames, "max_sequence_length": TEXT_TOKENS}
+    return drawn(stock, sampling, noise, **keys).frames

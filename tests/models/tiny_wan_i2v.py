@@ -19,7 +19,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from models.wan import WanOptions, WanPipeline
 from tests.models import tiny_wan
 from tests.models.tiny_flux import MINI_FLUX
-from tests.models.tiny_folder import randomised, write_index
+from tests.models.tiny_folder import drawn, randomised, write_index
 from utils.diffusion.seeds import normal
 from utils.media.decode import load_image
 from utils.media.geometry import View
@@ -116,16 +116,5 @@ stock_latents = tiny_wan.stock_latents
 
 def draw(stock: StockPipeline, sampling: SamplingSettings, noise: torch.Tensor) -> torch.Tensor:
     picture = tensor_to_image(load_image(PICTURE, View(sampling.width, sampling.height, "center")))
-    return stock(
-        picture,
-        sampling.prompts[0],
-        sampling.negative_prompt,
-        width=sampling.width,
-        height=sampling.height,
-        num_frames=sampling.frames,
-        num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance,
-        latents=noise,
-        max_sequence_length=TEXT_TOKENS,
-        output_type="latent",
-    ).frames
+    keys = {"image": picture, "num_frames": sampling.frames, "max_sequence_length": TEXT_TOKENS}
+    return drawn(stock, sampling, noise, **keys).frames

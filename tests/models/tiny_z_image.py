@@ -14,7 +14,7 @@ from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 from models.z_image import ZImageOptions, ZImagePipeline
 from tests.models import tiny_flux
 from tests.models.tiny_flux import MINI_FLUX
-from tests.models.tiny_folder import randomised, write_index
+from tests.models.tiny_folder import drawn, randomised, write_index
 from utils.dataset.batches import pad_ragged
 from utils.diffusion.seeds import normal
 from utils.settings.schema import SamplingSettings
@@ -107,14 +107,4 @@ stock_latents = tiny_flux.stock_latents
 
 
 def draw(stock: StockPipeline, sampling: SamplingSettings, noise: torch.Tensor) -> torch.Tensor:
-    return stock(
-        sampling.prompts[0],
-        negative_prompt=sampling.negative_prompt,
-        width=sampling.width,
-        height=sampling.height,
-        num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance,
-        latents=noise,
-        max_sequence_length=TEXT_TOKENS,
-        output_type="latent",
-    ).images
+    return drawn(stock, sampling, noise, max_sequence_length=TEXT_TOKENS).images

@@ -1,0 +1,33 @@
+"""Latents of pictures as rows of tokens, each of which is a patch of 2 x 2 cells; models differ in the order of the
+numbers within a token.
+
+Shapes: B batch, T tokens, C numbers of a token or channels of a latent, h w latent cells.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+
+PATCH = 2
+SIDES = {"p": PATCH, "q": PATCH}
+
+
+def pack(x_BChw: torch.Tensor) -> torch.Tensor:
+    """A latent as tokens (B, T, 4C) that hold channel after channel."""
+    return rearrange(x_BChw, "b c (h p) (w q) -> b (h w) (c p q)", **SIDES)
+
+
+def unpack(x_BTC: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The inverse of `pack`, for a latent of `height` x `width` cells."""
+    return rearrange(x_BTC, "b (h w) (c p q) -> b c (h p) (w q)", h=height // PATCH, w=width // PATCH, **SIDES)
+
+
+def patchify(x_BChw: torch.Tensor) -> torch.Tensor:
+    """A latent as tokens (B, T, 4C) that hold cell after cell."""
+    return rearrange(x_BChw, "b c (h p) (w q) -> b (h w) (p q c)", **SIDES)
+
+
+def unpatchify(x_BTC: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The inverse of `patchify`, for a latent of `height` x `width` cells."""
+    return rearrange(x_BTC, "b (h w) (p q c) -> b c (h p) (w q)", h=height // PATCH, w=width // PATCH, **SIDES)
