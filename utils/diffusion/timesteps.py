@@ -29,9 +29,14 @@ class ResolutionShift:
     base_shift: float = 0.5
     max_shift: float = 1.15
 
-    def factor(self, tokens: int) -> float:
+    def mu(self, tokens: int) -> float:
+        """What a stock scheduler of the model takes: log s."""
         slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
-        return math.exp(self.base_shift + slope * (tokens - self.base_tokens))
+        return self.base_shift + slope * (tokens - self.base_tokens)
+
+    def factor(self, tokens: int) -> float:
+        """s."""
+        return math.exp(self.mu(tokens))
 
 
 # The published constants, by the model that brought them.

@@ -6,7 +6,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +141,10 @@ def _shift_arguments(scheduler: Any, model: SampleModel, shape: Sequence[int]) -
     config = scheduler.config
     if not config.get("use_dynamic_shifting") or "mu" not in inspect.signature(scheduler.set_timesteps).parameters:
         return {}
-    rule = ResolutionShift(
-        config.get("base_image_seq_len", model.shift.base_tokens),
-        config.get("max_image_seq_len", model.shift.max_tokens),
-        config.get("base_shift", model.shift.base_shift),
-        config.get("max_shift", model.shift.max_shift),
-    )
-    return {"mu": float(np.log(rule.factor(model.tokens(shape))))}
+    named = {"base_tokens": "base_image_seq_len", "max_tokens": "max_image_seq_len"}
+    constants = {field.name: config.get(named.get(field.name, field.name)) for field in fields(model.shift)}
+    known = {name: value for name, value in constants.items() if value is not None}
+    return {"mu": replace(model.shift, **known).mu(model.tokens(shape))}
 
 
 def _noise_arguments(scheduler: Any, seed: int, index: int) -> dict[str, torch.Generator]:

@@ -106,7 +106,7 @@ def _parent_is_kept(settings: Settings, _: int) -> Iterator[Problem]:
 
 def _one_teacher(settings: Settings, _: int) -> Iterator[Problem]:
     if settings.regularisation_target == "parent" and settings.model.folded_guidance is not None:
-        message = "moves every target, and regularisation_target = \"parent\" gives other ones; leave out one of them"
+        message = 'moves every target, and regularisation_target = "parent" gives other ones; leave out one of them'
         yield _at("[model] folded_guidance", message)
 
 

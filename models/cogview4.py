@@ -1,0 +1,289 @@
+"""CogView4: a transformer of two rows, picture and text, that share their weights; texts of GLM-4.
+
+The model is told its time before the shift by the picture's size: at noise level t of a picture whose shift is s, the u
+for which t = s u / (1 + (s - 1) u).
+
+Shapes: B batch, T image tokens, L text tokens, C latent channels, D width, E rotary features, h w latent cells.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import CogView4Transformer2DModel
+from diffusers.models.transformers.transformer_cogview4 import CogView4AttnProcessor, CogView4RotaryPosEmbed
+from torch import nn
+from torch.nn import functional
+from transformers import GlmModel
+
+from models.base import Features, ModelEncoder
+from models.foundation.files import check_diffusers_folder, part_override, read_config
+from models.foundation.patches import PATCH, unpack
+from models.foundation.picture_models import PicturePipeline
+from models.foundation.stages import Middle
+from models.foundation.text_encoders import TextEncoder
+from utils.diffusion.objectives import FlowMatching
+from utils.diffusion.timesteps import ResolutionShift, shift_by_factor
+from utils.settings.errors import Problem, SettingsError
+from utils.settings.schema import ModelSettings
+from utils.settings.values import Count
+
+TRAIN_STEPS = 1000
+FILLED_TO = 16
+"""Captions begin with padding up to a multiple of so many tokens, which text encoder and transformer see."""
+HIDDEN_STATE = -2
+ROTARY_GRID = (256, 256)
+"""Rows and columns that every picture fills, unless the configuration has others."""
+PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+SINGLE_FILES = {"transformer": "transformer_path", "vae": "vae_path"}
+TEXT_ENCODERS = {"text_encoder": "glm"}
+CONFIG_KEYS = ("attention_head_dim", "in_channels", "text_embed_dim")
+
+
+class CogView4Options(ModelSettings):
+    """`[model]` of `type = "cogview4"`.
+
+    `flux_shift = true` shifts by the picture's size as CogView4's own training does: by 0.25 + 0.75 sqrt(tokens / 256),
+    which is 3.25 for 1024 x 1024 pixels; that training draws timesteps by the method `uniform`.
+    """
+
+    max_sequence_length: Count = 1024
+    """GLM-4 tokens of a caption that are read."""
+
+
+class CogView4Inputs(NamedTuple):
+    """What the entry takes. `text_lengths` are tensors without elements, one a sample, whose shapes say how many of its
+    tokens are its own; None if all are."""
+
+    x_BChw: torch.Tensor
+    text_BLD: torch.Tensor
+    text_lengths: tuple[torch.Tensor, ...] | None
+    time_B: torch.Tensor
+    size_B2: torch.Tensor
+    rope_TE: tuple[torch.Tensor, torch.Tensor]
+
+
+class CogView4Stream(NamedTuple):
+    """What travels from layer to layer. `canvas_hw0` has no elements: its shape carries the latent's height and
+    width."""
+
+    x_BTD: torch.Tensor
+    text_BLD: torch.Tensor
+    text_lengths: tuple[torch.Tensor, ...] | None
+    time_BD: torch.Tensor
+    rope_TE: tuple[torch.Tensor, torch.Tensor]
+    canvas_hw0: torch.Tensor
+
+
+@dataclass(frozen=True)
+class GlmFeatures:
+    """A hidden state of GLM (l, D) of each caption behind its padding, and a mask (l,) of ones beside it."""
+
+    length: int
+
+    def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, list[torch.Tensor]]:
+        padding = [tokenizer.pad_token_id]
+        rows = [tokenizer(caption, max_length=self.length, truncation=True).input_ids for caption in captions]
+        rows = [padding * (filled(len(row)) - len(row)) + row for row in rows]
+        # GLM looks back alone: what a batch adds behind a caption changes nothing of it.
+        longest = max(len(row) for row in rows)
+        tokens_BL = torch.tensor([row + padding * (longest - len(row)) for row in rows], device=text_encoder.device)
+        hidden_BLD = text_encoder(tokens_BL, output_hidden_states=True).hidden_states[HIDDEN_STATE]
+        return {
+            "glm": [hidden[: len(row)] for hidden, row in zip(hidden_BLD, rows, strict=True)],
+            "glm_mask": [torch.ones(len(row), dtype=torch.bool) for row in rows],
+        }
+
+
+class RootShift(ResolutionShift):
+    """s, linear in the root of the number of image tokens (`calculate_shift` of diffusers' CogView4 pipeline)."""
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> RootShift:
+        """That of a scheduler's configuration."""
+        return cls(config["base_image_seq_len"], config["max_image_seq_len"], config["base_shift"], config["max_shift"])
+
+    def factor(self, tokens: int) -> float:
+        return self.base_shift + self.max_shift * math.sqrt(tokens / self.base_tokens)
+
+    def mu(self, tokens: int) -> float:
+        """s itself, which is what a scheduler with a linear `time_shift_type` takes."""
+        return self.factor(tokens)
+
+
+class OwnTextAttention(CogView4AttnProcessor):
+    """The stock attention, of each sample with its own text: without what the batch adds to the shorter ones.
+
+    The stock processor takes a mask, which hides nothing: it adds 1 to the scores of what is seen and 0 to the others.
+    """
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: tuple[torch.Tensor, ...] | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Picture (B, T, D) and text (B, L, D); `attention_mask` is `text_lengths` of the stream."""
+        attend = super().__call__
+        if attention_mask is None:
+            return attend(attn, hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb)
+        pictures, texts = [], []
+        for number, length in enumerate(attention_mask):
+            own, added = encoder_hidden_states[number : number + 1].tensor_split([len(length)], dim=1)
+            picture, text = attend(attn, hidden_states[number : number + 1], own, image_rotary_emb=image_rotary_emb)
+            pictures.append(picture)
+            texts.append(functional.pad(text, (0, 0, 0, added.shape[1])))
+        return torch.cat(pictures), torch.cat(texts)
+
+
+class Entry(nn.Module):
+    """Embeds patches and text, and the time with the picture's size."""
+
+    def __init__(self, denoiser: CogView4Transformer2DModel):
+        super().__init__()
+        self.patch_embed = denoiser.patch_embed
+        self.time_condition_embed = denoiser.time_condition_embed
+
+    def forward(self, inputs: CogView4Inputs) -> CogView4Stream:
+        dtype = self.patch_embed.proj.weight.dtype
+        x_BTD, text_BLD = self.patch_embed(inputs.x_BChw.to(dtype), inputs.text_BLD.to(dtype))
+        # It is trained on pictures as if they had never been larger nor cropped. The time stays float32 until it is
+        # embedded.
+        sizes = inputs.size_B2, inputs.size_B2, torch.zeros_like(inputs.size_B2)
+        return CogView4Stream(
+            x_BTD=x_BTD,
+            text_BLD=text_BLD,
+            text_lengths=inputs.text_lengths,
+            time_BD=functional.silu(self.time_condition_embed(inputs.time_B, *sizes, dtype)),
+            rope_TE=inputs.rope_TE,
+            canvas_hw0=x_BTD.new_empty(*inputs.x_BChw.shape[2:], 0),
+        )
+
+
+class Exit(nn.Module):
+    """Projects the image tokens to the latent (B, C, h, w)."""
+
+    def __init__(self, denoiser: CogView4Transformer2DModel):
+        super().__init__()
+        self.norm_out = denoiser.norm_out
+        self.proj_out = denoiser.proj_out
+
+    def forward(self, stream: CogView4Stream) -> torch.Tensor:
+        height, width, _ = stream.canvas_hw0.shape
+        return unpack(self.proj_out(self.norm_out(stream.x_BTD, stream.time_BD)), height, width)
+
+
+class CogView4Pipeline(PicturePipeline):
+    """CogView4 of Zhipu AI, which reads Chinese and English."""
+
+    Options = CogView4Options
+    objective = FlowMatching(time_scale=TRAIN_STEPS)
+    blocks = ("transformer_blocks",)
+    stream_type = CogView4Stream
+    guided_by_second_prediction = True
+
+    # Kept: every micro-batch asks for it.
+    @cached_property
+    def resolution_shift(self) -> RootShift:
+        return RootShift.of_config(self.scheduler().config)
+
+    def check(self) -> None:
+        check_diffusers_folder(self.options, PARTS, SINGLE_FILES, TEXT_ENCODERS)
+        self._check_variant()
+        self.check_tensors()
+
+    def _check_variant(self) -> None:
+        """Whether transformer, VAE and text encoder fit one another, and the scheduler is this model's."""
+        config, shift = self._transformer_config, self.scheduler().config
+        channels, made = config["in_channels"], self.vae_config["latent_channels"]
+        width, read = config["text_embed_dim"], self._text_width
+        wrong = {
+            "transformer/config.json": {
+                "is CogView4 Control, which is not trained here; give CogView4": channels == 2 * made,
+                f"takes latents of {channels} channels and the VAE makes {made}; give CogView4's own VAE": (
+                    channels not in (made, 2 * made)
+                ),
+                f"takes text of {width} features and GLM makes {read}; give GLM-4 9B": width != read,
+            },
+            "scheduler/scheduler_config.json": {
+                "does not shift linearly by the picture's size, as CogView4's does; download it again": (
+                    not shift.use_dynamic_shifting or shift.time_shift_type != "linear"
+                )
+            },
+        }
+        folder = self.options.diffusers_path
+        told = {folder / file: [text for text, holds in texts.items() if holds] for file, texts in wrong.items()}
+        if problems := [Problem(str(file), "", text) for file, texts in told.items() for text in texts]:
+            raise SettingsError(problems)
+
+    def encoders(self, controls: int = 0) -> list[ModelEncoder]:
+        options, length = self.options, self.options.max_sequence_length
+        shapes = {"glm": (filled(length), self._text_width), "glm_mask": (filled(length),)}
+        parts = (options.diffusers_path, "text_encoder", "tokenizer", part_override(options, "glm"))
+        return [self.autoencoder(), TextEncoder("glm", GlmModel, *parts, self.dtype, GlmFeatures(length), shapes)]
+
+    def build_denoiser(self) -> CogView4Transformer2DModel:
+        return attending_to_own_text(CogView4Transformer2DModel.from_config(self._transformer_config))
+
+    def to_layers(self, denoiser: CogView4Transformer2DModel) -> list[nn.Module]:
+        reads = {
+            "hidden_states": "x_BTD",
+            "encoder_hidden_states": "text_BLD",
+            "temb": "time_BD",
+            "image_rotary_emb": "rope_TE",
+            "attention_mask": "text_lengths",
+        }
+        middles = [Middle(block, reads, writes=("x_BTD", "text_BLD")) for block in denoiser.transformer_blocks]
+        return [Entry(denoiser), *middles, Exit(denoiser)]
+
+    def prepare_inputs(
+        self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
+    ) -> CogView4Inputs:
+        config, text_BLD = self._transformer_config, features["glm"]
+        height, width = (side * self.cell for side in x_t.shape[2:])
+        lengths = features["glm_mask"].sum(dim=1).tolist()
+        shift = self.resolution_shift.factor(self.tokens(x_t.shape[1:]))
+        rope = CogView4RotaryPosEmbed(config["attention_head_dim"], PATCH, config.get("rope_axes_dim", ROTARY_GRID))
+        return CogView4Inputs(
+            x_BChw=x_t,
+            text_BLD=text_BLD,
+            text_lengths=tuple(torch.empty(n, 0) for n in lengths) if min(lengths) < text_BLD.shape[1] else None,
+            time_B=self.objective.model_time(shift_by_factor(t_B, 1.0 / shift)),
+            size_B2=torch.tensor([[height, width]], dtype=torch.float32).repeat(len(x_t), 1),
+            rope_TE=rope(x_t),
+        )
+
+    def sampling_levels(self, steps: int) -> Sequence[float]:
+        """Whole steps of a thousand, evenly from the first to the last."""
+        return (np.linspace(TRAIN_STEPS, 1, steps).astype(int) / TRAIN_STEPS).tolist()
+
+    @property
+    def _text_width(self) -> int:
+        folder = self.options.diffusers_path
+        return read_config(folder, "text_encoder", model="glm", keys=["hidden_size"])["hidden_size"]
+
+    # Kept: every micro-batch asks for it.
+    @cached_property
+    def _transformer_config(self) -> dict[str, Any]:
+        folder = self.options.diffusers_path
+        return read_config(folder, "transformer", model="CogView4Transformer2DModel", keys=CONFIG_KEYS)
+
+
+def filled(length: int) -> int:
+    """The next multiple of 16."""
+    return length + -length % FILLED_TO
+
+
+def attending_to_own_text(denoiser: CogView4Transformer2DModel) -> CogView4Transformer2DModel:
+    """The denoiser, whose blocks take `text_lengths` as their `attention_mask`."""
+    for block in denoiser.transformer_blocks:
+        block.attn1.set_processor(OwnTextAttention())
+    return denoiser
