@@ -46,7 +46,7 @@ def section(name: str, pipeline: type) -> str:
         )
         + f"; sides are multiples of {media.spatial} pixels",
         "Objective": OBJECTIVES[getattr(pipeline.objective, "kind", None)],
-        "Trains as": "LoRA, or in full",
+        "Trains as": "LoRA or LoKr, or in full",
         "Weights from": "a diffusers folder" + (", or a single file with the publisher's keys" if known else ""),
         "Exports for": "diffusers" + (", ComfyUI" if known else ""),
         "Blocks that are adapted and recomputed": ", ".join(f"`{block}`" for block in pipeline.blocks),

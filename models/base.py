@@ -32,7 +32,7 @@ from utils.diffusion.schedules import over_sample
 from utils.diffusion.timesteps import ResolutionShift, TimestepSampler
 from utils.diffusion.weights import LossWeighting
 from utils.settings.errors import Problem, SettingsError
-from utils.settings.schema import ModelSettings, torch_dtype
+from utils.settings.model_schema import ModelSettings, torch_dtype
 
 Features = Mapping[str, torch.Tensor]
 Value = TypeVar("Value")

@@ -18,7 +18,7 @@ from models.flux import BFL_LAYOUT, FluxPipeline, grid_positions, pack, unpack
 from models.foundation.files import check_diffusers_folder, part_override, read_config
 from models.foundation.key_layouts import KeyLayout, Rule
 from models.foundation.text_encoders import TextEncoder, TrueLengthFeatures
-from utils.settings.schema import ModelSettings
+from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")

@@ -31,7 +31,7 @@ from models.foundation.text_encoders import TextEncoder
 from utils.diffusion.objectives import FlowMatching
 from utils.diffusion.timesteps import ResolutionShift, shift_by_factor
 from utils.settings.errors import Problem, SettingsError
-from utils.settings.schema import ModelSettings
+from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
 TRAIN_STEPS = 1000

@@ -20,7 +20,7 @@ from models.foundation.patches import PATCH, pack, unpack
 from models.foundation.picture_models import PicturePipeline
 from models.foundation.stages import Middle
 from models.foundation.text_encoders import clip_l, t5
-from utils.settings.schema import ModelSettings
+from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")

@@ -37,8 +37,8 @@ from utils.diffusion.auxiliary import Output, load_balancing
 from utils.diffusion.objectives import FlowMatching
 from utils.settings.errors import Problem, SettingsError
 from utils.settings.json_files import read_json
+from utils.settings.model_schema import ModelSettings
 from utils.settings.paths import missing
-from utils.settings.schema import ModelSettings
 from utils.settings.values import Count, NotNegative, UserPath
 
 PARTS = (

@@ -30,7 +30,7 @@ from utils.dataset.buckets import MediaFacts
 from utils.diffusion.timesteps import RESOLUTION_SHIFTS
 from utils.settings.errors import SettingsError
 from utils.settings.json_files import read_json
-from utils.settings.schema import ModelSettings
+from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")

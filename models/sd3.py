@@ -23,7 +23,7 @@ from models.foundation.picture_models import PicturePipeline
 from models.foundation.stages import Middle
 from models.foundation.text_encoders import TextEncoder, t5
 from utils.settings.errors import Problem, SettingsError
-from utils.settings.schema import ModelSettings
+from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
 logger = logging.getLogger(__name__)

@@ -33,7 +33,7 @@ from models.foundation.video_autoencoders import WanAutoencoder, latent_size, wa
 from utils.dataset.buckets import MediaFacts
 from utils.dataset.samples import Sample
 from utils.settings.errors import Problem, SettingsError
-from utils.settings.schema import ModelSettings
+from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")

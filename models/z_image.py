@@ -27,7 +27,7 @@ from models.foundation.stages import Middle
 from models.foundation.text_encoders import ChatFeatures, TextEncoder
 from utils.diffusion.objectives import FlowMatching
 from utils.settings.errors import SettingsError
-from utils.settings.schema import ModelSettings
+from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
 PATCH_KEY = "2-1"

@@ -12,7 +12,7 @@ from utils.diffusion.objectives import Epsilon, VPrediction
 from utils.diffusion.schedules import NoiseSchedule
 from utils.settings.errors import SettingsError
 from utils.settings.json_files import read_json
-from utils.settings.schema import ModelSettings
+from utils.settings.model_schema import ModelSettings
 from utils.settings.values import TimestepMethod
 
 SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"

@@ -10,7 +10,7 @@ from typing import Any
 from models.foundation.weights import read_header
 from utils.settings.errors import Problem, SettingsError
 from utils.settings.json_files import read_json
-from utils.settings.schema import ModelSettings
+from utils.settings.model_schema import ModelSettings
 
 
 def check_diffusers_folder(

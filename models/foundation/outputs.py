@@ -13,7 +13,8 @@ from models.foundation.prompts import check_sampling
 from utils.adapters.attach import scale
 from utils.run.export import ExportPlan, PartFolder, Tensors, settings_hash
 from utils.settings.errors import SettingsError
-from utils.settings.schema import Settings, torch_dtype
+from utils.settings.model_schema import torch_dtype
+from utils.settings.schema import Settings
 
 COMFYUI = "comfyui"
 

@@ -36,7 +36,7 @@ from models.foundation.weights import read_header
 from utils.dataset.buckets import MediaFacts
 from utils.diffusion.objectives import Epsilon
 from utils.settings.errors import Problem, SettingsError
-from utils.settings.schema import ModelSettings, TextEncoderFile
+from utils.settings.model_schema import ModelSettings, TextEncoderFile
 from utils.settings.values import Positive
 
 Tensors = dict[str, torch.Tensor]

@@ -29,7 +29,7 @@ from utils.diffusion.seeds import normal
 from utils.diffusion.timesteps import METHODS, TimestepSampler
 from utils.diffusion.weights import FLOW_WEIGHTINGS, LossWeighting
 from utils.settings.errors import SettingsError
-from utils.settings.schema import ModelSettings
+from utils.settings.model_schema import ModelSettings
 
 DRAWS = ["a", "b"]
 SHAPE = (4, 4, 6)

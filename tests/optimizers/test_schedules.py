@@ -5,7 +5,8 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from optimizers.schedules import factor, learning_rates
-from utils.settings.schema import ModelSettings, Settings
+from utils.settings.model_schema import ModelSettings
+from utils.settings.schema import Settings
 
 
 def run_settings(**keys: object) -> Settings:

@@ -21,7 +21,8 @@ from utils.adapters import lokr
 from utils.adapters.lokr import LokrLinear
 from utils.diffusion import seeds
 from utils.settings.errors import SettingsError
-from utils.settings.schema import AdapterSettings, LokrSettings, torch_dtype
+from utils.settings.model_schema import torch_dtype
+from utils.settings.schema import AdapterSettings, LokrSettings
 
 ADAPTER = "default"
 

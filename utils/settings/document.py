@@ -12,7 +12,8 @@ from pydantic.fields import FieldInfo
 
 from utils.settings.dataset_schema import DataKeys, DatasetSettings, DirectorySettings
 from utils.settings.keys import GROUPS, NESTED, SECTIONS, SPELLINGS, run_keys, spellings
-from utils.settings.schema import ModelSettings, Settings, adapter_types, optimizer_types
+from utils.settings.model_schema import ModelSettings
+from utils.settings.schema import Settings, adapter_types, optimizer_types
 
 # A type in one and in several.
 _TYPES: Mapping[Any, tuple[str, str]] = {

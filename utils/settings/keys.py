@@ -8,16 +8,15 @@ from pydantic import BaseModel
 
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 from utils.settings.foreign import advice
+from utils.settings.model_schema import ModelSettings, TextEncoderFile
 from utils.settings.schema import (
     AdapterSettings,
     EMASettings,
     EvalDataset,
-    ModelSettings,
     MonitoringSettings,
     OptimizerSettings,
     SamplingSettings,
     Settings,
-    TextEncoderFile,
     optimizer_types,
 )
 

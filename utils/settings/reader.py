@@ -17,12 +17,12 @@ from utils.settings.dataset_rules import (
 from utils.settings.dataset_schema import DatasetSettings
 from utils.settings.errors import Problem, SettingsError
 from utils.settings.keys import SECTIONS, is_dataset, is_run, known_keys, run_keys, unknown_tables
+from utils.settings.model_schema import ModelSettings
 from utils.settings.plain import given
 from utils.settings.rules import check_rules
 from utils.settings.schema import (
     AdamWSettings,
     AdapterSettings,
-    ModelSettings,
     OptimizerSettings,
     Settings,
     adapter_types,

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, field_validator
 
+from utils.settings.model_schema import DType, ModelSettings
 from utils.settings.values import (
     Betas,
     Count,
-    LossType,
     MicroBatches,
     Natural,
     NotNegative,
@@ -19,134 +19,8 @@ from utils.settings.values import (
     Positive,
     SettingsTable,
     Share,
-    TimestepMethod,
     UserPath,
-    WeightingScheme,
 )
-
-DType = Literal["float32", "float16", "bfloat16"]
-
-
-def torch_dtype(name: DType) -> Any:
-    """The `torch.dtype` called `name`."""
-    # torch takes seconds to import, and a typo in a file should be told at once.
-    import torch
-
-    return getattr(torch, name)
-
-
-class TextEncoderFile(SettingsTable):
-    """One text encoder to read from a file or folder of its own."""
-
-    type: str
-    """Which of the model's text encoders this is, by the name that the model gives it."""
-    path: UserPath
-    """File or folder of the weights."""
-
-
-class PresetAdapter(SettingsTable):
-    """`[[model.preset_adapters]]`: an adapter that the model has before training begins."""
-
-    path: UserPath
-    """File or folder of a LoRA, in any layout that `init_from_existing` reads."""
-    weight: float = 1.0
-    """How much of it."""
-    fused: bool = True
-    """Add it to the base weights when they are read; false: let it work beside them, which leaves them as they are and
-    costs a little time."""
-
-
-class ModelSettings(SettingsTable):
-    """`[model]`: the keys that all models share.
-
-    The options of a model are a subclass, with the keys that only this model has.
-    """
-
-    type: str
-    """Name of the model: a file name under `models/`, without `.py`."""
-    dtype: DType = "bfloat16"
-    """Type of the weights, and of the computation, unless another key says otherwise."""
-    diffusers_path: UserPath | None = None
-    """Folder in diffusers' layout, from which every part is read that has no path of its own."""
-    transformer_path: UserPath | None = None
-    """File or folder of the denoiser's weights (transformer or UNet); default: from `diffusers_path`."""
-    transformer_dtype: DType | None = None
-    """Type in which the denoiser's weights are kept; default: `dtype`."""
-    vae_path: UserPath | None = None
-    """File or folder of the VAE's weights; default: from `diffusers_path`."""
-    latents: Literal["sample", "mode", "distribution"] = "sample"
-    """What of the VAE's answer is cached: a sample of its distribution, the middle of it, or all of it, to draw another
-    sample each epoch."""
-    text_encoders: list[TextEncoderFile] = []
-    """Text encoders read from elsewhere; those not listed come from `diffusers_path`."""
-    preset_adapters: list[PresetAdapter] = []
-    """LoRAs that are a part of what is trained on: an adapter that is trained learns the difference to them, and works
-    on top of them. They are no part of its export; fused ones are part of that of a full fine-tune."""
-    from_scratch: bool = False
-    """Start the denoiser from random weights: only its configuration is read."""
-    timestep_sample_method: TimestepMethod = "logit_normal"
-    """Distribution from which training timesteps t are drawn, 0 being the clean picture and 1 noise. "sigmoid" is
-    logit_normal, "sigma" uniform, "logsnr" log_snr."""
-    sigmoid_scale: Positive = 1.0
-    """Width of `logit_normal` and `log_snr`: the standard deviation of the normal number."""
-    logit_mean: float = 0.0
-    """Middle of `logit_normal` and `log_snr`: the mean of the normal number."""
-    mode_scale: Annotated[float, Field(ge=-1, le=1.7519)] = 1.29
-    """Of `mode`: above 0 the middle timesteps are drawn more often, below 0 the ends."""
-    beta_alpha: Positive = 2.0
-    """First parameter of `beta`; above 1 it keeps away from clean pictures."""
-    beta_beta: Positive = 2.0
-    """Second parameter of `beta`; above 1 it keeps away from noise."""
-    shift: Positive | None = None
-    """Moves timesteps towards noise: t becomes s*t / (1 + (s-1)*t); default: no shift."""
-    flux_shift: bool = False
-    """Shift by the size of the picture, as Flux does; excludes `shift`."""
-    min_t: Part = 0.0
-    """Lowest timestep that is trained, after the shift."""
-    max_t: Part = 1.0
-    """Highest timestep that is trained, after the shift."""
-    stratified_timesteps: Literal["none", "batch", "epoch"] = "none"
-    """Draw each timestep in a part of its own of the distribution, among the samples of a step or among those of an
-    epoch, so that few draws meet all noise levels."""
-    weighting_scheme: WeightingScheme = "none"
-    """Weight of the loss by timestep, of flow matching: sigma_sqrt is 1/t^2, cosmap 2 / (pi * (1 - 2*t + 2*t^2))."""
-    min_snr_gamma: Positive | None = None
-    """Weigh by min(SNR, gamma) / SNR, for v-prediction / (SNR + 1); models with DDPM's steps only. The paper has 5."""
-    soft_min_snr_gamma: Positive | None = None
-    """The same with SNR*gamma / (SNR + gamma) for the minimum; excludes `min_snr_gamma`."""
-    debiased_estimation_loss: bool = False
-    """Weigh by 1 / sqrt(SNR), for v-prediction 1 / (SNR + 1); models with DDPM's steps only."""
-    scale_v_pred_loss_like_noise_pred: bool = False
-    """Weigh the loss of v-prediction by SNR / (SNR + 1), which makes it that of noise prediction."""
-    v_pred_like_loss: NotNegative = 0.0
-    """Add to the loss of noise prediction so many times a loss like that of v-prediction."""
-    rescale_betas_zero_snr: bool = False
-    """Let nothing of the picture be left at the last step; v-prediction only."""
-    noise_offset: NotNegative = 0.0
-    """Width of a random number that is added to the noise of a whole channel, for very dark and very bright pictures;
-    excludes `multires_noise_iterations`."""
-    adaptive_noise_scale: float = 0.0
-    """Added to `noise_offset`: so many times the mean of the sample's channel."""
-    multires_noise_iterations: Natural = 0
-    """Levels of coarser noise that are added to the noise; 0 for plain noise, 6 to 10 are usual."""
-    multires_noise_discount: Annotated[float, Field(gt=0, le=1)] = 0.3
-    """By what each of these levels counts less than the one before."""
-    ip_noise_gamma: NotNegative = 0.0
-    """Strength of further noise that the model sees and is not asked for; 0.1 in the paper."""
-    loss_type: LossType = "mse"
-    """Distance of prediction and target. What others call "huber" is `pseudo_huber`, which has the scale of mse; "l2"
-    is mse, "l1" mae."""
-    huber_c: Positive = 0.1
-    """Width within which huber, smooth_l1 and pseudo_huber are quadratic, at noise."""
-    huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
-    """How that width follows the timestep: `huber_c` everywhere, or from 1 at clean pictures to `huber_c` at noise, as
-    c^t or by the signal-to-noise ratio."""
-    huber_scale: Positive = 1.0
-    """Factor on that width."""
-    folded_guidance: Annotated[float, Field(gt=1)] | None = None
-    """Train the model to give at once what guidance of this strength makes of two predictions: the target moves so much
-    further away from the model's own prediction for the empty caption. For models that are distilled to need no second
-    prediction, which plain training undoes; takes one more forward pass a step. Evaluation compares with the data."""
 
 
 class AdapterSettings(SettingsTable):

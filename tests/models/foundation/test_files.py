@@ -12,7 +12,7 @@ import pytest
 
 from tests.models import tiny_flux
 from utils.settings.errors import SettingsError
-from utils.settings.schema import TextEncoderFile
+from utils.settings.model_schema import TextEncoderFile
 
 
 @pytest.fixture

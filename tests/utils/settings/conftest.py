@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.settings.schema import ModelSettings
+from utils.settings.model_schema import ModelSettings
 
 
 class TinyOptions(ModelSettings):

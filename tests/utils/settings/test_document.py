@@ -12,7 +12,8 @@ from tests.utils.settings.conftest import TinyOptions
 from utils.settings.dataset_schema import DataKeys, DatasetSettings
 from utils.settings.document import data_groups, dataset_json_schema, settings_json_schema, settings_page
 from utils.settings.keys import GROUPS, NESTED, SECTIONS, SPELLINGS, run_keys
-from utils.settings.schema import ModelSettings, Settings, optimizer_types
+from utils.settings.model_schema import ModelSettings
+from utils.settings.schema import Settings, optimizer_types
 
 OPTIONS = {"tiny": TinyOptions}
 TABLES = [Settings, TinyOptions, DatasetSettings, *NESTED.values(), *optimizer_types().values()]

@@ -5,7 +5,8 @@ import re
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 from utils.settings.foreign import INSTEAD, NEEDLESS, advice
 from utils.settings.keys import GROUPS, NESTED, SECTIONS, SPELLINGS, known_keys, run_keys
-from utils.settings.schema import ModelSettings, optimizer_types
+from utils.settings.model_schema import ModelSettings
+from utils.settings.schema import optimizer_types
 
 DATASET = known_keys("dataset", DatasetSettings) | known_keys("directory", DirectorySettings)
 RUN = {*run_keys(), *known_keys("model", ModelSettings)}

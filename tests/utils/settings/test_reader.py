@@ -9,8 +9,9 @@ from pydantic import model_validator
 from tests.utils.settings.conftest import DATASET, Folder, TinyOptions, options_for
 from utils.settings.errors import SettingsError
 from utils.settings.keys import SPELLINGS
+from utils.settings.model_schema import torch_dtype
 from utils.settings.reader import read_all, read_dataset, read_settings, write_resolved
-from utils.settings.schema import AdamWSettings, SGDSettings, torch_dtype
+from utils.settings.schema import AdamWSettings, SGDSettings
 
 
 def problems_of(path: Path, world_size: int = 1) -> dict[str, str]:
