@@ -54,6 +54,25 @@ UNETS = {768: ("Stable Diffusion 1.5", _type("sd15")), 2048: ("Stable Diffusion 
 OTHER_UNETS = {1024: "Stable Diffusion 2", 1280: "the refiner of Stable Diffusion XL"}
 NOT_TRAINED = "it is not trained here"
 
+FOLDERS = {
+    "ChromaPipeline": "chroma",
+    "CogView4Pipeline": "cogview4",
+    "FluxKontextPipeline": "flux",
+    "FluxPipeline": "flux",
+    "HiDreamImagePipeline": "hidream",
+    "HunyuanDiTPipeline": "hunyuan_dit",
+    "QwenImageEditPipeline": "qwen_image",
+    "QwenImageEditPlusPipeline": "qwen_image",
+    "QwenImagePipeline": "qwen_image",
+    "StableDiffusion3Pipeline": "sd3",
+    "StableDiffusionPipeline": "sd15",
+    "StableDiffusionXLPipeline": "sdxl",
+    "WanImageToVideoPipeline": "wan",
+    "WanPipeline": "wan",
+    "ZImagePipeline": "z_image",
+}
+"""The `type` for what `model_index.json` of a diffusers folder says that it is."""
+
 GUESS = "; is it another model's?"
 
 # The first one that fits counts.
@@ -89,7 +108,9 @@ MARKS: tuple[Mark, ...] = (
     Mark("Stable Diffusion 3", _type("sd3"), ("pos_embed.pos_embed", "ff_context.", "time_text_embed.")),
     Mark("Qwen-Image", _type("qwen_image"), ("transformer_blocks.0.img_mod.1.", "txt_in.")),
     Mark("HiDream", _type("hidream"), ("double_stream_blocks.0.block.", "caption_projection.0.")),
+    Mark("CogView4", _type("cogview4"), ("time_condition_embed.condition_embedder.",)),
     Mark("HunyuanDiT", _type("hunyuan_dit"), ("text_embedding_padding",)),
+    Mark("CogView4", _type("cogview4"), ("patch_embed.text_proj.", "time_condition_embed.")),
     Mark("Z-Image", _type("z_image"), ("noise_refiner.0.", "x_pad_token")),
     Mark("Lumina Image 2", NOT_TRAINED, ("noise_refiner.0.",)),
     *(
