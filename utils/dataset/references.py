@@ -56,6 +56,7 @@ def delete_unwanted(cache_dir: Path, store: TensorStore, *, all_of_it: bool = Fa
 @contextmanager
 def _opened(cache_dir: Path) -> Iterator[sqlite3.Connection]:
     path = cache_dir / NAME
+    cache_dir.mkdir(parents=True, exist_ok=True)
     if_damaged = "remove it; start each run that shares this cache once, so that what it wants is known again"
     with told(path, if_damaged), closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as index, index:
         index.execute(
