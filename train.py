@@ -96,11 +96,11 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
         if ranks.is_main:
             sys.stdout.write(plan_of(settings, ranks, pipeline, sources, scan) + "\n")
         return True
-    check_run(settings, ranks, pipeline)
+    blueprint = check_run(settings, ranks, pipeline)
     if arguments.dump_dataset and ranks.is_main:
         prepare_folder(arguments.dump_dataset)
     connect(ranks, arguments.master_port)
-    resumed = open_checkpoint(settings, arguments)
+    resumed = open_checkpoint(settings, arguments, blueprint)
     data = cached_data(settings, ranks, pipeline, sources, scan, arguments)
     if arguments.dump_dataset and ranks.is_main:
         dump(settings, pipeline, data, ranks, arguments.dump_dataset, stop.heed)
@@ -213,8 +213,8 @@ def cached_data(
     return load_data(settings, pipeline, sources, scan, filling)
 
 
-def open_checkpoint(settings: Settings, arguments: argparse.Namespace) -> Checkpoint | None:
-    """The checkpoint to go on from, if one is asked for, checked against the settings."""
+def open_checkpoint(settings: Settings, arguments: argparse.Namespace, blueprint: Blueprint) -> Checkpoint | None:
+    """The checkpoint to go on from, if one is asked for, checked against the settings and what they train."""
     if arguments.resume_from_checkpoint is None:
         return None
     from utils.run.checkpoint import Checkpoint, identity_of
@@ -222,6 +222,7 @@ def open_checkpoint(settings: Settings, arguments: argparse.Namespace) -> Checkp
 
     checkpoint = Checkpoint(find_checkpoint(settings.output_dir, arguments.resume_from_checkpoint))
     checkpoint.check_identity(identity_of(settings))
+    checkpoint.check_weights(blueprint.trained(blueprint.layers))
     checkpoint.check_optimizer(
         settings.optimizer.model_dump(mode="json"),
         new_parameters=arguments.reset_optimizer_params,

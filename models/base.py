@@ -72,8 +72,8 @@ class BasePipeline(ABC):
         loss_terms: names of the losses that layers add on their way; see `utils.diffusion.auxiliary.Output`.
         variational_weight: of the variational term, of models that learn the variance of a step; a property where an
             option says it.
-        starts_from_picture: it makes clips of a first picture: of the sample's own first frame in training; a property
-            where the model's files decide.
+        starts_from_picture: it makes clips of a first picture, or layers of one: in training of the sample's own; a
+            property where the model's files decide.
         max_controls: how many control images it is conditioned on, of a dataset that has some.
     """
 

@@ -25,7 +25,7 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from models.base import Features, ModelEncoder
 from models.foundation.clip import clip_config
-from models.foundation.files import check_diffusers_folder, part_override, read_config
+from models.foundation.files import check_diffusers_folder, check_folder_type, part_override, read_config
 from models.foundation.key_layouts import KeyLayout, Rule
 from models.foundation.llama import LlamaEncoder, LlamaStates, Route, StatesFeatures, routes
 from models.foundation.patches import PATCH, patchify, unpatchify
@@ -259,8 +259,15 @@ class HiDreamPipeline(PicturePipeline):
 
     def check(self) -> None:
         folder, llama_folder = self.options.diffusers_path, self.options.llama3_path
+        check_folder_type(self.options)
         if problems := list(missing("[model] llama3_path", llama_folder)):
             raise SettingsError(problems)
+        if llama_folder is not None and not llama_folder.is_dir():
+            raise SettingsError.of(
+                f"is the folder of Llama, with its tokenizer, and {llama_folder} is a file; weights in one file go "
+                "into [model] text_encoders beside it",
+                where="[model] llama3_path",
+            )
         if llama_folder is None and not (folder / LLAMA_PARTS[0]).is_dir():
             raise SettingsError.of(
                 f"is required: {folder} has no {LLAMA_PARTS[0]}, since HiDream comes without Llama. Give the folder of "

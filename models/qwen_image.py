@@ -6,6 +6,7 @@ D width, E rows of time embedding, h w latent cells.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from einops import rearrange
 from torch import nn
 from transformers import Qwen2_5_VLModel
 
@@ -21,17 +23,20 @@ from models.foundation import patches
 from models.foundation.files import check_diffusers_folder, part_override, read_config
 from models.foundation.key_layouts import KeyLayout, Rule
 from models.foundation.patches import PATCH
-from models.foundation.qwen_vl import PICTURE, PictureTextEncoder, Prompt, image_processor, width_of
+from models.foundation.qwen_vl import PICTURE, PictureTextEncoder, Prompt, width_of
 from models.foundation.stages import Middle
 from models.foundation.text_encoders import TextEncoder
 from models.foundation.video_autoencoders import QWEN_IMAGE, QwenImageAutoencoder, latent_size
 from models.foundation.weights import read_header
 from utils.dataset.buckets import MediaFacts
+from utils.dataset.encoders import Encoder
 from utils.diffusion.timesteps import RESOLUTION_SHIFTS
 from utils.settings.errors import SettingsError
 from utils.settings.json_files import read_json
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
+
+logger = logging.getLogger(__name__)
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 SINGLE_FILES = {"transformer": "transformer_path", "vae": "vae_path"}
@@ -113,6 +118,10 @@ class TimestepZeroLayout(KeyLayout):
         return {**super().to_original(tensors), TIMESTEP_ZERO: torch.empty(0)}
 
 
+LAYERED = ("use_layer3d_rope", "use_additional_t_cond")
+"""What the configuration of a transformer that makes layers has, and no other."""
+
+
 class QwenImageOptions(ModelSettings):
     """`[model]` of `type = "qwen_image"`."""
 
@@ -173,25 +182,29 @@ class Entry(nn.Module):
             x_BTD=x_BTD,
             text_BLD=self.txt_in(self.txt_norm(inputs.text_BLD.to(dtype))),
             text_mask_BL=inputs.text_mask_BL,
-            time_ED=self.time_text_embed(t_E, x_BTD),
+            time_ED=self.embedded_time(t_E, x_BTD),
             time_row_BT=time_row_BT,
             rope_TD_LD=self.pos_embed([grids], max_txt_seq_len=inputs.text_BLD.shape[1], device=x_BTD.device),
             canvas_hw0=inputs.canvases_hw0[0],
         )
 
+    def embedded_time(self, t_E: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.time_text_embed(t_E, x_BTD)
+
 
 class Exit(nn.Module):
-    """Projects the noisy tokens to the latent (B, C, 1, h, w)."""
+    """Projects the noisy tokens to the latent (B, C, f, h, w) of so many pictures."""
 
-    def __init__(self, denoiser: QwenImageTransformer2DModel):
+    def __init__(self, denoiser: QwenImageTransformer2DModel, pictures: int = 1):
         super().__init__()
+        self.pictures = pictures
         self.norm_out = denoiser.norm_out
         self.proj_out = denoiser.proj_out
 
     def forward(self, stream: QwenImageStream) -> torch.Tensor:
         x_BTC = self.proj_out(self.norm_out(stream.x_BTD, stream.time_ED[: len(stream.x_BTD)]))
         height, width, _ = stream.canvas_hw0.shape
-        return unpack(x_BTC[:, : (height // PATCH) * (width // PATCH)], height, width)
+        return unpack(x_BTC[:, : self.pictures * (height // PATCH) * (width // PATCH)], height, width)
 
 
 class QwenImagePipeline(BasePipeline):
@@ -205,6 +218,8 @@ class QwenImagePipeline(BasePipeline):
     stream_type = QwenImageStream
     resolution_shift = RESOLUTION_SHIFTS["qwen"]
     guided_by_second_prediction = True
+    layered = False
+    """Whether it makes the layers of a picture."""
 
     @property
     def max_controls(self) -> int:
@@ -218,8 +233,11 @@ class QwenImagePipeline(BasePipeline):
         options, folder = self.options, self.options.diffusers_path
         check_diffusers_folder(options, PARTS, SINGLE_FILES, {"text_encoder": TEXT})
         config, place = self._transformer_config, str(folder / "transformer" / "config.json")
-        if config.get("use_layer3d_rope") or config.get("use_additional_t_cond"):
-            raise SettingsError.of("is of Qwen-Image-Layered, which is not trained here; give another model", place)
+        if {bool(config.get(key)) for key in LAYERED} != {self.layered}:
+            kind, fitting = ("not ", "qwen_image") if self.layered else ("", "qwen_image_layered")
+            raise SettingsError.of(
+                f'is {kind}of Qwen-Image-Layered; set [model] type = "{fitting}", or give another model', place
+            )
         fed = {"in_channels": PATCH**2 * self._vae_config["z_dim"], "joint_attention_dim": width_of(folder)}
         for key, size in fed.items():
             if config.get(key, size) != size:
@@ -235,9 +253,17 @@ class QwenImagePipeline(BasePipeline):
                 "the folder of 2511",
                 str(override),
             )
-        if self.max_controls:
-            image_processor(folder)
+        if self._variant.controls:
+            self._text_encoder(1).check_pictures()
         self.check_tensors()
+
+    def encoders_for(self, controls: int) -> list[Encoder]:
+        if self.max_controls and not controls:
+            logger.warning(
+                "an Edit model is trained to make pictures of text alone: no [[directory]] has a control_path with the "
+                "pictures that are edited"
+            )
+        return super().encoders_for(controls)
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         options, folder = self.options, self.options.diffusers_path
@@ -279,8 +305,7 @@ class QwenImagePipeline(BasePipeline):
     def prepare_inputs(
         self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
     ) -> QwenImageInputs:
-        controls = [f"{control}_latents" for control in CONTROLS]
-        pictures = [x_t, *(features[name].float() for name in controls if name in features)]
+        pictures = self._pictures(features, x_t)
         mask_BL = features[f"{TEXT}_mask"].bool()
         return QwenImageInputs(
             x_BTC=torch.cat([pack(picture) for picture in pictures], dim=1),
@@ -290,6 +315,11 @@ class QwenImagePipeline(BasePipeline):
             t_B=t_B,
             canvases_hw0=tuple(torch.empty(*picture.shape[3:], 0) for picture in pictures),
         )
+
+    def _pictures(self, features: Features, x_t: torch.Tensor) -> list[torch.Tensor]:
+        """The latents (B, C, 1, h, w) of which tokens are made, first the noisy ones."""
+        controls = [f"{control}_latents" for control in CONTROLS]
+        return [x_t, *(features[name].float() for name in controls if name in features)]
 
     def guided(self, prompted: torch.Tensor, negative: torch.Tensor, guidance: float) -> torch.Tensor:
         """As usual, each token then brought to the length that it has in the prediction for the prompt."""
@@ -334,5 +364,7 @@ def pack(x_BC1hw: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(x_BTC: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The inverse of `pack`, for a latent of `height` x `width` cells."""
-    return patches.unpack(x_BTC, height, width).unsqueeze(2)
+    """The inverse of `pack`, for a latent of `height` x `width` cells; of several pictures, one after the other, (B, C,
+    f, h, w)."""
+    x_BfTC = rearrange(x_BTC, "b (f t) c -> b f t c", t=(height // PATCH) * (width // PATCH))
+    return torch.stack([patches.unpack(one_BTC, height, width) for one_BTC in x_BfTC.unbind(1)], dim=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from models.foundation.stable_diffusion import StableDiffusionOptions, StableDiffusionPipeline, TextPart
+from utils.settings.errors import SettingsError
 from utils.settings.values import Count
 
 
@@ -32,6 +33,14 @@ class Sd15Pipeline(StableDiffusionPipeline):
     )
     addition = None
     other = 'SDXL\'s (type = "sdxl")'
+
+    def _check_variant(self) -> None:
+        super()._check_variant()
+        skip, layers = self.options.clip_skip, self._text_encoder(self.texts[0]).config().num_hidden_layers
+        if skip > layers:
+            raise SettingsError.of(
+                f"{skip} is more than the text encoder's {layers} layers; 1 or 2 is usual", where="[model] clip_skip"
+            )
 
     def text_features(self) -> dict[str, Any]:
         return {"layer": -self.options.clip_skip, "normalised": True}

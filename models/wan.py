@@ -43,6 +43,8 @@ BLIND_TOKENS = 512
 EXPERT_FOLDERS = {"high": "transformer", "low": "transformer_2"}
 TRAIN_STEPS = 1000
 PATCH = 2
+RATE_5B = 24.0
+"""Frames a second of TI2V-5B (`sample_fps` of its publisher's configuration)."""
 
 PICTURE_ATTENTION = {"k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k"}
 PICTURE_EMBEDDING = {0: "norm1", 1: "ff.net.0.proj", 3: "ff.net.2", 4: "norm2"}
@@ -206,7 +208,12 @@ class WanPipeline(BasePipeline):
         # Of a folder that is not whole, `check` tells.
         with suppress(SettingsError):
             cell = self._vae_config.get("scale_factor_spatial", self.media.spatial // PATCH)
-            self.media = replace(self.media, spatial=PATCH * cell)
+            self.media = replace(self.media, spatial=PATCH * cell, rate=RATE_5B if self._is_5b else self.media.rate)
+
+    @property
+    def _is_5b(self) -> bool:
+        """Whether it is TI2V-5B, whose VAE makes patches of the pixels first."""
+        return bool(self._vae_config.get("patch_size"))
 
     @property
     def starts_from_picture(self) -> bool:
@@ -225,9 +232,18 @@ class WanPipeline(BasePipeline):
     def check(self) -> None:
         single_files = {self.denoiser_folder: "transformer_path", "vae": "vae_path"}
         parts = (*PARTS, self.denoiser_folder)
+        self._check_expert()
         check_diffusers_folder(self.options, parts, single_files, TEXT_ENCODERS, denoiser=self.denoiser_folder)
         self._check_variant()
         self.check_tensors()
+
+    def _check_expert(self) -> None:
+        place = self.options.diffusers_path / self.denoiser_folder
+        if self.options.expert == "low" and not place.is_dir():
+            raise SettingsError.of(
+                f"there is no {place}: Wan 2.2 A14B alone has two experts; leave it out, or download that folder",
+                where="[model] expert",
+            )
 
     def _check_variant(self) -> None:
         channels, made, options = self._transformer_config["in_channels"], self._vae_config["z_dim"], self.options
@@ -242,7 +258,7 @@ class WanPipeline(BasePipeline):
                 f"must be {BLIND_TOKENS} for a model that sees the first frame by CLIP; leave it out",
                 where="[model] max_sequence_length",
             )
-        if options.from_first_frame and not self._vae_config.get("patch_size"):
+        if options.from_first_frame and not self._is_5b:
             raise SettingsError.of(
                 "is for TI2V-5B alone: models of picture to video always take the first frame, the others never; leave "
                 "it out",

@@ -65,7 +65,7 @@ def test_the_dataset_is_shown_as_the_trainer_sees_it(
     config = write_config(data=data | {"trigger_word": "zzz"}, model__latents="mode")
     codes, log = launch(config, "--dump_dataset", str(tmp_path / "shown"))
     assert codes == [0], log
-    page = (tmp_path / "shown" / "index.html").read_text()
+    page = (tmp_path / "shown" / "dataset.html").read_text()
     assert all(f"zzz, a {colour} picture" in page for colour in COLOURS)
     files = re.findall(r'<img src="([^"]+)"', page)
     assert len(files) == 3 * len(COLOURS) and all((tmp_path / "shown" / file).is_file() for file in files)

@@ -20,6 +20,8 @@ from utils.settings.json_files import read_json
 
 Tensors = dict[str, torch.Tensor]
 PEFT_PREFIX = "base_model.model."
+MARKS = {"LoRA": ".lora_", "LoKr": lokr.MARK, "LoHa": ".hada_"}
+"""By what in the names of its tensors an adapter is known."""
 
 
 def read_adapter(
@@ -60,9 +62,7 @@ def read_adapter(
     modules = [name.removesuffix(".alpha") for name in factors if name.endswith(".alpha")]
     alphas = {module: factors.pop(f"{module}.alpha").item() for module in modules}
     if not any(name.endswith(".lora_A.weight") for name in factors):
-        raise SettingsError.of(
-            f"no LoRA factors in this file, its first tensor is '{next(iter(tensors), 'none')}'", str(path)
-        )
+        raise _without_factors("LoRA", tensors, path)
     alpha = _common_alpha(file, metadata)
     updates = [name for name in factors if name.endswith(".lora_B.weight")]
     alone = [name for name in updates if name.replace(".lora_B.", ".lora_A.") not in factors]
@@ -80,10 +80,19 @@ def read_lokr(path: Path, denoiser: nn.Module, denoiser_folder: str) -> Tensors:
     """
     tensors: Tensors = load_file(_adapter_file(path))
     if not any(lokr.MARK in key for key in tensors):
-        raise SettingsError.of(
-            f"no LoKr factors in this file, its first tensor is '{next(iter(tensors), 'none')}'", str(path)
-        )
+        raise _without_factors("LoKr", tensors, path)
     return lokr.from_lycoris(tensors, denoiser, denoiser_folder)
+
+
+def _without_factors(wanted: str, tensors: Tensors, path: Path) -> SettingsError:
+    """What to tell of a file that has no factors of the kind that is read."""
+    other = next((kind for kind, mark in MARKS.items() if any(mark in key for key in tensors)), None)
+    is_there = f"it is a {other}" if other else f"its first tensor is '{next(iter(tensors), 'none')}'"
+    return SettingsError.of(
+        f"no {wanted} factors in this file, {is_there}; give a {wanted} here ([adapter] goes on from its own type, and "
+        "[[model.preset_adapters]] are LoRAs)",
+        str(path),
+    )
 
 
 def _adapter_file(path: Path) -> Path:

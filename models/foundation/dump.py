@@ -14,7 +14,7 @@ from models.base import BasePipeline
 from models.foundation.caching import Data, reader_of
 from utils.dataset.batches import SampleReader
 from utils.dataset.collection import Collection
-from utils.dataset.encoders import Encoder, reads_text
+from utils.dataset.encoders import TEXT, Encoder, reads_text, text_of
 from utils.dataset.samples import MediaFile, Showing, Shown, appearances_before, first_shown, repeat_phase
 from utils.media.decode import load_clip
 from utils.media.geometry import View
@@ -146,9 +146,9 @@ def _facts(shown: Shown, name: str, encoders: Sequence[Encoder]) -> dict[str, st
         facts["flipped"] = ""
     for encoder in encoders:
         if reads_text(encoder) and hasattr(encoder, "token_count"):
-            used = shown.caption_for(encoder.name)
+            thing = next(thing for thing in encoder.reads if thing in TEXT)
             left_out = " (caption left out)" if encoder.name in shown.unconditional else ""
-            count, limit = encoder.token_count(used), encoder.token_limit
+            count, limit = encoder.token_count(text_of(shown, encoder, thing)), encoder.token_limit
             cut = f", cut off after {limit}" if count > limit else f" of {limit}"
             facts[f"{encoder.name} tokens"] = f"{count}{cut}{left_out}"
     if sample.rules.loss_weight != 1:

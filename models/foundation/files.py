@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from models.foundation.recognition import FOLDERS
 from models.foundation.weights import read_header
 from utils.settings.errors import Problem, SettingsError
 from utils.settings.json_files import read_json
@@ -36,6 +37,7 @@ def check_diffusers_folder(
     """
     folder = options.diffusers_path
     assert folder is not None, "the settings' rules ask for it"
+    check_folder_type(options)
     check_text_encoder_types(options, list(text_encoders.values()))
     present = [part for part in parts if (folder / part).is_dir()]
     problems = [
@@ -61,6 +63,22 @@ def check_diffusers_folder(
     problems += problems_of(checks)
     if problems:
         raise SettingsError(problems)
+
+
+def check_folder_type(options: ModelSettings) -> None:
+    """Whether `diffusers_path` is, by what it says itself, of this type of model.
+
+    Raises:
+        SettingsError: it is of another one; with that.
+    """
+    index = options.diffusers_path / "model_index.json"
+    named = read_json(index).get("_class_name") if index.is_file() else None
+    fitting = FOLDERS.get(named, options.type) if isinstance(named, str) else options.type
+    if fitting != options.type:
+        raise SettingsError.of(
+            f'is of {named}: set [model] type = "{fitting}", or give the folder of a model of type "{options.type}"',
+            str(index),
+        )
 
 
 def _config_name(part: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from utils.dataset.batches import SampleReader
 from utils.dataset.encoders import Encoder, reads_mask, reads_media, reads_text
 from utils.dataset.manifest import media_file
 from utils.dataset.samples import Bucket, Shown, of_prompt
+from utils.media.decode import load_image
+from utils.media.geometry import View
 from utils.media.source import MediaError
 from utils.ranks import Ranks
 from utils.run.sampling import SampleModel
@@ -33,6 +36,16 @@ def check_sampling(pipeline: BasePipeline, sampling: SamplingSettings) -> None:
         raise SettingsError(problems)
     if sampling.prompts:
         prompts_shown(pipeline, sampling)
+        _decode(sampling)
+
+
+def _decode(sampling: SamplingSettings) -> None:
+    """Reads the pictures whole: one that breaks off has a good header, and would be missed when it is to be drawn."""
+    for file in dict.fromkeys(chain(*sampling.control_images)):
+        try:
+            load_image(file, View(sampling.width, sampling.height))
+        except MediaError as error:
+            raise SettingsError.of(str(error), where=PICTURES) from error
 
 
 def _problems_of_guidance(pipeline: BasePipeline, sampling: SamplingSettings) -> Iterator[Problem]:
@@ -53,7 +66,9 @@ def _problems_of_pictures(pipeline: BasePipeline, sampling: SamplingSettings) ->
     given, prompts = sampling.control_images, len(sampling.prompts)
     most = 1 if pipeline.starts_from_picture else pipeline.max_controls
     if pipeline.starts_from_picture and prompts and not given:
-        yield Problem("", PICTURES, "this model makes clips of a first picture: give one for each prompt")
+        yield Problem("", PICTURES, "this model makes what it makes of a picture: give one for each prompt")
+    if pipeline.starts_from_picture and prompts and sampling.frames == 1 < pipeline.media.max_frames:
+        yield Problem("", "[sampling] frames", "one frame is the picture itself, of which a clip is made; set more")
     if given and not most:
         yield Problem("", PICTURES, "this model is shown no pictures; leave it out")
     elif given and len(given) not in (1, prompts):
@@ -76,7 +91,9 @@ def check_encoders(encoders: Sequence[Encoder], controls: int, pipeline: BasePip
     of_both = any(reads_text(encoder) and reads_media(encoder) for encoder in encoders)
     if settings.sampling.prompts and shown != controls and (shown or of_both):
         raise SettingsError.of(
-            f"gives {shown} a prompt, and the data has {controls} a sample: give as many", where=PICTURES
+            f"gives {shown} a prompt, and the data has {controls} a sample: give as many here as control_path "
+            "does there",
+            where=PICTURES,
         )
     if of_both and not settings.cache_text_embeddings:
         raise SettingsError.of(

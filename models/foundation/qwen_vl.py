@@ -93,7 +93,8 @@ def image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
         return Qwen2VLImageProcessorPil.from_pretrained(folder / PROCESSOR, local_files_only=True)
     except (OSError, ValueError) as error:
         raise SettingsError.of(
-            "the settings of the image processor cannot be read; download the whole folder of the edit model",
+            "the settings of the image processor cannot be read; they lie in the folder of an Edit model: copy its "
+            f"`{PROCESSOR}` here",
             str(folder / PROCESSOR),
         ) from error
 
@@ -121,6 +122,20 @@ class PictureTextEncoder(TextEncoder):
     @cached_property
     def processor(self) -> Qwen2VLImageProcessorPil:
         return image_processor(self.folder)
+
+    def check_pictures(self) -> None:
+        """Whether the folder says how pictures are prepared, and which token stands for one.
+
+        Raises:
+            SettingsError: it does not.
+        """
+        image_processor(self.folder)
+        if self.tokenizer.convert_tokens_to_ids(PICTURE) != self.config().image_token_id:
+            raise SettingsError.of(
+                f"this tokenizer knows another {PICTURE} than the encoder in {self.subfolder}, or none; take the Edit "
+                "model's own",
+                str(self.tokenizer_folder),
+            )
 
     @property
     def token_limit(self) -> int:

@@ -63,6 +63,7 @@ FOLDERS = {
     "HunyuanDiTPipeline": "hunyuan_dit",
     "QwenImageEditPipeline": "qwen_image",
     "QwenImageEditPlusPipeline": "qwen_image",
+    "QwenImageLayeredPipeline": "qwen_image_layered",
     "QwenImagePipeline": "qwen_image",
     "StableDiffusion3Pipeline": "sd3",
     "StableDiffusionPipeline": "sd15",
@@ -106,9 +107,11 @@ MARKS: tuple[Mark, ...] = (
     ),
     Mark("Stable Diffusion 3", _type("sd3"), ("joint_blocks.0.x_block.",)),
     Mark("Stable Diffusion 3", _type("sd3"), ("pos_embed.pos_embed", "ff_context.", "time_text_embed.")),
+    Mark(
+        "Qwen-Image-Layered", _type("qwen_image_layered"), ("transformer_blocks.0.img_mod.1.", "addition_t_embedding.")
+    ),
     Mark("Qwen-Image", _type("qwen_image"), ("transformer_blocks.0.img_mod.1.", "txt_in.")),
     Mark("HiDream", _type("hidream"), ("double_stream_blocks.0.block.", "caption_projection.0.")),
-    Mark("CogView4", _type("cogview4"), ("time_condition_embed.condition_embedder.",)),
     Mark("HunyuanDiT", _type("hunyuan_dit"), ("text_embedding_padding",)),
     Mark("CogView4", _type("cogview4"), ("patch_embed.text_proj.", "time_condition_embed.")),
     Mark("Z-Image", _type("z_image"), ("noise_refiner.0.", "x_pad_token")),

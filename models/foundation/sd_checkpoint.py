@@ -143,9 +143,12 @@ class CheckpointLayout(KeyLayout):
         known |= {self._kohya_name(f"unet.{there}"): f"unet.{here}" for here, there in publishers}
         names = sorted({key.partition(".")[0] for key in tensors})
         if left := [name for name in names if name not in known]:
+            others = [name for name in left if not name.startswith("lora_te")]
+            of_texts = "those of text encoders are if [model] gives them a rate (text_encoder_1_lr)"
+            cure = "is it another model's?" if others else of_texts
+            first = (others or left)[0]
             raise ValueError(
-                f"the adapter is also for {len(left)} modules that are not trained here, the first is '{left[0]}'; "
-                "those of text encoders (lora_te...) are if [model] gives them a rate (text_encoder_1_lr)"
+                f"the adapter is also for {len(left)} modules that are not trained here, the first is '{first}'; {cure}"
             )
         factors = {}
         for name in names:

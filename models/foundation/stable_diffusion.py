@@ -86,12 +86,13 @@ class TextPart:
 
 
 class UNetInputs(NamedTuple):
-    """What the entry takes. `texts` are, for each text encoder, features (B, L, D), or numbers of tokens (B, L) where
-    the encoder is trained; `pooled_BP` is None where the model has none or the encoder that makes it is trained."""
+    """What the entry takes. `texts` are, for each text encoder, features (B, L, D), or numbers and weights of tokens,
+    both (B, L), where the encoder is trained; `pooled_BP` is None where the model has none or the encoder that makes it
+    is trained."""
 
     x_BChw: torch.Tensor
     step_B: torch.Tensor
-    texts: tuple[torch.Tensor, ...]
+    texts: tuple[torch.Tensor | tuple[torch.Tensor, torch.Tensor], ...]
     pooled_BP: torch.Tensor | None = None
     sizes_B6: torch.Tensor | None = None
 
@@ -127,7 +128,7 @@ class Entry(nn.Module):
         """The text (B, L, D) of all encoders side by side, and the pooled text (B, P)."""
         encoders, made, pooled_BP = iter(self.text_encoders), [], inputs.pooled_BP
         for reader, text in zip(self.readers, inputs.texts, strict=True):
-            features = {} if reader is None else reader.of_tokens(next(encoders), text)
+            features = {} if reader is None else reader.of_tokens(next(encoders), *text)
             made.append(text if reader is None else features[reader.name])
             if reader is not None and reader.pooled:
                 pooled_BP = features[f"{reader.name}_pooled"]
@@ -280,7 +281,10 @@ class StableDiffusionPipeline(PicturePipeline):
         self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
     ) -> UNetInputs:
         texts = tuple(
-            features[f"{part.name}_tokens" if part in self.trained_texts else part.name] for part in self.texts
+            (features[f"{part.name}_tokens"], features[f"{part.name}_weights"])
+            if part in self.trained_texts
+            else features[part.name]
+            for part in self.texts
         )
         pooled = next((features.get(f"{part.name}_pooled") for part in self.texts if part.pooled), None)
         return UNetInputs(x_t, self.objective.model_time(t_B), texts, pooled)

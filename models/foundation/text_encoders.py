@@ -27,6 +27,8 @@ Features = dict[str, torch.Tensor | list[torch.Tensor]]
 Encode = Callable[[nn.Module, Any, list[str]], Features]
 Tensors = dict[str, torch.Tensor]
 
+SIZES = ("hidden_size", "num_hidden_layers")
+"""What of a text encoder's configuration decides the shape of features, or which layers there are to read."""
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("spiece.model",))
 """Files that hold a tokenizer's words: any of these sets is enough."""
 
@@ -229,13 +231,25 @@ class TextEncoder:
         Raises:
             SettingsError: they do not; tells of both.
         """
-        problems = problems_of([self._check_tokenizer, self._check_weights])
+        problems = problems_of([self._check_config, self._check_tokenizer, self._check_weights])
         if problems:
             raise SettingsError(problems)
 
+    def _check_config(self) -> None:
+        """Whether a folder of its own has an encoder of the size that the model asks for."""
+        asked, own = self._config_in(self.folder / self.subfolder), self.config()
+        for name in SIZES:
+            sizes = [getattr(config.get_text_config(), name) for config in (own, asked)]
+            if sizes[0] != sizes[1]:
+                raise SettingsError.of(
+                    f"is an encoder of {name} {sizes[0]}, and the model's own has {sizes[1]}; is it another model's?",
+                    str(self._source / "config.json"),
+                )
+
     def _check_tokenizer(self) -> None:
         words, known = len(self.tokenizer), self.config().get_text_config().vocab_size
-        if words > known:
+        # Encoders know some more, to fill up a matrix.
+        if not known / 2 <= words <= known:
             raise SettingsError.of(
                 f"this tokenizer has {words} tokens, and the encoder in {self.subfolder} knows {known}; is it another "
                 "model's?",
@@ -258,7 +272,10 @@ class TextEncoder:
     def config(self) -> PretrainedConfig:
         """The configuration of the model of transformers."""
         own = (self._source / "config.json").is_file()
-        return self.model_class.config_class.from_pretrained(self._source if own else self.folder / self.subfolder)
+        return self._config_in(self._source if own else self.folder / self.subfolder)
+
+    def _config_in(self, folder: Path) -> PretrainedConfig:
+        return self.model_class.config_class.from_pretrained(folder)
 
     def load_model(self) -> nn.Module:
         """The model of transformers with its weights, on the CPU."""

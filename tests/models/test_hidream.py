@@ -228,6 +228,13 @@ def test_what_does_not_fit_is_told(tmp_path: Path, changes: dict[str, Any], told
         tiny_hidream.pipeline(tiny_hidream.write_folder(tmp_path, **changes)).check()
 
 
+def test_a_file_in_the_place_of_llamas_folder_is_told(tmp_path: Path) -> None:
+    folder = tiny_hidream.write_folder(tmp_path)
+    file = folder / "text_encoder_4" / "model.safetensors"
+    with pytest.raises(SettingsError, match=r"\[model\] llama3_path: is the folder of Llama.*is a file"):
+        tiny_hidream.pipeline(folder, llama3_path=file).check()
+
+
 def test_an_ordinary_clip_reads_77_tokens(tmp_path: Path) -> None:
     folder = tiny_hidream.write_folder(tmp_path)
     CLIPTextModelWithProjection(clip_config(24, max_position_embeddings=20)).save_pretrained(folder / "text_encoder_2")

@@ -301,9 +301,15 @@ def of_another_width(folder: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "joint_attention_dim": 3584}))
 
 
+def without_picture_token(folder: Path) -> None:
+    for file in (folder / "tokenizer").glob("*.json"):
+        file.write_text(file.read_text().replace("<|image_pad|>", "<|other|>"))
+
+
 MISTAKES: dict[str, tuple[type, dict[str, Any], Callable[[Path], None] | None, str]] = {
     "layered": (QwenImageLayeredPipeline, {"use_layer3d_rope": True, "use_additional_t_cond": True}, None, "Layered"),
-    "no processor": (QwenImageEditPipeline, {}, without_processor, "download the whole folder of the edit model"),
+    "no processor": (QwenImageEditPipeline, {}, without_processor, "they lie in the folder of an Edit model"),
+    "other words": (QwenImageEditPipeline, {}, without_picture_token, r"another <\|image_pad\|> than the encoder"),
     "other text": (tiny.STOCK, {}, of_another_width, "`joint_attention_dim` 3584, where .* make 16"),
     "other latents": (tiny.STOCK, {"in_channels": 64}, None, "`in_channels` 64, where .* make 16"),
 }
@@ -317,6 +323,16 @@ def test_what_does_not_fit_is_told(tmp_path: Path, mistake: str) -> None:
         spoil(folder)
     with pytest.raises(SettingsError, match=told):
         tiny.pipeline(folder).check()
+
+
+def test_an_edit_model_without_control_images_is_warned_of(
+    folders: dict[str, Path], folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny.pipeline(folder).encoders_for(0)
+    tiny.pipeline(folders["edit"]).encoders_for(1)
+    assert not caplog.messages
+    tiny.pipeline(folders["edit"]).encoders_for(0)
+    assert "no [[directory]] has a control_path" in caplog.text
 
 
 def test_an_edit_model_trains_on_pairs(

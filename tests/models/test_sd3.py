@@ -21,6 +21,7 @@ from models.foundation.prompts import prompt_encoders
 from models.sd3 import Sd3Inputs, Sd3Pipeline
 from tests.models import tiny_sd3
 from tests.models.tiny_flux import settings as settings_of
+from tests.models.tiny_folder import encoded
 from utils.diffusion.seeds import normal
 from utils.ranks import Ranks
 from utils.run.export import export
@@ -48,8 +49,7 @@ def inputs_of(sd3: Sd3Pipeline, captions: list[str]) -> Sd3Inputs:
     """What the entry takes for these captions."""
     features: dict[str, Any] = {}
     for encoder in prompt_encoders(sd3.encoders()):
-        encoder.load(torch.device("cpu"))
-        features |= encoder.encode(caption=captions)
+        features |= encoded(encoder, captions)
     return sd3.prepare_inputs(features, torch.zeros(len(captions), 4, 8, 8), torch.zeros(len(captions)))
 
 

@@ -22,6 +22,7 @@ from optimizers.parameter_groups import groups_of
 from tests import test_models as generic
 from tests.models import tiny_sd15, tiny_sdxl, tiny_sdxl_texts
 from tests.models.tiny_flux import settings as settings_of
+from tests.models.tiny_folder import encoded
 from tests.runs import launch, metrics, only_run
 from utils.diffusion.seeds import normal
 from utils.ranks import Ranks
@@ -77,11 +78,10 @@ def without_weights(folder: Path, place: Path) -> Path:
     return place
 
 
-def features_of(pipeline: OurPipeline, captions: list[str]) -> dict[str, torch.Tensor]:
+def features_of(pipeline: OurPipeline, captions: list[str], *, weighted_tags: bool = False) -> dict[str, torch.Tensor]:
     made: dict[str, Any] = {}
     for encoder in generic.prompt_encoders(pipeline.encoders()):
-        encoder.load(torch.device("cpu"))
-        made |= encoder.encode(caption=captions)
+        made |= encoded(encoder, captions, weighted_tags=weighted_tags)
     return made
 
 
@@ -104,12 +104,14 @@ def test_trained_text_encoders_train_alike_in_stages(texts_model: generic.Model)
 
 
 @torch.no_grad()
-def test_tokens_lead_to_the_features_that_are_cached_otherwise(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("weighted_tags", [False, True])
+def test_tokens_lead_to_the_features_that_are_cached_otherwise(folders: dict[str, Path], weighted_tags: bool) -> None:
     trained, frozen = tiny_sdxl_texts.pipeline(folders["sdxl"]), tiny_sdxl.pipeline(folders["sdxl"])
     x_t, t_B = normal((2, 4, 8, 8), 0, "x"), torch.tensor([0.25, 0.9])
     results = []
     for pipeline in (trained, frozen):
-        stream = pipeline.prepare_inputs(features_of(pipeline, CAPTIONS), x_t, t_B)
+        features = features_of(pipeline, ["a hiker", "two (motorcycles:1.4)"], weighted_tags=weighted_tags)
+        stream = pipeline.prepare_inputs(features, x_t, t_B)
         for layer in loaded(pipeline).layers:
             stream = layer.eval()(stream)
         results.append(stream)

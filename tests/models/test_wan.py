@@ -127,6 +127,8 @@ def test_clips_train_from_their_first_frames(
     data = {"frame_buckets": [9], "directory": [{"path": str(clips)}]}
     _, log = launch(write_config(**keys, data={"directory": [{"path": str(pictures)}]}))
     assert "7 of the samples are still pictures" in log
+    _, log = launch(write_config(**{**keys, "sampling": {**sampling, "frames": 1}}, data=data))
+    assert "[sampling] frames: one frame is the picture itself" in log
     codes, log = launch(write_config(**keys, data=data, pipeline_stages=2), processes=2)
     assert codes == [0, 0], log
     losses = list(metrics(only_run(tmp_path / "run.toml"), "train/loss").values())
@@ -148,7 +150,7 @@ def ti2v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ti2v_draws_as_the_stock_pipeline(ti2v_folder: Path, tmp_path: Path) -> None:
     model = generic.Model("wan", ti2v_folder, tiny_wan)
     model.pipeline().check()
-    assert model.pipeline().media.spatial == 32
+    assert (model.pipeline().media.spatial, model.pipeline().media.rate) == (32, 24.0)
     keys = {**tiny_wan.SAMPLING, "width": 64}
     sampling = SamplingSettings(prompts=["a hiker"], sample_every_n_steps=1, steps=4, seed=7, **keys)
     (painted,) = run_ranks(paint, 1, tiny_wan.pipeline, ti2v_folder, tmp_path / "cache", 1, sampling)
@@ -219,6 +221,7 @@ def test_ti2v_gives_each_token_its_time(ti2v_folder: Path, given: bool) -> None:
         ({"in_channels": 9}, {}, "takes 9 channels, and the VAE makes 4; text to video takes 4, picture to video 12"),
         ({"in_channels": 12, "image_dim": 16, "added_kv_proj_dim": 24}, {}, "must be 512"),
         ({}, {"from_first_frame": True}, "is for TI2V-5B alone"),
+        ({}, {"expert": "low"}, r"\[model\] expert: there is no .*transformer_2"),
     ],
 )
 def test_what_does_not_fit_is_told(tmp_path: Path, changes: dict, options: dict, told: str) -> None:

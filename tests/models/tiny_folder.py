@@ -12,13 +12,16 @@ A model's folder is made by `tiny_<type>.py`, whose names the generic tests in t
 - stock_latents(stock, pixels_BCFHW): the mode of its VAE's latents, normalised as it does;
 - SAMPLING, draw(stock, sampling, noise): the latents that it draws for the first prompt;
 - optional: SIZES of (width, height, frames) that are tried; features_of_pictures(latent_shape): random features of a
-  batch that do not come from text.
+  batch that do not come from text; PIXELS, channels and number of the pictures that a latent is made of, which are
+  decoded side by side; dataset_of(pictures): keys of the dataset that it is trained on, of a folder of pictures.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +30,9 @@ import diffusers
 import torch
 from torch import nn
 
+from utils.dataset.encoders import Encoder, text_of
+from utils.dataset.samples import Bucket, of_prompt
+from utils.settings.dataset_schema import DirectorySettings
 from utils.settings.schema import SamplingSettings
 
 
@@ -50,6 +56,15 @@ def randomised(module: nn.Module, seed: int) -> nn.Module:
         for parameter in module.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.05)
     return module
+
+
+def encoded(encoder: Encoder, captions: Sequence[str], *, weighted_tags: bool = False) -> dict[str, Any]:
+    """What a text encoder, loaded here, makes of the captions of a dataset."""
+    encoder.load(torch.device("cpu"))
+    rules = DirectorySettings(path=Path(), weighted_tags=weighted_tags)
+    prompts = [of_prompt(caption, Bucket(64, 64, 1)) for caption in captions]
+    shown = [replace(prompt, sample=replace(prompt.sample, rules=rules)) for prompt in prompts]
+    return encoder.encode(**{thing: [text_of(one, encoder, thing) for one in shown] for thing in encoder.reads})
 
 
 def drawn(stock: Any, sampling: SamplingSettings, noise: torch.Tensor, **keys: Any) -> Any:

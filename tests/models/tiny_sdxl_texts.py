@@ -32,6 +32,7 @@ def features(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
         tokens[f"{name}_tokens"] = torch.full((len(lengths), 77), ENDS)
         for row, length in zip(tokens[f"{name}_tokens"], lengths, strict=True):
             row[:length] = torch.randint(WORDS, (length,), generator=draw)
+        tokens[f"{name}_weights"] = torch.ones(len(lengths), 77)
     return {**tokens, **sizes}
 
 

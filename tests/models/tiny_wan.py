@@ -44,7 +44,7 @@ VAE = {
     "latents_mean": [0.1, -0.2, 0.3, 0.0],
     "latents_std": [1.5, 0.7, 1.0, 2.0],
 }
-TEXT = {"vocab_size": 1000, "d_model": TEXT_WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+TEXT = {"vocab_size": 400, "d_model": TEXT_WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
 
 
 def write_folder(place: Path, vae: dict[str, Any] | None = None, **changes: Any) -> Path:

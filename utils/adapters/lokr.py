@@ -73,6 +73,11 @@ class LokrLinear(nn.Module):
         return self.base_layer
 
     @property
+    def out_features(self) -> int:
+        """The base's, by which files that split a module's update are read."""
+        return self.base_layer.out_features
+
+    @property
     def weight(self) -> torch.Tensor:
         """The base's, at which blocks look."""
         return self.base_layer.weight

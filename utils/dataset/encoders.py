@@ -14,7 +14,7 @@ import torch
 
 from utils.dataset.captions import weighted, without_weights
 from utils.dataset.samples import Bucket, Control, MediaFile, Sample, Shown, may_lack_caption
-from utils.media.decode import load_alpha, load_clip, load_image, load_mask
+from utils.media.decode import load_alpha, load_clip, load_image, load_mask, load_rgba
 from utils.media.source import MediaError
 
 TRANSFORM = "2"
@@ -29,8 +29,8 @@ class Encoder(Protocol):
     name: str
     """Its store's folder."""
     reads: tuple[str, ...]
-    """What `encode` takes, of "pixels", "place", "mask", "control" ("control_2" ... for the further ones), "caption"
-    and "weighted_caption"."""
+    """What `encode` takes, of "pixels", "rgba", "layers", "place", "mask", "control" ("control_2" ... for the further
+    ones), "caption" and "weighted_caption"."""
     fingerprint: str
     """Changes whenever its output would."""
 
@@ -42,9 +42,11 @@ class Encoder(Protocol):
 
     def encode(self, **inputs: Any) -> dict[str, torch.Tensor | list[torch.Tensor]]:
         """Features of a batch under names that no other encoder of the model uses, each a tensor batched in dimension
-        0 or a list of B tensors of different lengths. Pixels, controls and masks come as BCFHW on the CPU, places as
-        (B, 6) pixels: height and width of the file, top and left of the crop once it is scaled, height and width of
-        the pixels; captions as a list of B strings, weighted captions as a list of B lists of (text, weight)."""
+        0 or a list of B tensors of different lengths. Pixels, controls and masks come as BCFHW on the CPU, and so do
+        "rgba", pictures with a fourth channel, how opaque they are in [-1, 1], and "layers", where the control images
+        at the size of the picture follow it as further frames. Places come as (B, 6) pixels: height and width of the
+        file, top and left of the crop once it is scaled, height and width of the pixels; captions as a list of B
+        strings, weighted captions as a list of B lists of (text, weight)."""
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape, without the batch, and type of each feature of a sample; nothing is loaded for it."""
@@ -124,7 +126,12 @@ def decoded_bytes(encoder: Encoder, shown: Shown) -> int:
 
 def shape_of(encoder: Encoder, shown: Shown) -> tuple[Bucket, ...]:
     """What samples must share to be encoded in one batch; captions can always be."""
-    return tuple(bucket_read(thing, shown.sample) for thing in encoder.reads if thing not in TEXT)
+    return tuple(
+        bucket_read(thing, shown.sample)
+        for thing in encoder.reads
+        if thing not in TEXT
+        for _ in range(1 + len(shown.sample.controls) if thing == "layers" else 1)
+    )
 
 
 def bucket_read(thing: str, sample: Sample) -> Bucket:
@@ -222,6 +229,25 @@ def _control_pixels(shown: Shown, name: str, thing: str) -> torch.Tensor:
     return _load(control.media, load_image, shown.take.plain_view(control.bucket))
 
 
+def _rgba_identity(shown: Shown, name: str, thing: str) -> list[Any]:
+    return [TRANSFORM, "rgba", shown.sample.media.digest, *shown.take.view(shown.sample.bucket).identity]
+
+
+def _rgba(shown: Shown, name: str, thing: str) -> torch.Tensor:
+    return _load(shown.sample.media, load_rgba, shown.take.view(shown.sample.bucket))
+
+
+def _layers_identity(shown: Shown, name: str, thing: str) -> list[Any]:
+    return [*_rgba_identity(shown, name, thing), *(control.media.digest for control in shown.sample.controls)]
+
+
+def _layers(shown: Shown, name: str, thing: str) -> torch.Tensor:
+    # Changes of colour too are those of the picture, which is what its layers make.
+    view = shown.take.view(shown.sample.bucket)
+    files = [shown.sample.media, *(control.media for control in shown.sample.controls)]
+    return torch.cat([_load(file, load_rgba, view) for file in files], dim=1)
+
+
 def _caption(shown: Shown, name: str, thing: str) -> str:
     caption = shown.caption_for(name)
     return without_weights(caption) if shown.sample.rules.weighted_tags else caption
@@ -232,12 +258,20 @@ def _weighted_caption(shown: Shown, name: str, thing: str) -> list[tuple[str, fl
     return weighted(caption) if shown.sample.rules.weighted_tags else [(caption, 1.0)]
 
 
+def _weights_identity(shown: Shown, name: str, thing: str) -> str | list[tuple[str, float]]:
+    pieces = _weighted_caption(shown, name, thing)
+    # Without weights it is what an encoder of plain captions reads, and so has its name.
+    return pieces[0][0] if len(pieces) == 1 and pieces[0][1] == 1 else pieces
+
+
 TEXT = frozenset({"caption", "weighted_caption"})
 _READINGS: dict[str, _Reading] = {
     "pixels": _Reading(_pixels_identity, _pixels),
+    "rgba": _Reading(_rgba_identity, _rgba),
+    "layers": _Reading(_layers_identity, _layers),
     "place": _Reading(_place_numbers, _place),
     "mask": _Reading(_mask_identity, _mask),
     "control": _Reading(_control_identity, _control_pixels),
     "caption": _Reading(_caption, _caption),
-    "weighted": _Reading(_weighted_caption, _weighted_caption),
+    "weighted": _Reading(_weights_identity, _weighted_caption),
 }

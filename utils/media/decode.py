@@ -20,7 +20,7 @@ from PIL import Image
 
 from utils.media.colour import jittered
 from utils.media.geometry import View
-from utils.media.images import Shown, alpha_of, luminance_of, open_image, probe_image, rgb_of, shown_images
+from utils.media.images import Shown, alpha_of, luminance_of, open_image, probe_image, rgb_of, rgba_of, shown_images
 from utils.media.source import ROUNDING_SECONDS, MediaError, Probe, Source, opened
 from utils.media.video import probe_video, shown_frames
 
@@ -33,7 +33,7 @@ CLIP_SUFFIXES = frozenset(
 
 
 class _Channels(NamedTuple):
-    """What of a picture is wanted, as a picture of one or three channels, and the filter to scale it by."""
+    """What of a picture is wanted, as a picture of one, three or four channels, and the filter to scale it by."""
 
     of: Callable[[Image.Image], Image.Image]
     filter: Image.Resampling
@@ -43,6 +43,8 @@ COLOUR = _Channels(rgb_of, Image.Resampling.LANCZOS)
 # Lanczos would put a brighter and a darker line along the edges of a mask.
 LUMINANCE = _Channels(luminance_of, Image.Resampling.BILINEAR)
 ALPHA = _Channels(alpha_of, Image.Resampling.BILINEAR)
+# Pillow scales colours by how opaque they are.
+TRANSLUCENT = _Channels(rgba_of, Image.Resampling.LANCZOS)
 
 
 def probe(source: Source) -> Probe:
@@ -65,6 +67,17 @@ def load_image(source: Source, view: View) -> torch.Tensor:
         MediaError: the file cannot be decoded.
     """
     return load_clip(source, view, 0.0, 1, 1.0)
+
+
+def load_rgba(source: Source, view: View) -> torch.Tensor:
+    """The picture, or the first of a clip, as `pixels_CFHW`, float32 in [-1, 1], C=4, F=1: its colours, and how opaque
+    it is, 1 for wholly. Colours that nothing is seen of are black, but for what `view` makes of black.
+
+    Raises:
+        MediaError: the file cannot be decoded.
+    """
+    pixels_CFHW = _tensor(_levels(source, view, 0.0, 1, 1.0, TRANSLUCENT), view).div_(127.5).sub_(1)
+    return torch.cat([jittered(pixels_CFHW[:3], view.jitter), pixels_CFHW[3:]])
 
 
 def load_clip(source: Source, view: View, start_seconds: float, frames: int, rate: float) -> torch.Tensor:

@@ -99,6 +99,15 @@ def alpha_of(image: Image.Image) -> Image.Image:
     return image.convert("RGBA").getchannel("A")
 
 
+def rgba_of(image: Image.Image) -> Image.Image:
+    """`image`, of any mode, as RGBA; what nothing is seen of is black, as scaling makes it, whatever the file holds
+    there."""
+    image = image.convert("RGBA") if image.has_transparency_data else rgb_of(image).convert("RGBA")
+    canvas = Image.new("RGBA", image.size)
+    canvas.paste(image, mask=image.getchannel("A").point(lambda level: 255 if level else 0))
+    return canvas
+
+
 def _animated(image: Image.Image) -> bool:
     return image.format in ANIMATED and getattr(image, "is_animated", False)
 

@@ -43,6 +43,10 @@ MADE_WITH = ("identity", "optimizer", "steps_in_epoch")
 NamedParameters = Mapping[str, torch.nn.Parameter]
 
 
+OF_THE_OBJECTIVE = ("prediction_type", "beta_schedule", "rescale_betas_zero_snr")
+"""Keys that some models have, and by which what they predict is another thing."""
+
+
 def identity_of(settings: Settings) -> dict[str, Any]:
     """The settings without which a checkpoint's weights would mean another model, or its draws be others."""
     adapter = settings.adapter
@@ -50,6 +54,7 @@ def identity_of(settings: Settings) -> dict[str, Any]:
         "seed": settings.seed,
         "[model] type": settings.model.type,
         "[model] preset_adapters": [[preset.path.name, preset.weight] for preset in settings.model.preset_adapters],
+        **{f"[model] {key}": getattr(settings.model, key, None) for key in OF_THE_OBJECTIVE},
         "[adapter] type": adapter and adapter.type,
         "[adapter] rank": adapter and adapter.rank,
         "[adapter] alpha": adapter and adapter.alpha,
@@ -239,6 +244,22 @@ class Checkpoint:
         logger.info("resuming %s at step %d, epoch %d", self.folder, progress.step, progress.epoch + 1)
         return progress
 
+    def check_weights(self, parameters: NamedParameters) -> None:
+        """Whether the checkpoint has the weights of all that the run trains, and of nothing else, by its headers.
+
+        Raises:
+            SettingsError: naming the first that does not fit.
+        """
+        for name, parameter in parameters.items():
+            self._check(f"weights/{name}", parameter.shape)
+        others = [key for key in self._files if key.startswith("weights/") and key[len("weights/") :] not in parameters]
+        if others:
+            raise SettingsError.of(
+                f"has '{others[0]}', which this run does not train; resume with the [model] and [adapter] that it was "
+                "made with",
+                str(self.folder),
+            )
+
     def load_weights(self, parameters: NamedParameters) -> None:
         """Copies the weights of these parameters.
 
@@ -274,15 +295,18 @@ class Checkpoint:
             logger.warning("the moving averages of %s end here: the run has no [ema]", self.folder)
 
     def _read(self, key: str, shape: torch.Size | None = None) -> torch.Tensor:
+        self._check(key, shape)
+        return self._files[key].get_tensor(key)
+
+    def _check(self, key: str, shape: torch.Size | None) -> None:
         if key not in self._files:
             raise SettingsError.of(
                 f"'{key}' is not in the checkpoint; was it made with another [model] or [adapter]?", str(self.folder)
             )
-        tensor = self._files[key].get_tensor(key)
-        if shape is not None and tensor.shape != shape:
+        stored = self._files[key].get_slice(key).get_shape()
+        if shape is not None and stored != list(shape):
             raise SettingsError.of(
-                f"'{key}' is {list(tensor.shape)}, this run's is {list(shape)}; resume with the "
-                "[model] and [adapter] that it was made with",
+                f"'{key}' is {stored}, this run's is {list(shape)}; resume with the [model] and [adapter] that it was "
+                "made with",
                 str(self.folder),
             )
-        return tensor

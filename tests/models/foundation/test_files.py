@@ -43,6 +43,13 @@ def test_all_missing_parts_are_told_at_once(folder: Path) -> None:
     assert "name a file with [model] transformer_path" in message
 
 
+def test_the_folder_of_another_model_is_told_with_its_type(folder: Path) -> None:
+    shutil.rmtree(folder / "tokenizer_2")
+    (folder / "model_index.json").write_text('{"_class_name": "ChromaPipeline"}')
+    message = told(folder)
+    assert 'is of ChromaPipeline: set [model] type = "chroma"' in message and "tokenizer_2" not in message
+
+
 def test_weights_from_elsewhere_or_from_scratch_may_be_missing(folder: Path) -> None:
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.rename(folder / "flux.safetensors")

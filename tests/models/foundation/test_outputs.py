@@ -23,6 +23,7 @@ from tests.models import tiny_chroma, tiny_flux
 from tests.processes import run_ranks
 from utils.dataset.samples import Bucket
 from utils.diffusion.seeds import normal
+from utils.media.writing import tensor_to_image
 from utils.ranks import Ranks
 from utils.run.export import export
 from utils.settings.errors import SettingsError
@@ -216,6 +217,17 @@ def test_a_negative_prompt_that_leads_nowhere_is_refused(folder: Path, tmp_path:
         check_outputs(flux, tiny_flux.settings(flux, sampling=guided))
     with pytest.raises(SettingsError, match="negative_prompt: is not used: with `guidance = 1`"):
         check_outputs(chroma, tiny_flux.settings(chroma, sampling={**guided, "guidance": 1.0}))
+
+
+def test_a_picture_that_breaks_off_is_told_before_it_is_drawn_from(folder: Path, tmp_path: Path) -> None:
+    """Its header is whole."""
+    whole = tmp_path / "whole.png"
+    tensor_to_image(normal((3, 1, 64, 64), 0, "picture").clamp(-1, 1)).save(whole)
+    (tmp_path / "half.png").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    flux, asked = tiny_flux.pipeline(folder), {"prompts": ["a star"], "width": 64, "height": 64}
+    check_outputs(flux, tiny_flux.settings(flux, sampling={**asked, "control_images": [whole]}))
+    with pytest.raises(SettingsError, match=r"control_images: .*half\.png.*truncated"):
+        check_outputs(flux, tiny_flux.settings(flux, sampling={**asked, "control_images": [tmp_path / "half.png"]}))
 
 
 class WithoutOriginal(FluxPipeline):

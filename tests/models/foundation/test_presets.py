@@ -13,14 +13,14 @@ from torch import nn
 
 from models.foundation.outputs import export_plan
 from models.foundation.placement import load_stage
-from tests.models import tiny_flux
+from tests.models import tiny_flux, tiny_sdxl
 from tests.models.tiny_flux import STOCK, settings
 from utils.adapters.presets import Update
 from utils.diffusion.seeds import normal
 from utils.ranks import Ranks
 from utils.run.export import export
 from utils.settings.errors import SettingsError
-from utils.settings.schema import AdapterSettings
+from utils.settings.schema import AdapterSettings, LokrSettings
 
 FILES = ["adapter_model.safetensors", "adapter_model_comfyui.safetensors"]
 
@@ -87,6 +87,13 @@ def test_presets_add_up_and_an_adapter_begins_on_top_of_them(folder: Path, lora:
     torch.testing.assert_close(output(folder, preset_adapters=beside), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("file", FILES)
+def test_a_lokr_begins_on_top_of_them_too(folder: Path, lora: Path, file: str) -> None:
+    preset = {"path": lora / file}
+    made = output(folder, LokrSettings(type="lokr", factor=4), preset_adapters=[preset])
+    torch.testing.assert_close(made, output(folder, preset_adapters=[preset]), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_only_the_difference_is_trained(folder: Path, lora: Path, fused: bool) -> None:
     flux = tiny_flux.pipeline(folder, preset_adapters=[{"path": lora, "fused": fused}])
@@ -120,3 +127,15 @@ def test_what_does_not_fit_is_told(folder: Path, lora: Path, tmp_path: Path) -> 
     ):
         with pytest.raises(SettingsError, match=told):
             output(folder, preset_adapters=[{"path": tmp_path / f"{file}.safetensors"}])
+
+
+def test_kohyas_adapter_of_another_model_is_told(tmp_path: Path) -> None:
+    """By the UNet, though it has text encoders too, which might be trained."""
+    names = ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_unet_other_blocks_0_attn_to_k")
+    factors = {f"{name}.lora_{part}.weight": torch.ones(2, 2) for name in names for part in ("down", "up")}
+    save_file(factors, tmp_path / "other.safetensors")
+    sdxl = tiny_sdxl.pipeline(
+        tiny_sdxl.write_folder(tmp_path), preset_adapters=[{"path": tmp_path / "other.safetensors"}]
+    )
+    with pytest.raises(SettingsError, match="2 modules .* the first is 'lora_unet_other.*another model's"):
+        load_stage(sdxl, settings(sdxl), stage=0)

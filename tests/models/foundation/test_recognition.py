@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 import models
 from models.foundation.placement import load_stage
-from models.foundation.recognition import recognised
+from models.foundation.recognition import FOLDERS, recognised
 from models.foundation.weights import read_header
 from tests.models.tiny_flux import settings
 from tests.models.tiny_folder import tiny
@@ -20,6 +21,11 @@ from utils.settings.errors import SettingsError
 @pytest.fixture(scope="module", params=models.available())
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return request.param, tiny(request.param).write_folder(tmp_path_factory.mktemp(request.param))
+
+
+def test_every_folder_is_known_by_its_index(folder: tuple[str, Path]) -> None:
+    name, place = folder
+    assert FOLDERS[json.loads((place / "model_index.json").read_text())["_class_name"]] == name
 
 
 UNETS = {"sdxl": 2048, "sd15": 768}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline as StockPipeline
 from safetensors.torch import load_file, save_file
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from models.foundation.text_encoders import TextEncoder, TrueLengthFeatures, clip_l, load_tokenizer, t5
 from tests.models.tiny_flux import MINI_FLUX, TEXT_TOKENS
@@ -168,6 +169,21 @@ def test_a_folder_may_hold_a_file_of_any_name(tmp_path: Path) -> None:
     assert torch.equal(features(encoder("t5", tmp_path)), features(encoder("t5")))
 
 
+def save_config(folder: Path, **changes: int) -> None:
+    """Other numbers into a configuration."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_a_folder_with_an_encoder_of_another_size_is_told(tmp_path: Path) -> None:
+    """It is whole in itself; the model would meet its features after the captions are encoded."""
+    config = T5Config(vocab_size=376, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    T5EncoderModel(config).save_pretrained(tmp_path)
+    with pytest.raises(SettingsError, match="is an encoder of hidden_size 8, and the model's own has 64") as raised:
+        encoder("t5", tmp_path).check()
+    assert str(tmp_path / "config.json") in str(raised.value)
+
+
 SPOILT_TOKENIZERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no words": (lambda folder: (folder / "tokenizer.json").unlink(), "the tokenizer's words are missing"),
     "words that are none": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be loaded"),
@@ -177,13 +193,17 @@ SPOILT_TOKENIZERS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: shutil.copytree(MINI_FLUX / "tokenizer", folder, dirs_exist_ok=True),
         "this tokenizer has 1217 tokens, and the encoder in text_encoder_2 knows 376",
     ),
+    "of fewer words": (
+        lambda folder: save_config(folder.parent / "text_encoder_2", vocab_size=1000),
+        "this tokenizer has 376 tokens, and the encoder in text_encoder_2 knows 1000",
+    ),
 }
 
 
 @pytest.mark.parametrize("spoilt", SPOILT_TOKENIZERS)
 def test_a_tokenizer_that_is_not_whole_is_told(tmp_path: Path, spoilt: str) -> None:
     change, message = SPOILT_TOKENIZERS[spoilt]
-    (tmp_path / "text_encoder_2").symlink_to(MINI_FLUX / "text_encoder_2")
+    shutil.copytree(MINI_FLUX / "text_encoder_2", tmp_path / "text_encoder_2")
     change(Path(shutil.copytree(MINI_FLUX / "tokenizer_2", tmp_path / "tokenizer_2")))
     with pytest.raises(SettingsError) as raised:
         t5(tmp_path, None, torch.float32, TEXT_TOKENS).check()

@@ -157,8 +157,8 @@ def test_what_is_exported_does_elsewhere_what_it_does_here(
 @pytest.mark.parametrize(
     ("adapter", "tensors", "told"),
     [
-        (settings(), {"x.lora_A.weight": torch.ones(2)}, "no LoKr factors in this file"),
-        (AdapterSettings(type="lora", rank=2), {"lycoris_x.lokr_w1": torch.ones(2)}, "no LoRA factors in this file"),
+        (settings(), {"x.lora_A.weight": torch.ones(2)}, "no LoKr factors in this file, it is a LoRA"),
+        (AdapterSettings(type="lora", rank=2), {"lycoris_x.lokr_w1": torch.ones(2)}, "no LoRA factors .* it is a LoKr"),
         (settings(), {"lycoris_x.lokr_w1": torch.ones(2)}, "'lycoris_x.lokr_w1' has no counterpart"),
         (
             settings(factor=2),

@@ -196,6 +196,22 @@ def test_weighted_captions(pictures, cache):
         assert item(cache, text, first_shown(sample)) == {"length_B": length}
 
 
+def test_a_caption_without_weights_has_one_name(pictures, cache):
+    """Whoever reads it, and whether weights are looked for: it is not encoded again."""
+    (pictures / "001.txt").write_text("a (bear:1.5)")
+    weights, text = WeightEncoder(), LengthEncoder()
+    weights.name = text.name
+    keys = {
+        (encoder, used): [item_key(encoder, first_shown(sample)) for sample in samples_of(dataset, cache)[:2]]
+        for used in (True, False)
+        for dataset in (dataset_of(pictures, weighted_tags=used),)
+        for encoder in (weights, text)
+    }
+    assert len({plain for plain, _ in keys.values()}) == 1
+    assert keys[weights, False] == keys[text, False]
+    assert len({marked for _, marked in keys.values()}) == 3
+
+
 def test_versions_and_sizes_of_items(pictures, cache):
     samples = samples_of(dataset_of(pictures, resolutions=[32, 64], flip=True, augment_variants=2), cache)
     wanted = items_wanted(MeanEncoder(), samples)

@@ -12,7 +12,7 @@ from einops import rearrange
 from PIL import ExifTags, Image, ImageOps
 
 from utils.media.colour import Jitter
-from utils.media.decode import MediaError, Probe, load_alpha, load_clip, load_image, load_mask, probe
+from utils.media.decode import MediaError, Probe, load_alpha, load_clip, load_image, load_mask, load_rgba, probe
 from utils.media.geometry import View, cover_box
 from utils.media.source import MAX_PIXELS, Blob
 from utils.media.writing import tensor_to_image
@@ -280,3 +280,23 @@ def test_reasons_are_readable(tmp_path, content, reason):
         (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(MediaError, match=f"a.png: .*{reason}"):
         probe(tmp_path / "a.png")
+
+
+def test_translucent_pictures_keep_their_colours(tmp_path):
+    """But for those that nothing is seen of; and their opacity is no colour."""
+    levels = np.random.default_rng(0).integers(0, 256, (12, 20, 4), dtype=np.uint8)
+    levels[:4, :, 3], levels[8:, :, 3] = 0, 255
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    pixels_CFHW = load_rgba(tmp_path / "a.png", View(20, 12, flip=True))
+    levels[levels[..., 3] == 0] = 0
+    expected = torch.from_numpy(levels[:, ::-1].copy()).permute(2, 0, 1)[:, None] / 127.5 - 1
+    torch.testing.assert_close(pixels_CFHW, expected)
+    brighter = load_rgba(tmp_path / "a.png", View(20, 12, flip=True, jitter=Jitter(brightness=1.5)))
+    assert torch.equal(brighter[3], pixels_CFHW[3]) and not torch.equal(brighter[:3], pixels_CFHW[:3])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16"])
+def test_other_pictures_are_opaque(tmp_path, mode):
+    Image.new(mode, (8, 8), 0).save(tmp_path / "a.png")
+    pixels_CFHW = load_rgba(tmp_path / "a.png", View(4, 4))
+    assert (pixels_CFHW[:3] == -1).all() and (pixels_CFHW[3] == 1).all()

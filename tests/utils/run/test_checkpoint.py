@@ -96,6 +96,18 @@ def test_parameters_that_do_not_fit_are_told(tmp_path: Path) -> None:
         opened.load_weights({"block.0.weight": torch.nn.Parameter(torch.zeros(5))})
 
 
+def test_what_a_run_trains_is_compared_by_the_headers(tmp_path: Path) -> None:
+    parameters, _ = save(tmp_path, Progress(step=1))
+    opened = checkpoint.Checkpoint(tmp_path / "global_step1")
+    opened.check_weights(parameters)
+    with pytest.raises(SettingsError, match="'weights/other' is not in the checkpoint"):
+        opened.check_weights({**parameters, "other": parameters["head.bias"]})
+    with pytest.raises(SettingsError, match=r"\[3, 2\], this run's is \[4\]"):
+        opened.check_weights({**parameters, "block.0.weight": parameters["head.bias"]})
+    with pytest.raises(SettingsError, match="has 'weights/head.bias', which this run does not train"):
+        opened.check_weights({"block.0.weight": parameters["block.0.weight"]})
+
+
 @pytest.mark.parametrize(
     ("settings", "flags", "told"),
     [
