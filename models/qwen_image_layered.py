@@ -1,0 +1,181 @@
+"""Qwen-Image-Layered, which takes a picture apart into layers with transparency.
+
+Shapes: B batch, P pictures (the whole one, then its layers from the lowest to the top), H W pixels, T image tokens, C
+latent channels, D width, E rows of time embedding, h w latent cells.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+from torch import nn
+
+from models.base import BasePipeline, Features, ModelEncoder
+from models.foundation.key_layouts import KeyLayout, Rule
+from models.foundation.video_autoencoders import QwenImageAutoencoder
+from models.qwen_image import QWEN_LAYOUT, Entry, Exit, QwenImagePipeline, Variant
+from utils.dataset.encoders import Encoder
+from utils.dataset.samples import Bucket, Control, Sample
+from utils.diffusion.timesteps import ResolutionShift
+from utils.settings.errors import Problem, SettingsError
+from utils.settings.model_schema import ModelSettings
+from utils.settings.values import Count
+
+CONDITION = "rgba"
+CHANNELS = 4
+"""Of pixels: colours, and how opaque they are."""
+TRANSPARENCY = "time_text_embed.addition_t_embedding"
+TRANSLUCENT = 0
+"""What the model is told of a picture; 1 is one without transparency."""
+BASE_TOKENS = 256
+
+
+class QwenImageLayeredOptions(ModelSettings):
+    """`[model]` of `type = "qwen_image_layered"`."""
+
+    layers: Count = 4
+    """Layers that each picture is taken apart into; the dataset has as many folders in `control_path`, from the lowest
+    layer to the top."""
+    max_sequence_length: Count = 512
+    """Tokens of a caption that are read."""
+
+
+class LayersAutoencoder(QwenImageAutoencoder):
+    """Qwen-Image-Layered's VAE as an `Encoder` of so many pictures that belong together, each by itself."""
+
+    def __init__(self, *others: Any, pictures: int, **named: Any):
+        super().__init__(*others, **named)
+        self.name, self.reads, self.pictures = "vae_layers", ("layers",), pictures
+
+    def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Latents (B, C, P, h, w) of pictures (B, 4, P, H, W) in [-1, 1]."""
+        (pixels_B4PHW,) = inputs.values()
+        encode = super().encode
+        made = [encode(pixels=one_B41HW) for one_B41HW in pixels_B4PHW.split(1, dim=2)]
+        return {name: torch.cat([one[name] for one in made], dim=2) for name in self.outputs}
+
+    def decode(self, latents_BCPhw: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, 1, H, P W) in [-1, 1]: the pictures side by side, on grey."""
+        decode = super().decode
+        pixels_B41HW = torch.cat([decode(one_BC1hw) for one_BC1hw in latents_BCPhw.split(1, dim=2)], dim=-1)
+        colours, opacity = pixels_B41HW.split([CHANNELS - 1, 1], dim=1)
+        return colours * (opacity + 1) / 2
+
+    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        shapes = super().feature_shapes(bucket)
+        return {name: ((shape[0], self.pictures, *shape[2:]), dtype) for name, (shape, dtype) in shapes.items()}
+
+
+class LayeredEntry(Entry):
+    """The entry that also says that there is transparency."""
+
+    def embedded_time(self, t_E: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.time_text_embed(t_E, x_BTD, torch.full(t_E.shape, TRANSLUCENT, device=t_E.device))
+
+
+class LayeredShift(ResolutionShift):
+    """log s is the root of the number of tokens of one picture, in units of a fixed number, as the stock pipeline of
+    Qwen-Image-Layered has it whatever the configuration of its scheduler says."""
+
+    def mu(self, tokens: int) -> float:
+        return math.sqrt(tokens / BASE_TOKENS)
+
+
+class QwenImageLayeredPipeline(QwenImagePipeline):
+    """Qwen-Image-Layered of Alibaba. A sample's own picture is the whole, and its control images are the layers, from
+    the lowest to the top, all of one size and with transparency. It predicts the whole first, then the layers; samples
+    show them in that order, side by side on grey. Inference makes a caption of the picture if it is given none, so a
+    dataset should have captions of the whole picture."""
+
+    Options = QwenImageLayeredOptions
+    resolution_shift = LayeredShift()
+    layered = True
+    starts_from_picture = True
+    original_layout = KeyLayout([*QWEN_LAYOUT.rules, Rule(TRANSPARENCY, (TRANSPARENCY,))])
+    _variant = Variant()
+
+    @property
+    def max_controls(self) -> int:
+        return self.options.layers
+
+    @property
+    def pictures(self) -> int:
+        """How many are drawn together: the whole, and its layers."""
+        return 1 + self.options.layers
+
+    def check(self) -> None:
+        super().check()
+        channels = self._vae_config.get("input_channels", 3)
+        if channels != CHANNELS:
+            raise SettingsError.of(
+                f"`input_channels` must be {CHANNELS}, which are colours and transparency, and is {channels}; take the "
+                "VAE of Qwen-Image-Layered",
+                str(self.options.diffusers_path / "vae" / "config.json"),
+            )
+
+    def encoders_for(self, controls: int) -> list[Encoder]:
+        layers = self.options.layers
+        if controls != layers:
+            raise SettingsError.of(
+                f"this model takes pictures apart into {layers} layers, and the samples have {controls}: name the "
+                "folders of the layers in control_path, from the lowest to the top, and set [model] layers to their "
+                "number",
+                where="[[directory]]",
+            )
+        return self.encoders()
+
+    def problems_of_data(self, samples: Sequence[Sample]) -> list[Problem]:
+        layers = self.options.layers
+        wrong = {
+            f"have not {layers} layers; name as many folders in control_path as [model] layers says": [
+                sample for sample in samples if len(sample.controls) != layers
+            ],
+            "have layers of another size; leave control_resolution out": [
+                sample for sample in samples if any(layer.bucket != sample.bucket for layer in sample.controls)
+            ],
+            "have a layer whose file has another width or height than the picture's, so that they do not lie on one "
+            "another; bring them to one size": [
+                sample for sample in samples if any(size_of(layer) != size_of(sample) for layer in sample.controls)
+            ],
+            "have a mask, which cannot say what it means for layers; leave masks out": [
+                sample for sample in samples if sample.mask is not None
+            ],
+        }
+        return [
+            Problem("", "[[directory]]", f"{len(some)} of the samples, the first is {some[0].media.place}, {reason}")
+            for reason, some in wrong.items()
+            if some
+        ]
+
+    def encoders(self, controls: int = 0) -> list[ModelEncoder]:
+        vae = (self.options.diffusers_path, self.options.vae_path, self.dtype)
+        return [
+            LayersAutoencoder(*vae, pictures=self.pictures, draw=self.options.latents),
+            self._text_encoder(0),
+            # By itself, since prompts have it too, which have no layers.
+            QwenImageAutoencoder(*vae, reads=CONDITION, draw="mode"),
+        ]
+
+    def to_layers(self, denoiser: QwenImageTransformer2DModel) -> list[nn.Module]:
+        _, *middles, _ = super().to_layers(denoiser)
+        return [LayeredEntry(denoiser), *middles, Exit(denoiser, self.pictures)]
+
+    def _pictures(self, features: Features, x_t: torch.Tensor) -> list[torch.Tensor]:
+        return [*x_t.split(1, dim=2), features[f"{CONDITION}_latents"].float()]
+
+    def guided(self, prompted: torch.Tensor, negative: torch.Tensor, guidance: float) -> torch.Tensor:
+        """As usual: the stock pipeline keeps the length of tokens only if it is asked to."""
+        return BasePipeline.guided(self, prompted, negative, guidance)
+
+    def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
+        channels, _, *size = super().latent_shape(width, height)
+        return channels, self.pictures, *size
+
+
+def size_of(thing: Sample | Control) -> tuple[int, int]:
+    """Width and height of its file."""
+    return thing.media.width, thing.media.height
