@@ -13,9 +13,7 @@ from transformers import PreTrainedTokenizerFast, T5EncoderModel
 from models.chroma import ChromaOptions, ChromaPipeline
 from tests.models import tiny_flux
 from tests.models.tiny_flux import MINI_FLUX
-from tests.models.tiny_folder import randomised, write_index
-from utils.dataset.batches import pad_ragged
-from utils.diffusion.seeds import normal
+from tests.models.tiny_folder import of_true_length, ragged, randomised, write_index
 from utils.settings.schema import SamplingSettings
 
 STOCK = StockPipeline
@@ -62,8 +60,7 @@ def pipeline(folder: Path, **options: Any) -> ChromaPipeline:
 
 def features(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """Random text features of these many tokens each."""
-    rows = [normal((length, 64), 0, "text", length) for length in lengths]
-    return {"t5": pad_ragged(rows), "t5_mask": pad_ragged([torch.ones(len(row), dtype=torch.bool) for row in rows])}
+    return ragged("t5", lengths, 64)
 
 
 def whole(
@@ -88,10 +85,7 @@ def whole(
 def prompt_features(stock: StockPipeline, captions: list[str]) -> list[dict[str, torch.Tensor]]:
     text_BLD, mask_BL = stock._get_t5_prompt_embeds(captions, max_sequence_length=TEXT_TOKENS, device="cpu")
     lengths = mask_BL.sum(1).int().tolist()
-    return [
-        {"t5": text_LD[:length], "t5_mask": torch.ones(length, dtype=torch.bool)}
-        for text_LD, length in zip(text_BLD, lengths, strict=True)
-    ]
+    return of_true_length("t5", text_BLD, lengths)
 
 
 stock_latents = tiny_flux.stock_latents

@@ -17,9 +17,7 @@ from transformers import GlmConfig, GlmModel, PreTrainedTokenizerFast
 from models.cogview4 import CogView4Options, CogView4Pipeline, attending_to_own_text
 from tests.models import tiny_flux
 from tests.models.tiny_flux import MINI_FLUX
-from tests.models.tiny_folder import drawn, randomised, write_index
-from utils.dataset.batches import pad_ragged
-from utils.diffusion.seeds import normal
+from tests.models.tiny_folder import drawn, ragged, randomised, write_index
 from utils.settings.schema import SamplingSettings
 
 STOCK = StockPipeline
@@ -88,9 +86,7 @@ def pipeline(folder: Path, **options: Any) -> CogView4Pipeline:
 
 def features(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """Random text features of these many tokens each."""
-    rows = [normal((length, TEXT_WIDTH), 0, "text", length) for length in lengths]
-    masks = [torch.ones(length, dtype=torch.bool) for length in lengths]
-    return {"glm": pad_ragged(rows), "glm_mask": pad_ragged(masks)}
+    return ragged("glm", lengths, TEXT_WIDTH)
 
 
 def whole(

@@ -30,8 +30,10 @@ import diffusers
 import torch
 from torch import nn
 
+from utils.dataset.batches import pad_ragged
 from utils.dataset.encoders import Encoder, text_of
 from utils.dataset.samples import Bucket, of_prompt
+from utils.diffusion.seeds import normal
 from utils.settings.dataset_schema import DirectorySettings
 from utils.settings.schema import SamplingSettings
 
@@ -65,6 +67,23 @@ def encoded(encoder: Encoder, captions: Sequence[str], *, weighted_tags: bool = 
     prompts = [of_prompt(caption, Bucket(64, 64, 1)) for caption in captions]
     shown = [replace(prompt, sample=replace(prompt.sample, rules=rules)) for prompt in prompts]
     return encoder.encode(**{thing: [text_of(one, encoder, thing) for one in shown] for thing in encoder.reads})
+
+
+def ragged(name: str, lengths: tuple[int, ...], width: int) -> dict[str, torch.Tensor]:
+    """Random features of texts with these many tokens each, and their mask, padded as a batch is."""
+    rows = [normal((length, width), 0, "text", length) for length in lengths]
+    masks = [torch.ones(length, dtype=torch.bool) for length in lengths]
+    return {name: pad_ragged(rows), f"{name}_mask": pad_ragged(masks)}
+
+
+def of_true_length(
+    name: str, text_BLD: Sequence[torch.Tensor], lengths: Sequence[int]
+) -> list[dict[str, torch.Tensor]]:
+    """For each text its own tokens alone and a mask of ones, as ragged features are cached."""
+    return [
+        {name: text_LD[:length], f"{name}_mask": torch.ones(length, dtype=torch.bool)}
+        for text_LD, length in zip(text_BLD, lengths, strict=True)
+    ]
 
 
 def drawn(stock: Any, sampling: SamplingSettings, noise: torch.Tensor, **keys: Any) -> Any:

@@ -14,9 +14,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from models.qwen_image import QwenImageOptions, QwenImagePipeline
-from tests.models.tiny_folder import drawn, randomised, write_index
-from utils.dataset.batches import pad_ragged
-from utils.diffusion.seeds import normal
+from tests.models.tiny_folder import drawn, ragged, randomised, write_index
 from utils.settings.schema import SamplingSettings
 
 STOCK = StockPipeline
@@ -119,9 +117,7 @@ def pipeline(folder: Path, **options: Any) -> QwenImagePipeline:
 
 def features(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """Random text features of these many tokens each."""
-    rows = [normal((length, TEXT_WIDTH), 0, "text", length) for length in lengths]
-    masks = [torch.ones(length, dtype=torch.bool) for length in lengths]
-    return {"qwen2_5_vl": pad_ragged(rows), "qwen2_5_vl_mask": pad_ragged(masks)}
+    return ragged("qwen2_5_vl", lengths, TEXT_WIDTH)
 
 
 def whole(

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from models.wan import WanOptions, WanPipeline
 from tests.models.tiny_flux import MINI_FLUX
-from tests.models.tiny_folder import drawn, randomised, write_index
+from tests.models.tiny_folder import drawn, of_true_length, randomised, write_index
 from utils.dataset.batches import pad_ragged
 from utils.diffusion.seeds import normal
 from utils.settings.schema import SamplingSettings
@@ -89,10 +89,7 @@ def whole(
 def prompt_features(stock: StockPipeline, captions: list[str]) -> list[dict[str, torch.Tensor]]:
     text_BLD, _ = stock.encode_prompt(captions, None, False, max_sequence_length=TEXT_TOKENS, device="cpu")
     lengths = [min(len(stock.tokenizer(caption).input_ids), TEXT_TOKENS) for caption in captions]
-    return [
-        {"umt5": text_LD[:length], "umt5_mask": torch.ones(length, dtype=torch.bool)}
-        for text_LD, length in zip(text_BLD, lengths, strict=True)
-    ]
+    return of_true_length("umt5", text_BLD, lengths)
 
 
 def stock_latents(stock: StockPipeline, pixels_BCFHW: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from models.wan import WanOptions, WanPipeline
 from tests.models import tiny_wan
 from tests.models.tiny_flux import MINI_FLUX
-from tests.models.tiny_folder import drawn, randomised, write_index
+from tests.models.tiny_folder import drawn, of_true_length, randomised, write_index
 from utils.diffusion.seeds import normal
 from utils.media.decode import load_image
 from utils.media.geometry import View
@@ -105,10 +105,7 @@ def whole(
 def prompt_features(stock: StockPipeline, captions: list[str]) -> list[dict[str, torch.Tensor]]:
     text_BLD, _ = stock.encode_prompt(captions, None, False, max_sequence_length=TEXT_TOKENS, device="cpu")
     lengths = [len(stock.tokenizer(caption).input_ids) for caption in captions]
-    return [
-        {"umt5": text_LD[:length], "umt5_mask": torch.ones(length, dtype=torch.bool)}
-        for text_LD, length in zip(text_BLD, lengths, strict=True)
-    ]
+    return of_true_length("umt5", text_BLD, lengths)
 
 
 stock_latents = tiny_wan.stock_latents

@@ -14,9 +14,7 @@ from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 from models.z_image import ZImageOptions, ZImagePipeline
 from tests.models import tiny_flux
 from tests.models.tiny_flux import MINI_FLUX
-from tests.models.tiny_folder import drawn, randomised, write_index
-from utils.dataset.batches import pad_ragged
-from utils.diffusion.seeds import normal
+from tests.models.tiny_folder import drawn, ragged, randomised, write_index
 from utils.settings.schema import SamplingSettings
 
 STOCK = StockPipeline
@@ -84,9 +82,7 @@ def pipeline(folder: Path, **options: Any) -> ZImagePipeline:
 
 def features(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """Random text features of these many tokens each."""
-    rows = [normal((length, TEXT_WIDTH), 0, "text", length) for length in lengths]
-    masks = [torch.ones(length, dtype=torch.bool) for length in lengths]
-    return {"qwen3": pad_ragged(rows), "qwen3_mask": pad_ragged(masks)}
+    return ragged("qwen3", lengths, TEXT_WIDTH)
 
 
 def whole(
