@@ -71,6 +71,8 @@ def _problems_of_pictures(pipeline: BasePipeline, sampling: SamplingSettings) ->
         yield Problem("", "[sampling] frames", "one frame is the picture itself, of which a clip is made; set more")
     if given and not most:
         yield Problem("", PICTURES, "this model is shown no pictures; leave it out")
+    elif given and not prompts:
+        yield Problem("", PICTURES, "is for prompts, and there are none; add some, or leave it out")
     elif given and len(given) not in (1, prompts):
         yield Problem(
             "", PICTURES, f"has {len(given)} entries for {prompts} prompts; give one for each, or one for all"

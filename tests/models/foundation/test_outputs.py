@@ -230,6 +230,30 @@ def test_a_picture_that_breaks_off_is_told_before_it_is_drawn_from(folder: Path,
         check_outputs(flux, tiny_flux.settings(flux, sampling={**asked, "control_images": [tmp_path / "half.png"]}))
 
 
+@pytest.mark.parametrize(
+    ("prompts", "images", "told"),
+    [
+        (0, [1], "there are none"),
+        (3, [1, 1], "has 2 entries for 3 prompts"),
+        (2, [2, 2], "at most 1 with a prompt"),
+    ],
+)
+def test_pictures_that_do_not_fit_the_prompts_are_refused(
+    folder: Path, prompts: int, images: list[int], told: str
+) -> None:
+    flux = tiny_flux.pipeline(folder)
+    given = {"prompts": ["a star"] * prompts, "control_images": [[folder] * count for count in images]}
+    with pytest.raises(SettingsError, match=f"control_images: .*{told}"):
+        check_outputs(flux, tiny_flux.settings(flux, sampling=given))
+
+
+def test_pictures_for_a_model_that_is_shown_none_are_refused(tmp_path: Path) -> None:
+    chroma = tiny_chroma.pipeline(tiny_chroma.write_folder(tmp_path))
+    given = {"prompts": ["a star"], "control_images": [tmp_path]}
+    with pytest.raises(SettingsError, match="control_images: this model is shown no pictures"):
+        check_outputs(chroma, tiny_flux.settings(chroma, save_format="diffusers", sampling=given))
+
+
 class WithoutOriginal(FluxPipeline):
     """A model whose publisher's names are not known."""
 
