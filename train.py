@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
+    from models.assembly.data import Data
+    from models.assembly.noising import Noising
+    from models.assembly.stage import Blueprint
     from models.base import BasePipeline
-    from models.foundation.caching import Data
-    from models.foundation.noising import Noising
-    from models.foundation.placement import Blueprint
     from optimizers.ema import EMA
     from utils.dataset.batches import SampleReader
     from utils.dataset.collection import Source
@@ -79,8 +79,8 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
     """Settings, data, cache, model, training: each is checked before the next is loaded. Returns whether the run came
     to its end."""
     import models
-    from models.foundation.dump import dump, prepare_folder
-    from models.foundation.plan import check_run, plan_of
+    from models.assembly.dump import dump, prepare_folder
+    from models.assembly.preflight import check_run, plan_of
 
     if arguments.check and ranks.world_size == 1:
         # Without a launcher the plan is that of one pipeline, whatever its number of stages.
@@ -198,7 +198,7 @@ def cached_data(
     arguments: argparse.Namespace,
 ) -> Data:
     """The datasets, once all of them are in the cache."""
-    from models.foundation.caching import load_data
+    from models.assembly.data import load_data
     from utils.dataset.encoding import Filling
 
     filling = Filling(
@@ -242,9 +242,9 @@ def build_trainer(
 ) -> Trainer:
     """Loads this stage's weights and puts the engine, the batches and the run's folder together."""
     import optimizers
-    from models.foundation.caching import reader_of
-    from models.foundation.noising import Noising
-    from models.foundation.placement import load_stage, teacher_of
+    from models.assembly.data import reader_of
+    from models.assembly.noising import Noising
+    from models.assembly.stage import load_stage, teacher_of
     from optimizers.parameter_groups import groups_of
     from utils.dataset.batches import TrainingBatches
     from utils.dataset.encoders import reads_text
@@ -344,8 +344,8 @@ def duties_of(
     blueprint: Blueprint,
 ) -> list[Duty]:
     """Evaluation, sampling and export, as the settings ask for them."""
-    from models.foundation.outputs import export_plan
-    from models.foundation.prompts import sample_model
+    from models.assembly.exports import export_plan
+    from models.assembly.prompts import sample_model
     from utils.dataset.batches import EvaluationBatches
     from utils.dataset.epochs import micro_batch_of
     from utils.run import duties

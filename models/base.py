@@ -14,10 +14,11 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import nn
 
-from models.foundation.files import problems_of
-from models.foundation.key_layouts import KeyLayout
-from models.foundation.recognition import explained
-from models.foundation.weights import Weights, build_empty, materialise, read_header
+from models.foundation.checkpoints.folders import problems_of
+from models.foundation.checkpoints.headers import read_header
+from models.foundation.checkpoints.key_layouts import KeyLayout
+from models.foundation.checkpoints.recognition import explained
+from models.foundation.checkpoints.weights import Weights, build_empty, materialise
 from utils.adapters.attach import base_name, is_factor
 from utils.dataset.buckets import MediaFacts
 from utils.dataset.encoders import Encoder
@@ -31,7 +32,7 @@ from utils.diffusion.objectives import FlowMatching, Objective
 from utils.diffusion.schedules import over_sample
 from utils.diffusion.timesteps import ResolutionShift, TimestepSampler
 from utils.diffusion.weights import LossWeighting
-from utils.settings.errors import Problem, SettingsError
+from utils.errors import Problem, UserError
 from utils.settings.model_schema import ModelSettings, torch_dtype
 
 Features = Mapping[str, torch.Tensor]
@@ -47,7 +48,7 @@ class ModelEncoder(Encoder, Protocol):
         """Whether its files are whole and fit one another, from headers alone.
 
         Raises:
-            SettingsError: they do not.
+            UserError: they do not.
         """
 
 
@@ -105,19 +106,19 @@ class BasePipeline(ABC):
         """Whether the files that the options name are there and are this model's, from their headers alone.
 
         Raises:
-            SettingsError: what is missing or does not fit.
+            UserError: what is missing or does not fit.
         """
 
     def check_tensors(self) -> None:
         """Whether denoiser and encoders find their tensors in the files, by name and shape.
 
         Raises:
-            SettingsError: all that do not fit.
+            UserError: all that do not fit.
         """
         encoders = [encoder.check for encoder in self.encoders()]
         problems = problems_of([lambda: self.open_weights(build_empty(self.build_denoiser)), *encoders])
         if problems:
-            raise SettingsError(problems)
+            raise UserError(problems)
 
     @abstractmethod
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
@@ -127,10 +128,10 @@ class BasePipeline(ABC):
         """`encoders`, for a dataset with so many control images a sample.
 
         Raises:
-            SettingsError: this model takes fewer.
+            UserError: this model takes fewer.
         """
         if controls > self.max_controls:
-            raise SettingsError.of(
+            raise UserError.of(
                 f"this model takes {self.max_controls or 'no'} control images, and there are {controls}; leave "
                 "control_path or data_file_keys out, or some of them",
                 where="[[directory]]",
@@ -236,7 +237,7 @@ class BasePipeline(ABC):
             file: where the options are written.
 
         Raises:
-            SettingsError: it cannot, or some of them contradict each other.
+            UserError: it cannot, or some of them contradict each other.
         """
         refused = refusals(self._asked(), self.objective.kind)
         problems = [Problem(file, f"[model] {_KEYS.get(name, name)}", reason) for name, reason in refused.items()]
@@ -246,7 +247,7 @@ class BasePipeline(ABC):
             except ValueError as error:
                 problems.append(Problem(file, "[model]", str(error)))
         if problems:
-            raise SettingsError(problems)
+            raise UserError(problems)
 
     def timestep_sampler(self) -> TimestepSampler:
         """The distribution of noise levels that the options ask for."""
@@ -300,7 +301,7 @@ class BasePipeline(ABC):
             layout = layout if layout.recognises(read_header(path).files) else None
         try:
             return Weights(path, denoiser, layout)
-        except SettingsError as error:
+        except UserError as error:
             raise explained(error, read_header(path).shapes, self.options.type) from error
 
     @property

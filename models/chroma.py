@@ -15,9 +15,10 @@ from transformers import T5EncoderModel
 
 from models.base import Features, ModelEncoder
 from models.flux import BFL_LAYOUT, FluxPipeline, grid_positions, pack, unpack
-from models.foundation.files import check_diffusers_folder, part_override, read_config
-from models.foundation.key_layouts import KeyLayout, Rule
-from models.foundation.text_encoders import TextEncoder, TrueLengthFeatures
+from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, read_config
+from models.foundation.checkpoints.key_layouts import KeyLayout, Rule
+from models.foundation.encoders.text import TextEncoder
+from models.foundation.encoders.text_features import TrueLengthFeatures
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 

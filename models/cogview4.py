@@ -23,14 +23,14 @@ from torch.nn import functional
 from transformers import GlmModel
 
 from models.base import Features, ModelEncoder
-from models.foundation.files import check_diffusers_folder, part_override, read_config
-from models.foundation.patches import PATCH, unpack
-from models.foundation.picture_models import PicturePipeline
-from models.foundation.stages import Middle
-from models.foundation.text_encoders import TextEncoder
+from models.families.pictures import PicturePipeline
+from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, read_config
+from models.foundation.encoders.text import TextEncoder
+from models.foundation.layers.chain import Middle
+from models.foundation.layers.patches import PATCH, unpack
 from utils.diffusion.objectives import FlowMatching
 from utils.diffusion.timesteps import ResolutionShift, shift_by_factor
-from utils.settings.errors import Problem, SettingsError
+from utils.errors import Problem, UserError
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
@@ -222,7 +222,7 @@ class CogView4Pipeline(PicturePipeline):
         folder = self.options.diffusers_path
         told = {folder / file: [text for text, holds in texts.items() if holds] for file, texts in wrong.items()}
         if problems := [Problem(str(file), "", text) for file, texts in told.items() for text in texts]:
-            raise SettingsError(problems)
+            raise UserError(problems)
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         options, length = self.options, self.options.max_sequence_length

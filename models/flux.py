@@ -13,13 +13,13 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from models.base import Features, ModelEncoder
-from models.foundation.autoencoders import ImageAutoencoder
-from models.foundation.files import check_diffusers_folder, part_override, read_config
-from models.foundation.key_layouts import KeyLayout, Rule
-from models.foundation.patches import PATCH, pack, unpack
-from models.foundation.picture_models import PicturePipeline
-from models.foundation.stages import Middle
-from models.foundation.text_encoders import clip_l, t5
+from models.families.pictures import PicturePipeline
+from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, read_config
+from models.foundation.checkpoints.key_layouts import KeyLayout, Rule
+from models.foundation.encoders.text import clip_l, t5
+from models.foundation.encoders.vae import ImageAutoencoder
+from models.foundation.layers.chain import Middle
+from models.foundation.layers.patches import PATCH, pack, unpack
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 

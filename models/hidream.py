@@ -24,19 +24,20 @@ from torch.nn import functional
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from models.base import Features, ModelEncoder
-from models.foundation.clip import clip_config
-from models.foundation.files import check_diffusers_folder, check_folder_type, part_override, read_config
-from models.foundation.key_layouts import KeyLayout, Rule
-from models.foundation.llama import LlamaEncoder, LlamaStates, Route, StatesFeatures, routes
-from models.foundation.patches import PATCH, patchify, unpatchify
-from models.foundation.picture_models import PicturePipeline
-from models.foundation.stages import listening
-from models.foundation.text_encoders import MaskedT5Features, ProjectedFeatures, TextEncoder
-from models.foundation.weights import build_empty
+from models.families.pictures import PicturePipeline
+from models.foundation.checkpoints.folders import check_diffusers_folder, check_folder_type, part_override, read_config
+from models.foundation.checkpoints.key_layouts import KeyLayout, Rule
+from models.foundation.checkpoints.weights import build_empty
+from models.foundation.encoders.clip import clip_config
+from models.foundation.encoders.llama import LlamaEncoder, LlamaStates, Route, StatesFeatures, routes
+from models.foundation.encoders.text import TextEncoder
+from models.foundation.encoders.text_features import MaskedT5Features, ProjectedFeatures
+from models.foundation.layers.chain import listening
+from models.foundation.layers.patches import PATCH, patchify, unpatchify
 from utils.diffusion.auxiliary import Output, load_balancing
 from utils.diffusion.objectives import FlowMatching
-from utils.settings.errors import Problem, SettingsError
-from utils.settings.json_files import read_json
+from utils.errors import Problem, UserError
+from utils.json_files import read_json
 from utils.settings.model_schema import ModelSettings
 from utils.settings.paths import missing
 from utils.settings.values import Count, NotNegative, UserPath
@@ -261,15 +262,15 @@ class HiDreamPipeline(PicturePipeline):
         folder, llama_folder = self.options.diffusers_path, self.options.llama3_path
         check_folder_type(self.options)
         if problems := list(missing("[model] llama3_path", llama_folder)):
-            raise SettingsError(problems)
+            raise UserError(problems)
         if llama_folder is not None and not llama_folder.is_dir():
-            raise SettingsError.of(
+            raise UserError.of(
                 f"is the folder of Llama, with its tokenizer, and {llama_folder} is a file; weights in one file go "
                 "into [model] text_encoders beside it",
                 where="[model] llama3_path",
             )
         if llama_folder is None and not (folder / LLAMA_PARTS[0]).is_dir():
-            raise SettingsError.of(
+            raise UserError.of(
                 f"is required: {folder} has no {LLAMA_PARTS[0]}, since HiDream comes without Llama. Give the folder of "
                 "Llama 3.1 8B Instruct, with its tokenizer",
                 where="[model] llama3_path",
@@ -305,7 +306,7 @@ class HiDreamPipeline(PicturePipeline):
             message = f"CLIP has {places} places, so {options.max_sequence_length} is too much; HiDream's own has 248"
             problems.append(Problem("", "[model] max_sequence_length", message))
         if problems:
-            raise SettingsError(problems)
+            raise UserError(problems)
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         options, folder, length = self.options, self.options.diffusers_path, self.options.max_sequence_length
@@ -384,7 +385,7 @@ class HiDreamPipeline(PicturePipeline):
         file = self.options.diffusers_path / "scheduler" / "scheduler_config.json"
         name = read_json(file).get("_class_name")
         if name not in SCHEDULERS:
-            raise SettingsError.of(f"is of {name}, and samples are drawn with {', '.join(SCHEDULERS)}", str(file))
+            raise UserError.of(f"is of {name}, and samples are drawn with {', '.join(SCHEDULERS)}", str(file))
         return SCHEDULERS[name].from_pretrained(file.parent)
 
     def sampling_levels(self, steps: int) -> None:

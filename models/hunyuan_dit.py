@@ -22,16 +22,18 @@ from torch.nn import functional
 from transformers import BertModel, T5EncoderModel
 
 from models.base import Features, ModelEncoder
-from models.foundation.ddpm import DDPMOptions, ddpm_objective, ddpm_scheduler
-from models.foundation.files import check_diffusers_folder, part_override, read_config
-from models.foundation.key_layouts import KeyLayout, Rule
-from models.foundation.patches import PATCH, unpatchify
-from models.foundation.picture_models import PicturePipeline
-from models.foundation.sizes import SIZES, SizeEncoder
-from models.foundation.text_encoders import Original, PaddedFeatures, TextEncoder, TrueLengthFeatures
-from models.foundation.weights import read_header
+from models.families.ddpm import DDPMOptions, ddpm_objective, ddpm_scheduler
+from models.families.pictures import PicturePipeline
+from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, read_config
+from models.foundation.checkpoints.headers import read_header
+from models.foundation.checkpoints.key_layouts import KeyLayout, Rule
+from models.foundation.checkpoints.weights import Original
+from models.foundation.encoders.sizes import SIZES, SizeEncoder
+from models.foundation.encoders.text import TextEncoder
+from models.foundation.encoders.text_features import PaddedFeatures, TrueLengthFeatures
+from models.foundation.layers.patches import PATCH, unpatchify
 from utils.diffusion.objectives import Epsilon
-from utils.settings.errors import Problem, SettingsError
+from utils.errors import Problem, UserError
 from utils.settings.values import NotNegative
 
 ROTARY_GRID = 32
@@ -239,7 +241,7 @@ class HunyuanDitPipeline(PicturePipeline):
         }
         file = str(self.options.diffusers_path / "transformer" / "config.json")
         if problems := [Problem(file, "", message) for message, holds in wrong.items() if holds]:
-            raise SettingsError(problems)
+            raise UserError(problems)
         if not self.options.from_scratch:
             self._check_version()
 
@@ -247,7 +249,7 @@ class HunyuanDitPipeline(PicturePipeline):
         names = read_header(self.denoiser_path).files
         is_hunyuan_dit, is_told_sizes = (any(name.endswith(key) for name in names) for key in (PADDING_KEY, STYLE_KEY))
         if is_hunyuan_dit and is_told_sizes != self._is_told_sizes:
-            raise SettingsError.of(
+            raise UserError.of(
                 f"is HunyuanDiT {VERSIONS[is_told_sizes]}, and the folder's configuration is that of "
                 f"{VERSIONS[self._is_told_sizes]}; give the folder of the same version",
                 str(self.denoiser_path),

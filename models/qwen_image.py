@@ -19,20 +19,20 @@ from torch import nn
 from transformers import Qwen2_5_VLModel
 
 from models.base import BasePipeline, Features, ModelEncoder
-from models.foundation import patches
-from models.foundation.files import check_diffusers_folder, part_override, read_config
-from models.foundation.key_layouts import KeyLayout, Rule
-from models.foundation.patches import PATCH
-from models.foundation.qwen_vl import PICTURE, PictureTextEncoder, Prompt, width_of
-from models.foundation.stages import Middle
-from models.foundation.text_encoders import TextEncoder
-from models.foundation.video_autoencoders import QWEN_IMAGE, QwenImageAutoencoder, latent_size
-from models.foundation.weights import read_header
+from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, read_config
+from models.foundation.checkpoints.headers import read_header
+from models.foundation.checkpoints.key_layouts import KeyLayout, Rule
+from models.foundation.encoders.qwen_vl import PICTURE, PictureTextEncoder, Prompt, width_of
+from models.foundation.encoders.text import TextEncoder
+from models.foundation.encoders.video_vae import QWEN_IMAGE, QwenImageAutoencoder, latent_size
+from models.foundation.layers import patches
+from models.foundation.layers.chain import Middle
+from models.foundation.layers.patches import PATCH
 from utils.dataset.buckets import MediaFacts
 from utils.dataset.encoders import Encoder
 from utils.diffusion.timesteps import RESOLUTION_SHIFTS
-from utils.settings.errors import SettingsError
-from utils.settings.json_files import read_json
+from utils.errors import UserError
+from utils.json_files import read_json
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
@@ -235,20 +235,20 @@ class QwenImagePipeline(BasePipeline):
         config, place = self._transformer_config, str(folder / "transformer" / "config.json")
         if {bool(config.get(key)) for key in LAYERED} != {self.layered}:
             kind, fitting = ("not ", "qwen_image") if self.layered else ("", "qwen_image_layered")
-            raise SettingsError.of(
+            raise UserError.of(
                 f'is {kind}of Qwen-Image-Layered; set [model] type = "{fitting}", or give another model', place
             )
         fed = {"in_channels": PATCH**2 * self._vae_config["z_dim"], "joint_attention_dim": width_of(folder)}
         for key, size in fed.items():
             if config.get(key, size) != size:
-                raise SettingsError.of(
+                raise UserError.of(
                     f"has `{key}` {config[key]}, where the VAE and the text encoder beside it make {size}; is one of "
                     "them another model's?",
                     place,
                 )
         override = options.transformer_path
         if override and not config.get("zero_cond_t") and _is_timestep_zero(read_header(override).files):
-            raise SettingsError.of(
+            raise UserError.of(
                 "is a file of Qwen-Image-Edit-2511, and the configuration in diffusers_path is of another model; give "
                 "the folder of 2511",
                 str(override),

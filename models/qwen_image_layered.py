@@ -15,13 +15,13 @@ from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
 from models.base import BasePipeline, Features, ModelEncoder
-from models.foundation.key_layouts import KeyLayout, Rule
-from models.foundation.video_autoencoders import QwenImageAutoencoder
+from models.foundation.checkpoints.key_layouts import KeyLayout, Rule
+from models.foundation.encoders.video_vae import QwenImageAutoencoder
 from models.qwen_image import QWEN_LAYOUT, Entry, Exit, QwenImagePipeline, Variant
 from utils.dataset.encoders import Encoder
 from utils.dataset.samples import Bucket, Control, Sample
 from utils.diffusion.timesteps import ResolutionShift
-from utils.settings.errors import Problem, SettingsError
+from utils.errors import Problem, UserError
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
@@ -111,7 +111,7 @@ class QwenImageLayeredPipeline(QwenImagePipeline):
         super().check()
         channels = self._vae_config.get("input_channels", 3)
         if channels != CHANNELS:
-            raise SettingsError.of(
+            raise UserError.of(
                 f"`input_channels` must be {CHANNELS}, which are colours and transparency, and is {channels}; take the "
                 "VAE of Qwen-Image-Layered",
                 str(self.options.diffusers_path / "vae" / "config.json"),
@@ -120,7 +120,7 @@ class QwenImageLayeredPipeline(QwenImagePipeline):
     def encoders_for(self, controls: int) -> list[Encoder]:
         layers = self.options.layers
         if controls != layers:
-            raise SettingsError.of(
+            raise UserError.of(
                 f"this model takes pictures apart into {layers} layers, and the samples have {controls}: name the "
                 "folders of the layers in control_path, from the lowest to the top, and set [model] layers to their "
                 "number",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from models.foundation.stable_diffusion import StableDiffusionOptions, StableDiffusionPipeline, TextPart
-from utils.settings.errors import SettingsError
+from models.families.stable_diffusion import StableDiffusionOptions, StableDiffusionPipeline, TextPart
+from utils.errors import UserError
 from utils.settings.values import Count
 
 
@@ -38,7 +38,7 @@ class Sd15Pipeline(StableDiffusionPipeline):
         super()._check_variant()
         skip, layers = self.options.clip_skip, self._text_encoder(self.texts[0]).config().num_hidden_layers
         if skip > layers:
-            raise SettingsError.of(
+            raise UserError.of(
                 f"{skip} is more than the text encoder's {layers} layers; 1 or 2 is usual", where="[model] clip_skip"
             )
 

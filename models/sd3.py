@@ -15,14 +15,14 @@ from diffusers import SD3Transformer2DModel
 from torch import nn
 
 from models.base import Features, ModelEncoder
-from models.foundation.clip import clip
-from models.foundation.files import check_diffusers_folder, part_override, read_config
-from models.foundation.key_layouts import KeyLayout, Rule
-from models.foundation.patches import unpatchify
-from models.foundation.picture_models import PicturePipeline
-from models.foundation.stages import Middle
-from models.foundation.text_encoders import TextEncoder, t5
-from utils.settings.errors import Problem, SettingsError
+from models.families.pictures import PicturePipeline
+from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, read_config
+from models.foundation.checkpoints.key_layouts import KeyLayout, Rule
+from models.foundation.encoders.clip import clip
+from models.foundation.encoders.text import TextEncoder, t5
+from models.foundation.layers.chain import Middle
+from models.foundation.layers.patches import unpatchify
+from utils.errors import Problem, UserError
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
@@ -195,12 +195,12 @@ class Sd3Pipeline(PicturePipeline):
         """Whether any text encoder is left, and none is given and dropped at once."""
         folder, dropped = self.options.diffusers_path, self.options.drop_text_encoders
         if both := [entry.type for entry in self.options.text_encoders if entry.type in dropped]:
-            raise SettingsError.of(
+            raise UserError.of(
                 f"drops '{both[0]}', for which text_encoders gives a file; leave one of them out",
                 where="[model] drop_text_encoders",
             )
         if not self._present:
-            raise SettingsError.of(
+            raise UserError.of(
                 "no text encoder is left, and the model would see no captions; drop fewer, or download text_encoder, "
                 "text_encoder_2 or text_encoder_3 with its tokenizer",
                 str(folder),
@@ -229,7 +229,7 @@ class Sd3Pipeline(PicturePipeline):
         }
         file = str(self.options.diffusers_path / "transformer" / "config.json")
         if problems := [Problem(file, "", message) for message, holds in wrong.items() if holds]:
-            raise SettingsError(problems)
+            raise UserError(problems)
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         return [self.autoencoder(), *(self._text_encoder(name) for name in self._present)]

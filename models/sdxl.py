@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from models.base import Features, ModelEncoder
-from models.foundation.sizes import SIZES, SizeEncoder
-from models.foundation.stable_diffusion import StableDiffusionOptions, StableDiffusionPipeline, TextPart, UNetInputs
+from models.families.stable_diffusion import StableDiffusionOptions, StableDiffusionPipeline, TextPart, UNetInputs
+from models.foundation.encoders.sizes import SIZES, SizeEncoder
 from utils.settings.values import Positive
 
 

@@ -24,15 +24,16 @@ from torch.nn import functional
 from transformers import UMT5EncoderModel
 
 from models.base import BasePipeline, Features, ModelEncoder
-from models.foundation.files import check_diffusers_folder, part_override, read_config
-from models.foundation.first_frames import ClipVision, FirstFrameAutoencoder, given_frames
-from models.foundation.key_layouts import KeyLayout, Rule
-from models.foundation.stages import Middle
-from models.foundation.text_encoders import TextEncoder, TrueLengthFeatures
-from models.foundation.video_autoencoders import WanAutoencoder, latent_size, wan_vae_config
+from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, read_config
+from models.foundation.checkpoints.key_layouts import KeyLayout, Rule
+from models.foundation.encoders.first_frame import ClipVision, FirstFrameAutoencoder, given_frames
+from models.foundation.encoders.text import TextEncoder
+from models.foundation.encoders.text_features import TrueLengthFeatures
+from models.foundation.encoders.video_vae import WanAutoencoder, latent_size, wan_vae_config
+from models.foundation.layers.chain import Middle
 from utils.dataset.buckets import MediaFacts
 from utils.dataset.samples import Sample
-from utils.settings.errors import Problem, SettingsError
+from utils.errors import Problem, UserError
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
@@ -206,7 +207,7 @@ class WanPipeline(BasePipeline):
     def __init__(self, options: WanOptions, seed: int = 0):
         super().__init__(options, seed)
         # Of a folder that is not whole, `check` tells.
-        with suppress(SettingsError):
+        with suppress(UserError):
             cell = self._vae_config.get("scale_factor_spatial", self.media.spatial // PATCH)
             self.media = replace(self.media, spatial=PATCH * cell, rate=RATE_5B if self._is_5b else self.media.rate)
 
@@ -240,7 +241,7 @@ class WanPipeline(BasePipeline):
     def _check_expert(self) -> None:
         place = self.options.diffusers_path / self.denoiser_folder
         if self.options.expert == "low" and not place.is_dir():
-            raise SettingsError.of(
+            raise UserError.of(
                 f"there is no {place}: Wan 2.2 A14B alone has two experts; leave it out, or download that folder",
                 where="[model] expert",
             )
@@ -248,18 +249,18 @@ class WanPipeline(BasePipeline):
     def _check_variant(self) -> None:
         channels, made, options = self._transformer_config["in_channels"], self._vae_config["z_dim"], self.options
         if channels not in (made, 2 * made + self.media.temporal):
-            raise SettingsError.of(
+            raise UserError.of(
                 f"takes {channels} channels, and the VAE makes {made}; text to video takes {made}, picture to video "
                 f"{2 * made + self.media.temporal}: give the model's own VAE, or another model",
                 str(options.diffusers_path / self.denoiser_folder / "config.json"),
             )
         if self._sees_first_frame and options.max_sequence_length != BLIND_TOKENS:
-            raise SettingsError.of(
+            raise UserError.of(
                 f"must be {BLIND_TOKENS} for a model that sees the first frame by CLIP; leave it out",
                 where="[model] max_sequence_length",
             )
         if options.from_first_frame and not self._is_5b:
-            raise SettingsError.of(
+            raise UserError.of(
                 "is for TI2V-5B alone: models of picture to video always take the first frame, the others never; leave "
                 "it out",
                 where="[model] from_first_frame",

@@ -19,14 +19,15 @@ from torch.nn import functional
 from transformers import Qwen3Model
 
 from models.base import Features, ModelEncoder
-from models.foundation.files import check_diffusers_folder, part_override, read_config
-from models.foundation.key_layouts import KeyLayout, Rule
-from models.foundation.patches import PATCH, patchify, unpatchify
-from models.foundation.picture_models import PicturePipeline
-from models.foundation.stages import Middle
-from models.foundation.text_encoders import ChatFeatures, TextEncoder
+from models.families.pictures import PicturePipeline
+from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, read_config
+from models.foundation.checkpoints.key_layouts import KeyLayout, Rule
+from models.foundation.encoders.text import TextEncoder
+from models.foundation.encoders.text_features import ChatFeatures
+from models.foundation.layers.chain import Middle
+from models.foundation.layers.patches import PATCH, patchify, unpatchify
 from utils.diffusion.objectives import FlowMatching
-from utils.settings.errors import SettingsError
+from utils.errors import UserError
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
@@ -198,14 +199,14 @@ class ZImagePipeline(PicturePipeline):
     def _check_variant(self) -> None:
         config, length = self._transformer_config, self.options.max_sequence_length
         if config.get("siglip_feat_dim") is not None:
-            raise SettingsError.of(
+            raise UserError.of(
                 "this is Z-Image Omni, which takes pictures too and is not trained here; give Z-Image or Z-Image Turbo",
                 str(self.options.diffusers_path / "transformer" / "config.json"),
             )
         # Text has the places from 1 on, and the picture the one after it.
         most = (config["axes_lens"][0] - 2) // FILLED_TO * FILLED_TO
         if length > most:
-            raise SettingsError.of(
+            raise UserError.of(
                 f"{length} tokens are more than this model has places for; set at most {most}",
                 where="[model] max_sequence_length",
             )

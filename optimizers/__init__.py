@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from optimizers.adamw import AdamW
-from utils.settings.errors import SettingsError
+from utils.errors import UserError
 from utils.settings.schema import OptimizerSettings
 
 Groups = list[dict[str, Any]]
@@ -16,7 +16,7 @@ def build(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """The optimizer that `settings` describe, over `groups` (see `parameter_groups.groups_of`).
 
     A group's own `weight_decay` and `lr` count before those of `settings`.
-    Raises SettingsError if the algorithm cannot run on this machine; see `check`.
+    Raises UserError if the algorithm cannot run on this machine; see `check`.
     """
     check(settings, "cuda" if torch.cuda.is_available() else "cpu")
     # The keys of a settings class are named as the arguments of its optimizer.
@@ -27,10 +27,10 @@ def check(settings: OptimizerSettings, device_type: str) -> None:
     """Whether the algorithm can run on a device of this type ("cuda", "cpu").
 
     Raises:
-        SettingsError: it cannot.
+        UserError: it cannot.
     """
     if settings.type == "adamw8bit" and device_type != "cuda":
-        raise SettingsError.of('"adamw8bit" needs a GPU, and there is none; use "adamw"', where="[optimizer] type")
+        raise UserError.of('"adamw8bit" needs a GPU, and there is none; use "adamw"', where="[optimizer] type")
 
 
 def _adamw8bit(groups: Groups, **keys: Any) -> torch.optim.Optimizer:

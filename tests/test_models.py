@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import models
+from models.assembly.exports import export_plan
+from models.assembly.prompts import prompt_encoders
+from models.assembly.stage import Blueprint, load_stage
 from models.base import BasePipeline
-from models.foundation.outputs import export_plan
-from models.foundation.placement import Blueprint, load_stage
-from models.foundation.prompts import prompt_encoders
 from tests.models.painted import paint
 from tests.models.tiny_flux import settings as settings_of
 from tests.models.tiny_folder import encoded, tiny

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import models
-from models.foundation.placement import load_stage
+from models.assembly.stage import load_stage
 from tests.optimizers.test_ema import coefficients
 from tests.runs import launch, metrics, only_run
 from utils.settings.reader import read_all

@@ -55,7 +55,7 @@ def parts(config: str) -> Iterator[tuple[str, float]]:
     settings, datasets = train.read_settings(arguments, ranks)
     yield "settings, import of the model and diffusers", since()
     import models
-    from models.foundation.plan import check_run
+    from models.assembly.preflight import check_run
 
     pipeline = models.find(settings.model.type)(settings.model, settings.seed)
     check_run(settings, ranks, pipeline)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from models.assembly.prompts import encoders_of_prompts, prompts_shown, sample_model
 from models.base import BasePipeline
-from models.foundation.prompts import encoders_of_prompts, prompts_shown, sample_model
 from tests.models.tiny_flux import settings as settings_of
 from utils.dataset.encoding import Filling, fill
 from utils.ranks import Ranks
@@ -25,7 +25,7 @@ def paint(
     sampling: SamplingSettings,
 ) -> list[np.ndarray]:
     """Job of a rank: the latents of every prompt."""
-    from models.foundation.placement import load_stage
+    from models.assembly.stage import load_stage
     from utils.parallel.backend import initialize_deepspeed
     from utils.parallel.engine import Engine
     from utils.parallel.pipeline import DenoiserPipeline

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils
 
+from models.assembly.stage import load_stage
 from models.chroma import CHROMA_LAYOUT
-from models.foundation.placement import load_stage
 from tests.models import tiny_chroma, tiny_flux
 from utils.diffusion.seeds import normal
 

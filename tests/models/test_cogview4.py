@@ -14,14 +14,14 @@ from diffusers import CogView4Transformer2DModel, FlowMatchEulerDiscreteSchedule
 from diffusers.models.transformers.transformer_cogview4 import CogView4AttnProcessor
 from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 
+from models.assembly.stage import Blueprint, load_stage
 from models.cogview4 import CogView4Pipeline
-from models.foundation.placement import Blueprint, load_stage
 from tests.models import tiny_cogview4
 from tests.models.tiny_cogview4 import SCHEDULER, TEXT_TOKENS, TEXT_WIDTH
 from tests.models.tiny_flux import settings as settings_of
 from utils.dataset.samples import Bucket
 from utils.diffusion.seeds import normal
-from utils.settings.errors import SettingsError
+from utils.errors import UserError
 
 LENGTHS = (16, 48)
 T_B = torch.tensor([0.2513, 0.913])
@@ -119,5 +119,5 @@ def test_a_long_caption_has_the_shape_that_is_promised(folder: Path) -> None:
     ],
 )
 def test_what_does_not_fit_is_told(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(SettingsError, match=told):
+    with pytest.raises(UserError, match=told):
         tiny_cogview4.pipeline(tiny_cogview4.write_folder(tmp_path, **changes)).check()

@@ -16,8 +16,8 @@ from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
 from PIL import Image
 from torch import nn
 
+from models.assembly.stage import load_stage
 from models.flux import FluxPipeline, grid_positions, pack, unpack
-from models.foundation.placement import load_stage
 from tests.models import tiny_flux
 from tests.models.painted import paint
 from tests.processes import run_ranks

@@ -17,8 +17,8 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
-from models.foundation.llama import Route, routes
-from models.foundation.placement import Blueprint, load_stage
+from models.assembly.stage import Blueprint, load_stage
+from models.foundation.encoders.llama import Route, routes
 from tests.models import tiny_hidream
 from tests.models.painted import paint
 from tests.models.tiny_flux import settings as settings_of
@@ -28,8 +28,8 @@ from tests.processes import run_ranks
 from utils.diffusion import seeds
 from utils.diffusion.auxiliary import Output
 from utils.diffusion.seeds import normal
+from utils.errors import UserError
 from utils.parallel.recompute import run_layer
-from utils.settings.errors import SettingsError
 from utils.settings.schema import SamplingSettings
 
 WEIGHT = 0.5
@@ -138,7 +138,7 @@ def test_llama_may_have_a_folder_of_its_own(tmp_path: Path) -> None:
     shutil.move(folder / "text_encoder_4", place)
     shutil.copytree(folder / "tokenizer_4", place, dirs_exist_ok=True)
     shutil.rmtree(folder / "tokenizer_4")
-    with pytest.raises(SettingsError, match="llama3_path: is required: .* has no text_encoder_4"):
+    with pytest.raises(UserError, match="llama3_path: is required: .* has no text_encoder_4"):
         tiny_hidream.pipeline(folder).check()
     pipeline = tiny_hidream.pipeline(folder, llama3_path=place)
     pipeline.check()
@@ -160,7 +160,7 @@ def test_llama_may_have_a_folder_of_its_own(tmp_path: Path) -> None:
 def test_four_bits_need_a_gpu(folder: Path) -> None:
     pipeline = tiny_hidream.pipeline(folder, llama3_4bit=True)
     if not torch.cuda.is_available():
-        with pytest.raises(SettingsError, match="llama3_4bit: needs a GPU"):
+        with pytest.raises(UserError, match="llama3_4bit: needs a GPU"):
             pipeline.check()
 
 
@@ -209,7 +209,7 @@ def test_an_unknown_scheduler_is_told(tmp_path: Path) -> None:
     folder = tiny_hidream.write_folder(tmp_path)
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(file.read_text().replace("FlowMatchEulerDiscreteScheduler", "DDIMScheduler"))
-    with pytest.raises(SettingsError, match="is of DDIMScheduler, and samples are drawn with"):
+    with pytest.raises(UserError, match="is of DDIMScheduler, and samples are drawn with"):
         tiny_hidream.pipeline(folder).scheduler()
 
 
@@ -224,19 +224,19 @@ def test_an_unknown_scheduler_is_told(tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_fit_is_told(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(SettingsError, match=told):
+    with pytest.raises(UserError, match=told):
         tiny_hidream.pipeline(tiny_hidream.write_folder(tmp_path, **changes)).check()
 
 
 def test_a_file_in_the_place_of_llamas_folder_is_told(tmp_path: Path) -> None:
     folder = tiny_hidream.write_folder(tmp_path)
     file = folder / "text_encoder_4" / "model.safetensors"
-    with pytest.raises(SettingsError, match=r"\[model\] llama3_path: is the folder of Llama.*is a file"):
+    with pytest.raises(UserError, match=r"\[model\] llama3_path: is the folder of Llama.*is a file"):
         tiny_hidream.pipeline(folder, llama3_path=file).check()
 
 
 def test_an_ordinary_clip_reads_77_tokens(tmp_path: Path) -> None:
     folder = tiny_hidream.write_folder(tmp_path)
     CLIPTextModelWithProjection(clip_config(24, max_position_embeddings=20)).save_pretrained(folder / "text_encoder_2")
-    with pytest.raises(SettingsError, match="CLIP has 20 places, so 24 is too much"):
+    with pytest.raises(UserError, match="CLIP has 20 places, so 24 is too much"):
         tiny_hidream.pipeline(folder).check()

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertModel, T5EncoderModel
 
-from models.foundation.noising import Noising
-from models.foundation.placement import Blueprint, load_stage
+from models.assembly.noising import Noising
+from models.assembly.stage import Blueprint, load_stage
 from models.hunyuan_dit import ORIGINAL_LAYOUT, STYLE_KEY
 from tests.models import tiny_hunyuan_dit
 from tests.models.painted import paint
@@ -29,7 +29,7 @@ from tests.processes import run_ranks
 from utils.dataset.batches import FeatureBatch
 from utils.dataset.samples import Bucket
 from utils.diffusion.seeds import normal
-from utils.settings.errors import SettingsError
+from utils.errors import UserError
 from utils.settings.schema import SamplingSettings
 
 Tensors = dict[str, torch.Tensor]
@@ -200,7 +200,7 @@ def test_the_variance_is_learned_if_asked_for(folder: Path, weight: float) -> No
     ],
 )
 def test_what_does_not_fit_is_told(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(SettingsError, match=told):
+    with pytest.raises(UserError, match=told):
         tiny_hunyuan_dit.pipeline(tiny_hunyuan_dit.write_folder(tmp_path, **changes)).check()
 
 
@@ -208,12 +208,12 @@ def test_the_file_of_another_version_is_told(folder: Path, told_sizes: Path, tmp
     tensors = load_file(told_sizes / "transformer" / "diffusion_pytorch_model.safetensors")
     save_file(ORIGINAL_LAYOUT.to_original(tensors), tmp_path / "hunyuan_dit_1.1.safetensors")
     assert STYLE_KEY in load_file(tmp_path / "hunyuan_dit_1.1.safetensors")
-    with pytest.raises(SettingsError, match=r"is HunyuanDiT 1\.1 .*configuration is that of 1\.2"):
+    with pytest.raises(UserError, match=r"is HunyuanDiT 1\.1 .*configuration is that of 1\.2"):
         tiny_hunyuan_dit.pipeline(folder, transformer_path=tmp_path / "hunyuan_dit_1.1.safetensors").check()
-    with pytest.raises(SettingsError, match=r"is HunyuanDiT 1\.2.*configuration is that of 1\.1"):
+    with pytest.raises(UserError, match=r"is HunyuanDiT 1\.2.*configuration is that of 1\.1"):
         tiny_hunyuan_dit.pipeline(told_sizes, transformer_path=folder / "transformer").check()
 
 
 def test_the_file_of_another_model_is_told(told_sizes: Path) -> None:
-    with pytest.raises(SettingsError, match="it looks like Flux"):
+    with pytest.raises(UserError, match="it looks like Flux"):
         tiny_hunyuan_dit.pipeline(told_sizes, transformer_path=MINI_FLUX / "transformer").check()

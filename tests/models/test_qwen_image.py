@@ -19,20 +19,20 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from models.assembly.exports import export_plan
+from models.assembly.stage import Blueprint, load_stage
 from models.base import BasePipeline
-from models.foundation.outputs import export_plan
-from models.foundation.placement import Blueprint, load_stage
-from models.foundation.qwen_vl import size_of_area
+from models.foundation.encoders.qwen_vl import size_of_area
 from models.qwen_image import TIMESTEP_ZERO
 from tests.models import tiny_qwen_image as tiny
 from tests.models.tiny_flux import settings as settings_of
 from tests.processes import run_ranks
 from tests.runs import launch, metrics, only_run
 from utils.diffusion.seeds import normal
+from utils.errors import UserError
 from utils.media.writing import tensor_to_image
 from utils.ranks import Ranks
 from utils.run.export import export
-from utils.settings.errors import SettingsError
 from utils.settings.schema import AdapterSettings
 
 CPU = torch.device("cpu")
@@ -238,7 +238,7 @@ def test_the_variant_is_that_of_the_folder_unless_said(folders: dict[str, Path],
     controls = {None: 3, "edit": 1, "image": 0}[options.get("variant")]
     pipeline = tiny.pipeline(folders["2509"], **options)
     assert pipeline.max_controls == controls
-    with pytest.raises(SettingsError, match=f"takes {controls or 'no'} control images"):
+    with pytest.raises(UserError, match=f"takes {controls or 'no'} control images"):
         pipeline.encoders_for(controls + 1)
 
 
@@ -288,7 +288,7 @@ def test_comfyui_knows_2511_by_what_is_exported(folders: dict[str, Path], tmp_pa
         file = tmp_path / name / "model_comfyui.safetensors"
         assert (TIMESTEP_ZERO in load_file(file)) == marked
         tiny.pipeline(folders[name], transformer_path=file).check()
-    with pytest.raises(SettingsError, match="give the folder of 2511"):
+    with pytest.raises(UserError, match="give the folder of 2511"):
         tiny.pipeline(folders["2509"], transformer_path=file).check()
 
 
@@ -321,7 +321,7 @@ def test_what_does_not_fit_is_told(tmp_path: Path, mistake: str) -> None:
     folder = tiny.write_folder(tmp_path, stock, **changes)
     if spoil:
         spoil(folder)
-    with pytest.raises(SettingsError, match=told):
+    with pytest.raises(UserError, match=told):
         tiny.pipeline(folder).check()
 
 

@@ -18,8 +18,8 @@ from diffusers import AutoencoderKLQwenImage
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from models.foundation.placement import load_stage
-from models.foundation.prompts import check_sampling
+from models.assembly.prompts import check_sampling
+from models.assembly.stage import load_stage
 from tests.models import tiny_qwen_image as plain
 from tests.models import tiny_qwen_image_layered as tiny
 from tests.models.tiny_flux import settings as settings_of
@@ -28,10 +28,10 @@ from utils.dataset.encoders import inputs_of, item_key
 from utils.dataset.manifest import media_file
 from utils.dataset.samples import Bucket, Control, Take, of_prompt
 from utils.diffusion.seeds import normal
+from utils.errors import UserError
 from utils.media.colour import Jitter
 from utils.media.decode import load_rgba
 from utils.media.geometry import View
-from utils.settings.errors import SettingsError
 from utils.settings.schema import SamplingSettings
 
 CPU = torch.device("cpu")
@@ -202,20 +202,20 @@ def without_index(folder: Path) -> Path:
 def test_each_type_names_the_other(tmp_path: Path, indexed: bool) -> None:
     spoil = (lambda folder: folder) if indexed else without_index
     of_layers, of_pictures = spoil(tiny.write_folder(tmp_path / "a")), spoil(plain.write_folder(tmp_path / "b"))
-    with pytest.raises(SettingsError, match='Layered.*type = "qwen_image_layered"'):
+    with pytest.raises(UserError, match='Layered.*type = "qwen_image_layered"'):
         plain.pipeline(of_layers).check()
-    with pytest.raises(SettingsError, match='type = "qwen_image"'):
+    with pytest.raises(UserError, match='type = "qwen_image"'):
         tiny.pipeline(of_pictures).check()
-    with pytest.raises(SettingsError, match='type = "qwen_image_layered"'):
+    with pytest.raises(UserError, match='type = "qwen_image_layered"'):
         plain.pipeline(of_pictures, transformer_path=of_layers / "transformer").check()
-    with pytest.raises(SettingsError, match='type = "qwen_image"'):
+    with pytest.raises(UserError, match='type = "qwen_image"'):
         tiny.pipeline(of_layers, transformer_path=of_pictures / "transformer").check()
 
 
 def test_a_vae_without_transparency_is_told(tmp_path: Path) -> None:
     folder = tiny.write_folder(tmp_path)
     AutoencoderKLQwenImage(**{**tiny.VAE, "input_channels": 3}).save_pretrained(folder / "vae")
-    with pytest.raises(SettingsError, match="`input_channels` must be 4.* and is 3"):
+    with pytest.raises(UserError, match="`input_channels` must be 4.* and is 3"):
         tiny.pipeline(folder).check()
 
 
@@ -223,5 +223,5 @@ def test_samples_are_of_pictures(folder: Path) -> None:
     """Which stand still: one frame is what is wanted."""
     given = {"prompts": ["a card"], "sample_every_n_steps": 1, **tiny.SAMPLING}
     check_sampling(tiny.pipeline(folder), SamplingSettings(**given))
-    with pytest.raises(SettingsError, match="give one for each prompt"):
+    with pytest.raises(UserError, match="give one for each prompt"):
         check_sampling(tiny.pipeline(folder), SamplingSettings(**{**given, "control_images": []}))

@@ -15,17 +15,17 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
-from models.foundation.outputs import export_plan
-from models.foundation.placement import Blueprint, load_stage
-from models.foundation.prompts import prompt_encoders
+from models.assembly.exports import export_plan
+from models.assembly.prompts import prompt_encoders
+from models.assembly.stage import Blueprint, load_stage
 from models.sd3 import Sd3Inputs, Sd3Pipeline
 from tests.models import tiny_sd3
 from tests.models.tiny_flux import settings as settings_of
 from tests.models.tiny_folder import encoded
 from utils.diffusion.seeds import normal
+from utils.errors import UserError
 from utils.ranks import Ranks
 from utils.run.export import export
-from utils.settings.errors import SettingsError
 
 CAPTIONS = ["a hiker on a ridge", ""]
 VARIANTS = {
@@ -147,7 +147,7 @@ def test_clip_l_from_a_single_file_is_not_projected(folder: Path, tmp_path: Path
     ],
 )
 def test_options_that_contradict_each_other_are_told(folder: Path, options: dict[str, Any], told: str) -> None:
-    with pytest.raises(SettingsError, match=told):
+    with pytest.raises(UserError, match=told):
         tiny_sd3.pipeline(folder, **options).check()
 
 
@@ -168,7 +168,7 @@ def test_files_of_another_model_are_told(
     shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
     file = tmp_path / part / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    with pytest.raises(SettingsError, match=told):
+    with pytest.raises(UserError, match=told):
         tiny_sd3.pipeline(tmp_path).check()
 
 
@@ -178,7 +178,7 @@ def test_a_file_of_another_size_is_told(folder: Path, tmp_path: Path) -> None:
     original = sd3.original_layout.to_original(tensors)
     del original["joint_blocks.2.x_block.attn.qkv.weight"]
     save_file(original, tmp_path / "smaller.safetensors")
-    with pytest.raises(SettingsError, match="joint_blocks.2.x_block.attn.qkv.weight"):
+    with pytest.raises(UserError, match="joint_blocks.2.x_block.attn.qkv.weight"):
         tiny_sd3.pipeline(folder, transformer_path=tmp_path / "smaller.safetensors").check()
 
 

@@ -15,9 +15,9 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from models.foundation.outputs import export_plan
-from models.foundation.placement import Blueprint, load_stage
-from models.foundation.stable_diffusion import StableDiffusionPipeline as OurPipeline
+from models.assembly.exports import export_plan
+from models.assembly.stage import Blueprint, load_stage
+from models.families.stable_diffusion import StableDiffusionPipeline as OurPipeline
 from optimizers.parameter_groups import groups_of
 from tests import test_models as generic
 from tests.models import tiny_sd15, tiny_sdxl, tiny_sdxl_texts
@@ -25,9 +25,9 @@ from tests.models.tiny_flux import settings as settings_of
 from tests.models.tiny_folder import encoded
 from tests.runs import launch, metrics, only_run
 from utils.diffusion.seeds import normal
+from utils.errors import UserError
 from utils.ranks import Ranks
 from utils.run.export import export
-from utils.settings.errors import SettingsError
 from utils.settings.schema import AdapterSettings
 
 CAPTIONS = ["a hiker on a ridge", "two motorcycles and a dog"]
@@ -311,9 +311,9 @@ def test_factors_of_a_text_encoder_that_is_frozen_are_not_lost_in_silence(
 ) -> None:
     moved(texts_model.pipeline(), tmp_path, lora())
     frozen = tiny_sdxl.pipeline(texts_model.folder)
-    with pytest.raises(SettingsError, match="lora_te1_text_model.*text_encoder_1_lr"):
+    with pytest.raises(UserError, match="lora_te1_text_model.*text_encoder_1_lr"):
         loaded(frozen, lora(init_from_existing=tmp_path / generic.LORA_COMFYUI))
-    with pytest.raises(SettingsError, match="text_encoder.*has no counterpart"):
+    with pytest.raises(UserError, match="text_encoder.*has no counterpart"):
         loaded(frozen, lora(init_from_existing=tmp_path / generic.LORA_FILE))
 
 
@@ -321,7 +321,7 @@ def test_convolutions_are_refused_where_there_are_none(tmp_path: Path) -> None:
     from tests.models import tiny_flux
 
     flux = tiny_flux.pipeline(tiny_flux.write_folder(tmp_path))
-    with pytest.raises(SettingsError, match="convolutions: this model's blocks have no convolutions"):
+    with pytest.raises(UserError, match="convolutions: this model's blocks have no convolutions"):
         load_stage(flux, settings_of(flux, lora(convolutions=True)), stage=0)
 
 
@@ -353,7 +353,7 @@ def test_a_checkpoint_of_another_model_is_told(
     save_file(
         {f"model.diffusion_model.{key}": tensor for key, tensor in tensors.items()}, tmp_path / "other.safetensors"
     )
-    with pytest.raises(SettingsError, match=told):
+    with pytest.raises(UserError, match=told):
         TINY[name].pipeline(folders[name], transformer_path=tmp_path / "other.safetensors").check()
 
 
@@ -363,7 +363,7 @@ def test_the_folder_of_the_other_is_told(name: str, other: str, folders: dict[st
     shutil.copytree(folders[other], tmp_path, symlinks=False, dirs_exist_ok=True)
     for part in ("text_encoder_2", "tokenizer_2"):
         shutil.copytree(folders["sdxl"] / part, tmp_path / part, dirs_exist_ok=True)
-    with pytest.raises(SettingsError, match=f'type = "{other}"'):
+    with pytest.raises(UserError, match=f'type = "{other}"'):
         TINY[name].pipeline(tmp_path).check()
 
 
@@ -371,7 +371,7 @@ def test_a_lora_is_no_base(folders: dict[str, Path], tmp_path: Path) -> None:
     pipeline = tiny_sdxl.pipeline(folders["sdxl"])
     moved(pipeline, tmp_path, lora())
     for file in (generic.LORA_FILE, generic.LORA_COMFYUI):
-        with pytest.raises(SettingsError, match="looks like an adapter: give it as .adapter. init_from_existing"):
+        with pytest.raises(UserError, match="looks like an adapter: give it as .adapter. init_from_existing"):
             tiny_sdxl.pipeline(folders["sdxl"], transformer_path=tmp_path / file).check()
 
 
@@ -394,7 +394,7 @@ def test_a_folder_of_another_model_is_told(
     shutil.copytree(folders["sdxl"], tmp_path, symlinks=False, dirs_exist_ok=True)
     (file,) = (tmp_path / part).glob("*config.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    with pytest.raises(SettingsError, match=told):
+    with pytest.raises(UserError, match=told):
         tiny_sdxl.pipeline(tmp_path).check()
 
 
@@ -404,14 +404,14 @@ def test_a_checkpoint_without_text_encoders_needs_them_elsewhere(
     tensors = {key: t for key, t in load_file(checkpoints["sdxl"]).items() if not key.startswith("conditioner")}
     save_file(tensors, tmp_path / "bare.safetensors")
     empty = without_weights(folders["sdxl"], tmp_path / "empty")
-    with pytest.raises(SettingsError, match="name a file with .model. text_encoders") as error:
+    with pytest.raises(UserError, match="name a file with .model. text_encoders") as error:
         tiny_sdxl.pipeline(empty, transformer_path=tmp_path / "bare.safetensors").check()
     assert len(error.value.problems) == 2
     tiny_sdxl.pipeline(folders["sdxl"], transformer_path=tmp_path / "bare.safetensors").check()
 
 
 def test_a_text_encoder_is_not_trained_beside_random_numbers(folders: dict[str, Path]) -> None:
-    with pytest.raises(SettingsError, match="text_encoder_2_lr"):
+    with pytest.raises(UserError, match="text_encoder_2_lr"):
         tiny_sdxl.pipeline(folders["sdxl"], from_scratch=True, text_encoder_2_lr=1e-4).check()
 
 

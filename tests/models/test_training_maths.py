@@ -16,9 +16,9 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
+from models.assembly.noising import QUANTILES, Noising
+from models.families.ddpm import scheduler_config
 from models.flux import FluxPipeline
-from models.foundation.ddpm import scheduler_config
-from models.foundation.noising import QUANTILES, Noising
 from tests.models import tiny_flux, tiny_sdxl
 from utils.dataset.batches import FeatureBatch
 from utils.dataset.samples import Bucket
@@ -28,7 +28,7 @@ from utils.diffusion.objectives import Epsilon, Objective, VPrediction
 from utils.diffusion.seeds import normal
 from utils.diffusion.timesteps import METHODS, TimestepSampler
 from utils.diffusion.weights import FLOW_WEIGHTINGS, LossWeighting
-from utils.settings.errors import SettingsError
+from utils.errors import UserError
 from utils.settings.model_schema import ModelSettings
 
 DRAWS = ["a", "b"]
@@ -199,7 +199,7 @@ def with_objective(folder: Path, objective: Objective, **options: Any) -> FluxPi
 
 
 def problems(pipeline: FluxPipeline) -> dict[str, str]:
-    with pytest.raises(SettingsError) as raised:
+    with pytest.raises(UserError) as raised:
         pipeline.check_training("run.toml")
     assert {problem.file for problem in raised.value.problems} == {"run.toml"}
     return {problem.where: problem.message for problem in raised.value.problems}

@@ -12,8 +12,8 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-from models.foundation.first_frames import given_frames
-from models.foundation.placement import load_stage
+from models.assembly.stage import load_stage
+from models.foundation.encoders.first_frame import given_frames
 from models.wan import WAN_LAYOUT
 from tests import test_models as generic
 from tests.models import tiny_flux, tiny_wan
@@ -22,8 +22,8 @@ from tests.models.tiny_folder import tiny
 from tests.processes import run_ranks
 from tests.runs import launch, metrics, only_run
 from utils.diffusion.seeds import normal
+from utils.errors import UserError
 from utils.media.writing import tensor_to_image, write_clip
-from utils.settings.errors import SettingsError
 from utils.settings.schema import SamplingSettings
 
 
@@ -225,5 +225,5 @@ def test_ti2v_gives_each_token_its_time(ti2v_folder: Path, given: bool) -> None:
     ],
 )
 def test_what_does_not_fit_is_told(tmp_path: Path, changes: dict, options: dict, told: str) -> None:
-    with pytest.raises(SettingsError, match=told):
+    with pytest.raises(UserError, match=told):
         tiny_wan.pipeline(tiny_wan.write_folder(tmp_path, **changes), **options).check()

@@ -14,8 +14,8 @@ from diffusers.loaders.single_file_utils import convert_z_image_transformer_chec
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM, Qwen3Model
 
-from models.foundation.outputs import export_plan
-from models.foundation.placement import Blueprint, load_stage
+from models.assembly.exports import export_plan
+from models.assembly.stage import Blueprint, load_stage
 from models.z_image import COMFYUI_LAYOUT
 from tests.models import tiny_z_image
 from tests.models.painted import paint
@@ -23,9 +23,9 @@ from tests.models.tiny_flux import settings as settings_of
 from tests.models.tiny_z_image import STOCK, TEXT_TOKENS
 from tests.processes import run_ranks
 from utils.diffusion.seeds import normal
+from utils.errors import UserError
 from utils.ranks import Ranks
 from utils.run.export import export
-from utils.settings.errors import SettingsError
 from utils.settings.schema import AdapterSettings, SamplingSettings
 
 
@@ -145,7 +145,7 @@ def test_a_text_encoder_file_is_read_and_its_chat_is_counted(folder: Path, tmp_p
     ],
 )
 def test_what_does_not_fit_is_told(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(SettingsError, match=told):
+    with pytest.raises(UserError, match=told):
         tiny_z_image.pipeline(tiny_z_image.write_folder(tmp_path, **changes)).check()
 
 
@@ -161,5 +161,5 @@ def test_the_longest_caption_has_a_position(tmp_path: Path) -> None:
 def test_a_tokenizer_without_a_chat_template_is_told(tmp_path: Path) -> None:
     folder = tiny_z_image.write_folder(tmp_path)
     (folder / "tokenizer" / "chat_template.jinja").unlink()
-    with pytest.raises(SettingsError, match="no chat template"):
+    with pytest.raises(UserError, match="no chat template"):
         tiny_z_image.pipeline(folder).check()

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from diffusers import StableDiffusionPipeline as StockPipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from models.foundation.ensemble import Ensemble
+from models.foundation.layers.ensemble import Ensemble
 from models.sd15 import Sd15Options, Sd15Pipeline
 from tests.models.tiny_flux import MINI_FLUX
 from tests.models.tiny_folder import drawn, randomised, write_index

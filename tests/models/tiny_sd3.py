@@ -17,7 +17,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from models.foundation.text_encoders import load_tokenizer
+from models.foundation.encoders.text import load_tokenizer
 from models.sd3 import Sd3Options, Sd3Pipeline
 from tests.models import tiny_flux
 from tests.models.tiny_flux import MINI_FLUX

@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionMode
 from diffusers import StableDiffusionXLPipeline as StockPipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from models.foundation.ensemble import Ensemble
-from models.foundation.text_encoders import load_tokenizer
+from models.foundation.encoders.text import load_tokenizer
+from models.foundation.layers.ensemble import Ensemble
 from models.sdxl import SdxlOptions, SdxlPipeline
 from tests.models import tiny_sd15
 from tests.models.tiny_flux import MINI_FLUX

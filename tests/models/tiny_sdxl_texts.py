@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from models.foundation.ensemble import Ensemble
+from models.foundation.layers.ensemble import Ensemble
 from models.sdxl import SdxlPipeline
 from tests.models import tiny_sdxl
 from tests.models.tiny_sdxl import SAMPLING, STOCK, draw, stock_latents, write_folder

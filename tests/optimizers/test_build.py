@@ -6,7 +6,7 @@ from torch import nn
 
 from optimizers import build, check
 from optimizers.parameter_groups import groups_of
-from utils.settings.errors import SettingsError
+from utils.errors import UserError
 from utils.settings.schema import AdamW8bitSettings, AdamWSettings, SGDSettings, optimizer_types
 
 
@@ -49,7 +49,7 @@ def test_every_declared_type_builds_or_says_why_not() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_eight_bits_without_a_gpu_is_told() -> None:
-    with pytest.raises(SettingsError, match=r"\[optimizer\] type.*needs a GPU.*adamw"):
+    with pytest.raises(UserError, match=r"\[optimizer\] type.*needs a GPU.*adamw"):
         build([{"params": [nn.Parameter(torch.ones(2))]}], AdamW8bitSettings(type="adamw8bit", lr=1.0))
 
 
@@ -57,7 +57,7 @@ def test_what_a_device_cannot_run_is_told_of_its_type_alone() -> None:
     eight_bits = AdamW8bitSettings(type="adamw8bit", lr=1.0)
     check(eight_bits, "cuda")
     check(AdamWSettings(type="adamw", lr=1.0), "cpu")
-    with pytest.raises(SettingsError, match=r"\[optimizer\] type.*needs a GPU.*adamw"):
+    with pytest.raises(UserError, match=r"\[optimizer\] type.*needs a GPU.*adamw"):
         check(eight_bits, "cpu")
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from utils.adapters import lokr
 from utils.adapters.lokr import LokrLinear
 from utils.diffusion import seeds
-from utils.settings.errors import SettingsError
+from utils.errors import UserError
 from utils.settings.model_schema import torch_dtype
 from utils.settings.schema import AdapterSettings, LokrSettings
 
@@ -45,7 +45,7 @@ def targets(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSetting
         blocks: names of lists of blocks, or patterns of such names.
 
     Raises:
-        SettingsError: none is left.
+        UserError: none is left.
     """
     kinds = (nn.Linear, nn.Conv2d) if settings.convolutions else nn.Linear
     modules = [
@@ -55,7 +55,7 @@ def targets(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSetting
     ]
     chosen = [name for name in modules if _chosen(name, settings)]
     if not chosen:
-        raise SettingsError.of(
+        raise UserError.of(
             f"include = {settings.include}, exclude = {settings.exclude} leave nothing to adapt; the model's modules "
             f"are called like {modules[0]}",
             where="[adapter]",
@@ -119,7 +119,7 @@ def load(denoiser: nn.Module, layers: Iterable[nn.Module], tensors: Mapping[str,
     """Copies an adapter's tensors (`<module>.lora_A.weight`, ...) into the factors held by `layers`.
 
     Raises:
-        SettingsError: a tensor has no place, or another shape (another rank or another model).
+        UserError: a tensor has no place, or another shape (another rank or another model).
     """
     parameters = {base_name(name): p for name, p in denoiser.named_parameters() if is_factor(name)}
     check_fits({name: tuple(p.shape) for name, p in parameters.items()}, tensors, source)
@@ -134,20 +134,20 @@ def check_fits(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, torc
     """Whether an adapter's tensors are those of this configuration; see `load`."""
     for name, tensor in tensors.items():
         if name not in shapes:
-            raise SettingsError.of(
+            raise UserError.of(
                 f"'{name}' has no counterpart; this adapter was made for another model or other modules "
                 "([adapter] include/exclude)",
                 source,
             )
         if tuple(tensor.shape) != shapes[name]:
-            raise SettingsError.of(
+            raise UserError.of(
                 f"'{name}' is {list(tensor.shape)}, this run's is {list(shapes[name])}; set [adapter] rank to that of "
                 f"the file (of LoKr the factors too), or leave init_from_existing out",
                 source,
             )
     missing = sorted(set(shapes) - set(tensors))
     if missing:
-        raise SettingsError.of(
+        raise UserError.of(
             f"'{missing[0]}' and {len(missing) - 1} more are not in this adapter; adapt the same "
             "modules ([adapter] include/exclude)",
             source,

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from utils.adapters.lokr import LokrLinear
-from utils.settings.errors import SettingsError
+from utils.errors import UserError
 
 
 class Update(NamedTuple):
@@ -35,7 +35,7 @@ def updates_of(denoiser: nn.Module, factors: Mapping[str, torch.Tensor], source:
     """LoRA factors (`<module>.lora_A.weight`, `.lora_B.weight`) by module, checked against the denoiser.
 
     Raises:
-        SettingsError: a module is not there, or of another size.
+        UserError: a module is not there, or of another size.
     """
     shapes = {name: tuple(p.shape) for name, p in denoiser.named_parameters()}
     updates = {}
@@ -46,9 +46,9 @@ def updates_of(denoiser: nn.Module, factors: Mapping[str, torch.Tensor], source:
         update = Update(down, factors[f"{module}.lora_B.weight"])
         shape = shapes.get(f"{module}.weight", shapes.get(f"{module}.base_layer.weight"))
         if shape is None:
-            raise SettingsError.of(f"adapts '{module}', which this model has not; is it another model's?", source)
+            raise UserError.of(f"adapts '{module}', which this model has not; is it another model's?", source)
         if (len(update.up), *down.shape[1:]) != shape:
-            raise SettingsError.of(
+            raise UserError.of(
                 f"adapts '{module}' as if it were {[len(update.up), *down.shape[1:]]}, and it is {list(shape)}; is it "
                 "another model's?",
                 source,
@@ -80,11 +80,11 @@ def check_beside(denoiser: nn.Module, updates: Mapping[str, Update], source: str
     """Whether updates can work beside their modules.
 
     Raises:
-        SettingsError: one is of a layer that is not a Linear.
+        UserError: one is of a layer that is not a Linear.
     """
     others = [name for name in updates if not isinstance(_base(denoiser, name), nn.Linear)]
     if others:
-        raise SettingsError.of(
+        raise UserError.of(
             f"adapts '{others[0]}', which is no Linear; set `fused = true` in [[model.preset_adapters]]", source
         )
 

@@ -23,8 +23,8 @@ from utils.dataset.masks import MASK
 from utils.dataset.ordering import Slot
 from utils.dataset.samples import Bucket, Sample, Showing, Shown, first_shown
 from utils.dataset.tensor_store import CorruptItem, TensorStore
+from utils.errors import UserError
 from utils.settings.dataset_schema import DirectorySettings
-from utils.settings.errors import SettingsError
 
 WORKERS = 2
 STEPS_AHEAD = 2
@@ -84,7 +84,7 @@ class SampleReader:
         """All cached features of one sample, or those of the encoders of text, on the CPU, without a batch dimension.
 
         Raises:
-            SettingsError: the cache lacks the sample, or is damaged.
+            UserError: the cache lacks the sample, or is damaged.
         """
         features: dict[str, torch.Tensor] = {}
         for encoder, store in self._stores:
@@ -141,7 +141,7 @@ def _item(store: TensorStore, key: str) -> dict[str, torch.Tensor]:
             f"was damaged ({error.problems[0].file}) and is taken out of the cache. Others may be too: "
             'verify = "content" of the run reads all of them at its start.'
         )
-    raise SettingsError.of(
+    raise UserError.of(
         f"the item {key} {reason} Go on with --resume_from_checkpoint: what is missing is encoded first",
         str(store.folder),
     )
@@ -276,7 +276,7 @@ def _failing_in_turn(tasks: Iterable[Callable[[], Item]]) -> Iterator[Callable[[
     """The tasks; if there is no next one to be had for an error, then one that fails with it."""
     try:
         yield from tasks
-    except SettingsError as error:
+    except UserError as error:
         failure = error
 
         def fail() -> Item:

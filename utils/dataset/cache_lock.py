@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from utils.dataset.shards import lock
-from utils.settings.errors import SettingsError
+from utils.errors import UserError
 
 LOCK_NAME = "cache.lock"
 READERS_NAME = "readers.lock"
 SECONDS_BETWEEN_TRIES = 0.5
 
 
-class CacheBusy(SettingsError):
+class CacheBusy(UserError):
     """Another run holds the cache."""
 
 

@@ -17,9 +17,9 @@ from utils.dataset.encoding import CacheReport
 from utils.dataset.manifest import Scan, scan
 from utils.dataset.samples import MediaFile, Sample
 from utils.dataset.sources import NOT_BROKEN, Rejected
+from utils.errors import Problem, UserError
 from utils.ranks import Ranks, share, sign_of_life
 from utils.settings.dataset_schema import DatasetSettings
-from utils.settings.errors import Problem, SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def collect(
         listing: write what cannot be used to `FAILED_NAME` beside the index of the files.
 
     Raises:
-        SettingsError: with everything that is wrong with whole directories, and with files where they are too many.
+        UserError: with everything that is wrong with whole directories, and with files where they are too many.
     """
     problems: list[Problem] = []
     collections = []
@@ -95,7 +95,7 @@ def collect(
     problems += too_many_failures(collections, max_failed_fraction)
     problems += _mixed_controls(collections)
     if problems:
-        raise SettingsError(problems)
+        raise UserError(problems)
     return collections
 
 
@@ -105,7 +105,7 @@ def collect_together(
     """`collect` on all ranks: the main rank reads the files, the others what it remembered of them.
 
     Raises:
-        SettingsError: on every rank, when the main rank found something wrong, or another found other files.
+        UserError: on every rank, when the main rank found something wrong, or another found other files.
     """
     collections, problems = None, []
 
@@ -117,11 +117,11 @@ def collect_together(
     if ranks.is_main:
         try:
             collections = collect(sources, facts, replace(how, progress=True, heed=heed), **choices)
-        except SettingsError as error:
+        except UserError as error:
             problems = [[problem.file, problem.where, problem.message] for problem in error.problems]
     shared = share(ranks, "collection", problems, heed=how.heed)[0]
     if shared:
-        raise SettingsError(Problem(*problem) for problem in shared)
+        raise UserError(Problem(*problem) for problem in shared)
     if collections is None:
         collections = collect(sources, facts, replace(how, verify=False), listing=False, **choices)
     _check_same(ranks, collections, how)
@@ -133,7 +133,7 @@ def _check_same(ranks: Ranks, collections: Sequence[Collection], how: Scan) -> N
     seen = share(ranks, "samples", hashlib.blake2b(names.encode(), digest_size=16).hexdigest(), heed=how.heed)
     others = [rank for rank, digest in enumerate(seen) if digest != seen[0]]
     if others:
-        raise SettingsError.of(
+        raise UserError.of(
             f"the ranks {others} see other files than rank 0; do all machines see the same folders, and does nothing "
             "write into them?",
             str(collections[0].source.file),
@@ -234,7 +234,7 @@ def check_encoder_names(collections: Sequence[Collection], encoders: Sequence[En
     """Whether `uncond_fraction_per_encoder` names text encoders of the model.
 
     Raises:
-        SettingsError: it names others.
+        UserError: it names others.
     """
     known = [encoder.name for encoder in encoders if reads_text(encoder)]
     for collection in collections:
@@ -242,7 +242,7 @@ def check_encoder_names(collections: Sequence[Collection], encoders: Sequence[En
             rules = collection.source.settings.resolved(directory)
             for name in sorted(rules.uncond_fraction_per_encoder.keys() - set(known)):
                 message = f"'{name}' is none of this model's text encoders; they are {', '.join(known)}"
-                raise SettingsError.of(message, str(collection.source.file), "uncond_fraction_per_encoder")
+                raise UserError.of(message, str(collection.source.file), "uncond_fraction_per_encoder")
 
 
 def _files_of(sample: Sample) -> list[MediaFile]:

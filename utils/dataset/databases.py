@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils.settings.errors import SettingsError
+from utils.errors import UserError
 
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 OUR_MISTAKES = (sqlite3.ProgrammingError, sqlite3.IntegrityError, sqlite3.DataError)
@@ -24,7 +24,7 @@ def told(path: Path, if_damaged: str) -> Iterator[None]:
         if_damaged: what to do about a file that is no database any more, and what that costs.
 
     Raises:
-        SettingsError: it cannot be used; why, and how to mend it.
+        UserError: it cannot be used; why, and how to mend it.
     """
     try:
         yield
@@ -32,7 +32,7 @@ def told(path: Path, if_damaged: str) -> Iterator[None]:
         if isinstance(error, OUR_MISTAKES):
             raise
         if getattr(error, "sqlite_errorcode", 0) & PRIMARY in DAMAGED:
-            raise SettingsError.of(f"is damaged ({error}); {if_damaged}", str(path)) from error
+            raise UserError.of(f"is damaged ({error}); {if_damaged}", str(path)) from error
         free = shutil.disk_usage(path.parent).free
         what = f"cannot be used ({error}, with {free:,} bytes free on its disk); mend this and start again"
-        raise SettingsError.of(f"{what}, what was cached is kept", str(path)) from error
+        raise UserError.of(f"{what}, what was cached is kept", str(path)) from error

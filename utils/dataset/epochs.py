@@ -14,7 +14,7 @@ import numpy as np
 from utils.dataset.buckets import by_shape
 from utils.dataset.ordering import EpochOrder, Group, Slot, steps_per_epoch
 from utils.dataset.samples import Bucket, Sample, appearances_before, repeat_phase
-from utils.settings.errors import SettingsError
+from utils.errors import UserError
 from utils.settings.schema import Settings
 
 Appearance = tuple[Sample, int]
@@ -148,7 +148,7 @@ class Epochs:
         """How many steps come before an epoch.
 
         Raises:
-            SettingsError: an epoch on the way has no sample.
+            UserError: an epoch on the way has no sample.
         """
         with self._lock:
             firsts = self._first_steps
@@ -225,7 +225,7 @@ class Epochs:
     def _counted_steps(self, epoch: int) -> int:
         steps = steps_per_epoch(self._sized(epoch), self._data_ranks, self._accumulation)
         if not steps:
-            raise SettingsError.of(
+            raise UserError.of(
                 f"epoch {epoch + 1} has no sample at all; let some directory be used in every epoch",
                 where="start_epoch, end_epoch, start_step, end_step, num_repeats",
             )

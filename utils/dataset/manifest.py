@@ -19,11 +19,11 @@ from typing import NamedTuple
 from utils.dataset.databases import told
 from utils.dataset.samples import Mask, MediaFile
 from utils.dataset.sources import Entry, Listing, Locator, Rejected, read_source
+from utils.errors import Problem, UserError
 from utils.media.decode import probe
 from utils.media.source import MediaError
 from utils.progress_bar import progress_bar
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
-from utils.settings.errors import Problem, SettingsError
 
 READERS = 8
 BUSY_SECONDS = 60
@@ -228,7 +228,7 @@ def _index(path: Path) -> Iterator[sqlite3.Connection]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         what = f"this folder for the cache cannot be made ({error.strerror}); name another in cache_dir or output_dir"
-        raise SettingsError.of(what, str(path.parent)) from error
+        raise UserError.of(what, str(path.parent)) from error
     if_damaged = "remove it; all files are looked at again, and nothing is encoded again"
     with told(path, if_damaged), closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as index:
         index.execute(

@@ -27,7 +27,7 @@ from typing import BinaryIO
 import numpy as np
 
 from utils.dataset.store_index import Place
-from utils.settings.errors import SettingsError
+from utils.errors import UserError
 
 SUFFIX = ".shard"
 PIECES_PER_CALL = 1024
@@ -37,7 +37,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 UNREADABLE = (errno.ENOENT, errno.ESTALE, errno.EIO)
 
 
-class WriteFailed(SettingsError):
+class WriteFailed(UserError):
     """The store could not be written, for want of room or otherwise; what it held before is as it was."""
 
 

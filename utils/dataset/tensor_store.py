@@ -29,14 +29,14 @@ from utils.dataset import compaction
 from utils.dataset.item_format import decoded, encoded
 from utils.dataset.shards import ShardReader, ShardWriter, WriteFailed, sizes
 from utils.dataset.store_index import Place, StoreIndex
-from utils.settings.errors import Problem, SettingsError
+from utils.errors import Problem, UserError
 
 SHARD_BYTES = 2**30
 FLUSH_BYTES = 2**26
 FLUSH_SECONDS = 30.0
 
 
-class CorruptItem(SettingsError):
+class CorruptItem(UserError):
     """An item whose bytes are not those that were written; `delete([key])` makes it one that is missing."""
 
     def __init__(self, key: str, place: Place, path: Path) -> None:

@@ -156,4 +156,4 @@ def check_range(min_t: float, max_t: float) -> None:
 
 if __name__ == "__main__":
     # The command has the name of what it shows; what reads a config stands on a floor above.
-    runpy.run_module("models.foundation.timestep_plot", run_name="__main__", alter_sys=True)
+    runpy.run_module("models.assembly.timestep_plot", run_name="__main__", alter_sys=True)

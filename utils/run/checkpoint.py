@@ -25,12 +25,12 @@ from safetensors import SafetensorError, safe_open
 
 from optimizers.ema import EMA
 from utils import ranks as together
+from utils.errors import UserError
+from utils.json_files import read_json
 from utils.ranks import Ranks
 from utils.run.folder import LATEST, checkpoints_before
 from utils.run.progress import Progress
 from utils.run.tensor_file import write_tensors
-from utils.settings.errors import SettingsError
-from utils.settings.json_files import read_json
 from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
@@ -152,21 +152,21 @@ class Checkpoint:
     """The checkpoint in `folder`, opened for reading.
 
     Raises:
-        SettingsError: it is incomplete or of another format; names the checkpoint before it.
+        UserError: it is incomplete or of another format; names the checkpoint before it.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         content = read_json(folder / PROGRESS, self._cure())
         if content.get("format") != FORMAT:
-            raise SettingsError.of("the checkpoint is of another version of penstock", str(folder))
+            raise UserError.of("the checkpoint is of another version of penstock", str(folder))
         try:
             self.progress = Progress(**{field.name: content["progress"][field.name] for field in fields(Progress)})
             self.made_with: dict[str, Any] = {key: content["made_with"][key] for key in MADE_WITH}
             self.ema_since: int | None = content.get("ema_since")
             stages = int(content.get("stages", len(list(folder.glob("state-*.safetensors")))))
         except (KeyError, TypeError, ValueError) as error:
-            raise SettingsError.of(
+            raise UserError.of(
                 f"is not whole: {error} is missing or wrong; {self._cure()}", str(folder / PROGRESS)
             ) from error
         files = [self._opened(folder / f"state-{stage}.safetensors") for stage in range(stages)]
@@ -176,7 +176,7 @@ class Checkpoint:
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise SettingsError.of(f"not a whole safetensors file ({error}); {self._cure()}", str(path)) from error
+            raise UserError.of(f"not a whole safetensors file ({error}); {self._cure()}", str(path)) from error
 
     def _cure(self) -> str:
         """How to go on when this checkpoint cannot be read: with the one before it."""
@@ -189,7 +189,7 @@ class Checkpoint:
         """Whether what decides what the weights mean and what is drawn is as it was; see `identity_of`.
 
         Raises:
-            SettingsError: naming what differs.
+            UserError: naming what differs.
         """
         old = self.made_with["identity"]
         changed = [
@@ -198,7 +198,7 @@ class Checkpoint:
             if key in old and identity[key] != old[key]
         ]
         if changed:
-            raise SettingsError.of(
+            raise UserError.of(
                 f"{', '.join(changed)}; resume with what the checkpoint was made with, or start a new run with "
                 "[adapter] init_from_existing",
                 str(self.folder),
@@ -208,13 +208,13 @@ class Checkpoint:
         """Whether [optimizer] is that of the checkpoint, unless the user asked for another.
 
         Raises:
-            SettingsError: naming the keys that differ and the flag that takes the config's.
+            UserError: naming the keys that differ and the flag that takes the config's.
         """
         old = self.made_with["optimizer"]
         if new_state:
             return
         if old["type"] != settings["type"]:
-            raise SettingsError.of(
+            raise UserError.of(
                 f"is '{settings['type']}', the checkpoint's is '{old['type']}', whose state it cannot use; pass "
                 "--reset_optimizer to begin with a new state",
                 str(self.folder),
@@ -223,7 +223,7 @@ class Checkpoint:
         changed = [key for key in settings if settings[key] != old.get(key)]
         if changed and not new_parameters:
             values = ", ".join(f"{key} = {settings[key]} (checkpoint: {old.get(key)})" for key in changed)
-            raise SettingsError.of(
+            raise UserError.of(
                 f"{values}; pass --reset_optimizer_params to take the config's", str(self.folder), "[optimizer]"
             )
 
@@ -248,13 +248,13 @@ class Checkpoint:
         """Whether the checkpoint has the weights of all that the run trains, and of nothing else, by its headers.
 
         Raises:
-            SettingsError: naming the first that does not fit.
+            UserError: naming the first that does not fit.
         """
         for name, parameter in parameters.items():
             self._check(f"weights/{name}", parameter.shape)
         others = [key for key in self._files if key.startswith("weights/") and key[len("weights/") :] not in parameters]
         if others:
-            raise SettingsError.of(
+            raise UserError.of(
                 f"has '{others[0]}', which this run does not train; resume with the [model] and [adapter] that it was "
                 "made with",
                 str(self.folder),
@@ -264,7 +264,7 @@ class Checkpoint:
         """Copies the weights of these parameters.
 
         Raises:
-            SettingsError: the checkpoint lacks one, or it has another shape.
+            UserError: the checkpoint lacks one, or it has another shape.
         """
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -300,12 +300,12 @@ class Checkpoint:
 
     def _check(self, key: str, shape: torch.Size | None) -> None:
         if key not in self._files:
-            raise SettingsError.of(
+            raise UserError.of(
                 f"'{key}' is not in the checkpoint; was it made with another [model] or [adapter]?", str(self.folder)
             )
         stored = self._files[key].get_slice(key).get_shape()
         if shape is not None and stored != list(shape):
-            raise SettingsError.of(
+            raise UserError.of(
                 f"'{key}' is {stored}, this run's is {list(shape)}; resume with the [model] and [adapter] that it was "
                 "made with",
                 str(self.folder),

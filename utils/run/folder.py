@@ -8,8 +8,8 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
+from utils.errors import UserError
 from utils.ranks import Ranks, barrier, share
-from utils.settings.errors import SettingsError
 from utils.settings.reader import write_resolved
 from utils.settings.schema import Settings
 
@@ -64,7 +64,7 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise SettingsError.of(
+        raise UserError.of(
             f"the run's folder {folder} cannot be made ({error.strerror}); name another place", where="key `output_dir`"
         ) from error
 
@@ -80,7 +80,7 @@ def find_checkpoint(output_dir: Path, asked: str | None) -> Path:
     `output_dir`), or that of the newest run.
 
     Raises:
-        SettingsError: there is none, or it holds no checkpoint; says what there is.
+        UserError: there is none, or it holds no checkpoint; says what there is.
     """
     runs = (
         sorted(p for p in output_dir.glob("*") if p.is_dir() and RUN_NAME.match(p.name)) if output_dir.is_dir() else []
@@ -89,7 +89,7 @@ def find_checkpoint(output_dir: Path, asked: str | None) -> Path:
     known = ", ".join(run.name for run in resumable[-5:]) or "none"
     if not asked:
         if not resumable:
-            raise SettingsError.of(
+            raise UserError.of(
                 f"no run with a checkpoint to resume; {len(runs)} runs are here. Start without "
                 "--resume_from_checkpoint",
                 str(output_dir),
@@ -98,14 +98,14 @@ def find_checkpoint(output_dir: Path, asked: str | None) -> Path:
     candidates = [Path(asked), output_dir / asked]
     folder = next((candidate for candidate in candidates if candidate.is_dir()), None)
     if folder is None:
-        raise SettingsError.of(
+        raise UserError.of(
             f"no such folder '{asked}'; runs with a checkpoint in {output_dir}: {known}",
             where="--resume_from_checkpoint",
         )
     if folder.name.startswith("global_step"):
         return folder
     if not (folder / LATEST).is_file():
-        raise SettingsError.of(
+        raise UserError.of(
             f"'{folder}' holds no checkpoint (no file '{LATEST}'); exports are for inference only. "
             f"Runs with a checkpoint in {output_dir}: {known}",
             where="--resume_from_checkpoint",
@@ -118,7 +118,7 @@ def _newest_of(run: Path) -> Path:
     if newest.is_dir() and newest != run:
         return newest
     there = [str(path) for path in checkpoints_before(run / LATEST)]
-    raise SettingsError.of(
+    raise UserError.of(
         f"names no checkpoint; name one with --resume_from_checkpoint. There are: {', '.join(there) or 'none'}",
         str(run / LATEST),
     )

@@ -16,7 +16,7 @@ from urllib.parse import urlparse
 import numpy as np
 from PIL import Image
 
-from utils.settings.errors import SettingsError
+from utils.errors import UserError
 from utils.settings.schema import MonitoringSettings
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def check_account(settings: MonitoringSettings) -> None:
     no account is needed.
 
     Raises:
-        SettingsError: no key is known, or what wandb was told elsewhere makes no sense.
+        UserError: no key is known, or what wandb was told elsewhere makes no sense.
     """
     if not settings.enable_wandb or settings.wandb_api_key:
         return
@@ -43,12 +43,12 @@ def check_account(settings: MonitoringSettings) -> None:
         known.update_from_system_settings()
         known.update_from_env_vars(os.environ)
     except ValueError as error:
-        raise SettingsError.of(f"the settings of wandb on this machine are wrong: {error}", where=WANDB) from error
+        raise UserError.of(f"the settings of wandb on this machine are wrong: {error}", where=WANDB) from error
     if known.mode in WITHOUT_ACCOUNT or known.api_key or known.identity_token_file:
         return
     # `wandb login` of older versions kept the key under the older name of the same host.
     if not _has_key((urlparse(known.base_url).hostname or "", "api.wandb.ai")):
-        raise SettingsError.of(f"no account is known on this machine; {WANDB_CURE}", where=WANDB)
+        raise UserError.of(f"no account is known on this machine; {WANDB_CURE}", where=WANDB)
 
 
 def _has_key(hosts: Sequence[str]) -> bool:
@@ -137,7 +137,7 @@ class WeightsAndBiases:
                 config=resolved,
             )
         except wandb.Error as error:
-            raise SettingsError.of(f"Weights & Biases refused the run: {error}; {WANDB_CURE}", where=WANDB) from error
+            raise UserError.of(f"Weights & Biases refused the run: {error}; {WANDB_CURE}", where=WANDB) from error
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         self.run.log(values, step=step)
@@ -171,7 +171,7 @@ class Metrics:
             resumed_at: the step that a resumed run goes on from; what was measured after it is measured again.
 
         Raises:
-            SettingsError: Weights & Biases does not take the run.
+            UserError: Weights & Biases does not take the run.
         """
         if not is_main:
             return cls([])

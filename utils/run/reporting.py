@@ -14,9 +14,9 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
+from utils.errors import UserError
 from utils.progress_bar import progress_bar
 from utils.ranks import LaunchError, Ranks, leave_together
-from utils.settings.errors import SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def is_users(error: Exception) -> bool:
     """Whether this is a mistake of the user's, or of their machine, that its text explains: a traceback would not."""
     is_full = isinstance(error, OSError) and error.errno in FULL
     # A time-out is an OSError to Python; ours name the ranks that were waited for.
-    return isinstance(error, SettingsError | LaunchError | TimeoutError) or is_full
+    return isinstance(error, UserError | LaunchError | TimeoutError) or is_full
 
 
 def report_user_error(error: Exception, ranks: Ranks) -> None:
@@ -92,7 +92,7 @@ def report_user_error(error: Exception, ranks: Ranks) -> None:
 
 def _tell(error: Exception) -> None:
     if isinstance(error, OSError) and error.errno in FULL:
-        error = SettingsError.of(
+        error = UserError.of(
             f"{error.strerror}: nothing more can be written here. Make room and start again (a run with "
             "--resume_from_checkpoint); what was cached and saved before stays",
             str(error.filename or "the disk of output_dir, cache_dir or of temporary files"),

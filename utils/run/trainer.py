@@ -18,6 +18,7 @@ from optimizers.ema import EMA
 from optimizers.schedules import learning_rates
 from utils.dataset.batches import TrainingBatches
 from utils.dataset.epochs import Epochs
+from utils.errors import UserError
 from utils.parallel.engine import Engine
 from utils.ranks import Ranks, any_rank
 from utils.run import checkpoint
@@ -25,7 +26,6 @@ from utils.run.cadence import Cadence, Duty
 from utils.run.metrics import Metrics
 from utils.run.progress import Progress
 from utils.run.signals import StopRequested, StopRequests
-from utils.settings.errors import SettingsError
 from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Trainer:
         step is what passes between two of them, waiting for data included.
 
         Raises:
-            SettingsError: the loss is no number any more.
+            UserError: the loss is no number any more.
         """
         started = time.monotonic()
         step, groups = self.progress.step, self.optimizer.param_groups
@@ -102,7 +102,7 @@ class Trainer:
             group["lr"] = own
         result = self.engine.train_step(next(batches), step)
         if not isfinite(result.loss) or not isfinite(result.grad_norm):
-            raise SettingsError.of(
+            raise UserError.of(
                 f"loss {result.loss}, gradient norm {result.grad_norm}: training has diverged, and nothing was saved "
                 "since. Go on from a checkpoint with a lower [optimizer] lr or more warmup_steps",
                 str(self.folder),

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from utils.errors import Problem
 from utils.settings.dataset_schema import DataKeys, DatasetSettings, DirectorySettings
-from utils.settings.errors import Problem
 from utils.settings.paths import missing, unwritable
 from utils.settings.schema import Settings
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils.settings.errors import Problem
+from utils.errors import Problem
 
 
 def missing(place: str, path: Path | None) -> Iterator[Problem]:

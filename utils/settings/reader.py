@@ -8,6 +8,7 @@ from typing import Any
 
 import toml
 
+from utils.errors import Problem, UserError
 from utils.settings.dataset_rules import (
     check_dataset,
     check_evaluation_set,
@@ -15,7 +16,6 @@ from utils.settings.dataset_rules import (
     check_with_run,
 )
 from utils.settings.dataset_schema import DatasetSettings
-from utils.settings.errors import Problem, SettingsError
 from utils.settings.keys import SECTIONS, is_dataset, is_run, known_keys, run_keys, unknown_tables
 from utils.settings.model_schema import ModelSettings
 from utils.settings.plain import given
@@ -39,7 +39,7 @@ def read_settings(path: Path, options_for: OptionsFor) -> Settings:
     """The run that the file at `path` describes, before the rules of `check_rules`.
 
     `options_for(type)` gives the class of a model's options, or a ValueError that names the known types.
-    Raises SettingsError with all problems of the file.
+    Raises UserError with all problems of the file.
     """
     return _read_run(Path(path), options_for).sound()
 
@@ -47,7 +47,7 @@ def read_settings(path: Path, options_for: OptionsFor) -> Settings:
 def read_dataset(path: Path) -> DatasetSettings:
     """The dataset that the file at `path` describes, before the rules of `check_dataset`.
 
-    Raises SettingsError with all problems of the file.
+    Raises UserError with all problems of the file.
     """
     return _read_dataset(Path(path)).sound()
 
@@ -57,7 +57,7 @@ def read_all(
 ) -> tuple[Settings, DatasetSettings, dict[str, DatasetSettings]]:
     """Settings, training set, and evaluation sets by name, checked by every rule.
 
-    Raises one SettingsError with the problems of all these files.
+    Raises one UserError with the problems of all these files.
     """
     run = _read_run(Path(path), options_for)
     problems = [*run.problems, *check_rules(run.value, world_size, str(path), run.broken)]
@@ -71,7 +71,7 @@ def read_all(
             continue
         try:
             reading = _read_dataset(file)
-        except SettingsError as error:
+        except UserError as error:
             problems += error.problems
             continue
         problems += [*reading.problems, *check_dataset(reading.value, str(file), reading.broken)]
@@ -80,9 +80,9 @@ def read_all(
         if not reading.broken:
             problems += check_with_run(run.value, reading.value, str(file), run.broken)
     if problems:
-        raise SettingsError(problems)
+        raise UserError(problems)
     if problems := check_training_set(run.value, datasets[run.value.dataset], str(path)):
-        raise SettingsError(problems)
+        raise UserError(problems)
     by_name = {entry.name: datasets[entry.config] for entry in evaluation}
     return run.value, datasets[run.value.dataset], by_name
 
@@ -101,17 +101,17 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise SettingsError.of(f"cannot be read: {error.strerror}", str(path)) from None
+        raise UserError.of(f"cannot be read: {error.strerror}", str(path)) from None
     except UnicodeDecodeError as error:
-        raise SettingsError.of(f"is not written in UTF-8: {error}", str(path)) from None
+        raise UserError.of(f"is not written in UTF-8: {error}", str(path)) from None
     except tomllib.TOMLDecodeError as error:
-        raise SettingsError.of(f"is not valid TOML: {error}", str(path)) from None
+        raise UserError.of(f"is not valid TOML: {error}", str(path)) from None
 
 
 def _read_run(path: Path, options_for: OptionsFor) -> Reading[Settings]:
     raw = _load(path)
     if is_dataset(raw):
-        raise SettingsError.of("is a dataset's file; give the run's file, whose key `dataset` names it", str(path))
+        raise UserError.of("is a dataset's file; give the run's file, whose key `dataset` names it", str(path))
     parts = {name: _read_section(str(path), name, raw[name], options_for) for name in SECTIONS if name in raw}
     table = run_table(str(path), raw)
     # A part with problems goes in as far as it is sound, so that the whole is checked all the same.
@@ -181,7 +181,7 @@ def _adapter_class(name: str) -> type[AdapterSettings]:
 def _read_dataset(path: Path) -> Reading[DatasetSettings]:
     raw = _load(path)
     if is_run(raw):
-        raise SettingsError.of("is a run's file; a dataset's has [[directory]] tables and keys for them", str(path))
+        raise UserError.of("is a run's file; a dataset's has [[directory]] tables and keys for them", str(path))
     table = one_table(str(path), "dataset", "", raw)
     entries = table.keys.get("directory")
     if isinstance(entries, list):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from utils.settings.errors import Problem
+from utils.errors import Problem
 from utils.settings.paths import missing, unwritable
 from utils.settings.schema import Settings
 

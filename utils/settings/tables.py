@@ -6,7 +6,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from utils.settings.errors import Problem, SettingsError
+from utils.errors import Problem, UserError
 from utils.settings.keys import (
     GROUPS,
     NESTED,
@@ -31,9 +31,9 @@ class Reading(Generic[T]):
     broken: frozenset[str] = frozenset()
 
     def sound(self) -> T:
-        """The value, or a SettingsError with the problems."""
+        """The value, or a UserError with the problems."""
         if self.problems:
-            raise SettingsError(self.problems)
+            raise UserError(self.problems)
         return self.value
 
 

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from models.foundation.outputs import export_plan
-from models.foundation.placement import load_stage
+from models.assembly.exports import export_plan
+from models.assembly.stage import load_stage
 from tests.models import tiny_flux, tiny_sdxl
 from tests.models.tiny_flux import STOCK, settings
 from utils.adapters.presets import Update
 from utils.diffusion.seeds import normal
+from utils.errors import UserError
 from utils.ranks import Ranks
 from utils.run.export import export
-from utils.settings.errors import SettingsError
 from utils.settings.schema import AdapterSettings, LokrSettings
 
 FILES = ["adapter_model.safetensors", "adapter_model_comfyui.safetensors"]
@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_told(folder: Path, lora: Path, tmp_path: Path) -> 
         ("narrow", r"as if it were \[32, 7\], and it is \[32, 32\]"),
         ("other", "which this model has not"),
     ):
-        with pytest.raises(SettingsError, match=told):
+        with pytest.raises(UserError, match=told):
             output(folder, preset_adapters=[{"path": tmp_path / f"{file}.safetensors"}])
 
 
@@ -137,5 +137,5 @@ def test_kohyas_adapter_of_another_model_is_told(tmp_path: Path) -> None:
     sdxl = tiny_sdxl.pipeline(
         tiny_sdxl.write_folder(tmp_path), preset_adapters=[{"path": tmp_path / "other.safetensors"}]
     )
-    with pytest.raises(SettingsError, match="2 modules .* the first is 'lora_unet_other.*another model's"):
+    with pytest.raises(UserError, match="2 modules .* the first is 'lora_unet_other.*another model's"):
         load_stage(sdxl, settings(sdxl), stage=0)

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from utils.adapters import attach
-from utils.settings.errors import SettingsError
+from utils.errors import UserError
 from utils.settings.schema import AdapterSettings
 
 BLOCKS = ("first_blocks", "blocks")
@@ -91,7 +91,7 @@ def test_modules_elsewhere_of_the_same_names_are_left_alone() -> None:
 
 @pytest.mark.parametrize("patterns", [{"include": ["embed"]}, {"include": ["norm"]}, {"exclude": ["*"]}])
 def test_patterns_that_leave_nothing_are_told(patterns: dict) -> None:
-    with pytest.raises(SettingsError, match="leave nothing to adapt; .* are called like first_blocks.0.to_q"):
+    with pytest.raises(UserError, match="leave nothing to adapt; .* are called like first_blocks.0.to_q"):
         attach.attach(denoiser(), BLOCKS, lora(**patterns))
 
 
@@ -183,12 +183,12 @@ def test_only_held_factors_are_loaded() -> None:
 )
 def test_another_adapter_does_not_load(made_with: dict, message: str) -> None:
     adapted = initialised(lora())
-    with pytest.raises(SettingsError) as raised:
+    with pytest.raises(UserError) as raised:
         attach.load(adapted, [adapted], factors(initialised(lora(**made_with))), "other.safetensors")
     assert message in str(raised.value) and "other.safetensors" in str(raised.value)
 
 
 def test_factors_without_a_place_do_not_load() -> None:
     adapted = initialised(lora(include=["to_q"]))
-    with pytest.raises(SettingsError, match="'first_blocks.0.to_k.lora_A.weight' has no counterpart"):
+    with pytest.raises(UserError, match="'first_blocks.0.to_k.lora_A.weight' has no counterpart"):
         attach.load(adapted, [adapted], factors(initialised(lora())), "other.safetensors")

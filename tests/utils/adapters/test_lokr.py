@@ -12,16 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from models.foundation.outputs import export_plan
-from models.foundation.placement import Blueprint, load_stage
+from models.assembly.exports import export_plan
+from models.assembly.stage import Blueprint, load_stage
 from tests.models import tiny_flux
 from tests.processes import run_ranks
 from utils.adapters import attach
 from utils.adapters.lokr import LokrLinear, split
 from utils.diffusion.seeds import normal
+from utils.errors import UserError
 from utils.ranks import Ranks
 from utils.run.export import export
-from utils.settings.errors import SettingsError
 from utils.settings.schema import AdapterSettings, LokrSettings, Settings
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -171,7 +171,7 @@ def test_files_that_do_not_fit_are_told(
     folder: Path, tmp_path: Path, adapter: AdapterSettings, tensors: dict[str, torch.Tensor], told: str
 ) -> None:
     save_file(tensors, tmp_path / "adapter.safetensors")
-    with pytest.raises(SettingsError, match=told):
+    with pytest.raises(UserError, match=told):
         loaded(folder, adapter.model_copy(update={"init_from_existing": tmp_path / "adapter.safetensors"}))
 
 

@@ -31,10 +31,10 @@ from utils.dataset.ordering import EpochOrder, Group
 from utils.dataset.samples import Showing, Shown, first_shown
 from utils.dataset.tensor_store import TensorStore
 from utils.diffusion.losses import Labels, mean_squared_error
+from utils.errors import UserError
 from utils.media.decode import load_image
 from utils.media.geometry import View
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
-from utils.settings.errors import SettingsError
 
 SHOWING = Showing(7, ["text"])
 
@@ -151,7 +151,7 @@ def test_an_epoch_without_samples_is_told_when_it_comes(cached):
     samples = [replace(sample, rules=rules) for sample in cached[0]]
     iterator = training((samples, cached[1])).iterate(0, 0)
     assert [step[0][1] for step in (next(iterator) for _ in range(3))] == [0, 1, 2]
-    with pytest.raises(SettingsError, match="epoch 4 has no sample"):
+    with pytest.raises(UserError, match="epoch 4 has no sample"):
         next(iterator)
 
 
@@ -204,11 +204,11 @@ def test_a_missing_and_a_damaged_item_are_told(pictures, cache):
     vae = MeanEncoder()
     filled(vae, samples[:5], cache)
     with SampleReader([vae], cache) as reader:
-        with pytest.raises(SettingsError, match="gone from the cache.*--resume_from_checkpoint"):
+        with pytest.raises(UserError, match="gone from the cache.*--resume_from_checkpoint"):
             reader.read(first_shown(samples[5]))
     (shard,) = cache.rglob("*.shard")
     shard.write_bytes(bytes(byte ^ 255 for byte in shard.read_bytes()))
-    with SampleReader([vae], cache) as reader, pytest.raises(SettingsError, match="damaged.*--resume_from_checkpoint"):
+    with SampleReader([vae], cache) as reader, pytest.raises(UserError, match="damaged.*--resume_from_checkpoint"):
         reader.read(first_shown(samples[0]))
     with TensorStore(cache / "vae") as store:
         assert store.missing([item_key(vae, first_shown(samples[0]))])

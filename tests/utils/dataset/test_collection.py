@@ -31,9 +31,9 @@ from utils.dataset.collection import (
     without_failures,
 )
 from utils.dataset.manifest import Scan
+from utils.errors import UserError
 from utils.ranks import Ranks
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
-from utils.settings.errors import SettingsError
 
 
 def source_of(*folders, name="train", **keys):
@@ -57,7 +57,7 @@ def test_each_file_has_its_collection(pictures, cache, tmp_path):
 
 def test_whole_directories_are_told_at_once(pictures, cache, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SettingsError) as error:
+    with pytest.raises(UserError) as error:
         collected(cache, source_of(tmp_path / "gone", pictures), source_of(tmp_path / "empty", name="eval"))
     assert [problem.file for problem in error.value.problems] == ["train.toml", "eval.toml"]
 
@@ -67,7 +67,7 @@ def test_as_many_broken_files_as_are_allowed(pictures, cache):
     (pictures / "001.txt").unlink()
     (train,) = collected(cache, source_of(pictures), max_failed_fraction=2 / 6)
     assert len(train.samples) == 4 and {fault.kind for fault in train.rejected} == {"unreadable", "caption missing"}
-    with pytest.raises(SettingsError) as error:
+    with pytest.raises(UserError) as error:
         collected(cache, source_of(pictures), max_failed_fraction=0.33)
     told = messages(error)
     assert any("000.png: " in line for line in told) and any("001" in line for line in told)
@@ -78,7 +78,7 @@ def test_long_lists_are_cut(cache, tmp_path):
     for path in draw_pictures(tmp_path / "a", LISTED + 5):
         path.write_text("broken")
     draw_pictures(tmp_path / "b", 1)
-    with pytest.raises(SettingsError) as error:
+    with pytest.raises(UserError) as error:
         collected(cache, source_of(tmp_path / "a", tmp_path / "b"), max_failed_fraction=0.5)
     assert len(messages(error)) == LISTED + 1 and messages(error)[-1].startswith("and 5 more; 15 of 16 files")
 
@@ -86,7 +86,7 @@ def test_long_lists_are_cut(cache, tmp_path):
 def test_all_that_is_broken_is_listed_where_it_ends_the_run(pictures, cache, tmp_path):
     for path in draw_pictures(tmp_path / "more", LISTED + 5):
         path.write_text("broken")
-    with pytest.raises(SettingsError, match=f"{FAILED_NAME} in the cache lists all"):
+    with pytest.raises(UserError, match=f"{FAILED_NAME} in the cache lists all"):
         collected(cache, source_of(pictures, tmp_path / "more"), max_failed_fraction=0.5)
     assert len((cache / FAILED_NAME).read_text().splitlines()) == 1 + LISTED + 5
 
@@ -112,16 +112,16 @@ def test_what_is_not_broken_does_not_count(pictures, cache):
     assert {fault.kind for fault in train.rejected} == {"twice", "unknown kind of file", "no picture"}
     (pictures / "001.png").write_text("broken")
     # Nor does it hide what is: one of six.
-    with pytest.raises(SettingsError, match="1 of 6 files cannot be used"):
+    with pytest.raises(UserError, match="1 of 6 files cannot be used"):
         collected(cache, source_of(pictures, deduplicate=True), max_failed_fraction=0.15)
 
 
 def test_nothing_left(pictures, cache):
-    with pytest.raises(SettingsError, match="48x32 pixels are fewer than min_resolution = 64 squared"):
+    with pytest.raises(UserError, match="48x32 pixels are fewer than min_resolution = 64 squared"):
         collected(cache, source_of(pictures, min_resolution=64))
     for path in pictures.glob("*.png"):
         path.write_text("broken")
-    with pytest.raises(SettingsError, match="none of its 6 files can be used"):
+    with pytest.raises(UserError, match="none of its 6 files can be used"):
         collected(cache, source_of(pictures))
 
 
@@ -133,7 +133,7 @@ def test_all_directories_have_as_many_controls(pictures, cache, tmp_path):
         DirectorySettings(path=tmp_path / "others"),
     ]
     settings = DatasetSettings(resolutions=[32], directory=directories)
-    with pytest.raises(SettingsError, match="other numbers of control images"):
+    with pytest.raises(UserError, match="other numbers of control images"):
         collected(cache, Source("train", Path("train.toml"), settings))
     (alone,) = collected(
         cache, Source("train", Path("train.toml"), settings.model_copy(update={"directory": directories[:1]}))
@@ -229,7 +229,7 @@ def test_encoders_are_known_by_name(pictures, cache):
     check_encoder_names(known, [MeanEncoder(), LengthEncoder()])
     for name in ("vae", "t5"):
         other = collected(cache, source_of(pictures, uncond_fraction_per_encoder={name: 0.1}))
-        with pytest.raises(SettingsError, match=f"'{name}' is none of this model's text encoders; they are text"):
+        with pytest.raises(UserError, match=f"'{name}' is none of this model's text encoders; they are text"):
             check_encoder_names(other, [MeanEncoder(), LengthEncoder()])
 
 
@@ -238,7 +238,7 @@ def collect_as_rank(ranks, folders, cache):
     how = Scan(cache / "files.sqlite")
     try:
         collections = collect_together(ranks, [source_of(folders[ranks.rank])], FACTS, how, max_failed_fraction=1.0)
-    except SettingsError as error:
+    except UserError as error:
         return str(error)
     return [sample.id for sample in collections[0].samples]
 

@@ -9,7 +9,7 @@ from tests.utils.dataset.conftest import MeanEncoder, dataset_of, filled, sample
 from utils.dataset.databases import told
 from utils.dataset.references import delete_unwanted
 from utils.dataset.tensor_store import TensorStore
-from utils.settings.errors import SettingsError
+from utils.errors import UserError
 
 
 @pytest.fixture
@@ -25,12 +25,12 @@ def broken(pictures, cache):
 
 def test_a_damaged_database_is_told_with_its_remedy(broken, pictures, cache, tmp_path):
     files, wanted, index = broken
-    with pytest.raises(SettingsError, match="damaged.*remove it; all files are looked at again"):
+    with pytest.raises(UserError, match="damaged.*remove it; all files are looked at again"):
         scanned(dataset_of(pictures), cache)
-    with pytest.raises(SettingsError, match="damaged.*remove this folder"):
+    with pytest.raises(UserError, match="damaged.*remove this folder"):
         TensorStore(cache / "vae")
     index.unlink()
-    with TensorStore(cache / "vae", "test") as store, pytest.raises(SettingsError, match="damaged.*remove it"):
+    with TensorStore(cache / "vae", "test") as store, pytest.raises(UserError, match="damaged.*remove it"):
         delete_unwanted(cache, store)
     files.unlink()
     assert len(scanned(dataset_of(pictures), cache).rows) == 6
@@ -42,7 +42,7 @@ def test_an_index_that_is_damaged_while_it_is_used(pictures, cache):
     path = cache / "vae" / "index.sqlite"
     page = path.read_bytes()[:4096]
     path.write_bytes(page + b"\xff" * (path.stat().st_size - len(page)))
-    with TensorStore(cache / "vae") as store, pytest.raises(SettingsError, match=f"{path}(.|\n)*damaged"):
+    with TensorStore(cache / "vae") as store, pytest.raises(UserError, match=f"{path}(.|\n)*damaged"):
         store.keys()
 
 
@@ -51,14 +51,14 @@ def test_a_full_disk_is_told_with_its_numbers(tmp_path):
     index = sqlite3.connect(tmp_path / "files.sqlite")
     index.execute("CREATE TABLE media (path TEXT)")
     index.execute("PRAGMA max_page_count = 2")
-    with pytest.raises(SettingsError, match=r"files\.sqlite(.|\n)*full, with [\d,]+ bytes free"):
+    with pytest.raises(UserError, match=r"files\.sqlite(.|\n)*full, with [\d,]+ bytes free"):
         with told(tmp_path / "files.sqlite", ""):
             index.execute("INSERT INTO media VALUES (?)", ["x" * 10_000])
 
 
 def test_a_cache_folder_that_cannot_be_made(pictures, tmp_path):
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(SettingsError, match="cannot be made.*name another"):
+    with pytest.raises(UserError, match="cannot be made.*name another"):
         scanned(dataset_of(pictures), Path(tmp_path / "file" / "cache"))
 
 

@@ -14,7 +14,7 @@ from tests.utils.dataset.conftest import plain_sample
 from utils.dataset.epochs import BucketLine, Epochs, format_table, micro_batch_of
 from utils.dataset.samples import Bucket, Showing, Take
 from utils.diffusion import seeds
-from utils.settings.errors import SettingsError
+from utils.errors import UserError
 from utils.settings.schema import Settings
 
 SQUARE, WIDE, CLIP = Bucket(64, 64, 1), Bucket(128, 32, 1), Bucket(64, 64, 5)
@@ -224,7 +224,7 @@ def test_an_epoch_without_samples_is_told():
     epochs = epochs_of([plain_sample("a", end_epoch=2), plain_sample("b", start_epoch=4)])
     assert epochs.first_step(2) == 2
     for ask in (lambda: epochs.first_step(3), lambda: epochs.step(2, 0), lambda: epochs.table(2)):
-        with pytest.raises(SettingsError, match="epoch 3 has no sample at all"):
+        with pytest.raises(UserError, match="epoch 3 has no sample at all"):
             ask()
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from utils.errors import UserError
 from utils.ranks import Ranks
 from utils.run import checkpoint
 from utils.run.folder import find_checkpoint, new_name
 from utils.run.progress import Progress
-from utils.settings.errors import SettingsError
 from utils.settings.schema import Settings
 
 LORA = {"seed": 0, "[adapter] type": "lora", "[adapter] rank": 4, "[adapter] alpha": None}
@@ -90,9 +90,9 @@ def test_latest_follows_and_leaves_nothing_unfinished(tmp_path: Path) -> None:
 def test_parameters_that_do_not_fit_are_told(tmp_path: Path) -> None:
     save(tmp_path, Progress(step=1))
     opened = checkpoint.Checkpoint(tmp_path / "global_step1")
-    with pytest.raises(SettingsError, match="other.*not in the checkpoint"):
+    with pytest.raises(UserError, match="other.*not in the checkpoint"):
         opened.load_weights({"other": torch.nn.Parameter(torch.zeros(1))})
-    with pytest.raises(SettingsError, match=r"\[3, 2\], this run's is \[5\]"):
+    with pytest.raises(UserError, match=r"\[3, 2\], this run's is \[5\]"):
         opened.load_weights({"block.0.weight": torch.nn.Parameter(torch.zeros(5))})
 
 
@@ -100,11 +100,11 @@ def test_what_a_run_trains_is_compared_by_the_headers(tmp_path: Path) -> None:
     parameters, _ = save(tmp_path, Progress(step=1))
     opened = checkpoint.Checkpoint(tmp_path / "global_step1")
     opened.check_weights(parameters)
-    with pytest.raises(SettingsError, match="'weights/other' is not in the checkpoint"):
+    with pytest.raises(UserError, match="'weights/other' is not in the checkpoint"):
         opened.check_weights({**parameters, "other": parameters["head.bias"]})
-    with pytest.raises(SettingsError, match=r"\[3, 2\], this run's is \[4\]"):
+    with pytest.raises(UserError, match=r"\[3, 2\], this run's is \[4\]"):
         opened.check_weights({**parameters, "block.0.weight": parameters["head.bias"]})
-    with pytest.raises(SettingsError, match="has 'weights/head.bias', which this run does not train"):
+    with pytest.raises(UserError, match="has 'weights/head.bias', which this run does not train"):
         opened.check_weights({"block.0.weight": parameters["block.0.weight"]})
 
 
@@ -125,7 +125,7 @@ def test_another_optimizer_must_be_asked_for(tmp_path: Path, settings: dict, fla
     if told is None:
         opened.check_optimizer(settings, **flags)
     else:
-        with pytest.raises(SettingsError, match=told):
+        with pytest.raises(UserError, match=told):
             opened.check_optimizer(settings, **flags)
 
 
@@ -164,19 +164,19 @@ def test_a_damaged_checkpoint_names_the_one_before(tmp_path: Path, damage: str) 
         save(tmp_path, Progress(step=step_number))
     spoil, words = DAMAGE[damage]
     spoil(tmp_path / "global_step10")
-    with pytest.raises(SettingsError) as raised:
+    with pytest.raises(UserError) as raised:
         checkpoint.Checkpoint(tmp_path / "global_step10")
     assert words in str(raised.value)
     assert f"--resume_from_checkpoint {tmp_path / 'global_step9'}" in str(raised.value)
     spoil(tmp_path / "global_step9")
-    with pytest.raises(SettingsError, match="there is none before it"):
+    with pytest.raises(UserError, match="there is none before it"):
         checkpoint.Checkpoint(tmp_path / "global_step9")
 
 
 def test_a_checkpoint_of_another_format_is_told(tmp_path: Path) -> None:
     save(tmp_path, Progress(step=1))
     (tmp_path / "global_step1" / "progress.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(SettingsError, match="another version"):
+    with pytest.raises(UserError, match="another version"):
         checkpoint.Checkpoint(tmp_path / "global_step1")
 
 
@@ -208,7 +208,7 @@ def test_another_adapter_is_told_by_key_and_values(tmp_path: Path, changes: dict
     checkpoint.save(tmp_path, Ranks(), Progress(step=1), parameters, optimizer, made_with)
     opened = checkpoint.Checkpoint(tmp_path / "global_step1")
     opened.check_identity(identity(lora))
-    with pytest.raises(SettingsError, match=told):
+    with pytest.raises(UserError, match=told):
         opened.check_identity(identity(changes and {**lora, **changes}))
 
 
@@ -229,9 +229,9 @@ def test_the_newest_run_with_a_checkpoint_is_found(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, "") == runs[1] / "global_step1"
     assert find_checkpoint(tmp_path, runs[0].name) == runs[0] / "global_step1"
     assert find_checkpoint(tmp_path, str(runs[0] / ".")) == runs[0] / "global_step1"
-    with pytest.raises(SettingsError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="holds no checkpoint"):
         find_checkpoint(tmp_path, str(runs[2]))
-    with pytest.raises(SettingsError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         find_checkpoint(tmp_path, "nowhere")
 
 
@@ -240,7 +240,7 @@ def test_a_newest_checkpoint_that_is_gone_is_told(tmp_path: Path, text: str) -> 
     run = tmp_path / "20260101_00-00-00"
     save(run, Progress(step=3))
     (run / "latest").write_text(text)
-    with pytest.raises(SettingsError, match=f"latest\n.*There are: {run / 'global_step3'}"):
+    with pytest.raises(UserError, match=f"latest\n.*There are: {run / 'global_step3'}"):
         find_checkpoint(tmp_path, "")
 
 

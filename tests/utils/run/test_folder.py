@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from utils.errors import UserError
 from utils.ranks import Ranks
 from utils.run.folder import create
-from utils.settings.errors import SettingsError
 from utils.settings.schema import Settings
 
 CONFIG = """# mine
@@ -49,5 +49,5 @@ def test_a_place_that_takes_no_folder_is_told(tmp_path: Path) -> None:
         model={"type": "flux"},
         optimizer={"type": "adamw", "lr": 1e-3},
     )
-    with pytest.raises(SettingsError, match="key `output_dir`: the run's folder .*file/runs.* cannot be made"):
+    with pytest.raises(UserError, match="key `output_dir`: the run's folder .*file/runs.* cannot be made"):
         create(settings, Ranks(), tmp_path / "run.toml")

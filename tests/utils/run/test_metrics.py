@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from utils.errors import UserError
 from utils.run.metrics import Metrics, check_account
-from utils.settings.errors import SettingsError
 from utils.settings.schema import MonitoringSettings
 
 
@@ -78,9 +78,9 @@ WANDB = MonitoringSettings(enable_wandb=True, enable_tensorboard=False)
 
 def test_an_account_that_is_missing_is_told_early_and_late(no_account: Path) -> None:
     check_account(MonitoringSettings())
-    with pytest.raises(SettingsError, match=r"\[monitoring\] enable_wandb: no account.*wandb login"):
+    with pytest.raises(UserError, match=r"\[monitoring\] enable_wandb: no account.*wandb login"):
         check_account(WANDB)
-    with pytest.raises(SettingsError, match=r"\[monitoring\] enable_wandb: .* refused the run: .*API key"):
+    with pytest.raises(UserError, match=r"\[monitoring\] enable_wandb: .* refused the run: .*API key"):
         Metrics.of_run(no_account, WANDB, {}, is_main=True)
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from tests.utils.settings.conftest import Folder
+from utils.errors import Problem
 from utils.settings.dataset_rules import RATIO_KEYS, TRAINING_KEYS, check_dataset, check_evaluation_set
 from utils.settings.dataset_schema import DataKeys, DatasetSettings, DirectorySettings
-from utils.settings.errors import Problem
 from utils.settings.reader import read_dataset
 
 HERE = "resolutions = [64]\n[[directory]]\npath = 'pictures'\n"

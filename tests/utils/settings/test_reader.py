@@ -7,7 +7,7 @@ import torch
 from pydantic import model_validator
 
 from tests.utils.settings.conftest import DATASET, Folder, TinyOptions, options_for
-from utils.settings.errors import SettingsError
+from utils.errors import UserError
 from utils.settings.keys import SPELLINGS
 from utils.settings.model_schema import torch_dtype
 from utils.settings.reader import read_all, read_dataset, read_settings, write_resolved
@@ -16,7 +16,7 @@ from utils.settings.schema import AdamWSettings, SGDSettings
 
 def problems_of(path: Path, world_size: int = 1) -> dict[str, str]:
     """Messages by place."""
-    with pytest.raises(SettingsError) as caught:
+    with pytest.raises(UserError) as caught:
         read_all(path, options_for, world_size)
     return {problem.where: problem.message for problem in caught.value.problems}
 
@@ -128,7 +128,7 @@ def test_an_evaluation_set_has_no_keys_of_training_unless_it_is_the_training_set
     folder.write("eval.toml", f"num_repeats = 3\n{DATASET}")
     top = 'eval_datasets = [{name = "a", config = "FILE"}]'
     read_all(folder.run(top=top.replace("FILE", str(folder.root / "dataset.toml"))), options_for, 1)
-    with pytest.raises(SettingsError) as caught:
+    with pytest.raises(UserError) as caught:
         read_all(folder.run(top=top.replace("FILE", "eval.toml")), options_for, 1)
     assert [(entry.file, entry.where) for entry in caught.value.problems] == [("eval.toml", "key `num_repeats`")]
 
@@ -163,7 +163,7 @@ def test_an_evaluation_set_has_no_keys_of_training_unless_it_is_the_training_set
     ],
 )
 def test_a_wrong_key_of_the_run(folder: Folder, top: str, where: str, message: str) -> None:
-    with pytest.raises(SettingsError) as caught:
+    with pytest.raises(UserError) as caught:
         read_settings(folder.run(top=top), options_for)
     assert [(problem.where, problem.message) for problem in caught.value.problems] == [(where, message)]
 
@@ -205,7 +205,7 @@ def test_a_wrong_key_of_a_table(folder: Folder, table: str, where: str, words: s
         table.split("\n")[0]: table,
     }
     text = "\n".join(["output_dir = 'runs'", "dataset = 'dataset.toml'", *tables.values()])
-    with pytest.raises(SettingsError) as caught:
+    with pytest.raises(UserError) as caught:
         read_settings(folder.write("run.toml", text), options_for)
     (problem,) = caught.value.problems
     assert problem.where == where
@@ -235,7 +235,7 @@ def test_a_check_of_a_models_own_is_told_at_its_table(folder: Folder) -> None:
         def _short(self) -> "Checked":
             raise ValueError("{captions} are too long")
 
-    with pytest.raises(SettingsError) as caught:
+    with pytest.raises(UserError) as caught:
         read_settings(folder.run(), lambda name: Checked)
     assert [(entry.where, entry.message) for entry in caught.value.problems] == [("[model]", "{captions} are too long")]
 
@@ -260,7 +260,7 @@ def test_all_problems_of_all_files_come_at_once(folder: Folder) -> None:
         optimizer="eps = -1",
         tables="[sampling]\nprompts = ['a']",
     )
-    with pytest.raises(SettingsError) as caught:
+    with pytest.raises(UserError) as caught:
         read_all(path, options_for, 1)
     assert {(problem.file, problem.where) for problem in caught.value.problems} == {
         ("run.toml", "key `epochs`"),
@@ -322,9 +322,9 @@ def test_a_byte_order_mark_is_no_mistake(folder: Folder) -> None:
 
 
 def test_files_that_cannot_be_read(folder: Folder) -> None:
-    with pytest.raises(SettingsError, match=r"gone.toml\n.*cannot be read"):
+    with pytest.raises(UserError, match=r"gone.toml\n.*cannot be read"):
         read_settings(Path("gone.toml"), options_for)
-    with pytest.raises(SettingsError, match="not valid TOML.*line 2"):
+    with pytest.raises(UserError, match="not valid TOML.*line 2"):
         read_settings(folder.write("run.toml", "epochs = 1\nepochs = = 2"), options_for)
     folder.write("dataset.toml", "resolutions = [")
     assert "not valid TOML" in problems_of(folder.run())[""]

@@ -8,8 +8,8 @@ import pytest
 from pydantic import TypeAdapter
 
 from tests.utils.settings.conftest import Folder, TinyOptions, options_for
+from utils.errors import UserError
 from utils.settings.document import settings_json_schema
-from utils.settings.errors import SettingsError
 from utils.settings.reader import read_settings, write_resolved
 from utils.settings.values import LossType, TimestepMethod
 
@@ -43,7 +43,7 @@ def test_other_words_are_not_values(choice: object) -> None:
 
 @pytest.mark.parametrize("word", ["uniform", "logit_normal", "mode"])
 def test_a_word_for_drawing_is_not_a_weight(folder: Folder, word: str) -> None:
-    with pytest.raises(SettingsError) as raised:
+    with pytest.raises(UserError) as raised:
         read_settings(folder.run(model=f"weighting_scheme = '{word}'"), options_for)
     (problem,) = raised.value.problems
     assert problem.where == "[model] weighting_scheme"

@@ -1,0 +1,160 @@
+"""A run's data, brought into the cache by the model's encoders, and read from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from models.assembly.prompts import check_encoders, encoders_of_prompts, prompt_encoders, prompts_shown
+from models.base import BasePipeline
+from utils.dataset.batches import SampleReader
+from utils.dataset.cache_lock import reading
+from utils.dataset.collection import (
+    Collection,
+    Source,
+    check_encoder_names,
+    collect_together,
+    tell,
+    too_many_failures,
+    without_failures,
+)
+from utils.dataset.encoders import Encoder
+from utils.dataset.encoding import Filling, fill, reclaim_unwanted
+from utils.dataset.epochs import Epochs, micro_batch_of
+from utils.dataset.manifest import Scan
+from utils.dataset.masks import MaskEncoder
+from utils.dataset.samples import Sample
+from utils.errors import Problem, UserError
+from utils.ranks import Ranks
+from utils.run.reporting import timed
+from utils.settings.schema import Settings
+
+
+@dataclass(frozen=True)
+class Data:
+    """The cached datasets, and the encoders that made them; `live` are those whose features are not cached. As long as
+    this is, or the process, no other run deletes anything from the cache."""
+
+    training: Collection
+    evaluation: Sequence[Collection]
+    encoders: Sequence[Encoder]
+    live: Sequence[Encoder]
+    cache_dir: Path
+    in_use: BinaryIO | None
+
+
+def load_data(
+    settings: Settings, pipeline: BasePipeline, sources: Sequence[Source], scan: Scan, filling: Filling
+) -> Data:
+    """Scans the datasets and encodes what the cache lacks of them and of the prompts to be sampled.
+
+    Raises:
+        UserError: whole directories cannot be used, or more files are broken than the settings allow.
+    """
+    ranks, cached_texts = filling.ranks, settings.cache_text_embeddings
+    collections = collect_together(ranks, sources, pipeline.media, scan, **choices_of(settings))
+    encoders = encoders_of(pipeline, collections)
+    check_encoders(encoders, controls_of(collections), pipeline, settings)
+    check_data(pipeline, collections)
+    check_epochs(settings, ranks, collections[0].samples)
+    of_prompts = encoders_of_prompts(encoders, settings.sampling)
+    live = [] if cached_texts else prompt_encoders(encoders)
+    samples = [sample for collection in collections for sample in collection.samples]
+    prompts = [shown.sample for both in prompts_shown(pipeline, settings.sampling) for shown in both]
+    if settings.model.folded_guidance is not None:
+        samples += [replace(sample, captions=("",)) for sample in collections[0].samples]
+    wanted = {
+        encoder.name: [*([] if encoder in live else samples), *(prompts if encoder in of_prompts else [])]
+        for encoder in encoders
+    }
+    in_use = None
+    with timed("cache"), filling.alone():
+        reports = [fill(encoder, wanted[encoder.name], filling) for encoder in encoders if wanted[encoder.name]]
+        if ranks.is_main:
+            reclaim_unwanted([report.encoder for report in reports], filling)
+            in_use = reading(filling.cache_dir)
+    collections = without_failures(collections, reports)
+    if ranks.is_main:
+        tell(collections, filling.cache_dir)
+    problems = too_many_failures(collections, settings.max_failed_fraction)
+    if problems:
+        raise UserError([*problems, Problem("", "", "what is encoded stays encoded")])
+    return Data(collections[0], collections[1:], encoders, live, filling.cache_dir, in_use)
+
+
+def check_epochs(settings: Settings, ranks: Ranks, samples: Sequence[Sample]) -> None:
+    """Whether every epoch of the run has samples: hours of encoding, or of training, are not to end in one that has
+    none. Looked at are the epochs until nothing begins or ends any more, and fractions of repeats have had their turn.
+
+    Raises:
+        UserError: an epoch has none.
+    """
+    epochs = Epochs(
+        samples,
+        partial(micro_batch_of, settings),
+        ranks.data_ranks,
+        settings.gradient_accumulation_steps,
+        settings.seed,
+    )
+    rules = list({id(sample.rules): sample.rules for sample in samples}.values())
+    steady_epoch = max(max(one.start_epoch, one.end_epoch or 1) for one in rules)
+    steady_step = max(max(one.start_step, one.end_step or 0) for one in rules)
+    in_turn = math.ceil(1 / min(1.0, *(sample.repeats for sample in samples)))
+    last = settings.epochs or (math.inf if settings.max_steps else 1)
+    limit = settings.max_steps or math.inf
+    epoch, steady = 0, 0
+    while epoch < last and epochs.first_step(epoch) < limit and steady <= in_turn:
+        epochs.steps_in(epoch)
+        steady += epoch >= steady_epoch and epochs.first_step(epoch) >= steady_step
+        epoch += 1
+
+
+def reader_of(data: Data, ranks: Ranks) -> SampleReader:
+    """What this stage reads of the cache: the first one all features, the last one what its target is made of. The text
+    encoders that are not cached come to life here."""
+    if not ranks.is_first_stage:
+        masks = [encoder for encoder in data.encoders if isinstance(encoder, MaskEncoder)]
+        return SampleReader([data.encoders[0], *masks], data.cache_dir)
+    for encoder in data.live:
+        encoder.load(ranks.device)
+    return SampleReader(data.encoders, data.cache_dir, data.live)
+
+
+def choices_of(settings: Settings) -> dict[str, Any]:
+    """What the run's settings say of the collecting of data."""
+    return {
+        "max_failed_fraction": settings.max_failed_fraction,
+        "caption_versions": settings.cache_text_embeddings,
+    }
+
+
+def controls_of(collections: Sequence[Collection]) -> int:
+    """How many control images a sample has."""
+    return max(collection.controls for collection in collections)
+
+
+def check_data(pipeline: BasePipeline, collections: Sequence[Collection]) -> None:
+    """Whether the model can be trained on the collections.
+
+    Raises:
+        UserError: it cannot.
+    """
+    problems = [problem for collection in collections for problem in pipeline.problems_of_data(collection.samples)]
+    if problems:
+        raise UserError(problems)
+
+
+def encoders_of(pipeline: BasePipeline, collections: Sequence[Collection]) -> list[Encoder]:
+    """What encodes the collections: the model's encoders, and that of masks if there are any.
+
+    Raises:
+        UserError: the collections have what the model does not take.
+    """
+    encoders = pipeline.encoders_for(controls_of(collections))
+    check_encoder_names(collections, encoders)
+    masks = [MaskEncoder(pipeline.latent_shape)] if any(collection.has_masks for collection in collections) else []
+    return [*encoders, *masks]

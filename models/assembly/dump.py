@@ -1,0 +1,161 @@
+"""`--dump_dataset`: what the trainer will see, to be looked at: latents decoded, masks, controls, captions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import torch
+from torch.nn import functional
+
+from models.assembly.data import Data, reader_of
+from models.base import BasePipeline
+from utils.dataset.batches import SampleReader
+from utils.dataset.collection import Collection
+from utils.dataset.encoders import TEXT, Encoder, reads_text, text_of
+from utils.dataset.samples import MediaFile, Showing, Shown, appearances_before, first_shown, repeat_phase
+from utils.errors import UserError
+from utils.media.decode import load_clip
+from utils.media.geometry import View
+from utils.media.writing import tensor_to_image, write_clip
+from utils.progress_bar import progress_bar
+from utils.ranks import Ranks
+from utils.run.dataset_page import PAGE_NAME, Seen, write_page
+from utils.settings.schema import Settings
+
+logger = logging.getLogger(__name__)
+
+SOURCE_SIDE = 512
+
+
+def dump(
+    settings: Settings, pipeline: BasePipeline, data: Data, ranks: Ranks, folder: Path, heed: Callable[[], None]
+) -> Path:
+    """Writes the first epoch of the training set, and the evaluation sets, into `folder`, which `prepare_folder` has
+    made; the page to open. `heed` is called before each sample; what it raises ends the work.
+
+    The latents are decoded by the model's own VAE: what it loses is lost in the pictures too.
+    """
+    names = [encoder.name for encoder in data.encoders if reads_text(encoder)]
+    showing = Showing(settings.seed, names, fresh_captions=bool(data.live))
+    autoencoder = data.encoders[0]
+    shown = [
+        (collection.source.name, one)
+        for collection in (data.training, *data.evaluation)
+        for one in _first_epoch(collection, showing, is_training=collection is data.training)
+    ]
+    seen = []
+    autoencoder.load(ranks.device)
+    with reader_of(data, ranks) as reader, progress_bar(len(shown), "dump", active=True) as bar:
+        for number, (name, one) in enumerate(shown):
+            heed()
+            pictures = _pictures(one, f"{name}/{number:06d}", pipeline, reader, autoencoder, folder)
+            seen.append(Seen(one.caption, pictures, _facts(one, name, data.encoders)))
+            bar.update()
+    autoencoder.unload()
+    page = write_page(folder, f"{settings.dataset.stem}, as {settings.model.type} sees it", _summary(data), seen)
+    logger.info("dataset: %s", page)
+    return page
+
+
+def prepare_folder(folder: Path) -> None:
+    """Makes the folder of a dump, before the hours that caching may take.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # What an earlier dump left there is not to be taken for a part of this one.
+        (folder / PAGE_NAME).unlink(missing_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        what = f"{folder} cannot be made or written to ({error.strerror}); name another folder"
+        raise UserError.of(what, where="--dump_dataset") from error
+
+
+def _first_epoch(collection: Collection, showing: Showing, *, is_training: bool) -> Iterator[Shown]:
+    """Every sample as often as the first epoch shows it, and those that it leaves out once."""
+    for sample in collection.samples:
+        if not is_training:
+            yield first_shown(sample)
+            continue
+        times = int(appearances_before(sample.repeats, repeat_phase(sample, showing.seed), epoch=1))
+        yield from (showing.shown(sample, 0, copy) for copy in range(max(1, times)))
+
+
+def _pictures(
+    shown: Shown, name: str, pipeline: BasePipeline, reader: SampleReader, autoencoder: Encoder, folder: Path
+) -> dict[str, str]:
+    """Writes the pictures of a sample; their files by what they are."""
+    sample = shown.sample
+    batch = reader.batch([shown])
+    latents = pipeline.latents(batch.features, torch.zeros)
+    decoded_CFHW = autoencoder.decode(latents.to(pipeline.dtype))[0].float().cpu()
+    pictures = {
+        "source": _written(
+            _source(sample.media, shown.take.start, sample.rate, sample.bucket.frames),
+            sample.rate,
+            folder,
+            f"{name}_source",
+        ),
+        "decoded": _written(decoded_CFHW, sample.rate, folder, name),
+    }
+    for index, control in enumerate(sample.controls):
+        pixels = load_clip(control.media.place.source, shown.take.plain_view(control.bucket), 0.0, 1, 1.0)
+        pictures[f"control {index + 1}"] = _written(pixels, 0.0, folder, f"{name}_control{index + 1}")
+    if sample.mask:
+        pictures["weight of the loss"] = _written(
+            _weight(batch.weight[0], decoded_CFHW), sample.rate, folder, f"{name}_mask"
+        )
+    return pictures
+
+
+def _source(media: MediaFile, start: float, rate: float, frames: int) -> torch.Tensor:
+    """The file as it is, small: all of each frame."""
+    scale = min(1.0, SOURCE_SIDE / max(media.width, media.height))
+    view = View(max(2, round(media.width * scale)), max(2, round(media.height * scale)), "none")
+    return load_clip(media.place.source, view, start, frames, rate or 1.0)
+
+
+def _weight(weight: torch.Tensor, like_CFHW: torch.Tensor) -> torch.Tensor:
+    """The loss weight (1, h, w) or (1, f, h, w) as grey pixels, white where it is largest."""
+    weight_FHW = weight.reshape(-1, *weight.shape[-2:]) / weight.max().clamp_min(1e-6)
+    grown = functional.interpolate(weight_FHW[None, None], size=like_CFHW.shape[1:], mode="nearest")[0]
+    return (2 * grown - 1).expand(3, -1, -1, -1)
+
+
+def _written(pixels_CFHW: torch.Tensor, rate: float, folder: Path, name: str) -> str:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    if pixels_CFHW.shape[1] > 1:
+        write_clip(pixels_CFHW, rate, folder / f"{name}.mp4")
+        return f"{name}.mp4"
+    tensor_to_image(pixels_CFHW).save(folder / f"{name}.png")
+    return f"{name}.png"
+
+
+def _facts(shown: Shown, name: str, encoders: Sequence[Encoder]) -> dict[str, str]:
+    sample = shown.sample
+    facts = {"set": name, "file": str(sample.media.place), "bucket": str(sample.bucket)}
+    if sample.rate:
+        facts["clip"] = f"{sample.rate:g} fps from {shown.take.start:.2f} s"
+    if shown.take.flip:
+        facts["flipped"] = ""
+    for encoder in encoders:
+        if reads_text(encoder) and hasattr(encoder, "token_count"):
+            thing = next(thing for thing in encoder.reads if thing in TEXT)
+            left_out = " (caption left out)" if encoder.name in shown.unconditional else ""
+            count, limit = encoder.token_count(text_of(shown, encoder, thing)), encoder.token_limit
+            cut = f", cut off after {limit}" if count > limit else f" of {limit}"
+            facts[f"{encoder.name} tokens"] = f"{count}{cut}{left_out}"
+    if sample.rules.loss_weight != 1:
+        facts["loss weight"] = f"{sample.rules.loss_weight:g}"
+    return facts
+
+
+def _summary(data: Data) -> str:
+    sets = ", ".join(f"{len(c.samples)} samples of '{c.source.name}'" for c in (data.training, *data.evaluation))
+    return f"{sets}. Left: the file; beside it what the VAE makes of the cached latents, which is what is trained on."

@@ -1,0 +1,117 @@
+"""What a stage holds: weights, gradients, optimizer state and activations, estimated without any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.assembly.stage import Blueprint
+from models.base import BasePipeline
+from utils.dataset.encoders import Encoder
+from utils.dataset.epochs import micro_batch_of
+from utils.dataset.samples import Bucket
+from utils.settings.schema import Settings
+
+GIB = 2**30
+OPTIMIZER_STATE: dict[str, Callable[[torch.Tensor], int]] = {
+    # Two moments in float32, and a master of what is shorter.
+    "adamw": lambda parameter: parameter.numel() * (8 if parameter.itemsize >= 4 else 12),
+    "adamw8bit": lambda parameter: parameter.numel() * 2,
+    "sgd": lambda parameter: parameter.nbytes,
+}
+"""Bytes that an optimizer keeps of a parameter."""
+
+
+def estimate(
+    settings: Settings,
+    pipeline: BasePipeline,
+    blueprint: Blueprint,
+    encoders: Sequence[Encoder],
+    buckets: Sequence[Bucket],
+) -> str:
+    """Per stage: weights, gradients and optimizer state by counting; activations by running the largest bucket's
+    micro-batch through the layers on the meta device and adding up what autograd keeps."""
+    largest = max(buckets, key=lambda bucket: bucket.width * bucket.height * bucket.frames)
+    title = f"estimated memory per rank, bucket {largest}"
+    try:
+        kept = _activations(settings, pipeline, blueprint, encoders, largest)
+    except NotImplementedError:
+        # Experts that are chosen by a tensor's values cannot be run without values.
+        kept, title = [0] * len(blueprint.layers), f"{title}, without activations"
+    averages = settings.ema is not None and settings.ema.device == "gpu"
+    rows = []
+    for stage, (start, stop) in enumerate(blueprint.bounds):
+        layers = blueprint.stage_layers(stage)
+        weights, state = held_bytes(layers, settings.optimizer.type, averages=averages)
+        in_flight = min(settings.gradient_accumulation_steps, len(blueprint.bounds) - stage)
+        activations = in_flight * sum(kept[start:stop])
+        rows.append(
+            f"  stage {stage} (layers {start} to {stop - 1}): {(weights + state + activations) / GIB:.2f} GiB = "
+            f"weights {weights / GIB:.2f} + gradients and optimizer {state / GIB:.2f} + "
+            f"activations {activations / GIB:.2f}"
+        )
+    return "\n".join([f"{title}:", *rows])
+
+
+def held_bytes(layers: Sequence[nn.Module], optimizer: str, *, averages: bool = False) -> tuple[int, int]:
+    """Bytes of the weights of some layers, and of their gradients and optimizer state together; with `averages` in
+    float32 of what is trained (an EMA that is kept on the GPU)."""
+    held = {id(p): p for layer in layers for p in layer.parameters()}.values()
+    trained = [p for p in held if p.requires_grad]
+    state = sum(parameter.nbytes + OPTIMIZER_STATE[optimizer](parameter) for parameter in trained)
+    state += 4 * sum(parameter.numel() for parameter in trained) if averages else 0
+    return sum(p.nbytes for p in held), state
+
+
+def _activations(
+    settings: Settings, pipeline: BasePipeline, blueprint: Blueprint, encoders: Sequence[Encoder], bucket: Bucket
+) -> list[int]:
+    """Bytes that autograd keeps of each layer for one micro-batch of `bucket`."""
+    batch = micro_batch_of(settings, bucket)
+    # Ones, since zeros would be masks that show nothing of the text.
+    features = {
+        name: torch.ones((batch, *shape), dtype=dtype)
+        for encoder in encoders
+        for name, (shape, dtype) in encoder.feature_shapes(bucket).items()
+    }
+    latent = torch.zeros((batch, *pipeline.latent_shape(bucket.width, bucket.height, bucket.frames)))
+    stream = _on_meta(pipeline.prepare_inputs({**features, "latents": latent}, latent, torch.zeros(batch)))
+    parameters = {parameter.untyped_storage()._cdata for parameter in blueprint.denoiser.parameters()}
+    return _run_layers(blueprint.layers, stream, parameters, settings.activation_checkpointing)
+
+
+def _run_layers(layers: Sequence[nn.Module], stream: Any, parameters: set[int], recompute: bool) -> list[int]:
+    kept_per_layer = []
+    for layer in layers:
+        storages: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in parameters:
+                storages[storage._cdata] = storage.nbytes()
+            return tensor
+
+        given = _bytes(stream)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            stream = layer.to("meta")(stream)
+        only_input = recompute and getattr(layer, "recomputable", False)
+        kept_per_layer.append(given if only_input else sum(storages.values()))
+    return kept_per_layer
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    if isinstance(value, tuple):
+        moved = [_on_meta(part) for part in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+    return value
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    return sum(map(_bytes, value)) if isinstance(value, tuple) else 0

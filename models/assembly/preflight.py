@@ -1,0 +1,119 @@
+"""What a run will do, told before anything is loaded: `--check`."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+
+import optimizers
+from models.assembly.data import check_data, choices_of, controls_of, encoders_of
+from models.assembly.exports import check_outputs
+from models.assembly.memory import estimate
+from models.assembly.prompts import check_encoders
+from models.assembly.stage import Blueprint, apply_presets, draw_up, load_existing_adapter
+from models.base import BasePipeline
+from models.foundation.checkpoints.folders import problems_of
+from models.foundation.checkpoints.weights import build_empty
+from utils.dataset.collection import Collection, Source, collect, shortfalls
+from utils.dataset.encoders import Encoder, items_wanted
+from utils.dataset.epochs import Epochs, format_table, micro_batch_of
+from utils.dataset.manifest import Scan
+from utils.errors import UserError
+from utils.ranks import Ranks
+from utils.run.metrics import check_account
+from utils.settings.schema import Settings
+
+
+def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline) -> Blueprint:
+    """Whether everything but the data fits: hours of encoding are not to end in a mistake that could be told before
+    them. The denoiser without weights, adapted and cut as the settings ask.
+
+    Raises:
+        UserError: with what does not.
+    """
+    if ranks.is_main:
+        check_account(settings.monitoring)
+    optimizers.check(settings.optimizer, ranks.device.type)
+    pipeline.check()
+    empty = build_empty(pipeline.build_denoiser)
+    pipeline.set_types(empty)
+    blueprint = draw_up(pipeline, settings, empty)
+    apply_presets(pipeline, blueprint, layers=[])
+    load_existing_adapter(pipeline, settings, blueprint, layers=[])
+    check_outputs(pipeline, settings)
+    return blueprint
+
+
+def plan_of(settings: Settings, ranks: Ranks, pipeline: BasePipeline, sources: Sequence[Source], scan: Scan) -> str:
+    """The plan of the run, as text.
+
+    Raises:
+        UserError: with every problem of the model's files and of the data.
+    """
+    blueprint, collections = None, []
+
+    def check() -> None:
+        nonlocal blueprint
+        blueprint = check_run(settings, ranks, pipeline)
+
+    def look() -> None:
+        collections.extend(collect(sources, pipeline.media, scan, **choices_of(settings)))
+
+    problems = problems_of([check, look])
+    if problems:
+        raise UserError(problems)
+    return describe(settings, ranks, pipeline, blueprint, collections)
+
+
+def describe(
+    settings: Settings,
+    ranks: Ranks,
+    pipeline: BasePipeline,
+    blueprint: Blueprint,
+    collections: Sequence[Collection],
+) -> str:
+    """What the run will do with data that is collected."""
+    encoders = encoders_of(pipeline, collections)
+    check_encoders(encoders, controls_of(collections), pipeline, settings)
+    check_data(pipeline, collections)
+    parameters = list(blueprint.denoiser.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    accumulation = settings.gradient_accumulation_steps
+    epochs = Epochs(
+        collections[0].samples, partial(micro_batch_of, settings), ranks.data_ranks, accumulation, settings.seed
+    )
+    buckets = sorted({sample.bucket for sample in collections[0].samples})
+    micro = " or ".join(str(size) for size in sorted({micro_batch_of(settings, bucket) for bucket in buckets}))
+    passes = settings.epochs or (None if settings.max_steps else 1)
+    total = min(settings.max_steps or math.inf, epochs.first_step(passes) if passes else math.inf)
+    facts = {
+        "model": f"{settings.model.type}, {settings.adapter.type if settings.adapter else 'full fine-tune'}",
+        "processes": f"{ranks.world_size} = {ranks.stages} stages x {ranks.data_ranks} data ranks",
+        "global batch": f"{micro} per micro-batch x {accumulation} accumulated x {ranks.data_ranks} data ranks"
+        + (f" = {int(micro) * accumulation * ranks.data_ranks}" if micro.isdigit() else ", by size"),
+        "steps": f"{epochs.steps_in(0)} per epoch, {total} in all",
+        "parameters": f"{sum(p.numel() for p in parameters):,} in all, {trained:,} trained",
+    }
+    sections = [
+        "\n".join(f"{name + ':':<14}{value}" for name, value in facts.items()),
+        format_table(epochs.table()),
+        *(f"evaluation '{c.source.name}': {len(c.samples)} samples" for c in collections[1:]),
+        *(["\n".join(shortfalls(collections))] if shortfalls(collections) else []),
+        estimate(settings, pipeline, blueprint, encoders, buckets),
+        _cache_size(encoders, collections),
+    ]
+    return "\n\n".join(sections)
+
+
+def _cache_size(encoders: Sequence[Encoder], collections: Sequence[Collection]) -> str:
+    samples = [sample for collection in collections for sample in collection.samples]
+    size = 0
+    for encoder in encoders:
+        # One sample's bucket stands for all items of its size.
+        buckets = Counter(bucket for _, bucket in items_wanted(encoder, samples))
+        for bucket, count in buckets.items():
+            shapes = encoder.feature_shapes(bucket).values()
+            size += count * sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+    return f"estimated cache on disk: {size / 2**20:.1f} MiB"

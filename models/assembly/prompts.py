@@ -1,0 +1,208 @@
+"""The prompts that samples are drawn for: what of them goes through which encoder, and how samples are drawn then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from models.base import BasePipeline
+from utils.dataset.batches import SampleReader
+from utils.dataset.encoders import Encoder, reads_mask, reads_media, reads_text
+from utils.dataset.manifest import media_file
+from utils.dataset.samples import Bucket, Shown, of_prompt
+from utils.errors import Problem, UserError
+from utils.media.decode import load_image
+from utils.media.geometry import View
+from utils.media.source import MediaError
+from utils.ranks import Ranks
+from utils.run.sampling import SampleModel
+from utils.settings.schema import SamplingSettings, Settings
+
+PICTURES = "[sampling] control_images"
+
+
+def check_sampling(pipeline: BasePipeline, sampling: SamplingSettings) -> None:
+    """Whether the model draws what is asked for: with such prompts and pictures, at this size.
+
+    Raises:
+        UserError: it does not.
+    """
+    problems = [*_problems_of_guidance(pipeline, sampling), *_problems_of_pictures(pipeline, sampling)]
+    if problems:
+        raise UserError(problems)
+    if sampling.prompts:
+        prompts_shown(pipeline, sampling)
+        _decode(sampling)
+
+
+def _decode(sampling: SamplingSettings) -> None:
+    """Reads the pictures whole: one that breaks off has a good header, and would be missed when it is to be drawn."""
+    for file in dict.fromkeys(chain(*sampling.control_images)):
+        try:
+            load_image(file, View(sampling.width, sampling.height))
+        except MediaError as error:
+            raise UserError.of(str(error), where=PICTURES) from error
+
+
+def _problems_of_guidance(pipeline: BasePipeline, sampling: SamplingSettings) -> Iterator[Problem]:
+    if not sampling.negative_prompt:
+        return
+    if not pipeline.guided_by_second_prediction:
+        reason = "guidance is an input of this model; leave it out"
+    elif sampling.guidance == pipeline.no_guidance:
+        reason = (
+            f"with `guidance = {pipeline.no_guidance:g}` nothing leads away from it; leave it out, or raise guidance"
+        )
+    else:
+        return
+    yield Problem("", "[sampling] negative_prompt", f"is not used: {reason}")
+
+
+def _problems_of_pictures(pipeline: BasePipeline, sampling: SamplingSettings) -> Iterator[Problem]:
+    given, prompts = sampling.control_images, len(sampling.prompts)
+    most = 1 if pipeline.starts_from_picture else pipeline.max_controls
+    if pipeline.starts_from_picture and prompts and not given:
+        yield Problem("", PICTURES, "this model makes what it makes of a picture: give one for each prompt")
+    if pipeline.starts_from_picture and prompts and sampling.frames == 1 < pipeline.media.max_frames:
+        yield Problem("", "[sampling] frames", "one frame is the picture itself, of which a clip is made; set more")
+    if given and not most:
+        yield Problem("", PICTURES, "this model is shown no pictures; leave it out")
+    elif given and not prompts:
+        yield Problem("", PICTURES, "is for prompts, and there are none; add some, or leave it out")
+    elif given and len(given) not in (1, prompts):
+        yield Problem(
+            "", PICTURES, f"has {len(given)} entries for {prompts} prompts; give one for each, or one for all"
+        )
+    elif any(len(pictures) > most for pictures in given):
+        yield Problem("", PICTURES, f"this model is shown at most {most} with a prompt; give fewer")
+    elif len({len(pictures) for pictures in given}) > 1:
+        yield Problem("", PICTURES, "give as many with each prompt")
+
+
+def check_encoders(encoders: Sequence[Encoder], controls: int, pipeline: BasePipeline, settings: Settings) -> None:
+    """Whether the encoders, made for data with so many control images a sample, can encode the prompts too.
+
+    Raises:
+        UserError: they cannot.
+    """
+    shown = 0 if pipeline.starts_from_picture else _pictures_a_prompt(settings.sampling)
+    of_both = any(reads_text(encoder) and reads_media(encoder) for encoder in encoders)
+    if settings.sampling.prompts and shown != controls and (shown or of_both):
+        raise UserError.of(
+            f"gives {shown} a prompt, and the data has {controls} a sample: give as many here as control_path "
+            "does there",
+            where=PICTURES,
+        )
+    if of_both and not settings.cache_text_embeddings:
+        raise UserError.of(
+            "this model's text encoder reads control images with a caption, which is cached; leave it out",
+            where="key `cache_text_embeddings`",
+        )
+
+
+def _pictures_a_prompt(sampling: SamplingSettings) -> int:
+    return len(sampling.control_images[0]) if sampling.control_images else 0
+
+
+def sample_bucket(pipeline: BasePipeline, sampling: SamplingSettings) -> Bucket:
+    """The size of the samples.
+
+    Raises:
+        UserError: the model makes no pictures of this size.
+    """
+    size, spatial = (sampling.width, sampling.height), pipeline.media.spatial
+    frames = pipeline.media.frames(sampling.frames)
+    if frames != sampling.frames:
+        raise UserError.of(
+            f"this model makes clips of {pipeline.media.describe_frames()}; set {frames} instead of {sampling.frames}",
+            where="[sampling] frames",
+        )
+    if any(side % spatial for side in size):
+        width, height = (max(spatial, round(side / spatial) * spatial) for side in size)
+        raise UserError.of(
+            f"the sides of this model's pictures are multiples of {spatial}; set {width} x {height} instead of "
+            f"{size[0]} x {size[1]}",
+            where="[sampling] width, height",
+        )
+    return Bucket(*size, sampling.frames)
+
+
+def prompt_encoders(encoders: Sequence[Encoder], *, with_pictures: bool = False) -> list[Encoder]:
+    """Those that a prompt goes through: of text, and with pictures those of pictures too, but for the first, whose
+    latents are what is drawn."""
+    others = encoders[1:] if with_pictures else encoders
+    return [encoder for encoder in others if not (reads_mask(encoder) if with_pictures else reads_media(encoder))]
+
+
+def encoders_of_prompts(encoders: Sequence[Encoder], sampling: SamplingSettings) -> list[Encoder]:
+    """Those that the prompts of a run go through."""
+    return prompt_encoders(encoders, with_pictures=bool(sampling.control_images))
+
+
+def prompts_shown(pipeline: BasePipeline, sampling: SamplingSettings) -> list[list[Shown]]:
+    """For each prompt what encoders read: the prompt and, where there is a second prediction, the negative prompt, both
+    with the prompt's pictures.
+
+    Raises:
+        UserError: pictures of this size cannot be drawn, or a picture to be shown cannot be read.
+    """
+    bucket = sample_bucket(pipeline, sampling) if sampling.prompts else None
+    pictures = [_pictures(files) for files in sampling.control_images] or [()]
+    pictures *= len(sampling.prompts) if len(pictures) == 1 else 1
+    others = [sampling.negative_prompt] if is_guided(pipeline, sampling) else []
+    return [
+        [
+            of_prompt(text, bucket, shown, pipeline.media.rate if pipeline.starts_from_picture else None)
+            for text in (prompt, *others)
+        ]
+        for prompt, shown in zip(sampling.prompts, pictures, strict=False)
+    ]
+
+
+def _pictures(files: Sequence[Path]) -> tuple:
+    try:
+        return tuple(media_file(file) for file in files)
+    except MediaError as error:
+        raise UserError.of(str(error), where=PICTURES) from error
+
+
+def is_guided(pipeline: BasePipeline, sampling: SamplingSettings) -> bool:
+    """Whether samples take a second prediction, for the negative prompt."""
+    return bool(sampling.prompts) and pipeline.guided_by_second_prediction and sampling.guidance != pipeline.no_guidance
+
+
+def sample_model(
+    pipeline: BasePipeline, encoders: Sequence[Encoder], settings: Settings, ranks: Ranks, cache_dir: Path
+) -> SampleModel:
+    """How to draw this model's samples; the prompts must be in the cache."""
+    autoencoder, sampling = encoders[0], settings.sampling
+    prompts = prompts_shown(pipeline, sampling)
+    reader = SampleReader(encoders_of_prompts(encoders, sampling), cache_dir)
+
+    def features(index: int) -> list[Mapping[str, torch.Tensor]]:
+        return [reader.batch([shown]).features for shown in prompts[index]]
+
+    def decode(latents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        autoencoder.load(ranks.device)
+        pixels = [autoencoder.decode(one)[0].cpu() for one in latents]
+        autoencoder.unload()
+        return pixels
+
+    return SampleModel(
+        features=features,
+        predictions=2 if is_guided(pipeline, sampling) else 1,
+        prepare=pipeline.prepare_inputs,
+        for_scheduler=pipeline.objective.for_scheduler,
+        latent_shape=partial(pipeline.latent_shape, sampling.width, sampling.height, sampling.frames),
+        levels=pipeline.sampling_levels,
+        guided=pipeline.guided,
+        rate=pipeline.media.rate,
+        tokens=pipeline.tokens,
+        scheduler=pipeline.scheduler,
+        shift=pipeline.resolution_shift,
+        decode=decode,
+    )

@@ -1,0 +1,143 @@
+"""The piece of a model that one process trains: built without memory, cut, and only then given its weights."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+from models.base import BasePipeline
+from models.foundation.checkpoints.adapter_files import read_adapter, read_lokr
+from utils.adapters import attach, presets
+from utils.errors import UserError
+from utils.parallel.partition import stage_bounds
+from utils.parallel.teacher import Teacher
+from utils.settings.schema import AdapterSettings, LokrSettings, Settings
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A denoiser, still without weights, with its adapter attached and cut into stages.
+
+    Attributes:
+        denoiser: the whole module.
+        layers: its layers in order; they share the denoiser's parameters.
+        bounds: the half-open range of layers of every stage.
+    """
+
+    denoiser: nn.Module
+    layers: list[nn.Module]
+    bounds: list[tuple[int, int]]
+
+    def stage_layers(self, stage: int) -> list[nn.Module]:
+        start, stop = self.bounds[stage]
+        return self.layers[start:stop]
+
+    def trained(self, layers: list[nn.Module]) -> dict[str, nn.Parameter]:
+        """The trainable parameters among `layers`, by name."""
+        held = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        return {
+            attach.base_name(name): parameter
+            for name, parameter in self.denoiser.named_parameters()
+            if parameter.requires_grad and id(parameter) in held
+        }
+
+
+def draw_up(pipeline: BasePipeline, settings: Settings, denoiser: nn.Module) -> Blueprint:
+    """Attaches the adapter and cuts the denoiser.
+
+    Raises:
+        UserError: the adapter's patterns leave nothing, or the stages do not fit the layers.
+    """
+    if settings.adapter:
+        attach.attach(denoiser, adapted_blocks(pipeline, settings.adapter), settings.adapter)
+    layers = pipeline.to_layers(denoiser)
+    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    try:
+        bounds = stage_bounds(settings.partition_method, sizes, settings.pipeline_stages, settings.partition_split)
+    except ValueError as error:
+        raise UserError.of(str(error), where="pipeline_stages, partition_split") from error
+    return Blueprint(denoiser, layers, bounds)
+
+
+def adapted_blocks(pipeline: BasePipeline, adapter: AdapterSettings) -> tuple[str, ...]:
+    """The blocks in which modules are adapted.
+
+    Raises:
+        UserError: convolutions are asked for, and the model has none.
+    """
+    if adapter.convolutions and not pipeline.convolutional_blocks:
+        raise UserError.of("this model's blocks have no convolutions; leave it out", where="[adapter] convolutions")
+    return (*pipeline.blocks, *(pipeline.convolutional_blocks if adapter.convolutions else ()))
+
+
+def load_stage(pipeline: BasePipeline, settings: Settings, stage: int) -> Blueprint:
+    """A blueprint in which the layers of `stage` hold their weights, base and adapter.
+
+    Raises:
+        UserError: a file does not fit the model or the adapter.
+    """
+    denoiser = pipeline.load_denoiser()
+    weights = pipeline.open_weights(denoiser)
+    blueprint = draw_up(pipeline, settings, denoiser)
+    layers = blueprint.stage_layers(stage)
+    pipeline.fill(denoiser, weights, layers)
+    apply_presets(pipeline, blueprint, layers)
+    if settings.adapter:
+        attach.initialise(denoiser, layers, settings.adapter, pipeline.seed)
+        load_existing_adapter(pipeline, settings, blueprint, layers)
+    return blueprint
+
+
+def apply_presets(pipeline: BasePipeline, blueprint: Blueprint, layers: list[nn.Module]) -> None:
+    """Brings the `preset_adapters` into `layers`; with no layers they are only checked.
+
+    Raises:
+        UserError: one does not fit the model.
+    """
+    denoiser = blueprint.denoiser
+    for preset in pipeline.options.preset_adapters:
+        factors = read_adapter(preset.path, denoiser, pipeline.denoiser_folder, pipeline.original_layout, scale=1.0)
+        updates = presets.updates_of(denoiser, factors, str(preset.path))
+        if preset.fused:
+            presets.fuse(denoiser, layers, updates, preset.weight)
+        else:
+            presets.check_beside(denoiser, updates, str(preset.path))
+            presets.put_beside(denoiser, layers, updates, preset.weight)
+
+
+def teacher_of(pipeline: BasePipeline, settings: Settings, blueprint: Blueprint) -> Teacher | None:
+    """The model itself with empty captions, if guidance is folded into its targets; or without its adapter, if
+    regularisation data is to keep what that makes of it."""
+    if settings.model.folded_guidance is not None:
+        return Teacher(nullcontext, pipeline.folded, shown=lambda batch: (batch.empty, batch.labels))
+    if settings.regularisation_target == "data":
+        return None
+    return Teacher(partial(attach.switched_off, blueprint.denoiser), pipeline.taught)
+
+
+def load_existing_adapter(
+    pipeline: BasePipeline, settings: Settings, blueprint: Blueprint, layers: list[nn.Module]
+) -> None:
+    """Copies the adapter of `init_from_existing`, if one is named, into the factors of `layers`; with no layers it is
+    only checked.
+
+    Raises:
+        UserError: it does not fit the model or the run's adapter.
+    """
+    existing = settings.adapter and settings.adapter.init_from_existing
+    if existing:
+        factors = (
+            read_lokr(existing, blueprint.denoiser, pipeline.denoiser_folder)
+            if isinstance(settings.adapter, LokrSettings)
+            else read_adapter(
+                existing,
+                blueprint.denoiser,
+                pipeline.denoiser_folder,
+                pipeline.original_layout,
+                attach.scale(settings.adapter),
+            )
+        )
+        attach.load(blueprint.denoiser, layers, factors, str(existing))

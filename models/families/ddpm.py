@@ -1,0 +1,83 @@
+"""What models with DDPM's steps share: their `[model]` keys, and the objective and the sampler that these and the
+folder's scheduler ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+
+from utils.diffusion.objectives import Epsilon, VPrediction
+from utils.diffusion.schedules import NoiseSchedule
+from utils.errors import UserError
+from utils.json_files import read_json
+from utils.settings.model_schema import ModelSettings
+from utils.settings.values import TimestepMethod
+
+SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
+OBJECTIVES = {"epsilon": Epsilon, "v_prediction": VPrediction}
+
+
+class DDPMOptions(ModelSettings):
+    """The keys of models that are trained at DDPM's integer steps."""
+
+    timestep_sample_method: TimestepMethod = "uniform"
+    """Distribution from which training timesteps t are drawn, 0 being the clean picture and 1 noise: step t * 1000 of
+    DDPM."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the denoiser predicts; default: what the folder's scheduler says."""
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = None
+    """How noise grows over the steps; default: what the folder's scheduler says."""
+
+
+def ddpm_objective(options: DDPMOptions, *, learns_sigma: bool = False) -> Epsilon:
+    """The objective of the options, and of the folder's scheduler where they say nothing.
+
+    Raises:
+        UserError: the scheduler's configuration is missing, damaged or of another kind; or what the options ask
+            for contradicts itself.
+    """
+    file = options.diffusers_path / SCHEDULER_FILE
+    config = scheduler_config(options)
+    predicts = config.get("prediction_type", "epsilon")
+    if predicts not in OBJECTIVES:
+        raise UserError.of(
+            f"prediction_type '{predicts}' is not trained; set [model] prediction_type to "
+            f"{' or '.join(OBJECTIVES)} if this is a mistake",
+            str(file),
+        )
+    try:
+        return OBJECTIVES[predicts](NoiseSchedule.of_config(config), learns_sigma)
+    except ValueError as error:
+        raise UserError.of(str(error), where="[model]") from error
+
+
+def scheduler_config(options: DDPMOptions) -> dict[str, Any]:
+    """The configuration of the folder's scheduler, with what the options change: a stock scheduler that is made of it
+    draws as the model is trained.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    config = read_json(options.diffusers_path / SCHEDULER_FILE)
+    if options.rescale_betas_zero_snr:
+        config["rescale_betas_zero_snr"] = True
+    for key in ("prediction_type", "beta_schedule"):
+        if getattr(options, key) is not None:
+            config[key] = getattr(options, key)
+    return config
+
+
+def ddpm_scheduler(options: DDPMOptions) -> Any:
+    """The folder's stock scheduler, as the options change it.
+
+    Raises:
+        UserError: its configuration is missing or damaged, or of something else.
+    """
+    config = scheduler_config(options)
+    kind = getattr(diffusers, config.get("_class_name", ""), None)
+    if kind is None:
+        file = options.diffusers_path / SCHEDULER_FILE
+        raise UserError.of("`_class_name` is no scheduler of diffusers; download it again", str(file))
+    return kind.from_config(config)

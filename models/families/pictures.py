@@ -1,0 +1,55 @@
+"""What models of still pictures share whose latents are those of `AutoencoderKL`."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from models.base import BasePipeline
+from models.foundation.encoders.vae import ImageAutoencoder, vae_config
+from utils.dataset.buckets import MediaFacts
+
+
+class PicturePipeline(BasePipeline, ABC):
+    """A model of still pictures, drawn by the Euler steps of flow matching.
+
+    Attributes:
+        patch: latent cells on a side of an image token.
+    """
+
+    media = MediaFacts(spatial=16, temporal=1, max_frames=1)
+    patch: ClassVar[int] = 2
+
+    def autoencoder(self) -> ImageAutoencoder:
+        """What makes latents of pictures."""
+        options = self.options
+        return ImageAutoencoder(options.diffusers_path, options.vae_path, self.dtype, draw=options.latents)
+
+    def tokens(self, latent_shape: Sequence[int]) -> int:
+        _, height, width = latent_shape
+        return (height // self.patch) * (width // self.patch)
+
+    def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
+        return self.vae_config["latent_channels"], height // self.cell, width // self.cell
+
+    @property
+    def cell(self) -> int:
+        """Pixels that a side of a latent's cell stands for."""
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.options.diffusers_path, subfolder="scheduler")
+
+    # Kept: every micro-batch asks for it.
+    @cached_property
+    def vae_config(self) -> dict[str, Any]:
+        """The configuration of the VAE.
+
+        Raises:
+            UserError: it is missing, damaged, or another model's.
+        """
+        return vae_config(self.options.diffusers_path, self.options.vae_path)

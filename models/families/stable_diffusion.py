@@ -1,0 +1,338 @@
+"""What Stable Diffusion 1.5 and SDXL share: a UNet in layers, CLIPs that are cached or trained with it, and files that
+are diffusers folders or the publisher's checkpoints.
+
+Shapes: B batch, C latent channels, h w latent cells, L tokens, D text features, P pooled text features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from models.base import Features, ModelEncoder
+from models.families.ddpm import DDPMOptions, ddpm_objective, ddpm_scheduler
+from models.families.pictures import PicturePipeline
+from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, problems_of, read_config
+from models.foundation.checkpoints.headers import read_header
+from models.foundation.checkpoints.sd_single_file import (
+    VAE_PREFIX,
+    CheckpointLayout,
+    open_clip_original,
+    open_clip_to_original,
+    part_of,
+    vae_to_original,
+)
+from models.foundation.checkpoints.unet_names import unet_layout
+from models.foundation.checkpoints.weights import EnsembleWeights, Original
+from models.foundation.encoders.clip import ClipFeatures, Pooled, clip, clip_config, clip_module
+from models.foundation.encoders.text import TextEncoder
+from models.foundation.encoders.vae import AUTOENCODER_KL, ImageAutoencoder
+from models.foundation.layers.ensemble import Ensemble
+from models.foundation.layers.unet import UNetStream, unet_layers, unknown_variant
+from utils.dataset.buckets import MediaFacts
+from utils.diffusion.objectives import Epsilon
+from utils.errors import Problem, UserError
+from utils.settings.model_schema import ModelSettings, TextEncoderFile
+from utils.settings.values import Positive
+
+Tensors = dict[str, torch.Tensor]
+UNET = "unet"
+PARTS = ("scheduler", "unet", "vae")
+SINGLE_FILES = {"unet": "transformer_path", "vae": "vae_path"}
+OPENAI_ACTIVATION = "quick_gelu"
+"""By which CLIPs of OpenAI are told from OpenCLIPs."""
+CONFIG_KEYS = (
+    *("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"),
+    *("down_block_types", "up_block_types"),
+)
+
+
+class StableDiffusionOptions(DDPMOptions):
+    """The keys of `[model]` that both have."""
+
+    unet_lr: Positive | None = None
+    """Learning rate of the UNet; default: `lr` of `[optimizer]`."""
+    text_encoder_1_lr: Positive | None = None
+    """Train the first text encoder (CLIP-L) too, with this learning rate; default: it is frozen, and what it makes of
+    captions is cached."""
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """A text encoder of the model.
+
+    Attributes:
+        name: its `type` in the option `text_encoders`; its features are named by it.
+        folder, tokenizer: in a diffusers folder.
+        rate: the option with its learning rate.
+        prefix: of its tensors in a checkpoint.
+        lora_prefix: of its modules in kohya's files.
+        pooled: what it pools of a caption for the model, if anything.
+        is_open_clip: it is OpenCLIP, which has names of its own in checkpoints.
+    """
+
+    name: str
+    folder: str
+    tokenizer: str
+    rate: str
+    prefix: str
+    lora_prefix: str
+    pooled: Pooled | None = None
+    is_open_clip: bool = False
+
+
+class UNetInputs(NamedTuple):
+    """What the entry takes. `texts` are, for each text encoder, features (B, L, D), or numbers and weights of tokens,
+    both (B, L), where the encoder is trained; `pooled_BP` is None where the model has none or the encoder that makes it
+    is trained."""
+
+    x_BChw: torch.Tensor
+    step_B: torch.Tensor
+    texts: tuple[torch.Tensor | tuple[torch.Tensor, torch.Tensor], ...]
+    pooled_BP: torch.Tensor | None = None
+    sizes_B6: torch.Tensor | None = None
+
+
+class Entry(nn.Module):
+    """Reads texts with the encoders that are trained, embeds the time, and SDXL's sizes, and convolves the latent.
+
+    Args:
+        readers: for each text encoder how its features are made, None where they are given.
+    """
+
+    def __init__(self, ensemble: Ensemble, readers: Sequence[tuple[str, ClipFeatures] | None]):
+        super().__init__()
+        unet = ensemble.unet
+        self.conv_in, self.time_proj, self.time_embedding = unet.conv_in, unet.time_proj, unet.time_embedding
+        self.add_time_proj = getattr(unet, "add_time_proj", None)
+        self.add_embedding = getattr(unet, "add_embedding", None)
+        self.readers = [reader and reader[1] for reader in readers]
+        self.text_encoders = nn.ModuleList(getattr(ensemble, reader[0]) for reader in readers if reader)
+
+    def forward(self, inputs: UNetInputs) -> UNetStream:
+        dtype = self.conv_in.weight.dtype
+        text_BLD, pooled_BP = self._texts(inputs)
+        time_BD = self.time_embedding(self.time_proj(inputs.step_B).to(dtype))
+        if self.add_embedding is not None:
+            # Sizes stay float32 until they are embedded: bfloat16 does not know 1000 from 1001.
+            sizes_BD = self.add_time_proj(inputs.sizes_B6.flatten()).reshape(len(pooled_BP), -1)
+            time_BD = time_BD + self.add_embedding(torch.cat([pooled_BP, sizes_BD], dim=-1).to(dtype))
+        x_BChw = self.conv_in(inputs.x_BChw.to(dtype))
+        return UNetStream(x_BChw, (x_BChw,), time_BD, text_BLD.to(dtype))
+
+    def _texts(self, inputs: UNetInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The text (B, L, D) of all encoders side by side, and the pooled text (B, P)."""
+        encoders, made, pooled_BP = iter(self.text_encoders), [], inputs.pooled_BP
+        for reader, text in zip(self.readers, inputs.texts, strict=True):
+            features = {} if reader is None else reader.of_tokens(next(encoders), *text)
+            made.append(text if reader is None else features[reader.name])
+            if reader is not None and reader.pooled:
+                pooled_BP = features[f"{reader.name}_pooled"]
+        return torch.cat(made, dim=-1), pooled_BP
+
+
+class StableDiffusionPipeline(PicturePipeline):
+    """A Stable Diffusion. The denoiser is an `Ensemble` of the UNet and the text encoders that are trained.
+
+    Attributes:
+        texts: its text encoders, in the order in which their features stand side by side.
+        addition: `addition_embed_type` of its UNet.
+        other: what a UNet with another one is.
+    """
+
+    Options: ClassVar[type[ModelSettings]] = StableDiffusionOptions
+    # The UNet halves the sides of a latent thrice.
+    media = MediaFacts(spatial=64, temporal=1, max_frames=1)
+    patch = 1
+    blocks = (f"{UNET}.*.attentions", "text_encoder*.layers")
+    convolutional_blocks = (f"{UNET}.*.resnets", f"{UNET}.*.downsamplers", f"{UNET}.*.upsamplers")
+    stream_type = UNetStream
+    denoiser_folder = UNET
+    guided_by_second_prediction = True
+    texts: ClassVar[tuple[TextPart, ...]]
+    addition: ClassVar[str | None]
+    other: ClassVar[str]
+
+    def __init__(self, options: StableDiffusionOptions, seed: int = 0):
+        # Here, so that all else asks the options alone where a part is.
+        super().__init__(with_parts_of_checkpoint(options, self.texts), seed)
+
+    def text_features(self) -> dict[str, Any]:
+        """Which fields of `ClipFeatures` are not as they are by default."""
+        return {}
+
+    @cached_property
+    def objective(self) -> Epsilon:
+        return ddpm_objective(self.options)
+
+    @cached_property
+    def original_layout(self) -> CheckpointLayout:
+        prefixes = {UNET: "lora_unet", **{part.folder: part.lora_prefix for part in self.texts}}
+        return CheckpointLayout(unet_layout(self._unet_config), prefixes, self._beside_the_unet)
+
+    @property
+    def trained_texts(self) -> list[TextPart]:
+        """The text encoders that have a learning rate."""
+        return [part for part in self.texts if getattr(self.options, part.rate)]
+
+    def check(self) -> None:
+        if problems := problems_of([self._check_rates, self._check_files]):
+            raise UserError(problems)
+        self._check_variant()
+        self.check_tensors()
+
+    def _check_rates(self) -> None:
+        if self.options.from_scratch and self.trained_texts:
+            raise UserError.of(
+                "begins the UNet from random numbers, from which a text encoder would only unlearn; leave it out, or "
+                f"{self.trained_texts[0].rate}",
+                where="[model] from_scratch",
+            )
+
+    def _check_files(self) -> None:
+        parts = [name for part in self.texts for name in (part.folder, part.tokenizer)]
+        types = {part.folder: part.name for part in self.texts}
+        check_diffusers_folder(self.options, (*PARTS, *parts), SINGLE_FILES, types, denoiser=UNET)
+
+    def _check_variant(self) -> None:
+        """Whether UNet, VAE and text encoders are of this model, and fit one another."""
+        self.scheduler()
+        config, latent = self._unet_config, self.vae_config["latent_channels"]
+        width = sum(self._text_encoder(part).shapes[part.name][1] for part in self.texts)
+        file = str(self.options.diffusers_path / UNET / "config.json")
+        wrong = {
+            f"is {self.other}, not this model's UNet": config.get("addition_embed_type") != self.addition,
+            f"is of another kind of UNet ({unknown_variant(config)})": unknown_variant(config),
+            f"takes {config['in_channels']} channels and the VAE makes {latent}; a UNet that paints inside masks or "
+            "edits pictures is not trained here": config["in_channels"] != latent,
+            f"takes text of {config['cross_attention_dim']} features and the text encoders make {width}": (
+                config["cross_attention_dim"] != width
+            ),
+            "lies beside a VAE with statistics of its latents (latents_mean), which are not known here; give another "
+            "vae": self.vae_config.get("latents_mean") is not None,
+        }
+        if problems := [Problem(file, "", message) for message, holds in wrong.items() if holds]:
+            raise UserError(problems)
+        for part in self.texts:
+            folder = self.options.diffusers_path
+            act = clip_config(folder, part.folder).get("hidden_act", OPENAI_ACTIVATION)
+            if (act != OPENAI_ACTIVATION) != part.is_open_clip:
+                raise UserError.of(
+                    f"is a CLIP with the activation {act}, as {'OpenAI' if part.is_open_clip else 'Stable Diffusion 2'}"
+                    " has it, which is not trained here; give this model's own",
+                    str(folder / part.folder / "config.json"),
+                )
+
+    def encoders(self, controls: int = 0) -> list[ModelEncoder]:
+        return [self.autoencoder(), *(self._text_encoder(part) for part in self.texts)]
+
+    def autoencoder(self) -> ImageAutoencoder:
+        # Many a VAE overflows in float16.
+        dtype = torch.float32 if self.dtype == torch.float16 and self.vae_config.get("force_upcast") else self.dtype
+        return ImageAutoencoder(self.options.diffusers_path, self.options.vae_path, dtype, draw=self.options.latents)
+
+    def _text_encoder(self, part: TextPart) -> TextEncoder:
+        return clip(
+            part.name,
+            self.options.diffusers_path,
+            part.folder,
+            part.tokenizer,
+            part_override(self.options, part.name),
+            self.dtype,
+            part.pooled,
+            original=open_clip_original(part.prefix) if part.is_open_clip else Original(part.prefix),
+            trained=part in self.trained_texts,
+            **self.text_features(),
+        )
+
+    def build_denoiser(self) -> Ensemble:
+        unet, parts = UNet2DConditionModel.from_config(self._unet_config), self.trained_texts
+        texts = {part.folder: clip_module(self._text_encoder(part), loaded=False) for part in parts}
+        configs = {part.folder: clip_config(self.options.diffusers_path, part.folder) for part in parts}
+        return Ensemble({UNET: unet, **texts}, {UNET: dict(unet.config), **configs})
+
+    def open_weights(self, denoiser: Ensemble) -> EnsembleWeights | None:
+        if self.options.from_scratch:
+            return None
+        texts = {
+            part.folder: partial(clip_module, self._text_encoder(part), loaded=True) for part in self.trained_texts
+        }
+        return EnsembleWeights({UNET: super().open_weights(denoiser.unet)}, texts)
+
+    def learning_rate(self, name: str) -> float | None:
+        rates = {UNET: self.options.unet_lr, **{part.folder: getattr(self.options, part.rate) for part in self.texts}}
+        return rates[name.partition(".")[0]]
+
+    def parameter_dtype(self, name: str) -> torch.dtype:
+        return super().parameter_dtype(name) if name.startswith(f"{UNET}.") else self.dtype
+
+    def to_layers(self, denoiser: Ensemble) -> list[nn.Module]:
+        readers = [
+            (part.folder, self._text_encoder(part).features) if part in self.trained_texts else None
+            for part in self.texts
+        ]
+        return [Entry(denoiser, readers), *unet_layers(denoiser.unet)]
+
+    def prepare_inputs(
+        self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
+    ) -> UNetInputs:
+        texts = tuple(
+            (features[f"{part.name}_tokens"], features[f"{part.name}_weights"])
+            if part in self.trained_texts
+            else features[part.name]
+            for part in self.texts
+        )
+        pooled = next((features.get(f"{part.name}_pooled") for part in self.texts if part.pooled), None)
+        return UNetInputs(x_t, self.objective.model_time(t_B), texts, pooled)
+
+    def scheduler(self) -> Any:
+        return ddpm_scheduler(self.options)
+
+    def sampling_levels(self, steps: int) -> None:
+        return None
+
+    def _beside_the_unet(self, tensors: Tensors) -> Tensors:
+        """What a checkpoint has beside the UNet: the VAE, and text encoders as they are trained or as they were."""
+        dtype = next(iter(tensors.values())).dtype
+        vae = AUTOENCODER_KL.load(self.options.diffusers_path, self.options.vae_path, dtype)
+        checkpoint = vae_to_original(vae.state_dict(), self.vae_config)
+        for part in self.texts:
+            frozen = None if part in self.trained_texts else clip_module(self._text_encoder(part), loaded=True)
+            text = part_of(tensors, part.folder) if frozen is None else dict(frozen.named_parameters())
+            named = open_clip_to_original(text) if part.is_open_clip else text
+            checkpoint |= {f"{part.prefix}{name}": tensor.detach().to(dtype) for name, tensor in named.items()}
+        # By these ComfyUI tells what the model predicts.
+        told = {"v_pred": self.objective.kind == "v", "ztsnr": self.objective.schedule.zero_terminal_snr}
+        return {**checkpoint, **{name: torch.empty(0) for name, holds in told.items() if holds}}
+
+    @cached_property
+    def _unet_config(self) -> dict[str, Any]:
+        return read_config(self.options.diffusers_path, UNET, model="UNet2DConditionModel", keys=CONFIG_KEYS)
+
+
+def with_parts_of_checkpoint(options: StableDiffusionOptions, texts: Sequence[TextPart]) -> StableDiffusionOptions:
+    """The options, with what a checkpoint in `transformer_path` holds beside the UNet in place of the folder's parts,
+    unless options name these too.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    path = options.transformer_path
+    if path is None or path.is_dir():
+        return options
+    keys = read_header(path).files
+    given = [entry.type for entry in options.text_encoders]
+    found = [
+        TextEncoderFile(type=part.name, path=path)
+        for part in texts
+        if part.name not in given and any(key.startswith(part.prefix) for key in keys)
+    ]
+    has_vae = options.vae_path is None and any(key.startswith(VAE_PREFIX) for key in keys)
+    parts = {"vae_path": path} if has_vae else {}
+    return options.model_copy(update={**parts, "text_encoders": [*options.text_encoders, *found]})

@@ -1,0 +1,1 @@
+"""Weights on disk: headers, names, and whether a file is what it should be."""

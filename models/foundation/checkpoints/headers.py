@@ -1,0 +1,101 @@
+"""What lies in safetensors files, told from their headers; and whether two files are the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from utils.errors import UserError
+from utils.json_files import read_json
+
+USUAL_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "adapter_model.safetensors")
+INDEX = ".index.json"
+SUFFIXES = (".safetensors", ".sft")
+FINGERPRINT_BLOCKS = 64
+FINGERPRINT_BLOCK_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file (or the shards of one) holds: where each tensor is, and its shape."""
+
+    files: dict[str, Path]
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def paths(self) -> list[Path]:
+        return sorted(set(self.files.values()))
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file, or of those in a folder that belong together.
+
+    Raises:
+        UserError: there is no such file, or it is not a whole safetensors file.
+    """
+    paths = [path] if path.is_file() else _files_in(path)
+    if not paths:
+        raise UserError.of("no safetensors file here; give a .safetensors file or a folder with some", str(path))
+    files, shapes = {}, {}
+    for file in paths:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():
+                    files[key] = file
+                    shapes[key] = tuple(opened.get_slice(key).get_shape())
+        except (SafetensorError, OSError) as error:
+            cure = "download it again" if file.suffix in SUFFIXES else "give one; other formats are not read"
+            raise UserError.of(f"not a whole safetensors file ({error}); {cure}", str(file)) from error
+    return Header(files, shapes)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """The files of a folder's weights: those with the usual name, as shards or as one (others are variants of it, as
+    `.fp16`), else the shards of another name, else whatever there is."""
+    for name in USUAL_NAMES:
+        if (folder / f"{name}{INDEX}").is_file():
+            return _shards(folder / f"{name}{INDEX}")
+        if (folder / name).is_file():
+            return [folder / name]
+    variants = sorted(folder.glob(f"*.safetensors{INDEX}"))
+    return _shards(variants[0]) if variants else sorted(folder.glob("*.safetensors"))
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError.of("has no table `weight_map` of file names; download it again", str(index))
+    return sorted({index.parent / name for name in places.values()})
+
+
+def fingerprint(*parts: Path | str | Mapping[str, Any]) -> str:
+    """What a cached item was made with: settings as they are, files by their size and 64 evenly spaced blocks.
+
+    Another training of the same model differs in every block, so that reading four megabytes tells two files apart
+    where reading them whole would take a minute.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, Path):
+            for file in [part] if part.is_file() else sorted(p for p in part.iterdir() if p.is_file()):
+                _digest_file(digest, file)
+        else:
+            digest.update(json.dumps(part, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _digest_file(digest: Any, file: Path) -> None:
+    size = file.stat().st_size
+    digest.update(f"{file.name}:{size}".encode())
+    step = max(FINGERPRINT_BLOCK_BYTES, size // FINGERPRINT_BLOCKS)
+    with file.open("rb") as opened:
+        for offset in range(0, size, step):
+            opened.seek(offset)
+            digest.update(opened.read(FINGERPRINT_BLOCK_BYTES))

@@ -1,0 +1,145 @@
+"""What a safetensors file holds, from the names and shapes in its header: so that a wrong file is told together with
+what would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from utils.errors import UserError
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """By what a kind of file is known.
+
+    Attributes:
+        what: it is, in words.
+        fits: what to do with it.
+        has: parts of tensors' names, of which all are there.
+        lacks: parts of which none is there.
+        size: (part of a tensor's name, dimension, its size), if that tells it from its relatives.
+    """
+
+    what: str
+    fits: str
+    has: tuple[str, ...]
+    lacks: tuple[str, ...] = ()
+    size: tuple[str, int, int] | None = None
+
+    def is_on(self, shapes: Shapes) -> bool:
+        """Whether a file whose tensors have these names and shapes is of this kind."""
+        if not all(any(part in name for name in shapes) for part in self.has):
+            return False
+        if any(part in name for name in shapes for part in self.lacks):
+            return False
+        if self.size is None:
+            return True
+        part, dimension, size = self.size
+        found = [shape for name, shape in shapes.items() if part in name]
+        return bool(found) and len(found[0]) > dimension and found[0][dimension] == size
+
+
+def _type(name: str) -> str:
+    return f'set [model] type = "{name}"'
+
+
+ADAPTER = "give it as [adapter] init_from_existing, or in [[model.preset_adapters]], and the model itself here"
+TEXT_WIDTH = "attn2.to_k.weight"
+UNET = ("down_blocks.", "up_blocks.", TEXT_WIDTH)
+ORIGINAL_UNET = ("input_blocks.0.0.weight", "output_blocks.", TEXT_WIDTH)
+UNETS = {768: ("Stable Diffusion 1.5", _type("sd15")), 2048: ("Stable Diffusion XL", _type("sdxl"))}
+OTHER_UNETS = {1024: "Stable Diffusion 2", 1280: "the refiner of Stable Diffusion XL"}
+NOT_TRAINED = "it is not trained here"
+
+FOLDERS = {
+    "ChromaPipeline": "chroma",
+    "CogView4Pipeline": "cogview4",
+    "FluxKontextPipeline": "flux",
+    "FluxPipeline": "flux",
+    "HiDreamImagePipeline": "hidream",
+    "HunyuanDiTPipeline": "hunyuan_dit",
+    "QwenImageEditPipeline": "qwen_image",
+    "QwenImageEditPlusPipeline": "qwen_image",
+    "QwenImageLayeredPipeline": "qwen_image_layered",
+    "QwenImagePipeline": "qwen_image",
+    "StableDiffusion3Pipeline": "sd3",
+    "StableDiffusionPipeline": "sd15",
+    "StableDiffusionXLPipeline": "sdxl",
+    "WanImageToVideoPipeline": "wan",
+    "WanPipeline": "wan",
+    "ZImagePipeline": "z_image",
+}
+"""The `type` for what `model_index.json` of a diffusers folder says that it is."""
+
+GUESS = "; is it another model's?"
+
+# The first one that fits counts.
+MARKS: tuple[Mark, ...] = (
+    *(Mark("an adapter", ADAPTER, (part,)) for part in (".lora_down", ".lora_A", ".lora.down", ".lokr_w", ".hada_w")),
+    *(
+        Mark(f"an inpainting model of {name}", "give the plain one", parts, size=(first, 1, 9))
+        for name, _ in UNETS.values()
+        for parts, first in ((UNET, "conv_in.weight"), (ORIGINAL_UNET, "input_blocks.0.0.weight"))
+    ),
+    *(
+        Mark(name, fits, parts, size=(TEXT_WIDTH, 1, width))
+        for width, (name, fits) in UNETS.items()
+        for parts in (UNET, ORIGINAL_UNET)
+    ),
+    *(
+        Mark(name, NOT_TRAINED, parts, size=(TEXT_WIDTH, 1, width))
+        for width, name in OTHER_UNETS.items()
+        for parts in (UNET, ORIGINAL_UNET)
+    ),
+    Mark("Chroma", _type("chroma"), ("distilled_guidance_layer.",)),
+    Mark("HunyuanVideo", NOT_TRAINED, ("individual_token_refiner",)),
+    Mark("HunyuanVideo", NOT_TRAINED, ("context_embedder.token_refiner",)),
+    Mark("Flux.1 dev", _type("flux"), ("double_blocks.0.img_attn.qkv", "guidance_in.")),
+    Mark("Flux.1 schnell", _type("flux") + " with schnell's folder", ("double_blocks.0.img_attn.qkv", "vector_in.")),
+    Mark("Flux.1 dev", _type("flux"), ("single_transformer_blocks.0.proj_mlp", "guidance_embedder.")),
+    Mark(
+        "Flux.1 schnell",
+        _type("flux") + " with schnell's folder",
+        ("single_transformer_blocks.0.proj_mlp", "time_text_embed.text_embedder."),
+    ),
+    Mark("Stable Diffusion 3", _type("sd3"), ("joint_blocks.0.x_block.",)),
+    Mark("Stable Diffusion 3", _type("sd3"), ("pos_embed.pos_embed", "ff_context.", "time_text_embed.")),
+    Mark(
+        "Qwen-Image-Layered", _type("qwen_image_layered"), ("transformer_blocks.0.img_mod.1.", "addition_t_embedding.")
+    ),
+    Mark("Qwen-Image", _type("qwen_image"), ("transformer_blocks.0.img_mod.1.", "txt_in.")),
+    Mark("HiDream", _type("hidream"), ("double_stream_blocks.0.block.", "caption_projection.0.")),
+    Mark("HunyuanDiT", _type("hunyuan_dit"), ("text_embedding_padding",)),
+    Mark("CogView4", _type("cogview4"), ("patch_embed.text_proj.", "time_condition_embed.")),
+    Mark("Z-Image", _type("z_image"), ("noise_refiner.0.", "x_pad_token")),
+    Mark("Lumina Image 2", NOT_TRAINED, ("noise_refiner.0.",)),
+    *(
+        Mark(f"Wan {variant}", _type("wan"), (part,), size=("patch_embedding.weight", 1, channels))
+        for part in ("blocks.0.self_attn.q.", "blocks.0.attn1.to_q.")
+        for channels, variant in ((16, "for text to video"), (36, "for picture to video"), (48, "2.2 TI2V-5B"))
+    ),
+    Mark("Wan", _type("wan"), ("blocks.0.self_attn.q.", "text_embedding.0.")),
+    Mark("Wan", _type("wan"), ("blocks.0.attn1.to_q.", "condition_embedder.text_embedder.")),
+    Mark("a VAE", "give it as [model] vae_path", ("decoder.conv_in.",), lacks=("transformer_blocks.", "input_blocks.")),
+    Mark("a text encoder", "give it in [model] text_encoders", ("embeddings.token_embedding.",)),
+    Mark("a text encoder", "give it in [model] text_encoders", ("block.0.layer.0.SelfAttention.",)),
+    Mark("a text encoder", "give it in [model] text_encoders", ("embed_tokens.weight", "layers.0.self_attn.q_proj.")),
+)
+
+
+def recognised(shapes: Shapes) -> Mark | None:
+    """What a file with these tensors holds; None if it is of no kind that is known."""
+    return next((mark for mark in MARKS if mark.is_on(shapes)), None)
+
+
+def explained(error: UserError, shapes: Shapes, model_type: str) -> UserError:
+    """An error about a file with these tensors, with what it holds instead, if that is known to be none of this
+    type's."""
+    mark = recognised(shapes)
+    if mark is None or mark.fits == _type(model_type):
+        return error
+    said = f"; it looks like {mark.what}: {mark.fits}"
+    return UserError(replace(p, message=p.message.removesuffix(GUESS) + said) for p in error.problems)

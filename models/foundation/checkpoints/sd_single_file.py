@@ -1,0 +1,169 @@
+"""Names in the single files of Stable Diffusion: checkpoints, which hold UNet, VAE and text encoders, and LoRAs.
+
+Checkpoints have the names of their publisher (`model.diffusion_model.input_blocks...`). LoRAs for ComfyUI, Forge and
+others have kohya's: `lora_unet_` and `lora_te_`, then diffusers' or the publisher's name of a module, with _ for dots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from models.foundation.checkpoints.key_layouts import KeyLayout, Rule
+from models.foundation.checkpoints.weights import Original
+
+Tensors = dict[str, torch.Tensor]
+
+UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
+PROJECTION = "text_projection.weight"
+LAYERS = "text_model.encoder.layers.{}"
+OPEN_CLIP = KeyLayout(
+    [
+        Rule("token_embedding", ("text_model.embeddings.token_embedding",)),
+        Rule("positional_embedding", ("text_model.embeddings.position_embedding.weight",)),
+        *(
+            Rule(
+                f"transformer.resblocks.{{}}.attn.in_proj_{parameter}",
+                tuple(f"{LAYERS}.self_attn.{part}_proj.{parameter}" for part in "qkv"),
+            )
+            for parameter in ("weight", "bias")
+        ),
+        *(
+            Rule(f"transformer.resblocks.{{}}.{there}", (f"{LAYERS}.{here}",))
+            for there, here in {
+                "attn.out_proj": "self_attn.out_proj",
+                "ln_1": "layer_norm1",
+                "ln_2": "layer_norm2",
+                "mlp.c_fc": "mlp.fc1",
+                "mlp.c_proj": "mlp.fc2",
+            }.items()
+        ),
+        Rule("ln_final", ("text_model.final_layer_norm",)),
+        Rule("text_projection", (PROJECTION,)),
+    ]
+)
+IN_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+IN_RESNET = {**{name: name for name in ("norm1", "conv1", "norm2", "conv2")}, "nin_shortcut": "conv_shortcut"}
+
+
+def vae_layout(config: Mapping[str, Any]) -> KeyLayout:
+    """The publisher's names of the VAE, whose decoder counts its levels from the other end."""
+    levels, per_level = len(config["block_out_channels"]), config["layers_per_block"]
+    pairs = [("quant_conv", "quant_conv"), ("post_quant_conv", "post_quant_conv")]
+    places = []
+    for side in ("encoder", "decoder"):
+        pairs += [(f"{side}.{name}", f"{side}.{name}") for name in ("conv_in", "conv_out")]
+        pairs.append((f"{side}.norm_out", f"{side}.conv_norm_out"))
+        places += [(f"{side}.mid.block_{n + 1}", f"{side}.mid_block.resnets.{n}", IN_RESNET) for n in range(2)]
+        places.append((f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0", IN_ATTENTION))
+    for level in range(levels):
+        down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{levels - 1 - level}"
+        places += [(f"encoder.down.{level}.block.{n}", f"{down}.resnets.{n}", IN_RESNET) for n in range(per_level)]
+        places += [(f"decoder.up.{level}.block.{n}", f"{up}.resnets.{n}", IN_RESNET) for n in range(per_level + 1)]
+        pairs.append((f"encoder.down.{level}.downsample.conv", f"{down}.downsamplers.0.conv"))
+        pairs.append((f"decoder.up.{level}.upsample.conv", f"{up}.upsamplers.0.conv"))
+    pairs += [(f"{there}.{a}", f"{here}.{b}") for there, here, within in places for a, b in within.items()]
+    return KeyLayout([Rule(there, (here,)) for there, here in pairs])
+
+
+def vae_to_original(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    """diffusers' VAE as it is in checkpoints, where the projections of its attention are convolutions."""
+    renamed = vae_layout(config).to_original(tensors)
+    return {
+        f"{VAE_PREFIX}{name}": tensor[:, :, None, None] if ".attn_1." in name and tensor.ndim == 2 else tensor
+        for name, tensor in renamed.items()
+    }
+
+
+def open_clip_original(prefix: str) -> Original:
+    """OpenCLIP in a checkpoint, with names of its own."""
+
+    def convert(tensors: Tensors) -> Tensors:
+        named = OPEN_CLIP.from_original({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+        return {name: _other_side(tensor) if name == PROJECTION else tensor for name, tensor in named.items()}
+
+    return Original(prefix, convert)
+
+
+def open_clip_to_original(tensors: Tensors) -> Tensors:
+    """OpenCLIP under its own names, without the prefix."""
+    turned = {name: _other_side(tensor) if name == PROJECTION else tensor for name, tensor in tensors.items()}
+    return OPEN_CLIP.to_original(turned)
+
+
+def _other_side(projection: torch.Tensor) -> torch.Tensor:
+    """OpenCLIP multiplies by its projection from the other side."""
+    return projection.T.contiguous()
+
+
+class CheckpointLayout(KeyLayout):
+    """The names of an ensemble of UNet and text encoders. What is read by it is the UNet.
+
+    Args:
+        unet: the publisher's names of the UNet.
+        lora_prefixes: part of the ensemble -> what its modules begin with in kohya's files.
+        others: tensors of the ensemble -> those of a checkpoint that are not the UNet's.
+    """
+
+    def __init__(self, unet: KeyLayout, lora_prefixes: Mapping[str, str], others: Callable[[Tensors], Tensors]):
+        super().__init__(unet.rules)
+        self.lora_prefixes, self.others = dict(lora_prefixes), others
+
+    def to_original(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+        """A whole checkpoint."""
+        unet = super().to_original(part_of(tensors, "unet"))
+        return {**{f"{UNET_PREFIX}{name}": tensor for name, tensor in unet.items()}, **self.others(dict(tensors))}
+
+    def lora_to_kohya(
+        self, factors: Mapping[str, torch.Tensor], scale_of: Callable[[str], float], rows_of: Callable[[str], int]
+    ) -> Tensors:
+        """LoRA factors under kohya's names, with diffusers' names of modules."""
+        converted = {}
+        for module in sorted({name.partition(".lora_")[0] for name in factors}):
+            name = self._kohya_name(module)
+            down, up = factors[f"{module}.lora_A.weight"], factors[f"{module}.lora_B.weight"]
+            converted[f"{name}.lora_down.weight"] = down
+            converted[f"{name}.lora_up.weight"] = up
+            converted[f"{name}.alpha"] = torch.tensor(scale_of(module) * down.shape[0])
+        return converted
+
+    def lora_from_kohya(
+        self, tensors: Mapping[str, torch.Tensor], modules: Iterable[str], rows_of: Callable[[str], int]
+    ) -> Tensors:
+        """The inverse, with alpha multiplied into `lora_B`; knows modules by diffusers' names and the publisher's.
+
+        Raises:
+            ValueError: the file holds factors of further modules.
+        """
+        known = {self._kohya_name(module): module for module in modules}
+        unet = [module.removeprefix("unet.") for module in known.values() if module.startswith("unet.")]
+        publishers = self.names_there(unet).items()
+        known |= {self._kohya_name(f"unet.{there}"): f"unet.{here}" for here, there in publishers}
+        names = sorted({key.partition(".")[0] for key in tensors})
+        if left := [name for name in names if name not in known]:
+            others = [name for name in left if not name.startswith("lora_te")]
+            of_texts = "those of text encoders are if [model] gives them a rate (text_encoder_1_lr)"
+            cure = "is it another model's?" if others else of_texts
+            first = (others or left)[0]
+            raise ValueError(
+                f"the adapter is also for {len(left)} modules that are not trained here, the first is '{first}'; {cure}"
+            )
+        factors = {}
+        for name in names:
+            down, up = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
+            alpha = tensors.get(f"{name}.alpha", torch.tensor(float(down.shape[0]))).item()
+            factors[f"{known[name]}.lora_A.weight"] = down
+            factors[f"{known[name]}.lora_B.weight"] = up * (alpha / down.shape[0])
+        return factors
+
+    def _kohya_name(self, module: str) -> str:
+        part, _, rest = module.partition(".")
+        return f"{self.lora_prefixes[part]}_{rest.replace('.', '_')}"
+
+
+def part_of(tensors: Mapping[str, torch.Tensor], part: str) -> Tensors:
+    """The tensors of one part of an ensemble, under its own names."""
+    own = f"{part}."
+    return {name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)}

@@ -1,0 +1,243 @@
+"""Weights on disk -> the parameters that this process holds.
+
+A denoiser is built from its configuration on the meta device, where it costs no memory, cut into layers, and only then
+are the tensors of this process's stage read: by memory map, each in the type it is kept in.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import nn
+
+from models.foundation.checkpoints.headers import read_header
+from models.foundation.checkpoints.key_layouts import KeyLayout, Piece, swap_halves
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Tensors = dict[str, torch.Tensor]
+
+SCALE_NAMES = ("scale_weight", "weight_scale")
+"""What programs call the number by which an 8-bit `weight` is to be multiplied."""
+
+
+class Weights:
+    """The tensors of a model by our names, read when asked for.
+
+    Args:
+        path: a .safetensors file, or a folder with one or its shards.
+        module: the model (on the meta device will do), for names and shapes.
+        layout: the table by which another program names them; None if the files use our names.
+    """
+
+    def __init__(self, path: Path, module: nn.Module, layout: KeyLayout | None = None):
+        self.path = path
+        header = read_header(path)
+        shapes = {name: tuple(parameter.shape) for name, parameter in module.state_dict().items()}
+        try:
+            self.pieces = layout.pieces(shapes, header.files) if layout else {name: Piece(name) for name in shapes}
+        except ValueError as error:
+            raise UserError.of(f"{error}: this file does not fit the model's configuration", str(path)) from error
+        self.header = header
+        self._check(shapes, layout.prefix(header.files) if layout else "", layout.unused if layout else ())
+        self._opened: dict[Path, Any] = {}
+
+    def _check(self, shapes: Mapping[str, tuple[int, ...]], prefix: str, known: Sequence[str]) -> None:
+        asked: dict[str, tuple[int, ...]] = {}
+        for name, shape in shapes.items():
+            piece = self.pieces.get(name, Piece(name))
+            # A fused tensor ends where its last piece does.
+            whole = (piece.rows[1], *shape[1:]) if piece.rows else shape
+            asked[piece.key] = max(whole, asked.get(piece.key, whole))
+        for key, shape in asked.items():
+            check_shape(key, self.header.shapes.get(key), shape, self.path)
+        unused = [
+            key
+            for key in self.header.files
+            if key.startswith(prefix)
+            and key not in asked
+            and key.endswith(("weight", "bias", "scale"))
+            and key.removeprefix(prefix) not in known
+        ]
+        if unused:
+            logger.warning(
+                "%s: the model's configuration has no use for %d of the tensors, the first is '%s'; is it "
+                "another model's?",
+                self.path,
+                len(unused),
+                unused[0],
+            )
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU, in the type of the file; float32 if the file stores it scaled."""
+        piece = self.pieces[name]
+        stored = self._slice(piece.key)
+        tensor = stored[piece.rows[0] : piece.rows[1]] if piece.rows else stored[...]
+        scale = next((key for key in scale_keys(piece.key) if key in self.header.files), None)
+        tensor = tensor if scale is None else unscaled(tensor, self._slice(scale)[...], scale, self.path)
+        return swap_halves(tensor) if piece.swap_halves else tensor
+
+    def _slice(self, key: str) -> Any:
+        file = self.header.files[key]
+        if file not in self._opened:
+            self._opened[file] = safe_open(file, framework="pt")
+        return self._opened[file].get_slice(key)
+
+
+def check_shape(key: str, stored: Sequence[int] | None, asked: Sequence[int], source: Path) -> None:
+    """Whether a tensor of a file is there (else its shape is None), and as large as the model asks.
+
+    Raises:
+        UserError: it is not.
+    """
+    if stored is None:
+        raise UserError.of(f"the tensor '{key}' of the model is not in the file; is it another model's?", str(source))
+    if tuple(stored) != tuple(asked):
+        raise UserError.of(
+            f"'{key}' is {list(stored)}, but the model's configuration asks for {list(asked)}; is it another model's?",
+            str(source),
+        )
+
+
+def scale_keys(key: str) -> list[str]:
+    """Names under which the scale of an 8-bit tensor may be stored."""
+    return [key.removesuffix("weight") + name for name in SCALE_NAMES if key.endswith(".weight")]
+
+
+def unscaled(tensor: torch.Tensor, scale: torch.Tensor, key: str, source: Path) -> torch.Tensor:
+    """The values of a tensor stored in 8 bits, in float32.
+
+    Raises:
+        UserError: it has more than one scale.
+    """
+    if scale.numel() != 1:
+        raise UserError.of(
+            f"'{key}' has {scale.numel()} scales for one tensor; give a file in bfloat16, or in fp8 with one scale",
+            str(source),
+        )
+    return tensor.float() * scale.float().reshape(())
+
+
+def load_tensors(path: Path, dtype: torch.dtype, prefix: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of a file or folder, those of floating point in `dtype`.
+
+    Args:
+        prefix: if names begin with it, only those tensors are read: one part of a checkpoint that holds several.
+
+    Raises:
+        UserError: there is no such file, or it is not a whole safetensors file.
+    """
+    header = read_header(path)
+    wanted = _part(header.files, prefix)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in header.paths:
+        with safe_open(file, framework="pt") as opened:
+            tensors |= {key: opened.get_tensor(key) for key in wanted if header.files[key] == file}
+    for key in list(tensors):
+        scale = next((name for name in scale_keys(key) if name in tensors), None)
+        tensors[key] = tensors[key] if scale is None else unscaled(tensors[key], tensors[scale], scale, path)
+        tensors[key] = tensors[key].to(dtype) if tensors[key].is_floating_point() else tensors[key]
+    return tensors
+
+
+def promised_tensors(path: Path, dtype: torch.dtype, prefix: str = "") -> dict[str, torch.Tensor]:
+    """What `load_tensors` would give, on the meta device: only headers are read."""
+    shapes = read_header(path).shapes
+    return {key: torch.empty(shapes[key], dtype=dtype, device="meta") for key in _part(shapes, prefix)}
+
+
+def _part(keys: Iterable[str], prefix: str) -> list[str]:
+    """The keys with this prefix; all, if none has it."""
+    keys = list(keys)
+    return [key for key in keys if key.startswith(prefix)] or keys
+
+
+def assign(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: Path) -> None:
+    """Gives a module on the meta device all its values; tensors that it has no use for are left.
+
+    Raises:
+        UserError: a tensor is missing or has another shape.
+    """
+    empty = module.state_dict()
+    for name, parameter in empty.items():
+        check_shape(name, tensors[name].shape if name in tensors else None, parameter.shape, source)
+    module.load_state_dict({name: tensors[name] for name in empty}, assign=True)
+
+
+def build_empty(factory: Callable[[], nn.Module]) -> nn.Module:
+    """A module whose parameters are on the meta device; buffers and plain attributes are real, since their values are
+    computed when it is built and lie in no file."""
+    with init_empty_weights(include_buffers=False):
+        return factory()
+
+
+def materialise(
+    module: nn.Module, names: Iterable[str], read: Callable[[str], torch.Tensor], dtype_of: Callable[[str], torch.dtype]
+) -> None:
+    """Gives real values to the meta parameters `names` of a module.
+
+    The parameters keep their identity, so that layers which already hold them hold the values too.
+    """
+    parameters = dict(module.named_parameters())
+    for name in names:
+        empty = parameters[name]
+        if empty.is_meta:
+            values = read(name).to(dtype_of(name))
+            real = nn.Parameter(values.clone() if values.data_ptr() % 16 else values, requires_grad=empty.requires_grad)
+            torch.utils.swap_tensors(empty, real)
+
+
+class EnsembleWeights:
+    """The tensors of an ensemble by its names, read when asked for.
+
+    Args:
+        weights: part -> its tensors on disk.
+        modules: part -> what loads it whole; for parts whose files are for their own library to read. It is called
+            once, by a process that holds a tensor of the part.
+    """
+
+    def __init__(self, weights: Mapping[str, Weights], modules: Mapping[str, Callable[[], nn.Module]]):
+        self._read = {
+            **{part: one.read for part, one in weights.items()},
+            **{part: _reading(load) for part, load in modules.items()},
+        }
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU."""
+        part, _, rest = name.partition(".")
+        return self._read[part](rest)
+
+
+def _reading(load: Callable[[], nn.Module]) -> Callable[[str], torch.Tensor]:
+    tensors = cache(lambda: dict(load().named_parameters()))
+    return lambda name: tensors()[name].detach()
+
+
+@dataclass(frozen=True)
+class Original:
+    """How a text encoder is kept in a checkpoint that holds other parts too.
+
+    Attributes:
+        prefix: of its tensors; without it there, the whole file is the encoder's and named as transformers names it.
+        convert: tensors, still with the prefix -> tensors as transformers names them; None if these names follow it.
+    """
+
+    prefix: str = ""
+    convert: Callable[[Tensors], Tensors] | None = None
+
+    def tensors(self, read: Callable[[Path, torch.dtype, str], Tensors], source: Path, dtype: torch.dtype) -> Tensors:
+        """What `read` gives of a file or folder, as transformers names it."""
+        tensors = read(source, dtype, self.prefix)
+        if not all(name.startswith(self.prefix) for name in tensors):
+            return tensors
+        named = {name.removeprefix(self.prefix): tensor for name, tensor in tensors.items()}
+        return self.convert(tensors) if self.convert else named

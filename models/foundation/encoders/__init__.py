@@ -1,0 +1,1 @@
+"""What turns pictures, clips and captions into what the cache keeps."""

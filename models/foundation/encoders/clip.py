@@ -1,0 +1,193 @@
+"""CLIP text encoders, for models that read their words and not only their summary; frozen, or trained in the entry.
+
+Shapes: B captions, L tokens, D features. A weighted caption is a list of its pieces, (text, weight).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from models.foundation.checkpoints.folders import read_config
+from models.foundation.checkpoints.headers import fingerprint
+from models.foundation.checkpoints.weights import Original
+from models.foundation.encoders.text import TextEncoder
+from utils.dataset.samples import Bucket
+
+Pooled = Literal["text_embeds", "pooler_output"]
+Pieces = Sequence[tuple[str, float]]
+CONFIG_KEYS = ("hidden_size", "max_position_embeddings", "projection_dim")
+
+
+@dataclass(frozen=True)
+class ClipFeatures:
+    """A hidden state of CLIP, of `length` tokens (B, L, D), padding included and without a mask, as inference makes it;
+    and beside it what CLIP pools of the caption (B, D), on which weights have no bearing.
+
+    Attributes:
+        pooled: of transformers' output: with CLIP's projection, without it, or None for no pooled feature.
+        layer: which hidden state: that before the last layer is -2.
+        normalised: whether it goes through CLIP's last norm.
+    """
+
+    name: str
+    length: int
+    pooled: Pooled | None
+    layer: int = -2
+    normalised: bool = False
+
+    def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[Pieces]) -> dict[str, torch.Tensor]:
+        tokens_BL, weights_BL = self.tokens(tokenizer, captions)
+        return self.of_tokens(text_encoder, tokens_BL.to(text_encoder.device), weights_BL.to(text_encoder.device))
+
+    def tokens(self, tokenizer: Any, captions: list[Pieces]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Numbers of the captions' tokens and their weights, both (B, L). No token reaches over the end of a piece;
+        what begins, ends and fills up a caption weighs 1."""
+        tokens = tokenizer(
+            [_texts(pieces) for pieces in captions],
+            is_split_into_words=True,
+            padding="max_length",
+            max_length=self.length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        weights = [
+            [1.0 if number is None else pieces[number][1] for number in tokens.word_ids(row)]
+            for row, pieces in enumerate(captions)
+        ]
+        return tokens.input_ids, torch.tensor(weights)
+
+    def of_tokens(
+        self, text_encoder: nn.Module, tokens_BL: torch.Tensor, weights_BL: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The features, by name."""
+        output = text_encoder(tokens_BL, output_hidden_states=True)
+        hidden_BLD = output.hidden_states[self.layer]
+        if self.normalised:
+            hidden_BLD = getattr(text_encoder, "text_model", text_encoder).final_layer_norm(hidden_BLD)
+        features = {self.name: weighed(hidden_BLD, weights_BL)}
+        return {**features, f"{self.name}_pooled": output[self.pooled]} if self.pooled else features
+
+
+def weighed(hidden_BLD: torch.Tensor, weights_BL: torch.Tensor) -> torch.Tensor:
+    """Hidden states h times the weights w of their tokens, brought back to the mean that each caption had over all its
+    tokens and features: h w mean(h) / mean(h w). Where all weights are 1, h as it is.
+
+    Of AUTOMATIC1111's web UI, whose emphasis "Original" this is, and kohya's `get_weighted_text_embeddings`. ComfyUI,
+    which moves h away from the empty caption's, and kohya's later code, which leaves the mean, do otherwise.
+    """
+    wide_BLD = hidden_BLD.float()
+    weighed_BLD = wide_BLD * weights_BL[..., None]
+    restored_BLD = weighed_BLD * (_mean(wide_BLD) / _mean(weighed_BLD))
+    has_weights_B = (weights_BL != 1).any(dim=1)
+    return torch.where(has_weights_B[:, None, None], restored_BLD.to(hidden_BLD.dtype), hidden_BLD)
+
+
+def _mean(hidden_BLD: torch.Tensor) -> torch.Tensor:
+    return hidden_BLD.mean(dim=(1, 2), keepdim=True)
+
+
+def _texts(pieces: Pieces) -> list[str]:
+    return [text for text, _ in pieces]
+
+
+def clip_config(folder: Path, part: str) -> dict[str, Any]:
+    """The configuration of a CLIP text encoder of a diffusers folder.
+
+    Raises:
+        UserError: it is missing, damaged, or another model's.
+    """
+    return read_config(folder, part, model="clip_text_model", keys=CONFIG_KEYS)
+
+
+def clip(
+    name: str,
+    folder: Path,
+    part: str,
+    tokenizer: str,
+    file: Path | None,
+    dtype: torch.dtype,
+    pooled: Pooled | None,
+    *,
+    original: Original | None = None,
+    trained: bool = False,
+    **read: Any,
+) -> ClipEncoder:
+    """A CLIP text encoder of a diffusers folder with the features `<name>` and, if asked for, `<name>_pooled`.
+
+    Args:
+        original: how it is kept in the publisher's checkpoints.
+        trained: it yields the numbers and weights of tokens, `<name>_tokens` and `<name>_weights`, from which the model
+            makes features itself.
+        read: further fields of `ClipFeatures`.
+    """
+    config = clip_config(folder, part)
+    length, projected = config["max_position_embeddings"], pooled == "text_embeds"
+    shapes = {name: (length, config["hidden_size"])}
+    if pooled:
+        shapes[f"{name}_pooled"] = (config["projection_dim" if projected else "hidden_size"],)
+    model_class = CLIPTextModelWithProjection if projected else CLIPTextModel
+    features = ClipFeatures(name, length, pooled, **read)
+    encoder = ClipTokens if trained else ClipEncoder
+    return encoder(name, model_class, folder, part, tokenizer, file, dtype, features, shapes, original)
+
+
+class ClipEncoder(TextEncoder):
+    """A frozen CLIP, which weighs the pieces of captions."""
+
+    reads = ("weighted_caption",)
+
+    def token_count(self, caption: Pieces) -> int:
+        return len(self.tokenizer(_texts(caption), is_split_into_words=True).input_ids)
+
+    def encode(self, weighted_caption: list[Pieces]) -> dict[str, torch.Tensor]:
+        return super().encode(weighted_caption)
+
+
+class ClipTokens(ClipEncoder):
+    """What a CLIP that is trained reads: the numbers of a caption's tokens, and what they weigh. Its own weights are
+    the model's to load."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint("weighted tokens", self.name, str(self.features.length), self.tokenizer_folder)
+
+    def load(self, device: torch.device) -> None:
+        self.truncated = 0
+
+    def encode(self, weighted_caption: list[Pieces]) -> dict[str, torch.Tensor]:
+        self.truncated += sum(self.token_count(pieces) > self.token_limit for pieces in weighted_caption)
+        tokens_BL, weights_BL = self.features.tokens(self.tokenizer, weighted_caption)
+        return {f"{self.name}_tokens": tokens_BL, f"{self.name}_weights": weights_BL}
+
+    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        shape = (self.features.length,)
+        return {f"{self.name}_tokens": (shape, torch.int64), f"{self.name}_weights": (shape, torch.float32)}
+
+
+def clip_module(encoder: TextEncoder, *, loaded: bool) -> nn.Module:
+    """CLIP as a part of what is trained, with its weights or as it is born; its parameters are named as in its files.
+
+    Args:
+        encoder: which `clip` gave.
+    """
+    model = encoder.load_model() if loaded else encoder.model_class(encoder.config())
+    return model if hasattr(model, "text_model") else _Nested(model)
+
+
+class _Nested(nn.Module):
+    """transformers keeps a CLIP without projection one level higher than its files, and all adapters, have it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.text_model = model
+
+    def forward(self, *inputs: Any, **keys: Any) -> Any:
+        return self.text_model(*inputs, **keys)

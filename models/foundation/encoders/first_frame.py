@@ -1,0 +1,121 @@
+"""The first frame of a clip as what the rest is made from: encoded by the clip's VAE, and seen by CLIP.
+
+Shapes: B batch, C channels, F frames, H W pixels, f h w latent cells, L tokens, D features.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import CLIPVisionModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from models.foundation.checkpoints.folders import read_config
+from models.foundation.checkpoints.headers import fingerprint, read_header
+from models.foundation.encoders.video_vae import WanAutoencoder
+from utils.dataset.samples import Bucket
+from utils.errors import UserError
+
+PART, PROCESSOR = "image_encoder", "image_processor"
+CONFIG_KEYS = ("hidden_size", "image_size", "patch_size")
+
+
+class FirstFrameAutoencoder(WanAutoencoder):
+    """Wan's VAE as an `Encoder` of a clip of which only the first frame is there and the others are grey: what a model
+    that makes clips of pictures is shown. Yields `first_frame_latents`, the middle of their distribution."""
+
+    def __init__(self, folder: Path, file: Path | None, dtype: torch.dtype):
+        super().__init__(folder, file, dtype, draw="mode")
+        self.name, self.outputs = "vae_first_frame", ["first_frame_latents"]
+
+    def encode(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Latents (B, C, f, h, w) of `pixels_BCFHW` in [-1, 1]."""
+        alone_BCFHW = torch.zeros_like(pixels)
+        alone_BCFHW[:, :, 0] = pixels[:, :, 0]
+        return super().encode(pixels=alone_BCFHW)
+
+
+class ClipVision:
+    """CLIP's picture encoder as an `Encoder` of the first frame: `clip_vision`, the hidden state before the last layer
+    (L, D), as inference takes it.
+
+    Inference shows it the picture as the user gives it, here it comes at the size of the clip: what was cut off to make
+    the clip's shape is not seen.
+    """
+
+    name = "clip_vision"
+    reads = ("pixels",)
+
+    def __init__(self, folder: Path, dtype: torch.dtype):
+        self.folder, self.dtype = folder, dtype
+        self.model: CLIPVisionModel | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.name, str(self.dtype), self.folder / PART, self.folder / PROCESSOR)
+
+    @cached_property
+    def config(self) -> dict:
+        """Of the encoder.
+
+        Raises:
+            UserError: it is missing, damaged, or another model's.
+        """
+        return read_config(self.folder, PART, model="clip_vision_model", keys=CONFIG_KEYS)
+
+    @cached_property
+    def processor(self) -> CLIPImageProcessorPil:
+        """What makes the encoder's input of a picture.
+
+        Raises:
+            UserError: its settings are missing or damaged.
+        """
+        try:
+            return CLIPImageProcessorPil.from_pretrained(self.folder / PROCESSOR, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UserError.of(
+                "the settings of the image processor cannot be read; download the model's whole folder",
+                str(self.folder / PROCESSOR),
+            ) from error
+
+    def check(self) -> None:
+        """Whether its files are there, from their headers.
+
+        Raises:
+            UserError: they are not.
+        """
+        read_header(self.folder / PART)
+        assert self.config and self.processor
+
+    def load(self, device: torch.device) -> None:
+        model = CLIPVisionModel.from_pretrained(self.folder / PART, dtype=self.dtype, local_files_only=True)
+        self.model = model.to(device).eval().requires_grad_(False)
+
+    def unload(self) -> None:
+        self.model = None
+
+    @torch.no_grad()
+    def encode(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Features (B, L, D) of the first frames of `pixels_BCFHW` in [-1, 1]."""
+        levels_BHWC = ((pixels[:, :, 0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        pictures = [Image.fromarray(levels_HWC.cpu().numpy()) for levels_HWC in levels_BHWC]
+        inputs = self.processor(images=pictures, return_tensors="pt").pixel_values
+        output = self.model(inputs.to(self.model.device, self.dtype), output_hidden_states=True)
+        return {self.name: output.hidden_states[-2]}
+
+    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        config = self.config
+        tokens = (config["image_size"] // config["patch_size"]) ** 2 + 1
+        return {self.name: ((tokens, config["hidden_size"]), self.dtype)}
+
+
+def given_frames(latents: torch.Tensor, group: int) -> torch.Tensor:
+    """The mask channels beside such a clip's latents (B, C, f, h, w): (B, group, f, h, w), ones where a frame is given,
+    which is the first; each latent frame stands for `group` frames, the first of them for one that counts `group`
+    times."""
+    mask = latents.new_zeros(len(latents), group, *latents.shape[2:])
+    mask[:, :, 0] = 1.0
+    return mask

@@ -1,0 +1,99 @@
+"""Llama as a text encoder of which many hidden states are read, in 4 bits if the GPU is small.
+
+Shapes: B captions, N states, L tokens, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, LlamaModel
+
+from models.foundation.checkpoints.headers import fingerprint
+from models.foundation.encoders.text import TextEncoder, load_tokenizer
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class StatesFeatures:
+    """What some layers of a language model give (B, N, L, D), for models that see the padding up to `length` too."""
+
+    name: str
+    length: int
+    layers: tuple[int, ...]
+
+    def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, torch.Tensor]:
+        tokens = tokenizer(captions, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
+        tokens = tokens.to(text_encoder.device)
+        output = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True)
+        # The first state is what goes into the first layer.
+        return {self.name: torch.stack([output.hidden_states[1 + layer] for layer in self.layers], dim=1)}
+
+
+class Route(NamedTuple):
+    """Which of the states that arrive at a block it projects, and which it hands on."""
+
+    own: int
+    onward: tuple[int, ...]
+
+
+def routes(layers: Sequence[int]) -> list[Route]:
+    """The routes of the entry, which projects the last block's state, and of all blocks but that.
+
+    Args:
+        layers: the Llama layer of each block.
+    """
+    arriving = [sorted(set(layers)), *(sorted(set(layers[block:-1])) for block in range(len(layers)))]
+    wanted = [layers[-1], *layers[:-1]]
+    return [
+        Route(here.index(layer), tuple(here.index(later) for later in there))
+        for layer, here, there in zip(wanted, arriving[:-1], arriving[1:], strict=True)
+    ]
+
+
+class LlamaStates(LlamaModel):
+    """Llama without what makes words of its states, which its files have."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
+
+class LlamaEncoder(TextEncoder):
+    """Llama as a `TextEncoder`.
+
+    Args:
+        four_bit: keep its weights in 4 bits (NF4 of bitsandbytes), a third of their size; needs a GPU.
+    """
+
+    def __init__(self, *source: Any, four_bit: bool = False):
+        super().__init__(*source)
+        self.four_bit = four_bit
+
+    @cached_property
+    def fingerprint(self) -> str:
+        whole = super().fingerprint
+        return fingerprint(whole, "nf4") if self.four_bit else whole
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        tokenizer = load_tokenizer(self.tokenizer_folder, names_padding=False)
+        # Llama has no token of its own for it, and the stock pipelines fill up with the one that ends a text.
+        tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def check(self) -> None:
+        if self.four_bit and not torch.cuda.is_available():
+            raise UserError.of("needs a GPU, and there is none here; leave it out", where="[model] llama3_4bit")
+        super().check()
+
+    def _build(self, source: Path | None, **how: Any) -> nn.Module:
+        if self.four_bit and how.get("device_map") != "meta":
+            how["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=self.dtype
+            )
+        return super()._build(source, **how)

@@ -1,0 +1,186 @@
+"""Qwen2.5-VL as text encoders: of captions in a model's template, and of captions together with pictures.
+
+Shapes: B samples, L tokens, D features, C channels, F frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+from transformers import Qwen2_5_VLConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from models.foundation.checkpoints.folders import read_config
+from models.foundation.checkpoints.headers import fingerprint
+from models.foundation.encoders.text import TextEncoder
+from models.foundation.encoders.text_features import EncodedText
+from utils.dataset.samples import Bucket
+from utils.errors import UserError
+from utils.media.writing import tensor_to_image
+
+PICTURE = "<|image_pad|>"
+"""The token that stands for a picture in a template."""
+PROCESSOR = "processor"
+"""The part of a diffusers folder that says how pictures are prepared."""
+SIDE = 32
+"""What the sides of pictures that the encoder sees are multiples of."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What Qwen2.5-VL is given of a caption, and which of its last hidden states are features: of each caption
+    B times (l, D), and a mask (l,) of ones beside it.
+
+    Attributes:
+        name: of the features.
+        template: with `{}` in the caption's place.
+        skipped: how many tokens of the template's beginning are no features.
+        length: how many tokens are read, those of the template included; None for all.
+    """
+
+    name: str
+    template: str
+    skipped: int
+    length: int | None
+
+    def written(self, tokenizer: Any, caption: str) -> str:
+        return self.template.format(caption)
+
+    def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> EncodedText:
+        return self.features(text_encoder, tokenizer, [self.written(tokenizer, caption) for caption in captions])
+
+    def features(
+        self, text_encoder: nn.Module, tokenizer: Any, texts: list[str], **pictures: torch.Tensor
+    ) -> EncodedText:
+        """Features of whole texts, and of pictures, if there are any, as transformers' image processor gives them."""
+        # On the right the padding, which comes after all that a token sees, changes nothing.
+        cut = {"max_length": self.length, "truncation": True} if self.length else {}
+        tokens = tokenizer(texts, padding="longest", padding_side="right", return_tensors="pt", **cut).to(
+            text_encoder.device
+        )
+        if pictures:
+            # Without it transformers counts the places of a picture's tokens like words; the model has seen rows and
+            # columns.
+            pictures["mm_token_type_ids"] = (tokens.input_ids == text_encoder.config.image_token_id).int()
+        hidden_BLD = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask, **pictures).last_hidden_state
+        lengths = tokens.attention_mask.sum(1).tolist()
+        features = [hidden[self.skipped : length] for hidden, length in zip(hidden_BLD, lengths, strict=True)]
+        masks = [torch.ones(len(hidden), dtype=torch.bool) for hidden in features]
+        return {self.name: features, f"{self.name}_mask": masks}
+
+
+def width_of(folder: Path, part: str = "text_encoder") -> int:
+    """The width of the features of Qwen2.5-VL in this part of a diffusers folder.
+
+    Raises:
+        UserError: its configuration is missing, damaged, or another model's.
+    """
+    return Qwen2_5_VLConfig.from_dict(read_config(folder, part, model="qwen2_5_vl")).text_config.hidden_size
+
+
+def image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
+    """What makes patches of pictures, by the settings in a diffusers folder.
+
+    Raises:
+        UserError: they are missing or damaged.
+    """
+    try:
+        return Qwen2VLImageProcessorPil.from_pretrained(folder / PROCESSOR, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError.of(
+            "the settings of the image processor cannot be read; they lie in the folder of an Edit model: copy its "
+            f"`{PROCESSOR}` here",
+            str(folder / PROCESSOR),
+        ) from error
+
+
+class PictureTextEncoder(TextEncoder):
+    """Qwen2.5-VL as an `Encoder` of a caption and the control images that it speaks of. Each picture is brought to
+    `area` in its own shape, then to the patches of the encoder by the settings in the folder's `processor`.
+
+    Args:
+        controls: how many control images there are.
+        area: of a picture in pixels.
+        others: as of `TextEncoder`; the template has one `PICTURE` for each control image.
+    """
+
+    def __init__(self, *others: Any, controls: int, area: int):
+        super().__init__(*others)
+        self.area = area
+        self.controls = tuple(f"control_{number}" if number > 1 else "control" for number in range(1, controls + 1))
+        self.reads = ("caption", *self.controls)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(super().fingerprint, str(self.area), self.folder / PROCESSOR)
+
+    @cached_property
+    def processor(self) -> Qwen2VLImageProcessorPil:
+        return image_processor(self.folder)
+
+    def check_pictures(self) -> None:
+        """Whether the folder says how pictures are prepared, and which token stands for one.
+
+        Raises:
+            UserError: it does not.
+        """
+        image_processor(self.folder)
+        if self.tokenizer.convert_tokens_to_ids(PICTURE) != self.config().image_token_id:
+            raise UserError.of(
+                f"this tokenizer knows another {PICTURE} than the encoder in {self.subfolder}, or none; take the Edit "
+                "model's own",
+                str(self.tokenizer_folder),
+            )
+
+    @property
+    def token_limit(self) -> int:
+        return self.tokenizer.model_max_length
+
+    @torch.no_grad()
+    def encode(self, caption: list[str], **controls_BCFHW: torch.Tensor) -> EncodedText:
+        pictures = [
+            self._seen(pixels_CFHW)
+            for pictures_of_one in zip(*(controls_BCFHW[name] for name in self.controls), strict=True)
+            for pixels_CFHW in pictures_of_one
+        ]
+        patches = self.processor(images=pictures, return_tensors="pt").to(self.model.device)
+        counts = iter((patches.image_grid_thw.prod(dim=1) // self.processor.merge_size**2).tolist())
+        texts = [_with_room(self.features.written(self.tokenizer, one), counts) for one in caption]
+        return self.features.features(self.model, self.tokenizer, texts, **patches)
+
+    def _seen(self, pixels_CFHW: torch.Tensor) -> Image.Image:
+        """A picture at the size at which the encoder sees it."""
+        picture = tensor_to_image(pixels_CFHW)
+        return picture.resize(size_of_area(self.area, *picture.size), Image.Resampling.LANCZOS)
+
+    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Those of the text, and about as many more tokens as the pictures take."""
+        length, width = self.shapes[self.features.name]
+        side = self.processor.patch_size * self.processor.merge_size
+        length += len(self.controls) * (self.area // side**2)
+        return {
+            self.features.name: ((length, width), self.dtype),
+            f"{self.features.name}_mask": ((length,), torch.bool),
+        }
+
+
+def _with_room(text: str, counts: Iterator[int]) -> str:
+    """A text with as many tokens in the place of each picture as it has."""
+    first, *others = text.split(PICTURE)
+    return first + "".join(PICTURE * next(counts) + part for part in others)
+
+
+def size_of_area(area: int, width: int, height: int) -> tuple[int, int]:
+    """Width and height of about this area, in the shape of `width` x `height` (`calculate_dimensions` of diffusers'
+    Qwen-Image-Edit)."""
+    ratio = width / height
+    exact = math.sqrt(area * ratio)
+    return round(exact / SIDE) * SIDE, round(exact / ratio / SIDE) * SIDE

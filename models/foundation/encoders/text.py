@@ -1,0 +1,228 @@
+"""Text encoders of transformers as encoders for the cache.
+
+Shapes: B captions, L tokens, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, CLIPTextModel, PretrainedConfig, PreTrainedModel, T5EncoderModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.logging import disable_progress_bar
+
+from models.foundation.checkpoints.folders import problems_of, read_config
+from models.foundation.checkpoints.headers import fingerprint
+from models.foundation.checkpoints.weights import Original, check_shape, load_tensors, promised_tensors
+from models.foundation.encoders.text_features import Encode, EncodedText, T5Features, clip_pooled
+from utils.dataset.samples import Bucket
+from utils.errors import UserError
+from utils.json_files import read_json
+
+Tensors = dict[str, torch.Tensor]
+
+SIZES = ("hidden_size", "num_hidden_layers")
+"""What of a text encoder's configuration decides the shape of features, or which layers there are to read."""
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("spiece.model",))
+"""Files that hold a tokenizer's words: any of these sets is enough."""
+
+
+class TextEncoder:
+    """A frozen text encoder as an `Encoder`: captions -> features. `truncated` counts the captions, since it was
+    loaded, that were longer than it reads.
+
+    Args:
+        name: of its store.
+        model_class: of transformers.
+        folder: the diffusers folder; `subfolder` has the configuration and weights, `tokenizer` the tokenizer.
+        file: a single .safetensors file, or a folder, with weights that replace the folder's.
+        dtype: in which it computes.
+        encode: captions -> named features; its repr is part of the fingerprint, its `length` is how many tokens it
+            reads (default: as many as the tokenizer says), and its `written` what is put around a caption, if anything.
+        shapes: of one caption's features, by name.
+        original: how it is kept in the publisher's checkpoints.
+    """
+
+    reads = ("caption",)
+
+    def __init__(
+        self,
+        name: str,
+        model_class: type[PreTrainedModel],
+        folder: Path,
+        subfolder: str,
+        tokenizer: str,
+        file: Path | None,
+        dtype: torch.dtype,
+        encode: Encode,
+        shapes: Mapping[str, tuple[int, ...]],
+        original: Original | None = None,
+    ):
+        self.original = original or Original()
+        self.name, self.model_class, self.folder = name, model_class, folder
+        self.subfolder, self.tokenizer_folder = subfolder, folder / tokenizer
+        self.file, self.dtype, self.features, self.shapes = file, dtype, encode, shapes
+        self.model: nn.Module | None = None
+        self.truncated = 0
+
+    @cached_property
+    def fingerprint(self) -> str:
+        how = getattr(self.features, "__name__", repr(self.features))
+        folder = self.folder / self.subfolder
+        weights = [self.file, folder / "config.json"] if self.file else [folder]
+        return fingerprint(self.name, how, str(self.dtype), self.tokenizer_folder, *weights)
+
+    def check(self) -> None:
+        """Whether the tokenizer can be loaded, and the weights fit the configuration, from their headers alone.
+
+        Raises:
+            UserError: they do not; tells of both.
+        """
+        problems = problems_of([self._check_config, self._check_tokenizer, self._check_weights])
+        if problems:
+            raise UserError(problems)
+
+    def _check_config(self) -> None:
+        """Whether a folder of its own has an encoder of the size that the model asks for."""
+        asked, own = self._config_in(self.folder / self.subfolder), self.config()
+        for name in SIZES:
+            sizes = [getattr(config.get_text_config(), name) for config in (own, asked)]
+            if sizes[0] != sizes[1]:
+                raise UserError.of(
+                    f"is an encoder of {name} {sizes[0]}, and the model's own has {sizes[1]}; is it another model's?",
+                    str(self._source / "config.json"),
+                )
+
+    def _check_tokenizer(self) -> None:
+        words, known = len(self.tokenizer), self.config().get_text_config().vocab_size
+        # Encoders know some more, to fill up a matrix.
+        if not known / 2 <= words <= known:
+            raise UserError.of(
+                f"this tokenizer has {words} tokens, and the encoder in {self.subfolder} knows {known}; is it another "
+                "model's?",
+                str(self.tokenizer_folder),
+            )
+        self.token_count("")
+
+    def _check_weights(self) -> None:
+        tensors = self.original.tensors(promised_tensors, self._source, self.dtype)
+        self._build(None, config=self.config(), state_dict=tensors, device_map="meta")
+
+    def load(self, device: torch.device) -> None:
+        self.truncated = 0
+        self.model = self.load_model().to(device).eval().requires_grad_(False)
+
+    @property
+    def _source(self) -> Path:
+        return self.file or self.folder / self.subfolder
+
+    def config(self) -> PretrainedConfig:
+        """The configuration of the model of transformers."""
+        own = (self._source / "config.json").is_file()
+        return self._config_in(self._source if own else self.folder / self.subfolder)
+
+    def _config_in(self, folder: Path) -> PretrainedConfig:
+        return self.model_class.config_class.from_pretrained(folder)
+
+    def load_model(self) -> nn.Module:
+        """The model of transformers with its weights, on the CPU."""
+        source = self._source
+        # In a folder with the names that it writes, transformers reads one tensor after the other.
+        if any((source / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+            return self._build(source, config=self.config())
+        tensors = self.original.tensors(load_tensors, source, self.dtype)
+        return self._build(None, config=self.config(), state_dict=tensors)
+
+    def _build(self, source: Path | None, **how: Any) -> nn.Module:
+        """The model with its weights. transformers knows the names of older files, which tensors are tied, and what
+        must stay in float32. What a file lacks it fills with random numbers: its report is what tells."""
+        disable_progress_bar()
+        model, report = self.model_class.from_pretrained(
+            source, dtype=self.dtype, ignore_mismatched_sizes=True, output_loading_info=True, **how
+        )
+        for name in sorted(report["missing_keys"]):
+            check_shape(name, None, (), self._source)
+        for name, stored, asked in report["mismatched_keys"]:
+            check_shape(name, stored, asked, self._source)
+        return model
+
+    def unload(self) -> None:
+        self.model = None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.tokenizer_folder)
+
+    @property
+    def token_limit(self) -> int:
+        """Tokens of a caption that are read; what follows them is cut off."""
+        return getattr(self.features, "length", self.tokenizer.model_max_length)
+
+    def token_count(self, caption: str) -> int:
+        """Tokens of a caption, those that would be cut off too."""
+        written = getattr(self.features, "written", None)
+        return len(self.tokenizer(written(self.tokenizer, caption) if written else caption).input_ids)
+
+    @torch.no_grad()
+    def encode(self, caption: list[str]) -> EncodedText:
+        self.truncated += sum(self.token_count(text) > self.token_limit for text in caption)
+        return self.features(self.model, self.tokenizer, caption)
+
+    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {name: (shape, self.dtype) for name, shape in self.shapes.items()}
+
+
+def load_tokenizer(folder: Path, *, names_padding: bool = True) -> Any:
+    """The tokenizer in a folder.
+
+    Args:
+        names_padding: whether it must name the token that it fills up with.
+
+    Raises:
+        UserError: it is not whole.
+    """
+    for file in sorted(folder.glob("*.json")):
+        read_json(file)
+    # Without its words a tokenizer would be loaded all the same, and would know none.
+    if not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
+        raise UserError.of(
+            f"the tokenizer's words are missing ({' or '.join(' and '.join(names) for names in VOCABULARIES)}); "
+            "download this folder again",
+            str(folder),
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    # Which errors there are is for three libraries to choose; some raise a bare Exception.
+    except Exception as error:
+        raise UserError.of(f"the tokenizer cannot be loaded ({error}); download it again", str(folder)) from error
+    if names_padding and tokenizer.pad_token is None:
+        raise UserError.of("names no `pad_token`; download it again", str(folder / "tokenizer_config.json"))
+    return tokenizer
+
+
+def clip_l(folder: Path, file: Path | None, dtype: torch.dtype) -> TextEncoder:
+    """CLIP's pooled output, from `text_encoder` and `tokenizer` of a diffusers folder."""
+    width = read_config(folder, "text_encoder", model="clip_text_model", keys=["hidden_size"])["hidden_size"]
+    return TextEncoder(
+        "clip", CLIPTextModel, folder, "text_encoder", "tokenizer", file, dtype, clip_pooled, {"clip_pooled": (width,)}
+    )
+
+
+def t5(
+    folder: Path,
+    file: Path | None,
+    dtype: torch.dtype,
+    length: int,
+    part: str = "text_encoder_2",
+    tokenizer: str = "tokenizer_2",
+) -> TextEncoder:
+    """T5's features of `length` tokens, from these parts of a diffusers folder."""
+    width = read_config(folder, part, model="t5", keys=["d_model"])["d_model"]
+    return TextEncoder(
+        "t5", T5EncoderModel, folder, part, tokenizer, file, dtype, T5Features(length), {"t5": (length, width)}
+    )

@@ -1,0 +1,146 @@
+"""What is read of a text encoder: functions (text encoder, tokenizer, captions) -> named features.
+
+The repr of each is part of the keys of cached items.
+
+Shapes: B captions, L tokens, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.errors import UserError
+
+EncodedText = dict[str, torch.Tensor | list[torch.Tensor]]
+Encode = Callable[[nn.Module, Any, list[str]], EncodedText]
+
+
+def clip_pooled(text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, torch.Tensor]:
+    """The pooled output of CLIP (B, D), over the tokenizer's whole length, without a mask."""
+    tokens = tokenizer(
+        captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    return {"clip_pooled": text_encoder(tokens.input_ids.to(text_encoder.device)).pooler_output}
+
+
+@dataclass(frozen=True)
+class T5Features:
+    """The last hidden state of T5 (B, L, D), padded to `length` tokens without a mask, as inference makes it."""
+
+    length: int
+
+    def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, torch.Tensor]:
+        tokens = tokenizer(captions, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
+        return {"t5": text_encoder(tokens.input_ids.to(text_encoder.device))[0]}
+
+
+@dataclass(frozen=True)
+class MaskedT5Features:
+    """The last hidden state of T5 (B, L, D), which itself does not look at the padding up to `length`."""
+
+    length: int
+
+    def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, torch.Tensor]:
+        tokens = tokenizer(captions, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
+        tokens = tokens.to(text_encoder.device)
+        return {"t5": text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]}
+
+
+@dataclass(frozen=True)
+class ProjectedFeatures:
+    """What CLIP pools and projects of a caption that is filled up to `length` tokens (B, P), without a mask."""
+
+    name: str
+    length: int
+
+    def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, torch.Tensor]:
+        tokens = tokenizer(captions, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
+        return {self.name: text_encoder(tokens.input_ids.to(text_encoder.device)).text_embeds}
+
+
+@dataclass(frozen=True)
+class TrueLengthFeatures:
+    """The last hidden state of the tokens of each caption, B times (l, D) with l up to `length`, and a mask (l,) of
+    ones beside it: for models that mask the padding or set it to zero, which is then no part of the cache.
+
+    Attributes:
+        padding_tokens: how many tokens of the padding the model sees all the same.
+    """
+
+    name: str
+    length: int
+    padding_tokens: int = 0
+
+    def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, list[torch.Tensor]]:
+        padding = "max_length" if self.padding_tokens else "longest"
+        tokens = tokenizer(captions, padding=padding, max_length=self.length, truncation=True, return_tensors="pt").to(
+            text_encoder.device
+        )
+        hidden_BLD = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        lengths = (tokens.attention_mask.sum(1) + self.padding_tokens).clamp(max=self.length).tolist()
+        return {
+            self.name: [hidden[:length] for hidden, length in zip(hidden_BLD, lengths, strict=True)],
+            f"{self.name}_mask": [torch.ones(length, dtype=torch.bool) for length in lengths],
+        }
+
+
+@dataclass(frozen=True)
+class PaddedFeatures:
+    """The last hidden state of an encoder (B, L, D), padded to `length` tokens at which it does not look, and a mask
+    (B, L) of those that it looks at: for models that mask the padding in one place and see it in another."""
+
+    name: str
+    length: int
+
+    def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, torch.Tensor]:
+        tokens = tokenizer(captions, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
+        tokens = tokens.to(text_encoder.device)
+        hidden_BLD = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        return {self.name: hidden_BLD, f"{self.name}_mask": tokens.attention_mask.bool()}
+
+
+@dataclass(frozen=True)
+class ChatFeatures:
+    """A hidden state of a chat model that is shown the caption as a user's message: of each caption and the template
+    around it, B times (l, D) with l up to `length`, and a mask (l,) of ones beside it.
+
+    Attributes:
+        layer: which of the hidden states; the first are the embeddings.
+        thinking: what the template is told of `enable_thinking`.
+    """
+
+    name: str
+    length: int
+    layer: int = -2
+    thinking: bool = True
+
+    def written(self, tokenizer: Any, caption: str) -> str:
+        """The caption in the chat template.
+
+        Raises:
+            UserError: the tokenizer has none.
+        """
+        if tokenizer.chat_template is None:
+            raise UserError.of("has no chat template; download this folder again", str(tokenizer.name_or_path))
+        message = {"role": "user", "content": caption}
+        return tokenizer.apply_chat_template(
+            [message], tokenize=False, add_generation_prompt=True, enable_thinking=self.thinking
+        )
+
+    def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, list[torch.Tensor]]:
+        chats = [self.written(tokenizer, caption) for caption in captions]
+        tokens = tokenizer(chats, padding="longest", max_length=self.length, truncation=True, return_tensors="pt").to(
+            text_encoder.device
+        )
+        mask_BL = tokens.attention_mask.bool()
+        states = text_encoder(tokens.input_ids, attention_mask=mask_BL, output_hidden_states=True).hidden_states
+        features = [hidden[mask] for hidden, mask in zip(states[self.layer], mask_BL, strict=True)]
+        return {
+            self.name: features,
+            f"{self.name}_mask": [torch.ones(len(hidden), dtype=torch.bool) for hidden in features],
+        }

@@ -1,0 +1,180 @@
+"""Families of VAEs as encoders for the cache, and as decoders for samples.
+
+Shapes: B batch, C channels, F frames, H W pixels, h w latent cells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from einops import rearrange
+from torch import nn
+
+from models.foundation.checkpoints.folders import read_config
+from models.foundation.checkpoints.headers import fingerprint
+from models.foundation.checkpoints.weights import assign, build_empty, load_tensors, promised_tensors
+from utils.dataset.samples import Bucket
+from utils.diffusion import seeds
+
+Draw = Literal["sample", "mode", "distribution"]
+Tensors = dict[str, torch.Tensor]
+NOISE_SEED = 0
+"""Of the draw from a picture's distribution. It is the picture's alone, so that all runs may share a cache."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of VAE on disk: a diffusers folder, its weights perhaps from elsewhere, with diffusers' or original names.
+
+    Attributes:
+        model_class: of diffusers.
+        keys: what its configuration must have.
+        own_name: part of a tensor's name in files of diffusers, and of no name in others.
+        convert: (tensors of another program, configuration) -> tensors as diffusers names them.
+        prefix: of its tensors in checkpoints that hold other parts too.
+        older: (part of a name in files of older diffusers, what it is now).
+    """
+
+    model_class: type[nn.Module]
+    keys: tuple[str, ...]
+    own_name: str
+    convert: Callable[[Tensors, dict[str, Any]], Tensors]
+    prefix: str = ""
+    older: tuple[tuple[str, str], ...] = ()
+
+    def config(self, folder: Path, file: Path | None) -> dict[str, Any]:
+        """The configuration: that of a diffusers folder, unless `file` is a folder with its own.
+
+        Raises:
+            UserError: it is missing, damaged, or another model's.
+        """
+        own = file is not None and (file / "config.json").is_file()
+        return read_config(file if own else folder / "vae", model=self.model_class.__name__, keys=self.keys)
+
+    def load(
+        self,
+        folder: Path,
+        file: Path | None,
+        dtype: torch.dtype,
+        read: Callable[[Path, torch.dtype, str], Tensors] = load_tensors,
+    ) -> nn.Module:
+        """The VAE.
+
+        Args:
+            folder: the diffusers folder with `vae/config.json`.
+            file: file or folder of weights that replace the folder's.
+            read: what gives the tensors of a file or folder; with `promised_tensors` the VAE is on the meta device.
+
+        Raises:
+            UserError: the file holds no VAE that fits the configuration.
+        """
+        config = self.config(folder, file)
+        vae, source = build_empty(lambda: self.model_class.from_config(config)), file or folder / "vae"
+        tensors = read(source, dtype, self.prefix)
+        if not any(self.own_name in name for name in tensors):
+            tensors = self.convert(tensors, config)
+        for old, new in self.older:
+            tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+        assign(vae, tensors, source)
+        return vae
+
+
+AUTOENCODER_KL = Family(
+    AutoencoderKL,
+    ("block_out_channels", "latent_channels", "scaling_factor"),
+    "down_blocks.",
+    convert_ldm_vae_checkpoint,
+    prefix="first_stage_model.",
+    older=((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")),
+)
+vae_config = AUTOENCODER_KL.config
+
+
+class ImageAutoencoder:
+    """An image VAE as an `Encoder`: pixels -> latents (z - shift) * scale.
+
+    Args:
+        folder: the diffusers folder with `vae/config.json`.
+        file: file or folder of weights that replace the folder's.
+        dtype: in which it encodes.
+        reads: what it encodes, "pixels" or "control" ("control_2" ...); its store and features are named by it.
+        draw: what it yields of a picture's distribution of latents: one sample, which is always the same for a
+            picture; the mode; or mean and standard deviation, so that mean + std * noise is a latent.
+    """
+
+    family: ClassVar[Family] = AUTOENCODER_KL
+
+    def __init__(
+        self, folder: Path, file: Path | None, dtype: torch.dtype, *, reads: str = "pixels", draw: Draw = "sample"
+    ):
+        self.folder, self.file, self.dtype, self.draw = folder, file, dtype, draw
+        self.name = "vae" if reads == "pixels" else f"vae_{reads}"
+        self.reads = (reads,)
+        latents = "latents" if reads == "pixels" else f"{reads}_latents"
+        self.outputs = [f"{latents}_mean", f"{latents}_std"] if draw == "distribution" else [latents]
+        self.vae: nn.Module | None = None
+        self.device = torch.device("cpu")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        config = self.folder / "vae" / "config.json"
+        weights = [self.file, config] if self.file else [self.folder / "vae"]
+        return fingerprint("vae", self.draw, str(self.dtype), *weights)
+
+    def check(self) -> None:
+        """Whether the weights fit the configuration, from their headers alone.
+
+        Raises:
+            UserError: they do not.
+        """
+        self.family.load(self.folder, self.file, self.dtype, promised_tensors)
+
+    def load(self, device: torch.device) -> None:
+        self.device = device
+        self.vae = self.family.load(self.folder, self.file, self.dtype).to(device).eval().requires_grad_(False)
+
+    def unload(self) -> None:
+        self.vae = None
+
+    @torch.no_grad()
+    def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Latents (B, C, h, w) of `pixels_BCFHW` or `control_BCFHW` in [-1, 1], F = 1, as `draw` says."""
+        (pixels_BCFHW,) = inputs.values()
+        pixels_BCHW = rearrange(pixels_BCFHW, "b c 1 h w -> b c h w").to(self.device, self.dtype)
+        posterior = self.vae.encode(pixels_BCHW).latent_dist
+        shift, scale = self.vae.config.shift_factor or 0.0, self.vae.config.scaling_factor
+        latents = posterior.mode()
+        if self.draw == "sample":
+            latents = latents + posterior.std * picture_noise(pixels_BCFHW, latents)
+        yielded = [(latents - shift) * scale, posterior.std * scale]
+        return dict(zip(self.outputs, yielded, strict=False))
+
+    @torch.no_grad()
+    def decode(self, latents_BChw: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, C, 1, H, W) in [-1, 1]."""
+        config = self.vae.config
+        latents = latents_BChw.to(self.device, self.dtype) / config.scaling_factor + (config.shift_factor or 0.0)
+        return rearrange(self.vae.decode(latents).sample.float(), "b c h w -> b c 1 h w").clamp(-1, 1)
+
+    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        config = self.family.config(self.folder, self.file)
+        cell = 2 ** (len(config["block_out_channels"]) - 1)
+        shape = (config["latent_channels"], bucket.height // cell, bucket.width // cell)
+        return dict.fromkeys(self.outputs, (shape, self.dtype))
+
+
+def picture_noise(pixels_BCFHW: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """Normal noise that depends on each picture alone, not on the batch it is encoded in."""
+    noise = torch.empty(latents.shape)
+    for index, pixels in enumerate(pixels_BCFHW):
+        picture = hashlib.blake2b(pixels.cpu().contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+        noise[index] = seeds.normal(latents.shape[1:], NOISE_SEED, "latents", picture)
+    return noise.to(latents)

@@ -1,0 +1,77 @@
+"""Video VAEs as encoders for the cache, and as decoders for samples.
+
+Shapes: B batch, C channels, F frames, H W pixels, f h w latent cells.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+from models.foundation.encoders.vae import Family, ImageAutoencoder, Tensors, picture_noise
+from utils.dataset.samples import Bucket
+
+STATISTICS = ("z_dim", "latents_mean", "latents_std")
+
+
+def _from_wan(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    """The original names of Wan's VAE, as diffusers names them."""
+    return convert_wan_vae_to_diffusers(tensors)
+
+
+WAN = Family(AutoencoderKLWan, STATISTICS, "up_blocks.", _from_wan)
+# Qwen-Image's VAE is Wan's, trained again.
+QWEN_IMAGE = Family(AutoencoderKLQwenImage, STATISTICS, "up_blocks.", _from_wan)
+wan_vae_config = WAN.config
+
+
+def latent_size(config: dict, width: int, height: int, frames: int) -> tuple[int, int, int, int]:
+    """The shape (C, f, h, w) of a latent: its first frame is the clip's, each of the others stands for several."""
+    cell, group = config.get("scale_factor_spatial", 8), config.get("scale_factor_temporal", 4)
+    return config["z_dim"], (frames - 1) // group + 1, height // cell, width // cell
+
+
+class WanAutoencoder(ImageAutoencoder):
+    """Wan's VAE as an `Encoder`: pixels of pictures and clips -> latents (z - mean) / std, by channel."""
+
+    family = WAN
+
+    @torch.no_grad()
+    def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Latents (B, C, f, h, w) of `pixels_BCFHW` or `control_BCFHW` in [-1, 1], as `draw` says."""
+        (pixels_BCFHW,) = inputs.values()
+        posterior = self.vae.encode(pixels_BCFHW.to(self.device, self.dtype)).latent_dist
+        mean, std = self._statistics()
+        latents = posterior.mode()
+        if self.draw == "sample":
+            latents = latents + posterior.std * picture_noise(pixels_BCFHW, latents)
+        yielded = [(latents - mean) / std, posterior.std / std]
+        return dict(zip(self.outputs, yielded, strict=False))
+
+    @torch.no_grad()
+    def decode(self, latents_BCfhw: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, C, F, H, W) in [-1, 1]."""
+        mean, std = self._statistics()
+        latents = latents_BCfhw.to(self.device, self.dtype) * std + mean
+        return self.vae.decode(latents).sample.float().clamp(-1, 1)
+
+    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        config = self.family.config(self.folder, self.file)
+        shape = latent_size(config, bucket.width, bucket.height, bucket.frames)
+        return dict.fromkeys(self.outputs, (shape, self.dtype))
+
+    def _statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of each channel, (C, 1, 1, 1)."""
+        config = self.vae.config
+        values = (torch.tensor(config[name]) for name in ("latents_mean", "latents_std"))
+        mean, std = (value.to(self.device, self.dtype).view(-1, 1, 1, 1) for value in values)
+        return mean, std
+
+
+class QwenImageAutoencoder(WanAutoencoder):
+    """Qwen-Image's VAE as an `Encoder`: as Wan's, (B, C, 1, h, w) of a picture."""
+
+    family = QWEN_IMAGE

@@ -1,0 +1,77 @@
+"""What `--check` tells against what is there when it is counted."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import optimizers
+from models.assembly.memory import held_bytes
+from models.assembly.preflight import check_run, describe
+from models.assembly.stage import load_stage
+from optimizers.parameter_groups import groups_of
+from tests.models import tiny_flux
+from utils.dataset.collection import Collection, Source
+from utils.dataset.samples import Bucket, MediaFile, Sample, Take
+from utils.dataset.sources import Locator
+from utils.ranks import Ranks
+from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
+from utils.settings.schema import AdapterSettings
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny_flux.write_folder(tmp_path)
+
+
+def collection(count: int) -> Collection:
+    bucket = Bucket(64, 64, 1)
+    media = MediaFile(Locator(Path("picture.png")), "0" * 32, 64, 64, 1)
+    rules = DirectorySettings(path="pictures")
+    samples = [
+        Sample(str(number), media, bucket, (Take(),), ("a caption",), (), None, 0.0, 1, rules)
+        for number in range(count)
+    ]
+    data = DatasetSettings(resolutions=[64], directory=[rules])
+    return Collection(Source("train", Path("dataset.toml"), data), samples, [], [], count)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("adapter", [None, AdapterSettings(type="lora", rank=4)], ids=["full", "lora"])
+def test_what_a_stage_holds_is_counted(folder: Path, dtype: str, adapter: AdapterSettings | None) -> None:
+    flux = tiny_flux.pipeline(folder, dtype=dtype)
+    settings = tiny_flux.settings(flux, adapter)
+    blueprint = load_stage(flux, settings, stage=0)
+    parameters = blueprint.trained(blueprint.layers)
+    optimizer = optimizers.build(groups_of(parameters.items(), lr=1e-3, weight_decay=0.0), settings.optimizer)
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    kept = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+    expected = sum(tensor.nbytes for tensor in [*kept, *(p.grad for p in parameters.values())])
+    weights = sum(p.nbytes for p in blueprint.denoiser.parameters())
+    assert held_bytes(blueprint.layers, "adamw") == (weights, expected)
+    averages = 4 * sum(parameter.numel() for parameter in parameters.values())
+    assert held_bytes(blueprint.layers, "adamw", averages=True) == (weights, expected + averages)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_a_large_model_is_planned_in_its_own_type(folder: Path, dtype: str, size: int) -> None:
+    """Of the size of Flux.1, which is told without memory for it."""
+    file = folder / "transformer" / "config.json"
+    large = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128}
+    config = {**json.loads(file.read_text()), **large, "axes_dims_rope": [16, 56, 56]}
+    file.write_text(json.dumps(config))
+    flux = tiny_flux.pipeline(folder, dtype=dtype, from_scratch=True)
+    settings = tiny_flux.settings(flux, AdapterSettings(type="lora", rank=1), epochs=2, gradient_accumulation_steps=2)
+    text = describe(settings, Ranks(), flux, check_run(settings, Ranks(), flux), [collection(5)])
+    total, trained = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:in all,|trained)", text))
+    weights = float(re.search(r"weights ([\d.]+)", text)[1])
+    # The adapter's own weights are float32.
+    assert weights == pytest.approx(((total - trained) * size + trained * 4) / 2**30, abs=0.01)
+    assert weights > 20
+    assert "3 per epoch, 6 in all" in text

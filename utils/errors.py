@@ -1,0 +1,39 @@
+"""What is wrong in the files a user wrote, gathered so that one run of the program names all of it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: the `file` it is in, `where` in it (`[optimizer] lr`), and what to do about it."""
+
+    file: str
+    where: str
+    message: str
+
+
+class UserError(ValueError):
+    """All mistakes found in the settings; as a string, a screen for the user to read."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = list(problems)
+        assert self.problems, "an error without a problem"
+        super().__init__(_screen(self.problems))
+
+    @classmethod
+    def of(cls, message: str, file: str = "", where: str = "") -> "UserError":
+        """An error of one problem."""
+        return cls([Problem(file, where, message)])
+
+
+def _screen(problems: list[Problem]) -> str:
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    lines = [count]
+    # A file's problems may come in several passes (keys first, then rules): sort by first appearance.
+    order = list(dict.fromkeys(problem.file for problem in problems))
+    for file, group in groupby(sorted(problems, key=lambda p: order.index(p.file)), lambda p: p.file):
+        lines += ["", file] if file else [""]
+        lines += [f"  {p.where}: {p.message}" if p.where else f"  {p.message}" for p in group]
+    return "\n".join(lines)

@@ -1,0 +1,27 @@
+"""JSON files that programs wrote, and that a broken download or a full disk may have spoilt."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+
+
+def read_json(path: Path, cure: str = "download it again") -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        cure: what the user is to do if there is none.
+
+    Raises:
+        UserError: the file cannot be read, is no JSON, or holds something else than an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError.of(f"cannot be read ({error.strerror}); {cure}", str(path)) from error
+    except ValueError as error:
+        raise UserError.of(f"is not JSON ({error}); {cure}", str(path)) from error
+    if not isinstance(content, dict):
+        raise UserError.of(f"holds no JSON object; {cure}", str(path))
+    return content
