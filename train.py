@@ -18,7 +18,7 @@ from utils.ranks import Ranks, connect, disconnect, from_environment, leave_toge
 from utils.run.cadence import Duty
 from utils.run.metrics import Metrics
 from utils.run.progress import Progress
-from utils.run.reporting import StepReporter, is_users, report_user_error, start_logging
+from utils.run.reporting import StepReporter, is_user_error, report_user_error, start_logging
 from utils.run.signals import StopRequested, StopRequests
 from utils.settings.dataset_schema import DatasetSettings
 from utils.settings.reader import read_all, resolved
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from models.assembly.data import Data
     from models.assembly.noising import Noising
-    from models.assembly.stage import Blueprint
+    from models.assembly.stage import StagedModel
     from models.base import BasePipeline
     from optimizers.ema import EMA
     from utils.dataset.batches import SampleReader
@@ -48,11 +48,11 @@ SECONDS_TO_LEAVE = 10.0
 """How long a process that was asked to stop waits for the others of the run."""
 
 
-def main(words: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Runs the command line. Exit codes: 0; 1 after a mistake of the user's, told without a traceback; 128 + the signal
     after a stop that was asked for."""
     started = time.monotonic()
-    arguments = parse_arguments(words)
+    arguments = parse_arguments(argv)
     # Everything is read from paths that the user names; a hub that cannot be reached must cost no time.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     ranks = from_environment()
@@ -68,7 +68,7 @@ def main(words: list[str] | None = None) -> int:
             leave_together(ranks, SECONDS_TO_LEAVE)
             finished = False
         except (ValueError, OSError) as error:
-            if not is_users(error):
+            if not is_user_error(error):
                 raise
             report_user_error(error, ranks)
             return 1
@@ -96,14 +96,14 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
         if ranks.is_main:
             sys.stdout.write(plan_of(settings, ranks, pipeline, sources, scan) + "\n")
         return True
-    blueprint = check_run(settings, ranks, pipeline)
+    staged = check_run(settings, ranks, pipeline)
     if arguments.dump_dataset and ranks.is_main:
         prepare_folder(arguments.dump_dataset)
     connect(ranks, arguments.master_port)
-    resumed = open_checkpoint(settings, arguments, blueprint)
+    resumed = open_checkpoint(settings, arguments, staged)
     data = cached_data(settings, ranks, pipeline, sources, scan, arguments)
     if arguments.dump_dataset and ranks.is_main:
-        dump(settings, pipeline, data, ranks, arguments.dump_dataset, stop.heed)
+        dump(settings, pipeline, data, ranks, arguments.dump_dataset, stop.raise_if_stopping)
     if arguments.cache_only or arguments.dump_dataset:
         return True
     initialize_deepspeed()
@@ -112,13 +112,13 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
     return train(trainer)
 
 
-def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Every flag may be written with underscores or with hyphens."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, allow_abbrev=False)
     for name, options in FLAGS.items():
         spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
         parser.add_argument(*spellings, **options)
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     resets = [name for name in FLAGS if name.startswith("reset_") and getattr(arguments, name)]
     if resets and arguments.resume_from_checkpoint is None:
         parser.error(f"--{resets[0]} says how to resume; give --resume_from_checkpoint with it")
@@ -185,7 +185,7 @@ def scan_of(settings: Settings, sources: list[Source], arguments: argparse.Names
         cache_folder(settings, sources) / "files.sqlite",
         trust=arguments.trust_cache,
         verify=settings.verify == "content",
-        heed=stop.heed,
+        raise_if_stopping=stop.raise_if_stopping,
     )
 
 
@@ -199,21 +199,21 @@ def cached_data(
 ) -> Data:
     """The datasets, once all of them are in the cache."""
     from models.assembly.data import load_data
-    from utils.dataset.encoding import Filling
+    from utils.dataset.encoding import CacheJob
 
-    filling = Filling(
+    job = CacheJob(
         cache_folder(settings, sources),
         arguments.config,
         ranks,
         settings.caching_batch_size,
         regenerate=arguments.regenerate_cache,
         verify=scan.verify,
-        heed=scan.heed,
+        raise_if_stopping=scan.raise_if_stopping,
     )
-    return load_data(settings, pipeline, sources, scan, filling)
+    return load_data(settings, pipeline, sources, scan, job)
 
 
-def open_checkpoint(settings: Settings, arguments: argparse.Namespace, blueprint: Blueprint) -> Checkpoint | None:
+def open_checkpoint(settings: Settings, arguments: argparse.Namespace, staged: StagedModel) -> Checkpoint | None:
     """The checkpoint to go on from, if one is asked for, checked against the settings and what they train."""
     if arguments.resume_from_checkpoint is None:
         return None
@@ -222,7 +222,7 @@ def open_checkpoint(settings: Settings, arguments: argparse.Namespace, blueprint
 
     checkpoint = Checkpoint(find_checkpoint(settings.output_dir, arguments.resume_from_checkpoint))
     checkpoint.check_identity(identity_of(settings))
-    checkpoint.check_weights(blueprint.trained(blueprint.layers))
+    checkpoint.check_weights(staged.trained(staged.layers))
     checkpoint.check_optimizer(
         settings.optimizer.model_dump(mode="json"),
         new_parameters=arguments.reset_optimizer_params,
@@ -249,7 +249,7 @@ def build_trainer(
     from utils.dataset.batches import TrainingBatches
     from utils.dataset.encoders import reads_text
     from utils.dataset.epochs import Epochs, format_table, micro_batch_of
-    from utils.dataset.samples import Showing
+    from utils.dataset.samples import VersionPicker
     from utils.parallel.engine import Engine, optimizer_for_frozen_stage
     from utils.parallel.pipeline import DenoiserPipeline
     from utils.run import folder as run_folder
@@ -260,32 +260,32 @@ def build_trainer(
         data.training.samples, partial(micro_batch_of, settings), ranks.data_ranks, accumulation, settings.seed
     )
     logger.info("training data:\n%s", format_table(epochs.table()))
-    blueprint = load_stage(pipeline, settings, ranks.stage)
-    parameters = blueprint.trained(blueprint.stage_layers(ranks.stage))
+    staged = load_stage(pipeline, settings, ranks.stage)
+    parameters = staged.trained(staged.stage_layers(ranks.stage))
     chosen = settings.optimizer
     groups = groups_of(
         parameters.items(), lr=chosen.lr, weight_decay=chosen.weight_decay, own_rate=pipeline.learning_rate
     )
     optimizer = optimizers.build(groups, chosen) if groups else optimizer_for_frozen_stage()
     module = DenoiserPipeline(
-        blueprint.layers,
-        blueprint.bounds,
+        staged.layers,
+        staged.bounds,
         pipeline.stream_type,
         pipeline.loss,
         recompute=settings.activation_checkpointing,
         seed=settings.seed,
         loss_terms=pipeline.loss_terms,
     )
-    teacher = teacher_of(pipeline, settings, blueprint)
+    teacher = teacher_of(pipeline, settings, staged)
     engine = Engine(module, optimizer, accumulation=accumulation, clip_norm=settings.gradient_clipping, teacher=teacher)
     reader = reader_of(data, ranks)
     noising = Noising(pipeline, ranks.is_first_stage, ranks.is_last_stage)
-    showing = Showing(
+    picker = VersionPicker(
         settings.seed, [encoder.name for encoder in data.encoders if reads_text(encoder)], bool(data.live)
     )
     folded = settings.model.folded_guidance is not None
-    batches = TrainingBatches(epochs, reader, showing, noising.training, ranks.data_rank, with_empty=folded)
-    progress, ema = beginning(settings, arguments, resumed, epochs, parameters, optimizer)
+    batches = TrainingBatches(epochs, reader, picker, noising.training, ranks.data_rank, with_empty=folded)
+    progress, ema = restore_or_start(settings, arguments, resumed, epochs, parameters, optimizer)
     folder = resumed.folder.parent if resumed else run_folder.create(settings, ranks, arguments.config)
     metrics = Metrics.of_run(
         folder,
@@ -308,11 +308,11 @@ def build_trainer(
         ema,
         resumed and resumed.folder,
     )
-    trainer.duties = duties_of(trainer, pipeline, data, reader, noising, blueprint)
+    trainer.duties = duties_of(trainer, pipeline, data, reader, noising, staged)
     return trainer
 
 
-def beginning(
+def restore_or_start(
     settings: Settings,
     arguments: argparse.Namespace,
     resumed: Checkpoint | None,
@@ -341,7 +341,7 @@ def duties_of(
     data: Data,
     reader: SampleReader,
     noising: Noising,
-    blueprint: Blueprint,
+    staged: StagedModel,
 ) -> list[Duty]:
     """Evaluation, sampling and export, as the settings ask for them."""
     from models.assembly.exports import export_plan
@@ -358,8 +358,8 @@ def duties_of(
         )
         for collection in data.evaluation
     }
-    painter = sample_model(pipeline, data.encoders, settings, ranks, data.cache_dir)
-    return duties.of_run(trainer, sets, noising.evaluation, painter, export_plan(pipeline, settings, blueprint))
+    sampler = sample_model(pipeline, data.encoders, settings, ranks, data.cache_dir)
+    return duties.of_run(trainer, sets, noising.evaluation, sampler, export_plan(pipeline, settings, staged))
 
 
 def train(trainer: Trainer) -> bool:

@@ -194,7 +194,7 @@ class BasePipeline(ABC):
         """Why the model cannot be trained on these samples."""
         return []
 
-    def weight_of_places(self, latent_shape: Sequence[int]) -> torch.Tensor | None:
+    def loss_weight_map(self, latent_shape: Sequence[int]) -> torch.Tensor | None:
         """What each place of a latent (C, ...) counts in the loss, 1 on average, to multiply (B, C, ...); None where
         all count alike."""
         return None
@@ -211,13 +211,13 @@ class BasePipeline(ABC):
         bound_B = variational_bound(prediction, *labels.variational, self.objective, labels.weight)
         return losses_B + hybrid_factor(self.objective.schedule, self.variational_weight) * bound_B
 
-    def taught(self, labels: Labels, output: torch.Tensor) -> Labels:
+    def with_teacher_target(self, labels: Labels, output: torch.Tensor) -> Labels:
         """The labels on the output's device; of regularisation data the output, another model's, is the target."""
         parents = self.objective.compared(output).float()
         regularising = over_sample(labels.regularising, parents).to(parents.device)
         return labels._replace(target=torch.where(regularising, parents, labels.target.to(parents.device)))
 
-    def folded(self, labels: Labels, output: torch.Tensor) -> Labels:
+    def with_folded_guidance(self, labels: Labels, output: torch.Tensor) -> Labels:
         """The labels on the output's device; where there is a caption, the target is what guidance makes of itself and
         the output u, the model's own for the empty caption: u + g (target - u).
 

@@ -16,7 +16,7 @@ from transformers import T5EncoderModel
 from models.base import Features, ModelEncoder
 from models.flux import BFL_LAYOUT, FluxPipeline, grid_positions, pack, unpack
 from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, read_config
-from models.foundation.checkpoints.key_layouts import KeyLayout, Rule
+from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.text_features import TrueLengthFeatures
 from utils.settings.model_schema import ModelSettings
@@ -34,12 +34,12 @@ CHROMA_LAYOUT = KeyLayout(
     [
         *(rule for rule in BFL_LAYOUT.rules if not any(part in rule.there for part in LEFT_OUT)),
         *(
-            Rule(f"distilled_guidance_layer.{part}", (f"distilled_guidance_layer.{part}",))
+            KeyRule(f"distilled_guidance_layer.{part}", (f"distilled_guidance_layer.{part}",))
             for part in ("in_proj", "out_proj")
         ),
-        Rule("distilled_guidance_layer.layers.{}.in_layer", ("distilled_guidance_layer.layers.{}.linear_1",)),
-        Rule("distilled_guidance_layer.layers.{}.out_layer", ("distilled_guidance_layer.layers.{}.linear_2",)),
-        Rule("distilled_guidance_layer.norms.{}", ("distilled_guidance_layer.norms.{}",), weight_there="scale"),
+        KeyRule("distilled_guidance_layer.layers.{}.in_layer", ("distilled_guidance_layer.layers.{}.linear_1",)),
+        KeyRule("distilled_guidance_layer.layers.{}.out_layer", ("distilled_guidance_layer.layers.{}.linear_2",)),
+        KeyRule("distilled_guidance_layer.norms.{}", ("distilled_guidance_layer.norms.{}",), weight_there="scale"),
     ]
 )
 

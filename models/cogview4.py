@@ -105,7 +105,7 @@ class RootShift(ResolutionShift):
     """s, linear in the root of the number of image tokens (`calculate_shift` of diffusers' CogView4 pipeline)."""
 
     @classmethod
-    def of_config(cls, config: Mapping[str, Any]) -> RootShift:
+    def from_config(cls, config: Mapping[str, Any]) -> RootShift:
         """That of a scheduler's configuration."""
         return cls(config["base_image_seq_len"], config["max_image_seq_len"], config["base_shift"], config["max_shift"])
 
@@ -193,7 +193,7 @@ class CogView4Pipeline(PicturePipeline):
     # Kept: every micro-batch asks for it.
     @cached_property
     def resolution_shift(self) -> RootShift:
-        return RootShift.of_config(self.scheduler().config)
+        return RootShift.from_config(self.scheduler().config)
 
     def check(self) -> None:
         check_diffusers_folder(self.options, PARTS, SINGLE_FILES, TEXT_ENCODERS)

@@ -15,7 +15,7 @@ from torch import nn
 from models.base import Features, ModelEncoder
 from models.families.pictures import PicturePipeline
 from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, read_config
-from models.foundation.checkpoints.key_layouts import KeyLayout, Rule
+from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
 from models.foundation.encoders.text import clip_l, t5
 from models.foundation.encoders.vae import ImageAutoencoder
 from models.foundation.layers.chain import Middle
@@ -29,45 +29,51 @@ TEXT_ENCODERS = {"text_encoder": "clip", "text_encoder_2": "t5"}
 
 BFL_LAYOUT = KeyLayout(
     [
-        Rule("double_blocks.{}.img_attn.qkv", tuple(f"transformer_blocks.{{}}.attn.to_{p}" for p in "qkv")),
-        Rule("double_blocks.{}.txt_attn.qkv", tuple(f"transformer_blocks.{{}}.attn.add_{p}_proj" for p in "qkv")),
-        Rule("double_blocks.{}.img_attn.norm.query_norm", ("transformer_blocks.{}.attn.norm_q",), weight_there="scale"),
-        Rule("double_blocks.{}.img_attn.norm.key_norm", ("transformer_blocks.{}.attn.norm_k",), weight_there="scale"),
-        Rule(
+        KeyRule("double_blocks.{}.img_attn.qkv", tuple(f"transformer_blocks.{{}}.attn.to_{p}" for p in "qkv")),
+        KeyRule("double_blocks.{}.txt_attn.qkv", tuple(f"transformer_blocks.{{}}.attn.add_{p}_proj" for p in "qkv")),
+        KeyRule(
+            "double_blocks.{}.img_attn.norm.query_norm", ("transformer_blocks.{}.attn.norm_q",), weight_there="scale"
+        ),
+        KeyRule(
+            "double_blocks.{}.img_attn.norm.key_norm", ("transformer_blocks.{}.attn.norm_k",), weight_there="scale"
+        ),
+        KeyRule(
             "double_blocks.{}.txt_attn.norm.query_norm",
             ("transformer_blocks.{}.attn.norm_added_q",),
             weight_there="scale",
         ),
-        Rule(
+        KeyRule(
             "double_blocks.{}.txt_attn.norm.key_norm",
             ("transformer_blocks.{}.attn.norm_added_k",),
             weight_there="scale",
         ),
-        Rule("double_blocks.{}.img_attn.proj", ("transformer_blocks.{}.attn.to_out.0",)),
-        Rule("double_blocks.{}.txt_attn.proj", ("transformer_blocks.{}.attn.to_add_out",)),
-        Rule("double_blocks.{}.img_mod.lin", ("transformer_blocks.{}.norm1.linear",)),
-        Rule("double_blocks.{}.txt_mod.lin", ("transformer_blocks.{}.norm1_context.linear",)),
-        Rule("double_blocks.{}.img_mlp.0", ("transformer_blocks.{}.ff.net.0.proj",)),
-        Rule("double_blocks.{}.img_mlp.2", ("transformer_blocks.{}.ff.net.2",)),
-        Rule("double_blocks.{}.txt_mlp.0", ("transformer_blocks.{}.ff_context.net.0.proj",)),
-        Rule("double_blocks.{}.txt_mlp.2", ("transformer_blocks.{}.ff_context.net.2",)),
-        Rule(
+        KeyRule("double_blocks.{}.img_attn.proj", ("transformer_blocks.{}.attn.to_out.0",)),
+        KeyRule("double_blocks.{}.txt_attn.proj", ("transformer_blocks.{}.attn.to_add_out",)),
+        KeyRule("double_blocks.{}.img_mod.lin", ("transformer_blocks.{}.norm1.linear",)),
+        KeyRule("double_blocks.{}.txt_mod.lin", ("transformer_blocks.{}.norm1_context.linear",)),
+        KeyRule("double_blocks.{}.img_mlp.0", ("transformer_blocks.{}.ff.net.0.proj",)),
+        KeyRule("double_blocks.{}.img_mlp.2", ("transformer_blocks.{}.ff.net.2",)),
+        KeyRule("double_blocks.{}.txt_mlp.0", ("transformer_blocks.{}.ff_context.net.0.proj",)),
+        KeyRule("double_blocks.{}.txt_mlp.2", ("transformer_blocks.{}.ff_context.net.2",)),
+        KeyRule(
             "single_blocks.{}.linear1",
             (*(f"single_transformer_blocks.{{}}.attn.to_{p}" for p in "qkv"), "single_transformer_blocks.{}.proj_mlp"),
         ),
-        Rule("single_blocks.{}.linear2", ("single_transformer_blocks.{}.proj_out",)),
-        Rule("single_blocks.{}.norm.query_norm", ("single_transformer_blocks.{}.attn.norm_q",), weight_there="scale"),
-        Rule("single_blocks.{}.norm.key_norm", ("single_transformer_blocks.{}.attn.norm_k",), weight_there="scale"),
-        Rule("single_blocks.{}.modulation.lin", ("single_transformer_blocks.{}.norm.linear",)),
-        Rule("img_in", ("x_embedder",)),
-        Rule("txt_in", ("context_embedder",)),
+        KeyRule("single_blocks.{}.linear2", ("single_transformer_blocks.{}.proj_out",)),
+        KeyRule(
+            "single_blocks.{}.norm.query_norm", ("single_transformer_blocks.{}.attn.norm_q",), weight_there="scale"
+        ),
+        KeyRule("single_blocks.{}.norm.key_norm", ("single_transformer_blocks.{}.attn.norm_k",), weight_there="scale"),
+        KeyRule("single_blocks.{}.modulation.lin", ("single_transformer_blocks.{}.norm.linear",)),
+        KeyRule("img_in", ("x_embedder",)),
+        KeyRule("txt_in", ("context_embedder",)),
         *(
-            Rule(f"{there}_in.{layer}_layer", (f"time_text_embed.{here}_embedder.linear_{number}",))
+            KeyRule(f"{there}_in.{layer}_layer", (f"time_text_embed.{here}_embedder.linear_{number}",))
             for there, here in (("time", "timestep"), ("vector", "text"), ("guidance", "guidance"))
             for number, layer in ((1, "in"), (2, "out"))
         ),
-        Rule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),
-        Rule("final_layer.linear", ("proj_out",)),
+        KeyRule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),
+        KeyRule("final_layer.linear", ("proj_out",)),
     ]
 )
 

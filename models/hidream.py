@@ -26,13 +26,13 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from models.base import Features, ModelEncoder
 from models.families.pictures import PicturePipeline
 from models.foundation.checkpoints.folders import check_diffusers_folder, check_folder_type, part_override, read_config
-from models.foundation.checkpoints.key_layouts import KeyLayout, Rule
+from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
 from models.foundation.checkpoints.weights import build_empty
 from models.foundation.encoders.clip import clip_config
 from models.foundation.encoders.llama import LlamaEncoder, LlamaStates, Route, StatesFeatures, routes
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.text_features import MaskedT5Features, ProjectedFeatures
-from models.foundation.layers.chain import listening
+from models.foundation.layers.chain import capture_outputs
 from models.foundation.layers.patches import PATCH, patchify, unpatchify
 from utils.diffusion.auxiliary import Output, load_balancing
 from utils.diffusion.objectives import FlowMatching
@@ -137,7 +137,7 @@ class Entry(nn.Module):
         return HiDreamStream(
             x_BTD=self.x_embedder(inputs.x_BTC.to(dtype)),
             text_BLD=torch.cat([self.t5_projection(inputs.t5_BLD.to(dtype)), last_BLD], dim=1),
-            llama3_BLD=tuple(states[place] for place in self.route.onward),
+            llama3_BLD=tuple(states[index] for index in self.route.onward),
             last_BLD=last_BLD,
             # The time stays float32 until it is embedded.
             time_BD=self.t_embedder(inputs.t_B, dtype) + self.p_embedder(inputs.pooled_BP.to(dtype)),
@@ -171,9 +171,9 @@ class Block(nn.Module):
             own_BLD, onward = stream.last_BLD, ()
         else:
             own_BLD = self.projection(stream.llama3_BLD[self.route.own])
-            onward = tuple(stream.llama3_BLD[place] for place in self.route.onward)
-        heeded = self.routers if self.training and self.balance_weight > 0 else []
-        with listening(heeded, balance_of) as balances:
+            onward = tuple(stream.llama3_BLD[index] for index in self.route.onward)
+        active_routers = self.routers if self.training and self.balance_weight > 0 else []
+        with capture_outputs(active_routers, balance_of) as balances:
             stream = self.advance(stream, own_BLD)
         terms_K = stream.terms_K + self.balance_weight * sum(balances) if balances else stream.terms_K
         return stream._replace(llama3_BLD=onward, terms_K=terms_K)
@@ -256,7 +256,7 @@ class HiDreamPipeline(PicturePipeline):
         """ComfyUI's names are those of diffusers."""
         parameters = [name for name, _ in build_empty(self.build_denoiser).named_parameters()]
         modules = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
-        return KeyLayout([Rule(module, (module,)) for module in modules])
+        return KeyLayout([KeyRule(module, (module,)) for module in modules])
 
     def check(self) -> None:
         folder, llama_folder = self.options.diffusers_path, self.options.llama3_path
@@ -286,7 +286,7 @@ class HiDreamPipeline(PicturePipeline):
         of_llama, clips = self._llama_config, [clip_config(options.diffusers_path, part) for part, _ in CLIPS.values()]
         pooled, made = sum(clip["projection_dim"] for clip in clips), self.vae_config["latent_channels"]
         blocks, layers = config["num_layers"] + config["num_single_layers"], config["llama_layers"]
-        places = min(clip["max_position_embeddings"] for clip in clips)
+        positions = min(clip["max_position_embeddings"] for clip in clips)
         wrong = {
             f"takes latents of {config['in_channels']} channels and the VAE makes {made}; give HiDream's own VAE": (
                 config["in_channels"] != made
@@ -302,8 +302,10 @@ class HiDreamPipeline(PicturePipeline):
         }
         file = str(options.diffusers_path / "transformer" / "config.json")
         problems = [Problem(file, "", message) for message, holds in wrong.items() if holds]
-        if options.max_sequence_length > places:
-            message = f"CLIP has {places} places, so {options.max_sequence_length} is too much; HiDream's own has 248"
+        if options.max_sequence_length > positions:
+            message = (
+                f"CLIP has {positions} places, so {options.max_sequence_length} is too much; HiDream's own has 248"
+            )
             problems.append(Problem("", "[model] max_sequence_length", message))
         if problems:
             raise UserError(problems)
@@ -314,7 +316,7 @@ class HiDreamPipeline(PicturePipeline):
         t5 = (T5EncoderModel, folder, "text_encoder_3", "tokenizer_3", part_override(options, "t5"), self.dtype)
         used = tuple(sorted(set(self._transformer_config["llama_layers"])))
         states = (len(used), length, self._llama_config["hidden_size"])
-        llama = (*self._llama_place, part_override(options, "llama3"), self.dtype)
+        llama = (*self._llama_location, part_override(options, "llama3"), self.dtype)
         return [
             self.autoencoder(),
             *(self._clip(name) for name in CLIPS),
@@ -392,14 +394,14 @@ class HiDreamPipeline(PicturePipeline):
         return None
 
     @property
-    def _llama_place(self) -> tuple[Path, str, str]:
+    def _llama_location(self) -> tuple[Path, str, str]:
         """Folder, part with the weights, and part with the tokenizer."""
         own = self.options.llama3_path
         return (own, "", "") if own else (self.options.diffusers_path, *LLAMA_PARTS)
 
     @property
     def _llama_config(self) -> dict[str, Any]:
-        folder, part, _ = self._llama_place
+        folder, part, _ = self._llama_location
         return read_config(folder, part, model="llama", keys=["hidden_size", "num_hidden_layers"])
 
     # Kept: every micro-batch asks for it.

@@ -26,8 +26,8 @@ from models.families.ddpm import DDPMOptions, ddpm_objective, ddpm_scheduler
 from models.families.pictures import PicturePipeline
 from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, read_config
 from models.foundation.checkpoints.headers import read_header
-from models.foundation.checkpoints.key_layouts import KeyLayout, Rule
-from models.foundation.checkpoints.weights import Original
+from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
+from models.foundation.checkpoints.weights import CheckpointNames
 from models.foundation.encoders.sizes import SIZES, SizeEncoder
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.text_features import PaddedFeatures, TrueLengthFeatures
@@ -85,11 +85,11 @@ AROUND = {
 ORIGINAL_LAYOUT = KeyLayout(
     [
         *(
-            Rule(f"blocks.{{}}.{there}", tuple(f"blocks.{{}}.{part}" for part in here))
+            KeyRule(f"blocks.{{}}.{there}", tuple(f"blocks.{{}}.{part}" for part in here))
             for there, here in IN_BLOCK.items()
         ),
-        *(Rule(there, (here,)) for there, here in AROUND.items()),
-        Rule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),
+        *(KeyRule(there, (here,)) for there, here in AROUND.items()),
+        KeyRule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),
     ]
 )
 
@@ -281,7 +281,7 @@ class HunyuanDitPipeline(PicturePipeline):
             self.dtype,
             read,
             {read.name: (read.length, width), f"{read.name}_mask": (read.length,)},
-            Original(CHECKPOINT_PREFIXES[read.name]),
+            CheckpointNames(CHECKPOINT_PREFIXES[read.name]),
         )
 
     def build_denoiser(self) -> HunyuanDiT2DModel:
@@ -333,5 +333,5 @@ def rotary_tables(height: int, width: int, features: int) -> tuple[torch.Tensor,
     """Cosines and sines (T, H) of the places of a latent's tokens, scaled such that the picture, whatever its size,
     fills the longer side of a grid, in whose middle it lies."""
     grid = (height // PATCH, width // PATCH)
-    place = get_resize_crop_region_for_grid(grid, ROTARY_GRID)
-    return get_2d_rotary_pos_embed(features, place, grid, device="cpu", output_type="pt")
+    crop_region = get_resize_crop_region_for_grid(grid, ROTARY_GRID)
+    return get_2d_rotary_pos_embed(features, crop_region, grid, device="cpu", output_type="pt")

@@ -21,7 +21,7 @@ from transformers import Qwen2_5_VLModel
 from models.base import BasePipeline, Features, ModelEncoder
 from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, read_config
 from models.foundation.checkpoints.headers import read_header
-from models.foundation.checkpoints.key_layouts import KeyLayout, Rule
+from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
 from models.foundation.encoders.qwen_vl import PICTURE, PictureTextEncoder, Prompt, width_of
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.video_vae import QWEN_IMAGE, QwenImageAutoencoder, latent_size
@@ -108,7 +108,7 @@ AROUND_THE_BLOCKS = (
     "proj_out",
 )
 NAMES = (*AROUND_THE_BLOCKS, *(f"transformer_blocks.{{}}.{part}" for part in PARTS_OF_A_BLOCK))
-QWEN_LAYOUT = KeyLayout([Rule(name, (name,)) for name in NAMES])
+QWEN_LAYOUT = KeyLayout([KeyRule(name, (name,)) for name in NAMES])
 
 
 class TimestepZeroLayout(KeyLayout):
@@ -232,11 +232,11 @@ class QwenImagePipeline(BasePipeline):
     def check(self) -> None:
         options, folder = self.options, self.options.diffusers_path
         check_diffusers_folder(options, PARTS, SINGLE_FILES, {"text_encoder": TEXT})
-        config, place = self._transformer_config, str(folder / "transformer" / "config.json")
+        config, file = self._transformer_config, str(folder / "transformer" / "config.json")
         if {bool(config.get(key)) for key in LAYERED} != {self.layered}:
             kind, fitting = ("not ", "qwen_image") if self.layered else ("", "qwen_image_layered")
             raise UserError.of(
-                f'is {kind}of Qwen-Image-Layered; set [model] type = "{fitting}", or give another model', place
+                f'is {kind}of Qwen-Image-Layered; set [model] type = "{fitting}", or give another model', file
             )
         fed = {"in_channels": PATCH**2 * self._vae_config["z_dim"], "joint_attention_dim": width_of(folder)}
         for key, size in fed.items():
@@ -244,7 +244,7 @@ class QwenImagePipeline(BasePipeline):
                 raise UserError.of(
                     f"has `{key}` {config[key]}, where the VAE and the text encoder beside it make {size}; is one of "
                     "them another model's?",
-                    place,
+                    file,
                 )
         override = options.transformer_path
         if override and not config.get("zero_cond_t") and _is_timestep_zero(read_header(override).files):

@@ -15,7 +15,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
 from models.base import BasePipeline, Features, ModelEncoder
-from models.foundation.checkpoints.key_layouts import KeyLayout, Rule
+from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
 from models.foundation.encoders.video_vae import QwenImageAutoencoder
 from models.qwen_image import QWEN_LAYOUT, Entry, Exit, QwenImagePipeline, Variant
 from utils.dataset.encoders import Encoder
@@ -95,7 +95,7 @@ class QwenImageLayeredPipeline(QwenImagePipeline):
     resolution_shift = LayeredShift()
     layered = True
     starts_from_picture = True
-    original_layout = KeyLayout([*QWEN_LAYOUT.rules, Rule(TRANSPARENCY, (TRANSPARENCY,))])
+    original_layout = KeyLayout([*QWEN_LAYOUT.rules, KeyRule(TRANSPARENCY, (TRANSPARENCY,))])
     _variant = Variant()
 
     @property
@@ -146,7 +146,7 @@ class QwenImageLayeredPipeline(QwenImagePipeline):
             ],
         }
         return [
-            Problem("", "[[directory]]", f"{len(some)} of the samples, the first is {some[0].media.place}, {reason}")
+            Problem("", "[[directory]]", f"{len(some)} of the samples, the first is {some[0].media.locator}, {reason}")
             for reason, some in wrong.items()
             if some
         ]
@@ -176,6 +176,6 @@ class QwenImageLayeredPipeline(QwenImagePipeline):
         return channels, self.pictures, *size
 
 
-def size_of(thing: Sample | Control) -> tuple[int, int]:
+def size_of(input_name: Sample | Control) -> tuple[int, int]:
     """Width and height of its file."""
-    return thing.media.width, thing.media.height
+    return input_name.media.width, input_name.media.height

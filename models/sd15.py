@@ -26,7 +26,7 @@ class Sd15Pipeline(StableDiffusionPipeline):
             "clip_l",
             "text_encoder",
             "tokenizer",
-            rate="text_encoder_1_lr",
+            lr_option="text_encoder_1_lr",
             prefix="cond_stage_model.transformer.",
             lora_prefix="lora_te",
         ),

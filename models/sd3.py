@@ -17,7 +17,7 @@ from torch import nn
 from models.base import Features, ModelEncoder
 from models.families.pictures import PicturePipeline
 from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, read_config
-from models.foundation.checkpoints.key_layouts import KeyLayout, Rule
+from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
 from models.foundation.encoders.clip import clip
 from models.foundation.encoders.text import TextEncoder, t5
 from models.foundation.layers.chain import Middle
@@ -67,32 +67,34 @@ def mmdit_layout(num_layers: int) -> KeyLayout:
     return KeyLayout(
         [
             *(
-                Rule(f"joint_blocks.{{}}.{there}.{name}", tuple(f"transformer_blocks.{{}}.{here}.{p}" for p in parts))
+                KeyRule(
+                    f"joint_blocks.{{}}.{there}.{name}", tuple(f"transformer_blocks.{{}}.{here}.{p}" for p in parts)
+                )
                 for there, here, attention in ATTENTIONS
                 for name, parts in attention.items()
             ),
             *(
-                Rule(f"joint_blocks.{{}}.{there}", (f"transformer_blocks.{{}}.{here}",))
+                KeyRule(f"joint_blocks.{{}}.{there}", (f"transformer_blocks.{{}}.{here}",))
                 for there, here in MODULES.items()
             ),
             *(
-                Rule(
+                KeyRule(
                     f"joint_blocks.{number}.context_block.adaLN_modulation.1",
                     (f"transformer_blocks.{number}.norm1_context.linear",),
                     swap_halves=number == num_layers - 1,
                 )
                 for number in range(num_layers)
             ),
-            Rule("pos_embed", (POSITIONS,)),
-            Rule("x_embedder.proj", ("pos_embed.proj",)),
-            Rule("context_embedder", ("context_embedder",)),
+            KeyRule("pos_embed", (POSITIONS,)),
+            KeyRule("x_embedder.proj", ("pos_embed.proj",)),
+            KeyRule("context_embedder", ("context_embedder",)),
             *(
-                Rule(f"{there}_embedder.mlp.{place}", (f"time_text_embed.{here}_embedder.linear_{number}",))
+                KeyRule(f"{there}_embedder.mlp.{index}", (f"time_text_embed.{here}_embedder.linear_{number}",))
                 for there, here in (("t", "timestep"), ("y", "text"))
-                for place, number in ((0, 1), (2, 2))
+                for index, number in ((0, 1), (2, 2))
             ),
-            Rule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),
-            Rule("final_layer.linear", ("proj_out",)),
+            KeyRule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),
+            KeyRule("final_layer.linear", ("proj_out",)),
         ]
     )
 

@@ -25,7 +25,7 @@ from transformers import UMT5EncoderModel
 
 from models.base import BasePipeline, Features, ModelEncoder
 from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, read_config
-from models.foundation.checkpoints.key_layouts import KeyLayout, Rule
+from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
 from models.foundation.encoders.first_frame import ClipVision, FirstFrameAutoencoder, given_frames
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.text_features import TrueLengthFeatures
@@ -44,7 +44,7 @@ BLIND_TOKENS = 512
 EXPERT_FOLDERS = {"high": "transformer", "low": "transformer_2"}
 TRAIN_STEPS = 1000
 PATCH = 2
-RATE_5B = 24.0
+FPS_5B = 24.0
 """Frames a second of TI2V-5B (`sample_fps` of its publisher's configuration)."""
 
 PICTURE_ATTENTION = {"k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k"}
@@ -53,30 +53,30 @@ ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "
 WAN_LAYOUT = KeyLayout(
     [
         *(
-            Rule(f"blocks.{{}}.{there}.{part}", (f"blocks.{{}}.{here}.{ours}",))
+            KeyRule(f"blocks.{{}}.{there}.{part}", (f"blocks.{{}}.{here}.{ours}",))
             for there, here in (("self_attn", "attn1"), ("cross_attn", "attn2"))
             for part, ours in ATTENTION.items()
         ),
         *(
-            Rule(f"blocks.{{}}.cross_attn.{there}", (f"blocks.{{}}.attn2.{here}",))
+            KeyRule(f"blocks.{{}}.cross_attn.{there}", (f"blocks.{{}}.attn2.{here}",))
             for there, here in PICTURE_ATTENTION.items()
         ),
         *(
-            Rule(f"img_emb.proj.{number}", (f"condition_embedder.image_embedder.{here}",))
+            KeyRule(f"img_emb.proj.{number}", (f"condition_embedder.image_embedder.{here}",))
             for number, here in PICTURE_EMBEDDING.items()
         ),
-        Rule("blocks.{}.norm3", ("blocks.{}.norm2",)),
-        Rule("blocks.{}.ffn.0", ("blocks.{}.ffn.net.0.proj",)),
-        Rule("blocks.{}.ffn.2", ("blocks.{}.ffn.net.2",)),
-        Rule("blocks.{}.modulation", ("blocks.{}.scale_shift_table",)),
-        Rule("patch_embedding", ("patch_embedding",)),
-        Rule("time_embedding.0", ("condition_embedder.time_embedder.linear_1",)),
-        Rule("time_embedding.2", ("condition_embedder.time_embedder.linear_2",)),
-        Rule("time_projection.1", ("condition_embedder.time_proj",)),
-        Rule("text_embedding.0", ("condition_embedder.text_embedder.linear_1",)),
-        Rule("text_embedding.2", ("condition_embedder.text_embedder.linear_2",)),
-        Rule("head.head", ("proj_out",)),
-        Rule("head.modulation", ("scale_shift_table",)),
+        KeyRule("blocks.{}.norm3", ("blocks.{}.norm2",)),
+        KeyRule("blocks.{}.ffn.0", ("blocks.{}.ffn.net.0.proj",)),
+        KeyRule("blocks.{}.ffn.2", ("blocks.{}.ffn.net.2",)),
+        KeyRule("blocks.{}.modulation", ("blocks.{}.scale_shift_table",)),
+        KeyRule("patch_embedding", ("patch_embedding",)),
+        KeyRule("time_embedding.0", ("condition_embedder.time_embedder.linear_1",)),
+        KeyRule("time_embedding.2", ("condition_embedder.time_embedder.linear_2",)),
+        KeyRule("time_projection.1", ("condition_embedder.time_proj",)),
+        KeyRule("text_embedding.0", ("condition_embedder.text_embedder.linear_1",)),
+        KeyRule("text_embedding.2", ("condition_embedder.text_embedder.linear_2",)),
+        KeyRule("head.head", ("proj_out",)),
+        KeyRule("head.modulation", ("scale_shift_table",)),
     ]
 )
 
@@ -197,7 +197,7 @@ class WanPipeline(BasePipeline):
     """Wan of Alibaba: text to video, and picture to video."""
 
     Options = WanOptions
-    media = MediaFacts(spatial=16, temporal=4, max_frames=241, rate=16.0)
+    media = MediaFacts(spatial=16, temporal=4, max_frames=241, fps=16.0)
     blocks = ("blocks",)
     stream_type = WanStream
     original_layout = WAN_LAYOUT
@@ -209,7 +209,7 @@ class WanPipeline(BasePipeline):
         # Of a folder that is not whole, `check` tells.
         with suppress(UserError):
             cell = self._vae_config.get("scale_factor_spatial", self.media.spatial // PATCH)
-            self.media = replace(self.media, spatial=PATCH * cell, rate=RATE_5B if self._is_5b else self.media.rate)
+            self.media = replace(self.media, spatial=PATCH * cell, fps=FPS_5B if self._is_5b else self.media.fps)
 
     @property
     def _is_5b(self) -> bool:
@@ -239,10 +239,10 @@ class WanPipeline(BasePipeline):
         self.check_tensors()
 
     def _check_expert(self) -> None:
-        place = self.options.diffusers_path / self.denoiser_folder
-        if self.options.expert == "low" and not place.is_dir():
+        folder = self.options.diffusers_path / self.denoiser_folder
+        if self.options.expert == "low" and not folder.is_dir():
             raise UserError.of(
-                f"there is no {place}: Wan 2.2 A14B alone has two experts; leave it out, or download that folder",
+                f"there is no {folder}: Wan 2.2 A14B alone has two experts; leave it out, or download that folder",
                 where="[model] expert",
             )
 
@@ -271,7 +271,7 @@ class WanPipeline(BasePipeline):
         if not (self.starts_from_picture and stills):
             return []
         message = (
-            f"{len(stills)} of the samples are still pictures, the first is {stills[0].media.place}: to a model that "
+            f"{len(stills)} of the samples are still pictures, the first is {stills[0].media.folder}: to a model that "
             "makes clips of a first frame they teach nothing; leave them out, or set frame_buckets without 1"
         )
         return [Problem("", "[[directory]]", message)]
@@ -319,7 +319,7 @@ class WanPipeline(BasePipeline):
     def _first_frame_is_given(self, shape: Sequence[int]) -> bool:
         return self.options.from_first_frame and shape[-3] > 1
 
-    def weight_of_places(self, latent_shape: Sequence[int]) -> torch.Tensor | None:
+    def loss_weight_map(self, latent_shape: Sequence[int]) -> torch.Tensor | None:
         if not self._first_frame_is_given(latent_shape):
             return None
         frames = latent_shape[-3]

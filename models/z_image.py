@@ -21,7 +21,7 @@ from transformers import Qwen3Model
 from models.base import Features, ModelEncoder
 from models.families.pictures import PicturePipeline
 from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, read_config
-from models.foundation.checkpoints.key_layouts import KeyLayout, Rule
+from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.text_features import ChatFeatures
 from models.foundation.layers.chain import Middle
@@ -53,16 +53,16 @@ KEPT = (
 COMFYUI_LAYOUT = KeyLayout(
     [
         *(
-            Rule(f"{blocks}.{{}}.{there}", tuple(f"{blocks}.{{}}.{part}" for part in here))
+            KeyRule(f"{blocks}.{{}}.{there}", tuple(f"{blocks}.{{}}.{part}" for part in here))
             for blocks in BLOCKS
             for there, here in {**RENAMED, **{name: (name,) for name in KEPT}}.items()
         ),
-        Rule("x_embedder", (f"all_x_embedder.{PATCH_KEY}",)),
-        Rule("final_layer.linear", (f"all_final_layer.{PATCH_KEY}.linear",)),
-        Rule("final_layer.adaLN_modulation.1", (f"all_final_layer.{PATCH_KEY}.adaLN_modulation.1",)),
-        *(Rule(f"t_embedder.mlp.{number}", (f"t_embedder.mlp.{number}",)) for number in (0, 2)),
-        *(Rule(f"cap_embedder.{number}", (f"cap_embedder.{number}",)) for number in (0, 1)),
-        *(Rule(name, (name,)) for name in ("x_pad_token", "cap_pad_token")),
+        KeyRule("x_embedder", (f"all_x_embedder.{PATCH_KEY}",)),
+        KeyRule("final_layer.linear", (f"all_final_layer.{PATCH_KEY}.linear",)),
+        KeyRule("final_layer.adaLN_modulation.1", (f"all_final_layer.{PATCH_KEY}.adaLN_modulation.1",)),
+        *(KeyRule(f"t_embedder.mlp.{number}", (f"t_embedder.mlp.{number}",)) for number in (0, 2)),
+        *(KeyRule(f"cap_embedder.{number}", (f"cap_embedder.{number}",)) for number in (0, 1)),
+        *(KeyRule(name, (name,)) for name in ("x_pad_token", "cap_pad_token")),
     ],
     unused=("norm_final.weight",),
 )

@@ -21,9 +21,9 @@ from torch import nn
 import models
 from models.assembly.exports import export_plan
 from models.assembly.prompts import prompt_encoders
-from models.assembly.stage import Blueprint, load_stage
+from models.assembly.stage import StagedModel, load_stage
 from models.base import BasePipeline
-from tests.models.painted import paint
+from tests.models.drawn_samples import draw_samples
 from tests.models.tiny_flux import settings as settings_of
 from tests.models.tiny_folder import encoded, tiny
 from tests.processes import run_ranks
@@ -68,7 +68,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Model(request.param, module.write_folder(tmp_path_factory.mktemp(request.param)), module)
 
 
-def loaded(pipeline: BasePipeline, adapter: AdapterSettings | None = None) -> Blueprint:
+def loaded(pipeline: BasePipeline, adapter: AdapterSettings | None = None) -> StagedModel:
     """The denoiser with its weights, in layers."""
     return load_stage(pipeline, settings_of(pipeline, adapter), stage=0)
 
@@ -175,24 +175,24 @@ def test_samples_are_those_of_the_stock_pipeline(model: Model, tmp_path: Path) -
     pipeline = model.pipeline()
     shape = (1, *pipeline.latent_shape(sampling.width, sampling.height, sampling.frames))
     noise = normal(shape, 7, "sample", 0)
-    painted = run_ranks(paint, 2, model.tiny.pipeline, model.folder, tmp_path / "cache", 2, sampling)
+    painted = run_ranks(draw_samples, 2, model.tiny.pipeline, model.folder, tmp_path / "cache", 2, sampling)
     expected = model.tiny.draw(model.stock(), sampling, noise)
     assert (expected - noise).abs().mean() > 0.1
     for latents in painted:
         torch.testing.assert_close(torch.from_numpy(latents[0]), expected, rtol=1e-4, atol=1e-4)
 
 
-def moved(model: Model, place: Path, adapter: AdapterSettings | None, save_format: str) -> Blueprint:
+def moved(model: Model, place: Path, adapter: AdapterSettings | None, save_format: str) -> StagedModel:
     """What is exported into `place`: weights that training has moved."""
     pipeline = model.pipeline()
     settings = settings_of(pipeline, adapter, save_format=save_format)
-    blueprint = load_stage(pipeline, settings, stage=0)
-    parameters = blueprint.trained(blueprint.layers)
+    staged = load_stage(pipeline, settings, stage=0)
+    parameters = staged.trained(staged.layers)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.add_(normal(tuple(parameter.shape), 0, "moved", name), alpha=0.1)
-    export(place, Ranks(), parameters, export_plan(pipeline, settings, blueprint), step=7)
-    return blueprint
+    export(place, Ranks(), parameters, export_plan(pipeline, settings, staged), step=7)
+    return staged
 
 
 def load_by_peft(denoiser: nn.Module, folder: Path, prefix: str) -> None:
@@ -255,11 +255,9 @@ def train(ranks: Ranks, name: str, folder: Path, stages: int, recompute: bool, r
     ranks = ranks.with_stages(stages)
     pipeline = tiny(name).pipeline(folder)
     adapter = AdapterSettings(type="lora", rank=rank) if rank else None
-    blueprint = load_stage(pipeline, settings_of(pipeline, adapter, pipeline_stages=stages), ranks.stage)
-    module = DenoiserPipeline(
-        blueprint.layers, blueprint.bounds, pipeline.stream_type, pipeline.loss, recompute=recompute
-    )
-    trained = list(blueprint.trained(blueprint.stage_layers(ranks.stage)).values())
+    staged = load_stage(pipeline, settings_of(pipeline, adapter, pipeline_stages=stages), ranks.stage)
+    module = DenoiserPipeline(staged.layers, staged.bounds, pipeline.stream_type, pipeline.loss, recompute=recompute)
+    trained = list(staged.trained(staged.stage_layers(ranks.stage)).values())
     engine = Engine(module, torch.optim.AdamW(trained, lr=1e-2), accumulation=2, clip_norm=1.0)
 
     def micro_batch(step: int, size: tuple[int, int, int]) -> tuple:

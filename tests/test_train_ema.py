@@ -40,8 +40,8 @@ def weights_at_start(config: Path, stages: int) -> Tensors:
     settings, _, _ = read_all(config, lambda name: models.find(name).Options, stages)
     tensors: Tensors = {}
     for stage in range(stages):
-        blueprint = load_stage(models.find("flux")(settings.model, settings.seed), settings, stage)
-        tensors |= {name: p.detach() for name, p in blueprint.trained(blueprint.stage_layers(stage)).items()}
+        staged = load_stage(models.find("flux")(settings.model, settings.seed), settings, stage)
+        tensors |= {name: p.detach() for name, p in staged.trained(staged.stage_layers(stage)).items()}
     return tensors
 
 

@@ -7,11 +7,11 @@ from typing import Any
 from utils.errors import UserError
 
 
-def read_json(path: Path, cure: str = "download it again") -> dict[str, Any]:
+def read_json(path: Path, hint: str = "download it again") -> dict[str, Any]:
     """The JSON object in a file.
 
     Args:
-        cure: what the user is to do if there is none.
+        hint: what the user is to do if there is none.
 
     Raises:
         UserError: the file cannot be read, is no JSON, or holds something else than an object.
@@ -19,9 +19,9 @@ def read_json(path: Path, cure: str = "download it again") -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError.of(f"cannot be read ({error.strerror}); {cure}", str(path)) from error
+        raise UserError.of(f"cannot be read ({error.strerror}); {hint}", str(path)) from error
     except ValueError as error:
-        raise UserError.of(f"is not JSON ({error}); {cure}", str(path)) from error
+        raise UserError.of(f"is not JSON ({error}); {hint}", str(path)) from error
     if not isinstance(content, dict):
-        raise UserError.of(f"holds no JSON object; {cure}", str(path))
+        raise UserError.of(f"holds no JSON object; {hint}", str(path))
     return content

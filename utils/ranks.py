@@ -140,7 +140,7 @@ def leave_together(ranks: Ranks, seconds: float) -> bool:
         time.sleep(0.0 if ranks.is_main else seconds)
         return False
     try:
-        share(ranks, "leaving", None, timedelta(seconds=seconds))
+        gather(ranks, "leaving", None, timedelta(seconds=seconds))
         # The main process keeps the store: the others must have read from it before it goes.
         time.sleep(10 * POLL_SECONDS if ranks.is_main else 0.0)
     except TimeoutError:
@@ -150,18 +150,18 @@ def leave_together(ranks: Ranks, seconds: float) -> bool:
     return True
 
 
-def share(
+def gather(
     ranks: Ranks,
     tag: str,
     value: Any,
     patience: timedelta = PATIENCE,
-    heed: Callable[[], None] = lambda: None,
+    raise_if_stopping: Callable[[], None] = lambda: None,
 ) -> list[Any]:
     """Every rank's `value` (anything JSON can hold), in the order of the ranks, once all have given theirs.
 
     It goes through the key-value store and not through a collective, so that one rank may be hours slower than the
-    others, as long as it shows a `sign_of_life` now and then. `tag` must be new at each call of a run. `heed` is called
-    while waiting, and ends it by raising.
+    others, as long as it shows a `sign_of_life` now and then. `tag` must be new at each call of a run.
+    `raise_if_stopping` is called while waiting, and ends it by raising.
 
     Raises:
         TimeoutError: naming the ranks that gave nothing, and no sign of life, for as long as `patience`.
@@ -172,7 +172,7 @@ def share(
     store.set(f"share/{tag}/{ranks.rank}", json.dumps(value))
     awaited = dict.fromkeys(range(ranks.world_size), (0, time.monotonic()))
     while awaited:
-        heed()
+        raise_if_stopping()
         awaited = {
             rank: _last_sign(store, tag, rank, last)
             for rank, last in awaited.items()

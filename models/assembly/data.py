@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from models.assembly.prompts import check_encoders, encoders_of_prompts, prompt_encoders, prompts_shown
+from models.assembly.prompts import check_encoders, encoders_of_prompts, prompt_encoders, prompt_versions
 from models.base import BasePipeline
 from utils.dataset.batches import SampleReader
 from utils.dataset.cache_lock import reading
@@ -23,7 +23,7 @@ from utils.dataset.collection import (
     without_failures,
 )
 from utils.dataset.encoders import Encoder
-from utils.dataset.encoding import Filling, fill, reclaim_unwanted
+from utils.dataset.encoding import CacheJob, fill, reclaim_unwanted
 from utils.dataset.epochs import Epochs, micro_batch_of
 from utils.dataset.manifest import Scan
 from utils.dataset.masks import MaskEncoder
@@ -47,15 +47,13 @@ class Data:
     in_use: BinaryIO | None
 
 
-def load_data(
-    settings: Settings, pipeline: BasePipeline, sources: Sequence[Source], scan: Scan, filling: Filling
-) -> Data:
+def load_data(settings: Settings, pipeline: BasePipeline, sources: Sequence[Source], scan: Scan, job: CacheJob) -> Data:
     """Scans the datasets and encodes what the cache lacks of them and of the prompts to be sampled.
 
     Raises:
         UserError: whole directories cannot be used, or more files are broken than the settings allow.
     """
-    ranks, cached_texts = filling.ranks, settings.cache_text_embeddings
+    ranks, cached_texts = job.ranks, settings.cache_text_embeddings
     collections = collect_together(ranks, sources, pipeline.media, scan, **choices_of(settings))
     encoders = encoders_of(pipeline, collections)
     check_encoders(encoders, controls_of(collections), pipeline, settings)
@@ -64,7 +62,7 @@ def load_data(
     of_prompts = encoders_of_prompts(encoders, settings.sampling)
     live = [] if cached_texts else prompt_encoders(encoders)
     samples = [sample for collection in collections for sample in collection.samples]
-    prompts = [shown.sample for both in prompts_shown(pipeline, settings.sampling) for shown in both]
+    prompts = [version.sample for both in prompt_versions(pipeline, settings.sampling) for version in both]
     if settings.model.folded_guidance is not None:
         samples += [replace(sample, captions=("",)) for sample in collections[0].samples]
     wanted = {
@@ -72,18 +70,18 @@ def load_data(
         for encoder in encoders
     }
     in_use = None
-    with timed("cache"), filling.alone():
-        reports = [fill(encoder, wanted[encoder.name], filling) for encoder in encoders if wanted[encoder.name]]
+    with timed("cache"), job.alone():
+        reports = [fill(encoder, wanted[encoder.name], job) for encoder in encoders if wanted[encoder.name]]
         if ranks.is_main:
-            reclaim_unwanted([report.encoder for report in reports], filling)
-            in_use = reading(filling.cache_dir)
+            reclaim_unwanted([report.encoder for report in reports], job)
+            in_use = reading(job.cache_dir)
     collections = without_failures(collections, reports)
     if ranks.is_main:
-        tell(collections, filling.cache_dir)
+        tell(collections, job.cache_dir)
     problems = too_many_failures(collections, settings.max_failed_fraction)
     if problems:
         raise UserError([*problems, Problem("", "", "what is encoded stays encoded")])
-    return Data(collections[0], collections[1:], encoders, live, filling.cache_dir, in_use)
+    return Data(collections[0], collections[1:], encoders, live, job.cache_dir, in_use)
 
 
 def check_epochs(settings: Settings, ranks: Ranks, samples: Sequence[Sample]) -> None:

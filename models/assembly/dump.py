@@ -15,14 +15,21 @@ from models.base import BasePipeline
 from utils.dataset.batches import SampleReader
 from utils.dataset.collection import Collection
 from utils.dataset.encoders import TEXT, Encoder, reads_text, text_of
-from utils.dataset.samples import MediaFile, Showing, Shown, appearances_before, first_shown, repeat_phase
+from utils.dataset.samples import (
+    MediaFile,
+    SampleVersion,
+    VersionPicker,
+    appearances_before,
+    evaluation_version,
+    repeat_phase,
+)
 from utils.errors import UserError
 from utils.media.decode import load_clip
 from utils.media.geometry import View
 from utils.media.writing import tensor_to_image, write_clip
 from utils.progress_bar import progress_bar
 from utils.ranks import Ranks
-from utils.run.dataset_page import PAGE_NAME, Seen, write_page
+from utils.run.dataset_page import PAGE_NAME, PageEntry, write_page
 from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
@@ -31,28 +38,33 @@ SOURCE_SIDE = 512
 
 
 def dump(
-    settings: Settings, pipeline: BasePipeline, data: Data, ranks: Ranks, folder: Path, heed: Callable[[], None]
+    settings: Settings,
+    pipeline: BasePipeline,
+    data: Data,
+    ranks: Ranks,
+    folder: Path,
+    raise_if_stopping: Callable[[], None],
 ) -> Path:
     """Writes the first epoch of the training set, and the evaluation sets, into `folder`, which `prepare_folder` has
-    made; the page to open. `heed` is called before each sample; what it raises ends the work.
+    made; the page to open. `raise_if_stopping` is called before each sample; what it raises ends the work.
 
     The latents are decoded by the model's own VAE: what it loses is lost in the pictures too.
     """
     names = [encoder.name for encoder in data.encoders if reads_text(encoder)]
-    showing = Showing(settings.seed, names, fresh_captions=bool(data.live))
+    picker = VersionPicker(settings.seed, names, fresh_captions=bool(data.live))
     autoencoder = data.encoders[0]
-    shown = [
+    version = [
         (collection.source.name, one)
         for collection in (data.training, *data.evaluation)
-        for one in _first_epoch(collection, showing, is_training=collection is data.training)
+        for one in _first_epoch(collection, picker, is_training=collection is data.training)
     ]
     seen = []
     autoencoder.load(ranks.device)
-    with reader_of(data, ranks) as reader, progress_bar(len(shown), "dump", active=True) as bar:
-        for number, (name, one) in enumerate(shown):
-            heed()
+    with reader_of(data, ranks) as reader, progress_bar(len(version), "dump", active=True) as bar:
+        for number, (name, one) in enumerate(version):
+            raise_if_stopping()
             pictures = _pictures(one, f"{name}/{number:06d}", pipeline, reader, autoencoder, folder)
-            seen.append(Seen(one.caption, pictures, _facts(one, name, data.encoders)))
+            seen.append(PageEntry(one.caption, pictures, _facts(one, name, data.encoders)))
             bar.update()
     autoencoder.unload()
     page = write_page(folder, f"{settings.dataset.stem}, as {settings.model.type} sees it", _summary(data), seen)
@@ -77,48 +89,48 @@ def prepare_folder(folder: Path) -> None:
         raise UserError.of(what, where="--dump_dataset") from error
 
 
-def _first_epoch(collection: Collection, showing: Showing, *, is_training: bool) -> Iterator[Shown]:
+def _first_epoch(collection: Collection, picker: VersionPicker, *, is_training: bool) -> Iterator[SampleVersion]:
     """Every sample as often as the first epoch shows it, and those that it leaves out once."""
     for sample in collection.samples:
         if not is_training:
-            yield first_shown(sample)
+            yield evaluation_version(sample)
             continue
-        times = int(appearances_before(sample.repeats, repeat_phase(sample, showing.seed), epoch=1))
-        yield from (showing.shown(sample, 0, copy) for copy in range(max(1, times)))
+        times = int(appearances_before(sample.repeats, repeat_phase(sample, picker.seed), epoch=1))
+        yield from (picker.pick(sample, 0, copy) for copy in range(max(1, times)))
 
 
 def _pictures(
-    shown: Shown, name: str, pipeline: BasePipeline, reader: SampleReader, autoencoder: Encoder, folder: Path
+    version: SampleVersion, name: str, pipeline: BasePipeline, reader: SampleReader, autoencoder: Encoder, folder: Path
 ) -> dict[str, str]:
     """Writes the pictures of a sample; their files by what they are."""
-    sample = shown.sample
-    batch = reader.batch([shown])
+    sample = version.sample
+    batch = reader.batch([version])
     latents = pipeline.latents(batch.features, torch.zeros)
     decoded_CFHW = autoencoder.decode(latents.to(pipeline.dtype))[0].float().cpu()
     pictures = {
         "source": _written(
-            _source(sample.media, shown.take.start, sample.rate, sample.bucket.frames),
-            sample.rate,
+            _source(sample.media, version.take.start, sample.fps, sample.bucket.frames),
+            sample.fps,
             folder,
             f"{name}_source",
         ),
-        "decoded": _written(decoded_CFHW, sample.rate, folder, name),
+        "decoded": _written(decoded_CFHW, sample.fps, folder, name),
     }
     for index, control in enumerate(sample.controls):
-        pixels = load_clip(control.media.place.source, shown.take.plain_view(control.bucket), 0.0, 1, 1.0)
+        pixels = load_clip(control.media.locator.source, version.take.plain_view(control.bucket), 0.0, 1, 1.0)
         pictures[f"control {index + 1}"] = _written(pixels, 0.0, folder, f"{name}_control{index + 1}")
     if sample.mask:
         pictures["weight of the loss"] = _written(
-            _weight(batch.weight[0], decoded_CFHW), sample.rate, folder, f"{name}_mask"
+            _weight(batch.weight[0], decoded_CFHW), sample.fps, folder, f"{name}_mask"
         )
     return pictures
 
 
-def _source(media: MediaFile, start: float, rate: float, frames: int) -> torch.Tensor:
+def _source(media: MediaFile, start: float, fps: float, frames: int) -> torch.Tensor:
     """The file as it is, small: all of each frame."""
     scale = min(1.0, SOURCE_SIDE / max(media.width, media.height))
     view = View(max(2, round(media.width * scale)), max(2, round(media.height * scale)), "none")
-    return load_clip(media.place.source, view, start, frames, rate or 1.0)
+    return load_clip(media.locator.source, view, start, frames, fps or 1.0)
 
 
 def _weight(weight: torch.Tensor, like_CFHW: torch.Tensor) -> torch.Tensor:
@@ -128,27 +140,27 @@ def _weight(weight: torch.Tensor, like_CFHW: torch.Tensor) -> torch.Tensor:
     return (2 * grown - 1).expand(3, -1, -1, -1)
 
 
-def _written(pixels_CFHW: torch.Tensor, rate: float, folder: Path, name: str) -> str:
+def _written(pixels_CFHW: torch.Tensor, fps: float, folder: Path, name: str) -> str:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     if pixels_CFHW.shape[1] > 1:
-        write_clip(pixels_CFHW, rate, folder / f"{name}.mp4")
+        write_clip(pixels_CFHW, fps, folder / f"{name}.mp4")
         return f"{name}.mp4"
     tensor_to_image(pixels_CFHW).save(folder / f"{name}.png")
     return f"{name}.png"
 
 
-def _facts(shown: Shown, name: str, encoders: Sequence[Encoder]) -> dict[str, str]:
-    sample = shown.sample
-    facts = {"set": name, "file": str(sample.media.place), "bucket": str(sample.bucket)}
-    if sample.rate:
-        facts["clip"] = f"{sample.rate:g} fps from {shown.take.start:.2f} s"
-    if shown.take.flip:
+def _facts(version: SampleVersion, name: str, encoders: Sequence[Encoder]) -> dict[str, str]:
+    sample = version.sample
+    facts = {"set": name, "file": str(sample.media.locator), "bucket": str(sample.bucket)}
+    if sample.fps:
+        facts["clip"] = f"{sample.fps:g} fps from {version.take.start:.2f} s"
+    if version.take.flip:
         facts["flipped"] = ""
     for encoder in encoders:
         if reads_text(encoder) and hasattr(encoder, "token_count"):
-            thing = next(thing for thing in encoder.reads if thing in TEXT)
-            left_out = " (caption left out)" if encoder.name in shown.unconditional else ""
-            count, limit = encoder.token_count(text_of(shown, encoder, thing)), encoder.token_limit
+            input_name = next(input_name for input_name in encoder.reads if input_name in TEXT)
+            left_out = " (caption left out)" if encoder.name in version.unconditional else ""
+            count, limit = encoder.token_count(text_of(version, encoder, input_name)), encoder.token_limit
             cut = f", cut off after {limit}" if count > limit else f" of {limit}"
             facts[f"{encoder.name} tokens"] = f"{count}{cut}{left_out}"
     if sample.rules.loss_weight != 1:

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from models.assembly.prompts import check_sampling
-from models.assembly.stage import Blueprint
+from models.assembly.stage import StagedModel
 from models.base import BasePipeline
 from models.foundation.layers.ensemble import Ensemble
 from utils.adapters.attach import scale
@@ -34,13 +34,11 @@ def check_outputs(pipeline: BasePipeline, settings: Settings) -> None:
     check_sampling(pipeline, settings.sampling)
 
 
-def export_plan(pipeline: BasePipeline, settings: Settings, blueprint: Blueprint) -> ExportPlan:
+def export_plan(pipeline: BasePipeline, settings: Settings, staged: StagedModel) -> ExportPlan:
     """What the exports of this run contain."""
     layout, adapter = pipeline.original_layout, settings.adapter
     rows = {
-        name: module.out_features
-        for name, module in blueprint.denoiser.named_modules()
-        if hasattr(module, "out_features")
+        name: module.out_features for name, module in staged.denoiser.named_modules() if hasattr(module, "out_features")
     }
 
     def lora_to_kohya(tensors: Tensors) -> Tensors:
@@ -50,7 +48,7 @@ def export_plan(pipeline: BasePipeline, settings: Settings, blueprint: Blueprint
     asked = settings.save_format or ("diffusers" if adapter else "both")
     frozen = {
         name: parameter
-        for name, parameter in blueprint.denoiser.named_parameters()
+        for name, parameter in staged.denoiser.named_parameters()
         if not (adapter or parameter.requires_grad or parameter.is_meta)
     }
     return ExportPlan(
@@ -58,7 +56,7 @@ def export_plan(pipeline: BasePipeline, settings: Settings, blueprint: Blueprint
         dtype=torch_dtype(settings.save_dtype) if settings.save_dtype else None,
         formats=("diffusers", COMFYUI) if asked == "both" else (asked,),
         layouts={COMFYUI: convert} if layout else {},
-        folders=_folders(pipeline, blueprint.denoiser),
+        folders=_folders(pipeline, staged.denoiser),
         metadata={
             "trained_with": "penstock",
             "model_type": settings.model.type,

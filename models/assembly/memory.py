@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.assembly.stage import Blueprint
+from models.assembly.stage import StagedModel
 from models.base import BasePipeline
 from utils.dataset.encoders import Encoder
 from utils.dataset.epochs import micro_batch_of
@@ -28,7 +28,7 @@ OPTIMIZER_STATE: dict[str, Callable[[torch.Tensor], int]] = {
 def estimate(
     settings: Settings,
     pipeline: BasePipeline,
-    blueprint: Blueprint,
+    staged: StagedModel,
     encoders: Sequence[Encoder],
     buckets: Sequence[Bucket],
 ) -> str:
@@ -37,16 +37,16 @@ def estimate(
     largest = max(buckets, key=lambda bucket: bucket.width * bucket.height * bucket.frames)
     title = f"estimated memory per rank, bucket {largest}"
     try:
-        kept = _activations(settings, pipeline, blueprint, encoders, largest)
+        kept = _activations(settings, pipeline, staged, encoders, largest)
     except NotImplementedError:
         # Experts that are chosen by a tensor's values cannot be run without values.
-        kept, title = [0] * len(blueprint.layers), f"{title}, without activations"
+        kept, title = [0] * len(staged.layers), f"{title}, without activations"
     averages = settings.ema is not None and settings.ema.device == "gpu"
     rows = []
-    for stage, (start, stop) in enumerate(blueprint.bounds):
-        layers = blueprint.stage_layers(stage)
+    for stage, (start, stop) in enumerate(staged.bounds):
+        layers = staged.stage_layers(stage)
         weights, state = held_bytes(layers, settings.optimizer.type, averages=averages)
-        in_flight = min(settings.gradient_accumulation_steps, len(blueprint.bounds) - stage)
+        in_flight = min(settings.gradient_accumulation_steps, len(staged.bounds) - stage)
         activations = in_flight * sum(kept[start:stop])
         rows.append(
             f"  stage {stage} (layers {start} to {stop - 1}): {(weights + state + activations) / GIB:.2f} GiB = "
@@ -67,7 +67,7 @@ def held_bytes(layers: Sequence[nn.Module], optimizer: str, *, averages: bool = 
 
 
 def _activations(
-    settings: Settings, pipeline: BasePipeline, blueprint: Blueprint, encoders: Sequence[Encoder], bucket: Bucket
+    settings: Settings, pipeline: BasePipeline, staged: StagedModel, encoders: Sequence[Encoder], bucket: Bucket
 ) -> list[int]:
     """Bytes that autograd keeps of each layer for one micro-batch of `bucket`."""
     batch = micro_batch_of(settings, bucket)
@@ -79,8 +79,8 @@ def _activations(
     }
     latent = torch.zeros((batch, *pipeline.latent_shape(bucket.width, bucket.height, bucket.frames)))
     stream = _on_meta(pipeline.prepare_inputs({**features, "latents": latent}, latent, torch.zeros(batch)))
-    parameters = {parameter.untyped_storage()._cdata for parameter in blueprint.denoiser.parameters()}
-    return _run_layers(blueprint.layers, stream, parameters, settings.activation_checkpointing)
+    parameters = {parameter.untyped_storage()._cdata for parameter in staged.denoiser.parameters()}
+    return _run_layers(staged.layers, stream, parameters, settings.activation_checkpointing)
 
 
 def _run_layers(layers: Sequence[nn.Module], stream: Any, parameters: set[int], recompute: bool) -> list[int]:

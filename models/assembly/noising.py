@@ -23,7 +23,7 @@ from utils.diffusion.schedules import over_sample
 from utils.diffusion.weights import LossWeighting
 
 
-class MicroBatch(NamedTuple):
+class NoisedBatch(NamedTuple):
     """What a step takes: inputs of the first stage, labels of the last, and the same inputs with empty captions, for a
     teacher; None where a stage has no use for them."""
 
@@ -60,7 +60,7 @@ class Noising:
     wants_inputs: bool = True
     wants_labels: bool = True
 
-    def training(self, batch: FeatureBatch, epoch: int) -> MicroBatch:
+    def training(self, batch: FeatureBatch, epoch: int) -> NoisedBatch:
         """Each sample at a noise level and with noise drawn for this epoch."""
         pipeline = self.pipeline
         quantiles = QUANTILES[pipeline.options.stratified_timesteps](pipeline.seed, epoch, batch)
@@ -68,7 +68,7 @@ class Noising:
         options, weighting = pipeline.noise_options(), pipeline.loss_weighting()
         return self._noised(batch, draws, options, weighting, with_variance=pipeline.variational_weight > 0)
 
-    def evaluation(self, batch: FeatureBatch, set_name: str, quantile: float) -> MicroBatch:
+    def evaluation(self, batch: FeatureBatch, set_name: str, quantile: float) -> NoisedBatch:
         """Each sample at the same quantile of the noise levels, with noise that depends on (set, sample, quantile)
         alone: not even on the run's seed, so that runs can be compared.
 
@@ -82,7 +82,7 @@ class Noising:
 
     def _noised(
         self, batch: FeatureBatch, draws: Draws, options: NoiseOptions, weighting: LossWeighting, *, with_variance: bool
-    ) -> MicroBatch:
+    ) -> NoisedBatch:
         pipeline, objective = self.pipeline, self.pipeline.objective
         clean = pipeline.latents(
             batch.features,
@@ -102,14 +102,14 @@ class Noising:
                 empty = pipeline.prepare_inputs({**features, **batch.empty}, x_t, t_B)
         if self.wants_labels:
             weight = batch.weight * over_sample(weighting.weight(objective, t_B), batch.weight)
-            places = pipeline.weight_of_places(clean.shape[1:])
-            weight = weight if places is None else weight * places
+            positions = pipeline.loss_weight_map(clean.shape[1:])
+            weight = weight if positions is None else weight * positions
             delta_B = pipeline.loss_function().delta(t_B, objective.snr(t_B))
             delta = None if delta_B is None else over_sample(delta_B, clean)
             variational = (clean, x_t, t_B) if with_variance else None
             target = objective.target(clean, noise, t_B)
             labels = Labels(target, weight, delta, batch.regularising, batch.captioned, variational)
-        return MicroBatch(inputs, labels, empty)
+        return NoisedBatch(inputs, labels, empty)
 
 
 def _each(make: Callable[..., torch.Tensor], *of_samples: Sequence) -> torch.Tensor:
@@ -122,12 +122,12 @@ def _independent(seed: int, epoch: int, batch: FeatureBatch) -> list[float]:
 
 
 def _in_batch(seed: int, epoch: int, batch: FeatureBatch) -> list[float]:
-    places = batch.places
-    return [strata.in_batch(seed, epoch, places.step, place, places.of_step) for place in places.in_step]
+    positions = batch.positions
+    return [strata.in_batch(seed, epoch, positions.step, position, positions.of_step) for position in positions.in_step]
 
 
 def _in_epoch(seed: int, epoch: int, batch: FeatureBatch) -> list[float]:
-    return [strata.in_epoch(seed, epoch, place, batch.places.of_epoch) for place in batch.places.in_epoch]
+    return [strata.in_epoch(seed, epoch, position, batch.positions.of_epoch) for position in batch.positions.in_epoch]
 
 
 QUANTILES: Mapping[str, Callable[[int, int, FeatureBatch], list[float]]] = {

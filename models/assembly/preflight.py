@@ -12,7 +12,7 @@ from models.assembly.data import check_data, choices_of, controls_of, encoders_o
 from models.assembly.exports import check_outputs
 from models.assembly.memory import estimate
 from models.assembly.prompts import check_encoders
-from models.assembly.stage import Blueprint, apply_presets, draw_up, load_existing_adapter
+from models.assembly.stage import StagedModel, apply_presets, load_existing_adapter, partition
 from models.base import BasePipeline
 from models.foundation.checkpoints.folders import problems_of
 from models.foundation.checkpoints.weights import build_empty
@@ -26,7 +26,7 @@ from utils.run.metrics import check_account
 from utils.settings.schema import Settings
 
 
-def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline) -> Blueprint:
+def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline) -> StagedModel:
     """Whether everything but the data fits: hours of encoding are not to end in a mistake that could be told before
     them. The denoiser without weights, adapted and cut as the settings ask.
 
@@ -39,11 +39,11 @@ def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline) -> Bluep
     pipeline.check()
     empty = build_empty(pipeline.build_denoiser)
     pipeline.set_types(empty)
-    blueprint = draw_up(pipeline, settings, empty)
-    apply_presets(pipeline, blueprint, layers=[])
-    load_existing_adapter(pipeline, settings, blueprint, layers=[])
+    staged = partition(pipeline, settings, empty)
+    apply_presets(pipeline, staged, layers=[])
+    load_existing_adapter(pipeline, settings, staged, layers=[])
     check_outputs(pipeline, settings)
-    return blueprint
+    return staged
 
 
 def plan_of(settings: Settings, ranks: Ranks, pipeline: BasePipeline, sources: Sequence[Source], scan: Scan) -> str:
@@ -52,11 +52,11 @@ def plan_of(settings: Settings, ranks: Ranks, pipeline: BasePipeline, sources: S
     Raises:
         UserError: with every problem of the model's files and of the data.
     """
-    blueprint, collections = None, []
+    staged, collections = None, []
 
     def check() -> None:
-        nonlocal blueprint
-        blueprint = check_run(settings, ranks, pipeline)
+        nonlocal staged
+        staged = check_run(settings, ranks, pipeline)
 
     def look() -> None:
         collections.extend(collect(sources, pipeline.media, scan, **choices_of(settings)))
@@ -64,21 +64,21 @@ def plan_of(settings: Settings, ranks: Ranks, pipeline: BasePipeline, sources: S
     problems = problems_of([check, look])
     if problems:
         raise UserError(problems)
-    return describe(settings, ranks, pipeline, blueprint, collections)
+    return describe(settings, ranks, pipeline, staged, collections)
 
 
 def describe(
     settings: Settings,
     ranks: Ranks,
     pipeline: BasePipeline,
-    blueprint: Blueprint,
+    staged: StagedModel,
     collections: Sequence[Collection],
 ) -> str:
     """What the run will do with data that is collected."""
     encoders = encoders_of(pipeline, collections)
     check_encoders(encoders, controls_of(collections), pipeline, settings)
     check_data(pipeline, collections)
-    parameters = list(blueprint.denoiser.parameters())
+    parameters = list(staged.denoiser.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     accumulation = settings.gradient_accumulation_steps
     epochs = Epochs(
@@ -101,7 +101,7 @@ def describe(
         format_table(epochs.table()),
         *(f"evaluation '{c.source.name}': {len(c.samples)} samples" for c in collections[1:]),
         *(["\n".join(shortfalls(collections))] if shortfalls(collections) else []),
-        estimate(settings, pipeline, blueprint, encoders, buckets),
+        estimate(settings, pipeline, staged, encoders, buckets),
         _cache_size(encoders, collections),
     ]
     return "\n\n".join(sections)

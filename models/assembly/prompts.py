@@ -13,7 +13,7 @@ from models.base import BasePipeline
 from utils.dataset.batches import SampleReader
 from utils.dataset.encoders import Encoder, reads_mask, reads_media, reads_text
 from utils.dataset.manifest import media_file
-from utils.dataset.samples import Bucket, Shown, of_prompt
+from utils.dataset.samples import Bucket, SampleVersion, version_of_prompt
 from utils.errors import Problem, UserError
 from utils.media.decode import load_image
 from utils.media.geometry import View
@@ -35,7 +35,7 @@ def check_sampling(pipeline: BasePipeline, sampling: SamplingSettings) -> None:
     if problems:
         raise UserError(problems)
     if sampling.prompts:
-        prompts_shown(pipeline, sampling)
+        prompt_versions(pipeline, sampling)
         _decode(sampling)
 
 
@@ -89,11 +89,11 @@ def check_encoders(encoders: Sequence[Encoder], controls: int, pipeline: BasePip
     Raises:
         UserError: they cannot.
     """
-    shown = 0 if pipeline.starts_from_picture else _pictures_a_prompt(settings.sampling)
+    version = 0 if pipeline.starts_from_picture else _pictures_a_prompt(settings.sampling)
     of_both = any(reads_text(encoder) and reads_media(encoder) for encoder in encoders)
-    if settings.sampling.prompts and shown != controls and (shown or of_both):
+    if settings.sampling.prompts and version != controls and (version or of_both):
         raise UserError.of(
-            f"gives {shown} a prompt, and the data has {controls} a sample: give as many here as control_path "
+            f"gives {version} a prompt, and the data has {controls} a sample: give as many here as control_path "
             "does there",
             where=PICTURES,
         )
@@ -143,7 +143,7 @@ def encoders_of_prompts(encoders: Sequence[Encoder], sampling: SamplingSettings)
     return prompt_encoders(encoders, with_pictures=bool(sampling.control_images))
 
 
-def prompts_shown(pipeline: BasePipeline, sampling: SamplingSettings) -> list[list[Shown]]:
+def prompt_versions(pipeline: BasePipeline, sampling: SamplingSettings) -> list[list[SampleVersion]]:
     """For each prompt what encoders read: the prompt and, where there is a second prediction, the negative prompt, both
     with the prompt's pictures.
 
@@ -156,10 +156,10 @@ def prompts_shown(pipeline: BasePipeline, sampling: SamplingSettings) -> list[li
     others = [sampling.negative_prompt] if is_guided(pipeline, sampling) else []
     return [
         [
-            of_prompt(text, bucket, shown, pipeline.media.rate if pipeline.starts_from_picture else None)
+            version_of_prompt(text, bucket, version, pipeline.media.fps if pipeline.starts_from_picture else None)
             for text in (prompt, *others)
         ]
-        for prompt, shown in zip(sampling.prompts, pictures, strict=False)
+        for prompt, version in zip(sampling.prompts, pictures, strict=False)
     ]
 
 
@@ -180,11 +180,11 @@ def sample_model(
 ) -> SampleModel:
     """How to draw this model's samples; the prompts must be in the cache."""
     autoencoder, sampling = encoders[0], settings.sampling
-    prompts = prompts_shown(pipeline, sampling)
+    prompts = prompt_versions(pipeline, sampling)
     reader = SampleReader(encoders_of_prompts(encoders, sampling), cache_dir)
 
     def features(index: int) -> list[Mapping[str, torch.Tensor]]:
-        return [reader.batch([shown]).features for shown in prompts[index]]
+        return [reader.batch([version]).features for version in prompts[index]]
 
     def decode(latents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         autoencoder.load(ranks.device)
@@ -200,7 +200,7 @@ def sample_model(
         latent_shape=partial(pipeline.latent_shape, sampling.width, sampling.height, sampling.frames),
         levels=pipeline.sampling_levels,
         guided=pipeline.guided,
-        rate=pipeline.media.rate,
+        fps=pipeline.media.fps,
         tokens=pipeline.tokens,
         scheduler=pipeline.scheduler,
         shift=pipeline.resolution_shift,

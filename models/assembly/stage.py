@@ -18,7 +18,7 @@ from utils.settings.schema import AdapterSettings, LokrSettings, Settings
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class StagedModel:
     """A denoiser, still without weights, with its adapter attached and cut into stages.
 
     Attributes:
@@ -45,7 +45,7 @@ class Blueprint:
         }
 
 
-def draw_up(pipeline: BasePipeline, settings: Settings, denoiser: nn.Module) -> Blueprint:
+def partition(pipeline: BasePipeline, settings: Settings, denoiser: nn.Module) -> StagedModel:
     """Attaches the adapter and cuts the denoiser.
 
     Raises:
@@ -59,7 +59,7 @@ def draw_up(pipeline: BasePipeline, settings: Settings, denoiser: nn.Module) -> 
         bounds = stage_bounds(settings.partition_method, sizes, settings.pipeline_stages, settings.partition_split)
     except ValueError as error:
         raise UserError.of(str(error), where="pipeline_stages, partition_split") from error
-    return Blueprint(denoiser, layers, bounds)
+    return StagedModel(denoiser, layers, bounds)
 
 
 def adapted_blocks(pipeline: BasePipeline, adapter: AdapterSettings) -> tuple[str, ...]:
@@ -73,7 +73,7 @@ def adapted_blocks(pipeline: BasePipeline, adapter: AdapterSettings) -> tuple[st
     return (*pipeline.blocks, *(pipeline.convolutional_blocks if adapter.convolutions else ()))
 
 
-def load_stage(pipeline: BasePipeline, settings: Settings, stage: int) -> Blueprint:
+def load_stage(pipeline: BasePipeline, settings: Settings, stage: int) -> StagedModel:
     """A blueprint in which the layers of `stage` hold their weights, base and adapter.
 
     Raises:
@@ -81,23 +81,23 @@ def load_stage(pipeline: BasePipeline, settings: Settings, stage: int) -> Bluepr
     """
     denoiser = pipeline.load_denoiser()
     weights = pipeline.open_weights(denoiser)
-    blueprint = draw_up(pipeline, settings, denoiser)
-    layers = blueprint.stage_layers(stage)
+    staged = partition(pipeline, settings, denoiser)
+    layers = staged.stage_layers(stage)
     pipeline.fill(denoiser, weights, layers)
-    apply_presets(pipeline, blueprint, layers)
+    apply_presets(pipeline, staged, layers)
     if settings.adapter:
         attach.initialise(denoiser, layers, settings.adapter, pipeline.seed)
-        load_existing_adapter(pipeline, settings, blueprint, layers)
-    return blueprint
+        load_existing_adapter(pipeline, settings, staged, layers)
+    return staged
 
 
-def apply_presets(pipeline: BasePipeline, blueprint: Blueprint, layers: list[nn.Module]) -> None:
+def apply_presets(pipeline: BasePipeline, staged: StagedModel, layers: list[nn.Module]) -> None:
     """Brings the `preset_adapters` into `layers`; with no layers they are only checked.
 
     Raises:
         UserError: one does not fit the model.
     """
-    denoiser = blueprint.denoiser
+    denoiser = staged.denoiser
     for preset in pipeline.options.preset_adapters:
         factors = read_adapter(preset.path, denoiser, pipeline.denoiser_folder, pipeline.original_layout, scale=1.0)
         updates = presets.updates_of(denoiser, factors, str(preset.path))
@@ -105,21 +105,21 @@ def apply_presets(pipeline: BasePipeline, blueprint: Blueprint, layers: list[nn.
             presets.fuse(denoiser, layers, updates, preset.weight)
         else:
             presets.check_beside(denoiser, updates, str(preset.path))
-            presets.put_beside(denoiser, layers, updates, preset.weight)
+            presets.attach_frozen(denoiser, layers, updates, preset.weight)
 
 
-def teacher_of(pipeline: BasePipeline, settings: Settings, blueprint: Blueprint) -> Teacher | None:
+def teacher_of(pipeline: BasePipeline, settings: Settings, staged: StagedModel) -> Teacher | None:
     """The model itself with empty captions, if guidance is folded into its targets; or without its adapter, if
     regularisation data is to keep what that makes of it."""
     if settings.model.folded_guidance is not None:
-        return Teacher(nullcontext, pipeline.folded, shown=lambda batch: (batch.empty, batch.labels))
+        return Teacher(nullcontext, pipeline.with_folded_guidance, inputs=lambda batch: (batch.empty, batch.labels))
     if settings.regularisation_target == "data":
         return None
-    return Teacher(partial(attach.switched_off, blueprint.denoiser), pipeline.taught)
+    return Teacher(partial(attach.switched_off, staged.denoiser), pipeline.with_teacher_target)
 
 
 def load_existing_adapter(
-    pipeline: BasePipeline, settings: Settings, blueprint: Blueprint, layers: list[nn.Module]
+    pipeline: BasePipeline, settings: Settings, staged: StagedModel, layers: list[nn.Module]
 ) -> None:
     """Copies the adapter of `init_from_existing`, if one is named, into the factors of `layers`; with no layers it is
     only checked.
@@ -130,14 +130,14 @@ def load_existing_adapter(
     existing = settings.adapter and settings.adapter.init_from_existing
     if existing:
         factors = (
-            read_lokr(existing, blueprint.denoiser, pipeline.denoiser_folder)
+            read_lokr(existing, staged.denoiser, pipeline.denoiser_folder)
             if isinstance(settings.adapter, LokrSettings)
             else read_adapter(
                 existing,
-                blueprint.denoiser,
+                staged.denoiser,
                 pipeline.denoiser_folder,
                 pipeline.original_layout,
                 attach.scale(settings.adapter),
             )
         )
-        attach.load(blueprint.denoiser, layers, factors, str(existing))
+        attach.load(staged.denoiser, layers, factors, str(existing))

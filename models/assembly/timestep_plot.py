@@ -25,12 +25,12 @@ from utils.settings.rules import check_rules
 TOKENS = (1024, 4096)
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; ends with exit code 1 and a message where the config or the file's name is wrong."""
     parser = argparse.ArgumentParser(prog="python -m utils.diffusion.timesteps", description=__doc__.split("\n")[0])
     parser.add_argument("--config", type=Path, required=True, help="the run's TOML file")
     parser.add_argument("--plot", type=Path, required=True, help="the picture to write, as in timesteps.png")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(argv)
     try:
         draw(checked_pipeline(arguments.config), arguments.plot)
     except (ValueError, OSError) as error:

@@ -48,7 +48,7 @@ def ddpm_objective(options: DDPMOptions, *, learns_sigma: bool = False) -> Epsil
             str(file),
         )
     try:
-        return OBJECTIVES[predicts](NoiseSchedule.of_config(config), learns_sigma)
+        return OBJECTIVES[predicts](NoiseSchedule.from_config(config), learns_sigma)
     except ValueError as error:
         raise UserError.of(str(error), where="[model]") from error
 

@@ -29,7 +29,7 @@ from models.foundation.checkpoints.sd_single_file import (
     vae_to_original,
 )
 from models.foundation.checkpoints.unet_names import unet_layout
-from models.foundation.checkpoints.weights import EnsembleWeights, Original
+from models.foundation.checkpoints.weights import CheckpointNames, EnsembleWeights
 from models.foundation.encoders.clip import ClipFeatures, Pooled, clip, clip_config, clip_module
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.vae import AUTOENCODER_KL, ImageAutoencoder
@@ -70,7 +70,7 @@ class TextPart:
     Attributes:
         name: its `type` in the option `text_encoders`; its features are named by it.
         folder, tokenizer: in a diffusers folder.
-        rate: the option with its learning rate.
+        lr_option: the option with its learning rate.
         prefix: of its tensors in a checkpoint.
         lora_prefix: of its modules in kohya's files.
         pooled: what it pools of a caption for the model, if anything.
@@ -80,7 +80,7 @@ class TextPart:
     name: str
     folder: str
     tokenizer: str
-    rate: str
+    lr_option: str
     prefix: str
     lora_prefix: str
     pooled: Pooled | None = None
@@ -179,7 +179,7 @@ class StableDiffusionPipeline(PicturePipeline):
     @property
     def trained_texts(self) -> list[TextPart]:
         """The text encoders that have a learning rate."""
-        return [part for part in self.texts if getattr(self.options, part.rate)]
+        return [part for part in self.texts if getattr(self.options, part.lr_option)]
 
     def check(self) -> None:
         if problems := problems_of([self._check_rates, self._check_files]):
@@ -191,7 +191,7 @@ class StableDiffusionPipeline(PicturePipeline):
         if self.options.from_scratch and self.trained_texts:
             raise UserError.of(
                 "begins the UNet from random numbers, from which a text encoder would only unlearn; leave it out, or "
-                f"{self.trained_texts[0].rate}",
+                f"{self.trained_texts[0].lr_option}",
                 where="[model] from_scratch",
             )
 
@@ -246,7 +246,7 @@ class StableDiffusionPipeline(PicturePipeline):
             part_override(self.options, part.name),
             self.dtype,
             part.pooled,
-            original=open_clip_original(part.prefix) if part.is_open_clip else Original(part.prefix),
+            original=open_clip_original(part.prefix) if part.is_open_clip else CheckpointNames(part.prefix),
             trained=part in self.trained_texts,
             **self.text_features(),
         )
@@ -266,7 +266,10 @@ class StableDiffusionPipeline(PicturePipeline):
         return EnsembleWeights({UNET: super().open_weights(denoiser.unet)}, texts)
 
     def learning_rate(self, name: str) -> float | None:
-        rates = {UNET: self.options.unet_lr, **{part.folder: getattr(self.options, part.rate) for part in self.texts}}
+        rates = {
+            UNET: self.options.unet_lr,
+            **{part.folder: getattr(self.options, part.lr_option) for part in self.texts},
+        }
         return rates[name.partition(".")[0]]
 
     def parameter_dtype(self, name: str) -> torch.dtype:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from utils.dataset.buckets import MediaFacts, assign
-from utils.dataset.encoding import Filling, fill
+from utils.dataset.encoding import CacheJob, fill
 from utils.dataset.manifest import Scan, scan
 from utils.dataset.samples import Bucket
 from utils.dataset.tensor_store import TensorStore
@@ -104,7 +104,7 @@ def _busy(folder: Path) -> Iterator[str]:
     for name, (source, data) in cases.items():
         manifest = scan(data, "data.toml", Scan(source / "files.sqlite"))
         samples = assign(manifest.rows, data, MediaFacts(16, 4, 81, 16.0)).samples
-        report = fill(StandIn(), samples, Filling(source / "cache", source, Ranks(), batch_size=4))
+        report = fill(StandIn(), samples, CacheJob(source / "cache", source, Ranks(), batch_size=4))
         yield f"{name}, {len(os.sched_getaffinity(0))} cores: encoder busy {report.busy:.0%}"
 
 

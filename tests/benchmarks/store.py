@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from tests.benchmarks.setting import ROOT
-from utils.dataset.store_index import Place, StoreIndex
+from utils.dataset.store_index import Extent, StoreIndex
 from utils.dataset.tensor_store import FLUSH_BYTES, TensorStore
 
 ITEMS, ROUNDS = 4096, 7
@@ -131,7 +131,7 @@ def _million(folder: Path) -> Iterator[str]:
         for number in range(REAL_ITEMS):
             store.put(_key(number), {"latents": torch.zeros(SHAPE_CHW, dtype=torch.bfloat16)})
     index = StoreIndex(folder)
-    real: list[Place] = [index.place(_key(number)) for number in range(REAL_ITEMS)]
+    real: list[Extent] = [index.extent(_key(number)) for number in range(REAL_ITEMS)]
     index.add({_key(number): real[number % REAL_ITEMS] for number in range(MILLION)})
     index.close()
     command = [sys.executable, "-m", "tests.benchmarks.store", str(folder)]
@@ -205,9 +205,9 @@ def _median_seconds(
     return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
-def _each(do: Callable[..., object], things: Sequence[object]) -> None:
-    for thing in things:
-        do(thing)
+def _each(do: Callable[..., object], input_names: Sequence[object]) -> None:
+    for input_name in input_names:
+        do(input_name)
 
 
 def _key(number: int) -> str:

@@ -14,7 +14,7 @@ from diffusers import CogView4Transformer2DModel, FlowMatchEulerDiscreteSchedule
 from diffusers.models.transformers.transformer_cogview4 import CogView4AttnProcessor
 from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 
-from models.assembly.stage import Blueprint, load_stage
+from models.assembly.stage import StagedModel, load_stage
 from models.cogview4 import CogView4Pipeline
 from tests.models import tiny_cogview4
 from tests.models.tiny_cogview4 import SCHEDULER, TEXT_TOKENS, TEXT_WIDTH
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_cogview4.write_folder(tmp_path_factory.mktemp("cogview4"))
 
 
-def loaded(pipeline: CogView4Pipeline) -> Blueprint:
+def loaded(pipeline: CogView4Pipeline) -> StagedModel:
     return load_stage(pipeline, settings_of(pipeline), stage=0)
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from models.assembly.stage import load_stage
 from models.flux import FluxPipeline, grid_positions, pack, unpack
 from tests.models import tiny_flux
-from tests.models.painted import paint
+from tests.models.drawn_samples import draw_samples
 from tests.processes import run_ranks
 from utils.diffusion.seeds import generator, normal
 from utils.settings.schema import SamplingSettings
@@ -41,8 +41,8 @@ def schnell_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loaded(flux: FluxPipeline) -> tuple[nn.Module, list[nn.Module]]:
     """The denoiser with its weights, and its layers."""
-    blueprint = load_stage(flux, tiny_flux.settings(flux), stage=0)
-    return blueprint.denoiser, blueprint.layers
+    staged = load_stage(flux, tiny_flux.settings(flux), stage=0)
+    return staged.denoiser, staged.layers
 
 
 def random_features(batch: int, control_hw: tuple[int, int] | None) -> dict[str, torch.Tensor]:
@@ -175,7 +175,7 @@ def test_samples_of_a_picture_are_those_of_kontext(folder: Path, tmp_path: Path)
         seed=7,
         guidance=2.5,
     )
-    painted = run_ranks(paint, 2, tiny_flux.pipeline, folder, tmp_path / "cache", 2, sampling)
+    painted = run_ranks(draw_samples, 2, tiny_flux.pipeline, folder, tmp_path / "cache", 2, sampling)
     stock = FluxKontextPipeline.from_pretrained(folder)
     stock.set_progress_bar_config(disable=True)
     for index in range(len(PROMPTS)):
@@ -203,7 +203,7 @@ def test_samples_are_those_of_the_stock_pipeline(tmp_path: Path, model: dict, sc
     sampling = SamplingSettings(
         prompts=PROMPTS, sample_every_n_steps=1, steps=4, width=width, height=height, seed=7, guidance=2.5
     )
-    painted = run_ranks(paint, stages, tiny_flux.pipeline, folder, tmp_path / "cache", stages, sampling)
+    painted = run_ranks(draw_samples, stages, tiny_flux.pipeline, folder, tmp_path / "cache", stages, sampling)
 
     stock = StockPipeline.from_pretrained(folder)
     stock.set_progress_bar_config(disable=True)

@@ -17,10 +17,10 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
-from models.assembly.stage import Blueprint, load_stage
+from models.assembly.stage import StagedModel, load_stage
 from models.foundation.encoders.llama import Route, routes
 from tests.models import tiny_hidream
-from tests.models.painted import paint
+from tests.models.drawn_samples import draw_samples
 from tests.models.tiny_flux import settings as settings_of
 from tests.models.tiny_hidream import LLAMA_WIDTH, TEXT_TOKENS, USED_LAYERS
 from tests.models.tiny_sd3 import clip_config
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_hidream.write_folder(tmp_path_factory.mktemp("hidream"))
 
 
-def loaded(folder: Path, **options: Any) -> tuple[Any, Blueprint]:
+def loaded(folder: Path, **options: Any) -> tuple[Any, StagedModel]:
     pipeline = tiny_hidream.pipeline(folder, **options)
     return pipeline, load_stage(pipeline, settings_of(pipeline), stage=0)
 
@@ -88,9 +88,9 @@ def test_experts_are_trained_and_balanced(folder: Path, recompute: bool) -> None
 
 
 def test_without_weight_nothing_is_added(folder: Path) -> None:
-    pipeline, blueprint = loaded(folder, balance_loss_weight=0.0)
+    pipeline, staged = loaded(folder, balance_loss_weight=0.0)
     stream = pipeline.prepare_inputs(*inputs(pipeline, (64, 64)))
-    assert not predicted([layer.train() for layer in blueprint.layers], stream).terms_K.any()
+    assert not predicted([layer.train() for layer in staged.layers], stream).terms_K.any()
 
 
 def test_experts_are_trained_whatever_the_configuration_says(tmp_path: Path) -> None:
@@ -101,12 +101,12 @@ def test_experts_are_trained_whatever_the_configuration_says(tmp_path: Path) -> 
 @torch.no_grad()
 def test_pictures_may_stay_as_they_are(folder: Path) -> None:
     """Given tokens instead of a picture, the stock module does not fill them up."""
-    pipeline, blueprint = loaded(folder, fill_up_pictures=False)
+    pipeline, staged = loaded(folder, fill_up_pictures=False)
     features, x_t, t_B = inputs(pipeline, (32, 96))
     stream = pipeline.prepare_inputs(features, x_t, t_B)
     assert stream.mask_BT is None and stream.x_BTC.shape[1] == 12
-    result = predicted([layer.eval() for layer in blueprint.layers], stream)
-    expected = blueprint.denoiser.eval()(
+    result = predicted([layer.eval() for layer in staged.layers], stream)
+    expected = staged.denoiser.eval()(
         rearrange(x_t, "b c (h p) (w q) -> b (h w) (p q c)", p=2, q=2),
         timesteps=t_B * 1000,
         hidden_states_masks=torch.ones(2, 12),
@@ -116,7 +116,7 @@ def test_pictures_may_stay_as_they_are(folder: Path) -> None:
         return_dict=False,
     )[0]
     assert torch.equal(result, expected)
-    filled = tiny_hidream.whole(blueprint.denoiser, pipeline, features, x_t, t_B)
+    filled = tiny_hidream.whole(staged.denoiser, pipeline, features, x_t, t_B)
     assert (result - filled).abs().max() > 1e-3, "what a picture is filled up with is seen"
 
 
@@ -197,7 +197,7 @@ def test_samples_are_drawn_by_the_folders_scheduler(tmp_path: Path, scheduler: A
         prompts=["a ridge"], width=64, height=64, guidance=1.0, steps=4, sample_every_n_steps=1, seed=7
     )
     noise = normal((1, 4, 8, 8), 7, "sample", 0)
-    ((latents,),) = run_ranks(paint, 1, tiny_hidream.pipeline, folder, tmp_path / "cache", 1, sampling)
+    ((latents,),) = run_ranks(draw_samples, 1, tiny_hidream.pipeline, folder, tmp_path / "cache", 1, sampling)
     stock = tiny_hidream.STOCK.from_pretrained(folder)
     # Of what the scheduler of dev draws.
     torch.manual_seed(seeds.generator(7, "sample steps", 0).initial_seed())

@@ -18,10 +18,10 @@ from torch import nn
 from transformers import BertModel, T5EncoderModel
 
 from models.assembly.noising import Noising
-from models.assembly.stage import Blueprint, load_stage
+from models.assembly.stage import StagedModel, load_stage
 from models.hunyuan_dit import ORIGINAL_LAYOUT, STYLE_KEY
 from tests.models import tiny_hunyuan_dit
-from tests.models.painted import paint
+from tests.models.drawn_samples import draw_samples
 from tests.models.tiny_flux import MINI_FLUX
 from tests.models.tiny_flux import settings as settings_of
 from tests.models.tiny_hunyuan_dit import SAMPLING, STOCK, VERSION_1_1
@@ -46,7 +46,7 @@ def told_sizes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_hunyuan_dit.write_folder(tmp_path_factory.mktemp("1_1"), **VERSION_1_1)
 
 
-def loaded(folder: Path, **options: Any) -> Blueprint:
+def loaded(folder: Path, **options: Any) -> StagedModel:
     pipeline = tiny_hunyuan_dit.pipeline(folder, **options)
     return load_stage(pipeline, settings_of(pipeline), stage=0)
 
@@ -80,7 +80,7 @@ def test_sizes_are_told_as_in_the_first_training(told_sizes: Path) -> None:
 
 def test_samples_are_drawn_with_the_sizes_of_the_stock_pipeline(told_sizes: Path, tmp_path: Path) -> None:
     sampling = SamplingSettings(prompts=["a hiker"], sample_every_n_steps=1, steps=3, seed=7, **SAMPLING)
-    ((painted,),) = run_ranks(paint, 1, tiny_hunyuan_dit.pipeline, told_sizes, tmp_path, 1, sampling)
+    ((painted,),) = run_ranks(draw_samples, 1, tiny_hunyuan_dit.pipeline, told_sizes, tmp_path, 1, sampling)
     stock = STOCK.from_pretrained(told_sizes)
     stock.set_progress_bar_config(disable=True)
     expected = tiny_hunyuan_dit.draw(stock, sampling, normal((1, *SHAPE), 7, "sample", 0))

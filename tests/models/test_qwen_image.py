@@ -20,7 +20,7 @@ from transformers import Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from models.assembly.exports import export_plan
-from models.assembly.stage import Blueprint, load_stage
+from models.assembly.stage import StagedModel, load_stage
 from models.base import BasePipeline
 from models.foundation.encoders.qwen_vl import size_of_area
 from models.qwen_image import TIMESTEP_ZERO
@@ -64,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_folder(tmp_path_factory.mktemp("qwen_image"))
 
 
-def loaded(pipeline: BasePipeline) -> Blueprint:
+def loaded(pipeline: BasePipeline) -> StagedModel:
     return load_stage(pipeline, settings_of(pipeline), stage=0)
 
 
@@ -133,10 +133,10 @@ def losses(ranks: Ranks, folder: Path, stages: int) -> list[float]:
     initialize_deepspeed()
     ranks = ranks.with_stages(stages)
     pipeline = tiny.pipeline(folder)
-    blueprint = load_stage(pipeline, settings_of(pipeline, pipeline_stages=stages), ranks.stage)
-    layers, bounds = blueprint.layers, blueprint.bounds
+    staged = load_stage(pipeline, settings_of(pipeline, pipeline_stages=stages), ranks.stage)
+    layers, bounds = staged.layers, staged.bounds
     module = DenoiserPipeline(layers, bounds, pipeline.stream_type, pipeline.loss, recompute=stages > 1)
-    trained = list(blueprint.trained(blueprint.stage_layers(ranks.stage)).values())
+    trained = list(staged.trained(staged.stage_layers(ranks.stage)).values())
     engine = Engine(module, torch.optim.AdamW(trained, lr=1e-2), accumulation=2, clip_norm=1.0)
     numbers = []
     for step in range(2):
@@ -185,7 +185,7 @@ def test_captions_with_pictures_are_those_of_the_stock_pipeline(folders: dict[st
     assert encoder.area == {"edit": 1024 * 1024, "2509": 384 * 384}[name]
     encoder.area = area
     encoder.load(CPU)
-    inputs = {thing: picture(thing, batch=3, height=32) for thing in encoder.reads[1:]}
+    inputs = {input_name: picture(input_name, batch=3, height=32) for input_name in encoder.reads[1:]}
     made = encoder.encode(caption=captions, **inputs)
     assert len(encoder.reads) == 1 + controls
     stock = stock_of(folders[name], stock_class)
@@ -213,7 +213,7 @@ def test_an_edit_is_asked_for_as_in_the_stock_pipeline(
         seen.setdefault("timestep", named["timestep"])
 
     stock.transformer.register_forward_hook(listen, with_kwargs=True)
-    controls = {thing: picture(thing) for thing in ("control", "control_2")}
+    controls = {input_name: picture(input_name) for input_name in ("control", "control_2")}
     caption, noise = "put the dog of the second on the first", normal((1, tiny.CHANNELS, 1, 4, 8), 0, "noise")
     pictures = [tensor_to_image(pixels_BCFHW[0]) for pixels_BCFHW in controls.values()]
     packed = stock._pack_latents(noise, 1, tiny.CHANNELS, 4, 8)
@@ -224,7 +224,7 @@ def test_an_edit_is_asked_for_as_in_the_stock_pipeline(
     features: dict[str, torch.Tensor] = {}
     for encoder in pipeline.encoders(2)[1:]:
         encoder.load(CPU)
-        reads = {thing: controls.get(thing, [caption]) for thing in encoder.reads}
+        reads = {input_name: controls.get(input_name, [caption]) for input_name in encoder.reads}
         features |= {feature: made[0][None] for feature, made in encoder.encode(**reads).items()}
     stream = pipeline.prepare_inputs(features, noise, seen["timestep"])
     for layer in loaded(pipeline).layers:
@@ -262,11 +262,11 @@ def test_a_file_of_the_text_encoder_is_read(folder: Path, tmp_path: Path, head: 
 def test_a_lora_in_comfyuis_names_is_read_by_the_stock_pipeline(folder: Path, tmp_path: Path) -> None:
     pipeline, adapter = tiny.pipeline(folder), AdapterSettings(type="lora", rank=4, alpha=2.0)
     settings = settings_of(pipeline, adapter, save_format="both")
-    blueprint = load_stage(pipeline, settings, stage=0)
-    parameters = blueprint.trained(blueprint.layers)
+    staged = load_stage(pipeline, settings, stage=0)
+    parameters = staged.trained(staged.layers)
     for name, parameter in parameters.items():
         parameter.data += normal(tuple(parameter.shape), 0, "moved", name)
-    export(tmp_path, Ranks(), parameters, export_plan(pipeline, settings, blueprint), step=1)
+    export(tmp_path, Ranks(), parameters, export_plan(pipeline, settings, staged), step=1)
     results = []
     for file in ("adapter_model.safetensors", "adapter_model_comfyui.safetensors"):
         stock = tiny.STOCK.from_pretrained(folder)
@@ -282,9 +282,9 @@ def test_comfyui_knows_2511_by_what_is_exported(folders: dict[str, Path], tmp_pa
     for name, marked in (("2509", False), ("2511", True)):
         pipeline = tiny.pipeline(folders[name])
         settings = settings_of(pipeline, save_format="comfyui")
-        blueprint = load_stage(pipeline, settings, stage=0)
-        plan = export_plan(pipeline, settings, blueprint)
-        export(tmp_path / name, Ranks(), blueprint.trained(blueprint.layers), plan, step=1)
+        staged = load_stage(pipeline, settings, stage=0)
+        plan = export_plan(pipeline, settings, staged)
+        export(tmp_path / name, Ranks(), staged.trained(staged.layers), plan, step=1)
         file = tmp_path / name / "model_comfyui.safetensors"
         assert (TIMESTEP_ZERO in load_file(file)) == marked
         tiny.pipeline(folders[name], transformer_path=file).check()

@@ -26,7 +26,7 @@ from tests.models.tiny_flux import settings as settings_of
 from tests.runs import launch, metrics, only_run
 from utils.dataset.encoders import inputs_of, item_key
 from utils.dataset.manifest import media_file
-from utils.dataset.samples import Bucket, Control, Take, of_prompt
+from utils.dataset.samples import Bucket, Control, Take, version_of_prompt
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
 from utils.media.colour import Jitter
@@ -85,20 +85,25 @@ def test_layers_are_seen_as_their_picture_is(folder: Path, stack: Path) -> None:
     """Cropped, mirrored and in changed colours alike, they still make the picture; and the cache tells all apart."""
     media = [media_file(stack / name / "2.png") for name in ("whole", "low", "top")]
     bucket = Bucket(32, 32, 1)
-    whole = of_prompt("a card", bucket, media[:1], 0.0)
+    whole = version_of_prompt("a card", bucket, media[:1], 0.0)
     sample = replace(whole.sample, controls=tuple(Control(layer, bucket) for layer in media[1:]))
     take = Take(crop=(0.25, 0.5), flip=True, jitter=Jitter(brightness=0.9, hue=0.1))
-    shown = replace(whole, sample=sample, take=take)
+    version = replace(whole, sample=sample, take=take)
     of_layers, _, of_whole = tiny.pipeline(folder).encoders()
-    pixels_4PHW = inputs_of(of_layers, shown)["layers"]
+    pixels_4PHW = inputs_of(of_layers, version)["layers"]
     (picture, low, top), opacity = pixels_4PHW[:3].unbind(1), (pixels_4PHW[3:, 2] + 1) / 2
     torch.testing.assert_close(torch.lerp(low, top, opacity), picture, rtol=0, atol=8 / 127.5)
     assert (low - top).abs().max() > 0.3 and 0.1 < opacity.mean() < 0.9
-    assert torch.equal(inputs_of(of_whole, shown)["rgba"], pixels_4PHW[:, :1])
+    assert torch.equal(inputs_of(of_whole, version)["rgba"], pixels_4PHW[:, :1])
 
     other = replace(sample, controls=(sample.controls[0], Control(media[0], bucket)))
     swapped = replace(sample, controls=sample.controls[::-1])
-    versions = [shown, replace(shown, take=Take()), replace(shown, sample=other), replace(shown, sample=swapped)]
+    versions = [
+        version,
+        replace(version, take=Take()),
+        replace(version, sample=other),
+        replace(version, sample=swapped),
+    ]
     assert len({item_key(of_layers, version) for version in versions}) == 4
     assert len({item_key(of_whole, version) for version in versions}) == 2
 
@@ -113,10 +118,10 @@ def test_each_picture_is_encoded_and_shown_by_itself(folder: Path) -> None:
     for number in range(3):
         (alone,) = of_whole.encode(rgba=pixels_B4PHW[:, :, number : number + 1]).values()
         assert torch.equal(latents[:, :, number : number + 1], alone)
-    shown = autoencoder.decode(latents)
+    version = autoencoder.decode(latents)
     pixels_B4HW = super(type(autoencoder), autoencoder).decode(latents[:, :, 1:2])[:, :, 0]
     on_grey = torch.lerp(torch.zeros(2, 3, 32, 48), pixels_B4HW[:, :3], (pixels_B4HW[:, 3:] + 1) / 2)
-    torch.testing.assert_close(shown[:, :, 0, :, 48:96], on_grey)
+    torch.testing.assert_close(version[:, :, 0, :, 48:96], on_grey)
 
 
 def test_tokens_know_their_layer_and_the_picture(folder: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import CLIPTextModelWithProjection
 
 from models.assembly.exports import export_plan
 from models.assembly.prompts import prompt_encoders
-from models.assembly.stage import Blueprint, load_stage
+from models.assembly.stage import StagedModel, load_stage
 from models.sd3 import Sd3Inputs, Sd3Pipeline
 from tests.models import tiny_sd3
 from tests.models.tiny_flux import settings as settings_of
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_sd3.write_folder(tmp_path_factory.mktemp("sd3"))
 
 
-def loaded(sd3: Sd3Pipeline) -> Blueprint:
+def loaded(sd3: Sd3Pipeline) -> StagedModel:
     return load_stage(sd3, settings_of(sd3), stage=0)
 
 
@@ -74,9 +74,9 @@ def test_the_publishers_file_is_read_as_the_stock_converter_reads_it(tmp_path: P
 def test_the_table_of_positions_is_that_of_the_file_and_is_exported(folder: Path, tmp_path: Path) -> None:
     """It is not trained, and the stock library wants it in the file all the same."""
     sd3 = tiny_sd3.pipeline(folder)
-    settings, blueprint = settings_of(sd3, save_format="both"), loaded(sd3)
-    trained = blueprint.trained(blueprint.layers)
-    export(tmp_path / "out", Ranks(), trained, export_plan(sd3, settings, blueprint), step=7)
+    settings, staged = settings_of(sd3, save_format="both"), loaded(sd3)
+    trained = staged.trained(staged.layers)
+    export(tmp_path / "out", Ranks(), trained, export_plan(sd3, settings, staged), step=7)
     again, reading = SD3Transformer2DModel.from_pretrained(
         tmp_path / "out", subfolder="transformer", output_loading_info=True
     )

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from models.assembly.exports import export_plan
-from models.assembly.stage import Blueprint, load_stage
+from models.assembly.stage import StagedModel, load_stage
 from models.families.stable_diffusion import StableDiffusionPipeline as OurPipeline
 from optimizers.parameter_groups import groups_of
 from tests import test_models as generic
@@ -58,7 +58,7 @@ def texts_model(folders: dict[str, Path]) -> generic.Model:
     return generic.Model("sdxl_texts", folders["sdxl"], tiny_sdxl_texts)
 
 
-def loaded(pipeline: OurPipeline, adapter: AdapterSettings | None = None) -> Blueprint:
+def loaded(pipeline: OurPipeline, adapter: AdapterSettings | None = None) -> StagedModel:
     return load_stage(pipeline, settings_of(pipeline, adapter), stage=0)
 
 
@@ -128,15 +128,15 @@ def test_each_part_has_its_own_rate(folders: dict[str, Path]) -> None:
     assert plain.learning_rate("unet.x") is None
 
 
-def moved(pipeline: OurPipeline, place: Path, adapter: AdapterSettings | None) -> Blueprint:
+def moved(pipeline: OurPipeline, place: Path, adapter: AdapterSettings | None) -> StagedModel:
     settings = settings_of(pipeline, adapter, save_format="both")
-    blueprint = loaded(pipeline, adapter)
-    parameters = blueprint.trained(blueprint.layers)
+    staged = loaded(pipeline, adapter)
+    parameters = staged.trained(staged.layers)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.add_(normal(tuple(parameter.shape), 0, "moved", name), alpha=0.1)
-    export(place, Ranks(), parameters, export_plan(pipeline, settings, blueprint), step=7)
-    return blueprint
+    export(place, Ranks(), parameters, export_plan(pipeline, settings, staged), step=7)
+    return staged
 
 
 @torch.no_grad()
@@ -147,15 +147,15 @@ def test_an_adapter_of_all_parts_is_loaded_by_the_stock_pipeline(
 ) -> None:
     pipeline, adapter = texts_model.pipeline(), lora(convolutions=convolutions)
     batch = generic.batch_of(texts_model, pipeline, (64, 64, 1))
-    blueprint = moved(pipeline, tmp_path, adapter)
-    expected = generic.output(pipeline, blueprint.layers, batch)
+    staged = moved(pipeline, tmp_path, adapter)
+    expected = generic.output(pipeline, staged.layers, batch)
     stock = texts_model.stock()
     stock.load_lora_weights(tmp_path, weight_name=file)
     result = tiny_sdxl_texts.whole(stock, pipeline, batch.features, batch.x_t, batch.t_B)
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
     again = loaded(pipeline, adapter.model_copy(update={"init_from_existing": tmp_path / file}))
     torch.testing.assert_close(generic.output(pipeline, again.layers, batch), expected, rtol=1e-4, atol=1e-5)
-    adapted = {name.partition(".lora_")[0] for name in blueprint.trained(blueprint.layers)}
+    adapted = {name.partition(".lora_")[0] for name in staged.trained(staged.layers)}
     assert ("unet.down_blocks.0.resnets.0.conv1" in adapted) == convolutions
     assert {"text_encoder.text_model.encoder.layers.0.mlp.fc1", "unet.mid_block.attentions.0.proj_in"} <= adapted
 
@@ -300,8 +300,8 @@ def test_an_adapter_is_fused_as_a_preset(folders: dict[str, Path], tmp_path: Pat
     model = generic.Model("sdxl", folders["sdxl"], tiny_sdxl)
     pipeline = model.pipeline()
     batch = generic.batch_of(model, pipeline, (64, 64, 1))
-    blueprint = moved(pipeline, tmp_path, lora(convolutions=True))
-    expected = generic.output(pipeline, blueprint.layers, batch)
+    staged = moved(pipeline, tmp_path, lora(convolutions=True))
+    expected = generic.output(pipeline, staged.layers, batch)
     fused = loaded(model.pipeline(preset_adapters=[{"path": tmp_path / file, "fused": True}]))
     torch.testing.assert_close(generic.output(pipeline, fused.layers, batch), expected, rtol=1e-4, atol=1e-5)
 

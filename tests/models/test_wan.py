@@ -17,7 +17,7 @@ from models.foundation.encoders.first_frame import given_frames
 from models.wan import WAN_LAYOUT
 from tests import test_models as generic
 from tests.models import tiny_flux, tiny_wan
-from tests.models.painted import paint
+from tests.models.drawn_samples import draw_samples
 from tests.models.tiny_folder import tiny
 from tests.processes import run_ranks
 from tests.runs import launch, metrics, only_run
@@ -44,7 +44,7 @@ def test_the_publishers_names_are_those_that_the_stock_converter_reads(folder: P
 def test_a_sample_without_guidance_takes_one_prediction(folder: Path, tmp_path: Path) -> None:
     keys = {**tiny_wan.SAMPLING, "guidance": 1.0, "negative_prompt": ""}
     sampling = SamplingSettings(prompts=["a hiker"], sample_every_n_steps=1, steps=4, seed=7, **keys)
-    (painted,) = run_ranks(paint, 1, tiny_wan.pipeline, folder, tmp_path / "cache", 1, sampling)
+    (painted,) = run_ranks(draw_samples, 1, tiny_wan.pipeline, folder, tmp_path / "cache", 1, sampling)
     noise = normal((1, tiny_wan.CHANNELS, 3, 4, 6), 7, "sample", 0)
     expected = tiny_wan.draw(tiny_wan.STOCK.from_pretrained(folder), sampling, noise)
     torch.testing.assert_close(torch.from_numpy(painted[0]), expected, rtol=1e-4, atol=1e-4)
@@ -150,10 +150,10 @@ def ti2v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ti2v_draws_as_the_stock_pipeline(ti2v_folder: Path, tmp_path: Path) -> None:
     model = generic.Model("wan", ti2v_folder, tiny_wan)
     model.pipeline().check()
-    assert (model.pipeline().media.spatial, model.pipeline().media.rate) == (32, 24.0)
+    assert (model.pipeline().media.spatial, model.pipeline().media.fps) == (32, 24.0)
     keys = {**tiny_wan.SAMPLING, "width": 64}
     sampling = SamplingSettings(prompts=["a hiker"], sample_every_n_steps=1, steps=4, seed=7, **keys)
-    (painted,) = run_ranks(paint, 1, tiny_wan.pipeline, ti2v_folder, tmp_path / "cache", 1, sampling)
+    (painted,) = run_ranks(draw_samples, 1, tiny_wan.pipeline, ti2v_folder, tmp_path / "cache", 1, sampling)
     noise = normal((1, 12, 3, 2, 4), 7, "sample", 0)
     expected = tiny_wan.draw(model.stock(), sampling, noise)
     torch.testing.assert_close(torch.from_numpy(painted[0]), expected, rtol=1e-4, atol=1e-4)
@@ -187,17 +187,17 @@ def test_ti2v_gives_each_token_its_time(ti2v_folder: Path, given: bool) -> None:
     """As the stock transformer with a time for each token, which is 0 in the first frame where that is given; that
     frame does not count."""
     wan = tiny_wan.pipeline(ti2v_folder, from_first_frame=given)
-    blueprint = generic.loaded(wan)
+    staged = generic.loaded(wan)
     shape = (2, 12, 3, 4, 6)
     x_t, clean, weights = (normal(shape, 0, name) for name in ("x", "clean", "weights"))
     t_B = torch.tensor([0.2513, 0.913])
     features = {**tiny_wan.features((5, 11)), "latents": clean}
     stream = wan.prepare_inputs(features, x_t, t_B)
-    for layer in blueprint.layers:
+    for layer in staged.layers:
         stream = layer(stream)
-    places = wan.weight_of_places(shape[1:])
+    places = wan.loss_weight_map(shape[1:])
     (stream * weights * (1.0 if places is None else places)).sum().backward()
-    gradients = {name: parameter.grad for name, parameter in blueprint.denoiser.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in staged.denoiser.named_parameters()}
 
     reference = generic.loaded(wan).denoiser
     seen, time_BT = x_t.clone(), (t_B * 1000)[:, None].repeat(1, 3 * 2 * 3)

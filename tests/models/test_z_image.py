@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM, Qwen3Model
 
 from models.assembly.exports import export_plan
-from models.assembly.stage import Blueprint, load_stage
+from models.assembly.stage import StagedModel, load_stage
 from models.z_image import COMFYUI_LAYOUT
 from tests.models import tiny_z_image
-from tests.models.painted import paint
+from tests.models.drawn_samples import draw_samples
 from tests.models.tiny_flux import settings as settings_of
 from tests.models.tiny_z_image import STOCK, TEXT_TOKENS
 from tests.processes import run_ranks
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_z_image.write_folder(tmp_path_factory.mktemp("z_image"))
 
 
-def loaded(folder: Path, adapter: AdapterSettings | None = None, **options: Any) -> Blueprint:
+def loaded(folder: Path, adapter: AdapterSettings | None = None, **options: Any) -> StagedModel:
     pipeline = tiny_z_image.pipeline(folder, **options)
     return load_stage(pipeline, settings_of(pipeline, adapter), stage=0)
 
@@ -91,11 +91,11 @@ def test_a_single_file_is_read_and_written(folder: Path, tmp_path: Path, caplog:
 @torch.no_grad()
 def test_stock_loads_the_adapter_in_comfyuis_names(folder: Path, tmp_path: Path) -> None:
     pipeline, adapter = tiny_z_image.pipeline(folder), AdapterSettings(type="lora", rank=4, alpha=2.0)
-    blueprint = loaded(folder, adapter)
-    factors = blueprint.trained(blueprint.layers)
+    staged = loaded(folder, adapter)
+    factors = staged.trained(staged.layers)
     for name, factor in factors.items():
         factor.add_(normal(tuple(factor.shape), 0, "moved", name), alpha=0.1)
-    plan = export_plan(pipeline, settings_of(pipeline, adapter, save_format="both"), blueprint)
+    plan = export_plan(pipeline, settings_of(pipeline, adapter, save_format="both"), staged)
     export(tmp_path, Ranks(), factors, plan, step=1)
     file = "adapter_model_comfyui.safetensors"
     assert "lora_unet_layers_0_attention_qkv.lora_down.weight" in load_file(tmp_path / file)
@@ -105,7 +105,7 @@ def test_stock_loads_the_adapter_in_comfyuis_names(folder: Path, tmp_path: Path)
     plain = tiny_z_image.whole(stock.transformer, pipeline, features, x_t, t_B)
     stock.load_lora_weights(tmp_path, weight_name=file)
     result = tiny_z_image.whole(stock.transformer, pipeline, features, x_t, t_B)
-    expected = predicted(blueprint.layers, pipeline.prepare_inputs(features, x_t, t_B))
+    expected = predicted(staged.layers, pipeline.prepare_inputs(features, x_t, t_B))
     assert (expected - plain).abs().mean() > 1e-3
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
@@ -115,7 +115,7 @@ def test_guidance_counts_from_0_as_in_the_stock_pipeline(folder: Path, tmp_path:
     sampling = SamplingSettings(
         prompts=["a red star"], sample_every_n_steps=1, steps=2, width=32, height=48, seed=7, guidance=guidance
     )
-    ((latents,),) = run_ranks(paint, 1, tiny_z_image.pipeline, folder, tmp_path / "cache", 1, sampling)
+    ((latents,),) = run_ranks(draw_samples, 1, tiny_z_image.pipeline, folder, tmp_path / "cache", 1, sampling)
     stock = STOCK.from_pretrained(folder)
     stock.set_progress_bar_config(disable=True)
     expected = tiny_z_image.draw(stock, sampling, normal((1, 4, 6, 4), 7, "sample", 0))

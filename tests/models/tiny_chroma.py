@@ -34,12 +34,12 @@ TRANSFORMER = {
 }
 
 
-def write_folder(place: Path) -> Path:
+def write_folder(folder: Path) -> Path:
     torch.manual_seed(0)
     for part, source in {"vae": "vae", "text_encoder": "text_encoder_2", "tokenizer": "tokenizer_2"}.items():
-        (place / part).symlink_to(MINI_FLUX / source)
-    randomised(ChromaTransformer2DModel(**TRANSFORMER), 1).save_pretrained(place / "transformer")
-    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(place / "scheduler")
+        (folder / part).symlink_to(MINI_FLUX / source)
+    randomised(ChromaTransformer2DModel(**TRANSFORMER), 1).save_pretrained(folder / "transformer")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
     parts = {
         "scheduler": FlowMatchEulerDiscreteScheduler,
         "text_encoder": T5EncoderModel,
@@ -49,8 +49,8 @@ def write_folder(place: Path) -> Path:
         "feature_extractor": None,
         "image_encoder": None,
     }
-    write_index(place, STOCK, parts)
-    return place
+    write_index(folder, STOCK, parts)
+    return folder
 
 
 def pipeline(folder: Path, **options: Any) -> ChromaPipeline:

@@ -60,14 +60,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<|endoftext|>", padding_side="left")
 
 
-def write_folder(place: Path, *, scheduler: dict[str, Any] | None = None, **changes: Any) -> Path:
+def write_folder(folder: Path, *, scheduler: dict[str, Any] | None = None, **changes: Any) -> Path:
     """`changes` are the transformer's."""
     torch.manual_seed(0)
-    (place / "vae").symlink_to(MINI_FLUX / "vae")
-    tokenizer().save_pretrained(place / "tokenizer")
-    randomised(CogView4Transformer2DModel(**{**TRANSFORMER, **changes}), 1).save_pretrained(place / "transformer")
-    randomised(GlmModel(GlmConfig(**TEXT)), 2).save_pretrained(place / "text_encoder")
-    FlowMatchEulerDiscreteScheduler(**{**SCHEDULER, **(scheduler or {})}).save_pretrained(place / "scheduler")
+    (folder / "vae").symlink_to(MINI_FLUX / "vae")
+    tokenizer().save_pretrained(folder / "tokenizer")
+    randomised(CogView4Transformer2DModel(**{**TRANSFORMER, **changes}), 1).save_pretrained(folder / "transformer")
+    randomised(GlmModel(GlmConfig(**TEXT)), 2).save_pretrained(folder / "text_encoder")
+    FlowMatchEulerDiscreteScheduler(**{**SCHEDULER, **(scheduler or {})}).save_pretrained(folder / "scheduler")
     parts = {
         "scheduler": FlowMatchEulerDiscreteScheduler,
         "text_encoder": GlmModel,
@@ -75,8 +75,8 @@ def write_folder(place: Path, *, scheduler: dict[str, Any] | None = None, **chan
         "transformer": CogView4Transformer2DModel,
         "vae": AutoencoderKL,
     }
-    write_index(place, STOCK, parts)
-    return place
+    write_index(folder, STOCK, parts)
+    return folder
 
 
 def pipeline(folder: Path, **options: Any) -> CogView4Pipeline:

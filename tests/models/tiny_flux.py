@@ -42,17 +42,17 @@ def transformer(**changes: Any) -> FluxTransformer2DModel:
     return denoiser
 
 
-def write_folder(place: Path, *, scheduler: dict[str, Any] | None = None, **changes: Any) -> Path:
+def write_folder(folder: Path, *, scheduler: dict[str, Any] | None = None, **changes: Any) -> Path:
     """A diffusers folder with this transformer and scheduler; the other parts are the miniature's own."""
     for part in (
         *(MINI_FLUX / name for name in ("model_index.json", "vae")),
         *MINI_FLUX.glob("t*_encoder*"),
         *MINI_FLUX.glob("tokenizer*"),
     ):
-        (place / part.name).symlink_to(part)
-    transformer(**changes).save_pretrained(place / "transformer")
-    FlowMatchEulerDiscreteScheduler(**(scheduler or {})).save_pretrained(place / "scheduler")
-    return place
+        (folder / part.name).symlink_to(part)
+    transformer(**changes).save_pretrained(folder / "transformer")
+    FlowMatchEulerDiscreteScheduler(**(scheduler or {})).save_pretrained(folder / "scheduler")
+    return folder
 
 
 def pipeline(folder: Path, **options: Any) -> FluxPipeline:

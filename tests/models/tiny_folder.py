@@ -32,7 +32,7 @@ from torch import nn
 
 from utils.dataset.batches import pad_ragged
 from utils.dataset.encoders import Encoder, text_of
-from utils.dataset.samples import Bucket, of_prompt
+from utils.dataset.samples import Bucket, version_of_prompt
 from utils.diffusion.seeds import normal
 from utils.settings.dataset_schema import DirectorySettings
 from utils.settings.schema import SamplingSettings
@@ -43,12 +43,12 @@ def tiny(model: str) -> ModuleType:
     return importlib.import_module(f"tests.models.tiny_{model}")
 
 
-def write_index(place: Path, pipeline: type, parts: dict[str, type | None], **values: Any) -> None:
+def write_index(folder: Path, pipeline: type, parts: dict[str, type | None], **values: Any) -> None:
     """`model_index.json`: which class each part of a diffusers folder is of; None for one that is left out."""
     index = {"_class_name": pipeline.__name__, "_diffusers_version": diffusers.__version__, **values}
     for name, part in parts.items():
         index[name] = [part.__module__.partition(".")[0], part.__name__] if part else [None, None]
-    (place / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index))
 
 
 def randomised(module: nn.Module, seed: int) -> nn.Module:
@@ -64,9 +64,11 @@ def encoded(encoder: Encoder, captions: Sequence[str], *, weighted_tags: bool = 
     """What a text encoder, loaded here, makes of the captions of a dataset."""
     encoder.load(torch.device("cpu"))
     rules = DirectorySettings(path=Path(), weighted_tags=weighted_tags)
-    prompts = [of_prompt(caption, Bucket(64, 64, 1)) for caption in captions]
+    prompts = [version_of_prompt(caption, Bucket(64, 64, 1)) for caption in captions]
     shown = [replace(prompt, sample=replace(prompt.sample, rules=rules)) for prompt in prompts]
-    return encoder.encode(**{thing: [text_of(one, encoder, thing) for one in shown] for thing in encoder.reads})
+    return encoder.encode(
+        **{input_name: [text_of(one, encoder, input_name) for one in shown] for input_name in encoder.reads}
+    )
 
 
 def ragged(name: str, lengths: tuple[int, ...], width: int) -> dict[str, torch.Tensor]:

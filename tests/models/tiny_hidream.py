@@ -72,25 +72,25 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=begin[0], eos_token="<|eot_id|>")
 
 
-def write_llama(place: Path, tokenizer_place: Path, **changes: Any) -> None:
-    randomised(LlamaForCausalLM(LlamaConfig(**{**LLAMA, **changes})), 4).save_pretrained(place)
+def write_llama(folder: Path, tokenizer_place: Path, **changes: Any) -> None:
+    randomised(LlamaForCausalLM(LlamaConfig(**{**LLAMA, **changes})), 4).save_pretrained(folder)
     tokenizer().save_pretrained(tokenizer_place)
 
 
-def write_folder(place: Path, *, scheduler: Any = None, **changes: Any) -> Path:
+def write_folder(folder: Path, *, scheduler: Any = None, **changes: Any) -> Path:
     """`changes` are the transformer's."""
     torch.manual_seed(0)
     sources = {"vae": "vae", "text_encoder_3": "text_encoder_2", "tokenizer_3": "tokenizer_2"}
     sources |= {"tokenizer": "tokenizer", "tokenizer_2": "tokenizer"}
     for part, source in sources.items():
-        (place / part).symlink_to(MINI_FLUX / source)
+        (folder / part).symlink_to(MINI_FLUX / source)
     for number, (part, width) in enumerate({"text_encoder": CLIP_L_WIDTH, "text_encoder_2": CLIP_G_WIDTH}.items()):
-        randomised(CLIPTextModelWithProjection(clip_config(width)), 2 + number).save_pretrained(place / part)
-    write_llama(place / "text_encoder_4", place / "tokenizer_4")
+        randomised(CLIPTextModelWithProjection(clip_config(width)), 2 + number).save_pretrained(folder / part)
+    write_llama(folder / "text_encoder_4", folder / "tokenizer_4")
     transformer = randomised(HiDreamImageTransformer2DModel(**{**TRANSFORMER, **changes}), 1)
-    transformer.save_pretrained(place / "transformer")
+    transformer.save_pretrained(folder / "transformer")
     scheduler = scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.save_pretrained(place / "scheduler")
+    scheduler.save_pretrained(folder / "scheduler")
     parts = {
         "scheduler": type(scheduler),
         "text_encoder": CLIPTextModelWithProjection,
@@ -104,8 +104,8 @@ def write_folder(place: Path, *, scheduler: Any = None, **changes: Any) -> Path:
         "transformer": HiDreamImageTransformer2DModel,
         "vae": AutoencoderKL,
     }
-    write_index(place, STOCK, parts)
-    return place
+    write_index(folder, STOCK, parts)
+    return folder
 
 
 def pipeline(folder: Path, **options: Any) -> HiDreamPipeline:
@@ -138,8 +138,8 @@ def texts(features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the stock module takes of text."""
     # Layers that no block reads are of no consequence.
     states = [torch.full_like(features["llama3"][:, 0], torch.nan)] * LLAMA_LAYERS
-    for place, layer in enumerate(USED_LAYERS):
-        states[layer] = features["llama3"][:, place]
+    for folder, layer in enumerate(USED_LAYERS):
+        states[layer] = features["llama3"][:, folder]
     return {
         "encoder_hidden_states_t5": features["t5"],
         "encoder_hidden_states_llama3": torch.stack(states),

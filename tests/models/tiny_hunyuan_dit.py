@@ -49,34 +49,34 @@ VERSION_1_1 = {"use_style_cond_and_image_meta_size": True}
 NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.03}
 
 
-def write_tokenizer(place: Path) -> BertTokenizer:
+def write_tokenizer(folder: Path) -> BertTokenizer:
     """Every letter is a word, in the files that the publisher's folder has."""
-    place.mkdir()
+    folder.mkdir()
     marks = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     letters = [letter for letter in printable.lower() if not letter.isspace()]
     words = [*marks.values(), *sorted({*letters, *(f"##{letter}" for letter in letters)})]
-    (place / "vocab.txt").write_text("\n".join(words))
+    (folder / "vocab.txt").write_text("\n".join(words))
     config = {"tokenizer_class": "BertTokenizer", "model_max_length": BERT_TOKENS, **marks}
-    (place / "tokenizer_config.json").write_text(json.dumps(config))
-    return BertTokenizer.from_pretrained(place)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return BertTokenizer.from_pretrained(folder)
 
 
-def write_folder(place: Path, **changes: Any) -> Path:
+def write_folder(folder: Path, **changes: Any) -> Path:
     """`changes` are the transformer's, as `VERSION_1_1`. BERT has no layer that pools."""
     torch.manual_seed(0)
-    (place / "text_encoder_2").symlink_to(MINI_FLUX / "text_encoder_2")
-    (place / "tokenizer_2").symlink_to(MINI_FLUX / "tokenizer_2")
-    write_vae(place)
+    (folder / "text_encoder_2").symlink_to(MINI_FLUX / "text_encoder_2")
+    (folder / "tokenizer_2").symlink_to(MINI_FLUX / "tokenizer_2")
+    write_vae(folder)
     bert = BertConfig(
-        vocab_size=len(write_tokenizer(place / "tokenizer")),
+        vocab_size=len(write_tokenizer(folder / "tokenizer")),
         hidden_size=BERT_WIDTH,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=32,
     )
-    randomised(BertModel(bert, add_pooling_layer=False), 2).save_pretrained(place / "text_encoder")
-    randomised(HunyuanDiT2DModel(**{**TRANSFORMER, **changes}), 1).save_pretrained(place / "transformer")
-    DDPMScheduler(**NOISE, prediction_type="v_prediction", clip_sample=False).save_pretrained(place / "scheduler")
+    randomised(BertModel(bert, add_pooling_layer=False), 2).save_pretrained(folder / "text_encoder")
+    randomised(HunyuanDiT2DModel(**{**TRANSFORMER, **changes}), 1).save_pretrained(folder / "transformer")
+    DDPMScheduler(**NOISE, prediction_type="v_prediction", clip_sample=False).save_pretrained(folder / "scheduler")
     parts = {
         "scheduler": DDPMScheduler,
         "text_encoder": BertModel,
@@ -88,8 +88,8 @@ def write_folder(place: Path, **changes: Any) -> Path:
         "feature_extractor": None,
         "safety_checker": None,
     }
-    write_index(place, STOCK, parts, requires_safety_checker=False)
-    return place
+    write_index(folder, STOCK, parts, requires_safety_checker=False)
+    return folder
 
 
 def pipeline(folder: Path, **options: Any) -> HunyuanDitPipeline:

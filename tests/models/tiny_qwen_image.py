@@ -89,14 +89,14 @@ def text_encoder() -> Qwen2_5_VLForConditionalGeneration:
     return randomised(Qwen2_5_VLForConditionalGeneration(config), 3)
 
 
-def write_folder(place: Path, stock: type = STOCK, **changes: Any) -> Path:
+def write_folder(folder: Path, stock: type = STOCK, **changes: Any) -> Path:
     """The folder of one of the stock pipelines."""
     torch.manual_seed(0)
-    tokenizer().save_pretrained(place / "tokenizer")
-    randomised(QwenImageTransformer2DModel(**{**TRANSFORMER, **changes}), 1).save_pretrained(place / "transformer")
-    randomised(AutoencoderKLQwenImage(**VAE), 2).save_pretrained(place / "vae")
-    text_encoder().save_pretrained(place / "text_encoder")
-    FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_pretrained(place / "scheduler")
+    tokenizer().save_pretrained(folder / "tokenizer")
+    randomised(QwenImageTransformer2DModel(**{**TRANSFORMER, **changes}), 1).save_pretrained(folder / "transformer")
+    randomised(AutoencoderKLQwenImage(**VAE), 2).save_pretrained(folder / "vae")
+    text_encoder().save_pretrained(folder / "text_encoder")
+    FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
     parts = {
         "scheduler": FlowMatchEulerDiscreteScheduler,
         "text_encoder": Qwen2_5_VLForConditionalGeneration,
@@ -105,9 +105,9 @@ def write_folder(place: Path, stock: type = STOCK, **changes: Any) -> Path:
         "vae": AutoencoderKLQwenImage,
     }
     if stock is not STOCK:
-        Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056).save_pretrained(place / "processor")
-    write_index(place, stock, parts)
-    return place
+        Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056).save_pretrained(folder / "processor")
+    write_index(folder, stock, parts)
+    return folder
 
 
 def pipeline(folder: Path, **options: Any) -> QwenImagePipeline:

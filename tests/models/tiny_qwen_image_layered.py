@@ -51,12 +51,12 @@ VAE = {
 }
 
 
-def write_folder(place: Path, **changes: Any) -> Path:
-    plain.write_folder(place, **{**CHANGES, **changes})
-    randomised(AutoencoderKLQwenImage(**VAE), 2).save_pretrained(place / "vae")
-    index = place / "model_index.json"
+def write_folder(folder: Path, **changes: Any) -> Path:
+    plain.write_folder(folder, **{**CHANGES, **changes})
+    randomised(AutoencoderKLQwenImage(**VAE), 2).save_pretrained(folder / "vae")
+    index = folder / "model_index.json"
     index.write_text(index.read_text().replace(plain.STOCK.__name__, QwenImageLayeredPipeline.__name__))
-    return place
+    return folder
 
 
 def pipeline(folder: Path, **options: Any) -> Pipeline:

@@ -58,18 +58,18 @@ def clip_config(width: int, **changes: Any) -> CLIPTextConfig:
     return CLIPTextConfig(**{**config, **changes})
 
 
-def write_vae(place: Path) -> None:
-    randomised(AutoencoderKL(**VAE), 4).save_pretrained(place / "vae")
+def write_vae(folder: Path) -> None:
+    randomised(AutoencoderKL(**VAE), 4).save_pretrained(folder / "vae")
 
 
-def write_folder(place: Path, **changes: Any) -> Path:
+def write_folder(folder: Path, **changes: Any) -> Path:
     """`changes` are the UNet's."""
     torch.manual_seed(0)
-    (place / "tokenizer").symlink_to(MINI_FLUX / "tokenizer")
-    write_vae(place)
-    randomised(CLIPTextModel(clip_config(WIDTH)), 2).save_pretrained(place / "text_encoder")
-    randomised(UNet2DConditionModel(**{**UNET, **changes}), 1).save_pretrained(place / "unet")
-    PNDMScheduler(**NOISE, skip_prk_steps=True).save_pretrained(place / "scheduler")
+    (folder / "tokenizer").symlink_to(MINI_FLUX / "tokenizer")
+    write_vae(folder)
+    randomised(CLIPTextModel(clip_config(WIDTH)), 2).save_pretrained(folder / "text_encoder")
+    randomised(UNet2DConditionModel(**{**UNET, **changes}), 1).save_pretrained(folder / "unet")
+    PNDMScheduler(**NOISE, skip_prk_steps=True).save_pretrained(folder / "scheduler")
     parts = {
         "scheduler": PNDMScheduler,
         "text_encoder": CLIPTextModel,
@@ -80,8 +80,8 @@ def write_folder(place: Path, **changes: Any) -> Path:
         "image_encoder": None,
         "safety_checker": None,
     }
-    write_index(place, STOCK, parts, requires_safety_checker=False)
-    return place
+    write_index(folder, STOCK, parts, requires_safety_checker=False)
+    return folder
 
 
 def pipeline(folder: Path, **options: Any) -> Sd15Pipeline:

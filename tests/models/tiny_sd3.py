@@ -60,23 +60,23 @@ def clip_config(width: int, **changes: Any) -> CLIPTextConfig:
     return CLIPTextConfig(**{**config, **changes})
 
 
-def write_folder(place: Path, **changes: Any) -> Path:
+def write_folder(folder: Path, **changes: Any) -> Path:
     """`changes` are the transformer's. Its table of positions is not the one that is computed."""
     torch.manual_seed(0)
     sources = {"vae": "vae", "tokenizer": "tokenizer", "text_encoder_3": "text_encoder_2", "tokenizer_3": "tokenizer_2"}
     for part, source in sources.items():
-        (place / part).symlink_to(MINI_FLUX / source)
+        (folder / part).symlink_to(MINI_FLUX / source)
     # As CLIP-G's, which does not fill up with the token that ends a caption.
     words = load_tokenizer(MINI_FLUX / "tokenizer")
     words.pad_token = "!"
-    words.save_pretrained(place / "tokenizer_2")
+    words.save_pretrained(folder / "tokenizer_2")
     clip_l, clip_g = clip_config(CLIP_L_WIDTH), clip_config(CLIP_G_WIDTH, hidden_act="gelu", num_hidden_layers=4)
-    randomised(CLIPTextModelWithProjection(clip_l), 2).save_pretrained(place / "text_encoder")
-    randomised(CLIPTextModelWithProjection(clip_g), 3).save_pretrained(place / "text_encoder_2")
+    randomised(CLIPTextModelWithProjection(clip_l), 2).save_pretrained(folder / "text_encoder")
+    randomised(CLIPTextModelWithProjection(clip_g), 3).save_pretrained(folder / "text_encoder_2")
     transformer = randomised(SD3Transformer2DModel(**{**TRANSFORMER, **changes}), 1)
     transformer.pos_embed.pos_embed += normal(transformer.pos_embed.pos_embed.shape, 0, "positions")
-    transformer.save_pretrained(place / "transformer")
-    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(place / "scheduler")
+    transformer.save_pretrained(folder / "transformer")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
     parts = {
         "scheduler": FlowMatchEulerDiscreteScheduler,
         "text_encoder": CLIPTextModelWithProjection,
@@ -90,8 +90,8 @@ def write_folder(place: Path, **changes: Any) -> Path:
         "feature_extractor": None,
         "image_encoder": None,
     }
-    write_index(place, STOCK, parts)
-    return place
+    write_index(folder, STOCK, parts)
+    return folder
 
 
 def pipeline(folder: Path, **options: Any) -> Sd3Pipeline:

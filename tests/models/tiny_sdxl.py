@@ -38,20 +38,20 @@ UNET = {
 }
 
 
-def write_folder(place: Path, **changes: Any) -> Path:
+def write_folder(folder: Path, **changes: Any) -> Path:
     """`changes` are the UNet's."""
     torch.manual_seed(0)
-    (place / "tokenizer").symlink_to(MINI_FLUX / "tokenizer")
+    (folder / "tokenizer").symlink_to(MINI_FLUX / "tokenizer")
     # As OpenCLIP's, which does not fill up with the token that ends a caption.
     words = load_tokenizer(MINI_FLUX / "tokenizer")
     words.pad_token = "!"
-    words.save_pretrained(place / "tokenizer_2")
-    tiny_sd15.write_vae(place)
+    words.save_pretrained(folder / "tokenizer_2")
+    tiny_sd15.write_vae(folder)
     clip_g = clip_config(CLIP_G_WIDTH, hidden_act="gelu", num_hidden_layers=4, projection_dim=POOLED_WIDTH)
-    randomised(CLIPTextModel(clip_config(CLIP_L_WIDTH)), 2).save_pretrained(place / "text_encoder")
-    randomised(CLIPTextModelWithProjection(clip_g), 3).save_pretrained(place / "text_encoder_2")
-    randomised(UNet2DConditionModel(**{**UNET, **changes}), 1).save_pretrained(place / "unet")
-    EulerDiscreteScheduler(**NOISE, timestep_spacing="leading").save_pretrained(place / "scheduler")
+    randomised(CLIPTextModel(clip_config(CLIP_L_WIDTH)), 2).save_pretrained(folder / "text_encoder")
+    randomised(CLIPTextModelWithProjection(clip_g), 3).save_pretrained(folder / "text_encoder_2")
+    randomised(UNet2DConditionModel(**{**UNET, **changes}), 1).save_pretrained(folder / "unet")
+    EulerDiscreteScheduler(**NOISE, timestep_spacing="leading").save_pretrained(folder / "scheduler")
     parts = {
         "scheduler": EulerDiscreteScheduler,
         "text_encoder": CLIPTextModel,
@@ -63,8 +63,8 @@ def write_folder(place: Path, **changes: Any) -> Path:
         "feature_extractor": None,
         "image_encoder": None,
     }
-    write_index(place, STOCK, parts, force_zeros_for_empty_prompt=True)
-    return place
+    write_index(folder, STOCK, parts, force_zeros_for_empty_prompt=True)
+    return folder
 
 
 def pipeline(folder: Path, **options: Any) -> SdxlPipeline:

@@ -47,14 +47,14 @@ VAE = {
 TEXT = {"vocab_size": 400, "d_model": TEXT_WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
 
 
-def write_folder(place: Path, vae: dict[str, Any] | None = None, **changes: Any) -> Path:
+def write_folder(folder: Path, vae: dict[str, Any] | None = None, **changes: Any) -> Path:
     torch.manual_seed(0)
-    (place / "tokenizer").symlink_to(MINI_FLUX / "tokenizer_2")
-    randomised(WanTransformer3DModel(**{**TRANSFORMER, **changes}), 1).save_pretrained(place / "transformer")
-    randomised(AutoencoderKLWan(**(vae or VAE)), 2).save_pretrained(place / "vae")
-    randomised(UMT5EncoderModel(UMT5Config(**TEXT)), 3).save_pretrained(place / "text_encoder")
+    (folder / "tokenizer").symlink_to(MINI_FLUX / "tokenizer_2")
+    randomised(WanTransformer3DModel(**{**TRANSFORMER, **changes}), 1).save_pretrained(folder / "transformer")
+    randomised(AutoencoderKLWan(**(vae or VAE)), 2).save_pretrained(folder / "vae")
+    randomised(UMT5EncoderModel(UMT5Config(**TEXT)), 3).save_pretrained(folder / "text_encoder")
     UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0).save_pretrained(
-        place / "scheduler"
+        folder / "scheduler"
     )
     parts = {
         "tokenizer": PreTrainedTokenizerFast,
@@ -64,8 +64,8 @@ def write_folder(place: Path, vae: dict[str, Any] | None = None, **changes: Any)
         "vae": AutoencoderKLWan,
         "scheduler": UniPCMultistepScheduler,
     }
-    write_index(place, STOCK, parts)
-    return place
+    write_index(folder, STOCK, parts)
+    return folder
 
 
 def pipeline(folder: Path, **options: Any) -> WanPipeline:

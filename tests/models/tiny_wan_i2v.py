@@ -51,8 +51,8 @@ TEXT_TOKENS = 512
 CHANNELS = 2 * tiny_wan.CHANNELS + 4
 
 
-def write_folder(place: Path, *, seen: bool = True) -> Path:
-    tiny_wan.write_folder(place, in_channels=CHANNELS, **(SEEN if seen else {}))
+def write_folder(folder: Path, *, seen: bool = True) -> Path:
+    tiny_wan.write_folder(folder, in_channels=CHANNELS, **(SEEN if seen else {}))
     parts = {
         "tokenizer": PreTrainedTokenizerFast,
         "text_encoder": UMT5EncoderModel,
@@ -65,11 +65,11 @@ def write_folder(place: Path, *, seen: bool = True) -> Path:
     }
     if seen:
         torch.manual_seed(1)
-        randomised(CLIPVisionModel(CLIPVisionConfig(**VISION)), 4).save_pretrained(place / "image_encoder")
+        randomised(CLIPVisionModel(CLIPVisionConfig(**VISION)), 4).save_pretrained(folder / "image_encoder")
         sizes = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-        CLIPImageProcessorPil(**sizes).save_pretrained(place / "image_processor")
-    write_index(place, WanImageToVideoPipeline, parts)
-    return place
+        CLIPImageProcessorPil(**sizes).save_pretrained(folder / "image_processor")
+    write_index(folder, WanImageToVideoPipeline, parts)
+    return folder
 
 
 def pipeline(folder: Path, **options: Any) -> WanPipeline:

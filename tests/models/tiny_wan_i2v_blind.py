@@ -20,8 +20,8 @@ from tests.models.tiny_wan_i2v import (  # noqa: F401
 )
 
 
-def write_folder(place: Path) -> Path:
-    return tiny_wan_i2v.write_folder(place, seen=False)
+def write_folder(folder: Path) -> Path:
+    return tiny_wan_i2v.write_folder(folder, seen=False)
 
 
 def features_of_pictures(latent_shape: tuple[int, ...], batch: int = 2) -> dict[str, torch.Tensor]:

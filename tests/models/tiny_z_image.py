@@ -57,13 +57,13 @@ def tokenizer() -> Qwen2Tokenizer:
     return made
 
 
-def write_folder(place: Path, **changes: Any) -> Path:
+def write_folder(folder: Path, **changes: Any) -> Path:
     torch.manual_seed(0)
-    (place / "vae").symlink_to(MINI_FLUX / "vae")
-    tokenizer().save_pretrained(place / "tokenizer")
-    randomised(ZImageTransformer2DModel(**{**TRANSFORMER, **changes}), 1).save_pretrained(place / "transformer")
-    randomised(Qwen3Model(Qwen3Config(**TEXT)), 2).save_pretrained(place / "text_encoder")
-    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(place / "scheduler")
+    (folder / "vae").symlink_to(MINI_FLUX / "vae")
+    tokenizer().save_pretrained(folder / "tokenizer")
+    randomised(ZImageTransformer2DModel(**{**TRANSFORMER, **changes}), 1).save_pretrained(folder / "transformer")
+    randomised(Qwen3Model(Qwen3Config(**TEXT)), 2).save_pretrained(folder / "text_encoder")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
     parts = {
         "scheduler": FlowMatchEulerDiscreteScheduler,
         "text_encoder": Qwen3Model,
@@ -71,8 +71,8 @@ def write_folder(place: Path, **changes: Any) -> Path:
         "transformer": ZImageTransformer2DModel,
         "vae": AutoencoderKL,
     }
-    write_index(place, STOCK, parts)
-    return place
+    write_index(folder, STOCK, parts)
+    return folder
 
 
 def pipeline(folder: Path, **options: Any) -> ZImagePipeline:

@@ -73,7 +73,7 @@ def attach(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings
     names = targets(denoiser, blocks, settings)
     denoiser.requires_grad_(False)
     if isinstance(settings, LokrSettings):
-        lokr.put_on(denoiser, names, settings, ADAPTER)
+        lokr.replace_linears(denoiser, names, settings, ADAPTER)
         return
     # As a pattern, which has to fit a whole name: of names in a list PEFT also takes what ends like one.
     pattern = "|".join(map(re.escape, names))

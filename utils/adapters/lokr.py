@@ -105,7 +105,7 @@ def _shapes(name: str, rows: int, columns: int, rank: int | None) -> dict[str, t
     return {f"{name}_a": (rows, rank), f"{name}_b": (rank, columns)}
 
 
-def put_on(denoiser: nn.Module, names: Iterable[str], settings: LokrSettings, adapter: str) -> None:
+def replace_linears(denoiser: nn.Module, names: Iterable[str], settings: LokrSettings, adapter: str) -> None:
     """Replaces Linears by `LokrLinear`."""
     for name in names:
         parent, _, own = name.rpartition(".")

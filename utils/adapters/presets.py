@@ -65,7 +65,9 @@ def fuse(denoiser: nn.Module, layers: Iterable[nn.Module], updates: Mapping[str,
         module.weight.copy_(changed.to(module.weight.dtype))
 
 
-def put_beside(denoiser: nn.Module, layers: Iterable[nn.Module], updates: Mapping[str, Update], weight: float) -> None:
+def attach_frozen(
+    denoiser: nn.Module, layers: Iterable[nn.Module], updates: Mapping[str, Update], weight: float
+) -> None:
     """Lets so much of the updates work in the modules that `layers` hold, beside weights that stay as they are."""
     for module, update in _held(denoiser, layers, updates):
         assert isinstance(module, nn.Linear), "checked before"

@@ -17,11 +17,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from utils.dataset.buckets import by_shape
-from utils.dataset.encoders import Encoder, concerns, item_key, reads_text, text_of
-from utils.dataset.epochs import Epochs, Places
+from utils.dataset.encoders import Encoder, applies_to, item_key, reads_text, text_of
+from utils.dataset.epochs import Epochs, Positions
 from utils.dataset.masks import MASK
 from utils.dataset.ordering import Slot
-from utils.dataset.samples import Bucket, Sample, Showing, Shown, first_shown
+from utils.dataset.samples import Bucket, Sample, SampleVersion, VersionPicker, evaluation_version
 from utils.dataset.tensor_store import CorruptItem, TensorStore
 from utils.errors import UserError
 from utils.settings.dataset_schema import DirectorySettings
@@ -48,7 +48,7 @@ class FeatureBatch:
         regularising: whether each sample is regularisation data (B,).
         captioned: whether each sample is shown with its caption (B,).
         empty: what the text encoders made of the empty caption, if that is asked for.
-        places: in training, where the samples stand in their step and epoch.
+        positions: in training, where the samples stand in their step and epoch.
     """
 
     features: dict[str, torch.Tensor]
@@ -58,7 +58,7 @@ class FeatureBatch:
     regularising: torch.Tensor | None = None
     captioned: torch.Tensor | None = None
     empty: dict[str, torch.Tensor] | None = None
-    places: Places | None = None
+    positions: Positions | None = None
 
 
 class SampleReader:
@@ -80,7 +80,7 @@ class SampleReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def read(self, shown: Shown, *, text_alone: bool = False) -> dict[str, torch.Tensor]:
+    def read(self, versions: SampleVersion, *, text_alone: bool = False) -> dict[str, torch.Tensor]:
         """All cached features of one sample, or those of the encoders of text, on the CPU, without a batch dimension.
 
         Raises:
@@ -88,37 +88,39 @@ class SampleReader:
         """
         features: dict[str, torch.Tensor] = {}
         for encoder, store in self._stores:
-            if not concerns(encoder, shown.sample) or (text_alone and not reads_text(encoder)):
+            if not applies_to(encoder, versions.sample) or (text_alone and not reads_text(encoder)):
                 continue
-            item = _item(store, item_key(encoder, shown))
+            item = _item(store, item_key(encoder, versions))
             shared = features.keys() & item.keys()
             assert not shared, f"{encoder.name} and another encoder both yield {shared}"
             features |= item
         return features
 
-    def batch(self, shown: Sequence[Shown], masked: Sequence[bool] | None = None) -> FeatureBatch:
+    def batch(self, versions: Sequence[SampleVersion], masked: Sequence[bool] | None = None) -> FeatureBatch:
         """Samples of one shape as a batch; `masked` says for each whether its mask is applied (default: yes)."""
-        items = [self.read(one) for one in shown]
+        items = [self.read(one) for one in versions]
         masks = [item.pop(MASK, None) for item in items]
         applied = [mask if use else None for mask, use in zip(masks, masked or [True] * len(items), strict=True)]
         features = {name: pad_ragged([item[name] for item in items]) for name in items[0]}
-        features |= self._made(shown)
+        features |= self._made(versions)
         dimensions = max([SMALLEST_LATENT, *(tensor.dim() for tensor in features.values())])
-        weight = _weights([one.sample for one in shown], applied, dimensions)
-        regularising = torch.tensor([one.sample.rules.is_regularisation_data for one in shown])
-        return FeatureBatch(features, [one.draw for one in shown], shown[0].sample.bucket, weight, regularising)
+        weight = _weights([one.sample for one in versions], applied, dimensions)
+        regularising = torch.tensor([one.sample.rules.is_regularisation_data for one in versions])
+        return FeatureBatch(features, [one.draw for one in versions], versions[0].sample.bucket, weight, regularising)
 
-    def without_captions(self, shown: Sequence[Shown]) -> dict[str, torch.Tensor]:
+    def without_captions(self, versions: Sequence[SampleVersion]) -> dict[str, torch.Tensor]:
         """What the text encoders make of the empty caption, for samples of one shape, batched."""
-        empty = [replace(one, caption="") for one in shown]
+        empty = [replace(one, caption="") for one in versions]
         items = [self.read(one, text_alone=True) for one in empty]
         return {name: pad_ragged([item[name] for item in items]) for name in items[0]} | self._made(empty)
 
-    def _made(self, shown: Sequence[Shown]) -> dict[str, torch.Tensor]:
+    def _made(self, versions: Sequence[SampleVersion]) -> dict[str, torch.Tensor]:
         """What the live encoders make of the captions."""
         features: dict[str, torch.Tensor] = {}
         for encoder in self._live:
-            texts = {thing: [text_of(one, encoder, thing) for one in shown] for thing in encoder.reads}
+            texts = {
+                input_name: [text_of(one, encoder, input_name) for one in versions] for input_name in encoder.reads
+            }
             with self._live_lock, torch.no_grad():
                 made = encoder.encode(**texts)
             features |= {name: pad_ragged([tensor.cpu() for tensor in tensors]) for name, tensors in made.items()}
@@ -175,7 +177,7 @@ class TrainingBatches(Generic[Prepared]):
     """A data rank's micro-batches of every step, in the order of `Epochs`.
 
     Args:
-        showing: in which version a sample is shown.
+        picker: in which version a sample is shown.
         prepare: makes of (batch, epoch) what training takes. The weights of a batch are such that each sample of a
             step counts alike in the mean over its micro-batches, whatever their sizes; those that appear again to fill
             a batch count like the others.
@@ -186,23 +188,23 @@ class TrainingBatches(Generic[Prepared]):
         self,
         epochs: Epochs,
         reader: SampleReader,
-        showing: Showing,
+        picker: VersionPicker,
         prepare: Callable[[FeatureBatch, int], Prepared],
         data_rank: int,
         *,
         with_empty: bool = False,
     ) -> None:
         self.epochs = epochs
-        self._reader, self._showing, self._prepare = reader, showing, prepare
+        self._reader, self._picker, self._prepare = reader, picker, prepare
         self._data_rank, self._with_empty = data_rank, with_empty
 
     def step(self, epoch: int, index: int) -> list[Prepared]:
         """The prepared micro-batches of one step of an epoch, both counted from 0."""
-        slots, places = self.epochs.step(epoch, index), self.epochs.places(epoch, index, self._data_rank)
+        slots, positions = self.epochs.step(epoch, index), self.epochs.positions(epoch, index, self._data_rank)
         mean = sum(slot.micro_batch for slot in slots) / len(slots)
         return [
             self._prepare(self._batch(slot, own, epoch, slot.micro_batch / mean), epoch)
-            for slot, own in zip(slots, places, strict=True)
+            for slot, own in zip(slots, positions, strict=True)
         ]
 
     def iterate(self, epoch: int, index: int) -> Iterator[list[Prepared]]:
@@ -219,13 +221,13 @@ class TrainingBatches(Generic[Prepared]):
             first = index if number == epoch else 0
             yield from ((number, step) for step in range(first, self.epochs.steps_in(number)))
 
-    def _batch(self, slot: Slot, places: Places, epoch: int, share: float) -> FeatureBatch:
+    def _batch(self, slot: Slot, positions: Positions, epoch: int, share: float) -> FeatureBatch:
         appearances = self.epochs.samples_of(slot, epoch, self._data_rank)
-        shown = [self._showing.shown(sample, epoch, number) for sample, number in appearances]
-        batch = self._reader.batch(shown, [self._showing.is_masked(one, epoch) for one in shown])
-        captioned = torch.tensor([self._showing.is_captioned(one) for one in shown])
-        empty = self._reader.without_captions(shown) if self._with_empty else None
-        return replace(batch, weight=share * batch.weight, places=places, captioned=captioned, empty=empty)
+        versions = [self._picker.pick(sample, epoch, number) for sample, number in appearances]
+        batch = self._reader.batch(versions, [self._picker.is_masked(one, epoch) for one in versions])
+        captioned = torch.tensor([self._picker.is_captioned(one) for one in versions])
+        empty = self._reader.without_captions(versions) if self._with_empty else None
+        return replace(batch, weight=share * batch.weight, positions=positions, captioned=captioned, empty=empty)
 
 
 class EvaluationBatches:
@@ -254,7 +256,9 @@ class EvaluationBatches:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[FeatureBatch]:
-        return _ahead(partial(self._reader.batch, [first_shown(one) for one in batch]) for batch in self._batches)
+        return _ahead(
+            partial(self._reader.batch, [evaluation_version(one) for one in batch]) for batch in self._batches
+        )
 
 
 def _ahead(tasks: Iterable[Callable[[], Item]]) -> Iterator[Item]:

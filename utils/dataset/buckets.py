@@ -24,12 +24,12 @@ COLOURS = ("brightness", "contrast", "saturation", "hue")
 @dataclass(frozen=True)
 class MediaFacts:
     """What a model asks of media: width and height are multiples of `spatial` pixels, the frames after the first a
-    multiple of `temporal`, there are at most `max_frames` of them, and they come at `rate` a second."""
+    multiple of `temporal`, there are at most `max_frames` of them, and they come at `fps` a second."""
 
     spatial: int
     temporal: int = 1
     max_frames: int = 1
-    rate: float = 16.0
+    fps: float = 16.0
 
     def describe_frames(self) -> str:
         """In words: which numbers of frames the model takes."""
@@ -88,7 +88,7 @@ def assign(
         rules = directories[row.directory]
         buckets, reason = _buckets_of(row.media, offered[row.directory], rules, facts)
         if reason:
-            left_out.append(LeftOut(str(row.media.place), reason, bool(buckets)))
+            left_out.append(LeftOut(str(row.media.locator), reason, bool(buckets)))
         for bucket in buckets:
             for sample in _samples(row, bucket, rules, facts, caption_versions):
                 # Counted over all rows: a file that lies in two folders must not draw the same noise twice.
@@ -103,7 +103,7 @@ def _samples(
 ) -> Iterator[Sample]:
     """One sample for each clip, and for each caption where each is a sample of its own."""
     media = row.media
-    rate = _rate(rules, facts) if bucket.frames > 1 else 0.0
+    fps = _fps(rules, facts) if bucket.frames > 1 else 0.0
     controls = tuple(Control(control, _control_bucket(bucket, rules, facts)) for control in row.controls)
     for captions in [(one,) for one in row.captions] if rules.multiple_captions == "all" else [row.captions]:
         texts = hashlib.blake2b("\0".join(captions).encode(), digest_size=4).hexdigest()
@@ -111,13 +111,13 @@ def _samples(
             versions = caption_variants(captions, rules, 0, media.digest)
         else:
             versions = captions[:1] if rules.multiple_captions == "first" else tuple(dict.fromkeys(captions))
-        for clip, takes in enumerate(_takes(media, bucket, rules, rate)):
+        for clip, takes in enumerate(_takes(media, bucket, rules, fps)):
             name = f"{media.digest[:16]}-{texts}-{bucket}" + (f"-clip{clip}" if clip else "")
             repeats = rules.num_repeats * row.repeats
-            yield Sample(name, media, bucket, takes, versions, controls, row.mask, rate, repeats, rules)
+            yield Sample(name, media, bucket, takes, versions, controls, row.mask, fps, repeats, rules)
 
 
-def _takes(media: MediaFile, bucket: Bucket, rules: DirectorySettings, rate: float) -> list[tuple[Take, ...]]:
+def _takes(media: MediaFile, bucket: Bucket, rules: DirectorySettings, fps: float) -> list[tuple[Take, ...]]:
     """For each clip (one, of a still) the versions that are cached."""
 
     def drawn(number: int, what: str) -> float:
@@ -137,8 +137,8 @@ def _takes(media: MediaFile, bucket: Bucket, rules: DirectorySettings, rate: flo
     def starts(number: int) -> list[float]:
         if bucket.frames == 1:
             return [0.0]
-        frames = clip_starts(_available(media, rate), bucket.frames, rules.video_clip_mode, drawn(number, "start"))
-        return [frame / rate for frame in frames]
+        frames = clip_starts(_available(media, fps), bucket.frames, rules.video_clip_mode, drawn(number, "start"))
+        return [frame / fps for frame in frames]
 
     versions = [[take(number, start) for start in starts(number)] for number in range(rules.augment_variants)]
     return [tuple(dict.fromkeys(version)) for version in zip(*versions, strict=True)]
@@ -157,16 +157,16 @@ def _in_turns(samples: list[Sample]) -> list[Sample]:
     """The samples, those of each directory that are used a fraction of a time evenly spread over their turns: drawn one
     by one, many could fall into one epoch, and none into the next."""
     groups: dict[int, list[int]] = defaultdict(list)
-    for place, sample in enumerate(samples):
+    for position, sample in enumerate(samples):
         if not float(sample.repeats).is_integer():
-            groups[id(sample.rules)].append(place)
+            groups[id(sample.rules)].append(position)
     if not groups:
         return samples
     placed = list(samples)
-    for places in groups.values():
-        places.sort(key=lambda place: seeds.derive(0, "turn", samples[place].id))
-        for number, place in enumerate(places):
-            placed[place] = replace(samples[place], turn=number / len(places))
+    for positions in groups.values():
+        positions.sort(key=lambda position: seeds.derive(0, "turn", samples[position].id))
+        for number, position in enumerate(positions):
+            placed[position] = replace(samples[position], turn=number / len(positions))
     return placed
 
 
@@ -210,7 +210,7 @@ def _buckets_of(
     if rules.max_resolution and area > rules.max_resolution**2:
         return [], f"{media.width}x{media.height} pixels are more than max_resolution = {rules.max_resolution} squared"
     is_clip = media.frames > 1
-    available = _available(media, _rate(rules, facts)) if is_clip else 1
+    available = _available(media, _fps(rules, facts)) if is_clip else 1
     chosen: dict[Bucket, None] = {}
     own_sizes: list[Bucket] = []
     for sizes in offers:
@@ -265,16 +265,16 @@ def _cut_short(media: MediaFile, available: int, frames: int, rules: DirectorySe
 
 
 def _length(media: MediaFile, available: int, rules: DirectorySettings, facts: MediaFacts) -> str:
-    return f"{media.frames} frames at {media.rate:.4g} fps = {available} at {_rate(rules, facts):.4g} fps"
+    return f"{media.frames} frames at {media.fps:.4g} fps = {available} at {_fps(rules, facts):.4g} fps"
 
 
-def _available(media: MediaFile, rate: float) -> int:
-    """How many frames the file has at `rate`."""
-    return frames_at(Probe(media.width, media.height, media.frames, media.rate), rate)
+def _available(media: MediaFile, fps: float) -> int:
+    """How many frames the file has at `fps`."""
+    return frames_at(Probe(media.width, media.height, media.frames, media.fps), fps)
 
 
-def _rate(rules: DirectorySettings, facts: MediaFacts) -> float:
-    return rules.framerate or facts.rate
+def _fps(rules: DirectorySettings, facts: MediaFacts) -> float:
+    return rules.framerate or facts.fps
 
 
 def _fills(media: MediaFile, bucket: Bucket) -> bool:

@@ -95,7 +95,7 @@ def _with_other_tags(caption: str, directory: DirectorySettings, draws: _Draws) 
     if changes:
         free = [(number, tag) for number, tag in free if not _is_dropped(number, tag, directory, draws)]
     if shuffles:
-        free = [free[place] for place in draws.permutation(len(free))]
+        free = [free[locator] for locator in draws.permutation(len(free))]
     if changes:
         free = [(number, _capitalised(number, tag, directory, draws)) for number, tag in free]
     return directory.cache_shuffle_delimiter.join([*tags.before, *(tag for _, tag in free), *tags.behind])

@@ -18,7 +18,7 @@ from utils.dataset.manifest import Scan, scan
 from utils.dataset.samples import MediaFile, Sample
 from utils.dataset.sources import NOT_BROKEN, Rejected
 from utils.errors import Problem, UserError
-from utils.ranks import Ranks, share, sign_of_life
+from utils.ranks import Ranks, gather, sign_of_life
 from utils.settings.dataset_schema import DatasetSettings
 
 logger = logging.getLogger(__name__)
@@ -109,17 +109,19 @@ def collect_together(
     """
     collections, problems = None, []
 
-    def heed() -> None:
+    def raise_if_stopping() -> None:
         # The first look at a large dataset takes hours.
         sign_of_life(ranks, "collection")
-        how.heed()
+        how.raise_if_stopping()
 
     if ranks.is_main:
         try:
-            collections = collect(sources, facts, replace(how, progress=True, heed=heed), **choices)
+            collections = collect(
+                sources, facts, replace(how, progress=True, raise_if_stopping=raise_if_stopping), **choices
+            )
         except UserError as error:
             problems = [[problem.file, problem.where, problem.message] for problem in error.problems]
-    shared = share(ranks, "collection", problems, heed=how.heed)[0]
+    shared = gather(ranks, "collection", problems, raise_if_stopping=how.raise_if_stopping)[0]
     if shared:
         raise UserError(Problem(*problem) for problem in shared)
     if collections is None:
@@ -130,7 +132,12 @@ def collect_together(
 
 def _check_same(ranks: Ranks, collections: Sequence[Collection], how: Scan) -> None:
     names = "\n".join(sample.id for collection in collections for sample in collection.samples)
-    seen = share(ranks, "samples", hashlib.blake2b(names.encode(), digest_size=16).hexdigest(), heed=how.heed)
+    seen = gather(
+        ranks,
+        "samples",
+        hashlib.blake2b(names.encode(), digest_size=16).hexdigest(),
+        raise_if_stopping=how.raise_if_stopping,
+    )
     others = [rank for rank, digest in enumerate(seen) if digest != seen[0]]
     if others:
         raise UserError.of(
@@ -152,10 +159,10 @@ def without_failures(collections: Sequence[Collection], reports: Iterable[CacheR
         for sample in collection.samples:
             faults = [reasons[media.digest] for media in _files_of(sample) if media.digest in reasons]
             if faults:
-                broken[str(sample.media.place)] = faults[0]
+                broken[str(sample.media.locator)] = faults[0]
             else:
                 sound.append(sample)
-        rejected = [Rejected(place, "unreadable", reason) for place, reason in broken.items()]
+        rejected = [Rejected(location, "unreadable", reason) for location, reason in broken.items()]
         cleaned.append(replace(collection, samples=sound, rejected=[*collection.rejected, *rejected]))
     return cleaned
 
@@ -169,12 +176,12 @@ def too_many_failures(collections: Sequence[Collection], max_failed_fraction: fl
         asked_for = collection.files - (len(collection.rejected) - failed)
         if not collection.samples:
             reasons = [f"{one.file}: {one.reason}" for one in collection.left_out[:LISTED]]
-            reasons = reasons or [_told(fault) for fault in collection.rejected[:LISTED]]
+            reasons = reasons or [_describe(fault) for fault in collection.rejected[:LISTED]]
             problems += [Problem(file, "not used", reason) for reason in reasons]
             if collection.files:
                 problems.append(Problem(file, "", f"none of its {collection.files} files can be used"))
         elif failed > max_failed_fraction * asked_for:
-            problems += [Problem(file, fault.kind, _told(fault)) for fault in broken[:LISTED]]
+            problems += [Problem(file, fault.kind, _describe(fault)) for fault in broken[:LISTED]]
             more = f"and {failed - LISTED} more; " if failed > LISTED else ""
             problems.append(
                 Problem(
@@ -219,7 +226,7 @@ def shortfalls(collections: Sequence[Collection]) -> list[str]:
         if faults:
             kinds = Counter(fault.kind for fault in faults).most_common()
             lines.append(f"{title}: {len(faults)} ({', '.join(f'{count} {kind}' for kind, count in kinds)})")
-            lines += [f"{title}: {_told(fault)}" for fault in faults[:LISTED]]
+            lines += [f"{title}: {_describe(fault)}" for fault in faults[:LISTED]]
         if len(faults) > LISTED:
             lines.append(f"{title}: and {len(faults) - LISTED} more; {FAILED_NAME} in the cache has all")
     for used, title in ((False, "not used"), (True, "cut short")):
@@ -250,8 +257,8 @@ def _files_of(sample: Sample) -> list[MediaFile]:
     return [sample.media, *(control.media for control in sample.controls), *masks]
 
 
-def _told(fault: Rejected) -> str:
-    return fault.reason if fault.place in fault.reason else f"{fault.place}: {fault.reason}"
+def _describe(fault: Rejected) -> str:
+    return fault.reason if fault.location in fault.reason else f"{fault.location}: {fault.reason}"
 
 
 def _mixed_controls(collections: Sequence[Collection]) -> list[Problem]:

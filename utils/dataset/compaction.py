@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.dataset.shards import ShardWriter, WriteFailed, lock, sizes
-from utils.dataset.store_index import Place, StoreIndex
+from utils.dataset.store_index import Extent, StoreIndex
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def compact(
     folder: Path,
     index: StoreIndex,
     writer: ShardWriter,
-    read: Callable[[Place], np.ndarray | None],
+    read: Callable[[Extent], np.ndarray | None],
     share: float,
 ) -> int:
     """Frees shards of which more than `share` is unreferenced; the bytes that were freed.
@@ -54,7 +54,7 @@ def compact(
             rows = index.in_shards(locked)
             for shard in locked:
                 size, items = (folder / shard).stat().st_size, rows.get(shard, {})
-                if _is_emptier(sum(place.length for place in items.values()), size, share):
+                if _is_emptier(sum(extent.length for extent in items.values()), size, share):
                     freed += size - _move(items, index, writer, read)
                     (folder / shard).unlink()
     writer.end()
@@ -75,22 +75,22 @@ def _locked(path: Path, locks: ExitStack) -> bool:
 
 
 def _move(
-    rows: Mapping[str, Place], index: StoreIndex, writer: ShardWriter, read: Callable[[Place], np.ndarray | None]
+    rows: Mapping[str, Extent], index: StoreIndex, writer: ShardWriter, read: Callable[[Extent], np.ndarray | None]
 ) -> int:
     """Copies a shard's live items to the writer's shard, and moves their rows after them; the bytes that were
     copied."""
-    places: dict[str, Place] = {}
+    extents: dict[str, Extent] = {}
     try:
         for key in sorted(rows, key=lambda key: rows[key].offset):
             item = read(rows[key])
             if item is not None:
-                places[key] = writer.append([item])
+                extents[key] = writer.append([item])
     except WriteFailed:
         writer.abandon()
         raise
     if rows:
-        writer.commit(lambda: index.move(rows, places))
-    lost = [key for key in rows if key not in places]
+        writer.commit(lambda: index.move(rows, extents))
+    lost = [key for key in rows if key not in extents]
     if lost:
         logger.warning("%d damaged items were dropped from the cache; they are encoded again: %s", len(lost), lost[:10])
-    return sum(place.length for place in places.values())
+    return sum(extent.length for extent in extents.values())

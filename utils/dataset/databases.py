@@ -17,7 +17,7 @@ PRIMARY = 0xFF
 
 
 @contextmanager
-def told(path: Path, if_damaged: str) -> Iterator[None]:
+def explaining_errors(path: Path, if_damaged: str) -> Iterator[None]:
     """While a database is used: a full disk, a file that is damaged, a folder that cannot be written to.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from utils.dataset.captions import weighted, without_weights
-from utils.dataset.samples import Bucket, Control, MediaFile, Sample, Shown, may_lack_caption
+from utils.dataset.samples import Bucket, Control, MediaFile, Sample, SampleVersion, may_lack_caption
 from utils.media.decode import load_alpha, load_clip, load_image, load_mask, load_rgba
 from utils.media.source import MediaError
 
@@ -29,8 +29,8 @@ class Encoder(Protocol):
     name: str
     """Its store's folder."""
     reads: tuple[str, ...]
-    """What `encode` takes, of "pixels", "rgba", "layers", "place", "mask", "control" ("control_2" ... for the further
-    ones), "caption" and "weighted_caption"."""
+    """What `encode` takes, of "pixels", "rgba", "layers", "size_and_crop", "mask", "control" ("control_2" ... for
+    further ones), "caption" and "weighted_caption"."""
     fingerprint: str
     """Changes whenever its output would."""
 
@@ -44,9 +44,9 @@ class Encoder(Protocol):
         """Features of a batch under names that no other encoder of the model uses, each a tensor batched in dimension
         0 or a list of B tensors of different lengths. Pixels, controls and masks come as BCFHW on the CPU, and so do
         "rgba", pictures with a fourth channel, how opaque they are in [-1, 1], and "layers", where the control images
-        at the size of the picture follow it as further frames. Places come as (B, 6) pixels: height and width of the
-        file, top and left of the crop once it is scaled, height and width of the pixels; captions as a list of B
-        strings, weighted captions as a list of B lists of (text, weight)."""
+        at the size of the picture follow it as further frames. "size_and_crop" comes as (B, 6) pixels: height and width
+        of the file, top and left of the crop once it is scaled, height and width of the pixels; captions as a list of
+        B strings, weighted captions as a list of B lists of (text, weight)."""
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape, without the batch, and type of each feature of a sample; nothing is loaded for it."""
@@ -60,18 +60,20 @@ class Unreadable(ValueError):
         self.media = media
 
 
-def item_key(encoder: Encoder, shown: Shown) -> str:
+def item_key(encoder: Encoder, version: SampleVersion) -> str:
     """The name of what the encoder makes of the sample: a hash of all that it is made from.
 
     Raises:
         ValueError: the encoder reads a control image and the sample has none.
     """
     parts = [encoder.name, encoder.fingerprint]
-    parts += [_READINGS[thing.split("_")[0]].identity(shown, encoder.name, thing) for thing in encoder.reads]
+    parts += [
+        _READERS[input_name.split("_")[0]].identity(version, encoder.name, input_name) for input_name in encoder.reads
+    ]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=20).hexdigest()
 
 
-def concerns(encoder: Encoder, sample: Sample) -> bool:
+def applies_to(encoder: Encoder, sample: Sample) -> bool:
     """Whether the encoder makes anything of the sample: only masks may be there or not."""
     return not reads_mask(encoder) or sample.mask is not None
 
@@ -91,111 +93,117 @@ def reads_text(encoder: Encoder) -> bool:
     return bool(TEXT & set(encoder.reads))
 
 
-def versions(encoder: Encoder, sample: Sample) -> Iterator[Shown]:
+def versions(encoder: Encoder, sample: Sample) -> Iterator[SampleVersion]:
     """The sample in all the versions that the encoder tells apart."""
-    if not concerns(encoder, sample):
+    if not applies_to(encoder, sample):
         return
     takes = sample.takes if reads_media(encoder) else sample.takes[:1]
     captions = sample.captions if reads_text(encoder) else sample.captions[:1]
     for take in takes:
         for caption in captions:
-            yield Shown(sample, take, caption, sample.id)
+            yield SampleVersion(sample, take, caption, sample.id)
         if reads_text(encoder) and may_lack_caption(sample):
-            yield Shown(sample, take, "", sample.id)
+            yield SampleVersion(sample, take, "", sample.id)
 
 
 def items_wanted(encoder: Encoder, samples: Iterable[Sample]) -> list[tuple[str, Bucket]]:
     """The items that the encoder makes of the samples: their keys, and the sizes that they are made at."""
-    thing = next((thing for thing in encoder.reads if thing not in TEXT), "pixels")
+    input_name = next((input_name for input_name in encoder.reads if input_name not in TEXT), "pixels")
     return list(
         {
-            item_key(encoder, shown): bucket_read(thing, sample)
+            item_key(encoder, version): bucket_read(input_name, sample)
             for sample in samples
-            for shown in versions(encoder, sample)
+            for version in versions(encoder, sample)
         }.items()
     )
 
 
-def decoded_bytes(encoder: Encoder, shown: Shown) -> int:
+def decoded_bytes(encoder: Encoder, version: SampleVersion) -> int:
     """What decoding an item takes: the pixels at their size as numbers, and one picture at the size of its file."""
-    things = [thing for thing in encoder.reads if thing not in TEXT]
-    files = [_control(shown.sample, thing).media if _is_control(thing) else shown.sample.media for thing in things]
-    pixels = sum(bucket.pixels for bucket in shape_of(encoder, shown))
+    input_names = [input_name for input_name in encoder.reads if input_name not in TEXT]
+    files = [
+        _control(version.sample, input_name).media if _is_control(input_name) else version.sample.media
+        for input_name in input_names
+    ]
+    pixels = sum(bucket.pixels for bucket in shape_of(encoder, version))
     return BYTES_PER_PIXEL * (pixels + max((file.width * file.height for file in files), default=0))
 
 
-def shape_of(encoder: Encoder, shown: Shown) -> tuple[Bucket, ...]:
+def shape_of(encoder: Encoder, version: SampleVersion) -> tuple[Bucket, ...]:
     """What samples must share to be encoded in one batch; captions can always be."""
     return tuple(
-        bucket_read(thing, shown.sample)
-        for thing in encoder.reads
-        if thing not in TEXT
-        for _ in range(1 + len(shown.sample.controls) if thing == "layers" else 1)
+        bucket_read(input_name, version.sample)
+        for input_name in encoder.reads
+        if input_name not in TEXT
+        for _ in range(1 + len(version.sample.controls) if input_name == "layers" else 1)
     )
 
 
-def bucket_read(thing: str, sample: Sample) -> Bucket:
+def bucket_read(input_name: str, sample: Sample) -> Bucket:
     """The size at which an encoder reads one thing of a sample."""
-    return _control(sample, thing).bucket if _is_control(thing) else sample.bucket
+    return _control(sample, input_name).bucket if _is_control(input_name) else sample.bucket
 
 
-def _is_control(thing: str) -> bool:
-    return thing.startswith("control")
+def _is_control(input_name: str) -> bool:
+    return input_name.startswith("control")
 
 
-def inputs_of(encoder: Encoder, shown: Shown) -> dict[str, Any]:
+def inputs_of(encoder: Encoder, version: SampleVersion) -> dict[str, Any]:
     """What the encoder reads of what is shown, by thing.
 
     Raises:
         Unreadable: a file cannot be decoded.
     """
-    return {thing: _READINGS[thing.split("_")[0]].read(shown, encoder.name, thing) for thing in encoder.reads}
+    return {
+        input_name: _READERS[input_name.split("_")[0]].read(version, encoder.name, input_name)
+        for input_name in encoder.reads
+    }
 
 
-def text_of(shown: Shown, encoder: Encoder, thing: str) -> Any:
+def text_of(version: SampleVersion, encoder: Encoder, input_name: str) -> Any:
     """What a text encoder reads of what is shown."""
-    return _READINGS[thing.split("_")[0]].read(shown, encoder.name, thing)
+    return _READERS[input_name.split("_")[0]].read(version, encoder.name, input_name)
 
 
-def _control(sample: Sample, thing: str) -> Control:
+def _control(sample: Sample, input_name: str) -> Control:
     """The control image that "control", "control_2" ... stand for."""
-    number = int(thing.partition("_")[2] or 1)
+    number = int(input_name.partition("_")[2] or 1)
     if number > len(sample.controls):
         raise ValueError(
-            f"{sample.media.place}: this model reads {number} control image(s) and this file has "
+            f"{sample.media.locator}: this model reads {number} control image(s) and this file has "
             f"{len(sample.controls)}; set `control_path`"
         )
     return sample.controls[number - 1]
 
 
-class _Reading(NamedTuple):
+class _Reader(NamedTuple):
     """How one of the things that encoders read is known, and got: functions of (shown, encoder's name, thing)."""
 
-    identity: Callable[[Shown, str, str], Any]
-    read: Callable[[Shown, str, str], Any]
+    identity: Callable[[SampleVersion, str, str], Any]
+    read: Callable[[SampleVersion, str, str], Any]
 
 
 def _load(media: MediaFile, load: Callable[..., torch.Tensor], *how: Any) -> torch.Tensor:
     try:
-        return load(media.place.source, *how)
+        return load(media.locator.source, *how)
     except MediaError as error:
         raise Unreadable(media, str(error)) from error
 
 
-def _pixels_identity(shown: Shown, name: str, thing: str) -> list[Any]:
-    sample, take = shown.sample, shown.take
-    time_ = [sample.bucket.frames, take.start, sample.rate] if sample.rate else []
+def _pixels_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
+    sample, take = version.sample, version.take
+    time_ = [sample.bucket.frames, take.start, sample.fps] if sample.fps else []
     return [TRANSFORM, sample.media.digest, *take.view(sample.bucket).identity, *time_]
 
 
-def _pixels(shown: Shown, name: str, thing: str) -> torch.Tensor:
-    sample, take = shown.sample, shown.take
-    how = take.view(sample.bucket), take.start, sample.bucket.frames, sample.rate or 1.0
+def _pixels(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
+    sample, take = version.sample, version.take
+    how = take.view(sample.bucket), take.start, sample.bucket.frames, sample.fps or 1.0
     return _load(sample.media, load_clip, *how)
 
 
-def _place_numbers(shown: Shown, name: str, thing: str) -> list[int]:
-    media, view = shown.sample.media, shown.take.plain_view(shown.sample.bucket)
+def _size_and_crop_numbers(version: SampleVersion, name: str, input_name: str) -> list[int]:
+    media, view = version.sample.media, version.take.plain_view(version.sample.bucket)
     left, top, right, _ = view.box(media.width, media.height)
     scale = view.width / (right - left)
     # What is mirrored was cropped on the other side.
@@ -203,75 +211,75 @@ def _place_numbers(shown: Shown, name: str, thing: str) -> list[int]:
     return [media.height, media.width, round(top * scale), round(left * scale), view.height, view.width]
 
 
-def _place(shown: Shown, name: str, thing: str) -> torch.Tensor:
-    return torch.tensor(_place_numbers(shown, name, thing), dtype=torch.float32)
+def _size_and_crop(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
+    return torch.tensor(_size_and_crop_numbers(version, name, input_name), dtype=torch.float32)
 
 
-def _mask_identity(shown: Shown, name: str, thing: str) -> list[Any]:
-    sample, take, mask = shown.sample, shown.take, shown.sample.mask
-    time_ = [sample.bucket.frames, take.start, sample.rate] if sample.rate else []
+def _mask_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
+    sample, take, mask = version.sample, version.take, version.sample.mask
+    time_ = [sample.bucket.frames, take.start, sample.fps] if sample.fps else []
     return [TRANSFORM, mask.media.digest, mask.is_alpha, *take.plain_view(sample.bucket).identity, *time_]
 
 
-def _mask(shown: Shown, name: str, thing: str) -> torch.Tensor:
-    sample, take, mask = shown.sample, shown.take, shown.sample.mask
-    how = take.plain_view(sample.bucket), take.start, sample.bucket.frames, sample.rate or 1.0
+def _mask(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
+    sample, take, mask = version.sample, version.take, version.sample.mask
+    how = take.plain_view(sample.bucket), take.start, sample.bucket.frames, sample.fps or 1.0
     return _load(mask.media, load_alpha if mask.is_alpha else load_mask, *how)
 
 
-def _control_identity(shown: Shown, name: str, thing: str) -> list[Any]:
-    control = _control(shown.sample, thing)
-    return [TRANSFORM, control.media.digest, *shown.take.plain_view(control.bucket).identity]
+def _control_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
+    control = _control(version.sample, input_name)
+    return [TRANSFORM, control.media.digest, *version.take.plain_view(control.bucket).identity]
 
 
-def _control_pixels(shown: Shown, name: str, thing: str) -> torch.Tensor:
-    control = _control(shown.sample, thing)
-    return _load(control.media, load_image, shown.take.plain_view(control.bucket))
+def _control_pixels(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
+    control = _control(version.sample, input_name)
+    return _load(control.media, load_image, version.take.plain_view(control.bucket))
 
 
-def _rgba_identity(shown: Shown, name: str, thing: str) -> list[Any]:
-    return [TRANSFORM, "rgba", shown.sample.media.digest, *shown.take.view(shown.sample.bucket).identity]
+def _rgba_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
+    return [TRANSFORM, "rgba", version.sample.media.digest, *version.take.view(version.sample.bucket).identity]
 
 
-def _rgba(shown: Shown, name: str, thing: str) -> torch.Tensor:
-    return _load(shown.sample.media, load_rgba, shown.take.view(shown.sample.bucket))
+def _rgba(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
+    return _load(version.sample.media, load_rgba, version.take.view(version.sample.bucket))
 
 
-def _layers_identity(shown: Shown, name: str, thing: str) -> list[Any]:
-    return [*_rgba_identity(shown, name, thing), *(control.media.digest for control in shown.sample.controls)]
+def _layers_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
+    return [*_rgba_identity(version, name, input_name), *(control.media.digest for control in version.sample.controls)]
 
 
-def _layers(shown: Shown, name: str, thing: str) -> torch.Tensor:
+def _layers(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
     # Changes of colour too are those of the picture, which is what its layers make.
-    view = shown.take.view(shown.sample.bucket)
-    files = [shown.sample.media, *(control.media for control in shown.sample.controls)]
+    view = version.take.view(version.sample.bucket)
+    files = [version.sample.media, *(control.media for control in version.sample.controls)]
     return torch.cat([_load(file, load_rgba, view) for file in files], dim=1)
 
 
-def _caption(shown: Shown, name: str, thing: str) -> str:
-    caption = shown.caption_for(name)
-    return without_weights(caption) if shown.sample.rules.weighted_tags else caption
+def _caption(version: SampleVersion, name: str, input_name: str) -> str:
+    caption = version.caption_for(name)
+    return without_weights(caption) if version.sample.rules.weighted_tags else caption
 
 
-def _weighted_caption(shown: Shown, name: str, thing: str) -> list[tuple[str, float]]:
-    caption = shown.caption_for(name)
-    return weighted(caption) if shown.sample.rules.weighted_tags else [(caption, 1.0)]
+def _weighted_caption(version: SampleVersion, name: str, input_name: str) -> list[tuple[str, float]]:
+    caption = version.caption_for(name)
+    return weighted(caption) if version.sample.rules.weighted_tags else [(caption, 1.0)]
 
 
-def _weights_identity(shown: Shown, name: str, thing: str) -> str | list[tuple[str, float]]:
-    pieces = _weighted_caption(shown, name, thing)
+def _weights_identity(version: SampleVersion, name: str, input_name: str) -> str | list[tuple[str, float]]:
+    pieces = _weighted_caption(version, name, input_name)
     # Without weights it is what an encoder of plain captions reads, and so has its name.
     return pieces[0][0] if len(pieces) == 1 and pieces[0][1] == 1 else pieces
 
 
 TEXT = frozenset({"caption", "weighted_caption"})
-_READINGS: dict[str, _Reading] = {
-    "pixels": _Reading(_pixels_identity, _pixels),
-    "rgba": _Reading(_rgba_identity, _rgba),
-    "layers": _Reading(_layers_identity, _layers),
-    "place": _Reading(_place_numbers, _place),
-    "mask": _Reading(_mask_identity, _mask),
-    "control": _Reading(_control_identity, _control_pixels),
-    "caption": _Reading(_caption, _caption),
-    "weighted": _Reading(_weights_identity, _weighted_caption),
+_READERS: dict[str, _Reader] = {
+    "pixels": _Reader(_pixels_identity, _pixels),
+    "rgba": _Reader(_rgba_identity, _rgba),
+    "layers": _Reader(_layers_identity, _layers),
+    "size": _Reader(_size_and_crop_numbers, _size_and_crop),
+    "mask": _Reader(_mask_identity, _mask),
+    "control": _Reader(_control_identity, _control_pixels),
+    "caption": _Reader(_caption, _caption),
+    "weighted": _Reader(_weights_identity, _weighted_caption),
 }

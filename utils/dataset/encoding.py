@@ -34,10 +34,10 @@ from utils.dataset.encoders import (
     versions,
 )
 from utils.dataset.memory import decoding_budget
-from utils.dataset.samples import Sample, Shown
+from utils.dataset.samples import Sample, SampleVersion
 from utils.dataset.tensor_store import TensorStore
 from utils.progress_bar import progress_bar
-from utils.ranks import PATIENCE, LaunchError, Ranks, share, sign_of_life
+from utils.ranks import PATIENCE, LaunchError, Ranks, gather, sign_of_life
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class CacheReport:
 
 
 @dataclass(frozen=True)
-class Filling:
+class CacheJob:
     """How the cache is filled.
 
     Attributes:
@@ -90,7 +90,7 @@ class Filling:
         batch_size: samples that an encoder takes at once.
         regenerate: encode everything anew.
         verify: read what is there, and encode anew what is damaged.
-        heed: called between two batches; what it raises ends the work, with all that is encoded kept.
+        raise_if_stopping: called between two batches; what it raises ends the work, with all that is encoded kept.
         patience: how long a rank is waited for that gives no sign of life.
     """
 
@@ -100,7 +100,7 @@ class Filling:
     batch_size: int = 1
     regenerate: bool = False
     verify: bool = False
-    heed: Callable[[], None] = lambda: None
+    raise_if_stopping: Callable[[], None] = lambda: None
     patience: timedelta = PATIENCE
 
     @contextmanager
@@ -118,46 +118,46 @@ class Filling:
                     lock.acquire(SECONDS_BETWEEN_TRIES, told)
                     break
                 except CacheBusy:
-                    self.heed()
+                    self.raise_if_stopping()
             try:
-                share(self.ranks, "cache lock", None, patience=FOREVER, heed=self.heed)
+                gather(self.ranks, "cache lock", None, patience=FOREVER, raise_if_stopping=self.raise_if_stopping)
                 yield
             except dist.DistError as error:
                 # As on a disk that is full for it first. It tells why; here it is only seen to be gone.
                 raise LaunchError("the main process of this run has ended; what it tells is why") from error
 
 
-def fill(encoder: Encoder, samples: Sequence[Sample], filling: Filling) -> CacheReport:
+def fill(encoder: Encoder, samples: Sequence[Sample], job: CacheJob) -> CacheReport:
     """Encodes what the cache lacks of the samples, the work shared by all ranks; waits for all of them. Called once for
     each encoder.
 
     Files that cannot be decoded are reported and do not stop the rest: what to do about them is the caller's
     choice.
     """
-    ranks, tag = filling.ranks, f"cache/{encoder.name}"
-    own = _fill_one(encoder, samples, filling, tag)
-    shared = share(ranks, tag, asdict(own), filling.patience, filling.heed)
+    ranks, tag = job.ranks, f"cache/{encoder.name}"
+    own = _fill_one(encoder, samples, job, tag)
+    shared = gather(ranks, tag, asdict(own), job.patience, job.raise_if_stopping)
     report = _total([_report(**data) for data in shared])
     if ranks.is_main:
         logger.info("cache %s", report)
     return report
 
 
-def reclaim_unwanted(filled: Collection[str], filling: Filling) -> None:
+def reclaim_unwanted(filled: Collection[str], job: CacheJob) -> None:
     """Lets go of what no run wants any more: in the stores that were `filled`, and in those that this run had before
     and has no more. For the main rank, once all have filled the cache.
 
     Another run that reads the cache keeps it all: it may have been started from this run's settings file, as that was
     before, or from one that cannot be seen from here.
     """
-    dropped = references.stores_of(filling.cache_dir, filling.owner) - set(filled)
+    dropped = references.stores_of(job.cache_dir, job.owner) - set(filled)
     for name in dropped:
-        references.remember(filling.cache_dir, name, filling.owner, [])
-    with unread(filling.cache_dir) as deleting:
+        references.remember(job.cache_dir, name, job.owner, [])
+    with unread(job.cache_dir) as deleting:
         for name in [*filled, *sorted(dropped)]:
-            with TensorStore(filling.cache_dir / name, "compaction") as store:
+            with TensorStore(job.cache_dir / name, "compaction") as store:
                 if deleting:
-                    references.delete_unwanted(filling.cache_dir, store, all_of_it=filling.regenerate)
+                    references.delete_unwanted(job.cache_dir, store, all_of_it=job.regenerate)
                 freed = store.compact()
             if freed:
                 logger.info("cache %s: %s that nothing refers to are free again", name, _size(freed))
@@ -167,25 +167,25 @@ def _size(count: int) -> str:
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
-def _fill_one(encoder: Encoder, samples: Sequence[Sample], filling: Filling, tag: str) -> CacheReport:
+def _fill_one(encoder: Encoder, samples: Sequence[Sample], job: CacheJob, tag: str) -> CacheReport:
     """This rank's share of one encoder's work."""
-    ranks = filling.ranks
-    wanted = {item_key(encoder, shown): shown for sample in samples for shown in versions(encoder, sample)}
+    ranks = job.ranks
+    wanted = {item_key(encoder, version): version for sample in samples for version in versions(encoder, sample)}
     if ranks.is_main:
-        references.remember(filling.cache_dir, encoder.name, filling.owner, wanted)
+        references.remember(job.cache_dir, encoder.name, job.owner, wanted)
     # Shared by position among all that is wanted, and not among what is missing: every rank knows its share
     # without asking, whenever it looks and whatever others have already written.
     ordered = sorted(wanted, key=lambda key: shape_of(encoder, wanted[key]))
     mine = ordered[ranks.rank :: ranks.world_size]
-    with TensorStore(filling.cache_dir / encoder.name, f"rank{ranks.rank}") as store:
-        _forget_damaged(store, mine, filling, tag)
+    with TensorStore(job.cache_dir / encoder.name, f"rank{ranks.rank}") as store:
+        _forget_damaged(store, mine, job, tag)
         # What is made anew replaces the old item, which another run may be reading until then.
-        missing = mine if filling.regenerate else store.missing(mine)
+        missing = mine if job.regenerate else store.missing(mine)
         failures, busy, truncated = [], 1.0, 0
         if missing:
             encoder.load(ranks.device)
             try:
-                failures, busy = _encode({key: wanted[key] for key in missing}, encoder, filling, store, tag)
+                failures, busy = _encode({key: wanted[key] for key in missing}, encoder, job, store, tag)
                 truncated = getattr(encoder, "truncated", 0)
             finally:
                 encoder.unload()
@@ -196,13 +196,13 @@ def _fill_one(encoder: Encoder, samples: Sequence[Sample], filling: Filling, tag
     return CacheReport(encoder.name, *counts, busy, truncated, tuple(dict.fromkeys(failures)))
 
 
-def _forget_damaged(store: TensorStore, keys: Sequence[str], filling: Filling, tag: str) -> None:
+def _forget_damaged(store: TensorStore, keys: Sequence[str], job: CacheJob, tag: str) -> None:
     """Takes out of the index what its shard does not have any more, and with `verify` all that is damaged."""
     damaged = store.lost(keys)
-    for start in range(0, len(keys) if filling.verify else 0, VERIFIED_AT_ONCE):
+    for start in range(0, len(keys) if job.verify else 0, VERIFIED_AT_ONCE):
         damaged += store.verify(keys[start : start + VERIFIED_AT_ONCE])
-        sign_of_life(filling.ranks, tag)
-        filling.heed()
+        sign_of_life(job.ranks, tag)
+        job.raise_if_stopping()
     damaged = list(dict.fromkeys(damaged))
     if damaged:
         # As an error, since of all but the main rank nothing less is shown.
@@ -212,13 +212,13 @@ def _forget_damaged(store: TensorStore, keys: Sequence[str], filling: Filling, t
 
 
 def _encode(
-    items: dict[str, Shown], encoder: Encoder, filling: Filling, store: TensorStore, tag: str
+    items: dict[str, SampleVersion], encoder: Encoder, job: CacheJob, store: TensorStore, tag: str
 ) -> tuple[list[Failure], float]:
     """Encodes the items into the store; what could not be decoded, one entry for each item, and the share of the time
     that was spent encoding."""
-    ranks, neighbours = filling.ranks, filling.ranks.local_size
+    ranks, neighbours = job.ranks, job.ranks.local_size
     failures: list[Failure] = []
-    batches = list(_batches(items, encoder, filling.batch_size))
+    batches = list(_batches(items, encoder, job.batch_size))
     decoders = max(1, min(DECODERS, len(os.sched_getaffinity(0)) // neighbours))
     started, waited = time.monotonic(), 0.0
     with (
@@ -242,7 +242,7 @@ def _encode(
                 written.popleft().result()
             bar.update(count)
             sign_of_life(ranks, tag)
-            filling.heed()
+            job.raise_if_stopping()
         for future in written:
             future.result()
     return failures, 1 - waited / max(time.monotonic() - started, 1e-9)
@@ -271,8 +271,10 @@ def _results(batch: dict[str, Future[dict[str, Any]]]) -> tuple[dict[str, dict[s
 
 def _features(inputs: dict[str, dict[str, Any]], encoder: Encoder) -> dict[str, dict[str, torch.Tensor]]:
     """What the encoder makes of a batch, by item."""
-    columns = {thing: [item[thing] for item in inputs.values()] for thing in encoder.reads}
-    stacked = {thing: column if thing in TEXT else torch.stack(column) for thing, column in columns.items()}
+    columns = {input_name: [item[input_name] for item in inputs.values()] for input_name in encoder.reads}
+    stacked = {
+        input_name: column if input_name in TEXT else torch.stack(column) for input_name, column in columns.items()
+    }
     features = encoder.encode(**stacked)
     return {
         key: {name: tensors[position].cpu() for name, tensors in features.items()}
@@ -285,17 +287,21 @@ def _write(store: TensorStore, items: Mapping[str, Mapping[str, torch.Tensor]]) 
         store.put(key, tensors)
 
 
-def _batches(items: dict[str, Shown], encoder: Encoder, batch_size: int) -> Iterator[list[str]]:
+def _batches(items: dict[str, SampleVersion], encoder: Encoder, batch_size: int) -> Iterator[list[str]]:
     """The items' keys in batches of one shape."""
     groups = defaultdict(list)
-    for key, shown in items.items():
-        groups[shape_of(encoder, shown)].append(key)
+    for key, version in items.items():
+        groups[shape_of(encoder, version)].append(key)
     for keys in groups.values():
         yield from (keys[start : start + batch_size] for start in range(0, len(keys), batch_size))
 
 
 def _decoded(
-    batches: Iterable[list[str]], items: dict[str, Shown], encoder: Encoder, budget: int, pool: ThreadPoolExecutor
+    batches: Iterable[list[str]],
+    items: dict[str, SampleVersion],
+    encoder: Encoder,
+    budget: int,
+    pool: ThreadPoolExecutor,
 ) -> Iterator[dict[str, Future[dict[str, Any]]]]:
     """The batches' inputs, decoded as far ahead of their use as `budget` bytes of memory allow."""
     ahead: deque[tuple[int, dict[str, Future[dict[str, Any]]]]] = deque()

@@ -87,7 +87,7 @@ def _within(number: int, bounds: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Places:
+class Positions:
     """Where the samples of a micro-batch stand among all samples of their step, and among those of their epoch.
 
     The place in an epoch is the same at any layout; a sample that appears again to fill a batch keeps it.
@@ -164,13 +164,14 @@ class Epochs:
     def samples_of(self, slot: Slot, epoch: int, data_rank: int) -> list[Appearance]:
         """The samples of one data rank's micro-batch."""
         begins, group = self._open(epoch).begins[slot.group], self._groups[slot.group]
-        places = slot.of_rank(data_rank)
-        numbers = np.searchsorted(begins, places, side="right") - 1
+        positions = slot.of_rank(data_rank)
+        numbers = np.searchsorted(begins, positions, side="right") - 1
         return [
-            (group[number], place - int(begins[number])) for number, place in zip(numbers.tolist(), places, strict=True)
+            (group[number], position - int(begins[number]))
+            for number, position in zip(numbers.tolist(), positions, strict=True)
         ]
 
-    def places(self, epoch: int, index: int, data_rank: int) -> list[Places]:
+    def positions(self, epoch: int, index: int, data_rank: int) -> list[Positions]:
         """Where the samples of each micro-batch of one step of a data rank stand."""
         opened, slots = self._open(epoch), self.step(epoch, index)
         ends = list(accumulate(len(slot.samples) for slot in slots))
@@ -178,8 +179,8 @@ class Epochs:
         for slot, end in zip(slots, ends, strict=True):
             first = end - len(slot.samples) + data_rank * slot.micro_batch
             in_step = range(first, first + slot.micro_batch)
-            in_epoch = [opened.firsts[slot.group] + place for place in slot.of_rank(data_rank)]
-            found.append(Places(index, in_step, ends[-1], in_epoch, opened.size))
+            in_epoch = [opened.firsts[slot.group] + position for position in slot.of_rank(data_rank)]
+            found.append(Positions(index, in_step, ends[-1], in_epoch, opened.size))
         return found
 
     def examples(self, epoch: int, index: int) -> int:
@@ -233,7 +234,7 @@ class Epochs:
 
 
 def _line(name: str, samples: Sequence[Sample], appearing: int, batches: int, fill: int) -> BucketLine:
-    files = {sample.media.place for sample in samples}
+    files = {sample.media.locator for sample in samples}
     return BucketLine(
         name, samples[0].bucket.frames if name else 0, len(files), appearing, appearing / len(samples), batches, fill
     )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.dataset.databases import told
+from utils.dataset.databases import explaining_errors
 from utils.dataset.samples import Mask, MediaFile
 from utils.dataset.sources import Entry, Listing, Locator, Rejected, read_source
 from utils.errors import Problem, UserError
@@ -65,7 +65,7 @@ class _Record(NamedTuple):
     width: int
     height: int
     frames: int
-    rate: float
+    fps: float
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,14 @@ class Scan:
         trust: take remembered files as unchanged without looking.
         verify: hash every file, whatever its size and time of change say.
         progress: show a progress bar.
-        heed: called between files; what it raises ends the scan, with what was found remembered.
+        raise_if_stopping: called between files; what it raises ends the scan, with what was found remembered.
     """
 
     index: Path
     trust: bool = False
     verify: bool = False
     progress: bool = False
-    heed: Callable[[], None] = lambda: None
+    raise_if_stopping: Callable[[], None] = lambda: None
 
 
 @contextmanager
@@ -111,9 +111,11 @@ def scan(dataset: DatasetSettings, file: str, how: Scan) -> Manifest:
         file: the dataset's settings file, to be named in problems.
     """
     directories = [dataset.resolved(entry) for entry in dataset.directory]
-    listings = [read_source(rules, heed=how.heed, remember=how.index.parent) for rules in directories]
+    listings = [
+        read_source(rules, raise_if_stopping=how.raise_if_stopping, remember=how.index.parent) for rules in directories
+    ]
     defaults = [_default_mask(rules) for rules in directories]
-    wanted = [place for listing in listings for entry in listing.entries for place in _places(entry)]
+    wanted = [locator for listing in listings for entry in listing.entries for locator in _places(entry)]
     media = _identify_all([*wanted, *filter(None, defaults)], how)
     rows: list[Row] = []
     rejected = [fault for listing in listings for fault in listing.rejected]
@@ -173,8 +175,8 @@ def _row(
 ) -> Row | Rejected:
     """The row of an entry all of whose files can be used; else the first thing that is wrong with them."""
     mask_place = entry.mask or (None if rules.alpha_mask else default)
-    for place in (entry.media, *entry.controls, *filter(None, [mask_place])):
-        found = media[place]
+    for locator in (entry.media, *entry.controls, *filter(None, [mask_place])):
+        found = media[locator]
         if isinstance(found, MediaError):
             return Rejected(str(entry.media), "unreadable", str(found))
     mask = None
@@ -182,43 +184,43 @@ def _row(
         mask = Mask(media[mask_place], is_alpha=False)
     elif rules.alpha_mask:
         mask = Mask(media[entry.media], is_alpha=True)
-    controls = tuple(media[place] for place in entry.controls)
+    controls = tuple(media[locator] for locator in entry.controls)
     return Row(media[entry.media], entry.captions, controls, mask, number, entry.repeats)
 
 
-def _identify_all(places: Sequence[Locator], how: Scan) -> dict[Locator, MediaFile | MediaError]:
-    places = list(dict.fromkeys(places))
+def _identify_all(locators: Sequence[Locator], how: Scan) -> dict[Locator, MediaFile | MediaError]:
+    locators = list(dict.fromkeys(locators))
     with _index(how.index) as index, ThreadPoolExecutor(READERS) as pool:
         rows = index.execute(f"SELECT {COLUMNS} FROM media")
         known = {(record[0], record[1]): _Record(*record) for record in rows}
-        stamps = {} if how.trust else _stamps(list({place.path for place in places}), pool)
+        stamps = {} if how.trust else _stamps(list({locator.path for locator in locators}), pool)
         found: dict[Locator, _Record | MediaError] = {}
         changed = []
-        for place in places:
-            record = known.get((str(place.path), place.part))
-            stamp = stamps.get(place.path)
+        for locator in locators:
+            record = known.get((str(locator.path), locator.part))
+            stamp = stamps.get(locator.path)
             if record and not how.verify and (how.trust or stamp == (record.size, record.mtime_ns)):
-                found[place] = record
+                found[locator] = record
             else:
-                changed.append(place)
+                changed.append(locator)
         new: list[_Record] = []
         try:
             with progress_bar(len(changed), "files", active=how.progress and bool(changed)) as bar:
-                futures = {pool.submit(_identify, place): place for place in changed}
+                futures = {pool.submit(_identify, locator): locator for locator in changed}
                 for future in as_completed(futures):
                     record = found[futures[future]] = future.result()
                     if isinstance(record, _Record):
                         new.append(record)
                     bar.update()
-                    how.heed()
+                    how.raise_if_stopping()
         finally:
             pool.shutdown(cancel_futures=True)
             # Also of a scan that is interrupted: hours of hashing are kept.
             index.executemany(f"INSERT OR REPLACE INTO media ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", new)
             index.commit()
     return {
-        place: MediaFile(place, *record[4:]) if isinstance(record, _Record) else record
-        for place, record in found.items()
+        locator: MediaFile(locator, *record[4:]) if isinstance(record, _Record) else record
+        for locator, record in found.items()
     }
 
 
@@ -230,7 +232,7 @@ def _index(path: Path) -> Iterator[sqlite3.Connection]:
         what = f"this folder for the cache cannot be made ({error.strerror}); name another in cache_dir or output_dir"
         raise UserError.of(what, str(path.parent)) from error
     if_damaged = "remove it; all files are looked at again, and nothing is encoded again"
-    with told(path, if_damaged), closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as index:
+    with explaining_errors(path, if_damaged), closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as index:
         index.execute(
             "CREATE TABLE IF NOT EXISTS media (path TEXT, part TEXT, size INTEGER, mtime_ns INTEGER, digest TEXT,"
             " width INTEGER, height INTEGER, frames INTEGER, rate REAL, PRIMARY KEY (path, part)) WITHOUT ROWID"
@@ -268,27 +270,27 @@ def media_file(path: Path) -> MediaFile:
     return MediaFile(Locator(path.absolute()), *record[4:])
 
 
-def _identify(place: Locator) -> _Record | MediaError:
+def _identify(locator: Locator) -> _Record | MediaError:
     """What the file is, by reading it."""
     try:
-        status = place.path.stat()
-        probed = probe(place.source)
+        status = locator.path.stat()
+        probed = probe(locator.source)
         digest = hashlib.blake2b(digest_size=16)
-        with place.open() as content:
+        with locator.open() as content:
             while piece := content.read(COPY_BYTES):
                 digest.update(piece)
     except MediaError as error:
         return error
     except OSError as error:
-        return MediaError(f"{place}: cannot be read ({error.strerror})")
+        return MediaError(f"{locator}: cannot be read ({error.strerror})")
     return _Record(
-        str(place.path),
-        place.part,
+        str(locator.path),
+        locator.part,
         status.st_size,
         status.st_mtime_ns,
         digest.hexdigest(),
         probed.width,
         probed.height,
         probed.frames,
-        probed.rate,
+        probed.fps,
     )

@@ -90,16 +90,16 @@ class EpochOrder:
         """Step number `index`, from 0."""
         assert 0 <= index < len(self), index
         start = index * self._accumulation
-        return tuple(self._slot(place) for place in range(start, start + self._accumulation))
+        return tuple(self._slot(position) for position in range(start, start + self._accumulation))
 
-    def _slot(self, place: int) -> Slot:
-        if place >= len(self._group_of):
-            again = self._slot(place % len(self._group_of))
+    def _slot(self, position: int) -> Slot:
+        if position >= len(self._group_of):
+            again = self._slot(position % len(self._group_of))
             return replace(again, fill=len(again.samples))
-        number = int(self._group_of[place])
+        number = int(self._group_of[position])
         order, micro_batch = self._orders[number], self._groups[number].micro_batch
         size = micro_batch * self._data_ranks
-        start = int(self._number_in_group[place]) * size
+        start = int(self._number_in_group[position]) * size
         own = order[start : start + size]
         fill = size - len(own)
         return Slot(number, (*own.tolist(), *np.resize(order, fill).tolist()), micro_batch, fill)

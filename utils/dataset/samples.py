@@ -24,12 +24,12 @@ class MediaFile:
     """A picture or clip: where it is, the hash of its content, its upright size in pixels, its frames, and how many of
     them come in a second (0 for a still)."""
 
-    place: Locator
+    locator: Locator
     digest: str
     width: int
     height: int
     frames: int
-    rate: float = 0.0
+    fps: float = 0.0
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -86,7 +86,7 @@ class Sample:
     """One thing to train on.
 
     `id` names its draws, and no two samples of a list share it. `takes` and `captions` are its cached versions.
-    `rate` is that of the clip to be made, 0 for a still. `rules` are the keys of its directory. `turn`, in [0, 1), is
+    `fps` is that of the clip to be made, 0 for a still. `rules` are the keys of its directory. `turn`, in [0, 1), is
     its place among those with which it takes turns where it is used a fraction of a time; None: it is drawn.
     """
 
@@ -97,7 +97,7 @@ class Sample:
     captions: tuple[str, ...]
     controls: tuple[Control, ...]
     mask: Mask | None
-    rate: float
+    fps: float
     repeats: float
     rules: DirectorySettings
     turn: float | None = None
@@ -109,7 +109,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class SampleVersion:
     """A sample as one draw shows it.
 
     `draw` names what is drawn for it: noise, timestep. `unconditional` are the encoders whose caption is left out.
@@ -126,30 +126,30 @@ class Shown:
         return "" if encoder in self.unconditional else self.caption
 
 
-def of_prompt(
-    prompt: str, bucket: Bucket, pictures: Sequence[MediaFile] = (), rate_of_clip: float | None = None
-) -> Shown:
+def version_of_prompt(
+    prompt: str, bucket: Bucket, pictures: Sequence[MediaFile] = (), clip_fps: float | None = None
+) -> SampleVersion:
     """A prompt as what encoders read of a sample.
 
     Args:
         bucket: the size of what is to be drawn, to which the pictures are brought too.
-        pictures: control images; with `rate_of_clip` the first is instead the sample's own picture, which stands still
+        pictures: control images; with `clip_fps` the first is instead the sample's own picture, which stands still
             for as many frames as are to be drawn.
     """
     rules = DirectorySettings(path=Path())
-    media = None if rate_of_clip is None else pictures[0]
+    media = None if clip_fps is None else pictures[0]
     controls = tuple(Control(picture, bucket) for picture in pictures) if media is None else ()
-    sample = Sample(prompt, media, bucket, (Take(),), (prompt,), controls, None, rate_of_clip or 0.0, 1, rules)
-    return first_shown(sample)
+    sample = Sample(prompt, media, bucket, (Take(),), (prompt,), controls, None, clip_fps or 0.0, 1, rules)
+    return evaluation_version(sample)
 
 
-def first_shown(sample: Sample) -> Shown:
+def evaluation_version(sample: Sample) -> SampleVersion:
     """A sample as evaluation shows it: the same at every turn."""
-    return Shown(sample, sample.takes[0], sample.captions[0], sample.id)
+    return SampleVersion(sample, sample.takes[0], sample.captions[0], sample.id)
 
 
 @dataclass(frozen=True)
-class Showing:
+class VersionPicker:
     """How samples are shown in training: pure functions of the seed, the epoch (from 0), and the sample.
 
     Attributes:
@@ -162,7 +162,7 @@ class Showing:
     text_encoders: Sequence[str]
     fresh_captions: bool = False
 
-    def shown(self, sample: Sample, epoch: int, copy: int) -> Shown:
+    def pick(self, sample: Sample, epoch: int, copy: int) -> SampleVersion:
         """The sample as it is shown the `copy`-th time (from 0) in an epoch. Takes follow one another, so that all are
         used alike; captions are drawn."""
         draw = sample.id if copy == 0 else f"{sample.id}#{copy}"
@@ -171,15 +171,15 @@ class Showing:
         caption = sample.captions[int(seeds.uniform(self.seed, "caption", epoch, draw) * len(sample.captions))]
         if self.fresh_captions:
             caption = caption_variant(caption, sample.rules, self.seed, draw, epoch)
-        return Shown(sample, take, caption, draw, self._unconditional(sample.rules, epoch, draw))
+        return SampleVersion(sample, take, caption, draw, self._unconditional(sample.rules, epoch, draw))
 
-    def is_captioned(self, shown: Shown) -> bool:
+    def is_captioned(self, version: SampleVersion) -> bool:
         """Whether some encoder is given the sample's caption."""
-        return bool(shown.caption) and not shown.unconditional >= set(self.text_encoders)
+        return bool(version.caption) and not version.unconditional >= set(self.text_encoders)
 
-    def is_masked(self, shown: Shown, epoch: int) -> bool:
+    def is_masked(self, version: SampleVersion, epoch: int) -> bool:
         """Whether the sample's mask is applied."""
-        return seeds.uniform(self.seed, "mask", epoch, shown.draw) < shown.sample.rules.mask_probability
+        return seeds.uniform(self.seed, "mask", epoch, version.draw) < version.sample.rules.mask_probability
 
     def _unconditional(self, rules: DirectorySettings, epoch: int, draw: str) -> frozenset[str]:
         """The encoders whose caption is left out."""

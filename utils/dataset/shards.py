@@ -26,7 +26,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from utils.dataset.store_index import Place
+from utils.dataset.store_index import Extent
 from utils.errors import UserError
 
 SUFFIX = ".shard"
@@ -64,7 +64,7 @@ class ShardWriter:
         """Bytes of the items that were appended since the last commit."""
         return self._end - self._committed
 
-    def append(self, item: Sequence[bytes | np.ndarray]) -> Place:
+    def append(self, item: Sequence[bytes | np.ndarray]) -> Extent:
         """Takes an item, given in pieces.
 
         Raises:
@@ -91,9 +91,9 @@ class ShardWriter:
             else:
                 self._cut(self._written)
             raise failure from error
-        place = Place(Path(self._shard.name).name, self._end, length, checksum)
+        extent = Extent(Path(self._shard.name).name, self._end, length, checksum)
         self._end += length
-        return place
+        return extent
 
     def commit(self, record: Callable[[], None]) -> None:
         """Waits until the disk has what was appended, then calls `record`, which brings it into the index.

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.dataset.databases import told
+from utils.dataset.databases import explaining_errors
 
 INDEX_NAME = "index.sqlite"
 BUSY_SECONDS = 120
@@ -39,7 +39,7 @@ NETWORK_FILESYSTEMS = (
 _COLUMNS = "shard, offset, length, crc32"
 
 
-class Place(NamedTuple):
+class Extent(NamedTuple):
     """Where an item's bytes are, and their checksum: the columns of the index after the key."""
 
     shard: str
@@ -54,7 +54,7 @@ class StoreIndex:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock = threading.Lock()
-        with self._told():
+        with self._explaining_errors():
             self._database = sqlite3.connect(
                 folder / INDEX_NAME, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
@@ -70,23 +70,23 @@ class StoreIndex:
     def keys(self) -> list[str]:
         return [key for (key,) in self._query("SELECT key FROM items")]
 
-    def place(self, key: str) -> Place | None:
+    def extent(self, key: str) -> Extent | None:
         rows = self._query(f"SELECT {_COLUMNS} FROM items WHERE key = ?", [key])
-        return Place(*rows[0]) if rows else None
+        return Extent(*rows[0]) if rows else None
 
-    def places(self, keys: Sequence[str]) -> dict[str, Place]:
+    def extents(self, keys: Sequence[str]) -> dict[str, Extent]:
         """Of those of the keys that are there."""
-        return {key: Place(*place) for key, *place in self._by_parts(f"SELECT key, {_COLUMNS}", "key", keys)}
+        return {key: Extent(*extent) for key, *extent in self._by_parts(f"SELECT key, {_COLUMNS}", "key", keys)}
 
     def present(self, keys: Sequence[str]) -> set[str]:
         """Those of the keys that are there."""
         return {key for (key,) in self._by_parts("SELECT key", "key", keys)}
 
-    def in_shards(self, shards: Sequence[str]) -> dict[str, dict[str, Place]]:
+    def in_shards(self, shards: Sequence[str]) -> dict[str, dict[str, Extent]]:
         """By shard, what lies in it."""
-        found: dict[str, dict[str, Place]] = defaultdict(dict)
-        for key, *place in self._by_parts(f"SELECT key, {_COLUMNS}", "shard", shards):
-            found[place[0]][key] = Place(*place)
+        found: dict[str, dict[str, Extent]] = defaultdict(dict)
+        for key, *extent in self._by_parts(f"SELECT key, {_COLUMNS}", "shard", shards):
+            found[extent[0]][key] = Extent(*extent)
         return found
 
     def live_bytes(self) -> dict[str, int]:
@@ -97,24 +97,24 @@ class StoreIndex:
         """By shard, how long it must at least be."""
         return dict(self._query("SELECT shard, max(offset + length) FROM items GROUP BY shard"))
 
-    def add(self, places: Mapping[str, Place]) -> None:
+    def add(self, extents: Mapping[str, Extent]) -> None:
         """In place of what had those keys, all at once."""
         with self._transaction() as database:
-            rows = [(key, *place) for key, place in places.items()]
+            rows = [(key, *extent) for key, extent in extents.items()]
             database.executemany("INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?, ?)", rows)
 
-    def move(self, old: Mapping[str, Place], new: Mapping[str, Place]) -> None:
+    def move(self, old: Mapping[str, Extent], new: Mapping[str, Extent]) -> None:
         """Items to their new places, all at once; those without one are removed. An item that was replaced or removed
         in the meantime is left alone."""
-        moves = [(*new[key], key, *place) for key, place in old.items() if key in new]
-        gone = [(key, *place) for key, place in old.items() if key not in new]
+        moves = [(*new[key], key, *extent) for key, extent in old.items() if key in new]
+        gone = [(key, *extent) for key, extent in old.items() if key not in new]
         same = "key = ? AND shard = ? AND offset = ? AND length = ? AND crc32 = ?"
         with self._transaction() as database:
             database.executemany(f"UPDATE items SET ({_COLUMNS}) = (?, ?, ?, ?) WHERE {same}", moves)
             database.executemany(f"DELETE FROM items WHERE {same}", gone)
 
     def remove(self, keys: Sequence[str]) -> None:
-        with self._told(), self._transaction() as database:
+        with self._explaining_errors(), self._transaction() as database:
             database.executemany("DELETE FROM items WHERE key = ?", ((key,) for key in keys))
 
     def close(self) -> None:
@@ -135,11 +135,11 @@ class StoreIndex:
             time.sleep(SECONDS_BETWEEN_TRIES)
 
     def _query(self, statement: str, values: Collection[str] = ()) -> list[tuple]:
-        with self._lock, self._told():
+        with self._lock, self._explaining_errors():
             return self._database.execute(statement, values).fetchall()
 
-    def _told(self) -> AbstractContextManager[None]:
-        return told(self._folder / INDEX_NAME, "remove this folder; what it held is encoded again")
+    def _explaining_errors(self) -> AbstractContextManager[None]:
+        return explaining_errors(self._folder / INDEX_NAME, "remove this folder; what it held is encoded again")
 
     def _by_parts(self, select: str, column: str, values: Sequence[str]) -> Iterator[tuple]:
         """Rows whose column has one of the values, asked for in pieces that fit into one statement."""

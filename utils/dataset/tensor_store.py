@@ -28,7 +28,7 @@ import torch
 from utils.dataset import compaction
 from utils.dataset.item_format import decoded, encoded
 from utils.dataset.shards import ShardReader, ShardWriter, WriteFailed, sizes
-from utils.dataset.store_index import Place, StoreIndex
+from utils.dataset.store_index import Extent, StoreIndex
 from utils.errors import Problem, UserError
 
 SHARD_BYTES = 2**30
@@ -39,9 +39,9 @@ FLUSH_SECONDS = 30.0
 class CorruptItem(UserError):
     """An item whose bytes are not those that were written; `delete([key])` makes it one that is missing."""
 
-    def __init__(self, key: str, place: Place, path: Path) -> None:
+    def __init__(self, key: str, extent: Extent, path: Path) -> None:
         self.key = key
-        what = f"the item {key} at byte {place.offset} is damaged or missing; start once with --regenerate_cache"
+        what = f"the item {key} at byte {extent.offset} is damaged or missing; start once with --regenerate_cache"
         super().__init__([Problem(str(path), "", what)])
 
 
@@ -76,7 +76,7 @@ class TensorStore:
     ) -> None:
         self.folder = folder
         self._flush_bytes, self._flush_seconds = flush_bytes, flush_seconds
-        self._pending: dict[str, Place] = {}
+        self._pending: dict[str, Extent] = {}
         self._last_flush = time.monotonic()
         self._known = _KnownPlaces()
         folder.mkdir(parents=True, exist_ok=True)
@@ -133,8 +133,8 @@ class TensorStore:
         """
         if key in self._pending:
             self.flush()
-        place = self._known.find(key)
-        item = self._reader.read(*place) if place else None
+        extent = self._known.find(key)
+        item = self._reader.read(*extent) if extent else None
         return decoded(self._first_read(key) if item is None else item)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
@@ -157,10 +157,10 @@ class TensorStore:
 
     def verify(self, keys: Iterable[str]) -> list[str]:
         """Those of the keys whose item is damaged, found by reading all of them; missing ones are not looked for."""
-        places = self._index.places(list(keys))
+        extents = self._index.extents(list(keys))
         # By place: disks read forwards.
-        ordered = sorted(places, key=lambda key: places[key])
-        return [key for key in ordered if self._sound(places[key]) is None and not self._sound_elsewhere(key)]
+        ordered = sorted(extents, key=lambda key: extents[key])
+        return [key for key in ordered if self._sound(extents[key]) is None and not self._sound_elsewhere(key)]
 
     def lost(self, keys: Iterable[str]) -> list[str]:
         """Those of the keys whose item's shard is gone, or cut short before it: what can be told without reading any.
@@ -170,12 +170,12 @@ class TensorStore:
         short = [shard for shard, end in ends.items() if taken.get(shard, -1) < end]
         if not short:
             return []
-        places = self._index.places(list(keys))
-        return [key for key, place in places.items() if taken.get(place.shard, -1) < place.offset + place.length]
+        extents = self._index.extents(list(keys))
+        return [key for key, extent in extents.items() if taken.get(extent.shard, -1) < extent.offset + extent.length]
 
     def shards_of(self, keys: Iterable[str]) -> list[str]:
         """The names of the shards that the items of these keys are in."""
-        return sorted({place.shard for place in self._index.places(list(keys)).values()})
+        return sorted({extent.shard for extent in self._index.extents(list(keys)).values()})
 
     def stats(self) -> StoreStats:
         """What the store takes, now; what living writers have not committed yet counts as unreferenced."""
@@ -214,22 +214,22 @@ class TensorStore:
 
     def _first_read(self, key: str) -> np.ndarray:
         """The item by its row in the index."""
-        place = self._index.place(key)
-        while place is not None:
-            item = self._sound(place)
+        extent = self._index.extent(key)
+        while extent is not None:
+            item = self._sound(extent)
             if item is not None:
-                self._known.add(key, place)
+                self._known.add(key, extent)
                 return item
             # Moved since the index was asked: it is asked again until it says the same twice.
-            before, place = place, self._index.place(key)
-            if place == before:
-                raise CorruptItem(key, place, self.folder / place.shard)
+            before, extent = extent, self._index.extent(key)
+            if extent == before:
+                raise CorruptItem(key, extent, self.folder / extent.shard)
         raise KeyError(key)
 
-    def _sound(self, place: Place) -> np.ndarray | None:
+    def _sound(self, extent: Extent) -> np.ndarray | None:
         """The bytes at a place, if they are those that were written."""
-        item = self._reader.read(place.shard, place.offset, place.length)
-        return item if item is not None and zlib.crc32(item) == place.crc32 else None
+        item = self._reader.read(extent.shard, extent.offset, extent.length)
+        return item if item is not None and zlib.crc32(item) == extent.crc32 else None
 
     def _sound_elsewhere(self, key: str) -> bool:
         """Whether an item that is not sound where the index said is gone or moved by now."""
@@ -261,13 +261,13 @@ class _KnownPlaces:
         number, offset, length = self._PACKED.unpack(packed)
         return self._shards[number], offset, length
 
-    def add(self, key: str, place: Place) -> None:
-        number = self._numbers.get(place.shard)
+    def add(self, key: str, extent: Extent) -> None:
+        number = self._numbers.get(extent.shard)
         if number is None:
             # Two threads may both append a name: each number then means that shard.
-            self._shards.append(place.shard)
-            number = self._numbers[place.shard] = self._shards.index(place.shard)
-        self._packed[key] = self._PACKED.pack(number, place.offset, place.length)
+            self._shards.append(extent.shard)
+            number = self._numbers[extent.shard] = self._shards.index(extent.shard)
+        self._packed[key] = self._PACKED.pack(number, extent.offset, extent.length)
 
     def forget(self, keys: Iterable[str]) -> None:
         for key in keys:

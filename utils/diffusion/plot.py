@@ -138,11 +138,11 @@ class _Frame:
     def _text(
         draw: ImageDraw.ImageDraw,
         text: str,
-        place: tuple[float, float],
+        position: tuple[float, float],
         offset: tuple[int, int],
         anchor: str,
         colour: str = INK,
         size: int = 14,
     ) -> None:
-        x, y = (start + OVERSAMPLING * move for start, move in zip(place, offset, strict=True))
+        x, y = (start + OVERSAMPLING * move for start, move in zip(position, offset, strict=True))
         draw.text((x, y), text, fill=colour, anchor=anchor, font=ImageFont.load_default(size * OVERSAMPLING))

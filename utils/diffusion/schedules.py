@@ -81,7 +81,7 @@ class NoiseSchedule:
             )
 
     @classmethod
-    def of_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """The schedule that a `scheduler_config.json` of diffusers describes; what it leaves out as in diffusers.
 
         Raises:

@@ -20,7 +20,16 @@ from PIL import Image
 
 from utils.media.colour import jittered
 from utils.media.geometry import View
-from utils.media.images import Shown, alpha_of, luminance_of, open_image, probe_image, rgb_of, rgba_of, shown_images
+from utils.media.images import (
+    TimedFrame,
+    alpha_of,
+    luminance_of,
+    open_image,
+    probe_image,
+    rgb_of,
+    rgba_of,
+    shown_images,
+)
 from utils.media.source import ROUNDING_SECONDS, MediaError, Probe, Source, opened
 from utils.media.video import probe_video, shown_frames
 
@@ -80,56 +89,56 @@ def load_rgba(source: Source, view: View) -> torch.Tensor:
     return torch.cat([jittered(pixels_CFHW[:3], view.jitter), pixels_CFHW[3:]])
 
 
-def load_clip(source: Source, view: View, start_seconds: float, frames: int, rate: float) -> torch.Tensor:
+def load_clip(source: Source, view: View, start_seconds: float, frames: int, fps: float) -> torch.Tensor:
     """A clip as `pixels_CFHW`, float32 in [-1, 1], F=frames: its frame i is what the file shows `start_seconds` +
-    i / `rate` after its beginning. A still is shown for ever.
+    i / `fps` after its beginning. A still is shown for ever.
 
     Each frame is brought to its size as it comes; what follows the clip is not decoded.
 
     Raises:
         MediaError: the file cannot be decoded, or ends before.
     """
-    levels_FHWC = _levels(source, view, start_seconds, frames, rate, COLOUR)
+    levels_FHWC = _levels(source, view, start_seconds, frames, fps, COLOUR)
     pixels_CFHW = _tensor(levels_FHWC, view).div_(127.5).sub_(1)
     return jittered(pixels_CFHW, view.jitter)
 
 
 def load_mask(
-    source: Source, view: View, start_seconds: float = 0.0, frames: int = 1, rate: float = 1.0
+    source: Source, view: View, start_seconds: float = 0.0, frames: int = 1, fps: float = 1.0
 ) -> torch.Tensor:
     """The luminance of a picture or clip as `mask_1FHW`, float32 in [0, 1]; otherwise like `load_clip`, in the colours
     of the file."""
-    return _tensor(_levels(source, view, start_seconds, frames, rate, LUMINANCE), view).div_(255)
+    return _tensor(_levels(source, view, start_seconds, frames, fps, LUMINANCE), view).div_(255)
 
 
 def load_alpha(
-    source: Source, view: View, start_seconds: float = 0.0, frames: int = 1, rate: float = 1.0
+    source: Source, view: View, start_seconds: float = 0.0, frames: int = 1, fps: float = 1.0
 ) -> torch.Tensor:
     """How opaque a picture or clip is as `mask_1FHW`, float32 in [0, 1]; 1 where it has no transparency."""
-    return _tensor(_levels(source, view, start_seconds, frames, rate, ALPHA), view).div_(255)
+    return _tensor(_levels(source, view, start_seconds, frames, fps, ALPHA), view).div_(255)
 
 
 def _levels(
-    source: Source, view: View, start_seconds: float, frames: int, rate: float, channels: _Channels
+    source: Source, view: View, start_seconds: float, frames: int, fps: float, channels: _Channels
 ) -> np.ndarray:
     """The frames of a clip in their size, not yet mirrored, as `levels_FHWC`, uint8."""
-    assert start_seconds >= 0 and frames > 0 and rate > 0, (start_seconds, frames, rate)
+    assert start_seconds >= 0 and frames > 0 and fps > 0, (start_seconds, frames, fps)
     levels: list[np.ndarray] = []
-    with opened(source) as stream, closing(_shown(stream, start_seconds)) as shown:
+    with opened(source) as stream, closing(_shown(stream, start_seconds)) as frames:
         end = 0.0
-        for end, picture in shown:
+        for end, picture in frames:
             fitted = None
             # Several times or never, if the file has another rate.
-            while len(levels) < frames and start_seconds + len(levels) / rate < end - ROUNDING_SECONDS:
+            while len(levels) < frames and start_seconds + len(levels) / fps < end - ROUNDING_SECONDS:
                 fitted = _fit(channels.of(picture()), view, channels.filter) if fitted is None else fitted
                 levels.append(fitted)
             if len(levels) == frames:
                 return np.stack(levels)
-        wanted = f"wanted are {frames} frames, {rate:g} per second, from {start_seconds:.3f} s on"
+        wanted = f"wanted are {frames} frames, {fps:g} per second, from {start_seconds:.3f} s on"
         raise MediaError(f"ends after {end:.3f} s, but {wanted}; use a shorter clip, or replace the file")
 
 
-def _shown(stream: BinaryIO, start_seconds: float) -> Iterator[Shown]:
+def _shown(stream: BinaryIO, start_seconds: float) -> Iterator[TimedFrame]:
     image = open_image(stream)
     return shown_images(image) if image else shown_frames(stream, start_seconds)
 

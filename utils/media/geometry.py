@@ -32,10 +32,10 @@ class View:
     @property
     def identity(self) -> list[str | float]:
         """Numbers and strings that are the same for views of the same pixels, and for no others."""
-        place = [self.crop] if isinstance(self.crop, str) else [float(part) for part in self.crop]
+        position = [self.crop] if isinstance(self.crop, str) else [float(part) for part in self.crop]
         # One by one: `astuple` would be most of the time that naming a sample takes.
         factors = self.jitter.brightness, self.jitter.contrast, self.jitter.saturation, self.jitter.hue
-        return [self.width, self.height, *place, int(self.flip), *map(float, factors)]
+        return [self.width, self.height, *position, int(self.flip), *map(float, factors)]
 
     def box(self, width: int, height: int) -> tuple[float, float, float, float]:
         """The part of a width x height picture to scale to the view: (left, top, right, bottom)."""
@@ -50,16 +50,16 @@ def round_to_multiple(value: float, multiple: int) -> int:
 
 
 def cover_box(
-    width: int, height: int, target_width: int, target_height: int, place: tuple[float, float] = CENTER
+    width: int, height: int, target_width: int, target_height: int, position: tuple[float, float] = CENTER
 ) -> tuple[float, float, float, float]:
     """The part of a width x height picture to keep: (left, top, right, bottom).
 
-    It is the largest box of the target's shape, with the parts `place` (x, y) of what remains to its left and above
+    It is the largest box of the target's shape, with the parts `position` (x, y) of what remains to its left and above
     it. Resizing it to the target is the same as scaling the picture until it covers the target and cropping it,
     without rounding in between.
     """
     scale = max(target_width / width, target_height / height)
     # A division may land a hair outside the picture, which Pillow refuses.
     box_width, box_height = min(width, target_width / scale), min(height, target_height / scale)
-    left, top = (width - box_width) * place[0], (height - box_height) * place[1]
+    left, top = (width - box_width) * position[0], (height - box_height) * position[1]
     return left, top, min(width, left + box_width), min(height, top + box_height)

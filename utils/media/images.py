@@ -24,7 +24,7 @@ INTEGER_WHITES = (65535,)
 FLOAT_WHITES = (1, 255, 65535)
 
 
-class Shown(NamedTuple):
+class TimedFrame(NamedTuple):
     """A frame: until when it is shown, in seconds from the beginning of the file, and how to get it, upright; to be
     called before the next frame is asked for."""
 
@@ -57,14 +57,14 @@ def probe_image(image: Image.Image) -> Probe:
     width, height = reversed(image.size) if orientation in SIDEWAYS else image.size
     if not _animated(image):
         return Probe(width, height, 1)
-    ends = [shown.end for shown in shown_images(image)]
+    ends = [frames.end for frames in shown_images(image)]
     return Probe(width, height, len(ends), len(ends) / ends[-1])
 
 
-def shown_images(image: Image.Image) -> Iterator[Shown]:
+def shown_images(image: Image.Image) -> Iterator[TimedFrame]:
     """The frames of an animation, in turn; a still is shown for ever."""
     if not _animated(image):
-        yield Shown(math.inf, lambda: ImageOps.exif_transpose(image))
+        yield TimedFrame(math.inf, lambda: ImageOps.exif_transpose(image))
         return
     milliseconds = 0.0
     # An animated PNG may begin with a picture for programs that show stills only.
@@ -74,7 +74,7 @@ def shown_images(image: Image.Image) -> Iterator[Shown]:
         image.load()
         # Without a duration, browsers show a frame for a tenth of a second.
         milliseconds += image.info.get("duration") or UNTIMED_MILLISECONDS
-        yield Shown(milliseconds / 1000, lambda: ImageOps.exif_transpose(image))
+        yield TimedFrame(milliseconds / 1000, lambda: ImageOps.exif_transpose(image))
 
 
 def rgb_of(image: Image.Image) -> Image.Image:

@@ -42,11 +42,11 @@ class Probe:
     width: int
     height: int
     frames: int
-    rate: float = 0.0
+    fps: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.frames / self.rate if self.rate else 0.0
+        return self.frames / self.fps if self.fps else 0.0
 
 
 @contextmanager

@@ -14,10 +14,10 @@ ROUNDING_FRAMES = 0.05
 ClipMode = Literal["single_beginning", "single_middle", "single_random", "multiple_overlapping", "chunks"]
 
 
-def frames_at(probe: Probe, rate: float) -> int:
-    """How many frames the file has at `rate` frames per second: those that are shown for their whole time, and at
+def frames_at(probe: Probe, fps: float) -> int:
+    """How many frames the file has at `fps` frames per second: those that are shown for their whole time, and at
     least one. 113 frames at 24 are 75 at 16. A still has one."""
-    return max(1, math.floor(probe.seconds * rate + ROUNDING_FRAMES))
+    return max(1, math.floor(probe.seconds * fps + ROUNDING_FRAMES))
 
 
 def clip_starts(available_frames: int, wanted_frames: int, mode: ClipMode, draw: float = 0.0) -> list[int]:

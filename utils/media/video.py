@@ -15,7 +15,7 @@ from av.video.reformatter import Interpolation
 from av.video.stream import VideoStream
 from PIL import Image
 
-from utils.media.images import Shown
+from utils.media.images import TimedFrame
 from utils.media.source import ROUNDING_SECONDS, MediaError, Probe, check_pixels
 
 # Containers alone: FFmpeg also takes plain text for a video, and playlists, which open other files.
@@ -53,10 +53,10 @@ def probe_video(stream: BinaryIO) -> Probe:
                 count, begin, end = count + 1, min(begin, time), max(end, time + _period(packet, video))
         if first is None or not count:
             raise MediaError("holds no frame that can be decoded; replace or remove it")
-        return Probe(*_upright_size(first, video), count, _rate(count, end - begin, video))
+        return Probe(*_upright_size(first, video), count, _fps(count, end - begin, video))
 
 
-def shown_frames(stream: BinaryIO, start_seconds: float) -> Iterator[Shown]:
+def shown_frames(stream: BinaryIO, start_seconds: float) -> Iterator[TimedFrame]:
     """The frames from the one on that is shown `start_seconds` after the first (or from an earlier one), in turn."""
     for back in BACK_SECONDS:
         with _open(stream) as video, closing(_decoded(video, start_seconds - back)) as frames:
@@ -64,10 +64,10 @@ def shown_frames(stream: BinaryIO, start_seconds: float) -> Iterator[Shown]:
             if time > start_seconds + ROUNDING_SECONDS and start_seconds > back:
                 continue
             for following, next_frame in frames:
-                yield Shown(following, partial(_picture, frame, video))
+                yield TimedFrame(following, partial(_picture, frame, video))
                 time, frame = following, next_frame
             if frame:
-                yield Shown(time + _period(frame, video), partial(_picture, frame, video))
+                yield TimedFrame(time + _period(frame, video), partial(_picture, frame, video))
             return
 
 
@@ -127,7 +127,7 @@ def _period(timed: av.Packet | av.VideoFrame, video: VideoStream) -> float:
     return _seconds(timed.duration, video) or 1 / _nominal_rate(video)
 
 
-def _rate(frames: int, seconds: float, video: VideoStream) -> float:
+def _fps(frames: int, seconds: float, video: VideoStream) -> float:
     """Frames per second: what the container says, unless rounding does not account for the difference."""
     nominal = _nominal_rate(video)
     return nominal if abs(frames / nominal - seconds) <= 2 * ROUNDING_SECONDS else frames / seconds

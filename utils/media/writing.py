@@ -25,8 +25,8 @@ def tensor_to_image(pixels_CFHW: torch.Tensor) -> Image.Image:
     return Image.fromarray(_levels_FHWC(pixels_CFHW[:, :1])[0].numpy())
 
 
-def write_clip(pixels_CFHW: torch.Tensor, rate: float, path: Path) -> None:
-    """Writes a clip of `rate` frames per second as H.264 in MP4, which plays nearly everywhere.
+def write_clip(pixels_CFHW: torch.Tensor, fps: float, path: Path) -> None:
+    """Writes a clip of `fps` frames per second as H.264 in MP4, which plays nearly everywhere.
 
     H.264 halves the resolution of colours, so sizes must be even: of an odd one, the last row or column is repeated.
     """
@@ -35,15 +35,15 @@ def write_clip(pixels_CFHW: torch.Tensor, rate: float, path: Path) -> None:
     levels_FHWC = _levels_FHWC(torch.nn.functional.pad(pixels_CFHW.float(), pad, mode="replicate"))
     # Named .mp4 or not, as when it is written under another name first.
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        exact_rate = Fraction(rate).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate=exact_rate, options=QUALITY)
+        exact_fps = Fraction(fps).limit_denominator(1001)
+        stream = container.add_stream("libx264", rate=exact_fps, options=QUALITY)
         stream.width, stream.height, stream.pix_fmt = width + pad[1], height + pad[3], "yuv420p"
         _tag(stream.codec_context)
         for index, levels_HWC in enumerate(levels_FHWC.numpy()):
             frame = av.VideoFrame.from_ndarray(levels_HWC, "rgb24").reformat(
                 format="yuv420p", dst_colorspace=Colorspace.ITU709, interpolation=EXACT, threads=1
             )
-            frame.pts, frame.time_base = index, 1 / exact_rate
+            frame.pts, frame.time_base = index, 1 / exact_fps
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 

@@ -16,10 +16,10 @@ class Teacher:
 
     Attributes:
         present: a context within which the stages do what the teacher does.
-        shown: micro-batch -> what the teacher is shown in its place.
+        inputs: micro-batch -> what the teacher is given in its place.
         teach: (labels, the teacher's output) -> labels.
     """
 
     present: Callable[[], AbstractContextManager[None]]
     teach: Callable[[Any, torch.Tensor], Any]
-    shown: Callable[[Any], tuple] = lambda micro_batch: micro_batch
+    inputs: Callable[[Any], tuple] = lambda micro_batch: micro_batch

@@ -35,7 +35,7 @@ found.addEventListener("input", () => {{
 
 
 @dataclass(frozen=True)
-class Seen:
+class PageEntry:
     """A sample on the page: its pictures by what they are (files beside the page), its caption, and what else there is
     to know of it."""
 
@@ -44,7 +44,7 @@ class Seen:
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
-def write_page(folder: Path, title: str, summary: str, samples: Sequence[Seen]) -> Path:
+def write_page(folder: Path, title: str, summary: str, samples: Sequence[PageEntry]) -> Path:
     """Writes the page into the folder."""
     path = folder / PAGE_NAME
     shown = "\n".join(map(_sample, samples))
@@ -54,7 +54,7 @@ def write_page(folder: Path, title: str, summary: str, samples: Sequence[Seen]) 
     return path
 
 
-def _sample(seen: Seen) -> str:
+def _sample(seen: PageEntry) -> str:
     figures = "".join(_figure(what, file) for what, file in seen.pictures.items())
     facts = " &middot; ".join(f"{html.escape(name)} {html.escape(value)}" for name, value in seen.facts.items())
     caption = html.escape(seen.caption) if seen.caption else "<i>no caption</i>"

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 from utils.dataset.batches import EvaluationBatches
-from utils.ranks import share
+from utils.ranks import gather
 from utils.run.cadence import Cadence, Duty
 from utils.run.evaluation import Prepare, evaluate
 from utils.run.export import OF_AVERAGES, ExportPlan, export, export_name
@@ -22,11 +22,11 @@ AVERAGES = {"weights": "exponential moving average"}
 """Metadata of an export of the averages."""
 
 
-def of_run(
+def make_duties(
     trainer: Trainer,
     sets: Mapping[str, EvaluationBatches],
     prepare: Prepare,
-    painter: SampleModel,
+    sampler: SampleModel,
     plan: ExportPlan,
 ) -> list[Duty]:
     """Evaluation, sampling and export, as the settings ask for them.
@@ -34,7 +34,7 @@ def of_run(
     Args:
         sets: what is evaluated, by name.
         prepare: makes micro-batches of them.
-        painter: how samples are drawn.
+        sampler: how samples are drawn.
         plan: what exports contain.
     """
     settings, ranks, ema = trainer.settings, trainer.ranks, trainer.ema
@@ -47,7 +47,7 @@ def of_run(
 
     def measure(progress: Progress, prefix: str = "") -> None:
         tag = f"{prefix}{progress.step}"
-        results = evaluate(trainer.engine, ranks, sets, prepare, tag, trainer.heed, prefix)
+        results = evaluate(trainer.engine, ranks, sets, prepare, tag, trainer.raise_if_stopping, prefix)
         trainer.metrics.scalars(results, progress.step)
         for name in sets:
             loss = f"{name}/{prefix}loss"
@@ -56,19 +56,28 @@ def of_run(
     def draw_samples(progress: Progress, epoch_ended: bool) -> None:
         folder, metrics = trainer.folder, trainer.metrics
         with ema.swapped() if ema and ema.settings.sample else nullcontext():
-            sample(trainer.engine, ranks, painter, settings.sampling, folder, metrics, progress.step, trainer.heed)
+            sample(
+                trainer.engine,
+                ranks,
+                sampler,
+                settings.sampling,
+                folder,
+                metrics,
+                progress.step,
+                trainer.raise_if_stopping,
+            )
 
     def write_export(progress: Progress, epoch_ended: bool) -> None:
         name = export_name(trainer.folder, progress, epoch_ended)
-        folder = trainer.folder / share(ranks, f"export/{progress.step}", name)[0]
+        folder = trainer.folder / gather(ranks, f"export/{progress.step}", name)[0]
         instead = ema is not None and ema.settings.export == "instead"
         if not instead:
             export(folder, ranks, trainer.parameters, plan, progress.step)
         if ema:
-            place = folder if instead else folder.with_name(folder.name + OF_AVERAGES)
+            target = folder if instead else folder.with_name(folder.name + OF_AVERAGES)
             averaged = replace(plan, metadata={**plan.metadata, **AVERAGES})
             with ema.swapped():
-                export(place, ranks, trainer.parameters, averaged, progress.step)
+                export(target, ranks, trainer.parameters, averaged, progress.step)
 
     sampling = settings.sampling
     evaluation = Duty(

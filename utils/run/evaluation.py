@@ -27,23 +27,23 @@ def evaluate(
     sets: Mapping[str, EvaluationBatches],
     prepare: Prepare,
     tag: str,
-    heed: Callable[[], None] = lambda: None,
+    raise_if_stopping: Callable[[], None] = lambda: None,
     prefix: str = "",
 ) -> dict[str, float]:
     """Mean losses, "<set>/loss_quantile_0.10" ... and "<set>/loss", the same on every rank.
 
     Args:
         tag: tells this evaluation from the others of the run.
-        heed: called by all ranks now and then, as often by each; what it raises ends the evaluation.
+        raise_if_stopping: called by all ranks now and then, as often by each; what it raises ends the evaluation.
         prefix: of the losses' names, as in "<set>/ema_loss".
     """
     results: dict[str, float] = {}
     for name, batches in sets.items():
         loss = f"{name}/{prefix}loss"
-        losses_QN = _losses(engine, ranks, batches, prepare, name, heed)
+        losses_QN = _losses(engine, ranks, batches, prepare, name, raise_if_stopping)
         own = [losses_QN.sum(1).tolist(), losses_QN.shape[1]]
         # The stages of a pipeline hold the same losses: those of the first stage stand for all.
-        pipelines = together.share(ranks, f"evaluation/{tag}/{name}", own)[: ranks.data_ranks]
+        pipelines = together.gather(ranks, f"evaluation/{tag}/{name}", own)[: ranks.data_ranks]
         count = sum(held for _, held in pipelines)
         for index, quantile in enumerate(QUANTILES):
             results[f"{loss}_quantile_{quantile:.2f}"] = sum(sums[index] for sums, _ in pipelines) / count
@@ -57,7 +57,7 @@ def _losses(
     batches: EvaluationBatches,
     prepare: Prepare,
     name: str,
-    heed: Callable[[], None],
+    raise_if_stopping: Callable[[], None],
 ) -> torch.Tensor:
     """The losses (quantiles, samples) of this data rank, in float64; each batch is read once."""
     reads = ranks.is_first_stage or ranks.is_last_stage
@@ -66,7 +66,7 @@ def _losses(
     # A deep pipeline is filled and emptied at every turn: the more stages, the longer its turns.
     batches_a_turn = max(1, ranks.stages // 2)
     for start in range(0, batches.rounds, batches_a_turn):
-        heed()
+        raise_if_stopping()
         count = len(range(start, len(batches))[:batches_a_turn]) * len(QUANTILES)
         if count:
             losses += engine.evaluate(prepared and itertools.islice(prepared, count), count)

@@ -190,11 +190,11 @@ def _diffusers_metadata(plan: ExportPlan, config: Mapping[str, Any]) -> dict[str
 def _write_denoiser(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: dict[str, str]) -> None:
     """`<denoiser>/` as diffusers loads it, in shards, and one file per further layout."""
     for part in plan.folders if "diffusers" in plan.formats else ():
-        place = folder / part.name
-        place.mkdir()
-        (place / "config.json").write_text(json.dumps(dict(part.config), indent=2))
+        part_folder = folder / part.name
+        part_folder.mkdir()
+        (part_folder / "config.json").write_text(json.dumps(dict(part.config), indent=2))
         own = {here: tensors[name] for here, name in part.own(tensors).items()}
-        _write_shards(place, own, metadata, plan.shard_bytes, part.stem)
+        _write_shards(part_folder, own, metadata, plan.shard_bytes, part.stem)
     for name, convert in plan.layouts.items():
         if name in plan.formats:
             write_tensors(folder / f"model_{name}.safetensors", convert(tensors), metadata)
@@ -210,12 +210,12 @@ def _write_shards(folder: Path, tensors: Tensors, metadata: dict[str, str], shar
     if len(shards) == 1:
         write_tensors(folder / f"{stem}.safetensors", shards[0], metadata)
         return
-    places = {}
+    weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         write_tensors(folder / file, shard, metadata)
-        places |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": places}
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
 
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.ranks import Ranks, barrier, share
+from utils.ranks import Ranks, barrier, gather
 from utils.settings.reader import write_resolved
 from utils.settings.schema import Settings
 
@@ -47,7 +47,7 @@ def checkpoints_before(checkpoint: Path) -> list[Path]:
 def create(settings: Settings, ranks: Ranks, config: Path) -> Path:
     """Makes a folder for this run, the same on every rank, with the user's files as given and the settings as
     resolved."""
-    folder = settings.output_dir / share(ranks, "run folder", new_name(settings.output_dir))[0]
+    folder = settings.output_dir / gather(ranks, "run folder", new_name(settings.output_dir))[0]
     if ranks.is_main:
         _make(folder)
         (folder / "config.toml").write_text(_without_key(config, settings), encoding="utf-8")

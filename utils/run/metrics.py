@@ -156,7 +156,7 @@ class Metrics:
         self.sinks = sinks
 
     @classmethod
-    def of_run(
+    def from_settings(
         cls,
         folder: Path,
         settings: MonitoringSettings,

@@ -71,7 +71,7 @@ class _AboveProgressBar(logging.StreamHandler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def is_users(error: Exception) -> bool:
+def is_user_error(error: Exception) -> bool:
     """Whether this is a mistake of the user's, or of their machine, that its text explains: a traceback would not."""
     is_full = isinstance(error, OSError) and error.errno in FULL
     # A time-out is an OSError to Python; ours name the ranks that were waited for.

@@ -41,7 +41,7 @@ class SampleModel:
         latent_shape: -> shape of a sample's latent without the batch.
         levels: steps -> their noise levels before a flow-matching scheduler shifts them; None for the scheduler's own.
         guided: (prediction for the prompt, that for the negative prompt, guidance) -> what leads away from the latter.
-        rate: frames of a clip a second.
+        fps: frames of a clip a second.
         tokens: latent shape -> image tokens.
         scheduler: -> a stock scheduler of diffusers.
         shift: the model's constants for a scheduler that shifts by size.
@@ -55,7 +55,7 @@ class SampleModel:
     latent_shape: Callable[[], tuple[int, ...]]
     levels: Callable[[int], Sequence[float] | None]
     guided: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
-    rate: float
+    fps: float
     tokens: Callable[[Sequence[int]], int]
     scheduler: Callable[[], Any]
     shift: ResolutionShift
@@ -70,31 +70,32 @@ def sample(
     folder: Path,
     metrics: Metrics,
     step: int,
-    heed: Callable[[], None] = lambda: None,
+    raise_if_stopping: Callable[[], None] = lambda: None,
 ) -> None:
     """Draws every prompt into `folder/samples/step000100/00_<prompt>.png`, the data ranks sharing the prompts. Of a
     clip (`.mp4`) that is its middle frame.
 
-    `heed` is called by all ranks before each of their prompts, as often by each; what it raises ends the drawing.
+    `raise_if_stopping` is called by all ranks before each of their prompts, as often by each; what it raises ends the
+    drawing.
     """
-    place = folder / "samples" / f"step{step:06d}"
-    place.mkdir(parents=True, exist_ok=True)
+    samples_folder = folder / "samples" / f"step{step:06d}"
+    samples_folder.mkdir(parents=True, exist_ok=True)
     own = range(ranks.data_rank, len(settings.prompts), ranks.data_ranks)
     latents = []
     for first in range(0, len(settings.prompts), ranks.data_ranks):
-        heed()
+        raise_if_stopping()
         index = first + ranks.data_rank
         if index in own:
             latents.append(denoise(engine, ranks, model, settings, index))
     if ranks.is_first_stage:
         for index, pixels_CFHW in zip(own, model.decode(latents), strict=True):
-            _write(pixels_CFHW, model.rate, place / file_name(index, settings.prompts[index]))
+            _write(pixels_CFHW, model.fps, samples_folder / file_name(index, settings.prompts[index]))
     together.barrier()
     if ranks.is_main:
         for index, prompt in enumerate(settings.prompts):
-            with Image.open(place / file_name(index, prompt)) as picture:
+            with Image.open(samples_folder / file_name(index, prompt)) as picture:
                 metrics.picture(f"samples/{index:02d}", picture.convert("RGB"), step)
-        logger.info("samples: %s", place)
+        logger.info("samples: %s", samples_folder)
 
 
 def denoise(engine: Engine, ranks: Ranks, model: SampleModel, settings: SamplingSettings, index: int) -> torch.Tensor:
@@ -129,10 +130,10 @@ def denoise(engine: Engine, ranks: Ranks, model: SampleModel, settings: Sampling
     return latents
 
 
-def _write(pixels_CFHW: torch.Tensor, rate: float, path: Path) -> None:
+def _write(pixels_CFHW: torch.Tensor, fps: float, path: Path) -> None:
     frames = pixels_CFHW.shape[1]
     if frames > 1:
-        write_clip(pixels_CFHW, rate, path.with_suffix(".mp4"))
+        write_clip(pixels_CFHW, fps, path.with_suffix(".mp4"))
     tensor_to_image(pixels_CFHW[:, frames // 2 :]).save(path)
 
 

@@ -27,7 +27,7 @@ class StopRequests:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._told = False
+        self._warned = False
         self._ancestors = _launchers()
         self._before: dict[int, object] = {}
 
@@ -55,13 +55,13 @@ class StopRequests:
         """Whether this process was asked to stop, or was left alone by the launcher that watches over it: a
         terminated `deepspeed` leaves its processes behind, a killed `torchrun` too, and they would train on unseen."""
         pending = self.received is not None or _launchers() != self._ancestors
-        if pending and not self._told:
+        if pending and not self._warned:
             # Not in the handler: it may have interrupted the logging of something else.
-            self._told = True
+            self._warned = True
             logger.warning("asked to stop: ending as soon as nothing is lost by it; once more ends at once")
         return pending
 
-    def heed(self) -> None:
+    def raise_if_stopping(self) -> None:
         """Ends what this process is doing, if it was asked to stop.
 
         Raises:

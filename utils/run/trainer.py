@@ -97,8 +97,8 @@ class Trainer:
         started = time.monotonic()
         step, groups = self.progress.step, self.optimizer.param_groups
         bases = [self.settings.optimizer.lr, *(group["initial_lr"] for group in groups)]
-        rate, *rates = learning_rates(step, bases, self.settings, self.last_step)
-        for group, own in zip(groups, rates, strict=True):
+        lr, *lrs = learning_rates(step, bases, self.settings, self.last_step)
+        for group, own in zip(groups, lrs, strict=True):
             group["lr"] = own
         result = self.engine.train_step(next(batches), step)
         if not isfinite(result.loss) or not isfinite(result.grad_norm):
@@ -116,7 +116,7 @@ class Trainer:
         values = {
             "train/loss": result.loss,
             "train/grad_norm": result.grad_norm,
-            "train/lr": rate,
+            "train/lr": lr,
             "train/step_time_sec": seconds,
             "train/samples_per_sec": examples / seconds,
             **{f"train/{name}": value for name, value in result.terms.items()},
@@ -148,7 +148,7 @@ class Trainer:
             self.save_checkpoint()
         return stopping and not last
 
-    def heed(self) -> None:
+    def raise_if_stopping(self) -> None:
         """Ends what all ranks are doing, if one was asked to stop: a signal may reach one process alone.
 
         Raises:

@@ -92,8 +92,8 @@ def check_with_run(settings: Settings, dataset: DatasetSettings, file: str, brok
 
 def check_training_set(settings: Settings, dataset: DatasetSettings, file: str) -> list[Problem]:
     """What a sound run asks of its training set, as problems of the run's file."""
-    taught = any(dataset.resolved(entry).is_regularisation_data for entry in dataset.directory)
-    if settings.regularisation_target == "data" or taught:
+    with_teacher_target = any(dataset.resolved(entry).is_regularisation_data for entry in dataset.directory)
+    if settings.regularisation_target == "data" or with_teacher_target:
         return []
     message = f"no directory of {settings.dataset} has is_regularisation_data = true; set it there, or leave this out"
     return [Problem(file, "key `regularisation_target`", message)]
@@ -154,10 +154,10 @@ def _conflicts(dataset: DatasetSettings) -> Iterator[Problem]:
                 continue
             own = [key for key in conflict.keys if key in entry.model_fields_set]
             shared = [key for key in conflict.keys if key in dataset.model_fields_set]
-            place = f"key `directory[{number}].{own[0]}`" if own else f"key `{shared[0]}`"
-            if place not in told:
-                told.add(place)
-                yield Problem("", place, conflict.message.format_map(dict(resolved)))
+            where = f"key `directory[{number}].{own[0]}`" if own else f"key `{shared[0]}`"
+            if where not in told:
+                told.add(where)
+                yield Problem("", where, conflict.message.format_map(dict(resolved)))
 
 
 def _without_size(dataset: DatasetSettings) -> Iterator[Problem]:
@@ -190,11 +190,11 @@ def _cache_can_be_written(dataset: DatasetSettings) -> Iterator[Problem]:
 
 def _directories_exist(dataset: DatasetSettings) -> Iterator[Problem]:
     for number, directory in enumerate(dataset.directory):
-        place, path = f"key `directory[{number}].path`", directory.path
-        yield from missing(place, path)
+        where, path = f"key `directory[{number}].path`", directory.path
+        yield from missing(where, path)
         if os.path.isfile(path) and path.suffix.lower() not in (*TABLES, TAR):
             known = ", ".join((*TABLES, TAR))
-            yield Problem("", place, f"{path} is a file, and none of {known}; give one of those, or a folder")
+            yield Problem("", where, f"{path} is a file, and none of {known}; give one of those, or a folder")
         several = isinstance(directory.control_path, list)
         for index, control in enumerate(directory.control_paths):
             key = f"control_path[{index}]" if several else "control_path"
@@ -202,10 +202,10 @@ def _directories_exist(dataset: DatasetSettings) -> Iterator[Problem]:
         yield from _no_folder(f"key `directory[{number}].mask_path`", directory.mask_path)
 
 
-def _no_folder(place: str, path: Path | None) -> Iterator[Problem]:
-    yield from missing(place, path)
+def _no_folder(where: str, path: Path | None) -> Iterator[Problem]:
+    yield from missing(where, path)
     if path is not None and os.path.isfile(path):
-        yield Problem("", place, f"{path} is a file; a folder is needed")
+        yield Problem("", where, f"{path} is a file; a folder is needed")
 
 
 def _mask_files_exist(dataset: DatasetSettings, with_directories: bool) -> Iterator[Problem]:
@@ -213,10 +213,10 @@ def _mask_files_exist(dataset: DatasetSettings, with_directories: bool) -> Itera
     if with_directories:
         tables += [(f"directory[{number}].", entry) for number, entry in enumerate(dataset.directory)]
     for prefix, table in tables:
-        place, path = f"key `{prefix}default_mask_file`", table.default_mask_file
-        yield from missing(place, path)
+        where, path = f"key `{prefix}default_mask_file`", table.default_mask_file
+        yield from missing(where, path)
         if path is not None and os.path.isdir(path):
-            yield Problem("", place, f"{path} is a folder; a picture is needed. A folder of masks goes into mask_path")
+            yield Problem("", where, f"{path} is a folder; a picture is needed. A folder of masks goes into mask_path")
 
 
 def _ending(directory: DirectorySettings) -> str:

@@ -95,7 +95,7 @@ def is_dataset(raw: Mapping[str, Any]) -> bool:
 
 def unknown_tables(raw: Mapping[str, Any]) -> dict[str, str | None]:
     """The tables of a run's file that have no known name -> the name that was probably meant."""
-    known, elsewhere = [*SECTIONS, *GROUPS], set().union(*_places().values())
+    known, elsewhere = [*SECTIONS, *GROUPS], set().union(*_locations().values())
     unknown = [key for key, value in raw.items() if isinstance(value, dict) and key not in {*known, *run_keys()}]
     meant: dict[str, str | None] = {}
     for key in unknown:
@@ -119,27 +119,27 @@ def unknown_key(key: str, here: Iterable[str]) -> str:
     if advised := advice(key):
         return f"no such key; {advised}"
     here = sorted(here)
-    places = _places()
-    for place, keys in places.items():
+    locations = _locations()
+    for location, keys in locations.items():
         if key in keys:
-            return f"no such key here; it belongs {place}"
+            return f"no such key here; it belongs {location}"
     if near := get_close_matches(key, here, n=1):
         return f"no such key; did you mean `{near[0]}`?"
-    for place, keys in places.items():
+    for location, keys in locations.items():
         if near := get_close_matches(key, sorted(keys), n=1):
-            return f"no such key; did you mean `{near[0]}`, {place}?"
+            return f"no such key; did you mean `{near[0]}`, {location}?"
     # All of the run's keys would bury the other problems.
     return f"no such key; known here: {', '.join(here)}" if len(here) <= 12 else "no such key"
 
 
-def _places() -> dict[str, set[str]]:
+def _locations() -> dict[str, set[str]]:
     """Every place of a file, and the keys known there."""
     shared = {"model": ModelSettings, "optimizer": OptimizerSettings}
     optimizers = {f'in [optimizer] with type = "{name}"': cls for name, cls in optimizer_types().items()}
     return {
         "at the top of the run's file, above all tables": set(run_keys()),
         **{f"in [{name}]": known_keys(name, cls or shared[name]) for name, cls in SECTIONS.items()},
-        **{place: set(cls.model_fields) for place, cls in optimizers.items()},
+        **{location: set(cls.model_fields) for location, cls in optimizers.items()},
         "at the top of a dataset file": known_keys("dataset", DatasetSettings),
         "in [[directory]] of a dataset file": known_keys("directory", DirectorySettings),
     }

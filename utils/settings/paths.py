@@ -7,19 +7,19 @@ from pathlib import Path
 from utils.errors import Problem
 
 
-def missing(place: str, path: Path | None) -> Iterator[Problem]:
+def missing(where: str, path: Path | None) -> Iterator[Problem]:
     """A path, if given, that is not there."""
     if path is not None and not os.path.exists(path):
         base = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
-        yield Problem("", place, f"there is no {path}{base}")
+        yield Problem("", where, f"there is no {path}{base}")
 
 
-def unwritable(place: str, folder: Path) -> Iterator[Problem]:
+def unwritable(where: str, folder: Path) -> Iterator[Problem]:
     """A folder, there or not yet, that cannot be made or written to."""
     there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
     if str(folder).startswith("~"):
-        yield Problem("", place, f"{folder}: there is no such user; name another folder")
+        yield Problem("", where, f"{folder}: there is no such user; name another folder")
     elif not os.path.isdir(there):
-        yield Problem("", place, f"{there} is no folder; name another")
+        yield Problem("", where, f"{there} is no folder; name another")
     elif not os.access(there, os.W_OK | os.X_OK):
-        yield Problem("", place, f"{there} cannot be written to; name another folder, or change its permissions")
+        yield Problem("", where, f"{there} cannot be written to; name another folder, or change its permissions")

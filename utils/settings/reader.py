@@ -116,7 +116,7 @@ def _read_run(path: Path, options_for: OptionsFor) -> Reading[Settings]:
     table = run_table(str(path), raw)
     # A part with problems goes in as far as it is sound, so that the whole is checked all the same.
     table.keys.update({name: part.value for name, part in parts.items()})
-    table.places.update({name: (f"[{name}]", "") for name in SECTIONS})
+    table.locations.update({name: (f"[{name}]", "") for name in SECTIONS})
     run = check(Settings, table, run_keys())
     problems = [*run.problems, *(problem for part in parts.values() for problem in part.problems)]
     # A table under a wrong name is not missing too.
@@ -150,17 +150,17 @@ def _read_section(file: str, name: str, written: Any, options_for: OptionsFor) -
 
 def _class_by_type(table: Table, by_type: Callable[[str], type[SettingsTable]]) -> type[SettingsTable] | None:
     """The class that the table's `type` chooses; if it chooses none, None, and a problem in the table."""
-    place = where(table.title, "type")
+    location = where(table.title, "type")
     name = table.keys.get("type")
     if name is None:
-        table.complain(place, "is required and not given")
+        table.complain(location, "is required and not given")
     elif not isinstance(name, str):
-        table.complain(place, f"must be a text in quotes; given: {given(name)}")
+        table.complain(location, f"must be a text in quotes; given: {given(name)}")
     else:
         try:
             return by_type(name)
         except ValueError as error:
-            table.complain(place, str(error))
+            table.complain(location, str(error))
     return None
 
 

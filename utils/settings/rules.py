@@ -40,7 +40,7 @@ def check_rules(
 
 
 @dataclass(frozen=True)
-class Rule:
+class SettingsRule:
     """A check, and the keys that it looks at."""
 
     keys: tuple[str, ...]
@@ -123,11 +123,11 @@ def _eval_paths_exist(settings: Settings, _: int) -> Iterator[Problem]:
         yield from missing(f"key `eval_datasets[{number}].config`", entry.config)
 
 
-def _model_path_exists(key: str) -> Rule:
+def _model_path_exists(key: str) -> SettingsRule:
     def check(settings: Settings, _: int) -> Iterator[Problem]:
         return missing(f"[model] {key}", getattr(settings.model, key))
 
-    return Rule((f"model.{key}",), check)
+    return SettingsRule((f"model.{key}",), check)
 
 
 def _text_encoder_paths_exist(settings: Settings, _: int) -> Iterator[Problem]:
@@ -171,14 +171,14 @@ def _eval_keys_have_data(settings: Settings, _: int) -> Iterator[Problem]:
                 yield _at(f"key `{key}`", "there is nothing to evaluate; add eval_datasets, or leave it out")
 
 
-def _one_batch_a_resolution(key: str) -> Rule:
+def _one_batch_a_resolution(key: str) -> SettingsRule:
     def check(settings: Settings, _: int) -> Iterator[Problem]:
         sizes = getattr(settings, key)
         sides = [side for side, _ in sizes] if isinstance(sizes, list) else []
         if twice := next((side for side in sides if sides.count(side) > 1), None):
             yield _at(f"key `{key}`", f"has the resolution {twice} twice; keep one of them")
 
-    return Rule((key,), check)
+    return SettingsRule((key,), check)
 
 
 def _prompts_have_a_cadence(settings: Settings, _: int) -> Iterator[Problem]:
@@ -190,7 +190,7 @@ def _prompts_have_a_cadence(settings: Settings, _: int) -> Iterator[Problem]:
         yield _at(f"[sampling] {given[0]}", "there is nothing to draw; add prompts, or leave it out")
 
 
-def _is_used(key: str, chooser: str, values: tuple[str, ...]) -> Rule:
+def _is_used(key: str, chooser: str, values: tuple[str, ...]) -> SettingsRule:
     """A key that has its default may stand anywhere: a run's resolved settings have all keys."""
 
     def check(settings: Settings, _: int) -> Iterator[Problem]:
@@ -199,7 +199,7 @@ def _is_used(key: str, chooser: str, values: tuple[str, ...]) -> Rule:
             fitting = " or ".join(f'"{value}"' for value in values)
             yield _at(f"[model] {key}", f"is for {chooser} = {fitting} only; set that, or leave this out")
 
-    return Rule((f"model.{key}", f"model.{chooser}"), check)
+    return SettingsRule((f"model.{key}", f"model.{chooser}"), check)
 
 
 def _discount_has_levels(settings: Settings, _: int) -> Iterator[Problem]:
@@ -222,25 +222,25 @@ def _wandb_is_enabled(settings: Settings, _: int) -> Iterator[Problem]:
 
 
 _RULES = (
-    Rule(("partition_split", "partition_method", "pipeline_stages"), _split_fits_method),
-    Rule(("pipeline_stages",), _stages_divide_world),
-    Rule(("dataset",), _dataset_exists),
-    Rule(("eval_datasets",), _eval_paths_exist),
-    Rule(("eval_datasets",), _eval_names_differ),
-    Rule(("model", "adapter"), _float16_is_not_trained),
-    Rule(("eval_datasets", *EVAL_KEYS), _eval_keys_have_data),
-    Rule(("model.shift", "model.flux_shift"), _one_shift),
+    SettingsRule(("partition_split", "partition_method", "pipeline_stages"), _split_fits_method),
+    SettingsRule(("pipeline_stages",), _stages_divide_world),
+    SettingsRule(("dataset",), _dataset_exists),
+    SettingsRule(("eval_datasets",), _eval_paths_exist),
+    SettingsRule(("eval_datasets",), _eval_names_differ),
+    SettingsRule(("model", "adapter"), _float16_is_not_trained),
+    SettingsRule(("eval_datasets", *EVAL_KEYS), _eval_keys_have_data),
+    SettingsRule(("model.shift", "model.flux_shift"), _one_shift),
     *(_is_used(key, *chosen) for keys, chosen in USED_WITH.items() for key in keys),
-    Rule(("model.multires_noise_discount", "model.multires_noise_iterations"), _discount_has_levels),
-    Rule(("regularisation_target", "adapter"), _parent_is_kept),
-    Rule(("regularisation_target", "model.folded_guidance"), _one_teacher),
-    Rule(("output_dir",), _output_can_be_written),
-    Rule(("model.diffusers_path", "model.transformer_path"), _model_has_a_folder),
+    SettingsRule(("model.multires_noise_discount", "model.multires_noise_iterations"), _discount_has_levels),
+    SettingsRule(("regularisation_target", "adapter"), _parent_is_kept),
+    SettingsRule(("regularisation_target", "model.folded_guidance"), _one_teacher),
+    SettingsRule(("output_dir",), _output_can_be_written),
+    SettingsRule(("model.diffusers_path", "model.transformer_path"), _model_has_a_folder),
     *(_one_batch_a_resolution(key) for key in BATCH_KEYS),
     *(_model_path_exists(key) for key in ("diffusers_path", "transformer_path", "vae_path")),
-    Rule(("model.text_encoders",), _text_encoder_paths_exist),
-    Rule(("adapter.init_from_existing",), _adapter_path_exists),
-    Rule(("model.preset_adapters",), _preset_paths_exist),
-    Rule(("sampling.prompts", *(f"sampling.{key}" for key in SAMPLE_CADENCES)), _prompts_have_a_cadence),
-    Rule(("monitoring.enable_wandb", *(f"monitoring.{key}" for key in WANDB_KEYS)), _wandb_is_enabled),
+    SettingsRule(("model.text_encoders",), _text_encoder_paths_exist),
+    SettingsRule(("adapter.init_from_existing",), _adapter_path_exists),
+    SettingsRule(("model.preset_adapters",), _preset_paths_exist),
+    SettingsRule(("sampling.prompts", *(f"sampling.{key}" for key in SAMPLE_CADENCES)), _prompts_have_a_cadence),
+    SettingsRule(("monitoring.enable_wandb", *(f"monitoring.{key}" for key in WANDB_KEYS)), _wandb_is_enabled),
 )

@@ -43,34 +43,34 @@ class Table:
 
     file: str
     keys: dict[str, Any] = field(default_factory=dict)
-    places: dict[str, tuple[str, str]] = field(default_factory=dict)
+    locations: dict[str, tuple[str, str]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     title: str = ""
 
     def add(self, key: str, value: Any, title: str, written: str) -> None:
         """Takes up a key; a second value for it is a problem."""
         if key in self.keys:
-            first = where(*self.places[key])
+            first = where(*self.locations[key])
             self.complain(where(title, written), f"is given twice: {first} is the same key; keep one of them")
         else:
-            self.keys[key], self.places[key] = value, (title, written)
+            self.keys[key], self.locations[key] = value, (title, written)
 
     def locate(self, loc: tuple[str | int, ...]) -> str:
         """The words for one of pydantic's locations in this table."""
         if not loc:
             return self.title
-        title, written = self.places.get(str(loc[0]), (self.title, str(loc[0])))
+        title, written = self.locations.get(str(loc[0]), (self.title, str(loc[0])))
         inner = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc[1:])
         return where(title, written + inner)
 
     def entry_title(self, key: str) -> str:
         """How an entry of an array of tables is headed in this file."""
-        title, written = self.places[key]
+        title, written = self.locations[key]
         return f"[[{'.'.join(filter(None, (title.strip('[]'), written)))}]]"
 
-    def complain(self, place: str, message: str) -> None:
-        """Notes a problem at `place`."""
-        self.problems.append(Problem(self.file, place, message))
+    def complain(self, location: str, message: str) -> None:
+        """Notes a problem at `location`."""
+        self.problems.append(Problem(self.file, location, message))
 
 
 def where(title: str, key: str) -> str:

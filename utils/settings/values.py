@@ -56,12 +56,12 @@ Part = Annotated[float, Field(ge=0, le=1)]
 # TOML has neither paths nor tuples: these two alone are converted, from a text and from an array.
 UserPath = Annotated[Path, Field(strict=False), AfterValidator(_at_home)]
 Pair = Annotated[tuple[Count, Count], Field(strict=False)]
-MicroBatch = Annotated[tuple[Count, Count], Field(strict=False)]
+ResolutionBatch = Annotated[tuple[Count, Count], Field(strict=False)]
 Betas = Annotated[tuple[Share, Share], Field(strict=False)]
 Resolution = Annotated[Count | Pair, or_else("must be a side as in 512, or a size as in [768, 512]")]
 AspectRatio = Annotated[Positive | Pair, or_else("must be a ratio as in 1.5, or a size as in [768, 512]")]
 MicroBatches = Annotated[
-    Count | Annotated[list[MicroBatch], Field(min_length=1)],
+    Count | Annotated[list[ResolutionBatch], Field(min_length=1)],
     or_else("must be a number, or pairs of a resolution and a number as in [[512, 4], [1024, 1]]"),
 ]
 SizeBucket = Annotated[

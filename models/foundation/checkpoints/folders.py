@@ -58,8 +58,8 @@ def check_diffusers_folder(
         elif part in present and any((folder / part).glob("*.safetensors*")):
             checks.append(partial(read_header, folder / part))
         elif part in present:
-            cure = f"no .safetensors here; download them, or name a file with {option}"
-            problems.append(Problem(str(folder / part), "weights", cure))
+            hint = f"no .safetensors here; download them, or name a file with {option}"
+            problems.append(Problem(str(folder / part), "weights", hint))
     problems += problems_of(checks)
     if problems:
         raise UserError(problems)

@@ -50,8 +50,8 @@ def read_header(path: Path) -> Header:
                     files[key] = file
                     shapes[key] = tuple(opened.get_slice(key).get_shape())
         except (SafetensorError, OSError) as error:
-            cure = "download it again" if file.suffix in SUFFIXES else "give one; other formats are not read"
-            raise UserError.of(f"not a whole safetensors file ({error}); {cure}", str(file)) from error
+            hint = "download it again" if file.suffix in SUFFIXES else "give one; other formats are not read"
+            raise UserError.of(f"not a whole safetensors file ({error}); {hint}", str(file)) from error
     return Header(files, shapes)
 
 
@@ -69,10 +69,10 @@ def _files_in(folder: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     """The files that an index names."""
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise UserError.of("has no table `weight_map` of file names; download it again", str(index))
-    return sorted({index.parent / name for name in places.values()})
+    return sorted({index.parent / name for name in files.values()})
 
 
 def fingerprint(*parts: Path | str | Mapping[str, Any]) -> str:

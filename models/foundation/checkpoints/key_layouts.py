@@ -22,7 +22,7 @@ BLOCK_NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 
 
 @dataclass(frozen=True)
-class Rule:
+class KeyRule:
     """The module `there` is cat(`here`); its parameter may be called otherwise there (`scale` for `weight`)."""
 
     there: str
@@ -55,7 +55,7 @@ class KeyLayout:
         unused: tensors of the other program's files that do nothing there either.
     """
 
-    def __init__(self, rules: Sequence[Rule], unused: Sequence[str] = ()):
+    def __init__(self, rules: Sequence[KeyRule], unused: Sequence[str] = ()):
         self.rules, self.unused = tuple(rules), tuple(unused)
 
     def recognises(self, keys: Iterable[str]) -> bool:
@@ -187,7 +187,7 @@ class KeyLayout:
                     factors[f"{part}.lora_B.weight"] = rows[:, used].contiguous()
         return factors
 
-    def _modules(self, ours: set[str]) -> list[tuple[str, list[str], Rule]]:
+    def _modules(self, ours: set[str]) -> list[tuple[str, list[str], KeyRule]]:
         """(module there, modules here, rule) wherever at least one of our modules is among those here."""
         numbers = sorted({int(number) for name in ours for number in BLOCK_NUMBER.findall(name)})
         found = []

@@ -12,7 +12,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Mark:
+class FileSignature:
     """By what a kind of file is known.
 
     Attributes:
@@ -77,60 +77,69 @@ FOLDERS = {
 GUESS = "; is it another model's?"
 
 # The first one that fits counts.
-MARKS: tuple[Mark, ...] = (
-    *(Mark("an adapter", ADAPTER, (part,)) for part in (".lora_down", ".lora_A", ".lora.down", ".lokr_w", ".hada_w")),
+MARKS: tuple[FileSignature, ...] = (
     *(
-        Mark(f"an inpainting model of {name}", "give the plain one", parts, size=(first, 1, 9))
+        FileSignature("an adapter", ADAPTER, (part,))
+        for part in (".lora_down", ".lora_A", ".lora.down", ".lokr_w", ".hada_w")
+    ),
+    *(
+        FileSignature(f"an inpainting model of {name}", "give the plain one", parts, size=(first, 1, 9))
         for name, _ in UNETS.values()
         for parts, first in ((UNET, "conv_in.weight"), (ORIGINAL_UNET, "input_blocks.0.0.weight"))
     ),
     *(
-        Mark(name, fits, parts, size=(TEXT_WIDTH, 1, width))
+        FileSignature(name, fits, parts, size=(TEXT_WIDTH, 1, width))
         for width, (name, fits) in UNETS.items()
         for parts in (UNET, ORIGINAL_UNET)
     ),
     *(
-        Mark(name, NOT_TRAINED, parts, size=(TEXT_WIDTH, 1, width))
+        FileSignature(name, NOT_TRAINED, parts, size=(TEXT_WIDTH, 1, width))
         for width, name in OTHER_UNETS.items()
         for parts in (UNET, ORIGINAL_UNET)
     ),
-    Mark("Chroma", _type("chroma"), ("distilled_guidance_layer.",)),
-    Mark("HunyuanVideo", NOT_TRAINED, ("individual_token_refiner",)),
-    Mark("HunyuanVideo", NOT_TRAINED, ("context_embedder.token_refiner",)),
-    Mark("Flux.1 dev", _type("flux"), ("double_blocks.0.img_attn.qkv", "guidance_in.")),
-    Mark("Flux.1 schnell", _type("flux") + " with schnell's folder", ("double_blocks.0.img_attn.qkv", "vector_in.")),
-    Mark("Flux.1 dev", _type("flux"), ("single_transformer_blocks.0.proj_mlp", "guidance_embedder.")),
-    Mark(
+    FileSignature("Chroma", _type("chroma"), ("distilled_guidance_layer.",)),
+    FileSignature("HunyuanVideo", NOT_TRAINED, ("individual_token_refiner",)),
+    FileSignature("HunyuanVideo", NOT_TRAINED, ("context_embedder.token_refiner",)),
+    FileSignature("Flux.1 dev", _type("flux"), ("double_blocks.0.img_attn.qkv", "guidance_in.")),
+    FileSignature(
+        "Flux.1 schnell", _type("flux") + " with schnell's folder", ("double_blocks.0.img_attn.qkv", "vector_in.")
+    ),
+    FileSignature("Flux.1 dev", _type("flux"), ("single_transformer_blocks.0.proj_mlp", "guidance_embedder.")),
+    FileSignature(
         "Flux.1 schnell",
         _type("flux") + " with schnell's folder",
         ("single_transformer_blocks.0.proj_mlp", "time_text_embed.text_embedder."),
     ),
-    Mark("Stable Diffusion 3", _type("sd3"), ("joint_blocks.0.x_block.",)),
-    Mark("Stable Diffusion 3", _type("sd3"), ("pos_embed.pos_embed", "ff_context.", "time_text_embed.")),
-    Mark(
+    FileSignature("Stable Diffusion 3", _type("sd3"), ("joint_blocks.0.x_block.",)),
+    FileSignature("Stable Diffusion 3", _type("sd3"), ("pos_embed.pos_embed", "ff_context.", "time_text_embed.")),
+    FileSignature(
         "Qwen-Image-Layered", _type("qwen_image_layered"), ("transformer_blocks.0.img_mod.1.", "addition_t_embedding.")
     ),
-    Mark("Qwen-Image", _type("qwen_image"), ("transformer_blocks.0.img_mod.1.", "txt_in.")),
-    Mark("HiDream", _type("hidream"), ("double_stream_blocks.0.block.", "caption_projection.0.")),
-    Mark("HunyuanDiT", _type("hunyuan_dit"), ("text_embedding_padding",)),
-    Mark("CogView4", _type("cogview4"), ("patch_embed.text_proj.", "time_condition_embed.")),
-    Mark("Z-Image", _type("z_image"), ("noise_refiner.0.", "x_pad_token")),
-    Mark("Lumina Image 2", NOT_TRAINED, ("noise_refiner.0.",)),
+    FileSignature("Qwen-Image", _type("qwen_image"), ("transformer_blocks.0.img_mod.1.", "txt_in.")),
+    FileSignature("HiDream", _type("hidream"), ("double_stream_blocks.0.block.", "caption_projection.0.")),
+    FileSignature("HunyuanDiT", _type("hunyuan_dit"), ("text_embedding_padding",)),
+    FileSignature("CogView4", _type("cogview4"), ("patch_embed.text_proj.", "time_condition_embed.")),
+    FileSignature("Z-Image", _type("z_image"), ("noise_refiner.0.", "x_pad_token")),
+    FileSignature("Lumina Image 2", NOT_TRAINED, ("noise_refiner.0.",)),
     *(
-        Mark(f"Wan {variant}", _type("wan"), (part,), size=("patch_embedding.weight", 1, channels))
+        FileSignature(f"Wan {variant}", _type("wan"), (part,), size=("patch_embedding.weight", 1, channels))
         for part in ("blocks.0.self_attn.q.", "blocks.0.attn1.to_q.")
         for channels, variant in ((16, "for text to video"), (36, "for picture to video"), (48, "2.2 TI2V-5B"))
     ),
-    Mark("Wan", _type("wan"), ("blocks.0.self_attn.q.", "text_embedding.0.")),
-    Mark("Wan", _type("wan"), ("blocks.0.attn1.to_q.", "condition_embedder.text_embedder.")),
-    Mark("a VAE", "give it as [model] vae_path", ("decoder.conv_in.",), lacks=("transformer_blocks.", "input_blocks.")),
-    Mark("a text encoder", "give it in [model] text_encoders", ("embeddings.token_embedding.",)),
-    Mark("a text encoder", "give it in [model] text_encoders", ("block.0.layer.0.SelfAttention.",)),
-    Mark("a text encoder", "give it in [model] text_encoders", ("embed_tokens.weight", "layers.0.self_attn.q_proj.")),
+    FileSignature("Wan", _type("wan"), ("blocks.0.self_attn.q.", "text_embedding.0.")),
+    FileSignature("Wan", _type("wan"), ("blocks.0.attn1.to_q.", "condition_embedder.text_embedder.")),
+    FileSignature(
+        "a VAE", "give it as [model] vae_path", ("decoder.conv_in.",), lacks=("transformer_blocks.", "input_blocks.")
+    ),
+    FileSignature("a text encoder", "give it in [model] text_encoders", ("embeddings.token_embedding.",)),
+    FileSignature("a text encoder", "give it in [model] text_encoders", ("block.0.layer.0.SelfAttention.",)),
+    FileSignature(
+        "a text encoder", "give it in [model] text_encoders", ("embed_tokens.weight", "layers.0.self_attn.q_proj.")
+    ),
 )
 
 
-def recognised(shapes: Shapes) -> Mark | None:
+def recognised(shapes: Shapes) -> FileSignature | None:
     """What a file with these tensors holds; None if it is of no kind that is known."""
     return next((mark for mark in MARKS if mark.is_on(shapes)), None)
 

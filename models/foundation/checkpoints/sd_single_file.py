@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from models.foundation.checkpoints.key_layouts import KeyLayout, Rule
-from models.foundation.checkpoints.weights import Original
+from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
+from models.foundation.checkpoints.weights import CheckpointNames
 
 Tensors = dict[str, torch.Tensor]
 
@@ -21,17 +21,17 @@ PROJECTION = "text_projection.weight"
 LAYERS = "text_model.encoder.layers.{}"
 OPEN_CLIP = KeyLayout(
     [
-        Rule("token_embedding", ("text_model.embeddings.token_embedding",)),
-        Rule("positional_embedding", ("text_model.embeddings.position_embedding.weight",)),
+        KeyRule("token_embedding", ("text_model.embeddings.token_embedding",)),
+        KeyRule("positional_embedding", ("text_model.embeddings.position_embedding.weight",)),
         *(
-            Rule(
+            KeyRule(
                 f"transformer.resblocks.{{}}.attn.in_proj_{parameter}",
                 tuple(f"{LAYERS}.self_attn.{part}_proj.{parameter}" for part in "qkv"),
             )
             for parameter in ("weight", "bias")
         ),
         *(
-            Rule(f"transformer.resblocks.{{}}.{there}", (f"{LAYERS}.{here}",))
+            KeyRule(f"transformer.resblocks.{{}}.{there}", (f"{LAYERS}.{here}",))
             for there, here in {
                 "attn.out_proj": "self_attn.out_proj",
                 "ln_1": "layer_norm1",
@@ -40,8 +40,8 @@ OPEN_CLIP = KeyLayout(
                 "mlp.c_proj": "mlp.fc2",
             }.items()
         ),
-        Rule("ln_final", ("text_model.final_layer_norm",)),
-        Rule("text_projection", (PROJECTION,)),
+        KeyRule("ln_final", ("text_model.final_layer_norm",)),
+        KeyRule("text_projection", (PROJECTION,)),
     ]
 )
 IN_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -52,20 +52,20 @@ def vae_layout(config: Mapping[str, Any]) -> KeyLayout:
     """The publisher's names of the VAE, whose decoder counts its levels from the other end."""
     levels, per_level = len(config["block_out_channels"]), config["layers_per_block"]
     pairs = [("quant_conv", "quant_conv"), ("post_quant_conv", "post_quant_conv")]
-    places = []
+    modules = []
     for side in ("encoder", "decoder"):
         pairs += [(f"{side}.{name}", f"{side}.{name}") for name in ("conv_in", "conv_out")]
         pairs.append((f"{side}.norm_out", f"{side}.conv_norm_out"))
-        places += [(f"{side}.mid.block_{n + 1}", f"{side}.mid_block.resnets.{n}", IN_RESNET) for n in range(2)]
-        places.append((f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0", IN_ATTENTION))
+        modules += [(f"{side}.mid.block_{n + 1}", f"{side}.mid_block.resnets.{n}", IN_RESNET) for n in range(2)]
+        modules.append((f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0", IN_ATTENTION))
     for level in range(levels):
         down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{levels - 1 - level}"
-        places += [(f"encoder.down.{level}.block.{n}", f"{down}.resnets.{n}", IN_RESNET) for n in range(per_level)]
-        places += [(f"decoder.up.{level}.block.{n}", f"{up}.resnets.{n}", IN_RESNET) for n in range(per_level + 1)]
+        modules += [(f"encoder.down.{level}.block.{n}", f"{down}.resnets.{n}", IN_RESNET) for n in range(per_level)]
+        modules += [(f"decoder.up.{level}.block.{n}", f"{up}.resnets.{n}", IN_RESNET) for n in range(per_level + 1)]
         pairs.append((f"encoder.down.{level}.downsample.conv", f"{down}.downsamplers.0.conv"))
         pairs.append((f"decoder.up.{level}.upsample.conv", f"{up}.upsamplers.0.conv"))
-    pairs += [(f"{there}.{a}", f"{here}.{b}") for there, here, within in places for a, b in within.items()]
-    return KeyLayout([Rule(there, (here,)) for there, here in pairs])
+    pairs += [(f"{there}.{a}", f"{here}.{b}") for there, here, within in modules for a, b in within.items()]
+    return KeyLayout([KeyRule(there, (here,)) for there, here in pairs])
 
 
 def vae_to_original(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
@@ -77,14 +77,14 @@ def vae_to_original(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     }
 
 
-def open_clip_original(prefix: str) -> Original:
+def open_clip_original(prefix: str) -> CheckpointNames:
     """OpenCLIP in a checkpoint, with names of its own."""
 
     def convert(tensors: Tensors) -> Tensors:
         named = OPEN_CLIP.from_original({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
         return {name: _other_side(tensor) if name == PROJECTION else tensor for name, tensor in named.items()}
 
-    return Original(prefix, convert)
+    return CheckpointNames(prefix, convert)
 
 
 def open_clip_to_original(tensors: Tensors) -> Tensors:
@@ -145,10 +145,10 @@ class CheckpointLayout(KeyLayout):
         if left := [name for name in names if name not in known]:
             others = [name for name in left if not name.startswith("lora_te")]
             of_texts = "those of text encoders are if [model] gives them a rate (text_encoder_1_lr)"
-            cure = "is it another model's?" if others else of_texts
+            hint = "is it another model's?" if others else of_texts
             first = (others or left)[0]
             raise ValueError(
-                f"the adapter is also for {len(left)} modules that are not trained here, the first is '{first}'; {cure}"
+                f"the adapter is also for {len(left)} modules that are not trained here, the first is '{first}'; {hint}"
             )
         factors = {}
         for name in names:

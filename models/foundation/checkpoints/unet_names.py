@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from models.foundation.checkpoints.key_layouts import KeyLayout, Rule
+from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
 
 RESNET = {
     "in_layers.0": "norm1",
@@ -37,12 +37,12 @@ AROUND = {
 def unet_layout(config: Mapping[str, Any]) -> KeyLayout:
     """The names in original checkpoints, which count resnets where diffusers counts blocks."""
     pairs = [*AROUND.items()]
-    for there, here, leaves in _places(config):
+    for there, here, leaves in _modules(config):
         pairs += [(f"{there}.{name}", f"{here}.{ours}") for name, ours in leaves.items()]
-    return KeyLayout([Rule(there, (here,)) for there, here in pairs])
+    return KeyLayout([KeyRule(there, (here,)) for there, here in pairs])
 
 
-def _places(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, str]]]:
+def _modules(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, str]]]:
     """(module there, module here, modules within it) of all resnets, attentions and changes of size."""
     per_block, down, up = config["layers_per_block"], config["down_block_types"], config["up_block_types"]
     for block, kind in enumerate(down):

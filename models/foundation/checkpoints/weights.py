@@ -149,7 +149,7 @@ def load_tensors(path: Path, dtype: torch.dtype, prefix: str = "") -> dict[str, 
     return tensors
 
 
-def promised_tensors(path: Path, dtype: torch.dtype, prefix: str = "") -> dict[str, torch.Tensor]:
+def meta_tensors(path: Path, dtype: torch.dtype, prefix: str = "") -> dict[str, torch.Tensor]:
     """What `load_tensors` would give, on the meta device: only headers are read."""
     shapes = read_header(path).shapes
     return {key: torch.empty(shapes[key], dtype=dtype, device="meta") for key in _part(shapes, prefix)}
@@ -223,7 +223,7 @@ def _reading(load: Callable[[], nn.Module]) -> Callable[[str], torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class Original:
+class CheckpointNames:
     """How a text encoder is kept in a checkpoint that holds other parts too.
 
     Attributes:

@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from models.foundation.checkpoints.folders import read_config
 from models.foundation.checkpoints.headers import fingerprint
-from models.foundation.checkpoints.weights import Original
+from models.foundation.checkpoints.weights import CheckpointNames
 from models.foundation.encoders.text import TextEncoder
 from utils.dataset.samples import Bucket
 
@@ -116,7 +116,7 @@ def clip(
     dtype: torch.dtype,
     pooled: Pooled | None,
     *,
-    original: Original | None = None,
+    original: CheckpointNames | None = None,
     trained: bool = False,
     **read: Any,
 ) -> ClipEncoder:

@@ -17,7 +17,7 @@ class SizeEncoder:
     trained."""
 
     name = "sizes"
-    reads = ("place",)
+    reads = ("size_and_crop",)
     fingerprint = "1"
 
     def check(self) -> None:
@@ -29,9 +29,9 @@ class SizeEncoder:
     def unload(self) -> None:
         """Nothing to free."""
 
-    def encode(self, place: torch.Tensor) -> dict[str, torch.Tensor]:
+    def encode(self, size_and_crop: torch.Tensor) -> dict[str, torch.Tensor]:
         """The numbers (B, 6), in pixels."""
-        return {SIZES: place}
+        return {SIZES: size_and_crop}
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {SIZES: ((6,), torch.float32)}

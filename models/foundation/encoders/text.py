@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from models.foundation.checkpoints.folders import problems_of, read_config
 from models.foundation.checkpoints.headers import fingerprint
-from models.foundation.checkpoints.weights import Original, check_shape, load_tensors, promised_tensors
+from models.foundation.checkpoints.weights import CheckpointNames, check_shape, load_tensors, meta_tensors
 from models.foundation.encoders.text_features import Encode, EncodedText, T5Features, clip_pooled
 from utils.dataset.samples import Bucket
 from utils.errors import UserError
@@ -61,9 +61,9 @@ class TextEncoder:
         dtype: torch.dtype,
         encode: Encode,
         shapes: Mapping[str, tuple[int, ...]],
-        original: Original | None = None,
+        original: CheckpointNames | None = None,
     ):
-        self.original = original or Original()
+        self.original = original or CheckpointNames()
         self.name, self.model_class, self.folder = name, model_class, folder
         self.subfolder, self.tokenizer_folder = subfolder, folder / tokenizer
         self.file, self.dtype, self.features, self.shapes = file, dtype, encode, shapes
@@ -110,7 +110,7 @@ class TextEncoder:
         self.token_count("")
 
     def _check_weights(self) -> None:
-        tensors = self.original.tensors(promised_tensors, self._source, self.dtype)
+        tensors = self.original.tensors(meta_tensors, self._source, self.dtype)
         self._build(None, config=self.config(), state_dict=tensors, device_map="meta")
 
     def load(self, device: torch.device) -> None:

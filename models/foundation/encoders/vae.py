@@ -20,7 +20,7 @@ from torch import nn
 
 from models.foundation.checkpoints.folders import read_config
 from models.foundation.checkpoints.headers import fingerprint
-from models.foundation.checkpoints.weights import assign, build_empty, load_tensors, promised_tensors
+from models.foundation.checkpoints.weights import assign, build_empty, load_tensors, meta_tensors
 from utils.dataset.samples import Bucket
 from utils.diffusion import seeds
 
@@ -71,7 +71,7 @@ class Family:
         Args:
             folder: the diffusers folder with `vae/config.json`.
             file: file or folder of weights that replace the folder's.
-            read: what gives the tensors of a file or folder; with `promised_tensors` the VAE is on the meta device.
+            read: what gives the tensors of a file or folder; with `meta_tensors` the VAE is on the meta device.
 
         Raises:
             UserError: the file holds no VAE that fits the configuration.
@@ -135,7 +135,7 @@ class ImageAutoencoder:
         Raises:
             UserError: they do not.
         """
-        self.family.load(self.folder, self.file, self.dtype, promised_tensors)
+        self.family.load(self.folder, self.file, self.dtype, meta_tensors)
 
     def load(self, device: torch.device) -> None:
         self.device = device

@@ -38,15 +38,15 @@ class Middle(nn.Module):
 
 
 @contextmanager
-def listening(
-    modules: Iterable[nn.Module], hear: Callable[[nn.Module, tuple, Any], torch.Tensor]
+def capture_outputs(
+    modules: Iterable[nn.Module], capture: Callable[[nn.Module, tuple, Any], torch.Tensor]
 ) -> Iterator[list[torch.Tensor]]:
-    """What `hear` (module, inputs, output) makes of every call of `modules` within it, for layers that need what
+    """What `capture` (module, inputs, output) makes of every call of `modules` within it, for layers that need what
     happens inside a block. To be used within a layer's forward: where that is recomputed, this is too."""
-    heard: list[torch.Tensor] = []
-    handles = [module.register_forward_hook(lambda *call: heard.append(hear(*call))) for module in modules]
+    captured: list[torch.Tensor] = []
+    handles = [module.register_forward_hook(lambda *call: captured.append(capture(*call))) for module in modules]
     try:
-        yield heard
+        yield captured
     finally:
         for handle in handles:
             handle.remove()

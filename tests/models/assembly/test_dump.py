@@ -44,7 +44,7 @@ class Captions(LengthEncoder):
 def folder(tmp_path: Path) -> Path:
     """A clip of 20 frames and a picture, both with a mask; the left half of the clip's counts."""
     draw_pictures(tmp_path / "data", 1, size=(64, 48))
-    write_video(tmp_path / "data" / "clip.mp4", frames=20, rate=16)
+    write_video(tmp_path / "data" / "clip.mp4", frames=20, fps=16)
     (tmp_path / "data" / "clip.txt").write_text("moving")
     (tmp_path / "masks").mkdir()
     Image.new("L", (64, 48), 255).save(tmp_path / "masks" / "000.png")
@@ -80,8 +80,8 @@ def test_clips_are_shown_as_clips(folder):
     pipeline = tiny_flux.pipeline(tiny_flux.MINI_FLUX)
     dumped = tiny_flux.settings(pipeline), pipeline, data_of(folder), Ranks(), folder / "shown"
     with pytest.raises(StopRequested):
-        dump(*dumped, heed=stop)
-    page = dump(*dumped, heed=lambda: None)
+        dump(*dumped, raise_if_stopping=stop)
+    page = dump(*dumped, raise_if_stopping=lambda: None)
     samples = page.read_text().split('<div class="sample">')[1:]
     assert len(samples) == 3
     picture, first, second = samples

@@ -53,13 +53,13 @@ def export_moved(
     ranks = ranks.with_stages(keys.get("pipeline_stages", 1))
     flux = tiny_flux.pipeline(folder)
     settings = tiny_flux.settings(flux, adapter, **keys)
-    blueprint = load_stage(flux, settings, ranks.stage)
-    layers = blueprint.stage_layers(ranks.stage)
-    parameters = blueprint.trained(layers)
+    staged = load_stage(flux, settings, ranks.stage)
+    layers = staged.stage_layers(ranks.stage)
+    parameters = staged.trained(layers)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.add_(normal(tuple(parameter.shape), 0, "moved", name), alpha=0.2)
-    export(place, ranks, parameters, replace(export_plan(flux, settings, blueprint), **plan), STEP)
+    export(place, ranks, parameters, replace(export_plan(flux, settings, staged), **plan), STEP)
     return layers
 
 
@@ -116,11 +116,11 @@ def test_an_untrained_adapter_is_gone_on_from(folder: Path, tmp_path: Path) -> N
     """The first export may come before a step has moved lora_B from zero."""
     flux = tiny_flux.pipeline(folder)
     settings = tiny_flux.settings(flux, lora())
-    blueprint = load_stage(flux, settings, stage=0)
-    parameters = blueprint.trained(blueprint.layers)
-    export(tmp_path / "step0", Ranks(), parameters, export_plan(flux, settings, blueprint), step=0)
+    staged = load_stage(flux, settings, stage=0)
+    parameters = staged.trained(staged.layers)
+    export(tmp_path / "step0", Ranks(), parameters, export_plan(flux, settings, staged), step=0)
     again = loaded(flux, lora(init_from_existing=tmp_path / "step0"))
-    assert torch.equal(output(flux, again), output(flux, blueprint.layers))
+    assert torch.equal(output(flux, again), output(flux, staged.layers))
 
 
 def test_full_export_loads_in_diffusers(folder: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from models.assembly.noising import Noising
 from models.flux import FluxPipeline, unpack
 from tests.models import tiny_flux
 from utils.dataset.batches import FeatureBatch
-from utils.dataset.epochs import Places
+from utils.dataset.epochs import Positions
 from utils.dataset.samples import Bucket
 from utils.diffusion import strata
 from utils.diffusion.seeds import normal
@@ -165,11 +165,11 @@ def test_evaluation_measures_the_runs_distance_without_the_extras_of_training(fo
 def test_stratified_timesteps_are_drawn_in_parts_of_their_own(folder: Path) -> None:
     sampler = TimestepSampler()
     for method, count, taken in (("batch", 8, [4, 5, 6, 7]), ("epoch", 100, [3, 30, 99, 7])):
-        given = replace(batch("a", "b", "c", "d"), places=Places(5, range(4, 8), 8, [3, 30, 99, 7], 100))
+        given = replace(batch("a", "b", "c", "d"), positions=Positions(5, range(4, 8), 8, [3, 30, 99, 7], 100))
         inputs, _, _ = Noising(flux(folder, stratified_timesteps=method)).training(given, epoch=2)
         quantile = {
-            "batch": lambda place, n: strata.in_batch(0, 2, 5, place, n),
-            "epoch": lambda place, n: strata.in_epoch(0, 2, place, n),
+            "batch": lambda position, n: strata.in_batch(0, 2, 5, position, n),
+            "epoch": lambda position, n: strata.in_epoch(0, 2, position, n),
         }[method]
         assert inputs.t_B.tolist() == pytest.approx([sampler.timestep(quantile(p, count), 6) for p in taken])
         parts = [int(sampler.quantile(t, 6) * count) for t in inputs.t_B.tolist()]

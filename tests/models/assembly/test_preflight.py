@@ -45,18 +45,18 @@ def collection(count: int) -> Collection:
 def test_what_a_stage_holds_is_counted(folder: Path, dtype: str, adapter: AdapterSettings | None) -> None:
     flux = tiny_flux.pipeline(folder, dtype=dtype)
     settings = tiny_flux.settings(flux, adapter)
-    blueprint = load_stage(flux, settings, stage=0)
-    parameters = blueprint.trained(blueprint.layers)
+    staged = load_stage(flux, settings, stage=0)
+    parameters = staged.trained(staged.layers)
     optimizer = optimizers.build(groups_of(parameters.items(), lr=1e-3, weight_decay=0.0), settings.optimizer)
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     kept = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
     expected = sum(tensor.nbytes for tensor in [*kept, *(p.grad for p in parameters.values())])
-    weights = sum(p.nbytes for p in blueprint.denoiser.parameters())
-    assert held_bytes(blueprint.layers, "adamw") == (weights, expected)
+    weights = sum(p.nbytes for p in staged.denoiser.parameters())
+    assert held_bytes(staged.layers, "adamw") == (weights, expected)
     averages = 4 * sum(parameter.numel() for parameter in parameters.values())
-    assert held_bytes(blueprint.layers, "adamw", averages=True) == (weights, expected + averages)
+    assert held_bytes(staged.layers, "adamw", averages=True) == (weights, expected + averages)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])

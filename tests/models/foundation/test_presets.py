@@ -36,12 +36,12 @@ def lora(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("lora") / "out"
     flux = tiny_flux.pipeline(folder)
     chosen = settings(flux, AdapterSettings(type="lora", rank=4, alpha=2.0), save_format="both")
-    blueprint = load_stage(flux, chosen, stage=0)
-    parameters = blueprint.trained(blueprint.layers)
+    staged = load_stage(flux, chosen, stage=0)
+    parameters = staged.trained(staged.layers)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.add_(normal(tuple(parameter.shape), 0, "moved", name), alpha=0.2)
-    export(place, Ranks(), parameters, export_plan(flux, chosen, blueprint), 1)
+    export(place, Ranks(), parameters, export_plan(flux, chosen, staged), 1)
     return place
 
 
@@ -97,15 +97,15 @@ def test_a_lokr_begins_on_top_of_them_too(folder: Path, lora: Path, file: str) -
 @pytest.mark.parametrize("fused", [True, False])
 def test_only_the_difference_is_trained(folder: Path, lora: Path, fused: bool) -> None:
     flux = tiny_flux.pipeline(folder, preset_adapters=[{"path": lora, "fused": fused}])
-    blueprint = load_stage(flux, settings(flux, AdapterSettings(type="lora", rank=2)), stage=0)
-    trained = blueprint.trained(blueprint.layers)
+    staged = load_stage(flux, settings(flux, AdapterSettings(type="lora", rank=2)), stage=0)
+    trained = staged.trained(staged.layers)
     assert all(".lora_" in name for name in trained)
     stream = flux.prepare_inputs(tiny_flux.features((16, 16)), normal((2, 4, 4, 6), 0, "x"), torch.tensor([0.4, 0.8]))
-    for layer in blueprint.layers:
+    for layer in staged.layers:
         stream = layer(stream)
     stream.square().mean().backward()
     assert all(p.grad is not None for name, p in trained.items() if ".lora_B." in name)
-    assert all(p.grad is None for p in blueprint.denoiser.parameters() if not p.requires_grad)
+    assert all(p.grad is None for p in staged.denoiser.parameters() if not p.requires_grad)
 
 
 def test_a_convolutions_update_is_that_of_two_convolutions() -> None:

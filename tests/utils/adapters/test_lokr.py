@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from models.assembly.exports import export_plan
-from models.assembly.stage import Blueprint, load_stage
+from models.assembly.stage import StagedModel, load_stage
 from tests.models import tiny_flux
 from tests.processes import run_ranks
 from utils.adapters import attach
@@ -41,14 +41,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_flux.write_folder(tmp_path_factory.mktemp("flux"))
 
 
-def loaded(folder: Path, adapter: AdapterSettings | None = None) -> Blueprint:
+def loaded(folder: Path, adapter: AdapterSettings | None = None) -> StagedModel:
     pipeline = tiny_flux.pipeline(folder)
     return load_stage(pipeline, tiny_flux.settings(pipeline, adapter), stage=0)
 
 
-def moved(blueprint: Blueprint) -> dict[str, nn.Parameter]:
+def moved(staged: StagedModel) -> dict[str, nn.Parameter]:
     """The factors, away from where they have no effect."""
-    factors = blueprint.trained(blueprint.layers)
+    factors = staged.trained(staged.layers)
     with torch.no_grad():
         for name, factor in factors.items():
             factor.add_(normal(tuple(factor.shape), 0, "moved", name), alpha=0.1)
@@ -128,14 +128,14 @@ def test_what_is_exported_does_elsewhere_what_it_does_here(
 ) -> None:
     """Merged as ComfyUI and LyCORIS do, and read again by a run of another alpha."""
     adapter, pipeline = settings(**variant), tiny_flux.pipeline(folder)
-    blueprint = loaded(folder, adapter)
-    plan = export_plan(pipeline, tiny_flux.settings(pipeline, adapter), blueprint)
-    export(tmp_path / "out", Ranks(), moved(blueprint), plan, step=1)
-    expected = predicted(folder, blueprint.denoiser)
+    staged = loaded(folder, adapter)
+    plan = export_plan(pipeline, tiny_flux.settings(pipeline, adapter), staged)
+    export(tmp_path / "out", Ranks(), moved(staged), plan, step=1)
+    expected = predicted(folder, staged.denoiser)
     plain = loaded(folder).denoiser
     assert (expected - predicted(folder, plain)).abs().mean() > 1e-3
-    with attach.switched_off(blueprint.denoiser):
-        assert torch.equal(predicted(folder, blueprint.denoiser), predicted(folder, plain))
+    with attach.switched_off(staged.denoiser):
+        assert torch.equal(predicted(folder, staged.denoiser), predicted(folder, plain))
 
     file = tmp_path / "out" / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -178,13 +178,13 @@ def test_files_that_do_not_fit_are_told(
 @pytest.mark.parametrize("fused", [True, False])
 def test_it_is_trained_on_top_of_a_preset_adapter(folder: Path, tmp_path: Path, fused: bool) -> None:
     lora, pipeline = AdapterSettings(type="lora", rank=2), tiny_flux.pipeline(folder)
-    blueprint = loaded(folder, lora)
-    plan = export_plan(pipeline, tiny_flux.settings(pipeline, lora), blueprint)
-    export(tmp_path / "out", Ranks(), moved(blueprint), plan, step=1)
+    staged = loaded(folder, lora)
+    plan = export_plan(pipeline, tiny_flux.settings(pipeline, lora), staged)
+    export(tmp_path / "out", Ranks(), moved(staged), plan, step=1)
     preset = {"path": tmp_path / "out" / "adapter_model.safetensors", "fused": fused}
     pipeline = tiny_flux.pipeline(folder, preset_adapters=[preset])
     begun = load_stage(pipeline, tiny_flux.settings(pipeline, settings()), stage=0)
-    expected = predicted(folder, blueprint.denoiser)
+    expected = predicted(folder, staged.denoiser)
     torch.testing.assert_close(predicted(folder, begun.denoiser), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -207,11 +207,9 @@ def train(ranks: Ranks, folder: Path, stages: int, recompute: bool) -> tuple[lis
     ranks = ranks.with_stages(stages)
     pipeline = tiny_flux.pipeline(folder)
     run = tiny_flux.settings(pipeline, settings(**VARIANTS["low"]), pipeline_stages=stages)
-    blueprint = load_stage(pipeline, run, ranks.stage)
-    module = DenoiserPipeline(
-        blueprint.layers, blueprint.bounds, pipeline.stream_type, pipeline.loss, recompute=recompute
-    )
-    trained = blueprint.trained(blueprint.stage_layers(ranks.stage))
+    staged = load_stage(pipeline, run, ranks.stage)
+    module = DenoiserPipeline(staged.layers, staged.bounds, pipeline.stream_type, pipeline.loss, recompute=recompute)
+    trained = staged.trained(staged.stage_layers(ranks.stage))
     engine = Engine(module, torch.optim.AdamW(list(trained.values()), lr=1e-2), accumulation=1, clip_norm=1.0)
     shape, t_B = (2, 4, 4, 6), torch.tensor([0.2, 0.9])
     inputs = pipeline.prepare_inputs(tiny_flux.features((5, 11)), normal(shape, 0, "x"), t_B)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from utils.dataset.buckets import MediaFacts, assign
 from utils.dataset.encoders import item_key
-from utils.dataset.encoding import Filling, fill
+from utils.dataset.encoding import CacheJob, fill
 from utils.dataset.manifest import Scan, scan
 from utils.dataset.samples import Bucket, MediaFile, Sample, Take
 from utils.dataset.sources import Locator
@@ -19,7 +19,7 @@ from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 
 FACTS = MediaFacts(spatial=16)
 SQUARE = Bucket(64, 64, 1)
-CLIP_FACTS = MediaFacts(spatial=16, temporal=4, max_frames=81, rate=16.0)
+CLIP_FACTS = MediaFacts(spatial=16, temporal=4, max_frames=81, fps=16.0)
 
 
 def draw_pictures(folder: Path, count: int, size=(48, 32), captions=True, seed=0) -> list[Path]:
@@ -165,17 +165,17 @@ def cache(tmp_path):
 def filled(encoder, samples, cache: Path, batch_size=4, **how):
     """The report of filling the cache with what one encoder makes, by a single process."""
     cache.mkdir(exist_ok=True)
-    return fill(encoder, samples, Filling(cache, cache / "run.toml", Ranks(), batch_size, **how))
+    return fill(encoder, samples, CacheJob(cache, cache / "run.toml", Ranks(), batch_size, **how))
 
 
 def counts(report) -> tuple[int, int, int, int]:
     return report.wanted, report.reused, report.encoded, report.failed
 
 
-def item(cache: Path, encoder, shown) -> dict[str, torch.Tensor]:
+def item(cache: Path, encoder, version) -> dict[str, torch.Tensor]:
     """What the cache has of an encoder."""
     with TensorStore(cache / encoder.name) as store:
-        return store.get(item_key(encoder, shown))
+        return store.get(item_key(encoder, version))
 
 
 def truncate(path: Path) -> None:

@@ -28,7 +28,7 @@ from utils.dataset.encoders import item_key
 from utils.dataset.epochs import Epochs
 from utils.dataset.masks import MaskEncoder
 from utils.dataset.ordering import EpochOrder, Group
-from utils.dataset.samples import Showing, Shown, first_shown
+from utils.dataset.samples import SampleVersion, VersionPicker, evaluation_version
 from utils.dataset.tensor_store import TensorStore
 from utils.diffusion.losses import Labels, mean_squared_error
 from utils.errors import UserError
@@ -36,7 +36,7 @@ from utils.media.decode import load_image
 from utils.media.geometry import View
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 
-SHOWING = Showing(7, ["text"])
+PICKER = VersionPicker(7, ["text"])
 
 
 def micro_batch(bucket):
@@ -66,7 +66,7 @@ def keep(batch, epoch):
 def training(cached, data_rank=0, prepare=keep, ranks=2, accumulation=3):
     samples, reader = cached
     epochs = Epochs(samples, micro_batch, ranks, accumulation, seed=7)
-    return TrainingBatches(epochs, reader, SHOWING, prepare, data_rank)
+    return TrainingBatches(epochs, reader, PICKER, prepare, data_rank)
 
 
 def test_features_are_those_of_the_samples(cached):
@@ -76,11 +76,11 @@ def test_features_are_those_of_the_samples(cached):
     for index in range(batches.epochs.steps_in(0)):
         for number, (batch, epoch) in enumerate(batches.step(0, index)):
             assert batch.features.keys() == {"mean_BC", "size_B", "length_B"} and epoch == 0
-            assert batch.places == batches.epochs.places(0, index, 0)[number]
+            assert batch.positions == batches.epochs.positions(0, index, 0)[number]
             for position, name in enumerate(batch.draws):
                 sample = by_id[name]
                 assert sample.bucket == batch.bucket
-                pixels = load_image(sample.media.place.path, View(sample.bucket.width, sample.bucket.height))
+                pixels = load_image(sample.media.locator.path, View(sample.bucket.width, sample.bucket.height))
                 torch.testing.assert_close(batch.features["mean_BC"][position], pixels.mean(dim=(1, 2, 3)))
                 assert batch.features["length_B"][position] == len(sample.captions[0])
                 seen.add(name)
@@ -194,8 +194,8 @@ def test_each_sample_of_a_step_counts_alike(cached):
             ).mean()
             for batch in batches
         ]
-        shown = [name for batch in batches for name in batch.draws]
-        expected = sum(factors[name] * errors[name] for name in shown) / len(shown)
+        version = [name for batch in batches for name in batch.draws]
+        expected = sum(factors[name] * errors[name] for name in version) / len(version)
         assert sum(means).item() / len(means) == pytest.approx(expected, rel=1e-5)
 
 
@@ -205,13 +205,13 @@ def test_a_missing_and_a_damaged_item_are_told(pictures, cache):
     filled(vae, samples[:5], cache)
     with SampleReader([vae], cache) as reader:
         with pytest.raises(UserError, match="gone from the cache.*--resume_from_checkpoint"):
-            reader.read(first_shown(samples[5]))
+            reader.read(evaluation_version(samples[5]))
     (shard,) = cache.rglob("*.shard")
     shard.write_bytes(bytes(byte ^ 255 for byte in shard.read_bytes()))
     with SampleReader([vae], cache) as reader, pytest.raises(UserError, match="damaged.*--resume_from_checkpoint"):
-        reader.read(first_shown(samples[0]))
+        reader.read(evaluation_version(samples[0]))
     with TensorStore(cache / "vae") as store:
-        assert store.missing([item_key(vae, first_shown(samples[0]))])
+        assert store.missing([item_key(vae, evaluation_version(samples[0]))])
 
 
 def write_captions(pictures, *captions):
@@ -223,10 +223,10 @@ def test_ragged_features_keep_their_length_and_are_padded_in_a_batch(pictures, c
     write_captions(pictures, "one", "one two three", "one two")
     samples = samples_of(dataset_of(pictures), cache)[:3]
     filled(WordsEncoder(), samples, cache)
-    shown = [first_shown(sample) for sample in samples]
+    version = [evaluation_version(sample) for sample in samples]
     with SampleReader([WordsEncoder()], cache) as reader:
-        assert [len(reader.read(one)["words_BLD"]) for one in shown] == [1, 3, 2]
-        features = reader.batch(shown).features
+        assert [len(reader.read(one)["words_BLD"]) for one in version] == [1, 3, 2]
+        features = reader.batch(version).features
     assert features["words_BLD"].shape == (3, 3, 3)
     assert features["mask_BL"].sum(1).tolist() == [1, 3, 2]
     assert torch.equal(features["words_BLD"].sum(2) > 0, features["mask_BL"])
@@ -240,9 +240,9 @@ def test_texts_made_as_they_are_needed_are_those_of_the_cache(pictures, cache):
         filled(encoder, samples, cache)
     texts = encoders[1:]
     for without in (frozenset(), frozenset(["text", "words"])):
-        shown = [Shown(sample, sample.takes[0], sample.captions[0], sample.id, without) for sample in samples]
+        version = [SampleVersion(sample, sample.takes[0], sample.captions[0], sample.id, without) for sample in samples]
         with SampleReader(encoders, cache) as reader, SampleReader(encoders, cache, texts) as live:
-            expected, found = reader.batch(shown).features, live.batch(shown).features
+            expected, found = reader.batch(version).features, live.batch(version).features
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -296,30 +296,30 @@ def masked(tmp_path, cache):
         encoders = [PixelEncoder(), MaskEncoder(eighth)]
         for encoder in encoders:
             filled(encoder, samples, cache)
-        return [first_shown(sample) for sample in samples], SampleReader(encoders, cache)
+        return [evaluation_version(sample) for sample in samples], SampleReader(encoders, cache)
 
     return reading
 
 
 def test_the_weights_of_masked_and_unmasked_samples(masked):
-    shown, reader = masked(loss_weight=2.0, unmasked_weight=0.25)
+    version, reader = masked(loss_weight=2.0, unmasked_weight=0.25)
     with reader:
-        batch = reader.batch(shown)
+        batch = reader.batch(version)
         assert batch.weight.shape == (3, 1, 4, 4) and batch.features.keys() == {"latents"}
         left, corner = torch.full((4, 4), 0.25), torch.full((4, 4), 0.25)
         left[:, :2] = 1
         corner[0, 0] = 1
         torch.testing.assert_close(batch.weight[:, 0], 2 * torch.stack([left, corner, torch.ones(4, 4)]))
-        assert torch.equal(reader.batch(shown[2:]).weight, torch.full((1, 1, 1, 1), 2.0))
-        some = reader.batch(shown, [False, True, True])
+        assert torch.equal(reader.batch(version[2:]).weight, torch.full((1, 1, 1, 1), 2.0))
+        some = reader.batch(version, [False, True, True])
         torch.testing.assert_close(some.weight[:, 0], 2 * torch.stack([torch.ones(4, 4), corner, torch.ones(4, 4)]))
-        assert torch.equal(reader.batch(shown, [False] * 3).weight, torch.full((3, 1, 1, 1), 2.0))
+        assert torch.equal(reader.batch(version, [False] * 3).weight, torch.full((3, 1, 1, 1), 2.0))
 
 
 def test_small_masks_may_count_as_much_as_large_ones(masked):
-    shown, reader = masked(normalize_masked_area=True)
+    version, reader = masked(normalize_masked_area=True)
     with reader:
-        weight = reader.batch(shown).weight
+        weight = reader.batch(version).weight
     torch.testing.assert_close(weight.mean((1, 2, 3)), torch.ones(3))
     assert weight[0].max() == pytest.approx(2) and weight[1].max() == pytest.approx(16)
     assert weight[0].min() == weight[1].min() == 0
@@ -332,16 +332,16 @@ def test_an_empty_mask_is_no_division_by_zero(tmp_path, cache):
     samples, encoder = samples_of(dataset, cache), MaskEncoder(eighth)
     filled(encoder, samples, cache)
     with SampleReader([encoder], cache) as reader:
-        assert torch.equal(reader.batch([first_shown(samples[0])]).weight, torch.zeros(1, 1, 4, 4))
+        assert torch.equal(reader.batch([evaluation_version(samples[0])]).weight, torch.zeros(1, 1, 4, 4))
     assert SMALLEST_AREA > 0
 
 
 def test_masks_are_applied_as_often_as_asked(masked):
-    shown, reader = masked(mask_probability=0.5)
-    samples = [one.sample for one in shown[:2]]
+    version, reader = masked(mask_probability=0.5)
+    samples = [one.sample for one in version[:2]]
     epochs = Epochs(samples, lambda bucket: 2, 1, 1, seed=0)
     with reader:
-        batches = TrainingBatches(epochs, reader, Showing(0, []), keep, 0)
+        batches = TrainingBatches(epochs, reader, VersionPicker(0, []), keep, 0)
         applied = Counter()
         for epoch in range(60):
             ((batch, _),) = batches.step(epoch, 0)
@@ -352,19 +352,19 @@ def test_masks_are_applied_as_often_as_asked(masked):
 
 def test_weights_have_the_dimensions_of_latents(tmp_path, cache):
     """Of clips one more than of stills, masked or not."""
-    write_video(tmp_path / "clip.mp4", frames=24, rate=16)
+    write_video(tmp_path / "clip.mp4", frames=24, fps=16)
     (tmp_path / "clip.txt").write_text("a clip")
     Image.new("L", (64, 48), 255).save(tmp_path.parent / "white.png")
     found = {}
     for masked in (False, True):
         keys = {"default_mask_file": tmp_path.parent / "white.png"} if masked else {}
         dataset = dataset_of(tmp_path, frame_buckets=[5], video_clip_mode="multiple_overlapping", **keys)
-        shown = [first_shown(sample) for sample in samples_of(dataset, cache, CLIP_FACTS)[:2]]
+        version = [evaluation_version(sample) for sample in samples_of(dataset, cache, CLIP_FACTS)[:2]]
         encoders = [PixelEncoder(), MaskEncoder(eighth)]
         for encoder in encoders:
-            filled(encoder, [one.sample for one in shown], cache)
+            filled(encoder, [one.sample for one in version], cache)
         with SampleReader(encoders, cache) as reader:
-            batch = reader.batch(shown)
+            batch = reader.batch(version)
         assert batch.weight.dim() == batch.features["latents"].dim() == 5
         found[masked] = tuple(batch.weight.shape)
     assert found == {False: (2, 1, 1, 1, 1), True: (2, 1, 5, 4, 4)}

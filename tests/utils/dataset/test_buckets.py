@@ -17,10 +17,10 @@ from utils.dataset.sources import Locator
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 
 
-def media(width, height, frames=1, digest="d", rate=None):
+def media(width, height, frames=1, digest="d", fps=None):
     name = f"{digest}.png" if frames == 1 else f"{digest}.mp4"
-    rate = (16.0 if frames > 1 else 0.0) if rate is None else rate
-    return MediaFile(Locator(Path(f"/data/{name}")), digest * 32, width, height, frames, rate)
+    fps = (16.0 if frames > 1 else 0.0) if fps is None else fps
+    return MediaFile(Locator(Path(f"/data/{name}")), digest * 32, width, height, frames, fps)
 
 
 def row(file, captions=("x",), directory=0, **parts):
@@ -109,25 +109,25 @@ def test_stills_among_clips_are_stills():
     ("file", "keys", "facts", "reason"),
     [
         (
-            media(100, 100, 113, rate=24.0),
+            media(100, 100, 113, fps=24.0),
             {"frame_buckets": [81]},
             CLIP_FACTS,
             "113 frames at 24 fps = 75 at 16 fps, and the shortest bucket has 81",
         ),
         (
-            media(100, 100, 113, rate=24.0),
+            media(100, 100, 113, fps=24.0),
             {"frame_buckets": [33], "framerate": 4.0},
             CLIP_FACTS,
             "113 frames at 24 fps = 18 at 4 fps, and the shortest bucket has 33",
         ),
         (
-            media(100, 100, 40, rate=16.0),
+            media(100, 100, 40, fps=16.0),
             {},
             CLIP_FACTS,
             "40 frames at 16 fps = 40 at 16 fps, and no bucket has more than one; set frame_buckets",
         ),
         (
-            media(100, 100, 40, rate=16.0),
+            media(100, 100, 40, fps=16.0),
             {"frame_buckets": [3]},
             CLIP_FACTS,
             "40 frames at 16 fps = 40 at 16 fps, and no bucket has more than one; set frame_buckets",
@@ -151,14 +151,14 @@ def test_stills_among_clips_are_stills():
 )
 def test_what_is_left_out_and_why(file, keys, facts, reason):
     assert assigned([file], facts, **keys).samples == []
-    assert assigned([file], facts, **keys).left_out == [LeftOut(str(file.place), reason, is_used=False)]
+    assert assigned([file], facts, **keys).left_out == [LeftOut(str(file.locator), reason, is_used=False)]
 
 
 @settings(max_examples=200)
 @given(st.integers(2, 400), st.floats(5, 60), st.lists(st.integers(1, 100), min_size=1, max_size=4))
-def test_a_clip_is_never_trained_as_a_still(frames, rate, counts):
-    found = assigned([media(100, 100, frames, rate=rate)], CLIP_FACTS, frame_buckets=counts)
-    assert all(sample.bucket.frames > 1 and sample.rate == 16.0 for sample in found.samples)
+def test_a_clip_is_never_trained_as_a_still(frames, fps, counts):
+    found = assigned([media(100, 100, frames, fps=fps)], CLIP_FACTS, frame_buckets=counts)
+    assert all(sample.bucket.frames > 1 and sample.fps == 16.0 for sample in found.samples)
     assert found.samples or not found.left_out[0].is_used
 
 
@@ -180,9 +180,9 @@ def test_the_limits_of_size_belong_to_what_is_used():
 )
 def test_what_is_cut_short(mode, frames, reason):
     """113 frames at 24 are 75 at 16 frames a second; the model takes 73 of 75."""
-    file = media(100, 100, 113, rate=24.0)
+    file = media(100, 100, 113, fps=24.0)
     found = assigned([file], CLIP_FACTS, frame_buckets=[frames], video_clip_mode=mode)
-    assert found.left_out == ([LeftOut(str(file.place), reason, is_used=True)] if reason else [])
+    assert found.left_out == ([LeftOut(str(file.locator), reason, is_used=True)] if reason else [])
 
 
 @pytest.mark.parametrize(
@@ -195,11 +195,11 @@ def test_what_is_cut_short(mode, frames, reason):
     ],
 )
 def test_the_clips_of_a_file(mode, starts):
-    file = media(100, 100, 113, rate=24.0)
+    file = media(100, 100, 113, fps=24.0)
     samples = assigned([file], CLIP_FACTS, frame_buckets=[33], video_clip_mode=mode).samples
     assert [sample.takes for sample in samples] == [(Take(start=start),) for start in starts]
     assert len({sample.id for sample in samples}) == len(samples)
-    assert {sample.rate for sample in samples} == {16.0}
+    assert {sample.fps for sample in samples} == {16.0}
 
 
 def test_random_clips_differ_by_version_and_lie_in_the_file():
@@ -259,8 +259,8 @@ def test_random_crops_and_colours():
     first, second = assigned([media(100, 50), media(100, 50, digest="e")], **keys).samples
     assert len(set(first.takes)) == 40 and not set(first.takes) & set(second.takes)
     for axis in (0, 1):
-        places = [take.crop[axis] for take in first.takes]
-        assert min(places) < 0.2 and max(places) > 0.8 and all(0 <= place < 1 for place in places)
+        locators = [take.crop[axis] for take in first.takes]
+        assert min(locators) < 0.2 and max(locators) > 0.8 and all(0 <= locator < 1 for locator in locators)
     for name, middle, width in (("brightness", 1, 0.1), ("contrast", 1, 0.2), ("saturation", 1, 0), ("hue", 0, 0.03)):
         changes = [getattr(take.jitter, name) - middle for take in first.takes]
         assert all(abs(change) <= width + 1e-12 for change in changes)
@@ -270,13 +270,13 @@ def test_random_crops_and_colours():
 def test_what_is_drawn_depends_on_the_file_alone():
     keys = {"augment_variants": 3, "crop": "random", "flip": True}
     alone = assigned([media(100, 50)], **keys).samples[0]
-    moved = replace(media(100, 50), place=Locator(Path("/elsewhere/x.png")))
+    moved = replace(media(100, 50), locator=Locator(Path("/elsewhere/x.png")))
     others = [media(64, 64, digest="a"), moved, media(64, 64, digest="b")]
     assert assigned(others, **keys).samples[1].takes == alone.takes
 
 
 def test_ids_are_unique_and_say_what_the_sample_is():
-    twin = replace(media(100, 100), place=Locator(Path("/other/d.png")))
+    twin = replace(media(100, 100), locator=Locator(Path("/other/d.png")))
     files = [media(100, 100), twin, twin, media(100, 100, digest="e")]
     ids = [sample.id for sample in assigned(files, resolutions=[512, 256]).samples]
     assert len(set(ids)) == 8
@@ -286,7 +286,7 @@ def test_ids_are_unique_and_say_what_the_sample_is():
 
 
 def test_ids_of_clips_of_one_content_in_two_files():
-    twin = replace(media(100, 100, 200), place=Locator(Path("/other/d.mp4")))
+    twin = replace(media(100, 100, 200), locator=Locator(Path("/other/d.mp4")))
     keys = {"frame_buckets": [33], "video_clip_mode": "chunks"}
     ids = [sample.id for sample in assigned([media(100, 100, 200), twin, twin], CLIP_FACTS, **keys).samples]
     assert len(ids) == 18 and len(set(ids)) == 18
@@ -335,10 +335,10 @@ def test_each_epoch_has_its_share_of_what_is_used_a_fraction_of_a_time(count, re
     samples = assigned([], rows=rows, num_repeats=repeats).samples
     for seed in range(5):
         phases = np.array([repeat_phase(sample, seed) for sample in samples])
-        shown = np.array([appearances_before(repeats, phases, epoch) for epoch in range(41)])
-        of_epochs = np.diff(shown, axis=0).sum(axis=1)
+        version = np.array([appearances_before(repeats, phases, epoch) for epoch in range(41)])
+        of_epochs = np.diff(version, axis=0).sum(axis=1)
         assert np.abs(of_epochs - count * repeats).max() < 1
-        assert np.abs(shown[40] - 40 * repeats).max() <= 1
+        assert np.abs(version[40] - 40 * repeats).max() <= 1
     orders = {tuple(np.argsort([repeat_phase(sample, seed) for sample in samples])) for seed in range(20)}
     assert len(orders) > 1
 

@@ -25,7 +25,7 @@ from tests.utils.dataset.conftest import (
 from tests.utils.media.clips import write_video
 from utils.dataset.encoders import decoded_bytes, item_key, items_wanted, versions
 from utils.dataset.masks import MASK, MaskEncoder
-from utils.dataset.samples import Shown, first_shown
+from utils.dataset.samples import SampleVersion, evaluation_version
 from utils.media.colour import Jitter
 from utils.media.decode import load_clip, load_image
 from utils.media.geometry import View
@@ -33,20 +33,20 @@ from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 
 
 def test_a_key_names_all_that_an_item_is_made_from():
-    shown = first_shown(plain_sample("a", rate=16.0))
-    sample, bucket = shown.sample, shown.sample.bucket
+    version = evaluation_version(plain_sample("a", fps=16.0))
+    sample, bucket = version.sample, version.sample.bucket
 
     def other(**parts):
-        return replace(shown, sample=replace(sample, **parts))
+        return replace(version, sample=replace(sample, **parts))
 
     def took(**parts):
-        return replace(shown, take=replace(shown.take, **parts))
+        return replace(version, take=replace(version.take, **parts))
 
     pictures = {
         "other picture": other(media=replace(sample.media, digest="0" * 32)),
         "other width": other(bucket=replace(bucket, width=48)),
         "other frames": other(bucket=replace(bucket, frames=5)),
-        "other rate": other(rate=8.0),
+        "other rate": other(fps=8.0),
         "flipped": took(flip=True),
         "crop": took(crop=(0.0, 0.5)),
         "whole": took(crop="none"),
@@ -54,17 +54,17 @@ def test_a_key_names_all_that_an_item_is_made_from():
         "start": took(start=0.5),
     }
     the_same = {
-        "caption": replace(shown, caption="another"),
-        "name": other(id="x", repeats=4.0, media=replace(sample.media, place=None)),
+        "caption": replace(version, caption="another"),
+        "name": other(id="x", repeats=4.0, media=replace(sample.media, locator=None)),
         "weight": other(rules=plain_sample(loss_weight=0.5).rules),
     }
     vae, text = MeanEncoder(), LengthEncoder()
-    keys = {item_key(vae, one) for one in (shown, *pictures.values())}
+    keys = {item_key(vae, one) for one in (version, *pictures.values())}
     assert len(keys) == 1 + len(pictures)
-    assert {item_key(vae, one) for one in the_same.values()} == {item_key(vae, shown)}
-    captions = {item_key(text, one) for one in (shown, *pictures.values(), the_same["name"])}
-    assert captions == {item_key(text, shown)} and item_key(text, the_same["caption"]) not in captions
-    assert item_key(MeanEncoder("mean-2"), shown) not in keys
+    assert {item_key(vae, one) for one in the_same.values()} == {item_key(vae, version)}
+    captions = {item_key(text, one) for one in (version, *pictures.values(), the_same["name"])}
+    assert captions == {item_key(text, version)} and item_key(text, the_same["caption"]) not in captions
+    assert item_key(MeanEncoder("mean-2"), version) not in keys
 
 
 def beside(pictures, **keys):
@@ -79,14 +79,14 @@ def test_control_images(pictures, cache, tmp_path):
     assert counts(filled(edit, samples, cache)) == (6, 0, 6, 0)
     for sample in samples:
         files = (sample.media, sample.controls[0].media)
-        pixels, control = (load_image(file.place.path, View(32, 32)) for file in files)
-        found = item(cache, edit, first_shown(sample))["difference_BC"]
+        pixels, control = (load_image(file.locator.path, View(32, 32)) for file in files)
+        found = item(cache, edit, evaluation_version(sample))["difference_BC"]
         torch.testing.assert_close(found, (pixels - control).mean(dim=(1, 2, 3)))
     control = samples[0].controls[0]
     other = replace(samples[0], controls=(replace(control, media=replace(control.media, digest="0" * 32)),))
-    assert item_key(edit, first_shown(other)) != item_key(edit, first_shown(samples[0]))
+    assert item_key(edit, evaluation_version(other)) != item_key(edit, evaluation_version(samples[0]))
     with pytest.raises(ValueError, match="000.png: .*set `control_path`"):
-        item_key(edit, first_shown(replace(samples[0], controls=())))
+        item_key(edit, evaluation_version(replace(samples[0], controls=())))
 
 
 def test_further_control_images(pictures, cache, tmp_path):
@@ -103,8 +103,10 @@ def test_further_control_images(pictures, cache, tmp_path):
     swapped = [replace(sample, controls=sample.controls[::-1]) for sample in samples]
     assert counts(filled(DifferenceEncoder(), swapped, cache / "other")) == (6, 0, 6, 0)
     for sample, other in zip(samples, swapped, strict=True):
-        found = item(cache, Second(), first_shown(sample))["difference_BC"]
-        assert torch.equal(found, item(cache / "other", DifferenceEncoder(), first_shown(other))["difference_BC"])
+        found = item(cache, Second(), evaluation_version(sample))["difference_BC"]
+        assert torch.equal(
+            found, item(cache / "other", DifferenceEncoder(), evaluation_version(other))["difference_BC"]
+        )
 
 
 def gradient(path, size=(64, 32)):
@@ -135,7 +137,7 @@ def test_masks_and_controls_follow_the_crop_and_flip_of_their_take(cache, tmp_pa
     encoders = [PixelEncoder(), Control(), masks]
     assert [counts(filled(encoder, [sample], cache)) for encoder in encoders] == [(4, 0, 4, 0)] * 3
     for take in sample.takes:
-        pixels, control, mask = (item(cache, encoder, Shown(sample, take, "", "")) for encoder in encoders)
+        pixels, control, mask = (item(cache, encoder, SampleVersion(sample, take, "", "")) for encoder in encoders)
         plain = load_image(tmp_path / "pictures" / "a.png", View(32, 32, take.crop, take.flip))[:, 0]
         assert torch.equal(control["control"][:, 0], plain)
         jittered = ((plain + 1) * take.jitter.brightness - 1).clamp(-1, 1)
@@ -150,14 +152,14 @@ def test_a_picture_without_a_mask_has_no_item(pictures, cache, tmp_path):
     samples = samples_of(beside(pictures, alpha_mask=True), cache)
     masks = MaskEncoder(lambda width, height, frames: (16, height // 8, width // 8))
     assert counts(filled(masks, samples, cache)) == (6, 0, 6, 0)
-    values = [item(cache, masks, first_shown(sample))[MASK] for sample in samples]
+    values = [item(cache, masks, evaluation_version(sample))[MASK] for sample in samples]
     assert [value.mean().item() for value in values] == pytest.approx([1, 1, 1, 128 / 255, 1, 1])
     assert all(value.shape == (1, 4, 4) for value in values)
     assert counts(filled(masks, [replace(sample, mask=None) for sample in samples], cache)) == (0, 0, 0, 0)
 
 
 def test_clips(cache, tmp_path):
-    write_video(tmp_path / "clip.mp4", frames=60, rate=24)
+    write_video(tmp_path / "clip.mp4", frames=60, fps=24)
     (tmp_path / "clip.txt").write_text("a clip")
     dataset = dataset_of(tmp_path, frame_buckets=[17], video_clip_mode="multiple_overlapping", resolutions=[64])
     samples = samples_of(dataset, cache, CLIP_FACTS)
@@ -166,7 +168,7 @@ def test_clips(cache, tmp_path):
     assert counts(filled(encoder, samples, cache)) == (3, 0, 3, 0)
     for sample in samples:
         expected = load_clip(tmp_path / "clip.mp4", View(64, 64), sample.takes[0].start, 17, 16.0)
-        assert torch.equal(item(cache, encoder, first_shown(sample))["latents"], expected)
+        assert torch.equal(item(cache, encoder, evaluation_version(sample))["latents"], expected)
 
 
 def test_encoders_that_read_several_things(pictures, cache, tmp_path):
@@ -178,9 +180,11 @@ def test_encoders_that_read_several_things(pictures, cache, tmp_path):
     assert counts(filled(encoder, samples, cache)) == (24, 0, 24, 0)
     for sample in samples:
         for take in sample.takes:
-            control = load_image(sample.controls[0].media.place.path, take.plain_view(sample.bucket))
+            control = load_image(sample.controls[0].media.locator.path, take.plain_view(sample.bucket))
             for without in (frozenset(), frozenset(["instruction"])):
-                found = item(cache, encoder, Shown(sample, take, sample.captions[0], "", without))["instruction_BC"]
+                found = item(cache, encoder, SampleVersion(sample, take, sample.captions[0], "", without))[
+                    "instruction_BC"
+                ]
                 length = 0 if without else len(sample.captions[0])
                 torch.testing.assert_close(found, control.mean(dim=(1, 2, 3)) + length)
 
@@ -192,8 +196,8 @@ def test_weighted_captions(pictures, cache):
         sample = samples_of(dataset_of(pictures, weighted_tags=used), cache)[0]
         for encoder in (weights, text):
             filled(encoder, [sample], cache)
-        assert item(cache, weights, first_shown(sample))["weight_B"] == pytest.approx(weight)
-        assert item(cache, text, first_shown(sample)) == {"length_B": length}
+        assert item(cache, weights, evaluation_version(sample))["weight_B"] == pytest.approx(weight)
+        assert item(cache, text, evaluation_version(sample)) == {"length_B": length}
 
 
 def test_a_caption_without_weights_has_one_name(pictures, cache):
@@ -202,7 +206,7 @@ def test_a_caption_without_weights_has_one_name(pictures, cache):
     weights, text = WeightEncoder(), LengthEncoder()
     weights.name = text.name
     keys = {
-        (encoder, used): [item_key(encoder, first_shown(sample)) for sample in samples_of(dataset, cache)[:2]]
+        (encoder, used): [item_key(encoder, evaluation_version(sample)) for sample in samples_of(dataset, cache)[:2]]
         for used in (True, False)
         for dataset in (dataset_of(pictures, weighted_tags=used),)
         for encoder in (weights, text)
@@ -217,12 +221,12 @@ def test_versions_and_sizes_of_items(pictures, cache):
     wanted = items_wanted(MeanEncoder(), samples)
     assert len(wanted) == 24 and {str(bucket) for _, bucket in wanted} == {"32x32x1", "64x64x1"}
     assert {key for key, _ in wanted} == {
-        item_key(MeanEncoder(), shown) for sample in samples for shown in versions(MeanEncoder(), sample)
+        item_key(MeanEncoder(), version) for sample in samples for version in versions(MeanEncoder(), sample)
     }
 
 
 def test_what_a_batch_takes():
     """Two pictures of 64x64 at 64x64, in three channels of four bytes: as they come, and as they are in the file."""
-    shown = first_shown(plain_sample("a"))
-    assert decoded_bytes(MeanEncoder(), shown) == 2 * 3 * 4 * 64 * 64
-    assert decoded_bytes(LengthEncoder(), shown) == 0
+    version = evaluation_version(plain_sample("a"))
+    assert decoded_bytes(MeanEncoder(), version) == 2 * 3 * 4 * 64 * 64
+    assert decoded_bytes(LengthEncoder(), version) == 0

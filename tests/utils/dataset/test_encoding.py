@@ -28,8 +28,8 @@ from utils.dataset import encoding
 from utils.dataset.buckets import assign
 from utils.dataset.cache_lock import CacheLock
 from utils.dataset.encoders import decoded_bytes, item_key
-from utils.dataset.encoding import CacheReport, Filling, fill
-from utils.dataset.samples import Shown, first_shown
+from utils.dataset.encoding import CacheJob, CacheReport, fill
+from utils.dataset.samples import SampleVersion, evaluation_version
 from utils.dataset.tensor_store import TensorStore
 from utils.media.decode import load_image
 from utils.media.geometry import View
@@ -41,11 +41,11 @@ def test_what_encoders_make_is_kept(pictures, cache):
     vae, text = MeanEncoder(), LengthEncoder()
     assert [counts(filled(encoder, samples, cache)) for encoder in (vae, text)] == [(6, 0, 6, 0)] * 2
     for sample in samples:
-        pixels_CFHW = load_image(sample.media.place.path, View(32, 32))
-        found = item(cache, vae, first_shown(sample))
+        pixels_CFHW = load_image(sample.media.locator.path, View(32, 32))
+        found = item(cache, vae, evaluation_version(sample))
         torch.testing.assert_close(found["mean_BC"], pixels_CFHW.mean(dim=(1, 2, 3)))
         assert found["size_B"] == 32
-        assert item(cache, text, first_shown(sample)) == {"length_B": len(sample.captions[0])}
+        assert item(cache, text, evaluation_version(sample)) == {"length_B": len(sample.captions[0])}
     assert (vae.loads, vae.unloads) == (1, 1) and vae.batches == [(4, 3, 1, 32, 32), (2, 3, 1, 32, 32)]
 
 
@@ -109,10 +109,10 @@ def test_all_versions_are_cached(pictures, cache):
     )
     for sample in samples:
         for take in sample.takes:
-            shown = Shown(sample, take, "b, a", "draw", frozenset(["text"]))
-            pixels = load_image(sample.media.place.path, View(32, 32, take.crop))
-            torch.testing.assert_close(item(cache, vae, shown)["mean_BC"], pixels.mean(dim=(1, 2, 3)))
-            assert item(cache, text, shown) == {"length_B": 0}
+            version = SampleVersion(sample, take, "b, a", "draw", frozenset(["text"]))
+            pixels = load_image(sample.media.locator.path, View(32, 32, take.crop))
+            torch.testing.assert_close(item(cache, vae, version)["mean_BC"], pixels.mean(dim=(1, 2, 3)))
+            assert item(cache, text, version) == {"length_B": 0}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_damaged_items_are_encoded_again(pictures, cache):
     samples = samples_of(dataset_of(pictures), cache)
     filled(MeanEncoder(), samples, cache)
     with TensorStore(cache / "vae") as store:
-        expected = [store.get(item_key(MeanEncoder(), first_shown(sample))) for sample in samples]
+        expected = [store.get(item_key(MeanEncoder(), evaluation_version(sample))) for sample in samples]
     (shard,) = cache.rglob("*.shard")
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
@@ -154,7 +154,7 @@ def test_damaged_items_are_encoded_again(pictures, cache):
     assert counts(filled(MeanEncoder(), samples, cache, verify=True)) == (6, 5, 1, 0)
     with TensorStore(cache / "vae") as store:
         for sample, one in zip(samples, expected, strict=True):
-            found = store.get(item_key(MeanEncoder(), first_shown(sample)))
+            found = store.get(item_key(MeanEncoder(), evaluation_version(sample)))
             assert all(torch.equal(found[name], one[name]) for name in one)
 
 
@@ -200,13 +200,13 @@ class Stopped(Exception):
 def test_a_stop_keeps_what_was_done(pictures, cache):
     samples, calls = samples_of(dataset_of(pictures), cache), []
 
-    def heed():
+    def raise_if_stopping():
         calls.append(1)
         if len(calls) == 2:
             raise Stopped
 
     with pytest.raises(Stopped):
-        filled(MeanEncoder(), samples, cache, batch_size=2, heed=heed)
+        filled(MeanEncoder(), samples, cache, batch_size=2, raise_if_stopping=raise_if_stopping)
     assert counts(filled(MeanEncoder(), samples, cache)) == (6, 4, 2, 0)
 
 
@@ -224,16 +224,16 @@ class CountingPool(ThreadPoolExecutor):
         super().__init__(2)
         self.submitted = []
 
-    def submit(self, task, encoder, shown):
-        self.submitted.append(decoded_bytes(encoder, shown))
-        return super().submit(task, encoder, shown)
+    def submit(self, task, encoder, version):
+        self.submitted.append(decoded_bytes(encoder, version))
+        return super().submit(task, encoder, version)
 
 
 @pytest.mark.parametrize("batches_of_budget", [0.1, 1.0, 2.5, 100.0])
 def test_decoding_ahead_keeps_to_its_budget(pictures, cache, batches_of_budget):
     samples = samples_of(dataset_of(pictures, resolutions=[32, 48, 64, 80, 96]), cache)
     encoder = MeanEncoder()
-    items = {item_key(encoder, first_shown(sample)): first_shown(sample) for sample in samples}
+    items = {item_key(encoder, evaluation_version(sample)): evaluation_version(sample) for sample in samples}
     batches = list(encoding._batches(items, encoder, 2))
     sizes = [sum(decoded_bytes(encoder, items[key]) for key in batch) for batch in batches]
     budget = int(max(sizes) * batches_of_budget)
@@ -257,11 +257,11 @@ def test_the_second_run_waits_and_is_told_once_who_fills_the_cache(cache, caplog
         told = f"another run fills this cache, and is waited for: {other.holder()}"
         threading.Timer(0.5, other.release).start()
         started = time.monotonic()
-        with Filling(cache, cache, Ranks()).alone():
+        with CacheJob(cache, cache, Ranks()).alone():
             assert time.monotonic() - started > 0.4 and caplog.messages == [told]
-            with pytest.raises(Stopped), Filling(cache, cache, Ranks(), heed=stop).alone():
+            with pytest.raises(Stopped), CacheJob(cache, cache, Ranks(), raise_if_stopping=stop).alone():
                 pass
-    with Filling(cache, cache, Ranks(), heed=stop).alone():
+    with CacheJob(cache, cache, Ranks(), raise_if_stopping=stop).alone():
         pass
 
 
@@ -277,7 +277,7 @@ def fill_as_rank(ranks, dataset, cache):
     for name, again in (("vae", False), ("vae2", True)):
         vae = MeanEncoder()
         vae.name = name
-        report = fill(vae, samples, Filling(cache, cache, ranks, 2, regenerate=again))
+        report = fill(vae, samples, CacheJob(cache, cache, ranks, 2, regenerate=again))
         found.append((counts(report), len(report.failures), sum(shape[0] for shape in vae.batches)))
     return found
 
@@ -312,7 +312,7 @@ def fill_with_one_slow_rank(ranks, dataset, cache, slow):
     samples = assign(scanned(dataset, cache / f"own{ranks.rank}").rows, dataset, CLIP_FACTS).samples
     encoder = slow() if ranks.rank == 1 else MeanEncoder()
     try:
-        return counts(fill(encoder, samples, Filling(cache, cache, ranks, 1, patience=timedelta(seconds=1))))
+        return counts(fill(encoder, samples, CacheJob(cache, cache, ranks, 1, patience=timedelta(seconds=1))))
     except TimeoutError as error:
         return str(error)
 
@@ -331,12 +331,12 @@ def test_a_rank_that_is_slow_is_waited_for(pictures, cache):
 def fill_until_the_main_rank_ends(ranks, cache):
     """The main rank, which keeps what the others talk through, ends with an error of its own."""
     if ranks.is_main:
-        with pytest.raises(OSError), Filling(cache, cache, ranks).alone():
+        with pytest.raises(OSError), CacheJob(cache, cache, ranks).alone():
             raise OSError("no room")
         dist.destroy_process_group()
         return ""
     try:
-        with Filling(cache, cache, ranks).alone():
+        with CacheJob(cache, cache, ranks).alone():
             while True:
                 sign_of_life(ranks, "test")
                 time.sleep(0.05)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.utils.dataset.conftest import plain_sample
 from utils.dataset.epochs import BucketLine, Epochs, format_table, micro_batch_of
-from utils.dataset.samples import Bucket, Showing, Take
+from utils.dataset.samples import Bucket, Take, VersionPicker
 from utils.diffusion import seeds
 from utils.errors import UserError
 from utils.settings.schema import Settings
@@ -57,8 +57,8 @@ def appearances(epochs, epoch, ranks, with_fill=False):
     for step in range(epochs.steps_in(epoch)):
         for slot in epochs.step(epoch, step):
             shares = [epochs.samples_of(slot, epoch, rank) for rank in range(ranks)]
-            shown = [(sample.id, copy) for share in shares for sample, copy in share]
-            found += shown if with_fill else shown[: len(shown) - slot.fill]
+            version = [(sample.id, copy) for share in shares for sample, copy in share]
+            found += version if with_fill else version[: len(version) - slot.fill]
     return found
 
 
@@ -110,16 +110,16 @@ def test_fractions_of_repeats_add_up(samples, seed, number):
 @given(sample_lists(), LAYOUTS, st.integers(0, 4))
 def test_places_count_the_samples_of_a_step_and_of_an_epoch(samples, layout, epoch):
     """At any layout a sample has the same place in its epoch, also where it fills a batch."""
-    alone = {copy: place for _, copy, place in placed(epochs_of(samples, seed=layout["seed"]), epoch, 1)}
+    alone = {copy: position for _, copy, position in placed(epochs_of(samples, seed=layout["seed"]), epoch, 1)}
     assert sorted(alone.values()) == list(range(len(alone)))
     epochs = epochs_of(samples, **layout)
-    assert {copy: place for _, copy, place in placed(epochs, epoch, layout["ranks"])} == alone
+    assert {copy: position for _, copy, position in placed(epochs, epoch, layout["ranks"])} == alone
     for step in range(epochs.steps_in(epoch)):
-        of_ranks = [epochs.places(epoch, step, rank) for rank in range(layout["ranks"])]
-        in_step = [place for slots in of_ranks for places in slots for place in places.in_step]
+        of_ranks = [epochs.positions(epoch, step, rank) for rank in range(layout["ranks"])]
+        in_step = [position for slots in of_ranks for positions in slots for position in positions.in_step]
         assert sorted(in_step) == list(range(epochs.examples(epoch, step)))
-        for places in (places for slots in of_ranks for places in slots):
-            assert (places.step, places.of_step, places.of_epoch) == (step, len(in_step), len(alone))
+        for positions in (positions for slots in of_ranks for positions in slots):
+            assert (positions.step, positions.of_step, positions.of_epoch) == (step, len(in_step), len(alone))
 
 
 def placed(epochs, epoch, ranks):
@@ -127,9 +127,9 @@ def placed(epochs, epoch, ranks):
     found = []
     for step in range(epochs.steps_in(epoch)):
         for rank in range(ranks):
-            for slot, places in zip(epochs.step(epoch, step), epochs.places(epoch, step, rank), strict=True):
-                shown = [(sample.id, copy) for sample, copy in epochs.samples_of(slot, epoch, rank)]
-                found += zip(places.in_step, shown, places.in_epoch, strict=True)
+            for slot, positions in zip(epochs.step(epoch, step), epochs.positions(epoch, step, rank), strict=True):
+                version = [(sample.id, copy) for sample, copy in epochs.samples_of(slot, epoch, rank)]
+                found += zip(positions.in_step, version, positions.in_epoch, strict=True)
     return found
 
 
@@ -158,9 +158,9 @@ def test_within_a_group_the_order_is_the_same_for_any_number_of_data_ranks(sampl
 @given(sample_lists(), LAYOUTS)
 def test_all_of_a_shape_appears_before_any_of_it_appears_again(samples, layout):
     epochs, bucket_of = epochs_of(samples, **layout), {sample.id: sample.bucket for sample in samples}
-    shown = appearances(epochs, 0, layout["ranks"], with_fill=True)
+    version = appearances(epochs, 0, layout["ranks"], with_fill=True)
     for bucket in MICRO_BATCHES:
-        mine = [one for one in shown if bucket_of[one[0]] == bucket]
+        mine = [one for one in version if bucket_of[one[0]] == bucket]
         different = len(set(mine))
         assert len(set(mine[:different])) == different
 
@@ -169,12 +169,12 @@ def test_all_of_a_shape_appears_before_any_of_it_appears_again(samples, layout):
 @settings(max_examples=40)
 def test_takes_are_used_alike(samples, seed):
     """Also by a sample that is in every other epoch alone."""
-    epochs, showing = epochs_of(samples, seed=seed), Showing(seed, ["text"])
+    epochs, picker = epochs_of(samples, seed=seed), VersionPicker(seed, ["text"])
     by_id = {sample.id: sample for sample in samples}
     used = {sample.id: Counter() for sample in samples}
     for epoch in range(12):
         for name, copy in appearances(epochs, epoch, 1):
-            used[name][showing.shown(by_id[name], epoch, copy).take.start] += 1
+            used[name][picker.pick(by_id[name], epoch, copy).take.start] += 1
     for sample in samples:
         counts = [used[sample.id][take.start] for take in sample.takes]
         assert max(counts) - min(counts) <= 1

@@ -23,7 +23,7 @@ def change(path, keep_time):
 
 
 def names(manifest):
-    return [row.media.place.path.stem for row in manifest.rows]
+    return [row.media.locator.path.stem for row in manifest.rows]
 
 
 def test_rows_of_a_folder(pictures, cache):
@@ -32,22 +32,22 @@ def test_rows_of_a_folder(pictures, cache):
     assert names(manifest) == [f"00{index}" for index in range(6)]
     assert [row.captions for row in manifest.rows][:2] == [("picture 000",), ("picture 001",)]
     row = manifest.rows[0]
-    assert (row.media.width, row.media.height, row.media.frames, row.media.rate) == (48, 32, 1, 0.0)
+    assert (row.media.width, row.media.height, row.media.frames, row.media.fps) == (48, 32, 1, 0.0)
     assert (row.directory, row.repeats, row.controls, row.mask) == (0, 1.0, (), None)
-    assert row.media.place.path.is_absolute() and len(row.media.digest) == 32
+    assert row.media.locator.path.is_absolute() and len(row.media.digest) == 32
 
 
 def test_clips(tmp_path, cache):
-    write_video(tmp_path / "clip.mp4", frames=30, rate=24)
+    write_video(tmp_path / "clip.mp4", frames=30, fps=24)
     Image.new("RGB", (20, 10)).save(
         tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (20, 10), "red")] * 3, duration=100
     )
     for name in ("clip", "moving"):
         (tmp_path / f"{name}.txt").write_text(name)
     manifest = scanned(dataset_of(tmp_path), cache)
-    found = {row.media.place.path.name: row.media for row in manifest.rows}
-    assert (found["clip.mp4"].frames, found["clip.mp4"].rate) == (30, pytest.approx(24))
-    assert found["moving.gif"].frames > 1 and found["moving.gif"].rate > 0
+    found = {row.media.locator.path.name: row.media for row in manifest.rows}
+    assert (found["clip.mp4"].frames, found["clip.mp4"].fps) == (30, pytest.approx(24))
+    assert found["moving.gif"].frames > 1 and found["moving.gif"].fps > 0
     again = scanned(dataset_of(tmp_path), cache)
     assert again.rows == manifest.rows
 
@@ -56,7 +56,7 @@ def test_a_digest_is_of_the_content_alone(pictures, cache):
     (pictures / "copy.png").write_bytes((pictures / "000.png").read_bytes())
     (pictures / "copy.txt").write_text("a copy")
     rows = scanned(dataset_of(pictures), cache).rows
-    digests = {row.media.place.path.stem: row.media.digest for row in rows}
+    digests = {row.media.locator.path.stem: row.media.digest for row in rows}
     assert digests["copy"] == digests["000"] and len(set(digests.values())) == 6
 
 
@@ -97,7 +97,7 @@ class Stopped(Exception):
 def test_a_scan_that_is_stopped_keeps_its_hashes(pictures, cache):
     calls = []
 
-    def heed():
+    def raise_if_stopping():
         with sqlite3.connect(cache / "files.sqlite") as remembered:
             tables = remembered.execute("SELECT count(*) FROM sqlite_master").fetchone()
         calls.append(tables)
@@ -106,7 +106,7 @@ def test_a_scan_that_is_stopped_keeps_its_hashes(pictures, cache):
 
     cache.mkdir()
     with pytest.raises(Stopped):
-        scanned(dataset_of(pictures), cache, heed=heed)
+        scanned(dataset_of(pictures), cache, raise_if_stopping=raise_if_stopping)
     with sqlite3.connect(cache / "files.sqlite") as remembered:
         assert remembered.execute("SELECT count(*) FROM media").fetchone()[0] >= 3
     assert len(scanned(dataset_of(pictures), cache).rows) == 6
@@ -119,10 +119,10 @@ def test_control_images(tmp_path, pictures, cache):
     manifest = scanned(DatasetSettings(resolutions=[32], directory=[directory]), cache)
     assert names(manifest) == [f"00{index}" for index in range(5)]
     for row in manifest.rows:
-        assert [control.place.path.stem for control in row.controls] == [row.media.place.path.stem] * 2
+        assert [control.locator.path.stem for control in row.controls] == [row.media.locator.path.stem] * 2
         assert [control.width for control in row.controls] == [20, 30]
     (fault,) = manifest.rejected
-    assert fault.place == str(pictures / "005.png") and str(tmp_path / "a") in fault.reason
+    assert fault.locator == str(pictures / "005.png") and str(tmp_path / "a") in fault.reason
 
 
 def test_masks(tmp_path, pictures, cache):
@@ -135,10 +135,10 @@ def test_masks(tmp_path, pictures, cache):
         return [row.mask for row in manifest.rows], len(manifest.rejected)
 
     own, missing = masks(mask_path=tmp_path / "masks")
-    assert missing == 3 and [mask.media.place.path.parent.name for mask in own] == ["masks"] * 3
+    assert missing == 3 and [mask.media.locator.path.parent.name for mask in own] == ["masks"] * 3
     mixed, missing = masks(mask_path=tmp_path / "masks", default_mask_file=tmp_path / "default.png")
     assert missing == 0 and mixed[:3] == own
-    assert {mask.media.place.path.name for mask in mixed[3:]} == {"default.png"}
+    assert {mask.media.locator.path.name for mask in mixed[3:]} == {"default.png"}
     alpha, _ = masks(alpha_mask=True)
     rows = scanned(dataset_of(pictures), cache).rows
     assert alpha == [Mask(row.media, is_alpha=True) for row in rows]
@@ -161,12 +161,12 @@ def test_files_that_are_no_pictures_are_told_with_their_reasons(pictures, cache)
     Image.new("1", (30_000, 30_000)).save(pictures / "004.png")
     manifest = scanned(dataset_of(pictures), cache)
     assert names(manifest) == ["003", "005"]
-    reasons = {os.path.basename(fault.place): fault.reason for fault in manifest.rejected}
+    reasons = {os.path.basename(fault.locator): fault.reason for fault in manifest.rejected}
     assert reasons.keys() >= {"000.png", "001.png", "002.png", "none.mp4", "004.png"}
     for name, reason in reasons.items():
         assert name in reason
     assert "178,956,970 pixels" in reasons["004.png"] and "empty" in reasons["002.png"]
-    assert {fault.kind for fault in manifest.rejected if fault.place.endswith("000.png")} == {"unreadable"}
+    assert {fault.kind for fault in manifest.rejected if fault.locator.endswith("000.png")} == {"unreadable"}
 
 
 def test_a_broken_control_or_mask_is_told_at_its_picture(tmp_path, pictures, cache):
@@ -175,7 +175,7 @@ def test_a_broken_control_or_mask_is_told_at_its_picture(tmp_path, pictures, cac
     directory = DirectorySettings(path=pictures, control_path=tmp_path / "controls")
     manifest = scanned(DatasetSettings(resolutions=[32], directory=[directory]), cache)
     (fault,) = manifest.rejected
-    assert fault.place == str(pictures / "002.png") and str(tmp_path / "controls" / "002.png") in fault.reason
+    assert fault.locator == str(pictures / "002.png") and str(tmp_path / "controls" / "002.png") in fault.reason
     assert len(manifest.rows) == 5
 
 
@@ -215,7 +215,7 @@ def test_identical_pictures_are_used_once_if_asked(pictures, cache):
     (pictures / "copy.txt").write_text("a copy")
     manifest = scanned(dataset_of(pictures, deduplicate=True), cache)
     assert len(manifest.rows) == 6
-    assert [(fault.place, fault.kind) for fault in manifest.rejected] == [(str(pictures / "copy.png"), "twice")]
+    assert [(fault.locator, fault.kind) for fault in manifest.rejected] == [(str(pictures / "copy.png"), "twice")]
     assert len(scanned(dataset_of(pictures), cache).rows) == 7
 
 
@@ -227,5 +227,5 @@ def test_members_of_a_tar_are_identified_by_their_content(tmp_path, pictures, ca
     outside = scanned(dataset_of(pictures), cache).rows
     assert [row.media.digest for row in inside] == [row.media.digest for row in outside]
     assert [row.captions for row in inside] == [row.captions for row in outside]
-    assert [row.media.place.part for row in inside] == [row.media.place.path.name for row in outside]
+    assert [row.media.locator.part for row in inside] == [row.media.locator.path.name for row in outside]
     assert scanned(dataset_of(tmp_path / "shard.tar"), cache).rows == inside

@@ -28,8 +28,8 @@ def in_time(order, group):
 
 @given(LAYOUTS)
 def test_every_sample_is_in_an_epoch_exactly_once_beside_fill(layout):
-    shown = [(slot.group, at) for step in EpochOrder(*layout) for slot in step for at in own(slot)]
-    assert sorted(shown) == [(number, at) for number, group in enumerate(layout[0]) for at in range(group.size)]
+    version = [(slot.group, at) for step in EpochOrder(*layout) for slot in step for at in own(slot)]
+    assert sorted(version) == [(number, at) for number, group in enumerate(layout[0]) for at in range(group.size)]
 
 
 @given(LAYOUTS)
@@ -65,11 +65,11 @@ def test_fill_is_of_the_group_itself_and_no_more_than_needed(layout):
 @given(LAYOUTS)
 def test_nothing_of_a_group_appears_again_before_all_of_it_has_appeared(layout):
     groups = layout[0]
-    shown = {number: [] for number in range(len(groups))}
+    version = {number: [] for number in range(len(groups))}
     for slot in (slot for step in EpochOrder(*layout) for slot in step):
-        shown[slot.group] += slot.samples
+        version[slot.group] += slot.samples
     for number, group in enumerate(groups):
-        assert sorted(shown[number][: group.size]) == list(range(group.size))
+        assert sorted(version[number][: group.size]) == list(range(group.size))
 
 
 @given(GROUPS, st.lists(st.tuples(RANKS, ACCUMULATION), min_size=2, max_size=4), SEEDS)
@@ -103,7 +103,7 @@ def test_by_hand():
         0: [tuple(first[:4]), (first[4], *first[:3])],
         1: [tuple(second[:2]), (second[2], second[0])],
     }
-    in_turn = [(0, 0, 1, 1)[place] for place in permutation(4, 9, "slots", 1)]
+    in_turn = [(0, 0, 1, 1)[position] for position in permutation(4, 9, "slots", 1)]
     order = EpochOrder(groups, 2, 3, seed=9, epoch=1)
     assert len(order) == 2
     found = [slot for step in order for slot in step]

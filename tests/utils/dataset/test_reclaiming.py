@@ -2,7 +2,7 @@
 
 from tests.utils.dataset.conftest import LengthEncoder, MeanEncoder, counts, dataset_of, filled, samples_of
 from utils.dataset.cache_lock import reading
-from utils.dataset.encoding import Filling, fill, reclaim_unwanted
+from utils.dataset.encoding import CacheJob, fill, reclaim_unwanted
 from utils.dataset.tensor_store import TensorStore
 from utils.ranks import Ranks
 
@@ -17,7 +17,7 @@ def test_regenerating_replaces_everything(pictures, cache):
     size = shards_of(cache)
     how = {"regenerate": True}
     assert counts(filled(MeanEncoder(), samples, cache, **how)) == (6, 0, 6, 0)
-    reclaim_unwanted(["vae"], Filling(cache, cache, Ranks(), **how))
+    reclaim_unwanted(["vae"], CacheJob(cache, cache, Ranks(), **how))
     assert shards_of(cache) == size
     with TensorStore(cache / "vae") as store:
         assert len(store) == 6
@@ -27,9 +27,9 @@ def test_items_that_no_run_wants_are_let_go(pictures, cache, tmp_path):
     def run(name, **keys):
         (tmp_path / name).write_text("")
         samples = samples_of(dataset_of(pictures, **keys), cache)
-        filling = Filling(cache, tmp_path / name, Ranks())
-        fill(MeanEncoder(), samples, filling)
-        reclaim_unwanted(["vae"], filling)
+        job = CacheJob(cache, tmp_path / name, Ranks())
+        fill(MeanEncoder(), samples, job)
+        reclaim_unwanted(["vae"], job)
         with TensorStore(cache / "vae") as store:
             return len(store)
 
@@ -46,14 +46,14 @@ def test_items_that_no_run_wants_are_let_go(pictures, cache, tmp_path):
 def test_nothing_goes_while_a_run_reads_the_cache(pictures, cache):
     """It may have been started from the same settings, as they were before they were changed and started again."""
     samples = samples_of(dataset_of(pictures), cache)
-    filling = Filling(cache, cache, Ranks())
-    fill(MeanEncoder(), samples, filling)
+    job = CacheJob(cache, cache, Ranks())
+    fill(MeanEncoder(), samples, job)
     with reading(cache), reading(cache):
-        fill(MeanEncoder(), samples[:1], filling)
-        reclaim_unwanted(["vae"], filling)
+        fill(MeanEncoder(), samples[:1], job)
+        reclaim_unwanted(["vae"], job)
         with TensorStore(cache / "vae") as store:
             assert len(store) == len(samples)
-    reclaim_unwanted(["vae"], filling)
+    reclaim_unwanted(["vae"], job)
     with TensorStore(cache / "vae") as store:
         assert len(store) == 1
 
@@ -65,8 +65,8 @@ def test_what_an_encoder_made_that_a_run_has_no_more_is_let_go(pictures, cache, 
 
     def run(name, *encoders):
         (tmp_path / name).write_text("")
-        filling = Filling(cache, tmp_path / name, Ranks())
-        reclaim_unwanted([fill(encoder, samples, filling).encoder for encoder in encoders], filling)
+        job = CacheJob(cache, tmp_path / name, Ranks())
+        reclaim_unwanted([fill(encoder, samples, job).encoder for encoder in encoders], job)
         return [len(store.keys()) for encoder in (vae, text) for store in [TensorStore(cache / encoder.name)]]
 
     assert run("first.toml", vae, text) == [6, 6]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.dataset.sources.filters import Filter
-from utils.dataset.sources.places import Fault, SourceProblem
+from utils.dataset.sources.locators import Fault, SourceProblem
 
 ROW = {"width": 640, "height": "480", "score": 5.5, "style": "Photo", "tags": ["cat", "dog"], "note": None, "empty": ""}
 

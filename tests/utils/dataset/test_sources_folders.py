@@ -29,16 +29,16 @@ def captions(listing):
 
 def told(listing, folder):
     """The rejected files by name, with the kind."""
-    return {fault.place.removeprefix(f"{folder}/"): fault.kind for fault in listing.rejected}
+    return {fault.locator.removeprefix(f"{folder}/"): fault.kind for fault in listing.rejected}
 
 
 def test_places_of_whole_files(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"abc")
-    place = Locator(path)
-    assert str(place) == str(path) and place.source is path and place.open().read() == b"abc"
-    assert place == Locator(Path(str(path))) and len({place, Locator(path), Locator(path, "b")}) == 2
-    assert place < Locator(path, "b") < Locator(tmp_path / "b.png")
+    locator = Locator(path)
+    assert str(locator) == str(path) and locator.source is path and locator.open().read() == b"abc"
+    assert locator == Locator(Path(str(path))) and len({locator, Locator(path), Locator(path, "b")}) == 2
+    assert locator < Locator(path, "b") < Locator(tmp_path / "b.png")
     assert str(Locator(path, "b")) == f"{path}: b" and isinstance(Locator(path, "b").source, Blob)
 
 
@@ -75,7 +75,7 @@ def test_all_that_is_not_used_is_told(tmp_path):
     }
     reasons = {fault.kind: fault.reason for fault in listing.rejected}
     assert "a.txt" in reasons["caption missing"] and "byte 3" in reasons["caption unreadable"]
-    assert all((fault.place + fault.reason).encode() for fault in listing.rejected)
+    assert all((fault.locator + fault.reason).encode() for fault in listing.rejected)
 
 
 def test_other_endings_of_captions(tmp_path):
@@ -162,9 +162,9 @@ def test_a_listing_can_be_stopped(tmp_path):
     class Stop(Exception):
         pass
 
-    def heed():
+    def raise_if_stopping():
         raise Stop
 
     write(tmp_path, a_png="", a_txt="")
     with pytest.raises(Stop):
-        read_source(DirectorySettings(path=tmp_path), heed=heed)
+        read_source(DirectorySettings(path=tmp_path), raise_if_stopping=raise_if_stopping)

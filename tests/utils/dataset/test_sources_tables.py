@@ -128,7 +128,7 @@ def test_folders_of_controls_beside_a_table(folder, tmp_path):
     write(other, a_png="", in__d_png="")
     rows = [{"file": "a.png", "depth": "b.png", "text": ""}, {"file": "in/d.png", "depth": "b.png", "text": ""}]
     listing = read(table(folder, "x.json", rows), control_path=other, recursive=True, data_file_keys=["depth"])
-    assert [[place.path for place in entry.controls] for entry in listing.entries] == [
+    assert [[locator.path for locator in entry.controls] for entry in listing.entries] == [
         [other / "a.png", folder / "b.png"],
         [other / "in/d.png", folder / "b.png"],
     ]

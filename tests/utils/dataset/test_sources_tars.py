@@ -92,7 +92,7 @@ def test_controls_and_masks(tmp_path):
     pack(tmp_path / "x.tar", [*members, ("b.jpg", "t"), ("b.txt", "")])
     listing = read(tmp_path, data_file_keys=["depth", ".edge.jpg"])
     (entry,) = listing.entries
-    assert [place.part for place in entry.controls] == ["a.Depth.png", "a.edge.jpg"]
+    assert [locator.part for locator in entry.controls] == ["a.Depth.png", "a.edge.jpg"]
     assert entry.media.part == "a.jpg" and entry.mask.part == "a.mask.png"
     assert told(listing, tmp_path) == {"x.tar: b.jpg": "control missing"}
     listing = read(tmp_path)
@@ -164,7 +164,7 @@ def test_tars_that_break_off(tmp_path):
         path.write_bytes(broken)
         found = read(path, caption_source="filename")
         assert list(listed(found)) == ["a.jpg", *whole]
-        assert [fault.place for fault in found.rejected] == [f"{path}: b.jpg"]
+        assert [fault.locator for fault in found.rejected] == [f"{path}: b.jpg"]
         assert "bring it anew" in found.rejected[0].reason
     for content, words in ((b"", "cannot be read"), (b"no tar" * 999, "cannot be read"), (b"\0" * 1024, "nothing")):
         path.write_bytes(content)

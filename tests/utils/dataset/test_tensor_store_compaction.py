@@ -110,9 +110,9 @@ def test_an_item_that_moves_between_the_question_where_it_is_and_its_reading(tmp
         store.delete(["1"])
         read = reader._reader.read
 
-        def read_after_compaction(*place):
+        def read_after_compaction(*extent):
             store.compact(0)
-            return read(*place)
+            return read(*extent)
 
         monkeypatch.setattr(reader._reader, "read", read_after_compaction)
         assert_items(reader, [0])

@@ -27,7 +27,7 @@ CONFIGS = [
 def test_is_the_schedulers(config: dict, zero_terminal_snr: bool) -> None:
     """Which computes in float32: its last digits are lost."""
     scheduler = DDPMScheduler(**config, rescale_betas_zero_snr=zero_terminal_snr)
-    schedule = NoiseSchedule.of_config(scheduler.config)
+    schedule = NoiseSchedule.from_config(scheduler.config)
     np.testing.assert_allclose(schedule.abar_N, scheduler.alphas_cumprod.double(), rtol=2e-4, atol=1e-7)
     if not zero_terminal_snr:
         steps = torch.arange(schedule.steps)
@@ -74,4 +74,4 @@ def test_uniform_levels_give_every_step_as_often() -> None:
 )
 def test_other_schedules_are_refused(wrong: dict, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        NoiseSchedule.of_config(wrong)
+        NoiseSchedule.from_config(wrong)

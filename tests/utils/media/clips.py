@@ -36,7 +36,7 @@ def write_video(
     path,
     frames=40,
     codec="libx264",
-    rate=24,
+    fps=24,
     pix_fmt="yuv420p",
     options=None,
     times=None,
@@ -51,10 +51,10 @@ def write_video(
         setup: called with the stream before anything is encoded.
     """
     with av.open(str(path), "w", options=container_options or {}) as container:
-        stream = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1001), options=options or {})
+        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options or {})
         height, width = picture(0).shape[:2]
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
-        unit = Fraction(1, 1000) if times else 1 / Fraction(rate).limit_denominator(1001)
+        unit = Fraction(1, 1000) if times else 1 / Fraction(fps).limit_denominator(1001)
         stream.codec_context.time_base = unit
         setup(stream)
         for index in range(frames):

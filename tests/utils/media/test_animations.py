@@ -27,9 +27,9 @@ def test_frames_and_their_durations(tmp_path, suffix):
     path = animate(tmp_path / f"a.{suffix}")
     assert probe(path) == Probe(64, 48, 8, 8)
     ends = np.cumsum(MILLISECONDS) / 1000
-    for start, rate, count in [(0, 20, 20), (0.2, 20, 10), (0, 8, 8), (0.3, 100, 50)]:
-        expected = [int((ends > start + index / rate + 1e-6).argmax()) for index in range(count)]
-        assert numbers_of(load_clip(path, SMALL, start, count, rate)) == expected
+    for start, fps, count in [(0, 20, 20), (0.2, 20, 10), (0, 8, 8), (0.3, 100, 50)]:
+        expected = [int((ends > start + index / fps + 1e-6).argmax()) for index in range(count)]
+        assert numbers_of(load_clip(path, SMALL, start, count, fps)) == expected
     assert numbers_of(load_image(path, SMALL)) == [0]
     with pytest.raises(MediaError, match=f"a.{suffix}: ends after 1.000 s"):
         load_clip(path, SMALL, 0.5, 12, 20)

@@ -21,15 +21,15 @@ LENGTHS = [(1, 1), (5, 9), (9, 9), (10, 9), (100, 33), (99, 33), (101, 33), (3, 
         (1, 0, 16, 1),
     ],
 )
-def test_frames_at(frames, rate, target, expected):
-    assert frames_at(Probe(8, 8, frames, rate), target) == expected
+def test_frames_at(frames, fps, target, expected):
+    assert frames_at(Probe(8, 8, frames, fps), target) == expected
 
 
 def test_the_rate_of_a_file_gives_its_frames():
     draw = random.Random(0)
     for _ in range(2000):
-        frames, rate = draw.randint(1, 100000), draw.choice([24, 25, 30, 24000 / 1001, draw.uniform(1, 120)])
-        assert frames_at(Probe(8, 8, frames, rate), rate) == frames
+        frames, fps = draw.randint(1, 100000), draw.choice([24, 25, 30, 24000 / 1001, draw.uniform(1, 120)])
+        assert frames_at(Probe(8, 8, frames, fps), fps) == frames
 
 
 def test_clip_starts_by_hand():

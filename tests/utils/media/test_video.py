@@ -79,10 +79,10 @@ def test_variable_rates_are_sampled_by_time(tmp_path, suffix):
     assert decoded(path)[0] == pytest.approx([time / 1000 for time in times], abs=0.001)
     found = probe(path)
     assert found.frames == 60 and times[-1] < 1000 * found.seconds <= times[-1] + 200
-    for rate, start in [(16, 0), (25, 1.01), (3, 0.5)]:
-        count = int((times[-1] / 1000 - start) * rate)
-        expected = [_shown_at(times, start + index / rate) for index in range(count)]
-        assert numbers_of(load_clip(path, SMALL, start, count, rate)) == expected
+    for fps, start in [(16, 0), (25, 1.01), (3, 0.5)]:
+        count = int((times[-1] / 1000 - start) * fps)
+        expected = [_shown_at(times, start + index / fps) for index in range(count)]
+        assert numbers_of(load_clip(path, SMALL, start, count, fps)) == expected
 
 
 def _shown_at(times, seconds):
@@ -91,11 +91,11 @@ def _shown_at(times, seconds):
 
 
 @pytest.mark.parametrize(("rate", "target", "frames"), [(24, 16, 26), (8, 16, 80), (30, 24, 32), (23.976, 24, 40)])
-def test_other_rates(tmp_path, rate, target, frames):
-    path = write_video(tmp_path / "a.mp4", 40, rate=rate)
+def test_other_rates(tmp_path, fps, target, frames):
+    path = write_video(tmp_path / "a.mp4", 40, fps=fps)
     found = probe(path)
-    assert found.rate == pytest.approx(rate, rel=1e-4) and frames_at(found, target) == frames
-    expected = [int((index / target + 0.001) * found.rate) for index in range(frames)]
+    assert found.fps == pytest.approx(fps, rel=1e-4) and frames_at(found, target) == frames
+    expected = [int((index / target + 0.001) * found.fps) for index in range(frames)]
     assert numbers_of(load_clip(path, SMALL, 0, frames, target)) == expected
 
 
@@ -103,7 +103,7 @@ def test_what_an_edit_list_cuts_off_is_neither_counted_nor_shown(tmp_path):
     """Times before zero are cut off by an edit list, and stay in the file for others to be decoded from."""
     times = [1000 * (index - 10) // 25 for index in range(40)]
     options = {"avoid_negative_ts": "disabled", "use_editlist": "1"}
-    path = write_video(tmp_path / "a.mp4", 40, rate=25, options=B_FRAMES, times=times, container_options=options)
+    path = write_video(tmp_path / "a.mp4", 40, fps=25, options=B_FRAMES, times=times, container_options=options)
     with av.open(str(path)) as container:
         assert container.streams.video[0].frames == 40
     assert decoded(path)[1] == list(range(10, 40))

@@ -19,12 +19,12 @@ def clip(frames, width, height):
 
 @pytest.mark.parametrize(("width", "height"), [(64, 48), (63, 47), (64, 47)])
 @pytest.mark.parametrize("rate", [16, 24000 / 1001, 7.5])
-def test_a_clip_comes_back(tmp_path, width, height, rate):
+def test_a_clip_comes_back(tmp_path, width, height, fps):
     pixels = clip(12, width, height)
-    write_clip(pixels, rate, tmp_path / "a.mp4")
+    write_clip(pixels, fps, tmp_path / "a.mp4")
     found = probe(tmp_path / "a.mp4")
-    assert found == Probe(width + width % 2, height + height % 2, 12, pytest.approx(rate))
-    again = load_clip(tmp_path / "a.mp4", View(found.width, found.height), 0, 12, found.rate)
+    assert found == Probe(width + width % 2, height + height % 2, 12, pytest.approx(fps))
+    again = load_clip(tmp_path / "a.mp4", View(found.width, found.height), 0, 12, found.fps)
     assert numbers_of(again) == list(range(12))
     assert (again[:, :, :height, :width] - pixels).abs().mean() < 0.03
 

@@ -16,7 +16,7 @@ from utils.settings.schema import MonitoringSettings
 
 
 def test_scalars_and_pictures(tmp_path: Path) -> None:
-    metrics = Metrics.of_run(tmp_path, MonitoringSettings(), {}, is_main=True)
+    metrics = Metrics.from_settings(tmp_path, MonitoringSettings(), {}, is_main=True)
     metrics.scalars({"train/loss": 0.25, "train/lr": 1e-4}, step=3)
     metrics.picture("samples/00", Image.new("RGB", (4, 4), "red"), step=3)
     metrics.close()
@@ -33,24 +33,24 @@ def test_scalars_and_pictures(tmp_path: Path) -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    Metrics.of_run(tmp_path, MonitoringSettings(), {}, is_main=False).scalars({"train/loss": 1.0}, step=1)
+    Metrics.from_settings(tmp_path, MonitoringSettings(), {}, is_main=False).scalars({"train/loss": 1.0}, step=1)
     assert not list(tmp_path.iterdir())
 
 
 def test_without_tensorboard_there_are_no_events(tmp_path: Path) -> None:
-    metrics = Metrics.of_run(tmp_path, MonitoringSettings(enable_tensorboard=False), {}, is_main=True)
+    metrics = Metrics.from_settings(tmp_path, MonitoringSettings(enable_tensorboard=False), {}, is_main=True)
     metrics.close()
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_resumed_run_measures_no_step_twice(tmp_path: Path) -> None:
-    first = Metrics.of_run(tmp_path, MonitoringSettings(), {}, is_main=True)
+    first = Metrics.from_settings(tmp_path, MonitoringSettings(), {}, is_main=True)
     for step in (1, 2, 3, 4):
         first.scalars({"train/loss": float(step)}, step)
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"name": "train/loss", "st')
-    again = Metrics.of_run(tmp_path, MonitoringSettings(), {}, is_main=True, resumed_at=2)
+    again = Metrics.from_settings(tmp_path, MonitoringSettings(), {}, is_main=True, resumed_at=2)
     for step in (3, 4):
         again.scalars({"train/loss": 10.0 * step}, step)
     again.close()
@@ -81,7 +81,7 @@ def test_an_account_that_is_missing_is_told_early_and_late(no_account: Path) -> 
     with pytest.raises(UserError, match=r"\[monitoring\] enable_wandb: no account.*wandb login"):
         check_account(WANDB)
     with pytest.raises(UserError, match=r"\[monitoring\] enable_wandb: .* refused the run: .*API key"):
-        Metrics.of_run(no_account, WANDB, {}, is_main=True)
+        Metrics.from_settings(no_account, WANDB, {}, is_main=True)
 
 
 @pytest.mark.parametrize("variable", [{"WANDB_API_KEY": "a" * 40}, {"WANDB_MODE": "offline"}])

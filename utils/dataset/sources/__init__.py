@@ -13,7 +13,7 @@ from pathlib import Path
 
 from utils.dataset.sources.arrow_tables import ARROW_SUFFIXES
 from utils.dataset.sources.folders import MEDIA_SUFFIXES, Tree, list_files, list_pictures
-from utils.dataset.sources.places import NOT_BROKEN, Container, Entry, Listing, Locator, Rejected, SourceProblem
+from utils.dataset.sources.locators import NOT_BROKEN, Container, Entry, Listing, Locator, Rejected, SourceProblem
 from utils.dataset.sources.tables import list_arrow_tables, list_text_table
 from utils.dataset.sources.tars import list_tars
 from utils.dataset.sources.text_tables import TEXT_TABLES
@@ -44,7 +44,7 @@ _IDLE: dict[str, dict[str, str]] = {
 
 
 def read_source(
-    directory: DirectorySettings, *, heed: Callable[[], None] = lambda: None, remember: Path | None = None
+    directory: DirectorySettings, *, raise_if_stopping: Callable[[], None] = lambda: None, remember: Path | None = None
 ) -> Listing:
     """Lists what there is to train on in a directory, without opening any picture.
 
@@ -55,12 +55,12 @@ def read_source(
 
     Args:
         directory: with the file's values for the keys that it does not set itself.
-        heed: called now and then; what it raises ends the listing.
+        raise_if_stopping: called now and then; what it raises ends the listing.
         remember: the folder in which the indices of tars are kept, so that a tar is walked through only once.
     """
     path = Path(os.path.abspath(directory.path))
     try:
-        listing = (_list_folder if path.is_dir() else _list_file)(path, directory, heed, remember)
+        listing = (_list_folder if path.is_dir() else _list_file)(path, directory, raise_if_stopping, remember)
     except SourceProblem as problem:
         return Listing(problems=[str(problem)])
     if not listing.entries and not listing.problems:
@@ -71,22 +71,36 @@ def read_source(
     return listing
 
 
-def _list_file(path: Path, rules: DirectorySettings, heed: Callable[[], None], remember: Path | None) -> Listing:
+def _list_file(
+    path: Path, rules: DirectorySettings, raise_if_stopping: Callable[[], None], remember: Path | None
+) -> Listing:
     suffix = path.suffix.lower()
     if not path.exists():
         raise SourceProblem("there is no such folder or file")
     if suffix in TEXT_TABLES:
-        return _listed("a table that names files", rules, lambda heeded: list_text_table(path, heeded, heed))
+        return _listed(
+            "a table that names files",
+            rules,
+            lambda active_routers: list_text_table(path, active_routers, raise_if_stopping),
+        )
     if suffix in ARROW_SUFFIXES:
-        return _listed("a .parquet or .arrow table", rules, lambda heeded: list_arrow_tables([path], heeded, heed))
+        return _listed(
+            "a .parquet or .arrow table",
+            rules,
+            lambda active_routers: list_arrow_tables([path], active_routers, raise_if_stopping),
+        )
     if _is_tar(path.name):
-        return _listed("a tar", rules, lambda heeded: list_tars([path], heeded, heed, remember))
+        return _listed(
+            "a tar", rules, lambda active_routers: list_tars([path], active_routers, raise_if_stopping, remember)
+        )
     endings = ", ".join([*sorted(_TABLES), ".tar"])
     raise SourceProblem(f"a single file must be one of {endings}; pictures are read from the folder that they are in")
 
 
-def _list_folder(path: Path, rules: DirectorySettings, heed: Callable[[], None], remember: Path | None) -> Listing:
-    tree = list_files(path, rules.recursive, heed)
+def _list_folder(
+    path: Path, rules: DirectorySettings, raise_if_stopping: Callable[[], None], remember: Path | None
+) -> Listing:
+    tree = list_files(path, rules.recursive, raise_if_stopping)
     names = set(tree.names)
     tables = [name for name in FOLDER_TABLES if name in names]
     tars = [name for name in tree.names if _is_tar(name)]
@@ -104,8 +118,8 @@ def _list_folder(path: Path, rules: DirectorySettings, heed: Callable[[], None],
         kind, listed = "a .parquet or .arrow table", partial(list_arrow_tables, [path / name for name in arrows])
         others = _media(tree)
     else:
-        return _listed("a folder of pictures", rules, partial(list_pictures, tree, heed=heed))
-    listing = _listed(kind, rules, partial(listed, heed=heed))
+        return _listed("a folder of pictures", rules, partial(list_pictures, tree, raise_if_stopping=raise_if_stopping))
+    listing = _listed(kind, rules, partial(listed, raise_if_stopping=raise_if_stopping))
     read = (tables or tars or arrows)[0]
     reason = f"{read} is read of this folder instead; to use this too, give it a [[directory]] of its own"
     listing.rejected.extend(Rejected(f"{path}/{name}", "not read", reason) for name in others)

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from utils.dataset.sources.places import SourceProblem
+from utils.dataset.sources.locators import SourceProblem
 
 if TYPE_CHECKING:
     import pyarrow

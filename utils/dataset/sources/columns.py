@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from utils.dataset.sources.places import SourceProblem
+from utils.dataset.sources.locators import SourceProblem
 from utils.dataset.sources.texts import CAPTION_NAMES, is_given
 from utils.settings.dataset_schema import DirectorySettings
 

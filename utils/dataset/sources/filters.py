@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from utils.dataset.sources.places import Fault, SourceProblem
+from utils.dataset.sources.locators import Fault, SourceProblem
 
 Evaluate = Callable[[Mapping[str, Any]], Any]
 

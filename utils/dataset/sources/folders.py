@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.dataset.sources.places import Entry, Fault, Kind, Listing, Locator, Rejected, SourceProblem
+from utils.dataset.sources.locators import Entry, Fault, Kind, Listing, Locator, Rejected, SourceProblem
 from utils.dataset.sources.texts import caption_ending, captions_in, given_caption, is_given, is_utf8
 from utils.media.decode import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from utils.settings.dataset_schema import DirectorySettings
@@ -42,7 +42,7 @@ class Tree:
         return {stem: stem + suffix for stem, suffix in split if suffix.lower() in MEDIA_SUFFIXES}
 
 
-def list_files(root: Path, recursive: bool, heed: Callable[[], None]) -> Tree:
+def list_files(root: Path, recursive: bool, raise_if_stopping: Callable[[], None]) -> Tree:
     """The files in `root`, and in the folders within where `recursive`. Links are followed, but in no circle.
 
     Raises:
@@ -54,7 +54,7 @@ def list_files(root: Path, recursive: bool, heed: Callable[[], None]) -> Tree:
     folders = [("", frozenset({os.path.realpath(root)}))]
     while folders:
         prefix, above = folders.pop()
-        heed()
+        raise_if_stopping()
         try:
             found = _list_one(root, prefix)
         except OSError as error:
@@ -103,13 +103,13 @@ def _list_one(root: Path, prefix: str) -> _Found:
 class Beside:
     """Control images and masks, that lie under the same names as pictures in folders of their own."""
 
-    def __init__(self, rules: DirectorySettings, heed: Callable[[], None]) -> None:
+    def __init__(self, rules: DirectorySettings, raise_if_stopping: Callable[[], None]) -> None:
         """
         Raises:
             SourceProblem: one of the folders cannot be read.
         """
-        self._controls = [_named("control_path", path, rules, heed) for path in rules.control_paths]
-        self._masks = _named("mask_path", rules.mask_path, rules, heed) if rules.mask_path else None
+        self._controls = [_named("control_path", path, rules, raise_if_stopping) for path in rules.control_paths]
+        self._masks = _named("mask_path", rules.mask_path, rules, raise_if_stopping) if rules.mask_path else None
         self._recursive = rules.recursive
         self._masks_elsewhere = rules.alpha_mask or rules.default_mask_file is not None
 
@@ -148,17 +148,19 @@ class Beside:
         return Locator(root / name)
 
 
-def _named(key: str, folder: Path, rules: DirectorySettings, heed: Callable[[], None]) -> tuple[Path, dict[str, str]]:
+def _named(
+    key: str, folder: Path, rules: DirectorySettings, raise_if_stopping: Callable[[], None]
+) -> tuple[Path, dict[str, str]]:
     root = Path(os.path.abspath(folder))
     try:
-        return root, list_files(root, rules.recursive, heed).by_stem()
+        return root, list_files(root, rules.recursive, raise_if_stopping).by_stem()
     except SourceProblem as problem:
         raise SourceProblem(f"{key} = {root}: {problem}") from None
 
 
-def list_pictures(tree: Tree, rules: DirectorySettings, heed: Callable[[], None]) -> Listing:
+def list_pictures(tree: Tree, rules: DirectorySettings, raise_if_stopping: Callable[[], None]) -> Listing:
     """Every picture and clip of a folder, with the caption that lies beside it or follows from its name."""
-    beside = Beside(rules, heed)
+    beside = Beside(rules, raise_if_stopping)
     listing = Listing(rejected=list(tree.rejected))
     ending = caption_ending(rules)
     media: list[tuple[str, str]] = []
@@ -183,7 +185,9 @@ def list_pictures(tree: Tree, rules: DirectorySettings, heed: Callable[[], None]
         lone = captions.keys() - {stem for stem, _ in media}
         fault = Fault("no picture", "no picture or clip beside it has this name")
         listing.rejected.extend(fault.at(f"{tree.root}/{captions[stem]}") for stem in sorted(lone))
-        texts = iter(_read_all(tree.root, [captions.get(stem) for stem, _ in media], rules.caption_column, heed))
+        texts = iter(
+            _read_all(tree.root, [captions.get(stem) for stem, _ in media], rules.caption_column, raise_if_stopping)
+        )
     for (stem, name), text in zip(media, texts, strict=True):
         try:
             listing.entries.append(_entry(tree.root, stem, name, _caption(text, stem, ending), beside))
@@ -209,10 +213,10 @@ def _has_media(folder: str) -> bool:
         return False
 
 
-def _unknown(place: str, suffix: str) -> Rejected:
+def _unknown(location: str, suffix: str) -> Rejected:
     ending = f"files ending in {suffix} are" if suffix else "a file without an ending is"
     reason = f"{ending} not read; if it is a picture or clip, save it as .png, .jpg or .mp4"
-    return Rejected(place, "unknown kind of file", reason)
+    return Rejected(location, "unknown kind of file", reason)
 
 
 def _caption(text: tuple[str, ...] | Fault | None, stem: str, ending: str) -> tuple[str, ...]:
@@ -233,7 +237,7 @@ def _entry(root: Path, stem: str, name: str, captions: tuple[str, ...], beside: 
 
 
 def _read_all(
-    root: Path, names: Sequence[str | None], key: str | None, heed: Callable[[], None]
+    root: Path, names: Sequence[str | None], key: str | None, raise_if_stopping: Callable[[], None]
 ) -> list[tuple[str, ...] | Fault | None]:
     """The captions in the files, None where there is no name."""
 
@@ -247,7 +251,7 @@ def _read_all(
         try:
             for chunk in pool.map(read, chunks):
                 texts += chunk
-                heed()
+                raise_if_stopping()
         finally:
             pool.shutdown(cancel_futures=True)
     return texts

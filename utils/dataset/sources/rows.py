@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 from utils.dataset.sources.columns import Columns
 from utils.dataset.sources.filters import Filter
 from utils.dataset.sources.folders import MEDIA_SUFFIXES, Beside, Tree, list_files
-from utils.dataset.sources.places import Entry, Fault, Kind, Listing, Locator, Rejected, SourceProblem
+from utils.dataset.sources.locators import Entry, Fault, Kind, Listing, Locator, Rejected, SourceProblem
 from utils.dataset.sources.texts import captions_of, given_caption, is_given
 from utils.settings.dataset_schema import DirectorySettings
 
 _ROWS_BETWEEN_HEEDS = 1024
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """A row of a table: where it is, for messages; its number from 1 on; and its cells by column."""
 
-    place: str
+    location: str
     number: int
     cells: Mapping[str, Any]
 
@@ -103,18 +103,20 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Duplicates:
     """The places where something was for the first time: files with their controls, and digests."""
 
     files: dict[Any, str] = field(default_factory=dict)
     digests: dict[Any, str] = field(default_factory=dict)
 
 
-def list_rows(rows: Iterable[Row], table: Table, listing: Listing, seen: Seen, heed: Callable[[], None]) -> None:
+def list_rows(
+    rows: Iterable[TableRow], table: Table, listing: Listing, seen: Duplicates, raise_if_stopping: Callable[[], None]
+) -> None:
     """Adds the samples of the rows that the filter holds for to `listing`, and those that cannot be used."""
     for count, row in enumerate(rows):
         if count % _ROWS_BETWEEN_HEEDS == 0:
-            heed()
+            raise_if_stopping()
         try:
             # Looked for first: also the files of rows that are not used are named in the table.
             files = _files(row, table)
@@ -128,12 +130,12 @@ def list_rows(rows: Iterable[Row], table: Table, listing: Listing, seen: Seen, h
                 _once(seen.digests, digest, row, f"has the same {table.columns.digest} (deduplicate = true)")
             listing.entries.append(entry)
         except Fault as fault:
-            listing.rejected.append(fault.at(row.place))
+            listing.rejected.append(fault.at(row.location))
 
 
-def _once(seen: dict[Any, str], key: Any, row: Row, what: str) -> None:
-    first = seen.setdefault(key, row.place)
-    if first is not row.place:
+def _once(seen: dict[Any, str], key: Any, row: TableRow, what: str) -> None:
+    first = seen.setdefault(key, row.location)
+    if first is not row.location:
         raise Fault("twice", f"{first} is used, which {what}")
 
 
@@ -145,7 +147,7 @@ class _Files(NamedTuple):
     mask: Locator | Fault | None
 
 
-def _files(row: Row, table: Table) -> _Files:
+def _files(row: TableRow, table: Table) -> _Files:
     columns, cells = table.columns, row.cells
 
     def located(column: str, cell: Any) -> Locator | Fault:
@@ -166,7 +168,7 @@ def _files(row: Row, table: Table) -> _Files:
     )
 
 
-def _entry(row: Row, files: _Files, table: Table) -> Entry:
+def _entry(row: TableRow, files: _Files, table: Table) -> Entry:
     media = files.media
     if isinstance(media, Fault):
         raise media
@@ -183,10 +185,10 @@ def _entry(row: Row, files: _Files, table: Table) -> Entry:
     return Entry(media, captions, controls, mask, _repeats(row.cells, table.columns))
 
 
-def _found(place: Locator | Fault, kind: Kind) -> Locator:
-    if isinstance(place, Fault):
-        raise Fault(kind, str(place))
-    return place
+def _found(location: Locator | Fault, kind: Kind) -> Locator:
+    if isinstance(location, Fault):
+        raise Fault(kind, str(location))
+    return location
 
 
 def _repeats(cells: Mapping[str, Any], columns: Columns) -> float:

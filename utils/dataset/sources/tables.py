@@ -10,8 +10,8 @@ from utils.dataset.sources.arrow_tables import ArrowTable, Recent
 from utils.dataset.sources.columns import DIGEST_NAMES, Columns, find_columns
 from utils.dataset.sources.filters import Filter
 from utils.dataset.sources.folders import Beside
-from utils.dataset.sources.places import Listing, Locator, SourceProblem
-from utils.dataset.sources.rows import FilesOf, Row, Seen, Table, list_rows
+from utils.dataset.sources.locators import Listing, Locator, SourceProblem
+from utils.dataset.sources.rows import Duplicates, FilesOf, Table, TableRow, list_rows
 from utils.dataset.sources.text_tables import read_text_table
 from utils.dataset.sources.texts import CAPTION_NAMES
 from utils.settings.dataset_schema import DirectorySettings
@@ -21,7 +21,7 @@ _NEVER_FILES = frozenset({*CAPTION_NAMES, *DIGEST_NAMES})
 
 
 def list_text_table(
-    path: Path, rules: DirectorySettings, heed: Callable[[], None], is_of_folder: bool = False
+    path: Path, rules: DirectorySettings, raise_if_stopping: Callable[[], None], is_of_folder: bool = False
 ) -> Listing:
     """The files that a table of text names.
 
@@ -36,19 +36,21 @@ def list_text_table(
     columns = find_columns(content.columns, rules, media=content.media)
     files = FilesOf(path.parent)
     chosen = Filter(rules.filter, content.columns) if rules.filter else None
-    table = Table(path, columns, rules, chosen, Beside(rules, heed), lambda number, column, cell: files.find(cell))
-    list_rows(content.rows, table, listing, Seen(), heed)
+    table = Table(
+        path, columns, rules, chosen, Beside(rules, raise_if_stopping), lambda number, column, cell: files.find(cell)
+    )
+    list_rows(content.rows, table, listing, Duplicates(), raise_if_stopping)
     if is_of_folder:
         listing.rejected.extend(files.not_named(path))
     return listing
 
 
 def list_arrow_tables(
-    paths: list[Path], rules: DirectorySettings, heed: Callable[[], None], is_of_folder: bool = False
+    paths: list[Path], rules: DirectorySettings, raise_if_stopping: Callable[[], None], is_of_folder: bool = False
 ) -> Listing:
     """The pictures and clips in the cells of Parquet and Arrow tables, or the files that they name; see
     `list_text_table`."""
-    listing, recent, seen, beside = Listing(), Recent(), Seen(), Beside(rules, heed)
+    listing, recent, seen, beside = Listing(), Recent(), Duplicates(), Beside(rules, raise_if_stopping)
     for path in paths:
         arrow = ArrowTable(path, recent)
         never = {rules.caption_column, *(name for name in arrow.columns if name.lower() in _NEVER_FILES)}
@@ -59,7 +61,7 @@ def list_arrow_tables(
         chosen = Filter(rules.filter, [name for name in arrow.columns if name not in held]) if rules.filter else None
         files = FilesOf(path.parent)
         table = Table(path, columns, rules, chosen, beside, _finder(arrow, held, files))
-        list_rows(_rows(arrow, held, columns, chosen), table, listing, seen, heed)
+        list_rows(_rows(arrow, held, columns, chosen), table, listing, seen, raise_if_stopping)
         if is_of_folder and columns.media not in held:
             listing.rejected.extend(files.not_named(path))
     return listing
@@ -80,11 +82,11 @@ def _check_cells(rules: DirectorySettings) -> None:
         raise SourceProblem(f"caption_source = {rules.caption_source!r} goes with files, and this table holds pictures")
 
 
-def _rows(arrow: ArrowTable, held: frozenset[str], columns: Columns, chosen: Filter | None) -> Iterator[Row]:
+def _rows(arrow: ArrowTable, held: frozenset[str], columns: Columns, chosen: Filter | None) -> Iterator[TableRow]:
     used = {columns.media, columns.caption, *columns.controls, columns.mask, columns.repeats, columns.digest} - {None}
     # What is in these cells is not looked at here, but that there is something in them.
     pictures = dict.fromkeys(used & held, True)
     wanted = (used | (chosen.columns if chosen else set())) - held
     names = [name for name in arrow.columns if name in wanted]
     for number, cells in enumerate(arrow.rows(names), start=1):
-        yield Row(f"{arrow.path} row {number}", number, cells | pictures)
+        yield TableRow(f"{arrow.path} row {number}", number, cells | pictures)

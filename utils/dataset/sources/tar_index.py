@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from utils.dataset.sources.places import Kind, SourceProblem
+from utils.dataset.sources.locators import Kind, SourceProblem
 from utils.dataset.sources.texts import is_utf8
 
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -65,7 +65,7 @@ class _Window(io.RawIOBase):
         super().close()
 
 
-def index_tar(path: Path, heed: Callable[[], None], remember: Path | None) -> TarIndex:
+def index_tar(path: Path, raise_if_stopping: Callable[[], None], remember: Path | None) -> TarIndex:
     """The index of a tar, as it was remembered, or by walking through it.
 
     Args:
@@ -81,7 +81,7 @@ def index_tar(path: Path, heed: Callable[[], None], remember: Path | None) -> Ta
         kept = remember and remember / f"{hashlib.blake2b(str(path).encode(), digest_size=16).hexdigest()}.json"
         if kept and (index := _recalled(path, kept, stamp)):
             return index
-        index = _walked(path, heed)
+        index = _walked(path, raise_if_stopping)
     except OSError as error:
         raise SourceProblem(f"{path} cannot be read ({error.strerror})") from None
     if kept:
@@ -103,7 +103,7 @@ def _recalled(path: Path, kept: Path, stamp: list[int]) -> TarIndex | None:
         return None
 
 
-def _walked(path: Path, heed: Callable[[], None]) -> TarIndex:
+def _walked(path: Path, raise_if_stopping: Callable[[], None]) -> TarIndex:
     with path.open("rb") as file:
         start = file.read(8)
     for magic, name in _COMPRESSIONS.items():
@@ -119,7 +119,7 @@ def _walked(path: Path, heed: Callable[[], None]) -> TarIndex:
                 tar.members.clear()
                 count += 1
                 if count % _MEMBERS_BETWEEN_HEEDS == 0:
-                    heed()
+                    raise_if_stopping()
             is_whole = not _block(path, tar.offset).strip(b"\0")
     except tarfile.TarError as error:
         if not index.members:

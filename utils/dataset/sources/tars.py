@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from utils.dataset.sources.columns import MASK_NAMES
 from utils.dataset.sources.folders import MEDIA_SUFFIXES, Beside
-from utils.dataset.sources.places import Entry, Fault, Listing, Locator
+from utils.dataset.sources.locators import Entry, Fault, Listing, Locator
 from utils.dataset.sources.tar_index import TarIndex, index_tar
 from utils.dataset.sources.texts import caption_ending, captions_in, given_caption, is_given
 from utils.settings.dataset_schema import DirectorySettings
@@ -22,23 +22,25 @@ _CAPTION_ENDINGS = ("txt", "caption", "json")
 _SAMPLES_BETWEEN_HEEDS = 1024
 
 
-def list_tars(tars: list[Path], rules: DirectorySettings, heed: Callable[[], None], remember: Path | None) -> Listing:
+def list_tars(
+    tars: list[Path], rules: DirectorySettings, raise_if_stopping: Callable[[], None], remember: Path | None
+) -> Listing:
     """Every sample in the tars.
 
     Raises:
         SourceProblem: one of them cannot be read at all.
     """
-    beside = Beside(rules, heed)
+    beside = Beside(rules, raise_if_stopping)
     listing = Listing()
     for path in tars:
-        index = index_tar(path, heed, remember)
+        index = index_tar(path, raise_if_stopping, remember)
         listing.rejected.extend(Fault(kind, reason).at(f"{path}: {name}") for name, kind, reason in index.faults)
-        _list_one(index, rules, beside, listing, heed)
+        _list_one(index, rules, beside, listing, raise_if_stopping)
     return listing
 
 
 def _list_one(
-    index: TarIndex, rules: DirectorySettings, beside: Beside, listing: Listing, heed: Callable[[], None]
+    index: TarIndex, rules: DirectorySettings, beside: Beside, listing: Listing, raise_if_stopping: Callable[[], None]
 ) -> None:
     with index.path.open("rb", buffering=0) as file:
 
@@ -48,7 +50,7 @@ def _list_one(
 
         for count, (stem, members) in enumerate(_samples(index.members)):
             if count % _SAMPLES_BETWEEN_HEEDS == 0:
-                heed()
+                raise_if_stopping()
             roles = _roles(members, rules)
             try:
                 listing.entries.append(_entry(stem, roles, index, rules, beside, read))

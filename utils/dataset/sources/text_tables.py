@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.dataset.sources.places import Fault, Rejected, SourceProblem
-from utils.dataset.sources.rows import Row
+from utils.dataset.sources.locators import Fault, Rejected, SourceProblem
+from utils.dataset.sources.rows import TableRow
 
 KEY = "name of the file"
 """The column that the keys of a JSON object make."""
@@ -23,7 +23,7 @@ class TextTable:
     """The rows of a table; those that cannot be read; and the column of the files, where there can be no doubt."""
 
     columns: list[str] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
+    rows: list[TableRow] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     media: str | None = None
 
@@ -57,17 +57,17 @@ def _csv(path: Path, text: str) -> TextTable:
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     table = TextTable()
     for number, line in enumerate(_lines(lines), start=1):
-        place = f"{path} row {number}"
+        location = f"{path} row {number}"
         if isinstance(line, csv.Error):
             fault = Fault("broken row", f"{line}; put cells with quotation marks in quotes, with each mark doubled")
-            table.rejected.append(fault.at(place))
+            table.rejected.append(fault.at(location))
         elif not table.columns:
             table.columns = [name.strip() for name in line]
         elif len(line) > len(table.columns):
             counts = f"{len(line)} cells under a header of {len(table.columns)}"
-            table.rejected.append(Fault("broken row", f"{counts}; put texts with {delimiter!r} in quotes").at(place))
+            table.rejected.append(Fault("broken row", f"{counts}; put texts with {delimiter!r} in quotes").at(location))
         elif line:
-            table.rows.append(Row(place, number, dict(zip(table.columns, line, strict=False))))
+            table.rows.append(TableRow(location, number, dict(zip(table.columns, line, strict=False))))
     return table
 
 
@@ -122,13 +122,13 @@ def _objects(path: Path, items: Iterable[tuple[int, Any]]) -> TextTable:
     table = TextTable()
     columns: dict[str, None] = {}
     for number, item in items:
-        place = f"{path} row {number}"
+        location = f"{path} row {number}"
         if isinstance(item, dict):
             columns.update(dict.fromkeys(item))
-            table.rows.append(Row(place, number, item))
+            table.rows.append(TableRow(location, number, item))
         else:
             fault = item if isinstance(item, Fault) else Fault("broken row", "is no object in { }; mend it")
-            table.rejected.append(fault.at(place))
+            table.rejected.append(fault.at(location))
     table.columns = list(columns)
     return table
 
@@ -140,7 +140,7 @@ def _by_file(path: Path, content: _Object) -> TextTable:
     for number, (name, value) in enumerate(content.items(), start=1):
         cells = value if isinstance(value, dict) else {_CAPTION: value}
         columns.update(dict.fromkeys(cells))
-        table.rows.append(Row(f"{path}: {name}", number, {**cells, KEY: name}))
+        table.rows.append(TableRow(f"{path}: {name}", number, {**cells, KEY: name}))
     for name in content.twice:
         reason = "is there more than once; the last is used; a file may have several captions as a list"
         table.rejected.append(Fault("twice", reason).at(f"{path}: {name}"))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from utils.dataset.sources.places import Fault
+from utils.dataset.sources.locators import Fault
 from utils.settings.dataset_schema import DirectorySettings
 
 CAPTION_NAMES = (

@@ -16,7 +16,7 @@ from diffusers import FluxTransformer2DModel
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from models.assembly.stage import Blueprint, load_stage
+from models.assembly.stage import StagedModel, load_stage
 from models.flux import BFL_LAYOUT, FluxPipeline
 from tests.models import tiny_flux
 from utils.adapters.attach import base_name
@@ -89,7 +89,7 @@ def by_kohya(place: Path) -> Path:
     return place / "lora.safetensors"
 
 
-def gone_on_from(folder: Path, existing: Path, **keys: object) -> tuple[FluxPipeline, Blueprint]:
+def gone_on_from(folder: Path, existing: Path, **keys: object) -> tuple[FluxPipeline, StagedModel]:
     flux = tiny_flux.pipeline(folder)
     include = [f"blocks.*{target}" for target in TARGETS]
     keys = {"rank": RANK, "include": include, **keys}
@@ -112,20 +112,20 @@ def test_every_layout_has_its_writers_effect(
     folder: Path, tmp_path: Path, write: Callable[[Path], Path], alpha: float | None
 ) -> None:
     """Whatever this run's alpha is: the file's is what it was trained with."""
-    flux, blueprint = gone_on_from(folder, write(tmp_path), alpha=alpha)
+    flux, staged = gone_on_from(folder, write(tmp_path), alpha=alpha)
     trained, _ = trained_by_peft()
     expected = output(flux.to_layers(trained), flux)
     plain = output(flux.to_layers(tiny_flux.transformer()), flux)
 
     assert (expected - plain).abs().mean() > 0.01
-    torch.testing.assert_close(output(blueprint.layers, flux), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output(staged.layers, flux), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_factors_go_on_as_they_are_where_alpha_is_the_same(folder: Path, tmp_path: Path) -> None:
-    _, blueprint = gone_on_from(folder, by_diffusers(tmp_path), alpha=ALPHA)
+    _, staged = gone_on_from(folder, by_diffusers(tmp_path), alpha=ALPHA)
     trained, _ = trained_by_peft()
     expected = get_peft_model_state_dict(trained)
-    loaded = blueprint.trained(blueprint.layers)
+    loaded = staged.trained(staged.layers)
     assert loaded.keys() == {base_name(name) for name in expected}
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
@@ -134,8 +134,8 @@ def test_a_file_without_alpha_has_a_scale_of_one(folder: Path, tmp_path: Path) -
     """As diffusers reads it."""
     tensors = load_file(by_diffusers(tmp_path))
     save_file(tensors, tmp_path / "bare.safetensors")
-    _, blueprint = gone_on_from(folder, tmp_path / "bare.safetensors", alpha=2.0 * RANK)
-    for name, parameter in blueprint.trained(blueprint.layers).items():
+    _, staged = gone_on_from(folder, tmp_path / "bare.safetensors", alpha=2.0 * RANK)
+    for name, parameter in staged.trained(staged.layers).items():
         expected = tensors[f"transformer.{name}"]
         assert torch.equal(parameter, expected / 2 if ".lora_B." in name else expected), name
 
@@ -217,6 +217,6 @@ def test_an_adapter_that_does_not_fit_is_refused(
 def test_the_header_goes_before_the_configuration_beside_it(folder: Path, tmp_path: Path) -> None:
     file = by_diffusers(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": 100.0}))
-    _, blueprint = gone_on_from(folder, file, alpha=ALPHA)
-    name, parameter = next(pair for pair in blueprint.trained(blueprint.layers).items() if ".lora_B." in pair[0])
+    _, staged = gone_on_from(folder, file, alpha=ALPHA)
+    name, parameter = next(pair for pair in staged.trained(staged.layers).items() if ".lora_B." in pair[0])
     assert torch.equal(parameter, load_file(file)[f"transformer.{name}"])

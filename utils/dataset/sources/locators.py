@@ -83,12 +83,12 @@ class Rejected:
     """A file or row that is not used.
 
     Attributes:
-        place: the file, or the row as in "metadata.csv row 17".
+        location: the file, or the row as in "metadata.csv row 17".
         kind: what is wrong, for counting.
         reason: what is wrong and how to mend it.
     """
 
-    place: str
+    location: str
     kind: Kind
     reason: str
 
@@ -117,8 +117,8 @@ class Fault(ValueError):
         super().__init__(_printable(reason))
         self.kind = kind
 
-    def at(self, place: str) -> Rejected:
-        return Rejected(_printable(place), self.kind, str(self))
+    def at(self, location: str) -> Rejected:
+        return Rejected(_printable(location), self.kind, str(self))
 
 
 class SourceProblem(ValueError):

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.assembly.prompts import encoders_of_prompts, prompts_shown, sample_model
+from models.assembly.prompts import encoders_of_prompts, prompt_versions, sample_model
 from models.base import BasePipeline
 from tests.models.tiny_flux import settings as settings_of
-from utils.dataset.encoding import Filling, fill
+from utils.dataset.encoding import CacheJob, fill
 from utils.ranks import Ranks
 from utils.settings.schema import SamplingSettings
 
 
-def paint(
+def draw_samples(
     ranks: Ranks,
     pipeline_of: Callable[[Path], BasePipeline],
     folder: Path,
@@ -35,14 +35,14 @@ def paint(
     ranks = ranks.with_stages(stages)
     pipeline = pipeline_of(folder)
     settings = settings_of(pipeline, sampling=sampling, pipeline_stages=stages)
-    blueprint = load_stage(pipeline, settings, ranks.stage)
-    module = DenoiserPipeline(blueprint.layers, blueprint.bounds, pipeline.stream_type, pipeline.loss)
+    staged = load_stage(pipeline, settings, ranks.stage)
+    module = DenoiserPipeline(staged.layers, staged.bounds, pipeline.stream_type, pipeline.loss)
     engine = Engine(module, torch.optim.SGD(module.parameters(), lr=0.0), accumulation=1, clip_norm=0.0)
-    prompts = [shown.sample for both in prompts_shown(pipeline, settings.sampling) for shown in both]
+    prompts = [version.sample for both in prompt_versions(pipeline, settings.sampling) for version in both]
     encoders = pipeline.encoders(0 if pipeline.starts_from_picture else len(prompts[0].controls))
-    filling = Filling(cache, folder, ranks)
-    with filling.alone():
+    job = CacheJob(cache, folder, ranks)
+    with job.alone():
         for encoder in encoders_of_prompts(encoders, sampling):
-            fill(encoder, prompts, filling)
+            fill(encoder, prompts, job)
     model = sample_model(pipeline, encoders, settings, ranks, cache)
     return [denoise(engine, ranks, model, sampling, index).numpy() for index in range(len(sampling.prompts))]
