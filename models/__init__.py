@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from models.base import BasePipeline
+if TYPE_CHECKING:
+    # Names are listed, and unknown ones refused, before torch is imported.
+    from models.base import BasePipeline
 
 NOT_MODELS = {"__init__", "base"}
 
@@ -25,10 +28,11 @@ def find(model_type: str) -> type[BasePipeline]:
     if name not in available():
         raise ValueError(f"unknown model type '{model_type}'; this version trains: {', '.join(available())}")
     module = importlib.import_module(f"models.{name}")
+    base = importlib.import_module("models.base").BasePipeline
     pipelines = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, BasePipeline) and value.__module__ == module.__name__
+        if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__
     ]
     assert len(pipelines) == 1, f"models/{name}.py must define exactly one pipeline class"
     return pipelines[0]

@@ -5,40 +5,29 @@ Shapes: B batch; a latent has the dimensions of its model, (C h w) for pictures 
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
+from models.foundation.checkpoints.denoiser import DenoiserWeights
 from models.foundation.checkpoints.folders import problems_of
-from models.foundation.checkpoints.headers import read_header
 from models.foundation.checkpoints.key_layouts import KeyLayout
-from models.foundation.checkpoints.recognition import explained
-from models.foundation.checkpoints.weights import Weights, build_empty, materialise
-from utils.adapters.attach import base_name, is_factor
+from models.foundation.checkpoints.storage import StorageRules
 from utils.dataset.buckets import MediaFacts
 from utils.dataset.encoders import Encoder
 from utils.dataset.samples import Sample
-from utils.diffusion import seeds
-from utils.diffusion.checks import DEMANDS, refusals
-from utils.diffusion.learned_variance import hybrid_factor, variational_bound
-from utils.diffusion.losses import Labels, Loss
-from utils.diffusion.noise import NoiseOptions
 from utils.diffusion.objectives import FlowMatching, Objective
-from utils.diffusion.schedules import over_sample
-from utils.diffusion.timesteps import ResolutionShift, TimestepSampler
-from utils.diffusion.weights import LossWeighting
+from utils.diffusion.timesteps import ResolutionShift
+from utils.diffusion.training import TrainingMaths
 from utils.errors import Problem, UserError
 from utils.settings.model_schema import ModelSettings, torch_dtype
 
 Features = Mapping[str, torch.Tensor]
-Value = TypeVar("Value")
-_KEYS = {"log_snr": 'timestep_sample_method = "log_snr"'}
-"""The option whose value has a demand of its own."""
 
 
 class ModelEncoder(Encoder, Protocol):
@@ -116,7 +105,7 @@ class BasePipeline(ABC):
             UserError: all that do not fit.
         """
         encoders = [encoder.check for encoder in self.encoders()]
-        problems = problems_of([lambda: self.open_weights(build_empty(self.build_denoiser)), *encoders])
+        problems = problems_of([lambda: self.weights.open(self.weights.build_empty()), *encoders])
         if problems:
             raise UserError(problems)
 
@@ -144,8 +133,8 @@ class BasePipeline(ABC):
 
     @abstractmethod
     def to_layers(self, denoiser: nn.Module) -> list[nn.Module]:
-        """[entry, one layer per block, exit]: each takes a stream and returns one. The exit returns what `loss` takes;
-        in evaluation mode the prediction as a latent (B, ...)."""
+        """[entry, one layer per block, exit]: each takes a stream and returns one. The exit returns what
+        `TrainingMaths.loss` takes; in evaluation mode the prediction as a latent (B, ...)."""
 
     @abstractmethod
     def prepare_inputs(
@@ -182,14 +171,6 @@ class BasePipeline(ABC):
         Ho & Salimans 2022, as diffusers writes it."""
         return negative + guidance * (prompted - negative)
 
-    def latents(self, features: Features, draw: Callable[[torch.Size], torch.Tensor]) -> torch.Tensor:
-        """The clean latents (B, ...) among the features, in float32; `draw` gives standard normal numbers of a shape
-        where the features hold a distribution of latents."""
-        if "latents" in features:
-            return features["latents"].float()
-        mean, std = features["latents_mean"].float(), features["latents_std"].float()
-        return mean + std * draw(mean.shape)
-
     def problems_of_data(self, samples: Sequence[Sample]) -> list[Problem]:
         """Why the model cannot be trained on these samples."""
         return []
@@ -203,129 +184,30 @@ class BasePipeline(ABC):
         """The rate of a parameter that has its own; None for that of `[optimizer]`."""
         return None
 
-    def loss(self, prediction: torch.Tensor, labels: Labels) -> torch.Tensor:
-        """Loss per sample (B,)."""
-        losses_B = self.loss_function()(self.objective.compared(prediction), labels)
-        if labels.variational is None:
-            return losses_B
-        bound_B = variational_bound(prediction, *labels.variational, self.objective, labels.weight)
-        return losses_B + hybrid_factor(self.objective.schedule, self.variational_weight) * bound_B
-
-    def with_teacher_target(self, labels: Labels, output: torch.Tensor) -> Labels:
-        """The labels on the output's device; of regularisation data the output, another model's, is the target."""
-        parents = self.objective.compared(output).float()
-        regularising = over_sample(labels.regularising, parents).to(parents.device)
-        return labels._replace(target=torch.where(regularising, parents, labels.target.to(parents.device)))
-
-    def with_folded_guidance(self, labels: Labels, output: torch.Tensor) -> Labels:
-        """The labels on the output's device; where there is a caption, the target is what guidance makes of itself and
-        the output u, the model's own for the empty caption: u + g (target - u).
-
-        Ho and Salimans 2022, equation 6, as a target: Tang et al. 2025 ("Diffusion models without classifier-free
-        guidance"), for models that are distilled (Meng et al. 2023) and shall stay so.
-        """
-        unprompted = self.objective.compared(output).float()
-        target = labels.target.to(unprompted.device)
-        strength_B = torch.where(labels.captioned, self.options.folded_guidance, 1.0)
-        strength = over_sample(strength_B, target).to(target)
-        return labels._replace(target=unprompted + strength * (target - unprompted))
-
-    def check_training(self, file: str = "") -> None:
-        """Whether the objective can honour what the options ask of timesteps, noise and loss.
-
-        Args:
-            file: where the options are written.
-
-        Raises:
-            UserError: it cannot, or some of them contradict each other.
-        """
-        refused = refusals(self._asked(), self.objective.kind)
-        problems = [Problem(file, f"[model] {_KEYS.get(name, name)}", reason) for name, reason in refused.items()]
-        for build in (self.timestep_sampler, self.loss_weighting, self.noise_options, self.loss_function):
-            try:
-                build()
-            except ValueError as error:
-                problems.append(Problem(file, "[model]", str(error)))
-        if problems:
-            raise UserError(problems)
-
-    def timestep_sampler(self) -> TimestepSampler:
-        """The distribution of noise levels that the options ask for."""
-        options = self.options
-        shift = self.resolution_shift if options.flux_shift else options.shift
-        return self._from_options(TimestepSampler, method=options.timestep_sample_method, shift=shift)
-
-    def loss_weighting(self) -> LossWeighting:
-        """What the loss counts at a noise level."""
-        return self._from_options(LossWeighting)
-
-    def noise_options(self) -> NoiseOptions:
-        """How noise is made in training."""
-        return self._from_options(NoiseOptions)
-
-    def loss_function(self) -> Loss:
-        """The distance of prediction and target."""
-        return self._from_options(Loss)
-
-    def _from_options(self, cls: Callable[..., Value], **others: Any) -> Value:
-        """A dataclass whose fields, but for `others`, are called as the options are."""
-        names = {field.name for field in dataclasses.fields(cls)} - others.keys()
-        return cls(**{name: getattr(self.options, name) for name in names}, **others)
-
-    def _asked(self) -> list[str]:
-        """What the options ask of the objective, by the names in DEMANDS."""
-        options = self.options
-        defaults = {name: info.default for name, info in type(options).model_fields.items() if name in DEMANDS}
-        changed = [name for name, default in defaults.items() if getattr(options, name) != default]
-        return [*changed, options.timestep_sample_method]
-
-    def load_denoiser(self) -> nn.Module:
-        """The whole denoiser: on the meta device until `fill` reads what a stage needs, or, with `from_scratch`, with
-        random weights that depend on the seed alone."""
-        if self.options.from_scratch:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seeds.derive(self.seed, "denoiser"))
-                denoiser = self.build_denoiser()
-        else:
-            denoiser = build_empty(self.build_denoiser)
-        self.set_types(denoiser)
-        return denoiser
-
-    def open_weights(self, denoiser: nn.Module) -> Weights | None:
-        """The denoiser's tensors on disk, checked against its shapes; None if it starts from scratch."""
-        if self.options.from_scratch:
-            return None
-        path = self.denoiser_path
-        layout = self.original_layout
-        if layout is not None:
-            layout = layout if layout.recognises(read_header(path).files) else None
-        try:
-            return Weights(path, denoiser, layout)
-        except UserError as error:
-            raise explained(error, read_header(path).shapes, self.options.type) from error
-
     @property
     def denoiser_path(self) -> Path:
         """File or folder of the denoiser's weights."""
         return self.options.transformer_path or self.options.diffusers_path / self.denoiser_folder
 
-    def fill(self, denoiser: nn.Module, weights: Weights | None, layers: Sequence[nn.Module]) -> None:
-        """Reads the base weights of `layers`, which are some of the layers of `denoiser`."""
-        wanted = {id(parameter) for layer in layers for parameter in layer.parameters()}
-        names = [
-            name
-            for name, parameter in denoiser.named_parameters()
-            if id(parameter) in wanted and parameter.is_meta and not is_factor(name)
-        ]
-        if weights is not None:
-            materialise(denoiser, names, lambda name: weights.read(base_name(name)), self.parameter_dtype)
+    # Kept, as every micro-batch asks for it.
+    @cached_property
+    def maths(self) -> TrainingMaths:
+        """Noise levels, noise, target and loss, as the options ask for them.
 
-    def set_types(self, denoiser: nn.Module) -> None:
-        """Brings every parameter of a denoiser as it was built to the type in which it is kept."""
-        for name, parameter in denoiser.named_parameters():
-            parameter.data = parameter.data.to(self.parameter_dtype(name))
+        Raises:
+            ValueError: the options contradict each other.
+        """
+        return TrainingMaths.from_options(self.options, self.objective, self.resolution_shift, self.variational_weight)
 
-    def parameter_dtype(self, name: str) -> torch.dtype:
-        """The type in which a parameter of the denoiser is kept."""
-        high = any(part in name for part in self.keep_in_high_precision)
-        return torch.float32 if high else self.denoiser_dtype
+    @property
+    def storage(self) -> StorageRules:
+        """In which form each parameter of the denoiser is kept."""
+        return StorageRules.with_high_precision(self.denoiser_dtype, self.keep_in_high_precision)
+
+    @property
+    def weights(self) -> DenoiserWeights:
+        """How the denoiser is built and where its weights lie."""
+        seed = self.seed if self.options.from_scratch else None
+        return DenoiserWeights(
+            self.build_denoiser, self.options.type, self.denoiser_path, self.original_layout, self.storage, seed
+        )

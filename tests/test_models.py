@@ -129,7 +129,7 @@ def test_layers_equal_the_whole_module(model: Model, number: int) -> None:
 
 def test_layers_hold_every_parameter_once(model: Model) -> None:
     pipeline = model.pipeline()
-    denoiser = pipeline.load_denoiser()
+    denoiser = pipeline.weights.build()
     held = [id(p) for layer in pipeline.to_layers(denoiser) for p in layer.parameters()]
     assert sorted(held) == sorted(id(p) for p in denoiser.parameters())
 
@@ -256,7 +256,9 @@ def train(ranks: Ranks, name: str, folder: Path, stages: int, recompute: bool, r
     pipeline = tiny(name).pipeline(folder)
     adapter = AdapterSettings(type="lora", rank=rank) if rank else None
     staged = load_stage(pipeline, settings_of(pipeline, adapter, pipeline_stages=stages), ranks.stage)
-    module = DenoiserPipeline(staged.layers, staged.bounds, pipeline.stream_type, pipeline.loss, recompute=recompute)
+    module = DenoiserPipeline(
+        staged.layers, staged.bounds, pipeline.stream_type, pipeline.maths.loss, recompute=recompute
+    )
     trained = list(staged.trained(staged.stage_layers(ranks.stage)).values())
     engine = Engine(module, torch.optim.AdamW(trained, lr=1e-2), accumulation=2, clip_norm=1.0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from utils.dataset.samples import Sample
 from utils.errors import Problem, UserError
 from utils.ranks import Ranks
 from utils.run.reporting import timed
+from utils.settings.dataset_schema import DatasetSettings
 from utils.settings.schema import Settings
 
 
@@ -156,3 +157,61 @@ def encoders_of(pipeline: BasePipeline, collections: Sequence[Collection]) -> li
     check_encoder_names(collections, encoders)
     masks = [MaskEncoder(pipeline.latent_shape)] if any(collection.has_masks for collection in collections) else []
     return [*encoders, *masks]
+
+
+def sources_of(settings: Settings, datasets: Mapping[str, DatasetSettings]) -> list[Source]:
+    """The run's datasets with the files that describe them; the training set comes first, under the name "train"."""
+    files = {"train": settings.dataset, **{entry.name: entry.config for entry in settings.eval_datasets}}
+    return [Source(name, file, datasets[name]) for name, file in files.items()]
+
+
+def cache_folder(settings: Settings, sources: Sequence[Source]) -> Path:
+    """Where all of the run's datasets are cached: the training set's `cache_dir`, or beside the runs."""
+    return sources[0].settings.cache_dir or settings.output_dir / "cache"
+
+
+def scan_of(
+    settings: Settings, sources: Sequence[Source], raise_if_stopping: Callable[[], None], *, trust: bool = False
+) -> Scan:
+    """How the files of the datasets are looked at.
+
+    Args:
+        trust: take files that were seen before as unchanged, without looking at them.
+    """
+    return Scan(
+        cache_folder(settings, sources) / "files.sqlite",
+        trust=trust,
+        verify=settings.verify == "content",
+        raise_if_stopping=raise_if_stopping,
+    )
+
+
+def cached_data(
+    settings: Settings,
+    ranks: Ranks,
+    pipeline: BasePipeline,
+    sources: Sequence[Source],
+    scan: Scan,
+    *,
+    owner: Path,
+    regenerate: bool = False,
+) -> Data:
+    """The datasets, once all of them are in the cache.
+
+    Args:
+        owner: the run's file, which keeps what it wants in the cache.
+        regenerate: encode everything again.
+
+    Raises:
+        UserError: see `load_data`.
+    """
+    job = CacheJob(
+        cache_folder(settings, sources),
+        owner,
+        ranks,
+        settings.caching_batch_size,
+        regenerate=regenerate,
+        verify=scan.verify,
+        raise_if_stopping=scan.raise_if_stopping,
+    )
+    return load_data(settings, pipeline, sources, scan, job)

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from models.assembly.data import Data, reader_of
+from models.assembly.noising import clean_latents
 from models.base import BasePipeline
 from utils.dataset.batches import SampleReader
 from utils.dataset.collection import Collection
@@ -105,7 +106,7 @@ def _pictures(
     """Writes the pictures of a sample; their files by what they are."""
     sample = version.sample
     batch = reader.batch([version])
-    latents = pipeline.latents(batch.features, torch.zeros)
+    latents = clean_latents(batch.features, torch.zeros)
     decoded_CFHW = autoencoder.decode(latents.to(pipeline.dtype))[0].float().cpu()
     pictures = {
         "source": _written(

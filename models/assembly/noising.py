@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from models.base import BasePipeline
+from models.base import BasePipeline, Features
 from utils.dataset.batches import FeatureBatch
 from utils.diffusion import seeds, strata
 from utils.diffusion.losses import Labels
@@ -65,8 +65,8 @@ class Noising:
         pipeline = self.pipeline
         quantiles = QUANTILES[pipeline.options.stratified_timesteps](pipeline.seed, epoch, batch)
         draws = Draws(pipeline.seed, quantiles, ("noise", epoch), ("latents", epoch))
-        options, weighting = pipeline.noise_options(), pipeline.loss_weighting()
-        return self._noised(batch, draws, options, weighting, with_variance=pipeline.variational_weight > 0)
+        maths = pipeline.maths
+        return self._noised(batch, draws, maths.noise, maths.weighting, with_variance=maths.variational_weight > 0)
 
     def evaluation(self, batch: FeatureBatch, set_name: str, quantile: float) -> NoisedBatch:
         """Each sample at the same quantile of the noise levels, with noise that depends on (set, sample, quantile)
@@ -83,13 +83,13 @@ class Noising:
     def _noised(
         self, batch: FeatureBatch, draws: Draws, options: NoiseOptions, weighting: LossWeighting, *, with_variance: bool
     ) -> NoisedBatch:
-        pipeline, objective = self.pipeline, self.pipeline.objective
-        clean = pipeline.latents(
+        pipeline, maths, objective = self.pipeline, self.pipeline.maths, self.pipeline.objective
+        clean = clean_latents(
             batch.features,
             lambda shape: _each(lambda name: seeds.normal(shape[1:], draws.seed, *draws.latents, name), batch.draws),
         )
         noise = _each(lambda one, name: sample_noise(one, options, draws.seed, *draws.noise, name), clean, batch.draws)
-        sampler, tokens = pipeline.timestep_sampler(), pipeline.tokens(clean.shape[1:])
+        sampler, tokens = maths.timesteps, pipeline.tokens(clean.shape[1:])
         t_B = torch.tensor([sampler.timestep(quantile, tokens) for quantile in draws.quantiles], dtype=torch.float32)
         inputs = labels = empty = x_t = None
         if self.wants_inputs or with_variance:
@@ -104,12 +104,21 @@ class Noising:
             weight = batch.weight * over_sample(weighting.weight(objective, t_B), batch.weight)
             positions = pipeline.loss_weight_map(clean.shape[1:])
             weight = weight if positions is None else weight * positions
-            delta_B = pipeline.loss_function().delta(t_B, objective.snr(t_B))
+            delta_B = maths.distance.delta(t_B, objective.snr(t_B))
             delta = None if delta_B is None else over_sample(delta_B, clean)
             variational = (clean, x_t, t_B) if with_variance else None
             target = objective.target(clean, noise, t_B)
             labels = Labels(target, weight, delta, batch.regularising, batch.captioned, variational)
         return NoisedBatch(inputs, labels, empty)
+
+
+def clean_latents(features: Features, draw: Callable[[torch.Size], torch.Tensor]) -> torch.Tensor:
+    """The clean latents (B, ...) among the features, in float32; `draw` gives standard normal numbers of a shape where
+    the features hold a distribution of latents."""
+    if "latents" in features:
+        return features["latents"].float()
+    mean, std = features["latents_mean"].float(), features["latents_std"].float()
+    return mean + std * draw(mean.shape)
 
 
 def _each(make: Callable[..., torch.Tensor], *of_samples: Sequence) -> torch.Tensor:

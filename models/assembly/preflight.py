@@ -15,15 +15,18 @@ from models.assembly.prompts import check_encoders
 from models.assembly.stage import StagedModel, apply_presets, load_existing_adapter, partition
 from models.base import BasePipeline
 from models.foundation.checkpoints.folders import problems_of
-from models.foundation.checkpoints.weights import build_empty
 from utils.dataset.collection import Collection, Source, collect, shortfalls
 from utils.dataset.encoders import Encoder, items_wanted
 from utils.dataset.epochs import Epochs, format_table, micro_batch_of
 from utils.dataset.manifest import Scan
-from utils.errors import UserError
+from utils.diffusion.training import faults
+from utils.errors import Problem, UserError
 from utils.ranks import Ranks
 from utils.run.metrics import check_account
 from utils.settings.schema import Settings
+
+VALUES = {"log_snr": 'timestep_sample_method = "log_snr"'}
+"""The option of which a single value has a demand of its own."""
 
 
 def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline) -> StagedModel:
@@ -37,9 +40,7 @@ def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline) -> Stage
         check_account(settings.monitoring)
     optimizers.check(settings.optimizer, ranks.device.type)
     pipeline.check()
-    empty = build_empty(pipeline.build_denoiser)
-    pipeline.set_types(empty)
-    staged = partition(pipeline, settings, empty)
+    staged = partition(pipeline, settings, pipeline.weights.build_empty())
     apply_presets(pipeline, staged, layers=[])
     load_existing_adapter(pipeline, settings, staged, layers=[])
     check_outputs(pipeline, settings)
@@ -117,3 +118,18 @@ def _cache_size(encoders: Sequence[Encoder], collections: Sequence[Collection]) 
             shapes = encoder.feature_shapes(bucket).values()
             size += count * sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
     return f"estimated cache on disk: {size / 2**20:.1f} MiB"
+
+
+def check_training(pipeline: BasePipeline, file: str = "") -> None:
+    """Whether the model's objective can honour what the options ask of timesteps, noise and loss.
+
+    Args:
+        file: where the options are written.
+
+    Raises:
+        UserError: it cannot, or some of them contradict each other.
+    """
+    found = faults(pipeline.options, pipeline.objective, pipeline.resolution_shift)
+    problems = [Problem(file, f"[model] {VALUES.get(key, key)}".rstrip(), reason) for key, reason in found]
+    if problems:
+        raise UserError(problems)

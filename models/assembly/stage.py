@@ -79,11 +79,12 @@ def load_stage(pipeline: BasePipeline, settings: Settings, stage: int) -> Staged
     Raises:
         UserError: a file does not fit the model or the adapter.
     """
-    denoiser = pipeline.load_denoiser()
-    weights = pipeline.open_weights(denoiser)
+    weights = pipeline.weights
+    denoiser = weights.build()
+    source = weights.open(denoiser)
     staged = partition(pipeline, settings, denoiser)
     layers = staged.stage_layers(stage)
-    pipeline.fill(denoiser, weights, layers)
+    weights.fill(denoiser, source, layers)
     apply_presets(pipeline, staged, layers)
     if settings.adapter:
         attach.initialise(denoiser, layers, settings.adapter, pipeline.seed)
@@ -112,10 +113,12 @@ def teacher_of(pipeline: BasePipeline, settings: Settings, staged: StagedModel) 
     """The model itself with empty captions, if guidance is folded into its targets; or without its adapter, if
     regularisation data is to keep what that makes of it."""
     if settings.model.folded_guidance is not None:
-        return Teacher(nullcontext, pipeline.with_folded_guidance, inputs=lambda batch: (batch.empty, batch.labels))
+        return Teacher(
+            nullcontext, pipeline.maths.with_folded_guidance, inputs=lambda batch: (batch.empty, batch.labels)
+        )
     if settings.regularisation_target == "data":
         return None
-    return Teacher(partial(attach.switched_off, staged.denoiser), pipeline.with_teacher_target)
+    return Teacher(partial(attach.switched_off, staged.denoiser), pipeline.maths.with_teacher_target)
 
 
 def load_existing_adapter(

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import models
+from models.assembly.preflight import check_training
 from models.base import BasePipeline
 from utils.diffusion.plot import plot, timestep_panels
 from utils.diffusion.timesteps import ResolutionShift
@@ -53,13 +54,14 @@ def checked_pipeline(config: Path) -> BasePipeline:
     if problems:
         raise UserError(problems)
     pipeline = models.find(settings.model.type)(settings.model, settings.seed)
-    pipeline.check_training(str(config))
+    check_training(pipeline, str(config))
     return pipeline
 
 
 def draw(pipeline: BasePipeline, path: Path) -> None:
     """Writes the picture: the density of the timesteps, and their weights."""
-    sampler, weighting, objective = pipeline.timestep_sampler(), pipeline.loss_weighting(), pipeline.objective
+    maths = pipeline.maths
+    sampler, weighting, objective = maths.timesteps, maths.weighting, maths.objective
     by_size = isinstance(sampler.shift, ResolutionShift)
     densities = {
         f"{sampler.method}, {tokens} tokens" if by_size else sampler.method: partial(sampler.density, tokens=tokens)

@@ -7,7 +7,7 @@ Shapes: B batch, C latent channels, h w latent cells, L tokens, D text features,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import nn
 from models.base import Features, ModelEncoder
 from models.families.ddpm import DDPMOptions, ddpm_objective, ddpm_scheduler
 from models.families.pictures import PicturePipeline
+from models.foundation.checkpoints.denoiser import EnsembleDenoiserWeights
 from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, problems_of, read_config
 from models.foundation.checkpoints.headers import read_header
 from models.foundation.checkpoints.sd_single_file import (
@@ -28,8 +29,9 @@ from models.foundation.checkpoints.sd_single_file import (
     part_of,
     vae_to_original,
 )
+from models.foundation.checkpoints.storage import Storage, StorageRules
 from models.foundation.checkpoints.unet_names import unet_layout
-from models.foundation.checkpoints.weights import CheckpointNames, EnsembleWeights
+from models.foundation.checkpoints.weights import CheckpointNames
 from models.foundation.encoders.clip import ClipFeatures, Pooled, clip, clip_config, clip_module
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.vae import AUTOENCODER_KL, ImageAutoencoder
@@ -257,13 +259,12 @@ class StableDiffusionPipeline(PicturePipeline):
         configs = {part.folder: clip_config(self.options.diffusers_path, part.folder) for part in parts}
         return Ensemble({UNET: unet, **texts}, {UNET: dict(unet.config), **configs})
 
-    def open_weights(self, denoiser: Ensemble) -> EnsembleWeights | None:
-        if self.options.from_scratch:
-            return None
+    @property
+    def weights(self) -> EnsembleDenoiserWeights:
         texts = {
             part.folder: partial(clip_module, self._text_encoder(part), loaded=True) for part in self.trained_texts
         }
-        return EnsembleWeights({UNET: super().open_weights(denoiser.unet)}, texts)
+        return EnsembleDenoiserWeights(**vars(super().weights), part=UNET, loaders=texts)
 
     def learning_rate(self, name: str) -> float | None:
         rates = {
@@ -272,8 +273,11 @@ class StableDiffusionPipeline(PicturePipeline):
         }
         return rates[name.partition(".")[0]]
 
-    def parameter_dtype(self, name: str) -> torch.dtype:
-        return super().parameter_dtype(name) if name.startswith(f"{UNET}.") else self.dtype
+    @property
+    def storage(self) -> StorageRules:
+        rules = super().storage
+        texts = tuple((f"{part.folder}.*", Storage(self.dtype)) for part in self.texts)
+        return replace(rules, rules=(*texts, *rules.rules))
 
     def to_layers(self, denoiser: Ensemble) -> list[nn.Module]:
         readers = [

@@ -20,9 +20,12 @@ from diffusers import FluxTransformer2DModel
 
 import models
 import train
+from models.assembly.data import cached_data, scan_of, sources_of
+from models.assembly.trainer import build_trainer
 from tests.benchmarks.setting import MINI_FLUX, write_run
 from utils.parallel.backend import initialize_deepspeed
 from utils.ranks import connect, disconnect, from_environment
+from utils.run.checkpoint import ResumeFlags
 from utils.run.signals import StopRequests
 from utils.run.trainer import Trainer
 
@@ -43,7 +46,7 @@ def measure() -> Iterator[str]:
             times["trainer"].append(_block(lambda: _trainer_step(trainer, batches)))
             times["bare"].append(_block(bare))
         batches.close()
-        trainer.metrics.close()
+        trainer.parts.metrics.close()
         disconnect()
     medians = {name: statistics.median(values[1:]) / STEPS for name, values in times.items()}
     ratio = medians["trainer"] / medians["bare"]
@@ -52,27 +55,26 @@ def measure() -> Iterator[str]:
 
 
 def _trainer(folder: Path) -> Trainer:
-    arguments = train.parse_arguments(["--config", str(write_run(folder))])
-    ranks = from_environment()
-    settings, datasets = train.read_settings(arguments, ranks)
+    config, ranks = write_run(folder), from_environment()
+    settings, datasets = train.read_settings(config, ranks.world_size)
     pipeline = models.find(settings.model.type)(settings.model, settings.seed)
     connect(ranks)
-    sources, stop = train.sources_of(settings, datasets), StopRequests()
-    scan = train.scan_of(settings, sources, arguments, stop)
-    data = train.cached_data(settings, ranks, pipeline, sources, scan, arguments)
+    sources, stop = sources_of(settings, datasets), StopRequests()
+    scan = scan_of(settings, sources, stop.raise_if_stopping)
+    data = cached_data(settings, ranks, pipeline, sources, scan, owner=config)
     initialize_deepspeed()
-    return train.build_trainer(settings, ranks, pipeline, data, None, arguments, stop)
+    return build_trainer(settings, ranks, pipeline, data, stop, config=config, flags=ResumeFlags())
 
 
 def _trainer_step(trainer: Trainer, batches: Iterator[Any]) -> None:
     done, values = trainer.step(batches)
-    trainer.metrics.scalars(values, done.step)
+    trainer.parts.metrics.scalars(values, done.step)
     trainer.progress = done.next_epoch() if trainer.ends_epoch(done) else done
 
 
 def _bare_step(trainer: Trainer) -> Any:
     """One step of a loop that does nothing but train: its batch lies ready."""
-    device = trainer.ranks.device
+    device = trainer.parts.ranks.device
     model = FluxTransformer2DModel.from_pretrained(MINI_FLUX, subfolder="transformer", torch_dtype=torch.float32)
     model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)

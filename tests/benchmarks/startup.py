@@ -50,29 +50,29 @@ def parts(config: str) -> Iterator[tuple[str, float]]:
     import train
 
     yield "import of train.py and torch", since()
-    arguments = train.parse_arguments(["--config", config])
     ranks = train.from_environment()
-    settings, datasets = train.read_settings(arguments, ranks)
+    settings, datasets = train.read_settings(Path(config), ranks.world_size)
     yield "settings, import of the model and diffusers", since()
     import models
-    from models.assembly.preflight import check_run
+    from models.assembly import data, preflight, trainer
+    from utils.run.checkpoint import ResumeFlags
 
     pipeline = models.find(settings.model.type)(settings.model, settings.seed)
-    check_run(settings, ranks, pipeline)
+    preflight.check_run(settings, ranks, pipeline)
     yield "what is checked before the data", since()
     train.connect(ranks)
-    sources, stop = train.sources_of(settings, datasets), train.StopRequests()
-    scan = train.scan_of(settings, sources, arguments, stop)
-    data = train.cached_data(settings, ranks, pipeline, sources, scan, arguments)
+    sources, stop = data.sources_of(settings, datasets), train.StopRequests()
+    scan = data.scan_of(settings, sources, stop.raise_if_stopping)
+    cached = data.cached_data(settings, ranks, pipeline, sources, scan, owner=Path(config))
     yield "data and cache, nothing to encode", since()
     train.initialize_deepspeed()
     yield "import of deepspeed", since()
-    trainer = train.build_trainer(settings, ranks, pipeline, data, None, arguments, stop)
+    built = trainer.build_trainer(settings, ranks, pipeline, cached, stop, config=Path(config), flags=ResumeFlags())
     yield "weights, engine, optimizer, TensorBoard", since()
-    batches = trainer.prefetched()
-    trainer.step(batches)
+    batches = built.prefetched()
+    built.step(batches)
     yield "first step", since()
-    trainer.close(batches)
+    built.close(batches)
     train.disconnect()
 
 

@@ -36,7 +36,7 @@ def draw_samples(
     pipeline = pipeline_of(folder)
     settings = settings_of(pipeline, sampling=sampling, pipeline_stages=stages)
     staged = load_stage(pipeline, settings, ranks.stage)
-    module = DenoiserPipeline(staged.layers, staged.bounds, pipeline.stream_type, pipeline.loss)
+    module = DenoiserPipeline(staged.layers, staged.bounds, pipeline.stream_type, pipeline.maths.loss)
     engine = Engine(module, torch.optim.SGD(module.parameters(), lr=0.0), accumulation=1, clip_norm=0.0)
     prompts = [version.sample for both in prompt_versions(pipeline, settings.sampling) for version in both]
     encoders = pipeline.encoders(0 if pipeline.starts_from_picture else len(prompts[0].controls))

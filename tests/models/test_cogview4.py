@@ -94,7 +94,7 @@ def test_timesteps_shift_by_the_root_of_the_size(tmp_path: Path, constants: dict
     values = {"base_image_seq_len": 256, **SCHEDULER, **constants}
     for tokens in (256, 1024, 4096, 9000):
         shift = calculate_shift(tokens, *(values[key] for key in ("base_image_seq_len", "base_shift", "max_shift")))
-        assert pipeline.timestep_sampler().timestep(0.5, tokens) == pytest.approx(shift / (shift + 1))
+        assert pipeline.maths.timesteps.timestep(0.5, tokens) == pytest.approx(shift / (shift + 1))
 
 
 @torch.no_grad()

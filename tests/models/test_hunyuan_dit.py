@@ -18,6 +18,7 @@ from torch import nn
 from transformers import BertModel, T5EncoderModel
 
 from models.assembly.noising import Noising
+from models.assembly.preflight import check_training
 from models.assembly.stage import StagedModel, load_stage
 from models.hunyuan_dit import ORIGINAL_LAYOUT, STYLE_KEY
 from tests.models import tiny_hunyuan_dit
@@ -177,12 +178,12 @@ def test_a_folder_may_call_mt5_by_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("weight", [0.0, 0.001])
 def test_the_variance_is_learned_if_asked_for(folder: Path, weight: float) -> None:
     pipeline = tiny_hunyuan_dit.pipeline(folder, vlb_weight=weight)
-    pipeline.check_training()
+    check_training(pipeline)
     features = {**tiny_hunyuan_dit.features((5, 11)), "latents": normal((2, *SHAPE), 0, "clean")}
     batch = FeatureBatch(features, ["a", "b"], Bucket(96, 64, 1), torch.ones(2, 1, 1, 1))
     noised = Noising(pipeline).training(batch, epoch=0)
     output = predicted(loaded(folder).layers, noised.inputs).detach().requires_grad_()
-    losses_B = pipeline.loss(output, noised.labels)
+    losses_B = pipeline.maths.loss(output, noised.labels)
     losses_B.sum().backward()
     v, variance = output.grad.chunk(2, dim=1)
     plain_B = (output[:, :4] - noised.labels.target).square().mean((1, 2, 3))

@@ -135,7 +135,7 @@ def losses(ranks: Ranks, folder: Path, stages: int) -> list[float]:
     pipeline = tiny.pipeline(folder)
     staged = load_stage(pipeline, settings_of(pipeline, pipeline_stages=stages), ranks.stage)
     layers, bounds = staged.layers, staged.bounds
-    module = DenoiserPipeline(layers, bounds, pipeline.stream_type, pipeline.loss, recompute=stages > 1)
+    module = DenoiserPipeline(layers, bounds, pipeline.stream_type, pipeline.maths.loss, recompute=stages > 1)
     trained = list(staged.trained(staged.stage_layers(ranks.stage)).values())
     engine = Engine(module, torch.optim.AdamW(trained, lr=1e-2), accumulation=2, clip_norm=1.0)
     numbers = []

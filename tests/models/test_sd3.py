@@ -87,7 +87,7 @@ def test_the_table_of_positions_is_that_of_the_file_and_is_exported(folder: Path
 
 
 def test_from_scratch_the_positions_are_the_stock_ones(folder: Path) -> None:
-    denoiser = tiny_sd3.pipeline(folder, from_scratch=True).load_denoiser()
+    denoiser = tiny_sd3.pipeline(folder, from_scratch=True).weights.build()
     assert torch.equal(denoiser.pos_embed.pos_embed, SD3Transformer2DModel(**tiny_sd3.TRANSFORMER).pos_embed.pos_embed)
 
 

@@ -95,7 +95,7 @@ def test_trained_text_encoders_are_those_of_the_stock_pipeline(texts_model: gene
 
 def test_trained_text_encoders_are_held_once(texts_model: generic.Model) -> None:
     generic.test_layers_hold_every_parameter_once(texts_model)
-    names = [name for name, _ in texts_model.pipeline().load_denoiser().named_parameters()]
+    names = [name for name, _ in texts_model.pipeline().weights.build().named_parameters()]
     assert {name.partition(".")[0] for name in names} == {"unet", "text_encoder", "text_encoder_2"}
 
 

@@ -17,6 +17,7 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from models.assembly.noising import QUANTILES, Noising
+from models.assembly.preflight import check_training
 from models.families.ddpm import scheduler_config
 from models.flux import FluxPipeline
 from tests.models import tiny_flux, tiny_sdxl
@@ -93,11 +94,11 @@ CHOICES = [
 def test_loss_and_gradients_of_flux_are_those_of_the_formulas_in_float64(folder: Path, options: dict[str, Any]) -> None:
     """Of all parameters, with a mask; noise, x_t, target, width and weight made anew."""
     flux, batch = tiny_flux.pipeline(folder, **options), masked_batch()
-    denoiser = flux.load_denoiser()
+    denoiser = flux.weights.build()
     layers = flux.to_layers(denoiser)
-    flux.fill(denoiser, flux.open_weights(denoiser), layers)
+    flux.weights.fill(denoiser, flux.weights.open(denoiser), layers)
     inputs, labels, _ = Noising(flux).training(batch, EPOCH)
-    losses_B = flux.loss(run(layers, inputs), labels)
+    losses_B = flux.maths.loss(run(layers, inputs), labels)
 
     exact = copy.deepcopy(denoiser).double()
     clean, t_B = batch.features["latents"].double(), inputs.t_B.double()
@@ -154,15 +155,15 @@ def test_loss_and_gradients_of_sdxl_are_those_of_the_formulas_in_float64(
 ) -> None:
     """With the steps of diffusers' own scheduler."""
     sdxl = tiny_sdxl.pipeline(tiny_sdxl.write_folder(tmp_path), **options)
-    sdxl.check_training()
+    check_training(sdxl)
     latents = normal((2, *sdxl.latent_shape(128, 64)), 0, "latents")
     features = {**tiny_sdxl.features((5, 11)), "latents": latents}
-    denoiser = sdxl.load_denoiser()
+    denoiser = sdxl.weights.build()
     layers = sdxl.to_layers(denoiser)
-    sdxl.fill(denoiser, sdxl.open_weights(denoiser), layers)
+    sdxl.weights.fill(denoiser, sdxl.weights.open(denoiser), layers)
     batch = FeatureBatch(features, DRAWS, Bucket(128, 64, 1), torch.ones(2, 1, 1, 1))
     inputs, labels, _ = Noising(sdxl).training(batch, EPOCH)
-    losses_B = sdxl.loss(run(layers, inputs), labels)
+    losses_B = sdxl.maths.loss(run(layers, inputs), labels)
 
     scheduler = DDPMScheduler.from_config(scheduler_config(sdxl.options))
     steps_B, predicts_v = inputs.step_B, "prediction_type" in options
@@ -188,7 +189,7 @@ def test_what_is_compared_is_for_the_objective_to_say(folder: Path) -> None:
     """Of an output with twice the channels the first half."""
     pipeline = with_objective(folder, Epsilon(learns_sigma=True))
     output, target = normal((2, 8, 4, 6), 0, "output"), normal((2, *SHAPE), 0, "target")
-    losses_B = pipeline.loss(output, Labels(target, torch.ones(2, 1, 1, 1)))
+    losses_B = pipeline.maths.loss(output, Labels(target, torch.ones(2, 1, 1, 1)))
     torch.testing.assert_close(losses_B, (output[:, :4] - target).square().mean((1, 2, 3)))
 
 
@@ -200,7 +201,7 @@ def with_objective(folder: Path, objective: Objective, **options: Any) -> FluxPi
 
 def problems(pipeline: FluxPipeline) -> dict[str, str]:
     with pytest.raises(UserError) as raised:
-        pipeline.check_training("run.toml")
+        check_training(pipeline, "run.toml")
     assert {problem.file for problem in raised.value.problems} == {"run.toml"}
     return {problem.where: problem.message for problem in raised.value.problems}
 
@@ -211,9 +212,9 @@ def test_options_that_the_objective_cannot_honour_are_told_together(folder: Path
     assert told.keys() == {"[model]", *(f"[model] {key}" for key in ddpm)}
     assert "this model has flow matching" in told["[model] min_snr_gamma"]
 
-    with_objective(folder, VPrediction(), **ddpm, noise_offset=0.1).check_training()
+    check_training(with_objective(folder, VPrediction(), **ddpm, noise_offset=0.1))
     flow = {"shift": 3.0, "weighting_scheme": "cosmap", "timestep_sample_method": "log_snr"}
-    tiny_flux.pipeline(folder, **flow).check_training()
+    check_training(tiny_flux.pipeline(folder, **flow))
     places = {"shift", "weighting_scheme", 'timestep_sample_method = "log_snr"'}
     assert problems(with_objective(folder, VPrediction(), **flow)).keys() == {f"[model] {place}" for place in places}
 

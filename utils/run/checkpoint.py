@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,23 @@ REMOVED = ".removed"
 MADE_WITH = ("identity", "optimizer", "steps_in_epoch")
 """What is known of the settings that a checkpoint was made with."""
 NamedParameters = Mapping[str, torch.nn.Parameter]
+
+
+@dataclass(frozen=True)
+class ResumeFlags:
+    """How a run is to go on from a checkpoint, as the command line says.
+
+    Attributes:
+        source: a checkpoint, or a run that has some; "" for the newest run, None for a run that starts anew.
+        reset_dataloader: start the data from the beginning.
+        reset_optimizer: start with an optimizer that remembers nothing.
+        reset_optimizer_params: take the keys of [optimizer] from the config where they differ from the checkpoint's.
+    """
+
+    source: str | None = None
+    reset_dataloader: bool = False
+    reset_optimizer: bool = False
+    reset_optimizer_params: bool = False
 
 
 OF_THE_OBJECTIVE = ("prediction_type", "beta_schedule", "rescale_betas_zero_snr")

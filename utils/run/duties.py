@@ -12,9 +12,9 @@ from utils.ranks import gather
 from utils.run.cadence import Cadence, Duty
 from utils.run.evaluation import Prepare, evaluate
 from utils.run.export import OF_AVERAGES, ExportPlan, export, export_name
+from utils.run.parts import RunParts
 from utils.run.progress import Progress
 from utils.run.sampling import SampleModel, sample
-from utils.run.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ AVERAGES = {"weights": "exponential moving average"}
 
 
 def make_duties(
-    trainer: Trainer,
+    run: RunParts,
     sets: Mapping[str, EvaluationBatches],
     prepare: Prepare,
     sampler: SampleModel,
@@ -37,7 +37,7 @@ def make_duties(
         sampler: how samples are drawn.
         plan: what exports contain.
     """
-    settings, ranks, ema = trainer.settings, trainer.ranks, trainer.ema
+    settings, ranks, ema = run.settings, run.ranks, run.ema
 
     def run_evaluation(progress: Progress, epoch_ended: bool) -> None:
         measure(progress)
@@ -47,37 +47,37 @@ def make_duties(
 
     def measure(progress: Progress, prefix: str = "") -> None:
         tag = f"{prefix}{progress.step}"
-        results = evaluate(trainer.engine, ranks, sets, prepare, tag, trainer.raise_if_stopping, prefix)
-        trainer.metrics.scalars(results, progress.step)
+        results = evaluate(run.engine, ranks, sets, prepare, tag, run.raise_if_stopping, prefix)
+        run.metrics.scalars(results, progress.step)
         for name in sets:
             loss = f"{name}/{prefix}loss"
             logger.info("step %d: %s %.5f", progress.step, loss, results[loss])
 
     def draw_samples(progress: Progress, epoch_ended: bool) -> None:
-        folder, metrics = trainer.folder, trainer.metrics
+        folder, metrics = run.folder, run.metrics
         with ema.swapped() if ema and ema.settings.sample else nullcontext():
             sample(
-                trainer.engine,
+                run.engine,
                 ranks,
                 sampler,
                 settings.sampling,
                 folder,
                 metrics,
                 progress.step,
-                trainer.raise_if_stopping,
+                run.raise_if_stopping,
             )
 
     def write_export(progress: Progress, epoch_ended: bool) -> None:
-        name = export_name(trainer.folder, progress, epoch_ended)
-        folder = trainer.folder / gather(ranks, f"export/{progress.step}", name)[0]
+        name = export_name(run.folder, progress, epoch_ended)
+        folder = run.folder / gather(ranks, f"export/{progress.step}", name)[0]
         instead = ema is not None and ema.settings.export == "instead"
         if not instead:
-            export(folder, ranks, trainer.parameters, plan, progress.step)
+            export(folder, ranks, run.parameters, plan, progress.step)
         if ema:
             target = folder if instead else folder.with_name(folder.name + OF_AVERAGES)
             averaged = replace(plan, metadata={**plan.metadata, **AVERAGES})
             with ema.swapped():
-                export(target, ranks, trainer.parameters, averaged, progress.step)
+                export(target, ranks, run.parameters, averaged, progress.step)
 
     sampling = settings.sampling
     evaluation = Duty(

@@ -5,28 +5,22 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from optimizers.ema import EMA
 from optimizers.schedules import learning_rates
 from utils.dataset.batches import TrainingBatches
 from utils.dataset.epochs import Epochs
 from utils.errors import UserError
-from utils.parallel.engine import Engine
-from utils.ranks import Ranks, any_rank
+from utils.ranks import any_rank
 from utils.run import checkpoint
 from utils.run.cadence import Cadence, Duty
-from utils.run.metrics import Metrics
+from utils.run.parts import RunParts
 from utils.run.progress import Progress
-from utils.run.signals import StopRequested, StopRequests
-from utils.settings.schema import Settings
+from utils.run.signals import StopRequested
 
 logger = logging.getLogger(__name__)
 
@@ -36,40 +30,29 @@ class Trainer:
     """Everything that the loop turns.
 
     Attributes:
-        parameters: the trainable ones of this stage, by name.
         progress: moves with every step.
-        stop: whether this process was asked to stop; the ranks agree on it among themselves.
-        ema: the averages of the parameters, if the run has any.
-        resumed_from: the checkpoint that the run went on from.
         duties: what is done between two steps, in this order.
+        resumed_from: the checkpoint that the run went on from.
     """
 
-    settings: Settings
-    ranks: Ranks
-    engine: Engine
-    optimizer: torch.optim.Optimizer
-    parameters: Mapping[str, nn.Parameter]
+    parts: RunParts
     batches: TrainingBatches
     progress: Progress
-    folder: Path
-    metrics: Metrics
-    stop: StopRequests
-    ema: EMA | None = None
+    duties: Sequence[Duty] = ()
     resumed_from: Path | None = None
-    duties: list[Duty] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        chosen = self.settings
+        settings = self.parts.settings
         self.checkpoints = Cadence(
-            chosen.checkpoint_every_n_steps,
-            chosen.checkpoint_every_n_epochs,
-            minutes=chosen.checkpoint_every_n_minutes,
+            settings.checkpoint_every_n_steps,
+            settings.checkpoint_every_n_epochs,
+            minutes=settings.checkpoint_every_n_minutes,
         )
         self.last_step = self.progress.step + self._steps_left()
 
     def _steps_left(self) -> int:
         """Steps to the end of the last epoch, or to `max_steps` if that comes first."""
-        epochs, limit = self.settings.epochs, self.settings.max_steps
+        epochs, limit = self.parts.settings.epochs, self.parts.settings.max_steps
         to_limit = inf if limit is None else limit - self.progress.step
         if epochs is None and limit is not None:
             return max(0, to_limit)
@@ -83,7 +66,7 @@ class Trainer:
 
     def prefetched(self) -> Iterator[Any]:
         """This data rank's micro-batches, step after step; None for a stage in the middle, which reads no data."""
-        if self.ranks.is_first_stage or self.ranks.is_last_stage:
+        if self.parts.ranks.is_first_stage or self.parts.ranks.is_last_stage:
             return self.batches.iterate(self.progress.epoch, self.progress.step_in_epoch)
         return itertools.repeat(None)
 
@@ -95,21 +78,21 @@ class Trainer:
             UserError: the loss is no number any more.
         """
         started = time.monotonic()
-        step, groups = self.progress.step, self.optimizer.param_groups
-        bases = [self.settings.optimizer.lr, *(group["initial_lr"] for group in groups)]
-        lr, *lrs = learning_rates(step, bases, self.settings, self.last_step)
+        step, groups = self.progress.step, self.parts.optimizer.param_groups
+        bases = [self.parts.settings.optimizer.lr, *(group["initial_lr"] for group in groups)]
+        lr, *lrs = learning_rates(step, bases, self.parts.settings, self.last_step)
         for group, own in zip(groups, lrs, strict=True):
             group["lr"] = own
-        result = self.engine.train_step(next(batches), step)
+        result = self.parts.engine.train_step(next(batches), step)
         if not isfinite(result.loss) or not isfinite(result.grad_norm):
             raise UserError.of(
                 f"loss {result.loss}, gradient norm {result.grad_norm}: training has diverged, and nothing was saved "
                 "since. Go on from a checkpoint with a lower [optimizer] lr or more warmup_steps",
-                str(self.folder),
+                str(self.parts.folder),
                 f"step {step + 1}",
             )
-        if self.ema:
-            self.ema.update(step + 1)
+        if self.parts.ema:
+            self.parts.ema.update(step + 1)
         seconds = time.monotonic() - started
         examples = self.epochs.examples(self.progress.epoch, self.progress.step_in_epoch)
         done = self.progress.after_step(result.loss, examples)
@@ -132,7 +115,7 @@ class Trainer:
     def begin(self) -> bool:
         """Does what is due before the first step of a run. Returns whether all ranks are to stop here."""
         due = [duty for duty in self.duties if duty.before_first_step] if self.progress.step == 0 else []
-        return self._perform(due, self.progress, False) or any_rank([self.stop.pending()])[0]
+        return self._perform(due, self.progress, False) or any_rank([self.parts.stop.pending()])[0]
 
     def advance(self, done: Progress) -> bool:
         """Does what is due after the step that led to `done`. Returns whether all ranks are to stop here."""
@@ -141,22 +124,12 @@ class Trainer:
         interrupted = self._perform(due, done, ended)
         self.progress = done.next_epoch() if ended else done
         # A signal reaches one process, and clocks differ: the ranks agree, since saving takes all of them.
-        asked, overdue = any_rank([self.stop.pending(), self.ranks.is_main and self.checkpoints.overdue()])
+        asked, overdue = any_rank([self.parts.stop.pending(), self.parts.ranks.is_main and self.checkpoints.overdue()])
         stopping = interrupted or asked
         at_end = last and self.checkpoints.ever
         if stopping or overdue or at_end or self.checkpoints.due(before, done, ended):
             self.save_checkpoint()
         return stopping and not last
-
-    def raise_if_stopping(self) -> None:
-        """Ends what all ranks are doing, if one was asked to stop: a signal may reach one process alone.
-
-        Raises:
-            StopRequested: on every rank.
-        """
-        (stopping,) = any_rank([self.stop.pending()])
-        if stopping:
-            raise StopRequested
 
     def _perform(self, due: Sequence[Duty], progress: Progress, epoch_ended: bool) -> bool:
         """Does the duties. Returns whether a stop interrupted one: those after it that can wait are left out."""
@@ -174,18 +147,18 @@ class Trainer:
         """Ends the thread that reads ahead, and closes the metrics."""
         if isinstance(batches, Generator):
             batches.close()
-        self.metrics.close()
+        self.parts.metrics.close()
 
     def save_checkpoint(self) -> None:
         """Writes the state to resume from."""
         made_with = {
-            "identity": checkpoint.identity_of(self.settings),
-            "optimizer": self.settings.optimizer.model_dump(mode="json"),
+            "identity": checkpoint.identity_of(self.parts.settings),
+            "optimizer": self.parts.settings.optimizer.model_dump(mode="json"),
             "steps_in_epoch": self.epochs.steps_in(self.progress.epoch),
         }
-        state = (self.progress, self.parameters, self.optimizer, made_with, self.ema)
-        path = checkpoint.save(self.folder, self.ranks, *state)
+        state = (self.progress, self.parts.parameters, self.parts.optimizer, made_with, self.parts.ema)
+        path = checkpoint.save(self.parts.folder, self.parts.ranks, *state)
         self.checkpoints.restart()
         logger.info("checkpoint: %s", path)
-        if self.ranks.is_main and self.settings.keep_checkpoints:
-            checkpoint.remove_older(path, self.settings.keep_checkpoints, self.resumed_from)
+        if self.parts.ranks.is_main and self.parts.settings.keep_checkpoints:
+            checkpoint.remove_older(path, self.parts.settings.keep_checkpoints, self.resumed_from)

@@ -53,7 +53,7 @@ def read_dataset(path: Path) -> DatasetSettings:
 
 
 def read_all(
-    path: Path, options_for: OptionsFor, world_size: int
+    path: Path, options_for: OptionsFor, world_size: int | None
 ) -> tuple[Settings, DatasetSettings, dict[str, DatasetSettings]]:
     """Settings, training set, and evaluation sets by name, checked by every rule.
 

@@ -24,9 +24,9 @@ USED_WITH: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
 
 
 def check_rules(
-    settings: Settings, world_size: int, file: str = "", broken: frozenset[str] = frozenset()
+    settings: Settings, world_size: int | None, file: str = "", broken: frozenset[str] = frozenset()
 ) -> list[Problem]:
-    """The problems of a run started as `world_size` processes.
+    """The problems of a run started as `world_size` processes; None for any number that fits.
 
     Rules that look at one of the `broken` keys ("epochs", "model.shift", or a whole table, "model") are
     left out: what those say is not known.
@@ -64,9 +64,9 @@ def _split_fits_method(settings: Settings, _: int) -> Iterator[Problem]:
         yield _at(place, f"must rise from each number to the next; given: {split}")
 
 
-def _stages_divide_world(settings: Settings, world_size: int) -> Iterator[Problem]:
+def _stages_divide_world(settings: Settings, world_size: int | None) -> Iterator[Problem]:
     stages = settings.pipeline_stages
-    if world_size % stages:
+    if world_size is not None and world_size % stages:
         fitting = [str(count) for count in range(1, world_size + 1) if world_size % count == 0]
         yield _at(
             "key `pipeline_stages`",

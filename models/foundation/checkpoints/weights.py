@@ -20,6 +20,7 @@ from torch import nn
 
 from models.foundation.checkpoints.headers import read_header
 from models.foundation.checkpoints.key_layouts import KeyLayout, Piece, swap_halves
+from models.foundation.checkpoints.storage import StorageRules
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -181,9 +182,9 @@ def build_empty(factory: Callable[[], nn.Module]) -> nn.Module:
 
 
 def materialise(
-    module: nn.Module, names: Iterable[str], read: Callable[[str], torch.Tensor], dtype_of: Callable[[str], torch.dtype]
+    module: nn.Module, names: Iterable[str], read: Callable[[str], torch.Tensor], storage: StorageRules
 ) -> None:
-    """Gives real values to the meta parameters `names` of a module.
+    """Gives real values to the meta parameters `names` of a module, each in its form.
 
     The parameters keep their identity, so that layers which already hold them hold the values too.
     """
@@ -191,7 +192,7 @@ def materialise(
     for name in names:
         empty = parameters[name]
         if empty.is_meta:
-            values = read(name).to(dtype_of(name))
+            values = storage.of(name).keep(read(name))
             real = nn.Parameter(values.clone() if values.data_ptr() % 16 else values, requires_grad=empty.requires_grad)
             torch.utils.swap_tensors(empty, real)
 

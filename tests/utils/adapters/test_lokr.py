@@ -208,7 +208,9 @@ def train(ranks: Ranks, folder: Path, stages: int, recompute: bool) -> tuple[lis
     pipeline = tiny_flux.pipeline(folder)
     run = tiny_flux.settings(pipeline, settings(**VARIANTS["low"]), pipeline_stages=stages)
     staged = load_stage(pipeline, run, ranks.stage)
-    module = DenoiserPipeline(staged.layers, staged.bounds, pipeline.stream_type, pipeline.loss, recompute=recompute)
+    module = DenoiserPipeline(
+        staged.layers, staged.bounds, pipeline.stream_type, pipeline.maths.loss, recompute=recompute
+    )
     trained = staged.trained(staged.stage_layers(ranks.stage))
     engine = Engine(module, torch.optim.AdamW(list(trained.values()), lr=1e-2), accumulation=1, clip_norm=1.0)
     shape, t_B = (2, 4, 4, 6), torch.tensor([0.2, 0.9])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.utils.dataset.conftest import MeanEncoder, dataset_of, filled, samples_of, scanned
-from utils.dataset.databases import told
+from utils.dataset.databases import explaining_errors
 from utils.dataset.references import delete_unwanted
 from utils.dataset.tensor_store import TensorStore
 from utils.errors import UserError
@@ -52,7 +52,7 @@ def test_a_full_disk_is_told_with_its_numbers(tmp_path):
     index.execute("CREATE TABLE media (path TEXT)")
     index.execute("PRAGMA max_page_count = 2")
     with pytest.raises(UserError, match=r"files\.sqlite(.|\n)*full, with [\d,]+ bytes free"):
-        with told(tmp_path / "files.sqlite", ""):
+        with explaining_errors(tmp_path / "files.sqlite", ""):
             index.execute("INSERT INTO media VALUES (?)", ["x" * 10_000])
 
 
@@ -65,5 +65,5 @@ def test_a_cache_folder_that_cannot_be_made(pictures, tmp_path):
 def test_our_own_mistakes_stay_what_they_are(tmp_path):
     index = sqlite3.connect(tmp_path / "files.sqlite")
     index.close()
-    with pytest.raises(sqlite3.ProgrammingError), told(tmp_path / "files.sqlite", ""):
+    with pytest.raises(sqlite3.ProgrammingError), explaining_errors(tmp_path / "files.sqlite", ""):
         index.execute("SELECT 1")

@@ -37,7 +37,7 @@ def engine_of(ranks: Ranks, flux: Any, settings: Any, accumulation: int, clip: f
     denoiser, layers = toy_flux.denoiser_and_layers(flux, settings)
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     bounds = stage_bounds("parameters", sizes, ranks.stages)
-    module = DenoiserPipeline(layers, bounds, flux.stream_type, flux.loss, recompute=recompute)
+    module = DenoiserPipeline(layers, bounds, flux.stream_type, flux.maths.loss, recompute=recompute)
     held = {id(p) for p in module.parameters()}
     trained = {base_name(name): p for name, p in denoiser.named_parameters() if p.requires_grad and id(p) in held}
     optimizer = (
@@ -144,7 +144,7 @@ def test_evaluation_gives_every_stage_every_sample(folder: Path, stages: int) ->
             with torch.no_grad():
                 for layer in layers:
                     stream = layer(stream)
-                expected = flux.loss(stream, labels)
+                expected = flux.maths.loss(stream, labels)
             assert torch.allclose(torch.from_numpy(predictions[index]), stream, atol=1e-6)
             assert torch.allclose(torch.from_numpy(losses[index]), expected, rtol=1e-5)
 

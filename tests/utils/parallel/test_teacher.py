@@ -34,7 +34,7 @@ def train(ranks: Ranks, folder: Path, stages: int) -> dict[str, Any]:
     ranks = ranks.with_stages(stages)
     flux = toy_flux.pipeline(folder)
     engine, _ = engine_of(ranks, flux, toy_flux.adapter(), ACCUMULATION, clip=0.0)
-    engine.teacher = Teacher(partial(switched_off, engine.module), flux.with_teacher_target)
+    engine.teacher = Teacher(partial(switched_off, engine.module), flux.maths.with_teacher_target)
     before = {name: p.detach().clone() for name, p in engine.module.named_parameters() if not p.requires_grad}
     losses = [engine.train_step(micro_batches(flux, step), step).loss for step in range(STEPS)]
     kept = all(torch.equal(p, before[name]) for name, p in engine.module.named_parameters() if name in before)
@@ -98,7 +98,7 @@ def train_folded(ranks: Ranks, folder: Path, stages: int) -> list[float]:
     ranks = ranks.with_stages(stages)
     flux = toy_flux.pipeline(folder, folded_guidance=GUIDANCE)
     engine, _ = engine_of(ranks, flux, toy_flux.adapter(), ACCUMULATION, clip=0.0)
-    engine.teacher = Teacher(nullcontext, flux.with_folded_guidance, inputs=lambda batch: (batch[2], batch[1]))
+    engine.teacher = Teacher(nullcontext, flux.maths.with_folded_guidance, inputs=lambda batch: (batch[2], batch[1]))
     return [engine.train_step(captioned_and_empty(flux, step), step).loss for step in range(STEPS)]
 
 

@@ -48,12 +48,12 @@ def adapter(dropout: float = 0.0) -> AdapterSettings:
 
 def denoiser_and_layers(flux: FluxPipeline, settings: AdapterSettings | None) -> tuple[Any, list]:
     """The whole denoiser with its weights and, if asked for, an adapter whose effect is not zero."""
-    denoiser = flux.load_denoiser()
-    weights = flux.open_weights(denoiser)
+    denoiser = flux.weights.build()
+    weights = flux.weights.open(denoiser)
     if settings:
         attach(denoiser, flux.blocks, settings)
     layers = flux.to_layers(denoiser)
-    flux.fill(denoiser, weights, layers)
+    flux.weights.fill(denoiser, weights, layers)
     if settings:
         initialise(denoiser, layers, settings, seed=0)
         for name, parameter in denoiser.named_parameters():
@@ -94,7 +94,7 @@ def train_plainly(
                 inputs, labels = micro_batch(flux, step, data_rank, index)
                 for layer in layers:
                     inputs = layer(inputs)
-                loss = flux.loss(inputs, labels).mean() / (data_ranks * accumulation)
+                loss = flux.maths.loss(inputs, labels).mean() / (data_ranks * accumulation)
                 loss.backward()
                 total += loss.item()
         norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), clip or float("inf")).item())

@@ -36,8 +36,8 @@ def stock() -> FluxTransformer2DModel:
 
 def filled(flux: FluxPipeline, layers: slice = slice(None)) -> nn.Module:
     """The denoiser with the weights of some of its layers."""
-    denoiser = flux.load_denoiser()
-    flux.fill(denoiser, flux.open_weights(denoiser), flux.to_layers(denoiser)[layers])
+    denoiser = flux.weights.build()
+    flux.weights.fill(denoiser, flux.weights.open(denoiser), flux.to_layers(denoiser)[layers])
     return denoiser
 
 
@@ -200,7 +200,7 @@ def test_a_file_that_does_not_fit_is_refused(
     save_file(change(BFL_LAYOUT.to_original(stock.state_dict())), file)
     flux = tiny_flux.pipeline(folder, transformer_path=file)
     with pytest.raises(UserError) as raised:
-        flux.open_weights(flux.load_denoiser())
+        flux.weights.open(flux.weights.build())
     assert message in str(raised.value) and str(file) in str(raised.value)
 
 
@@ -211,7 +211,7 @@ def test_a_missing_shard_is_told(folder: Path, tmp_path: Path, stock: FluxTransf
     (tmp_path / file).unlink()
     flux = tiny_flux.pipeline(folder, transformer_path=tmp_path)
     with pytest.raises(UserError, match="download it again") as raised:
-        flux.open_weights(flux.load_denoiser())
+        flux.weights.open(flux.weights.build())
     assert file in str(raised.value)
 
 
@@ -220,7 +220,7 @@ def test_a_truncated_file_is_refused(folder: Path, tmp_path: Path, stock: FluxTr
     file.write_bytes(file.read_bytes()[:-100])
     flux = tiny_flux.pipeline(folder, transformer_path=file)
     with pytest.raises(UserError, match="download it again") as raised:
-        flux.open_weights(flux.load_denoiser())
+        flux.weights.open(flux.weights.build())
     assert str(file) in str(raised.value)
 
 
@@ -238,18 +238,18 @@ def test_more_than_the_configuration_asks_is_told(
     file = write(tmp_path / "weights", stock)
     flux = tiny_flux.pipeline(tiny_flux.write_folder(tmp_path, **changes), transformer_path=file)
     with caplog.at_level(logging.WARNING, "models"):
-        flux.open_weights(flux.load_denoiser())
+        flux.weights.open(flux.weights.build())
     assert "has no use for" in caplog.text and str(file) in caplog.text
 
 
 def test_from_scratch_depends_on_the_seed_alone(folder: Path) -> None:
     torch.manual_seed(1)
-    one = tiny_flux.pipeline(folder, from_scratch=True).load_denoiser().state_dict()
+    one = tiny_flux.pipeline(folder, from_scratch=True).weights.build().state_dict()
     torch.manual_seed(2)
-    same = tiny_flux.pipeline(folder, from_scratch=True).load_denoiser().state_dict()
+    same = tiny_flux.pipeline(folder, from_scratch=True).weights.build().state_dict()
     flux = tiny_flux.pipeline(folder, from_scratch=True)
-    other = FluxPipeline(flux.options, seed=1).load_denoiser().state_dict()
-    assert flux.open_weights(flux.load_denoiser()) is None
+    other = FluxPipeline(flux.options, seed=1).weights.build().state_dict()
+    assert flux.weights.open(flux.weights.build()) is None
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["x_embedder.weight"], other["x_embedder.weight"])
 

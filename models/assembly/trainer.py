@@ -1,0 +1,187 @@
+"""Puts a run together: weights, optimizer, engine, batches, folder, metrics and duties."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+import optimizers
+from models.assembly.data import Data, reader_of
+from models.assembly.exports import export_plan
+from models.assembly.noising import Noising
+from models.assembly.prompts import sample_model
+from models.assembly.stage import StagedModel, load_stage, teacher_of
+from models.base import BasePipeline
+from optimizers.ema import EMA
+from optimizers.parameter_groups import groups_of
+from utils.dataset.batches import EvaluationBatches, SampleReader, TrainingBatches
+from utils.dataset.encoders import reads_text
+from utils.dataset.epochs import Epochs, format_table, micro_batch_of
+from utils.dataset.samples import VersionPicker
+from utils.parallel.engine import Engine, optimizer_for_frozen_stage
+from utils.parallel.pipeline import DenoiserPipeline
+from utils.ranks import Ranks
+from utils.run import folder as run_folder
+from utils.run.cadence import Duty
+from utils.run.checkpoint import Checkpoint, ResumeFlags, identity_of
+from utils.run.duties import make_duties
+from utils.run.metrics import Metrics
+from utils.run.parts import RunParts
+from utils.run.progress import Progress
+from utils.run.signals import StopRequests
+from utils.run.trainer import Trainer
+from utils.settings.reader import resolved
+from utils.settings.schema import Settings
+
+logger = logging.getLogger(__name__)
+
+
+def open_checkpoint(settings: Settings, flags: ResumeFlags, staged: StagedModel) -> Checkpoint | None:
+    """The checkpoint to go on from, if one is asked for, checked against the settings and what they train.
+
+    Raises:
+        UserError: there is none, or it does not fit.
+    """
+    if flags.source is None:
+        return None
+    checkpoint = Checkpoint(run_folder.find_checkpoint(settings.output_dir, flags.source))
+    checkpoint.check_identity(identity_of(settings))
+    checkpoint.check_weights(staged.trained(staged.layers))
+    checkpoint.check_optimizer(
+        settings.optimizer.model_dump(mode="json"),
+        new_parameters=flags.reset_optimizer_params,
+        new_state=flags.reset_optimizer,
+    )
+    return checkpoint
+
+
+def build_trainer(
+    settings: Settings,
+    ranks: Ranks,
+    pipeline: BasePipeline,
+    data: Data,
+    stop: StopRequests,
+    *,
+    config: Path,
+    flags: ResumeFlags,
+    checkpoint: Checkpoint | None = None,
+) -> Trainer:
+    """Loads this stage's weights and puts the engine, the batches and the run's folder together.
+
+    Args:
+        config: the run's file, which is copied into its folder.
+        checkpoint: what the run goes on from, as `flags` say.
+
+    Raises:
+        UserError: a file of weights or an adapter does not fit; the folder cannot be made.
+    """
+    epochs = Epochs(
+        data.training.samples,
+        partial(micro_batch_of, settings),
+        ranks.data_ranks,
+        settings.gradient_accumulation_steps,
+        settings.seed,
+    )
+    logger.info("training data:\n%s", format_table(epochs.table()))
+    staged = load_stage(pipeline, settings, ranks.stage)
+    parameters = staged.trained(staged.stage_layers(ranks.stage))
+    optimizer = _optimizer(settings, pipeline, parameters)
+    engine = _engine(settings, pipeline, staged, optimizer)
+    reader = reader_of(data, ranks)
+    noising = Noising(pipeline, ranks.is_first_stage, ranks.is_last_stage)
+    batches = _batches(settings, ranks, data, epochs, reader, noising)
+    progress, ema = restore_or_start(settings, flags, checkpoint, epochs, parameters, optimizer)
+    folder = checkpoint.folder.parent if checkpoint else run_folder.create(settings, ranks, config)
+    metrics = Metrics.from_settings(
+        folder,
+        settings.monitoring,
+        resolved(settings),
+        ranks.is_main,
+        resumed_at=progress.step if checkpoint else None,
+    )
+    run = RunParts(settings, ranks, engine, optimizer, parameters, folder, metrics, stop, ema)
+    duties = _duties(run, pipeline, data, reader, noising, staged)
+    return Trainer(run, batches, progress, duties, checkpoint and checkpoint.folder)
+
+
+def restore_or_start(
+    settings: Settings,
+    flags: ResumeFlags,
+    checkpoint: Checkpoint | None,
+    epochs: Epochs,
+    parameters: Mapping[str, Parameter],
+    optimizer: Optimizer,
+) -> tuple[Progress, EMA | None]:
+    """Where the run begins, and the averages if it has any; parameters and optimizer take the checkpoint's values."""
+    progress = Progress()
+    if checkpoint:
+        checkpoint.load_weights(parameters)
+        if not flags.reset_optimizer:
+            checkpoint.load_optimizer(parameters, optimizer)
+        progress = checkpoint.starting_point(epochs.steps_in, restart_data=flags.reset_dataloader)
+    ema = EMA(parameters.items(), settings.ema, optimizer, since=progress.step) if settings.ema else None
+    if checkpoint:
+        checkpoint.load_ema(ema)
+    return progress, ema
+
+
+def _optimizer(settings: Settings, pipeline: BasePipeline, parameters: Mapping[str, Parameter]) -> Optimizer:
+    chosen = settings.optimizer
+    groups = groups_of(
+        parameters.items(), lr=chosen.lr, weight_decay=chosen.weight_decay, own_rate=pipeline.learning_rate
+    )
+    return optimizers.build(groups, chosen) if groups else optimizer_for_frozen_stage()
+
+
+def _engine(settings: Settings, pipeline: BasePipeline, staged: StagedModel, optimizer: Optimizer) -> Engine:
+    module = DenoiserPipeline(
+        staged.layers,
+        staged.bounds,
+        pipeline.stream_type,
+        pipeline.maths.loss,
+        recompute=settings.activation_checkpointing,
+        seed=settings.seed,
+        loss_terms=pipeline.loss_terms,
+    )
+    return Engine(
+        module,
+        optimizer,
+        accumulation=settings.gradient_accumulation_steps,
+        clip_norm=settings.gradient_clipping,
+        teacher=teacher_of(pipeline, settings, staged),
+    )
+
+
+def _batches(
+    settings: Settings, ranks: Ranks, data: Data, epochs: Epochs, reader: SampleReader, noising: Noising
+) -> TrainingBatches:
+    text_encoders = [encoder.name for encoder in data.encoders if reads_text(encoder)]
+    picker = VersionPicker(settings.seed, text_encoders, bool(data.live))
+    folds_guidance = settings.model.folded_guidance is not None
+    return TrainingBatches(epochs, reader, picker, noising.training, ranks.data_rank, with_empty=folds_guidance)
+
+
+def _duties(
+    run: RunParts,
+    pipeline: BasePipeline,
+    data: Data,
+    reader: SampleReader,
+    noising: Noising,
+    staged: StagedModel,
+) -> list[Duty]:
+    """Evaluation, sampling and export, as the settings ask for them."""
+    settings, ranks = run.settings, run.ranks
+    micro_batch = partial(micro_batch_of, settings, evaluating=True)
+    sets = {
+        collection.source.name: EvaluationBatches(
+            collection.samples, reader, micro_batch, ranks.data_ranks, ranks.data_rank
+        )
+        for collection in data.evaluation
+    }
+    sampler = sample_model(pipeline, data.encoders, settings, ranks, data.cache_dir)
+    return make_duties(run, sets, noising.evaluation, sampler, export_plan(pipeline, settings, staged))

@@ -1,0 +1,108 @@
+"""A denoiser's weights: where they come from, and how a process comes to hold those of its stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from models.foundation.checkpoints.headers import read_header
+from models.foundation.checkpoints.key_layouts import KeyLayout
+from models.foundation.checkpoints.recognition import explained
+from models.foundation.checkpoints.storage import StorageRules
+from models.foundation.checkpoints.weights import EnsembleWeights, Weights, build_empty, materialise
+from utils.adapters.attach import base_name, is_factor
+from utils.diffusion import seeds
+from utils.errors import UserError
+
+
+class TensorSource(Protocol):
+    """Tensors that are read one by one, by our names."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU."""
+
+
+@dataclass(frozen=True)
+class DenoiserWeights:
+    """How a denoiser is built, where its weights lie, and in which form each parameter is kept.
+
+    Attributes:
+        factory: builds the whole module with the weights that it is born with.
+        model_type: the `type` of `[model]`, for messages about files of other models.
+        path: file or folder of the weights.
+        layout: the names in the publisher's files, if they differ from ours.
+        storage: in which form each parameter is kept.
+        seed: for a denoiser that starts from random weights, what they are drawn from; None if they are read.
+    """
+
+    factory: Callable[[], nn.Module]
+    model_type: str
+    path: Path
+    layout: KeyLayout | None
+    storage: StorageRules
+    seed: int | None = None
+
+    def build(self) -> nn.Module:
+        """The whole denoiser: on the meta device until `fill` reads what a stage needs, or with random weights that
+        depend on the seed alone."""
+        if self.seed is None:
+            return self.build_empty()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeds.derive(self.seed, "denoiser"))
+            return self._stored(self.factory())
+
+    def build_empty(self) -> nn.Module:
+        """The whole denoiser without memory, each parameter in its form."""
+        return self._stored(build_empty(self.factory))
+
+    def open(self, denoiser: nn.Module) -> TensorSource | None:
+        """The denoiser's tensors on disk, checked against its shapes; None if it starts from random weights.
+
+        Raises:
+            UserError: a tensor is missing or has another shape; says what the file looks like.
+        """
+        return None if self.seed is not None else self._opened(denoiser)
+
+    def fill(self, denoiser: nn.Module, source: TensorSource | None, layers: Sequence[nn.Module]) -> None:
+        """Reads the base weights of `layers`, which are some of the layers of `denoiser`."""
+        wanted = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        names = [
+            name
+            for name, parameter in denoiser.named_parameters()
+            if id(parameter) in wanted and parameter.is_meta and not is_factor(name)
+        ]
+        if source is not None:
+            materialise(denoiser, names, lambda name: source.read(base_name(name)), self.storage)
+
+    def _opened(self, denoiser: nn.Module) -> TensorSource:
+        layout = self.layout if self.layout and self.layout.recognises(read_header(self.path).files) else None
+        try:
+            return Weights(self.path, denoiser, layout)
+        except UserError as error:
+            raise explained(error, read_header(self.path).shapes, self.model_type) from error
+
+    def _stored(self, denoiser: nn.Module) -> nn.Module:
+        for name, parameter in denoiser.named_parameters():
+            parameter.data = self.storage.of(name).keep(parameter.data)
+        return denoiser
+
+
+@dataclass(frozen=True)
+class EnsembleDenoiserWeights(DenoiserWeights):
+    """The same for an ensemble of which one part is read from `path`.
+
+    Attributes:
+        part: the name of that part.
+        loaders: name of another part -> what loads that module whole, with its own library.
+    """
+
+    part: str = ""
+    loaders: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
+
+    def _opened(self, denoiser: nn.Module) -> TensorSource:
+        return EnsembleWeights({self.part: super()._opened(denoiser.get_submodule(self.part))}, self.loaders)

@@ -1,0 +1,49 @@
+"""What a run is made of on this process: everything that its loop and its duties share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from optimizers.ema import EMA
+from utils.parallel.engine import Engine
+from utils.ranks import Ranks, any_rank
+from utils.run.metrics import Metrics
+from utils.run.signals import StopRequested, StopRequests
+from utils.settings.schema import Settings
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """The parts of a run.
+
+    Attributes:
+        parameters: the trainable ones of this stage, by name.
+        folder: of the run.
+        stop: whether this process was asked to stop; the ranks agree on it among themselves.
+        ema: the averages of the parameters, if the run has any.
+    """
+
+    settings: Settings
+    ranks: Ranks
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    parameters: Mapping[str, nn.Parameter]
+    folder: Path
+    metrics: Metrics
+    stop: StopRequests
+    ema: EMA | None = None
+
+    def raise_if_stopping(self) -> None:
+        """Ends what all ranks are doing, if one was asked to stop: a signal may reach one process alone.
+
+        Raises:
+            StopRequested: on every rank.
+        """
+        (stopping,) = any_rank([self.stop.pending()])
+        if stopping:
+            raise StopRequested
