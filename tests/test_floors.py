@@ -8,8 +8,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 HOUSE = ("train.py", "models", "utils", "optimizers")
-MAX_FUNCTION_LINES = 80
-MAX_FILE_LINES = 450
+MAX_FUNCTION_LINES = 60
+MAX_FILE_LINES = 400
+MAX_LINES = {"train.py": 250}
+"""Files that are to be shorter than others."""
 
 # By module or package: its floor, and the folder that it counts to. A module imports from floors below its
 # own, and from its own folder.
@@ -113,7 +115,7 @@ def test_imports_go_down(path: str) -> None:
 @pytest.mark.parametrize("path", sources(*HOUSE, "tests", "examples"))
 def test_files_and_functions_are_short(path: str) -> None:
     source = (ROOT / path).read_text(encoding="utf-8")
-    assert source.count("\n") <= MAX_FILE_LINES
+    assert source.count("\n") <= MAX_LINES.get(path, MAX_FILE_LINES)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, f"{path}: {node.name}"
@@ -128,7 +130,14 @@ def test_files_and_functions_are_short(path: str) -> None:
         ("optimizers/lion.py", "from utils.dataset import buckets"),
         ("utils/settings/reader.py", "from utils import ranks"),
         ("utils/media/decode.py", "from ..settings import schema"),
+        ("utils/errors.py", "from utils.settings import schema"),
         ("models/base.py", "import models.flux"),
+        ("models/base.py", "from models.assembly import stage"),
+        ("models/assembly/stage.py", "from models.flux import FluxPipeline"),
+        ("models/families/pictures.py", "from models.assembly import stage"),
+        ("models/foundation/encoders/text.py", "from models.base import BasePipeline"),
+        ("models/foundation/layers/unet.py", "from models.foundation.checkpoints import key_layouts"),
+        ("models/foundation/checkpoints/weights.py", "from models.foundation.encoders import vae"),
         ("models/chroma.py", "from models.flux import double_block"),
         ("models/flux.py", "import train"),
     ],

@@ -57,7 +57,7 @@ def probe_image(image: Image.Image) -> Probe:
     width, height = reversed(image.size) if orientation in SIDEWAYS else image.size
     if not _animated(image):
         return Probe(width, height, 1)
-    ends = [frames.end for frames in shown_images(image)]
+    ends = [frame.end for frame in shown_images(image)]
     return Probe(width, height, len(ends), len(ends) / ends[-1])
 
 

@@ -121,9 +121,9 @@ class Engine(PipelineEngine):
     def _taught(self, teacher: Teacher, batches: Iterable[MicroBatch] | None) -> Iterable[MicroBatch] | None:
         """The micro-batches of a step, on the last stage with the teacher's labels."""
         batches = batches if batches is None else list(batches)
-        inputs = batches and [teacher.inputs(batch) for batch in batches]
+        given = batches and [teacher.inputs(batch) for batch in batches]
         with teacher.present():
-            outputs = self._run_forward(inputs, self.micro_batches, keep_predictions=True)
+            outputs = self._run_forward(given, self.micro_batches, keep_predictions=True)
         if not self.is_last_stage():
             return batches
         return [

@@ -37,65 +37,68 @@ def make_duties(
         sampler: how samples are drawn.
         plan: what exports contain.
     """
-    settings, ranks, ema = run.settings, run.ranks, run.ema
+    return [
+        *([_evaluation(run, sets, prepare)] if sets else []),
+        *([_sampling(run, sampler)] if run.settings.sampling.prompts else []),
+        _export(run, plan),
+    ]
 
-    def run_evaluation(progress: Progress, epoch_ended: bool) -> None:
-        measure(progress)
-        if ema and ema.settings.evaluate:
-            with ema.swapped():
-                measure(progress, "ema_")
+
+def _evaluation(run: RunParts, sets: Mapping[str, EvaluationBatches], prepare: Prepare) -> Duty:
+    settings, ema = run.settings, run.ema
 
     def measure(progress: Progress, prefix: str = "") -> None:
         tag = f"{prefix}{progress.step}"
-        results = evaluate(run.engine, ranks, sets, prepare, tag, run.raise_if_stopping, prefix)
+        results = evaluate(run.engine, run.ranks, sets, prepare, tag, run.raise_if_stopping, prefix)
         run.metrics.scalars(results, progress.step)
         for name in sets:
             loss = f"{name}/{prefix}loss"
             logger.info("step %d: %s %.5f", progress.step, loss, results[loss])
 
-    def draw_samples(progress: Progress, epoch_ended: bool) -> None:
-        folder, metrics = run.folder, run.metrics
+    def perform(progress: Progress, epoch_ended: bool) -> None:
+        measure(progress)
+        if ema and ema.settings.evaluate:
+            with ema.swapped():
+                measure(progress, "ema_")
+
+    cadence = Cadence(settings.eval_every_n_steps, settings.eval_every_n_epochs, settings.eval_every_n_examples)
+    return Duty(perform, cadence, before_first_step=settings.eval_before_first_step, at_end=True)
+
+
+def _sampling(run: RunParts, sampler: SampleModel) -> Duty:
+    settings, ema = run.settings.sampling, run.ema
+
+    def perform(progress: Progress, epoch_ended: bool) -> None:
         with ema.swapped() if ema and ema.settings.sample else nullcontext():
             sample(
                 run.engine,
-                ranks,
+                run.ranks,
                 sampler,
-                settings.sampling,
-                folder,
-                metrics,
+                settings,
+                run.folder,
+                run.metrics,
                 progress.step,
                 run.raise_if_stopping,
             )
 
-    def write_export(progress: Progress, epoch_ended: bool) -> None:
+    cadence = Cadence(settings.sample_every_n_steps, settings.sample_every_n_epochs)
+    return Duty(perform, cadence, before_first_step=settings.sample_before_first_step, at_end=True)
+
+
+def _export(run: RunParts, plan: ExportPlan) -> Duty:
+    settings, ema = run.settings, run.ema
+
+    def perform(progress: Progress, epoch_ended: bool) -> None:
         name = export_name(run.folder, progress, epoch_ended)
-        folder = run.folder / gather(ranks, f"export/{progress.step}", name)[0]
+        folder = run.folder / gather(run.ranks, f"export/{progress.step}", name)[0]
         instead = ema is not None and ema.settings.export == "instead"
         if not instead:
-            export(folder, ranks, run.parameters, plan, progress.step)
+            export(folder, run.ranks, run.parameters, plan, progress.step)
         if ema:
             target = folder if instead else folder.with_name(folder.name + OF_AVERAGES)
             averaged = replace(plan, metadata={**plan.metadata, **AVERAGES})
             with ema.swapped():
-                export(target, ranks, run.parameters, averaged, progress.step)
+                export(target, run.ranks, run.parameters, averaged, progress.step)
 
-    sampling = settings.sampling
-    evaluation = Duty(
-        run_evaluation,
-        Cadence(settings.eval_every_n_steps, settings.eval_every_n_epochs, settings.eval_every_n_examples),
-        before_first_step=settings.eval_before_first_step,
-        at_end=True,
-    )
-    drawing = Duty(
-        draw_samples,
-        Cadence(sampling.sample_every_n_steps, sampling.sample_every_n_epochs),
-        before_first_step=sampling.sample_before_first_step,
-        at_end=True,
-    )
-    saving = Duty(
-        write_export,
-        Cadence(settings.save_every_n_steps, settings.save_every_n_epochs, settings.save_every_n_examples),
-        at_end=True,
-        interruptible=False,
-    )
-    return [*([evaluation] if sets else []), *([drawing] if sampling.prompts else []), saving]
+    cadence = Cadence(settings.save_every_n_steps, settings.save_every_n_epochs, settings.save_every_n_examples)
+    return Duty(perform, cadence, at_end=True, interruptible=False)
