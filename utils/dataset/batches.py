@@ -29,9 +29,10 @@ from utils.settings.dataset_schema import DirectorySettings
 WORKERS = 2
 STEPS_AHEAD = 2
 SMALLEST_LATENT = 4
-"""Dimensions of a batch of latents, at least."""
+"""The fewest dimensions that a batch of latents has."""
 SMALLEST_AREA = 1e-3
-"""Share of a picture that the smallest mask is taken for when its weight is divided by its area."""
+"""When the weight of a mask is divided by its area, a smaller mask counts as if it covered this share of the
+picture."""
 
 Item = TypeVar("Item")
 Prepared = TypeVar("Prepared")
@@ -39,15 +40,15 @@ Prepared = TypeVar("Prepared")
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """What the encoders made of some samples of one shape: features by name, batched in dimension 0.
+    """The features of some samples of one shape by name, batched in dimension 0.
 
     Attributes:
         draws: names of what is drawn for each sample.
-        weight: factor on the loss, with as many dimensions as a batch of latents, which are the features of the most
-            dimensions: (B, 1, h, w) or (B, 1, f, h, w) where there is a mask, else 1 in all but the first.
+        weight: factor on the loss. It has as many dimensions as a batch of latents, which are the features with the
+            most dimensions: (B, 1, h, w) or (B, 1, f, h, w) where there is a mask, otherwise (B, 1, ...).
         regularising: whether each sample is regularisation data (B,).
-        captioned: whether each sample is shown with its caption (B,).
-        empty: what the text encoders made of the empty caption, if that is asked for.
+        captioned: whether each sample comes with its caption (B,).
+        empty: the text encoders' features of the empty caption, if they are requested.
         positions: in training, where the samples stand in their step and epoch.
     """
 
@@ -65,7 +66,7 @@ class SampleReader:
     """Reads samples from the stores that `encoding.fill` filled.
 
     Args:
-        live: text encoders whose features are not in the cache but made as they are needed, loaded.
+        live: loaded text encoders whose features are not cached but computed when they are needed.
     """
 
     def __init__(self, encoders: Sequence[Encoder], cache_dir: Path, live: Sequence[Encoder] = ()) -> None:
@@ -81,7 +82,7 @@ class SampleReader:
         self.close()
 
     def read(self, versions: SampleVersion, *, text_alone: bool = False) -> dict[str, torch.Tensor]:
-        """All cached features of one sample, or those of the encoders of text, on the CPU, without a batch dimension.
+        """All cached features of one sample, or only those of the text encoders, on the CPU, without a batch dimension.
 
         Raises:
             UserError: the cache lacks the sample, or is damaged.
@@ -109,13 +110,13 @@ class SampleReader:
         return FeatureBatch(features, [one.draw for one in versions], versions[0].sample.bucket, weight, regularising)
 
     def without_captions(self, versions: Sequence[SampleVersion]) -> dict[str, torch.Tensor]:
-        """What the text encoders make of the empty caption, for samples of one shape, batched."""
+        """The text encoders' features of the empty caption, batched, for samples of one shape."""
         empty = [replace(one, caption="") for one in versions]
         items = [self.read(one, text_alone=True) for one in empty]
         return {name: pad_ragged([item[name] for item in items]) for name in items[0]} | self._made(empty)
 
     def _made(self, versions: Sequence[SampleVersion]) -> dict[str, torch.Tensor]:
-        """What the live encoders make of the captions."""
+        """The live encoders' features of the captions."""
         features: dict[str, torch.Tensor] = {}
         for encoder in self._live:
             texts = {
@@ -137,7 +138,7 @@ def _item(store: TensorStore, key: str) -> dict[str, torch.Tensor]:
     except KeyError:
         reason = "is gone from the cache; was the folder cleared during the run?"
     except CorruptItem as error:
-        # So that the next start knows that it is missing.
+        # The next start then knows that it is missing.
         store.delete([key])
         reason = (
             f"was damaged ({error.problems[0].file}) and is taken out of the cache. Others may be too: "
@@ -150,7 +151,7 @@ def _item(store: TensorStore, key: str) -> dict[str, torch.Tensor]:
 
 
 def _weights(samples: Sequence[Sample], masks: Sequence[torch.Tensor | None], dimensions: int) -> torch.Tensor:
-    """The factor on each sample's loss, over the places of its latent where some sample has a mask."""
+    """The factor on each sample's loss; it varies over the latent where some sample has a mask."""
     shape = next((mask.shape for mask in masks if mask is not None), (1,) * (dimensions - 1))
     return torch.stack([_weight(sample.rules, mask).expand(shape) for sample, mask in zip(samples, masks, strict=True)])
 
@@ -166,8 +167,8 @@ def _weight(rules: DirectorySettings, mask: torch.Tensor | None) -> torch.Tensor
 
 
 def pad_ragged(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The tensors as a batch. Those of different lengths (dimension 0) are padded with zeros to the longest: an encoder
-    whose features are ragged yields a mask of ones beside them, which is padded to say where they end."""
+    """The tensors as a batch. Tensors of different lengths (dimension 0) are padded with zeros to the longest. An
+    encoder with ragged features yields a mask of ones beside them, and the padded mask says where they end."""
     if len({tensor.shape for tensor in tensors}) == 1:
         return torch.stack(tensors)
     return pad_sequence(tensors, batch_first=True)
@@ -177,11 +178,11 @@ class TrainingBatches(Generic[Prepared]):
     """A data rank's micro-batches of every step, in the order of `Epochs`.
 
     Args:
-        picker: in which version a sample is shown.
-        prepare: makes of (batch, epoch) what training takes. The weights of a batch are such that each sample of a
-            step counts alike in the mean over its micro-batches, whatever their sizes; those that appear again to fill
-            a batch count like the others.
-        with_empty: give the features of the empty caption too.
+        picker: picks the version in which a sample is trained.
+        prepare: (batch, epoch) -> what training takes. The weights of a batch make each sample of a step count alike in
+            the mean over its micro-batches, whatever their sizes; samples that are repeated to fill a batch count like
+            the others.
+        with_empty: also give the features of the empty caption.
     """
 
     def __init__(
@@ -208,11 +209,10 @@ class TrainingBatches(Generic[Prepared]):
         ]
 
     def iterate(self, epoch: int, index: int) -> Iterator[list[Prepared]]:
-        """This step and those after it, epoch after epoch without end, read a few steps ahead in the
-        background.
+        """This step and all later ones, epoch after epoch without end, read a few steps ahead in the background.
 
-        Close the iterator to end the background thread. What goes wrong in it is raised here, at the step it
-        is of.
+        Close the iterator to end the background thread. An error in that thread is raised here, at the step to which
+        it belongs.
         """
         return _ahead(partial(self.step, *position) for position in self._positions(epoch, index))
 
@@ -231,8 +231,9 @@ class TrainingBatches(Generic[Prepared]):
 
 
 class EvaluationBatches:
-    """A data rank's share of all samples, each of them once over all ranks, always in the same order. The
-    last batch of a bucket may be smaller, and ranks may differ by one batch: `rounds` is the most that one has."""
+    """A data rank's share of all samples, always in the same order; over all ranks each sample comes once. The last
+    batch
+    of a bucket may be smaller, and ranks may differ by one batch: `rounds` is the largest number that a rank has."""
 
     def __init__(
         self,
@@ -262,7 +263,7 @@ class EvaluationBatches:
 
 
 def _ahead(tasks: Iterable[Callable[[], Item]]) -> Iterator[Item]:
-    """The tasks' results in order, worked on by a few threads that are a few tasks ahead."""
+    """The tasks' results in order, computed by a few threads that work a few tasks ahead."""
     pending: deque[Future[Item]] = deque()
     pool = ThreadPoolExecutor(WORKERS)
     try:
@@ -277,7 +278,7 @@ def _ahead(tasks: Iterable[Callable[[], Item]]) -> Iterator[Item]:
 
 
 def _failing_in_turn(tasks: Iterable[Callable[[], Item]]) -> Iterator[Callable[[], Item]]:
-    """The tasks; if there is no next one to be had for an error, then one that fails with it."""
+    """The tasks; if getting the next one fails, a task that fails with the same error."""
     try:
         yield from tasks
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Which size each file is trained at. A bucket is one size; a batch is cut from one bucket."""
+"""The size at which each file is trained. A bucket is one size, and a batch comes from one bucket."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ COLOURS = ("brightness", "contrast", "saturation", "hue")
 
 @dataclass(frozen=True)
 class MediaFacts:
-    """What a model asks of media: width and height are multiples of `spatial` pixels, the frames after the first a
-    multiple of `temporal`, there are at most `max_frames` of them, and they come at `fps` a second."""
+    """What a model requires of media: width and height are multiples of `spatial` pixels, the number of frames after
+    the first is a multiple of `temporal`, there are at most `max_frames` frames, and there are `fps` of them per
+    second."""
 
     spatial: int
     temporal: int = 1
@@ -32,20 +33,20 @@ class MediaFacts:
     fps: float = 16.0
 
     def describe_frames(self) -> str:
-        """In words: which numbers of frames the model takes."""
+        """The numbers of frames that the model takes, as text."""
         if self.max_frames == 1:
             return "one frame: still pictures alone"
         numbers = f"1, {1 + self.temporal}, {1 + 2 * self.temporal} ..." if self.temporal > 1 else "any number"
         return f"{numbers} up to {self.max_frames} frames"
 
     def frames(self, count: int) -> int:
-        """The most frames that the model takes of `count`."""
+        """The largest number of frames, up to `count`, that the model takes."""
         return (min(count, self.max_frames) - 1) // self.temporal * self.temporal + 1
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file that gives no sample, or less than all of it, and why, with the numbers."""
+    """A file that gives no sample, or that is not used completely, and the reason with its numbers."""
 
     file: str
     reason: str
@@ -54,7 +55,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Assignment:
-    """The samples of a dataset, and what of its files is not used."""
+    """The samples of a dataset, and the files that are not used, or not completely."""
 
     samples: list[Sample]
     left_out: list[LeftOut]
@@ -62,7 +63,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class _Size:
-    """A width and height on offer, and the numbers of frames on offer with it that the model takes."""
+    """A width and height to choose from, with the numbers of frames that the model takes at this size."""
 
     width: int
     height: int
@@ -72,12 +73,12 @@ class _Size:
 def assign(
     rows: Iterable[Row], dataset: DatasetSettings, facts: MediaFacts, *, caption_versions: bool = True
 ) -> Assignment:
-    """Each file once per resolution (and per clip), in the bucket nearest its shape.
+    """Each file once per resolution (and per clip), in the bucket that is nearest to its shape.
 
-    What is drawn for the versions of a sample depends on the file alone, so that all runs share what is cached.
+    The random choices for the versions of a sample depend on the file only, so that all runs share cached items.
 
     Args:
-        caption_versions: make the versions of each caption that are to be cached; else captions stay as written.
+        caption_versions: make the versions of each caption that will be cached; otherwise captions stay as written.
     """
     directories = [dataset.resolved(directory) for directory in dataset.directory]
     offered = [_offers(rules, facts) for rules in directories]
@@ -91,7 +92,7 @@ def assign(
             left_out.append(LeftOut(str(row.media.locator), reason, bool(buckets)))
         for bucket in buckets:
             for sample in _samples(row, bucket, rules, facts, caption_versions):
-                # Counted over all rows: a file that lies in two folders must not draw the same noise twice.
+                # Counted over all rows: a file in two folders must not draw the same noise twice.
                 number = seen[sample.id]
                 seen[sample.id] += 1
                 samples.append(replace(sample, id=f"{sample.id}-copy{number}") if number else sample)
@@ -101,7 +102,7 @@ def assign(
 def _samples(
     row: Row, bucket: Bucket, rules: DirectorySettings, facts: MediaFacts, caption_versions: bool
 ) -> Iterator[Sample]:
-    """One sample for each clip, and for each caption where each is a sample of its own."""
+    """One sample for each clip, and for each caption if every caption is a sample of its own."""
     media = row.media
     fps = _fps(rules, facts) if bucket.frames > 1 else 0.0
     controls = tuple(Control(control, _control_bucket(bucket, rules, facts)) for control in row.controls)
@@ -118,7 +119,7 @@ def _samples(
 
 
 def _takes(media: MediaFile, bucket: Bucket, rules: DirectorySettings, fps: float) -> list[tuple[Take, ...]]:
-    """For each clip (one, of a still) the versions that are cached."""
+    """The cached versions of each clip; a still picture counts as one clip."""
 
     def drawn(number: int, what: str) -> float:
         return seeds.uniform(0, "take", media.digest, number, what)
@@ -130,7 +131,7 @@ def _takes(media: MediaFile, bucket: Bucket, rules: DirectorySettings, fps: floa
             for name, width in zip(COLOURS, rules.color_jitter or (), strict=False)
         ]
         jitter = Jitter(*(1 + change for change in changes[:3]), changes[3]) if changes else Jitter()
-        # Every other version, so that of two there are both; which of them is the first is drawn.
+        # Every other version is flipped, so that two versions include both; which comes first is random.
         flip = rules.flip and (number + (drawn(0, "flip") < 0.5)) % 2 == 1
         return Take(crop, flip, jitter, start)
 
@@ -145,7 +146,7 @@ def _takes(media: MediaFile, bucket: Bucket, rules: DirectorySettings, fps: floa
 
 
 def _balanced(samples: list[Sample]) -> list[Sample]:
-    """The samples, with as many appearances of regularisation data as of the rest."""
+    """The samples, with repeats such that regularisation data appears as often as the rest."""
     count = {kind: sum(s.repeats for s in samples if s.rules.is_regularisation_data is kind) for kind in (True, False)}
     if not all(count.values()):
         return samples
@@ -154,8 +155,8 @@ def _balanced(samples: list[Sample]) -> list[Sample]:
 
 
 def _in_turns(samples: list[Sample]) -> list[Sample]:
-    """The samples, those of each directory that are used a fraction of a time evenly spread over their turns: drawn one
-    by one, many could fall into one epoch, and none into the next."""
+    """The samples with a `turn` for those that are used a fraction of a time per epoch. The turns of a directory are
+    evenly spread: independent draws could put many samples into one epoch and none into the next."""
     groups: dict[int, list[int]] = defaultdict(list)
     for position, sample in enumerate(samples):
         if not float(sample.repeats).is_integer():
@@ -171,7 +172,7 @@ def _in_turns(samples: list[Sample]) -> list[Sample]:
 
 
 def _offers(rules: DirectorySettings, facts: MediaFacts) -> list[list[_Size]]:
-    """For each resolution, the sizes to choose from."""
+    """The sizes to choose from, for each resolution."""
 
     def rounded(width: float, height: float, frames: Sequence[int]) -> _Size:
         multiple, counts = facts.spatial, sorted({facts.frames(count) for count in frames})
@@ -179,7 +180,7 @@ def _offers(rules: DirectorySettings, facts: MediaFacts) -> list[list[_Size]]:
 
     if rules.size_buckets:
         return [[rounded(width, height, [frames]) for width, height, frames in rules.size_buckets]]
-    # A still picture is trained as one, also among clips.
+    # A still picture is trained as a still picture, even among clips.
     frames = [1, *rules.frame_buckets]
     shapes = [size if isinstance(size, tuple) else (size, size) for size in rules.resolutions]
     if not rules.enable_ar_bucket:
@@ -202,8 +203,8 @@ def _ratios(rules: DirectorySettings) -> list[float]:
 def _buckets_of(
     media: MediaFile, offers: list[list[_Size]], rules: DirectorySettings, facts: MediaFacts
 ) -> tuple[list[Bucket], str]:
-    """The file's bucket at each resolution (those that come to the same one count once), and why it is not used, or not
-    all of it."""
+    """The file's buckets, one for each resolution without duplicates, and the reason if the file is not used, or not
+    completely."""
     area = media.width * media.height
     if rules.min_resolution and area < rules.min_resolution**2:
         return [], f"{media.width}x{media.height} pixels are fewer than min_resolution = {rules.min_resolution} squared"
@@ -227,7 +228,7 @@ def _buckets_of(
             else:
                 chosen[nearest] = None
     if own_sizes:
-        # One for all resolutions that ask for more, though they do not round to the same.
+        # One size for all resolutions that ask for more, although they do not round to the same size.
         chosen[max(own_sizes, key=lambda bucket: bucket.pixels)] = None
     buckets = [bucket for bucket in chosen if bucket.pixels]
     if not buckets:
@@ -255,7 +256,7 @@ def _why_not(
 
 
 def _cut_short(media: MediaFile, available: int, frames: int, rules: DirectorySettings, facts: MediaFacts) -> str:
-    """What to tell of a clip of which not every frame is used."""
+    """The message about a clip of which not every frame is used."""
     if media.frames == 1 or rules.video_clip_mode == "multiple_overlapping":
         return ""
     clips = available // frames if rules.video_clip_mode == "chunks" else 1
@@ -282,8 +283,8 @@ def _fills(media: MediaFile, bucket: Bucket) -> bool:
 
 
 def _within(media: MediaFile, bucket: Bucket, facts: MediaFacts) -> Bucket:
-    """The largest bucket of the same shape that the file fills; of no width if that is less than one cell."""
-    # In whole numbers: a hair less than a whole cell would cost the cell.
+    """The largest bucket of the same shape that the file fills; its width is 0 if that is less than one cell."""
+    # With integers: a rounding error just below a whole cell would cost that cell.
     is_wider = media.width * bucket.height > media.height * bucket.width
     size, of = (media.height, bucket.height) if is_wider else (media.width, bucket.width)
     width, height = (side * size // of // facts.spatial * facts.spatial for side in (bucket.width, bucket.height))
@@ -300,12 +301,12 @@ def _control_bucket(bucket: Bucket, rules: DirectorySettings, facts: MediaFacts)
 
 
 def _distance(media: MediaFile, bucket: Bucket) -> tuple[float, int]:
-    """How unlike the shapes are; of the like, the longest bucket is the nearest."""
+    """How different the shapes are; among equal shapes the longest bucket is the nearest."""
     return abs(math.log(media.width / media.height) - math.log(bucket.width / bucket.height)), -bucket.frames
 
 
 def by_shape(samples: Iterable[Sample]) -> dict[tuple[Bucket, ...], list[Sample]]:
-    """The samples that can share a batch, by the shape that they share, in ascending order."""
+    """The samples that can share a batch, by their common shape, in ascending order."""
     groups = defaultdict(list)
     for sample in samples:
         groups[sample.shape].append(sample)

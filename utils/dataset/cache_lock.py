@@ -1,5 +1,5 @@
-"""Which run fills a cache: one at a time, and it has a name that the next one is told. And which ones read it: while
-there is any, nothing that it may have asked for is deleted."""
+"""Locks of a cache. One run at a time fills it, and the next one is told which run that is. While any run reads it,
+nothing is deleted that this run may want."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class CacheBusy(UserError):
 
 
 class CacheLock:
-    """Held by the main process of a run while the run fills the cache; reading needs none.
+    """The lock that the main process of a run holds while the run fills the cache; reading needs no lock.
 
-    The lock is the kernel's (flock on a file of the cache's folder) and ends with the process; the file says who has
-    it, and stays. Between machines it holds where the file system passes such locks on: NFS, CephFS, GPFS, Lustre
-    mounted with `flock`. Where there are no locks, everybody gets it.
+    It is a kernel lock (flock on a file in the cache's folder) that ends with the process; the file says who holds it,
+    and stays. It works between machines if the file system passes such locks on: NFS, CephFS, GPFS, Lustre mounted
+    with `flock`. On file systems without locks, every process gets it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,13 +43,13 @@ class CacheLock:
         self.release()
 
     def acquire(self, wait_seconds: float, on_wait: Callable[[str], None]) -> None:
-        """Takes the lock, waiting for it if need be.
+        """Takes the lock, and waits for it if necessary.
 
         Args:
-            on_wait: told who holds it (host, pid, since when), when waiting begins and whenever the holder changes.
+            on_wait: called with the holder (host, pid, since when) when waiting begins and whenever the holder changes.
 
         Raises:
-            CacheBusy: after so many seconds another run still holds it.
+            CacheBusy: another run still holds it after this many seconds.
         """
         assert self._file is None, "acquired twice"
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ class CacheLock:
                     told = holder
                 time.sleep(min(SECONDS_BETWEEN_TRIES, max(0.0, deadline - time.monotonic())))
             now = datetime.now().astimezone().isoformat(" ", "seconds")
-            # The lock is good without a name too, on a disk that is full.
+            # The lock is valid without the holder's name too, if the disk is full.
             with suppress(OSError):
                 file.truncate(0)
                 file.write(f"host {socket.gethostname()}, pid {os.getpid()}, since {now}\n".encode())
@@ -77,20 +77,20 @@ class CacheLock:
         self._file = file
 
     def release(self) -> None:
-        """Gives the lock back, if held."""
+        """Releases the lock, if it is held."""
         if self._file is not None:
             self._file.truncate(0)
             self._file.close()
             self._file = None
 
     def holder(self) -> str:
-        """Who took the lock last, in words; one that is taking it has not said so yet."""
+        """A description of the last holder; a process that is just taking the lock has not written its own yet."""
         return self.path.read_text().strip() or "a run that is just starting"
 
 
 def reading(folder: Path) -> BinaryIO:
-    """Marks a cache as read until the file that comes back is closed, or the process ends. Called while the cache is
-    filled by this run: nobody has it for `unread` then."""
+    """Marks a cache as being read until the returned file is closed or the process ends. Must be called while this run
+    fills the cache, since no other run can then hold it for `unread`."""
     file = (folder / READERS_NAME).open("a+b", buffering=0)
     lock(file, without=True, shared=True)
     return file
@@ -98,6 +98,7 @@ def reading(folder: Path) -> BinaryIO:
 
 @contextmanager
 def unread(folder: Path) -> Iterator[bool]:
-    """Whether no run reads the cache; then none begins to before the end of this. False where there are no locks."""
+    """Whether no run reads the cache; if so, no run can begin to read it within this context. False on file systems
+    without locks."""
     with (folder / READERS_NAME).open("a+b", buffering=0) as file:
         yield lock(file, without=False)

@@ -1,8 +1,8 @@
 """From a caption as written to the texts that a sample is trained with. All draws are pure functions of their names.
 
-A caption may be a list of tags with `cache_shuffle_delimiter` between them. Some of them are kept: they stay where they
-are, are never left out, and keep their capitals. They are the first `keep_tokens`; or, in a caption that has a
-`keep_tokens_separator`, all before it, and all behind a second one.
+A caption may be a list of tags separated by `cache_shuffle_delimiter`. Some tags are kept: they stay where they are,
+are never dropped, and keep their capitals. These are the first `keep_tokens` tags; or, in a caption that contains
+`keep_tokens_separator`, all tags before the first separator and all behind the second one.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from utils.diffusion import seeds
 from utils.settings.dataset_schema import DirectorySettings
 
 VERSIONS_IN_ORDER = 8
-"""Versions of a caption whose tags are left out or change their capitals, but keep their order
-(`cache_shuffle_num` = 0): with a single one, what it lacks would never be learnt."""
+"""Number of versions of a caption whose tags are dropped or change their capitals but keep their order
+(`cache_shuffle_num` = 0): with a single version, a dropped tag would never be learned."""
 
 _CAPITALS: tuple[Callable[[str], str], ...] = (
     str.lower,
@@ -32,11 +32,12 @@ def caption_variants(
 ) -> tuple[str, ...]:
     """All the texts that one sample may be trained with, without duplicates, in a stable order.
 
-    Of several captions, all are used, or with `multiple_captions` = "first" the first. Each comes in
-    `cache_shuffle_num` versions; with 0 in one, or in `VERSIONS_IN_ORDER` where tags are left out or change capitals.
+    If there are several captions, all of them are used, or the first one with `multiple_captions` = "first". Each has
+    `cache_shuffle_num` versions; if that is 0, it has one version, or `VERSIONS_IN_ORDER` if tags are dropped or
+    change their capitals.
 
     Args:
-        identity: names the sample among all others.
+        identity: a unique name of the sample.
     """
     if directory.multiple_captions == "first":
         captions = captions[:1]
@@ -53,8 +54,8 @@ def caption_variants(
 def caption_variant(caption: str, directory: DirectorySettings, seed: int, identity: str, index: int) -> str:
     """Version number `index`, from 0 on without end, of one caption.
 
-    Its tags are left out, reordered and capitalised, in this order; then come the trigger word, the prefix and the
-    suffix, which nothing of this befalls. A tag with the trigger word in it is not left out and keeps its capitals.
+    Its tags are dropped, shuffled and capitalised, in this order; then the trigger word, the prefix and the suffix are
+    added, which stay as they are. A tag that contains the trigger word is not dropped and keeps its capitals.
     """
     caption = _with_other_tags(caption, directory, _Draws(seed, identity, index))
     trigger = directory.trigger_word
@@ -117,7 +118,7 @@ def _capitalised(number: int, tag: str, directory: DirectorySettings, draws: _Dr
 
 def _contains(text: str, trigger: str | None) -> bool:
     """Whether the trigger word is in the text as a word of its own: "art" is not in "party"."""
-    # By ASCII: in scripts without spaces, words have letters on both sides.
+    # ASCII only: in scripts without spaces, a word has letters on both sides.
     return bool(trigger) and bool(re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.ASCII))
 
 
@@ -131,7 +132,7 @@ def _tags(caption: str, directory: DirectorySettings) -> _Tags:
 
 
 def _split(text: str, directory: DirectorySettings) -> list[str]:
-    """The tags of a text, without the spaces around them and without empty ones."""
+    """The tags of a text, stripped, without empty ones."""
     # "a,b" is two tags by ", " as well.
     delimiter = directory.cache_shuffle_delimiter.strip() or directory.cache_shuffle_delimiter
     pieces = text.split(delimiter)
@@ -141,7 +142,7 @@ def _split(text: str, directory: DirectorySettings) -> list[str]:
 
 
 def _joined_in_brackets(pieces: list[str], delimiter: str) -> list[str]:
-    """The pieces, with those that a pair of brackets goes around put together again: "(a, b:1.2)" is one tag."""
+    """The pieces, where pieces inside one pair of brackets are joined again: "(a, b:1.2)" is one tag."""
     joined: list[str] = []
     depth = 0
     for piece in pieces:
@@ -155,14 +156,14 @@ def _joined_in_brackets(pieces: list[str], delimiter: str) -> list[str]:
 
 
 def weighted(text: str) -> list[tuple[str, float]]:
-    r"""The pieces of a text with their weights, as A1111 and ComfyUI read them; never none.
+    r"""The pieces of a text with their weights, as A1111 and ComfyUI read them; at least one piece.
 
-    `(word)` weighs 1.1 times what is around it, `[word]` 1 / 1.1 times, `(word:1.3)` 1.3 times; all of it may be
-    nested. A bracket that is not closed goes on to the end, one that was not opened is text. `\(`, `\)`, `\[`, `\]`
-    and `\\` are the characters themselves.
+    `(word)` weighs 1.1 times as much as the text around it, `[word]` 1 / 1.1 times, `(word:1.3)` 1.3 times; brackets
+    may be nested. An opening bracket that is never closed reaches to the end; an unmatched closing one is text. `\(`,
+    `\)`, `\[`, `\]` and `\\` are the characters themselves.
     """
     pieces: list[tuple[str, float]] = []
-    # Each kind of bracket is closed by its own, wherever the other is.
+    # Each kind of bracket is closed by its own kind, regardless of the other.
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
     def weigh(start: int, factor: float) -> None:
@@ -186,7 +187,7 @@ def weighted(text: str) -> list[tuple[str, float]]:
 
 
 def without_weights(text: str) -> str:
-    """A text without the marks by which `weighted` tells weights."""
+    """A text without the marks that `weighted` reads as weights."""
     return "".join(piece for piece, _ in weighted(text))
 
 
@@ -196,7 +197,7 @@ _BRACKETS = re.compile(r"\\.|[()\[\]]", re.DOTALL)
 _TOKEN = re.compile(
     r"\\(?P<escaped>[\\()\[\]])"
     r"|[()\[\]]"
-    # More digits could be infinite.
+    # A number with more digits could be infinite.
     r"|:\s*(?P<weight>[+-]?(?:\d{1,6}(?:\.\d*)?|\.\d+))\s*\)"
     r"|[^\\()\[\]:]+|.",
     re.DOTALL,

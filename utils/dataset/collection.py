@@ -1,4 +1,4 @@
-"""A run's data: the training set and the evaluation sets, scanned, put into buckets, and rid of what is broken."""
+"""A run's data: the training set and the evaluation sets, scanned, sorted into buckets, without broken files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TRAINING = "train"
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset file and what it says. The training set's name is `TRAINING`."""
+    """A dataset file and its settings. The training set's name is `TRAINING`."""
 
     name: str
     file: Path
@@ -40,8 +40,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Collection:
-    """The samples of one dataset file; the files of it that are not used, in whole or in part; and those that cannot be
-    used, for they are broken. `files` counts all files and rows that were looked at."""
+    """The samples of one dataset file; its files that are not used completely; and those that cannot be used because
+    they are broken. `files` counts all files and rows that were examined."""
 
     source: Source
     samples: list[Sample]
@@ -71,19 +71,19 @@ def collect(
     """The samples of every source.
 
     Args:
-        max_failed_fraction: share of the files that may be broken; those are left out.
+        max_failed_fraction: fraction of the files that may be broken; broken files are left out.
         caption_versions: of the training set; see `buckets.assign`.
-        listing: write what cannot be used to `FAILED_NAME` beside the index of the files.
+        listing: write the files that cannot be used to `FAILED_NAME` beside the index of the files.
 
     Raises:
-        UserError: with everything that is wrong with whole directories, and with files where they are too many.
+        UserError: lists everything that is wrong with whole directories, and the broken files if there are too many.
     """
     problems: list[Problem] = []
     collections = []
     for source in sources:
         manifest = scan(source.settings, str(source.file), how)
         problems += manifest.problems
-        # In evaluation a caption is the same at every turn: no version of it is made for an epoch.
+        # Evaluation uses the same caption every time, so no versions of it are made.
         versions = caption_versions or source.name != TRAINING
         chosen = assign(manifest.rows, source.settings, facts, caption_versions=versions)
         files = len(manifest.rows) + len(manifest.rejected)
@@ -102,10 +102,10 @@ def collect(
 def collect_together(
     ranks: Ranks, sources: Sequence[Source], facts: MediaFacts, how: Scan, **choices: Any
 ) -> list[Collection]:
-    """`collect` on all ranks: the main rank reads the files, the others what it remembered of them.
+    """`collect` on all ranks: the main rank reads the files, the others read what it stored in the index.
 
     Raises:
-        UserError: on every rank, when the main rank found something wrong, or another found other files.
+        UserError: on every rank, if the main rank found a problem, or if another rank found other files.
     """
     collections, problems = None, []
 
@@ -148,7 +148,7 @@ def _check_same(ranks: Ranks, collections: Sequence[Collection], how: Scan) -> N
 
 
 def without_failures(collections: Sequence[Collection], reports: Iterable[CacheReport]) -> list[Collection]:
-    """The collections without the samples one of whose files could not be encoded; those are rejected."""
+    """The collections without the samples that have a file which could not be encoded; those files are rejected."""
     reasons = {failure.digest: failure.reason for report in reports for failure in report.failures}
     if not reasons:
         return list(collections)
@@ -168,7 +168,7 @@ def without_failures(collections: Sequence[Collection], reports: Iterable[CacheR
 
 
 def too_many_failures(collections: Sequence[Collection], max_failed_fraction: float) -> list[Problem]:
-    """The files and the reasons, where too much of the data is broken to train without it."""
+    """The broken files and the reasons, if too much of the data is broken to train without it."""
     problems: list[Problem] = []
     for collection in collections:
         broken = [fault for fault in collection.rejected if fault.kind not in NOT_BROKEN]
@@ -196,7 +196,7 @@ def too_many_failures(collections: Sequence[Collection], max_failed_fraction: fl
 
 
 def tell(collections: Sequence[Collection], cache_dir: Path) -> None:
-    """Logs what is not used, by kind, and writes the files and rows with their reasons to `FAILED_NAME`."""
+    """Logs by kind what is not used, and writes the files and rows with the reasons to `FAILED_NAME`."""
     write_list(collections, cache_dir)
     for line in shortfalls(collections):
         logger.warning("%s", line)
@@ -205,7 +205,7 @@ def tell(collections: Sequence[Collection], cache_dir: Path) -> None:
 
 
 def write_list(collections: Sequence[Collection], cache_dir: Path) -> None:
-    """Writes the files and rows that cannot be used to `FAILED_NAME`, in place of an older list."""
+    """Writes the files and rows that cannot be used to `FAILED_NAME`, and replaces an older list."""
     rejected = [(str(c.source.file), fault) for c in collections for fault in c.rejected]
     path = cache_dir / FAILED_NAME
     if rejected or path.exists():
@@ -216,11 +216,11 @@ def write_list(collections: Sequence[Collection], cache_dir: Path) -> None:
 
 
 def shortfalls(collections: Sequence[Collection]) -> list[str]:
-    """A line for each file that cannot be used, is not used, or is cut short: up to ten of each, and how many there
-    are of each kind."""
+    """A line for each file that cannot be used, is not used, or is cut short: up to ten of each, with the number of
+    each kind."""
     lines = []
     rejected = [fault for collection in collections for fault in collection.rejected]
-    # Apart: what nobody asked for must not hide what is broken.
+    # Separate sections: files that nobody asked for must not hide broken ones.
     for title, is_broken in (("cannot be used", True), ("not used", False)):
         faults = [fault for fault in rejected if (fault.kind not in NOT_BROKEN) is is_broken]
         if faults:
@@ -262,7 +262,7 @@ def _describe(fault: Rejected) -> str:
 
 
 def _mixed_controls(collections: Sequence[Collection]) -> list[Problem]:
-    """Batches either all have the same number of control images or have none."""
+    """Either all batches have the same number of control images, or none has any."""
     counts = {len(sample.controls) for collection in collections for sample in collection.samples}
     if len(counts) < 2:
         return []

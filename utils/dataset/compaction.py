@@ -1,12 +1,12 @@
-"""Frees what no row of a store's index refers to.
+"""Frees the bytes to which no row of a store's index refers.
 
-Shard by shard: what is live in it is copied into a new shard and brought to disk, its rows are moved in one
-transaction, and only then the old shard is unlinked. Killed before the transaction, this leaves a copy that nobody
-refers to; killed after it, an old shard that nobody refers to; either is freed the next time. Since a shard that is
-copied was mostly empty, the disk needs room for half a shard, and less is copied than is freed.
+It works shard by shard: the live items are copied into a new shard and synchronised to disk, their rows are moved in
+one transaction, and only then the old shard is unlinked. A process that is killed before the transaction leaves an
+unreferenced copy, one that is killed after it leaves an unreferenced old shard; the next run frees either. A shard that
+is copied was mostly empty, so the disk needs room for half a shard, and less is copied than is freed.
 
-A shard that a living writer fills is locked and left alone. One that could be locked never grows again, hence its rows
-can only become fewer while it is worked on.
+A shard that a living writer fills is locked and left alone. A shard that could be locked never grows again, so the
+number of its rows can only fall during the compaction.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ def compact(
     read: Callable[[Extent], np.ndarray | None],
     share: float,
 ) -> int:
-    """Frees shards of which more than `share` is unreferenced; the bytes that were freed.
+    """Frees shards of which more than `share` is unreferenced. Returns the number of freed bytes.
 
     Args:
         read: an item's bytes, None if they are damaged.
 
     Raises:
-        WriteFailed: there is no room for what is to be moved.
+        WriteFailed: there is no room for the items that have to be moved.
     """
     taken, live = sizes(folder), index.live_bytes()
     emptier = [shard for shard, size in taken.items() if _is_emptier(live.get(shard, 0), size, share)]
-    # The emptiest first: they give room for what is copied out of the others.
+    # The emptiest first: they make room for what is copied out of the others.
     emptier.sort(key=lambda shard: live.get(shard, 0))
     freed = 0
     for start in range(0, len(emptier), SHARDS_AT_ONCE):
         with ExitStack() as locks:
             locked = [shard for shard in emptier[start : start + SHARDS_AT_ONCE] if _locked(folder / shard, locks)]
-            # Asked after locking: a writer may have committed its last rows since the shards were chosen.
+            # Read after locking: a writer may have committed its last rows since the shards were chosen.
             rows = index.in_shards(locked)
             for shard in locked:
                 size, items = (folder / shard).stat().st_size, rows.get(shard, {})
@@ -66,9 +66,10 @@ def _is_emptier(live: int, size: int, share: float) -> bool:
 
 
 def _locked(path: Path, locks: ExitStack) -> bool:
-    """Takes the shard's lock until `locks` is closed; False if somebody has it, or had it and unlinked the shard."""
+    """Takes the shard's lock until `locks` is closed; False if another process has it, or had it and unlinked the
+    shard."""
     with suppress(FileNotFoundError):
-        # Opened for writing, which some network file systems want for a lock.
+        # Opened for writing, which some network file systems require for a lock.
         file = locks.enter_context(path.open("r+b"))
         return lock(file, without=False) and path.exists()
     return False
@@ -77,8 +78,8 @@ def _locked(path: Path, locks: ExitStack) -> bool:
 def _move(
     rows: Mapping[str, Extent], index: StoreIndex, writer: ShardWriter, read: Callable[[Extent], np.ndarray | None]
 ) -> int:
-    """Copies a shard's live items to the writer's shard, and moves their rows after them; the bytes that were
-    copied."""
+    """Copies a shard's live items to the writer's shard and then moves their rows. Returns the number of copied
+    bytes."""
     extents: dict[str, Extent] = {}
     try:
         for key in sorted(rows, key=lambda key: rows[key].offset):

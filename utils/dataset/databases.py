@@ -1,4 +1,4 @@
-"""What is told when one of the cache's SQLite files cannot be read or written."""
+"""Explains errors of the cache's SQLite files."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from utils.errors import UserError
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 OUR_MISTAKES = (sqlite3.ProgrammingError, sqlite3.IntegrityError, sqlite3.DataError)
 PRIMARY = 0xFF
-"""The part of an error's code that says its kind."""
+"""The part of an error code that says what kind of error it is."""
 
 
 @contextmanager
 def explaining_errors(path: Path, if_damaged: str) -> Iterator[None]:
-    """While a database is used: a full disk, a file that is damaged, a folder that cannot be written to.
+    """Turns errors of a database within this context (a full disk, a damaged file, a read-only folder) into messages.
 
     Args:
-        if_damaged: what to do about a file that is no database any more, and what that costs.
+        if_damaged: what the user should do about a file that is no longer a database, and what that costs.
 
     Raises:
-        UserError: it cannot be used; why, and how to mend it.
+        UserError: the database cannot be used; says why, and how to mend it.
     """
     try:
         yield
