@@ -1,4 +1,4 @@
-"""What encodes a sample: a model's VAE and text encoders as the cache sees them, and what they read.
+"""A model's VAE and text encoders as the cache sees them, and the inputs that they read.
 
 Shapes: B batch, C channels, F frames, H height, W width. Pixels are float32 in [-1, 1].
 """
@@ -18,21 +18,21 @@ from utils.media.decode import load_alpha, load_clip, load_image, load_mask, loa
 from utils.media.source import MediaError
 
 TRANSFORM = "2"
-"""Part of every key: changed when the same view of a file would come to other pixels."""
+"""Part of every key; to be changed when the same view of a file would give other pixels."""
 BYTES_PER_PIXEL = 3 * 4
-"""Of decoded colours in float32."""
+"""Bytes of a decoded colour pixel in float32."""
 
 
 class Encoder(Protocol):
     """A model's VAE or text encoder, as the cache sees it."""
 
     name: str
-    """Its store's folder."""
+    """The name of its store's folder."""
     reads: tuple[str, ...]
-    """What `encode` takes, of "pixels", "rgba", "layers", "size_and_crop", "mask", "control" ("control_2" ... for
-    further ones), "caption" and "weighted_caption"."""
+    """The inputs of `encode`: some of "pixels", "rgba", "layers", "size_and_crop", "mask", "control" ("control_2" ...
+    for further ones), "caption" and "weighted_caption"."""
     fingerprint: str
-    """Changes whenever its output would."""
+    """A text that changes whenever its output would change."""
 
     def load(self, device: torch.device) -> None:
         """Brings the weights to the device."""
@@ -42,14 +42,14 @@ class Encoder(Protocol):
 
     def encode(self, **inputs: Any) -> dict[str, torch.Tensor | list[torch.Tensor]]:
         """Features of a batch under names that no other encoder of the model uses, each a tensor batched in dimension
-        0 or a list of B tensors of different lengths. Pixels, controls and masks come as BCFHW on the CPU, and so do
-        "rgba", pictures with a fourth channel, how opaque they are in [-1, 1], and "layers", where the control images
-        at the size of the picture follow it as further frames. "size_and_crop" comes as (B, 6) pixels: height and width
-        of the file, top and left of the crop once it is scaled, height and width of the pixels; captions as a list of
-        B strings, weighted captions as a list of B lists of (text, weight)."""
+        0 or a list of B tensors of different lengths. Pixels, controls and masks come as BCFHW on the CPU. So do
+        "rgba", pictures with their opacity in [-1, 1] as a fourth channel, and "layers", where the control images, at
+        the size of the picture, follow it as further frames. "size_and_crop" comes as (B, 6) pixels: height and width
+        of the file, top and left of the crop in the scaled picture, height and width of the pixels. Captions come as a
+        list of B strings, weighted captions as a list of B lists of (text, weight)."""
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape, without the batch, and type of each feature of a sample; nothing is loaded for it."""
+        """Shape (without the batch) and type of each feature of a sample; loads nothing."""
 
 
 class Unreadable(ValueError):
@@ -61,7 +61,7 @@ class Unreadable(ValueError):
 
 
 def item_key(encoder: Encoder, version: SampleVersion) -> str:
-    """The name of what the encoder makes of the sample: a hash of all that it is made from.
+    """The key of the encoder's output for the sample: a hash of everything that the output depends on.
 
     Raises:
         ValueError: the encoder reads a control image and the sample has none.
@@ -74,7 +74,7 @@ def item_key(encoder: Encoder, version: SampleVersion) -> str:
 
 
 def applies_to(encoder: Encoder, sample: Sample) -> bool:
-    """Whether the encoder makes anything of the sample: only masks may be there or not."""
+    """Whether the encoder has something to encode in the sample; only masks may be missing."""
     return not reads_mask(encoder) or sample.mask is not None
 
 
@@ -89,12 +89,12 @@ def reads_mask(encoder: Encoder) -> bool:
 
 
 def reads_text(encoder: Encoder) -> bool:
-    """Whether the encoder reads captions, beside other things or not."""
+    """Whether the encoder reads captions, alone or with other inputs."""
     return bool(TEXT & set(encoder.reads))
 
 
 def versions(encoder: Encoder, sample: Sample) -> Iterator[SampleVersion]:
-    """The sample in all the versions that the encoder tells apart."""
+    """All versions of the sample that differ for the encoder."""
     if not applies_to(encoder, sample):
         return
     takes = sample.takes if reads_media(encoder) else sample.takes[:1]
@@ -107,7 +107,7 @@ def versions(encoder: Encoder, sample: Sample) -> Iterator[SampleVersion]:
 
 
 def items_wanted(encoder: Encoder, samples: Iterable[Sample]) -> list[tuple[str, Bucket]]:
-    """The items that the encoder makes of the samples: their keys, and the sizes that they are made at."""
+    """The keys of the items that the encoder makes from the samples, and the sizes at which they are made."""
     input_name = next((input_name for input_name in encoder.reads if input_name not in TEXT), "pixels")
     return list(
         {
@@ -119,7 +119,7 @@ def items_wanted(encoder: Encoder, samples: Iterable[Sample]) -> list[tuple[str,
 
 
 def decoded_bytes(encoder: Encoder, version: SampleVersion) -> int:
-    """What decoding an item takes: the pixels at their size as numbers, and one picture at the size of its file."""
+    """The memory that decoding an item takes: its pixels as numbers, and one picture at the size of its file."""
     input_names = [input_name for input_name in encoder.reads if input_name not in TEXT]
     files = [
         _control(version.sample, input_name).media if _is_control(input_name) else version.sample.media
@@ -130,7 +130,7 @@ def decoded_bytes(encoder: Encoder, version: SampleVersion) -> int:
 
 
 def shape_of(encoder: Encoder, version: SampleVersion) -> tuple[Bucket, ...]:
-    """What samples must share to be encoded in one batch; captions can always be."""
+    """What samples must have in common to be encoded in one batch; captions always can be."""
     return tuple(
         bucket_read(input_name, version.sample)
         for input_name in encoder.reads
@@ -140,7 +140,7 @@ def shape_of(encoder: Encoder, version: SampleVersion) -> tuple[Bucket, ...]:
 
 
 def bucket_read(input_name: str, sample: Sample) -> Bucket:
-    """The size at which an encoder reads one thing of a sample."""
+    """The size at which an encoder reads one of its inputs."""
     return _control(sample, input_name).bucket if _is_control(input_name) else sample.bucket
 
 
@@ -149,7 +149,7 @@ def _is_control(input_name: str) -> bool:
 
 
 def inputs_of(encoder: Encoder, version: SampleVersion) -> dict[str, Any]:
-    """What the encoder reads of what is shown, by thing.
+    """The encoder's inputs for a version of a sample, by name.
 
     Raises:
         Unreadable: a file cannot be decoded.
@@ -161,12 +161,12 @@ def inputs_of(encoder: Encoder, version: SampleVersion) -> dict[str, Any]:
 
 
 def text_of(version: SampleVersion, encoder: Encoder, input_name: str) -> Any:
-    """What a text encoder reads of what is shown."""
+    """A text encoder's input for a version of a sample."""
     return _READERS[input_name.split("_")[0]].read(version, encoder.name, input_name)
 
 
 def _control(sample: Sample, input_name: str) -> Control:
-    """The control image that "control", "control_2" ... stand for."""
+    """The control image that "control", "control_2" ... mean."""
     number = int(input_name.partition("_")[2] or 1)
     if number > len(sample.controls):
         raise ValueError(
@@ -177,7 +177,7 @@ def _control(sample: Sample, input_name: str) -> Control:
 
 
 class _Reader(NamedTuple):
-    """How one of the things that encoders read is known, and got: functions of (shown, encoder's name, thing)."""
+    """How one of the encoders' inputs is identified and read: functions of (version, encoder's name, input's name)."""
 
     identity: Callable[[SampleVersion, str, str], Any]
     read: Callable[[SampleVersion, str, str], Any]
@@ -206,7 +206,7 @@ def _size_and_crop_numbers(version: SampleVersion, name: str, input_name: str) -
     media, view = version.sample.media, version.take.plain_view(version.sample.bucket)
     left, top, right, _ = view.box(media.width, media.height)
     scale = view.width / (right - left)
-    # What is mirrored was cropped on the other side.
+    # In a mirrored picture the crop was on the other side.
     left = media.width - right if view.flip else left
     return [media.height, media.width, round(top * scale), round(left * scale), view.height, view.width]
 
@@ -250,7 +250,7 @@ def _layers_identity(version: SampleVersion, name: str, input_name: str) -> list
 
 
 def _layers(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
-    # Changes of colour too are those of the picture, which is what its layers make.
+    # Colours change as in the picture, since the layers have to add up to it.
     view = version.take.view(version.sample.bucket)
     files = [version.sample.media, *(control.media for control in version.sample.controls)]
     return torch.cat([_load(file, load_rgba, view) for file in files], dim=1)
@@ -268,7 +268,7 @@ def _weighted_caption(version: SampleVersion, name: str, input_name: str) -> lis
 
 def _weights_identity(version: SampleVersion, name: str, input_name: str) -> str | list[tuple[str, float]]:
     pieces = _weighted_caption(version, name, input_name)
-    # Without weights it is what an encoder of plain captions reads, and so has its name.
+    # A caption without weights has the identity that it has for an encoder of plain captions.
     return pieces[0][0] if len(pieces) == 1 and pieces[0][1] == 1 else pieces
 
 

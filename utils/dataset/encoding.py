@@ -1,4 +1,4 @@
-"""Fills the cache: what each encoder makes of each sample, computed once and kept by what it was made from.
+"""Fills the cache: each encoder's output for each sample is computed once, and stored under a key of its inputs.
 
 Shapes: B batch, C channels, F frames, H height, W width. Pixels are float32 in [-1, 1].
 """
@@ -51,7 +51,7 @@ FOREVER = timedelta(days=365)
 
 @dataclass(frozen=True)
 class Failure:
-    """A file that something could not be made of, by the hash of its content, and why; the reason names the file."""
+    """A file that could not be encoded, by the hash of its content, and the reason, which names the file."""
 
     digest: str
     reason: str
@@ -61,8 +61,8 @@ class Failure:
 class CacheReport:
     """What was done for one encoder, over all ranks: items wanted = reused + encoded + failed.
 
-    `busy` is the share of the time spent encoding, and not waiting for files to be decoded: the mean of the ranks that
-    encoded something. `truncated` captions were longer than the encoder reads.
+    `busy` is the fraction of the time spent on encoding and not on waiting for decoded files, as the mean over the
+    ranks that encoded something. `truncated` captions were longer than the encoder reads.
     """
 
     encoder: str
@@ -85,13 +85,13 @@ class CacheJob:
     """How the cache is filled.
 
     Attributes:
-        cache_dir: where every encoder has its store.
+        cache_dir: the folder in which every encoder has its store.
         owner: the run's settings file, on whose behalf the items are wanted.
-        batch_size: samples that an encoder takes at once.
-        regenerate: encode everything anew.
-        verify: read what is there, and encode anew what is damaged.
-        raise_if_stopping: called between two batches; what it raises ends the work, with all that is encoded kept.
-        patience: how long a rank is waited for that gives no sign of life.
+        batch_size: number of samples that an encoder takes at once.
+        regenerate: encode everything again.
+        verify: read all existing items, and encode damaged ones again.
+        raise_if_stopping: called between two batches; an exception ends the work, and all encoded items are kept.
+        patience: how long to wait for a rank that gives no sign of life.
     """
 
     cache_dir: Path
@@ -105,12 +105,13 @@ class CacheJob:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """While no other run fills this cache: its main rank waits, and the others of this run wait for it.
+        """A context in which no other run fills this cache: the main rank waits for the lock, the other ranks wait for
+        it.
 
         Raises:
-            LaunchError: on the other ranks, when the main one has ended in the meantime.
+            LaunchError: on the other ranks, if the main rank has ended in the meantime.
         """
-        # Each holder is told of once, though the lock is asked for again and again.
+        # Each holder is reported once, although the lock is requested again and again.
         told = lru_cache(partial(logger.warning, "another run fills this cache, and is waited for: %s"))
         with CacheLock(self.cache_dir) as lock:
             while self.ranks.is_main:
@@ -123,16 +124,15 @@ class CacheJob:
                 gather(self.ranks, "cache lock", None, patience=FOREVER, raise_if_stopping=self.raise_if_stopping)
                 yield
             except dist.DistError as error:
-                # As on a disk that is full for it first. It tells why; here it is only seen to be gone.
+                # For example because its disk is full. The main rank says why; here it is only known to be gone.
                 raise LaunchError("the main process of this run has ended; what it tells is why") from error
 
 
 def fill(encoder: Encoder, samples: Sequence[Sample], job: CacheJob) -> CacheReport:
-    """Encodes what the cache lacks of the samples, the work shared by all ranks; waits for all of them. Called once for
-    each encoder.
+    """Encodes the samples that the cache lacks. All ranks share the work, and each waits for all others. Called once
+    for each encoder.
 
-    Files that cannot be decoded are reported and do not stop the rest: what to do about them is the caller's
-    choice.
+    Files that cannot be decoded are reported and do not stop the rest; the caller decides what to do about them.
     """
     ranks, tag = job.ranks, f"cache/{encoder.name}"
     own = _fill_one(encoder, samples, job, tag)
@@ -144,11 +144,11 @@ def fill(encoder: Encoder, samples: Sequence[Sample], job: CacheJob) -> CacheRep
 
 
 def reclaim_unwanted(filled: Collection[str], job: CacheJob) -> None:
-    """Lets go of what no run wants any more: in the stores that were `filled`, and in those that this run had before
-    and has no more. For the main rank, once all have filled the cache.
+    """Deletes items that no run wants any more, in the stores that were `filled` and in those that this run used
+    earlier and does not use now. To be called by the main rank, when all ranks have filled the cache.
 
-    Another run that reads the cache keeps it all: it may have been started from this run's settings file, as that was
-    before, or from one that cannot be seen from here.
+    While another run reads the cache, everything is kept: that run may have been started from an earlier version of
+    this run's settings file, or from a file on another machine.
     """
     dropped = references.stores_of(job.cache_dir, job.owner) - set(filled)
     for name in dropped:
@@ -160,7 +160,7 @@ def reclaim_unwanted(filled: Collection[str], job: CacheJob) -> None:
                     references.delete_unwanted(job.cache_dir, store, all_of_it=job.regenerate)
                 freed = store.compact()
             if freed:
-                logger.info("cache %s: %s that nothing refers to are free again", name, _size(freed))
+                logger.info("cache %s: freed %s that nothing refers to", name, _size(freed))
 
 
 def _size(count: int) -> str:
@@ -179,7 +179,7 @@ def _fill_one(encoder: Encoder, samples: Sequence[Sample], job: CacheJob, tag: s
     mine = ordered[ranks.rank :: ranks.world_size]
     with TensorStore(job.cache_dir / encoder.name, f"rank{ranks.rank}") as store:
         _forget_damaged(store, mine, job, tag)
-        # What is made anew replaces the old item, which another run may be reading until then.
+        # A new item replaces the old one, which another run may be reading until then.
         missing = mine if job.regenerate else store.missing(mine)
         failures, busy, truncated = [], 1.0, 0
         if missing:
@@ -190,14 +190,14 @@ def _fill_one(encoder: Encoder, samples: Sequence[Sample], job: CacheJob, tag: s
             finally:
                 encoder.unload()
                 if ranks.device.type == "cuda":
-                    # What torch keeps for itself is not there for NCCL, nor for the processes beside this one.
+                    # Memory that torch's allocator keeps is not available to NCCL or to other processes.
                     torch.cuda.empty_cache()
     counts = len(mine), len(mine) - len(missing), len(missing) - len(failures), len(failures)
     return CacheReport(encoder.name, *counts, busy, truncated, tuple(dict.fromkeys(failures)))
 
 
 def _forget_damaged(store: TensorStore, keys: Sequence[str], job: CacheJob, tag: str) -> None:
-    """Takes out of the index what its shard does not have any more, and with `verify` all that is damaged."""
+    """Removes items from the index that their shard no longer has, and with `verify` all damaged ones."""
     damaged = store.lost(keys)
     for start in range(0, len(keys) if job.verify else 0, VERIFIED_AT_ONCE):
         damaged += store.verify(keys[start : start + VERIFIED_AT_ONCE])
@@ -205,7 +205,7 @@ def _forget_damaged(store: TensorStore, keys: Sequence[str], job: CacheJob, tag:
         job.raise_if_stopping()
     damaged = list(dict.fromkeys(damaged))
     if damaged:
-        # As an error, since of all but the main rank nothing less is shown.
+        # Logged as an error, since ranks other than the main one show nothing below that level.
         shards = ", ".join(store.shards_of(damaged))
         logger.error("%s: damaged: %d items, which are encoded again; in %s", store.folder, len(damaged), shards)
         store.delete(damaged)
@@ -214,8 +214,8 @@ def _forget_damaged(store: TensorStore, keys: Sequence[str], job: CacheJob, tag:
 def _encode(
     items: dict[str, SampleVersion], encoder: Encoder, job: CacheJob, store: TensorStore, tag: str
 ) -> tuple[list[Failure], float]:
-    """Encodes the items into the store; what could not be decoded, one entry for each item, and the share of the time
-    that was spent encoding."""
+    """Encodes the items into the store. Returns one entry for each item that could not be decoded, and the fraction of
+    the time that was spent on encoding."""
     ranks, neighbours = job.ranks, job.ranks.local_size
     failures: list[Failure] = []
     batches = list(_batches(items, encoder, job.batch_size))
@@ -234,9 +234,9 @@ def _encode(
             failures += broken
             waited += time.monotonic() - before
             if inputs:
-                # On a thread of its own: the disk is waited for while the next batch is encoded.
+                # On a thread of its own, so that the next batch is encoded while the disk is busy.
                 written.append(writer.submit(_write, store, _features(inputs, encoder)))
-            # Nothing of it is to be held while others are decoded.
+            # None of it may stay in memory while others are decoded.
             inputs.clear()
             while len(written) > BATCHES_TO_WRITE or (written and written[0].done()):
                 written.popleft().result()
@@ -250,7 +250,7 @@ def _encode(
 
 @contextmanager
 def _decoders(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that, when the work ends early, leave what they have not begun."""
+    """Threads that skip all tasks that they have not begun when the work ends early."""
     pool = ThreadPoolExecutor(count)
     try:
         yield pool
@@ -259,7 +259,7 @@ def _decoders(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def _results(batch: dict[str, Future[dict[str, Any]]]) -> tuple[dict[str, dict[str, Any]], list[Failure]]:
-    """What was decoded of a batch, which is emptied, and what could not be."""
+    """The decoded inputs of a batch, which is emptied, and the failures."""
     inputs, failures = {}, []
     for key in list(batch):
         try:
@@ -270,7 +270,7 @@ def _results(batch: dict[str, Future[dict[str, Any]]]) -> tuple[dict[str, dict[s
 
 
 def _features(inputs: dict[str, dict[str, Any]], encoder: Encoder) -> dict[str, dict[str, torch.Tensor]]:
-    """What the encoder makes of a batch, by item."""
+    """The encoder's output for a batch, by item."""
     columns = {input_name: [item[input_name] for item in inputs.values()] for input_name in encoder.reads}
     stacked = {
         input_name: column if input_name in TEXT else torch.stack(column) for input_name, column in columns.items()

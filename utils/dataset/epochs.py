@@ -1,4 +1,5 @@
-"""The epochs of a training set: which samples each has, how often, in which steps. Pure functions of the settings."""
+"""The epochs of a training set: which samples each has, how often, and in which steps. Pure functions of the
+settings."""
 
 from __future__ import annotations
 
@@ -23,10 +24,10 @@ Appearance = tuple[Sample, int]
 
 @dataclass(frozen=True)
 class BucketLine:
-    """What the samples of one shape give to an epoch.
+    """The share of an epoch that the samples of one shape have.
 
-    A batch is one of all data ranks together; `fill` counts the samples that appear again to complete batches. In the
-    line of the total `name` is empty, and what completes the last step is counted too.
+    A batch covers all data ranks; `fill` counts the samples that are repeated to complete batches. In the line of the
+    total, `name` is empty and the samples that complete the last step count too.
     """
 
     name: str
@@ -39,7 +40,7 @@ class BucketLine:
 
 
 def micro_batch_of(settings: Settings, bucket: Bucket, *, evaluating: bool = False) -> int:
-    """Samples of one forward pass at this size: of the sizes that are listed, the nearest one's."""
+    """The number of samples in one forward pass at this size: that of the nearest listed size."""
     of_images = settings.image_micro_batch_size_per_gpu if bucket.frames == 1 else None
     sizes = (evaluating and settings.eval_micro_batch_size_per_gpu) or of_images or settings.micro_batch_size_per_gpu
     if isinstance(sizes, int):
@@ -50,14 +51,14 @@ def micro_batch_of(settings: Settings, bucket: Bucket, *, evaluating: bool = Fal
 
 @dataclass(frozen=True)
 class _Schedule:
-    """How often, and when, the samples of a group are used: an array each, with a number for every sample."""
+    """How often and when the samples of a group are used: arrays with a number for every sample."""
 
     repeats: np.ndarray
     phases: np.ndarray
     epochs: np.ndarray
     """(first, end) epochs, from 0."""
     steps: np.ndarray
-    """(first, end) of the steps that an epoch may begin at."""
+    """(first, end) of the steps at which an epoch may begin."""
 
     @classmethod
     def of(cls, samples: Sequence[Sample], seed: int) -> _Schedule:
@@ -71,12 +72,12 @@ class _Schedule:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all epochs are of the same samples: then they need not be counted one by one."""
+        """Whether all epochs have the same samples, so that they need not be counted one by one."""
         always = [np.all(bounds == (0, math.inf)) for bounds in (self.epochs, self.steps)]
         return all(always) and not np.any(self.repeats % 1)
 
     def counts(self, epoch: int, begins: int) -> np.ndarray:
-        """How often each sample appears in an epoch that begins at a step."""
+        """How often each sample appears in an epoch that begins at the given step."""
         before, after = (appearances_before(self.repeats, self.phases, number) for number in (epoch, epoch + 1))
         used = _within(epoch, self.epochs) & _within(begins, self.steps)
         return np.where(used, after - before, 0).astype(np.int64)
@@ -88,14 +89,14 @@ def _within(number: int, bounds: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Positions:
-    """Where the samples of a micro-batch stand among all samples of their step, and among those of their epoch.
+    """The positions of the samples of a micro-batch among all samples of their step, and among those of their epoch.
 
-    The place in an epoch is the same at any layout; a sample that appears again to fill a batch keeps it.
+    The position in an epoch does not depend on the layout; a sample that is repeated to fill a batch keeps it.
 
     Attributes:
         step: number of the step in its epoch.
-        in_step, in_epoch: the place of each sample, from 0.
-        of_step, of_epoch: how many places there are.
+        in_step, in_epoch: the position of each sample, from 0.
+        of_step, of_epoch: the number of positions.
     """
 
     step: int
@@ -106,8 +107,8 @@ class Positions:
 
 
 class _Epoch(NamedTuple):
-    """An epoch in the making: by group the place of each sample's first appearance, and that of the group in the epoch;
-    the number of all places, and their order."""
+    """An epoch: for each group the position of each sample's first appearance, and the position of the group in the
+    epoch; the number of all positions, and their order."""
 
     begins: list[np.ndarray]
     firsts: list[int]
@@ -116,8 +117,8 @@ class _Epoch(NamedTuple):
 
 
 class Epochs:
-    """All epochs of a run, as all of its ranks see them; epochs, steps and samples are counted from 0. May be asked by
-    several threads.
+    """All epochs of a run, the same on all ranks; epochs, steps and samples are counted from 0. Several threads may use
+    it at once.
 
     Args:
         micro_batch: samples of one forward pass, by bucket.
@@ -141,14 +142,14 @@ class Epochs:
         self._opened: dict[int, _Epoch] = {}
 
     def steps_in(self, epoch: int) -> int:
-        """Steps of an epoch."""
+        """The number of steps of an epoch."""
         return self.first_step(epoch + 1) - self.first_step(epoch)
 
     def first_step(self, epoch: int) -> int:
-        """How many steps come before an epoch.
+        """The number of steps before an epoch.
 
         Raises:
-            UserError: an epoch on the way has no sample.
+            UserError: one of the epochs before it has no sample.
         """
         with self._lock:
             firsts = self._first_steps
@@ -172,7 +173,7 @@ class Epochs:
         ]
 
     def positions(self, epoch: int, index: int, data_rank: int) -> list[Positions]:
-        """Where the samples of each micro-batch of one step of a data rank stand."""
+        """The positions of the samples of each micro-batch in one step of a data rank."""
         opened, slots = self._open(epoch), self.step(epoch, index)
         ends = list(accumulate(len(slot.samples) for slot in slots))
         found = []
@@ -184,7 +185,7 @@ class Epochs:
         return found
 
     def examples(self, epoch: int, index: int) -> int:
-        """Samples of one step, over all data ranks."""
+        """The number of samples in one step, over all data ranks."""
         return sum(len(slot.samples) for slot in self.step(epoch, index))
 
     def table(self, epoch: int = 0) -> list[BucketLine]:
@@ -200,10 +201,10 @@ class Epochs:
         return [*lines, _line("", everything, sum(line.samples for line in lines), batches, fill)]
 
     def _open(self, epoch: int) -> _Epoch:
-        """An epoch; the two newest are kept, since batches are read ahead into the next one."""
+        """An epoch. The two newest are kept, since batches of the next epoch are read ahead."""
         with self._lock:
             if epoch not in self._opened:
-                # Tells, if so, that there is nothing to open.
+                # Raises if the epoch is empty.
                 self.steps_in(epoch)
                 groups = self._sized(epoch)
                 ends = list(accumulate(group.size for group in groups))

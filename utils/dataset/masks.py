@@ -1,4 +1,4 @@
-"""Which parts of a sample's loss count: masks at the size of its latent.
+"""Masks at the size of the latent, which weigh the loss.
 
 Shapes: B batch, F frames, H height, W width, f h w the same of the latent.
 """
@@ -16,7 +16,7 @@ MASK = "loss_mask"
 
 
 class MaskEncoder:
-    """Masks as an `Encoder`: each place of the latent gets the mean of the pixels that it stands for.
+    """Masks as an `Encoder`: each latent cell gets the mean of the pixels that it covers.
 
     Args:
         latent_shape: (width, height, frames) -> the shape of a latent, (C, h, w) or (C, f, h, w).
@@ -38,7 +38,7 @@ class MaskEncoder:
     def encode(self, mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """Means (B, 1, h, w) or (B, 1, f, h, w) of `mask_B1FHW` in [0, 1].
 
-        The first frame of a latent clip stands for the first frame alone, each of the others for several.
+        The first latent frame covers the first frame only, each of the others covers several.
         """
         frames, height, width = mask.shape[2:]
         _, *sizes = self._latent_shape(width, height, frames)

@@ -14,24 +14,24 @@ FALLBACK_BYTES = 4 * 2**30
 
 
 def available_bytes(cgroup: Path = CGROUP, own: Path = OWN_CGROUP, meminfo: Path = MEMINFO) -> int:
-    """Bytes that can still be used: of the machine, and of the control groups (a container, a batch job) that this
-    process is in.
+    """The number of free bytes, within the limits of the machine and of the control groups (a container, a batch job)
+    of this process.
 
     Args:
-        cgroup: where control groups are mounted, of version 2, or of version 1 with a folder for `memory`.
-        own: the file that says in which of them this process is.
+        cgroup: the mount point of control groups, version 2, or version 1 with a folder `memory`.
+        own: the file that lists the control groups of this process.
     """
     return min([*_of_machine(meminfo), *_of_cgroups(cgroup, own)], default=FALLBACK_BYTES)
 
 
 def decoding_budget(processes: int) -> int:
-    """Bytes of decoded media that each of a machine's processes may hold."""
+    """The bytes of decoded media that each process of a machine may hold."""
     return int(available_bytes() * SHARE_FOR_DECODING / processes)
 
 
 @dataclass(frozen=True)
 class _Files:
-    """What a version of control groups calls its files, and the statistic of what files left in memory."""
+    """The file names of one version of control groups, and its statistic of the page cache."""
 
     limit: str
     used: str
@@ -47,7 +47,7 @@ def _of_machine(meminfo: Path) -> list[int]:
 
 
 def _of_cgroups(cgroup: Path, own: Path) -> list[int]:
-    """What is left of each limit, from the process's own group up to that which is mounted: any may be the lowest."""
+    """What is left of each limit, from the process's own group up to the mounted one; any of them may be the lowest."""
     left = []
     for line in _lines(own) or ["0::/"]:
         _, controllers, path = line.split(":", 2)
@@ -59,13 +59,13 @@ def _of_cgroups(cgroup: Path, own: Path) -> list[int]:
 
 
 def _left(mounted: Path, path: str, files: _Files) -> Iterator[int]:
-    # In a container its own group is what is mounted, and the path may be one of the machine outside.
+    # In a container the mounted group is its own, and the path may belong to the machine outside.
     group = mounted / path.strip("/")
     for folder in (group, *group.parents):
         limit, used = _lines(folder / files.limit), _lines(folder / files.used)
         if limit and used and limit[0].isdigit():
             statistics = dict(line.split(" ", 1) for line in _lines(folder / "memory.stat"))
-            # What files left in memory is given up when it is needed.
+            # The page cache is given up when memory is needed.
             yield max(0, int(limit[0]) - int(used[0]) + int(statistics.get(files.cached, 0)))
         if folder == mounted:
             break

@@ -1,9 +1,9 @@
-"""In which order samples are trained on: a pure function of sizes, seed and epoch.
+"""The order of training samples: a pure function of sizes, seed and epoch.
 
-A slot is one micro-batch of every data rank, cut from one group of samples of one shape so that all ranks do equal
-work; a step is `accumulation` slots, of any groups. No sample is left out of an epoch. What is missing to whole slots
-and whole steps is filled with samples of the same epoch, and counted. Within a group, the order is the same for any
-number of data ranks, and nothing appears again before all of it has appeared.
+A slot is one micro-batch for every data rank, taken from one group of samples of one shape so that all ranks do equal
+work; a step has `accumulation` slots of any groups. No sample is left out of an epoch. Incomplete slots and steps are
+filled with samples of the same epoch, which are counted. Within a group, the order is the same for any number of data
+ranks, and no sample is repeated before all of them have appeared.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from utils.diffusion.seeds import permutation
 
 @dataclass(frozen=True)
 class Group:
-    """How many samples of one shape an epoch has, and how many of them one forward pass takes."""
+    """The number of samples of one shape in an epoch, and in one forward pass."""
 
     size: int
     micro_batch: int
@@ -28,7 +28,7 @@ class Group:
         return math.ceil(self.size / (self.micro_batch * data_ranks))
 
     def fill(self, data_ranks: int) -> int:
-        """How many samples the last slot lacks."""
+        """The number of samples that the last slot lacks."""
         return -self.size % (self.micro_batch * data_ranks)
 
 
@@ -37,7 +37,7 @@ class Slot:
     """Micro-batches of one group, one for each data rank.
 
     `samples` are positions within group number `group`: those of data rank 0, then those of rank 1, and so on. The last
-    `fill` of them appear elsewhere in this epoch, where they are no fill.
+    `fill` of them appear elsewhere in this epoch as regular samples.
     """
 
     group: int
@@ -59,15 +59,15 @@ def steps_per_epoch(groups: Iterable[Group], data_ranks: int, accumulation: int)
 
 
 class EpochOrder:
-    """The steps of an epoch. Each sample is in exactly one place that is no fill.
+    """The steps of an epoch. Each sample has exactly one regular position.
 
-    A group's last slot is filled with the samples that its order begins with: with others than it holds, unless the
-    group is smaller than a slot. The last step is completed with the slots that the epoch begins with.
+    A group's last slot is filled with the first samples of its order, which differ from those that it holds unless the
+    group is smaller than a slot. The last step is completed with the first slots of the epoch.
     """
 
     def __init__(self, groups: Sequence[Group], data_ranks: int, accumulation: int, seed: int, epoch: int) -> None:
         self._groups, self._data_ranks, self._accumulation = groups, data_ranks, accumulation
-        # Numbers, of which slots are made when they are asked for: an epoch may have a million.
+        # Numbers only; slots are made on demand, since an epoch may have a million.
         self._orders = [
             np.array(permutation(group.size, seed, "order", epoch, number), dtype=np.int64)
             for number, group in enumerate(groups)
@@ -75,7 +75,7 @@ class EpochOrder:
         counts = [group.slots(data_ranks) for group in groups]
         in_turn = np.repeat(np.arange(len(groups)), counts)
         self._group_of = in_turn[permutation(len(in_turn), seed, "slots", epoch)]
-        # Groups are mixed, but each one's slots come in their own order, so that the one with fill is its last.
+        # Groups are mixed, but the slots of each group keep their order, so that the filled one comes last.
         self._number_in_group = np.empty_like(self._group_of)
         firsts = np.cumsum([0, *counts[:-1]], dtype=np.int64)
         self._number_in_group[np.argsort(self._group_of, kind="stable")] = np.arange(len(in_turn)) - firsts[in_turn]

@@ -1,4 +1,4 @@
-"""Which items of a cache are still wanted, and by whom: what nobody wants any more can go."""
+"""Records which run wants which items of a cache; items that no run wants can be deleted."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ STALE_SHARE = 0.5
 
 
 def remember(cache_dir: Path, store: str, owner: Path, keys: Iterable[str]) -> None:
-    """Notes that the run whose settings are in the file `owner` wants these items of a store, and of that store no
-    others any more. Owners whose file is gone want nothing."""
+    """Records that the run with the settings file `owner` wants these items of a store, and no other items of that
+    store. Owners whose file is gone want nothing."""
     keys = sorted(keys)
     digest = hashlib.blake2b("".join(keys).encode(), digest_size=16).hexdigest()
     with _opened(cache_dir) as index:
@@ -35,15 +35,15 @@ def remember(cache_dir: Path, store: str, owner: Path, keys: Iterable[str]) -> N
 
 
 def stores_of(cache_dir: Path, owner: Path) -> set[str]:
-    """The stores of which a run wants something, or once did."""
+    """The stores from which a run wants something, or wanted something earlier."""
     with _opened(cache_dir) as index:
         rows = index.execute("SELECT store FROM owners WHERE owner = ?", [str(owner.resolve())]).fetchall()
     return {store for (store,) in rows if (cache_dir / store).is_dir()}
 
 
 def delete_unwanted(cache_dir: Path, store: TensorStore, *, all_of_it: bool = False) -> None:
-    """Deletes the items of a store that nobody wants, if they are more than half of it, or whenever `all_of_it` is to
-    go. No run may be reading them."""
+    """Deletes the items of a store that no run wants, if they are more than half of the store or if `all_of_it` is set.
+    No run may be reading them."""
     with _opened(cache_dir) as index:
         rows = index.execute("SELECT DISTINCT key FROM wanted WHERE store = ?", [store.folder.name])
         wanted = {key for (key,) in rows}

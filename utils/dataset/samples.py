@@ -1,4 +1,4 @@
-"""What is trained on: a sample, in its versions, and the one of them that a draw shows."""
+"""Training samples, their versions, and which version is used when."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Numbers = float | np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class MediaFile:
-    """A picture or clip: where it is, the hash of its content, its upright size in pixels, its frames, and how many of
-    them come in a second (0 for a still)."""
+    """A picture or clip: its location, the hash of its content, its upright size in pixels, its number of frames, and
+    its frames per second (0 for a still)."""
 
     locator: Locator
     digest: str
@@ -50,7 +50,7 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """One version of a sample's pixels: what is seen of the file, and, of a clip, from which second on."""
+    """One version of a sample's pixels: the crop, flip and colours, and the second at which a clip starts."""
 
     crop: Literal["center", "none"] | tuple[float, float] = "center"
     flip: bool = False
@@ -61,13 +61,13 @@ class Take:
         return View(bucket.width, bucket.height, self.crop, self.flip, self.jitter)
 
     def plain_view(self, bucket: Bucket) -> View:
-        """The same without changes of colour, for what lies beside a picture: controls and masks."""
+        """The same without changes of colour, for controls and masks."""
         return View(bucket.width, bucket.height, self.crop, self.flip)
 
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """A picture or clip that the model is conditioned on, and the size that it is brought to."""
+    """A picture or clip that the model is conditioned on, and the size to which it is scaled."""
 
     media: MediaFile
     bucket: Bucket
@@ -75,7 +75,7 @@ class Control:
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """What of a sample counts: the light of a picture, or the opacity of the sample's own."""
+    """The weight of a sample's pixels: the brightness of a mask picture, or the opacity of the sample's own picture."""
 
     media: MediaFile
     is_alpha: bool
@@ -83,11 +83,11 @@ class Mask:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One thing to train on.
+    """One training sample.
 
-    `id` names its draws, and no two samples of a list share it. `takes` and `captions` are its cached versions.
-    `fps` is that of the clip to be made, 0 for a still. `rules` are the keys of its directory. `turn`, in [0, 1), is
-    its place among those with which it takes turns where it is used a fraction of a time; None: it is drawn.
+    `id` names its draws and is unique within a list of samples. `takes` and `captions` are its cached versions. `fps`
+    belongs to the trained clip, 0 for a still. `rules` are the keys of its directory. `turn`, in [0, 1), is its
+    position among the samples with which it takes turns if it is used a fraction of a time; None for a random one.
     """
 
     id: str
@@ -104,15 +104,15 @@ class Sample:
 
     @property
     def shape(self) -> tuple[Bucket, ...]:
-        """What samples of one batch share: the sizes of the target and of the controls."""
+        """What samples of one batch have in common: the sizes of the target and of the controls."""
         return (self.bucket, *(control.bucket for control in self.controls))
 
 
 @dataclass(frozen=True, slots=True)
 class SampleVersion:
-    """A sample as one draw shows it.
+    """A version of a sample, as it is used once.
 
-    `draw` names what is drawn for it: noise, timestep. `unconditional` are the encoders whose caption is left out.
+    `draw` names its random draws: noise, timestep. `unconditional` are the encoders whose caption is dropped.
     """
 
     sample: Sample
@@ -129,12 +129,12 @@ class SampleVersion:
 def version_of_prompt(
     prompt: str, bucket: Bucket, pictures: Sequence[MediaFile] = (), clip_fps: float | None = None
 ) -> SampleVersion:
-    """A prompt as what encoders read of a sample.
+    """A prompt in the form of a sample that encoders can read.
 
     Args:
-        bucket: the size of what is to be drawn, to which the pictures are brought too.
-        pictures: control images; with `clip_fps` the first is instead the sample's own picture, which stands still
-            for as many frames as are to be drawn.
+        bucket: the size of the picture or clip to draw, to which the control images are scaled too.
+        pictures: control images; with `clip_fps` the first is instead the sample's own picture, repeated for all
+            frames of the clip.
     """
     rules = DirectorySettings(path=Path())
     media = None if clip_fps is None else pictures[0]
@@ -144,18 +144,18 @@ def version_of_prompt(
 
 
 def evaluation_version(sample: Sample) -> SampleVersion:
-    """A sample as evaluation shows it: the same at every turn."""
+    """The version of a sample that evaluation uses, the same every time."""
     return SampleVersion(sample, sample.takes[0], sample.captions[0], sample.id)
 
 
 @dataclass(frozen=True)
 class VersionPicker:
-    """How samples are shown in training: pure functions of the seed, the epoch (from 0), and the sample.
+    """Picks the versions of samples in training: pure functions of the seed, the epoch (from 0), and the sample.
 
     Attributes:
         text_encoders: names of all encoders that read captions.
-        fresh_captions: captions are encoded as they are needed: each epoch has a version of its own, not one of those
-            that were cached.
+        fresh_captions: captions are encoded when they are needed, so each epoch makes a new version instead of picking
+            a cached one.
     """
 
     seed: int
@@ -163,8 +163,8 @@ class VersionPicker:
     fresh_captions: bool = False
 
     def pick(self, sample: Sample, epoch: int, copy: int) -> SampleVersion:
-        """The sample as it is shown the `copy`-th time (from 0) in an epoch. Takes follow one another, so that all are
-        used alike; captions are drawn."""
+        """The version for the `copy`-th use (from 0) of a sample in an epoch. Takes follow one another, so that all are
+        used equally often; captions are drawn."""
         draw = sample.id if copy == 0 else f"{sample.id}#{copy}"
         turn = int(appearances_before(sample.repeats, repeat_phase(sample, self.seed), epoch)) + copy
         take = sample.takes[(turn + seeds.derive(self.seed, "take", sample.id)) % len(sample.takes)]
@@ -182,7 +182,7 @@ class VersionPicker:
         return seeds.uniform(self.seed, "mask", epoch, version.draw) < version.sample.rules.mask_probability
 
     def _unconditional(self, rules: DirectorySettings, epoch: int, draw: str) -> frozenset[str]:
-        """The encoders whose caption is left out."""
+        """The encoders whose caption is dropped."""
 
         def happens(probability: float, *name: str) -> bool:
             return probability > 0 and seeds.uniform(self.seed, "uncond", epoch, draw, *name) < probability
@@ -194,13 +194,13 @@ class VersionPicker:
 
 
 def appearances_before(repeats: Numbers, phases: Numbers, epoch: int) -> Numbers:
-    """How often a sample is shown before an epoch (from 0), or each of many samples. A fraction of a repeat comes up in
-    that fraction of the epochs: after n of them the sum is n times `repeats`, rounded up or down."""
+    """How often a sample, or each of many samples, is used before an epoch (from 0). A fraction of a repeat is used in
+    that fraction of the epochs: after n epochs the sum is n times `repeats`, rounded up or down."""
     return np.floor(repeats * epoch + phases)
 
 
 def repeat_phase(sample: Sample, seed: int) -> float:
-    """The part of a repeat, in [0, 1), with which the count of a sample's repeats begins, so that samples take
+    """The fraction of a repeat, in [0, 1), at which the count of a sample's repeats begins, so that samples take
     turns."""
     if float(sample.repeats).is_integer():
         return 0.0
@@ -210,6 +210,6 @@ def repeat_phase(sample: Sample, seed: int) -> float:
 
 
 def may_lack_caption(sample: Sample) -> bool:
-    """Whether some draw shows the sample without its caption."""
+    """Whether some draw uses the sample without its caption."""
     rules = sample.rules
     return bool(rules.uncond_fraction or rules.uncond_every_n_epochs or any(rules.uncond_fraction_per_encoder.values()))
