@@ -1,8 +1,8 @@
-"""The bytes of an item: a safetensors file, so that other programs can read what is cut out of a shard.
+"""The bytes of an item: a safetensors file, so that other programs can read an item that is cut out of a shard.
 
-Layout: the header's length in 8 bytes, the header in JSON, the tensors at offsets from its end. Written and read here
-and not by the library, which copies every tensor twice and parses every header anew: next to the copying that a cache
-is about, that is what takes the time.
+Layout: the header's length in 8 bytes, the header in JSON, the tensors at offsets from its end. This module writes and
+reads the format itself, since the library copies every tensor twice and parses every header again, which would take
+most of the time of a cache.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def encoded(tensors: Mapping[str, torch.Tensor]) -> list[bytes | np.ndarray]:
-    """The item of these tensors, in pieces; those of contiguous tensors on the CPU are views of them."""
-    # Wide types first: every tensor then begins at a multiple of its element's size.
+    """An item with these tensors, in pieces; the pieces of contiguous tensors on the CPU are views of them."""
+    # Wide types come first, so that every tensor begins at a multiple of its element's size.
     ordered = sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0]))
     header: dict[str, Any] = {}
     contents: list[np.ndarray] = []
@@ -77,7 +77,7 @@ class _Entry(NamedTuple):
 
 @lru_cache(HEADERS_KEPT)
 def _layout(header: bytes) -> tuple[_Entry, ...]:
-    """What a header says; samples of one bucket have the same."""
+    """The content of a header; samples of one bucket have the same."""
     entries = []
     for name, told in json.loads(header).items():
         dtype, (start, end) = DTYPES[told["dtype"]], told["data_offsets"]

@@ -1,7 +1,7 @@
-"""What there is to train on: every usable file of a dataset, with its captions and its identity.
+"""The manifest of a dataset: every usable file, with its captions and its identity.
 
-A file is known by the hash of its content, so that neither moving nor touching it makes anything anew. Hashes, sizes
-and frame counts are remembered between runs; a file is read again only when its size or time of change differs.
+A file is identified by the hash of its content, so that moving or touching it does not invalidate anything. Hashes,
+sizes and frame counts are stored between runs; a file is read again only if its size or modification time differs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The usable files, in order of directory and name; the files and rows that cannot be used; and what is wrong with
+    """The usable files, in order of directory and name; the files and rows that cannot be used; and the problems of
     whole directories."""
 
     rows: list[Row]
@@ -55,7 +55,7 @@ class Manifest:
 
 
 class _Record(NamedTuple):
-    """What is remembered of a file: a line of the index."""
+    """A row of the index: what is stored about a file."""
 
     path: str
     part: str
@@ -70,14 +70,14 @@ class _Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Scan:
-    """How to look at files.
+    """How files are examined.
 
     Attributes:
-        index: the SQLite file in which identities are remembered; made if missing. Beside it, what is in tars.
-        trust: take remembered files as unchanged without looking.
-        verify: hash every file, whatever its size and time of change say.
+        index: the SQLite file that stores identities; created if missing. The indices of tars lie beside it.
+        trust: assume that known files are unchanged, without looking at them.
+        verify: hash every file, regardless of its size and modification time.
         progress: show a progress bar.
-        raise_if_stopping: called between files; what it raises ends the scan, with what was found remembered.
+        raise_if_stopping: called between files; an exception ends the scan, and everything found so far is stored.
     """
 
     index: Path
@@ -89,8 +89,8 @@ class Scan:
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """A scan makes some small objects for each of its files, and no cycles of them: to look through all of them again
-    and again would be a third of its time."""
+    """Suspends garbage collection: a scan makes many small objects without cycles, and searching them again and again
+    would take a third of its time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -104,11 +104,11 @@ def _without_garbage_collection() -> Iterator[None]:
 def scan(dataset: DatasetSettings, file: str, how: Scan) -> Manifest:
     """Every picture and clip of the dataset's directories.
 
-    Nothing is raised for what is wrong with the data: all of it is in the manifest. Several processes may scan into one
-    index; done one after another, only the first has files to hash.
+    Problems with the data raise no exception; they are listed in the manifest. Several processes may scan with one
+    index; if they do so one after another, only the first has to hash files.
 
     Args:
-        file: the dataset's settings file, to be named in problems.
+        file: the dataset's settings file, which problems name.
     """
     directories = [dataset.resolved(entry) for entry in dataset.directory]
     listings = [
@@ -142,8 +142,8 @@ def scan(dataset: DatasetSettings, file: str, how: Scan) -> Manifest:
 
 
 def _idle_keys(dataset: DatasetSettings, file: str, listings: Sequence[Listing]) -> Iterator[Problem]:
-    """The keys that do nothing where they are written: one at the top of the file need not be of use to each directory
-    that it holds for, but must be to one of them."""
+    """The keys that have no effect where they are written. A key at the top of the file needs an effect on at least one
+    of its directories."""
     shared: dict[str, list[str | None]] = {}
     for entry, listing in zip(dataset.directory, listings, strict=True):
         for key in listing.idle.keys() & entry.model_fields_set:
@@ -173,7 +173,7 @@ def _row(
     default: Locator | None,
     media: dict[Locator, MediaFile | MediaError],
 ) -> Row | Rejected:
-    """The row of an entry all of whose files can be used; else the first thing that is wrong with them."""
+    """The row of an entry if all of its files can be used, otherwise the first problem with them."""
     mask_place = entry.mask or (None if rules.alpha_mask else default)
     for locator in (entry.media, *entry.controls, *filter(None, [mask_place])):
         found = media[locator]
@@ -215,7 +215,7 @@ def _identify_all(locators: Sequence[Locator], how: Scan) -> dict[Locator, Media
                     how.raise_if_stopping()
         finally:
             pool.shutdown(cancel_futures=True)
-            # Also of a scan that is interrupted: hours of hashing are kept.
+            # After an interrupted scan too, so that hours of hashing are kept.
             index.executemany(f"INSERT OR REPLACE INTO media ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", new)
             index.commit()
     return {
@@ -241,7 +241,7 @@ def _index(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def _stamps(paths: list[Path], pool: ThreadPoolExecutor) -> dict[Path, tuple[int, int]]:
-    """Size and time of change of the files that are there."""
+    """Size and modification time of the files that exist."""
 
     def look(chunk: list[Path]) -> list[tuple[Path, tuple[int, int]]]:
         stamped = []
@@ -253,13 +253,13 @@ def _stamps(paths: list[Path], pool: ThreadPoolExecutor) -> dict[Path, tuple[int
             stamped.append((path, (status.st_size, status.st_mtime_ns)))
         return stamped
 
-    # In chunks: handing a single file to a thread takes longer than looking at it.
+    # In chunks: passing a single file to a thread takes longer than examining it.
     chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
     return {path: stamp for stamped in pool.map(look, chunks) for path, stamp in stamped}
 
 
 def media_file(path: Path) -> MediaFile:
-    """A picture or clip that is in no dataset.
+    """A picture or clip that belongs to no dataset.
 
     Raises:
         MediaError: it cannot be read.
@@ -271,7 +271,7 @@ def media_file(path: Path) -> MediaFile:
 
 
 def _identify(locator: Locator) -> _Record | MediaError:
-    """What the file is, by reading it."""
+    """Reads a file to identify it."""
     try:
         status = locator.path.stat()
         probed = probe(locator.source)

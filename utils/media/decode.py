@@ -1,6 +1,6 @@
 """Media files to tensors.
 
-What a file is, its bytes say; its suffix only says whether to look at it. Nothing is shared between calls: they may
+The bytes of a file say what it is; its suffix only decides whether it is looked at. Calls share nothing, so they may
 run in threads.
 
 Shapes: C channels (RGB), F frames, H height, W width. Pixels are float32 in [-1, 1], masks in [0, 1]; a still image
@@ -42,7 +42,7 @@ CLIP_SUFFIXES = frozenset(
 
 
 class _Channels(NamedTuple):
-    """What of a picture is wanted, as a picture of one, three or four channels, and the filter to scale it by."""
+    """Which channels of a picture are read (one, three or four), and the filter that scales them."""
 
     of: Callable[[Image.Image], Image.Image]
     filter: Image.Resampling
@@ -52,15 +52,15 @@ COLOUR = _Channels(rgb_of, Image.Resampling.LANCZOS)
 # Lanczos would put a brighter and a darker line along the edges of a mask.
 LUMINANCE = _Channels(luminance_of, Image.Resampling.BILINEAR)
 ALPHA = _Channels(alpha_of, Image.Resampling.BILINEAR)
-# Pillow scales colours by how opaque they are.
+# Pillow weighs colours by their opacity when it scales.
 TRANSLUCENT = _Channels(rgba_of, Image.Resampling.LANCZOS)
 
 
 def probe(source: Source) -> Probe:
-    """What is in a file. Of a still, the header is read alone; of an animation or a video, all of it.
+    """Examines a file. For a still picture only the header is read; animations and videos are read completely.
 
     Raises:
-        MediaError: there is nothing in it that could be shown, or too many pixels.
+        MediaError: it contains nothing that can be decoded, or too many pixels.
     """
     with opened(source) as stream:
         image = open_image(stream)
@@ -68,9 +68,9 @@ def probe(source: Source) -> Probe:
 
 
 def load_image(source: Source, view: View) -> torch.Tensor:
-    """The picture, or the first of a clip, as `pixels_CFHW`, float32 in [-1, 1], F=1.
+    """The picture, or the first frame of a clip, as `pixels_CFHW`, float32 in [-1, 1], F=1.
 
-    What is transparent becomes white. EXIF orientation is applied.
+    Transparent pixels become white. EXIF orientation is applied.
 
     Raises:
         MediaError: the file cannot be decoded.
@@ -79,8 +79,8 @@ def load_image(source: Source, view: View) -> torch.Tensor:
 
 
 def load_rgba(source: Source, view: View) -> torch.Tensor:
-    """The picture, or the first of a clip, as `pixels_CFHW`, float32 in [-1, 1], C=4, F=1: its colours, and how opaque
-    it is, 1 for wholly. Colours that nothing is seen of are black, but for what `view` makes of black.
+    """The picture, or the first frame of a clip, as `pixels_CFHW`, float32 in [-1, 1], C=4, F=1: its colours and its
+    opacity, where 1 is opaque. Invisible pixels are black before the colours change as `view` says.
 
     Raises:
         MediaError: the file cannot be decoded.
@@ -90,13 +90,13 @@ def load_rgba(source: Source, view: View) -> torch.Tensor:
 
 
 def load_clip(source: Source, view: View, start_seconds: float, frames: int, fps: float) -> torch.Tensor:
-    """A clip as `pixels_CFHW`, float32 in [-1, 1], F=frames: its frame i is what the file shows `start_seconds` +
-    i / `fps` after its beginning. A still is shown for ever.
+    """A clip as `pixels_CFHW`, float32 in [-1, 1], F=frames: frame i is the one that the file shows
+    `start_seconds` + i / `fps` after its beginning. A still picture lasts for ever.
 
-    Each frame is brought to its size as it comes; what follows the clip is not decoded.
+    Each frame is scaled as soon as it is decoded; frames behind the clip are not decoded.
 
     Raises:
-        MediaError: the file cannot be decoded, or ends before.
+        MediaError: the file cannot be decoded, or is too short.
     """
     levels_FHWC = _levels(source, view, start_seconds, frames, fps, COLOUR)
     pixels_CFHW = _tensor(levels_FHWC, view).div_(127.5).sub_(1)
@@ -114,21 +114,21 @@ def load_mask(
 def load_alpha(
     source: Source, view: View, start_seconds: float = 0.0, frames: int = 1, fps: float = 1.0
 ) -> torch.Tensor:
-    """How opaque a picture or clip is as `mask_1FHW`, float32 in [0, 1]; 1 where it has no transparency."""
+    """The opacity of a picture or clip as `mask_1FHW`, float32 in [0, 1]; 1 if it has no transparency."""
     return _tensor(_levels(source, view, start_seconds, frames, fps, ALPHA), view).div_(255)
 
 
 def _levels(
     source: Source, view: View, start_seconds: float, frames: int, fps: float, channels: _Channels
 ) -> np.ndarray:
-    """The frames of a clip in their size, not yet mirrored, as `levels_FHWC`, uint8."""
+    """The scaled frames of a clip, not yet mirrored, as `levels_FHWC`, uint8."""
     assert start_seconds >= 0 and frames > 0 and fps > 0, (start_seconds, frames, fps)
     levels: list[np.ndarray] = []
     with opened(source) as stream, closing(_shown(stream, start_seconds)) as timed_frames:
         end = 0.0
         for end, picture in timed_frames:
             fitted = None
-            # Several times or never, if the file has another rate.
+            # A frame is used several times or never if the file has another frame rate.
             while len(levels) < frames and start_seconds + len(levels) / fps < end - ROUNDING_SECONDS:
                 fitted = _fit(channels.of(picture()), view, channels.filter) if fitted is None else fitted
                 levels.append(fitted)
@@ -149,7 +149,7 @@ def _fit(image: Image.Image, view: View, resample: Image.Resampling) -> np.ndarr
 
 
 def _tensor(levels_FHWC: np.ndarray, view: View) -> torch.Tensor:
-    """Levels as float32 of their own range, mirrored if the view is."""
+    """Levels as float32 in their own range, mirrored if the view is mirrored."""
     levels_CFHW = rearrange(torch.from_numpy(levels_FHWC), "f h w c -> c f h w")
     mirrored = levels_CFHW.flip(-1) if view.flip else levels_CFHW
     return mirrored.to(torch.float32, memory_format=torch.contiguous_format)

@@ -14,26 +14,26 @@ from PIL import ExifTags, Image, ImageOps
 
 from utils.media.source import MAX_PIXELS, MediaError, Probe, check_pixels
 
-# Other formats of several pictures hold pages, sizes or views of one.
+# Other formats with several pictures hold pages, sizes or views.
 ANIMATED = frozenset({"AVIF", "GIF", "PNG", "WEBP"})
 UNTIMED_MILLISECONDS = 100
 SIDEWAYS = (5, 6, 7, 8)
 WHITE = (255, 255, 255, 255)
-# What white may be in pictures of more than 8 bits.
+# Possible values of white in pictures with more than 8 bits.
 INTEGER_WHITES = (65535,)
 FLOAT_WHITES = (1, 255, 65535)
 
 
 class TimedFrame(NamedTuple):
-    """A frame: until when it is shown, in seconds from the beginning of the file, and how to get it, upright; to be
-    called before the next frame is asked for."""
+    """A frame: its end in seconds from the beginning of the file, and a function that gives it upright, which must be
+    called before the next frame is requested."""
 
     end: float
     picture: Callable[[], Image.Image]
 
 
 def open_image(stream: BinaryIO) -> Image.Image | None:
-    """The picture in `stream`, undecoded; None if it is of no kind that Pillow decodes."""
+    """The undecoded picture in `stream`; None if Pillow does not decode its format."""
     try:
         image = Image.open(stream)
     except Image.UnidentifiedImageError:
@@ -41,7 +41,7 @@ def open_image(stream: BinaryIO) -> Image.Image | None:
     except Image.DecompressionBombError as error:
         reason = str(error).rstrip(".")
         raise MediaError(f"more than {MAX_PIXELS:,} pixels ({reason}); scale it down or remove it") from error
-    # Of an MPEG video, Pillow reads the size and no more.
+    # Pillow reads nothing but the size of an MPEG video.
     if image.format == "MPEG":
         return None
     check_pixels(*image.size)
@@ -49,9 +49,9 @@ def open_image(stream: BinaryIO) -> Image.Image | None:
 
 
 def probe_image(image: Image.Image) -> Probe:
-    """What is in a picture: of a still, the header is read alone; an animation is decoded to know its durations."""
+    """Examines a picture: only the header of a still is read; an animation is decoded to find its durations."""
     # Pillow gives the size of a TIFF upright already. A PNG's own `getexif` would decode the whole picture to find
-    # EXIF behind the pixels, where next to no program writes it.
+    # EXIF behind the pixels, where hardly any program writes it.
     upright = image.format == "TIFF"
     orientation = 1 if upright else Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     width, height = reversed(image.size) if orientation in SIDEWAYS else image.size
@@ -62,15 +62,15 @@ def probe_image(image: Image.Image) -> Probe:
 
 
 def shown_images(image: Image.Image) -> Iterator[TimedFrame]:
-    """The frames of an animation, in turn; a still is shown for ever."""
+    """The frames of an animation in order; a still picture lasts for ever."""
     if not _animated(image):
         yield TimedFrame(math.inf, lambda: ImageOps.exif_transpose(image))
         return
     milliseconds = 0.0
-    # An animated PNG may begin with a picture for programs that show stills only.
+    # An animated PNG may begin with a picture for programs that only show stills.
     for frame in range(1 if getattr(image, "default_image", False) else 0, image.n_frames):
         image.seek(frame)
-        # Some formats know a frame's duration only once it is decoded.
+        # In some formats a frame's duration is known only after decoding.
         image.load()
         # Without a duration, browsers show a frame for a tenth of a second.
         milliseconds += image.info.get("duration") or UNTIMED_MILLISECONDS
@@ -88,19 +88,19 @@ def rgb_of(image: Image.Image) -> Image.Image:
 
 
 def luminance_of(image: Image.Image) -> Image.Image:
-    """`image`, of any mode, as 8-bit grey; what is transparent is white."""
+    """`image`, of any mode, as 8-bit grey; transparent pixels are white."""
     return rgb_of(image).convert("L")
 
 
 def alpha_of(image: Image.Image) -> Image.Image:
-    """How opaque `image` is, as 8-bit grey: white where it is not transparent."""
+    """The opacity of `image` as 8-bit grey: white where it is not transparent."""
     if not image.has_transparency_data:
         return Image.new("L", image.size, 255)
     return image.convert("RGBA").getchannel("A")
 
 
 def rgba_of(image: Image.Image) -> Image.Image:
-    """`image`, of any mode, as RGBA; what nothing is seen of is black, as scaling makes it, whatever the file holds
+    """`image`, of any mode, as RGBA; invisible pixels are black, as scaling makes them, whatever the file holds
     there."""
     image = image.convert("RGBA") if image.has_transparency_data else rgb_of(image).convert("RGBA")
     canvas = Image.new("RGBA", image.size)
@@ -115,8 +115,8 @@ def _animated(image: Image.Image) -> bool:
 def _shallow(image: Image.Image) -> Image.Image:
     """Grey of 16 or 32 bits, or of floating-point numbers, as 8-bit grey.
 
-    Pillow's own conversion clips at 255. White is 65535 for integers, and for floating-point numbers the first of 1,
-    255 and 65535 that none of them exceeds; values that fit none are scaled by their own range.
+    Pillow's own conversion clips at 255. White is 65535 for integers; for floating-point numbers it is the first of 1,
+    255 and 65535 that no pixel exceeds. Values beyond all of these are scaled by their own range.
     """
     values_HW = np.asarray(image, dtype=np.float32)
     low, high = float(values_HW.min()), float(values_HW.max())

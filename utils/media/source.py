@@ -1,4 +1,4 @@
-"""Where media come from, what is known of them unseen, and what is said of those that cannot be used."""
+"""Sources of media, what is known before decoding, and the errors of files that cannot be used."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import BinaryIO
 
 MAX_PIXELS = 178_956_970
-"""Pixels of a picture or frame, beyond which a file is refused unread: Pillow refuses more of its own accord."""
+"""The largest number of pixels of a picture or frame; Pillow refuses more on its own."""
 
 ROUNDING_SECONDS = 0.001
-"""A frame counts as shown from so much before its time: Matroska rounds times to milliseconds."""
+"""A frame counts as visible this many seconds before its time, since Matroska rounds times to milliseconds."""
 
 
 class MediaError(ValueError):
-    """A file that cannot be used: its name, why, and what to do about it."""
+    """A file that cannot be used: its name, the reason, and what to do about it."""
 
 
 @dataclass(frozen=True)
 class Blob:
-    """A file that lies in another one, such as a member of a tar archive or a cell of a Parquet file.
+    """A file inside another one, such as a member of a tar archive or a cell of a Parquet file.
 
-    `name` is for messages. `open` gives, at every call, another seekable stream at its beginning, so that threads
-    may read the same blob at once.
+    `name` is for messages. Every call of `open` gives a new seekable stream at its beginning, so that threads may read
+    the same blob at once.
     """
 
     name: str
@@ -36,8 +36,8 @@ Source = Path | Blob
 
 @dataclass(frozen=True)
 class Probe:
-    """Size of a file's pictures as they are to be looked at, in pixels, their number, and how many come in a second on
-    average; a still has one frame and the rate 0."""
+    """The upright size of a file's frames in pixels, their number, and their average number per second; a still picture
+    has one frame and 0 fps."""
 
     width: int
     height: int
@@ -51,21 +51,21 @@ class Probe:
 
 @contextmanager
 def opened(source: Source) -> Iterator[BinaryIO]:
-    """The bytes of `source`, while whatever goes wrong becomes a MediaError that begins with its name."""
+    """The bytes of `source`; any error within this context becomes a MediaError that begins with its name."""
     try:
         with source.open("rb") if isinstance(source, Path) else source.open() as stream:
             if not stream.read(1):
                 raise MediaError("the file is empty; replace or remove it")
             stream.seek(0)
             yield stream
-    # Decoders answer broken bytes with OSError, SyntaxError, ValueError, struct.error, EOFError and more.
+    # Decoders react to broken bytes with OSError, SyntaxError, ValueError, struct.error, EOFError and more.
     except Exception as error:
         name = source.name if isinstance(source, Blob) else source
         raise MediaError(f"{name}: {_reason(error)}") from error
 
 
 def check_pixels(width: int, height: int) -> None:
-    """Refuses, in time, what would not fit into memory once decoded."""
+    """Refuses pictures that would not fit into memory, before they are decoded."""
     if width * height > MAX_PIXELS:
         raise MediaError(f"{width}x{height} are more than {MAX_PIXELS:,} pixels; scale it down or remove it")
 
@@ -75,6 +75,6 @@ def _reason(error: Exception) -> str:
         return str(error)
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
-    # The text of an error of FFmpeg has its number and the file's name around the words.
+    # The text of FFmpeg's errors also contains the error number and the file's name.
     words = getattr(error, "strerror", None) or str(error).rstrip(".") or type(error).__name__
     return f"cannot be read ({words}); replace or remove it"

@@ -1,4 +1,5 @@
-"""How long files are, and where in them clips begin. Pure functions; lengths in frames at the rate of training."""
+"""Lengths of files, and the starts of clips in them. Pure functions; lengths in frames at the frame rate of
+training."""
 
 from __future__ import annotations
 
@@ -8,23 +9,23 @@ from typing import Literal
 
 from utils.media.source import Probe
 
-# Times in files are rounded: what lacks less than this to be a frame is one.
+# Times in files are rounded: a frame may lack this fraction of its duration.
 ROUNDING_FRAMES = 0.05
 
 ClipMode = Literal["single_beginning", "single_middle", "single_random", "multiple_overlapping", "chunks"]
 
 
 def frames_at(probe: Probe, fps: float) -> int:
-    """How many frames the file has at `fps` frames per second: those that are shown for their whole time, and at
-    least one. 113 frames at 24 are 75 at 16. A still has one."""
+    """The number of frames of the file at `fps` frames per second: those that last for their whole duration, and at
+    least one. 113 frames at 24 fps are 75 at 16 fps. A still picture has one."""
     return max(1, math.floor(probe.seconds * fps + ROUNDING_FRAMES))
 
 
 def clip_starts(available_frames: int, wanted_frames: int, mode: ClipMode, draw: float = 0.0) -> list[int]:
-    """Where clips of `wanted_frames` begin in a file of `available_frames`; nowhere, if it has fewer.
+    """The first frames of clips of `wanted_frames` in a file of `available_frames`; none if the file is too short.
 
     - "single_beginning", "single_middle": one clip there;
-    - "single_random": one clip, by `draw`, in [0, 1), each place being as likely;
+    - "single_random": one clip; `draw`, in [0, 1), picks its start uniformly;
     - "multiple_overlapping": as few clips as cover the whole file, evenly spread;
     - "chunks": one after the other; the remainder, `available_frames % wanted_frames`, is left out.
     """

@@ -1,4 +1,4 @@
-"""Videos, by FFmpeg through PyAV: decoded frame by frame, so that memory does not grow with their length."""
+"""Decodes videos with FFmpeg (PyAV) frame by frame, so that memory does not grow with their length."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from PIL import Image
 from utils.media.images import TimedFrame
 from utils.media.source import ROUNDING_SECONDS, MediaError, Probe, check_pixels
 
-# Containers alone: FFmpeg also takes plain text for a video, and playlists, which open other files.
+# Containers only: FFmpeg also accepts plain text as a video, and playlists, which open other files.
 CONTAINERS = "asf,avi,flv,matroska,mov,mpeg,mpegts"
-# Where times are right after a seek. Others are decoded from their beginning.
+# Containers with correct times after a seek. Others are decoded from the beginning.
 SEEKABLE = frozenset({"asf", "avi", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2", "mpegts"})
 UNKNOWN_RATE = 25
-# How far before the wanted frame to look for a keyframe, in turn. The first finds one but where a keyframe is stored
-# before frames that are shown before it, or where a container has no index; the last is the beginning.
+# How far before the wanted frame to seek, in turn. The first distance fails only if a keyframe is stored before frames
+# that are displayed before it, or if the container has no index; the last one is the beginning.
 BACK_SECONDS = (0, 2, 16, math.inf)
 # FFmpeg's default takes a shortcut from halved chroma to RGB that darkens by more than one level in 255.
 EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -42,8 +42,8 @@ SIDEWAYS = frozenset(transpose for signs, transpose in UPRIGHT.items() if not si
 
 
 def probe_video(stream: BinaryIO) -> Probe:
-    """What is in a video. All of it is read, one frame is decoded: as many packets are to be shown as frames would come
-    of decoding all, while the number in a header may be missing, or include what an edit list leaves out."""
+    """Examines a video. All packets are read, but only one frame is decoded: the number of displayed packets equals the
+    number of decoded frames, whereas the number in a header may be missing or ignore an edit list."""
     with _open(stream) as video:
         first, count, begin, end = None, 0, math.inf, -math.inf
         for packet in video.container.demux(video):
@@ -57,7 +57,7 @@ def probe_video(stream: BinaryIO) -> Probe:
 
 
 def shown_frames(stream: BinaryIO, start_seconds: float) -> Iterator[TimedFrame]:
-    """The frames from the one on that is shown `start_seconds` after the first (or from an earlier one), in turn."""
+    """The frames in order, from the one at `start_seconds` after the first frame, or from an earlier one."""
     for back in BACK_SECONDS:
         with _open(stream) as video, closing(_decoded(video, start_seconds - back)) as frames:
             time, frame = next(frames, (math.inf, None))
@@ -73,7 +73,7 @@ def shown_frames(stream: BinaryIO, start_seconds: float) -> Iterator[TimedFrame]
 
 @contextmanager
 def _open(stream: BinaryIO) -> Iterator[VideoStream]:
-    """The first video stream of a file, and its container open as long."""
+    """The first video stream of a file, whose container stays open within this context."""
     stream.seek(0)
     try:
         container = av.open(stream, options={"format_whitelist": CONTAINERS})
@@ -81,22 +81,22 @@ def _open(stream: BinaryIO) -> Iterator[VideoStream]:
         reason = f"neither a picture nor a video that can be read ({error.strerror}); replace or remove it"
         raise MediaError(reason) from error
     with container:
-        # The picture on the cover of a song is a video stream as well.
+        # The cover picture of a song is a video stream as well.
         videos = [video for video in container.streams.video if not video.disposition & Disposition.attached_pic]
         if not videos:
             has = "has sound but no video" if container.streams.audio else "has no video in it"
             raise MediaError(f"{has}; replace or remove it")
         check_pixels(videos[0].width, videos[0].height)
-        # Callers read several files at once, in threads of their own. Threads within a file would each hold a frame,
-        # and decode ahead what nobody wants.
+        # Callers read several files at once in their own threads. Threads within a file would each hold a frame, and
+        # decode frames ahead that nobody needs.
         videos[0].codec_context.thread_count = 1
         yield videos[0]
 
 
 def _decoded(video: VideoStream, start_seconds: float) -> Iterator[tuple[float, av.VideoFrame]]:
-    """The frames from the keyframe before `start_seconds` on, and when they are shown: in seconds after the first."""
+    """The frames from the keyframe before `start_seconds` on, with their times in seconds after the first frame."""
     if video.container.format.name == "avi" and video.codec_context.has_b_frames:
-        # The times are those of storing, in another order: only the number of frames tells when one is shown.
+        # These are storage times in another order: only the number of a frame tells its time.
         yield from ((index / _nominal_rate(video), frame) for index, frame in enumerate(video.container.decode(video)))
         return
     if start_seconds > 0 and video.container.format.name in SEEKABLE:
@@ -110,7 +110,8 @@ def _decoded(video: VideoStream, start_seconds: float) -> Iterator[tuple[float, 
 
 
 def _is_shown(packet: av.Packet) -> bool:
-    # VP8 has frames for reference alone: the fifth bit tells. Other codecs store those along with one that is shown.
+    # VP8 has frames that only serve as references; the fifth bit marks them. Other codecs store such frames together
+    # with a displayed one.
     hidden = packet.size and packet.stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
     return bool(packet.size and not packet.is_discard and not hidden)
 
@@ -128,13 +129,13 @@ def _period(timed: av.Packet | av.VideoFrame, video: VideoStream) -> float:
 
 
 def _fps(frames: int, seconds: float, video: VideoStream) -> float:
-    """Frames per second: what the container says, unless rounding does not account for the difference."""
+    """Frames per second as the container says, unless it differs from the counted value by more than rounding."""
     nominal = _nominal_rate(video)
     return nominal if abs(frames / nominal - seconds) <= 2 * ROUNDING_SECONDS else frames / seconds
 
 
 def _picture(frame: av.VideoFrame, video: VideoStream) -> Image.Image:
-    """The frame as it is to be looked at."""
+    """The frame, upright and with square pixels."""
     transparent = any(component.is_alpha for component in frame.format.components)
     width, height = _square_size(frame, video)
     levels_HWC = frame.to_ndarray(
@@ -158,7 +159,7 @@ def _upright_size(frame: av.VideoFrame, video: VideoStream) -> tuple[int, int]:
 
 
 def _transpose(frame: av.VideoFrame) -> Image.Transpose | None:
-    """What turns the frame upright; nothing for matrices that turn by other than right angles."""
+    """The operation that turns the frame upright; None for matrices with other than right angles."""
     if "DISPLAYMATRIX" not in frame.side_data:
         return None
     matrix = np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32)

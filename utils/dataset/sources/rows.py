@@ -1,4 +1,4 @@
-"""From the rows of a table to samples."""
+"""Turns the rows of a table into samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ROWS_BETWEEN_HEEDS = 1024
 
 
 class TableRow(NamedTuple):
-    """A row of a table: where it is, for messages; its number from 1 on; and its cells by column."""
+    """A row of a table: its location for messages, its number from 1 on, and its cells by column."""
 
     location: str
     number: int
@@ -28,7 +28,7 @@ class TableRow(NamedTuple):
 
 
 class FilesOf:
-    """The files that a table names, from its folder on. Each folder is listed once, however many files it has."""
+    """The files that a table names, relative to its folder. Each folder is listed once, however many files it has."""
 
     def __init__(self, base: Path) -> None:
         self._base = base
@@ -36,7 +36,7 @@ class FilesOf:
         self._named: set[str] = set()
 
     def find(self, name: Any) -> Locator:
-        """The file of this name; without its ending where only one picture or clip is so called.
+        """The file of this name; the ending may be missing if only one picture or clip has the name.
 
         Raises:
             Fault: there is no such file.
@@ -52,7 +52,8 @@ class FilesOf:
         raise Fault("no such file", f"there is no file {name} in {self._base}; mend the row or bring the file")
 
     def not_named(self, table: Path) -> Iterator[Rejected]:
-        """The pictures and clips in the table's folder, and in the others that it names files of, that no row names."""
+        """The pictures and clips that no row names, in the table's folder and in other folders from which it names
+        files."""
         self._folder(str(self._base))
         for path, folder in sorted(self._folders.items()):
             for name in folder.tree.names:
@@ -88,10 +89,10 @@ class _Folder:
 
 @dataclass(frozen=True)
 class Table:
-    """What is known of a table before its rows are read.
+    """What is known about a table before its rows are read.
 
-    `locate` finds the media, the control image or the mask that a cell names or holds: given the row's number, the
-    column and the cell.
+    `locate` takes the row's number, the column and the cell, and finds the media, control image or mask that the cell
+    names or holds.
     """
 
     path: Path
@@ -104,7 +105,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """The places where something was for the first time: files with their controls, and digests."""
+    """Where files with their controls, and digests, appeared for the first time."""
 
     files: dict[Any, str] = field(default_factory=dict)
     digests: dict[Any, str] = field(default_factory=dict)
@@ -113,12 +114,12 @@ class Duplicates:
 def list_rows(
     rows: Iterable[TableRow], table: Table, listing: Listing, seen: Duplicates, raise_if_stopping: Callable[[], None]
 ) -> None:
-    """Adds the samples of the rows that the filter holds for to `listing`, and those that cannot be used."""
+    """Adds to `listing` the samples of the rows that pass the filter, and the rows that cannot be used."""
     for count, row in enumerate(rows):
         if count % _ROWS_BETWEEN_HEEDS == 0:
             raise_if_stopping()
         try:
-            # Looked for first: also the files of rows that are not used are named in the table.
+            # Before the filter, since the table also names the files of rows that are not used.
             files = _files(row, table)
             if table.filter and not table.filter.holds(row.cells):
                 continue
@@ -140,7 +141,7 @@ def _once(seen: dict[Any, str], key: Any, row: TableRow, what: str) -> None:
 
 
 class _Files(NamedTuple):
-    """What a row names; in place of what is not there, why."""
+    """The files that a row names; for a missing one, the reason."""
 
     media: Locator | Fault
     controls: list[Locator | Fault]

@@ -16,7 +16,7 @@ from utils.dataset.sources.text_tables import read_text_table
 from utils.dataset.sources.texts import CAPTION_NAMES
 from utils.settings.dataset_schema import DirectorySettings
 
-# Texts and digests, too, may be kept as bytes.
+# Texts and digests may be stored as bytes too.
 _NEVER_FILES = frozenset({*CAPTION_NAMES, *DIGEST_NAMES})
 
 
@@ -26,7 +26,7 @@ def list_text_table(
     """The files that a table of text names.
 
     Args:
-        is_of_folder: tell of the pictures and clips in its folder that it does not name.
+        is_of_folder: report the pictures and clips in its folder that it does not name.
 
     Raises:
         SourceProblem: it cannot be read, or lacks a column.
@@ -75,7 +75,7 @@ def _finder(arrow: ArrowTable, held: frozenset[str], files: FilesOf) -> Callable
 
 
 def _check_cells(rules: DirectorySettings) -> None:
-    """Whether what is asked for can be had of pictures in cells."""
+    """Whether the settings can be honoured for pictures in cells."""
     if rules.control_path or rules.mask_path:
         raise SourceProblem("control_path and mask_path go with files; name the columns of controls in data_file_keys")
     if rules.instance_prompt is None and rules.caption_source in ("filename", "foldername"):
@@ -84,7 +84,7 @@ def _check_cells(rules: DirectorySettings) -> None:
 
 def _rows(arrow: ArrowTable, held: frozenset[str], columns: Columns, chosen: Filter | None) -> Iterator[TableRow]:
     used = {columns.media, columns.caption, *columns.controls, columns.mask, columns.repeats, columns.digest} - {None}
-    # What is in these cells is not looked at here, but that there is something in them.
+    # Only whether these cells are empty matters here, not what they contain.
     pictures = dict.fromkeys(used & held, True)
     wanted = (used | (chosen.columns if chosen else set())) - held
     names = [name for name in arrow.columns if name in wanted]

@@ -1,4 +1,4 @@
-"""Where the members of a tar are, so that each can be read without those before it."""
+"""The positions of the members of a tar, so that each can be read without reading those before it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MEMBERS_BETWEEN_HEEDS = 1024
 
 @dataclass(frozen=True)
 class TarIndex:
-    """Offset and length in bytes of each member by its name, and what is wrong with others: name, kind and reason."""
+    """Offset and length in bytes of each member by name, and the problems of others: name, kind and reason."""
 
     path: Path
     members: dict[str, tuple[int, int]]
@@ -32,7 +32,7 @@ class TarIndex:
 
 
 class _Window(io.RawIOBase):
-    """A stretch of a file, as a file, which it closes with itself."""
+    """A section of a file as a file; closing it closes the file."""
 
     def __init__(self, file: io.FileIO, offset: int, length: int) -> None:
         self._file, self._offset, self._length, self._position = file, offset, length, 0
@@ -66,14 +66,13 @@ class _Window(io.RawIOBase):
 
 
 def index_tar(path: Path, raise_if_stopping: Callable[[], None], remember: Path | None) -> TarIndex:
-    """The index of a tar, as it was remembered, or by walking through it.
+    """The index of a tar, from storage or by reading through the tar.
 
     Args:
-        remember: the folder in which the indices of tars are kept, by path, size and time of change; none are kept
-            without it.
+        remember: the folder that stores the indices of tars by path, size and modification time; None to store none.
 
     Raises:
-        SourceProblem: it is no tar, or a compressed one.
+        SourceProblem: it is not a tar, or a compressed one.
     """
     try:
         status = path.stat()
@@ -115,7 +114,7 @@ def _walked(path: Path, raise_if_stopping: Callable[[], None]) -> TarIndex:
             count = 0
             while member := tar.next():
                 _add(index, member)
-                # It keeps all members that it has seen, which takes a kilobyte each.
+                # It keeps all members that it has read, about a kilobyte for each.
                 tar.members.clear()
                 count += 1
                 if count % _MEMBERS_BETWEEN_HEEDS == 0:
@@ -131,7 +130,7 @@ def _walked(path: Path, raise_if_stopping: Callable[[], None]) -> TarIndex:
 
 
 def _cut(index: TarIndex) -> None:
-    """Tells that the tar is damaged behind its last member, and leaves that out if some of it is missing."""
+    """Reports that the tar is damaged behind its last member, and drops that member if part of it is missing."""
     last, (offset, length) = next(reversed(index.members.items()), ("", (0, 0)))
     reason = "the tar is broken off or damaged from here on; bring it anew"
     index.faults.append((last, "unreadable", reason))

@@ -1,6 +1,6 @@
-"""Tar files of samples: members of one stem belong together, as WebDataset has it.
+"""Tar files of samples: members with the same stem belong together, as in WebDataset.
 
-The stem is the name up to the first dot behind the last slash; what follows that dot is called the ending here.
+The stem is the name up to the first dot behind the last slash; the rest behind that dot is called the ending here.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _list_one(
 
 
 def _samples(members: Iterable[str]) -> Iterable[tuple[str, dict[str, str]]]:
-    """For each stem the names of its members by their endings, in small letters."""
+    """The names of the members by stem and by ending, in lower case."""
     samples: dict[str, dict[str, str]] = defaultdict(dict)
     for name in sorted(members):
         folder, base = os.path.split(name)
@@ -72,7 +72,7 @@ def _samples(members: Iterable[str]) -> Iterable[tuple[str, dict[str, str]]]:
 
 
 class _Roles(NamedTuple):
-    """What the members of a sample are; `controls` has a None, with its key, where one is missing."""
+    """The roles of a sample's members; a missing control has its key and None in `controls`."""
 
     media: str | None
     controls: list[tuple[str, str | None]]
@@ -85,7 +85,7 @@ def _roles(members: Mapping[str, str], rules: DirectorySettings) -> _Roles:
     controls = [(key, _by_key(members, key)) for key in rules.data_file_keys]
     mask = next((members[ending] for ending in members if ending.partition(".")[0] in MASK_NAMES), None)
     taken = {mask, *(name for _, name in controls)}
-    # Sorted: of "jpg" and "depth.jpg", the first is what the others belong to.
+    # Sorted: among "jpg" and "depth.jpg", the first is the one to which the others belong.
     pictures = [
         members[ending]
         for ending in sorted(members, key=lambda ending: (ending.count("."), ending))
@@ -97,7 +97,7 @@ def _roles(members: Mapping[str, str], rules: DirectorySettings) -> _Roles:
 
 
 def _by_key(members: Mapping[str, str], key: str) -> str | None:
-    """The member with the ending `key`, which may be without its last part, as "depth" for "depth.png"."""
+    """The member with the ending `key`, which may lack its last part, such as "depth" for "depth.png"."""
     key = key.lower().removeprefix(".")
     return next((members[ending] for ending in members if key in (ending, os.path.splitext(ending)[0])), None)
 

@@ -14,13 +14,13 @@ from utils.dataset.sources.locators import Fault, Rejected, SourceProblem
 from utils.dataset.sources.rows import TableRow
 
 KEY = "name of the file"
-"""The column that the keys of a JSON object make."""
+"""The name of the column for the keys of a JSON object."""
 _CAPTION = "caption"
 
 
 @dataclass
 class TextTable:
-    """The rows of a table; those that cannot be read; and the column of the files, where there can be no doubt."""
+    """The rows of a table, the rows that cannot be read, and the column of the files if it is certain."""
 
     columns: list[str] = field(default_factory=list)
     rows: list[TableRow] = field(default_factory=list)
@@ -29,10 +29,10 @@ class TextTable:
 
 
 def read_text_table(path: Path) -> TextTable:
-    """All of a table.
+    """A whole table.
 
-    Rows are counted as an editor shows them: those of a .csv with its header as row 1, those of a .jsonl as lines,
-    those of a list in a .json from 1 on.
+    Rows are counted as an editor shows them: in a .csv the header is row 1, in a .jsonl each line is a row, and a list
+    in a .json counts from 1.
 
     Raises:
         SourceProblem: it cannot be read.
@@ -43,7 +43,7 @@ def read_text_table(path: Path) -> TextTable:
         raise SourceProblem(f"{path} cannot be read ({error.strerror})") from None
     if b"\0" in content[:1024]:
         raise SourceProblem(f"{path} is not UTF-8 text; save it as UTF-8")
-    # Bytes that are not UTF-8 become surrogates, by which the rows that have some are told from the others.
+    # Bytes that are not UTF-8 become surrogates, which mark the affected rows.
     text = content.decode("utf-8-sig", errors="surrogateescape")
     table = TEXT_TABLES[path.suffix.lower()](path, text)
     if not table.rows and not table.rejected:
@@ -72,7 +72,7 @@ def _csv(path: Path, text: str) -> TextTable:
 
 
 def _lines(reader: Iterator[list[str]]) -> Iterator[list[str] | csv.Error]:
-    """The rows, with an error for each that is none; the reader goes on behind it."""
+    """The rows, and an error for each broken one; the reader continues behind it."""
     while True:
         try:
             yield next(reader)
@@ -106,7 +106,7 @@ def _json(path: Path, text: str) -> TextTable:
 
 
 class _Object(dict):
-    """A JSON object that knows which of its keys were there more than once."""
+    """A JSON object that knows which of its keys appeared more than once."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)

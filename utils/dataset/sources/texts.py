@@ -1,4 +1,4 @@
-"""Captions as they come out of files and cells."""
+"""Reads captions from files and cells."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ CAPTION_NAMES = (
     "image_description",
     "video_description",
 )
-"""Usual names of columns and keys with captions, in small letters."""
+"""Usual names of columns and keys with captions, in lower case."""
 
 _REPEATS_PREFIX = re.compile(r"^\d+_")
 
 
 def given_caption(rules: DirectorySettings, file: str) -> str | None:
-    """The caption that follows from the settings and the name of a file alone; None if it is to be read.
+    """The caption if it follows from the settings and the name of a file; None if it must be read.
 
-    The underscores of names become spaces. A number and an underscore at the beginning of a folder's name, by which
-    some trainers tell repeats, are left out: they are never meant as words, nor are they heeded as repeats.
+    Underscores in names become spaces. A number and an underscore at the beginning of a folder's name, which some
+    trainers read as repeats, are removed: they are not part of the caption, and they do not set repeats here.
     """
     if rules.instance_prompt is not None:
         return rules.instance_prompt
@@ -53,19 +53,20 @@ def is_given(rules: DirectorySettings) -> bool:
 
 
 def caption_ending(rules: DirectorySettings) -> str:
-    """`caption_extension` in small letters, with its dot."""
+    """`caption_extension` in lower case, with its dot."""
     ending = rules.caption_extension.lower()
     return ending if ending.startswith(".") else f".{ending}"
 
 
 def captions_in(content: bytes, name: str, key: str | None = None) -> tuple[str, ...]:
-    """The captions in a file of this name: its text, or what a .json has under `key`, by default a usual name.
+    """The captions in a file of this name: its text, or the value of `key` in a .json, by default one of the usual
+    keys.
 
     Raises:
-        Fault: there is none, or it is not UTF-8.
+        Fault: there is no caption, or it is not UTF-8.
     """
     try:
-        # Some editors open a UTF-8 file with a mark that is no part of the text.
+        # Some editors write a byte order mark, which is not part of the text.
         text = content.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise Fault(
@@ -75,10 +76,10 @@ def captions_in(content: bytes, name: str, key: str | None = None) -> tuple[str,
 
 
 def captions_of(cell: Any) -> tuple[str, ...]:
-    """The captions in a cell of a table: a text, or a list of texts, which in a text may be written as JSON has it.
+    """The captions in a cell of a table: a text, or a list of texts, which may be a text in JSON.
 
     Raises:
-        Fault: there is none, or it is no text.
+        Fault: there is no caption, or it is not a text.
     """
     if cell is None or (isinstance(cell, float) and cell != cell):
         raise Fault("caption missing", 'the row has no caption; write one ("" trains without)')
