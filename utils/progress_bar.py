@@ -23,7 +23,7 @@ def progress_bar(total: int, what: str, *, first: int = 0, active: bool = True) 
 
 
 class LoggedProgress:
-    """Every half minute a line with what is done, the rate and the time left."""
+    """Logs a line every half minute with the progress, the rate and the time left."""
 
     def __init__(self, total: int, what: str):
         self.total, self.what, self.done = total, what, 0

@@ -1,4 +1,4 @@
-"""Who am I among the processes of this run: rank, stage, data rank; and the few things all of them do together.
+"""The coordinates of this process (rank, stage, data rank), and what the processes of a run do together.
 
 Ranks are laid out stage by stage, as DeepSpeed's `PipeDataParallelTopology` does: with S stages and D data ranks,
 rank = stage * D + data_rank. The process group runs NCCL on GPUs and gloo on CPUs.
@@ -20,12 +20,12 @@ import torch.distributed as dist
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 PATIENCE = timedelta(minutes=30)
-"""How long a rank is waited for that gives no sign of life."""
+"""How long to wait for a rank that gives no sign of life."""
 POLL_SECONDS = 0.05
 
 
 class LaunchError(ValueError):
-    """The way in which the processes were launched cannot work, and how it can."""
+    """The processes were launched in a way that cannot work; the message says how it can."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Ranks:
 
     @property
     def local_size(self) -> int:
-        """Processes of this run on this machine, as far as the launcher says."""
+        """The number of processes of this run on this machine, as far as the launcher says."""
         return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or self.world_size)
 
     @property
@@ -130,9 +130,10 @@ def disconnect() -> None:
 
 
 def leave_together(ranks: Ranks, seconds: float) -> bool:
-    """Before a process ends early: waits until all want to, `seconds` at most. Whether they all did.
+    """Before a process ends early: waits until all ranks want to leave, but not longer than `seconds`. Returns whether
+    all of them did.
 
-    Processes that are not connected yet just wait; a launcher ends them when the main one has ended.
+    Processes that are not connected yet just wait; a launcher ends them when the main process has ended.
     """
     if ranks.world_size == 1:
         return True
@@ -141,7 +142,7 @@ def leave_together(ranks: Ranks, seconds: float) -> bool:
         return False
     try:
         gather(ranks, "leaving", None, timedelta(seconds=seconds))
-        # The main process keeps the store: the others must have read from it before it goes.
+        # The main process hosts the store, so it must outlive the others' reads.
         time.sleep(10 * POLL_SECONDS if ranks.is_main else 0.0)
     except TimeoutError:
         return False
@@ -159,12 +160,12 @@ def gather(
 ) -> list[Any]:
     """Every rank's `value` (anything JSON can hold), in the order of the ranks, once all have given theirs.
 
-    It goes through the key-value store and not through a collective, so that one rank may be hours slower than the
-    others, as long as it shows a `sign_of_life` now and then. `tag` must be new at each call of a run.
-    `raise_if_stopping` is called while waiting, and ends it by raising.
+    It uses the key-value store instead of a collective, so that one rank may be hours slower than the others, as long
+    as it gives a `sign_of_life` now and then. `tag` must be unique within a run. `raise_if_stopping` is called while
+    waiting, and an exception ends the wait.
 
     Raises:
-        TimeoutError: naming the ranks that gave nothing, and no sign of life, for as long as `patience`.
+        TimeoutError: some ranks gave neither a value nor a sign of life for `patience`; names them.
     """
     if ranks.world_size == 1:
         return [value]
@@ -186,19 +187,19 @@ def gather(
 
 
 def sign_of_life(ranks: Ranks, tag: str) -> None:
-    """Tells those who wait at `tag` that this rank is still at work."""
+    """Tells the ranks that wait at `tag` that this rank is still working."""
     if ranks.world_size > 1:
         dist.distributed_c10d._get_default_store().add(f"alive/{tag}/{ranks.rank}", 1)
 
 
 def _last_sign(store: dist.Store, tag: str, rank: int, last: tuple[int, float]) -> tuple[int, float]:
-    """How many signs of life the rank has given, and when (by this rank's clock) their number was seen to change."""
+    """How many signs of life the rank has given, and when (on this rank's clock) their number last changed."""
     signs = store.add(f"alive/{tag}/{rank}", 0)
     return last if signs == last[0] else (signs, time.monotonic())
 
 
 def any_rank(flags: Sequence[bool]) -> list[bool]:
-    """For each flag whether it is set on any rank; every rank gets the same answer."""
+    """Whether each flag is set on any rank; every rank gets the same answer."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return list(flags)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"

@@ -1,4 +1,4 @@
-"""A run's data, brought into the cache by the model's encoders, and read from it."""
+"""Brings a run's data into the cache with the model's encoders, and reads it from there."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from utils.settings.schema import Settings
 
 @dataclass(frozen=True)
 class Data:
-    """The cached datasets, and the encoders that made them; `live` are those whose features are not cached. As long as
-    this is, or the process, no other run deletes anything from the cache."""
+    """The cached datasets and their encoders; the features of `live` encoders are not cached. As long as this object or
+    the process lives, no other run deletes anything from the cache."""
 
     training: Collection
     evaluation: Sequence[Collection]
@@ -49,7 +49,7 @@ class Data:
 
 
 def load_data(settings: Settings, pipeline: BasePipeline, sources: Sequence[Source], scan: Scan, job: CacheJob) -> Data:
-    """Scans the datasets and encodes what the cache lacks of them and of the prompts to be sampled.
+    """Scans the datasets, and encodes the samples and the prompts for sampling that the cache lacks.
 
     Raises:
         UserError: whole directories cannot be used, or more files are broken than the settings allow.
@@ -86,11 +86,11 @@ def load_data(settings: Settings, pipeline: BasePipeline, sources: Sequence[Sour
 
 
 def check_epochs(settings: Settings, ranks: Ranks, samples: Sequence[Sample]) -> None:
-    """Whether every epoch of the run has samples: hours of encoding, or of training, are not to end in one that has
-    none. Looked at are the epochs until nothing begins or ends any more, and fractions of repeats have had their turn.
+    """Whether every epoch of the run has samples, so that hours of encoding or training do not end in an empty one. It
+    examines epochs until no directory begins or ends any more and all fractions of repeats have had their turn.
 
     Raises:
-        UserError: an epoch has none.
+        UserError: an epoch has no samples.
     """
     epochs = Epochs(
         samples,
@@ -113,8 +113,8 @@ def check_epochs(settings: Settings, ranks: Ranks, samples: Sequence[Sample]) ->
 
 
 def reader_of(data: Data, ranks: Ranks) -> SampleReader:
-    """What this stage reads of the cache: the first one all features, the last one what its target is made of. The text
-    encoders that are not cached come to life here."""
+    """Reads the features that this stage needs: the first stage reads all, the last one only those for its target.
+    Loads the text encoders whose features are not cached."""
     if not ranks.is_first_stage:
         masks = [encoder for encoder in data.encoders if isinstance(encoder, MaskEncoder)]
         return SampleReader([data.encoders[0], *masks], data.cache_dir)
@@ -124,7 +124,7 @@ def reader_of(data: Data, ranks: Ranks) -> SampleReader:
 
 
 def choices_of(settings: Settings) -> dict[str, Any]:
-    """What the run's settings say of the collecting of data."""
+    """The run's settings for collecting data."""
     return {
         "max_failed_fraction": settings.max_failed_fraction,
         "caption_versions": settings.cache_text_embeddings,
@@ -132,7 +132,7 @@ def choices_of(settings: Settings) -> dict[str, Any]:
 
 
 def controls_of(collections: Sequence[Collection]) -> int:
-    """How many control images a sample has."""
+    """The number of control images per sample."""
     return max(collection.controls for collection in collections)
 
 
@@ -148,10 +148,10 @@ def check_data(pipeline: BasePipeline, collections: Sequence[Collection]) -> Non
 
 
 def encoders_of(pipeline: BasePipeline, collections: Sequence[Collection]) -> list[Encoder]:
-    """What encodes the collections: the model's encoders, and that of masks if there are any.
+    """The encoders for the collections: those of the model, and one for masks if there are any.
 
     Raises:
-        UserError: the collections have what the model does not take.
+        UserError: the collections contain something that the model does not take.
     """
     encoders = pipeline.encoders_for(controls_of(collections))
     check_encoder_names(collections, encoders)
@@ -173,7 +173,7 @@ def cache_folder(settings: Settings, sources: Sequence[Source]) -> Path:
 def scan_of(
     settings: Settings, sources: Sequence[Source], raise_if_stopping: Callable[[], None], *, trust: bool = False
 ) -> Scan:
-    """How the files of the datasets are looked at.
+    """How the files of the datasets are examined.
 
     Args:
         trust: take files that were seen before as unchanged, without looking at them.
@@ -199,7 +199,7 @@ def cached_data(
     """The datasets, once all of them are in the cache.
 
     Args:
-        owner: the run's file, which keeps what it wants in the cache.
+        owner: the run's file, on whose behalf the cache keeps items.
         regenerate: encode everything again.
 
     Raises:

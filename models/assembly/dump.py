@@ -1,4 +1,4 @@
-"""`--dump_dataset`: what the trainer will see, to be looked at: latents decoded, masks, controls, captions."""
+"""`--dump_dataset`: shows what the trainer will see: decoded latents, masks, controls, captions."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def dump(
     raise_if_stopping: Callable[[], None],
 ) -> Path:
     """Writes the first epoch of the training set, and the evaluation sets, into `folder`, which `prepare_folder` has
-    made; the page to open. `raise_if_stopping` is called before each sample; what it raises ends the work.
+    made. Returns the page to open. `raise_if_stopping` is called before each sample; an exception ends the work.
 
-    The latents are decoded by the model's own VAE: what it loses is lost in the pictures too.
+    The model's own VAE decodes the latents, so the pictures show its losses too.
     """
     names = [encoder.name for encoder in data.encoders if reads_text(encoder)]
     picker = VersionPicker(settings.seed, names, fresh_captions=bool(data.live))
@@ -81,7 +81,7 @@ def prepare_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # What an earlier dump left there is not to be taken for a part of this one.
+        # The page of an earlier dump must not be mistaken for a part of this one.
         (folder / PAGE_NAME).unlink(missing_ok=True)
         with TemporaryFile(dir=folder):
             pass
@@ -91,7 +91,7 @@ def prepare_folder(folder: Path) -> None:
 
 
 def _first_epoch(collection: Collection, picker: VersionPicker, *, is_training: bool) -> Iterator[SampleVersion]:
-    """Every sample as often as the first epoch shows it, and those that it leaves out once."""
+    """Every sample as often as the first epoch uses it, and once if the first epoch does not use it."""
     for sample in collection.samples:
         if not is_training:
             yield evaluation_version(sample)
@@ -103,7 +103,7 @@ def _first_epoch(collection: Collection, picker: VersionPicker, *, is_training: 
 def _pictures(
     version: SampleVersion, name: str, pipeline: BasePipeline, reader: SampleReader, autoencoder: Encoder, folder: Path
 ) -> dict[str, str]:
-    """Writes the pictures of a sample; their files by what they are."""
+    """Writes the pictures of a sample; returns their files by role."""
     sample = version.sample
     batch = reader.batch([version])
     latents = clean_latents(batch.features, torch.zeros)
@@ -128,7 +128,7 @@ def _pictures(
 
 
 def _source(media: MediaFile, start: float, fps: float, frames: int) -> torch.Tensor:
-    """The file as it is, small: all of each frame."""
+    """The file scaled down, with all of each frame."""
     scale = min(1.0, SOURCE_SIDE / max(media.width, media.height))
     view = View(max(2, round(media.width * scale)), max(2, round(media.height * scale)), "none")
     return load_clip(media.locator.source, view, start, frames, fps or 1.0)

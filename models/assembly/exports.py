@@ -1,4 +1,4 @@
-"""What a run gives out of a model: exported weights; what its samples are is in `prompts.py`."""
+"""What the exports of a run contain."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ COMFYUI = "comfyui"
 
 
 def check_outputs(pipeline: BasePipeline, settings: Settings) -> None:
-    """Whether the model gives what the settings ask for: exports in this layout, samples of this size.
+    """Whether the model supports the requested outputs: exports in this layout, samples of this size.
 
     Raises:
-        UserError: it does not.
+        UserError: it does not support them.
     """
     if settings.save_format in (COMFYUI, "both") and pipeline.original_layout is None:
         raise UserError.of(
@@ -74,7 +74,7 @@ def _folders(pipeline: BasePipeline, denoiser: nn.Module) -> tuple[PartFolder, .
     if not isinstance(denoiser, Ensemble):
         return (PartFolder(pipeline.denoiser_folder, dict(denoiser.config)),)
     return tuple(
-        # What is of transformers has another name for its weights.
+        # Modules of transformers have another file name for their weights.
         PartFolder(name, config, f"{name}.", *(["model"] if "model_type" in config else []))
         for name, config in denoiser.configs.items()
     )

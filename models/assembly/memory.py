@@ -1,4 +1,4 @@
-"""What a stage holds: weights, gradients, optimizer state and activations, estimated without any of them."""
+"""Estimates what a stage holds (weights, gradients, optimizer state, activations) without allocating it."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ def estimate(
     encoders: Sequence[Encoder],
     buckets: Sequence[Bucket],
 ) -> str:
-    """Per stage: weights, gradients and optimizer state by counting; activations by running the largest bucket's
-    micro-batch through the layers on the meta device and adding up what autograd keeps."""
+    """An estimate for each stage, as text. Weights, gradients and optimizer state are counted; for activations the
+    micro-batch of the largest bucket runs through the layers on the meta device, and what autograd keeps is added
+    up."""
     largest = max(buckets, key=lambda bucket: bucket.width * bucket.height * bucket.frames)
     title = f"estimated memory per rank, bucket {largest}"
     try:
         kept = _activations(settings, pipeline, staged, encoders, largest)
     except NotImplementedError:
-        # Experts that are chosen by a tensor's values cannot be run without values.
+        # Experts that are chosen by the values of a tensor cannot run without values.
         kept, title = [0] * len(staged.layers), f"{title}, without activations"
     averages = settings.ema is not None and settings.ema.device == "gpu"
     rows = []
@@ -57,8 +58,8 @@ def estimate(
 
 
 def held_bytes(layers: Sequence[nn.Module], optimizer: str, *, averages: bool = False) -> tuple[int, int]:
-    """Bytes of the weights of some layers, and of their gradients and optimizer state together; with `averages` in
-    float32 of what is trained (an EMA that is kept on the GPU)."""
+    """The bytes of the weights of some layers, and the bytes of their gradients and optimizer state together. With
+    `averages`, the latter include float32 averages of the trained parameters (an EMA on the GPU)."""
     held = {id(p): p for layer in layers for p in layer.parameters()}.values()
     trained = [p for p in held if p.requires_grad]
     state = sum(parameter.nbytes + OPTIMIZER_STATE[optimizer](parameter) for parameter in trained)
@@ -69,9 +70,9 @@ def held_bytes(layers: Sequence[nn.Module], optimizer: str, *, averages: bool = 
 def _activations(
     settings: Settings, pipeline: BasePipeline, staged: StagedModel, encoders: Sequence[Encoder], bucket: Bucket
 ) -> list[int]:
-    """Bytes that autograd keeps of each layer for one micro-batch of `bucket`."""
+    """The bytes that autograd keeps for each layer and one micro-batch of `bucket`."""
     batch = micro_batch_of(settings, bucket)
-    # Ones, since zeros would be masks that show nothing of the text.
+    # Ones, since zeros would be masks that hide all of the text.
     features = {
         name: torch.ones((batch, *shape), dtype=dtype)
         for encoder in encoders

@@ -1,7 +1,7 @@
 """Features -> a micro-batch: noise, noise level, noised latents, target. The same for every model.
 
-Every number is a function of (seed, purpose, epoch or set, sample), so that the first and the last stage, each on its
-own, arrive at the same.
+Every number is a function of (seed, purpose, epoch or set, sample), so that the first and the last stage compute the
+same numbers independently.
 
 Shapes: B batch; latents (B, C, h, w) or (B, C, f, h, w), written (B, ...).
 """
@@ -24,8 +24,8 @@ from utils.diffusion.weights import LossWeighting
 
 
 class NoisedBatch(NamedTuple):
-    """What a step takes: inputs of the first stage, labels of the last, and the same inputs with empty captions, for a
-    teacher; None where a stage has no use for them."""
+    """A micro-batch of a step: inputs of the first stage, labels of the last stage, and the same inputs with empty
+    captions for a teacher; None for what a stage does not need."""
 
     inputs: tuple | None
     labels: Labels | None
@@ -34,11 +34,11 @@ class NoisedBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Draws:
-    """What is drawn for a micro-batch.
+    """The random draws of a micro-batch.
 
     Attributes:
-        quantiles: of the noise levels, one a sample.
-        noise, latents: names of the draws; those of the samples follow.
+        quantiles: the quantile of the noise level for each sample.
+        noise, latents: names of the draws, which the names of the samples complete.
     """
 
     seed: int
@@ -52,8 +52,8 @@ class Noising:
     """Makes micro-batches for one stage.
 
     Attributes:
-        wants_inputs: this is the first stage, which takes what `prepare_inputs` gives.
-        wants_labels: this is the last one, which compares its prediction with the target.
+        wants_inputs: for the first stage, which takes the output of `prepare_inputs`.
+        wants_labels: for the last stage, which compares its prediction with the target.
     """
 
     pipeline: BasePipeline
@@ -61,7 +61,7 @@ class Noising:
     wants_labels: bool = True
 
     def training(self, batch: FeatureBatch, epoch: int) -> NoisedBatch:
-        """Each sample at a noise level and with noise drawn for this epoch."""
+        """Each sample with a noise level and with noise that are drawn for this epoch."""
         pipeline = self.pipeline
         quantiles = QUANTILES[pipeline.options.stratified_timesteps](pipeline.seed, epoch, batch)
         draws = Draws(pipeline.seed, quantiles, ("noise", epoch), ("latents", epoch))
@@ -69,13 +69,12 @@ class Noising:
         return self._noised(batch, draws, maths.noise, maths.weighting, with_variance=maths.variational_weight > 0)
 
     def evaluation(self, batch: FeatureBatch, set_name: str, quantile: float) -> NoisedBatch:
-        """Each sample at the same quantile of the noise levels, with noise that depends on (set, sample, quantile)
-        alone: not even on the run's seed, so that runs can be compared.
+        """Each sample at the same quantile of the noise levels, with noise that depends only on (set, sample,
+        quantile), not even on the run's seed, so that runs can be compared.
 
-        What is measured is the run's `loss_type`, with plain noise and without weights by noise level: the noise of
-        training only helps to learn, and weights would make of the mean over quantiles that of a few of them. Masks and
-        `loss_weight` are the evaluated data's own, and count. The variational term of models that learn the variance of
-        a step does not.
+        The loss is the run's `loss_type` with plain noise and without weights by noise level: the options for noise
+        only help training, and with weights a few quantiles would dominate the mean. Masks and `loss_weight` of the
+        evaluated data do count. The variational term of models that learn the variance of a step does not.
         """
         draws = Draws(0, [quantile] * len(batch.draws), ("evaluation", set_name, quantile), ("latents", set_name))
         return self._noised(batch, draws, NoiseOptions(), LossWeighting(), with_variance=False)
@@ -122,7 +121,7 @@ def clean_latents(features: Features, draw: Callable[[torch.Size], torch.Tensor]
 
 
 def _each(make: Callable[..., torch.Tensor], *of_samples: Sequence) -> torch.Tensor:
-    """What `make` gives for every sample, as a batch."""
+    """The results of `make` for all samples, as a batch."""
     return torch.stack([make(*one) for one in zip(*of_samples, strict=True)])
 
 

@@ -1,4 +1,4 @@
-"""What a run will do, told before anything is loaded: `--check`."""
+"""Checks a run before anything is loaded; `--check` also prints what it will do."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from utils.run.metrics import check_account
 from utils.settings.schema import Settings
 
 VALUES = {"log_snr": 'timestep_sample_method = "log_snr"'}
-"""The option of which a single value has a demand of its own."""
+"""How an option is written if only one of its values makes demands."""
 
 
 def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline) -> StagedModel:
-    """Whether everything but the data fits: hours of encoding are not to end in a mistake that could be told before
-    them. The denoiser without weights, adapted and cut as the settings ask.
+    """Whether everything except the data fits, so that hours of encoding do not end in a mistake that could have been
+    found before. Returns the denoiser without weights, adapted and cut as the settings ask.
 
     Raises:
-        UserError: with what does not.
+        UserError: lists what does not fit.
     """
     if ranks.is_main:
         check_account(settings.monitoring)
@@ -51,7 +51,7 @@ def plan_of(settings: Settings, ranks: Ranks, pipeline: BasePipeline, sources: S
     """The plan of the run, as text.
 
     Raises:
-        UserError: with every problem of the model's files and of the data.
+        UserError: lists all problems of the model's files and of the data.
     """
     staged, collections = None, []
 
@@ -75,7 +75,7 @@ def describe(
     staged: StagedModel,
     collections: Sequence[Collection],
 ) -> str:
-    """What the run will do with data that is collected."""
+    """What the run will do with the collected data, as text."""
     encoders = encoders_of(pipeline, collections)
     check_encoders(encoders, controls_of(collections), pipeline, settings)
     check_data(pipeline, collections)
@@ -112,7 +112,7 @@ def _cache_size(encoders: Sequence[Encoder], collections: Sequence[Collection]) 
     samples = [sample for collection in collections for sample in collection.samples]
     size = 0
     for encoder in encoders:
-        # One sample's bucket stands for all items of its size.
+        # All items of one size take the same space.
         buckets = Counter(bucket for _, bucket in items_wanted(encoder, samples))
         for bucket, count in buckets.items():
             shapes = encoder.feature_shapes(bucket).values()

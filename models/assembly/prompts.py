@@ -1,4 +1,4 @@
-"""The prompts that samples are drawn for: what of them goes through which encoder, and how samples are drawn then."""
+"""The prompts of samples: which encoders read them, and how the model draws samples."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ PICTURES = "[sampling] control_images"
 
 
 def check_sampling(pipeline: BasePipeline, sampling: SamplingSettings) -> None:
-    """Whether the model draws what is asked for: with such prompts and pictures, at this size.
+    """Whether the model can draw the requested samples, with these prompts and pictures and at this size.
 
     Raises:
-        UserError: it does not.
+        UserError: it cannot.
     """
     problems = [*_problems_of_guidance(pipeline, sampling), *_problems_of_pictures(pipeline, sampling)]
     if problems:
@@ -40,7 +40,7 @@ def check_sampling(pipeline: BasePipeline, sampling: SamplingSettings) -> None:
 
 
 def _decode(sampling: SamplingSettings) -> None:
-    """Reads the pictures whole: one that breaks off has a good header, and would be missed when it is to be drawn."""
+    """Reads the pictures completely: a truncated one has a good header, and would only fail when it is needed."""
     for file in dict.fromkeys(chain(*sampling.control_images)):
         try:
             load_image(file, View(sampling.width, sampling.height))
@@ -84,16 +84,17 @@ def _problems_of_pictures(pipeline: BasePipeline, sampling: SamplingSettings) ->
 
 
 def check_encoders(encoders: Sequence[Encoder], controls: int, pipeline: BasePipeline, settings: Settings) -> None:
-    """Whether the encoders, made for data with so many control images a sample, can encode the prompts too.
+    """Whether the encoders, which were made for data with `controls` control images per sample, can encode the prompts
+    too.
 
     Raises:
         UserError: they cannot.
     """
-    version = 0 if pipeline.starts_from_picture else _pictures_a_prompt(settings.sampling)
+    per_prompt = 0 if pipeline.starts_from_picture else _pictures_a_prompt(settings.sampling)
     of_both = any(reads_text(encoder) and reads_media(encoder) for encoder in encoders)
-    if settings.sampling.prompts and version != controls and (version or of_both):
+    if settings.sampling.prompts and per_prompt != controls and (per_prompt or of_both):
         raise UserError.of(
-            f"gives {version} a prompt, and the data has {controls} a sample: give as many here as control_path "
+            f"gives {per_prompt} per prompt, and the data has {controls} per sample: give as many here as control_path "
             "does there",
             where=PICTURES,
         )
@@ -132,23 +133,23 @@ def sample_bucket(pipeline: BasePipeline, sampling: SamplingSettings) -> Bucket:
 
 
 def prompt_encoders(encoders: Sequence[Encoder], *, with_pictures: bool = False) -> list[Encoder]:
-    """Those that a prompt goes through: of text, and with pictures those of pictures too, but for the first, whose
-    latents are what is drawn."""
+    """The encoders that read a prompt: those of text, and with pictures also those of pictures, except for the first,
+    whose latents are drawn."""
     others = encoders[1:] if with_pictures else encoders
     return [encoder for encoder in others if not (reads_mask(encoder) if with_pictures else reads_media(encoder))]
 
 
 def encoders_of_prompts(encoders: Sequence[Encoder], sampling: SamplingSettings) -> list[Encoder]:
-    """Those that the prompts of a run go through."""
+    """The encoders that read the prompts of a run."""
     return prompt_encoders(encoders, with_pictures=bool(sampling.control_images))
 
 
 def prompt_versions(pipeline: BasePipeline, sampling: SamplingSettings) -> list[list[SampleVersion]]:
-    """For each prompt what encoders read: the prompt and, where there is a second prediction, the negative prompt, both
+    """What encoders read for each prompt: the prompt and, if there is a second prediction, the negative prompt, both
     with the prompt's pictures.
 
     Raises:
-        UserError: pictures of this size cannot be drawn, or a picture to be shown cannot be read.
+        UserError: the model cannot draw pictures of this size, or a control image cannot be read.
     """
     bucket = sample_bucket(pipeline, sampling) if sampling.prompts else None
     pictures = [_pictures(files) for files in sampling.control_images] or [()]
@@ -171,7 +172,7 @@ def _pictures(files: Sequence[Path]) -> tuple:
 
 
 def is_guided(pipeline: BasePipeline, sampling: SamplingSettings) -> bool:
-    """Whether samples take a second prediction, for the negative prompt."""
+    """Whether samples need a second prediction for the negative prompt."""
     return bool(sampling.prompts) and pipeline.guided_by_second_prediction and sampling.guidance != pipeline.no_guidance
 
 

@@ -1,4 +1,5 @@
-"""The piece of a model that one process trains: built without memory, cut, and only then given its weights."""
+"""Everything that is done to a denoiser, in order: it is built without memory, adapted and cut; then this process's
+stage is filled with weights, presets and adapter."""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ def adapted_blocks(pipeline: BasePipeline, adapter: AdapterSettings) -> tuple[st
     """The blocks in which modules are adapted.
 
     Raises:
-        UserError: convolutions are asked for, and the model has none.
+        UserError: the settings ask for convolutions, and the model has none.
     """
     if adapter.convolutions and not pipeline.convolutional_blocks:
         raise UserError.of("this model's blocks have no convolutions; leave it out", where="[adapter] convolutions")
@@ -74,7 +75,7 @@ def adapted_blocks(pipeline: BasePipeline, adapter: AdapterSettings) -> tuple[st
 
 
 def load_stage(pipeline: BasePipeline, settings: Settings, stage: int) -> StagedModel:
-    """A blueprint in which the layers of `stage` hold their weights, base and adapter.
+    """A staged model in which the layers of `stage` hold their weights, base and adapter.
 
     Raises:
         UserError: a file does not fit the model or the adapter.
@@ -93,10 +94,10 @@ def load_stage(pipeline: BasePipeline, settings: Settings, stage: int) -> Staged
 
 
 def apply_presets(pipeline: BasePipeline, staged: StagedModel, layers: list[nn.Module]) -> None:
-    """Brings the `preset_adapters` into `layers`; with no layers they are only checked.
+    """Applies the `preset_adapters` to `layers`; without layers they are only checked.
 
     Raises:
-        UserError: one does not fit the model.
+        UserError: an adapter does not fit the model.
     """
     denoiser = staged.denoiser
     for preset in pipeline.options.preset_adapters:
@@ -111,7 +112,7 @@ def apply_presets(pipeline: BasePipeline, staged: StagedModel, layers: list[nn.M
 
 def teacher_of(pipeline: BasePipeline, settings: Settings, staged: StagedModel) -> Teacher | None:
     """The model itself with empty captions, if guidance is folded into its targets; or without its adapter, if
-    regularisation data is to keep what that makes of it."""
+    regularisation data uses its predictions as targets."""
     if settings.model.folded_guidance is not None:
         return Teacher(
             nullcontext, pipeline.maths.with_folded_guidance, inputs=lambda batch: (batch.empty, batch.labels)

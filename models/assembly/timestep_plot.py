@@ -1,4 +1,4 @@
-"""A picture of the noise levels that a config trains, and of what their losses count.
+"""Plots the noise levels that a config trains, and the weights of their losses.
 
 python -m utils.diffusion.timesteps --plot FILE --config x.toml
 """
@@ -22,12 +22,12 @@ from utils.errors import UserError
 from utils.settings.reader import read_settings
 from utils.settings.rules import check_rules
 
-# What a shift by size is shown for: squares of 512 and 1024 pixels, in most models.
+# Sizes for which a shift by size is plotted: squares of 512 and 1024 pixels in most models.
 TOKENS = (1024, 4096)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; ends with exit code 1 and a message where the config or the file's name is wrong."""
+    """Runs the command line; exits with code 1 and a message if the config or the file name is wrong."""
     parser = argparse.ArgumentParser(prog="python -m utils.diffusion.timesteps", description=__doc__.split("\n")[0])
     parser.add_argument("--config", type=Path, required=True, help="the run's TOML file")
     parser.add_argument("--plot", type=Path, required=True, help="the picture to write, as in timesteps.png")
@@ -39,11 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def checked_pipeline(config: Path) -> BasePipeline:
-    """The model of a config whose keys of timesteps and losses are as they should be; whether files are there is left
-    to the run.
+    """The model of a config, whose keys for timesteps and losses are checked; whether files exist is left to the run.
 
     Raises:
-        UserError: they are not.
+        UserError: these keys are wrong.
     """
     settings = read_settings(config, lambda model_type: models.find(model_type).Options)
     problems = [

@@ -344,7 +344,7 @@ def test_an_edit_model_trains_on_pairs(
     keys = {"data": pairs, "model": options, "max_steps": 8, "lr_scheduler": "constant"}
     asked = {"prompts": ["a red picture"], "sample_every_n_steps": 4, **tiny.SAMPLING}
     refusals = {
-        "gives 0 a prompt, and the data has 2 a sample": {"sampling": asked},
+        "gives 0 per prompt, and the data has 2 per sample": {"sampling": asked},
         "reads control images with a caption": {"cache_text_embeddings": False},
     }
     for told, refused in refusals.items():

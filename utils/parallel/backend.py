@@ -10,8 +10,8 @@ def initialize_deepspeed() -> None:
     """Lets DeepSpeed use the running process group; quietly, and without compiling anything.
 
     On a CPU, DeepSpeed would build a shared-memory operator at its first start: half a minute to a minute of compiler
-    time, a lock that a killed build leaves behind for ever, and 132 MB in /dev/shm per run. Nothing here uses it, so it
-    is declared unavailable.
+    time, a lock that a killed build never releases, and 132 MB in /dev/shm per run. Nothing here uses it, so it is
+    declared unavailable.
     """
     import torch
 

@@ -3,9 +3,10 @@
 What differs from `deepspeed.runtime.pipe.engine.PipelineEngine` of 0.19.8, each with a test beside it:
 
 - a stage with several outputs runs its backward pass once, not once per output;
-- every received tensor gets a buffer of its own type and shape (the stock pool mixes up types from three stages on);
-- the stream may change its shape from micro-batch to micro-batch; only what requires a gradient gets one (`wire.py`);
-- the gradient norm is that of all stages, not of the first;
+- every received tensor gets a buffer of its own type and shape (the stock pool confuses types from three stages on);
+- the stream may change its shape from micro-batch to micro-batch; only tensors that require a gradient get one
+  (`wire.py`);
+- the gradient norm covers all stages, not only the first;
 - a stage without trainable parameters trains;
 - evaluation returns a loss per sample, and a prediction can be had from the same stages.
 """
@@ -31,7 +32,7 @@ from utils.parallel.teacher import Teacher
 
 NEVER = 10**9
 MicroBatch = tuple[Any, ...]
-"""(inputs of the first stage, labels of the last): NamedTuples or tuples of CPU tensors and None. What follows them is
+"""(inputs of the first stage, labels of the last): NamedTuples or tuples of CPU tensors and None. Further items are
 for a teacher."""
 
 
@@ -62,7 +63,7 @@ class Engine(PipelineEngine):
         teacher: Teacher | None = None,
     ):
         config = {
-            # Nothing is made of it: micro-batches may differ in size.
+            # Not used: micro-batches may differ in size.
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": 0.0,
@@ -95,7 +96,7 @@ class Engine(PipelineEngine):
             step: number of the step, which seeds dropout.
         """
         if self.teacher is not None:
-            batches = self._taught(self.teacher, batches)
+            batches = self._with_teacher_labels(self.teacher, batches)
         self._begin(step)
         loss = self.train_batch(iter(batches) if batches is not None else None)
         return StepResult(loss.item(), self._grad_norm.item(), self._terms_of_all())
@@ -109,7 +110,7 @@ class Engine(PipelineEngine):
         return self._from_last_stage(self._run_forward(batches, count, keep_predictions=True), count)
 
     def _terms_of_all(self) -> dict[str, float]:
-        """The losses that layers added, from the last stages to all ranks."""
+        """The losses that layers added, sent from the last stages to all ranks."""
         names = self.module.loss_terms
         if not names:
             return {}
@@ -118,8 +119,10 @@ class Engine(PipelineEngine):
             dist.all_reduce(shares_K)
         return dict(zip(names, shares_K.tolist(), strict=True))
 
-    def _taught(self, teacher: Teacher, batches: Iterable[MicroBatch] | None) -> Iterable[MicroBatch] | None:
-        """The micro-batches of a step, on the last stage with the teacher's labels."""
+    def _with_teacher_labels(
+        self, teacher: Teacher, batches: Iterable[MicroBatch] | None
+    ) -> Iterable[MicroBatch] | None:
+        """The micro-batches of a step; on the last stage they have the teacher's labels."""
         batches = batches if batches is None else list(batches)
         given = batches and [teacher.inputs(batch) for batch in batches]
         with teacher.present():
@@ -138,7 +141,7 @@ class Engine(PipelineEngine):
         self.module.draw = None
 
     def _run_forward(self, batches: Iterable[MicroBatch] | None, count: int, *, keep_predictions: bool) -> list:
-        """What the last stage makes of the micro-batches; nothing on the others."""
+        """The outputs of the last stage for the micro-batches; nothing on other stages."""
         self._begin(self._step)
         self.module.eval()
         self._keep_predictions = keep_predictions
@@ -154,7 +157,7 @@ class Engine(PipelineEngine):
         return outputs
 
     def _from_last_stage(self, tensors: list[torch.Tensor], count: int) -> list[torch.Tensor]:
-        """Gives the last stage's tensors to the other stages of the same pipeline."""
+        """Sends the last stage's tensors to the other stages of the same pipeline."""
         if not self.is_pipe_parallel:
             return tensors
         group, source = self.grid.get_pipe_parallel_group(), self._loss_stage_global_rank()
@@ -175,7 +178,7 @@ class Engine(PipelineEngine):
     def _buffer(self, expected: wire.TensorDescription) -> torch.Tensor:
         return torch.empty(expected.shape, dtype=expected.dtype, device=self.device)
 
-    # The instructions of the schedule, in the order in which a micro-batch meets them.
+    # The instructions of the schedule, in the order in which a micro-batch goes through them.
 
     def _load_micro_batch(self, buffer_id: int) -> None:
         inputs, labels, *_ = next(self.data_iterator)
@@ -257,9 +260,9 @@ class Engine(PipelineEngine):
         super()._take_model_step(lr_kwargs)
 
     def _clip(self) -> torch.Tensor:
-        """The norm of the gradient over all stages; scales it down to `clip_norm` where that is not 0."""
+        """The norm of the gradient over all stages; scales the gradient down to `clip_norm` unless that is 0."""
         parameters = [p for p in self.module.parameters() if p.grad is not None]
-        # In float32 whatever the gradients are in: bfloat16 would leave the norm two digits.
+        # In float32 for gradients of any type: bfloat16 would leave the norm two digits.
         norms = torch._foreach_norm([p.grad for p in parameters], 2, dtype=torch.float32) if parameters else ()
         square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
         if self.is_pipe_parallel:
@@ -282,7 +285,7 @@ class Engine(PipelineEngine):
 
 
 def optimizer_for_frozen_stage() -> torch.optim.Optimizer:
-    """What a stage without trainable parameters steps: DeepSpeed insists on an optimizer."""
+    """The optimizer of a stage without trainable parameters, since DeepSpeed requires one."""
     return torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(()))], "initial_lr": 0.0}], lr=0.0)
 
 

@@ -1,4 +1,4 @@
-"""Which layers each stage holds."""
+"""Divides layers among stages."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 def stage_bounds(
     method: str, layer_sizes: Sequence[int], stages: int, split: Sequence[int] | None = None
 ) -> list[tuple[int, int]]:
-    """The half-open range of layers of every stage.
+    """The half-open range of layers for every stage.
 
     Args:
-        method: "parameters" balances the number of parameters, frozen ones included, since under LoRA they are the
+        method: "parameters" balances the number of parameters, frozen ones included, since under LoRA they take the
             memory and the time; "uniform" balances the number of layers; "manual" begins stages 1, 2, ... at the
             layers named in `split`.
         layer_sizes: parameters per layer, in order.

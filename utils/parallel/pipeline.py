@@ -23,10 +23,10 @@ class DenoiserPipeline(PipelineModule):
         bounds: the half-open range of layers of every stage.
         stream_type: the NamedTuple that travels from layer to layer.
         loss: (prediction, labels) -> loss per sample (B,).
-        recompute: keep only the inputs of the layers that say `recomputable`.
-        loss_terms: names of the losses that layers add on their way; the last layer then returns an `Output`.
-        seed: of the run; dropout draws from (seed, step, data rank, micro-batch, layer), so that it is the same at any
-            number of stages and after a resume.
+        recompute: keep only the inputs of the layers that are `recomputable`.
+        loss_terms: names of the losses that layers add; the last layer then returns an `Output`.
+        seed: the run's seed; dropout draws from (seed, step, data rank, micro-batch, layer), so that it does not depend
+            on the number of stages and is the same after a resume.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class DenoiserPipeline(PipelineModule):
         self._set_bounds(*self.bounds[self.stage_id])
 
     def forward(self, fields: tuple) -> Any:
-        """Runs this stage's layers on what the data loader or the previous stage gave."""
+        """Runs this stage's layers on the output of the data loader or of the previous stage."""
         stream = fields if self._local_start == 0 else self.stream_type(*fields)
         for index, layer in enumerate(self.forward_funcs, start=self._local_start):
             if self.draws_random_numbers and self.training and self.draw is not None:

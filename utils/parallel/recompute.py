@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 def run_layer(layer: nn.Module, stream: Any, *, recompute: bool, draws_random_numbers: bool) -> Any:
     """Runs one layer. With `recompute`, only its input is kept for the backward pass, which runs it again.
 
-    The random state is saved and restored around the second run only where a layer draws from it (dropout): doing so
-    copies the state from the device, which waits for it.
+    The random state is saved and restored around the second run only if the layer draws from it (dropout), because this
+    copies the state from the device and waits for it.
     """
     if not recompute:
         return layer(stream)

@@ -1,4 +1,4 @@
-"""Targets that another model gives, of which the data has none."""
+"""Targets that come from another prediction instead of the data."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 @dataclass(frozen=True)
 class Teacher:
-    """Gives targets before each step.
+    """Computes targets before each step.
 
     Attributes:
-        present: a context within which the stages do what the teacher does.
-        inputs: micro-batch -> what the teacher is given in its place.
+        present: a context in which the stages compute the teacher's predictions.
+        inputs: micro-batch -> the micro-batch that the teacher sees.
         teach: (labels, the teacher's output) -> labels.
     """
 

@@ -1,4 +1,4 @@
-"""What crosses a stage boundary, and how it is described.
+"""Sends streams across stage boundaries.
 
 A stream is a NamedTuple whose fields are tensors, tuples of tensors, or None. Before it crosses, it is flattened into
 its tensors and a description (which field holds what; type, shape and "requires grad" of every tensor). The
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 DESCRIPTION_NUMBERS = 1024
-# Those that NCCL sends too: it has no int16.
+# Types that NCCL can send; it has no int16.
 DTYPES = (
     torch.float32,
     torch.float64,
@@ -53,7 +53,7 @@ class Description:
 
 
 def flatten(stream: Sequence[Any]) -> tuple[list[torch.Tensor], Description]:
-    """The tensors of a stream in order, and what is needed to put them together again.
+    """The tensors of a stream in order, and the description that `unflatten` needs.
 
     Raises:
         TypeError: a field is neither a tensor, a tuple of tensors, nor None.
@@ -76,7 +76,7 @@ def flatten(stream: Sequence[Any]) -> tuple[list[torch.Tensor], Description]:
 
 
 def unflatten(tensors: Sequence[torch.Tensor], description: Description) -> tuple[Any, ...]:
-    """The fields of the stream that `flatten` took apart."""
+    """The fields of a stream that `flatten` took apart."""
     remaining = iter(tensors)
     fields: list[Any] = []
     for count in description.fields:

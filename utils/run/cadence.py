@@ -1,4 +1,4 @@
-"""When something is due: every so many steps, epochs, examples or minutes."""
+"""Decides when something is due: after a number of steps, epochs, examples or minutes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from utils.run.progress import Progress
 
 
 class Cadence:
-    """Says after each step whether something is due. Several intervals may be given; any one of them suffices.
+    """Decides after each step whether something is due. Several intervals may be given; one of them suffices.
 
     Args:
         steps, epochs, examples, minutes: intervals; None for never. Epochs count when they are complete.
-        clock: seconds; only the main rank's clock decides, see `overdue`.
+        clock: the time in seconds; only the main rank's clock decides, see `overdue`.
     """
 
     def __init__(
@@ -36,18 +36,18 @@ class Cadence:
 
     def due(self, before: Progress, after: Progress, epoch_ended: bool) -> bool:
         """Whether the step from `before` to `after` reached an interval. A pure function of the progress: the same on
-        every rank, and after a resume. Minutes are asked for apart, see `overdue`."""
+        every rank and after a resume. Minutes are separate, see `overdue`."""
         by_steps = self.steps is not None and after.step % self.steps == 0
         by_epochs = self.epochs is not None and epoch_ended and (after.epoch + 1) % self.epochs == 0
         by_examples = self.examples is not None and after.examples // self.examples > before.examples // self.examples
         return by_steps or by_epochs or by_examples
 
     def overdue(self) -> bool:
-        """Whether the minutes have passed since the last `restart`. Clocks differ: ask one rank and tell the others."""
+        """Whether the minutes have passed since the last `restart`. Clocks differ, so one rank must decide for all."""
         return self.minutes is not None and self.clock() - self.last_time >= 60 * self.minutes
 
     def restart(self) -> None:
-        """Counts the minutes from now."""
+        """Restarts the count of minutes."""
         self.last_time = self.clock()
 
 
@@ -56,11 +56,11 @@ class Duty:
     """Something done between two steps: evaluation, sampling, export.
 
     Attributes:
-        perform: does it; takes the progress, and whether an epoch has just ended.
-        cadence: when.
-        before_first_step: also before training.
-        at_end: also after the last step.
-        interruptible: left out, or left half done, when the run is asked to stop.
+        perform: does the work; takes the progress, and whether an epoch has just ended.
+        cadence: when it is due.
+        before_first_step: whether it is also due before training.
+        at_end: whether it is also due after the last step.
+        interruptible: whether it is skipped or interrupted when the run is asked to stop.
     """
 
     perform: Callable[[Progress, bool], None]

@@ -1,4 +1,4 @@
-"""A page to look through a dataset as training sees it."""
+"""An HTML page that shows a dataset as training sees it."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ found.addEventListener("input", () => {{
 
 @dataclass(frozen=True)
 class PageEntry:
-    """A sample on the page: its pictures by what they are (files beside the page), its caption, and what else there is
-    to know of it."""
+    """A sample on the page: its pictures by role (files beside the page), its caption, and further facts."""
 
     caption: str
     pictures: Mapping[str, str]

@@ -1,7 +1,7 @@
 """The loss on held-out items at fixed noise levels.
 
 Every item is evaluated at each timestep quantile with noise that depends only on (set, item, quantile): two evaluations
-differ by the weights alone, at any number of stages and data ranks.
+differ only by the weights, at any number of stages and data ranks.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def evaluate(
     """Mean losses, "<set>/loss_quantile_0.10" ... and "<set>/loss", the same on every rank.
 
     Args:
-        tag: tells this evaluation from the others of the run.
-        raise_if_stopping: called by all ranks now and then, as often by each; what it raises ends the evaluation.
-        prefix: of the losses' names, as in "<set>/ema_loss".
+        tag: a name that no other evaluation of the run has.
+        raise_if_stopping: called now and then, equally often by all ranks; an exception ends the evaluation.
+        prefix: of the losses' names, such as "<set>/ema_loss".
     """
     results: dict[str, float] = {}
     for name, batches in sets.items():
         loss = f"{name}/{prefix}loss"
         losses_QN = _losses(engine, ranks, batches, prepare, name, raise_if_stopping)
         own = [losses_QN.sum(1).tolist(), losses_QN.shape[1]]
-        # The stages of a pipeline hold the same losses: those of the first stage stand for all.
+        # All stages of a pipeline hold the same losses; those of the first stage are used.
         pipelines = together.gather(ranks, f"evaluation/{tag}/{name}", own)[: ranks.data_ranks]
         count = sum(held for _, held in pipelines)
         for index, quantile in enumerate(QUANTILES):
@@ -63,7 +63,7 @@ def _losses(
     reads = ranks.is_first_stage or ranks.is_last_stage
     prepared = (prepare(batch, name, quantile) for batch in batches for quantile in QUANTILES) if reads else None
     losses: list[torch.Tensor] = []
-    # A deep pipeline is filled and emptied at every turn: the more stages, the longer its turns.
+    # A deep pipeline is filled and drained at every turn, so its turns are longer.
     batches_a_turn = max(1, ranks.stages // 2)
     for start in range(0, batches.rounds, batches_a_turn):
         raise_if_stopping()

@@ -1,4 +1,4 @@
-"""The folder of a run, and how to find one again."""
+"""Makes the folder of a run, and finds one to resume."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def _numbered(name: str, number: int) -> str:
 
 
 def checkpoints_before(checkpoint: Path) -> list[Path]:
-    """The complete checkpoints beside one, or beside where it should be, that were written before it, oldest first."""
+    """The complete checkpoints in the folder of a checkpoint that were written before it, oldest first; the checkpoint
+    itself may be missing."""
     steps = {
         int(found[1]): path
         for path in checkpoint.parent.glob("global_step*")
@@ -45,8 +46,8 @@ def checkpoints_before(checkpoint: Path) -> list[Path]:
 
 
 def create(settings: Settings, ranks: Ranks, config: Path) -> Path:
-    """Makes a folder for this run, the same on every rank, with the user's files as given and the settings as
-    resolved."""
+    """Makes a folder for this run, the same on every rank, with copies of the user's files and the resolved
+    settings."""
     folder = settings.output_dir / gather(ranks, "run folder", new_name(settings.output_dir))[0]
     if ranks.is_main:
         _make(folder)
@@ -70,14 +71,14 @@ def _make(folder: Path) -> None:
 
 
 def _without_key(config: Path, settings: Settings) -> str:
-    """The run's file as the user wrote it, but for the account's key: run folders are shared."""
+    """The run's file as the user wrote it, without the account's key, since run folders are shared."""
     text, key = config.read_text(encoding="utf-8"), settings.monitoring.wandb_api_key
     return text.replace(key, "") if key else text
 
 
 def find_checkpoint(output_dir: Path, asked: str | None) -> Path:
-    """The checkpoint to resume: the one that is named, or the newest of the run that is named (a path, or a name within
-    `output_dir`), or that of the newest run.
+    """The checkpoint to resume: the one that `asked` names, or the newest one of the run that it names (a path, or a
+    name in `output_dir`), or the newest one of the newest run.
 
     Raises:
         UserError: there is none, or it holds no checkpoint; says what there is.

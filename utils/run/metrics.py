@@ -1,4 +1,4 @@
-"""Where numbers and pictures go: metrics.jsonl, TensorBoard and Weights & Biases, from the main rank."""
+"""Writes numbers and pictures to metrics.jsonl, TensorBoard and Weights & Biases, from the main rank."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ logger = logging.getLogger(__name__)
 
 
 WANDB = "[monitoring] enable_wandb"
-WANDB_CURE = "set wandb_api_key, or WANDB_API_KEY, or run `wandb login`; WANDB_MODE=offline needs no account"
+WANDB_HINT = "set wandb_api_key, or WANDB_API_KEY, or run `wandb login`; WANDB_MODE=offline needs no account"
 WITHOUT_ACCOUNT = ("offline", "dryrun", "disabled")
 
 
 def check_account(settings: MonitoringSettings) -> None:
-    """Whether Weights & Biases, if it is enabled, would know whose the run is. For the main rank: where the others run,
-    no account is needed.
+    """Whether an account for Weights & Biases is known, if it is enabled. To be called by the main rank; the others
+    need no account.
 
     Raises:
-        UserError: no key is known, or what wandb was told elsewhere makes no sense.
+        UserError: no key is known, or wandb's settings on this machine are invalid.
     """
     if not settings.enable_wandb or settings.wandb_api_key:
         return
@@ -48,11 +48,11 @@ def check_account(settings: MonitoringSettings) -> None:
         return
     # `wandb login` of older versions kept the key under the older name of the same host.
     if not _has_key((urlparse(known.base_url).hostname or "", "api.wandb.ai")):
-        raise UserError.of(f"no account is known on this machine; {WANDB_CURE}", where=WANDB)
+        raise UserError.of(f"no account is known on this machine; {WANDB_HINT}", where=WANDB)
 
 
 def _has_key(hosts: Sequence[str]) -> bool:
-    """Whether the file of this machine's accounts has one at any of these hosts."""
+    """Whether this machine's .netrc has an account for any of these hosts."""
     try:
         accounts = netrc(os.environ.get("NETRC", os.path.expanduser("~/.netrc")))
     except (OSError, NetrcParseError):
@@ -61,7 +61,7 @@ def _has_key(hosts: Sequence[str]) -> bool:
 
 
 class Sink(Protocol):
-    """One place that numbers and pictures are sent to."""
+    """A destination for numbers and pictures."""
 
     def scalars(self, values: dict[str, float], step: int) -> None: ...
     def picture(self, name: str, picture: Image.Image, step: int) -> None: ...
@@ -69,7 +69,7 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line: {"name", "value", "step", "time"}. Pictures lie in the run folder anyway."""
+    """One JSON object per line: {"name", "value", "step", "time"}. Pictures are in the run folder anyway."""
 
     def __init__(self, folder: Path, resumed_at: int | None = None):
         path = folder / "metrics.jsonl"
@@ -90,7 +90,7 @@ class JsonLines:
 
 
 def _cut_after(path: Path, step: int) -> None:
-    """Leaves out what was measured after `step`, and a line that a killed run did not finish."""
+    """Removes everything that was measured after `step`, and an incomplete line of a killed run."""
     beside = path.with_name(path.name + ".new")
     with path.open(encoding="utf-8", errors="replace") as old, beside.open("w", encoding="utf-8") as new:
         new.writelines(line for line in old if _step_of(line) <= step)
@@ -137,7 +137,7 @@ class WeightsAndBiases:
                 config=resolved,
             )
         except wandb.Error as error:
-            raise UserError.of(f"Weights & Biases refused the run: {error}; {WANDB_CURE}", where=WANDB) from error
+            raise UserError.of(f"Weights & Biases refused the run: {error}; {WANDB_HINT}", where=WANDB) from error
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         self.run.log(values, step=step)
@@ -150,7 +150,7 @@ class WeightsAndBiases:
 
 
 class Metrics:
-    """All sinks of a run at once; none on ranks other than the main one."""
+    """All sinks of a run; ranks other than the main one have none."""
 
     def __init__(self, sinks: list[Sink]):
         self.sinks = sinks
@@ -167,11 +167,11 @@ class Metrics:
         """The sinks that the settings ask for.
 
         Args:
-            resolved: settings of the run, to be kept beside its numbers.
-            resumed_at: the step that a resumed run goes on from; what was measured after it is measured again.
+            resolved: the run's settings, which are stored beside its numbers.
+            resumed_at: the step from which a resumed run goes on; later measurements are made again.
 
         Raises:
-            UserError: Weights & Biases does not take the run.
+            UserError: Weights & Biases refuses the run.
         """
         if not is_main:
             return cls([])

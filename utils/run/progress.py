@@ -1,4 +1,4 @@
-"""Where a run stands."""
+"""The progress of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Progress:
-    """How far training has come; the next step to take is step `step_in_epoch` of epoch `epoch`, both from 0.
+    """How far training has come. The next step is step `step_in_epoch` of epoch `epoch`, both counted from 0.
 
     Attributes:
         step: optimizer steps taken.
@@ -37,7 +37,7 @@ class Progress:
         return replace(self, epoch=self.epoch + 1, step_in_epoch=0, epoch_loss_sum=0.0)
 
     def with_epoch_of(self, old: int, new: int) -> Progress:
-        """The same place in the epoch, with the same mean loss, when it has `new` steps instead of `old`."""
+        """The same position in the epoch, with the same mean loss, if the epoch has `new` steps instead of `old`."""
         if old == new:
             return self
         steps = self.step_in_epoch * new // old

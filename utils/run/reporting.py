@@ -1,4 +1,4 @@
-"""What the user sees: the log, the progress, and the screen that tells of a mistake."""
+"""What the user sees: the log, the progress, and messages about mistakes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Once(logging.Filter):
-    """Lets each text of a warning through once."""
+    """Lets each warning through once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,17 +72,18 @@ class _AboveProgressBar(logging.StreamHandler):
 
 
 def is_user_error(error: Exception) -> bool:
-    """Whether this is a mistake of the user's, or of their machine, that its text explains: a traceback would not."""
+    """Whether the error is a mistake of the user, or a fault of their machine, that its text explains better than a
+    traceback."""
     is_full = isinstance(error, OSError) and error.errno in FULL
-    # A time-out is an OSError to Python; ours name the ranks that were waited for.
+    # A time-out is an OSError in Python; ours name the ranks that did not answer.
     return isinstance(error, UserError | LaunchError | TimeoutError) or is_full
 
 
 def report_user_error(error: Exception, ranks: Ranks) -> None:
-    """Shows a mistake of the user's, once, and lets the ranks leave together.
+    """Shows a mistake of the user once, and lets the ranks leave together.
 
-    All ranks meet most mistakes at the same time: the main rank tells, and the others leave silently once it has. A
-    rank that waits for the main one in vain met what that did not, and tells itself.
+    All ranks meet most mistakes at the same time: the main rank shows them, and then the others leave silently. A rank
+    that waits for the main rank in vain has met an error that the main rank has not, and shows it itself.
     """
     if ranks.is_main:
         _tell(error)
@@ -102,21 +103,21 @@ def _tell(error: Exception) -> None:
 
 
 class StepReporter:
-    """The main rank's progress bar on a terminal, and a line in the log every so many steps.
+    """The main rank's progress bar on a terminal, and a line in the log at a fixed number of steps.
 
     Args:
-        first, total: the step to begin with, and the one to end before.
-        every: steps from line to line.
+        first, total: the first step, and the number of all steps.
+        every: number of steps between lines.
     """
 
     def __init__(self, first: int, total: int, every: int, active: bool):
         self.first, self.total, self.every, self.active = first, total, every, active
         self.started = time.monotonic()
-        # Into a file the log lines tell enough.
+        # In a log file the lines are enough.
         self.bar = progress_bar(total, "training", first=first, active=active and sys.stderr.isatty())
 
     def step(self, done: int, epoch: int, values: dict[str, float]) -> None:
-        """Tells of a step; `done` counts steps since the run's beginning."""
+        """Reports a step; `done` counts steps since the beginning of the run."""
         self.bar.update(1)
         if self.active and (done % self.every == 0 or done == self.total):
             pace = (time.monotonic() - self.started) / (done - self.first)

@@ -1,4 +1,4 @@
-"""Pictures drawn during training, through the same stages, with the model's stock scheduler."""
+"""Draws samples during training, through the same stages, with the model's stock scheduler."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ class SampleModel:
     """What sampling needs of a model.
 
     Attributes:
-        features: number of a prompt -> the features of each prediction that is made for it, each (1, ...), on the CPU:
-            of the prompt and, if there are two, of the negative prompt.
-        predictions: how many a prompt takes.
+        features: index of a prompt -> the features for each of its predictions, each (1, ...), on the CPU: those of the
+            prompt and, if there are two predictions, those of the negative prompt.
+        predictions: number of predictions per prompt.
         prepare: (features, x_t, t_B, guidance) -> inputs of the first stage.
-        for_scheduler: prediction -> what the scheduler takes.
+        for_scheduler: prediction -> the scheduler's input.
         latent_shape: -> shape of a sample's latent without the batch.
-        levels: steps -> their noise levels before a flow-matching scheduler shifts them; None for the scheduler's own.
-        guided: (prediction for the prompt, that for the negative prompt, guidance) -> what leads away from the latter.
-        fps: frames of a clip a second.
+        levels: number of steps -> their noise levels before a flow-matching scheduler shifts them; None for the
+            scheduler's own.
+        guided: (prediction for the prompt, prediction for the negative prompt, guidance) -> the guided prediction.
+        fps: frames per second of a clip.
         tokens: latent shape -> image tokens.
         scheduler: -> a stock scheduler of diffusers.
         shift: the model's constants for a scheduler that shifts by size.
@@ -72,11 +73,10 @@ def sample(
     step: int,
     raise_if_stopping: Callable[[], None] = lambda: None,
 ) -> None:
-    """Draws every prompt into `folder/samples/step000100/00_<prompt>.png`, the data ranks sharing the prompts. Of a
-    clip (`.mp4`) that is its middle frame.
+    """Draws every prompt into `folder/samples/step000100/00_<prompt>.png`, and the data ranks share the prompts. The
+    PNG beside a clip (`.mp4`) is its middle frame.
 
-    `raise_if_stopping` is called by all ranks before each of their prompts, as often by each; what it raises ends the
-    drawing.
+    `raise_if_stopping` is called before each prompt, equally often by all ranks; an exception ends the drawing.
     """
     samples_folder = folder / "samples" / f"step{step:06d}"
     samples_folder.mkdir(parents=True, exist_ok=True)
@@ -99,9 +99,9 @@ def sample(
 
 
 def denoise(engine: Engine, ranks: Ranks, model: SampleModel, settings: SamplingSettings, index: int) -> torch.Tensor:
-    """The latents (1, ...) of the prompt of this number, on the CPU, the same on every stage.
+    """The latents (1, ...) for the prompt at `index`, on the CPU, the same on every stage.
 
-    The noise depends on (sampling seed, place of the prompt) alone. The steps are those of diffusers' pipelines.
+    The noise depends only on (sampling seed, index of the prompt). The steps are those of diffusers' pipelines.
     """
     shape = model.latent_shape()
     scheduler = model.scheduler()
@@ -110,7 +110,7 @@ def denoise(engine: Engine, ranks: Ranks, model: SampleModel, settings: Sampling
     scheduler.set_timesteps(**steps, **_shift_arguments(scheduler, model, shape))
     features = model.features(index) if ranks.is_first_stage else [None] * model.predictions
     latents = seeds.normal((1, *shape), settings.seed, "sample", index)
-    # Schedulers of flow matching have neither.
+    # Flow-matching schedulers have neither.
     latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
     as_input = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
     noise = _noise_arguments(scheduler, settings.seed, index)
@@ -138,7 +138,7 @@ def _write(pixels_CFHW: torch.Tensor, fps: float, path: Path) -> None:
 
 
 def _shift_arguments(scheduler: Any, model: SampleModel, shape: Sequence[int]) -> dict[str, float]:
-    """`mu` for a scheduler that shifts by size, by the constants in its own configuration."""
+    """`mu` for a scheduler that shifts by size, with the constants of its own configuration."""
     config = scheduler.config
     if not config.get("use_dynamic_shifting") or "mu" not in inspect.signature(scheduler.set_timesteps).parameters:
         return {}
@@ -149,7 +149,7 @@ def _shift_arguments(scheduler: Any, model: SampleModel, shape: Sequence[int]) -
 
 
 def _noise_arguments(scheduler: Any, seed: int, index: int) -> dict[str, torch.Generator]:
-    """The generator of a scheduler that draws noise on its way: every stage draws the same."""
+    """The generator for a scheduler that draws noise in its steps; every stage draws the same noise."""
     if "generator" not in inspect.signature(scheduler.step).parameters:
         return {}
     return {"generator": seeds.generator(seed, "sample steps", index)}

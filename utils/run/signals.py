@@ -1,4 +1,5 @@
-"""Requests to stop: Ctrl-C, SIGTERM, the launcher's death. They are heard at once and obeyed where nothing is lost."""
+"""Requests to stop: Ctrl-C, SIGTERM, the death of the launcher. They are noted at once and obeyed when nothing is
+lost."""
 
 from __future__ import annotations
 
@@ -12,18 +13,19 @@ from types import FrameType
 logger = logging.getLogger(__name__)
 
 SECONDS_OF_REPEATS = 3.0
-"""DeepSpeed's launcher passes on a signal that the whole process group got already: the same wish, heard twice."""
+"""DeepSpeed's launcher passes on a signal that the whole process group has already received: one request, received
+twice."""
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 DEEPSPEED_LAUNCHER = b"deepspeed.launcher.launch"
 LAUNCHERS = (DEEPSPEED_LAUNCHER, b"torchrun", b"torch.distributed.run", b"torch.distributed.launch")
 
 
 class StopRequested(Exception):
-    """The work in hand ends here, since the run was asked to stop."""
+    """The current work ends, since the run was asked to stop."""
 
 
 class StopRequests:
-    """Listens for signals while it is entered. A later second signal ends the process at once."""
+    """Listens for signals within its context. A later second signal ends the process at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -48,12 +50,12 @@ class StopRequests:
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal, as shells have it."""
+        """128 + the signal, as in shells."""
         return 128 + (self.received or signal.SIGTERM)
 
     def pending(self) -> bool:
-        """Whether this process was asked to stop, or was left alone by the launcher that watches over it: a
-        terminated `deepspeed` leaves its processes behind, a killed `torchrun` too, and they would train on unseen."""
+        """Whether this process was asked to stop, or its launcher is gone: a terminated `deepspeed` and a
+        killed `torchrun` leave their processes behind, which would go on training unseen."""
         pending = self.received is not None or _launchers() != self._ancestors
         if pending and not self._warned:
             # Not in the handler: it may have interrupted the logging of something else.
@@ -72,8 +74,8 @@ class StopRequests:
 
 
 def _launchers() -> list[int | None]:
-    """The processes that must live on while this one does: the launcher that started it, and the `deepspeed` command
-    that started its launcher. A shell is none of them: it may be left."""
+    """The processes that must live as long as this one: the launcher that started it, and the `deepspeed` command that
+    started the launcher. A shell is not among them, since it may be closed."""
     launcher = os.getppid()
     command = _command_of(launcher)
     if DEEPSPEED_LAUNCHER in command:
@@ -82,7 +84,7 @@ def _launchers() -> list[int | None]:
 
 
 def _parent_of(process: int) -> int | None:
-    """The parent's process id, None where the system does not tell (no /proc)."""
+    """The parent's process id; None if the system does not say (no /proc)."""
     try:
         return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, ValueError, IndexError):

@@ -1,4 +1,4 @@
-"""Safetensors files as other files are: on disk when the call returns, and readable by whom the umask says."""
+"""Writes safetensors files that are on disk when the call returns and that have the permissions of the umask."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a file. `save_file` alone lets nobody but the owner read it."""
+    """Writes a file. After `save_file` alone, only the owner could read it."""
     path.touch()
     mode = path.stat().st_mode
     save_file(dict(tensors), path, metadata and dict(metadata))

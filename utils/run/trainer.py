@@ -1,4 +1,4 @@
-"""A run in motion: what the loop turns, and one step of it."""
+"""The trainer: one step of training, and what is due after it."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Trainer:
-    """Everything that the loop turns.
+    """What the loop in `train.py` works with.
 
     Attributes:
-        progress: moves with every step.
-        duties: what is done between two steps, in this order.
-        resumed_from: the checkpoint that the run went on from.
+        progress: advances with every step.
+        duties: the work between two steps, in this order.
+        resumed_from: the checkpoint from which the run went on.
     """
 
     parts: RunParts
@@ -51,7 +51,7 @@ class Trainer:
         self.last_step = self.progress.step + self._steps_left()
 
     def _steps_left(self) -> int:
-        """Steps to the end of the last epoch, or to `max_steps` if that comes first."""
+        """The number of steps to the end of the last epoch, or to `max_steps` if that comes first."""
         epochs, limit = self.parts.settings.epochs, self.parts.settings.max_steps
         to_limit = inf if limit is None else limit - self.progress.step
         if epochs is None and limit is not None:
@@ -65,17 +65,17 @@ class Trainer:
         return self.batches.epochs
 
     def prefetched(self) -> Iterator[Any]:
-        """This data rank's micro-batches, step after step; None for a stage in the middle, which reads no data."""
+        """This data rank's micro-batches, step by step; None on a stage in the middle, which reads no data."""
         if self.parts.ranks.is_first_stage or self.parts.ranks.is_last_stage:
             return self.batches.iterate(self.progress.epoch, self.progress.step_in_epoch)
         return itertools.repeat(None)
 
     def step(self, batches: Iterator[Any]) -> tuple[Progress, dict[str, float]]:
-        """One optimizer step on the next micro-batches; where the run stands after it, and its numbers. The time of a
-        step is what passes between two of them, waiting for data included.
+        """One optimizer step on the next micro-batches. Returns the progress after it and its metrics. The time of a
+        step includes waiting for data.
 
         Raises:
-            UserError: the loss is no number any more.
+            UserError: the loss is not a finite number any more.
         """
         started = time.monotonic()
         step, groups = self.progress.step, self.parts.optimizer.param_groups
@@ -113,17 +113,17 @@ class Trainer:
         return done.step_in_epoch == self.epochs.steps_in(done.epoch)
 
     def begin(self) -> bool:
-        """Does what is due before the first step of a run. Returns whether all ranks are to stop here."""
+        """Does what is due before the first step of a run. Returns whether all ranks must stop here."""
         due = [duty for duty in self.duties if duty.before_first_step] if self.progress.step == 0 else []
         return self._perform(due, self.progress, False) or any_rank([self.parts.stop.pending()])[0]
 
     def advance(self, done: Progress) -> bool:
-        """Does what is due after the step that led to `done`. Returns whether all ranks are to stop here."""
+        """Does what is due after the step that led to `done`. Returns whether all ranks must stop here."""
         before, ended, last = self.progress, self.ends_epoch(done), done.step == self.last_step
         due = [duty for duty in self.duties if duty.cadence.due(before, done, ended) or (last and duty.at_end)]
         interrupted = self._perform(due, done, ended)
         self.progress = done.next_epoch() if ended else done
-        # A signal reaches one process, and clocks differ: the ranks agree, since saving takes all of them.
+        # A signal reaches one process, and clocks differ: the ranks have to agree, since all of them save together.
         asked, overdue = any_rank([self.parts.stop.pending(), self.parts.ranks.is_main and self.checkpoints.overdue()])
         stopping = interrupted or asked
         at_end = last and self.checkpoints.ever
@@ -132,7 +132,7 @@ class Trainer:
         return stopping and not last
 
     def _perform(self, due: Sequence[Duty], progress: Progress, epoch_ended: bool) -> bool:
-        """Does the duties. Returns whether a stop interrupted one: those after it that can wait are left out."""
+        """Performs the duties. Returns whether a stop interrupted one; interruptible duties after it are skipped."""
         interrupted = False
         for duty in due:
             if interrupted and duty.interruptible:
@@ -144,7 +144,7 @@ class Trainer:
         return interrupted
 
     def close(self, batches: Iterator[Any]) -> None:
-        """Ends the thread that reads ahead, and closes the metrics."""
+        """Stops the thread that reads ahead, and closes the metrics."""
         if isinstance(batches, Generator):
             batches.close()
         self.parts.metrics.close()
