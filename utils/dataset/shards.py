@@ -1,12 +1,13 @@
-"""Shards: files that items are appended to, each by one writer, and never changed behind what the index speaks of.
+"""Shards: files to which items are appended. One writer appends to each, and bytes that the index refers to never
+change.
 
 A writer holds an advisory lock (flock) on the shard that it fills until the rows of its last items are committed; the
-kernel takes the lock back when the process ends, however it ends. A shard without lock will never grow again. A shard's
-name is never used twice, so that what a reader remembers of a shard stays true when the shard is gone.
+kernel releases the lock when the process ends for any reason. A shard without a lock never grows again. A shard's name
+is never used twice, so what a reader knows about a shard stays true when the shard is gone.
 
-Locks hold between machines on NFS, Lustre (mounted with `flock`), CephFS and GPFS. Where they hold for one machine only
-(sshfs and other FUSE file systems), two machines must not write to a store at once; where there are none, writing works
-and nothing is ever reclaimed.
+Locks work between machines on NFS, Lustre (mounted with `flock`), CephFS and GPFS. On file systems where they work on
+one machine only (sshfs and others with FUSE), two machines must not write to a store at once; on those without locks,
+writing works and nothing is ever reclaimed.
 """
 
 from __future__ import annotations
@@ -38,14 +39,15 @@ UNREADABLE = (errno.ENOENT, errno.ESTALE, errno.EIO)
 
 
 class WriteFailed(UserError):
-    """The store could not be written, for want of room or otherwise; what it held before is as it was."""
+    """The store could not be written, because the disk is full or for another reason; its earlier content is
+    unchanged."""
 
 
 class ShardWriter:
-    """Appends items to shards of its own; they count from `commit`.
+    """Appends items to shards of its own; they become part of the store with `commit`.
 
-    Items are gathered and written some megabytes at a time: the page cache then holds the shard in large pieces, out of
-    which reading is faster by half, and small items do not cost a call each.
+    Items are gathered and written some megabytes at a time: the page cache then holds the shard in large pieces, from
+    which reading is faster by half, and small items do not need a call each.
     """
 
     def __init__(self, folder: Path, writer_id: str, shard_bytes: int) -> None:
@@ -54,22 +56,21 @@ class ShardWriter:
         self._begun = 0
         self._shard: BinaryIO | None = None
         self._gathered = memoryview(bytearray(GATHERED_BYTES))
-        # Ends of the last item, of the last one that was written to the file, and of the last committed one.
+        # The ends of the last item, of the last written item, and of the last committed item.
         self._end = self._written = self._committed = 0
         self._writing_back = ThreadPoolExecutor(1)
         self._written_back: Future[None] | None = None
 
     @property
     def uncommitted(self) -> int:
-        """Bytes of the items that were appended since the last commit."""
+        """The number of bytes that were appended since the last commit."""
         return self._end - self._committed
 
     def append(self, item: Sequence[bytes | np.ndarray]) -> Extent:
-        """Takes an item, given in pieces.
+        """Appends an item, given in pieces.
 
         Raises:
-            WriteFailed: there is no room. The item is lost, those before it can still be committed if there is room
-                for them.
+            WriteFailed: there is no room. The item is lost; those before it can still be committed if they fit.
         """
         length = checksum = 0
         for piece in item:
@@ -96,10 +97,10 @@ class ShardWriter:
         return extent
 
     def commit(self, record: Callable[[], None]) -> None:
-        """Waits until the disk has what was appended, then calls `record`, which brings it into the index.
+        """Waits until the appended items are on disk, then calls `record`, which adds them to the index.
 
         Raises:
-            WriteFailed: the disk is full or failed. What was appended since the last commit is cut off and lost.
+            WriteFailed: the disk is full or failed. Everything since the last commit is cut off and lost.
         """
         try:
             if self._shard is not None:
@@ -115,8 +116,8 @@ class ShardWriter:
             self.end()
 
     def abandon(self) -> None:
-        """Cuts off what was appended since the last commit, and ends the shard: a disk that once failed to take bytes
-        may claim later that it has them."""
+        """Cuts off everything since the last commit and ends the shard: after a failed write, a disk may later claim
+        that it has the bytes."""
         if self._shard is not None:
             self._cut(self._committed)
             if self._committed == 0:
@@ -125,21 +126,22 @@ class ShardWriter:
             self.end()
 
     def end(self) -> None:
-        """Ends the shard: the next item begins another."""
+        """Ends the shard; the next item begins a new one."""
         if self._written_back is not None:
-            # It must have ended before its descriptor may mean another file. It is advice: its failure is none.
+            # It must have ended before its descriptor can mean another file. It is only advice, so its failure does not
+            # matter.
             self._written_back.exception()
         if self._shard is not None:
             self._shard.close()
         self._shard, self._end, self._written, self._committed = None, 0, 0, 0
 
     def _begin(self) -> None:
-        """Begins a shard that no other process has."""
+        """Begins a shard that belongs to this process only."""
         while self._shard is None:
             path = self._folder / f"{self._name}-{self._begun}{SUFFIX}"
             self._begun += 1
             shard = path.open("xb", buffering=0)
-            # Between its birth and its lock the shard was nobody's, and someone may have reclaimed it.
+            # Before it was locked, the new shard belonged to nobody, and another process may have reclaimed it.
             if lock(shard, without=True) and path.exists():
                 self._shard = shard
             else:
@@ -158,7 +160,7 @@ class ShardWriter:
             self._write([self._gathered[:length]], length)
 
     def _write(self, pieces: Sequence[bytes | np.ndarray | memoryview], length: int) -> None:
-        """Writes all of the pieces, which a call to the system need not do."""
+        """Writes all of the pieces; a single system call may write fewer."""
         descriptor, start = self._shard.fileno(), self._written
         if len(pieces) > PIECES_PER_CALL:
             pieces = [b"".join(pieces)]
@@ -168,14 +170,13 @@ class ShardWriter:
             while done < length:
                 done += os.pwrite(descriptor, rest[done:], start + done)
         self._written += length
-        # The disk begins with it, and works while items are made and not after them: of pages that are not on disk
-        # yet, this advice starts the writing and keeps them (Linux, mm/fadvise.c). It takes the kernel a while to hand
-        # them over: hence the thread.
+        # The disk starts writing while further items are made: for dirty pages, this advice starts the writing and
+        # keeps them in memory (Linux, mm/fadvise.c). The call takes a while, hence the thread.
         advice = descriptor, start, length, os.POSIX_FADV_DONTNEED
         self._written_back = self._writing_back.submit(os.posix_fadvise, *advice)
 
     def _cut(self, end: int) -> None:
-        # A tail that cannot be cut off is unreferenced bytes.
+        # A tail that cannot be cut off is just unreferenced bytes.
         with suppress(OSError):
             os.ftruncate(self._shard.fileno(), end)
 
@@ -187,10 +188,10 @@ class ShardWriter:
 
 
 class ShardReader:
-    """Reads bytes out of shards; may be used by several threads.
+    """Reads bytes from shards; several threads may use it.
 
-    Read and not mapped: of a shard cut short, reading returns less where a mapping would end the process. The copy out
-    of the page cache costs the same.
+    Shards are read and not mapped: reading a truncated shard returns fewer bytes, whereas a mapping would end the
+    process. The copy from the page cache costs the same.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -201,7 +202,7 @@ class ShardReader:
         """The bytes, as an array of its own; None if they are not there."""
         item = np.empty(length, np.uint8)
         try:
-            # Held in a variable: another thread may drop it from the table, which must not close it before it is read.
+            # Held in a variable: another thread may drop it from the table, which must not close it before the read.
             descriptor = self._open.get(shard) or self._opened(shard)
             done = os.preadv(descriptor.number, [item], offset)
             while 0 < done < length:
@@ -229,7 +230,7 @@ class ShardReader:
 
 
 class _Descriptor:
-    """A file that is closed when nobody holds it any more."""
+    """A file that closes itself when nothing refers to it any more."""
 
     def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY)
@@ -240,8 +241,8 @@ class _Descriptor:
 
 
 def lock(file: BinaryIO, *, without: bool, shared: bool = False) -> bool:
-    """Takes the file's lock unless someone has it; whether it was taken, and `without` where there are no locks. A
-    shared one can be had by many, and then nobody has it alone."""
+    """Takes the file's lock unless another process has it. Returns whether it was taken, or `without` on file systems
+    without locks. Many processes can hold a shared lock; then none can hold an exclusive one."""
     try:
         fcntl.flock(file.fileno(), (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -254,7 +255,7 @@ def lock(file: BinaryIO, *, without: bool, shared: bool = False) -> bool:
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every shard of the folder."""
+    """The size in bytes of every shard in the folder."""
     found = {}
     for entry in os.scandir(folder):
         if entry.name.endswith(SUFFIX):
@@ -264,7 +265,7 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Brings the folder's list of files to disk: a file that was synchronised can still lose its name."""
+    """Synchronises the folder's list of files: a file that was synchronised can still lose its name."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""The index of a store: an SQLite table of what lies where.
+"""The index of a store: an SQLite table of the items' locations.
 
-It keeps a write-ahead log, so that readers and writers do not wait for each other; on a folder that several machines
-may mount it keeps SQLite's rollback journal, since the log needs memory shared by all of them.
+It uses a write-ahead log, so that readers and writers do not wait for each other. On a folder that several machines may
+mount it uses SQLite's rollback journal, since the log needs memory that all of them share.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _COLUMNS = "shard, offset, length, crc32"
 
 
 class Extent(NamedTuple):
-    """Where an item's bytes are, and their checksum: the columns of the index after the key."""
+    """The location of an item's bytes, and their checksum: the columns of the index after the key."""
 
     shard: str
     offset: int
@@ -49,7 +49,7 @@ class Extent(NamedTuple):
 
 
 class StoreIndex:
-    """Which item lies where. May be used by several threads."""
+    """Maps keys to the locations of items. Several threads may use it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -75,37 +75,37 @@ class StoreIndex:
         return Extent(*rows[0]) if rows else None
 
     def extents(self, keys: Sequence[str]) -> dict[str, Extent]:
-        """Of those of the keys that are there."""
+        """The extents of those keys that exist."""
         return {key: Extent(*extent) for key, *extent in self._by_parts(f"SELECT key, {_COLUMNS}", "key", keys)}
 
     def present(self, keys: Sequence[str]) -> set[str]:
-        """Those of the keys that are there."""
+        """Those keys that exist."""
         return {key for (key,) in self._by_parts("SELECT key", "key", keys)}
 
     def in_shards(self, shards: Sequence[str]) -> dict[str, dict[str, Extent]]:
-        """By shard, what lies in it."""
+        """The items in each shard."""
         found: dict[str, dict[str, Extent]] = defaultdict(dict)
         for key, *extent in self._by_parts(f"SELECT key, {_COLUMNS}", "shard", shards):
             found[extent[0]][key] = Extent(*extent)
         return found
 
     def live_bytes(self) -> dict[str, int]:
-        """By shard, the bytes of its items."""
+        """The number of bytes of the items in each shard."""
         return dict(self._query("SELECT shard, sum(length) FROM items GROUP BY shard"))
 
     def ends(self) -> dict[str, int]:
-        """By shard, how long it must at least be."""
+        """The length that each shard must have at least."""
         return dict(self._query("SELECT shard, max(offset + length) FROM items GROUP BY shard"))
 
     def add(self, extents: Mapping[str, Extent]) -> None:
-        """In place of what had those keys, all at once."""
+        """Adds items in one transaction, and replaces those with the same keys."""
         with self._transaction() as database:
             rows = [(key, *extent) for key, extent in extents.items()]
             database.executemany("INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?, ?)", rows)
 
     def move(self, old: Mapping[str, Extent], new: Mapping[str, Extent]) -> None:
-        """Items to their new places, all at once; those without one are removed. An item that was replaced or removed
-        in the meantime is left alone."""
+        """Moves items to their new extents in one transaction, and removes those without one. An item that was replaced
+        or removed in the meantime is left alone."""
         moves = [(*new[key], key, *extent) for key, extent in old.items() if key in new]
         gone = [(key, *extent) for key, extent in old.items() if key not in new]
         same = "key = ? AND shard = ? AND offset = ? AND length = ? AND crc32 = ?"
@@ -121,8 +121,8 @@ class StoreIndex:
         self._database.close()
 
     def _choose_journal(self) -> None:
-        """Sets the journal's kind. SQLite does not wait for its turn to do so, as it does elsewhere: of two processes
-        that begin a store at once, one is refused."""
+        """Sets the kind of journal. Unlike elsewhere, SQLite does not wait for a lock here: if two processes create a
+        store at once, it refuses one of them."""
         statement = f"PRAGMA journal_mode = {'DELETE' if on_network(self._folder) else 'WAL'}"
         deadline = time.monotonic() + BUSY_SECONDS
         while True:
@@ -142,22 +142,22 @@ class StoreIndex:
         return explaining_errors(self._folder / INDEX_NAME, "remove this folder; what it held is encoded again")
 
     def _by_parts(self, select: str, column: str, values: Sequence[str]) -> Iterator[tuple]:
-        """Rows whose column has one of the values, asked for in pieces that fit into one statement."""
+        """Rows whose column has one of the values, in queries that each fit into one statement."""
         for start in range(0, len(values), KEYS_PER_QUERY):
             part = values[start : start + KEYS_PER_QUERY]
             yield from self._query(f"{select} FROM items WHERE {column} IN ({', '.join('?' * len(part))})", part)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        # Immediate: a transaction that begins by reading cannot wait for its turn to write.
+        # Immediate, since a transaction that begins with reading cannot wait for its turn to write.
         with self._lock, self._database as database:
             database.execute("BEGIN IMMEDIATE")
             yield database
 
 
 def on_network(folder: Path, mounts: Iterable[str] | None = None) -> bool:
-    """Whether the folder lies on a file system that other machines may use at the same time, as far as the system
-    tells (the lines of /proc/mounts); elsewhere it is taken for local."""
+    """Whether other machines may use the folder's file system at the same time, according to /proc/mounts; without that
+    file the folder counts as local."""
     try:
         lines = Path("/proc/mounts").read_text().splitlines() if mounts is None else mounts
     except OSError:

@@ -77,7 +77,7 @@ FOLDERS = {
 GUESS = "; is it another model's?"
 
 # The first one that fits counts.
-MARKS: tuple[FileSignature, ...] = (
+SIGNATURES: tuple[FileSignature, ...] = (
     *(
         FileSignature("an adapter", ADAPTER, (part,))
         for part in (".lora_down", ".lora_A", ".lora.down", ".lokr_w", ".hada_w")
@@ -141,14 +141,14 @@ MARKS: tuple[FileSignature, ...] = (
 
 def recognised(shapes: Shapes) -> FileSignature | None:
     """What a file with these tensors holds; None if it is of no kind that is known."""
-    return next((mark for mark in MARKS if mark.is_on(shapes)), None)
+    return next((signature for signature in SIGNATURES if signature.is_on(shapes)), None)
 
 
 def explained(error: UserError, shapes: Shapes, model_type: str) -> UserError:
     """An error about a file with these tensors, with what it holds instead, if that is known to be none of this
     type's."""
-    mark = recognised(shapes)
-    if mark is None or mark.fits == _type(model_type):
+    signature = recognised(shapes)
+    if signature is None or signature.fits == _type(model_type):
         return error
-    said = f"; it looks like {mark.what}: {mark.fits}"
+    said = f"; it looks like {signature.what}: {signature.fits}"
     return UserError(replace(p, message=p.message.removesuffix(GUESS) + said) for p in error.problems)

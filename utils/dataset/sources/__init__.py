@@ -1,7 +1,7 @@
-"""What a `[[directory]]` of a dataset holds: every picture or clip with its captions, control images and mask.
+"""Lists what a `[[directory]]` of a dataset holds: every picture or clip with its captions, control images and mask.
 
-One file for each kind of source: `folders`, `text_tables` and `arrow_tables` (which `tables` and `rows` make samples
-of), and `tars`.
+Each kind of source has a file: `folders`, `text_tables` and `arrow_tables` (`tables` and `rows` turn these into
+samples), and `tars`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from utils.settings.dataset_schema import DirectorySettings
 __all__ = ["NOT_BROKEN", "Container", "Entry", "Listing", "Locator", "Rejected", "read_source"]
 
 FOLDER_TABLES = ("captions.json", "metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet")
-"""The tables that a folder may have, of which the first is read."""
+"""The tables that a folder may have; the first one that exists is read."""
 
 _TABLES = frozenset({*TEXT_TABLES, *ARROW_SUFFIXES})
 _OF_TABLES = "is for tables"
@@ -40,7 +40,7 @@ _IDLE: dict[str, dict[str, str]] = {
     },
     "a .parquet or .arrow table": {"caption_extension": "is for captions in files of their own; set caption_column"},
 }
-"""The keys that each kind of source cannot heed, and what they are for."""
+"""The keys that have no effect on each kind of source, and what they are for."""
 
 
 def read_source(
@@ -49,14 +49,14 @@ def read_source(
     """Lists what there is to train on in a directory, without opening any picture.
 
     `path` may be a table or a tar. If it is a folder, what is read is the first of these that there is: one of
-    `FOLDER_TABLES`; its .tar files; its .parquet and .arrow files; its pictures and clips. What is there beside it is
-    not read, and told of. Keys that this kind of source cannot heed are left aside, and told of: another directory may
-    have a use for them. Nothing is raised for what is wrong with the data: it is in the listing.
+    `FOLDER_TABLES`; its .tar files; its .parquet and .arrow files; its pictures and clips. Other files there are
+    not read, but reported. Keys that have no effect on this kind of source are ignored and reported, since another
+    directory may use them. Problems with the data raise no exception; they are in the listing.
 
     Args:
         directory: with the file's values for the keys that it does not set itself.
-        raise_if_stopping: called now and then; what it raises ends the listing.
-        remember: the folder in which the indices of tars are kept, so that a tar is walked through only once.
+        raise_if_stopping: called now and then; an exception ends the listing.
+        remember: the folder that stores the indices of tars, so that a tar is read through only once.
     """
     path = Path(os.path.abspath(directory.path))
     try:
@@ -127,7 +127,7 @@ def _list_folder(
 
 
 def _is_tar(name: str) -> bool:
-    """Also a compressed one, which is refused where it is read."""
+    """A compressed one counts too; it is refused when it is read."""
     name = name.lower()
     return name.endswith((".tar", ".tgz")) or ".tar." in name
 
@@ -141,7 +141,7 @@ def _ending(name: str) -> str:
 
 
 def _listed(kind: str, rules: DirectorySettings, of: Callable[[DirectorySettings], Listing]) -> Listing:
-    """What a kind of source lists by those of the rules that it can heed."""
+    """Lists a source by the rules that apply to its kind."""
     defaults = {key: DirectorySettings.model_fields[key].get_default(call_default_factory=True) for key in _IDLE[kind]}
     if caption_ending(rules) == ".json":
         defaults.pop("caption_column", None)

@@ -1,7 +1,7 @@
 """Parquet and Arrow tables, with the bytes of pictures in their cells or with the names of files.
 
-An Arrow file is mapped into memory and a cell copied from where it lies. Parquet packs the cells of a row group
-together: it is unpacked as a whole, and the last few are kept, for neighbours are read one after the other.
+An Arrow file is mapped into memory, and cells are copied from there. Parquet packs the cells of a row group together,
+so a row group is unpacked as a whole, and the last few are kept because neighbouring rows are read in succession.
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ _BYTES_FIELD = "bytes"
 
 
 class Recent:
-    """The pieces of tables that were read last, as far as they fit into 256 MiB, and one in any case. May be shared by
-    threads."""
+    """The pieces of tables that were read last, up to 256 MiB but at least one. Threads may share it."""
 
     def __init__(self) -> None:
         self._pieces: OrderedDict[Any, pyarrow.Table] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: Any, load: Callable[[], pyarrow.Table]) -> pyarrow.Table:
-        # Loaded under the lock: several threads want the same piece at once.
+        # Loaded under the lock, since several threads want the same piece at once.
         with self._lock:
             if key in self._pieces:
                 self._pieces.move_to_end(key)
@@ -48,25 +47,25 @@ class Recent:
 
 
 class _Format(Protocol):
-    """How a kind of table is read, in pieces: row groups or record batches."""
+    """How a kind of table is read in pieces: row groups or record batches."""
 
     schema: pyarrow.Schema
 
     def pieces(self, columns: Sequence[str], first: int = 0) -> Iterator[pyarrow.Table]:
-        """The pieces from number `first` on, with these columns alone."""
+        """The pieces from number `first` on, with these columns only."""
 
 
 class ArrowTable:
     """A table whose cells are read one by one.
 
     Attributes:
-        held: the columns that have the bytes of files in their cells: binary, or a struct with a field `bytes`.
+        held: the columns whose cells contain the bytes of files: binary, or a struct with a field `bytes`.
     """
 
     def __init__(self, path: Path, recent: Recent) -> None:
         """
         Raises:
-            SourceProblem: it cannot be read, or pyarrow is not there.
+            SourceProblem: it cannot be read, or pyarrow is not installed.
         """
         self.path = path
         self._recent = recent
@@ -101,7 +100,7 @@ class ArrowTable:
 
     @staticmethod
     def part(number: int, column: str) -> str:
-        """The name of a cell in a row counted from 1, as `open` takes it once `rows` has been there."""
+        """The name of a cell, with rows counted from 1, as `open` takes it after `rows` has passed the row."""
         return f"row {number}, column {column}"
 
     def open(self, part: str) -> BinaryIO:
@@ -131,7 +130,7 @@ class _Parquet:
 
 
 class _Arrow:
-    """Both kinds of Arrow files: with an index of their batches, and the plain stream of them."""
+    """Both kinds of Arrow files: with an index of their batches, and as a plain stream."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow
@@ -150,7 +149,7 @@ class _Arrow:
         )
 
     def pieces(self, columns: Sequence[str], first: int = 0) -> Iterator[pyarrow.Table]:
-        # No field at all would mean all of them.
+        # An empty list of fields would mean all of them.
         reader = self._reader([self.schema.get_field_index(name) for name in columns] or [0])
         if self._has_index:
             batches = (reader.get_batch(index) for index in range(first, reader.num_record_batches))
@@ -182,7 +181,7 @@ def _cells(piece: pyarrow.Table, columns: Sequence[str]) -> list[dict[str, Any]]
 
 
 def _value(cell: pyarrow.Scalar) -> Any:
-    """A cell whose bytes may not be the UTF-8 that the table says they are."""
+    """A cell whose bytes may not be UTF-8, although the table says so."""
     try:
         return cell.as_py()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Which column of a table is what."""
+"""Finds out what the columns of a table contain."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from utils.dataset.sources.locators import SourceProblem
 from utils.dataset.sources.texts import CAPTION_NAMES, is_given
 from utils.settings.dataset_schema import DirectorySettings
 
-# Usual names, in small letters.
+# Usual names, in lower case.
 FILE_NAMES = (
     "file",
     "file_name",
@@ -35,7 +35,7 @@ DIGEST_NAMES = ("md5", "hash", "sha1", "sha256", "image_md5", "md5sum")
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of columns, None or none where the table has no such. `media` holds files or their bytes."""
+    """Names of columns; None or empty if the table has no such column. `media` holds files or their bytes."""
 
     media: str
     caption: str | None
@@ -48,14 +48,14 @@ class Columns:
 def find_columns(
     present: Sequence[str], rules: DirectorySettings, *, cells: Collection[str] = (), media: str | None = None
 ) -> Columns:
-    """What is in the columns of a table, by the settings and by their usual names.
+    """The contents of a table's columns, by the settings and by usual names.
 
     Args:
-        cells: the columns that hold the bytes of files, one of which is the media then.
-        media: the column of the media, where that is known.
+        cells: the columns that hold the bytes of files; one of them is then the media.
+        media: the column of the media, if it is known.
 
     Raises:
-        SourceProblem: a column is not there, or several could be meant.
+        SourceProblem: a column is missing, or several could be meant.
     """
     twice = sorted({name for name in present if present.count(name) > 1})
     if twice:
@@ -75,7 +75,7 @@ def find_columns(
 
 
 def _media(free: Sequence[str], rules: DirectorySettings, cells: Collection[str]) -> str:
-    """The column of the media; with bytes in cells, a column of files beside them only says where they came from."""
+    """The column of the media. If cells hold bytes, a column of files only says where these came from."""
     held = [name for name in free if name in cells]
     if rules.image_column is not None:
         if _there("image_column", rules.image_column, free) not in held:

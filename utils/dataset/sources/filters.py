@@ -1,4 +1,4 @@
-"""`filter`: an expression over the columns of a table, written as in Python, but evaluated without running Python."""
+"""`filter`: an expression over the columns of a table, in the syntax of Python, evaluated without running Python."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ _USUAL = "comparisons, and, or, not, in, + - * /, numbers, texts in quotes, len(
 class Filter:
     """Which rows of a table to use.
 
-    Values are compared as Python does, with two exceptions. Against a number, a text is read as a number, since a CSV
-    has nothing but texts. Where a cell is empty in the table no comparison with it holds, except `!=`, and nothing is
-    calculated from it.
+    Values are compared as in Python, with two exceptions. Compared with a number, a text is read as a number, since a
+    CSV contains only texts. No comparison with an empty cell holds except `!=`, and empty cells cannot be used in
+    arithmetic.
     """
 
     def __init__(self, text: str, columns: Collection[str]) -> None:
         """
         Raises:
-            SourceProblem: it is no such expression, or names a column that there is not.
+            SourceProblem: it is not such an expression, or names a column that does not exist.
         """
         self.text = text
         self.columns: set[str] = set()
@@ -69,10 +69,10 @@ class Filter:
             raise self._refusal("it cannot be understood; make it simpler") from None
 
     def holds(self, row: Mapping[str, Any]) -> bool:
-        """Whether the row is to be used.
+        """Whether the row is used.
 
         Raises:
-            Fault: it cannot be said, as of a text where a number is needed.
+            Fault: the expression cannot be evaluated, for example because a text is not a number.
         """
         try:
             return bool(self._evaluate(row))
@@ -172,7 +172,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _number(value: Any) -> Any:
-    """A text as the number that it says."""
+    """A text as the number that it spells."""
     if not isinstance(value, str):
         return value
     try:
@@ -182,7 +182,7 @@ def _number(value: Any) -> Any:
 
 
 def _alike(left: Any, right: Any) -> tuple[Any, Any]:
-    """Both as numbers if one is."""
+    """Both as numbers if one of them is a number."""
     if _is_number(left) or _is_number(right):
         # An empty cell of a CSV is a text too.
         return tuple(None if value == "" else _number(value) for value in (left, right))
@@ -190,7 +190,7 @@ def _alike(left: Any, right: Any) -> tuple[Any, Any]:
 
 
 def _calculated(operation: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
-    # Only numbers: a text times a number could fill the memory.
+    # Numbers only: a text times a number could fill the memory.
     numbers = [None if value is None or value == "" else _number(value) for value in (left, right)]
     if None in numbers:
         return None

@@ -14,7 +14,7 @@ from utils.media.decode import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from utils.settings.dataset_schema import DirectorySettings
 
 MEDIA_SUFFIXES = IMAGE_SUFFIXES | CLIP_SUFFIXES
-# What lies beside pictures without being meant for training. All other endings are told of.
+# Files beside pictures that are not meant for training. All other endings are reported.
 _COMPANIONS = frozenset(
     ".bak .caption .csv .db .html .ini .json .jsonl .log .md .npy .npz .parquet .pdf .pt .py .safetensors .sh .sqlite"
     " .toml .tsv .txt .xml .yaml .yml".split()
@@ -26,9 +26,9 @@ _READ_BYTES = 2**16
 
 @dataclass(frozen=True)
 class Tree:
-    """The files under `root`, by their names from there on, sorted, without hidden ones; and what is wrong with others.
+    """The files under `root` by relative names, sorted, without hidden ones; and the problems of others.
 
-    `subfolders` are those right in it, searched or not.
+    `subfolders` are those directly in it, searched or not.
     """
 
     root: Path
@@ -37,13 +37,13 @@ class Tree:
     subfolders: list[str] = field(default_factory=list)
 
     def by_stem(self) -> dict[str, str]:
-        """Pictures and clips by their names without suffix; of several, the first."""
+        """Pictures and clips by their names without suffix; the first one if several have the same name."""
         split = (os.path.splitext(name) for name in reversed(self.names))
         return {stem: stem + suffix for stem, suffix in split if suffix.lower() in MEDIA_SUFFIXES}
 
 
 def list_files(root: Path, recursive: bool, raise_if_stopping: Callable[[], None]) -> Tree:
-    """The files in `root`, and in the folders within where `recursive`. Links are followed, but in no circle.
+    """The files in `root`, and with `recursive` in the folders below. Links are followed, but not in circles.
 
     Raises:
         SourceProblem: the folder cannot be read.
@@ -87,7 +87,7 @@ def _list_one(root: Path, prefix: str) -> _Found:
             if entry.name[0] == ".":
                 continue
             if not is_utf8(entry.name):
-                # It can neither be remembered nor printed.
+                # It can neither be stored nor printed.
                 reason = "the name is not UTF-8, as names from old archives are; rename it"
                 found.rejected.append(Fault("name not UTF-8", reason).at(f"{root}/{name}"))
             elif entry.is_file():
@@ -101,7 +101,7 @@ def _list_one(root: Path, prefix: str) -> _Found:
 
 
 class Beside:
-    """Control images and masks, that lie under the same names as pictures in folders of their own."""
+    """Control images and masks, which lie in folders of their own under the names of the pictures."""
 
     def __init__(self, rules: DirectorySettings, raise_if_stopping: Callable[[], None]) -> None:
         """
@@ -118,18 +118,18 @@ class Beside:
         return bool(self._controls) or self._masks is not None
 
     def controls(self, stem: str) -> tuple[Locator, ...]:
-        """One of each control folder for the picture of this name without suffix.
+        """One control image from each control folder for the picture of this name without suffix.
 
         Raises:
-            Fault: one of them has none.
+            Fault: a folder has none.
         """
         return tuple(self._find(folder, stem, "control missing", "control image") for folder in self._controls)
 
     def mask(self, stem: str) -> Locator | None:
-        """The mask of the picture of this name without suffix; None if there is none and none is needed.
+        """The mask of the picture of this name without suffix; None if no mask is needed.
 
         Raises:
-            Fault: there is none.
+            Fault: the mask is missing.
         """
         if self._masks is None:
             return None
@@ -159,7 +159,7 @@ def _named(
 
 
 def list_pictures(tree: Tree, rules: DirectorySettings, raise_if_stopping: Callable[[], None]) -> Listing:
-    """Every picture and clip of a folder, with the caption that lies beside it or follows from its name."""
+    """Every picture and clip of a folder, with the caption from the file beside it or from its name."""
     beside = Beside(rules, raise_if_stopping)
     listing = Listing(rejected=list(tree.rejected))
     ending = caption_ending(rules)
@@ -197,7 +197,7 @@ def list_pictures(tree: Tree, rules: DirectorySettings, raise_if_stopping: Calla
 
 
 def _not_searched(tree: Tree, rules: DirectorySettings) -> Iterator[Rejected]:
-    """The folders within that have pictures or clips and are not searched, but for those of masks and controls."""
+    """The folders below that have pictures or clips and are not searched, except for those of masks and controls."""
     named = {os.path.abspath(path) for path in (*rules.control_paths, rules.mask_path) if path}
     for folder in () if rules.recursive else tree.subfolders:
         if f"{tree.root}/{folder}" not in named and _has_media(f"{tree.root}/{folder}"):
@@ -239,12 +239,12 @@ def _entry(root: Path, stem: str, name: str, captions: tuple[str, ...], beside: 
 def _read_all(
     root: Path, names: Sequence[str | None], key: str | None, raise_if_stopping: Callable[[], None]
 ) -> list[tuple[str, ...] | Fault | None]:
-    """The captions in the files, None where there is no name."""
+    """The captions in the files; None where there is no file name."""
 
     def read(chunk: Sequence[str | None]) -> list[tuple[str, ...] | Fault | None]:
         return [None if name is None else _read(f"{root}/{name}", name, key) for name in chunk]
 
-    # In chunks: handing a single file to a thread takes longer than reading it.
+    # In chunks: passing a single file to a thread takes longer than reading it.
     chunks = [names[start : start + _CHUNK] for start in range(0, len(names), _CHUNK)]
     texts = []
     with ThreadPoolExecutor(_READERS) as pool:
@@ -258,7 +258,7 @@ def _read_all(
 
 
 def _read(path: str, name: str, key: str | None) -> tuple[str, ...] | Fault:
-    # Half the time of `open`, and there may be a million.
+    # Takes half the time of `open`, and there may be a million files.
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:

@@ -1,4 +1,4 @@
-"""Where the bytes of pictures and clips are, and what a source says of them."""
+"""Locations of the bytes of pictures and clips, and what a source lists about them."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ Kind = Literal[
     "unreadable",
 ]
 NOT_BROKEN: frozenset[Kind] = frozenset({"no picture", "not listed", "not read", "twice", "unknown kind of file"})
-"""What is told of files that are not used though nothing that was asked for is missing or broken."""
+"""Kinds of rejections that are reported although nothing that was requested is missing or broken."""
 
 
 class Container(Protocol):
-    """A file that holds others: a tar, or a table with pictures in its cells."""
+    """A file that contains others: a tar, or a table with pictures in its cells."""
 
     def open(self, part: str) -> BinaryIO:
-        """The bytes of `part`: another seekable stream at every call. Threads may call it at once."""
+        """The bytes of `part`, as a new seekable stream at every call. Several threads may call it at once."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class Locator:
-    """Where the bytes of a picture or clip are.
+    """The location of the bytes of a picture or clip.
 
     Attributes:
         path: the file that holds them.
@@ -52,23 +52,23 @@ class Locator:
         return f"{self.path}: {self.part}" if self.part else str(self.path)
 
     def open(self) -> BinaryIO:
-        """A seekable stream of the bytes, another one at every call."""
+        """A seekable stream of the bytes, a new one at every call."""
         return self.container.open(self.part) if self.container else self.path.open("rb")
 
     @property
     def source(self) -> Source:
-        """The same as the decoders of pictures take it."""
+        """The same in the form that the decoders of pictures take."""
         return Blob(str(self), self.open) if self.part else self.path
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What a source says of one sample.
+    """A sample as its source lists it.
 
     Attributes:
-        captions: as written, before any processing; at least one, of which "" is one too.
+        captions: as written, before any processing; at least one, which may be "".
         controls: one for each control path or data_file_key, in order.
-        repeats: of this sample alone, times those of its directory.
+        repeats: of this sample, multiplied with those of its directory.
     """
 
     media: Locator
@@ -95,13 +95,13 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Listing:
-    """All that a directory holds, in order of name.
+    """Everything that a directory holds, in order of name.
 
     Attributes:
-        entries: what can be used, as far as it can be told without opening pictures.
-        rejected: what cannot.
+        entries: what can be used, as far as can be said without opening pictures.
+        rejected: what cannot be used.
         problems: why the directory as a whole cannot be used.
-        idle: by key of the settings that asks for something which this kind of source cannot heed, why.
+        idle: the reasons why keys have no effect on this kind of source, by key.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -129,5 +129,5 @@ class SourceProblem(ValueError):
 
 
 def _printable(text: str) -> str:
-    """`text` without the surrogates that stand for bytes that are not UTF-8, which no log or file would take."""
+    """`text` without surrogates for bytes that are not UTF-8, which no log or file accepts."""
     return text if text.isascii() else text.encode(errors="backslashreplace").decode()
