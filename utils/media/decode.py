@@ -124,9 +124,9 @@ def _levels(
     """The frames of a clip in their size, not yet mirrored, as `levels_FHWC`, uint8."""
     assert start_seconds >= 0 and frames > 0 and fps > 0, (start_seconds, frames, fps)
     levels: list[np.ndarray] = []
-    with opened(source) as stream, closing(_shown(stream, start_seconds)) as frames:
+    with opened(source) as stream, closing(_shown(stream, start_seconds)) as shown:
         end = 0.0
-        for end, picture in frames:
+        for end, picture in shown:
             fitted = None
             # Several times or never, if the file has another rate.
             while len(levels) < frames and start_seconds + len(levels) / fps < end - ROUNDING_SECONDS:
