@@ -145,7 +145,7 @@ def fill(encoder: Encoder, samples: Sequence[Sample], job: CacheJob) -> CacheRep
 
 def reclaim_unwanted(filled: Collection[str], job: CacheJob) -> None:
     """Lets go of what no run wants any more: in the stores that were `filled`, and in those that this run had before
-    and has no more. For the main rank, once all have filled the cache.
+    and has no more; tells what the cache takes then. For the main rank, once all have filled the cache.
 
     Another run that reads the cache keeps it all: it may have been started from this run's settings file, as that was
     before, or from one that cannot be seen from here.
@@ -153,14 +153,17 @@ def reclaim_unwanted(filled: Collection[str], job: CacheJob) -> None:
     dropped = references.stores_of(job.cache_dir, job.owner) - set(filled)
     for name in dropped:
         references.remember(job.cache_dir, name, job.owner, [])
+    taken = 0
     with unread(job.cache_dir) as deleting:
         for name in [*filled, *sorted(dropped)]:
             with TensorStore(job.cache_dir / name, "compaction") as store:
                 if deleting:
                     references.delete_unwanted(job.cache_dir, store, all_of_it=job.regenerate)
                 freed = store.compact()
+                taken += store.stats().bytes
             if freed:
                 logger.info("cache %s: %s that nothing refers to are free again", name, _size(freed))
+    logger.info("cache: %s on disk in %s", _size(taken), job.cache_dir)
 
 
 def _size(count: int) -> str:
