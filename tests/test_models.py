@@ -24,8 +24,7 @@ from models.assembly.prompts import prompt_encoders
 from models.assembly.stage import StagedModel, load_stage
 from models.base import BasePipeline
 from tests.models.drawn_samples import draw_samples
-from tests.models.tiny_flux import settings as settings_of
-from tests.models.tiny_folder import encoded, tiny
+from tests.models.tiny_folder import encoded, settings_of, tiny
 from tests.processes import run_ranks
 from tests.runs import launch, metrics, only_run
 from utils.diffusion.seeds import normal

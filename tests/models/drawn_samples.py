@@ -10,7 +10,7 @@ import torch
 
 from models.assembly.prompts import encoders_of_prompts, prompt_versions, sample_model
 from models.base import BasePipeline
-from tests.models.tiny_flux import settings as settings_of
+from tests.models.tiny_folder import settings_of
 from utils.dataset.encoding import CacheJob, fill
 from utils.ranks import Ranks
 from utils.settings.schema import SamplingSettings

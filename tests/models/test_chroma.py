@@ -10,7 +10,8 @@ from diffusers.loaders import single_file_utils
 
 from models.assembly.stage import load_stage
 from models.chroma import CHROMA_LAYOUT
-from tests.models import tiny_chroma, tiny_flux
+from tests.models import tiny_chroma
+from tests.models.tiny_folder import settings_of
 from utils.diffusion.seeds import normal
 
 
@@ -23,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_padding_is_not_seen(folder: Path) -> None:
     """Text that is padded to the batch's longest gives what it gives padded to the full length."""
     chroma = tiny_chroma.pipeline(folder)
-    denoiser = load_stage(chroma, tiny_flux.settings(chroma), stage=0).denoiser
+    denoiser = load_stage(chroma, settings_of(chroma), stage=0).denoiser
     text = tiny_chroma.features((5, 11))
     missing = tiny_chroma.TEXT_TOKENS - text["t5"].shape[1]
     padded = {
@@ -40,7 +41,7 @@ def test_the_publishers_names_are_those_that_the_stock_converter_reads(
 ) -> None:
     """The stock converter knows one width only; ours is compared with it at the tiny one."""
     chroma = tiny_chroma.pipeline(folder)
-    denoiser = load_stage(chroma, tiny_flux.settings(chroma), stage=0).denoiser
+    denoiser = load_stage(chroma, settings_of(chroma), stage=0).denoiser
     tensors = {name: parameter.detach() for name, parameter in denoiser.named_parameters()}
     original = CHROMA_LAYOUT.to_original(tensors)
     width = denoiser.inner_dim

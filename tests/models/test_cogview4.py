@@ -18,7 +18,7 @@ from models.assembly.stage import StagedModel, load_stage
 from models.cogview4 import CogView4Pipeline
 from tests.models import tiny_cogview4
 from tests.models.tiny_cogview4 import SCHEDULER, TEXT_TOKENS, TEXT_WIDTH
-from tests.models.tiny_flux import settings as settings_of
+from tests.models.tiny_folder import settings_of
 from utils.dataset.samples import Bucket
 from utils.diffusion.seeds import normal
 from utils.errors import UserError

@@ -20,6 +20,7 @@ from models.assembly.stage import load_stage
 from models.flux import FluxPipeline, grid_positions, pack, unpack
 from tests.models import tiny_flux
 from tests.models.drawn_samples import draw_samples
+from tests.models.tiny_folder import settings_of
 from tests.processes import run_ranks
 from utils.diffusion.seeds import generator, normal
 from utils.settings.schema import SamplingSettings
@@ -41,7 +42,7 @@ def schnell_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loaded(flux: FluxPipeline) -> tuple[nn.Module, list[nn.Module]]:
     """The denoiser with its weights, and its layers."""
-    staged = load_stage(flux, tiny_flux.settings(flux), stage=0)
+    staged = load_stage(flux, settings_of(flux), stage=0)
     return staged.denoiser, staged.layers
 
 

@@ -21,7 +21,7 @@ from models.assembly.stage import StagedModel, load_stage
 from models.foundation.encoders.llama import Route, routes
 from tests.models import tiny_hidream
 from tests.models.drawn_samples import draw_samples
-from tests.models.tiny_flux import settings as settings_of
+from tests.models.tiny_folder import settings_of
 from tests.models.tiny_hidream import LLAMA_WIDTH, TEXT_TOKENS, USED_LAYERS
 from tests.models.tiny_sd3 import clip_config
 from tests.processes import run_ranks

@@ -24,7 +24,7 @@ from models.hunyuan_dit import ORIGINAL_LAYOUT, STYLE_KEY
 from tests.models import tiny_hunyuan_dit
 from tests.models.drawn_samples import draw_samples
 from tests.models.tiny_flux import MINI_FLUX
-from tests.models.tiny_flux import settings as settings_of
+from tests.models.tiny_folder import settings_of
 from tests.models.tiny_hunyuan_dit import SAMPLING, STOCK, VERSION_1_1
 from tests.processes import run_ranks
 from utils.dataset.batches import FeatureBatch

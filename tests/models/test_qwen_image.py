@@ -25,7 +25,7 @@ from models.base import BasePipeline
 from models.foundation.encoders.qwen_vl import size_of_area
 from models.qwen_image import TIMESTEP_ZERO
 from tests.models import tiny_qwen_image as tiny
-from tests.models.tiny_flux import settings as settings_of
+from tests.models.tiny_folder import settings_of
 from tests.processes import run_ranks
 from tests.runs import launch, metrics, only_run
 from utils.diffusion.seeds import normal

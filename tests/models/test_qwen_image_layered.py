@@ -22,7 +22,7 @@ from models.assembly.prompts import check_sampling
 from models.assembly.stage import load_stage
 from tests.models import tiny_qwen_image as plain
 from tests.models import tiny_qwen_image_layered as tiny
-from tests.models.tiny_flux import settings as settings_of
+from tests.models.tiny_folder import settings_of
 from tests.runs import launch, metrics, only_run
 from utils.dataset.encoders import inputs_of, item_key
 from utils.dataset.manifest import media_file

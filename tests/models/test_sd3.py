@@ -20,8 +20,7 @@ from models.assembly.prompts import prompt_encoders
 from models.assembly.stage import StagedModel, load_stage
 from models.sd3 import Sd3Inputs, Sd3Pipeline
 from tests.models import tiny_sd3
-from tests.models.tiny_flux import settings as settings_of
-from tests.models.tiny_folder import encoded
+from tests.models.tiny_folder import encoded, settings_of
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
 from utils.ranks import Ranks

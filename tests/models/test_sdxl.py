@@ -21,8 +21,7 @@ from models.families.stable_diffusion import StableDiffusionPipeline as OurPipel
 from optimizers.parameter_groups import groups_of
 from tests import test_models as generic
 from tests.models import tiny_sd15, tiny_sdxl, tiny_sdxl_texts
-from tests.models.tiny_flux import settings as settings_of
-from tests.models.tiny_folder import encoded
+from tests.models.tiny_folder import encoded, settings_of
 from tests.runs import launch, metrics, only_run
 from utils.diffusion.seeds import normal
 from utils.errors import UserError

@@ -16,9 +16,9 @@ from models.assembly.stage import load_stage
 from models.foundation.encoders.first_frame import given_frames
 from models.wan import WAN_LAYOUT
 from tests import test_models as generic
-from tests.models import tiny_flux, tiny_wan
+from tests.models import tiny_wan
 from tests.models.drawn_samples import draw_samples
-from tests.models.tiny_folder import tiny
+from tests.models.tiny_folder import settings_of, tiny
 from tests.processes import run_ranks
 from tests.runs import launch, metrics, only_run
 from utils.diffusion.seeds import normal
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_publishers_names_are_those_that_the_stock_converter_reads(folder: Path) -> None:
     wan = tiny_wan.pipeline(folder)
-    denoiser = load_stage(wan, tiny_flux.settings(wan), stage=0).denoiser
+    denoiser = load_stage(wan, settings_of(wan), stage=0).denoiser
     tensors = {name: parameter.detach() for name, parameter in denoiser.named_parameters()}
     original = WAN_LAYOUT.to_original(tensors)
     again = convert_wan_transformer_to_diffusers({f"model.diffusion_model.{n}": t for n, t in original.items()})

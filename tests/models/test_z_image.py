@@ -19,7 +19,7 @@ from models.assembly.stage import StagedModel, load_stage
 from models.z_image import COMFYUI_LAYOUT
 from tests.models import tiny_z_image
 from tests.models.drawn_samples import draw_samples
-from tests.models.tiny_flux import settings as settings_of
+from tests.models.tiny_folder import settings_of
 from tests.models.tiny_z_image import STOCK, TEXT_TOKENS
 from tests.processes import run_ranks
 from utils.diffusion.seeds import normal

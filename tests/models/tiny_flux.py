@@ -12,7 +12,7 @@ from diffusers import FluxPipeline as StockPipeline
 from models.flux import FluxOptions, FluxPipeline
 from tests.models.tiny_folder import drawn
 from utils.diffusion.seeds import normal
-from utils.settings.schema import AdapterSettings, SamplingSettings, Settings
+from utils.settings.schema import SamplingSettings
 
 STOCK = StockPipeline
 SAMPLING = {"width": 96, "height": 64, "guidance": 2.5}
@@ -58,18 +58,6 @@ def write_folder(folder: Path, *, scheduler: dict[str, Any] | None = None, **cha
 def pipeline(folder: Path, **options: Any) -> FluxPipeline:
     options = {"dtype": "float32", "max_sequence_length": TEXT_TOKENS, **options}
     return FluxPipeline(FluxOptions(type="flux", diffusers_path=folder, **options), seed=0)
-
-
-def settings(flux: FluxPipeline, adapter: AdapterSettings | None = None, **keys: Any) -> Settings:
-    """A run's settings that train this model."""
-    return Settings(
-        output_dir=Path("runs"),
-        dataset=Path("dataset.toml"),
-        model=flux.options,
-        adapter=adapter,
-        optimizer={"type": "adamw", "lr": 1e-3},
-        **keys,
-    )
 
 
 def features(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:

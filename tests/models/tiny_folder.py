@@ -30,17 +30,30 @@ import diffusers
 import torch
 from torch import nn
 
+from models.base import BasePipeline
 from utils.dataset.batches import pad_ragged
 from utils.dataset.encoders import Encoder, text_of
 from utils.dataset.samples import Bucket, version_of_prompt
 from utils.diffusion.seeds import normal
 from utils.settings.dataset_schema import DirectorySettings
-from utils.settings.schema import SamplingSettings
+from utils.settings.schema import AdapterSettings, SamplingSettings, Settings
 
 
 def tiny(model: str) -> ModuleType:
     """The module that writes a tiny folder of the model."""
     return importlib.import_module(f"tests.models.tiny_{model}")
+
+
+def settings_of(pipeline: BasePipeline, adapter: AdapterSettings | None = None, **keys: Any) -> Settings:
+    """Settings of a run that trains this model."""
+    return Settings(
+        output_dir=Path("runs"),
+        dataset=Path("dataset.toml"),
+        model=pipeline.options,
+        adapter=adapter,
+        optimizer={"type": "adamw", "lr": 1e-3},
+        **keys,
+    )
 
 
 def write_index(folder: Path, pipeline: type, parts: dict[str, type | None], **values: Any) -> None:

@@ -145,7 +145,8 @@ def fill(encoder: Encoder, samples: Sequence[Sample], job: CacheJob) -> CacheRep
 
 def reclaim_unwanted(filled: Collection[str], job: CacheJob) -> None:
     """Deletes items that no run wants any more, in the stores that were `filled` and in those that this run used
-    earlier and does not use now. To be called by the main rank, when all ranks have filled the cache.
+    earlier and does not use now. Logs what the cache takes on disk
+    then. To be called by the main rank, when all ranks have filled the cache.
 
     While another run reads the cache, everything is kept: that run may have been started from an earlier version of
     this run's settings file, or from a file on another machine.
@@ -153,14 +154,17 @@ def reclaim_unwanted(filled: Collection[str], job: CacheJob) -> None:
     dropped = references.stores_of(job.cache_dir, job.owner) - set(filled)
     for name in dropped:
         references.remember(job.cache_dir, name, job.owner, [])
+    taken = 0
     with unread(job.cache_dir) as deleting:
         for name in [*filled, *sorted(dropped)]:
             with TensorStore(job.cache_dir / name, "compaction") as store:
                 if deleting:
                     references.delete_unwanted(job.cache_dir, store, all_of_it=job.regenerate)
                 freed = store.compact()
+                taken += store.stats().bytes
             if freed:
                 logger.info("cache %s: freed %s that nothing refers to", name, _size(freed))
+    logger.info("cache: %s on disk in %s", _size(taken), job.cache_dir)
 
 
 def _size(count: int) -> str:

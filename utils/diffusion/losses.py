@@ -136,8 +136,3 @@ class Loss:
         error = prediction.float() - labels.target.float()
         delta = torch.ones_like(error) if labels.delta is None else labels.delta
         return (LOSSES[self.loss_type](error, delta) * labels.weight).flatten(1).mean(1)
-
-
-def mean_squared_error(prediction: torch.Tensor, labels: Labels) -> torch.Tensor:
-    """The weighted mean squared error of every sample (B,), in float32."""
-    return Loss("mse")(prediction, labels)

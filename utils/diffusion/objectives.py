@@ -165,7 +165,8 @@ class EDM:
     t = sigma / (1 + sigma), so that logit(t) = log sigma: the sampling method `logit_normal` is the paper's log-normal
     sigma, and a shift s multiplies sigma by s.
 
-    The target is the F for which D(x) = x_0. The paper's weight on |D - x_0|^2, (sigma^2 + sigma_data^2) /
+    c_skip = sigma_data^2 / (sigma^2 + sigma_data^2), c_out = sigma sigma_data / its root; the target is the F for which
+    D(x) = x_0. The paper's weight on |D - x_0|^2, (sigma^2 + sigma_data^2) /
     (sigma sigma_data)^2, is 1 / c_out^2, so it is there already in the plain loss of F.
 
     Attributes:
@@ -178,10 +179,6 @@ class EDM:
     def sigma(self, t_B: torch.Tensor) -> torch.Tensor:
         """sigma (B,) at noise levels t_B in (0, 1)."""
         return t_B / (1.0 - t_B)
-
-    def t_of_sigma(self, sigma_B: torch.Tensor) -> torch.Tensor:
-        """Noise levels (B,) in (0, 1) of sigma: the inverse of `sigma`."""
-        return sigma_B / (1.0 + sigma_B)
 
     def noised(self, clean: torch.Tensor, noise: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
         """c_in x, in the shape of `clean` (B, ...); c_in = 1 / sqrt(sigma^2 + sigma_data^2)."""
@@ -209,17 +206,6 @@ class EDM:
     def snr(self, t_B: torch.Tensor) -> torch.Tensor:
         """1 / sigma^2."""
         return self.sigma(t_B).square().reciprocal()
-
-    def denoised(self, prediction: torch.Tensor, x: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-        """D(x) (B, ...): c_skip = sigma_data^2 / (sigma^2 + sigma_data^2), c_out = sigma sigma_data / its root.
-
-        Args:
-            prediction: F.
-            x: x_0 + sigma n, not yet multiplied by c_in.
-        """
-        sigma = over_sample(self.sigma(t_B), x)
-        skip, out = (self.sigma_data / self._norm(sigma)) ** 2, sigma * self.sigma_data / self._norm(sigma)
-        return skip * x + out * prediction
 
     def _norm(self, sigma: torch.Tensor) -> torch.Tensor:
         return (sigma.square() + self.sigma_data**2).sqrt()

@@ -6,6 +6,7 @@ import pytest
 
 from models.assembly.data import check_epochs
 from tests.models import tiny_flux
+from tests.models.tiny_folder import settings_of
 from tests.utils.dataset.conftest import plain_sample
 from utils.errors import UserError
 from utils.ranks import Ranks
@@ -33,7 +34,7 @@ HALF = plain_sample("d", repeats=0.5)
     ],
 )
 def test_an_epoch_without_samples_is_told_before_it_comes(samples, lengths, empty):
-    settings = tiny_flux.settings(tiny_flux.pipeline(tiny_flux.MINI_FLUX), **lengths)
+    settings = settings_of(tiny_flux.pipeline(tiny_flux.MINI_FLUX), **lengths)
     if empty is None:
         check_epochs(settings, Ranks(), samples)
         return

@@ -13,6 +13,7 @@ from PIL import Image
 from models.assembly.data import Data
 from models.assembly.dump import dump, prepare_folder
 from tests.models import tiny_flux
+from tests.models.tiny_folder import settings_of
 from tests.utils.dataset.conftest import CLIP_FACTS, LengthEncoder, PixelEncoder, draw_pictures, filled
 from tests.utils.media.clips import write_video
 from utils.dataset.collection import Source, collect
@@ -78,7 +79,7 @@ def stop():
 
 def test_clips_are_shown_as_clips(folder):
     pipeline = tiny_flux.pipeline(tiny_flux.MINI_FLUX)
-    dumped = tiny_flux.settings(pipeline), pipeline, data_of(folder), Ranks(), folder / "shown"
+    dumped = settings_of(pipeline), pipeline, data_of(folder), Ranks(), folder / "shown"
     with pytest.raises(StopRequested):
         dump(*dumped, raise_if_stopping=stop)
     page = dump(*dumped, raise_if_stopping=lambda: None)

@@ -20,6 +20,7 @@ from models.assembly.prompts import sample_bucket
 from models.assembly.stage import load_stage
 from models.flux import BFL_LAYOUT, FluxPipeline
 from tests.models import tiny_chroma, tiny_flux
+from tests.models.tiny_folder import settings_of
 from tests.processes import run_ranks
 from utils.dataset.samples import Bucket
 from utils.diffusion.seeds import normal
@@ -52,7 +53,7 @@ def export_moved(
     """Job of a rank: exports a stage whose weights training has moved; the stage's layers."""
     ranks = ranks.with_stages(keys.get("pipeline_stages", 1))
     flux = tiny_flux.pipeline(folder)
-    settings = tiny_flux.settings(flux, adapter, **keys)
+    settings = settings_of(flux, adapter, **keys)
     staged = load_stage(flux, settings, ranks.stage)
     layers = staged.stage_layers(ranks.stage)
     parameters = staged.trained(layers)
@@ -85,7 +86,7 @@ def same_weights(one: list[nn.Module], other: list[nn.Module]) -> bool:
 
 def loaded(flux: FluxPipeline, adapter: AdapterSettings | None = None) -> list[nn.Module]:
     """The layers of a run that starts from these files."""
-    return load_stage(flux, tiny_flux.settings(flux, adapter), stage=0).layers
+    return load_stage(flux, settings_of(flux, adapter), stage=0).layers
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_adapter_is_gone_on_from(folder: Path, tmp_path: Path, file: str, keys: 
 def test_an_untrained_adapter_is_gone_on_from(folder: Path, tmp_path: Path) -> None:
     """The first export may come before a step has moved lora_B from zero."""
     flux = tiny_flux.pipeline(folder)
-    settings = tiny_flux.settings(flux, lora())
+    settings = settings_of(flux, lora())
     staged = load_stage(flux, settings, stage=0)
     parameters = staged.trained(staged.layers)
     export(tmp_path / "step0", Ranks(), parameters, export_plan(flux, settings, staged), step=0)
@@ -212,11 +213,11 @@ def test_samples_have_a_size_that_the_model_makes(folder: Path) -> None:
 def test_a_negative_prompt_that_leads_nowhere_is_refused(folder: Path, tmp_path: Path) -> None:
     flux, chroma = tiny_flux.pipeline(folder), tiny_chroma.pipeline(tiny_chroma.write_folder(tmp_path))
     guided = {"prompts": ["a star"], "negative_prompt": "blurred"}
-    check_outputs(chroma, tiny_flux.settings(chroma, save_format="diffusers", sampling=guided))
+    check_outputs(chroma, settings_of(chroma, save_format="diffusers", sampling=guided))
     with pytest.raises(UserError, match="negative_prompt: is not used: guidance is an input"):
-        check_outputs(flux, tiny_flux.settings(flux, sampling=guided))
+        check_outputs(flux, settings_of(flux, sampling=guided))
     with pytest.raises(UserError, match="negative_prompt: is not used: with `guidance = 1`"):
-        check_outputs(chroma, tiny_flux.settings(chroma, sampling={**guided, "guidance": 1.0}))
+        check_outputs(chroma, settings_of(chroma, sampling={**guided, "guidance": 1.0}))
 
 
 def test_a_picture_that_breaks_off_is_told_before_it_is_drawn_from(folder: Path, tmp_path: Path) -> None:
@@ -225,9 +226,9 @@ def test_a_picture_that_breaks_off_is_told_before_it_is_drawn_from(folder: Path,
     tensor_to_image(normal((3, 1, 64, 64), 0, "picture").clamp(-1, 1)).save(whole)
     (tmp_path / "half.png").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     flux, asked = tiny_flux.pipeline(folder), {"prompts": ["a star"], "width": 64, "height": 64}
-    check_outputs(flux, tiny_flux.settings(flux, sampling={**asked, "control_images": [whole]}))
+    check_outputs(flux, settings_of(flux, sampling={**asked, "control_images": [whole]}))
     with pytest.raises(UserError, match=r"control_images: .*half\.png.*truncated"):
-        check_outputs(flux, tiny_flux.settings(flux, sampling={**asked, "control_images": [tmp_path / "half.png"]}))
+        check_outputs(flux, settings_of(flux, sampling={**asked, "control_images": [tmp_path / "half.png"]}))
 
 
 @pytest.mark.parametrize(
@@ -244,14 +245,14 @@ def test_pictures_that_do_not_fit_the_prompts_are_refused(
     flux = tiny_flux.pipeline(folder)
     given = {"prompts": ["a star"] * prompts, "control_images": [[folder] * count for count in images]}
     with pytest.raises(UserError, match=f"control_images: .*{told}"):
-        check_outputs(flux, tiny_flux.settings(flux, sampling=given))
+        check_outputs(flux, settings_of(flux, sampling=given))
 
 
 def test_pictures_for_a_model_that_is_shown_none_are_refused(tmp_path: Path) -> None:
     chroma = tiny_chroma.pipeline(tiny_chroma.write_folder(tmp_path))
     given = {"prompts": ["a star"], "control_images": [tmp_path]}
     with pytest.raises(UserError, match="control_images: this model is shown no pictures"):
-        check_outputs(chroma, tiny_flux.settings(chroma, save_format="diffusers", sampling=given))
+        check_outputs(chroma, settings_of(chroma, save_format="diffusers", sampling=given))
 
 
 class WithoutOriginal(FluxPipeline):
@@ -264,10 +265,10 @@ class WithoutOriginal(FluxPipeline):
 def test_a_layout_that_the_model_has_not_is_refused(folder: Path, save_format: str) -> None:
     flux = tiny_flux.pipeline(folder)
     other = WithoutOriginal(flux.options)
-    check_outputs(flux, tiny_flux.settings(flux, save_format=save_format))
-    check_outputs(other, tiny_flux.settings(other))
+    check_outputs(flux, settings_of(flux, save_format=save_format))
+    check_outputs(other, settings_of(other))
     with pytest.raises(UserError, match=f'save_format`: "{save_format}" needs .* use "diffusers"'):
-        check_outputs(other, tiny_flux.settings(other, save_format=save_format))
+        check_outputs(other, settings_of(other, save_format=save_format))
 
 
 def test_exports_are_readable_by_whom_the_umask_says(folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from models.assembly.preflight import check_run, describe
 from models.assembly.stage import load_stage
 from optimizers.parameter_groups import groups_of
 from tests.models import tiny_flux
+from tests.models.tiny_folder import settings_of
 from utils.dataset.collection import Collection, Source
 from utils.dataset.samples import Bucket, MediaFile, Sample, Take
 from utils.dataset.sources import Locator
@@ -44,7 +45,7 @@ def collection(count: int) -> Collection:
 @pytest.mark.parametrize("adapter", [None, AdapterSettings(type="lora", rank=4)], ids=["full", "lora"])
 def test_what_a_stage_holds_is_counted(folder: Path, dtype: str, adapter: AdapterSettings | None) -> None:
     flux = tiny_flux.pipeline(folder, dtype=dtype)
-    settings = tiny_flux.settings(flux, adapter)
+    settings = settings_of(flux, adapter)
     staged = load_stage(flux, settings, stage=0)
     parameters = staged.trained(staged.layers)
     optimizer = optimizers.build(groups_of(parameters.items(), lr=1e-3, weight_decay=0.0), settings.optimizer)
@@ -67,7 +68,7 @@ def test_a_large_model_is_planned_in_its_own_type(folder: Path, dtype: str, size
     config = {**json.loads(file.read_text()), **large, "axes_dims_rope": [16, 56, 56]}
     file.write_text(json.dumps(config))
     flux = tiny_flux.pipeline(folder, dtype=dtype, from_scratch=True)
-    settings = tiny_flux.settings(flux, AdapterSettings(type="lora", rank=1), epochs=2, gradient_accumulation_steps=2)
+    settings = settings_of(flux, AdapterSettings(type="lora", rank=1), epochs=2, gradient_accumulation_steps=2)
     text = describe(settings, Ranks(), flux, check_run(settings, Ranks(), flux), [collection(5)])
     total, trained = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:in all,|trained)", text))
     weights = float(re.search(r"weights ([\d.]+)", text)[1])

@@ -15,6 +15,7 @@ from torch.nn import functional
 from models.assembly.exports import export_plan
 from models.assembly.stage import StagedModel, load_stage
 from tests.models import tiny_flux
+from tests.models.tiny_folder import settings_of
 from tests.processes import run_ranks
 from utils.adapters import attach
 from utils.adapters.lokr import LokrLinear, split
@@ -43,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loaded(folder: Path, adapter: AdapterSettings | None = None) -> StagedModel:
     pipeline = tiny_flux.pipeline(folder)
-    return load_stage(pipeline, tiny_flux.settings(pipeline, adapter), stage=0)
+    return load_stage(pipeline, settings_of(pipeline, adapter), stage=0)
 
 
 def moved(staged: StagedModel) -> dict[str, nn.Parameter]:
@@ -129,7 +130,7 @@ def test_what_is_exported_does_elsewhere_what_it_does_here(
     """Merged as ComfyUI and LyCORIS do, and read again by a run of another alpha."""
     adapter, pipeline = settings(**variant), tiny_flux.pipeline(folder)
     staged = loaded(folder, adapter)
-    plan = export_plan(pipeline, tiny_flux.settings(pipeline, adapter), staged)
+    plan = export_plan(pipeline, settings_of(pipeline, adapter), staged)
     export(tmp_path / "out", Ranks(), moved(staged), plan, step=1)
     expected = predicted(folder, staged.denoiser)
     plain = loaded(folder).denoiser
@@ -179,18 +180,18 @@ def test_files_that_do_not_fit_are_told(
 def test_it_is_trained_on_top_of_a_preset_adapter(folder: Path, tmp_path: Path, fused: bool) -> None:
     lora, pipeline = AdapterSettings(type="lora", rank=2), tiny_flux.pipeline(folder)
     staged = loaded(folder, lora)
-    plan = export_plan(pipeline, tiny_flux.settings(pipeline, lora), staged)
+    plan = export_plan(pipeline, settings_of(pipeline, lora), staged)
     export(tmp_path / "out", Ranks(), moved(staged), plan, step=1)
     preset = {"path": tmp_path / "out" / "adapter_model.safetensors", "fused": fused}
     pipeline = tiny_flux.pipeline(folder, preset_adapters=[preset])
-    begun = load_stage(pipeline, tiny_flux.settings(pipeline, settings()), stage=0)
+    begun = load_stage(pipeline, settings_of(pipeline, settings()), stage=0)
     expected = predicted(folder, staged.denoiser)
     torch.testing.assert_close(predicted(folder, begun.denoiser), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_with_it_is_written_and_read(folder: Path) -> None:
     adapter = settings(factor=8, factors={"attn": 4}, full_matrix=True)
-    run = tiny_flux.settings(tiny_flux.pipeline(folder), adapter)
+    run = settings_of(tiny_flux.pipeline(folder), adapter)
     assert run.adapter == adapter
     again = Settings.model_validate({**run.model_dump(), "model": run.model})
     assert again.adapter == adapter and isinstance(again.adapter, LokrSettings)
@@ -206,7 +207,7 @@ def train(ranks: Ranks, folder: Path, stages: int, recompute: bool) -> tuple[lis
     initialize_deepspeed()
     ranks = ranks.with_stages(stages)
     pipeline = tiny_flux.pipeline(folder)
-    run = tiny_flux.settings(pipeline, settings(**VARIANTS["low"]), pipeline_stages=stages)
+    run = settings_of(pipeline, settings(**VARIANTS["low"]), pipeline_stages=stages)
     staged = load_stage(pipeline, run, ranks.stage)
     module = DenoiserPipeline(
         staged.layers, staged.bounds, pipeline.stream_type, pipeline.maths.loss, recompute=recompute

@@ -30,7 +30,7 @@ from utils.dataset.masks import MaskEncoder
 from utils.dataset.ordering import EpochOrder, Group
 from utils.dataset.samples import SampleVersion, VersionPicker, evaluation_version
 from utils.dataset.tensor_store import TensorStore
-from utils.diffusion.losses import Labels, mean_squared_error
+from utils.diffusion.losses import Labels, Loss
 from utils.errors import UserError
 from utils.media.decode import load_image
 from utils.media.geometry import View
@@ -188,7 +188,7 @@ def test_each_sample_of_a_step_counts_alike(cached):
         assert {len(batch.draws) for batch in batches} == {2, 3}
         errors = {name: float(len(name) + number) for number, name in enumerate(sorted(factors))}
         means = [
-            mean_squared_error(
+            Loss("mse")(
                 torch.tensor([errors[name] for name in batch.draws]).sqrt()[:, None, None, None].expand(-1, 4, 2, 2),
                 Labels(torch.zeros(len(batch.draws), 4, 2, 2), batch.weight),
             ).mean()

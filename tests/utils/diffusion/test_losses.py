@@ -9,15 +9,17 @@ import pytest
 import torch
 from torch.nn.functional import huber_loss, l1_loss, mse_loss, smooth_l1_loss
 
-from utils.diffusion.losses import LOSSES, Labels, Loss, mean_squared_error
+from utils.diffusion.losses import LOSSES, Labels, Loss
 from utils.diffusion.objectives import FlowMatching
 from utils.diffusion.seeds import normal
+
+MEAN_SQUARES = Loss("mse")
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 6, 8), (3, 4, 5, 6, 8)])
 def test_is_the_mean_squared_error_of_each_sample(shape: tuple[int, ...]) -> None:
     prediction, target = normal(shape, 0, "prediction").requires_grad_(), normal(shape, 0, "target")
-    losses_B = mean_squared_error(prediction, Labels(target, torch.ones(3, *[1] * (target.ndim - 1))))
+    losses_B = MEAN_SQUARES(prediction, Labels(target, torch.ones(3, *[1] * (target.ndim - 1))))
     expected = [mse_loss(one, other) for one, other in zip(prediction, target, strict=True)]
     torch.testing.assert_close(losses_B, torch.stack(expected))
     (gradient,) = torch.autograd.grad(losses_B.mean(), prediction)
@@ -26,15 +28,15 @@ def test_is_the_mean_squared_error_of_each_sample(shape: tuple[int, ...]) -> Non
 
 def test_weights_are_factors_on_the_samples() -> None:
     prediction, target = normal((3, 4), 0, "prediction"), normal((3, 4), 0, "target")
-    plain_B = mean_squared_error(prediction, Labels(target, torch.ones(3, 1)))
+    plain_B = MEAN_SQUARES(prediction, Labels(target, torch.ones(3, 1)))
     weight_B = torch.tensor([0.0, 1.0, 2.5])
-    torch.testing.assert_close(mean_squared_error(prediction, Labels(target, weight_B[:, None])), plain_B * weight_B)
+    torch.testing.assert_close(MEAN_SQUARES(prediction, Labels(target, weight_B[:, None])), plain_B * weight_B)
 
 
 def test_weights_are_factors_on_places() -> None:
     prediction, target = normal((2, 3, 4), 0, "prediction"), normal((2, 3, 4), 0, "target")
     weight = torch.tensor([[[0.0, 0.0, 1.0, 3.0]], [[1.0, 1.0, 1.0, 1.0]]])
-    losses_B = mean_squared_error(prediction, Labels(target, weight))
+    losses_B = MEAN_SQUARES(prediction, Labels(target, weight))
     square = (prediction - target).square()
     torch.testing.assert_close(losses_B, torch.stack([(square[0] * weight[0]).sum() / 12, square[1].mean()]))
 
@@ -42,7 +44,7 @@ def test_weights_are_factors_on_places() -> None:
 def test_is_computed_in_float32() -> None:
     """In bfloat16 the two would be equal."""
     prediction, target = torch.full((1, 4), 256.0, dtype=torch.bfloat16), torch.full((1, 4), 256.5)
-    losses_B = mean_squared_error(prediction, Labels(target, torch.ones(1)))
+    losses_B = MEAN_SQUARES(prediction, Labels(target, torch.ones(1)))
     assert losses_B.dtype == torch.float32
     assert losses_B.item() == 0.25
 

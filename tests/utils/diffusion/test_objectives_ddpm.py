@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler
 
-from utils.diffusion.losses import Labels, mean_squared_error
+from utils.diffusion.losses import Labels, Loss
 from utils.diffusion.objectives import EDM, Epsilon, FlowMatching, Objective, VPrediction
 from utils.diffusion.schedules import NoiseSchedule
 from utils.diffusion.seeds import normal
@@ -56,7 +56,7 @@ def test_loss_and_gradient_are_those_of_the_formula(objective: Objective, shape:
     factor = torch.tensor(0.7, requires_grad=True)
     x_t, target = objective.noised(clean, noise, LEVELS), objective.target(clean, noise, LEVELS)
     labels = Labels(target, torch.ones(3, *[1] * (len(shape) - 1)))
-    losses_B = mean_squared_error(objective.compared(factor * x_t), labels)
+    losses_B = Loss("mse")(objective.compared(factor * x_t), labels)
     (gradient,) = torch.autograd.grad(losses_B.sum(), factor)
 
     losses, slopes = [], []
@@ -112,14 +112,16 @@ def test_learned_sigma_leaves_the_first_half(kind: type) -> None:
 def test_edm_is_the_schedulers(shape: tuple[int, ...]) -> None:
     objective, scheduler = EDM(), EDMEulerScheduler(sigma_data=0.5, prediction_type="epsilon")
     clean, noise = normal(shape, 0, "clean") * 0.5, normal(shape, 0, "noise")
-    t_B = objective.t_of_sigma(SIGMAS)
+    t_B = SIGMAS / (1 + SIGMAS)
     torch.testing.assert_close(objective.sigma(t_B), SIGMAS, rtol=1e-4, atol=0)
     sigma = objective.sigma(t_B).view(-1, *[1] * (len(shape) - 1))
     x = clean + sigma * noise
     torch.testing.assert_close(objective.noised(clean, noise, t_B), scheduler.precondition_inputs(x, sigma))
     torch.testing.assert_close(objective.model_time(t_B), scheduler.precondition_noise(objective.sigma(t_B)))
     output = normal(shape, 0, "output")
-    torch.testing.assert_close(objective.denoised(output, x, t_B), scheduler.precondition_outputs(x, output, sigma))
+    # What the target is, D makes into the clean latents again.
+    target = objective.target(clean, noise, t_B)
+    torch.testing.assert_close(scheduler.precondition_outputs(x, target, sigma), clean)
     assert torch.equal(objective.for_scheduler(output), output)
 
 
@@ -127,9 +129,10 @@ def test_the_plain_loss_of_edm_is_weighted_as_the_paper_has_it() -> None:
     """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 * |D - x_0|^2, Karras et al. 2022, table 1."""
     objective = EDM()
     clean, noise, output = (normal((3, 4, 2, 2), 0, name).double() for name in ("clean", "noise", "output"))
-    t_B = objective.t_of_sigma(SIGMAS.double())
-    sigma = SIGMAS.double().view(3, 1, 1, 1)
-    denoised = objective.denoised(output, clean + sigma * noise, t_B)
+    sigma_B = SIGMAS.double()
+    t_B, sigma = sigma_B / (1 + sigma_B), sigma_B.view(3, 1, 1, 1)
+    scheduler = EDMEulerScheduler(sigma_data=0.5, prediction_type="epsilon")
+    denoised = scheduler.precondition_outputs(clean + sigma * noise, output, sigma)
     paper = (sigma**2 + 0.25) / (sigma * 0.5) ** 2 * (denoised - clean) ** 2
     torch.testing.assert_close((output - objective.target(clean, noise, t_B)) ** 2, paper, rtol=1e-6, atol=1e-6)
 

@@ -11,7 +11,7 @@ LENGTHS = [(1, 1), (5, 9), (9, 9), (10, 9), (100, 33), (99, 33), (101, 33), (3, 
 
 
 @pytest.mark.parametrize(
-    ("frames", "rate", "target", "expected"),
+    ("frames", "fps", "target", "expected"),
     [
         (113, 24, 16, 75),
         (113, 24, 24, 113),

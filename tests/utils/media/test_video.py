@@ -90,7 +90,7 @@ def _shown_at(times, seconds):
     return max(index for index, time in enumerate(times) if time <= 1000 * seconds + 1)
 
 
-@pytest.mark.parametrize(("rate", "target", "frames"), [(24, 16, 26), (8, 16, 80), (30, 24, 32), (23.976, 24, 40)])
+@pytest.mark.parametrize(("fps", "target", "frames"), [(24, 16, 26), (8, 16, 80), (30, 24, 32), (23.976, 24, 40)])
 def test_other_rates(tmp_path, fps, target, frames):
     path = write_video(tmp_path / "a.mp4", 40, fps=fps)
     found = probe(path)

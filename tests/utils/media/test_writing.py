@@ -18,7 +18,7 @@ def clip(frames, width, height):
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 48), (63, 47), (64, 47)])
-@pytest.mark.parametrize("rate", [16, 24000 / 1001, 7.5])
+@pytest.mark.parametrize("fps", [16, 24000 / 1001, 7.5])
 def test_a_clip_comes_back(tmp_path, width, height, fps):
     pixels = clip(12, width, height)
     write_clip(pixels, fps, tmp_path / "a.mp4")

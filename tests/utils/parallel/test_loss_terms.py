@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.processes import run_ranks
 from utils.diffusion.auxiliary import Output, load_balancing
-from utils.diffusion.losses import Labels, mean_squared_error
+from utils.diffusion.losses import Labels, Loss
 from utils.diffusion.seeds import normal
 from utils.parallel.pipeline import DenoiserPipeline
 from utils.ranks import Ranks
@@ -87,7 +87,7 @@ def train(ranks: Ranks, stages: int) -> tuple[dict[str, np.ndarray], float, dict
 
     initialize_deepspeed()
     bounds = [(0, 4)] if stages == 1 else [(0, 2), (2, 4)]
-    module = DenoiserPipeline(layers(), bounds, Stream, mean_squared_error, loss_terms=TERMS)
+    module = DenoiserPipeline(layers(), bounds, Stream, Loss("mse"), loss_terms=TERMS)
     parameters = dict(module.named_parameters())
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer = torch.optim.SGD([{"params": list(parameters.values()), "initial_lr": 1.0}], lr=LEARNING_RATE)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from models.assembly.stage import StagedModel, load_stage
 from models.flux import BFL_LAYOUT, FluxPipeline
 from tests.models import tiny_flux
+from tests.models.tiny_folder import settings_of
 from utils.adapters.attach import base_name
 from utils.diffusion.seeds import generator, normal
 from utils.errors import UserError
@@ -94,7 +95,7 @@ def gone_on_from(folder: Path, existing: Path, **keys: object) -> tuple[FluxPipe
     include = [f"blocks.*{target}" for target in TARGETS]
     keys = {"rank": RANK, "include": include, **keys}
     adapter = AdapterSettings(type="lora", init_from_existing=existing, **keys)
-    return flux, load_stage(flux, tiny_flux.settings(flux, adapter), stage=0)
+    return flux, load_stage(flux, settings_of(flux, adapter), stage=0)
 
 
 def output(layers: list[torch.nn.Module], flux: FluxPipeline) -> torch.Tensor:

@@ -13,8 +13,7 @@ import models
 from models.assembly.stage import load_stage
 from models.foundation.checkpoints.headers import read_header
 from models.foundation.checkpoints.recognition import FOLDERS, recognised
-from tests.models.tiny_flux import settings
-from tests.models.tiny_folder import tiny
+from tests.models.tiny_folder import settings_of, tiny
 from utils.errors import UserError
 
 
@@ -37,7 +36,7 @@ def test_every_model_is_known_in_all_its_layouts(folder: tuple[str, Path], tmp_p
     if name in UNETS:
         pytest.skip("see the test of UNets")
     pipeline = tiny(name).pipeline(place)
-    denoiser = load_stage(pipeline, settings(pipeline), stage=0).denoiser
+    denoiser = load_stage(pipeline, settings_of(pipeline), stage=0).denoiser
     tensors = {key: parameter.detach() for key, parameter in denoiser.named_parameters()}
     layouts = [tensors]
     if pipeline.original_layout:

@@ -14,7 +14,8 @@ from torch import nn
 from models.assembly.exports import export_plan
 from models.assembly.stage import load_stage
 from tests.models import tiny_flux, tiny_sdxl
-from tests.models.tiny_flux import STOCK, settings
+from tests.models.tiny_flux import STOCK
+from tests.models.tiny_folder import settings_of
 from utils.adapters.presets import Update
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
@@ -35,7 +36,7 @@ def lora(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA with an effect, in both layouts."""
     place = tmp_path_factory.mktemp("lora") / "out"
     flux = tiny_flux.pipeline(folder)
-    chosen = settings(flux, AdapterSettings(type="lora", rank=4, alpha=2.0), save_format="both")
+    chosen = settings_of(flux, AdapterSettings(type="lora", rank=4, alpha=2.0), save_format="both")
     staged = load_stage(flux, chosen, stage=0)
     parameters = staged.trained(staged.layers)
     with torch.no_grad():
@@ -48,7 +49,7 @@ def lora(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @torch.no_grad()
 def output(folder: Path, adapter: AdapterSettings | None = None, **options: Any) -> torch.Tensor:
     flux = tiny_flux.pipeline(folder, **options)
-    layers = load_stage(flux, settings(flux, adapter), stage=0).layers
+    layers = load_stage(flux, settings_of(flux, adapter), stage=0).layers
     stream = flux.prepare_inputs(tiny_flux.features((16, 16)), normal((2, 4, 4, 6), 0, "x"), torch.tensor([0.4, 0.8]))
     for layer in layers:
         stream = layer(stream)
@@ -97,7 +98,7 @@ def test_a_lokr_begins_on_top_of_them_too(folder: Path, lora: Path, file: str) -
 @pytest.mark.parametrize("fused", [True, False])
 def test_only_the_difference_is_trained(folder: Path, lora: Path, fused: bool) -> None:
     flux = tiny_flux.pipeline(folder, preset_adapters=[{"path": lora, "fused": fused}])
-    staged = load_stage(flux, settings(flux, AdapterSettings(type="lora", rank=2)), stage=0)
+    staged = load_stage(flux, settings_of(flux, AdapterSettings(type="lora", rank=2)), stage=0)
     trained = staged.trained(staged.layers)
     assert all(".lora_" in name for name in trained)
     stream = flux.prepare_inputs(tiny_flux.features((16, 16)), normal((2, 4, 4, 6), 0, "x"), torch.tensor([0.4, 0.8]))
@@ -138,4 +139,4 @@ def test_kohyas_adapter_of_another_model_is_told(tmp_path: Path) -> None:
         tiny_sdxl.write_folder(tmp_path), preset_adapters=[{"path": tmp_path / "other.safetensors"}]
     )
     with pytest.raises(UserError, match="2 modules .* the first is 'lora_unet_other.*another model's"):
-        load_stage(sdxl, settings(sdxl), stage=0)
+        load_stage(sdxl, settings_of(sdxl), stage=0)
