@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers import FluxPipeline as StockPipeline
 
 from models.flux import FluxOptions, FluxPipeline
+from optimizers.adamw import AdamWSettings
 from tests.models.tiny_folder import drawn
 from utils.diffusion.seeds import normal
 from utils.settings.schema import AdapterSettings, SamplingSettings, Settings
@@ -67,7 +68,7 @@ def settings(flux: FluxPipeline, adapter: AdapterSettings | None = None, **keys:
         dataset=Path("dataset.toml"),
         model=flux.options,
         adapter=adapter,
-        optimizer={"type": "adamw", "lr": 1e-3},
+        optimizer=AdamWSettings(type="adamw", lr=1e-3),
         **keys,
     )
 

@@ -21,6 +21,7 @@ from models.assembly.stage import load_stage
 from models.flux import BFL_LAYOUT, FluxPipeline
 from tests.models import tiny_chroma, tiny_flux
 from tests.processes import run_ranks
+from utils.adapters.lora import LoraSettings
 from utils.dataset.samples import Bucket
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
@@ -43,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lora(**keys: Any) -> AdapterSettings:
-    return AdapterSettings(**{"type": "lora", "rank": 4, "alpha": 1.0, **keys})
+    return LoraSettings(**{"type": "lora", "rank": 4, "alpha": 1.0, **keys})
 
 
 def export_moved(
