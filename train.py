@@ -149,7 +149,7 @@ FLAGS: dict[str, dict[str, Any]] = {
 def read_settings(config: Path, world_size: int | None) -> tuple[Settings, dict[str, DatasetSettings]]:
     """The run's settings and its datasets, the training set under the name "train"; `world_size` is None where any
     number of processes is meant."""
-    settings, training, evaluation = read_all(config, lambda type_: models.find(type_).Options, world_size)
+    settings, training, evaluation = read_all(config, models.choices(), world_size)
     return settings, {"train": training, **evaluation}
 
 

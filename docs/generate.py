@@ -22,10 +22,11 @@ def pages() -> dict[str, str]:
     from utils.settings.document import dataset_json_schema, settings_json_schema, settings_page
 
     pipelines = {name: models.find(name) for name in models.available()}
-    options = {name: pipeline.Options for name, pipeline in pipelines.items()}
+    classes = {section: choice.classes for section, choice in models.choices().items()}
+    classes["model"] = {name: pipeline.Options for name, pipeline in pipelines.items()}
     return {
-        "settings.md": settings_page(options),
-        "settings.schema.json": settings_json_schema(options),
+        "settings.md": settings_page(classes),
+        "settings.schema.json": settings_json_schema(classes),
         "dataset.schema.json": dataset_json_schema(),
         "supported_models.md": supported_models(pipelines),
     }
@@ -38,6 +39,8 @@ def supported_models(pipelines: dict[str, type]) -> str:
 
 
 def section(name: str, pipeline: type) -> str:
+    from utils import adapters
+
     media = pipeline.media
     known = pipeline.original_layout is not None
     facts = {
@@ -46,7 +49,7 @@ def section(name: str, pipeline: type) -> str:
         )
         + f"; sides are multiples of {media.spatial} pixels",
         "Objective": OBJECTIVES[getattr(pipeline.objective, "kind", None)],
-        "Trains as": "LoRA or LoKr, or in full",
+        "Trains as": ", ".join([*(kind.name for kind in adapters.available().values()), "or in full"]),
         "Weights from": "a diffusers folder" + (", or a single file with the publisher's keys" if known else ""),
         "Exports for": "diffusers" + (", ComfyUI" if known else ""),
         "Blocks that are adapted and recomputed": ", ".join(f"`{block}`" for block in pipeline.blocks),

@@ -6,6 +6,8 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from utils.settings.choices import Choice, Choices
+
 if TYPE_CHECKING:
     # Names are listed, and unknown ones refused, before torch is imported.
     from models.base import BasePipeline
@@ -36,3 +38,15 @@ def find(model_type: str) -> type[BasePipeline]:
     ]
     assert len(pipelines) == 1, f"models/{name}.py must define exactly one pipeline class"
     return pipelines[0]
+
+
+def choices() -> Choices:
+    """What `type` may be in [model], [adapter] and [optimizer]: what the reader of settings is to be given."""
+    import optimizers
+    from utils import adapters
+
+    return {
+        "model": Choice(lambda model_type: find(model_type).Options),
+        "adapter": adapters.choice(),
+        "optimizer": optimizers.choice(),
+    }

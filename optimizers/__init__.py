@@ -1,15 +1,38 @@
-"""How weights move: one table of algorithms, each made from the settings of its `type`."""
+"""How weights move: each file of a family of algorithms declares them as its `KINDS`, one `[optimizer] type` each."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from __future__ import annotations
 
 import torch
 
-from optimizers.adamw import AdamW
+from optimizers.kinds import Groups, OptimizerKind
+from utils.declared import kinds_in
 from utils.errors import UserError
+from utils.settings.choices import Choice
 from utils.settings.schema import OptimizerSettings
 
-Groups = list[dict[str, Any]]
+NOT_FAMILIES = ("ema", "kinds", "parameter_groups", "schedules")
+
+
+def available() -> dict[str, OptimizerKind]:
+    """Every optimizer, by the `type` that chooses it."""
+    return {kind.type: kind for kind in kinds_in(__name__, __path__, NOT_FAMILIES)}
+
+
+def find(optimizer_type: str) -> OptimizerKind:
+    """The optimizer of a type; upper and lower case are alike.
+
+    Raises:
+        ValueError: there is none; names those that there are.
+    """
+    kinds, name = available(), optimizer_type.lower()
+    if name not in kinds:
+        raise ValueError(f'no optimizer is called "{name}"; known: {", ".join(kinds)}')
+    return kinds[name]
+
+
+def choice() -> Choice:
+    """What `[optimizer] type` may be."""
+    return Choice(lambda name: find(name).settings, {name: kind.settings for name, kind in available().items()})
 
 
 def build(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
@@ -19,29 +42,22 @@ def build(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
     Raises UserError if the algorithm cannot run on this machine; see `check`.
     """
     check(settings, "cuda" if torch.cuda.is_available() else "cpu")
-    # The keys of a settings class are named as the arguments of its optimizer.
-    return _BUILDERS[settings.type](groups, **settings.model_dump(exclude={"type"}))
+    kind = find(settings.type)
+    assert isinstance(settings, kind.settings), type(settings)
+    return kind.build(groups, **settings.model_dump(exclude={"type"}))
 
 
 def check(settings: OptimizerSettings, device_type: str) -> None:
     """Whether the algorithm can run on a device of this type ("cuda", "cpu").
 
     Raises:
-        UserError: it cannot.
+        UserError: it cannot; says why, and what to do.
     """
-    if settings.type == "adamw8bit" and device_type != "cuda":
-        raise UserError.of('"adamw8bit" needs a GPU, and there is none; use "adamw"', where="[optimizer] type")
+    advice = find(settings.type).not_on.get(device_type)
+    if advice:
+        raise UserError.of(f'"{settings.type}" {advice}', where="[optimizer] type")
 
 
-def _adamw8bit(groups: Groups, **keys: Any) -> torch.optim.Optimizer:
-    # Its import looks for CUDA libraries and takes seconds.
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(groups, **keys)
-
-
-_BUILDERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": AdamW,
-    "adamw8bit": _adamw8bit,
-    "sgd": torch.optim.SGD,
-}
+def state_bytes(settings: OptimizerSettings, parameter: torch.Tensor) -> int:
+    """Bytes of the state that the optimizer keeps of a parameter; see `OptimizerKind`."""
+    return find(settings.type).state_bytes(settings, parameter)

@@ -6,13 +6,40 @@ Precision Training", section 3.1).
 """
 
 from collections.abc import Callable
-from typing import Any
+from math import ceil
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
+from optimizers.kinds import Groups, OptimizerKind
+from utils.settings.schema import OptimizerSettings
+from utils.settings.values import Betas, Positive
+
 MASTER = "master"
+EIGHT_BIT_ELEMENTS = 4096
+"""Parameters of fewer elements keep their state in 32 bits (bitsandbytes' `min_8bit_size`)."""
+EIGHT_BIT_BLOCK = 256
+"""Elements of 8-bit state that share a scale in float32."""
+
+
+class AdamWSettings(OptimizerSettings):
+    """`type = "adamw"`: AdamW, with a float32 master of each parameter that is kept in 16 bits."""
+
+    type: Literal["adamw"]
+    """Algorithm; upper and lower case are alike."""
+    betas: Betas = (0.9, 0.999)
+    """Decay rates of the two running means, of the gradient and of its square."""
+    eps: Positive = 1e-8
+    """Added to the denominator of the update."""
+
+
+class AdamW8bitSettings(AdamWSettings):
+    """`type = "adamw8bit"`: AdamW with its state in 8 bits, of bitsandbytes. Needs a GPU."""
+
+    type: Literal["adamw8bit"]
+    """Algorithm; upper and lower case are alike."""
 
 
 class AdamW(torch.optim.Optimizer):
@@ -68,5 +95,38 @@ class AdamW(torch.optim.Optimizer):
         return state
 
 
-def _is_short(parameter: nn.Parameter) -> bool:
+def _is_short(parameter: torch.Tensor) -> bool:
     return parameter.dtype.itemsize < torch.float32.itemsize
+
+
+def _state_bytes(settings: AdamWSettings, parameter: torch.Tensor) -> int:
+    """Two moments, and the master of what is short."""
+    size = max(parameter.itemsize, torch.float32.itemsize)
+    return parameter.numel() * size * (3 if _is_short(parameter) else 2)
+
+
+def _build_8bit(groups: Groups, **keys: Any) -> torch.optim.Optimizer:
+    # Its import looks for CUDA libraries and takes seconds.
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(groups, **keys)
+
+
+def _state_bytes_8bit(settings: AdamW8bitSettings, parameter: torch.Tensor) -> int:
+    """Two moments, each with the scales of its blocks."""
+    count = parameter.numel()
+    if count < EIGHT_BIT_ELEMENTS:
+        return 2 * count * torch.float32.itemsize
+    return 2 * (count + ceil(count / EIGHT_BIT_BLOCK) * torch.float32.itemsize)
+
+
+KINDS = (
+    # The keys of a settings class are named as the arguments of its optimizer.
+    OptimizerKind(AdamWSettings, AdamW, _state_bytes, not_on={}),
+    OptimizerKind(
+        AdamW8bitSettings,
+        _build_8bit,
+        _state_bytes_8bit,
+        not_on={"cpu": 'needs a GPU, and there is none; use "adamw"'},
+    ),
+)

@@ -24,7 +24,7 @@ def parse(path: Path) -> None:
     if re.search(r"^\[\[(directory|datasets)\]\]", path.read_text(), re.MULTILINE):
         read_dataset(path)
     else:
-        read_settings(path, lambda model_type: models.find(model_type).Options)
+        read_settings(path, models.choices())
 
 
 def relative(path: Path) -> str:

@@ -27,6 +27,7 @@ from tests.models.drawn_samples import draw_samples
 from tests.models.tiny_folder import encoded, settings_of, tiny
 from tests.processes import run_ranks
 from tests.runs import launch, metrics, only_run
+from utils.adapters.lora import LoraSettings
 from utils.diffusion.seeds import normal
 from utils.ranks import Ranks
 from utils.run.export import export
@@ -203,7 +204,7 @@ def load_by_peft(denoiser: nn.Module, folder: Path, prefix: str) -> None:
 
 @torch.no_grad()
 def test_an_adapter_is_loaded_by_the_stock_pipeline_and_gone_on_from(model: Model, tmp_path: Path) -> None:
-    pipeline, adapter = model.pipeline(), AdapterSettings(type="lora", rank=4, alpha=2.0)
+    pipeline, adapter = model.pipeline(), LoraSettings(type="lora", rank=4, alpha=2.0)
     batch = batch_of(model, pipeline, sizes_of(model)[0])
     save_format = "both" if pipeline.original_layout else "diffusers"
     expected = output(pipeline, moved(model, tmp_path / "out", adapter, save_format).layers, batch)
@@ -253,7 +254,7 @@ def train(ranks: Ranks, name: str, folder: Path, stages: int, recompute: bool, r
     initialize_deepspeed()
     ranks = ranks.with_stages(stages)
     pipeline = tiny(name).pipeline(folder)
-    adapter = AdapterSettings(type="lora", rank=rank) if rank else None
+    adapter = LoraSettings(type="lora", rank=rank) if rank else None
     staged = load_stage(pipeline, settings_of(pipeline, adapter, pipeline_stages=stages), ranks.stage)
     module = DenoiserPipeline(
         staged.layers, staged.bounds, pipeline.stream_type, pipeline.maths.loss, recompute=recompute

@@ -37,7 +37,7 @@ def state(run: Path, step: int, kind: str) -> Tensors:
 
 
 def weights_at_start(config: Path, stages: int) -> Tensors:
-    settings, _, _ = read_all(config, lambda name: models.find(name).Options, stages)
+    settings, _, _ = read_all(config, models.choices(), stages)
     tensors: Tensors = {}
     for stage in range(stages):
         staged = load_stage(models.find("flux")(settings.model, settings.seed), settings, stage)

@@ -7,12 +7,11 @@ from pathlib import Path
 from torch import nn
 
 from models.assembly.prompts import check_sampling
-from models.assembly.stage import StagedModel
+from models.assembly.stage import StagedModel, model_names
 from models.base import BasePipeline
 from models.foundation.layers.ensemble import Ensemble
-from utils.adapters.attach import scale
 from utils.errors import UserError
-from utils.run.export import ExportPlan, PartFolder, Tensors, settings_hash
+from utils.run.export import ExportPlan, PartFolder, settings_hash
 from utils.settings.model_schema import torch_dtype
 from utils.settings.schema import Settings
 
@@ -37,14 +36,6 @@ def check_outputs(pipeline: BasePipeline, settings: Settings) -> None:
 def export_plan(pipeline: BasePipeline, settings: Settings, staged: StagedModel) -> ExportPlan:
     """What the exports of this run contain."""
     layout, adapter = pipeline.original_layout, settings.adapter
-    rows = {
-        name: module.out_features for name, module in staged.denoiser.named_modules() if hasattr(module, "out_features")
-    }
-
-    def lora_to_kohya(tensors: Tensors) -> Tensors:
-        return layout.lora_to_kohya(tensors, lambda module: scale(adapter), rows.__getitem__)
-
-    convert = lora_to_kohya if adapter else layout and layout.to_original
     asked = settings.save_format or ("diffusers" if adapter else "both")
     frozen = {
         name: parameter
@@ -53,9 +44,10 @@ def export_plan(pipeline: BasePipeline, settings: Settings, staged: StagedModel)
     }
     return ExportPlan(
         adapter=adapter,
+        names=model_names(pipeline, staged.denoiser) if adapter else None,
         dtype=torch_dtype(settings.save_dtype) if settings.save_dtype else None,
         formats=("diffusers", COMFYUI) if asked == "both" else (asked,),
-        layouts={COMFYUI: convert} if layout else {},
+        layouts={COMFYUI: layout.to_original} if layout and not adapter else {},
         folders=_folders(pipeline, staged.denoiser),
         metadata={
             "trained_with": "penstock",

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+import optimizers
 from models.assembly.stage import StagedModel
 from models.base import BasePipeline
 from utils.dataset.encoders import Encoder
 from utils.dataset.epochs import micro_batch_of
 from utils.dataset.samples import Bucket
-from utils.settings.schema import Settings
+from utils.settings.schema import OptimizerSettings, Settings
 
 GIB = 2**30
-OPTIMIZER_STATE: dict[str, Callable[[torch.Tensor], int]] = {
-    # Two moments in float32, and a master of what is shorter.
-    "adamw": lambda parameter: parameter.numel() * (8 if parameter.itemsize >= 4 else 12),
-    "adamw8bit": lambda parameter: parameter.numel() * 2,
-    "sgd": lambda parameter: parameter.nbytes,
-}
-"""Bytes that an optimizer keeps of a parameter."""
 
 
 def estimate(
@@ -46,7 +40,7 @@ def estimate(
     rows = []
     for stage, (start, stop) in enumerate(staged.bounds):
         layers = staged.stage_layers(stage)
-        weights, state = held_bytes(layers, settings.optimizer.type, averages=averages)
+        weights, state = held_bytes(layers, settings.optimizer, averages=averages)
         in_flight = min(settings.gradient_accumulation_steps, len(staged.bounds) - stage)
         activations = in_flight * sum(kept[start:stop])
         rows.append(
@@ -57,12 +51,13 @@ def estimate(
     return "\n".join([f"{title}:", *rows])
 
 
-def held_bytes(layers: Sequence[nn.Module], optimizer: str, *, averages: bool = False) -> tuple[int, int]:
+def held_bytes(layers: Sequence[nn.Module], optimizer: OptimizerSettings, *, averages: bool = False) -> tuple[int, int]:
     """The bytes of the weights of some layers, and the bytes of their gradients and optimizer state together. With
     `averages`, the latter include float32 averages of the trained parameters (an EMA on the GPU)."""
     held = {id(p): p for layer in layers for p in layer.parameters()}.values()
     trained = [p for p in held if p.requires_grad]
-    state = sum(parameter.nbytes + OPTIMIZER_STATE[optimizer](parameter) for parameter in trained)
+    kept_of = optimizers.find(optimizer.type).state_bytes
+    state = sum(parameter.nbytes + kept_of(optimizer, parameter) for parameter in trained)
     state += 4 * sum(parameter.numel() for parameter in trained) if averages else 0
     return sum(p.nbytes for p in held), state
 

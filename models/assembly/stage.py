@@ -10,12 +10,14 @@ from functools import partial
 from torch import nn
 
 from models.base import BasePipeline
-from models.foundation.checkpoints.adapter_files import read_adapter, read_lokr
+from models.foundation.checkpoints.adapter_files import read_factors, read_updates
+from utils import adapters
 from utils.adapters import attach, presets
+from utils.adapters.kinds import ModelNames
 from utils.errors import UserError
 from utils.parallel.partition import stage_bounds
 from utils.parallel.teacher import Teacher
-from utils.settings.schema import AdapterSettings, LokrSettings, Settings
+from utils.settings.schema import AdapterSettings, Settings
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,18 @@ def apply_presets(pipeline: BasePipeline, staged: StagedModel, layers: list[nn.M
     """
     denoiser = staged.denoiser
     for preset in pipeline.options.preset_adapters:
-        factors = read_adapter(preset.path, denoiser, pipeline.denoiser_folder, pipeline.original_layout, scale=1.0)
-        updates = presets.updates_of(denoiser, factors, str(preset.path))
+        updates = read_updates(preset.path, model_names(pipeline, denoiser))
+        presets.check_fits(denoiser, updates, str(preset.path))
         if preset.fused:
             presets.fuse(denoiser, layers, updates, preset.weight)
         else:
             presets.check_beside(denoiser, updates, str(preset.path))
             presets.attach_frozen(denoiser, layers, updates, preset.weight)
+
+
+def model_names(pipeline: BasePipeline, denoiser: nn.Module) -> ModelNames:
+    """What the denoiser's modules are called, here and in the files of adapters."""
+    return ModelNames(pipeline.denoiser_folder, attach.adaptable(denoiser), pipeline.original_layout)
 
 
 def teacher_of(pipeline: BasePipeline, settings: Settings, staged: StagedModel) -> Teacher | None:
@@ -133,15 +140,6 @@ def load_existing_adapter(
     """
     existing = settings.adapter and settings.adapter.init_from_existing
     if existing:
-        factors = (
-            read_lokr(existing, staged.denoiser, pipeline.denoiser_folder)
-            if isinstance(settings.adapter, LokrSettings)
-            else read_adapter(
-                existing,
-                staged.denoiser,
-                pipeline.denoiser_folder,
-                pipeline.original_layout,
-                attach.scale(settings.adapter),
-            )
-        )
-        attach.load(staged.denoiser, layers, factors, str(existing))
+        kind, denoiser = adapters.find(settings.adapter.type), staged.denoiser
+        factors = read_factors(existing, kind, model_names(pipeline, denoiser), attach.scales(denoiser))
+        attach.load(denoiser, layers, factors, str(existing))

@@ -44,7 +44,7 @@ def checked_pipeline(config: Path) -> BasePipeline:
     Raises:
         UserError: these keys are wrong.
     """
-    settings = read_settings(config, lambda model_type: models.find(model_type).Options)
+    settings = read_settings(config, models.choices())
     problems = [
         problem
         for problem in check_rules(settings, settings.pipeline_stages, str(config))

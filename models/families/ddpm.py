@@ -4,7 +4,7 @@ folder's scheduler ask for."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import diffusers
 
@@ -21,6 +21,12 @@ OBJECTIVES = {"epsilon": Epsilon, "v_prediction": VPrediction}
 
 class DDPMOptions(ModelSettings):
     """The keys of models that are trained at DDPM's integer steps."""
+
+    binds_checkpoint: ClassVar[tuple[str, ...]] = (
+        *ModelSettings.binds_checkpoint,
+        "prediction_type",
+        "beta_schedule",
+    )
 
     timestep_sample_method: TimestepMethod = "uniform"
     """Distribution from which training timesteps t are drawn, 0 being the clean picture and 1 noise: step t * 1000 of

@@ -28,12 +28,12 @@ from tests.models import tiny_qwen_image as tiny
 from tests.models.tiny_folder import settings_of
 from tests.processes import run_ranks
 from tests.runs import launch, metrics, only_run
+from utils.adapters.lora import LoraSettings
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
 from utils.media.writing import tensor_to_image
 from utils.ranks import Ranks
 from utils.run.export import export
-from utils.settings.schema import AdapterSettings
 
 CPU = torch.device("cpu")
 FOLDERS: dict[str, tuple[type, dict[str, Any], int]] = {
@@ -260,7 +260,7 @@ def test_a_file_of_the_text_encoder_is_read(folder: Path, tmp_path: Path, head: 
 
 
 def test_a_lora_in_comfyuis_names_is_read_by_the_stock_pipeline(folder: Path, tmp_path: Path) -> None:
-    pipeline, adapter = tiny.pipeline(folder), AdapterSettings(type="lora", rank=4, alpha=2.0)
+    pipeline, adapter = tiny.pipeline(folder), LoraSettings(type="lora", rank=4, alpha=2.0)
     settings = settings_of(pipeline, adapter, save_format="both")
     staged = load_stage(pipeline, settings, stage=0)
     parameters = staged.trained(staged.layers)

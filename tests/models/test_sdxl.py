@@ -23,6 +23,7 @@ from tests import test_models as generic
 from tests.models import tiny_sd15, tiny_sdxl, tiny_sdxl_texts
 from tests.models.tiny_folder import encoded, settings_of
 from tests.runs import launch, metrics, only_run
+from utils.adapters.lora import LoraSettings
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
 from utils.ranks import Ranks
@@ -66,7 +67,7 @@ def parameters_of(pipeline: OurPipeline) -> dict[str, torch.Tensor]:
 
 
 def lora(**keys: Any) -> AdapterSettings:
-    return AdapterSettings(**{"type": "lora", "rank": 4, "alpha": 2.0, **keys})
+    return LoraSettings(**{"type": "lora", "rank": 4, "alpha": 2.0, **keys})
 
 
 def without_weights(folder: Path, place: Path) -> Path:

@@ -22,6 +22,7 @@ from tests.models.drawn_samples import draw_samples
 from tests.models.tiny_folder import settings_of
 from tests.models.tiny_z_image import STOCK, TEXT_TOKENS
 from tests.processes import run_ranks
+from utils.adapters.lora import LoraSettings
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
 from utils.ranks import Ranks
@@ -90,7 +91,7 @@ def test_a_single_file_is_read_and_written(folder: Path, tmp_path: Path, caplog:
 
 @torch.no_grad()
 def test_stock_loads_the_adapter_in_comfyuis_names(folder: Path, tmp_path: Path) -> None:
-    pipeline, adapter = tiny_z_image.pipeline(folder), AdapterSettings(type="lora", rank=4, alpha=2.0)
+    pipeline, adapter = tiny_z_image.pipeline(folder), LoraSettings(type="lora", rank=4, alpha=2.0)
     staged = loaded(folder, adapter)
     factors = staged.trained(staged.layers)
     for name, factor in factors.items():

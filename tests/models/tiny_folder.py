@@ -31,6 +31,7 @@ import torch
 from torch import nn
 
 from models.base import BasePipeline
+from optimizers.adamw import AdamWSettings
 from utils.dataset.batches import pad_ragged
 from utils.dataset.encoders import Encoder, text_of
 from utils.dataset.samples import Bucket, version_of_prompt
@@ -51,7 +52,7 @@ def settings_of(pipeline: BasePipeline, adapter: AdapterSettings | None = None, 
         dataset=Path("dataset.toml"),
         model=pipeline.options,
         adapter=adapter,
-        optimizer={"type": "adamw", "lr": 1e-3},
+        optimizer=AdamWSettings(type="adamw", lr=1e-3),
         **keys,
     )
 

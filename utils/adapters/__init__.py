@@ -1,1 +1,52 @@
-"""Adapters on a frozen denoiser."""
+"""Adapters on a frozen denoiser: each file of a kind declares it in its `KINDS`, one `[adapter] type`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from utils.adapters.kinds import AdapterKind
+from utils.declared import kinds_in
+from utils.settings.choices import Choice, type_of
+
+NOT_KINDS = ("attach", "kinds", "presets")
+
+
+def available() -> dict[str, AdapterKind]:
+    """Every kind of adapter, by the `type` that chooses it."""
+    return {type_of(kind.settings): kind for kind in kinds_in(__name__, __path__, NOT_KINDS)}
+
+
+def find(adapter_type: str) -> AdapterKind:
+    """The kind of a type.
+
+    Raises:
+        ValueError: there is none; names those that there are.
+    """
+    kinds = available()
+    if adapter_type not in kinds:
+        raise ValueError(f"no adapter is called '{adapter_type}'; known: {', '.join(map(repr, kinds))}")
+    return kinds[adapter_type]
+
+
+def choice() -> Choice:
+    """What `[adapter] type` may be."""
+    return Choice(lambda name: find(name).settings, {name: kind.settings for name, kind in available().items()})
+
+
+def kind_of(module: nn.Module) -> AdapterKind | None:
+    """The kind of adapter that a module is adapted by, if it is."""
+    return next((kind for kind in available().values() if kind.base_of(module) is not None), None)
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The module that an adapted one stands for; another module itself."""
+    kind = kind_of(module)
+    return module if kind is None else kind.base_of(module)
+
+
+def recognised(names: Iterable[str]) -> AdapterKind | None:
+    """The kind of adapter that a file with tensors of these names holds."""
+    names = list(names)
+    return next((kind for kind in available().values() if kind.is_in(names)), None)

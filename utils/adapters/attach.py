@@ -1,30 +1,23 @@
-"""Puts an adapter onto a denoiser, and names its parts.
+"""Puts an adapter onto a denoiser: what is the same for all kinds of adapters.
 
-PEFT wraps each adapted module: `to_q.weight` becomes `to_q.base_layer.weight`, beside it stand
-`to_q.lora_A.default.weight` and `to_q.lora_B.default.weight`. Outside this file a parameter has one name, without
-`base_layer` and `default`.
+Outside this folder a parameter has one name, without what adapted modules put into it (see `kinds.py`).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatch, fnmatchcase
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from utils.adapters import lokr
-from utils.adapters.lokr import LokrLinear
+from utils import adapters
+from utils.adapters.kinds import ADAPTER, AdapterKind
 from utils.diffusion import seeds
 from utils.errors import UserError
 from utils.settings.model_schema import torch_dtype
-from utils.settings.schema import AdapterSettings, LokrSettings
-
-ADAPTER = "default"
+from utils.settings.schema import AdapterSettings
 
 
 def base_name(name: str) -> str:
@@ -34,7 +27,7 @@ def base_name(name: str) -> str:
 
 def is_factor(name: str) -> bool:
     """Whether a parameter's name is that of an adapter's."""
-    return ".lora_" in name or lokr.MARK in name
+    return any(kind.mark in name for kind in adapters.available().values())
 
 
 def targets(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings) -> list[str]:
@@ -72,51 +65,54 @@ def attach(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings
     """Freezes the denoiser and puts factors on its target modules, still without values (on the meta device)."""
     names = targets(denoiser, blocks, settings)
     denoiser.requires_grad_(False)
-    if isinstance(settings, LokrSettings):
-        lokr.replace_linears(denoiser, names, settings, ADAPTER)
-        return
-    # As a pattern, which has to fit a whole name: of names in a list PEFT also takes what ends like one.
-    pattern = "|".join(map(re.escape, names))
-    config = LoraConfig(
-        r=settings.rank, lora_alpha=_alpha(settings), lora_dropout=settings.dropout, bias="none", target_modules=pattern
-    )
-    inject_adapter_in_model(config, denoiser, low_cpu_mem_usage=True)
+    adapters.find(settings.type).put(denoiser, names, settings)
+
+
+def adapted(denoiser: nn.Module) -> dict[str, tuple[AdapterKind, nn.Module]]:
+    """The adapted modules by name, each with the kind of adapter that it has."""
+    found = {name: (adapters.kind_of(module), module) for name, module in denoiser.named_modules()}
+    return {name: (kind, module) for name, (kind, module) in found.items() if kind is not None}
+
+
+def adaptable(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """The modules that an adapter may have been made for, adapted ones among them, by name; without what adapted
+    modules are made of."""
+    inner = tuple(f"{name}." for name in adapted(denoiser))
+    return {
+        name: module
+        for name, module in denoiser.named_modules()
+        if (hasattr(module, "out_features") or isinstance(module, nn.Conv2d)) and not name.startswith(inner)
+    }
 
 
 @contextmanager
 def switched_off(denoiser: nn.Module) -> Iterator[None]:
     """Within it the denoiser does what it does without its adapter, bit for bit."""
-    adapted = [module for module in denoiser.modules() if isinstance(module, (LoraLayer, LokrLinear))]
-    scales = [module.scaling[ADAPTER] for module in adapted]
-    try:
-        for module in adapted:
-            module.scaling[ADAPTER] = 0.0
+    with ExitStack() as switches:
+        for kind, module in adapted(denoiser).values():
+            switches.enter_context(kind.switched_off(module))
         yield
-    finally:
-        for module, scaling in zip(adapted, scales, strict=True):
-            module.scaling[ADAPTER] = scaling
 
 
 def initialise(denoiser: nn.Module, layers: Iterable[nn.Module], settings: AdapterSettings, seed: int) -> None:
-    """Gives the factors in `layers` their first values: PEFT's own, drawn from (seed, module name), so that they are
-    the same however the denoiser is cut."""
+    """Gives the factors in `layers` their first values, drawn from (seed, module name), so that they are the same
+    however the denoiser is cut."""
     held = {id(module) for layer in layers for module in layer.modules()}
     dtype = torch_dtype(settings.dtype)
-    for name, module in denoiser.named_modules():
-        if not isinstance(module, (LoraLayer, LokrLinear)) or id(module) not in held:
-            continue
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeds.derive(seed, "adapter", name))
-            if isinstance(module, LokrLinear):
-                module.reset(dtype)
-                continue
-            for factor in (module.lora_A[ADAPTER], module.lora_B[ADAPTER]):
-                factor.to_empty(device="cpu").to(dtype)
-            module.reset_lora_parameters(ADAPTER, init_lora_weights=True)
+    for name, (kind, module) in adapted(denoiser).items():
+        if id(module) in held:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seeds.derive(seed, "adapter", name))
+                kind.reset(module, dtype)
+
+
+def scales(denoiser: nn.Module) -> dict[str, float]:
+    """The scale of each adapted module, by name."""
+    return {name: kind.scale_of(module) for name, (kind, module) in adapted(denoiser).items()}
 
 
 def load(denoiser: nn.Module, layers: Iterable[nn.Module], tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    """Copies an adapter's tensors (`<module>.lora_A.weight`, ...) into the factors held by `layers`.
+    """Copies an adapter's factors, under our names, into those held by `layers`.
 
     Raises:
         UserError: a tensor has no place, or another shape (another rank or another model).
@@ -141,8 +137,8 @@ def check_fits(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, torc
             )
         if tuple(tensor.shape) != shapes[name]:
             raise UserError.of(
-                f"'{name}' is {list(tensor.shape)}, this run's is {list(shapes[name])}; set [adapter] rank to that of "
-                f"the file (of LoKr the factors too), or leave init_from_existing out",
+                f"'{name}' is {list(tensor.shape)}, this run's is {list(shapes[name])}; set [adapter] rank, and what "
+                "else gives factors their size, to that of the file, or leave init_from_existing out",
                 source,
             )
     missing = sorted(set(shapes) - set(tensors))
@@ -152,12 +148,3 @@ def check_fits(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, torc
             "modules ([adapter] include/exclude)",
             source,
         )
-
-
-def scale(settings: AdapterSettings) -> float:
-    """alpha / rank, the factor on the update."""
-    return _alpha(settings) / settings.rank
-
-
-def _alpha(settings: AdapterSettings) -> float:
-    return settings.rank if settings.alpha is None else settings.alpha

@@ -60,26 +60,14 @@ class ResumeFlags:
     reset_optimizer_params: bool = False
 
 
-OF_THE_OBJECTIVE = ("prediction_type", "beta_schedule", "rescale_betas_zero_snr")
-"""Keys that some models have, and by which what they predict is another thing."""
-
-
 def identity_of(settings: Settings) -> dict[str, Any]:
-    """The settings without which a checkpoint's weights would mean another model, or its draws be others."""
-    adapter = settings.adapter
-    return {
-        "seed": settings.seed,
-        "[model] type": settings.model.type,
-        "[model] preset_adapters": [[preset.path.name, preset.weight] for preset in settings.model.preset_adapters],
-        **{f"[model] {key}": getattr(settings.model, key, None) for key in OF_THE_OBJECTIVE},
-        "[adapter] type": adapter and adapter.type,
-        "[adapter] rank": adapter and adapter.rank,
-        "[adapter] alpha": adapter and adapter.alpha,
-        "[adapter] factor": getattr(adapter, "factor", None),
-        "[adapter] factors": getattr(adapter, "factors", None),
-        "[adapter] include": adapter and adapter.include,
-        "[adapter] exclude": adapter and adapter.exclude,
-    }
+    """The settings without which a checkpoint's weights would mean another model, or its draws be others: what the
+    class of each table declares as `binds_checkpoint`."""
+    tables = {"[model] ": settings.model, **({"[adapter] ": settings.adapter} if settings.adapter else {})}
+    identity = settings.binding()
+    for title, table in tables.items():
+        identity |= {f"{title}{key}": value for key, value in table.binding().items()}
+    return identity
 
 
 def save(
@@ -209,10 +197,12 @@ class Checkpoint:
             UserError: naming what differs.
         """
         old = self.made_with["identity"]
+        # A key is on one side alone where the other has another type, or is of before there was this key. What is not
+        # set, off or empty is then alike.
         changed = [
-            f"{key} = {_shown(identity[key])} (checkpoint: {_shown(old[key])})"
-            for key in identity
-            if key in old and identity[key] != old[key]
+            f"{key} = {_shown(identity.get(key))} (checkpoint: {_shown(old.get(key))})"
+            for key in {**identity, **old}
+            if (identity.get(key) or None) != (old.get(key) or None)
         ]
         if changed:
             raise UserError.of(

@@ -13,24 +13,22 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from utils import adapters
 from utils import ranks as together
-from utils.adapters import lokr
-from utils.adapters.attach import scale
+from utils.adapters.kinds import ExportWishes, ModelNames
 from utils.ranks import Ranks
 from utils.run.progress import Progress
 from utils.run.tensor_file import write_tensors
-from utils.settings.schema import AdapterSettings, LokrSettings
+from utils.settings.schema import AdapterSettings
 
 logger = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
-ADAPTER_FILE = "adapter_model.safetensors"
 SHARD_BYTES = 5 * 2**30
 OF_AVERAGES = "_ema"
 """What follows the name of an export where its weights' averages are beside it."""
@@ -65,7 +63,8 @@ class ExportPlan:
         adapter: its settings, or None for a full fine-tune.
         dtype: of the exported weights; None for that of training.
         formats: names of the layouts to write.
-        layouts: name of a further layout -> tensors in diffusers' names to tensors in that layout.
+        names: what the model's modules are called in files of adapters; None for a full fine-tune.
+        layouts: of a full fine-tune; name of a further layout -> tensors in diffusers' names to those in that layout.
         folders: the modules that are trained, as parts of a diffusers folder.
         metadata: about the run, written into every file.
         frozen: what this process holds of the denoiser without training it, and a whole denoiser has.
@@ -73,6 +72,7 @@ class ExportPlan:
     """
 
     adapter: AdapterSettings | None
+    names: ModelNames | None
     dtype: torch.dtype | None
     formats: tuple[str, ...]
     layouts: Mapping[str, Callable[[Tensors], Tensors]]
@@ -135,56 +135,14 @@ def export(folder: Path, ranks: Ranks, parameters: Mapping[str, torch.Tensor], p
 
 
 def _write_adapter(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: dict[str, str]) -> None:
-    """`adapter_model.safetensors` with keys "transformer.<module>.lora_A.weight", and PEFT's `adapter_config.json`.
-
-    diffusers assumes alpha = rank unless the header says otherwise, in the key that its own exporter writes.
-    """
-    settings = plan.adapter
-    if isinstance(settings, LokrSettings):
-        _write_lokr(folder, tensors, plan, metadata)
-        return
-    alpha = settings.rank * scale(settings)
-    modules = sorted({name.split(".lora_")[0] for name in tensors})
-    config = {
-        "peft_type": "LORA",
-        "r": settings.rank,
-        "lora_alpha": alpha,
-        "lora_dropout": settings.dropout,
-        "bias": "none",
-        "target_modules": modules,
-        "base_model_name_or_path": metadata.get("base_model"),
-    }
-    metadata = {**metadata, "rank": str(settings.rank), "alpha": str(alpha)}
-    if "diffusers" in plan.formats:
-        known_to_diffusers = json.dumps(_diffusers_metadata(plan, config), sort_keys=True)
-        header = {**metadata, "lora_adapter_metadata": known_to_diffusers}
-        named = {
-            f"{part.name}.{own}": tensors[name] for part in plan.folders for own, name in part.own(tensors).items()
-        }
-        write_tensors(folder / ADAPTER_FILE, named, header)
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
-    for name, convert in plan.layouts.items():
-        if name in plan.formats:
-            write_tensors(folder / f"adapter_model_{name}.safetensors", convert(tensors), metadata)
-
-
-def _write_lokr(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: dict[str, str]) -> None:
-    """`adapter_model.safetensors` in the names of LyCORIS, which are all that other programs read of LoKr."""
-    named = lokr.to_lycoris(tensors, plan.adapter.alpha, plan.folders[0].name)
-    write_tensors(folder / ADAPTER_FILE, named, metadata)
-
-
-def _diffusers_metadata(plan: ExportPlan, config: Mapping[str, Any]) -> dict[str, object]:
-    """What diffusers wants to know of each part's adapter, from that of all."""
-    known: dict[str, object] = {}
-    for part in plan.folders:
-        # Where these are without the prefix of CLIP's files, diffusers finds them in newer and older CLIPs.
-        modules = [name.removeprefix("text_model.") for name in part.own(config["target_modules"])]
-        values = {**config, "target_modules": modules}
-        if modules:
-            keys = ("r", "lora_alpha", "lora_dropout", "bias", "target_modules")
-            known |= {f"{part.name}.{key}": values[key] for key in keys}
-    return known
+    """The files that the adapter's kind makes of its factors."""
+    parts = {part.name: part.own(tensors) for part in plan.folders}
+    wishes = ExportWishes(plan.formats, plan.names, parts, metadata)
+    for name, file in adapters.find(plan.adapter.type).to_files(tensors, plan.adapter, wishes).items():
+        if isinstance(file, str):
+            (folder / name).write_text(file)
+        else:
+            write_tensors(folder / name, file.tensors, dict(file.metadata))
 
 
 def _write_denoiser(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: dict[str, str]) -> None:

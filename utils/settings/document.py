@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from utils.settings.choices import Classes, own_keys
 from utils.settings.dataset_schema import DataKeys, DatasetSettings, DirectorySettings
-from utils.settings.keys import GROUPS, NESTED, SECTIONS, SPELLINGS, run_keys, spellings
-from utils.settings.model_schema import ModelSettings
-from utils.settings.schema import Settings, adapter_types, optimizer_types
+from utils.settings.keys import CHOSEN, GROUPS, NESTED, SECTIONS, SPELLINGS, run_keys, spellings
+from utils.settings.schema import Settings
+from utils.settings.values import SettingsTable
 
 # A type in one and in several.
 _TYPES: Mapping[Any, tuple[str, str]] = {
@@ -24,6 +25,7 @@ _TYPES: Mapping[Any, tuple[str, str]] = {
     Path: ("path", "paths"),
 }
 _TABLE = ("table", "tables")
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
 # The first key of each group of a dataset's keys, in the schema's order.
 DATA_GROUPS: Mapping[str, str] = {
     "Sizes": "resolutions",
@@ -43,6 +45,7 @@ listed here is refused.
 
 They stand at the top of the file, above all tables, or in tables that only group them: {groups}.
 """
+NO_KEYS = "No keys of its own.\n"
 _SHARED = """### Keys of the file or of a `[[directory]]`
 
 At the top of the file, above all tables, a key holds for every directory; in a `[[directory]]`, for that one, whatever
@@ -50,22 +53,20 @@ stands at the top.
 """
 
 
-def settings_page(options: Mapping[str, type[ModelSettings]]) -> str:
-    """`docs/settings.md`: one table of keys a section; `options` are the classes of options by model type."""
+def settings_page(classes: Mapping[str, Classes]) -> str:
+    """`docs/settings.md`: one table of keys a section.
+
+    Args:
+        classes: by section of those whose `type` chooses a class: the classes by type.
+    """
     parts = [_HEAD.format(groups=", ".join(f"`[{group}]`" for group in GROUPS))]
     parts.append(_table(Settings, "run", only=run_keys()))
     parts += [_section("### Entries of `eval_datasets`", NESTED["eval_datasets"])]
-    parts += [_section("## `[model]`", ModelSettings, "model")]
-    parts += [_section("### Entries of `text_encoders`", NESTED["text_encoders"])]
-    parts += [_options(kind, cls) for kind, cls in options.items()]
     for name, cls in SECTIONS.items():
-        if name == "optimizer":
-            classes = optimizer_types().items()
-            parts += [_section(f'## `[optimizer]` with `type = "{kind}"`', one) for kind, one in classes]
-        elif name == "adapter":
-            parts += [_section(f'## `[adapter]` with `type = "{kind}"`', one) for kind, one in adapter_types().items()]
-        elif cls is not None:
-            parts.append(_section(f"## `[{name}]`", cls))
+        parts.append(_section(f"## `[{name}]`", cls, name))
+        if name == "model":
+            parts.append(_section("### Entries of `text_encoders`", NESTED["text_encoders"]))
+        parts += [_of_type(name, kind, one) for kind, one in (classes[name] if name in CHOSEN else {}).items()]
     parts.append(_section("## The dataset file", DatasetSettings, "dataset", only=_own_keys(DatasetSettings)))
     directory = _own_keys(DirectorySettings)
     parts.append(_section("### `[[directory]]`, or `[[datasets]]`", DirectorySettings, "directory", only=directory))
@@ -86,24 +87,26 @@ def _own_keys(cls: type[DataKeys]) -> list[str]:
     return [key for key in cls.model_fields if key not in DataKeys.model_fields]
 
 
-def settings_json_schema(options: Mapping[str, type[ModelSettings]]) -> str:
-    """`docs/settings.schema.json`: accepts what the reader accepts, as far as one file can tell."""
+def settings_json_schema(classes: Mapping[str, Classes]) -> str:
+    """`docs/settings.schema.json`: accepts what the reader accepts, as far as one file can tell.
+
+    Args:
+        classes: as in `settings_page`.
+    """
     whole = Settings.model_json_schema()
     definitions, properties = whole["$defs"], whole["properties"]
-    models = []
-    for kind, cls in options.items():
-        schema = _respelled(cls.model_json_schema(ref_template="#/$defs/{model}"), "model")
-        definitions |= schema.pop("$defs", {})
-        schema["properties"]["type"] |= {"const": kind}
-        models.append(schema)
+    sections = {name: properties[name] for name in SECTIONS}
+    for name in CHOSEN:
+        shared, kinds, further = _by_type(name, classes[name])
+        definitions |= further | {SECTIONS[name].__name__: shared}
+        nothing = [{"type": "null"}] if properties[name].get("default", ...) is None else []
+        sections[name] = {"anyOf": [*kinds, *nothing]}
     run = {key: properties[key] for key in run_keys()}
-    sections = {name: properties[name] for name in SECTIONS} | {"model": {"anyOf": models}}
-    definitions.pop("ModelSettings", None)
     definitions["Run"] = {"type": "object", "properties": run, "additionalProperties": False}
     groups = {group: {"$ref": "#/$defs/Run"} for group in GROUPS}
     return _json(
         {
-            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "$schema": DIALECT,
             "title": "penstock: settings of a run",
             "type": "object",
             "properties": run | sections | groups,
@@ -115,27 +118,61 @@ def settings_json_schema(options: Mapping[str, type[ModelSettings]]) -> str:
     )
 
 
+def _by_type(section: str, classes: Classes) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    """The keys of a section that all types share, those of each type beside them, and what these refer to.
+
+    A class may narrow what a shared key takes: both must hold. What every class requires is required of all.
+    """
+    shared_class, definitions = SECTIONS[section], {}
+    schemas = {}
+    for kind, cls in {"": shared_class, **classes}.items():
+        schemas[kind] = _respelled(cls.model_json_schema(ref_template="#/$defs/{model}"), section)
+        definitions |= schemas[kind].pop("$defs", {})
+    shared = schemas.pop("")
+    required = set(shared["required"]).intersection(*(schema["required"] for schema in schemas.values()))
+    kinds = []
+    for kind, schema in schemas.items():
+        own = {key: value for key, value in schema["properties"].items() if shared["properties"].get(key) != value}
+        further = sorted(set(schema["required"]) - required)
+        kinds.append(
+            {
+                "title": schema["title"],
+                **({"description": schema["description"]} if "description" in schema else {}),
+                "$ref": f"#/$defs/{shared_class.__name__}",
+                "properties": own | {"type": {"const": kind}},
+                **({"required": further} if further else {}),
+                "unevaluatedProperties": False,
+            }
+        )
+    del shared["additionalProperties"]
+    return shared | {"required": sorted(required)}, kinds, definitions
+
+
 def dataset_json_schema() -> str:
     """`docs/dataset.schema.json`: accepts what the reader accepts, as far as one file can tell."""
     schema = _respelled(DatasetSettings.model_json_schema(), "dataset")
     definitions = schema["$defs"]
     definitions["DirectorySettings"] = _respelled(definitions["DirectorySettings"], "directory")
-    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return _json(dialect | schema | {"title": "penstock: a dataset"})
+    return _json({"$schema": DIALECT} | schema | {"title": "penstock: a dataset"})
 
 
-def _options(kind: str, cls: type[ModelSettings]) -> str:
-    own = [key for key in cls.model_fields if key not in ModelSettings.model_fields]
-    heading = f'### `[model]` with `type = "{kind}"`'
-    if not own:
-        return f"{heading}\n\nNo keys of its own.\n"
-    return f"{heading}\n\n{_table(cls, 'model', only=own)}"
+def _of_type(section: str, kind: str, cls: type[SettingsTable]) -> str:
+    """The keys of one type that are not as all types have them."""
+    heading = f'### `[{section}]` with `type = "{kind}"`'
+    own = own_keys(cls, SECTIONS[section])
+    # What a model is, supported_models.md says.
+    said = "" if section == "model" else f"{_said(cls)}\n\n"
+    return f"{heading}\n\n{said}{_table(cls, section, only=own) if own else NO_KEYS}"
 
 
 def _section(heading: str, cls: type[BaseModel], spelled_as: str = "", only: Iterable[str] | None = None) -> str:
-    # What stands before a colon is the name, which the heading says already.
+    return f"{heading}\n\n{_said(cls)}\n\n{_table(cls, spelled_as, only)}"
+
+
+def _said(cls: type[BaseModel]) -> str:
+    """What the first line of a class says, without the name before a colon, which a heading says already."""
     said = (cls.__doc__ or "").split("\n")[0].split(": ", 1)[-1]
-    return f"{heading}\n\n{said[:1].upper()}{said[1:]}\n\n{_table(cls, spelled_as, only)}"
+    return said[:1].upper() + said[1:]
 
 
 def _table(cls: type[BaseModel], section: str, only: Iterable[str] | None = None) -> str:
@@ -188,14 +225,15 @@ def _respelled(schema: dict[str, Any], section: str) -> dict[str, Any]:
     """The schema of a table in which a key may be written in any of its spellings, but in one alone."""
     properties, required = dict(schema["properties"]), set(schema.get("required", ()))
     conditions: list[dict[str, Any]] = []
-    for key in dict.fromkeys(SPELLINGS[section].values()):
+    for key in dict.fromkeys(SPELLINGS.get(section, {}).values()):
         names = [key, *spellings(section, key)]
         properties |= dict.fromkeys(names, properties[key])
         conditions += [{"not": {"required": list(pair)}} for pair in combinations(names, 2)]
         if key in required:
             conditions.append({"anyOf": [{"required": [name]} for name in names]})
             required.remove(key)
-    return schema | {"properties": properties, "required": sorted(required), "allOf": conditions}
+    spelled = {"properties": properties, "required": sorted(required)}
+    return schema | spelled | ({"allOf": conditions} if conditions else {})
 
 
 def _json(schema: Mapping[str, Any]) -> str:

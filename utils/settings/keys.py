@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from utils.settings.choices import Choices, Classes
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 from utils.settings.foreign import advice
 from utils.settings.model_schema import ModelSettings, TextEncoderFile
@@ -17,20 +18,22 @@ from utils.settings.schema import (
     OptimizerSettings,
     SamplingSettings,
     Settings,
-    optimizer_types,
 )
+from utils.settings.values import SettingsTable
 
 # Tables that only group: the run's own keys are accepted at the top of the file and in each of these.
 GROUPS = ("output", "training", "eval", "save", "optimization")
-# Tables with keys of their own, each with a class. [model] and [optimizer] get theirs by their `type`.
-SECTIONS: Mapping[str, type[BaseModel] | None] = {
-    "model": None,
+# Tables with keys of their own. Of those in CHOSEN this is the class of what all types share.
+SECTIONS: Mapping[str, type[SettingsTable]] = {
+    "model": ModelSettings,
     "adapter": AdapterSettings,
-    "optimizer": None,
+    "optimizer": OptimizerSettings,
     "ema": EMASettings,
     "monitoring": MonitoringSettings,
     "sampling": SamplingSettings,
 }
+# Tables whose `type` chooses a subclass, which is handed in.
+CHOSEN = ("model", "adapter", "optimizer")
 _DATA_SPELLINGS = {
     "shuffle_count": "cache_shuffle_num",
     "shuffle_delimiter": "cache_shuffle_delimiter",
@@ -93,9 +96,9 @@ def is_dataset(raw: Mapping[str, Any]) -> bool:
     return bool(raw.keys() & {"directory", "datasets"}) and not raw.keys() & {"dataset", "model", "optimizer"}
 
 
-def unknown_tables(raw: Mapping[str, Any]) -> dict[str, str | None]:
+def unknown_tables(raw: Mapping[str, Any], choices: Choices) -> dict[str, str | None]:
     """The tables of a run's file that have no known name -> the name that was probably meant."""
-    known, elsewhere = [*SECTIONS, *GROUPS], set().union(*_locations().values())
+    known, elsewhere = [*SECTIONS, *GROUPS], set().union(*_locations(choices).values())
     unknown = [key for key, value in raw.items() if isinstance(value, dict) and key not in {*known, *run_keys()}]
     meant: dict[str, str | None] = {}
     for key in unknown:
@@ -114,12 +117,12 @@ def unknown_table(meant: str | None) -> str:
     )
 
 
-def unknown_key(key: str, here: Iterable[str]) -> str:
+def unknown_key(key: str, here: Iterable[str], choices: Choices) -> str:
     """What to tell of a key not among those known `here`: the place it belongs to, or the nearest key."""
     if advised := advice(key):
         return f"no such key; {advised}"
     here = sorted(here)
-    locations = _locations()
+    locations = _locations(choices)
     for location, keys in locations.items():
         if key in keys:
             return f"no such key here; it belongs {location}"
@@ -132,14 +135,25 @@ def unknown_key(key: str, here: Iterable[str]) -> str:
     return f"no such key; known here: {', '.join(here)}" if len(here) <= 12 else "no such key"
 
 
-def _locations() -> dict[str, set[str]]:
+def _locations(choices: Choices) -> dict[str, set[str]]:
     """Every place of a file, and the keys known there."""
-    shared = {"model": ModelSettings, "optimizer": OptimizerSettings}
-    optimizers = {f'in [optimizer] with type = "{name}"': cls for name, cls in optimizer_types().items()}
+    by_type = {
+        f'in [{name}] with type = "{kind}"': set(cls.model_fields)
+        for name, choice in choices.items()
+        for kind, cls in choice.classes.items()
+    }
     return {
         "at the top of the run's file, above all tables": set(run_keys()),
-        **{f"in [{name}]": known_keys(name, cls or shared[name]) for name, cls in SECTIONS.items()},
-        **{location: set(cls.model_fields) for location, cls in optimizers.items()},
+        **{
+            f"in [{name}]": known_keys(name, cls) | _common(choices[name].classes if name in choices else {})
+            for name, cls in SECTIONS.items()
+        },
+        **by_type,
         "at the top of a dataset file": known_keys("dataset", DatasetSettings),
         "in [[directory]] of a dataset file": known_keys("directory", DirectorySettings),
     }
+
+
+def _common(classes: Classes) -> set[str]:
+    """The keys that all of some classes have."""
+    return set.intersection(*(set(cls.model_fields) for cls in classes.values())) if classes else set()

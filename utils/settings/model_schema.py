@@ -3,7 +3,7 @@
 The documentation and the JSON schemas are generated from the strings under the keys.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -56,6 +56,8 @@ class ModelSettings(SettingsTable):
 
     The options of a model are a subclass, with the keys that only this model has.
     """
+
+    binds_checkpoint: ClassVar[tuple[str, ...]] = ("type", "preset_adapters", "rescale_betas_zero_snr")
 
     type: str
     """Name of the model: a file name under `models/`, without `.py`."""
@@ -142,3 +144,8 @@ class ModelSettings(SettingsTable):
     """Train the model to give at once what guidance of this strength makes of two predictions: the target moves so much
     further away from the model's own prediction for the empty caption. For models that are distilled to need no second
     prediction, which plain training undoes; takes one more forward pass a step. Evaluation compares with the data."""
+
+    def binding(self) -> dict[str, Any]:
+        # Not where an adapter lies, nor whether it is fused: that changes nothing of what the weights mean.
+        presets = [[preset.path.name, preset.weight] for preset in self.preset_adapters]
+        return {**super().binding(), "preset_adapters": presets}

@@ -1,7 +1,7 @@
 """TOML files -> settings, with every problem of every file in one error."""
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import toml
 
 from utils.errors import Problem, UserError
+from utils.settings.choices import Choice, Choices, type_of
 from utils.settings.dataset_rules import (
     check_dataset,
     check_evaluation_set,
@@ -16,32 +17,21 @@ from utils.settings.dataset_rules import (
     check_with_run,
 )
 from utils.settings.dataset_schema import DatasetSettings
-from utils.settings.keys import SECTIONS, is_dataset, is_run, known_keys, run_keys, unknown_tables
-from utils.settings.model_schema import ModelSettings
+from utils.settings.keys import CHOSEN, SECTIONS, is_dataset, is_run, known_keys, run_keys, unknown_tables
 from utils.settings.plain import given
 from utils.settings.rules import check_rules
-from utils.settings.schema import (
-    AdamWSettings,
-    AdapterSettings,
-    OptimizerSettings,
-    Settings,
-    adapter_types,
-    lower_type,
-    optimizer_types,
-)
+from utils.settings.schema import Settings
 from utils.settings.tables import Reading, Table, check, no_table, one_table, run_table, where
 from utils.settings.values import SettingsTable
 
-OptionsFor = Callable[[str], type[ModelSettings]]
 
-
-def read_settings(path: Path, options_for: OptionsFor) -> Settings:
+def read_settings(path: Path, choices: Choices) -> Settings:
     """The run that the file at `path` describes, before the rules of `check_rules`.
 
-    `options_for(type)` gives the class of a model's options, or a ValueError that names the known types.
+    `choices` are the classes that `type` chooses in [model], [adapter] and [optimizer].
     Raises UserError with all problems of the file.
     """
-    return _read_run(Path(path), options_for).sound()
+    return _read_run(Path(path), choices).sound()
 
 
 def read_dataset(path: Path) -> DatasetSettings:
@@ -49,17 +39,17 @@ def read_dataset(path: Path) -> DatasetSettings:
 
     Raises UserError with all problems of the file.
     """
-    return _read_dataset(Path(path)).sound()
+    return _read_dataset(Path(path), {}).sound()
 
 
 def read_all(
-    path: Path, options_for: OptionsFor, world_size: int | None
+    path: Path, choices: Choices, world_size: int | None
 ) -> tuple[Settings, DatasetSettings, dict[str, DatasetSettings]]:
-    """Settings, training set, and evaluation sets by name, checked by every rule.
+    """Settings, training set, and evaluation sets by name, checked by every rule; `choices` as in `read_settings`.
 
     Raises one UserError with the problems of all these files.
     """
-    run = _read_run(Path(path), options_for)
+    run = _read_run(Path(path), choices)
     problems = [*run.problems, *check_rules(run.value, world_size, str(path), run.broken)]
     training = [] if "dataset" in run.broken else [run.value.dataset]
     evaluation = [] if "eval_datasets" in run.broken else run.value.eval_datasets
@@ -70,7 +60,7 @@ def read_all(
         if not file.exists():
             continue
         try:
-            reading = _read_dataset(file)
+            reading = _read_dataset(file, choices)
         except UserError as error:
             problems += error.problems
             continue
@@ -108,48 +98,43 @@ def _load(path: Path) -> dict[str, Any]:
         raise UserError.of(f"is not valid TOML: {error}", str(path)) from None
 
 
-def _read_run(path: Path, options_for: OptionsFor) -> Reading[Settings]:
+def _read_run(path: Path, choices: Choices) -> Reading[Settings]:
     raw = _load(path)
     if is_dataset(raw):
         raise UserError.of("is a dataset's file; give the run's file, whose key `dataset` names it", str(path))
-    parts = {name: _read_section(str(path), name, raw[name], options_for) for name in SECTIONS if name in raw}
-    table = run_table(str(path), raw)
+    parts = {name: _read_section(str(path), name, raw[name], choices) for name in SECTIONS if name in raw}
+    table = run_table(str(path), raw, choices)
     # A part with problems goes in as far as it is sound, so that the whole is checked all the same.
     table.keys.update({name: part.value for name, part in parts.items()})
     table.locations.update({name: (f"[{name}]", "") for name in SECTIONS})
-    run = check(Settings, table, run_keys())
+    run = check(Settings, table, run_keys(), choices)
     problems = [*run.problems, *(problem for part in parts.values() for problem in part.problems)]
     # A table under a wrong name is not missing too.
-    misspelt = {f"[{name}]" for name in unknown_tables(raw).values() if name and name not in raw}
+    misspelt = {f"[{name}]" for name in unknown_tables(raw, choices).values() if name and name not in raw}
     problems = [problem for problem in problems if problem.where not in misspelt]
     broken = {f"{name}.{key}" for name, part in parts.items() for key in part.broken}
     return Reading(run.value, problems, run.broken | broken)
 
 
-def _read_section(file: str, name: str, written: Any, options_for: OptionsFor) -> Reading[SettingsTable]:
+def _read_section(file: str, name: str, written: Any, choices: Choices) -> Reading[SettingsTable]:
     """A table with keys of its own; for those whose `type` chooses the class, that one."""
-    title = f"[{name}]"
-    fallback, type_of_fallback, by_type = {
-        "model": (ModelSettings, "", options_for),
-        "optimizer": (AdamWSettings, "adamw", _optimizer_class),
-        "adapter": (AdapterSettings, "lora", _adapter_class),
-    }.get(name, (SECTIONS[name], None, None))
+    title, shared, is_chosen = f"[{name}]", SECTIONS[name], name in CHOSEN
+    nothing = {"type": ""} if is_chosen else {}
     if not isinstance(written, dict):
         problem = Problem(file, title, no_table(title, written))
-        value = fallback.model_construct(type=type_of_fallback) if by_type else fallback.model_construct()
-        return Reading(value, [problem], frozenset(fallback.model_fields))
-    table = one_table(file, name, title, lower_type(written) if name == "optimizer" else written)
-    cls = _class_by_type(table, by_type) if by_type else fallback
+        return Reading(shared.model_construct(**nothing), [problem], frozenset(shared.model_fields))
+    table = one_table(file, name, title, written)
+    cls = _class_by_type(table, choices[name]) if is_chosen else shared
     if cls is None:
         # Whether a key belongs to a type can be told once the type is known: check what all types share.
-        cls = fallback
-        shared = {key: value for key, value in table.keys.items() if key in fallback.model_fields}
-        table = replace(table, keys=shared | {"type": type_of_fallback})
-    return check(cls, table, known_keys(name, cls))
+        cls, keys = shared, {key: value for key, value in table.keys.items() if key in shared.model_fields}
+        table = replace(table, keys=keys | nothing)
+    return check(cls, table, known_keys(name, cls), choices)
 
 
-def _class_by_type(table: Table, by_type: Callable[[str], type[SettingsTable]]) -> type[SettingsTable] | None:
-    """The class that the table's `type` chooses; if it chooses none, None, and a problem in the table."""
+def _class_by_type(table: Table, choice: Choice) -> type[SettingsTable] | None:
+    """The class that the table's `type` chooses, which is then spelled as that class has it; if it chooses none, None,
+    and a problem in the table."""
     location = where(table.title, "type")
     name = table.keys.get("type")
     if name is None:
@@ -158,27 +143,16 @@ def _class_by_type(table: Table, by_type: Callable[[str], type[SettingsTable]]) 
         table.complain(location, f"must be a text in quotes; given: {given(name)}")
     else:
         try:
-            return by_type(name)
+            cls = choice.find(name)
         except ValueError as error:
             table.complain(location, str(error))
+        else:
+            table.keys["type"] = type_of(cls) or name
+            return cls
     return None
 
 
-def _optimizer_class(name: str) -> type[OptimizerSettings]:
-    types = optimizer_types()
-    if name not in types:
-        raise ValueError(f'no optimizer is called "{name}"; known: {", ".join(types)}')
-    return types[name]
-
-
-def _adapter_class(name: str) -> type[AdapterSettings]:
-    types = adapter_types()
-    if name not in types:
-        raise ValueError(f"no adapter is called '{name}'; known: {', '.join(map(repr, types))}")
-    return types[name]
-
-
-def _read_dataset(path: Path) -> Reading[DatasetSettings]:
+def _read_dataset(path: Path, choices: Choices) -> Reading[DatasetSettings]:
     raw = _load(path)
     if is_run(raw):
         raise UserError.of("is a run's file; a dataset's has [[directory]] tables and keys for them", str(path))
@@ -189,7 +163,7 @@ def _read_dataset(path: Path) -> Reading[DatasetSettings]:
             _one_directory(table, number, entry) if isinstance(entry, dict) else entry
             for number, entry in enumerate(entries)
         ]
-    return check(DatasetSettings, table, known_keys("dataset", DatasetSettings))
+    return check(DatasetSettings, table, known_keys("dataset", DatasetSettings), choices)
 
 
 def _one_directory(dataset: Table, number: int, written: Mapping[str, Any]) -> dict[str, Any]:

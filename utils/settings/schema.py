@@ -3,14 +3,12 @@
 The documentation and the JSON schemas are generated from the strings under the keys.
 """
 
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, field_validator
 
 from utils.settings.model_schema import DType, ModelSettings
 from utils.settings.values import (
-    Betas,
     Count,
     MicroBatches,
     Natural,
@@ -24,14 +22,15 @@ from utils.settings.values import (
 
 
 class AdapterSettings(SettingsTable):
-    """`[adapter]`: train an adapter instead of the model itself. Without this table: full fine-tuning."""
+    """`[adapter]`: train an adapter instead of the model itself. Without this table: full fine-tuning.
 
-    type: Literal["lora"]
+    A kind of adapter is a subclass, with the keys that only this kind has: one file of `utils/adapters/`.
+    """
+
+    binds_checkpoint: ClassVar[tuple[str, ...]] = ("type", "include", "exclude")
+
+    type: str
     """Kind of adapter."""
-    rank: Count
-    """Rank of the update of each adapted layer."""
-    alpha: Positive | None = None
-    """The update is scaled by alpha / rank; default: the rank, for a scale of 1."""
     dropout: Share = 0.0
     """Share of an adapter's inputs that is dropped in training."""
     dtype: DType = "float32"
@@ -47,34 +46,11 @@ class AdapterSettings(SettingsTable):
     """File or folder of an adapter to go on from; default: start from zero effect."""
 
 
-class LokrSettings(AdapterSettings):
-    """`type = "lokr"`: LoKr of LyCORIS, whose update is the Kronecker product of a small matrix and a large one."""
-
-    type: Literal["lokr"]
-    """Kind of adapter."""
-    factor: Count | None = None
-    """Sides of the small matrix, at most; each divides that of the weight. Default: as near to a square root as can be,
-    which makes both matrices alike."""
-    factors: dict[str, Count] = {}
-    """Other factors by glob pattern, as in `{ "attn" = 8, "FeedForward" = 16 }`: the first is taken that may match
-    anywhere in a module's name, or is the class of a module around it."""
-    rank: Count | None = None
-    """Rank of the large matrix; default, and where it saves nothing: the whole of it."""
-    full_matrix: bool = False
-    """Keep the large matrix whole, whatever `rank` says."""
-    decompose_both: bool = False
-    """Give the small matrix that rank too."""
-    convolutions: Literal[False] = False
-    """Linears alone are adapted."""
-
-
-def adapter_types() -> dict[str, type[AdapterSettings]]:
-    """The settings class of every adapter, by the `type` that chooses it."""
-    return {get_args(cls.model_fields["type"].annotation)[0]: cls for cls in (AdapterSettings, LokrSettings)}
-
-
 class OptimizerSettings(SettingsTable):
-    """`[optimizer]`: the keys that all optimizers share."""
+    """`[optimizer]`: the keys that all optimizers share.
+
+    An optimizer is a subclass, with the keys that only it has, in one of the files of `optimizers/`.
+    """
 
     type: str
     """Algorithm; upper and lower case are alike."""
@@ -84,56 +60,9 @@ class OptimizerSettings(SettingsTable):
     """Decay of the weights a step, times the learning rate."""
 
 
-class AdamWSettings(OptimizerSettings):
-    """`type = "adamw"`: AdamW, with a float32 master of each parameter that is kept in 16 bits."""
-
-    type: Literal["adamw"]
-    """Algorithm; upper and lower case are alike."""
-    betas: Betas = (0.9, 0.999)
-    """Decay rates of the two running means, of the gradient and of its square."""
-    eps: Positive = 1e-8
-    """Added to the denominator of the update."""
-
-
-class AdamW8bitSettings(AdamWSettings):
-    """`type = "adamw8bit"`: AdamW with its state in 8 bits, of bitsandbytes. Needs a GPU."""
-
-    type: Literal["adamw8bit"]
-    """Algorithm; upper and lower case are alike."""
-
-
-class SGDSettings(OptimizerSettings):
-    """`type = "sgd"`: plain gradient descent."""
-
-    type: Literal["sgd"]
-    """Algorithm; upper and lower case are alike."""
-    momentum: Share = 0.0
-    """Share of the last update that is kept in the next."""
-
-
 def as_list(value: Any) -> Any:
     """One thing as a list of one."""
     return value if isinstance(value, list) else [value]
-
-
-def lower_type(table: Any) -> Any:
-    """`table` with its `type` in lower case, so that AdamW and adamw are one."""
-    if isinstance(table, dict) and isinstance(table.get("type"), str):
-        return {**table, "type": table["type"].lower()}
-    return table
-
-
-AnyOptimizer = Annotated[
-    Annotated[AdamWSettings | AdamW8bitSettings | SGDSettings, Field(discriminator="type")],
-    BeforeValidator(lower_type),
-]
-
-
-def optimizer_types(
-    classes: Iterable[type[OptimizerSettings]] = (AdamWSettings, AdamW8bitSettings, SGDSettings),
-) -> dict[str, type[OptimizerSettings]]:
-    """The settings class of every optimizer, by the `type` that chooses it."""
-    return {get_args(cls.model_fields["type"].annotation)[0]: cls for cls in classes}
 
 
 class EMASettings(SettingsTable):
@@ -223,6 +152,8 @@ class EvalDataset(SettingsTable):
 class Settings(SettingsTable):
     """A run: its own keys, and the tables."""
 
+    binds_checkpoint: ClassVar[tuple[str, ...]] = ("seed",)
+
     output_dir: UserPath
     """Folder in which every run makes a folder of its own, named by date and time."""
     dataset: UserPath
@@ -304,9 +235,9 @@ class Settings(SettingsTable):
     """Seed of all that is drawn: order, noise, timesteps, dropout, first weights."""
     model: SerializeAsAny[ModelSettings]
     """What is trained."""
-    adapter: Annotated[AdapterSettings | LokrSettings, Field(discriminator="type")] | None = None
+    adapter: SerializeAsAny[AdapterSettings] | None = None
     """Train an adapter; without it, the model itself."""
-    optimizer: AnyOptimizer
+    optimizer: SerializeAsAny[OptimizerSettings]
     """How weights move."""
     ema: EMASettings | None = None
     """Average what is trained."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Generic, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from utils.errors import Problem, UserError
+from utils.settings.choices import Choices
 from utils.settings.keys import (
     GROUPS,
     NESTED,
@@ -86,10 +87,10 @@ def one_table(file: str, section: str, title: str, written: Mapping[str, Any]) -
     return table
 
 
-def run_table(file: str, raw: Mapping[str, Any]) -> Table:
+def run_table(file: str, raw: Mapping[str, Any], choices: Choices) -> Table:
     """The run's own keys, from the top of the file and from the tables that only group them."""
     table = Table(file)
-    unknown = unknown_tables(raw)
+    unknown = unknown_tables(raw, choices)
     for key, meant in unknown.items():
         table.complain(f"[{key}]", unknown_table(meant))
     top = {key: value for key, value in raw.items() if key not in {*GROUPS, *SECTIONS, *unknown}}
@@ -112,8 +113,9 @@ def no_table(title: str, value: Any) -> str:
     return f"must be a table; given: {given(value)}"
 
 
-def check(cls: type[T], table: Table, known: Iterable[str]) -> Reading[T]:
-    """`table` as a `cls`, which has the `known` keys in all their spellings."""
+def check(cls: type[T], table: Table, known: Iterable[str], choices: Choices) -> Reading[T]:
+    """`table` as a `cls`, which has the `known` keys in all their spellings; in the classes of `choices` too an unknown
+    one is looked for."""
     try:
         return Reading(cls.model_validate(table.keys), table.problems)
     except ValidationError as error:
@@ -124,7 +126,7 @@ def check(cls: type[T], table: Table, known: Iterable[str]) -> Reading[T]:
         if error["type"] == "extra_forbidden":
             nested = str(loc[0])
             here = known_keys(nested, NESTED[nested]) if len(loc) > 1 else known
-            message = unknown_key(str(loc[-1]), here)
+            message = unknown_key(str(loc[-1]), here, choices)
         elif error["type"] == "list_type" and isinstance(error["input"], dict):
             message = f"may have several entries; write {table.entry_title(str(loc[0]))}, in double brackets"
         else:

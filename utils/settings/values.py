@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
 
@@ -18,6 +18,12 @@ class SettingsTable(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
+    binds_checkpoint: ClassVar[tuple[str, ...]] = ()
+    """The keys without whose values a checkpoint's weights would mean another model, or its draws be others."""
+
+    def binding(self) -> dict[str, Any]:
+        """The values of `binds_checkpoint`, such that JSON has them."""
+        return {key: getattr(self, key) for key in self.binds_checkpoint}
 
 
 def or_else(message: str) -> WrapValidator:

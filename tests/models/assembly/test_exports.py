@@ -22,6 +22,7 @@ from models.flux import BFL_LAYOUT, FluxPipeline
 from tests.models import tiny_chroma, tiny_flux
 from tests.models.tiny_folder import settings_of
 from tests.processes import run_ranks
+from utils.adapters.lora import LoraSettings
 from utils.dataset.samples import Bucket
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lora(**keys: Any) -> AdapterSettings:
-    return AdapterSettings(**{"type": "lora", "rank": 4, "alpha": 1.0, **keys})
+    return LoraSettings(**{"type": "lora", "rank": 4, "alpha": 1.0, **keys})
 
 
 def export_moved(

@@ -16,6 +16,7 @@ from models.assembly.stage import load_stage
 from optimizers.parameter_groups import groups_of
 from tests.models import tiny_flux
 from tests.models.tiny_folder import settings_of
+from utils.adapters.lora import LoraSettings
 from utils.dataset.collection import Collection, Source
 from utils.dataset.samples import Bucket, MediaFile, Sample, Take
 from utils.dataset.sources import Locator
@@ -42,7 +43,7 @@ def collection(count: int) -> Collection:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("adapter", [None, AdapterSettings(type="lora", rank=4)], ids=["full", "lora"])
+@pytest.mark.parametrize("adapter", [None, LoraSettings(type="lora", rank=4)], ids=["full", "lora"])
 def test_what_a_stage_holds_is_counted(folder: Path, dtype: str, adapter: AdapterSettings | None) -> None:
     flux = tiny_flux.pipeline(folder, dtype=dtype)
     settings = settings_of(flux, adapter)
@@ -55,9 +56,9 @@ def test_what_a_stage_holds_is_counted(folder: Path, dtype: str, adapter: Adapte
     kept = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
     expected = sum(tensor.nbytes for tensor in [*kept, *(p.grad for p in parameters.values())])
     weights = sum(p.nbytes for p in staged.denoiser.parameters())
-    assert held_bytes(staged.layers, "adamw") == (weights, expected)
+    assert held_bytes(staged.layers, settings.optimizer) == (weights, expected)
     averages = 4 * sum(parameter.numel() for parameter in parameters.values())
-    assert held_bytes(staged.layers, "adamw", averages=True) == (weights, expected + averages)
+    assert held_bytes(staged.layers, settings.optimizer, averages=True) == (weights, expected + averages)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
@@ -68,7 +69,7 @@ def test_a_large_model_is_planned_in_its_own_type(folder: Path, dtype: str, size
     config = {**json.loads(file.read_text()), **large, "axes_dims_rope": [16, 56, 56]}
     file.write_text(json.dumps(config))
     flux = tiny_flux.pipeline(folder, dtype=dtype, from_scratch=True)
-    settings = settings_of(flux, AdapterSettings(type="lora", rank=1), epochs=2, gradient_accumulation_steps=2)
+    settings = settings_of(flux, LoraSettings(type="lora", rank=1), epochs=2, gradient_accumulation_steps=2)
     text = describe(settings, Ranks(), flux, check_run(settings, Ranks(), flux), [collection(5)])
     total, trained = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:in all,|trained)", text))
     weights = float(re.search(r"weights ([\d.]+)", text)[1])

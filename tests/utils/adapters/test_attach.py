@@ -9,56 +9,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from tests.utils.adapters.toy_denoiser import BLOCKS, Block, denoiser, factors, initialised
 from utils.adapters import attach
+from utils.adapters.lora import LoraSettings
 from utils.errors import UserError
 from utils.settings.schema import AdapterSettings
 
-BLOCKS = ("first_blocks", "blocks")
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(6)
-        self.to_q, self.to_k, self.out = (nn.Linear(6, 6) for _ in range(3))
-
-    def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
-        normed_BD = self.norm(x_BD)
-        return x_BD + self.out(self.to_q(normed_BD) * self.to_k(normed_BD))
-
-
-class Denoiser(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Linear(4, 6)
-        self.first_blocks = nn.ModuleList([Block()])
-        self.blocks = nn.ModuleList([Block(), Block()])
-
-    def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
-        x_BD = self.embed(x_BD)
-        for block in [*self.first_blocks, *self.blocks]:
-            x_BD = block(x_BD)
-        return x_BD
-
-
-def denoiser() -> Denoiser:
-    torch.manual_seed(0)
-    return Denoiser()
-
 
 def lora(**keys: Any) -> AdapterSettings:
-    return AdapterSettings(**{"type": "lora", "rank": 2, **keys})
-
-
-def initialised(settings: AdapterSettings, seed: int = 0) -> Denoiser:
-    adapted = denoiser()
-    attach.attach(adapted, BLOCKS, settings)
-    attach.initialise(adapted, [adapted], settings, seed)
-    return adapted
-
-
-def factors(adapted: nn.Module) -> dict[str, torch.Tensor]:
-    return {attach.base_name(name): p for name, p in adapted.named_parameters() if ".lora_" in name}
+    return LoraSettings(**{"type": "lora", "rank": 2, **keys})
 
 
 ALL = [f"{block}.{part}" for block in ("first_blocks.0", "blocks.0", "blocks.1") for part in ("to_q", "to_k", "out")]
@@ -107,7 +66,7 @@ def test_equals_a_model_adapted_by_peft() -> None:
             theirs[name].copy_(tensor)
     x_BD = torch.randn(5, 4)
     assert torch.equal(adapted(x_BD), reference(x_BD))
-    assert attach.scale(settings) == 0.5 and attach.scale(lora()) == 1.0
+    assert set(attach.scales(adapted).values()) == {0.5} and set(attach.scales(initialised(lora())).values()) == {1.0}
 
 
 def test_starts_without_an_effect() -> None:

@@ -12,18 +12,21 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
+import models
 from models.assembly.exports import export_plan
 from models.assembly.stage import StagedModel, load_stage
 from tests.models import tiny_flux
 from tests.models.tiny_folder import settings_of
 from tests.processes import run_ranks
 from utils.adapters import attach
-from utils.adapters.lokr import LokrLinear, split
+from utils.adapters.lokr import LokrLinear, LokrSettings, split
+from utils.adapters.lora import LoraSettings
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
 from utils.ranks import Ranks
 from utils.run.export import export
-from utils.settings.schema import AdapterSettings, LokrSettings, Settings
+from utils.settings.reader import read_settings, write_resolved
+from utils.settings.schema import AdapterSettings
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "whole": {"factor": 4, "full_matrix": True, "rank": 2, "alpha": 3.0},
@@ -89,7 +92,7 @@ def test_dimensions_are_split(dimension: int, factor: int | None, expected: tupl
 def test_it_is_a_kronecker_product(keys: dict[str, Any], shapes: dict[str, tuple[int, int]], scale: float) -> None:
     torch.manual_seed(0)
     base = nn.Linear(20, 12).requires_grad_(False)
-    layer = LokrLinear(base, settings(**keys), keys.get("factor"), "default")
+    layer = LokrLinear(base, settings(**keys), keys.get("factor"))
     layer.reset(torch.float32)
     x = torch.randn(3, 5, 20)
     assert torch.equal(layer(x), base(x)), "at first it has no effect"
@@ -159,7 +162,7 @@ def test_what_is_exported_does_elsewhere_what_it_does_here(
     ("adapter", "tensors", "told"),
     [
         (settings(), {"x.lora_A.weight": torch.ones(2)}, "no LoKr factors in this file, it is a LoRA"),
-        (AdapterSettings(type="lora", rank=2), {"lycoris_x.lokr_w1": torch.ones(2)}, "no LoRA factors .* it is a LoKr"),
+        (LoraSettings(type="lora", rank=2), {"lycoris_x.lokr_w1": torch.ones(2)}, "no LoRA factors .* it is a LoKr"),
         (settings(), {"lycoris_x.lokr_w1": torch.ones(2)}, "'lycoris_x.lokr_w1' has no counterpart"),
         (
             settings(factor=2),
@@ -178,7 +181,7 @@ def test_files_that_do_not_fit_are_told(
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_it_is_trained_on_top_of_a_preset_adapter(folder: Path, tmp_path: Path, fused: bool) -> None:
-    lora, pipeline = AdapterSettings(type="lora", rank=2), tiny_flux.pipeline(folder)
+    lora, pipeline = LoraSettings(type="lora", rank=2), tiny_flux.pipeline(folder)
     staged = loaded(folder, lora)
     plan = export_plan(pipeline, settings_of(pipeline, lora), staged)
     export(tmp_path / "out", Ranks(), moved(staged), plan, step=1)
@@ -189,11 +192,11 @@ def test_it_is_trained_on_top_of_a_preset_adapter(folder: Path, tmp_path: Path, 
     torch.testing.assert_close(predicted(folder, begun.denoiser), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_with_it_is_written_and_read(folder: Path) -> None:
+def test_a_run_with_it_is_written_and_read(folder: Path, tmp_path: Path) -> None:
     adapter = settings(factor=8, factors={"attn": 4}, full_matrix=True)
     run = settings_of(tiny_flux.pipeline(folder), adapter)
-    assert run.adapter == adapter
-    again = Settings.model_validate({**run.model_dump(), "model": run.model})
+    write_resolved(run, tmp_path / "run.toml")
+    again = read_settings(tmp_path / "run.toml", models.choices())
     assert again.adapter == adapter and isinstance(again.adapter, LokrSettings)
 
 

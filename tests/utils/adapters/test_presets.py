@@ -16,12 +16,13 @@ from models.assembly.stage import load_stage
 from tests.models import tiny_flux, tiny_sdxl
 from tests.models.tiny_flux import STOCK
 from tests.models.tiny_folder import settings_of
-from utils.adapters.presets import Update
+from utils.adapters.lokr import LokrSettings
+from utils.adapters.lora import LoraSettings, LowRankUpdate
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
 from utils.ranks import Ranks
 from utils.run.export import export
-from utils.settings.schema import AdapterSettings, LokrSettings
+from utils.settings.schema import AdapterSettings
 
 FILES = ["adapter_model.safetensors", "adapter_model_comfyui.safetensors"]
 
@@ -36,7 +37,7 @@ def lora(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA with an effect, in both layouts."""
     place = tmp_path_factory.mktemp("lora") / "out"
     flux = tiny_flux.pipeline(folder)
-    chosen = settings_of(flux, AdapterSettings(type="lora", rank=4, alpha=2.0), save_format="both")
+    chosen = settings_of(flux, LoraSettings(type="lora", rank=4, alpha=2.0), save_format="both")
     staged = load_stage(flux, chosen, stage=0)
     parameters = staged.trained(staged.layers)
     with torch.no_grad():
@@ -82,7 +83,7 @@ def test_presets_add_up_and_an_adapter_begins_on_top_of_them(folder: Path, lora:
     expected = stock_output(folder, (lora / FILES[0], 0.5), (lora / FILES[0], 0.8))
     presets = [{"path": lora, "weight": 0.5, "fused": fused} for fused in (True, False)]
     presets[1]["weight"] = 0.8
-    made = output(folder, AdapterSettings(type="lora", rank=2), preset_adapters=presets)
+    made = output(folder, LoraSettings(type="lora", rank=2), preset_adapters=presets)
     torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
     beside = [{**preset, "fused": False} for preset in presets]
     torch.testing.assert_close(output(folder, preset_adapters=beside), expected, rtol=1e-4, atol=1e-5)
@@ -98,7 +99,7 @@ def test_a_lokr_begins_on_top_of_them_too(folder: Path, lora: Path, file: str) -
 @pytest.mark.parametrize("fused", [True, False])
 def test_only_the_difference_is_trained(folder: Path, lora: Path, fused: bool) -> None:
     flux = tiny_flux.pipeline(folder, preset_adapters=[{"path": lora, "fused": fused}])
-    staged = load_stage(flux, settings_of(flux, AdapterSettings(type="lora", rank=2)), stage=0)
+    staged = load_stage(flux, settings_of(flux, LoraSettings(type="lora", rank=2)), stage=0)
     trained = staged.trained(staged.layers)
     assert all(".lora_" in name for name in trained)
     stream = flux.prepare_inputs(tiny_flux.features((16, 16)), normal((2, 4, 4, 6), 0, "x"), torch.tensor([0.4, 0.8]))
@@ -112,7 +113,7 @@ def test_only_the_difference_is_trained(folder: Path, lora: Path, fused: bool) -
 def test_a_convolutions_update_is_that_of_two_convolutions() -> None:
     down, up = nn.Conv2d(3, 2, 3, padding=1, bias=False), nn.Conv2d(2, 4, 1, bias=False)
     x = normal((1, 3, 5, 5), 0, "x")
-    delta = Update(down.weight.detach(), up.weight.detach()).delta()
+    delta = LowRankUpdate(down.weight.detach(), up.weight.detach()).delta()
     torch.testing.assert_close(nn.functional.conv2d(x, delta, padding=1), up(down(x)).detach())
 
 

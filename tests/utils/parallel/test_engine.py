@@ -12,8 +12,8 @@ from tests.benchmarks import backward_calls
 from tests.processes import run_ranks
 from tests.utils.parallel import toy_flux
 from utils.adapters.attach import base_name
+from utils.adapters.lora import LoraSettings
 from utils.ranks import Ranks
-from utils.settings.schema import AdapterSettings
 
 STEPS = 3
 CLIP = 0.05
@@ -93,7 +93,7 @@ def train_frozen_first_stage(ranks: Ranks, folder: Path) -> dict[str, Any]:
     return {"losses": [s.loss for s in steps], "norms": [s.grad_norm for s in steps], "trained": len(trained)}
 
 
-SINGLE_BLOCKS_ONLY = AdapterSettings(type="lora", rank=4, include=["single_transformer_blocks.1"])
+SINGLE_BLOCKS_ONLY = LoraSettings(type="lora", rank=4, include=["single_transformer_blocks.1"])
 
 
 def test_a_stage_without_trainable_parameters_trains(folder: Path) -> None:

@@ -11,6 +11,7 @@ from diffusers import FluxTransformer2DModel
 
 from models.flux import FluxOptions, FluxPipeline
 from utils.adapters.attach import attach, base_name, initialise
+from utils.adapters.lora import LoraSettings
 from utils.diffusion.losses import Labels
 from utils.diffusion.seeds import generator
 from utils.settings.schema import AdapterSettings
@@ -43,7 +44,7 @@ def pipeline(folder: Path, **options: Any) -> FluxPipeline:
 
 
 def adapter(dropout: float = 0.0) -> AdapterSettings:
-    return AdapterSettings(type="lora", rank=4, dropout=dropout)
+    return LoraSettings(type="lora", rank=4, dropout=dropout)
 
 
 def denoiser_and_layers(flux: FluxPipeline, settings: AdapterSettings | None) -> tuple[Any, list]:

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+import optimizers
+from utils import adapters
+from utils.settings.choices import Choice
 from utils.settings.model_schema import ModelSettings
 
 
@@ -21,6 +24,8 @@ def options_for(name: str) -> type[ModelSettings]:
     return TinyOptions
 
 
+CHOICES = {"model": Choice(options_for), "adapter": adapters.choice(), "optimizer": optimizers.choice()}
+CLASSES = {**{section: choice.classes for section, choice in CHOICES.items()}, "model": {"tiny": TinyOptions}}
 RUN = """
 {output_dir}
 {dataset}

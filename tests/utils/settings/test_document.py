@@ -8,21 +8,21 @@ from typing import Any
 
 import pytest
 
-from tests.utils.settings.conftest import TinyOptions
+from tests.utils.settings.conftest import CLASSES, TinyOptions
+from utils.settings.choices import own_keys
 from utils.settings.dataset_schema import DataKeys, DatasetSettings
 from utils.settings.document import data_groups, dataset_json_schema, settings_json_schema, settings_page
-from utils.settings.keys import GROUPS, NESTED, SECTIONS, SPELLINGS, run_keys
+from utils.settings.keys import CHOSEN, GROUPS, NESTED, SECTIONS, known_keys, run_keys
 from utils.settings.model_schema import ModelSettings
-from utils.settings.schema import Settings, optimizer_types
+from utils.settings.schema import Settings
 
-OPTIONS = {"tiny": TinyOptions}
-TABLES = [Settings, TinyOptions, DatasetSettings, *NESTED.values(), *optimizer_types().values()]
-TABLES += [cls for cls in SECTIONS.values() if cls is not None]
+TABLES = [Settings, DatasetSettings, *NESTED.values(), *SECTIONS.values()]
+TABLES += [cls for section in CHOSEN for cls in CLASSES[section].values()]
 
 
 @pytest.fixture(scope="module")
 def schema() -> dict[str, Any]:
-    return json.loads(settings_json_schema(OPTIONS))
+    return json.loads(settings_json_schema(CLASSES))
 
 
 def references(node: Any) -> Iterator[str]:
@@ -36,7 +36,7 @@ def references(node: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize("cls", TABLES)
 def test_every_key_is_documented(cls: type[ModelSettings]) -> None:
-    page = settings_page(OPTIONS)
+    page = settings_page(CLASSES)
     for name, info in cls.model_fields.items():
         assert info.description, f"{cls.__name__}.{name} has no docstring"
         if name not in SECTIONS:
@@ -45,7 +45,7 @@ def test_every_key_is_documented(cls: type[ModelSettings]) -> None:
 
 
 def test_the_page_shows_types_defaults_and_spellings() -> None:
-    page = settings_page(OPTIONS)
+    page = settings_page(CLASSES)
     assert "| `seed` | whole number | `0` |" in page
     assert "| `vae_path` or `vae` | path |  |" in page
     assert "| `betas` | [number, number] | `[0.9, 0.999]` |" in page
@@ -59,13 +59,13 @@ def test_the_page_shows_types_defaults_and_spellings() -> None:
 
 
 def test_every_row_of_the_page_is_one_line() -> None:
-    for line in settings_page(OPTIONS).splitlines():
+    for line in settings_page(CLASSES).splitlines():
         if line.startswith("|"):
             assert len(re.findall(r"(?<!\\)\|", line)) == 5, line
 
 
 def test_a_key_that_file_and_directory_share_is_listed_once_under_the_schemas_headings() -> None:
-    page = settings_page(OPTIONS)
+    page = settings_page(CLASSES)
     for key in DataKeys.model_fields:
         assert len(re.findall(rf"^\| `{key}`", page, re.MULTILINE)) == 1, key
     groups = data_groups()
@@ -83,10 +83,11 @@ def test_the_runs_keys_are_accepted_at_the_top_and_in_groups(schema: dict[str, A
 
 
 def test_both_spellings_are_accepted_but_not_together(schema: dict[str, Any]) -> None:
-    (model,) = schema["properties"]["model"]["anyOf"]
+    (model,), shared = schema["properties"]["model"]["anyOf"], schema["$defs"]["ModelSettings"]
     assert model["properties"]["type"]["const"] == "tiny"
-    assert {*TinyOptions.model_fields, *SPELLINGS["model"]} == model["properties"].keys()
-    assert {"not": {"required": ["vae_path", "vae"]}} in model["allOf"]
+    assert known_keys("model", TinyOptions) == model["properties"].keys() | shared["properties"].keys()
+    assert shared["properties"]["vae"] == shared["properties"]["vae_path"]
+    assert {"not": {"required": ["vae_path", "vae"]}} in shared["allOf"]
     dataset = json.loads(dataset_json_schema())
     assert dataset["properties"]["datasets"] == dataset["properties"]["directory"]
     directory = dataset["$defs"]["DirectorySettings"]
@@ -98,11 +99,29 @@ def test_both_spellings_are_accepted_but_not_together(schema: dict[str, Any]) ->
     assert "prior_loss_weight" not in dataset["properties"]
 
 
-@pytest.mark.parametrize("text", [settings_json_schema(OPTIONS), dataset_json_schema()])
+@pytest.mark.parametrize("text", [settings_json_schema(CLASSES), dataset_json_schema()])
 def test_every_reference_resolves_and_unknown_keys_are_refused(text: str) -> None:
     schema = json.loads(text)
     assert schema["additionalProperties"] is False
     targets = {reference.removeprefix("#/$defs/") for reference in references(schema)}
-    assert targets <= schema["$defs"].keys()
-    for definition in schema["$defs"].values():
-        assert definition["additionalProperties"] is False
+    assert targets == schema["$defs"].keys()
+    shared = {SECTIONS[section].__name__ for section in CHOSEN}
+    for name, definition in schema["$defs"].items():
+        # Keys of a type stand beside those that all types share: which of them are unknown is for the type to say.
+        assert "additionalProperties" not in definition if name in shared else not definition["additionalProperties"]
+
+
+@pytest.mark.parametrize("section", CHOSEN)
+def test_a_type_has_its_own_keys_and_the_shared_ones_and_no_other(schema: dict[str, Any], section: str) -> None:
+    shared_class = SECTIONS[section]
+    shared = schema["$defs"][shared_class.__name__]
+    tables = [table for table in schema["properties"][section]["anyOf"] if table != {"type": "null"}]
+    assert [table["properties"]["type"] for table in tables] == [{"const": kind} for kind in CLASSES[section]]
+    for table, (kind, cls) in zip(tables, CLASSES[section].items(), strict=True):
+        assert table["$ref"] == f"#/$defs/{shared_class.__name__}"
+        assert table["unevaluatedProperties"] is False, kind
+        # A shared key stands once, unless this type has it otherwise.
+        assert table["properties"].keys() == {"type", *own_keys(cls, shared_class)}, kind
+        assert known_keys(section, cls) == table["properties"].keys() | shared["properties"].keys(), kind
+        required = {key for key, info in cls.model_fields.items() if info.is_required()}
+        assert {*shared["required"], *table.get("required", ())} == required, kind

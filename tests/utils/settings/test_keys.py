@@ -2,15 +2,16 @@
 
 import re
 
+from tests.utils.settings.conftest import CHOICES
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 from utils.settings.foreign import INSTEAD, NEEDLESS, advice
 from utils.settings.keys import GROUPS, NESTED, SECTIONS, SPELLINGS, known_keys, run_keys
 from utils.settings.model_schema import ModelSettings
-from utils.settings.schema import optimizer_types
 
 DATASET = known_keys("dataset", DatasetSettings) | known_keys("directory", DirectorySettings)
 RUN = {*run_keys(), *known_keys("model", ModelSettings)}
-RUN |= {key for cls in [*SECTIONS.values(), *optimizer_types().values()] if cls for key in cls.model_fields}
+CLASSES = [cls for choice in CHOICES.values() for cls in choice.classes.values()]
+RUN |= {key for cls in [*SECTIONS.values(), *CLASSES] for key in cls.model_fields}
 
 
 def test_advice_names_keys_and_tables_that_there_are() -> None:

@@ -6,24 +6,26 @@ import pytest
 import torch
 from pydantic import model_validator
 
-from tests.utils.settings.conftest import DATASET, Folder, TinyOptions, options_for
+from optimizers.adamw import AdamWSettings
+from optimizers.sgd import SGDSettings
+from tests.utils.settings.conftest import CHOICES, DATASET, Folder, TinyOptions
 from utils.errors import UserError
+from utils.settings.choices import Choice
 from utils.settings.keys import SPELLINGS
 from utils.settings.model_schema import torch_dtype
 from utils.settings.reader import read_all, read_dataset, read_settings, write_resolved
-from utils.settings.schema import AdamWSettings, SGDSettings
 
 
 def problems_of(path: Path, world_size: int = 1) -> dict[str, str]:
     """Messages by place."""
     with pytest.raises(UserError) as caught:
-        read_all(path, options_for, world_size)
+        read_all(path, CHOICES, world_size)
     return {problem.where: problem.message for problem in caught.value.problems}
 
 
 def test_a_sound_run(folder: Folder) -> None:
     path = folder.run(top="epochs = 3", model="max_sequence_length = 8", optimizer="betas = [0.9, 0.95]")
-    settings, dataset, evaluation = read_all(path, options_for, 1)
+    settings, dataset, evaluation = read_all(path, CHOICES, 1)
     assert settings.epochs == 3
     assert settings.model == TinyOptions(type="tiny", diffusers_path="weights", max_sequence_length=8)
     assert settings.optimizer == AdamWSettings(type="adamw", lr=1e-3, betas=(0.9, 0.95))
@@ -34,12 +36,12 @@ def test_a_sound_run(folder: Folder) -> None:
 
 @pytest.mark.parametrize("group", ["output", "training", "eval", "save", "optimization"])
 def test_every_group_takes_the_runs_keys(folder: Folder, group: str) -> None:
-    assert read_settings(folder.run(tables=f"[{group}]\nmax_steps = 7"), options_for).max_steps == 7
+    assert read_settings(folder.run(tables=f"[{group}]\nmax_steps = 7"), CHOICES).max_steps == 7
 
 
 def test_second_spellings_mean_the_same(folder: Folder) -> None:
     model = 'diffusion_model = "weights"\ndiffusion_model_dtype = "float16"\nvae = "weights"'
-    settings = read_settings(folder.run(model=model), options_for)
+    settings = read_settings(folder.run(model=model), CHOICES)
     assert settings.model.transformer_path == settings.model.vae_path == Path("weights")
     assert settings.model.transformer_dtype == "float16"
     other = folder.write("other.toml", DATASET.replace("directory", "datasets").replace("path", "root"))
@@ -106,7 +108,7 @@ def test_a_directory_that_the_run_never_comes_to_is_told(folder: Folder, top: st
         assert problems.keys() == told.keys()
         assert all(words in problems[where] for where, words in told.items())
     else:
-        read_all(folder.run(top=top), options_for, 1)
+        read_all(folder.run(top=top), CHOICES, 1)
 
 
 @pytest.mark.parametrize("line", ["keep_tokens = 1", "cache_shuffle_delimiter = ';'"])
@@ -120,16 +122,16 @@ def test_what_tags_are_need_some_change_of_them(folder: Folder, line: str, is_ow
     assert "for tags that are changed" in message
     for change in ("tag_dropout = 0.1", "shuffle_capitalization = 0.1", "cache_shuffle_num = 1"):
         folder.write("dataset.toml", f"{change}\nkeep_tokens_separator = '|||'\n{text}")
-        read_all(folder.run(), options_for, 1)
+        read_all(folder.run(), CHOICES, 1)
 
 
 def test_an_evaluation_set_has_no_keys_of_training_unless_it_is_the_training_set(folder: Folder) -> None:
     folder.write("dataset.toml", f"num_repeats = 3\n{DATASET}")
     folder.write("eval.toml", f"num_repeats = 3\n{DATASET}")
     top = 'eval_datasets = [{name = "a", config = "FILE"}]'
-    read_all(folder.run(top=top.replace("FILE", str(folder.root / "dataset.toml"))), options_for, 1)
+    read_all(folder.run(top=top.replace("FILE", str(folder.root / "dataset.toml"))), CHOICES, 1)
     with pytest.raises(UserError) as caught:
-        read_all(folder.run(top=top.replace("FILE", "eval.toml")), options_for, 1)
+        read_all(folder.run(top=top.replace("FILE", "eval.toml")), CHOICES, 1)
     assert [(entry.file, entry.where) for entry in caught.value.problems] == [("eval.toml", "key `num_repeats`")]
 
 
@@ -164,7 +166,7 @@ def test_an_evaluation_set_has_no_keys_of_training_unless_it_is_the_training_set
 )
 def test_a_wrong_key_of_the_run(folder: Folder, top: str, where: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        read_settings(folder.run(top=top), options_for)
+        read_settings(folder.run(top=top), CHOICES)
     assert [(problem.where, problem.message) for problem in caught.value.problems] == [(where, message)]
 
 
@@ -206,7 +208,7 @@ def test_a_wrong_key_of_a_table(folder: Folder, table: str, where: str, words: s
     }
     text = "\n".join(["output_dir = 'runs'", "dataset = 'dataset.toml'", *tables.values()])
     with pytest.raises(UserError) as caught:
-        read_settings(folder.write("run.toml", text), options_for)
+        read_settings(folder.write("run.toml", text), CHOICES)
     (problem,) = caught.value.problems
     assert problem.where == where
     assert words in problem.message
@@ -236,13 +238,13 @@ def test_a_check_of_a_models_own_is_told_at_its_table(folder: Folder) -> None:
             raise ValueError("{captions} are too long")
 
     with pytest.raises(UserError) as caught:
-        read_settings(folder.run(), lambda name: Checked)
+        read_settings(folder.run(), {**CHOICES, "model": Choice(lambda name: Checked)})
     assert [(entry.where, entry.message) for entry in caught.value.problems] == [("[model]", "{captions} are too long")]
 
 
 def test_optimizer_types_are_told_apart_in_any_case(folder: Folder) -> None:
     text = folder.run().read_text().replace('"adamw"', '"SGD"') + "momentum = 0.9"
-    assert read_settings(folder.write("run.toml", text), options_for).optimizer == SGDSettings(
+    assert read_settings(folder.write("run.toml", text), CHOICES).optimizer == SGDSettings(
         type="sgd", lr=1e-3, momentum=0.9
     )
 
@@ -261,7 +263,7 @@ def test_all_problems_of_all_files_come_at_once(folder: Folder) -> None:
         tables="[sampling]\nprompts = ['a']",
     )
     with pytest.raises(UserError) as caught:
-        read_all(path, options_for, 1)
+        read_all(path, CHOICES, 1)
     assert {(problem.file, problem.where) for problem in caught.value.problems} == {
         ("run.toml", "key `epochs`"),
         ("run.toml", "key `eval_datasets[1].config`"),
@@ -276,7 +278,7 @@ def test_all_problems_of_all_files_come_at_once(folder: Folder) -> None:
 
 def test_evaluation_sets_come_by_name(folder: Folder) -> None:
     top = 'eval_datasets = [{name = "a", config = "dataset.toml"}, {name = "b", config = "dataset.toml"}]'
-    _, dataset, evaluation = read_all(folder.run(top=top), options_for, 1)
+    _, dataset, evaluation = read_all(folder.run(top=top), CHOICES, 1)
     assert evaluation == {"a": dataset, "b": dataset}
 
 
@@ -323,9 +325,9 @@ def test_a_byte_order_mark_is_no_mistake(folder: Folder) -> None:
 
 def test_files_that_cannot_be_read(folder: Folder) -> None:
     with pytest.raises(UserError, match=r"gone.toml\n.*cannot be read"):
-        read_settings(Path("gone.toml"), options_for)
+        read_settings(Path("gone.toml"), CHOICES)
     with pytest.raises(UserError, match="not valid TOML.*line 2"):
-        read_settings(folder.write("run.toml", "epochs = 1\nepochs = = 2"), options_for)
+        read_settings(folder.write("run.toml", "epochs = 1\nepochs = = 2"), CHOICES)
     folder.write("dataset.toml", "resolutions = [")
     assert "not valid TOML" in problems_of(folder.run())[""]
 
@@ -343,18 +345,18 @@ def test_resolved_settings_read_back_the_same_without_the_accounts_key(folder: F
         tables="[adapter]\ntype = 'lora'\nrank = 4\nexclude = ['*.norm']\n"
         "[monitoring]\nenable_wandb = true\nwandb_api_key = 'secret'",
     )
-    settings = read_settings(path, options_for)
+    settings = read_settings(path, CHOICES)
     write_resolved(settings, Path("resolved.toml"))
     assert "secret" not in Path("resolved.toml").read_text()
     assert "secret" not in repr(settings)
-    again = read_settings(Path("resolved.toml"), options_for)
+    again = read_settings(Path("resolved.toml"), CHOICES)
     without_key = settings.monitoring.model_copy(update={"wandb_api_key": None})
     assert again == settings.model_copy(update={"monitoring": without_key})
 
 
 def test_home_is_expanded_and_relative_paths_stay(folder: Folder) -> None:
     path = folder.run(tables="[adapter]\ntype = 'lora'\nrank = 1\ninit_from_existing = '~/a'")
-    settings = read_settings(path, options_for)
+    settings = read_settings(path, CHOICES)
     assert settings.adapter.init_from_existing == Path.home() / "a"
     assert settings.output_dir == Path("runs")
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.utils.settings.conftest import Folder, options_for
+from tests.utils.settings.conftest import CHOICES, Folder
 from utils.settings.reader import read_settings
 from utils.settings.rules import check_rules
 
@@ -92,7 +92,7 @@ EVAL = 'eval_datasets = [{name = "a", config = "dataset.toml"}, {name = "a", con
     ],
 )
 def test_each_rule(folder: Folder, parts: dict[str, str], where: str, words: str) -> None:
-    settings = read_settings(folder.run(**parts), options_for)
+    settings = read_settings(folder.run(**parts), CHOICES)
     problems = check_rules(settings, world_size=4, file="run.toml")
     assert [(problem.file, problem.where) for problem in problems] == [("run.toml", where)]
     assert words in problems[0].message
@@ -101,7 +101,7 @@ def test_each_rule(folder: Folder, parts: dict[str, str], where: str, words: str
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written_to_is_told(folder: Folder) -> None:
     (folder.root / "weights").chmod(0o500)
-    settings = read_settings(folder.run(output_dir="output_dir = 'weights/runs'"), options_for)
+    settings = read_settings(folder.run(output_dir="output_dir = 'weights/runs'"), CHOICES)
     (problem,) = check_rules(settings, world_size=1)
     assert "cannot be written to" in problem.message
 
@@ -113,11 +113,11 @@ def test_a_sound_run_has_no_problem(folder: Folder) -> None:
     model = "timestep_sample_method = 'log_snr'\nlogit_mean = 1\nmode_scale = 1.29\n"
     model += "loss_type = 'smooth_l1'\nhuber_c = 0.2\nmultires_noise_iterations = 6\nmultires_noise_discount = 0.5"
     path = folder.run(top=top, model=model, tables="[sampling]\nprompts = ['a']\nsample_every_n_steps = 1")
-    assert check_rules(read_settings(path, options_for), world_size=8) == []
+    assert check_rules(read_settings(path, CHOICES), world_size=8) == []
 
 
 def test_rules_leave_out_what_is_broken(folder: Folder) -> None:
-    settings = read_settings(folder.run(top="pipeline_stages = 3", model="shift = 3\nflux_shift = true"), options_for)
+    settings = read_settings(folder.run(top="pipeline_stages = 3", model="shift = 3\nflux_shift = true"), CHOICES)
     places = {problem.where for problem in check_rules(settings, 4)}
     assert places == {"key `pipeline_stages`", "[model] shift"}
     assert check_rules(settings, 4, broken=frozenset({"pipeline_stages", "model.flux_shift"})) == []

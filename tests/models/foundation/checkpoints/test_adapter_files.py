@@ -21,9 +21,9 @@ from models.flux import BFL_LAYOUT, FluxPipeline
 from tests.models import tiny_flux
 from tests.models.tiny_folder import settings_of
 from utils.adapters.attach import base_name
+from utils.adapters.lora import LoraSettings
 from utils.diffusion.seeds import generator, normal
 from utils.errors import UserError
-from utils.settings.schema import AdapterSettings
 
 Tensors = dict[str, torch.Tensor]
 RANK, ALPHA = 4, 2.0
@@ -94,7 +94,7 @@ def gone_on_from(folder: Path, existing: Path, **keys: object) -> tuple[FluxPipe
     flux = tiny_flux.pipeline(folder)
     include = [f"blocks.*{target}" for target in TARGETS]
     keys = {"rank": RANK, "include": include, **keys}
-    adapter = AdapterSettings(type="lora", init_from_existing=existing, **keys)
+    adapter = LoraSettings(type="lora", init_from_existing=existing, **keys)
     return flux, load_stage(flux, settings_of(flux, adapter), stage=0)
 
 

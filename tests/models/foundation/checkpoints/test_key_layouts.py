@@ -19,8 +19,8 @@ from models.flux import BFL_LAYOUT, FluxPipeline
 from models.foundation.checkpoints.key_layouts import Piece, swap_halves
 from models.foundation.checkpoints.weights import build_empty
 from utils.adapters.attach import targets
+from utils.adapters.lora import LoraSettings
 from utils.diffusion.seeds import normal
-from utils.settings.schema import AdapterSettings
 
 Tensors = dict[str, torch.Tensor]
 WIDTH, HEAD = 3072, 128
@@ -120,7 +120,7 @@ def module_sizes(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def random_lora(denoiser: nn.Module, rank: int, **patterns: Any) -> Tensors:
-    settings = AdapterSettings(type="lora", rank=rank, **patterns)
+    settings = LoraSettings(type="lora", rank=rank, **patterns)
     sizes, factors = module_sizes(denoiser), {}
     for name in targets(denoiser, FluxPipeline.blocks, settings):
         inputs, outputs = sizes[name]

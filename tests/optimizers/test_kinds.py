@@ -1,0 +1,116 @@
+"""Every optimizer as the rest of the house meets it, and one that a file adds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import optimizers
+from utils.errors import UserError
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KEYS: dict[str, list[dict[str, Any]]] = {"sgd": [{}, {"momentum": 0.9}]}
+"""Keys by which an optimizer's state differs."""
+CASES = [(name, keys) for name in optimizers.available() for keys in KEYS.get(name, [{}])]
+# bitsandbytes keeps small parameters in 32 bits, and has a scale for each block of 256 elements of others.
+SHAPES = [(3, 5), (64, 64), (70, 59), (16, 3, 3, 3), (7,), ()]
+ADDED = """
+from typing import Literal
+
+import torch
+
+from optimizers.kinds import OptimizerKind
+from utils.settings.schema import OptimizerSettings
+from utils.settings.values import Positive
+
+
+class RpropSettings(OptimizerSettings):
+    type: Literal["rprop"]
+    largest_step: Positive = 50.0
+
+
+def build(groups, lr, weight_decay, largest_step):
+    return torch.optim.Rprop(groups, lr=lr, step_sizes=(1e-6, largest_step))
+
+
+KINDS = (OptimizerKind(RpropSettings, build, lambda settings, parameter: 2 * parameter.nbytes, {"cuda": "stays home"}),)
+"""
+
+
+@pytest.fixture
+def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A further file of the folder."""
+    (tmp_path / "rprop.py").write_text(ADDED)
+    monkeypatch.setattr(optimizers, "__path__", [*optimizers.__path__, str(tmp_path)])
+    yield
+    sys.modules.pop("optimizers.rprop", None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "keys"), CASES)
+def test_state_takes_what_is_said(name: str, keys: dict[str, Any], dtype: torch.dtype) -> None:
+    kind = optimizers.find(name)
+    if DEVICE in kind.not_on:
+        pytest.skip(kind.not_on[DEVICE])
+    settings = kind.settings(type=name, lr=1e-2, **keys)
+    parameters = [nn.Parameter(torch.ones(shape, dtype=dtype, device=DEVICE)) for shape in SHAPES]
+    optimizer = optimizers.build([{"params": parameters}], settings)
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 0.5)
+    optimizer.step()
+    for parameter in parameters:
+        tensors = {key: value for key, value in optimizer.state[parameter].items() if isinstance(value, torch.Tensor)}
+        # Counts of steps are on the CPU; bitsandbytes' tables of 8-bit numbers are the same for all parameters.
+        kept = sum(tensor.nbytes for key, tensor in tensors.items() if key != "step" and "qmap" not in key)
+        assert optimizers.state_bytes(settings, parameter) == kept, tuple(parameter.shape)
+        assert (parameter < 1).all()
+
+
+@pytest.mark.parametrize("name", optimizers.available())
+def test_a_device_that_does_not_do_is_told(name: str) -> None:
+    kind = optimizers.find(name)
+    settings = kind.settings(type=name, lr=1.0)
+    for device in ("cpu", "cuda"):
+        if device in kind.not_on:
+            with pytest.raises(UserError, match=rf'\[optimizer\] type.*"{name}" {kind.not_on[device]}'):
+                optimizers.check(settings, device)
+        else:
+            optimizers.check(settings, device)
+
+
+def test_types_are_found_in_any_case_and_unknown_ones_told() -> None:
+    assert optimizers.find("AdamW8bit") is optimizers.find("adamw8bit")
+    with pytest.raises(ValueError, match='no optimizer is called "adamx"; known: adamw, adamw8bit, sgd'):
+        optimizers.find("AdamX")
+
+
+def test_importing_all_optimizers_imports_no_third_partys() -> None:
+    optimizers.available()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("optimizers."):
+            assert not any(getattr(value, "__name__", "").startswith("bitsandbytes") for value in vars(module).values())
+
+
+def test_a_file_adds_an_optimizer(added: None) -> None:
+    assert list(optimizers.available()) == ["adamw", "adamw8bit", "rprop", "sgd"]
+    choice = optimizers.choice()
+    settings = choice.find("Rprop")(type="rprop", lr=0.1, largest_step=2.0)
+    assert choice.classes["rprop"] is type(settings)
+    weight = nn.Parameter(torch.ones(3))
+    assert optimizers.state_bytes(settings, weight) == 24
+    optimizers.check(settings, "cpu")
+    with pytest.raises(UserError, match="stays home"):
+        optimizers.check(settings, "cuda")
+    if DEVICE == "cpu":
+        optimizer = optimizers.build([{"params": [weight]}], settings)
+        assert optimizer.param_groups[0]["step_sizes"] == (1e-6, 2.0)
+
+
+def test_what_a_file_added_is_gone_with_it() -> None:
+    assert "rprop" not in optimizers.available()

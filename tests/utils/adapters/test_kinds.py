@@ -1,0 +1,319 @@
+"""What every kind of adapter does, each by the same tests; and one that a file adds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from models.foundation.checkpoints.adapter_files import read_factors, read_updates
+from tests.utils.adapters.toy_denoiser import BLOCKS, Denoiser, denoiser, factors, initialised
+from utils import adapters
+from utils.adapters import attach, presets
+from utils.adapters.kinds import AdapterFile, ExportWishes, ModelNames
+from utils.diffusion.seeds import normal
+from utils.errors import UserError
+from utils.run.tensor_file import write_tensors
+from utils.settings.schema import AdapterSettings
+
+FOLDER = "transformer"
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "lora": [{"rank": 2}, {"rank": 3, "alpha": 1.5}],
+    "lokr": [
+        {"factor": 2},
+        {"factor": 2, "rank": 1, "alpha": 0.5},
+        {"rank": 1, "alpha": 3.0, "decompose_both": True},
+        {"factor": 1, "rank": 2, "alpha": 1.0, "full_matrix": True},
+    ],
+    "difference": [{}],
+}
+ADDED = """
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from utils.adapters.kinds import ADAPTER, AdapterFile, without_scale
+from utils.settings.schema import AdapterSettings
+
+
+class DifferenceSettings(AdapterSettings):
+    type: Literal["difference"]
+
+
+class Moved(nn.Module):
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer, self.scaling, self.out_features = base_layer, {ADAPTER: 1.0}, base_layer.out_features
+        self.diff_w = nn.Parameter(torch.empty(base_layer.weight.shape, device="meta"))
+
+    def forward(self, x):
+        result = self.base_layer(x)
+        return result + x @ self.diff_w.T if self.scaling[ADAPTER] else result
+
+
+class WholeUpdate(NamedTuple):
+    weight: torch.Tensor
+
+    @property
+    def shape(self):
+        return tuple(self.weight.shape)
+
+    def delta(self):
+        return self.weight.float()
+
+    def kept(self, weight):
+        return (self.weight * weight,)
+
+    @staticmethod
+    def applied(x, kept):
+        return x @ kept.T
+
+
+class Difference:
+    settings, name, mark = DifferenceSettings, "Difference", ".diff_"
+
+    def put(self, denoiser, names, settings):
+        for name in names:
+            parent, _, own = name.rpartition(".")
+            setattr(denoiser.get_submodule(parent), own, Moved(denoiser.get_submodule(name)))
+
+    def base_of(self, module):
+        return module.base_layer if isinstance(module, Moved) else None
+
+    def reset(self, module, dtype):
+        module.diff_w = nn.Parameter(torch.zeros(module.diff_w.shape, dtype=dtype))
+
+    def scale_of(self, module):
+        return 1.0
+
+    def switched_off(self, module):
+        return without_scale(module)
+
+    def is_in(self, names):
+        return any(self.mark in name for name in names)
+
+    def from_file(self, file, names, scale_of):
+        return {name.removeprefix(f"{names.folder}."): tensor for name, tensor in file.tensors.items()}
+
+    def to_files(self, factors, settings, wishes):
+        named = {f"{wishes.names.folder}.{name}": tensor for name, tensor in factors.items()}
+        return {"difference.safetensors": AdapterFile(named, wishes.metadata)}
+
+    def updates(self, factors):
+        return {name.removesuffix(".diff_w"): WholeUpdate(tensor) for name, tensor in factors.items()}
+
+
+KINDS = (Difference(),)
+"""
+
+
+@pytest.fixture
+def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A further file of the folder."""
+    place = tmp_path / "kinds"
+    place.mkdir()
+    (place / "difference.py").write_text(ADDED)
+    monkeypatch.setattr(adapters, "__path__", [*adapters.__path__, str(place)])
+    yield
+    sys.modules.pop("utils.adapters.difference", None)
+
+
+CASES = [(name, keys) for name, variants in VARIANTS.items() for keys in variants]
+pytestmark = pytest.mark.usefixtures("added")
+each = pytest.mark.parametrize(("name", "keys"), CASES, ids=[f"{name}{n}" for n, (name, _) in enumerate(CASES)])
+
+
+def settings(name: str, keys: dict[str, Any], **further: Any) -> AdapterSettings:
+    return adapters.find(name).settings(type=name, **keys, **further)
+
+
+def moved(chosen: AdapterSettings) -> Denoiser:
+    """A denoiser whose adapter has an effect."""
+    adapted = initialised(chosen)
+    with torch.no_grad():
+        for name, factor in factors(adapted).items():
+            factor.add_(normal(tuple(factor.shape), 0, "moved", name), alpha=0.3)
+    return adapted
+
+
+def names_of(module: nn.Module) -> ModelNames:
+    return ModelNames(FOLDER, attach.adaptable(module), None)
+
+
+def inputs() -> torch.Tensor:
+    return normal((5, 4), 0, "x")
+
+
+def exported(adapted: Denoiser, chosen: AdapterSettings, folder: Path) -> Path:
+    """The one safetensors file of an export."""
+    tensors = {name: tensor.detach() for name, tensor in factors(adapted).items()}
+    parts = {FOLDER: {name: name for name in tensors}}
+    wishes = ExportWishes(("diffusers",), names_of(adapted), parts, {"step": "3"})
+    files = adapters.find(chosen.type).to_files(tensors, chosen, wishes)
+    folder.mkdir()
+    for name, file in files.items():
+        if isinstance(file, AdapterFile):
+            assert file.metadata["step"] == "3"
+            write_tensors(folder / name, file.tensors, dict(file.metadata))
+        else:
+            (folder / name).write_text(file)
+    (file,) = folder.glob("*.safetensors")
+    return file
+
+
+def test_every_kind_is_tested() -> None:
+    assert VARIANTS.keys() == adapters.available().keys()
+
+
+@each
+def test_factors_alone_are_trained_and_names_of_others_stay(name: str, keys: dict[str, Any]) -> None:
+    adapted = denoiser()
+    attach.attach(adapted, BLOCKS, settings(name, keys, exclude=["out"]))
+    marked = {n for n, _ in adapted.named_parameters() if adapters.find(name).mark in n}
+    assert {n for n, p in adapted.named_parameters() if p.requires_grad} == marked
+    assert {n for n, _ in adapted.named_parameters() if attach.is_factor(n)} == marked
+    assert all(factor.is_meta for factor in factors(adapted).values())
+    others = {attach.base_name(n) for n, _ in adapted.named_parameters() if not attach.is_factor(n)}
+    assert others == {n for n, _ in denoiser().named_parameters()}
+    assert {n for n in attach.adapted(adapted)} == {
+        f"{block}.{part}" for block in ("first_blocks.0", "blocks.0", "blocks.1") for part in ("to_q", "to_k")
+    }
+    assert attach.adaptable(adapted).keys() == attach.adaptable(denoiser()).keys()
+
+
+@each
+def test_the_base_of_an_adapted_module_is_found(name: str, keys: dict[str, Any]) -> None:
+    plain = denoiser()
+    bases = dict(plain.named_modules())
+    attach.attach(plain, BLOCKS, settings(name, keys))
+    for module_name, (kind, module) in attach.adapted(plain).items():
+        assert kind is adapters.find(name)
+        assert adapters.base_of(module) is bases[module_name]
+    assert adapters.base_of(plain.embed) is plain.embed
+
+
+@each
+def test_at_first_it_has_no_effect(name: str, keys: dict[str, Any]) -> None:
+    assert torch.equal(initialised(settings(name, keys))(inputs()), denoiser()(inputs()))
+
+
+@each
+def test_first_values_are_the_same_however_the_denoiser_is_cut(name: str, keys: dict[str, Any]) -> None:
+    chosen = settings(name, keys, dtype="bfloat16")
+    whole, cut = factors(initialised(chosen)), denoiser().to("meta")
+    attach.attach(cut, BLOCKS, chosen)
+    torch.manual_seed(99)
+    attach.initialise(cut, [cut.blocks[1]], chosen, seed=0)
+    for factor_name, factor in factors(cut).items():
+        assert factor.is_meta != factor_name.startswith("blocks.1."), factor_name
+        assert factor.is_meta or torch.equal(factor, whole[factor_name]), factor_name
+        assert factor.is_meta or factor.dtype == torch.bfloat16
+
+
+@each
+def test_switched_off_it_has_no_effect_and_comes_back(name: str, keys: dict[str, Any]) -> None:
+    adapted, plain = moved(settings(name, keys)), denoiser()(inputs())
+    effect = adapted(inputs())
+    with pytest.raises(KeyError), attach.switched_off(adapted):
+        assert torch.equal(adapted(inputs()), plain)
+        raise KeyError
+    assert torch.equal(adapted(inputs()), effect)
+    assert (effect - plain).abs().mean() > 1e-3
+
+
+@each
+def test_an_export_is_read_again(name: str, keys: dict[str, Any], tmp_path: Path) -> None:
+    chosen = settings(name, keys)
+    adapted = moved(chosen)
+    file = exported(adapted, chosen, tmp_path / "out")
+    names = list(load_file(file))
+    assert adapters.recognised(names) is adapters.find(name)
+    again = initialised(chosen)
+    read = read_factors(file, adapters.find(name), names_of(again), attach.scales(again))
+    attach.load(again, [again], read, str(file))
+    for factor_name, factor in factors(adapted).items():
+        assert torch.equal(factor, factors(again)[factor_name]), factor_name
+
+
+@pytest.mark.parametrize(("name", "keys"), [case for case in CASES if "alpha" in case[1]])
+def test_it_is_read_into_a_run_of_another_alpha(name: str, keys: dict[str, Any], tmp_path: Path) -> None:
+    chosen = settings(name, keys)
+    adapted = moved(chosen)
+    file = exported(adapted, chosen, tmp_path / "out")
+    again = initialised(settings(name, {**keys, "alpha": 7.0}))
+    read = read_factors(file, adapters.find(name), names_of(again), attach.scales(again))
+    attach.load(again, [again], read, str(file))
+    torch.testing.assert_close(again(inputs()), adapted(inputs()), rtol=1e-4, atol=1e-5)
+
+
+def fused(plain: nn.Module, updates: Any, weight: float) -> None:
+    presets.fuse(plain, [plain], updates, weight)
+
+
+def beside(plain: nn.Module, updates: Any, weight: float) -> None:
+    presets.check_beside(plain, updates, "a test")
+    presets.attach_frozen(plain, [plain], updates, weight)
+
+
+@each
+@pytest.mark.parametrize("bring", [fused, beside])
+def test_what_it_adds_to_weights_has_its_effect(
+    name: str, keys: dict[str, Any], bring: Callable[..., None], tmp_path: Path
+) -> None:
+    """As one that is there before training, also on top of another one and under an adapter that is trained."""
+    chosen = settings(name, keys)
+    adapted = moved(chosen)
+    file = exported(adapted, chosen, tmp_path / "out")
+    for plain in (denoiser(), initialised(settings("lora", {"rank": 1})), initialised(settings("lokr", {}))):
+        updates = read_updates(file, names_of(plain))
+        assert updates.keys() == attach.adapted(adapted).keys()
+        presets.check_fits(plain, updates, str(file))
+        bring(plain, updates, 0.25)
+        bring(plain, updates, 0.75)
+        torch.testing.assert_close(plain(inputs()), adapted(inputs()), rtol=1e-4, atol=1e-5)
+
+
+@each
+def test_a_file_of_another_kind_is_told(name: str, keys: dict[str, Any], tmp_path: Path) -> None:
+    file = exported(moved(settings(name, keys)), settings(name, keys), tmp_path / "out")
+    there = adapters.find(name).name
+    for other in adapters.available().values():
+        if other is not adapters.find(name):
+            with pytest.raises(UserError, match=f"no {other.name} factors in this file, it is a {there}; give a"):
+                read_factors(file, other, names_of(denoiser()), {})
+
+
+def test_a_file_of_no_known_kind_is_told(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "a.safetensors", {"x.hada_w1_a": torch.ones(2)})
+    write_tensors(tmp_path / "b.safetensors", {"x.weight": torch.ones(2)})
+    for file, told in (("a", "it is a LoHa"), ("b", "its first tensor is 'x.weight'")):
+        with pytest.raises(UserError, match=told):
+            read_updates(tmp_path / f"{file}.safetensors", names_of(denoiser()))
+
+
+def test_a_lokr_of_convolutions_is_told(tmp_path: Path) -> None:
+    tensors = {"lycoris_blocks_0_out.lokr_w1": torch.ones(2, 2), "lycoris_blocks_0_out.lokr_w2": torch.ones(3, 3, 1, 1)}
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(UserError, match="the LoKr of 'blocks.0.out' is of another form than those of Linears"):
+        read_updates(tmp_path / "a.safetensors", names_of(denoiser()))
+
+
+@each
+def test_what_binds_a_checkpoint_is_a_key(name: str, keys: dict[str, Any]) -> None:
+    chosen = settings(name, keys)
+    assert {"type", "include", "exclude"} <= chosen.binding().keys() <= type(chosen).model_fields.keys()
+
+
+def test_an_unknown_type_is_told() -> None:
+    with pytest.raises(ValueError, match="no adapter is called 'loha'; known: 'difference', 'lokr', 'lora'"):
+        adapters.find("loha")
+    choice = adapters.choice()
+    assert choice.find("difference") is choice.classes["difference"]
