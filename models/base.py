@@ -6,7 +6,7 @@ Shapes: B batch; a latent has the dimensions of its model, (C h w) for pictures 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from models.foundation.checkpoints.denoiser import DenoiserWeights
-from models.foundation.checkpoints.folders import problems_of
+from models.foundation.checkpoints.folders import TextPart, check_diffusers_folder, problems_of, read_config
 from models.foundation.checkpoints.key_layouts import KeyLayout
 from models.foundation.checkpoints.storage import StorageRules
+from models.foundation.encoders.text import TextEncoder
+from models.foundation.encoders.text_features import TextFeatures
 from utils.dataset.buckets import MediaFacts
 from utils.dataset.encoders import Encoder
 from utils.dataset.samples import Sample
@@ -55,7 +57,13 @@ class BasePipeline(ABC):
         resolution_shift: the constants by which the timestep shift follows the picture's size.
         keep_in_high_precision: parts of parameter names that stay float32 whatever `dtype` says.
         original_layout: names of the publisher's single-file checkpoint, if they differ from diffusers'.
+        denoiser_class: the stock class of diffusers.
         denoiser_folder: where a diffusers folder keeps the denoiser; a property where an option chooses it.
+        config_keys: what the denoiser's configuration must have.
+        text_parts: the text encoders, and where a diffusers folder keeps them; a property where options or the folder
+            decide which there are.
+        scheduler_sets_levels: samples go through the scheduler's own noise levels; without it through
+            `sampling_levels`.
         guided_by_second_prediction: samples are guided by the difference to a prediction for the negative prompt
             (classifier-free guidance); without it guidance, if the model knows any, is one of its inputs.
         no_guidance: the `guidance` at which `guided` gives the prediction for the prompt, so that no other is needed.
@@ -76,7 +84,11 @@ class BasePipeline(ABC):
     resolution_shift: ClassVar[ResolutionShift] = ResolutionShift()
     keep_in_high_precision: ClassVar[tuple[str, ...]] = ()
     original_layout: ClassVar[KeyLayout | None] = None
+    denoiser_class: ClassVar[type[nn.Module]]
     denoiser_folder: str = "transformer"
+    config_keys: ClassVar[tuple[str, ...]] = ()
+    text_parts: tuple[TextPart, ...] = ()
+    scheduler_sets_levels: ClassVar[bool] = False
     guided_by_second_prediction: ClassVar[bool] = False
     no_guidance: ClassVar[float] = 1.0
     loss_terms: ClassVar[tuple[str, ...]] = ()
@@ -90,13 +102,36 @@ class BasePipeline(ABC):
         self.dtype: torch.dtype = torch_dtype(options.dtype)
         self.denoiser_dtype: torch.dtype = torch_dtype(options.transformer_dtype or options.dtype)
 
-    @abstractmethod
     def check(self) -> None:
         """Whether the files that the options name are there and are this model's, from their headers alone.
 
         Raises:
             UserError: what is missing or does not fit.
         """
+        self.check_folder()
+        if problems := list(self.problems_of_parts()):
+            raise UserError(problems)
+        self.check_tensors()
+
+    def check_folder(self) -> None:
+        """Whether all parts of the diffusers folder are there, or the files that replace their weights.
+
+        Raises:
+            UserError: telling all that is missing or damaged.
+        """
+        check_diffusers_folder(self.options, self.denoiser_folder, self.text_parts)
+
+    def problems_of_parts(self) -> Iterable[Problem]:
+        """Why the parts of a whole folder are not this model's, or do not fit one another or the options.
+
+        Raises:
+            UserError: a part's configuration is another model's.
+        """
+        return []
+
+    def misfit(self, message: str) -> Problem:
+        """A problem of the denoiser's configuration, for `problems_of_parts`."""
+        return Problem(str(self.options.diffusers_path / self.denoiser_folder / "config.json"), "", message)
 
     def check_tensors(self) -> None:
         """Whether denoiser and encoders find their tensors in the files, by name and shape.
@@ -114,7 +149,7 @@ class BasePipeline(ABC):
         """The VAE first, then the rest; with control images (models that take them) also what reads those."""
 
     def encoders_for(self, controls: int) -> list[Encoder]:
-        """`encoders`, for a dataset with so many control images a sample.
+        """`encoders`, for a dataset with this many control images per sample.
 
         Raises:
             UserError: this model takes fewer.
@@ -127,9 +162,47 @@ class BasePipeline(ABC):
             )
         return self.encoders(controls)
 
-    @abstractmethod
+    def text_encoder(
+        self, features: TextFeatures, kind: type[TextEncoder] = TextEncoder, **further: Any
+    ) -> TextEncoder:
+        """The text encoder that gives these features, with the weights that the options name.
+
+        Args:
+            kind: the class of the encoder.
+            further: what this class takes beside the arguments of `TextEncoder`.
+
+        Raises:
+            UserError: its configuration is missing or damaged, or another model's.
+        """
+        part, folder = self.text_part(features.encoder), self.options.diffusers_path
+        return kind(part, folder, part.override(self.options), self.dtype, features, **further)
+
+    def text_config(self, name: str) -> dict[str, Any]:
+        """The configuration of the text encoder of this name.
+
+        Raises:
+            UserError: it is missing or damaged, or another model's.
+        """
+        return self.text_part(name).config(self.options.diffusers_path)
+
+    def text_part(self, name: str) -> TextPart:
+        """The text encoder of this name, among those that the model has."""
+        return next(part for part in self.text_parts if part.name == name)
+
+    # Kept: every micro-batch asks for it.
+    @cached_property
+    def denoiser_config(self) -> dict[str, Any]:
+        """The configuration of the denoiser.
+
+        Raises:
+            UserError: it is missing or damaged, or another model's.
+        """
+        folder, name = self.options.diffusers_path, self.denoiser_class.__name__
+        return read_config(folder, self.denoiser_folder, model=name, keys=self.config_keys)
+
     def build_denoiser(self) -> nn.Module:
         """The whole diffusers module, from its configuration, with whatever weights it is born with."""
+        return self.denoiser_class.from_config(self.denoiser_config)
 
     @abstractmethod
     def to_layers(self, denoiser: nn.Module) -> list[nn.Module]:
@@ -164,6 +237,8 @@ class BasePipeline(ABC):
     def sampling_levels(self, steps: int) -> Sequence[float] | None:
         """The noise levels of a sample's steps before the scheduler shifts them, as the stock pipeline of the model has
         them; None for the scheduler's own."""
+        if self.scheduler_sets_levels:
+            return None
         return [1.0 - (1.0 - 1.0 / steps) * index / max(steps - 1, 1) for index in range(steps)]
 
     def guided(self, prompted: torch.Tensor, negative: torch.Tensor, guidance: float) -> torch.Tensor:

@@ -5,8 +5,7 @@ Shapes: B batch, T image tokens, L text tokens, M rows of modulation, C channels
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from diffusers import ChromaTransformer2DModel
@@ -14,34 +13,15 @@ from torch import nn
 from transformers import T5EncoderModel
 
 from models.base import Features, ModelEncoder
-from models.flux import BFL_LAYOUT, FluxPipeline, grid_positions, pack, unpack
-from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, read_config
-from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
-from models.foundation.encoders.text import TextEncoder
+from models.flux import FluxPipeline, grid_positions, pack, unpack
+from models.foundation.checkpoints.folders import TextPart
+from models.foundation.checkpoints.layouts.chroma import CHROMA_LAYOUT
 from models.foundation.encoders.text_features import TrueLengthFeatures
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
-PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
-SINGLE_FILES = {"transformer": "transformer_path", "vae": "vae_path"}
-TEXT_ENCODERS = {"text_encoder": "t5"}
 DOUBLE_ROWS, SINGLE_ROWS, EXIT_ROWS = 6, 3, 2
 """Rows of modulation: of each stream of a double block, of a single block, of the exit."""
-
-# What Flux has and Chroma has not: modulations of each block, and what they were made of.
-LEFT_OUT = ("_mod.lin", "modulation.lin", "adaLN_modulation", "time_in", "vector_in", "guidance_in")
-CHROMA_LAYOUT = KeyLayout(
-    [
-        *(rule for rule in BFL_LAYOUT.rules if not any(part in rule.there for part in LEFT_OUT)),
-        *(
-            KeyRule(f"distilled_guidance_layer.{part}", (f"distilled_guidance_layer.{part}",))
-            for part in ("in_proj", "out_proj")
-        ),
-        KeyRule("distilled_guidance_layer.layers.{}.in_layer", ("distilled_guidance_layer.layers.{}.linear_1",)),
-        KeyRule("distilled_guidance_layer.layers.{}.out_layer", ("distilled_guidance_layer.layers.{}.linear_2",)),
-        KeyRule("distilled_guidance_layer.norms.{}", ("distilled_guidance_layer.norms.{}",), weight_there="scale"),
-    ]
-)
 
 
 class ChromaOptions(ModelSettings):
@@ -163,29 +143,17 @@ class ChromaPipeline(FluxPipeline):
     """Chroma of Lodestone Rock: Flux.1 schnell, made smaller."""
 
     Options = ChromaOptions
+    denoiser_class = ChromaTransformer2DModel
+    text_parts = (TextPart("t5", T5EncoderModel),)
     stream_type = ChromaStream
     original_layout = CHROMA_LAYOUT
     guided_by_second_prediction = True
     max_controls = 0
 
-    def check(self) -> None:
-        check_diffusers_folder(self.options, PARTS, SINGLE_FILES, TEXT_ENCODERS)
-        self.check_tensors()
-
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
-        options, folder = self.options, self.options.diffusers_path
-        width = read_config(folder, "text_encoder", model="t5", keys=["d_model"])["d_model"]
-        length = options.max_sequence_length
         # Chroma sees one token of the padding, and masks the rest.
-        features = TrueLengthFeatures("t5", length, padding_tokens=1)
-        text = (T5EncoderModel, folder, "text_encoder", "tokenizer", part_override(options, "t5"), self.dtype)
-        return [
-            self.autoencoder(),
-            TextEncoder("t5", *text, features, {"t5": (length, width), "t5_mask": (length,)}),
-        ]
-
-    def build_denoiser(self) -> ChromaTransformer2DModel:
-        return ChromaTransformer2DModel.from_config(self._transformer_config)
+        features = TrueLengthFeatures("t5", self.options.max_sequence_length, padding_tokens=1)
+        return [self.autoencoder(), self.text_encoder(features)]
 
     def to_layers(self, denoiser: ChromaTransformer2DModel) -> list[nn.Module]:
         doubles, singles = denoiser.transformer_blocks, denoiser.single_transformer_blocks
@@ -211,7 +179,3 @@ class ChromaPipeline(FluxPipeline):
             positions_S3=torch.cat([text_positions, grid_positions(height, width, image=0)]),
             canvas_hw0=torch.empty(height, width, 0),
         )
-
-    @cached_property
-    def _transformer_config(self) -> dict[str, Any]:
-        return read_config(self.options.diffusers_path, "transformer", model="ChromaTransformer2DModel")

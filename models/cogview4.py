@@ -9,10 +9,10 @@ Shapes: B batch, T image tokens, L text tokens, C latent channels, D width, E ro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -20,30 +20,27 @@ from diffusers import CogView4Transformer2DModel
 from diffusers.models.transformers.transformer_cogview4 import CogView4AttnProcessor, CogView4RotaryPosEmbed
 from torch import nn
 from torch.nn import functional
-from transformers import GlmModel
+from transformers import GlmModel, PretrainedConfig
 
 from models.base import Features, ModelEncoder
 from models.families.pictures import PicturePipeline
-from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, read_config
-from models.foundation.encoders.text import TextEncoder
+from models.foundation.checkpoints.folders import TextPart
+from models.foundation.encoders.text_features import Shapes, TextFeatures
 from models.foundation.layers.chain import Middle
+from models.foundation.layers.padding import filled_length
 from models.foundation.layers.patches import PATCH, unpack
 from utils.diffusion.objectives import FlowMatching
 from utils.diffusion.timesteps import ResolutionShift, shift_by_factor
-from utils.errors import Problem, UserError
+from utils.errors import Problem
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
 TRAIN_STEPS = 1000
 FILLED_TO = 16
-"""Captions begin with padding up to a multiple of so many tokens, which text encoder and transformer see."""
+"""Captions begin with padding up to a multiple of this many tokens, which text encoder and transformer see."""
 HIDDEN_STATE = -2
 ROTARY_GRID = (256, 256)
 """Rows and columns that every picture fills, unless the configuration has others."""
-PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
-SINGLE_FILES = {"transformer": "transformer_path", "vae": "vae_path"}
-TEXT_ENCODERS = {"text_encoder": "glm"}
-CONFIG_KEYS = ("attention_head_dim", "in_channels", "text_embed_dim")
 
 
 class CogView4Options(ModelSettings):
@@ -58,8 +55,8 @@ class CogView4Options(ModelSettings):
 
 
 class CogView4Inputs(NamedTuple):
-    """What the entry takes. `text_lengths` are tensors without elements, one a sample, whose shapes say how many of its
-    tokens are its own; None if all are."""
+    """What the entry takes. `text_lengths` are tensors without elements, one per sample, whose shapes say how many of
+    its tokens are its own; None if all are."""
 
     x_BChw: torch.Tensor
     text_BLD: torch.Tensor
@@ -82,15 +79,20 @@ class CogView4Stream(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GlmFeatures:
+class GlmFeatures(TextFeatures):
     """A hidden state of GLM (l, D) of each caption behind its padding, and a mask (l,) of ones beside it."""
 
+    name: ClassVar[str] = "glm"
     length: int
+
+    def shapes(self, config: PretrainedConfig) -> Shapes:
+        filled = filled_length(self.length, FILLED_TO)
+        return {"glm": (filled, config.hidden_size), "glm_mask": (filled,)}
 
     def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, list[torch.Tensor]]:
         padding = [tokenizer.pad_token_id]
         rows = [tokenizer(caption, max_length=self.length, truncation=True).input_ids for caption in captions]
-        rows = [padding * (filled(len(row)) - len(row)) + row for row in rows]
+        rows = [padding * (filled_length(len(row), FILLED_TO) - len(row)) + row for row in rows]
         # GLM looks back alone: what a batch adds behind a caption changes nothing of it.
         longest = max(len(row) for row in rows)
         tokens_BL = torch.tensor([row + padding * (longest - len(row)) for row in rows], device=text_encoder.device)
@@ -185,6 +187,9 @@ class CogView4Pipeline(PicturePipeline):
     """CogView4 of Zhipu AI, which reads Chinese and English."""
 
     Options = CogView4Options
+    denoiser_class = CogView4Transformer2DModel
+    config_keys = ("attention_head_dim", "in_channels", "text_embed_dim")
+    text_parts = (TextPart("glm", GlmModel),)
     objective = FlowMatching(time_scale=TRAIN_STEPS)
     blocks = ("transformer_blocks",)
     stream_type = CogView4Stream
@@ -195,43 +200,28 @@ class CogView4Pipeline(PicturePipeline):
     def resolution_shift(self) -> RootShift:
         return RootShift.from_config(self.scheduler().config)
 
-    def check(self) -> None:
-        check_diffusers_folder(self.options, PARTS, SINGLE_FILES, TEXT_ENCODERS)
-        self._check_variant()
-        self.check_tensors()
-
-    def _check_variant(self) -> None:
-        """Whether transformer, VAE and text encoder fit one another, and the scheduler is this model's."""
-        config, shift = self._transformer_config, self.scheduler().config
+    def problems_of_parts(self) -> Iterator[Problem]:
+        config, shift = self.denoiser_config, self.scheduler().config
         channels, made = config["in_channels"], self.vae_config["latent_channels"]
-        width, read = config["text_embed_dim"], self._text_width
-        wrong = {
-            "transformer/config.json": {
-                "is CogView4 Control, which is not trained here; give CogView4": channels == 2 * made,
-                f"takes latents of {channels} channels and the VAE makes {made}; give CogView4's own VAE": (
-                    channels not in (made, 2 * made)
-                ),
-                f"takes text of {width} features and GLM makes {read}; give GLM-4 9B": width != read,
-            },
-            "scheduler/scheduler_config.json": {
-                "does not shift linearly by the picture's size, as CogView4's does; download it again": (
-                    not shift.use_dynamic_shifting or shift.time_shift_type != "linear"
-                )
-            },
-        }
-        folder = self.options.diffusers_path
-        told = {folder / file: [text for text, holds in texts.items() if holds] for file, texts in wrong.items()}
-        if problems := [Problem(str(file), "", text) for file, texts in told.items() for text in texts]:
-            raise UserError(problems)
+        width, read = config["text_embed_dim"], self.text_config("glm")["hidden_size"]
+        if channels == 2 * made:
+            yield self.misfit("is CogView4 Control, which is not trained here; give CogView4")
+        elif channels != made:
+            yield self.misfit(f"takes latents of {channels} channels and the VAE makes {made}; give CogView4's own VAE")
+        if width != read:
+            yield self.misfit(f"takes text of {width} features and GLM makes {read}; give GLM-4 9B")
+        if not shift.use_dynamic_shifting or shift.time_shift_type != "linear":
+            yield Problem(
+                str(self.options.diffusers_path / "scheduler" / "scheduler_config.json"),
+                "",
+                "does not shift linearly by the picture's size, as CogView4's does; download it again",
+            )
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
-        options, length = self.options, self.options.max_sequence_length
-        shapes = {"glm": (filled(length), self._text_width), "glm_mask": (filled(length),)}
-        parts = (options.diffusers_path, "text_encoder", "tokenizer", part_override(options, "glm"))
-        return [self.autoencoder(), TextEncoder("glm", GlmModel, *parts, self.dtype, GlmFeatures(length), shapes)]
+        return [self.autoencoder(), self.text_encoder(GlmFeatures(self.options.max_sequence_length))]
 
     def build_denoiser(self) -> CogView4Transformer2DModel:
-        return attending_to_own_text(CogView4Transformer2DModel.from_config(self._transformer_config))
+        return attending_to_own_text(super().build_denoiser())
 
     def to_layers(self, denoiser: CogView4Transformer2DModel) -> list[nn.Module]:
         reads = {
@@ -247,7 +237,7 @@ class CogView4Pipeline(PicturePipeline):
     def prepare_inputs(
         self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
     ) -> CogView4Inputs:
-        config, text_BLD = self._transformer_config, features["glm"]
+        config, text_BLD = self.denoiser_config, features["glm"]
         height, width = (side * self.cell for side in x_t.shape[2:])
         lengths = features["glm_mask"].sum(dim=1).tolist()
         shift = self.resolution_shift.factor(self.tokens(x_t.shape[1:]))
@@ -264,22 +254,6 @@ class CogView4Pipeline(PicturePipeline):
     def sampling_levels(self, steps: int) -> Sequence[float]:
         """Whole steps of a thousand, evenly from the first to the last."""
         return (np.linspace(TRAIN_STEPS, 1, steps).astype(int) / TRAIN_STEPS).tolist()
-
-    @property
-    def _text_width(self) -> int:
-        folder = self.options.diffusers_path
-        return read_config(folder, "text_encoder", model="glm", keys=["hidden_size"])["hidden_size"]
-
-    # Kept: every micro-batch asks for it.
-    @cached_property
-    def _transformer_config(self) -> dict[str, Any]:
-        folder = self.options.diffusers_path
-        return read_config(folder, "transformer", model="CogView4Transformer2DModel", keys=CONFIG_KEYS)
-
-
-def filled(length: int) -> int:
-    """The next multiple of 16."""
-    return length + -length % FILLED_TO
 
 
 def attending_to_own_text(denoiser: CogView4Transformer2DModel) -> CogView4Transformer2DModel:

@@ -5,77 +5,23 @@ Shapes: B batch, T image tokens, L text tokens, S = L + T, C latent channels, D 
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
+from transformers import CLIPTextModel, T5EncoderModel
 
 from models.base import Features, ModelEncoder
 from models.families.pictures import PicturePipeline
-from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, read_config
-from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
-from models.foundation.encoders.text import clip_l, t5
+from models.foundation.checkpoints.folders import TextPart
+from models.foundation.checkpoints.layouts.flux import BFL_LAYOUT
+from models.foundation.encoders.text_features import ClipPooled, T5Features
 from models.foundation.encoders.vae import ImageAutoencoder
 from models.foundation.layers.chain import Middle
 from models.foundation.layers.patches import PATCH, pack, unpack
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
-
-PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
-SINGLE_FILES = {"transformer": "transformer_path", "vae": "vae_path"}
-TEXT_ENCODERS = {"text_encoder": "clip", "text_encoder_2": "t5"}
-
-BFL_LAYOUT = KeyLayout(
-    [
-        KeyRule("double_blocks.{}.img_attn.qkv", tuple(f"transformer_blocks.{{}}.attn.to_{p}" for p in "qkv")),
-        KeyRule("double_blocks.{}.txt_attn.qkv", tuple(f"transformer_blocks.{{}}.attn.add_{p}_proj" for p in "qkv")),
-        KeyRule(
-            "double_blocks.{}.img_attn.norm.query_norm", ("transformer_blocks.{}.attn.norm_q",), weight_there="scale"
-        ),
-        KeyRule(
-            "double_blocks.{}.img_attn.norm.key_norm", ("transformer_blocks.{}.attn.norm_k",), weight_there="scale"
-        ),
-        KeyRule(
-            "double_blocks.{}.txt_attn.norm.query_norm",
-            ("transformer_blocks.{}.attn.norm_added_q",),
-            weight_there="scale",
-        ),
-        KeyRule(
-            "double_blocks.{}.txt_attn.norm.key_norm",
-            ("transformer_blocks.{}.attn.norm_added_k",),
-            weight_there="scale",
-        ),
-        KeyRule("double_blocks.{}.img_attn.proj", ("transformer_blocks.{}.attn.to_out.0",)),
-        KeyRule("double_blocks.{}.txt_attn.proj", ("transformer_blocks.{}.attn.to_add_out",)),
-        KeyRule("double_blocks.{}.img_mod.lin", ("transformer_blocks.{}.norm1.linear",)),
-        KeyRule("double_blocks.{}.txt_mod.lin", ("transformer_blocks.{}.norm1_context.linear",)),
-        KeyRule("double_blocks.{}.img_mlp.0", ("transformer_blocks.{}.ff.net.0.proj",)),
-        KeyRule("double_blocks.{}.img_mlp.2", ("transformer_blocks.{}.ff.net.2",)),
-        KeyRule("double_blocks.{}.txt_mlp.0", ("transformer_blocks.{}.ff_context.net.0.proj",)),
-        KeyRule("double_blocks.{}.txt_mlp.2", ("transformer_blocks.{}.ff_context.net.2",)),
-        KeyRule(
-            "single_blocks.{}.linear1",
-            (*(f"single_transformer_blocks.{{}}.attn.to_{p}" for p in "qkv"), "single_transformer_blocks.{}.proj_mlp"),
-        ),
-        KeyRule("single_blocks.{}.linear2", ("single_transformer_blocks.{}.proj_out",)),
-        KeyRule(
-            "single_blocks.{}.norm.query_norm", ("single_transformer_blocks.{}.attn.norm_q",), weight_there="scale"
-        ),
-        KeyRule("single_blocks.{}.norm.key_norm", ("single_transformer_blocks.{}.attn.norm_k",), weight_there="scale"),
-        KeyRule("single_blocks.{}.modulation.lin", ("single_transformer_blocks.{}.norm.linear",)),
-        KeyRule("img_in", ("x_embedder",)),
-        KeyRule("txt_in", ("context_embedder",)),
-        *(
-            KeyRule(f"{there}_in.{layer}_layer", (f"time_text_embed.{here}_embedder.linear_{number}",))
-            for there, here in (("time", "timestep"), ("vector", "text"), ("guidance", "guidance"))
-            for number, layer in ((1, "in"), (2, "out"))
-        ),
-        KeyRule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),
-        KeyRule("final_layer.linear", ("proj_out",)),
-    ]
-)
 
 
 class FluxOptions(ModelSettings):
@@ -162,27 +108,25 @@ class FluxPipeline(PicturePipeline):
     """Flux.1 of Black Forest Labs, and models of its shape."""
 
     Options = FluxOptions
+    denoiser_class = FluxTransformer2DModel
+    text_parts = (
+        TextPart("clip", CLIPTextModel),
+        TextPart("t5", T5EncoderModel, "text_encoder_2", "tokenizer_2"),
+    )
     blocks = ("transformer_blocks", "single_transformer_blocks")
     stream_type = FluxStream
     original_layout = BFL_LAYOUT
     max_controls = 1
-
-    def check(self) -> None:
-        check_diffusers_folder(self.options, PARTS, SINGLE_FILES, TEXT_ENCODERS)
-        self.check_tensors()
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         options, folder = self.options, self.options.diffusers_path
         control_vae = ImageAutoencoder(folder, options.vae_path, self.dtype, reads="control", draw="mode")
         return [
             self.autoencoder(),
-            clip_l(folder, part_override(options, "clip"), self.dtype),
-            t5(folder, part_override(options, "t5"), self.dtype, options.max_sequence_length),
+            self.text_encoder(ClipPooled()),
+            self.text_encoder(T5Features(options.max_sequence_length)),
             *([control_vae] if controls else []),
         ]
-
-    def build_denoiser(self) -> FluxTransformer2DModel:
-        return FluxTransformer2DModel.from_config(self._transformer_config)
 
     def to_layers(self, denoiser: FluxTransformer2DModel) -> list[nn.Module]:
         reads = {
@@ -211,15 +155,10 @@ class FluxPipeline(PicturePipeline):
             text_BLD=text_BLD,
             pooled_BD=features["clip_pooled"],
             t_B=t_B,
-            guidance_B=torch.full((batch,), strength) if self._transformer_config.get("guidance_embeds") else None,
+            guidance_B=torch.full((batch,), strength) if self.denoiser_config.get("guidance_embeds") else None,
             positions_S3=torch.cat(positions),
             canvas_hw0=torch.empty(height, width, 0),
         )
-
-    # Kept: every micro-batch asks for it.
-    @cached_property
-    def _transformer_config(self) -> dict[str, Any]:
-        return read_config(self.options.diffusers_path, "transformer", model="FluxTransformer2DModel")
 
 
 def grid_positions(height: int, width: int, image: int) -> torch.Tensor:

@@ -7,8 +7,9 @@ text too, which follows the picture.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,23 +19,20 @@ from diffusers import (
     HiDreamImageTransformer2DModel,
     UniPCMultistepScheduler,
 )
-from diffusers.models.transformers.transformer_hidream_image import MoEGate
 from torch import nn
 from torch.nn import functional
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from models.base import Features, ModelEncoder
 from models.families.pictures import PicturePipeline
-from models.foundation.checkpoints.folders import check_diffusers_folder, check_folder_type, part_override, read_config
+from models.foundation.checkpoints.folders import TextPart, check_folder_type
 from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
 from models.foundation.checkpoints.weights import build_empty
-from models.foundation.encoders.clip import clip_config
-from models.foundation.encoders.llama import LlamaEncoder, LlamaStates, Route, StatesFeatures, routes
-from models.foundation.encoders.text import TextEncoder
+from models.foundation.encoders.llama import LlamaEncoder, LlamaStates, StatesFeatures
 from models.foundation.encoders.text_features import MaskedT5Features, ProjectedFeatures
-from models.foundation.layers.chain import capture_outputs
+from models.foundation.layers.hidream import DoubleBlock, HiDreamStream, Route, SingleBlock, routes
 from models.foundation.layers.patches import PATCH, patchify, unpatchify
-from utils.diffusion.auxiliary import Output, load_balancing
+from utils.diffusion.auxiliary import Output
 from utils.diffusion.objectives import FlowMatching
 from utils.errors import Problem, UserError
 from utils.json_files import read_json
@@ -42,26 +40,13 @@ from utils.settings.model_schema import ModelSettings
 from utils.settings.paths import missing
 from utils.settings.values import Count, NotNegative, UserPath
 
-PARTS = (
-    "scheduler",
-    *(f"text_encoder{number}" for number in ("", "_2", "_3")),
-    *(f"tokenizer{number}" for number in ("", "_2", "_3")),
-    "transformer",
-    "vae",
+TEXT_PARTS = (
+    TextPart("clip_l", CLIPTextModelWithProjection),
+    TextPart("clip_g", CLIPTextModelWithProjection, "text_encoder_2", "tokenizer_2"),
+    TextPart("t5", T5EncoderModel, "text_encoder_3", "tokenizer_3"),
+    TextPart("llama3", LlamaStates, "text_encoder_4", "tokenizer_4"),
 )
-SINGLE_FILES = {"transformer": "transformer_path", "vae": "vae_path"}
-TEXT_ENCODERS = {
-    "text_encoder": "clip_l",
-    "text_encoder_2": "clip_g",
-    "text_encoder_3": "t5",
-    "text_encoder_4": "llama3",
-}
-LLAMA_PARTS = ("text_encoder_4", "tokenizer_4")
-CLIPS = {"clip_l": ("text_encoder", "tokenizer"), "clip_g": ("text_encoder_2", "tokenizer_2")}
-CONFIG_KEYS = (
-    *("caption_channels", "in_channels", "llama_layers", "max_resolution", "text_emb_dim"),
-    *("num_layers", "num_single_layers"),
-)
+CLIPS = ("clip_l", "clip_g")
 SCHEDULERS = {
     cls.__name__: cls for cls in (FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, UniPCMultistepScheduler)
 }
@@ -101,22 +86,6 @@ class HiDreamInputs(NamedTuple):
     canvas_hw0: torch.Tensor
 
 
-class HiDreamStream(NamedTuple):
-    """What travels from layer to layer. `llama3_BLD` are the states that blocks still to come project, each once;
-    `last_BLD` is that of the last block, projected. `text_BLD` is None when it has joined `x_BTD`. Of a picture that is
-    filled up `mask_BT` has ones and zeros, by which keys are multiplied."""
-
-    x_BTD: torch.Tensor
-    text_BLD: torch.Tensor | None
-    llama3_BLD: tuple[torch.Tensor, ...]
-    last_BLD: torch.Tensor
-    time_BD: torch.Tensor
-    mask_BT: torch.Tensor | None
-    rope_1S1E22: torch.Tensor
-    terms_K: torch.Tensor
-    canvas_hw0: torch.Tensor
-
-
 class Entry(nn.Module):
     """Embeds tokens, time and positions; its text is T5's and that of Llama's state for the last block."""
 
@@ -148,81 +117,6 @@ class Entry(nn.Module):
         )
 
 
-class Block(nn.Module):
-    """What both kinds of blocks have in common: a state of Llama, which the block sees and nothing behind it, and
-    experts whose balance is a loss.
-
-    Args:
-        projection: of the state; None for the last block, whose state the entry projects.
-    """
-
-    recomputable = True
-
-    def __init__(self, block: nn.Module, projection: nn.Module | None, route: Route | None, balance_weight: float):
-        super().__init__()
-        self.block = block
-        self.projection = projection
-        self.route = route
-        self.balance_weight = balance_weight
-        self.routers = [module for module in block.modules() if isinstance(module, MoEGate)]
-
-    def forward(self, stream: HiDreamStream) -> HiDreamStream:
-        if self.route is None:
-            own_BLD, onward = stream.last_BLD, ()
-        else:
-            own_BLD = self.projection(stream.llama3_BLD[self.route.own])
-            onward = tuple(stream.llama3_BLD[index] for index in self.route.onward)
-        active_routers = self.routers if self.training and self.balance_weight > 0 else []
-        with capture_outputs(active_routers, balance_of) as balances:
-            stream = self.advance(stream, own_BLD)
-        terms_K = stream.terms_K + self.balance_weight * sum(balances) if balances else stream.terms_K
-        return stream._replace(llama3_BLD=onward, terms_K=terms_K)
-
-    def advance(self, stream: HiDreamStream, own_BLD: torch.Tensor) -> HiDreamStream:
-        """The stream with what the block makes of it."""
-        raise NotImplementedError
-
-
-def balance_of(router: MoEGate, inputs: tuple[torch.Tensor], output: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The balance of a router's choice (`load_balancing`), from what it took (B, T, D) and gave. Its probabilities are
-    computed once more, since it gives those of the chosen experts alone."""
-    logits_TE = functional.linear(inputs[0].flatten(0, 1), router.weight)
-    return load_balancing(logits_TE.softmax(dim=-1), output[0])
-
-
-class DoubleBlock(Block):
-    """A block in which picture and text have weights of their own."""
-
-    def advance(self, stream: HiDreamStream, own_BLD: torch.Tensor) -> HiDreamStream:
-        x_BTD, text_BLD = self.block(
-            hidden_states=stream.x_BTD,
-            hidden_states_masks=stream.mask_BT,
-            encoder_hidden_states=torch.cat([stream.text_BLD, own_BLD], dim=1),
-            temb=stream.time_BD,
-            image_rotary_emb=stream.rope_1S1E22,
-        )
-        return stream._replace(x_BTD=x_BTD, text_BLD=text_BLD[:, : stream.text_BLD.shape[1]])
-
-
-class SingleBlock(Block):
-    """A block that sees picture and text in a row; the first joins them."""
-
-    def advance(self, stream: HiDreamStream, own_BLD: torch.Tensor) -> HiDreamStream:
-        x_BTD, mask_BT = stream.x_BTD, stream.mask_BT
-        if stream.text_BLD is not None:
-            x_BTD = torch.cat([x_BTD, stream.text_BLD], dim=1)
-            if mask_BT is not None:
-                texts = stream.text_BLD.shape[1] + own_BLD.shape[1]
-                mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), texts)], dim=1)
-        result_BTD = self.block(
-            hidden_states=torch.cat([x_BTD, own_BLD], dim=1),
-            hidden_states_masks=mask_BT,
-            temb=stream.time_BD,
-            image_rotary_emb=stream.rope_1S1E22,
-        )
-        return stream._replace(x_BTD=result_BTD[:, : x_BTD.shape[1]], text_BLD=None, mask_BT=mask_BT)
-
-
 class Exit(nn.Module):
     """Projects the image tokens to the latent (B, C, h, w); in training with the loss of the experts beside it."""
 
@@ -245,6 +139,17 @@ class HiDreamPipeline(PicturePipeline):
     """HiDream-I1 of HiDream.ai: full, and dev and fast, which are distilled."""
 
     Options = HiDreamOptions
+    denoiser_class = HiDreamImageTransformer2DModel
+    config_keys = (
+        "caption_channels",
+        "in_channels",
+        "llama_layers",
+        "max_resolution",
+        "num_layers",
+        "num_single_layers",
+        "text_emb_dim",
+    )
+    scheduler_sets_levels = True
     objective = FlowMatching(predicts_data_minus_noise=True, time_scale=1000.0)
     blocks = ("double_stream_blocks", "single_stream_blocks")
     stream_type = HiDreamStream
@@ -258,7 +163,13 @@ class HiDreamPipeline(PicturePipeline):
         modules = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
         return KeyLayout([KeyRule(module, (module,)) for module in modules])
 
-    def check(self) -> None:
+    @property
+    def text_parts(self) -> tuple[TextPart, ...]:
+        *others, llama = TEXT_PARTS
+        root = self.options.llama3_path
+        return (*others, replace(llama, folder="", tokenizer="", root=root) if root else llama)
+
+    def check_folder(self) -> None:
         folder, llama_folder = self.options.diffusers_path, self.options.llama3_path
         check_folder_type(self.options)
         if problems := list(missing("[model] llama3_path", llama_folder)):
@@ -269,81 +180,61 @@ class HiDreamPipeline(PicturePipeline):
                 "into [model] text_encoders beside it",
                 where="[model] llama3_path",
             )
-        if llama_folder is None and not (folder / LLAMA_PARTS[0]).is_dir():
+        part = self.text_part("llama3").folder
+        if llama_folder is None and not (folder / part).is_dir():
             raise UserError.of(
-                f"is required: {folder} has no {LLAMA_PARTS[0]}, since HiDream comes without Llama. Give the folder of "
-                "Llama 3.1 8B Instruct, with its tokenizer",
+                f"is required: {folder} has no {part}, since HiDream comes without Llama. Give the folder of Llama 3.1 "
+                "8B Instruct, with its tokenizer",
                 where="[model] llama3_path",
             )
-        parts = (*PARTS, *(LLAMA_PARTS if llama_folder is None else ()))
-        check_diffusers_folder(self.options, parts, SINGLE_FILES, TEXT_ENCODERS)
-        self._check_variant()
-        self.check_tensors()
+        super().check_folder()
 
-    def _check_variant(self) -> None:
-        """Whether transformer, VAE and text encoders fit one another."""
-        config, options = self._transformer_config, self.options
-        of_llama, clips = self._llama_config, [clip_config(options.diffusers_path, part) for part, _ in CLIPS.values()]
+    def problems_of_parts(self) -> Iterator[Problem]:
+        config, llama, clips = self.denoiser_config, self.text_config("llama3"), [*map(self.text_config, CLIPS)]
         pooled, made = sum(clip["projection_dim"] for clip in clips), self.vae_config["latent_channels"]
         blocks, layers = config["num_layers"] + config["num_single_layers"], config["llama_layers"]
-        positions = min(clip["max_position_embeddings"] for clip in clips)
-        wrong = {
-            f"takes latents of {config['in_channels']} channels and the VAE makes {made}; give HiDream's own VAE": (
-                config["in_channels"] != made
-            ),
-            f"has {blocks} blocks and {len(layers)} llama_layers; download it again": blocks != len(layers),
-            f"reads layer {max(layers)} of Llama, whose layers are 0 to {of_llama['num_hidden_layers'] - 1}; give "
-            "Llama 3.1 8B": max(layers) >= of_llama["num_hidden_layers"],
-            f"takes states of {config['caption_channels'][1]} features and Llama has {of_llama['hidden_size']}; give "
-            "Llama 3.1 8B": config["caption_channels"][1] != of_llama["hidden_size"],
-            f"takes {config['text_emb_dim']} pooled features and CLIP-L and CLIP-G make {pooled}; give HiDream's own": (
-                config["text_emb_dim"] != pooled
-            ),
-        }
-        file = str(options.diffusers_path / "transformer" / "config.json")
-        problems = [Problem(file, "", message) for message, holds in wrong.items() if holds]
-        if options.max_sequence_length > positions:
-            message = (
-                f"CLIP has {positions} places, so {options.max_sequence_length} is too much; HiDream's own has 248"
+        state_width = config["caption_channels"][1]
+        if config["in_channels"] != made:
+            yield self.misfit(
+                f"takes latents of {config['in_channels']} channels and the VAE makes {made}; give HiDream's own VAE"
             )
-            problems.append(Problem("", "[model] max_sequence_length", message))
-        if problems:
-            raise UserError(problems)
+        if blocks != len(layers):
+            yield self.misfit(f"has {blocks} blocks and {len(layers)} llama_layers; download it again")
+        if any(layer >= llama["num_hidden_layers"] for layer in layers):
+            yield self.misfit(
+                f"reads layer {max(layers)} of Llama, whose layers are 0 to {llama['num_hidden_layers'] - 1}; give "
+                "Llama 3.1 8B"
+            )
+        if state_width != llama["hidden_size"]:
+            yield self.misfit(
+                f"takes states of {state_width} features and Llama has {llama['hidden_size']}; give Llama 3.1 8B"
+            )
+        if config["text_emb_dim"] != pooled:
+            yield self.misfit(
+                f"takes {config['text_emb_dim']} pooled features and CLIP-L and CLIP-G make {pooled}; give HiDream's "
+                "own"
+            )
+        length, places = self.options.max_sequence_length, min(clip["max_position_embeddings"] for clip in clips)
+        if length > places:
+            message = f"CLIP has {places} places, so {length} is too much; HiDream's own has 248"
+            yield Problem("", "[model] max_sequence_length", message)
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
-        options, folder, length = self.options, self.options.diffusers_path, self.options.max_sequence_length
-        width = read_config(folder, "text_encoder_3", model="t5", keys=["d_model"])["d_model"]
-        t5 = (T5EncoderModel, folder, "text_encoder_3", "tokenizer_3", part_override(options, "t5"), self.dtype)
-        used = tuple(sorted(set(self._transformer_config["llama_layers"])))
-        states = (len(used), length, self._llama_config["hidden_size"])
-        llama = (*self._llama_location, part_override(options, "llama3"), self.dtype)
+        length, used = self.options.max_sequence_length, sorted(set(self.denoiser_config["llama_layers"]))
+        states = StatesFeatures("llama3", length, tuple(used))
         return [
             self.autoencoder(),
-            *(self._clip(name) for name in CLIPS),
-            TextEncoder("t5", *t5, MaskedT5Features(length), {"t5": (length, width)}),
-            LlamaEncoder(
-                "llama3",
-                LlamaStates,
-                *llama,
-                StatesFeatures("llama3", length, used),
-                {"llama3": states},
-                four_bit=options.llama3_4bit,
-            ),
+            *(self.text_encoder(ProjectedFeatures(f"{name}_pooled", length)) for name in CLIPS),
+            self.text_encoder(MaskedT5Features(length)),
+            self.text_encoder(states, LlamaEncoder, four_bit=self.options.llama3_4bit),
         ]
-
-    def _clip(self, name: str) -> TextEncoder:
-        folder, (part, tokenizer) = self.options.diffusers_path, CLIPS[name]
-        shapes = {f"{name}_pooled": (clip_config(folder, part)["projection_dim"],)}
-        reads = ProjectedFeatures(f"{name}_pooled", self.options.max_sequence_length)
-        source = (CLIPTextModelWithProjection, folder, part, tokenizer, part_override(self.options, name), self.dtype)
-        return TextEncoder(name, *source, reads, shapes)
 
     def build_denoiser(self) -> HiDreamImageTransformer2DModel:
         # That switch would train neither experts nor routers.
-        return HiDreamImageTransformer2DModel.from_config(self._transformer_config, force_inference_output=False)
+        return self.denoiser_class.from_config(self.denoiser_config, force_inference_output=False)
 
     def to_layers(self, denoiser: HiDreamImageTransformer2DModel) -> list[nn.Module]:
-        entry, *onward = routes(self._transformer_config["llama_layers"])
+        entry, *onward = routes(self.denoiser_config["llama_layers"])
         own = [*zip(denoiser.caption_projection, onward, strict=False), (None, None)]
         blocks = [
             *((DoubleBlock, block) for block in denoiser.double_stream_blocks),
@@ -376,9 +267,9 @@ class HiDreamPipeline(PicturePipeline):
         )
 
     def _filled(self, height: int, width: int) -> int:
-        """How many image tokens the model sees of a latent of `height` x `width` cells. Filling up is no matter of
-        speed: the values of such tokens are seen, though their keys are zero."""
-        rows, columns = self._transformer_config["max_resolution"]
+        """How many image tokens the model sees of a latent of `height` x `width` cells. Filling up does not
+        serve speed: the values of such tokens are seen, though their keys are zero."""
+        rows, columns = self.denoiser_config["max_resolution"]
         tokens = (height // PATCH) * (width // PATCH)
         most = rows * columns // PATCH**2
         return max(tokens, most) if self.options.fill_up_pictures and height != width else tokens
@@ -389,23 +280,3 @@ class HiDreamPipeline(PicturePipeline):
         if name not in SCHEDULERS:
             raise UserError.of(f"is of {name}, and samples are drawn with {', '.join(SCHEDULERS)}", str(file))
         return SCHEDULERS[name].from_pretrained(file.parent)
-
-    def sampling_levels(self, steps: int) -> None:
-        return None
-
-    @property
-    def _llama_location(self) -> tuple[Path, str, str]:
-        """Folder, part with the weights, and part with the tokenizer."""
-        own = self.options.llama3_path
-        return (own, "", "") if own else (self.options.diffusers_path, *LLAMA_PARTS)
-
-    @property
-    def _llama_config(self) -> dict[str, Any]:
-        folder, part, _ = self._llama_location
-        return read_config(folder, part, model="llama", keys=["hidden_size", "num_hidden_layers"])
-
-    # Kept: every micro-batch asks for it.
-    @cached_property
-    def _transformer_config(self) -> dict[str, Any]:
-        folder, model = self.options.diffusers_path, HiDreamImageTransformer2DModel.__name__
-        return read_config(folder, "transformer", model=model, keys=CONFIG_KEYS)

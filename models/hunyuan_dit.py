@@ -10,6 +10,7 @@ features of an attention head.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -24,16 +25,16 @@ from transformers import BertModel, T5EncoderModel
 from models.base import Features, ModelEncoder
 from models.families.ddpm import DDPMOptions, ddpm_objective, ddpm_scheduler
 from models.families.pictures import PicturePipeline
-from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, read_config
+from models.foundation.checkpoints.folders import TextPart
 from models.foundation.checkpoints.headers import read_header
-from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
+from models.foundation.checkpoints.layouts.hunyuan_dit import ORIGINAL_LAYOUT
 from models.foundation.checkpoints.weights import CheckpointNames
 from models.foundation.encoders.sizes import SIZES, SizeEncoder
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.text_features import PaddedFeatures, TrueLengthFeatures
 from models.foundation.layers.patches import PATCH, unpatchify
 from utils.diffusion.objectives import Epsilon
-from utils.errors import Problem, UserError
+from utils.errors import Problem
 from utils.settings.values import NotNegative
 
 ROTARY_GRID = 32
@@ -41,57 +42,10 @@ ROTARY_GRID = 32
 USUAL_SIDE = 1024
 """In pixels, of the file that a sample is drawn as if from."""
 WIDTH_FIRST = [1, 0, 5, 4, 3, 2]
-"""Of `SIZES` in the order of the publisher: width and height of the file, of what is trained, left and top of the crop.
-diffusers and ComfyUI give heights first, which for a square is the same."""
-PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
-SINGLE_FILES = {"transformer": "transformer_path", "vae": "vae_path"}
-TEXT_ENCODERS = {"text_encoder": "bert", "text_encoder_2": "mt5"}
-CONFIG_KEYS = ("in_channels", "cross_attention_dim", "cross_attention_dim_t5", "text_len", "text_len_t5")
+"""Puts `SIZES` into the publisher's order: width and height of the file, of what is trained, left and top of the crop.
+diffusers and ComfyUI give heights first, which makes no difference for a square."""
 PADDING_KEY, STYLE_KEY = "text_embedding_padding", "style_embedder.weight"
 VERSIONS = {False: "1.2, which is told no sizes", True: "1.1 or older, which is told sizes"}
-CHECKPOINT_PREFIXES = {"bert": "text_encoders.hydit_clip.transformer.", "mt5": "text_encoders.mt5xl.transformer."}
-"""Of the text encoders in checkpoints for ComfyUI."""
-
-IN_BLOCK = {
-    "attn1.Wqkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
-    "attn2.q_proj": ("attn2.to_q",),
-    "attn2.kv_proj": ("attn2.to_k", "attn2.to_v"),
-    **{f"attn{n}.{part}_norm": (f"attn{n}.norm_{part}",) for n in (1, 2) for part in "qk"},
-    **{f"attn{n}.out_proj": (f"attn{n}.to_out.0",) for n in (1, 2)},
-    "default_modulation.1": ("norm1.linear",),
-    "norm1": ("norm1.norm",),
-    # diffusers counts norms in the order in which they are applied.
-    "norm3": ("norm2",),
-    "norm2": ("norm3",),
-    "mlp.fc1": ("ff.net.0.proj",),
-    "mlp.fc2": ("ff.net.2",),
-    "skip_norm": ("skip_norm",),
-    "skip_linear": ("skip_linear",),
-}
-AROUND = {
-    "x_embedder.proj": "pos_embed.proj",
-    "text_embedding_padding": "text_embedding_padding",
-    "mlp_t5.0": "text_embedder.linear_1",
-    "mlp_t5.2": "text_embedder.linear_2",
-    "t_embedder.mlp.0": "time_extra_emb.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "time_extra_emb.timestep_embedder.linear_2",
-    "extra_embedder.0": "time_extra_emb.extra_embedder.linear_1",
-    "extra_embedder.2": "time_extra_emb.extra_embedder.linear_2",
-    **{f"pooler.{part}_proj": f"time_extra_emb.pooler.{part}_proj" for part in "qkvc"},
-    "pooler.positional_embedding": "time_extra_emb.pooler.positional_embedding",
-    "style_embedder": "time_extra_emb.style_embedder",
-    "final_layer.linear": "proj_out",
-}
-ORIGINAL_LAYOUT = KeyLayout(
-    [
-        *(
-            KeyRule(f"blocks.{{}}.{there}", tuple(f"blocks.{{}}.{part}" for part in here))
-            for there, here in IN_BLOCK.items()
-        ),
-        *(KeyRule(there, (here,)) for there, here in AROUND.items()),
-        KeyRule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),
-    ]
-)
 
 
 class HunyuanDitOptions(DDPMOptions):
@@ -209,6 +163,27 @@ class HunyuanDitPipeline(PicturePipeline):
     """HunyuanDiT of Tencent, 1.0 to 1.2, which reads Chinese and English."""
 
     Options = HunyuanDitOptions
+    denoiser_class = HunyuanDiT2DModel
+    config_keys = (
+        "attention_head_dim",
+        "cross_attention_dim",
+        "cross_attention_dim_t5",
+        "in_channels",
+        "text_len",
+        "text_len_t5",
+    )
+    text_parts = (
+        TextPart("bert", UnpooledBert, names=CheckpointNames("text_encoders.hydit_clip.transformer.")),
+        TextPart(
+            "mt5",
+            T5EncoderModel,
+            "text_encoder_2",
+            "tokenizer_2",
+            names=CheckpointNames("text_encoders.mt5xl.transformer."),
+            model_types=("t5", "mt5"),
+        ),
+    )
+    scheduler_sets_levels = True
     blocks = ("blocks",)
     stream_type = HunyuanDitStream
     original_layout = ORIGINAL_LAYOUT
@@ -222,70 +197,40 @@ class HunyuanDitPipeline(PicturePipeline):
     def variational_weight(self) -> float:
         return self.options.vlb_weight
 
-    def check(self) -> None:
-        check_diffusers_folder(self.options, PARTS, SINGLE_FILES, TEXT_ENCODERS)
-        self._check_variant()
-        self.check_tensors()
-
-    def _check_variant(self) -> None:
-        """Whether transformer, VAE and text encoders fit one another, and the transformer its configuration."""
-        config, channels = self._transformer_config, self.vae_config["latent_channels"]
+    def problems_of_parts(self) -> Iterator[Problem]:
+        config, channels = self.denoiser_config, self.vae_config["latent_channels"]
         widths = [encoder.shapes[encoder.name][1] for encoder in self._text_encoders()]
         asked = [config["cross_attention_dim"], config["cross_attention_dim_t5"]]
-        wrong = {
-            "predicts no variance (learn_sigma), as HunyuanDiT does": not config.get("learn_sigma", True),
-            f"takes latents of {config['in_channels']} channels and the VAE makes {channels}; give SDXL's VAE": (
-                config["in_channels"] != channels
-            ),
-            f"takes text of {asked} features, and the encoders make {widths}; give HunyuanDiT's own": asked != widths,
-        }
-        file = str(self.options.diffusers_path / "transformer" / "config.json")
-        if problems := [Problem(file, "", message) for message, holds in wrong.items() if holds]:
-            raise UserError(problems)
+        if not config.get("learn_sigma", True):
+            yield self.misfit("predicts no variance (learn_sigma), as HunyuanDiT does")
+        if config["in_channels"] != channels:
+            yield self.misfit(
+                f"takes latents of {config['in_channels']} channels and the VAE makes {channels}; give SDXL's VAE"
+            )
+        if asked != widths:
+            yield self.misfit(f"takes text of {asked} features, and the encoders make {widths}; give HunyuanDiT's own")
         if not self.options.from_scratch:
-            self._check_version()
+            yield from self._problems_of_version()
 
-    def _check_version(self) -> None:
+    def _problems_of_version(self) -> Iterator[Problem]:
         names = read_header(self.denoiser_path).files
         is_hunyuan_dit, is_told_sizes = (any(name.endswith(key) for name in names) for key in (PADDING_KEY, STYLE_KEY))
         if is_hunyuan_dit and is_told_sizes != self._is_told_sizes:
-            raise UserError.of(
+            message = (
                 f"is HunyuanDiT {VERSIONS[is_told_sizes]}, and the folder's configuration is that of "
-                f"{VERSIONS[self._is_told_sizes]}; give the folder of the same version",
-                str(self.denoiser_path),
+                f"{VERSIONS[self._is_told_sizes]}; give the folder of the same version"
             )
+            yield Problem(str(self.denoiser_path), "", message)
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         return [self.autoencoder(), *self._text_encoders(), *([SizeEncoder()] if self._is_told_sizes else [])]
 
     def _text_encoders(self) -> list[TextEncoder]:
-        config, folder = self._transformer_config, self.options.diffusers_path
-        bert = read_config(folder, "text_encoder", model="bert", keys=["hidden_size"])["hidden_size"]
-        mt5 = read_config(folder, "text_encoder_2", model=("t5", "mt5"), keys=["d_model"])["d_model"]
+        config = self.denoiser_config
         return [
-            self._text_encoder(UnpooledBert, "", TrueLengthFeatures("bert", config["text_len"]), bert),
-            self._text_encoder(T5EncoderModel, "_2", PaddedFeatures("mt5", config["text_len_t5"]), mt5),
+            self.text_encoder(TrueLengthFeatures("bert", config["text_len"])),
+            self.text_encoder(PaddedFeatures("mt5", config["text_len_t5"])),
         ]
-
-    def _text_encoder(
-        self, model_class: type, suffix: str, read: TrueLengthFeatures | PaddedFeatures, width: int
-    ) -> TextEncoder:
-        """That of the folders with this suffix."""
-        return TextEncoder(
-            read.name,
-            model_class,
-            self.options.diffusers_path,
-            f"text_encoder{suffix}",
-            f"tokenizer{suffix}",
-            part_override(self.options, read.name),
-            self.dtype,
-            read,
-            {read.name: (read.length, width), f"{read.name}_mask": (read.length,)},
-            CheckpointNames(CHECKPOINT_PREFIXES[read.name]),
-        )
-
-    def build_denoiser(self) -> HunyuanDiT2DModel:
-        return HunyuanDiT2DModel.from_config(self._transformer_config)
 
     def to_layers(self, denoiser: HunyuanDiT2DModel) -> list[nn.Module]:
         half = len(denoiser.blocks) // 2
@@ -302,7 +247,7 @@ class HunyuanDitPipeline(PicturePipeline):
             mt5_BLE=features["mt5"],
             mt5_mask_BL=features["mt5_mask"].bool(),
             step_B=self.objective.model_time(t_B),
-            rope_TH=rotary_tables(*x_t.shape[2:], self._transformer_config["attention_head_dim"]),
+            rope_TH=rotary_tables(*x_t.shape[2:], self.denoiser_config["attention_head_dim"]),
             sizes_B6=self._sizes(features, x_t) if self._is_told_sizes else None,
         )
 
@@ -315,18 +260,9 @@ class HunyuanDitPipeline(PicturePipeline):
     def scheduler(self) -> Any:
         return ddpm_scheduler(self.options)
 
-    def sampling_levels(self, steps: int) -> None:
-        return None
-
     @property
     def _is_told_sizes(self) -> bool:
-        return self._transformer_config.get("use_style_cond_and_image_meta_size", True)
-
-    # Kept: every micro-batch asks for it.
-    @cached_property
-    def _transformer_config(self) -> dict[str, Any]:
-        folder = self.options.diffusers_path
-        return read_config(folder, "transformer", model="HunyuanDiT2DModel", keys=[*CONFIG_KEYS, "attention_head_dim"])
+        return self.denoiser_config.get("use_style_cond_and_image_meta_size", True)
 
 
 def rotary_tables(height: int, width: int, features: int) -> tuple[torch.Tensor, torch.Tensor]:

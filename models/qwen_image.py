@@ -7,8 +7,7 @@ D width, E rows of time embedding, h w latent cells.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -19,10 +18,12 @@ from torch import nn
 from transformers import Qwen2_5_VLModel
 
 from models.base import BasePipeline, Features, ModelEncoder
-from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, read_config
+from models.foundation.checkpoints.folders import TextPart, problems_of
 from models.foundation.checkpoints.headers import read_header
-from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
-from models.foundation.encoders.qwen_vl import PICTURE, PictureTextEncoder, Prompt, width_of
+from models.foundation.checkpoints.key_layouts import KeyLayout
+from models.foundation.checkpoints.layouts.qwen_image import QWEN_LAYOUT, TIMESTEP_ZERO, TimestepZeroLayout
+from models.foundation.encoders.qwen_image_prompts import CONTROLS, VARIANTS, Variant, caption_prompt
+from models.foundation.encoders.qwen_vl import PictureTextEncoder
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.video_vae import QWEN_IMAGE, QwenImageAutoencoder, latent_size
 from models.foundation.layers import patches
@@ -31,92 +32,20 @@ from models.foundation.layers.patches import PATCH
 from utils.dataset.buckets import MediaFacts
 from utils.dataset.encoders import Encoder
 from utils.diffusion.timesteps import RESOLUTION_SHIFTS
-from utils.errors import UserError
+from utils.errors import Problem
 from utils.json_files import read_json
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
-SINGLE_FILES = {"transformer": "transformer_path", "vae": "vae_path"}
 TEXT = "qwen2_5_vl"
-CONTROLS = ("control", "control_2", "control_3")
-
-CHAT = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-DESCRIBE = (
-    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
-    "objects and background:"
-)
-ALTER = (
-    "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how "
-    "the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
-    "requirements while maintaining consistency with the original input where appropriate."
-)
-DESCRIBE_TOKENS, ALTER_TOKENS = 34, 64
-"""Of the template before the user's words: the model does not see them."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What tells an Edit model from others; the weights have the same shapes.
-
-    Attributes:
-        controls: how many control images it takes.
-        picture: what stands for one in its prompt; `{}` is its number.
-        area: at which the text encoder sees one, in pixels.
-    """
-
-    controls: int = 0
-    picture: str = ""
-    area: int = 0
-
-    def template(self, controls: int) -> str:
-        """The prompt around a caption, with so many control images."""
-        return CHAT.format(ALTER, "".join(self.picture.format(number + 1) for number in range(controls)) + "{}")
-
-
-SHOWN = f"<|vision_start|>{PICTURE}<|vision_end|>"
-VARIANTS = {
-    "image": Variant(),
-    "edit": Variant(1, SHOWN, 1024 * 1024),
-    "edit_plus": Variant(len(CONTROLS), f"Picture {{}}: {SHOWN}", 384 * 384),
-}
 PIPELINES = {
     "QwenImageEditPipeline": "edit",
     "QwenImageEditInpaintPipeline": "edit",
     "QwenImageEditPlusPipeline": "edit_plus",
 }
 """What `model_index.json` calls them; all others are `image`."""
-
-TIMESTEP_ZERO = "__index_timestep_zero__"
-"""By this empty tensor ComfyUI knows a model to which control images are free of noise (2511)."""
-PARTS_OF_A_BLOCK = (
-    *(f"attn.to_{part}" for part in ("q", "k", "v", "out.0", "add_out")),
-    *(f"attn.add_{part}_proj" for part in "qkv"),
-    *(f"attn.norm_{part}" for part in ("q", "k", "added_q", "added_k")),
-    *(f"{stream}_{part}" for stream in ("img", "txt") for part in ("mod.1", "mlp.net.0.proj", "mlp.net.2")),
-)
-AROUND_THE_BLOCKS = (
-    # First what no other model has: by it a file is known.
-    "txt_norm",
-    "img_in",
-    "txt_in",
-    "time_text_embed.timestep_embedder.linear_1",
-    "time_text_embed.timestep_embedder.linear_2",
-    "norm_out.linear",
-    "proj_out",
-)
-NAMES = (*AROUND_THE_BLOCKS, *(f"transformer_blocks.{{}}.{part}" for part in PARTS_OF_A_BLOCK))
-QWEN_LAYOUT = KeyLayout([KeyRule(name, (name,)) for name in NAMES])
-
-
-class TimestepZeroLayout(KeyLayout):
-    """The layout of a 2511 model: with the tensor by which ComfyUI knows it."""
-
-    def to_original(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {**super().to_original(tensors), TIMESTEP_ZERO: torch.empty(0)}
-
 
 LAYERED = ("use_layer3d_rope", "use_additional_t_cond")
 """What the configuration of a transformer that makes layers has, and no other."""
@@ -145,7 +74,7 @@ class QwenImageInputs(NamedTuple):
 
 class QwenImageStream(NamedTuple):
     """What travels from layer to layer. Models to which control images are free of noise have two rows of time
-    embedding a sample, E = 2B, and say of each token which is its own."""
+    embedding per sample, E = 2B, and say of each token which is its own."""
 
     x_BTD: torch.Tensor
     text_BLD: torch.Tensor
@@ -193,7 +122,7 @@ class Entry(nn.Module):
 
 
 class Exit(nn.Module):
-    """Projects the noisy tokens to the latent (B, C, f, h, w) of so many pictures."""
+    """Projects the noisy tokens to the latent (B, C, f, h, w) of this many pictures."""
 
     def __init__(self, denoiser: QwenImageTransformer2DModel, pictures: int = 1):
         super().__init__()
@@ -213,6 +142,8 @@ class QwenImagePipeline(BasePipeline):
     size that inference shows them at."""
 
     Options = QwenImageOptions
+    denoiser_class = QwenImageTransformer2DModel
+    text_parts = (TextPart(TEXT, Qwen2_5_VLModel),)
     media = MediaFacts(spatial=16, temporal=1, max_frames=1)
     blocks = ("transformer_blocks",)
     stream_type = QwenImageStream
@@ -227,35 +158,31 @@ class QwenImagePipeline(BasePipeline):
 
     @property
     def original_layout(self) -> KeyLayout:
-        return TimestepZeroLayout(QWEN_LAYOUT.rules) if self._transformer_config.get("zero_cond_t") else QWEN_LAYOUT
+        return TimestepZeroLayout(QWEN_LAYOUT.rules) if self.denoiser_config.get("zero_cond_t") else QWEN_LAYOUT
 
-    def check(self) -> None:
-        options, folder = self.options, self.options.diffusers_path
-        check_diffusers_folder(options, PARTS, SINGLE_FILES, {"text_encoder": TEXT})
-        config, file = self._transformer_config, str(folder / "transformer" / "config.json")
+    def problems_of_parts(self) -> Iterator[Problem]:
+        config = self.denoiser_config
         if {bool(config.get(key)) for key in LAYERED} != {self.layered}:
             kind, fitting = ("not ", "qwen_image") if self.layered else ("", "qwen_image_layered")
-            raise UserError.of(
-                f'is {kind}of Qwen-Image-Layered; set [model] type = "{fitting}", or give another model', file
-            )
-        fed = {"in_channels": PATCH**2 * self._vae_config["z_dim"], "joint_attention_dim": width_of(folder)}
+            yield self.misfit(f'is {kind}of Qwen-Image-Layered; set [model] type = "{fitting}", or give another model')
+            return
+        _, text_width = self._text_encoder(0).shapes[TEXT]
+        fed = {"in_channels": PATCH**2 * self._vae_config["z_dim"], "joint_attention_dim": text_width}
         for key, size in fed.items():
             if config.get(key, size) != size:
-                raise UserError.of(
+                yield self.misfit(
                     f"has `{key}` {config[key]}, where the VAE and the text encoder beside it make {size}; is one of "
-                    "them another model's?",
-                    file,
+                    "them another model's?"
                 )
-        override = options.transformer_path
+        override = self.options.transformer_path
         if override and not config.get("zero_cond_t") and _is_timestep_zero(read_header(override).files):
-            raise UserError.of(
+            message = (
                 "is a file of Qwen-Image-Edit-2511, and the configuration in diffusers_path is of another model; give "
-                "the folder of 2511",
-                str(override),
+                "the folder of 2511"
             )
+            yield Problem(str(override), "", message)
         if self._variant.controls:
-            self._text_encoder(1).check_pictures()
-        self.check_tensors()
+            yield from problems_of([self._text_encoder(1).check_pictures])
 
     def encoders_for(self, controls: int) -> list[Encoder]:
         if self.max_controls and not controls:
@@ -275,20 +202,13 @@ class QwenImagePipeline(BasePipeline):
         ]
 
     def _text_encoder(self, controls: int) -> TextEncoder:
-        """What reads captions, or captions together with so many control images. An Edit model is given captions alone
-        in the words of Qwen-Image."""
-        folder, length = self.options.diffusers_path, self.options.max_sequence_length
-        shapes = {TEXT: (length, width_of(folder)), f"{TEXT}_mask": (length,)}
-        source = (TEXT, Qwen2_5_VLModel, folder, "text_encoder", "tokenizer", part_override(self.options, TEXT))
+        """What reads captions, or captions together with this many control images. An Edit model is given captions
+        alone in the words of Qwen-Image."""
+        variant, length = self._variant, self.options.max_sequence_length
         if not controls:
-            prompt = Prompt(TEXT, CHAT.format(DESCRIBE, "{}"), DESCRIBE_TOKENS, DESCRIBE_TOKENS + length)
-            return TextEncoder(*source, self.dtype, prompt, shapes)
-        variant = self._variant
-        prompt = Prompt(TEXT, variant.template(controls), ALTER_TOKENS, None)
-        return PictureTextEncoder(*source, self.dtype, prompt, shapes, controls=controls, area=variant.area)
-
-    def build_denoiser(self) -> QwenImageTransformer2DModel:
-        return QwenImageTransformer2DModel.from_config(self._transformer_config)
+            return self.text_encoder(caption_prompt(TEXT, length))
+        pictures = {"controls": controls, "area": variant.area, "caption_tokens": length}
+        return self.text_encoder(variant.prompt(TEXT, controls), PictureTextEncoder, **pictures)
 
     def to_layers(self, denoiser: QwenImageTransformer2DModel) -> list[nn.Module]:
         reads = {
@@ -344,11 +264,7 @@ class QwenImagePipeline(BasePipeline):
         named = read_json(index).get("_class_name") if index.is_file() else None
         return VARIANTS[self.options.variant or PIPELINES.get(named, "image")]
 
-    # Kept: every micro-batch asks for them.
-    @cached_property
-    def _transformer_config(self) -> dict[str, Any]:
-        return read_config(self.options.diffusers_path, "transformer", model="QwenImageTransformer2DModel")
-
+    # Kept: every micro-batch asks for it.
     @cached_property
     def _vae_config(self) -> dict[str, Any]:
         return QWEN_IMAGE.config(self.options.diffusers_path, self.options.vae_path)

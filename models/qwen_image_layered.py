@@ -7,7 +7,7 @@ latent channels, D width, E rows of time embedding, h w latent cells.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from torch import nn
 
 from models.base import BasePipeline, Features, ModelEncoder
 from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
+from models.foundation.checkpoints.layouts.qwen_image import QWEN_LAYOUT
+from models.foundation.encoders.qwen_image_prompts import Variant
 from models.foundation.encoders.video_vae import QwenImageAutoencoder
-from models.qwen_image import QWEN_LAYOUT, Entry, Exit, QwenImagePipeline, Variant
+from models.qwen_image import Entry, Exit, QwenImagePipeline
 from utils.dataset.encoders import Encoder
 from utils.dataset.samples import Bucket, Control, Sample
 from utils.diffusion.timesteps import ResolutionShift
@@ -27,7 +29,7 @@ from utils.settings.values import Count
 
 CONDITION = "rgba"
 CHANNELS = 4
-"""Of pixels: colours, and how opaque they are."""
+"""The channels of a pixel: its colours, and how opaque it is."""
 TRANSPARENCY = "time_text_embed.addition_t_embedding"
 TRANSLUCENT = 0
 """What the model is told of a picture; 1 is one without transparency."""
@@ -45,7 +47,7 @@ class QwenImageLayeredOptions(ModelSettings):
 
 
 class LayersAutoencoder(QwenImageAutoencoder):
-    """Qwen-Image-Layered's VAE as an `Encoder` of so many pictures that belong together, each by itself."""
+    """Qwen-Image-Layered's VAE as an `Encoder` of `pictures` pictures that belong together, each by itself."""
 
     def __init__(self, *others: Any, pictures: int, **named: Any):
         super().__init__(*others, **named)
@@ -107,15 +109,15 @@ class QwenImageLayeredPipeline(QwenImagePipeline):
         """How many are drawn together: the whole, and its layers."""
         return 1 + self.options.layers
 
-    def check(self) -> None:
-        super().check()
+    def problems_of_parts(self) -> Iterator[Problem]:
+        yield from super().problems_of_parts()
         channels = self._vae_config.get("input_channels", 3)
         if channels != CHANNELS:
-            raise UserError.of(
+            message = (
                 f"`input_channels` must be {CHANNELS}, which are colours and transparency, and is {channels}; take the "
-                "VAE of Qwen-Image-Layered",
-                str(self.options.diffusers_path / "vae" / "config.json"),
+                "VAE of Qwen-Image-Layered"
             )
+            yield Problem(str(self.options.diffusers_path / "vae" / "config.json"), "", message)
 
     def encoders_for(self, controls: int) -> list[Encoder]:
         layers = self.options.layers
@@ -129,25 +131,25 @@ class QwenImageLayeredPipeline(QwenImagePipeline):
         return self.encoders()
 
     def problems_of_data(self, samples: Sequence[Sample]) -> list[Problem]:
-        layers = self.options.layers
-        wrong = {
-            f"have not {layers} layers; name as many folders in control_path as [model] layers says": [
-                sample for sample in samples if len(sample.controls) != layers
-            ],
-            "have layers of another size; leave control_resolution out": [
-                sample for sample in samples if any(layer.bucket != sample.bucket for layer in sample.controls)
-            ],
+        reasons = {
+            f"do not have {self.options.layers} layers; name as many folders in control_path as [model] layers says": (
+                lambda sample: len(sample.controls) != self.options.layers
+            ),
+            "have layers of another size; leave control_resolution out": (
+                lambda sample: any(layer.bucket != sample.bucket for layer in sample.controls)
+            ),
             "have a layer whose file has another width or height than the picture's, so that they do not lie on one "
-            "another; bring them to one size": [
-                sample for sample in samples if any(size_of(layer) != size_of(sample) for layer in sample.controls)
-            ],
-            "have a mask, which cannot say what it means for layers; leave masks out": [
-                sample for sample in samples if sample.mask is not None
-            ],
+            "another; bring them to one size": (
+                lambda sample: any(size_of(layer) != size_of(sample) for layer in sample.controls)
+            ),
+            "have a mask, which cannot say what it means for layers; leave masks out": (
+                lambda sample: sample.mask is not None
+            ),
         }
+        found = {reason: [sample for sample in samples if is_wrong(sample)] for reason, is_wrong in reasons.items()}
         return [
             Problem("", "[[directory]]", f"{len(some)} of the samples, the first is {some[0].media.locator}, {reason}")
-            for reason, some in wrong.items()
+            for reason, some in found.items()
             if some
         ]
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from models.families.stable_diffusion import StableDiffusionOptions, StableDiffusionPipeline, TextPart
-from utils.errors import UserError
+from transformers import CLIPTextModel
+
+from models.families.stable_diffusion import ClipPart, StableDiffusionOptions, StableDiffusionPipeline
+from models.foundation.checkpoints.weights import CheckpointNames
+from utils.errors import Problem
 from utils.settings.values import Count
 
 
@@ -21,26 +25,24 @@ class Sd15Pipeline(StableDiffusionPipeline):
     """Stable Diffusion 1.5 of Runway, and its many descendants."""
 
     Options = Sd15Options
-    texts = (
-        TextPart(
+    text_parts = (
+        ClipPart(
             "clip_l",
-            "text_encoder",
-            "tokenizer",
+            CLIPTextModel,
+            names=CheckpointNames("cond_stage_model.transformer."),
             lr_option="text_encoder_1_lr",
-            prefix="cond_stage_model.transformer.",
             lora_prefix="lora_te",
         ),
     )
     addition = None
     other = 'SDXL\'s (type = "sdxl")'
 
-    def _check_variant(self) -> None:
-        super()._check_variant()
-        skip, layers = self.options.clip_skip, self._text_encoder(self.texts[0]).config().num_hidden_layers
+    def problems_of_parts(self) -> Iterator[Problem]:
+        yield from super().problems_of_parts()
+        skip, layers = self.options.clip_skip, self._text_encoder(self.text_parts[0]).config().num_hidden_layers
         if skip > layers:
-            raise UserError.of(
-                f"{skip} is more than the text encoder's {layers} layers; 1 or 2 is usual", where="[model] clip_skip"
-            )
+            message = f"{skip} is more than the text encoder's {layers} layers; 1 or 2 is usual"
+            yield Problem("", "[model] clip_skip", message)
 
     def text_features(self) -> dict[str, Any]:
         return {"layer": -self.options.clip_skip, "normalised": True}

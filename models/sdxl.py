@@ -6,9 +6,12 @@ Shapes: B batch.
 from __future__ import annotations
 
 import torch
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from models.base import Features, ModelEncoder
-from models.families.stable_diffusion import StableDiffusionOptions, StableDiffusionPipeline, TextPart, UNetInputs
+from models.families.stable_diffusion import ClipPart, StableDiffusionOptions, StableDiffusionPipeline, UNetInputs
+from models.foundation.checkpoints.sd_single_file import open_clip_original
+from models.foundation.checkpoints.weights import CheckpointNames
 from models.foundation.encoders.sizes import SIZES, SizeEncoder
 from utils.settings.values import Positive
 
@@ -25,23 +28,22 @@ class SdxlPipeline(StableDiffusionPipeline):
     """Stable Diffusion XL of Stability AI, and its descendants: Pony, Illustrious, NoobAI."""
 
     Options = SdxlOptions
-    texts = (
-        TextPart(
+    text_parts = (
+        ClipPart(
             "clip_l",
-            "text_encoder",
-            "tokenizer",
+            CLIPTextModel,
+            names=CheckpointNames("conditioner.embedders.0.transformer."),
             lr_option="text_encoder_1_lr",
-            prefix="conditioner.embedders.0.transformer.",
             lora_prefix="lora_te1",
         ),
-        TextPart(
+        ClipPart(
             "clip_g",
+            CLIPTextModelWithProjection,
             "text_encoder_2",
             "tokenizer_2",
+            names=open_clip_original("conditioner.embedders.1.model."),
             lr_option="text_encoder_2_lr",
-            prefix="conditioner.embedders.1.model.",
             lora_prefix="lora_te2",
-            pooled="text_embeds",
             is_open_clip=True,
         ),
     )

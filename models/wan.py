@@ -9,7 +9,7 @@ before them), R rows of time, D width of the transformer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,10 +24,9 @@ from torch.nn import functional
 from transformers import UMT5EncoderModel
 
 from models.base import BasePipeline, Features, ModelEncoder
-from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, read_config
-from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
+from models.foundation.checkpoints.folders import TextPart
+from models.foundation.checkpoints.layouts.wan import WAN_LAYOUT
 from models.foundation.encoders.first_frame import ClipVision, FirstFrameAutoencoder, given_frames
-from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.text_features import TrueLengthFeatures
 from models.foundation.encoders.video_vae import WanAutoencoder, latent_size, wan_vae_config
 from models.foundation.layers.chain import Middle
@@ -37,60 +36,25 @@ from utils.errors import Problem, UserError
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
-PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")
-TEXT_ENCODERS = {"text_encoder": "umt5"}
 BLIND_TOKENS = 512
-"""Text tokens of the models that see the first frame by CLIP: their blocks take what is before so many for CLIP's."""
+"""Text tokens of the models that see the first frame by CLIP: their blocks take what precedes these for CLIP's."""
 EXPERT_FOLDERS = {"high": "transformer", "low": "transformer_2"}
 TRAIN_STEPS = 1000
 PATCH = 2
 FPS_5B = 24.0
-"""Frames a second of TI2V-5B (`sample_fps` of its publisher's configuration)."""
-
-PICTURE_ATTENTION = {"k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k"}
-PICTURE_EMBEDDING = {0: "norm1", 1: "ff.net.0.proj", 3: "ff.net.2", 4: "norm2"}
-ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
-WAN_LAYOUT = KeyLayout(
-    [
-        *(
-            KeyRule(f"blocks.{{}}.{there}.{part}", (f"blocks.{{}}.{here}.{ours}",))
-            for there, here in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-            for part, ours in ATTENTION.items()
-        ),
-        *(
-            KeyRule(f"blocks.{{}}.cross_attn.{there}", (f"blocks.{{}}.attn2.{here}",))
-            for there, here in PICTURE_ATTENTION.items()
-        ),
-        *(
-            KeyRule(f"img_emb.proj.{number}", (f"condition_embedder.image_embedder.{here}",))
-            for number, here in PICTURE_EMBEDDING.items()
-        ),
-        KeyRule("blocks.{}.norm3", ("blocks.{}.norm2",)),
-        KeyRule("blocks.{}.ffn.0", ("blocks.{}.ffn.net.0.proj",)),
-        KeyRule("blocks.{}.ffn.2", ("blocks.{}.ffn.net.2",)),
-        KeyRule("blocks.{}.modulation", ("blocks.{}.scale_shift_table",)),
-        KeyRule("patch_embedding", ("patch_embedding",)),
-        KeyRule("time_embedding.0", ("condition_embedder.time_embedder.linear_1",)),
-        KeyRule("time_embedding.2", ("condition_embedder.time_embedder.linear_2",)),
-        KeyRule("time_projection.1", ("condition_embedder.time_proj",)),
-        KeyRule("text_embedding.0", ("condition_embedder.text_embedder.linear_1",)),
-        KeyRule("text_embedding.2", ("condition_embedder.text_embedder.linear_2",)),
-        KeyRule("head.head", ("proj_out",)),
-        KeyRule("head.modulation", ("scale_shift_table",)),
-    ]
-)
+"""Frames per second of TI2V-5B (`sample_fps` of its publisher's configuration)."""
 
 
 class WanOptions(ModelSettings):
     """`[model]` of `type = "wan"`."""
 
     expert: Literal["high", "low"] = "high"
-    """Of Wan 2.2 A14B: the expert for much noise (set min_t = 0.875) or for little (max_t = 0.875). Wan 2.1 has one
-    model, in the place of the high one."""
+    """Which expert of Wan 2.2 A14B is trained: the one for much noise (set min_t = 0.875) or the one for little
+    (max_t = 0.875). Wan 2.1 has one model, in the place of the high one."""
     max_sequence_length: Count = 512
     """UMT5 tokens that the model sees, padding included."""
     from_first_frame: bool = False
-    """Of TI2V-5B: train clips from their first frame, which the model is shown as it is and need not predict; pictures
+    """Train TI2V-5B on clips from their first frame, which the model is shown as it is and need not predict; pictures
     are trained from text all the same."""
 
 
@@ -197,6 +161,10 @@ class WanPipeline(BasePipeline):
     """Wan of Alibaba: text to video, and picture to video."""
 
     Options = WanOptions
+    denoiser_class = WanTransformer3DModel
+    config_keys = ("in_channels",)
+    text_parts = (TextPart("umt5", UMT5EncoderModel),)
+    scheduler_sets_levels = True
     media = MediaFacts(spatial=16, temporal=4, max_frames=241, fps=16.0)
     blocks = ("blocks",)
     stream_type = WanStream
@@ -206,7 +174,7 @@ class WanPipeline(BasePipeline):
 
     def __init__(self, options: WanOptions, seed: int = 0):
         super().__init__(options, seed)
-        # Of a folder that is not whole, `check` tells.
+        # `check` tells what an incomplete folder lacks.
         with suppress(UserError):
             cell = self._vae_config.get("scale_factor_spatial", self.media.spatial // PATCH)
             self.media = replace(self.media, spatial=PATCH * cell, fps=FPS_5B if self._is_5b else self.media.fps)
@@ -219,52 +187,42 @@ class WanPipeline(BasePipeline):
     @property
     def starts_from_picture(self) -> bool:
         """Whether the model takes the first frame as further channels."""
-        return self._transformer_config["in_channels"] != self._vae_config["z_dim"]
+        return self.denoiser_config["in_channels"] != self._vae_config["z_dim"]
 
     @property
     def _sees_first_frame(self) -> bool:
         """Whether it sees the first frame by CLIP too."""
-        return self._transformer_config.get("image_dim") is not None
+        return self.denoiser_config.get("image_dim") is not None
 
     @property
     def denoiser_folder(self) -> str:
         return EXPERT_FOLDERS[self.options.expert]
 
-    def check(self) -> None:
-        single_files = {self.denoiser_folder: "transformer_path", "vae": "vae_path"}
-        parts = (*PARTS, self.denoiser_folder)
-        self._check_expert()
-        check_diffusers_folder(self.options, parts, single_files, TEXT_ENCODERS, denoiser=self.denoiser_folder)
-        self._check_variant()
-        self.check_tensors()
-
-    def _check_expert(self) -> None:
+    def check_folder(self) -> None:
         folder = self.options.diffusers_path / self.denoiser_folder
         if self.options.expert == "low" and not folder.is_dir():
             raise UserError.of(
                 f"there is no {folder}: Wan 2.2 A14B alone has two experts; leave it out, or download that folder",
                 where="[model] expert",
             )
+        super().check_folder()
 
-    def _check_variant(self) -> None:
-        channels, made, options = self._transformer_config["in_channels"], self._vae_config["z_dim"], self.options
+    def problems_of_parts(self) -> Iterator[Problem]:
+        channels, made, options = self.denoiser_config["in_channels"], self._vae_config["z_dim"], self.options
         if channels not in (made, 2 * made + self.media.temporal):
-            raise UserError.of(
+            yield self.misfit(
                 f"takes {channels} channels, and the VAE makes {made}; text to video takes {made}, picture to video "
-                f"{2 * made + self.media.temporal}: give the model's own VAE, or another model",
-                str(options.diffusers_path / self.denoiser_folder / "config.json"),
+                f"{2 * made + self.media.temporal}: give the model's own VAE, or another model"
             )
         if self._sees_first_frame and options.max_sequence_length != BLIND_TOKENS:
-            raise UserError.of(
-                f"must be {BLIND_TOKENS} for a model that sees the first frame by CLIP; leave it out",
-                where="[model] max_sequence_length",
-            )
+            message = f"must be {BLIND_TOKENS} for a model that sees the first frame by CLIP; leave it out"
+            yield Problem("", "[model] max_sequence_length", message)
         if options.from_first_frame and not self._is_5b:
-            raise UserError.of(
+            message = (
                 "is for TI2V-5B alone: models of picture to video always take the first frame, the others never; leave "
-                "it out",
-                where="[model] from_first_frame",
+                "it out"
             )
+            yield Problem("", "[model] from_first_frame", message)
 
     def problems_of_data(self, samples: Sequence[Sample]) -> list[Problem]:
         stills = [sample for sample in samples if sample.bucket.frames == 1]
@@ -278,21 +236,13 @@ class WanPipeline(BasePipeline):
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         options, folder = self.options, self.options.diffusers_path
-        width = read_config(folder, "text_encoder", model="umt5", keys=["d_model"])["d_model"]
-        length = options.max_sequence_length
-        shapes = {"umt5": (length, width), "umt5_mask": (length,)}
-        features = CleanedFeatures("umt5", length)
-        text = (UMT5EncoderModel, folder, "text_encoder", "tokenizer", part_override(options, "umt5"), self.dtype)
         first_frame = FirstFrameAutoencoder(folder, options.vae_path, self.dtype)
         return [
             WanAutoencoder(folder, options.vae_path, self.dtype, draw=options.latents),
-            TextEncoder("umt5", *text, features, shapes),
+            self.text_encoder(CleanedFeatures("umt5", options.max_sequence_length)),
             *([first_frame] if self.starts_from_picture else []),
             *([ClipVision(folder, self.dtype)] if self._sees_first_frame else []),
         ]
-
-    def build_denoiser(self) -> WanTransformer3DModel:
-        return WanTransformer3DModel.from_config(self._transformer_config)
 
     def to_layers(self, denoiser: WanTransformer3DModel) -> list[nn.Module]:
         reads = {
@@ -337,14 +287,7 @@ class WanPipeline(BasePipeline):
     def scheduler(self) -> UniPCMultistepScheduler:
         return UniPCMultistepScheduler.from_pretrained(self.options.diffusers_path, subfolder="scheduler")
 
-    def sampling_levels(self, steps: int) -> None:
-        return None
-
-    # Kept: every micro-batch asks for them.
-    @cached_property
-    def _transformer_config(self) -> dict[str, Any]:
-        return read_config(self.options.diffusers_path, self.denoiser_folder, model="WanTransformer3DModel")
-
+    # Kept: every micro-batch asks for it.
     @cached_property
     def _vae_config(self) -> dict[str, Any]:
         return wan_vae_config(self.options.diffusers_path, self.options.vae_path)

@@ -9,8 +9,8 @@ h w latent cells. From the first joined block on T counts the text too, which fo
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from diffusers import ZImageTransformer2DModel
@@ -20,52 +20,18 @@ from transformers import Qwen3Model
 
 from models.base import Features, ModelEncoder
 from models.families.pictures import PicturePipeline
-from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, read_config
-from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
-from models.foundation.encoders.text import TextEncoder
+from models.foundation.checkpoints.folders import TextPart
+from models.foundation.checkpoints.layouts.z_image import BLOCKS, COMFYUI_LAYOUT, PATCH_KEY
 from models.foundation.encoders.text_features import ChatFeatures
 from models.foundation.layers.chain import Middle
+from models.foundation.layers.padding import filled_length, lengthened
 from models.foundation.layers.patches import PATCH, patchify, unpatchify
 from utils.diffusion.objectives import FlowMatching
-from utils.errors import UserError
+from utils.errors import Problem
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
-PATCH_KEY = "2-1"
-"""Of the embedding and the final layer for patches of 2x2 cells of one frame; Z-Image has no others."""
 FILLED_TO = 32
-PARTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
-SINGLE_FILES = {"transformer": "transformer_path", "vae": "vae_path"}
-TEXT_ENCODERS = {"text_encoder": "qwen3"}
-
-BLOCKS = ("noise_refiner", "context_refiner", "layers")
-RENAMED = {
-    "attention.qkv": tuple(f"attention.to_{part}" for part in "qkv"),
-    "attention.q_norm": ("attention.norm_q",),
-    "attention.k_norm": ("attention.norm_k",),
-    "attention.out": ("attention.to_out.0",),
-}
-KEPT = (
-    *(f"feed_forward.w{number}" for number in (1, 2, 3)),
-    *(f"{part}_norm{number}" for part in ("attention", "ffn") for number in (1, 2)),
-    "adaLN_modulation.0",
-)
-COMFYUI_LAYOUT = KeyLayout(
-    [
-        *(
-            KeyRule(f"{blocks}.{{}}.{there}", tuple(f"{blocks}.{{}}.{part}" for part in here))
-            for blocks in BLOCKS
-            for there, here in {**RENAMED, **{name: (name,) for name in KEPT}}.items()
-        ),
-        KeyRule("x_embedder", (f"all_x_embedder.{PATCH_KEY}",)),
-        KeyRule("final_layer.linear", (f"all_final_layer.{PATCH_KEY}.linear",)),
-        KeyRule("final_layer.adaLN_modulation.1", (f"all_final_layer.{PATCH_KEY}.adaLN_modulation.1",)),
-        *(KeyRule(f"t_embedder.mlp.{number}", (f"t_embedder.mlp.{number}",)) for number in (0, 2)),
-        *(KeyRule(f"cap_embedder.{number}", (f"cap_embedder.{number}",)) for number in (0, 1)),
-        *(KeyRule(name, (name,)) for name in ("x_pad_token", "cap_pad_token")),
-    ],
-    unused=("norm_final.weight",),
-)
 
 
 class ZImageOptions(ModelSettings):
@@ -184,6 +150,9 @@ class ZImagePipeline(PicturePipeline):
     """Z-Image of Alibaba's Tongyi Lab: Turbo, which is distilled, and the base model."""
 
     Options = ZImageOptions
+    denoiser_class = ZImageTransformer2DModel
+    config_keys = ("axes_lens",)
+    text_parts = (TextPart("qwen3", Qwen3Model),)
     objective = FlowMatching(predicts_data_minus_noise=True, time_is_cleanness=True)
     blocks = BLOCKS
     stream_type = ZImageStream
@@ -191,38 +160,20 @@ class ZImagePipeline(PicturePipeline):
     guided_by_second_prediction = True
     no_guidance = 0.0
 
-    def check(self) -> None:
-        check_diffusers_folder(self.options, PARTS, SINGLE_FILES, TEXT_ENCODERS)
-        self._check_variant()
-        self.check_tensors()
-
-    def _check_variant(self) -> None:
-        config, length = self._transformer_config, self.options.max_sequence_length
+    def problems_of_parts(self) -> Iterator[Problem]:
+        config, length = self.denoiser_config, self.options.max_sequence_length
         if config.get("siglip_feat_dim") is not None:
-            raise UserError.of(
-                "this is Z-Image Omni, which takes pictures too and is not trained here; give Z-Image or Z-Image Turbo",
-                str(self.options.diffusers_path / "transformer" / "config.json"),
+            yield self.misfit(
+                "this is Z-Image Omni, which takes pictures too and is not trained here; give Z-Image or Z-Image Turbo"
             )
         # Text has the places from 1 on, and the picture the one after it.
         most = (config["axes_lens"][0] - 2) // FILLED_TO * FILLED_TO
         if length > most:
-            raise UserError.of(
-                f"{length} tokens are more than this model has places for; set at most {most}",
-                where="[model] max_sequence_length",
-            )
+            message = f"{length} tokens are more than this model has places for; set at most {most}"
+            yield Problem("", "[model] max_sequence_length", message)
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
-        options, folder, length = self.options, self.options.diffusers_path, self.options.max_sequence_length
-        width = read_config(folder, "text_encoder", model="qwen3", keys=["hidden_size"])["hidden_size"]
-        shapes = {"qwen3": (length, width), "qwen3_mask": (length,)}
-        text = (Qwen3Model, folder, "text_encoder", "tokenizer", part_override(options, "qwen3"), self.dtype)
-        return [
-            self.autoencoder(),
-            TextEncoder("qwen3", *text, ChatFeatures("qwen3", length), shapes),
-        ]
-
-    def build_denoiser(self) -> ZImageTransformer2DModel:
-        return ZImageTransformer2DModel.from_config(self._transformer_config)
+        return [self.autoencoder(), self.text_encoder(ChatFeatures("qwen3", self.options.max_sequence_length))]
 
     def to_layers(self, denoiser: ZImageTransformer2DModel) -> list[nn.Module]:
         row = {"x": "x_BTD", "attn_mask": "mask_BT", "freqs_cis": "rope_BTE", "adaln_input": "time_BD"}
@@ -243,12 +194,13 @@ class ZImagePipeline(PicturePipeline):
         height, width = x_t.shape[2:]
         x_BTC = patchify(x_t)
         lengths_B = features["qwen3_mask"].bool().sum(dim=1)
-        filled_B = filled(lengths_B)
+        filled_B = filled_length(lengths_B, FILLED_TO)
+        picture_tokens = filled_length(x_BTC.shape[1], FILLED_TO)
         tokens_L = torch.arange(int(filled_B.max()))
         text_mask_BL = tokens_L < filled_B[:, None]
         return ZImageInputs(
-            x_BTC=lengthened(x_BTC, filled(x_BTC.shape[1])),
-            positions_BT3=lengthened(picture_positions(height, width, filled_B + 1), filled(x_BTC.shape[1])),
+            x_BTC=lengthened(x_BTC, picture_tokens),
+            positions_BT3=lengthened(picture_positions(height, width, filled_B + 1), picture_tokens),
             text_BLD=lengthened(features["qwen3"], len(tokens_L)),
             is_caption_BL=tokens_L < lengths_B[:, None],
             text_mask_BL=None if text_mask_BL.all() else text_mask_BL,
@@ -259,22 +211,6 @@ class ZImagePipeline(PicturePipeline):
     def guided(self, prompted: torch.Tensor, negative: torch.Tensor, guidance: float) -> torch.Tensor:
         """p + g (p - n), as the stock pipeline counts."""
         return prompted + guidance * (prompted - negative)
-
-    # Kept: every micro-batch asks for it.
-    @cached_property
-    def _transformer_config(self) -> dict[str, Any]:
-        folder = self.options.diffusers_path
-        return read_config(folder, "transformer", model="ZImageTransformer2DModel", keys=["axes_lens"])
-
-
-def filled(length: Any) -> Any:
-    """The next multiple of 32 of a length, or of each of a tensor of lengths."""
-    return length + -length % FILLED_TO
-
-
-def lengthened(row_BLC: torch.Tensor, length: int) -> torch.Tensor:
-    """The row with zeros at its end, `length` tokens long."""
-    return functional.pad(row_BLC, (0, 0, 0, length - row_BLC.shape[1]))
 
 
 def picture_positions(height: int, width: int, place_B: torch.Tensor) -> torch.Tensor:

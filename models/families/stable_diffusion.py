@@ -6,7 +6,7 @@ Shapes: B batch, C latent channels, h w latent cells, L tokens, D text features,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple
@@ -14,25 +14,32 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
+from transformers import CLIPTextModelWithProjection
 
 from models.base import Features, ModelEncoder
 from models.families.ddpm import DDPMOptions, ddpm_objective, ddpm_scheduler
 from models.families.pictures import PicturePipeline
 from models.foundation.checkpoints.denoiser import EnsembleDenoiserWeights
-from models.foundation.checkpoints.folders import check_diffusers_folder, part_override, problems_of, read_config
-from models.foundation.checkpoints.headers import read_header
+from models.foundation.checkpoints.folders import (
+    TextPart,
+    problems_of,
+)
 from models.foundation.checkpoints.sd_single_file import (
-    VAE_PREFIX,
     CheckpointLayout,
-    open_clip_original,
     open_clip_to_original,
     part_of,
     vae_to_original,
+    with_parts_of_checkpoint,
 )
 from models.foundation.checkpoints.storage import Storage, StorageRules
 from models.foundation.checkpoints.unet_names import unet_layout
-from models.foundation.checkpoints.weights import CheckpointNames
-from models.foundation.encoders.clip import ClipFeatures, Pooled, clip, clip_config, clip_module
+from models.foundation.encoders.clip import (
+    ClipEncoder,
+    ClipFeatures,
+    ClipTokens,
+    Pooled,
+    clip_module,
+)
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.vae import AUTOENCODER_KL, ImageAutoencoder
 from models.foundation.layers.ensemble import Ensemble
@@ -40,19 +47,13 @@ from models.foundation.layers.unet import UNetStream, unet_layers, unknown_varia
 from utils.dataset.buckets import MediaFacts
 from utils.diffusion.objectives import Epsilon
 from utils.errors import Problem, UserError
-from utils.settings.model_schema import ModelSettings, TextEncoderFile
+from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Positive
 
 Tensors = dict[str, torch.Tensor]
 UNET = "unet"
-PARTS = ("scheduler", "unet", "vae")
-SINGLE_FILES = {"unet": "transformer_path", "vae": "vae_path"}
 OPENAI_ACTIVATION = "quick_gelu"
 """By which CLIPs of OpenAI are told from OpenCLIPs."""
-CONFIG_KEYS = (
-    *("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"),
-    *("down_block_types", "up_block_types"),
-)
 
 
 class StableDiffusionOptions(DDPMOptions):
@@ -65,28 +66,24 @@ class StableDiffusionOptions(DDPMOptions):
     captions is cached."""
 
 
-@dataclass(frozen=True)
-class TextPart:
+@dataclass(frozen=True, kw_only=True)
+class ClipPart(TextPart):
     """A text encoder of the model.
 
     Attributes:
-        name: its `type` in the option `text_encoders`; its features are named by it.
-        folder, tokenizer: in a diffusers folder.
         lr_option: the option with its learning rate.
-        prefix: of its tensors in a checkpoint.
         lora_prefix: of its modules in kohya's files.
-        pooled: what it pools of a caption for the model, if anything.
         is_open_clip: it is OpenCLIP, which has names of its own in checkpoints.
     """
 
-    name: str
-    folder: str
-    tokenizer: str
     lr_option: str
-    prefix: str
     lora_prefix: str
-    pooled: Pooled | None = None
     is_open_clip: bool = False
+
+    @property
+    def pooled(self) -> Pooled | None:
+        """What it pools of a caption for the model, if anything."""
+        return "text_embeds" if self.model_class is CLIPTextModelWithProjection else None
 
 
 class UNetInputs(NamedTuple):
@@ -143,7 +140,7 @@ class StableDiffusionPipeline(PicturePipeline):
     """A Stable Diffusion. The denoiser is an `Ensemble` of the UNet and the text encoders that are trained.
 
     Attributes:
-        texts: its text encoders, in the order in which their features stand side by side.
+        text_parts: its text encoders, in the order in which their features stand side by side.
         addition: `addition_embed_type` of its UNet.
         other: what a UNet with another one is.
     """
@@ -155,15 +152,25 @@ class StableDiffusionPipeline(PicturePipeline):
     blocks = (f"{UNET}.*.attentions", "text_encoder*.layers")
     convolutional_blocks = (f"{UNET}.*.resnets", f"{UNET}.*.downsamplers", f"{UNET}.*.upsamplers")
     stream_type = UNetStream
+    denoiser_class = UNet2DConditionModel
     denoiser_folder = UNET
+    config_keys = (
+        "block_out_channels",
+        "cross_attention_dim",
+        "down_block_types",
+        "in_channels",
+        "layers_per_block",
+        "up_block_types",
+    )
+    scheduler_sets_levels = True
     guided_by_second_prediction = True
-    texts: ClassVar[tuple[TextPart, ...]]
+    text_parts: ClassVar[tuple[ClipPart, ...]]
     addition: ClassVar[str | None]
     other: ClassVar[str]
 
     def __init__(self, options: StableDiffusionOptions, seed: int = 0):
         # Here, so that all else asks the options alone where a part is.
-        super().__init__(with_parts_of_checkpoint(options, self.texts), seed)
+        super().__init__(with_parts_of_checkpoint(options, self.text_parts), seed)
 
     def text_features(self) -> dict[str, Any]:
         """Which fields of `ClipFeatures` are not as they are by default."""
@@ -175,19 +182,17 @@ class StableDiffusionPipeline(PicturePipeline):
 
     @cached_property
     def original_layout(self) -> CheckpointLayout:
-        prefixes = {UNET: "lora_unet", **{part.folder: part.lora_prefix for part in self.texts}}
-        return CheckpointLayout(unet_layout(self._unet_config), prefixes, self._beside_the_unet)
+        prefixes = {UNET: "lora_unet", **{part.folder: part.lora_prefix for part in self.text_parts}}
+        return CheckpointLayout(unet_layout(self.denoiser_config), prefixes, self._beside_the_unet)
 
     @property
-    def trained_texts(self) -> list[TextPart]:
+    def trained_texts(self) -> list[ClipPart]:
         """The text encoders that have a learning rate."""
-        return [part for part in self.texts if getattr(self.options, part.lr_option)]
+        return [part for part in self.text_parts if getattr(self.options, part.lr_option)]
 
-    def check(self) -> None:
-        if problems := problems_of([self._check_rates, self._check_files]):
+    def check_folder(self) -> None:
+        if problems := problems_of([self._check_rates, super().check_folder]):
             raise UserError(problems)
-        self._check_variant()
-        self.check_tensors()
 
     def _check_rates(self) -> None:
         if self.options.from_scratch and self.trained_texts:
@@ -197,66 +202,54 @@ class StableDiffusionPipeline(PicturePipeline):
                 where="[model] from_scratch",
             )
 
-    def _check_files(self) -> None:
-        parts = [name for part in self.texts for name in (part.folder, part.tokenizer)]
-        types = {part.folder: part.name for part in self.texts}
-        check_diffusers_folder(self.options, (*PARTS, *parts), SINGLE_FILES, types, denoiser=UNET)
-
-    def _check_variant(self) -> None:
-        """Whether UNet, VAE and text encoders are of this model, and fit one another."""
+    def problems_of_parts(self) -> Iterator[Problem]:
         self.scheduler()
-        config, latent = self._unet_config, self.vae_config["latent_channels"]
-        width = sum(self._text_encoder(part).shapes[part.name][1] for part in self.texts)
-        file = str(self.options.diffusers_path / UNET / "config.json")
-        wrong = {
-            f"is {self.other}, not this model's UNet": config.get("addition_embed_type") != self.addition,
-            f"is of another kind of UNet ({unknown_variant(config)})": unknown_variant(config),
-            f"takes {config['in_channels']} channels and the VAE makes {latent}; a UNet that paints inside masks or "
-            "edits pictures is not trained here": config["in_channels"] != latent,
-            f"takes text of {config['cross_attention_dim']} features and the text encoders make {width}": (
-                config["cross_attention_dim"] != width
-            ),
-            "lies beside a VAE with statistics of its latents (latents_mean), which are not known here; give another "
-            "vae": self.vae_config.get("latents_mean") is not None,
-        }
-        if problems := [Problem(file, "", message) for message, holds in wrong.items() if holds]:
-            raise UserError(problems)
-        for part in self.texts:
-            folder = self.options.diffusers_path
-            act = clip_config(folder, part.folder).get("hidden_act", OPENAI_ACTIVATION)
+        config, latent = self.denoiser_config, self.vae_config["latent_channels"]
+        width = sum(self._text_encoder(part).shapes[part.name][1] for part in self.text_parts)
+        if config.get("addition_embed_type") != self.addition:
+            yield self.misfit(f"is {self.other}, not this model's UNet")
+        if variant := unknown_variant(config):
+            yield self.misfit(f"is of another kind of UNet ({variant})")
+        if config["in_channels"] != latent:
+            yield self.misfit(
+                f"takes {config['in_channels']} channels and the VAE makes {latent}; a UNet that paints inside masks "
+                "or edits pictures is not trained here"
+            )
+        if config["cross_attention_dim"] != width:
+            yield self.misfit(
+                f"takes text of {config['cross_attention_dim']} features and the text encoders make {width}"
+            )
+        if self.vae_config.get("latents_mean") is not None:
+            yield self.misfit(
+                "lies beside a VAE with statistics of its latents (latents_mean), which are not known here; give "
+                "another vae"
+            )
+        for part in self.text_parts:
+            act = self.text_config(part.name).get("hidden_act", OPENAI_ACTIVATION)
             if (act != OPENAI_ACTIVATION) != part.is_open_clip:
-                raise UserError.of(
+                message = (
                     f"is a CLIP with the activation {act}, as {'OpenAI' if part.is_open_clip else 'Stable Diffusion 2'}"
-                    " has it, which is not trained here; give this model's own",
-                    str(folder / part.folder / "config.json"),
+                    " has it, which is not trained here; give this model's own"
                 )
+                yield Problem(str(self.options.diffusers_path / part.folder / "config.json"), "", message)
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
-        return [self.autoencoder(), *(self._text_encoder(part) for part in self.texts)]
+        return [self.autoencoder(), *(self._text_encoder(part) for part in self.text_parts)]
 
     def autoencoder(self) -> ImageAutoencoder:
         # Many a VAE overflows in float16.
         dtype = torch.float32 if self.dtype == torch.float16 and self.vae_config.get("force_upcast") else self.dtype
         return ImageAutoencoder(self.options.diffusers_path, self.options.vae_path, dtype, draw=self.options.latents)
 
-    def _text_encoder(self, part: TextPart) -> TextEncoder:
-        return clip(
-            part.name,
-            self.options.diffusers_path,
-            part.folder,
-            part.tokenizer,
-            part_override(self.options, part.name),
-            self.dtype,
-            part.pooled,
-            original=open_clip_original(part.prefix) if part.is_open_clip else CheckpointNames(part.prefix),
-            trained=part in self.trained_texts,
-            **self.text_features(),
-        )
+    def _text_encoder(self, part: ClipPart) -> TextEncoder:
+        length = self.text_config(part.name)["max_position_embeddings"]
+        features = ClipFeatures(part.name, length, part.pooled, **self.text_features())
+        return self.text_encoder(features, ClipTokens if part in self.trained_texts else ClipEncoder)
 
     def build_denoiser(self) -> Ensemble:
-        unet, parts = UNet2DConditionModel.from_config(self._unet_config), self.trained_texts
+        unet, parts = super().build_denoiser(), self.trained_texts
         texts = {part.folder: clip_module(self._text_encoder(part), loaded=False) for part in parts}
-        configs = {part.folder: clip_config(self.options.diffusers_path, part.folder) for part in parts}
+        configs = {part.folder: self.text_config(part.name) for part in parts}
         return Ensemble({UNET: unet, **texts}, {UNET: dict(unet.config), **configs})
 
     @property
@@ -269,7 +262,7 @@ class StableDiffusionPipeline(PicturePipeline):
     def learning_rate(self, name: str) -> float | None:
         rates = {
             UNET: self.options.unet_lr,
-            **{part.folder: getattr(self.options, part.lr_option) for part in self.texts},
+            **{part.folder: getattr(self.options, part.lr_option) for part in self.text_parts},
         }
         return rates[name.partition(".")[0]]
 
@@ -282,7 +275,7 @@ class StableDiffusionPipeline(PicturePipeline):
     def to_layers(self, denoiser: Ensemble) -> list[nn.Module]:
         readers = [
             (part.folder, self._text_encoder(part).features) if part in self.trained_texts else None
-            for part in self.texts
+            for part in self.text_parts
         ]
         return [Entry(denoiser, readers), *unet_layers(denoiser.unet)]
 
@@ -293,53 +286,24 @@ class StableDiffusionPipeline(PicturePipeline):
             (features[f"{part.name}_tokens"], features[f"{part.name}_weights"])
             if part in self.trained_texts
             else features[part.name]
-            for part in self.texts
+            for part in self.text_parts
         )
-        pooled = next((features.get(f"{part.name}_pooled") for part in self.texts if part.pooled), None)
+        pooled = next((features.get(f"{part.name}_pooled") for part in self.text_parts if part.pooled), None)
         return UNetInputs(x_t, self.objective.model_time(t_B), texts, pooled)
 
     def scheduler(self) -> Any:
         return ddpm_scheduler(self.options)
-
-    def sampling_levels(self, steps: int) -> None:
-        return None
 
     def _beside_the_unet(self, tensors: Tensors) -> Tensors:
         """What a checkpoint has beside the UNet: the VAE, and text encoders as they are trained or as they were."""
         dtype = next(iter(tensors.values())).dtype
         vae = AUTOENCODER_KL.load(self.options.diffusers_path, self.options.vae_path, dtype)
         checkpoint = vae_to_original(vae.state_dict(), self.vae_config)
-        for part in self.texts:
+        for part in self.text_parts:
             frozen = None if part in self.trained_texts else clip_module(self._text_encoder(part), loaded=True)
             text = part_of(tensors, part.folder) if frozen is None else dict(frozen.named_parameters())
             named = open_clip_to_original(text) if part.is_open_clip else text
-            checkpoint |= {f"{part.prefix}{name}": tensor.detach().to(dtype) for name, tensor in named.items()}
+            checkpoint |= {f"{part.names.prefix}{name}": tensor.detach().to(dtype) for name, tensor in named.items()}
         # By these ComfyUI tells what the model predicts.
         told = {"v_pred": self.objective.kind == "v", "ztsnr": self.objective.schedule.zero_terminal_snr}
         return {**checkpoint, **{name: torch.empty(0) for name, holds in told.items() if holds}}
-
-    @cached_property
-    def _unet_config(self) -> dict[str, Any]:
-        return read_config(self.options.diffusers_path, UNET, model="UNet2DConditionModel", keys=CONFIG_KEYS)
-
-
-def with_parts_of_checkpoint(options: StableDiffusionOptions, texts: Sequence[TextPart]) -> StableDiffusionOptions:
-    """The options, with what a checkpoint in `transformer_path` holds beside the UNet in place of the folder's parts,
-    unless options name these too.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    path = options.transformer_path
-    if path is None or path.is_dir():
-        return options
-    keys = read_header(path).files
-    given = [entry.type for entry in options.text_encoders]
-    found = [
-        TextEncoderFile(type=part.name, path=path)
-        for part in texts
-        if part.name not in given and any(key.startswith(part.prefix) for key in keys)
-    ]
-    has_vae = options.vae_path is None and any(key.startswith(VAE_PREFIX) for key in keys)
-    parts = {"vae_path": path} if has_vae else {}
-    return options.model_copy(update={**parts, "text_encoders": [*options.text_encoders, *found]})

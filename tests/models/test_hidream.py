@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
 from models.assembly.stage import StagedModel, load_stage
-from models.foundation.encoders.llama import Route, routes
+from models.foundation.layers.hidream import Route, routes
 from tests.models import tiny_hidream
 from tests.models.drawn_samples import draw_samples
 from tests.models.tiny_folder import settings_of
@@ -218,6 +218,7 @@ def test_an_unknown_scheduler_is_told(tmp_path: Path) -> None:
     [
         ({"in_channels": 8}, "takes latents of 8 channels and the VAE makes 4"),
         ({"llama_layers": [0, 3]}, "has 5 blocks and 2 llama_layers"),
+        ({"llama_layers": []}, "has 5 blocks and 0 llama_layers"),
         ({"llama_layers": [0, 1, 2, 3, 31]}, "reads layer 31 of Llama, whose layers are 0 to 3"),
         ({"caption_channels": [64, 48]}, "takes states of 48 features and Llama has 32"),
         ({"text_emb_dim": 48}, "takes 48 pooled features and CLIP-L and CLIP-G make 40"),

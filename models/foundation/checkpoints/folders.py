@@ -2,35 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from models.foundation.checkpoints.headers import read_header
 from models.foundation.checkpoints.recognition import FOLDERS
+from models.foundation.checkpoints.weights import CheckpointNames
 from utils.errors import Problem, UserError
 from utils.json_files import read_json
 from utils.settings.model_schema import ModelSettings
 
+TEXT_CONFIG_KEYS = {
+    "clip_text_model": ("hidden_size", "max_position_embeddings", "projection_dim"),
+    "llama": ("hidden_size", "num_hidden_layers"),
+    # Its text model's are in a table of their own, or were in older files.
+    "qwen2_5_vl": (),
+    **dict.fromkeys(("mt5", "t5", "umt5"), ("d_model",)),
+}
+"""What the configuration of a text encoder must say, by `model_type`, since transformers has a default for everything;
+that of any other must have `hidden_size`."""
 
-def check_diffusers_folder(
-    options: ModelSettings,
-    parts: Sequence[str],
-    overrides: Mapping[str, str],
-    text_encoders: Mapping[str, str],
-    denoiser: str = "transformer",
-) -> None:
+
+@dataclass(frozen=True)
+class TextPart:
+    """A text encoder of a model, and where its files are.
+
+    Attributes:
+        name: its `type` in `[model] text_encoders`, and the name of its store in the cache.
+        model_class: of transformers.
+        folder, tokenizer: parts of the diffusers folder.
+        names: how it is kept in the publisher's checkpoints.
+        model_types: what its configuration may call the model; by default as transformers calls that of `model_class`.
+        root: the folder that has the parts, if it is not the diffusers folder.
+    """
+
+    name: str
+    model_class: type[PreTrainedModel]
+    folder: str = "text_encoder"
+    tokenizer: str = "tokenizer"
+    names: CheckpointNames = field(default_factory=CheckpointNames, kw_only=True)
+    model_types: tuple[str, ...] = field(default=(), kw_only=True)
+    root: Path | None = field(default=None, kw_only=True)
+
+    def override(self, options: ModelSettings) -> Path | None:
+        """The file or folder that replaces its weights, if the options give one."""
+        return next((entry.path for entry in options.text_encoders if entry.type == self.name), None)
+
+    def config(self, diffusers_folder: Path) -> dict[str, Any]:
+        """The configuration of the encoder that the model asks for.
+
+        Raises:
+            UserError: it is missing or damaged, or another model's.
+        """
+        model_types = self.model_types or (self.model_class.config_class.model_type,)
+        keys = TEXT_CONFIG_KEYS.get(model_types[0], ("hidden_size",))
+        return read_config(self.root or diffusers_folder, self.folder, model=model_types, keys=keys)
+
+
+def check_diffusers_folder(options: ModelSettings, denoiser: str, text_parts: Sequence[TextPart]) -> None:
     """Whether `diffusers_path` is a diffusers folder with all parts, and whether their configurations and the headers
     of their weights can be read.
 
     A part whose weights come from elsewhere still needs its configuration here, since single files have none.
 
     Args:
-        parts: subfolders that the model needs.
-        overrides: part -> the option that names a file with its weights.
-        text_encoders: part -> its `type` in the option `text_encoders`.
         denoiser: the part that needs no weights with `from_scratch`.
+        text_parts: the model's text encoders; of those with a `root` only the given weights are read.
 
     Raises:
         UserError: listing everything that is missing or damaged.
@@ -38,7 +80,10 @@ def check_diffusers_folder(
     folder = options.diffusers_path
     assert folder is not None, "the settings' rules ask for it"
     check_folder_type(options)
-    check_text_encoder_types(options, list(text_encoders.values()))
+    check_text_encoder_types(options, [part.name for part in text_parts])
+    inside = [part for part in text_parts if part.root is None]
+    texts, tokenizers = [part.folder for part in inside], [part.tokenizer for part in inside]
+    parts = ["scheduler", *texts, *tokenizers, denoiser, "vae"]
     present = [part for part in parts if (folder / part).is_dir()]
     problems = [
         Problem(str(folder), part, "this part is missing; download the whole diffusers folder")
@@ -46,11 +91,12 @@ def check_diffusers_folder(
         if part not in present
     ]
     weights = {
-        **{part: (getattr(options, option), f"[model] {option}") for part, option in overrides.items()},
-        **{part: (part_override(options, name), "[model] text_encoders") for part, name in text_encoders.items()},
+        denoiser: (options.transformer_path, "[model] transformer_path"),
+        "vae": (options.vae_path, "[model] vae_path"),
+        **{part.folder: (part.override(options), "[model] text_encoders") for part in text_parts},
     }
     if options.from_scratch:
-        weights.pop(denoiser, None)
+        weights.pop(denoiser)
     checks: list[Callable[[], object]] = [partial(read_json, folder / part / _config_name(part)) for part in present]
     for part, (override, option) in weights.items():
         if override is not None:
@@ -109,11 +155,6 @@ def check_text_encoder_types(options: ModelSettings, types: Sequence[str]) -> No
         )
     if twice:
         raise UserError.of(f"'{twice.pop()}' is given twice", where="[model] text_encoders")
-
-
-def part_override(options: ModelSettings, text_encoder: str) -> Path | None:
-    """The file that replaces a text encoder's weights, if one is given."""
-    return next((entry.path for entry in options.text_encoders if entry.type == text_encoder), None)
 
 
 def read_config(

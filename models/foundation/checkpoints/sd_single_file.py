@@ -6,13 +6,16 @@ others have kohya's: `lora_unet_` and `lora_te_`, then diffusers' or the publish
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from models.foundation.checkpoints.folders import TextPart
+from models.foundation.checkpoints.headers import read_header
 from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
 from models.foundation.checkpoints.weights import CheckpointNames
+from utils.settings.model_schema import ModelSettings, TextEncoderFile
 
 Tensors = dict[str, torch.Tensor]
 
@@ -167,3 +170,25 @@ def part_of(tensors: Mapping[str, torch.Tensor], part: str) -> Tensors:
     """The tensors of one part of an ensemble, under its own names."""
     own = f"{part}."
     return {name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)}
+
+
+def with_parts_of_checkpoint(options: ModelSettings, texts: Sequence[TextPart]) -> ModelSettings:
+    """The options, with what a checkpoint in `transformer_path` holds beside the UNet in place of the folder's parts,
+    unless options name these too.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    path = options.transformer_path
+    if path is None or path.is_dir():
+        return options
+    keys = read_header(path).files
+    given = [entry.type for entry in options.text_encoders]
+    found = [
+        TextEncoderFile(type=part.name, path=path)
+        for part in texts
+        if part.name not in given and any(key.startswith(part.names.prefix) for key in keys)
+    ]
+    has_vae = options.vae_path is None and any(key.startswith(VAE_PREFIX) for key in keys)
+    parts = {"vae_path": path} if has_vae else {}
+    return options.model_copy(update={**parts, "text_encoders": [*options.text_encoders, *found]})

@@ -8,26 +8,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import PretrainedConfig
 
-from models.foundation.checkpoints.folders import read_config
 from models.foundation.checkpoints.headers import fingerprint
-from models.foundation.checkpoints.weights import CheckpointNames
 from models.foundation.encoders.text import TextEncoder
+from models.foundation.encoders.text_features import HiddenStates, Shapes
 from utils.dataset.samples import Bucket
 
 Pooled = Literal["text_embeds", "pooler_output"]
 Pieces = Sequence[tuple[str, float]]
-CONFIG_KEYS = ("hidden_size", "max_position_embeddings", "projection_dim")
 
 
 @dataclass(frozen=True)
-class ClipFeatures:
+class ClipFeatures(HiddenStates):
     """A hidden state of CLIP, of `length` tokens (B, L, D), padding included and without a mask, as inference makes it;
     and beside it what CLIP pools of the caption (B, D), on which weights have no bearing.
 
@@ -42,6 +39,10 @@ class ClipFeatures:
     pooled: Pooled | None
     layer: int = -2
     normalised: bool = False
+
+    def shapes(self, config: PretrainedConfig) -> Shapes:
+        pooled_width = config.projection_dim if self.pooled == "text_embeds" else config.hidden_size
+        return super().shapes(config) | ({f"{self.name}_pooled": (pooled_width,)} if self.pooled else {})
 
     def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[Pieces]) -> dict[str, torch.Tensor]:
         tokens_BL, weights_BL = self.tokens(tokenizer, captions)
@@ -98,49 +99,8 @@ def _texts(pieces: Pieces) -> list[str]:
     return [text for text, _ in pieces]
 
 
-def clip_config(folder: Path, part: str) -> dict[str, Any]:
-    """The configuration of a CLIP text encoder of a diffusers folder.
-
-    Raises:
-        UserError: it is missing, damaged, or another model's.
-    """
-    return read_config(folder, part, model="clip_text_model", keys=CONFIG_KEYS)
-
-
-def clip(
-    name: str,
-    folder: Path,
-    part: str,
-    tokenizer: str,
-    file: Path | None,
-    dtype: torch.dtype,
-    pooled: Pooled | None,
-    *,
-    original: CheckpointNames | None = None,
-    trained: bool = False,
-    **read: Any,
-) -> ClipEncoder:
-    """A CLIP text encoder of a diffusers folder with the features `<name>` and, if asked for, `<name>_pooled`.
-
-    Args:
-        original: how it is kept in the publisher's checkpoints.
-        trained: it yields the numbers and weights of tokens, `<name>_tokens` and `<name>_weights`, from which the model
-            makes features itself.
-        read: further fields of `ClipFeatures`.
-    """
-    config = clip_config(folder, part)
-    length, projected = config["max_position_embeddings"], pooled == "text_embeds"
-    shapes = {name: (length, config["hidden_size"])}
-    if pooled:
-        shapes[f"{name}_pooled"] = (config["projection_dim" if projected else "hidden_size"],)
-    model_class = CLIPTextModelWithProjection if projected else CLIPTextModel
-    features = ClipFeatures(name, length, pooled, **read)
-    encoder = ClipTokens if trained else ClipEncoder
-    return encoder(name, model_class, folder, part, tokenizer, file, dtype, features, shapes, original)
-
-
 class ClipEncoder(TextEncoder):
-    """A frozen CLIP, which weighs the pieces of captions."""
+    """A frozen CLIP, which weighs the pieces of captions and yields `<name>` and, if asked for, `<name>_pooled`."""
 
     reads = ("weighted_caption",)
 
@@ -152,8 +112,8 @@ class ClipEncoder(TextEncoder):
 
 
 class ClipTokens(ClipEncoder):
-    """What a CLIP that is trained reads: the numbers of a caption's tokens, and what they weigh. Its own weights are
-    the model's to load."""
+    """What a CLIP that is trained reads: the numbers of a caption's tokens, `<name>_tokens`, and what they weigh,
+    `<name>_weights`, from which the model makes features itself. Its own weights are the model's to load."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -176,7 +136,7 @@ def clip_module(encoder: TextEncoder, *, loaded: bool) -> nn.Module:
     """CLIP as a part of what is trained, with its weights or as it is born; its parameters are named as in its files.
 
     Args:
-        encoder: which `clip` gave.
+        encoder: the `ClipEncoder` or `ClipTokens` of it.
     """
     model = encoder.load_model() if loaded else encoder.model_class(encoder.config())
     return model if hasattr(model, "text_model") else _Nested(model)

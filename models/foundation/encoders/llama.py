@@ -5,28 +5,31 @@ Shapes: B captions, N states, L tokens, D features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, LlamaModel
+from transformers import BitsAndBytesConfig, LlamaModel, PretrainedConfig
 
 from models.foundation.checkpoints.headers import fingerprint
 from models.foundation.encoders.text import TextEncoder, load_tokenizer
+from models.foundation.encoders.text_features import Shapes, TextFeatures
 from utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class StatesFeatures:
+class StatesFeatures(TextFeatures):
     """What some layers of a language model give (B, N, L, D), for models that see the padding up to `length` too."""
 
     name: str
     length: int
     layers: tuple[int, ...]
+
+    def shapes(self, config: PretrainedConfig) -> Shapes:
+        return {self.name: (len(self.layers), self.length, config.hidden_size)}
 
     def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, torch.Tensor]:
         tokens = tokenizer(captions, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
@@ -34,27 +37,6 @@ class StatesFeatures:
         output = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True)
         # The first state is what goes into the first layer.
         return {self.name: torch.stack([output.hidden_states[1 + layer] for layer in self.layers], dim=1)}
-
-
-class Route(NamedTuple):
-    """Which of the states that arrive at a block it projects, and which it hands on."""
-
-    own: int
-    onward: tuple[int, ...]
-
-
-def routes(layers: Sequence[int]) -> list[Route]:
-    """The routes of the entry, which projects the last block's state, and of all blocks but that.
-
-    Args:
-        layers: the Llama layer of each block.
-    """
-    arriving = [sorted(set(layers)), *(sorted(set(layers[block:-1])) for block in range(len(layers)))]
-    wanted = [layers[-1], *layers[:-1]]
-    return [
-        Route(here.index(layer), tuple(here.index(later) for later in there))
-        for layer, here, there in zip(wanted, arriving[:-1], arriving[1:], strict=True)
-    ]
 
 
 class LlamaStates(LlamaModel):

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
-from transformers import Qwen2_5_VLConfig
+from transformers import PretrainedConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from models.foundation.checkpoints.folders import read_config
 from models.foundation.checkpoints.headers import fingerprint
 from models.foundation.encoders.text import TextEncoder
-from models.foundation.encoders.text_features import EncodedText
+from models.foundation.encoders.text_features import EncodedText, Shapes, TextFeatures
 from utils.dataset.samples import Bucket
 from utils.errors import UserError
 from utils.media.writing import tensor_to_image
@@ -35,7 +34,7 @@ SIDE = 32
 
 
 @dataclass(frozen=True)
-class Prompt:
+class Prompt(TextFeatures):
     """What Qwen2.5-VL is given of a caption, and which of its last hidden states are features: of each caption
     B times (l, D), and a mask (l,) of ones beside it.
 
@@ -50,6 +49,11 @@ class Prompt:
     template: str
     skipped: int
     length: int | None
+
+    def shapes(self, config: PretrainedConfig) -> Shapes:
+        # Without a limit no text is the longest.
+        tokens = 0 if self.length is None else self.length - self.skipped
+        return {self.name: (tokens, config.hidden_size), f"{self.name}_mask": (tokens,)}
 
     def written(self, tokenizer: Any, caption: str) -> str:
         return self.template.format(caption)
@@ -77,15 +81,6 @@ class Prompt:
         return {self.name: features, f"{self.name}_mask": masks}
 
 
-def width_of(folder: Path, part: str = "text_encoder") -> int:
-    """The width of the features of Qwen2.5-VL in this part of a diffusers folder.
-
-    Raises:
-        UserError: its configuration is missing, damaged, or another model's.
-    """
-    return Qwen2_5_VLConfig.from_dict(read_config(folder, part, model="qwen2_5_vl")).text_config.hidden_size
-
-
 def image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
     """What makes patches of pictures, by the settings in a diffusers folder.
 
@@ -109,12 +104,13 @@ class PictureTextEncoder(TextEncoder):
     Args:
         controls: how many control images there are.
         area: of a picture in pixels.
-        others: as of `TextEncoder`; the template has one `PICTURE` for each control image.
+        caption_tokens: about how many tokens the longest captions have.
+        others: as of `TextEncoder`; the template has one `PICTURE` for each control image, and all tokens are read.
     """
 
-    def __init__(self, *others: Any, controls: int, area: int):
+    def __init__(self, *others: Any, controls: int, area: int, caption_tokens: int):
         super().__init__(*others)
-        self.area = area
+        self.area, self.caption_tokens = area, caption_tokens
         self.controls = tuple(f"control_{number}" if number > 1 else "control" for number in range(1, controls + 1))
         self.reads = ("caption", *self.controls)
 
@@ -140,10 +136,6 @@ class PictureTextEncoder(TextEncoder):
                 str(self.tokenizer_folder),
             )
 
-    @property
-    def token_limit(self) -> int:
-        return self.tokenizer.model_max_length
-
     @torch.no_grad()
     def encode(self, caption: list[str], **controls_BCFHW: torch.Tensor) -> EncodedText:
         pictures = [
@@ -163,9 +155,9 @@ class PictureTextEncoder(TextEncoder):
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Those of the text, and about as many more tokens as the pictures take."""
-        length, width = self.shapes[self.features.name]
+        _, width = self.shapes[self.features.name]
         side = self.processor.patch_size * self.processor.merge_size
-        length += len(self.controls) * (self.area // side**2)
+        length = self.caption_tokens + len(self.controls) * (self.area // side**2)
         return {
             self.features.name: ((length, width), self.dtype),
             f"{self.features.name}_mask": ((length,), torch.bool),

@@ -5,26 +5,23 @@ Shapes: B captions, L tokens, D features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, CLIPTextModel, PretrainedConfig, PreTrainedModel, T5EncoderModel
+from transformers import AutoTokenizer, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.logging import disable_progress_bar
 
-from models.foundation.checkpoints.folders import problems_of, read_config
+from models.foundation.checkpoints.folders import TextPart, problems_of
 from models.foundation.checkpoints.headers import fingerprint
-from models.foundation.checkpoints.weights import CheckpointNames, check_shape, load_tensors, meta_tensors
-from models.foundation.encoders.text_features import Encode, EncodedText, T5Features, clip_pooled
+from models.foundation.checkpoints.weights import check_shape, load_tensors, meta_tensors
+from models.foundation.encoders.text_features import EncodedText, TextFeatures
 from utils.dataset.samples import Bucket
 from utils.errors import UserError
 from utils.json_files import read_json
-
-Tensors = dict[str, torch.Tensor]
 
 SIZES = ("hidden_size", "num_hidden_layers")
 """What of a text encoder's configuration decides the shape of features, or which layers there are to read."""
@@ -37,45 +34,33 @@ class TextEncoder:
     loaded, that were longer than it reads.
 
     Args:
-        name: of its store.
-        model_class: of transformers.
-        folder: the diffusers folder; `subfolder` has the configuration and weights, `tokenizer` the tokenizer.
-        file: a single .safetensors file, or a folder, with weights that replace the folder's.
+        part: which encoder it is.
+        folder: the diffusers folder.
+        file: a single .safetensors file, or a folder, with weights that replace those of the part.
         dtype: in which it computes.
-        encode: captions -> named features; its repr is part of the fingerprint, its `length` is how many tokens it
-            reads (default: as many as the tokenizer says), and its `written` what is put around a caption, if anything.
-        shapes: of one caption's features, by name.
-        original: how it is kept in the publisher's checkpoints.
+        features: what the model reads from it; their repr is part of the fingerprint.
+
+    Raises:
+        UserError: the configuration in the diffusers folder is missing or damaged, or another model's.
     """
 
     reads = ("caption",)
 
-    def __init__(
-        self,
-        name: str,
-        model_class: type[PreTrainedModel],
-        folder: Path,
-        subfolder: str,
-        tokenizer: str,
-        file: Path | None,
-        dtype: torch.dtype,
-        encode: Encode,
-        shapes: Mapping[str, tuple[int, ...]],
-        original: CheckpointNames | None = None,
-    ):
-        self.original = original or CheckpointNames()
-        self.name, self.model_class, self.folder = name, model_class, folder
-        self.subfolder, self.tokenizer_folder = subfolder, folder / tokenizer
-        self.file, self.dtype, self.features, self.shapes = file, dtype, encode, shapes
+    def __init__(self, part: TextPart, folder: Path, file: Path | None, dtype: torch.dtype, features: TextFeatures):
+        self.name, self.model_class, self.names = part.name, part.model_class, part.names
+        self.folder, self.subfolder = part.root or folder, part.folder
+        self.tokenizer_folder = self.folder / part.tokenizer
+        self.file, self.dtype, self.features = file, dtype, features
+        config = self.model_class.config_class.from_dict(part.config(folder))
+        self.shapes = features.shapes(config.get_text_config())
         self.model: nn.Module | None = None
         self.truncated = 0
 
     @cached_property
     def fingerprint(self) -> str:
-        how = getattr(self.features, "__name__", repr(self.features))
         folder = self.folder / self.subfolder
         weights = [self.file, folder / "config.json"] if self.file else [folder]
-        return fingerprint(self.name, how, str(self.dtype), self.tokenizer_folder, *weights)
+        return fingerprint(self.name, repr(self.features), str(self.dtype), self.tokenizer_folder, *weights)
 
     def check(self) -> None:
         """Whether the tokenizer can be loaded, and the weights fit the configuration, from their headers alone.
@@ -110,7 +95,7 @@ class TextEncoder:
         self.token_count("")
 
     def _check_weights(self) -> None:
-        tensors = self.original.tensors(meta_tensors, self._source, self.dtype)
+        tensors = self.names.tensors(meta_tensors, self._source, self.dtype)
         self._build(None, config=self.config(), state_dict=tensors, device_map="meta")
 
     def load(self, device: torch.device) -> None:
@@ -135,7 +120,7 @@ class TextEncoder:
         # In a folder with the names that it writes, transformers reads one tensor after the other.
         if any((source / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
             return self._build(source, config=self.config())
-        tensors = self.original.tensors(load_tensors, source, self.dtype)
+        tensors = self.names.tensors(load_tensors, source, self.dtype)
         return self._build(None, config=self.config(), state_dict=tensors)
 
     def _build(self, source: Path | None, **how: Any) -> nn.Module:
@@ -161,12 +146,11 @@ class TextEncoder:
     @property
     def token_limit(self) -> int:
         """Tokens of a caption that are read; what follows them is cut off."""
-        return getattr(self.features, "length", self.tokenizer.model_max_length)
+        return self.tokenizer.model_max_length if self.features.length is None else self.features.length
 
     def token_count(self, caption: str) -> int:
         """Tokens of a caption, those that would be cut off too."""
-        written = getattr(self.features, "written", None)
-        return len(self.tokenizer(written(self.tokenizer, caption) if written else caption).input_ids)
+        return len(self.tokenizer(self.features.written(self.tokenizer, caption)).input_ids)
 
     @torch.no_grad()
     def encode(self, caption: list[str]) -> EncodedText:
@@ -203,26 +187,3 @@ def load_tokenizer(folder: Path, *, names_padding: bool = True) -> Any:
     if names_padding and tokenizer.pad_token is None:
         raise UserError.of("names no `pad_token`; download it again", str(folder / "tokenizer_config.json"))
     return tokenizer
-
-
-def clip_l(folder: Path, file: Path | None, dtype: torch.dtype) -> TextEncoder:
-    """CLIP's pooled output, from `text_encoder` and `tokenizer` of a diffusers folder."""
-    width = read_config(folder, "text_encoder", model="clip_text_model", keys=["hidden_size"])["hidden_size"]
-    return TextEncoder(
-        "clip", CLIPTextModel, folder, "text_encoder", "tokenizer", file, dtype, clip_pooled, {"clip_pooled": (width,)}
-    )
-
-
-def t5(
-    folder: Path,
-    file: Path | None,
-    dtype: torch.dtype,
-    length: int,
-    part: str = "text_encoder_2",
-    tokenizer: str = "tokenizer_2",
-) -> TextEncoder:
-    """T5's features of `length` tokens, from these parts of a diffusers folder."""
-    width = read_config(folder, part, model="t5", keys=["d_model"])["d_model"]
-    return TextEncoder(
-        "t5", T5EncoderModel, folder, part, tokenizer, file, dtype, T5Features(length), {"t5": (length, width)}
-    )

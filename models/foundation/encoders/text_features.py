@@ -1,37 +1,102 @@
-"""What is read of a text encoder: functions (text encoder, tokenizer, captions) -> named features.
+"""What models read from text encoders: functions (text encoder, tokenizer, captions) -> named features.
 
-The repr of each is part of the keys of cached items.
+The repr of each is part of the keys of cached items: another name, field or order of fields encodes all captions anew.
 
 Shapes: B captions, L tokens, D features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from utils.errors import UserError
 
 EncodedText = dict[str, torch.Tensor | list[torch.Tensor]]
-Encode = Callable[[nn.Module, Any, list[str]], EncodedText]
+Shapes = dict[str, tuple[int, ...]]
 
 
-def clip_pooled(text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, torch.Tensor]:
+class TextFeatures(ABC):
+    """What a model reads from a text encoder. Subclasses are frozen dataclasses.
+
+    Attributes:
+        name: of the features, and of the encoder unless `encoder` says otherwise.
+        length: how many tokens of a caption are read, those that `written` adds included; None for as many as the
+            tokenizer says.
+    """
+
+    name: str
+    length: int | None
+
+    @property
+    def encoder(self) -> str:
+        """The name of the text encoder that gives them."""
+        return self.name
+
+    @abstractmethod
+    def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> Mapping[str, Any]:
+        """The features of captions: tensors (B, ...), or lists of one tensor per caption where lengths differ. What is
+        made of a caption must not depend on the others."""
+
+    @abstractmethod
+    def shapes(self, config: PretrainedConfig) -> Shapes:
+        """The shapes of the features of the longest caption, by name.
+
+        Args:
+            config: the configuration of the encoder's text model.
+        """
+
+    def written(self, tokenizer: Any, caption: str) -> str:
+        """The caption with what is put around it before it is cut into tokens."""
+        return caption
+
+
+@dataclass(frozen=True, repr=False)
+class ClipPooled(TextFeatures):
     """The pooled output of CLIP (B, D), over the tokenizer's whole length, without a mask."""
-    tokens = tokenizer(
-        captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    )
-    return {"clip_pooled": text_encoder(tokens.input_ids.to(text_encoder.device)).pooler_output}
+
+    name: ClassVar[str] = "clip"
+    length: ClassVar[None] = None
+
+    def __repr__(self) -> str:
+        # As keys of cached items have it.
+        return "clip_pooled"
+
+    def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, torch.Tensor]:
+        tokens = tokenizer(
+            captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        )
+        return {"clip_pooled": text_encoder(tokens.input_ids.to(text_encoder.device)).pooler_output}
+
+    def shapes(self, config: PretrainedConfig) -> Shapes:
+        return {"clip_pooled": (config.hidden_size,)}
+
+
+class HiddenStates(TextFeatures):
+    """Features that are one hidden state of all `length` tokens."""
+
+    def shapes(self, config: PretrainedConfig) -> Shapes:
+        return {self.name: (self.length, config.hidden_size)}
+
+
+class MaskedHiddenStates(TextFeatures):
+    """Features that are one hidden state of up to `length` tokens, with a mask beside it."""
+
+    def shapes(self, config: PretrainedConfig) -> Shapes:
+        return {self.name: (self.length, config.hidden_size), f"{self.name}_mask": (self.length,)}
 
 
 @dataclass(frozen=True)
-class T5Features:
+class T5Features(HiddenStates):
     """The last hidden state of T5 (B, L, D), padded to `length` tokens without a mask, as inference makes it."""
 
+    name: ClassVar[str] = "t5"
     length: int
 
     def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, torch.Tensor]:
@@ -40,9 +105,10 @@ class T5Features:
 
 
 @dataclass(frozen=True)
-class MaskedT5Features:
+class MaskedT5Features(HiddenStates):
     """The last hidden state of T5 (B, L, D), which itself does not look at the padding up to `length`."""
 
+    name: ClassVar[str] = "t5"
     length: int
 
     def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, torch.Tensor]:
@@ -52,11 +118,22 @@ class MaskedT5Features:
 
 
 @dataclass(frozen=True)
-class ProjectedFeatures:
-    """What CLIP pools and projects of a caption that is filled up to `length` tokens (B, P), without a mask."""
+class ProjectedFeatures(TextFeatures):
+    """What CLIP pools and projects of a caption that is filled up to `length` tokens (B, P), without a mask.
+
+    Attributes:
+        name: that of the encoder with `_pooled` behind it.
+    """
 
     name: str
     length: int
+
+    @property
+    def encoder(self) -> str:
+        return self.name.removesuffix("_pooled")
+
+    def shapes(self, config: PretrainedConfig) -> Shapes:
+        return {self.name: (config.projection_dim,)}
 
     def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, torch.Tensor]:
         tokens = tokenizer(captions, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
@@ -64,7 +141,7 @@ class ProjectedFeatures:
 
 
 @dataclass(frozen=True)
-class TrueLengthFeatures:
+class TrueLengthFeatures(MaskedHiddenStates):
     """The last hidden state of the tokens of each caption, B times (l, D) with l up to `length`, and a mask (l,) of
     ones beside it: for models that mask the padding or set it to zero, which is then no part of the cache.
 
@@ -90,7 +167,7 @@ class TrueLengthFeatures:
 
 
 @dataclass(frozen=True)
-class PaddedFeatures:
+class PaddedFeatures(MaskedHiddenStates):
     """The last hidden state of an encoder (B, L, D), padded to `length` tokens at which it does not look, and a mask
     (B, L) of those that it looks at: for models that mask the padding in one place and see it in another."""
 
@@ -105,7 +182,7 @@ class PaddedFeatures:
 
 
 @dataclass(frozen=True)
-class ChatFeatures:
+class ChatFeatures(MaskedHiddenStates):
     """A hidden state of a chat model that is shown the caption as a user's message: of each caption and the template
     around it, B times (l, D) with l up to `length`, and a mask (l,) of ones beside it.
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from models.foundation.encoders.clip import ClipEncoder, Pooled, clip, weighed
+from models.foundation.checkpoints.folders import TextPart
+from models.foundation.encoders.clip import ClipEncoder, ClipFeatures, Pooled, weighed
 from models.foundation.encoders.text import load_tokenizer
 from tests.models import tiny_sd15
 from tests.models.tiny_flux import MINI_FLUX
@@ -33,13 +34,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def clip(folder: Path, model_class: type, pooled: Pooled | None) -> ClipEncoder:
+    part = TextPart("words", model_class, "text_encoder_2", "tokenizer_2")
+    return ClipEncoder(part, folder, None, torch.float32, ClipFeatures("words", 77, pooled))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("pooled", "stock_class"),
     [("text_embeds", CLIPTextModelWithProjection), ("pooler_output", CLIPTextModel), (None, CLIPTextModel)],
 )
 def test_features_are_those_of_transformers(folder: Path, pooled: Pooled | None, stock_class: type) -> None:
-    encoder = clip("words", folder, "text_encoder_2", "tokenizer_2", None, torch.float32, pooled)
+    encoder = clip(folder, stock_class, pooled)
     encoder.check()
     made = encoded(encoder, CAPTIONS)
     assert encoder.truncated == 1
@@ -62,7 +68,7 @@ WEIGHTS = [("a", 1.0), ("red fox", 1.5), ("and", 1.0), ("a hiker", 1 / 1.1), ("o
 
 @pytest.fixture
 def encoder(folder: Path) -> ClipEncoder:
-    return clip("words", folder, "text_encoder_2", "tokenizer_2", None, torch.float32, "text_embeds")
+    return clip(folder, CLIPTextModelWithProjection, "text_embeds")
 
 
 def expected_weights(encoder: ClipEncoder, pieces: list[tuple[str, float]]) -> torch.Tensor:

@@ -13,8 +13,9 @@ from diffusers import FluxPipeline as StockPipeline
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
-from models.foundation.encoders.text import TextEncoder, clip_l, load_tokenizer, t5
-from models.foundation.encoders.text_features import TrueLengthFeatures
+from models.flux import FluxPipeline
+from models.foundation.encoders.text import TextEncoder, load_tokenizer
+from models.foundation.encoders.text_features import ClipPooled, T5Features, TrueLengthFeatures
 from tests.models.tiny_flux import MINI_FLUX, TEXT_TOKENS
 from utils.dataset.samples import Bucket
 from utils.errors import UserError
@@ -23,8 +24,17 @@ Tensors = dict[str, torch.Tensor]
 CAPTIONS = ["a red star on a white background", "", "two blue circles " * 40]
 
 
+CLIP, T5 = FluxPipeline.text_parts
+
+
+def t5(folder: Path, file: Path | None, dtype: torch.dtype, length: int) -> TextEncoder:
+    return TextEncoder(T5, folder, file, dtype, T5Features(length))
+
+
 def encoder(name: str, file: Path | None = None, dtype: torch.dtype = torch.float32) -> TextEncoder:
-    return clip_l(MINI_FLUX, file, dtype) if name == "clip" else t5(MINI_FLUX, file, dtype, TEXT_TOKENS)
+    if name == "clip":
+        return TextEncoder(CLIP, MINI_FLUX, file, dtype, ClipPooled())
+    return t5(MINI_FLUX, file, dtype, TEXT_TOKENS)
 
 
 def features(made: TextEncoder) -> torch.Tensor:
@@ -117,6 +127,21 @@ def test_fingerprint_tells_what_changes_the_features() -> None:
     ]
     assert len({made.fingerprint for made in different}) == len(different)
     assert encoder("t5").fingerprint == encoder("t5").fingerprint
+
+
+def test_what_is_read_is_named_in_keys_as_it_always_was() -> None:
+    """Another repr of the features would encode the captions of every cache anew."""
+    names = ["clip_pooled", "T5Features(length=24)", "TrueLengthFeatures(name='t5', length=24, padding_tokens=1)"]
+    assert [repr(how) for how in (ClipPooled(), T5Features(24), TrueLengthFeatures("t5", 24, 1))] == names
+
+
+def test_the_configuration_of_another_encoder_is_told(tmp_path: Path) -> None:
+    file = Path(shutil.copytree(MINI_FLUX / "text_encoder", tmp_path / "text_encoder_2")) / "config.json"
+    with pytest.raises(UserError, match="is a configuration of clip_text_model; one of t5 belongs here"):
+        t5(tmp_path, None, torch.float32, TEXT_TOKENS)
+    file.write_text((MINI_FLUX / "text_encoder_2" / "config.json").read_text().replace("d_model", "width"))
+    with pytest.raises(UserError, match="lacks `d_model`; download it again"):
+        t5(tmp_path, None, torch.float32, TEXT_TOKENS)
 
 
 MISTAKES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {

@@ -1,0 +1,38 @@
+"""Alibaba's names of Wan, which are also ComfyUI's."""
+
+from __future__ import annotations
+
+from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
+
+PICTURE_ATTENTION = {"k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k"}
+PICTURE_EMBEDDING = {0: "norm1", 1: "ff.net.0.proj", 3: "ff.net.2", 4: "norm2"}
+ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
+WAN_LAYOUT = KeyLayout(
+    [
+        *(
+            KeyRule(f"blocks.{{}}.{there}.{part}", (f"blocks.{{}}.{here}.{ours}",))
+            for there, here in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+            for part, ours in ATTENTION.items()
+        ),
+        *(
+            KeyRule(f"blocks.{{}}.cross_attn.{there}", (f"blocks.{{}}.attn2.{here}",))
+            for there, here in PICTURE_ATTENTION.items()
+        ),
+        *(
+            KeyRule(f"img_emb.proj.{number}", (f"condition_embedder.image_embedder.{here}",))
+            for number, here in PICTURE_EMBEDDING.items()
+        ),
+        KeyRule("blocks.{}.norm3", ("blocks.{}.norm2",)),
+        KeyRule("blocks.{}.ffn.0", ("blocks.{}.ffn.net.0.proj",)),
+        KeyRule("blocks.{}.ffn.2", ("blocks.{}.ffn.net.2",)),
+        KeyRule("blocks.{}.modulation", ("blocks.{}.scale_shift_table",)),
+        KeyRule("patch_embedding", ("patch_embedding",)),
+        KeyRule("time_embedding.0", ("condition_embedder.time_embedder.linear_1",)),
+        KeyRule("time_embedding.2", ("condition_embedder.time_embedder.linear_2",)),
+        KeyRule("time_projection.1", ("condition_embedder.time_proj",)),
+        KeyRule("text_embedding.0", ("condition_embedder.text_embedder.linear_1",)),
+        KeyRule("text_embedding.2", ("condition_embedder.text_embedder.linear_2",)),
+        KeyRule("head.head", ("proj_out",)),
+        KeyRule("head.modulation", ("scale_shift_table",)),
+    ]
+)
