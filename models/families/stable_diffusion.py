@@ -269,7 +269,7 @@ class StableDiffusionPipeline(PicturePipeline):
     @property
     def storage(self) -> StorageRules:
         rules = super().storage
-        texts = tuple((f"{part.folder}.*", Storage(self.dtype)) for part in self.texts)
+        texts = tuple((f"{part.folder}.*", Storage(self.dtype)) for part in self.text_parts)
         return replace(rules, rules=(*texts, *rules.rules))
 
     def to_layers(self, denoiser: Ensemble) -> list[nn.Module]:
