@@ -1,4 +1,5 @@
-"""What the server of test processes imports before it forks."""
+"""What the server of test processes does once before it forks, so that none of them has to: it imports everything, and
+warms what a process is slow to do for the first time."""
 
 import os
 
@@ -7,17 +8,30 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc  # noqa: E402
 import importlib  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import deepspeed  # noqa: E402, F401
 import peft  # noqa: E402, F401
 import torch  # noqa: E402
+import torch.utils.tensorboard  # noqa: E402, F401
 
 import utils.parallel.engine  # noqa: E402, F401
+from models.assembly.stage import load_stage  # noqa: E402
+from tests.models import tiny_flux  # noqa: E402
+from tests.models.tiny_folder import settings_of  # noqa: E402
+from utils.settings.schema import AdapterSettings  # noqa: E402
 
 # The stock pipelines too, which take seconds each.
 for module in Path(__file__).with_name("models").glob("tiny_*.py"):
     importlib.import_module(f"tests.models.{module.stem}")
 
 torch.set_num_threads(1)
+# diffusers, transformers and PEFT build their tables when they are first asked to load something.
+flux = tiny_flux.pipeline(tiny_flux.MINI_FLUX)
+flux.check()
+load_stage(flux, settings_of(flux, AdapterSettings(type="lora", rank=1)), stage=0)
+# What is here stays: the collector of a forked process need not look at it, nor copy the pages that it lies on.
+gc.collect()
+gc.freeze()

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import models
+import train as train_py
 from models.assembly.exports import export_plan
 from models.assembly.prompts import prompt_encoders
 from models.assembly.stage import StagedModel, load_stage
@@ -28,14 +29,16 @@ from tests.models.tiny_folder import encoded, settings_of, tiny
 from tests.processes import run_ranks
 from tests.runs import launch, metrics, only_run
 from utils.adapters.lora import LoraSettings
+from utils.diffusion.auxiliary import Output
+from utils.diffusion.losses import Labels
 from utils.diffusion.seeds import normal
 from utils.ranks import Ranks
 from utils.run.export import export
+from utils.run.signals import StopRequests
 from utils.settings.schema import AdapterSettings, SamplingSettings
 
-STEPS = 3
-LAYOUTS = [(1, True), (2, False), (3, True)]
-"""Stages, and whether blocks are recomputed; compared with one stage that keeps everything."""
+STEPS, STAGES = 3, 3
+LEARNING_RATE, CLIP_NORM = 1e-2, 1.0
 LENGTHS = (5, 11)
 SIZES = [(32, 48, 1), (64, 32, 1)]
 CAPTIONS = ["a hiker on a ridge", "", "two motorcycles and a dog " * 20]
@@ -243,76 +246,96 @@ def test_all_weights_are_read_from_what_was_exported(model: Model, tmp_path: Pat
             assert torch.equal(parameter, other), (source.name, name)
 
 
-def train(ranks: Ranks, name: str, folder: Path, stages: int, recompute: bool, rank: int | None) -> list[float]:
-    """Job of a rank: losses and gradient norms of some steps, each over two micro-batches of two shapes and texts of
-    unequal lengths."""
-    from utils.diffusion.losses import Labels
+def micro_batches(model: Model, pipeline: BasePipeline, step: int) -> list[tuple[Any, Labels]]:
+    """What a step trains: two shapes, and texts of unequal lengths."""
+    batches = []
+    for size in sizes_of(model):
+        shape = (2, *pipeline.latent_shape(*size))
+        x_t, target = normal(shape, step, "x", *size), normal(shape, step, "target", *size)
+        t_B = torch.tensor([0.2 + 0.1 * step, 0.9])
+        inputs = pipeline.prepare_inputs(features_of(model.tiny, shape), x_t, t_B)
+        batches.append((inputs, Labels(target, torch.ones(2, *[1] * (len(shape) - 1)))))
+    return batches
+
+
+def adapter_of(rank: int | None) -> AdapterSettings | None:
+    return LoraSettings(type="lora", rank=rank) if rank else None
+
+
+def train(ranks: Ranks, name: str, folder: Path, rank: int | None) -> list[float]:
+    """Job of a rank: losses and gradient norms of some steps; each rank is a stage, in which blocks are recomputed."""
     from utils.parallel.backend import initialize_deepspeed
     from utils.parallel.engine import Engine
     from utils.parallel.pipeline import DenoiserPipeline
 
     initialize_deepspeed()
-    ranks = ranks.with_stages(stages)
-    pipeline = tiny(name).pipeline(folder)
-    adapter = LoraSettings(type="lora", rank=rank) if rank else None
-    staged = load_stage(pipeline, settings_of(pipeline, adapter, pipeline_stages=stages), ranks.stage)
-    module = DenoiserPipeline(
-        staged.layers, staged.bounds, pipeline.stream_type, pipeline.maths.loss, recompute=recompute
-    )
+    ranks, model = ranks.with_stages(ranks.world_size), Model(name, folder, tiny(name))
+    pipeline = model.pipeline()
+    staged = load_stage(pipeline, settings_of(pipeline, adapter_of(rank), pipeline_stages=ranks.stages), ranks.stage)
+    module = DenoiserPipeline(staged.layers, staged.bounds, pipeline.stream_type, pipeline.maths.loss, recompute=True)
     trained = list(staged.trained(staged.stage_layers(ranks.stage)).values())
-    engine = Engine(module, torch.optim.AdamW(trained, lr=1e-2), accumulation=2, clip_norm=1.0)
+    engine = Engine(module, torch.optim.AdamW(trained, lr=LEARNING_RATE), accumulation=2, clip_norm=CLIP_NORM)
+    results = [engine.train_step(micro_batches(model, pipeline, step), step) for step in range(STEPS)]
+    return [number for result in results for number in (result.loss, result.grad_norm)]
 
-    def micro_batch(step: int, size: tuple[int, int, int]) -> tuple:
-        shape = (2, *pipeline.latent_shape(*size))
-        x_t, target = normal(shape, step, "x", *size), normal(shape, step, "target", *size)
-        t_B = torch.tensor([0.2 + 0.1 * step, 0.9])
-        inputs = pipeline.prepare_inputs(features_of(tiny(name), shape), x_t, t_B)
-        return inputs, Labels(target, torch.ones(2, *[1] * (len(shape) - 1)))
 
-    numbers = []
+def train_plainly(model: Model, rank: int | None) -> list[float]:
+    """The same in this process: no engine, the layers in a row, and nothing recomputed."""
+    pipeline = model.pipeline()
+    staged = load_stage(pipeline, settings_of(pipeline, adapter_of(rank)), stage=0)
+    trained = list(staged.trained(staged.layers).values())
+    optimizer, numbers = torch.optim.AdamW(trained, lr=LEARNING_RATE), []
     for step in range(STEPS):
-        sizes = getattr(tiny(name), "SIZES", SIZES)
-        result = engine.train_step([micro_batch(step, size) for size in sizes], step)
-        numbers += [result.loss, result.grad_norm]
+        losses = []
+        for stream, labels in micro_batches(model, pipeline, step):
+            for layer in staged.layers:
+                stream = layer.train()(stream)
+            prediction, terms = stream if isinstance(stream, Output) else (stream, torch.zeros(1))
+            losses.append(pipeline.maths.loss(prediction, labels).mean() / 2)
+            (losses[-1] + terms.sum() / 2).backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, CLIP_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        numbers += [sum(losses).item(), norm.item()]
     return numbers
 
 
 @pytest.mark.parametrize("rank", [None, 4], ids=["full", "lora"])
 def test_stages_and_recomputing_change_nothing(model: Model, rank: int | None) -> None:
-    (reference,) = run_ranks(train, 1, model.name, model.folder, 1, False, rank)
+    reference = train_plainly(model, rank)
     assert len({round(number, 5) for number in reference}) == 2 * STEPS, "a model that learns nothing shows nothing"
-    for stages, recompute in LAYOUTS:
-        for numbers in run_ranks(train, stages, model.name, model.folder, stages, recompute, rank):
-            assert numbers == pytest.approx(reference, rel=2e-5), (stages, recompute)
+    for numbers in run_ranks(train, STAGES, model.name, model.folder, rank):
+        assert numbers == pytest.approx(reference, rel=2e-5)
 
 
-def test_a_folder_of_pictures_trains(model: Model, write_config: Callable[..., Path], pictures: Path) -> None:
+def test_a_folder_of_pictures_trains(
+    model: Model, write_config: Callable[..., Path], pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The plan; then cache, evaluation, samples, a stop and going on, on two stages."""
-    options = model.pipeline().options.model_dump(mode="json", exclude_unset=True)
-    sampling = {"prompts": CAPTIONS[:1], "steps": 2, "sample_every_n_steps": 10, **model.tiny.SAMPLING}
     data = getattr(model.tiny, "dataset_of", lambda pictures: {})(pictures)
+    seen = write_config(data=data).with_name("data.toml").rename(write_config().with_name("seen.toml"))
     keys = {
         "data": data,
-        "model": options,
-        "sampling": sampling,
+        "model": model.pipeline().options.model_dump(mode="json", exclude_unset=True),
+        "sampling": {"prompts": CAPTIONS[:1], "steps": 2, "sample_every_n_steps": 5, **model.tiny.SAMPLING},
+        "eval_datasets": [{"name": "seen", "config": str(seen)}],
+        "eval_every_n_steps": 5,
+        "eval_micro_batch_size_per_gpu": 4,
+        "checkpoint_every_n_steps": 5,
         "pipeline_stages": 2,
-        "eval_every_n_steps": 10,
         "adapter": {"type": "lora", "rank": 4},
-        "checkpoint_every_n_steps": 10,
         "lr_scheduler": "constant",
     }
-    config = write_config(data=data)
-    config.with_name("data.toml").rename(config.with_name("seen.toml"))
-    keys["eval_datasets"] = [{"name": "seen", "config": str(config.with_name("seen.toml"))}]
-    codes, log = launch(write_config(**keys, max_steps=10), "--check")
-    assert codes == [0], log
-    codes, log = launch(write_config(**keys, max_steps=10), processes=2)
+    config = write_config(**keys, max_steps=5)
+    assert train_py.run(train_py.parse_arguments(["--config", str(config), "--check"]), Ranks(), StopRequests(), 0.0)
+    assert "estimated memory per rank" in capsys.readouterr().out
+    codes, log = launch(config, processes=2)
     assert codes == [0, 0], log
-    codes, log = launch(write_config(**keys, max_steps=20), "--resume_from_checkpoint", processes=2)
+    codes, log = launch(write_config(**keys, max_steps=10), "--resume_from_checkpoint", processes=2)
     assert codes == [0, 0], log
     assert "encoded=0" in log
     run = only_run(config)
-    assert list(metrics(run, "train/loss")) == list(range(1, 21))
-    seen = metrics(run, "seen/loss")
-    assert list(seen) == [0, 10, 20] and seen[20] < seen[0]
-    assert len(list((run / "samples" / "step000020").iterdir())) >= 1
+    assert list(metrics(run, "train/loss")) == list(range(1, 11))
+    losses = metrics(run, "seen/loss")
+    assert list(losses) == [0, 5, 10] and losses[10] < losses[0]
+    assert len(list((run / "samples" / "step000010").iterdir())) >= 1

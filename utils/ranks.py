@@ -22,6 +22,8 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 PATIENCE = timedelta(minutes=30)
 """How long to wait for a rank that gives no sign of life."""
 POLL_SECONDS = 0.05
+FIRST_POLL_SECONDS = 0.001
+"""Ranks mostly come at nearly the same time, and a start gathers a dozen times."""
 
 
 class LaunchError(ValueError):
@@ -171,7 +173,7 @@ def gather(
         return [value]
     store = dist.distributed_c10d._get_default_store()
     store.set(f"share/{tag}/{ranks.rank}", json.dumps(value))
-    awaited = dict.fromkeys(range(ranks.world_size), (0, time.monotonic()))
+    awaited, pause = dict.fromkeys(range(ranks.world_size), (0, time.monotonic())), FIRST_POLL_SECONDS
     while awaited:
         raise_if_stopping()
         awaited = {
@@ -182,7 +184,8 @@ def gather(
         silent = [rank for rank, (_, since) in awaited.items() if time.monotonic() - since > patience.total_seconds()]
         if silent:
             raise TimeoutError(f"heard nothing for {patience} at '{tag}' from the ranks {silent}")
-        time.sleep(POLL_SECONDS if awaited else 0.0)
+        time.sleep(pause if awaited else 0.0)
+        pause = min(2 * pause, POLL_SECONDS)
     return [json.loads(store.get(f"share/{tag}/{rank}")) for rank in range(ranks.world_size)]
 
 

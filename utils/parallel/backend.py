@@ -24,5 +24,6 @@ def initialize_deepspeed() -> None:
     logger.setLevel(logging.WARNING)
     shared_memory_operator = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if shared_memory_operator is not None:
-        deepspeed.ops.__compatible_ops__[shared_memory_operator.NAME] = False
+        # DeepSpeed's own table of what can be built takes a compiler half a second, and this entry alone is asked for.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})[shared_memory_operator.NAME] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
