@@ -21,7 +21,7 @@ import utils.parallel.engine  # noqa: E402, F401
 from models.assembly.stage import load_stage  # noqa: E402
 from tests.models import tiny_flux  # noqa: E402
 from tests.models.tiny_folder import settings_of  # noqa: E402
-from utils.settings.schema import AdapterSettings  # noqa: E402
+from utils.adapters.lora import LoraSettings  # noqa: E402
 
 # The stock pipelines too, which take seconds each.
 for module in Path(__file__).with_name("models").glob("tiny_*.py"):
@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 # diffusers, transformers and PEFT build their tables when they are first asked to load something.
 flux = tiny_flux.pipeline(tiny_flux.MINI_FLUX)
 flux.check()
-load_stage(flux, settings_of(flux, AdapterSettings(type="lora", rank=1)), stage=0)
+load_stage(flux, settings_of(flux, LoraSettings(type="lora", rank=1)), stage=0)
 # What is here stays: the collector of a forked process need not look at it, nor copy the pages that it lies on.
 gc.collect()
 gc.freeze()
