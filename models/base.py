@@ -8,18 +8,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
 from models.foundation.checkpoints.denoiser import DenoiserWeights
-from models.foundation.checkpoints.folders import TextPart, check_diffusers_folder, problems_of, read_config
+from models.foundation.checkpoints.folders import TextPart, problems_of
 from models.foundation.checkpoints.key_layouts import KeyLayout
 from models.foundation.checkpoints.storage import StorageRules
-from models.foundation.encoders.text import TextEncoder
-from models.foundation.encoders.text_features import TextFeatures
+from models.foundation.encoders.parts import ModelParts
 from utils.dataset.buckets import MediaFacts
 from utils.dataset.encoders import Encoder
 from utils.dataset.samples import Sample
@@ -119,7 +117,7 @@ class BasePipeline(ABC):
         Raises:
             UserError: telling all that is missing or damaged.
         """
-        check_diffusers_folder(self.options, self.denoiser_folder, self.text_parts)
+        self.parts.check()
 
     def problems_of_parts(self) -> Iterable[Problem]:
         """Why the parts of a whole folder are not this model's, or do not fit one another or the options.
@@ -128,10 +126,6 @@ class BasePipeline(ABC):
             UserError: a part's configuration is another model's.
         """
         return []
-
-    def misfit(self, message: str) -> Problem:
-        """A problem of the denoiser's configuration, for `problems_of_parts`."""
-        return Problem(str(self.options.diffusers_path / self.denoiser_folder / "config.json"), "", message)
 
     def check_tensors(self) -> None:
         """Whether denoiser and encoders find their tensors in the files, by name and shape.
@@ -162,47 +156,9 @@ class BasePipeline(ABC):
             )
         return self.encoders(controls)
 
-    def text_encoder(
-        self, features: TextFeatures, kind: type[TextEncoder] = TextEncoder, **further: Any
-    ) -> TextEncoder:
-        """The text encoder that gives these features, with the weights that the options name.
-
-        Args:
-            kind: the class of the encoder.
-            further: what this class takes beside the arguments of `TextEncoder`.
-
-        Raises:
-            UserError: its configuration is missing or damaged, or another model's.
-        """
-        part, folder = self.text_part(features.encoder), self.options.diffusers_path
-        return kind(part, folder, part.override(self.options), self.dtype, features, **further)
-
-    def text_config(self, name: str) -> dict[str, Any]:
-        """The configuration of the text encoder of this name.
-
-        Raises:
-            UserError: it is missing or damaged, or another model's.
-        """
-        return self.text_part(name).config(self.options.diffusers_path)
-
-    def text_part(self, name: str) -> TextPart:
-        """The text encoder of this name, among those that the model has."""
-        return next(part for part in self.text_parts if part.name == name)
-
-    # Kept: every micro-batch asks for it.
-    @cached_property
-    def denoiser_config(self) -> dict[str, Any]:
-        """The configuration of the denoiser.
-
-        Raises:
-            UserError: it is missing or damaged, or another model's.
-        """
-        folder, name = self.options.diffusers_path, self.denoiser_class.__name__
-        return read_config(folder, self.denoiser_folder, model=name, keys=self.config_keys)
-
     def build_denoiser(self) -> nn.Module:
         """The whole diffusers module, from its configuration, with whatever weights it is born with."""
-        return self.denoiser_class.from_config(self.denoiser_config)
+        return self.denoiser_class.from_config(self.parts.denoiser_config)
 
     @abstractmethod
     def to_layers(self, denoiser: nn.Module) -> list[nn.Module]:
@@ -259,10 +215,12 @@ class BasePipeline(ABC):
         """The rate of a parameter that has its own; None for that of `[optimizer]`."""
         return None
 
-    @property
-    def denoiser_path(self) -> Path:
-        """File or folder of the denoiser's weights."""
-        return self.options.transformer_path or self.options.diffusers_path / self.denoiser_folder
+    @cached_property
+    def parts(self) -> ModelParts:
+        """Denoiser and text encoders: where they are, and their configurations."""
+        return ModelParts(
+            self.options, self.denoiser_class, self.denoiser_folder, self.config_keys, self.text_parts, self.dtype
+        )
 
     # Kept, as every micro-batch asks for it.
     @cached_property
@@ -284,5 +242,5 @@ class BasePipeline(ABC):
         """How the denoiser is built and where its weights lie."""
         seed = self.seed if self.options.from_scratch else None
         return DenoiserWeights(
-            self.build_denoiser, self.options.type, self.denoiser_path, self.original_layout, self.storage, seed
+            self.build_denoiser, self.options.type, self.parts.denoiser_path, self.original_layout, self.storage, seed
         )

@@ -153,7 +153,7 @@ class ChromaPipeline(FluxPipeline):
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         # Chroma sees one token of the padding, and masks the rest.
         features = TrueLengthFeatures("t5", self.options.max_sequence_length, padding_tokens=1)
-        return [self.autoencoder(), self.text_encoder(features)]
+        return [self.autoencoder(), self.parts.text_encoder(features)]
 
     def to_layers(self, denoiser: ChromaTransformer2DModel) -> list[nn.Module]:
         doubles, singles = denoiser.transformer_blocks, denoiser.single_transformer_blocks

@@ -201,15 +201,17 @@ class CogView4Pipeline(PicturePipeline):
         return RootShift.from_config(self.scheduler().config)
 
     def problems_of_parts(self) -> Iterator[Problem]:
-        config, shift = self.denoiser_config, self.scheduler().config
+        config, shift = self.parts.denoiser_config, self.scheduler().config
         channels, made = config["in_channels"], self.vae_config["latent_channels"]
-        width, read = config["text_embed_dim"], self.text_config("glm")["hidden_size"]
+        width, read = config["text_embed_dim"], self.parts.text_config("glm")["hidden_size"]
         if channels == 2 * made:
-            yield self.misfit("is CogView4 Control, which is not trained here; give CogView4")
+            yield self.parts.misfit("is CogView4 Control, which is not trained here; give CogView4")
         elif channels != made:
-            yield self.misfit(f"takes latents of {channels} channels and the VAE makes {made}; give CogView4's own VAE")
+            yield self.parts.misfit(
+                f"takes latents of {channels} channels and the VAE makes {made}; give CogView4's own VAE"
+            )
         if width != read:
-            yield self.misfit(f"takes text of {width} features and GLM makes {read}; give GLM-4 9B")
+            yield self.parts.misfit(f"takes text of {width} features and GLM makes {read}; give GLM-4 9B")
         if not shift.use_dynamic_shifting or shift.time_shift_type != "linear":
             yield Problem(
                 str(self.options.diffusers_path / "scheduler" / "scheduler_config.json"),
@@ -218,7 +220,7 @@ class CogView4Pipeline(PicturePipeline):
             )
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
-        return [self.autoencoder(), self.text_encoder(GlmFeatures(self.options.max_sequence_length))]
+        return [self.autoencoder(), self.parts.text_encoder(GlmFeatures(self.options.max_sequence_length))]
 
     def build_denoiser(self) -> CogView4Transformer2DModel:
         return attending_to_own_text(super().build_denoiser())
@@ -237,7 +239,7 @@ class CogView4Pipeline(PicturePipeline):
     def prepare_inputs(
         self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
     ) -> CogView4Inputs:
-        config, text_BLD = self.denoiser_config, features["glm"]
+        config, text_BLD = self.parts.denoiser_config, features["glm"]
         height, width = (side * self.cell for side in x_t.shape[2:])
         lengths = features["glm_mask"].sum(dim=1).tolist()
         shift = self.resolution_shift.factor(self.tokens(x_t.shape[1:]))

@@ -123,8 +123,8 @@ class FluxPipeline(PicturePipeline):
         control_vae = ImageAutoencoder(folder, options.vae_path, self.dtype, reads="control", draw="mode")
         return [
             self.autoencoder(),
-            self.text_encoder(ClipPooled()),
-            self.text_encoder(T5Features(options.max_sequence_length)),
+            self.parts.text_encoder(ClipPooled()),
+            self.parts.text_encoder(T5Features(options.max_sequence_length)),
             *([control_vae] if controls else []),
         ]
 
@@ -155,7 +155,7 @@ class FluxPipeline(PicturePipeline):
             text_BLD=text_BLD,
             pooled_BD=features["clip_pooled"],
             t_B=t_B,
-            guidance_B=torch.full((batch,), strength) if self.denoiser_config.get("guidance_embeds") else None,
+            guidance_B=torch.full((batch,), strength) if self.parts.denoiser_config.get("guidance_embeds") else None,
             positions_S3=torch.cat(positions),
             canvas_hw0=torch.empty(height, width, 0),
         )

@@ -180,7 +180,7 @@ class HiDreamPipeline(PicturePipeline):
                 "into [model] text_encoders beside it",
                 where="[model] llama3_path",
             )
-        part = self.text_part("llama3").folder
+        part = self.parts.text_part("llama3").folder
         if llama_folder is None and not (folder / part).is_dir():
             raise UserError.of(
                 f"is required: {folder} has no {part}, since HiDream comes without Llama. Give the folder of Llama 3.1 "
@@ -190,27 +190,31 @@ class HiDreamPipeline(PicturePipeline):
         super().check_folder()
 
     def problems_of_parts(self) -> Iterator[Problem]:
-        config, llama, clips = self.denoiser_config, self.text_config("llama3"), [*map(self.text_config, CLIPS)]
+        config, llama, clips = (
+            self.parts.denoiser_config,
+            self.parts.text_config("llama3"),
+            [*map(self.parts.text_config, CLIPS)],
+        )
         pooled, made = sum(clip["projection_dim"] for clip in clips), self.vae_config["latent_channels"]
         blocks, layers = config["num_layers"] + config["num_single_layers"], config["llama_layers"]
         state_width = config["caption_channels"][1]
         if config["in_channels"] != made:
-            yield self.misfit(
+            yield self.parts.misfit(
                 f"takes latents of {config['in_channels']} channels and the VAE makes {made}; give HiDream's own VAE"
             )
         if blocks != len(layers):
-            yield self.misfit(f"has {blocks} blocks and {len(layers)} llama_layers; download it again")
+            yield self.parts.misfit(f"has {blocks} blocks and {len(layers)} llama_layers; download it again")
         if any(layer >= llama["num_hidden_layers"] for layer in layers):
-            yield self.misfit(
+            yield self.parts.misfit(
                 f"reads layer {max(layers)} of Llama, whose layers are 0 to {llama['num_hidden_layers'] - 1}; give "
                 "Llama 3.1 8B"
             )
         if state_width != llama["hidden_size"]:
-            yield self.misfit(
+            yield self.parts.misfit(
                 f"takes states of {state_width} features and Llama has {llama['hidden_size']}; give Llama 3.1 8B"
             )
         if config["text_emb_dim"] != pooled:
-            yield self.misfit(
+            yield self.parts.misfit(
                 f"takes {config['text_emb_dim']} pooled features and CLIP-L and CLIP-G make {pooled}; give HiDream's "
                 "own"
             )
@@ -220,21 +224,21 @@ class HiDreamPipeline(PicturePipeline):
             yield Problem("", "[model] max_sequence_length", message)
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
-        length, used = self.options.max_sequence_length, sorted(set(self.denoiser_config["llama_layers"]))
+        length, used = self.options.max_sequence_length, sorted(set(self.parts.denoiser_config["llama_layers"]))
         states = StatesFeatures("llama3", length, tuple(used))
         return [
             self.autoencoder(),
-            *(self.text_encoder(ProjectedFeatures(f"{name}_pooled", length)) for name in CLIPS),
-            self.text_encoder(MaskedT5Features(length)),
-            self.text_encoder(states, LlamaEncoder, four_bit=self.options.llama3_4bit),
+            *(self.parts.text_encoder(ProjectedFeatures(f"{name}_pooled", length)) for name in CLIPS),
+            self.parts.text_encoder(MaskedT5Features(length)),
+            self.parts.text_encoder(states, LlamaEncoder, four_bit=self.options.llama3_4bit),
         ]
 
     def build_denoiser(self) -> HiDreamImageTransformer2DModel:
         # That switch would train neither experts nor routers.
-        return self.denoiser_class.from_config(self.denoiser_config, force_inference_output=False)
+        return self.denoiser_class.from_config(self.parts.denoiser_config, force_inference_output=False)
 
     def to_layers(self, denoiser: HiDreamImageTransformer2DModel) -> list[nn.Module]:
-        entry, *onward = routes(self.denoiser_config["llama_layers"])
+        entry, *onward = routes(self.parts.denoiser_config["llama_layers"])
         own = [*zip(denoiser.caption_projection, onward, strict=False), (None, None)]
         blocks = [
             *((DoubleBlock, block) for block in denoiser.double_stream_blocks),
@@ -269,7 +273,7 @@ class HiDreamPipeline(PicturePipeline):
     def _filled(self, height: int, width: int) -> int:
         """How many image tokens the model sees of a latent of `height` x `width` cells. Filling up does not
         serve speed: the values of such tokens are seen, though their keys are zero."""
-        rows, columns = self.denoiser_config["max_resolution"]
+        rows, columns = self.parts.denoiser_config["max_resolution"]
         tokens = (height // PATCH) * (width // PATCH)
         most = rows * columns // PATCH**2
         return max(tokens, most) if self.options.fill_up_pictures and height != width else tokens

@@ -198,38 +198,40 @@ class HunyuanDitPipeline(PicturePipeline):
         return self.options.vlb_weight
 
     def problems_of_parts(self) -> Iterator[Problem]:
-        config, channels = self.denoiser_config, self.vae_config["latent_channels"]
+        config, channels = self.parts.denoiser_config, self.vae_config["latent_channels"]
         widths = [encoder.shapes[encoder.name][1] for encoder in self._text_encoders()]
         asked = [config["cross_attention_dim"], config["cross_attention_dim_t5"]]
         if not config.get("learn_sigma", True):
-            yield self.misfit("predicts no variance (learn_sigma), as HunyuanDiT does")
+            yield self.parts.misfit("predicts no variance (learn_sigma), as HunyuanDiT does")
         if config["in_channels"] != channels:
-            yield self.misfit(
+            yield self.parts.misfit(
                 f"takes latents of {config['in_channels']} channels and the VAE makes {channels}; give SDXL's VAE"
             )
         if asked != widths:
-            yield self.misfit(f"takes text of {asked} features, and the encoders make {widths}; give HunyuanDiT's own")
+            yield self.parts.misfit(
+                f"takes text of {asked} features, and the encoders make {widths}; give HunyuanDiT's own"
+            )
         if not self.options.from_scratch:
             yield from self._problems_of_version()
 
     def _problems_of_version(self) -> Iterator[Problem]:
-        names = read_header(self.denoiser_path).files
+        names = read_header(self.parts.denoiser_path).files
         is_hunyuan_dit, is_told_sizes = (any(name.endswith(key) for name in names) for key in (PADDING_KEY, STYLE_KEY))
         if is_hunyuan_dit and is_told_sizes != self._is_told_sizes:
             message = (
                 f"is HunyuanDiT {VERSIONS[is_told_sizes]}, and the folder's configuration is that of "
                 f"{VERSIONS[self._is_told_sizes]}; give the folder of the same version"
             )
-            yield Problem(str(self.denoiser_path), "", message)
+            yield Problem(str(self.parts.denoiser_path), "", message)
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         return [self.autoencoder(), *self._text_encoders(), *([SizeEncoder()] if self._is_told_sizes else [])]
 
     def _text_encoders(self) -> list[TextEncoder]:
-        config = self.denoiser_config
+        config = self.parts.denoiser_config
         return [
-            self.text_encoder(TrueLengthFeatures("bert", config["text_len"])),
-            self.text_encoder(PaddedFeatures("mt5", config["text_len_t5"])),
+            self.parts.text_encoder(TrueLengthFeatures("bert", config["text_len"])),
+            self.parts.text_encoder(PaddedFeatures("mt5", config["text_len_t5"])),
         ]
 
     def to_layers(self, denoiser: HunyuanDiT2DModel) -> list[nn.Module]:
@@ -247,7 +249,7 @@ class HunyuanDitPipeline(PicturePipeline):
             mt5_BLE=features["mt5"],
             mt5_mask_BL=features["mt5_mask"].bool(),
             step_B=self.objective.model_time(t_B),
-            rope_TH=rotary_tables(*x_t.shape[2:], self.denoiser_config["attention_head_dim"]),
+            rope_TH=rotary_tables(*x_t.shape[2:], self.parts.denoiser_config["attention_head_dim"]),
             sizes_B6=self._sizes(features, x_t) if self._is_told_sizes else None,
         )
 
@@ -262,7 +264,7 @@ class HunyuanDitPipeline(PicturePipeline):
 
     @property
     def _is_told_sizes(self) -> bool:
-        return self.denoiser_config.get("use_style_cond_and_image_meta_size", True)
+        return self.parts.denoiser_config.get("use_style_cond_and_image_meta_size", True)
 
 
 def rotary_tables(height: int, width: int, features: int) -> tuple[torch.Tensor, torch.Tensor]:

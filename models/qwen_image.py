@@ -158,19 +158,21 @@ class QwenImagePipeline(BasePipeline):
 
     @property
     def original_layout(self) -> KeyLayout:
-        return TimestepZeroLayout(QWEN_LAYOUT.rules) if self.denoiser_config.get("zero_cond_t") else QWEN_LAYOUT
+        return TimestepZeroLayout(QWEN_LAYOUT.rules) if self.parts.denoiser_config.get("zero_cond_t") else QWEN_LAYOUT
 
     def problems_of_parts(self) -> Iterator[Problem]:
-        config = self.denoiser_config
+        config = self.parts.denoiser_config
         if {bool(config.get(key)) for key in LAYERED} != {self.layered}:
             kind, fitting = ("not ", "qwen_image") if self.layered else ("", "qwen_image_layered")
-            yield self.misfit(f'is {kind}of Qwen-Image-Layered; set [model] type = "{fitting}", or give another model')
+            yield self.parts.misfit(
+                f'is {kind}of Qwen-Image-Layered; set [model] type = "{fitting}", or give another model'
+            )
             return
         _, text_width = self._text_encoder(0).shapes[TEXT]
         fed = {"in_channels": PATCH**2 * self._vae_config["z_dim"], "joint_attention_dim": text_width}
         for key, size in fed.items():
             if config.get(key, size) != size:
-                yield self.misfit(
+                yield self.parts.misfit(
                     f"has `{key}` {config[key]}, where the VAE and the text encoder beside it make {size}; is one of "
                     "them another model's?"
                 )
@@ -206,9 +208,9 @@ class QwenImagePipeline(BasePipeline):
         alone in the words of Qwen-Image."""
         variant, length = self._variant, self.options.max_sequence_length
         if not controls:
-            return self.text_encoder(caption_prompt(TEXT, length))
+            return self.parts.text_encoder(caption_prompt(TEXT, length))
         pictures = {"controls": controls, "area": variant.area, "caption_tokens": length}
-        return self.text_encoder(variant.prompt(TEXT, controls), PictureTextEncoder, **pictures)
+        return self.parts.text_encoder(variant.prompt(TEXT, controls), PictureTextEncoder, **pictures)
 
     def to_layers(self, denoiser: QwenImageTransformer2DModel) -> list[nn.Module]:
         reads = {

@@ -120,7 +120,7 @@ class Sd3Pipeline(PicturePipeline):
 
     @cached_property
     def original_layout(self) -> KeyLayout:
-        return mmdit_layout(self.denoiser_config["num_layers"])
+        return mmdit_layout(self.parts.denoiser_config["num_layers"])
 
     @cached_property
     def text_parts(self) -> tuple[TextPart, ...]:
@@ -157,7 +157,7 @@ class Sd3Pipeline(PicturePipeline):
             logger.warning("there is no %s in %s: the model sees zeros instead of %s", part.folder, folder, part.name)
 
     def problems_of_parts(self) -> Iterator[Problem]:
-        config, made = self.denoiser_config, self.vae_config["latent_channels"]
+        config, made = self.parts.denoiser_config, self.vae_config["latent_channels"]
         channels, pooled, width = config["in_channels"], config["pooled_projection_dim"], config["joint_attention_dim"]
         shapes = {key: shape for encoder in self._text_encoders() for key, shape in encoder.shapes.items()}
         clips = {name: shapes[name] for name in CLIPS if name in shapes}
@@ -166,26 +166,28 @@ class Sd3Pipeline(PicturePipeline):
         # Side by side they are as wide as the model asks; one that is left out leaves room.
         fits = fits and (sum(widths) == pooled if len(widths) == len(CLIPS) else sum(widths) < pooled)
         if channels != made:
-            yield self.misfit(f"takes latents of {channels} channels and the VAE makes {made}; give SD3's own VAE")
+            yield self.parts.misfit(
+                f"takes latents of {channels} channels and the VAE makes {made}; give SD3's own VAE"
+            )
         if not fits:
-            yield self.misfit(
+            yield self.parts.misfit(
                 f"takes {CLIP_TOKENS} tokens with {pooled} features of CLIP-L and CLIP-G together, and as many pooled; "
                 f"the encoders here make {clips}; give SD3's own"
             )
         if "t5" in shapes and shapes["t5"][1] != width:
-            yield self.misfit(f"takes text of {width} features and T5 makes {shapes['t5']}; give T5 v1.1 XXL")
+            yield self.parts.misfit(f"takes text of {width} features and T5 makes {shapes['t5']}; give T5 v1.1 XXL")
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         return [self.autoencoder(), *self._text_encoders()]
 
     def _text_encoders(self) -> list[TextEncoder]:
         t5 = T5Features(self.options.max_sequence_length)
-        return [self._clip(part) if part.name in CLIPS else self.text_encoder(t5) for part in self.text_parts]
+        return [self._clip(part) if part.name in CLIPS else self.parts.text_encoder(t5) for part in self.text_parts]
 
     def _clip(self, part: TextPart) -> TextEncoder:
-        length = self.text_config(part.name)["max_position_embeddings"]
+        length = self.parts.text_config(part.name)["max_position_embeddings"]
         pooled = "text_embeds" if part.model_class is CLIPTextModelWithProjection else "pooler_output"
-        return self.text_encoder(ClipFeatures(part.name, length, pooled), ClipEncoder)
+        return self.parts.text_encoder(ClipFeatures(part.name, length, pooled), ClipEncoder)
 
     def build_denoiser(self) -> SD3Transformer2DModel:
         # The table of positions takes seconds and gigabytes to compute, and lies in the files.
@@ -210,7 +212,7 @@ class Sd3Pipeline(PicturePipeline):
     def _conditions(self, features: Features, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Text tokens (B, L, D) and pooled text (B, P), zeros where an encoder is left out: CLIP-L and CLIP-G beside
         each other in the first tokens, T5 in those behind them."""
-        config = self.denoiser_config
+        config = self.parts.denoiser_config
         tokens, pooled_width = CLIP_TOKENS + self.options.max_sequence_length, config["pooled_projection_dim"]
         text_BLD = torch.zeros(batch, tokens, config["joint_attention_dim"], dtype=self.dtype)
         pooled_BP = torch.zeros(batch, pooled_width, dtype=self.dtype)

@@ -187,12 +187,12 @@ class WanPipeline(BasePipeline):
     @property
     def starts_from_picture(self) -> bool:
         """Whether the model takes the first frame as further channels."""
-        return self.denoiser_config["in_channels"] != self._vae_config["z_dim"]
+        return self.parts.denoiser_config["in_channels"] != self._vae_config["z_dim"]
 
     @property
     def _sees_first_frame(self) -> bool:
         """Whether it sees the first frame by CLIP too."""
-        return self.denoiser_config.get("image_dim") is not None
+        return self.parts.denoiser_config.get("image_dim") is not None
 
     @property
     def denoiser_folder(self) -> str:
@@ -208,9 +208,9 @@ class WanPipeline(BasePipeline):
         super().check_folder()
 
     def problems_of_parts(self) -> Iterator[Problem]:
-        channels, made, options = self.denoiser_config["in_channels"], self._vae_config["z_dim"], self.options
+        channels, made, options = self.parts.denoiser_config["in_channels"], self._vae_config["z_dim"], self.options
         if channels not in (made, 2 * made + self.media.temporal):
-            yield self.misfit(
+            yield self.parts.misfit(
                 f"takes {channels} channels, and the VAE makes {made}; text to video takes {made}, picture to video "
                 f"{2 * made + self.media.temporal}: give the model's own VAE, or another model"
             )
@@ -239,7 +239,7 @@ class WanPipeline(BasePipeline):
         first_frame = FirstFrameAutoencoder(folder, options.vae_path, self.dtype)
         return [
             WanAutoencoder(folder, options.vae_path, self.dtype, draw=options.latents),
-            self.text_encoder(CleanedFeatures("umt5", options.max_sequence_length)),
+            self.parts.text_encoder(CleanedFeatures("umt5", options.max_sequence_length)),
             *([first_frame] if self.starts_from_picture else []),
             *([ClipVision(folder, self.dtype)] if self._sees_first_frame else []),
         ]

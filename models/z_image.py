@@ -161,9 +161,9 @@ class ZImagePipeline(PicturePipeline):
     no_guidance = 0.0
 
     def problems_of_parts(self) -> Iterator[Problem]:
-        config, length = self.denoiser_config, self.options.max_sequence_length
+        config, length = self.parts.denoiser_config, self.options.max_sequence_length
         if config.get("siglip_feat_dim") is not None:
-            yield self.misfit(
+            yield self.parts.misfit(
                 "this is Z-Image Omni, which takes pictures too and is not trained here; give Z-Image or Z-Image Turbo"
             )
         # Text has the places from 1 on, and the picture the one after it.
@@ -173,7 +173,7 @@ class ZImagePipeline(PicturePipeline):
             yield Problem("", "[model] max_sequence_length", message)
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
-        return [self.autoencoder(), self.text_encoder(ChatFeatures("qwen3", self.options.max_sequence_length))]
+        return [self.autoencoder(), self.parts.text_encoder(ChatFeatures("qwen3", self.options.max_sequence_length))]
 
     def to_layers(self, denoiser: ZImageTransformer2DModel) -> list[nn.Module]:
         row = {"x": "x_BTD", "attn_mask": "mask_BT", "freqs_cis": "rope_BTE", "adaln_input": "time_BD"}

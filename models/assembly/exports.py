@@ -52,7 +52,7 @@ def export_plan(pipeline: BasePipeline, settings: Settings, staged: StagedModel)
         metadata={
             "trained_with": "penstock",
             "model_type": settings.model.type,
-            "base_model": Path(pipeline.denoiser_path).name
+            "base_model": Path(pipeline.parts.denoiser_path).name
             if settings.model.transformer_path
             else settings.model.diffusers_path.resolve().name,
             "settings_hash": settings_hash(settings.model_dump_json()),

@@ -183,7 +183,7 @@ class StableDiffusionPipeline(PicturePipeline):
     @cached_property
     def original_layout(self) -> CheckpointLayout:
         prefixes = {UNET: "lora_unet", **{part.folder: part.lora_prefix for part in self.text_parts}}
-        return CheckpointLayout(unet_layout(self.denoiser_config), prefixes, self._beside_the_unet)
+        return CheckpointLayout(unet_layout(self.parts.denoiser_config), prefixes, self._beside_the_unet)
 
     @property
     def trained_texts(self) -> list[ClipPart]:
@@ -204,28 +204,28 @@ class StableDiffusionPipeline(PicturePipeline):
 
     def problems_of_parts(self) -> Iterator[Problem]:
         self.scheduler()
-        config, latent = self.denoiser_config, self.vae_config["latent_channels"]
+        config, latent = self.parts.denoiser_config, self.vae_config["latent_channels"]
         width = sum(self._text_encoder(part).shapes[part.name][1] for part in self.text_parts)
         if config.get("addition_embed_type") != self.addition:
-            yield self.misfit(f"is {self.other}, not this model's UNet")
+            yield self.parts.misfit(f"is {self.other}, not this model's UNet")
         if variant := unknown_variant(config):
-            yield self.misfit(f"is of another kind of UNet ({variant})")
+            yield self.parts.misfit(f"is of another kind of UNet ({variant})")
         if config["in_channels"] != latent:
-            yield self.misfit(
+            yield self.parts.misfit(
                 f"takes {config['in_channels']} channels and the VAE makes {latent}; a UNet that paints inside masks "
                 "or edits pictures is not trained here"
             )
         if config["cross_attention_dim"] != width:
-            yield self.misfit(
+            yield self.parts.misfit(
                 f"takes text of {config['cross_attention_dim']} features and the text encoders make {width}"
             )
         if self.vae_config.get("latents_mean") is not None:
-            yield self.misfit(
+            yield self.parts.misfit(
                 "lies beside a VAE with statistics of its latents (latents_mean), which are not known here; give "
                 "another vae"
             )
         for part in self.text_parts:
-            act = self.text_config(part.name).get("hidden_act", OPENAI_ACTIVATION)
+            act = self.parts.text_config(part.name).get("hidden_act", OPENAI_ACTIVATION)
             if (act != OPENAI_ACTIVATION) != part.is_open_clip:
                 message = (
                     f"is a CLIP with the activation {act}, as {'OpenAI' if part.is_open_clip else 'Stable Diffusion 2'}"
@@ -242,14 +242,14 @@ class StableDiffusionPipeline(PicturePipeline):
         return ImageAutoencoder(self.options.diffusers_path, self.options.vae_path, dtype, draw=self.options.latents)
 
     def _text_encoder(self, part: ClipPart) -> TextEncoder:
-        length = self.text_config(part.name)["max_position_embeddings"]
+        length = self.parts.text_config(part.name)["max_position_embeddings"]
         features = ClipFeatures(part.name, length, part.pooled, **self.text_features())
-        return self.text_encoder(features, ClipTokens if part in self.trained_texts else ClipEncoder)
+        return self.parts.text_encoder(features, ClipTokens if part in self.trained_texts else ClipEncoder)
 
     def build_denoiser(self) -> Ensemble:
         unet, parts = super().build_denoiser(), self.trained_texts
         texts = {part.folder: clip_module(self._text_encoder(part), loaded=False) for part in parts}
-        configs = {part.folder: self.text_config(part.name) for part in parts}
+        configs = {part.folder: self.parts.text_config(part.name) for part in parts}
         return Ensemble({UNET: unet, **texts}, {UNET: dict(unet.config), **configs})
 
     @property

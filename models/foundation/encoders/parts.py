@@ -1,0 +1,92 @@
+"""The parts of one model: where a diffusers folder, or an option, has its denoiser and its text encoders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.foundation.checkpoints.folders import TextPart, check_diffusers_folder, read_config
+from models.foundation.encoders.text import TextEncoder
+from models.foundation.encoders.text_features import TextFeatures
+from utils.errors import Problem
+from utils.settings.model_schema import ModelSettings
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """The parts of a model, as its options name them.
+
+    Attributes:
+        denoiser_class: the stock class of diffusers.
+        denoiser_folder: where a diffusers folder keeps the denoiser.
+        config_keys: what the denoiser's configuration must have.
+        text_parts: the text encoders, and where a diffusers folder keeps them.
+        dtype: in which text encoders compute.
+    """
+
+    options: ModelSettings
+    denoiser_class: type[nn.Module]
+    denoiser_folder: str
+    config_keys: tuple[str, ...]
+    text_parts: tuple[TextPart, ...]
+    dtype: torch.dtype
+
+    def check(self) -> None:
+        """Whether all parts of the diffusers folder are there, or the files that replace their weights.
+
+        Raises:
+            UserError: lists everything that is missing or damaged.
+        """
+        check_diffusers_folder(self.options, self.denoiser_folder, self.text_parts)
+
+    # Kept, as every micro-batch asks for it.
+    @cached_property
+    def denoiser_config(self) -> dict[str, Any]:
+        """The configuration of the denoiser.
+
+        Raises:
+            UserError: it is missing or damaged, or belongs to another model.
+        """
+        name = self.denoiser_class.__name__
+        return read_config(self.options.diffusers_path, self.denoiser_folder, model=name, keys=self.config_keys)
+
+    @property
+    def denoiser_path(self) -> Path:
+        """File or folder of the denoiser's weights."""
+        return self.options.transformer_path or self.options.diffusers_path / self.denoiser_folder
+
+    def misfit(self, message: str) -> Problem:
+        """A problem of the denoiser's configuration."""
+        return Problem(str(self.options.diffusers_path / self.denoiser_folder / "config.json"), "", message)
+
+    def text_part(self, name: str) -> TextPart:
+        """The text encoder of this name."""
+        return next(part for part in self.text_parts if part.name == name)
+
+    def text_config(self, name: str) -> dict[str, Any]:
+        """The configuration of the text encoder of this name.
+
+        Raises:
+            UserError: it is missing or damaged, or belongs to another model.
+        """
+        return self.text_part(name).config(self.options.diffusers_path)
+
+    def text_encoder(
+        self, features: TextFeatures, kind: type[TextEncoder] = TextEncoder, **further: Any
+    ) -> TextEncoder:
+        """The text encoder that gives these features, with the weights that the options name.
+
+        Args:
+            kind: the class of the encoder.
+            further: arguments of this class beyond those of `TextEncoder`.
+
+        Raises:
+            UserError: its configuration is missing or damaged, or belongs to another model.
+        """
+        part, folder = self.text_part(features.encoder), self.options.diffusers_path
+        return kind(part, folder, part.override(self.options), self.dtype, features, **further)
