@@ -43,7 +43,7 @@ class PresetAdapter(SettingsTable):
     """`[[model.preset_adapters]]`: an adapter that the model has before training begins."""
 
     path: UserPath
-    """File or folder of a LoRA, in any layout that `init_from_existing` reads."""
+    """File or folder of the adapter, of any kind and in any layout that `init_from_existing` reads."""
     weight: float = 1.0
     """How much of it."""
     fused: bool = True
@@ -77,7 +77,7 @@ class ModelSettings(SettingsTable):
     text_encoders: list[TextEncoderFile] = []
     """Text encoders read from elsewhere; those not listed come from `diffusers_path`."""
     preset_adapters: list[PresetAdapter] = []
-    """LoRAs that are a part of what is trained on: an adapter that is trained learns the difference to them, and works
+    """Adapters that are a part of what is trained on: an adapter that is trained learns the difference to them, and works
     on top of them. They are no part of its export; fused ones are part of that of a full fine-tune."""
     from_scratch: bool = False
     """Start the denoiser from random weights: only its configuration is read."""

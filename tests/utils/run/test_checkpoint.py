@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from models.families.ddpm import DDPMOptions
+from utils.adapters.lokr import LokrSettings
+from utils.adapters.lora import LoraSettings
 from utils.errors import UserError
 from utils.ranks import Ranks
 from utils.run import checkpoint
 from utils.run.folder import find_checkpoint, new_name
 from utils.run.progress import Progress
-from utils.settings.schema import Settings
+from utils.settings.model_schema import ModelSettings
+from utils.settings.schema import AdapterSettings, Settings
 
 LORA = {"seed": 0, "[adapter] type": "lora", "[adapter] rank": 4, "[adapter] alpha": None}
 ADAMW = {"type": "adamw", "lr": 1e-3, "betas": [0.9, 0.999]}
@@ -180,36 +184,94 @@ def test_a_checkpoint_of_another_format_is_told(tmp_path: Path) -> None:
         checkpoint.Checkpoint(tmp_path / "global_step1")
 
 
+def identity(adapter: AdapterSettings | None, model: ModelSettings | None = None) -> dict[str, Any]:
+    model = model or ModelSettings(type="flux")
+    optimizer = {"type": "adamw", "lr": 1e-3}
+    return checkpoint.identity_of(
+        Settings(output_dir="runs", dataset="dataset.toml", model=model, optimizer=optimizer, adapter=adapter)
+    )
+
+
+def made_with(tmp_path: Path, identity: dict[str, Any]) -> checkpoint.Checkpoint:
+    parameters, optimizer = trained()
+    others = {**MADE_WITH, "identity": identity}
+    checkpoint.save(tmp_path, Ranks(), Progress(step=1), parameters, optimizer, others)
+    return checkpoint.Checkpoint(tmp_path / "global_step1")
+
+
+def lora(**keys: Any) -> LoraSettings:
+    return LoraSettings(type="lora", **{"rank": 4, **keys})
+
+
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("adapter", "told"),
     [
-        ({"rank": 8}, r"\[adapter\] rank = 8 \(checkpoint: 4\)"),
-        ({"alpha": 2.0}, r"\[adapter\] alpha = 2.0 \(checkpoint: not set\)"),
-        ({"include": ["to_q"]}, r"\[adapter\] include = \['to_q'\] \(checkpoint: \[\]\)"),
-        ({"exclude": ["to_q"]}, r"\[adapter\] exclude = \['to_q'\] \(checkpoint: \[\]\)"),
+        (lora(rank=8), r"\[adapter\] rank = 8 \(checkpoint: 4\)"),
+        (lora(alpha=2.0), r"\[adapter\] alpha = 2.0 \(checkpoint: not set\)"),
+        (lora(include=["to_q"]), r"\[adapter\] include = \['to_q'\] \(checkpoint: \[\]\)"),
+        (lora(exclude=["to_q"]), r"\[adapter\] exclude = \['to_q'\] \(checkpoint: \[\]\)"),
+        (
+            LokrSettings(type="lokr", rank=4, factor=8),
+            r"type = lokr \(checkpoint: lora\), .* factor = 8 \(.*not",
+        ),
         (None, r"\[adapter\] type = not set \(checkpoint: lora\)"),
     ],
 )
-def test_another_adapter_is_told_by_key_and_values(tmp_path: Path, changes: dict[str, Any] | None, told: str) -> None:
-    def identity(adapter: dict[str, Any] | None) -> dict[str, Any]:
-        return checkpoint.identity_of(
-            Settings(
-                output_dir="runs",
-                dataset="dataset.toml",
-                model={"type": "flux"},
-                optimizer=ADAMW,
-                adapter=adapter,
-            )
-        )
-
-    lora = {"type": "lora", "rank": 4}
-    parameters, optimizer = trained()
-    made_with = {**MADE_WITH, "identity": identity(lora)}
-    checkpoint.save(tmp_path, Ranks(), Progress(step=1), parameters, optimizer, made_with)
-    opened = checkpoint.Checkpoint(tmp_path / "global_step1")
-    opened.check_identity(identity(lora))
+def test_another_adapter_is_told_by_key_and_values(tmp_path: Path, adapter: AdapterSettings | None, told: str) -> None:
+    opened = made_with(tmp_path, identity(lora()))
+    opened.check_identity(identity(lora()))
     with pytest.raises(UserError, match=told):
-        opened.check_identity(identity(changes and {**lora, **changes}))
+        opened.check_identity(identity(adapter))
+
+
+def test_each_table_says_what_binds_it(tmp_path: Path) -> None:
+    preset = {"path": tmp_path / "style.safetensors", "weight": 0.5}
+    assert identity(None, ModelSettings(type="flux", preset_adapters=[preset])) == {
+        "seed": 0,
+        "[model] type": "flux",
+        "[model] preset_adapters": [["style.safetensors", 0.5]],
+        "[model] rescale_betas_zero_snr": False,
+    }
+    ddpm = identity(None, DDPMOptions(type="sdxl", prediction_type="v_prediction"))
+    assert ddpm["[model] prediction_type"] == "v_prediction" and ddpm["[model] beta_schedule"] is None
+    keys = {key.removeprefix("[adapter] ") for key in identity(lora()) if key.startswith("[adapter]")}
+    assert keys == {"type", "rank", "alpha", "include", "exclude"}
+    assert identity(LokrSettings(type="lokr", factor=8))["[adapter] factor"] == 8
+
+
+BEFORE = {
+    "seed": 0,
+    "[model] type": "flux",
+    "[model] preset_adapters": [],
+    "[model] prediction_type": None,
+    "[model] beta_schedule": None,
+    "[model] rescale_betas_zero_snr": False,
+    "[adapter] type": "lora",
+    "[adapter] rank": 4,
+    "[adapter] alpha": None,
+    "[adapter] factor": None,
+    "[adapter] factors": None,
+    "[adapter] include": [],
+    "[adapter] exclude": [],
+}
+"""What a checkpoint says that has every key, whether a table has it or not."""
+
+
+@pytest.mark.parametrize("without", [(), ("[model] preset_adapters", "[model] rescale_betas_zero_snr")])
+def test_checkpoints_from_before_go_on(tmp_path: Path, without: tuple[str, ...]) -> None:
+    """Those that have all keys, and those from when there were fewer."""
+    opened = made_with(tmp_path, {key: value for key, value in BEFORE.items() if key not in without})
+    opened.check_identity(identity(lora()))
+    with pytest.raises(UserError, match=r"\[model\] rescale_betas_zero_snr = True"):
+        opened.check_identity(identity(lora(), DDPMOptions(type="flux", rescale_betas_zero_snr=True)))
+    with pytest.raises(UserError, match=r"seed = 1 \(checkpoint: 0\)"):
+        opened.check_identity({**identity(lora()), "seed": 1})
+
+
+def test_a_key_that_only_the_checkpoint_has_counts(tmp_path: Path) -> None:
+    opened = made_with(tmp_path, {**BEFORE, "[model] prediction_type": "v_prediction"})
+    with pytest.raises(UserError, match=r"prediction_type = not set \(checkpoint: v_prediction\)"):
+        opened.check_identity(identity(lora()))
 
 
 def test_files_are_readable_by_whom_the_umask_says(tmp_path: Path) -> None:
