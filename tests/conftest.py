@@ -14,11 +14,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from hypothesis import settings  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from tests.processes import start_server  # noqa: E402
 from tests.runs import COLOURS, config_writer  # noqa: E402
 
 # How long an example takes says nothing on a machine that others use too.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Tests of several processes find the server ready that these come from."""
+    modules = {item.module for item in session.items}
+    starting = any(hasattr(module, name) for module in modules for name in ("run_ranks", "launch"))
+    if starting and not session.config.option.collectonly:
+        start_server()
 
 
 @pytest.fixture(scope="module")

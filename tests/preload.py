@@ -14,6 +14,7 @@ from pathlib import Path  # noqa: E402
 
 import deepspeed  # noqa: E402, F401
 import peft  # noqa: E402, F401
+import pytest  # noqa: E402, F401
 import torch  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402, F401
 

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,25 @@ TIMEOUT = timedelta(minutes=3)
 PRELOADED = ["tests.preload"]
 
 
+def start_server() -> None:
+    """Lets the server import what it needs while the tests begin."""
+    _context()
+    forkserver.ensure_running()
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 def run_ranks(job: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
     """`job(ranks, *arguments)` on `world_size` connected processes; what each returns, in the order of the ranks.
 
     Raises:
         RuntimeError: one of them failed; with its traceback.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = _context()
     results = context.Queue()
     port = _free_port()
     processes = [
@@ -73,9 +85,7 @@ def _run(job: Callable[..., Any], rank: int, world_size: int, port: int, results
 def run_command(words: list[str], world_size: int, log: Path, stop_after: str | None = None) -> list[int]:
     """`train.py` with these words on `world_size` processes; the exit codes, in the order of the ranks. What they print
     goes to `log`; once it has the text `stop_after`, the last process is sent SIGTERM."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    port = _free_port()
+    context, port = _context(), _free_port()
     processes = [
         context.Process(target=_command, args=(words, rank, world_size, port, str(log))) for rank in range(world_size)
     ]

@@ -1,5 +1,5 @@
-"""What holds for every model: it is the stock module in layers, fed and read as the stock pipeline does; it trains
-alike at any number of stages, recomputed or not; and what it exports is loaded by others and by itself.
+"""What holds for every model and its variants: it is the stock module in layers, fed and read as the stock pipeline
+does; it trains alike at any number of stages, recomputed or not; and what it exports is loaded by others and by itself.
 
 Shapes: B batch; latents (B, ...).
 """
@@ -25,7 +25,7 @@ from models.assembly.prompts import prompt_encoders
 from models.assembly.stage import StagedModel, load_stage
 from models.base import BasePipeline
 from tests.models.drawn_samples import draw_samples
-from tests.models.tiny_folder import encoded, settings_of, tiny
+from tests.models.tiny_folder import VARIANTS, encoded, settings_of, tiny
 from tests.processes import run_ranks
 from tests.runs import launch, metrics, only_run
 from utils.adapters.lora import LoraSettings
@@ -50,7 +50,7 @@ LORA_FILE, LORA_COMFYUI, DENOISER_COMFYUI = (
 
 
 class Model(NamedTuple):
-    """A model's type, its tiny folder, and the module that knows how the stock library uses it."""
+    """A model's type or variant, its tiny folder, and the module that knows how the stock library uses it."""
 
     name: str
     folder: Path
@@ -65,7 +65,13 @@ class Model(NamedTuple):
         return stock
 
 
-@pytest.fixture(scope="module", params=models.available())
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every test is made for every type, and for the variants of which it shows something."""
+    variants = [name for name, tests in VARIANTS.items() if metafunc.function.__name__ in tests]
+    metafunc.parametrize("model", [*models.available(), *variants], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     module = tiny(request.param)
     return Model(request.param, module.write_folder(tmp_path_factory.mktemp(request.param)), module)

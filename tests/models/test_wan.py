@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -50,36 +49,10 @@ def test_a_sample_without_guidance_takes_one_prediction(folder: Path, tmp_path: 
     torch.testing.assert_close(torch.from_numpy(painted[0]), expected, rtol=1e-4, atol=1e-4)
 
 
-CHECKS = [
-    generic.test_layers_hold_every_parameter_once,
-    generic.test_text_is_that_of_the_stock_pipeline,
-    generic.test_latents_are_those_of_the_stock_pipeline,
-    *(partial(generic.test_layers_equal_the_whole_module, number=number) for number in range(2)),
-    partial(generic.test_stages_and_recomputing_change_nothing, rank=4),
-]
-
-
 @pytest.fixture(scope="module", params=["wan_i2v", "wan_i2v_blind"])
 def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> generic.Model:
     module = tiny(request.param)
     return generic.Model(request.param, module.write_folder(tmp_path_factory.mktemp(request.param)), module)
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: getattr(check, "func", check).__name__)
-def test_picture_to_video_holds_what_all_models_hold(variant: generic.Model, check: Callable[..., None]) -> None:
-    check(variant)
-
-
-@pytest.mark.parametrize(
-    "check",
-    [
-        generic.test_samples_are_those_of_the_stock_pipeline,
-        generic.test_an_adapter_is_loaded_by_the_stock_pipeline_and_gone_on_from,
-        generic.test_all_weights_are_read_from_what_was_exported,
-    ],
-)
-def test_picture_to_video_draws_and_exports(variant: generic.Model, check: Callable[..., None], tmp_path: Path) -> None:
-    check(variant, tmp_path)
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """What the tiny folders of all models share: random weights, and the index that a stock pipeline is loaded by.
 
-A model's folder is made by `tiny_<type>.py`, whose names the generic tests in tests/test_models.py call:
+A model's folder is made by `tiny_<type>.py`, whose names the generic tests in tests/test_models.py call. A variant of a
+type, which has another denoiser or is fed otherwise, has a `tiny_<variant>.py` too, and `VARIANTS` names the tests that
+show something of it. The names are:
 
 - STOCK: the stock pipeline class;
 - write_folder(place) -> place: a whole diffusers folder, the same each time;
@@ -39,9 +41,31 @@ from utils.diffusion.seeds import normal
 from utils.settings.dataset_schema import DirectorySettings
 from utils.settings.schema import AdapterSettings, SamplingSettings, Settings
 
+OF_ANY_DENOISER = (
+    "test_layers_equal_the_whole_module",
+    "test_layers_hold_every_parameter_once",
+    "test_stages_and_recomputing_change_nothing",
+)
+OF_OTHER_INPUTS = (
+    *OF_ANY_DENOISER,
+    "test_samples_are_those_of_the_stock_pipeline",
+    "test_an_adapter_is_loaded_by_the_stock_pipeline_and_gone_on_from",
+    "test_all_weights_are_read_from_what_was_exported",
+)
+VARIANTS = {
+    "sdxl_texts": OF_ANY_DENOISER,
+    "wan_i2v": (
+        *OF_OTHER_INPUTS,
+        "test_text_is_that_of_the_stock_pipeline",
+        "test_latents_are_those_of_the_stock_pipeline",
+    ),
+    "wan_i2v_blind": OF_OTHER_INPUTS,
+}
+"""Variants of types, and the generic tests that show something of them."""
+
 
 def tiny(model: str) -> ModuleType:
-    """The module that writes a tiny folder of the model."""
+    """The module that writes a tiny folder of the type or variant."""
     return importlib.import_module(f"tests.models.tiny_{model}")
 
 
