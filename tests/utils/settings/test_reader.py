@@ -143,6 +143,8 @@ def test_an_evaluation_set_has_no_keys_of_training_unless_it_is_the_training_set
         ("epochs = 0", "key `epochs`", "must be at least 1; given: 0 (a whole number)"),
         ("epoch = 3", "key `epoch`", "no such key; did you mean `epochs`?"),
         ("lr = 3", "key `lr`", "no such key here; it belongs in [optimizer]"),
+        ("rank = 3", "key `rank`", "no such key here; it belongs in [adapter]"),
+        ("factor = 3", "key `factor`", 'no such key here; it belongs in [adapter] with type = "lokr"'),
         (
             "resolutions = [3]",
             "key `resolutions`",
@@ -196,7 +198,10 @@ def test_a_wrong_key_of_the_run(folder: Folder, top: str, where: str, message: s
         ("[optimizer]\ntype = 'adamw'\nlr = 1\nmomentum = 0.5", "[optimizer] momentum", 'type = "sgd"'),
         ("[optimizer]\ntype = 'adamw'\nlr = 0", "[optimizer] lr", "greater than 0"),
         ("[optimizer]\ntype = 'adamw'\nlr = inf", "[optimizer] lr", "finite"),
+        ("[optimizer]\ntype = 'AdamX'\nlr = 1\nbetas = 3", "[optimizer] type", "known: adamw"),
         ("[adapter]\ntype = 'lora'", "[adapter] rank", "required"),
+        ("[adapter]\ntype = 'lora'\nrank = 1\nfactor = 2", "[adapter] factor", 'in [adapter] with type = "lokr"'),
+        ("[adapter]\ntype = 'lora'\nrank = 1\nmomentum = 0.5", "[adapter] momentum", 'type = "sgd"'),
         ("[adapter]\ntype = 'loha'\nrank = 1", "[adapter] type", "'lora'"),
     ],
 )
