@@ -77,8 +77,8 @@ class ModelSettings(SettingsTable):
     text_encoders: list[TextEncoderFile] = []
     """Text encoders read from elsewhere; those not listed come from `diffusers_path`."""
     preset_adapters: list[PresetAdapter] = []
-    """Adapters that are a part of what is trained on: an adapter that is trained learns the difference to them, and works
-    on top of them. They are no part of its export; fused ones are part of that of a full fine-tune."""
+    """Adapters that are a part of what is trained on: an adapter that is trained learns the difference to them, and
+    works on top of them. They are no part of its export; fused ones are part of that of a full fine-tune."""
     from_scratch: bool = False
     """Start the denoiser from random weights: only its configuration is read."""
     timestep_sample_method: TimestepMethod = "logit_normal"
