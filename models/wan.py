@@ -229,7 +229,7 @@ class WanPipeline(BasePipeline):
         if not (self.starts_from_picture and stills):
             return []
         message = (
-            f"{len(stills)} of the samples are still pictures, the first is {stills[0].media.folder}: to a model that "
+            f"{len(stills)} of the samples are still pictures, the first is {stills[0].media.locator}: to a model that "
             "makes clips of a first frame they teach nothing; leave them out, or set frame_buckets without 1"
         )
         return [Problem("", "[[directory]]", message)]
