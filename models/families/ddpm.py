@@ -1,5 +1,5 @@
-"""What models with DDPM's steps share: their `[model]` keys, and the objective and the sampler that these and the
-folder's scheduler ask for."""
+"""Models with DDPM's steps: their common `[model]` keys, and the objective and scheduler that follow from these keys
+and from the folder's scheduler."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class DDPMOptions(ModelSettings):
 
 
 def ddpm_objective(options: DDPMOptions, *, learns_sigma: bool = False) -> Epsilon:
-    """The objective of the options, and of the folder's scheduler where they say nothing.
+    """The objective according to the options and, for missing options, the folder's scheduler.
 
     Raises:
-        UserError: the scheduler's configuration is missing, damaged or of another kind; or what the options ask
-            for contradicts itself.
+        UserError: the scheduler's configuration is missing, damaged or of another kind; or the options contradict each
+            other.
     """
     file = options.diffusers_path / SCHEDULER_FILE
     config = scheduler_config(options)
@@ -60,8 +60,8 @@ def ddpm_objective(options: DDPMOptions, *, learns_sigma: bool = False) -> Epsil
 
 
 def scheduler_config(options: DDPMOptions) -> dict[str, Any]:
-    """The configuration of the folder's scheduler, with what the options change: a stock scheduler that is made of it
-    draws as the model is trained.
+    """The configuration of the folder's scheduler with the changes of the options: a stock scheduler with this
+    configuration samples as the model is trained.
 
     Raises:
         UserError: it is missing or damaged.
@@ -76,10 +76,10 @@ def scheduler_config(options: DDPMOptions) -> dict[str, Any]:
 
 
 def ddpm_scheduler(options: DDPMOptions) -> Any:
-    """The folder's stock scheduler, as the options change it.
+    """The folder's stock scheduler with the changes of the options.
 
     Raises:
-        UserError: its configuration is missing or damaged, or of something else.
+        UserError: its configuration is missing or damaged, or does not describe a scheduler.
     """
     config = scheduler_config(options)
     kind = getattr(diffusers, config.get("_class_name", ""), None)

@@ -1,4 +1,4 @@
-"""What models of still pictures share whose latents are those of `AutoencoderKL`."""
+"""Models of still pictures with the latents of `AutoencoderKL`."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from utils.dataset.buckets import MediaFacts
 
 
 class PicturePipeline(BasePipeline, ABC):
-    """A model of still pictures, drawn by the Euler steps of flow matching.
+    """A model of still pictures that samples with the Euler steps of flow matching.
 
     Attributes:
-        patch: latent cells on a side of an image token.
+        patch: the side of an image token in latent cells.
     """
 
     media = MediaFacts(spatial=16, temporal=1, max_frames=1)
     patch: ClassVar[int] = 2
 
     def autoencoder(self) -> ImageAutoencoder:
-        """What makes latents of pictures."""
+        """The VAE."""
         options = self.options
         return ImageAutoencoder(options.diffusers_path, options.vae_path, self.dtype, draw=options.latents)
 
@@ -38,18 +38,18 @@ class PicturePipeline(BasePipeline, ABC):
 
     @property
     def cell(self) -> int:
-        """Pixels that a side of a latent's cell stands for."""
+        """The side of a latent cell in pixels."""
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         return FlowMatchEulerDiscreteScheduler.from_pretrained(self.options.diffusers_path, subfolder="scheduler")
 
-    # Kept: every micro-batch asks for it.
+    # Kept, as every micro-batch asks for it.
     @cached_property
     def vae_config(self) -> dict[str, Any]:
         """The configuration of the VAE.
 
         Raises:
-            UserError: it is missing, damaged, or another model's.
+            UserError: it is missing, damaged, or belongs to another model.
         """
         return vae_config(self.options.diffusers_path, self.options.vae_path)

@@ -1,5 +1,5 @@
-"""What Stable Diffusion 1.5 and SDXL share: a UNet in layers, CLIPs that are cached or trained with it, and files that
-are diffusers folders or the publisher's checkpoints.
+"""The common part of Stable Diffusion 1.5 and SDXL: a UNet in layers, CLIPs that are cached or trained with it, and
+files that are diffusers folders or the publisher's checkpoints.
 
 Shapes: B batch, C latent channels, h w latent cells, L tokens, D text features, P pooled text features.
 """
@@ -53,17 +53,17 @@ from utils.settings.values import Positive
 Tensors = dict[str, torch.Tensor]
 UNET = "unet"
 OPENAI_ACTIVATION = "quick_gelu"
-"""By which CLIPs of OpenAI are told from OpenCLIPs."""
+"""The activation that distinguishes CLIPs of OpenAI from OpenCLIPs."""
 
 
 class StableDiffusionOptions(DDPMOptions):
-    """The keys of `[model]` that both have."""
+    """The common keys of `[model]`."""
 
     unet_lr: Positive | None = None
     """Learning rate of the UNet; default: `lr` of `[optimizer]`."""
     text_encoder_1_lr: Positive | None = None
-    """Train the first text encoder (CLIP-L) too, with this learning rate; default: it is frozen, and what it makes of
-    captions is cached."""
+    """Train the first text encoder (CLIP-L) too, with this learning rate; default: it is frozen, and its features of
+    captions are cached."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +72,8 @@ class ClipPart(TextPart):
 
     Attributes:
         lr_option: the option with its learning rate.
-        lora_prefix: of its modules in kohya's files.
-        is_open_clip: it is OpenCLIP, which has names of its own in checkpoints.
+        lora_prefix: the prefix of its modules in kohya's files.
+        is_open_clip: whether it is OpenCLIP, which has names of its own in checkpoints.
     """
 
     lr_option: str
@@ -82,14 +82,14 @@ class ClipPart(TextPart):
 
     @property
     def pooled(self) -> Pooled | None:
-        """What it pools of a caption for the model, if anything."""
+        """The pooled feature that the model reads, if any."""
         return "text_embeds" if self.model_class is CLIPTextModelWithProjection else None
 
 
 class UNetInputs(NamedTuple):
-    """What the entry takes. `texts` are, for each text encoder, features (B, L, D), or numbers and weights of tokens,
-    both (B, L), where the encoder is trained; `pooled_BP` is None where the model has none or the encoder that makes it
-    is trained."""
+    """The inputs of the entry. For each text encoder, `texts` has its features (B, L, D), or the ids and weights of
+    tokens, both (B, L), if the encoder is trained. `pooled_BP` is None if the model has no pooled text or if the
+    encoder that makes it is trained."""
 
     x_BChw: torch.Tensor
     step_B: torch.Tensor
@@ -99,10 +99,10 @@ class UNetInputs(NamedTuple):
 
 
 class Entry(nn.Module):
-    """Reads texts with the encoders that are trained, embeds the time, and SDXL's sizes, and convolves the latent.
+    """Runs the text encoders that are trained, embeds the time and SDXL's sizes, and convolves the latent.
 
     Args:
-        readers: for each text encoder how its features are made, None where they are given.
+        readers: for each text encoder how its features are made; None if they are given.
     """
 
     def __init__(self, ensemble: Ensemble, readers: Sequence[tuple[str, ClipFeatures] | None]):
@@ -119,7 +119,7 @@ class Entry(nn.Module):
         text_BLD, pooled_BP = self._texts(inputs)
         time_BD = self.time_embedding(self.time_proj(inputs.step_B).to(dtype))
         if self.add_embedding is not None:
-            # Sizes stay float32 until they are embedded: bfloat16 does not know 1000 from 1001.
+            # Sizes stay float32 until they are embedded: in bfloat16, 1000 and 1001 are the same.
             sizes_BD = self.add_time_proj(inputs.sizes_B6.flatten()).reshape(len(pooled_BP), -1)
             time_BD = time_BD + self.add_embedding(torch.cat([pooled_BP, sizes_BD], dim=-1).to(dtype))
         x_BChw = self.conv_in(inputs.x_BChw.to(dtype))
@@ -140,13 +140,13 @@ class StableDiffusionPipeline(PicturePipeline):
     """A Stable Diffusion. The denoiser is an `Ensemble` of the UNet and the text encoders that are trained.
 
     Attributes:
-        text_parts: its text encoders, in the order in which their features stand side by side.
+        text_parts: its text encoders, in the order in which their features are concatenated.
         addition: `addition_embed_type` of its UNet.
-        other: what a UNet with another one is.
+        other: the name of a UNet with another value there.
     """
 
     Options: ClassVar[type[ModelSettings]] = StableDiffusionOptions
-    # The UNet halves the sides of a latent thrice.
+    # The UNet halves the sides of a latent three times.
     media = MediaFacts(spatial=64, temporal=1, max_frames=1)
     patch = 1
     blocks = (f"{UNET}.*.attentions", "text_encoder*.layers")
@@ -169,11 +169,11 @@ class StableDiffusionPipeline(PicturePipeline):
     other: ClassVar[str]
 
     def __init__(self, options: StableDiffusionOptions, seed: int = 0):
-        # Here, so that all else asks the options alone where a part is.
+        # Done here, so that everything else only has to ask the options where a part is.
         super().__init__(with_parts_of_checkpoint(options, self.text_parts), seed)
 
     def text_features(self) -> dict[str, Any]:
-        """Which fields of `ClipFeatures` are not as they are by default."""
+        """The fields of `ClipFeatures` that differ from their defaults."""
         return {}
 
     @cached_property
@@ -237,7 +237,7 @@ class StableDiffusionPipeline(PicturePipeline):
         return [self.autoencoder(), *(self._text_encoder(part) for part in self.text_parts)]
 
     def autoencoder(self) -> ImageAutoencoder:
-        # Many a VAE overflows in float16.
+        # Many VAEs overflow in float16.
         dtype = torch.float32 if self.dtype == torch.float16 and self.vae_config.get("force_upcast") else self.dtype
         return ImageAutoencoder(self.options.diffusers_path, self.options.vae_path, dtype, draw=self.options.latents)
 
@@ -295,7 +295,7 @@ class StableDiffusionPipeline(PicturePipeline):
         return ddpm_scheduler(self.options)
 
     def _beside_the_unet(self, tensors: Tensors) -> Tensors:
-        """What a checkpoint has beside the UNet: the VAE, and text encoders as they are trained or as they were."""
+        """The other parts of a checkpoint: the VAE, and the text encoders, trained or original."""
         dtype = next(iter(tensors.values())).dtype
         vae = AUTOENCODER_KL.load(self.options.diffusers_path, self.options.vae_path, dtype)
         checkpoint = vae_to_original(vae.state_dict(), self.vae_config)
@@ -304,6 +304,6 @@ class StableDiffusionPipeline(PicturePipeline):
             text = part_of(tensors, part.folder) if frozen is None else dict(frozen.named_parameters())
             named = open_clip_to_original(text) if part.is_open_clip else text
             checkpoint |= {f"{part.names.prefix}{name}": tensor.detach().to(dtype) for name, tensor in named.items()}
-        # By these ComfyUI tells what the model predicts.
+        # ComfyUI reads from these what the model predicts.
         told = {"v_pred": self.objective.kind == "v", "ztsnr": self.objective.schedule.zero_terminal_snr}
         return {**checkpoint, **{name: torch.empty(0) for name, holds in told.items() if holds}}

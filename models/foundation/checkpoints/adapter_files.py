@@ -1,4 +1,4 @@
-"""Adapter files of other programs and of earlier runs -> the factors of this run, or what they add to weights."""
+"""Reads adapter files of other programs and of earlier runs: as the factors of this run, or as updates of weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from utils.adapters.kinds import AdapterFile, AdapterKind, ModelNames, Tensors, 
 from utils.errors import UserError
 
 OTHER_MARKS = {"LoHa": ".hada_"}
-"""By what in the names of its tensors an adapter is known that is not trained here."""
+"""Parts of tensor names that identify adapters which are not trained here."""
 
 
 def read_factors(path: Path, kind: AdapterKind, names: ModelNames, scales: Mapping[str, float]) -> Tensors:
@@ -21,7 +21,7 @@ def read_factors(path: Path, kind: AdapterKind, names: ModelNames, scales: Mappi
     that the file has in the program which wrote it.
 
     Raises:
-        UserError: there are none of this kind in it, or they cannot be read.
+        UserError: the file contains none of this kind, or they cannot be read.
     """
     file = _read(path)
     if not kind.is_in(list(file.tensors)):
@@ -30,15 +30,15 @@ def read_factors(path: Path, kind: AdapterKind, names: ModelNames, scales: Mappi
             "from its own type)",
             str(path),
         )
-    # A module that this run does not adapt is told of with the others that have no place in it.
+    # Modules that this run does not adapt are reported with all others that have no counterpart.
     return kind.from_file(file, names, lambda module: scales.get(module, 1.0))
 
 
 def read_updates(path: Path, names: ModelNames) -> Mapping[str, Update]:
-    """What the adapter in a file or folder adds to weights, by module.
+    """The updates of weights by the adapter in a file or folder, by module.
 
     Raises:
-        UserError: it holds none of a known kind, or one that cannot be read.
+        UserError: it contains no adapter of a known kind, or one that cannot be read.
     """
     file = _read(path)
     kind = adapters.recognised(file.tensors)

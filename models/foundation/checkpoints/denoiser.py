@@ -1,4 +1,4 @@
-"""A denoiser's weights: where they come from, and how a process comes to hold those of its stage."""
+"""The weights of a denoiser: their source, and how a process loads those of its stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from utils.errors import UserError
 
 
 class TensorSource(Protocol):
-    """Tensors that are read one by one, by our names."""
+    """Tensors that are read one by one under our names."""
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU."""
@@ -32,12 +32,12 @@ class DenoiserWeights:
     """How a denoiser is built, where its weights lie, and in which form each parameter is kept.
 
     Attributes:
-        factory: builds the whole module with the weights that it is born with.
+        factory: builds the whole module with its initial weights.
         model_type: the `type` of `[model]`, for messages about files of other models.
         path: file or folder of the weights.
         layout: the names in the publisher's files, if they differ from ours.
         storage: in which form each parameter is kept.
-        seed: for a denoiser that starts from random weights, what they are drawn from; None if they are read.
+        seed: for a denoiser that starts from random weights; None if the weights are read.
     """
 
     factory: Callable[[], nn.Module]
@@ -49,7 +49,7 @@ class DenoiserWeights:
 
     def build(self) -> nn.Module:
         """The whole denoiser: on the meta device until `fill` reads what a stage needs, or with random weights that
-        depend on the seed alone."""
+        depend only on the seed."""
         if self.seed is None:
             return self.build_empty()
         with torch.random.fork_rng(devices=[]):
@@ -98,7 +98,7 @@ class EnsembleDenoiserWeights(DenoiserWeights):
 
     Attributes:
         part: the name of that part.
-        loaders: name of another part -> what loads that module whole, with its own library.
+        loaders: name of another part -> a function that loads the whole module with its own library.
     """
 
     part: str = ""

@@ -1,4 +1,4 @@
-"""Are the files that the `[model]` table names there? Told before anything is loaded."""
+"""Checks whether the files that `[model]` names exist, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from utils.settings.model_schema import ModelSettings
 TEXT_CONFIG_KEYS = {
     "clip_text_model": ("hidden_size", "max_position_embeddings", "projection_dim"),
     "llama": ("hidden_size", "num_hidden_layers"),
-    # Its text model's are in a table of their own, or were in older files.
+    # The keys of its text model are in a table of their own, except in older files.
     "qwen2_5_vl": (),
     **dict.fromkeys(("mt5", "t5", "umt5"), ("d_model",)),
 }
-"""What the configuration of a text encoder must say, by `model_type`, since transformers has a default for everything;
-that of any other must have `hidden_size`."""
+"""The keys that the configuration of a text encoder must have, by `model_type`, since transformers has a default for
+everything; all other configurations must have `hidden_size`."""
 
 
 @dataclass(frozen=True)
 class TextPart:
-    """A text encoder of a model, and where its files are.
+    """A text encoder of a model, and the location of its files.
 
     Attributes:
         name: its `type` in `[model] text_encoders`, and the name of its store in the cache.
         model_class: of transformers.
         folder, tokenizer: parts of the diffusers folder.
-        names: how it is kept in the publisher's checkpoints.
-        model_types: what its configuration may call the model; by default as transformers calls that of `model_class`.
-        root: the folder that has the parts, if it is not the diffusers folder.
+        names: its names in the publisher's checkpoints.
+        model_types: the values that `model_type` may have in its configuration; default: that of `model_class`.
+        root: the folder that contains the parts, if it is not the diffusers folder.
     """
 
     name: str
@@ -57,7 +57,7 @@ class TextPart:
         """The configuration of the encoder that the model asks for.
 
         Raises:
-            UserError: it is missing or damaged, or another model's.
+            UserError: it is missing or damaged, or belongs to another model.
         """
         model_types = self.model_types or (self.model_class.config_class.model_type,)
         keys = TEXT_CONFIG_KEYS.get(model_types[0], ("hidden_size",))
@@ -72,10 +72,10 @@ def check_diffusers_folder(options: ModelSettings, denoiser: str, text_parts: Se
 
     Args:
         denoiser: the part that needs no weights with `from_scratch`.
-        text_parts: the model's text encoders; of those with a `root` only the given weights are read.
+        text_parts: the model's text encoders; for those with a `root`, only the given weights are checked.
 
     Raises:
-        UserError: listing everything that is missing or damaged.
+        UserError: lists everything that is missing or damaged.
     """
     folder = options.diffusers_path
     assert folder is not None, "the settings' rules ask for it"
@@ -112,10 +112,10 @@ def check_diffusers_folder(options: ModelSettings, denoiser: str, text_parts: Se
 
 
 def check_folder_type(options: ModelSettings) -> None:
-    """Whether `diffusers_path` is, by what it says itself, of this type of model.
+    """Whether `diffusers_path` contains a model of this type, according to its own index.
 
     Raises:
-        UserError: it is of another one; with that.
+        UserError: it contains another one; says which.
     """
     index = options.diffusers_path / "model_index.json"
     named = read_json(index).get("_class_name") if index.is_file() else None
@@ -133,7 +133,7 @@ def _config_name(part: str) -> str:
 
 
 def problems_of(checks: Iterable[Callable[[], object]]) -> list[Problem]:
-    """What all of some checks tell, each of which raises a UserError or does nothing."""
+    """The problems of all checks, each of which raises a UserError or does nothing."""
     problems: list[Problem] = []
     for check in checks:
         try:
@@ -163,11 +163,11 @@ def read_config(
     """The configuration of a part of a diffusers folder.
 
     Args:
-        model: the class of diffusers, or the `model_type` of transformers, that it must be of; or those it may be of.
-        keys: what it must have.
+        model: the required class of diffusers or `model_type` of transformers, or several allowed ones.
+        keys: the keys that it must have.
 
     Raises:
-        UserError: it is missing or damaged, or another model's.
+        UserError: it is missing or damaged, or belongs to another model.
     """
     file = folder / part / "config.json"
     config = read_json(file)

@@ -1,4 +1,4 @@
-"""What lies in safetensors files, told from their headers; and whether two files are the same."""
+"""Headers of safetensors files, and fingerprints of files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FINGERPRINT_BLOCK_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file (or the shards of one) holds: where each tensor is, and its shape."""
+    """The tensors of a safetensors file or of its shards: the file and the shape of each."""
 
     files: dict[str, Path]
     shapes: dict[str, tuple[int, ...]]
@@ -34,7 +34,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file, or of those in a folder that belong together.
+    """The header of a safetensors file, or of the files in a folder that belong together.
 
     Raises:
         UserError: there is no such file, or it is not a whole safetensors file.
@@ -56,8 +56,8 @@ def read_header(path: Path) -> Header:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """The files of a folder's weights: those with the usual name, as shards or as one (others are variants of it, as
-    `.fp16`), else the shards of another name, else whatever there is."""
+    """The files of a folder's weights: those with a usual name, in shards or as one file (others are variants, such as
+    `.fp16`), otherwise shards with another name, otherwise all safetensors files."""
     for name in USUAL_NAMES:
         if (folder / f"{name}{INDEX}").is_file():
             return _shards(folder / f"{name}{INDEX}")
@@ -76,10 +76,10 @@ def _shards(index: Path) -> list[Path]:
 
 
 def fingerprint(*parts: Path | str | Mapping[str, Any]) -> str:
-    """What a cached item was made with: settings as they are, files by their size and 64 evenly spaced blocks.
+    """A hash of what a cached item is made with: settings completely, files by their size and 64 evenly spaced blocks.
 
-    Another training of the same model differs in every block, so that reading four megabytes tells two files apart
-    where reading them whole would take a minute.
+    Another training of the same model differs in every block, so reading four megabytes is enough to tell two files
+    apart, whereas reading them completely would take a minute.
     """
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:

@@ -1,9 +1,9 @@
 """Module names of diffusers <-> names of other programs, as tables that work in both directions.
 
-A rule says that one module there is several modules here, stacked along the first dimension of their weights (fused
-query-key-value projections), perhaps with its halves swapped (modulations whose scale and shift change places). Names
-hold one `{}` where a block's number stands; a parameter follows its module, and one that stands alone has a rule of its
-own.
+A rule says that one module there corresponds to one or several modules here, stacked along the first dimension of their
+weights (fused query-key-value projections), possibly with swapped halves (modulations whose scale and shift change
+places). Names contain `{}` for the number of a block. A parameter follows its module, and a parameter without a module
+has a rule of its own.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "")
 OWN_NAME = ""
-"""The parameter of a rule that names a parameter and no module."""
+"""The parameter of a rule that names a parameter instead of a module."""
 PARAMETERS = ("weight", "bias", OWN_NAME)
 BLOCK_NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 
 
 @dataclass(frozen=True)
 class KeyRule:
-    """The module `there` is cat(`here`); its parameter may be called otherwise there (`scale` for `weight`)."""
+    """The module `there` is cat(`here`); its weight may have another name there (`scale` for `weight`)."""
 
     there: str
     here: tuple[str, ...]
@@ -36,7 +36,7 @@ class KeyRule:
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a tensor of ours lies in a file: rows [start, stop) of `key` (all of them: None)."""
+    """The location of a tensor of ours in a file: rows [start, stop) of `key`; None for all rows."""
 
     key: str
     rows: tuple[int, int] | None = None
@@ -44,37 +44,37 @@ class Piece:
 
 
 def swap_halves(tensor: torch.Tensor) -> torch.Tensor:
-    """The second half of the rows first."""
+    """The tensor with the second half of its rows first."""
     return torch.cat(list(reversed(tensor.chunk(2))))
 
 
 class KeyLayout:
-    """The renaming table of a model family, and what it does to weights and to LoRA factors.
+    """The renaming table of a model family, for weights and for LoRA factors.
 
     Args:
-        unused: tensors of the other program's files that do nothing there either.
+        unused: tensors of the other program's files that have no effect there either.
     """
 
     def __init__(self, rules: Sequence[KeyRule], unused: Sequence[str] = ()):
         self.rules, self.unused = tuple(rules), tuple(unused)
 
     def recognises(self, keys: Iterable[str]) -> bool:
-        """Whether a file with `keys` is of this layout: its first rule's module is in it."""
+        """Whether a file with `keys` has this layout, which is so if it contains the module of the first rule."""
         return self.prefix(keys) is not None
 
     def prefix(self, keys: Iterable[str]) -> str | None:
-        """What stands before the names of this layout in a file with `keys`; None for a file of another layout."""
+        """The prefix of this layout's names in a file with `keys`; None for a file with another layout."""
         keys, first = list(keys), self.rules[0].there.format(0)
         return next((prefix for prefix in PREFIXES if any(key.startswith(prefix + first) for key in keys)), None)
 
     def pieces(self, shapes: Mapping[str, Sequence[int]], keys: Iterable[str]) -> dict[str, Piece]:
-        """For every parameter of ours, where it lies in a file with `keys`.
+        """The locations of our parameters in a file with `keys`.
 
         Args:
             shapes: parameter name -> shape.
 
         Raises:
-            ValueError: naming the first tensor that the file lacks.
+            ValueError: the file lacks a tensor; names the first one.
         """
         keys = set(keys)
         prefix = self.prefix(keys)
@@ -94,7 +94,7 @@ class KeyLayout:
         """Our tensors under the other program's names.
 
         Raises:
-            ValueError: a tensor has no place in the table.
+            ValueError: a tensor does not occur in the table.
         """
         converted, used = {}, set()
         for there, parts, rule in self._modules(_modules_and_parameters(tensors)):
@@ -111,8 +111,8 @@ class KeyLayout:
         return converted
 
     def from_original(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The inverse of `to_original`, for layouts whose fused modules are equally large; tensors that have no place
-        in the table are left out."""
+        """The inverse of `to_original`, for layouts whose fused modules are equally large; tensors that do not
+        occur in the table are left out."""
         numbers = range(1 + max([0, *(int(number) for name in tensors for number in BLOCK_NUMBER.findall(name))]))
         found = {}
         for rule in self.rules:
@@ -126,7 +126,7 @@ class KeyLayout:
         return found
 
     def names_there(self, modules: Iterable[str]) -> dict[str, str]:
-        """Module here -> the module there that it is, or that it is a part of."""
+        """Module here -> the module there to which it corresponds, or of which it is a part."""
         ours = set(modules)
         return {part: there for there, parts, _ in self._modules(ours) for part in parts if part in ours}
 
@@ -168,8 +168,8 @@ class KeyLayout:
     ) -> dict[str, torch.Tensor]:
         """The inverse of `lora_to_kohya` for the given modules of ours, with alpha multiplied into `lora_B`.
 
-        A fused LoRA is taken apart where it is block-diagonal; another one, made by a program that trains the fused
-        module, serves every part whole.
+        A block-diagonal LoRA of a fused module is split into its parts. If a program has trained the fused module
+        itself, all of its rank serves every part.
         """
         factors = {}
         for there, parts, rule in self._modules(set(modules)):

@@ -1,5 +1,5 @@
-"""What a safetensors file holds, from the names and shapes in its header: so that a wrong file is told together with
-what would fit."""
+"""Recognises the content of safetensors files by the names and shapes in their headers, so that the message about a
+wrong file says what would fit."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class FileSignature:
-    """By what a kind of file is known.
+    """What identifies a kind of file.
 
     Attributes:
-        what: it is, in words.
-        fits: what to do with it.
-        has: parts of tensors' names, of which all are there.
-        lacks: parts of which none is there.
-        size: (part of a tensor's name, dimension, its size), if that tells it from its relatives.
+        what: a description of the content.
+        fits: what to do with such a file.
+        has: parts of tensor names that all occur.
+        lacks: parts of tensor names that do not occur.
+        size: (part of a tensor's name, dimension, its size), if this distinguishes it from related models.
     """
 
     what: str
@@ -30,7 +30,7 @@ class FileSignature:
     size: tuple[str, int, int] | None = None
 
     def is_on(self, shapes: Shapes) -> bool:
-        """Whether a file whose tensors have these names and shapes is of this kind."""
+        """Whether a file with tensors of these names and shapes is of this kind."""
         if not all(any(part in name for name in shapes) for part in self.has):
             return False
         if any(part in name for name in shapes for part in self.lacks):
@@ -72,11 +72,11 @@ FOLDERS = {
     "WanPipeline": "wan",
     "ZImagePipeline": "z_image",
 }
-"""The `type` for what `model_index.json` of a diffusers folder says that it is."""
+"""The `type` for each class that `model_index.json` of a diffusers folder may name."""
 
 GUESS = "; is it another model's?"
 
-# The first one that fits counts.
+# The first one that matches counts.
 SIGNATURES: tuple[FileSignature, ...] = (
     *(
         FileSignature("an adapter", ADAPTER, (part,))
@@ -140,13 +140,12 @@ SIGNATURES: tuple[FileSignature, ...] = (
 
 
 def recognised(shapes: Shapes) -> FileSignature | None:
-    """What a file with these tensors holds; None if it is of no kind that is known."""
+    """The kind of a file with these tensors; None if it is unknown."""
     return next((signature for signature in SIGNATURES if signature.is_on(shapes)), None)
 
 
 def explained(error: UserError, shapes: Shapes, model_type: str) -> UserError:
-    """An error about a file with these tensors, with what it holds instead, if that is known to be none of this
-    type's."""
+    """The error about a file with these tensors, extended by what the file contains if that belongs to another type."""
     signature = recognised(shapes)
     if signature is None or signature.fits == _type(model_type):
         return error

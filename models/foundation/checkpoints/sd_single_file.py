@@ -1,7 +1,8 @@
 """Names in the single files of Stable Diffusion: checkpoints, which hold UNet, VAE and text encoders, and LoRAs.
 
 Checkpoints have the names of their publisher (`model.diffusion_model.input_blocks...`). LoRAs for ComfyUI, Forge and
-others have kohya's: `lora_unet_` and `lora_te_`, then diffusers' or the publisher's name of a module, with _ for dots.
+other programs have kohya's names: `lora_unet_` or `lora_te_`, then diffusers' or the publisher's name of a module, with
+_ for dots.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ IN_RESNET = {**{name: name for name in ("norm1", "conv1", "norm2", "conv2")}, "n
 
 
 def vae_layout(config: Mapping[str, Any]) -> KeyLayout:
-    """The publisher's names of the VAE, whose decoder counts its levels from the other end."""
+    """The publisher's names of the VAE, whose decoder counts its levels in the opposite order."""
     levels, per_level = len(config["block_out_channels"]), config["layers_per_block"]
     pairs = [("quant_conv", "quant_conv"), ("post_quant_conv", "post_quant_conv")]
     modules = []
@@ -72,7 +73,7 @@ def vae_layout(config: Mapping[str, Any]) -> KeyLayout:
 
 
 def vae_to_original(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
-    """diffusers' VAE as it is in checkpoints, where the projections of its attention are convolutions."""
+    """diffusers' VAE as in checkpoints, where the projections of its attention are convolutions."""
     renamed = vae_layout(config).to_original(tensors)
     return {
         f"{VAE_PREFIX}{name}": tensor[:, :, None, None] if ".attn_1." in name and tensor.ndim == 2 else tensor
@@ -81,7 +82,7 @@ def vae_to_original(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
 
 
 def open_clip_original(prefix: str) -> CheckpointNames:
-    """OpenCLIP in a checkpoint, with names of its own."""
+    """OpenCLIP in a checkpoint, which has names of its own."""
 
     def convert(tensors: Tensors) -> Tensors:
         named = OPEN_CLIP.from_original({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
@@ -97,17 +98,17 @@ def open_clip_to_original(tensors: Tensors) -> Tensors:
 
 
 def _other_side(projection: torch.Tensor) -> torch.Tensor:
-    """OpenCLIP multiplies by its projection from the other side."""
+    """The transposed projection: OpenCLIP multiplies from the other side."""
     return projection.T.contiguous()
 
 
 class CheckpointLayout(KeyLayout):
-    """The names of an ensemble of UNet and text encoders. What is read by it is the UNet.
+    """The names of an ensemble of UNet and text encoders. Reading uses it for the UNet only.
 
     Args:
         unet: the publisher's names of the UNet.
-        lora_prefixes: part of the ensemble -> what its modules begin with in kohya's files.
-        others: tensors of the ensemble -> those of a checkpoint that are not the UNet's.
+        lora_prefixes: part of the ensemble -> the prefix of its modules in kohya's files.
+        others: tensors of the ensemble -> the tensors of a checkpoint that do not belong to the UNet.
     """
 
     def __init__(self, unet: KeyLayout, lora_prefixes: Mapping[str, str], others: Callable[[Tensors], Tensors]):
@@ -173,8 +174,8 @@ def part_of(tensors: Mapping[str, torch.Tensor], part: str) -> Tensors:
 
 
 def with_parts_of_checkpoint(options: ModelSettings, texts: Sequence[TextPart]) -> ModelSettings:
-    """The options, with what a checkpoint in `transformer_path` holds beside the UNet in place of the folder's parts,
-    unless options name these too.
+    """The options, where the VAE and the text encoders of a checkpoint in `transformer_path` replace those of the
+    folder, unless options name these too.
 
     Raises:
         UserError: the file cannot be read.

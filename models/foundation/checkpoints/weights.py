@@ -1,7 +1,7 @@
 """Weights on disk -> the parameters that this process holds.
 
-A denoiser is built from its configuration on the meta device, where it costs no memory, cut into layers, and only then
-are the tensors of this process's stage read: by memory map, each in the type it is kept in.
+A denoiser is built from its configuration on the meta device, where it needs no memory, and cut into layers. Only then
+are the tensors of this process's stage read by memory map, each in the form in which it is kept.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
 
 SCALE_NAMES = ("scale_weight", "weight_scale")
-"""What programs call the number by which an 8-bit `weight` is to be multiplied."""
+"""Names of the factor by which an 8-bit `weight` must be multiplied."""
 
 
 class Weights:
-    """The tensors of a model by our names, read when asked for.
+    """The tensors of a model under our names, read on demand.
 
     Args:
         path: a .safetensors file, or a folder with one or its shards.
@@ -56,7 +56,7 @@ class Weights:
         asked: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes.items():
             piece = self.pieces.get(name, Piece(name))
-            # A fused tensor ends where its last piece does.
+            # A fused tensor ends with its last piece.
             whole = (piece.rows[1], *shape[1:]) if piece.rows else shape
             asked[piece.key] = max(whole, asked.get(piece.key, whole))
         for key, shape in asked.items():
@@ -95,10 +95,10 @@ class Weights:
 
 
 def check_shape(key: str, stored: Sequence[int] | None, asked: Sequence[int], source: Path) -> None:
-    """Whether a tensor of a file is there (else its shape is None), and as large as the model asks.
+    """Whether a tensor exists in a file (otherwise its shape is None) and has the shape that the model requires.
 
     Raises:
-        UserError: it is not.
+        UserError: it does not.
     """
     if stored is None:
         raise UserError.of(f"the tensor '{key}' of the model is not in the file; is it another model's?", str(source))
@@ -129,10 +129,10 @@ def unscaled(tensor: torch.Tensor, scale: torch.Tensor, key: str, source: Path) 
 
 
 def load_tensors(path: Path, dtype: torch.dtype, prefix: str = "") -> dict[str, torch.Tensor]:
-    """All tensors of a file or folder, those of floating point in `dtype`.
+    """All tensors of a file or folder; floating-point tensors in `dtype`.
 
     Args:
-        prefix: if names begin with it, only those tensors are read: one part of a checkpoint that holds several.
+        prefix: if some names begin with it, only these tensors are read: one part of a checkpoint with several parts.
 
     Raises:
         UserError: there is no such file, or it is not a whole safetensors file.
@@ -151,19 +151,19 @@ def load_tensors(path: Path, dtype: torch.dtype, prefix: str = "") -> dict[str, 
 
 
 def meta_tensors(path: Path, dtype: torch.dtype, prefix: str = "") -> dict[str, torch.Tensor]:
-    """What `load_tensors` would give, on the meta device: only headers are read."""
+    """The result of `load_tensors` on the meta device, for which only headers are read."""
     shapes = read_header(path).shapes
     return {key: torch.empty(shapes[key], dtype=dtype, device="meta") for key in _part(shapes, prefix)}
 
 
 def _part(keys: Iterable[str], prefix: str) -> list[str]:
-    """The keys with this prefix; all, if none has it."""
+    """The keys with this prefix; all keys if none has it."""
     keys = list(keys)
     return [key for key in keys if key.startswith(prefix)] or keys
 
 
 def assign(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: Path) -> None:
-    """Gives a module on the meta device all its values; tensors that it has no use for are left.
+    """Gives a module on the meta device all its values, and ignores other tensors.
 
     Raises:
         UserError: a tensor is missing or has another shape.
@@ -176,7 +176,7 @@ def assign(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: Path)
 
 def build_empty(factory: Callable[[], nn.Module]) -> nn.Module:
     """A module whose parameters are on the meta device; buffers and plain attributes are real, since their values are
-    computed when it is built and lie in no file."""
+    computed when it is built and are not in files."""
     with init_empty_weights(include_buffers=False):
         return factory()
 
@@ -198,12 +198,12 @@ def materialise(
 
 
 class EnsembleWeights:
-    """The tensors of an ensemble by its names, read when asked for.
+    """The tensors of an ensemble under its names, read on demand.
 
     Args:
         weights: part -> its tensors on disk.
-        modules: part -> what loads it whole; for parts whose files are for their own library to read. It is called
-            once, by a process that holds a tensor of the part.
+        modules: part -> a function that loads the whole module, for parts whose files their own library must read. It
+            is called once, by a process that holds a tensor of the part.
     """
 
     def __init__(self, weights: Mapping[str, Weights], modules: Mapping[str, Callable[[], nn.Module]]):
@@ -225,18 +225,19 @@ def _reading(load: Callable[[], nn.Module]) -> Callable[[str], torch.Tensor]:
 
 @dataclass(frozen=True)
 class CheckpointNames:
-    """How a text encoder is kept in a checkpoint that holds other parts too.
+    """The names of a text encoder in a checkpoint with other parts.
 
     Attributes:
-        prefix: of its tensors; without it there, the whole file is the encoder's and named as transformers names it.
-        convert: tensors, still with the prefix -> tensors as transformers names them; None if these names follow it.
+        prefix: of its tensors. A file without this prefix contains only the encoder, with the names of transformers.
+        convert: tensors, still with the prefix -> tensors under the names of transformers; None if these names follow
+            the prefix.
     """
 
     prefix: str = ""
     convert: Callable[[Tensors], Tensors] | None = None
 
     def tensors(self, read: Callable[[Path, torch.dtype, str], Tensors], source: Path, dtype: torch.dtype) -> Tensors:
-        """What `read` gives of a file or folder, as transformers names it."""
+        """The tensors that `read` gives for a file or folder, under the names of transformers."""
         tensors = read(source, dtype, self.prefix)
         if not all(name.startswith(self.prefix) for name in tensors):
             return tensors

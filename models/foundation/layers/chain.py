@@ -13,8 +13,8 @@ from torch import nn
 class Middle(nn.Module):
     """One repeated block of a denoiser as a layer `Stream -> Stream`.
 
-    It calls the block with fields of the stream and writes what comes back into fields of the stream; all other fields
-    pass through. This serves every denoiser whose blocks form a chain.
+    It calls the block with fields of the stream and writes the results into fields of the stream; all other fields pass
+    through. This serves every denoiser whose blocks form a chain.
 
     Args:
         block: the denoiser's own module, unchanged.
@@ -41,8 +41,9 @@ class Middle(nn.Module):
 def capture_outputs(
     modules: Iterable[nn.Module], capture: Callable[[nn.Module, tuple, Any], torch.Tensor]
 ) -> Iterator[list[torch.Tensor]]:
-    """What `capture` (module, inputs, output) makes of every call of `modules` within it, for layers that need what
-    happens inside a block. To be used within a layer's forward: where that is recomputed, this is too."""
+    """Collects the results of `capture` (module, inputs, output) for every call of `modules` within its context, for
+    layers that need values from inside a block. To be used in a layer's forward, so that it is recomputed with the
+    layer."""
     captured: list[torch.Tensor] = []
     handles = [module.register_forward_hook(lambda *call: captured.append(capture(*call))) for module in modules]
     try:

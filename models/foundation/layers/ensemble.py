@@ -1,7 +1,7 @@
-"""Several modules that are trained together, as a UNet and its text encoders.
+"""Several modules that are trained together, such as a UNet and its text encoders.
 
-They are children of one module, each under the name of its folder in a diffusers folder, so that names of parameters
-begin with it: in checkpoints, adapters and patterns alike.
+They are children of one module, each under the name of its folder in a diffusers folder, so that the names of their
+parameters begin with this name in checkpoints, adapters and patterns.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The blocks of HiDream as layers: experts that a router chooses, and a state of Llama for each block.
 
 Shapes: B batch, T image tokens, L text tokens, S all positions, E rotary features, K losses, D width. From the first
-single block on T counts the text too, which follows the picture.
+single block on, T also counts the text, which follows the picture.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from utils.diffusion.auxiliary import load_balancing
 
 
 class HiDreamStream(NamedTuple):
-    """What travels from layer to layer. `llama3_BLD` are the states that blocks still to come project, each once;
-    `last_BLD` is that of the last block, projected. `text_BLD` is None when it has joined `x_BTD`. `mask_BT` has
-    ones and zeros, by which the keys of a picture that is filled up are multiplied."""
+    """What travels from layer to layer. `llama3_BLD` are the states that later blocks project, each once;
+    `last_BLD` is the projected state of the last block. `text_BLD` is None after it has joined `x_BTD`. `mask_BT` has
+    ones and zeros, by which the keys of a padded picture are multiplied."""
 
     x_BTD: torch.Tensor
     text_BLD: torch.Tensor | None
@@ -35,14 +35,14 @@ class HiDreamStream(NamedTuple):
 
 
 class Route(NamedTuple):
-    """Which of the states that arrive at a block it projects, and which it hands on."""
+    """Which of the arriving states a block projects, and which it passes on."""
 
     own: int
     onward: tuple[int, ...]
 
 
 def routes(layers: Sequence[int]) -> list[Route]:
-    """The routes of the entry, which projects the last block's state, and of all blocks but that.
+    """The routes of the entry, which projects the last block's state, and of all other blocks.
 
     Args:
         layers: the Llama layer of each block.
@@ -56,11 +56,11 @@ def routes(layers: Sequence[int]) -> list[Route]:
 
 
 class Block(nn.Module):
-    """What both kinds of blocks have in common: a state of Llama, which the block sees and nothing behind it, and
-    experts whose balance is a loss.
+    """The common part of both kinds of blocks: a state of Llama that only this block sees, and experts whose balance is
+    a loss.
 
     Args:
-        projection: of the state; None for the last block, whose state the entry projects.
+        projection: projects the state; None for the last block, whose state the entry projects.
     """
 
     recomputable = True
@@ -86,13 +86,13 @@ class Block(nn.Module):
         return stream._replace(llama3_BLD=onward, terms_K=terms_K)
 
     def advance(self, stream: HiDreamStream, own_BLD: torch.Tensor) -> HiDreamStream:
-        """The stream with what the block makes of it."""
+        """The stream with the block's results."""
         raise NotImplementedError
 
 
 def balance_of(router: MoEGate, inputs: tuple[torch.Tensor], output: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The balance of a router's choice (`load_balancing`), from what it took (B, T, D) and gave. Its probabilities are
-    computed once more, since it gives those of the chosen experts alone."""
+    """The balance of a router's choice (`load_balancing`), from its input (B, T, D) and output. Its probabilities are
+    computed again, since its output only has those of the chosen experts."""
     logits_TE = functional.linear(inputs[0].flatten(0, 1), router.weight)
     return load_balancing(logits_TE.softmax(dim=-1), output[0])
 
@@ -112,7 +112,7 @@ class DoubleBlock(Block):
 
 
 class SingleBlock(Block):
-    """A block that sees picture and text in a row; the first joins them."""
+    """A block that sees picture and text as one sequence; the first such block joins them."""
 
     def advance(self, stream: HiDreamStream, own_BLD: torch.Tensor) -> HiDreamStream:
         x_BTD, mask_BT = stream.x_BTD, stream.mask_BT

@@ -1,4 +1,4 @@
-"""Rows of tokens that are filled up to multiples of a number.
+"""Pads sequences of tokens to multiples of a number.
 
 Shapes: B batch, L tokens, C channels.
 """
@@ -19,5 +19,5 @@ def filled_length(length: Length, multiple: int) -> Length:
 
 
 def lengthened(row_BLC: torch.Tensor, length: int) -> torch.Tensor:
-    """The row with zeros at its end, `length` tokens long."""
+    """The sequence padded with zeros at its end to `length` tokens."""
     return functional.pad(row_BLC, (0, 0, 0, length - row_BLC.shape[1]))

@@ -1,5 +1,5 @@
-"""Latents of pictures as rows of tokens, each of which is a patch of 2 x 2 cells; models differ in the order of the
-numbers within a token.
+"""Latents of pictures as sequences of tokens, each of which is a patch of 2 x 2 cells; models differ in the order of
+the numbers within a token.
 
 Shapes: B batch, T tokens, C numbers of a token or channels of a latent, h w latent cells.
 """
@@ -14,7 +14,7 @@ SIDES = {"p": PATCH, "q": PATCH}
 
 
 def pack(x_BChw: torch.Tensor) -> torch.Tensor:
-    """A latent as tokens (B, T, 4C) that hold channel after channel."""
+    """A latent as tokens (B, T, 4C) with the channel as the outer dimension."""
     return rearrange(x_BChw, "b c (h p) (w q) -> b (h w) (c p q)", **SIDES)
 
 
@@ -24,7 +24,7 @@ def unpack(x_BTC: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def patchify(x_BChw: torch.Tensor) -> torch.Tensor:
-    """A latent as tokens (B, T, 4C) that hold cell after cell."""
+    """A latent as tokens (B, T, 4C) with the cell as the outer dimension."""
     return rearrange(x_BChw, "b c (h p) (w q) -> b (h w) (p q c)", **SIDES)
 
 

@@ -1,7 +1,7 @@
 """Stable Diffusion's UNet in layers.
 
-A layer is one resnet with its attention, which is finer than the UNet's blocks. What the way down leaves for the way up
-travels as a stack: layers on the way down push, those on the way up pop.
+A layer is one resnet with its attention, which is finer than the UNet's blocks. The skip connections travel as a stack:
+layers on the way down push, layers on the way up pop.
 
 Shapes: B batch, C channels, h w latent cells, L text tokens, D features.
 """
@@ -32,11 +32,11 @@ PLAIN_KEYS = (
     "time_cond_proj_dim",
     "time_embedding_act_fn",
 )
-"""Keys of a UNet's configuration that are set in other models than these."""
+"""Keys of a UNet's configuration that only other models set."""
 
 
 class UNetStream(NamedTuple):
-    """What travels from layer to layer; `skips` are outputs of the way down, the last one on top."""
+    """What travels from layer to layer; `skips` are outputs of layers on the way down, the last one on top."""
 
     x_BChw: torch.Tensor
     skips: tuple[torch.Tensor, ...]
@@ -45,11 +45,11 @@ class UNetStream(NamedTuple):
 
 
 class UNetLayer(nn.Module):
-    """Some modules of a UNet in a row.
+    """Some consecutive modules of a UNet.
 
     Args:
-        pops: takes the top of the stack, as further channels.
-        pushes: puts its result there.
+        pops: whether it takes the top of the stack as further channels.
+        pushes: whether it pushes its result onto the stack.
     """
 
     recomputable = True
@@ -95,7 +95,7 @@ _CALLS = {ResnetBlock2D: _resnet, Transformer2DModel: _attend, Downsample2D: _re
 
 
 def unet_layers(unet: UNet2DConditionModel) -> list[nn.Module]:
-    """The layers behind the entry, which pushes what `conv_in` gives."""
+    """The layers behind the entry, which pushes the output of `conv_in`."""
     layers = []
     for block in unet.down_blocks:
         layers += [UNetLayer(parts, pushes=True) for parts in _pairs(block)]
@@ -117,7 +117,7 @@ def _pairs(block: nn.Module) -> list[list[nn.Module]]:
 
 
 def unknown_variant(config: Mapping[str, Any]) -> str | None:
-    """What of a UNet's configuration none of these models has; None if all is as it should be."""
+    """What is unknown in a UNet's configuration; None if everything is known."""
     for key, known in BLOCK_TYPES.items():
         if strange := [kind for kind in config[key] if kind not in known]:
             return f"{key} has {strange[0]}, and {' and '.join(known)} are known"
