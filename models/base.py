@@ -1,4 +1,4 @@
-"""The contract of a model: what a pipeline class states and what it does. Nothing here knows any one model.
+"""The contract of a model: what a pipeline class states and what it does. Nothing here knows a particular model.
 
 Shapes: B batch; a latent has the dimensions of its model, (C h w) for pictures and (C f h w) for clips, written `...`.
 """
@@ -31,7 +31,7 @@ Features = Mapping[str, torch.Tensor]
 
 
 class ModelEncoder(Encoder, Protocol):
-    """An encoder as a model gives it."""
+    """An encoder of a model."""
 
     def check(self) -> None:
         """Whether its files are whole and fit one another, from headers alone.
@@ -46,31 +46,30 @@ class BasePipeline(ABC):
 
     Attributes:
         Options: the `[model]` keys of this model.
-        media: to what multiples pictures and clips are rounded, and how many frames it takes.
-        objective: what the denoiser predicts; a property where it follows from the model's files.
-        blocks: names of the denoiser's lists of repeated blocks, or patterns of them, which are what is adapted.
-            Recomputed are the layers that say `recomputable`.
-        convolutional_blocks: further lists of them, which are adapted with `convolutions` of `[adapter]`.
+        media: the multiples to which sizes of pictures and clips are rounded, and the number of frames.
+        objective: what the denoiser predicts; a property if it follows from the model's files.
+        blocks: names of the denoiser's lists of repeated blocks, or patterns of such names; adapters adapt these.
+            Layers that are `recomputable` are recomputed.
+        convolutional_blocks: further lists of blocks, which are adapted with `convolutions` of `[adapter]`.
         stream_type: the NamedTuple that travels between layers.
         resolution_shift: the constants by which the timestep shift follows the picture's size.
-        keep_in_high_precision: parts of parameter names that stay float32 whatever `dtype` says.
-        original_layout: names of the publisher's single-file checkpoint, if they differ from diffusers'.
+        keep_in_high_precision: parts of the names of parameters that stay float32 regardless of `dtype`.
+        original_layout: names of the publisher's single-file checkpoint, if they differ from diffusers' names.
         denoiser_class: the stock class of diffusers.
-        denoiser_folder: where a diffusers folder keeps the denoiser; a property where an option chooses it.
-        config_keys: what the denoiser's configuration must have.
-        text_parts: the text encoders, and where a diffusers folder keeps them; a property where options or the folder
-            decide which there are.
-        scheduler_sets_levels: samples go through the scheduler's own noise levels; without it through
-            `sampling_levels`.
-        guided_by_second_prediction: samples are guided by the difference to a prediction for the negative prompt
-            (classifier-free guidance); without it guidance, if the model knows any, is one of its inputs.
-        no_guidance: the `guidance` at which `guided` gives the prediction for the prompt, so that no other is needed.
-        loss_terms: names of the losses that layers add on their way; see `utils.diffusion.auxiliary.Output`.
-        variational_weight: of the variational term, of models that learn the variance of a step; a property where an
-            option says it.
-        starts_from_picture: it makes clips of a first picture, or layers of one: in training of the sample's own; a
-            property where the model's files decide.
-        max_controls: how many control images it is conditioned on, of a dataset that has some.
+        denoiser_folder: the denoiser's part of a diffusers folder; a property if an option chooses it.
+        config_keys: keys that the denoiser's configuration must have.
+        text_parts: the text encoders, and where a diffusers folder keeps them; a property if options or the folder
+            decide which ones exist.
+        scheduler_sets_levels: whether sampling uses the scheduler's own noise levels instead of `sampling_levels`.
+        guided_by_second_prediction: whether samples are guided by a second prediction for the negative prompt
+            (classifier-free guidance); otherwise guidance, if the model has any, is one of its inputs.
+        no_guidance: the `guidance` for which `guided` gives the prediction for the prompt, so that one is enough.
+        loss_terms: names of the losses that layers add; see `utils.diffusion.auxiliary.Output`.
+        variational_weight: the weight of the variational term, for models that learn the variance of a step; a property
+            if an option gives it.
+        starts_from_picture: whether it makes clips, or layers, from a picture, which in training is the sample's own; a
+            property if the model's files decide.
+        max_controls: the largest number of control images with which it is conditioned.
     """
 
     Options: ClassVar[type[ModelSettings]] = ModelSettings
@@ -101,10 +100,10 @@ class BasePipeline(ABC):
         self.denoiser_dtype: torch.dtype = torch_dtype(options.transformer_dtype or options.dtype)
 
     def check(self) -> None:
-        """Whether the files that the options name are there and are this model's, from their headers alone.
+        """Whether the files that the options name exist and belong to this model, from their headers only.
 
         Raises:
-            UserError: what is missing or does not fit.
+            UserError: says what is missing or does not fit.
         """
         self.check_folder()
         if problems := list(self.problems_of_parts()):
@@ -112,18 +111,18 @@ class BasePipeline(ABC):
         self.check_tensors()
 
     def check_folder(self) -> None:
-        """Whether all parts of the diffusers folder are there, or the files that replace their weights.
+        """Whether all parts of the diffusers folder exist, or the files that replace their weights.
 
         Raises:
-            UserError: telling all that is missing or damaged.
+            UserError: lists everything that is missing or damaged.
         """
         self.parts.check()
 
     def problems_of_parts(self) -> Iterable[Problem]:
-        """Why the parts of a whole folder are not this model's, or do not fit one another or the options.
+        """Why the parts of a complete folder do not belong to this model, or do not fit each other or the options.
 
         Raises:
-            UserError: a part's configuration is another model's.
+            UserError: the configuration of a part belongs to another model.
         """
         return []
 
@@ -131,7 +130,7 @@ class BasePipeline(ABC):
         """Whether denoiser and encoders find their tensors in the files, by name and shape.
 
         Raises:
-            UserError: all that do not fit.
+            UserError: lists all that do not fit.
         """
         encoders = [encoder.check for encoder in self.encoders()]
         problems = problems_of([lambda: self.weights.open(self.weights.build_empty()), *encoders])
@@ -140,7 +139,7 @@ class BasePipeline(ABC):
 
     @abstractmethod
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
-        """The VAE first, then the rest; with control images (models that take them) also what reads those."""
+        """The VAE first, then the others; with control images (if the model takes them) also their encoders."""
 
     def encoders_for(self, controls: int) -> list[Encoder]:
         """`encoders`, for a dataset with this many control images per sample.
@@ -157,7 +156,7 @@ class BasePipeline(ABC):
         return self.encoders(controls)
 
     def build_denoiser(self) -> nn.Module:
-        """The whole diffusers module, from its configuration, with whatever weights it is born with."""
+        """The whole diffusers module, from its configuration, with its initial weights."""
         return self.denoiser_class.from_config(self.parts.denoiser_config)
 
     @abstractmethod
@@ -169,18 +168,18 @@ class BasePipeline(ABC):
     def prepare_inputs(
         self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
     ) -> tuple:
-        """What the entry takes: NamedTuple of CPU tensors.
+        """The inputs of the entry, a NamedTuple of CPU tensors.
 
         Args:
-            features: what the encoders yielded, each (B, ...).
+            features: the features from the encoders, each (B, ...).
             x_t: noised latents (B, ...).
             t_B: noise levels in [0, 1], float32.
-            guidance: of a guidance-distilled model in sampling; None for the value that training uses.
+            guidance: for a guidance-distilled model in sampling; None for the value that training uses.
         """
 
     @abstractmethod
     def tokens(self, latent_shape: Sequence[int]) -> int:
-        """How many image tokens the denoiser makes of a latent of this shape, without the batch."""
+        """The number of image tokens for a latent of this shape (without the batch)."""
 
     @abstractmethod
     def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
@@ -188,18 +187,18 @@ class BasePipeline(ABC):
 
     @abstractmethod
     def scheduler(self) -> Any:
-        """The stock scheduler of diffusers with which samples are drawn."""
+        """The stock scheduler of diffusers that draws samples."""
 
     def sampling_levels(self, steps: int) -> Sequence[float] | None:
-        """The noise levels of a sample's steps before the scheduler shifts them, as the stock pipeline of the model has
-        them; None for the scheduler's own."""
+        """The noise levels of a sample's steps before the scheduler shifts them, as in the stock pipeline of the model;
+        None for the scheduler's own."""
         if self.scheduler_sets_levels:
             return None
         return [1.0 - (1.0 - 1.0 / steps) * index / max(steps - 1, 1) for index in range(steps)]
 
     def guided(self, prompted: torch.Tensor, negative: torch.Tensor, guidance: float) -> torch.Tensor:
-        """The prediction for the prompt, that much further away from the one for the negative prompt: n + g (p - n).
-        Ho & Salimans 2022, as diffusers writes it."""
+        """The guided prediction n + g (p - n), where p is the prediction for the prompt and n that for the negative
+        prompt. Ho and Salimans 2022, in the form of diffusers."""
         return negative + guidance * (prompted - negative)
 
     def problems_of_data(self, samples: Sequence[Sample]) -> list[Problem]:
@@ -207,12 +206,12 @@ class BasePipeline(ABC):
         return []
 
     def loss_weight_map(self, latent_shape: Sequence[int]) -> torch.Tensor | None:
-        """What each place of a latent (C, ...) counts in the loss, 1 on average, to multiply (B, C, ...); None where
-        all count alike."""
+        """The weight of each cell of a latent (C, ...) in the loss, 1 on average, to multiply (B, C, ...); None if all
+        count alike."""
         return None
 
     def learning_rate(self, name: str) -> float | None:
-        """The rate of a parameter that has its own; None for that of `[optimizer]`."""
+        """The learning rate of a parameter that has its own; None for that of `[optimizer]`."""
         return None
 
     @cached_property

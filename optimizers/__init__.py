@@ -1,4 +1,4 @@
-"""How weights move: each file of a family of algorithms declares them as its `KINDS`, one `[optimizer] type` each."""
+"""How weights move: the file of a family of optimizers declares them as its `KINDS`, one `[optimizer] type` each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NOT_FAMILIES = ("ema", "kinds", "parameter_groups", "schedules")
 
 
 def available() -> dict[str, OptimizerKind]:
-    """Every optimizer, by the `type` that chooses it."""
+    """All optimizers, by `type`."""
     return {kind.type: kind for kind in kinds_in(__name__, __path__, NOT_FAMILIES)}
 
 
@@ -22,7 +22,7 @@ def find(optimizer_type: str) -> OptimizerKind:
     """The optimizer of a type; upper and lower case are alike.
 
     Raises:
-        ValueError: there is none; names those that there are.
+        ValueError: there is no such optimizer; names the existing ones.
     """
     kinds, name = available(), optimizer_type.lower()
     if name not in kinds:
@@ -31,14 +31,14 @@ def find(optimizer_type: str) -> OptimizerKind:
 
 
 def choice() -> Choice:
-    """What `[optimizer] type` may be."""
+    """The choice of `[optimizer] type`."""
     return Choice(lambda name: find(name).settings, {name: kind.settings for name, kind in available().items()})
 
 
 def build(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """The optimizer that `settings` describe, over `groups` (see `parameter_groups.groups_of`).
 
-    A group's own `weight_decay` and `lr` count before those of `settings`.
+    A group's own `weight_decay` and `lr` override those of `settings`.
     Raises UserError if the algorithm cannot run on this machine; see `check`.
     """
     check(settings, "cuda" if torch.cuda.is_available() else "cpu")
@@ -59,5 +59,5 @@ def check(settings: OptimizerSettings, device_type: str) -> None:
 
 
 def state_bytes(settings: OptimizerSettings, parameter: torch.Tensor) -> int:
-    """Bytes of the state that the optimizer keeps of a parameter; see `OptimizerKind`."""
+    """The bytes of optimizer state for a parameter; see `OptimizerKind`."""
     return find(settings.type).state_bytes(settings, parameter)

@@ -1,4 +1,4 @@
-"""What the rest of the house asks of an optimizer. A file of this folder declares some as its `KINDS`."""
+"""The interface of an optimizer. A file in this folder declares its optimizers as `KINDS`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,12 +18,10 @@ class OptimizerKind:
 
     Attributes:
         settings: the class of its keys, whose `type` is a Literal of one name.
-        build: parameter groups, and its keys but `type` by name -> the optimizer. A third party's library is imported
-            here and not before.
-        state_bytes: keys, parameter -> bytes of the state that it keeps of the parameter beside it, once it has taken a
-            step. What is kept once for all parameters, and counts of steps, which are in the machine's memory, are
-            left out.
-        not_on: type of device ("cpu", "cuda") on which it does not run -> why, and what to do.
+        build: (parameter groups, its keys except `type` by name) -> the optimizer. It imports third-party libraries.
+        state_bytes: (keys, parameter) -> the bytes of the parameter's optimizer state after a step, without state for
+            all parameters together and without step counters, which stay in the machine's memory.
+        not_on: type of device ("cpu", "cuda") on which it does not run -> the reason, and what to do.
     """
 
     settings: type[OptimizerSettings]
@@ -33,7 +31,7 @@ class OptimizerKind:
 
     @property
     def type(self) -> str:
-        """The name that chooses it."""
+        """Its name in `[optimizer] type`."""
         name = type_of(self.settings)
         assert name, f"`type` of {self.settings.__name__} is no Literal"
         return name

@@ -1,4 +1,4 @@
-"""Gradient descent, as torch has it."""
+"""Plain gradient descent, by torch."""
 
 from typing import Literal
 
@@ -15,7 +15,7 @@ class SGDSettings(OptimizerSettings):
     type: Literal["sgd"]
     """Algorithm; upper and lower case are alike."""
     momentum: Share = 0.0
-    """Share of the last update that is kept in the next."""
+    """Fraction of the last update that is kept in the next one."""
 
 
 def _state_bytes(settings: SGDSettings, parameter: torch.Tensor) -> int:

@@ -1,4 +1,4 @@
-"""What the modules of a folder declare: a file that is put there is found, and nothing else need be changed."""
+"""Finds what the modules of a package declare, so that adding a file is enough."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def kinds_in(package: str, folders: Iterable[str], without: Iterable[str]) -> tuple[Any, ...]:
-    """The members of `KINDS` of every module in a package's folders, in the order of the modules' names.
+    """The members of `KINDS` in all modules of a package, ordered by the names of the modules.
 
     Args:
-        package: name of the package, as in "optimizers".
+        package: name of the package, such as "optimizers".
         folders: its `__path__`.
-        without: names of the modules that declare none.
+        without: names of the modules without `KINDS`.
     """
     return _kinds_in(package, tuple(folders), frozenset(without))
 

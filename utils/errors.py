@@ -1,4 +1,4 @@
-"""What is wrong in the files a user wrote, gathered so that one run of the program names all of it."""
+"""Mistakes of the user, collected so that one run of the program reports all of them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Problem:
 
 
 class UserError(ValueError):
-    """All mistakes found in the settings; as a string, a screen for the user to read."""
+    """Mistakes of the user or of their files; as a string, a screen of text for them to read."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = list(problems)

@@ -1,4 +1,4 @@
-"""JSON files that programs wrote, and that a broken download or a full disk may have spoilt."""
+"""JSON files written by programs, which a broken download or a full disk may have damaged."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,10 @@ def read_json(path: Path, hint: str = "download it again") -> dict[str, Any]:
     """The JSON object in a file.
 
     Args:
-        hint: what the user is to do if there is none.
+        hint: what the user should do if the file is damaged.
 
     Raises:
-        UserError: the file cannot be read, is no JSON, or holds something else than an object.
+        UserError: the file cannot be read, is not JSON, or contains something other than an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

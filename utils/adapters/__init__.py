@@ -1,4 +1,4 @@
-"""Adapters on a frozen denoiser: each file of a kind declares it in its `KINDS`, one `[adapter] type`."""
+"""Adapters on a frozen denoiser: the file of a kind declares it in its `KINDS`, one `[adapter] type` each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NOT_KINDS = ("attach", "kinds", "presets")
 
 
 def available() -> dict[str, AdapterKind]:
-    """Every kind of adapter, by the `type` that chooses it."""
+    """All kinds of adapters, by `type`."""
     return {type_of(kind.settings): kind for kind in kinds_in(__name__, __path__, NOT_KINDS)}
 
 
@@ -22,7 +22,7 @@ def find(adapter_type: str) -> AdapterKind:
     """The kind of a type.
 
     Raises:
-        ValueError: there is none; names those that there are.
+        ValueError: there is no such kind; names the existing ones.
     """
     kinds = available()
     if adapter_type not in kinds:
@@ -31,22 +31,22 @@ def find(adapter_type: str) -> AdapterKind:
 
 
 def choice() -> Choice:
-    """What `[adapter] type` may be."""
+    """The choice of `[adapter] type`."""
     return Choice(lambda name: find(name).settings, {name: kind.settings for name, kind in available().items()})
 
 
 def kind_of(module: nn.Module) -> AdapterKind | None:
-    """The kind of adapter that a module is adapted by, if it is."""
+    """The kind of adapter that a module has; None for a module without one."""
     return next((kind for kind in available().values() if kind.base_of(module) is not None), None)
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """The module that an adapted one stands for; another module itself."""
+    """The original module of an adapted one; any other module itself."""
     kind = kind_of(module)
     return module if kind is None else kind.base_of(module)
 
 
 def recognised(names: Iterable[str]) -> AdapterKind | None:
-    """The kind of adapter that a file with tensors of these names holds."""
+    """The kind of adapter in a file with tensors of these names."""
     names = list(names)
     return next((kind for kind in available().values() if kind.is_in(names)), None)

@@ -1,6 +1,6 @@
-"""Puts an adapter onto a denoiser: what is the same for all kinds of adapters.
+"""Attaches an adapter to a denoiser: the part that is common to all kinds of adapters.
 
-Outside this folder a parameter has one name, without what adapted modules put into it (see `kinds.py`).
+Outside this folder a parameter has one name, without the additions of adapted modules (see `kinds.py`).
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from utils.settings.schema import AdapterSettings
 
 
 def base_name(name: str) -> str:
-    """A parameter's name as it is without an adapter, or as an adapter's file has it."""
+    """A parameter's name without the additions of adapters, as in an adapter's file."""
     return name.replace(".base_layer.", ".").replace(f".{ADAPTER}.", ".")
 
 
 def is_factor(name: str) -> bool:
-    """Whether a parameter's name is that of an adapter's."""
+    """Whether a parameter with this name belongs to an adapter."""
     return any(kind.mark in name for kind in adapters.available().values())
 
 
 def targets(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings) -> list[str]:
-    """Names of the Linears, and convolutions if they are asked for, inside the denoiser's repeated blocks that the
-    patterns let through.
+    """Names of the Linears, and of convolutions if requested, that lie in the denoiser's repeated blocks and pass the
+    patterns.
 
     Args:
         blocks: names of lists of blocks, or patterns of such names.
@@ -62,7 +62,7 @@ def _chosen(name: str, settings: AdapterSettings) -> bool:
 
 
 def attach(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings) -> None:
-    """Freezes the denoiser and puts factors on its target modules, still without values (on the meta device)."""
+    """Freezes the denoiser and adds factors to its target modules, still without values (on the meta device)."""
     names = targets(denoiser, blocks, settings)
     denoiser.requires_grad_(False)
     adapters.find(settings.type).put(denoiser, names, settings)
@@ -75,8 +75,8 @@ def adapted(denoiser: nn.Module) -> dict[str, tuple[AdapterKind, nn.Module]]:
 
 
 def adaptable(denoiser: nn.Module) -> dict[str, nn.Module]:
-    """The modules that an adapter may have been made for, adapted ones among them, by name; without what adapted
-    modules are made of."""
+    """The modules for which an adapter may have been made, including adapted ones, by name; without the inner modules
+    of adapted ones."""
     inner = tuple(f"{name}." for name in adapted(denoiser))
     return {
         name: module
@@ -87,7 +87,7 @@ def adaptable(denoiser: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def switched_off(denoiser: nn.Module) -> Iterator[None]:
-    """Within it the denoiser does what it does without its adapter, bit for bit."""
+    """A context in which the denoiser computes the same as without its adapter, bit for bit."""
     with ExitStack() as switches:
         for kind, module in adapted(denoiser).values():
             switches.enter_context(kind.switched_off(module))
@@ -95,8 +95,8 @@ def switched_off(denoiser: nn.Module) -> Iterator[None]:
 
 
 def initialise(denoiser: nn.Module, layers: Iterable[nn.Module], settings: AdapterSettings, seed: int) -> None:
-    """Gives the factors in `layers` their first values, drawn from (seed, module name), so that they are the same
-    however the denoiser is cut."""
+    """Gives the factors in `layers` their first values, drawn from (seed, module name), so that they do
+    not depend on how the denoiser is cut."""
     held = {id(module) for layer in layers for module in layer.modules()}
     dtype = torch_dtype(settings.dtype)
     for name, (kind, module) in adapted(denoiser).items():
@@ -115,7 +115,7 @@ def load(denoiser: nn.Module, layers: Iterable[nn.Module], tensors: Mapping[str,
     """Copies an adapter's factors, under our names, into those held by `layers`.
 
     Raises:
-        UserError: a tensor has no place, or another shape (another rank or another model).
+        UserError: a tensor has no counterpart, or another shape (another rank or another model).
     """
     parameters = {base_name(name): p for name, p in denoiser.named_parameters() if is_factor(name)}
     check_fits({name: tuple(p.shape) for name, p in parameters.items()}, tensors, source)
@@ -127,7 +127,7 @@ def load(denoiser: nn.Module, layers: Iterable[nn.Module], tensors: Mapping[str,
 
 
 def check_fits(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    """Whether an adapter's tensors are those of this configuration; see `load`."""
+    """Whether an adapter's tensors fit this configuration; see `load`."""
     for name, tensor in tensors.items():
         if name not in shapes:
             raise UserError.of(

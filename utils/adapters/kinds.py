@@ -1,7 +1,7 @@
-"""What the rest of the house asks of a kind of adapter. A file of this folder declares it in its `KINDS`.
+"""The interface of a kind of adapter. A file in this folder declares its kinds as `KINDS`.
 
-A kind replaces a module by one that holds it as `base_layer` and factors beside it. Outside this folder a parameter has
-one name, without `base_layer` and the name of the adapter.
+A kind replaces a module by one that contains the original as `base_layer`, and factors. Outside this folder a parameter
+has one name, without `base_layer` and without the name of the adapter.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from utils.settings.values import Count, Positive, SettingsTable
 
 Tensors = dict[str, torch.Tensor]
 ADAPTER = "default"
-"""What adapters are called, within adapted modules."""
+"""The name of the adapter in adapted modules."""
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
 class LowRankKeys(SettingsTable):
     """The keys of adapters whose update has a low rank."""
 
-    # Here too, so that it stays the first key of those that are written.
+    # Repeated here, so that it stays the first key in written files.
     type: str
     """Kind of adapter."""
     rank: Count | None = None
@@ -37,7 +37,7 @@ class LowRankKeys(SettingsTable):
 
 
 class FileLayout(Protocol):
-    """A model's names in kohya's files, for kinds that know such; a model's `KeyLayout` is one."""
+    """A model's names in kohya's files, for kinds that have such files; a model's `KeyLayout` is one."""
 
     def lora_to_kohya(
         self, factors: Mapping[str, torch.Tensor], scale_of: Callable[[str], float], rows_of: Callable[[str], int]
@@ -50,11 +50,11 @@ class FileLayout(Protocol):
 
 @dataclass(frozen=True)
 class ModelNames:
-    """What a model's modules are called, here and in files.
+    """The names of a model's modules, here and in files.
 
     Attributes:
-        folder: of a diffusers folder that has the denoiser. Names of modules begin with it where several are trained.
-        modules: those that can be adapted, or are; by name.
+        folder: the denoiser's part of a diffusers folder. Names of modules begin with it if several parts are trained.
+        modules: the modules that can be adapted or are adapted, by name.
         layout: their names in kohya's files, which ComfyUI reads; None if they are not known.
     """
 
@@ -63,7 +63,7 @@ class ModelNames:
     layout: FileLayout | None
 
     def rows_of(self, module: str) -> int:
-        """Outputs of a module."""
+        """The number of outputs of a module."""
         return self.modules[module].out_features
 
 
@@ -72,9 +72,9 @@ class AdapterFile:
     """A safetensors file of an adapter.
 
     Attributes:
-        tensors: under the names of the program that wrote it, or is to read it.
+        tensors: under the names of the program that wrote it or that will read it.
         metadata: of its header.
-        path: where it lies; None before it is written.
+        path: None before it is written.
     """
 
     tensors: Tensors
@@ -84,11 +84,11 @@ class AdapterFile:
 
 @dataclass(frozen=True)
 class ExportWishes:
-    """How an adapter is to be exported.
+    """How an adapter is exported.
 
     Attributes:
         formats: "diffusers", "comfyui".
-        names: of the model's modules.
+        names: the names of the model's modules.
         parts: folder of each trained module -> its tensors' names within it -> their names here.
         metadata: about the run, for the header of every file.
     """
@@ -100,21 +100,21 @@ class ExportWishes:
 
 
 class Update(Protocol):
-    """What an adapter adds to the weight of one module."""
+    """The update of one module's weight by an adapter."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """The shape of the weight."""
 
     def delta(self) -> torch.Tensor:
-        """The whole of it, in float32."""
+        """The whole update, in float32."""
 
     def kept(self, weight: float) -> tuple[torch.Tensor, ...]:
-        """What is kept beside a Linear so that so much of it can work there."""
+        """The tensors that are kept beside a Linear to apply `weight` times the update there."""
 
     @staticmethod
     def applied(x: torch.Tensor, *kept: torch.Tensor) -> torch.Tensor:
-        """What is added to the outputs for `x`, by what is `kept`."""
+        """The addition to the outputs for `x`, computed from the `kept` tensors."""
 
 
 class AdapterKind(Protocol):
@@ -122,7 +122,7 @@ class AdapterKind(Protocol):
 
     Attributes:
         settings: the class of its keys, whose `type` is a Literal of one name.
-        name: what it is called in messages.
+        name: its name in messages.
         mark: part of the name of every factor, and of no other tensor, here and in its files.
     """
 
@@ -134,43 +134,43 @@ class AdapterKind(Protocol):
         """Replaces modules of the denoiser by adapted ones, whose factors are on the meta device."""
 
     def base_of(self, module: nn.Module) -> nn.Module | None:
-        """The module that an adapted one holds; None of a module that this kind does not adapt."""
+        """The original module in an adapted one; None for a module that this kind has not adapted."""
 
     def reset(self, module: nn.Module, dtype: torch.dtype) -> None:
         """Gives an adapted module's factors their first values, which have no effect, on the CPU; draws them from
         torch's random state."""
 
     def scale_of(self, module: nn.Module) -> float:
-        """The factor on what an adapted module's factors make of their input."""
+        """The factor by which the update of an adapted module is multiplied."""
 
     def switched_off(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Within it an adapted module does what its base does, bit for bit."""
+        """A context in which an adapted module computes the same as its base, bit for bit."""
 
     def is_in(self, names: Sequence[str]) -> bool:
         """Whether a file with tensors of these names is one of this kind."""
 
     def from_file(self, file: AdapterFile, names: ModelNames, scale_of: Callable[[str], float]) -> Tensors:
-        """A file's factors under our names, such that with the scale of each module they have the effect that the file
-        has in the program which wrote it.
+        """A file's factors under our names. With the scale of each module they have the same effect as the file has in
+        the program that wrote it.
 
         Raises:
             UserError: the file is damaged, or its names are not known for this model.
         """
 
     def to_files(self, factors: Tensors, settings: Any, wishes: ExportWishes) -> dict[str, AdapterFile | str]:
-        """The files of an export by their names; a text is written as it is."""
+        """The files of an export by name; a text is written as it is."""
 
     def updates(self, factors: Mapping[str, torch.Tensor]) -> Mapping[str, Update]:
-        """What factors under our names add to the weights of their modules, by module, at a scale of 1.
+        """The updates of weights by factors under our names, by module, with a scale of 1.
 
         Raises:
-            ValueError: they are of a form that is not known.
+            ValueError: the factors have an unknown form.
         """
 
 
 @contextmanager
 def without_scale(module: nn.Module) -> Iterator[None]:
-    """`switched_off` of modules that leave their factors out where their `scaling` is 0."""
+    """`switched_off` for modules that skip their factors if their `scaling` is 0."""
     scale = module.scaling[ADAPTER]
     module.scaling[ADAPTER] = 0.0
     try:

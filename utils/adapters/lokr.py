@@ -43,8 +43,8 @@ class LokrSettings(AdapterSettings, LowRankKeys):
     type: Literal["lokr"]
     """Kind of adapter."""
     factor: Count | None = None
-    """Sides of the small matrix, at most; each divides that of the weight. Default: as near to a square root as can be,
-    which makes both matrices alike."""
+    """Sides of the small matrix, at most; each divides that of the weight. Default: as close to the square root as
+    possible, which makes both matrices alike."""
     factors: dict[str, Count] = {}
     """Other factors by glob pattern, as in `{ "attn" = 8, "FeedForward" = 16 }`: the first is taken that may match
     anywhere in a module's name, or is the class of a module around it."""
@@ -55,7 +55,7 @@ class LokrSettings(AdapterSettings, LowRankKeys):
     decompose_both: bool = False
     """Give the small matrix that rank too."""
     convolutions: Literal[False] = False
-    """Linears alone are adapted."""
+    """Only Linears are adapted."""
 
 
 def split(dimension: int, factor: int | None) -> tuple[int, int]:
@@ -71,7 +71,7 @@ class LokrLinear(nn.Module):
     `lokr_w2_a` (K, R) @ `lokr_w2_b` (R, N). They are on the meta device until `reset`.
 
     Attributes:
-        scaling: the scale, as PEFT's layers have it: by name of the adapter.
+        scaling: the scale by name of the adapter, as in PEFT's layers.
     """
 
     def __init__(self, base_layer: nn.Linear, settings: LokrSettings, factor: int | None):
@@ -86,7 +86,7 @@ class LokrLinear(nn.Module):
         }
         for name, shape in self.shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
-        # Where both factors are whole there is no rank to divide by.
+        # If both factors are full matrices, there is no rank to divide by.
         is_low = len(self.shapes) > 2 and settings.alpha is not None
         self.scaling = {ADAPTER: settings.alpha / rank if is_low else 1.0}
 
@@ -106,17 +106,17 @@ class LokrLinear(nn.Module):
 
     @property
     def out_features(self) -> int:
-        """The base's, by which files that split a module's update are read."""
+        """That of the base."""
         return self.base_layer.out_features
 
     @property
     def weight(self) -> torch.Tensor:
-        """The base's, at which blocks look."""
+        """That of the base, which some blocks read."""
         return self.base_layer.weight
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """The base's."""
+        """That of the base."""
         return self.base_layer.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -130,32 +130,32 @@ class LokrLinear(nn.Module):
 def _product(x: torch.Tensor, w1_LM: torch.Tensor, w2_KN: torch.Tensor) -> torch.Tensor:
     """`x` @ kron(w1, w2).T.
 
-    The Kronecker product is never made: what it does to a row of inputs is w1 X w2^T with the row as a matrix X.
+    The Kronecker product is never computed: applied to a row of inputs it is w1 X w2^T with the row as a matrix X.
     """
     rows_MN = rearrange(x, "... (m n) -> ... m n", m=w1_LM.shape[1])
     return rearrange(w1_LM @ (rows_MN @ w2_KN.T), "... l k -> ... (l k)")
 
 
 def _shapes(name: str, rows: int, columns: int, rank: int | None) -> dict[str, tuple[int, int]]:
-    """The parameters of a factor. Where two matrices of this rank would be no smaller than one, it is whole."""
+    """The parameters of a factor. If two matrices of this rank would not be smaller than one, it is a full matrix."""
     if rank is None or rank >= max(rows, columns) / 2:
         return {name: (rows, columns)}
     return {f"{name}_a": (rows, rank), f"{name}_b": (rank, columns)}
 
 
 class KroneckerUpdate(NamedTuple):
-    """What a LoKr adds to a Linear's weight: kron(w1, w2)."""
+    """The update of a Linear's weight by a LoKr: kron(w1, w2)."""
 
     w1_LM: torch.Tensor
     w2_KN: torch.Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """The shape of the weight."""
         return tuple(first * second for first, second in zip(self.w1_LM.shape, self.w2_KN.shape, strict=True))
 
     def delta(self) -> torch.Tensor:
-        """The whole of it in float32."""
+        """The whole update in float32."""
         return torch.kron(self.w1_LM.float(), self.w2_KN.float())
 
     def kept(self, weight: float) -> tuple[torch.Tensor, ...]:
@@ -203,7 +203,7 @@ class Lokr:
         return any(self.mark in name for name in names)
 
     def from_file(self, file: AdapterFile, names: ModelNames, scale_of: Callable[[str], float]) -> Tensors:
-        """Reads LyCORIS's names. Tensors of modules that the model has not stay under the names that they have."""
+        """Reads LyCORIS's names. Tensors of modules that the model does not have keep their names."""
         known = {name.removeprefix(f"{names.folder}.").replace(".", "_"): name for name in names.modules}
         ranks, factors = _ranks(file.tensors), {}
         for key, tensor in file.tensors.items():
@@ -253,7 +253,7 @@ def _whole(parts: Tensors, name: str, module: str) -> torch.Tensor:
 
 
 def _factor_of(denoiser: nn.Module, name: str, settings: LokrSettings) -> int | None:
-    """That of the first pattern which is found in the module's name, or is the class of a module that it is part of."""
+    """The factor of the first pattern that occurs in the module's name, or that is the class of a module around it."""
     parts = name.split(".")
     wholes = [type(denoiser.get_submodule(".".join(parts[:count]))).__name__ for count in range(1, len(parts) + 1)]
     fitting = (
@@ -265,5 +265,5 @@ def _factor_of(denoiser: nn.Module, name: str, settings: LokrSettings) -> int | 
 
 
 def _ranks(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Of the modules of which a factor is a product."""
+    """The ranks of the modules of which a factor is a product."""
     return {name.rpartition(".")[0]: len(tensor) for name, tensor in tensors.items() if name.endswith("_b")}

@@ -1,7 +1,7 @@
-"""LoRA, as PEFT has it: the update of a layer is the product of two matrices of a low rank (Hu et al. 2021).
+"""LoRA, implemented by PEFT: the update of a layer is the product of two matrices of low rank (Hu et al. 2021).
 
-PEFT wraps each adapted module: `to_q.weight` becomes `to_q.base_layer.weight`, beside it stand
-`to_q.lora_A.default.weight` and `to_q.lora_B.default.weight`.
+PEFT wraps each adapted module: `to_q.weight` becomes `to_q.base_layer.weight`, and `to_q.lora_A.default.weight` and
+`to_q.lora_B.default.weight` are added.
 
 Shapes: R rank, I inputs, O outputs of a layer.
 """
@@ -39,7 +39,7 @@ COMFYUI = "comfyui"
 
 
 class LoraSettings(AdapterSettings, LowRankKeys):
-    """`type = "lora"`: LoRA, whose update of a layer is the product of two matrices of a low rank."""
+    """`type = "lora"`: LoRA, whose update of a layer is the product of two matrices of low rank."""
 
     binds_checkpoint: ClassVar[tuple[str, ...]] = ("type", "rank", "alpha", "include", "exclude")
 
@@ -50,18 +50,19 @@ class LoraSettings(AdapterSettings, LowRankKeys):
 
 
 class LowRankUpdate(NamedTuple):
-    """What a LoRA adds to a layer's weight: up @ down. Of a convolution they are (R, I, ...) and (O, R, 1, ...)."""
+    """The update of a layer's weight by a LoRA: up @ down. For a convolution they are (R, I, ...) and (O, R, 1,
+    ...)."""
 
     down: torch.Tensor
     up: torch.Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """The shape of the weight."""
         return len(self.up), *self.down.shape[1:]
 
     def delta(self) -> torch.Tensor:
-        """The whole of it in float32, in the shape of the weight."""
+        """The whole update in float32, in the shape of the weight."""
         return (self.up.flatten(1).float() @ self.down.flatten(1).float()).view(self.shape)
 
     def kept(self, weight: float) -> tuple[torch.Tensor, ...]:
@@ -70,7 +71,7 @@ class LowRankUpdate(NamedTuple):
 
     @staticmethod
     def applied(x: torch.Tensor, *kept: torch.Tensor) -> torch.Tensor:
-        """`x` through one and the other."""
+        """`x` through both factors."""
         down, up = kept
         return functional.linear(functional.linear(x, down), up)
 
@@ -84,10 +85,10 @@ class Lora:
 
     def put(self, denoiser: nn.Module, names: Sequence[str], settings: LoraSettings) -> None:
         """As PEFT does."""
-        # PEFT is imported where it is used: reading a file's keys needs none of it.
+        # PEFT is imported here, since reading settings does not need it.
         from peft import LoraConfig, inject_adapter_in_model
 
-        # As a pattern, which has to fit a whole name: of names in a list PEFT also takes what ends like one.
+        # A pattern must match the whole name; with a list, PEFT also adapts modules whose names end with an entry.
         pattern = "|".join(map(re.escape, names))
         config = LoraConfig(
             r=settings.rank,
@@ -115,7 +116,7 @@ class Lora:
         return module.scaling[ADAPTER]
 
     def switched_off(self, module: nn.Module) -> AbstractContextManager[None]:
-        """PEFT's layers do nothing at a scale of 0."""
+        """PEFT's layers add nothing with a scale of 0."""
         return without_scale(module)
 
     def is_in(self, names: Sequence[str]) -> bool:
@@ -192,7 +193,7 @@ def _from_kohya(file: AdapterFile, names: ModelNames) -> Tensors:
 
 def _from_peft(file: AdapterFile, names: ModelNames) -> tuple[Tensors, dict[str, float]]:
     """Factors under the names of diffusers, PEFT or ComfyUI, and the scale of each `lora_B`."""
-    # Where several modules are trained together, our names begin with the folder too.
+    # If several modules are trained together, our names begin with the folder too.
     several = any(module.startswith(f"{names.folder}.") for module in names.modules)
     folder = "" if several else f"{names.folder}."
     factors = {
@@ -210,7 +211,8 @@ def _from_peft(file: AdapterFile, names: ModelNames) -> tuple[Tensors, dict[str,
 
 
 def _common_alpha(file: AdapterFile) -> float | None:
-    """The alpha of all modules: by the header, where diffusers keeps it, or by PEFT's configuration beside the file."""
+    """The alpha of all modules, from the header, where diffusers keeps it, or from PEFT's configuration beside the
+    file."""
     known = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
     config = file.path.with_name("adapter_config.json")
     if not known and config.is_file():
@@ -219,17 +221,17 @@ def _common_alpha(file: AdapterFile) -> float | None:
 
 
 def _scale(name: str, factors: Tensors, alphas: Mapping[str, float], common_alpha: float | None) -> float:
-    """alpha / rank of the module that a `lora_B` belongs to: by its own alpha, that of all modules, or 1."""
+    """alpha / rank of the module to which a `lora_B` belongs: with its own alpha, with that of all modules, or 1."""
     module = name.removesuffix(B)
     rank = factors[f"{module}{A}"].shape[0]
     return alphas.get(module, rank if common_alpha is None else common_alpha) / rank
 
 
 def _diffusers_metadata(wishes: ExportWishes, config: Mapping[str, Any]) -> dict[str, object]:
-    """What diffusers wants to know of each part's adapter, from that of all."""
+    """The metadata of each part's adapter that diffusers reads."""
     known: dict[str, object] = {}
     for part, names in wishes.parts.items():
-        # Where these are without the prefix of CLIP's files, diffusers finds them in newer and older CLIPs.
+        # Without the prefix of CLIP's files, diffusers finds them in newer and older CLIPs.
         modules = [name.removeprefix("text_model.") for name in sorted({own.split(Lora.mark)[0] for own in names})]
         values = {**config, "target_modules": modules}
         if modules:

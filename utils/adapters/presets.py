@@ -1,5 +1,5 @@
-"""Adapters that are there before training begins: fused into the base weights, or at work beside them, frozen. What is
-trained then learns the difference to them.
+"""Adapters that are applied before training begins: fused into the base weights, or frozen beside them. Training then
+learns the difference.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from utils.errors import UserError
 
 
 def check_fits(denoiser: nn.Module, updates: Mapping[str, Update], source: str) -> None:
-    """Whether updates are those of the denoiser's modules.
+    """Whether updates fit the denoiser's modules.
 
     Raises:
-        UserError: a module is not there, or of another size.
+        UserError: a module does not exist, or has another size.
     """
     shapes = {name: tuple(p.shape) for name, p in denoiser.named_parameters()}
     for module, update in updates.items():
         shape = shapes.get(f"{module}.weight", shapes.get(f"{module}.base_layer.weight"))
         if shape is None:
-            raise UserError.of(f"adapts '{module}', which this model has not; is it another model's?", source)
+            raise UserError.of(f"adapts '{module}', which this model does not have; is it another model's?", source)
         if update.shape != shape:
             raise UserError.of(
                 f"adapts '{module}' as if it were {list(update.shape)}, and it is {list(shape)}; is it another "
@@ -36,7 +36,7 @@ def check_fits(denoiser: nn.Module, updates: Mapping[str, Update], source: str) 
 
 @torch.no_grad()
 def fuse(denoiser: nn.Module, layers: Iterable[nn.Module], updates: Mapping[str, Update], weight: float) -> None:
-    """Adds so much of the updates to the weights that `layers` hold."""
+    """Adds `weight` times the updates to the weights that `layers` hold."""
     for module, update in _held(denoiser, layers, updates):
         changed = module.weight.float() + weight * update.delta().to(module.weight.device)
         module.weight.copy_(changed.to(module.weight.dtype))
@@ -45,22 +45,22 @@ def fuse(denoiser: nn.Module, layers: Iterable[nn.Module], updates: Mapping[str,
 def attach_frozen(
     denoiser: nn.Module, layers: Iterable[nn.Module], updates: Mapping[str, Update], weight: float
 ) -> None:
-    """Lets so much of the updates work in the modules that `layers` hold, beside weights that stay as they are."""
+    """Applies `weight` times the updates in the modules that `layers` hold, without changing their weights."""
     for module, update in _held(denoiser, layers, updates):
         assert isinstance(module, nn.Linear), "checked before"
         before = sum(name.startswith("preset") for name, _ in module.named_buffers())
         kept = {f"preset{number}": tensor for number, tensor in enumerate(update.kept(weight), start=before)}
-        # Buffers follow the module to its device, and are no parameters: neither trained nor exported.
+        # Buffers move with the module, and are not parameters: they are neither trained nor exported.
         for name, tensor in kept.items():
             module.register_buffer(name, tensor.to(module.weight.dtype), persistent=False)
         module.register_forward_hook(partial(_add, update.applied, tuple(kept)))
 
 
 def check_beside(denoiser: nn.Module, updates: Mapping[str, Update], source: str) -> None:
-    """Whether updates can work beside their modules.
+    """Whether updates can be applied beside their modules.
 
     Raises:
-        UserError: one is of a layer that is not a Linear.
+        UserError: an update belongs to a layer that is not a Linear.
     """
     others = [name for name in updates if not isinstance(adapters.base_of(denoiser.get_submodule(name)), nn.Linear)]
     if others:

@@ -1,1 +1,1 @@
-"""What turns pictures, clips and captions into what the cache keeps."""
+"""Encoders that turn pictures, clips and captions into cached features."""

@@ -1,4 +1,4 @@
-"""CLIP text encoders, for models that read their words and not only their summary; frozen, or trained in the entry.
+"""CLIP text encoders for models that read all tokens and not only the pooled text; frozen, or trained in the entry.
 
 Shapes: B captions, L tokens, D features. A weighted caption is a list of its pieces, (text, weight).
 """
@@ -25,13 +25,13 @@ Pieces = Sequence[tuple[str, float]]
 
 @dataclass(frozen=True)
 class ClipFeatures(HiddenStates):
-    """A hidden state of CLIP, of `length` tokens (B, L, D), padding included and without a mask, as inference makes it;
-    and beside it what CLIP pools of the caption (B, D), on which weights have no bearing.
+    """A hidden state of CLIP with `length` tokens (B, L, D), including padding and without a mask, as in inference; and
+    the pooled feature of the caption (B, D), which weights do not change.
 
     Attributes:
-        pooled: of transformers' output: with CLIP's projection, without it, or None for no pooled feature.
-        layer: which hidden state: that before the last layer is -2.
-        normalised: whether it goes through CLIP's last norm.
+        pooled: the field of transformers' output: with CLIP's projection, without it, or None for no pooled feature.
+        layer: index of the hidden state; -2 is the one before the last layer.
+        normalised: whether it passes through CLIP's last norm.
     """
 
     name: str
@@ -49,8 +49,8 @@ class ClipFeatures(HiddenStates):
         return self.of_tokens(text_encoder, tokens_BL.to(text_encoder.device), weights_BL.to(text_encoder.device))
 
     def tokens(self, tokenizer: Any, captions: list[Pieces]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Numbers of the captions' tokens and their weights, both (B, L). No token reaches over the end of a piece;
-        what begins, ends and fills up a caption weighs 1."""
+        """The ids of the captions' tokens and their weights, both (B, L). No token spans two pieces; tokens that begin,
+        end and pad a caption have the weight 1."""
         tokens = tokenizer(
             [_texts(pieces) for pieces in captions],
             is_split_into_words=True,
@@ -78,11 +78,11 @@ class ClipFeatures(HiddenStates):
 
 
 def weighed(hidden_BLD: torch.Tensor, weights_BL: torch.Tensor) -> torch.Tensor:
-    """Hidden states h times the weights w of their tokens, brought back to the mean that each caption had over all its
-    tokens and features: h w mean(h) / mean(h w). Where all weights are 1, h as it is.
+    """Hidden states h times the weights w of their tokens, scaled so that the mean over all tokens and features of each
+    caption stays the same: h w mean(h) / mean(h w). If all weights are 1, h is unchanged.
 
-    Of AUTOMATIC1111's web UI, whose emphasis "Original" this is, and kohya's `get_weighted_text_embeddings`. ComfyUI,
-    which moves h away from the empty caption's, and kohya's later code, which leaves the mean, do otherwise.
+    This is the emphasis "Original" of AUTOMATIC1111's web UI, and kohya's `get_weighted_text_embeddings`. ComfyUI moves
+    h away from the empty caption's h, and kohya's later code does not restore the mean.
     """
     wide_BLD = hidden_BLD.float()
     weighed_BLD = wide_BLD * weights_BL[..., None]
@@ -100,7 +100,7 @@ def _texts(pieces: Pieces) -> list[str]:
 
 
 class ClipEncoder(TextEncoder):
-    """A frozen CLIP, which weighs the pieces of captions and yields `<name>` and, if asked for, `<name>_pooled`."""
+    """A frozen CLIP, which weighs the pieces of captions and yields `<name>` and, if requested, `<name>_pooled`."""
 
     reads = ("weighted_caption",)
 
@@ -112,8 +112,8 @@ class ClipEncoder(TextEncoder):
 
 
 class ClipTokens(ClipEncoder):
-    """What a CLIP that is trained reads: the numbers of a caption's tokens, `<name>_tokens`, and what they weigh,
-    `<name>_weights`, from which the model makes features itself. Its own weights are the model's to load."""
+    """The input of a CLIP that is trained: the ids of a caption's tokens, `<name>_tokens`, and their weights,
+    `<name>_weights`. The model computes the features itself and loads the weights of this CLIP."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -133,17 +133,17 @@ class ClipTokens(ClipEncoder):
 
 
 def clip_module(encoder: TextEncoder, *, loaded: bool) -> nn.Module:
-    """CLIP as a part of what is trained, with its weights or as it is born; its parameters are named as in its files.
+    """CLIP as a trained module, with its weights or with initial ones; its parameters have the names of its files.
 
     Args:
-        encoder: the `ClipEncoder` or `ClipTokens` of it.
+        encoder: its `ClipEncoder` or `ClipTokens`.
     """
     model = encoder.load_model() if loaded else encoder.model_class(encoder.config())
     return model if hasattr(model, "text_model") else _Nested(model)
 
 
 class _Nested(nn.Module):
-    """transformers keeps a CLIP without projection one level higher than its files, and all adapters, have it."""
+    """Adds the level that the files and all adapters of a CLIP without projection have, and transformers has not."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The first frame of a clip as what the rest is made from: encoded by the clip's VAE, and seen by CLIP.
+"""The first frame of a clip as a condition: encoded by the clip's VAE, and seen by CLIP.
 
 Shapes: B batch, C channels, F frames, H W pixels, f h w latent cells, L tokens, D features.
 """
@@ -24,8 +24,8 @@ CONFIG_KEYS = ("hidden_size", "image_size", "patch_size")
 
 
 class FirstFrameAutoencoder(WanAutoencoder):
-    """Wan's VAE as an `Encoder` of a clip of which only the first frame is there and the others are grey: what a model
-    that makes clips of pictures is shown. Yields `first_frame_latents`, the middle of their distribution."""
+    """Wan's VAE as an `Encoder` of a clip whose first frame is kept and whose other frames are grey, as models that
+    make clips from pictures see it. Yields `first_frame_latents`, the mode of their distribution."""
 
     def __init__(self, folder: Path, file: Path | None, dtype: torch.dtype):
         super().__init__(folder, file, dtype, draw="mode")
@@ -40,10 +40,10 @@ class FirstFrameAutoencoder(WanAutoencoder):
 
 class ClipVision:
     """CLIP's picture encoder as an `Encoder` of the first frame: `clip_vision`, the hidden state before the last layer
-    (L, D), as inference takes it.
+    (L, D), as in inference.
 
-    Inference shows it the picture as the user gives it, here it comes at the size of the clip: what was cut off to make
-    the clip's shape is not seen.
+    In inference CLIP sees the picture that the user gives; here it sees the picture at the size of the clip, without
+    what was cropped to get the clip's shape.
     """
 
     name = "clip_vision"
@@ -59,16 +59,16 @@ class ClipVision:
 
     @cached_property
     def config(self) -> dict:
-        """Of the encoder.
+        """The configuration of the encoder.
 
         Raises:
-            UserError: it is missing, damaged, or another model's.
+            UserError: it is missing, damaged, or belongs to another model.
         """
         return read_config(self.folder, PART, model="clip_vision_model", keys=CONFIG_KEYS)
 
     @cached_property
     def processor(self) -> CLIPImageProcessorPil:
-        """What makes the encoder's input of a picture.
+        """The processor that turns a picture into the encoder's input.
 
         Raises:
             UserError: its settings are missing or damaged.
@@ -113,9 +113,8 @@ class ClipVision:
 
 
 def given_frames(latents: torch.Tensor, group: int) -> torch.Tensor:
-    """The mask channels beside such a clip's latents (B, C, f, h, w): (B, group, f, h, w), ones where a frame is given,
-    which is the first; each latent frame stands for `group` frames, the first of them for one that counts `group`
-    times."""
+    """The mask channels for such a clip's latents (B, C, f, h, w): (B, group, f, h, w), ones for the given first frame.
+    Each latent frame covers `group` frames; the first covers a single one, which counts `group` times."""
     mask = latents.new_zeros(len(latents), group, *latents.shape[2:])
     mask[:, :, 0] = 1.0
     return mask

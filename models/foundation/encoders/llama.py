@@ -1,4 +1,4 @@
-"""Llama as a text encoder of which many hidden states are read, in 4 bits if the GPU is small.
+"""Llama as a text encoder with several hidden states, in 4 bits if the GPU is small.
 
 Shapes: B captions, N states, L tokens, D features.
 """
@@ -22,7 +22,8 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class StatesFeatures(TextFeatures):
-    """What some layers of a language model give (B, N, L, D), for models that see the padding up to `length` too."""
+    """The outputs of some layers of a language model (B, N, L, D), for models that also see the padding up to
+    `length`."""
 
     name: str
     length: int
@@ -35,12 +36,12 @@ class StatesFeatures(TextFeatures):
         tokens = tokenizer(captions, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
         tokens = tokens.to(text_encoder.device)
         output = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True)
-        # The first state is what goes into the first layer.
+        # The first state is the input of the first layer.
         return {self.name: torch.stack([output.hidden_states[1 + layer] for layer in self.layers], dim=1)}
 
 
 class LlamaStates(LlamaModel):
-    """Llama without what makes words of its states, which its files have."""
+    """Llama without the language modelling head that its files contain."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
@@ -64,7 +65,7 @@ class LlamaEncoder(TextEncoder):
     @cached_property
     def tokenizer(self) -> Any:
         tokenizer = load_tokenizer(self.tokenizer_folder, names_padding=False)
-        # Llama has no token of its own for it, and the stock pipelines fill up with the one that ends a text.
+        # Llama has no padding token, and the stock pipelines pad with the end token.
         tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 

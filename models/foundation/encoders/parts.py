@@ -1,4 +1,4 @@
-"""The parts of one model: where a diffusers folder, or an option, has its denoiser and its text encoders."""
+"""The parts of a model: where its denoiser and its text encoders are, in a diffusers folder or by an option."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class ModelParts:
     Attributes:
         denoiser_class: the stock class of diffusers.
         denoiser_folder: where a diffusers folder keeps the denoiser.
-        config_keys: what the denoiser's configuration must have.
+        config_keys: keys that the denoiser's configuration must have.
         text_parts: the text encoders, and where a diffusers folder keeps them.
-        dtype: in which text encoders compute.
+        dtype: the type in which text encoders compute.
     """
 
     options: ModelSettings

@@ -1,4 +1,4 @@
-"""What Qwen-Image and its Edit models ask Qwen2.5-VL about a caption and its pictures."""
+"""The prompts with which Qwen-Image and its Edit models give captions and pictures to Qwen2.5-VL."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ ALTER = (
     "requirements while maintaining consistency with the original input where appropriate."
 )
 DESCRIBE_TOKENS, ALTER_TOKENS = 34, 64
-"""How many tokens of the templates precede the user's words: the model does not see them."""
+"""The number of template tokens before the user's text, which the model does not see."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What tells an Edit model from others; the weights have the same shapes.
+    """What distinguishes an Edit model from others; the weights have the same shapes.
 
     Attributes:
-        controls: how many control images it takes.
-        picture: what stands for one in its prompt; `{}` is its number.
-        area: at which the text encoder sees one, in pixels.
+        controls: the largest number of control images.
+        picture: the text for one control image in the prompt; `{}` is its number.
+        area: the area in pixels at which the text encoder sees a control image.
     """
 
     controls: int = 0
@@ -37,7 +37,7 @@ class Variant:
     area: int = 0
 
     def prompt(self, name: str, controls: int) -> Prompt:
-        """What is read of a caption together with this many control images, all its tokens; `name` is the features'."""
+        """The prompt for a caption with this many control images; all tokens are read. `name` is the features' name."""
         pictures = "".join(self.picture.format(number + 1) for number in range(controls))
         return Prompt(name, CHAT.format(ALTER, pictures + "{}"), ALTER_TOKENS, None)
 
@@ -51,5 +51,5 @@ VARIANTS = {
 
 
 def caption_prompt(name: str, length: int) -> Prompt:
-    """What is read of a caption alone, of up to `length` tokens; `name` is the features'."""
+    """The prompt for a caption without pictures, with up to `length` tokens. `name` is the features' name."""
     return Prompt(name, CHAT.format(DESCRIBE, "{}"), DESCRIBE_TOKENS, DESCRIBE_TOKENS + length)

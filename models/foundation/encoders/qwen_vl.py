@@ -1,4 +1,4 @@
-"""Qwen2.5-VL as text encoders: of captions in a model's template, and of captions together with pictures.
+"""Qwen2.5-VL as a text encoder for captions in a model's template, and for captions together with pictures.
 
 Shapes: B samples, L tokens, D features, C channels, F frames, H W pixels.
 """
@@ -26,23 +26,23 @@ from utils.errors import UserError
 from utils.media.writing import tensor_to_image
 
 PICTURE = "<|image_pad|>"
-"""The token that stands for a picture in a template."""
+"""The token that represents a picture in a template."""
 PROCESSOR = "processor"
 """The part of a diffusers folder that says how pictures are prepared."""
 SIDE = 32
-"""What the sides of pictures that the encoder sees are multiples of."""
+"""The sides of pictures for the encoder are multiples of this."""
 
 
 @dataclass(frozen=True)
 class Prompt(TextFeatures):
-    """What Qwen2.5-VL is given of a caption, and which of its last hidden states are features: of each caption
-    B times (l, D), and a mask (l,) of ones beside it.
+    """The text that Qwen2.5-VL reads for a caption, and which of its last hidden states are features: for each caption
+    (l, D), and a mask (l,) of ones.
 
     Attributes:
         name: of the features.
-        template: with `{}` in the caption's place.
-        skipped: how many tokens of the template's beginning are no features.
-        length: how many tokens are read, those of the template included; None for all.
+        template: the text, with `{}` for the caption.
+        skipped: number of tokens at the beginning of the template that are not features.
+        length: number of tokens that are read, including those of the template; None for all.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Prompt(TextFeatures):
     length: int | None
 
     def shapes(self, config: PretrainedConfig) -> Shapes:
-        # Without a limit no text is the longest.
+        # Without a limit there is no longest text.
         tokens = 0 if self.length is None else self.length - self.skipped
         return {self.name: (tokens, config.hidden_size), f"{self.name}_mask": (tokens,)}
 
@@ -65,13 +65,13 @@ class Prompt(TextFeatures):
         self, text_encoder: nn.Module, tokenizer: Any, texts: list[str], **pictures: torch.Tensor
     ) -> EncodedText:
         """Features of whole texts, and of pictures, if there are any, as transformers' image processor gives them."""
-        # On the right the padding, which comes after all that a token sees, changes nothing.
+        # Padding on the right changes nothing, since no token looks ahead.
         cut = {"max_length": self.length, "truncation": True} if self.length else {}
         tokens = tokenizer(texts, padding="longest", padding_side="right", return_tensors="pt", **cut).to(
             text_encoder.device
         )
         if pictures:
-            # Without it transformers counts the places of a picture's tokens like words; the model has seen rows and
+            # Without it transformers numbers the tokens of a picture like words; the model has learned rows and
             # columns.
             pictures["mm_token_type_ids"] = (tokens.input_ids == text_encoder.config.image_token_id).int()
         hidden_BLD = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask, **pictures).last_hidden_state
@@ -82,7 +82,7 @@ class Prompt(TextFeatures):
 
 
 def image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
-    """What makes patches of pictures, by the settings in a diffusers folder.
+    """The processor that turns pictures into patches, with the settings in a diffusers folder.
 
     Raises:
         UserError: they are missing or damaged.
@@ -98,12 +98,12 @@ def image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
 
 
 class PictureTextEncoder(TextEncoder):
-    """Qwen2.5-VL as an `Encoder` of a caption and the control images that it speaks of. Each picture is brought to
-    `area` in its own shape, then to the patches of the encoder by the settings in the folder's `processor`.
+    """Qwen2.5-VL as an `Encoder` of a caption together with its control images. Each picture is scaled to `area` in its
+    own shape, then turned into patches with the settings in the folder's `processor`.
 
     Args:
-        controls: how many control images there are.
-        area: of a picture in pixels.
+        controls: number of control images.
+        area: of a picture, in pixels.
         caption_tokens: about how many tokens the longest captions have.
         others: as of `TextEncoder`; the template has one `PICTURE` for each control image, and all tokens are read.
     """
@@ -123,7 +123,7 @@ class PictureTextEncoder(TextEncoder):
         return image_processor(self.folder)
 
     def check_pictures(self) -> None:
-        """Whether the folder says how pictures are prepared, and which token stands for one.
+        """Whether the folder says how pictures are prepared, and which token represents one.
 
         Raises:
             UserError: it does not.
@@ -154,7 +154,7 @@ class PictureTextEncoder(TextEncoder):
         return picture.resize(size_of_area(self.area, *picture.size), Image.Resampling.LANCZOS)
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Those of the text, and about as many more tokens as the pictures take."""
+        """The shapes for the text and, approximately, for the tokens of the pictures."""
         _, width = self.shapes[self.features.name]
         side = self.processor.patch_size * self.processor.merge_size
         length = self.caption_tokens + len(self.controls) * (self.area // side**2)
@@ -165,7 +165,7 @@ class PictureTextEncoder(TextEncoder):
 
 
 def _with_room(text: str, counts: Iterator[int]) -> str:
-    """A text with as many tokens in the place of each picture as it has."""
+    """A text with as many tokens for each picture as the picture needs."""
     first, *others = text.split(PICTURE)
     return first + "".join(PICTURE * next(counts) + part for part in others)
 

@@ -1,4 +1,4 @@
-"""What SDXL is told of a picture beside its caption: its size, and where it was cropped (Podell et al. 2023, 2.2).
+"""The size of a picture and its crop, which SDXL and others take as a condition (Podell et al. 2023, section 2.2).
 
 Shapes: B batch.
 """

@@ -24,24 +24,24 @@ from utils.errors import UserError
 from utils.json_files import read_json
 
 SIZES = ("hidden_size", "num_hidden_layers")
-"""What of a text encoder's configuration decides the shape of features, or which layers there are to read."""
+"""Keys of a text encoder's configuration that determine the shape of features, or which layers exist."""
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("spiece.model",))
-"""Files that hold a tokenizer's words: any of these sets is enough."""
+"""Files with a tokenizer's vocabulary; any of these sets is enough."""
 
 
 class TextEncoder:
-    """A frozen text encoder as an `Encoder`: captions -> features. `truncated` counts the captions, since it was
-    loaded, that were longer than it reads.
+    """A frozen text encoder as an `Encoder`: captions -> features. `truncated` counts the captions since
+    loading that were longer than it reads.
 
     Args:
         part: which encoder it is.
         folder: the diffusers folder.
         file: a single .safetensors file, or a folder, with weights that replace those of the part.
-        dtype: in which it computes.
+        dtype: the type in which it computes.
         features: what the model reads from it; their repr is part of the fingerprint.
 
     Raises:
-        UserError: the configuration in the diffusers folder is missing or damaged, or another model's.
+        UserError: the configuration in the diffusers folder is missing or damaged, or belongs to another model.
     """
 
     reads = ("caption",)
@@ -66,14 +66,14 @@ class TextEncoder:
         """Whether the tokenizer can be loaded, and the weights fit the configuration, from their headers alone.
 
         Raises:
-            UserError: they do not; tells of both.
+            UserError: they do not; reports both.
         """
         problems = problems_of([self._check_config, self._check_tokenizer, self._check_weights])
         if problems:
             raise UserError(problems)
 
     def _check_config(self) -> None:
-        """Whether a folder of its own has an encoder of the size that the model asks for."""
+        """Whether a separate folder contains an encoder of the size that the model requires."""
         asked, own = self._config_in(self.folder / self.subfolder), self.config()
         for name in SIZES:
             sizes = [getattr(config.get_text_config(), name) for config in (own, asked)]
@@ -85,7 +85,7 @@ class TextEncoder:
 
     def _check_tokenizer(self) -> None:
         words, known = len(self.tokenizer), self.config().get_text_config().vocab_size
-        # Encoders know some more, to fill up a matrix.
+        # Encoders know some more tokens, which round up the size of a matrix.
         if not known / 2 <= words <= known:
             raise UserError.of(
                 f"this tokenizer has {words} tokens, and the encoder in {self.subfolder} knows {known}; is it another "
@@ -117,7 +117,7 @@ class TextEncoder:
     def load_model(self) -> nn.Module:
         """The model of transformers with its weights, on the CPU."""
         source = self._source
-        # In a folder with the names that it writes, transformers reads one tensor after the other.
+        # If a folder has the file names of transformers, it reads one tensor after the other.
         if any((source / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
             return self._build(source, config=self.config())
         tensors = self.names.tensors(load_tensors, source, self.dtype)
@@ -125,7 +125,7 @@ class TextEncoder:
 
     def _build(self, source: Path | None, **how: Any) -> nn.Module:
         """The model with its weights. transformers knows the names of older files, which tensors are tied, and what
-        must stay in float32. What a file lacks it fills with random numbers: its report is what tells."""
+        must stay in float32. It fills missing tensors with random numbers, so its report must be checked."""
         disable_progress_bar()
         model, report = self.model_class.from_pretrained(
             source, dtype=self.dtype, ignore_mismatched_sizes=True, output_loading_info=True, **how
@@ -145,11 +145,11 @@ class TextEncoder:
 
     @property
     def token_limit(self) -> int:
-        """Tokens of a caption that are read; what follows them is cut off."""
+        """The number of tokens that are read of a caption; the rest is cut off."""
         return self.tokenizer.model_max_length if self.features.length is None else self.features.length
 
     def token_count(self, caption: str) -> int:
-        """Tokens of a caption, those that would be cut off too."""
+        """The number of tokens of a caption, including those that are cut off."""
         return len(self.tokenizer(self.features.written(self.tokenizer, caption)).input_ids)
 
     @torch.no_grad()
@@ -165,14 +165,14 @@ def load_tokenizer(folder: Path, *, names_padding: bool = True) -> Any:
     """The tokenizer in a folder.
 
     Args:
-        names_padding: whether it must name the token that it fills up with.
+        names_padding: whether it must name its padding token.
 
     Raises:
         UserError: it is not whole.
     """
     for file in sorted(folder.glob("*.json")):
         read_json(file)
-    # Without its words a tokenizer would be loaded all the same, and would know none.
+    # Without its vocabulary a tokenizer would load all the same, and know no words.
     if not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
         raise UserError.of(
             f"the tokenizer's words are missing ({' or '.join(' and '.join(names) for names in VOCABULARIES)}); "
@@ -181,7 +181,7 @@ def load_tokenizer(folder: Path, *, names_padding: bool = True) -> Any:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    # Which errors there are is for three libraries to choose; some raise a bare Exception.
+    # Three libraries decide which errors they raise; some raise a bare Exception.
     except Exception as error:
         raise UserError.of(f"the tokenizer cannot be loaded ({error}); download it again", str(folder)) from error
     if names_padding and tokenizer.pad_token is None:

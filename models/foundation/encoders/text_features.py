@@ -1,6 +1,7 @@
 """What models read from text encoders: functions (text encoder, tokenizer, captions) -> named features.
 
-The repr of each is part of the keys of cached items: another name, field or order of fields encodes all captions anew.
+The repr of each is part of the keys of cached items: with another name, field or order of fields, all captions are
+encoded again.
 
 Shapes: B captions, L tokens, D features.
 """
@@ -27,8 +28,8 @@ class TextFeatures(ABC):
 
     Attributes:
         name: of the features, and of the encoder unless `encoder` says otherwise.
-        length: how many tokens of a caption are read, those that `written` adds included; None for as many as the
-            tokenizer says.
+        length: number of tokens of a caption that are read, including those that `written` adds; None for as many as
+            the tokenizer says.
     """
 
     name: str
@@ -36,13 +37,13 @@ class TextFeatures(ABC):
 
     @property
     def encoder(self) -> str:
-        """The name of the text encoder that gives them."""
+        """The name of the text encoder."""
         return self.name
 
     @abstractmethod
     def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> Mapping[str, Any]:
-        """The features of captions: tensors (B, ...), or lists of one tensor per caption where lengths differ. What is
-        made of a caption must not depend on the others."""
+        """The features of captions: tensors (B, ...), or lists with one tensor per caption if lengths differ. The
+        features of a caption must not depend on the others."""
 
     @abstractmethod
     def shapes(self, config: PretrainedConfig) -> Shapes:
@@ -53,7 +54,7 @@ class TextFeatures(ABC):
         """
 
     def written(self, tokenizer: Any, caption: str) -> str:
-        """The caption with what is put around it before it is cut into tokens."""
+        """The caption with the text that is put around it before tokenization."""
         return caption
 
 
@@ -65,7 +66,7 @@ class ClipPooled(TextFeatures):
     length: ClassVar[None] = None
 
     def __repr__(self) -> str:
-        # As keys of cached items have it.
+        # The name that keys of cached items contain.
         return "clip_pooled"
 
     def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, torch.Tensor]:
@@ -79,14 +80,14 @@ class ClipPooled(TextFeatures):
 
 
 class HiddenStates(TextFeatures):
-    """Features that are one hidden state of all `length` tokens."""
+    """Features with one hidden state for all `length` tokens."""
 
     def shapes(self, config: PretrainedConfig) -> Shapes:
         return {self.name: (self.length, config.hidden_size)}
 
 
 class MaskedHiddenStates(TextFeatures):
-    """Features that are one hidden state of up to `length` tokens, with a mask beside it."""
+    """Features with one hidden state for up to `length` tokens, and a mask."""
 
     def shapes(self, config: PretrainedConfig) -> Shapes:
         return {self.name: (self.length, config.hidden_size), f"{self.name}_mask": (self.length,)}
@@ -94,7 +95,7 @@ class MaskedHiddenStates(TextFeatures):
 
 @dataclass(frozen=True)
 class T5Features(HiddenStates):
-    """The last hidden state of T5 (B, L, D), padded to `length` tokens without a mask, as inference makes it."""
+    """The last hidden state of T5 (B, L, D), padded to `length` tokens without a mask, as in inference."""
 
     name: ClassVar[str] = "t5"
     length: int
@@ -106,7 +107,7 @@ class T5Features(HiddenStates):
 
 @dataclass(frozen=True)
 class MaskedT5Features(HiddenStates):
-    """The last hidden state of T5 (B, L, D), which itself does not look at the padding up to `length`."""
+    """The last hidden state of T5 (B, L, D) with padding up to `length`, which T5 itself ignores."""
 
     name: ClassVar[str] = "t5"
     length: int
@@ -119,10 +120,10 @@ class MaskedT5Features(HiddenStates):
 
 @dataclass(frozen=True)
 class ProjectedFeatures(TextFeatures):
-    """What CLIP pools and projects of a caption that is filled up to `length` tokens (B, P), without a mask.
+    """CLIP's pooled and projected feature of a caption that is padded to `length` tokens (B, P), without a mask.
 
     Attributes:
-        name: that of the encoder with `_pooled` behind it.
+        name: the encoder's name with the suffix `_pooled`.
     """
 
     name: str
@@ -142,11 +143,11 @@ class ProjectedFeatures(TextFeatures):
 
 @dataclass(frozen=True)
 class TrueLengthFeatures(MaskedHiddenStates):
-    """The last hidden state of the tokens of each caption, B times (l, D) with l up to `length`, and a mask (l,) of
-    ones beside it: for models that mask the padding or set it to zero, which is then no part of the cache.
+    """The last hidden state of the tokens of each caption, (l, D) with l up to `length`, and a mask (l,) of ones: for
+    models that mask the padding or set it to zero, so that it is not cached.
 
     Attributes:
-        padding_tokens: how many tokens of the padding the model sees all the same.
+        padding_tokens: number of padding tokens that the model sees all the same.
     """
 
     name: str
@@ -168,8 +169,10 @@ class TrueLengthFeatures(MaskedHiddenStates):
 
 @dataclass(frozen=True)
 class PaddedFeatures(MaskedHiddenStates):
-    """The last hidden state of an encoder (B, L, D), padded to `length` tokens at which it does not look, and a mask
-    (B, L) of those that it looks at: for models that mask the padding in one place and see it in another."""
+    """The last hidden state of an encoder (B, L, D), padded to `length` tokens, and a mask (B, L) of the tokens that
+    are
+    not padding, which the encoder itself ignores: for models that mask the padding in one place and see it in
+    another."""
 
     name: str
     length: int
@@ -183,12 +186,12 @@ class PaddedFeatures(MaskedHiddenStates):
 
 @dataclass(frozen=True)
 class ChatFeatures(MaskedHiddenStates):
-    """A hidden state of a chat model that is shown the caption as a user's message: of each caption and the template
-    around it, B times (l, D) with l up to `length`, and a mask (l,) of ones beside it.
+    """A hidden state of a chat model that reads the caption as a user's message: for each caption with the template
+    around it (l, D) with l up to `length`, and a mask (l,) of ones.
 
     Attributes:
-        layer: which of the hidden states; the first are the embeddings.
-        thinking: what the template is told of `enable_thinking`.
+        layer: index of the hidden state; the first ones are the embeddings.
+        thinking: the value of `enable_thinking` for the template.
     """
 
     name: str

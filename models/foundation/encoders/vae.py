@@ -1,4 +1,4 @@
-"""Families of VAEs as encoders for the cache, and as decoders for samples.
+"""VAEs as encoders for the cache, and as decoders for samples.
 
 Shapes: B batch, C channels, F frames, H W pixels, h w latent cells.
 """
@@ -27,20 +27,22 @@ from utils.diffusion import seeds
 Draw = Literal["sample", "mode", "distribution"]
 Tensors = dict[str, torch.Tensor]
 NOISE_SEED = 0
-"""Of the draw from a picture's distribution. It is the picture's alone, so that all runs may share a cache."""
+"""The seed of the draw from a picture's distribution. It does not depend on the run, so that all runs can share a
+cache."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of VAE on disk: a diffusers folder, its weights perhaps from elsewhere, with diffusers' or original names.
+    """A kind of VAE on disk: a diffusers folder, possibly with weights from another file, with diffusers' or original
+    names.
 
     Attributes:
-        model_class: of diffusers.
-        keys: what its configuration must have.
-        own_name: part of a tensor's name in files of diffusers, and of no name in others.
-        convert: (tensors of another program, configuration) -> tensors as diffusers names them.
-        prefix: of its tensors in checkpoints that hold other parts too.
-        older: (part of a name in files of older diffusers, what it is now).
+        model_class: the class of diffusers.
+        keys: keys that its configuration must have.
+        own_name: part of a tensor's name that only occurs in files of diffusers.
+        convert: (tensors of another program, configuration) -> tensors under diffusers' names.
+        prefix: of its tensors in checkpoints with other parts.
+        older: (part of a name in files of older diffusers, the current name).
     """
 
     model_class: type[nn.Module]
@@ -54,7 +56,7 @@ class Family:
         """The configuration: that of a diffusers folder, unless `file` is a folder with its own.
 
         Raises:
-            UserError: it is missing, damaged, or another model's.
+            UserError: it is missing, damaged, or belongs to another model.
         """
         own = file is not None and (file / "config.json").is_file()
         return read_config(file if own else folder / "vae", model=self.model_class.__name__, keys=self.keys)
@@ -71,10 +73,10 @@ class Family:
         Args:
             folder: the diffusers folder with `vae/config.json`.
             file: file or folder of weights that replace the folder's.
-            read: what gives the tensors of a file or folder; with `meta_tensors` the VAE is on the meta device.
+            read: gives the tensors of a file or folder; with `meta_tensors` the VAE is on the meta device.
 
         Raises:
-            UserError: the file holds no VAE that fits the configuration.
+            UserError: the file contains no VAE that fits the configuration.
         """
         config = self.config(folder, file)
         vae, source = build_empty(lambda: self.model_class.from_config(config)), file or folder / "vae"
@@ -104,9 +106,9 @@ class ImageAutoencoder:
     Args:
         folder: the diffusers folder with `vae/config.json`.
         file: file or folder of weights that replace the folder's.
-        dtype: in which it encodes.
-        reads: what it encodes, "pixels" or "control" ("control_2" ...); its store and features are named by it.
-        draw: what it yields of a picture's distribution of latents: one sample, which is always the same for a
+        dtype: the type in which it encodes.
+        reads: its input, "pixels" or "control" ("control_2" ...), which also names its store and features.
+        draw: what it yields from the distribution of a picture's latents: one sample, which is always the same for a
             picture; the mode; or mean and standard deviation, so that mean + std * noise is a latent.
     """
 
@@ -172,7 +174,7 @@ class ImageAutoencoder:
 
 
 def picture_noise(pixels_BCFHW: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """Normal noise that depends on each picture alone, not on the batch it is encoded in."""
+    """Normal noise that depends only on each picture, not on the batch in which it is encoded."""
     noise = torch.empty(latents.shape)
     for index, pixels in enumerate(pixels_BCFHW):
         picture = hashlib.blake2b(pixels.cpu().contiguous().numpy().tobytes(), digest_size=8).hexdigest()

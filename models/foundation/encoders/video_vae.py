@@ -18,24 +18,24 @@ STATISTICS = ("z_dim", "latents_mean", "latents_std")
 
 
 def _from_wan(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    """The original names of Wan's VAE, as diffusers names them."""
+    """Tensors with the original names of Wan's VAE, under diffusers' names."""
     return convert_wan_vae_to_diffusers(tensors)
 
 
 WAN = Family(AutoencoderKLWan, STATISTICS, "up_blocks.", _from_wan)
-# Qwen-Image's VAE is Wan's, trained again.
+# Qwen-Image's VAE is Wan's VAE with further training.
 QWEN_IMAGE = Family(AutoencoderKLQwenImage, STATISTICS, "up_blocks.", _from_wan)
 wan_vae_config = WAN.config
 
 
 def latent_size(config: dict, width: int, height: int, frames: int) -> tuple[int, int, int, int]:
-    """The shape (C, f, h, w) of a latent: its first frame is the clip's, each of the others stands for several."""
+    """The shape (C, f, h, w) of a latent: its first frame is the clip's, each of the others covers several."""
     cell, group = config.get("scale_factor_spatial", 8), config.get("scale_factor_temporal", 4)
     return config["z_dim"], (frames - 1) // group + 1, height // cell, width // cell
 
 
 class WanAutoencoder(ImageAutoencoder):
-    """Wan's VAE as an `Encoder`: pixels of pictures and clips -> latents (z - mean) / std, by channel."""
+    """Wan's VAE as an `Encoder`: pixels of pictures and clips -> latents (z - mean) / std, per channel."""
 
     family = WAN
 
@@ -72,6 +72,6 @@ class WanAutoencoder(ImageAutoencoder):
 
 
 class QwenImageAutoencoder(WanAutoencoder):
-    """Qwen-Image's VAE as an `Encoder`: as Wan's, (B, C, 1, h, w) of a picture."""
+    """Qwen-Image's VAE as an `Encoder`: like Wan's, with latents (B, C, 1, h, w) for a picture."""
 
     family = QWEN_IMAGE

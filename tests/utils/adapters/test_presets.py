@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_told(folder: Path, lora: Path, tmp_path: Path) -> 
     save_file(renamed, tmp_path / "other.safetensors")
     for file, told in (
         ("narrow", r"as if it were \[32, 7\], and it is \[32, 32\]"),
-        ("other", "which this model has not"),
+        ("other", "which this model does not have"),
     ):
         with pytest.raises(UserError, match=told):
             output(folder, preset_adapters=[{"path": tmp_path / f"{file}.safetensors"}])
