@@ -82,9 +82,12 @@ def _run(job: Callable[..., Any], rank: int, world_size: int, port: int, results
         results.put((rank, None, traceback.format_exc()))
 
 
-def run_command(words: list[str], world_size: int, log: Path, stop_after: str | None = None) -> list[int]:
+def run_command(
+    words: list[str], world_size: int, log: Path, stop_after: str | None = None, *, ends_others: bool = False
+) -> list[int]:
     """`train.py` with these words on `world_size` processes; the exit codes, in the order of the ranks. What they print
-    goes to `log`; once it has the text `stop_after`, the last process is sent SIGTERM."""
+    goes to `log`; once it has the text `stop_after`, the last process is sent SIGTERM. With `ends_others` the rest are
+    ended when the main process has failed, as launchers do: they wait seconds for that."""
     context, port = _context(), _free_port()
     processes = [
         context.Process(target=_command, args=(words, rank, world_size, port, str(log))) for rank in range(world_size)
@@ -98,8 +101,10 @@ def run_command(words: list[str], world_size: int, log: Path, stop_after: str | 
             stop_after = None
         time.sleep(0.005)
     for process in processes:
-        process.join(timeout=TIMEOUT.total_seconds())
+        if not (ends_others and processes[0].exitcode):
+            process.join(timeout=TIMEOUT.total_seconds())
         process.kill()
+        process.join()
     return [process.exitcode for process in processes]
 
 

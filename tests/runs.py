@@ -56,10 +56,12 @@ def config_writer(tmp_path: Path, pictures: Path) -> Callable[..., Path]:
     return write
 
 
-def launch(config: Path, *words: str, processes: int = 1, stop_after: str | None = None) -> tuple[list[int], str]:
+def launch(
+    config: Path, *words: str, processes: int = 1, stop_after: str | None = None, ends_others: bool = False
+) -> tuple[list[int], str]:
     log = config.parent / "log.txt"
     log.unlink(missing_ok=True)
-    codes = run_command(["--config", str(config), *words], processes, log, stop_after)
+    codes = run_command(["--config", str(config), *words], processes, log, stop_after, ends_others=ends_others)
     return codes, log.read_text()
 
 

@@ -319,7 +319,8 @@ def test_a_folder_of_pictures_trains(
 ) -> None:
     """The plan; then cache, evaluation, samples, a stop and going on, on two stages."""
     data = getattr(model.tiny, "dataset_of", lambda pictures: {})(pictures)
-    seen = write_config(data=data).with_name("data.toml").rename(write_config().with_name("seen.toml"))
+    config = write_config(data=data)
+    seen = config.with_name("data.toml").rename(config.with_name("seen.toml"))
     keys = {
         "data": data,
         "model": model.pipeline().options.model_dump(mode="json", exclude_unset=True),
