@@ -52,14 +52,14 @@ class DataKeys(SettingsTable):
     frame_buckets: list[Count] = [1]
     """Numbers of frames that clips are cut to; 1 is a still picture."""
     min_resolution: Count | None = None
-    """Leave out files with fewer pixels than the square of this side."""
+    """Skip files with fewer pixels than the square of this side."""
     max_resolution: Count | None = None
-    """Leave out files with more pixels than the square of this side."""
+    """Skip files with more pixels than the square of this side."""
     no_upscale: bool = False
-    """Use no file at a size of more pixels than it has: where a resolution asks for more, at its own size instead."""
+    """Do not enlarge files: if a resolution has more pixels than a file, use the file at its own size."""
     crop: Literal["center", "random", "none"] = "center"
-    """What of a file that has not the shape of its bucket is used: its middle, a place that is drawn for each of
-    `augment_variants`, or all of it, with its proportions changed."""
+    """How a file that does not have the shape of its bucket is cropped: at its centre, at a random position for each of
+    `augment_variants`, or not at all, which changes its proportions."""
 
     # Variants.
     augment_variants: Count = 1
@@ -73,12 +73,12 @@ class DataKeys(SettingsTable):
 
     # Clips.
     framerate: Positive | None = None
-    """Frames a second that clips are taken at; default: the model's."""
+    """Frames per second of clips; default: the model's."""
     video_clip_mode: Literal["single_beginning", "single_middle", "single_random", "multiple_overlapping", "chunks"] = (
         "single_beginning"
     )
-    """Which clips a video gives: one from its beginning, middle or a place that is drawn; as many as cover all of it,
-    overlapping; or one after the other, without the rest at the end."""
+    """Which clips are taken from a video: one from its beginning, from its middle or from a random position; as many
+    overlapping ones as cover all of it; or consecutive ones without the rest at the end."""
 
     # Captions.
     caption_source: Literal["auto", "file", "filename", "foldername"] = "auto"
@@ -87,19 +87,19 @@ class DataKeys(SettingsTable):
     caption_extension: str = ".txt"
     """Ending of the caption files."""
     instance_prompt: str | None = None
-    """One caption for all files, in place of their own."""
+    """One caption for all files, instead of their own."""
     multiple_captions: Literal["random", "first", "all"] = "random"
-    """Of several captions of a file: draw one each epoch, use the first, or make each a sample of its own."""
+    """How several captions of a file are used: draw one each epoch, use the first, or make each a separate sample."""
     caption_prefix: str = ""
-    """Set before every caption."""
+    """Text before every caption."""
     caption_suffix: str = ""
-    """Set after every caption."""
+    """Text after every caption."""
     trigger_word: str | None = None
-    """Set first into each caption that does not contain it, before a comma."""
+    """Word that is put first, with a comma, into each caption that does not contain it."""
     cache_shuffle_num: Natural = 0
-    """Cache so many versions of each caption with its tags in another order, and draw one each epoch; 0: as written."""
+    """Cache this many versions of each caption with shuffled tags, and draw one each epoch; 0: as written."""
     cache_shuffle_delimiter: Annotated[str, Field(min_length=1)] = ", "
-    """What stands between tags."""
+    """Separator of tags."""
     keep_tokens: Natural = 0
     """Number of tags at the beginning that stay where they are."""
     keep_tokens_separator: str | None = None
@@ -107,19 +107,19 @@ class DataKeys(SettingsTable):
     shuffle_capitalization: Share = 0.0
     """Probability for each tag that its capitals are drawn anew: all small, first letter, each word, all capitals."""
     tag_dropout: Share = 0.0
-    """Probability for each tag to be left out; tags that are kept in place stay."""
+    """Probability that a tag is dropped; tags that are kept in place stay."""
     weighted_tags: bool = False
     """Read (word:1.3) as emphasis, for the text encoders that can be given weights."""
     uncond_fraction: Part = 0.0
-    """Share of the draws in which the caption is left out, so that guidance has something to compare with."""
+    """Fraction of the draws in which the caption is dropped, so that guidance has something to compare with."""
     uncond_fraction_per_encoder: dict[str, Part] = {}
     """The same for one text encoder by its name, each drawn on its own, as in { t5 = 0.1, clip = 0.1 }."""
     uncond_every_n_epochs: Count | None = None
-    """Leave out all captions in every n-th epoch."""
+    """Drop all captions in every n-th epoch."""
 
     # Masks, controls, weights.
     alpha_mask: bool = False
-    """Weigh the loss by the transparency of pictures that have one."""
+    """Weigh the loss by the opacity of pictures with transparency."""
     default_mask_file: UserPath | None = None
     """Mask of the files that have none of their own."""
     unmasked_weight: Part = 0.0
@@ -127,19 +127,20 @@ class DataKeys(SettingsTable):
     normalize_masked_area: bool = False
     """Divide the loss by the mask's share of the picture, so that small masks count as much as large ones."""
     mask_probability: Part = 1.0
-    """Share of the draws in which the mask is applied."""
+    """Fraction of the draws in which the mask is applied."""
     control_resolution: Count | None = None
     """Side of the square whose area control images are brought to, in the shape of their target; default: the size of
     the target."""
     loss_weight: Annotated[float, Field(ge=0)] = 1.0
     """Factor on the loss of these samples."""
     is_regularisation_data: bool = False
-    """These samples keep the model as it was: each epoch has as many of them as of the others, whatever their number;
-    often with a `loss_weight` below 1."""
+    """These samples preserve the model: each epoch uses them as often as all others together, regardless of their
+    number; often with a `loss_weight` below 1."""
 
     # How often, and when.
     num_repeats: Positive = 1
-    """Times that each sample is used in an epoch; 0.5 uses half of them, the other half in the next epoch."""
+    """Number of times that each sample is used per epoch; 0.5 uses half of them, and the other half in the next
+    epoch."""
     start_epoch: Count = 1
     """First epoch in which these samples are used, counted from 1."""
     end_epoch: Count | None = None
@@ -151,7 +152,7 @@ class DataKeys(SettingsTable):
 
     # What is read.
     recursive: bool = False
-    """Search the folders within too."""
+    """Also search subfolders."""
     file_column: str | None = None
     """Column of a metadata table with the file; default: one of the usual names."""
     caption_column: str | None = None
@@ -163,7 +164,7 @@ class DataKeys(SettingsTable):
     filter: str | None = None
     """Use only the rows of a table for which this holds, as in `width >= 512 and aesthetic > 5`."""
     deduplicate: bool = False
-    """Use each picture once, however many rows have it."""
+    """Use each picture once, even if several rows contain it."""
 
 
 class DirectorySettings(DataKeys):

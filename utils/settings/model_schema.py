@@ -45,10 +45,10 @@ class PresetAdapter(SettingsTable):
     path: UserPath
     """File or folder of the adapter, of any kind and in any layout that `init_from_existing` reads."""
     weight: float = 1.0
-    """How much of it."""
+    """Strength of the adapter."""
     fused: bool = True
-    """Add it to the base weights when they are read; false: let it work beside them, which leaves them as they are and
-    costs a little time."""
+    """Add it to the base weights when they are read; false: apply it beside them, which leaves the weights unchanged
+    and takes a little time."""
 
 
 class ModelSettings(SettingsTable):
@@ -62,9 +62,9 @@ class ModelSettings(SettingsTable):
     type: str
     """Name of the model: a file name under `models/`, without `.py`."""
     dtype: DType = "bfloat16"
-    """Type of the weights, and of the computation, unless another key says otherwise."""
+    """Type of the weights and of the computation, unless another key says otherwise."""
     diffusers_path: UserPath | None = None
-    """Folder in diffusers' layout, from which every part is read that has no path of its own."""
+    """Folder in diffusers' layout, from which all parts without a path of their own are read."""
     transformer_path: UserPath | None = None
     """File or folder of the denoiser's weights (transformer or UNet); default: from `diffusers_path`."""
     transformer_dtype: DType | None = None
@@ -72,8 +72,8 @@ class ModelSettings(SettingsTable):
     vae_path: UserPath | None = None
     """File or folder of the VAE's weights; default: from `diffusers_path`."""
     latents: Literal["sample", "mode", "distribution"] = "sample"
-    """What of the VAE's answer is cached: a sample of its distribution, the middle of it, or all of it, to draw another
-    sample each epoch."""
+    """What is cached of the VAE's distribution: a sample, its mode, or the whole distribution, from which each epoch
+    draws another sample."""
     text_encoders: list[TextEncoderFile] = []
     """Text encoders read from elsewhere; those not listed come from `diffusers_path`."""
     preset_adapters: list[PresetAdapter] = []
@@ -82,18 +82,18 @@ class ModelSettings(SettingsTable):
     from_scratch: bool = False
     """Start the denoiser from random weights: only its configuration is read."""
     timestep_sample_method: TimestepMethod = "logit_normal"
-    """Distribution from which training timesteps t are drawn, 0 being the clean picture and 1 noise. "sigmoid" is
-    logit_normal, "sigma" uniform, "logsnr" log_snr."""
+    """Distribution of training timesteps t, where 0 is the clean picture and 1 is noise. "sigmoid" means logit_normal,
+    "sigma" uniform, "logsnr" log_snr."""
     sigmoid_scale: Positive = 1.0
-    """Width of `logit_normal` and `log_snr`: the standard deviation of the normal number."""
+    """Standard deviation of the normal number of `logit_normal` and `log_snr`."""
     logit_mean: float = 0.0
-    """Middle of `logit_normal` and `log_snr`: the mean of the normal number."""
+    """Mean of the normal number of `logit_normal` and `log_snr`."""
     mode_scale: Annotated[float, Field(ge=-1, le=1.7519)] = 1.29
-    """Of `mode`: above 0 the middle timesteps are drawn more often, below 0 the ends."""
+    """Scale of `mode`: above 0 the middle timesteps are drawn more often, below 0 the ends."""
     beta_alpha: Positive = 2.0
-    """First parameter of `beta`; above 1 it keeps away from clean pictures."""
+    """First parameter of `beta`; values above 1 avoid clean pictures."""
     beta_beta: Positive = 2.0
-    """Second parameter of `beta`; above 1 it keeps away from noise."""
+    """Second parameter of `beta`; values above 1 avoid noise."""
     shift: Positive | None = None
     """Moves timesteps towards noise: t becomes s*t / (1 + (s-1)*t); default: no shift."""
     flux_shift: bool = False
@@ -103,10 +103,10 @@ class ModelSettings(SettingsTable):
     max_t: Part = 1.0
     """Highest timestep that is trained, after the shift."""
     stratified_timesteps: Literal["none", "batch", "epoch"] = "none"
-    """Draw each timestep in a part of its own of the distribution, among the samples of a step or among those of an
-    epoch, so that few draws meet all noise levels."""
+    """Draw each timestep from its own part of the distribution, among the samples of a step or of an epoch, so that a
+    few draws cover all noise levels."""
     weighting_scheme: WeightingScheme = "none"
-    """Weight of the loss by timestep, of flow matching: sigma_sqrt is 1/t^2, cosmap 2 / (pi * (1 - 2*t + 2*t^2))."""
+    """Weight of the loss by timestep for flow matching: sigma_sqrt is 1/t^2, cosmap 2 / (pi * (1 - 2*t + 2*t^2))."""
     min_snr_gamma: Positive | None = None
     """Weigh by min(SNR, gamma) / SNR, for v-prediction / (SNR + 1); models with DDPM's steps only. The paper has 5."""
     soft_min_snr_gamma: Positive | None = None
@@ -116,23 +116,23 @@ class ModelSettings(SettingsTable):
     scale_v_pred_loss_like_noise_pred: bool = False
     """Weigh the loss of v-prediction by SNR / (SNR + 1), which makes it that of noise prediction."""
     v_pred_like_loss: NotNegative = 0.0
-    """Add to the loss of noise prediction so many times a loss like that of v-prediction."""
+    """Add this many times a loss like that of v-prediction to the loss of noise prediction."""
     rescale_betas_zero_snr: bool = False
-    """Let nothing of the picture be left at the last step; v-prediction only."""
+    """Leave nothing of the picture at the last step; v-prediction only."""
     noise_offset: NotNegative = 0.0
-    """Width of a random number that is added to the noise of a whole channel, for very dark and very bright pictures;
-    excludes `multires_noise_iterations`."""
+    """Standard deviation of a random number that is added to the noise of a whole channel, for very dark and very
+    bright pictures; excludes `multires_noise_iterations`."""
     adaptive_noise_scale: float = 0.0
-    """Added to `noise_offset`: so many times the mean of the sample's channel."""
+    """Adds this many times the mean of the sample's channel to `noise_offset`."""
     multires_noise_iterations: Natural = 0
     """Levels of coarser noise that are added to the noise; 0 for plain noise, 6 to 10 are usual."""
     multires_noise_discount: Annotated[float, Field(gt=0, le=1)] = 0.3
-    """By what each of these levels counts less than the one before."""
+    """Factor from each of these levels to the next."""
     ip_noise_gamma: NotNegative = 0.0
-    """Strength of further noise that the model sees and is not asked for; 0.1 in the paper."""
+    """Strength of additional noise that the model sees but does not have to predict; 0.1 in the paper."""
     loss_type: LossType = "mse"
-    """Distance of prediction and target. What others call "huber" is `pseudo_huber`, which has the scale of mse; "l2"
-    is mse, "l1" mae."""
+    """Distance of prediction and target. What other trainers call "huber" is `pseudo_huber`, which has the scale of
+    mse; "l2" means mse, "l1" mae."""
     huber_c: Positive = 0.1
     """Width within which huber, smooth_l1 and pseudo_huber are quadratic, at noise."""
     huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
@@ -141,9 +141,10 @@ class ModelSettings(SettingsTable):
     huber_scale: Positive = 1.0
     """Factor on that width."""
     folded_guidance: Annotated[float, Field(gt=1)] | None = None
-    """Train the model to give at once what guidance of this strength makes of two predictions: the target moves so much
-    further away from the model's own prediction for the empty caption. For models that are distilled to need no second
-    prediction, which plain training undoes; takes one more forward pass a step. Evaluation compares with the data."""
+    """Train the model to predict directly what guidance of this strength makes of two predictions: the target moves
+    this many times as far away from the model's own prediction for the empty caption. For models that are distilled to
+    need no second prediction, which plain training undoes; takes one more forward pass per step. Evaluation compares
+    with the data."""
 
     def binding(self) -> dict[str, Any]:
         # Not where an adapter lies, nor whether it is fused: that changes nothing of what the weights mean.

@@ -32,18 +32,18 @@ class AdapterSettings(SettingsTable):
     type: str
     """Kind of adapter."""
     dropout: Share = 0.0
-    """Share of an adapter's inputs that is dropped in training."""
+    """Fraction of an adapter's inputs that is dropped in training."""
     dtype: DType = "float32"
     """Type of the adapter's weights."""
     include: list[str] = []
-    """Glob patterns that may match anywhere in a module's name: adapt only what matches one; empty: all Linears of the
-    blocks."""
+    """Glob patterns that may match anywhere in a module's name: adapt only modules that match one; empty: all Linears
+    of the blocks."""
     exclude: list[str] = []
-    """Glob patterns that may match anywhere in a module's name: do not adapt what matches one."""
+    """Glob patterns that may match anywhere in a module's name: do not adapt modules that match one."""
     convolutions: bool = False
-    """Adapt the convolutions of a UNet too, and all that stands beside its attention (sd15, sdxl)."""
+    """Also adapt the convolutions of a UNet, and its Linears outside of attention (sd15, sdxl)."""
     init_from_existing: UserPath | None = None
-    """File or folder of an adapter to go on from; default: start from zero effect."""
+    """File or folder of an adapter to continue from; default: start with no effect."""
 
 
 class OptimizerSettings(SettingsTable):
@@ -57,7 +57,7 @@ class OptimizerSettings(SettingsTable):
     lr: Positive
     """Learning rate, after warm-up."""
     weight_decay: NotNegative = 0.01
-    """Decay of the weights a step, times the learning rate."""
+    """Decay of the weights per step, times the learning rate."""
 
 
 def as_list(value: Any) -> Any:
@@ -69,22 +69,22 @@ class EMASettings(SettingsTable):
     """`[ema]`: an exponential moving average of what is trained. Without this table: none."""
 
     decay: Share = 0.9999
-    """What is kept of the average at an update; the rest is the weights'."""
+    """Fraction of the average that an update keeps; the weights give the rest."""
     warmup: Literal["none", "ratio", "power"] = "power"
-    """How the decay rises to that, n counting the updates before: not at all, as (1 + n) / (10 + n), or as
-    1 - (1 + n)^-power."""
+    """How the decay rises to this value after n updates: not at all, as (1 + n) / (10 + n), or as 1 - (1 +
+    n)^-power."""
     power: Positive = 2 / 3
-    """Of `warmup = "power"`; 1 makes the average the plain mean until `decay` is reached."""
+    """The power for `warmup = "power"`; with 1 the average is the plain mean until `decay` is reached."""
     update_interval: Count = 1
     """Steps from one update to the next."""
     device: Literal["cpu", "gpu"] = "gpu"
-    """Where the averages are kept, in float32: in the machine's memory, or beside the weights."""
+    """Where the averages are kept in float32: in the machine's memory, or on the GPU beside the weights."""
     export: Literal["beside", "instead"] = "beside"
     """Export the averages beside the weights, as `epoch5_ema`, or instead of them, as `epoch5`."""
     evaluate: bool = True
-    """Evaluate the averages too, as `name/ema_loss`, which takes as long again."""
+    """Also evaluate the averages, as `name/ema_loss`, which takes the same time again."""
     sample: bool = True
-    """Draw samples from the averages instead of the weights."""
+    """Draw samples with the averages instead of the weights."""
 
     @field_validator("power")
     @classmethod
@@ -113,13 +113,13 @@ class SamplingSettings(SettingsTable):
     """`[sampling]`: pictures drawn during the run, from fixed prompts and seeds."""
 
     prompts: list[str] = []
-    """What to draw; empty: nothing."""
+    """Prompts to draw; empty: none."""
     negative_prompt: str = ""
-    """What guidance leads away from, in models that are guided by a second prediction."""
+    """Prompt from which guidance leads away, in models that are guided by a second prediction."""
     control_images: list[Annotated[list[UserPath], BeforeValidator(as_list), Field(min_length=1)]] = []
-    """The picture that the model is shown with each prompt, or a list of several for each; one entry serves all
-    prompts. For models that change pictures (Kontext, Edit), and as the first frame for those that make a clip of one.
-    It is cut to the shape of the sample."""
+    """The control image for each prompt, or a list of several for each; a single entry serves all prompts. For models
+    that edit pictures (Kontext, Edit), and as the first frame for models that make a clip from it. It is cropped to the
+    shape of the sample."""
     sample_every_n_steps: Count | None = None
     """Draw after every n steps."""
     sample_every_n_epochs: Count | None = None
@@ -135,7 +135,7 @@ class SamplingSettings(SettingsTable):
     frames: Count = 1
     """Number of frames: 1 for a picture; a clip is written as mp4."""
     seed: Natural = 0
-    """Seed of the first noise, the same at every turn."""
+    """Seed of the initial noise, the same every time."""
     guidance: NotNegative = 3.5
     """Strength of guidance by the prompt."""
 
@@ -155,16 +155,16 @@ class Settings(SettingsTable):
     binds_checkpoint: ClassVar[tuple[str, ...]] = ("seed",)
 
     output_dir: UserPath
-    """Folder in which every run makes a folder of its own, named by date and time."""
+    """Folder in which every run makes its own folder, named by date and time."""
     dataset: UserPath
     """Dataset file of the training data."""
     epochs: Count | None = None
     """Passes over the training data; default: as many as `max_steps` takes, and one without it."""
     max_steps: Count | None = None
-    """Stop after so many optimizer steps, if that comes before the last epoch's end."""
+    """Stop after this many optimizer steps, if that comes before the end of the last epoch."""
     micro_batch_size_per_gpu: MicroBatches = 1
-    """Samples in one forward pass of one pipeline; or several pairs of a resolution and their number, of which the
-    nearest resolution's is used, as in [[512, 4], [1024, 1]]."""
+    """Samples in one forward pass of one pipeline; or pairs of a resolution and a number, as in [[512, 4], [1024, 1]],
+    of which the pair with the nearest resolution is used."""
     image_micro_batch_size_per_gpu: MicroBatches | None = None
     """The same for still pictures, where there are clips too; default: as for clips."""
     pipeline_stages: Count = 1
@@ -172,15 +172,15 @@ class Settings(SettingsTable):
     gradient_accumulation_steps: Count = 1
     """Micro-batches of one optimizer step."""
     gradient_clipping: NotNegative = 1.0
-    """Largest norm of the gradient of the whole model; 0: no limit."""
+    """Largest norm of the gradient of the whole model; 0 for no limit."""
     warmup_steps: Natural = 0
     """Steps in which the learning rate rises to its full value."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after warm-up: kept, or brought down to 0 at the last step."""
+    """Learning rate after warm-up: constant, or falling to 0 at the last step."""
     force_constant_lr: Positive | None = None
-    """Use this learning rate at every step, over warm-up, schedule and the checkpoint's value."""
+    """Use this learning rate at every step, instead of warm-up, schedule and the checkpoint's value."""
     eval_datasets: list[EvalDataset] = []
-    """Data whose loss is measured and not trained on: tables of `name` and `config`."""
+    """Data that is evaluated and not trained on: tables of `name` and `config`."""
     eval_every_n_steps: Count | None = None
     """Evaluate after every n steps."""
     eval_every_n_epochs: Count | None = None
@@ -209,39 +209,40 @@ class Settings(SettingsTable):
     checkpoint_every_n_minutes: Positive | None = None
     """Write the state to resume from after every n minutes; fractions are allowed."""
     keep_checkpoints: Count | None = None
-    """Newest checkpoints that are kept; older ones are removed, but for the one that the run went on from; default:
-    all."""
+    """Number of newest checkpoints to keep; older ones are removed, except for the one from which the run went on;
+    default: keep all."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more time."""
+    """Recompute each block in the backward pass, which takes less memory and about a third more time."""
     partition_method: Literal["parameters", "uniform", "manual"] = "parameters"
-    """How layers are shared among stages: alike in parameters, alike in number, or by `partition_split`."""
+    """How layers are divided among stages: equal numbers of parameters, equal numbers of layers, or by
+    `partition_split`."""
     partition_split: list[Count] | None = None
-    """For `manual`: the layer at which each stage but the first begins, counted from 0."""
+    """For `manual`: the first layer of each stage except the first stage, counted from 0."""
     caching_batch_size: Count = 1
-    """Samples that the VAE and the text encoders take at once when the cache is filled."""
+    """Number of samples that the VAE and the text encoders take at once when the cache is filled."""
     cache_text_embeddings: bool = True
-    """Encode captions once, into the cache; false: encode them as they are needed, with the text encoders kept on the
-    device, so that each epoch may have other versions of them."""
+    """Encode captions once, into the cache; false: encode them when they are needed, with the text encoders on the
+    device, so that each epoch may use other versions of them."""
     verify: Literal["stat", "content"] = "stat"
-    """How a file or cached item is seen to be unchanged: by size and time, or by reading all of it."""
+    """How to recognise that a file or cached item is unchanged: by size and time, or by reading all of it."""
     max_failed_fraction: Part = 0.05
-    """Share of the files that may be broken or lack what they need; with more, the run ends before training."""
+    """Fraction of the files that may be broken or incomplete; with more, the run ends before training."""
     steps_per_print: Count = 1
     """Log progress every n steps."""
     regularisation_target: Literal["data", "parent"] = "data"
-    """What the samples of `is_regularisation_data` teach: themselves, or what the model without the adapter makes of
-    them, which takes one more forward pass a step."""
+    """Target for samples of `is_regularisation_data`: the samples themselves, or the predictions of the model without
+    the adapter, which takes one more forward pass per step."""
     seed: Natural = 0
-    """Seed of all that is drawn: order, noise, timesteps, dropout, first weights."""
+    """Seed of everything random: order, noise, timesteps, dropout, initial weights."""
     model: SerializeAsAny[ModelSettings]
     """What is trained."""
     adapter: SerializeAsAny[AdapterSettings] | None = None
     """Train an adapter; without it, the model itself."""
     optimizer: SerializeAsAny[OptimizerSettings]
-    """How weights move."""
+    """How the weights are updated."""
     ema: EMASettings | None = None
-    """Average what is trained."""
+    """Moving average of what is trained."""
     monitoring: MonitoringSettings = MonitoringSettings()
     """Where metrics go."""
     sampling: SamplingSettings = SamplingSettings()
-    """Pictures drawn during the run."""
+    """Samples drawn during the run."""
