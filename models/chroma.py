@@ -1,4 +1,4 @@
-"""Chroma: Flux's blocks with one small network that makes the modulations of all of them, and text that is masked.
+"""Chroma: Flux's blocks, one small network that makes the modulations of all of them, and masked text.
 
 Shapes: B batch, T image tokens, L text tokens, M rows of modulation, C channels, D width of the transformer.
 """
@@ -21,18 +21,18 @@ from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
 DOUBLE_ROWS, SINGLE_ROWS, EXIT_ROWS = 6, 3, 2
-"""Rows of modulation: of each stream of a double block, of a single block, of the exit."""
+"""Rows of modulation for each stream of a double block, for a single block, and for the exit."""
 
 
 class ChromaOptions(ModelSettings):
     """`[model]` of `type = "chroma"`."""
 
     max_sequence_length: Count = 512
-    """T5 tokens of a caption that are read."""
+    """Number of T5 tokens of a caption that are read."""
 
 
 class ChromaInputs(NamedTuple):
-    """What the entry takes. `canvas_hw0` has no elements: its shape carries the latent's height and width."""
+    """The inputs of the entry. `canvas_hw0` has no elements: its shape carries the latent's height and width."""
 
     x_BTC: torch.Tensor
     text_BLD: torch.Tensor
@@ -43,8 +43,8 @@ class ChromaInputs(NamedTuple):
 
 
 class ChromaStream(NamedTuple):
-    """What travels from layer to layer. From the first single block on the text is in front of the image in `x_BTD`,
-    and `text_BLD` has no elements: its shape still says how many tokens there are."""
+    """What travels from layer to layer. From the first single block on, the text precedes the image in `x_BTD`, and
+    `text_BLD` has no elements: its shape still gives the number of tokens."""
 
     x_BTD: torch.Tensor
     text_BLD: torch.Tensor
@@ -55,7 +55,7 @@ class ChromaStream(NamedTuple):
 
 
 class Entry(nn.Module):
-    """Embeds tokens, text and positions, and makes the modulations of all blocks of the time."""
+    """Embeds tokens, text and positions, and makes the modulations of all blocks from the time."""
 
     def __init__(self, denoiser: ChromaTransformer2DModel):
         super().__init__()
@@ -81,7 +81,7 @@ class Entry(nn.Module):
 
 
 class Double(nn.Module):
-    """A block of two streams, and which rows of modulation are theirs."""
+    """A block with two streams, and their rows of modulation."""
 
     recomputable = True
 
@@ -102,7 +102,7 @@ class Double(nn.Module):
 
 
 class Single(nn.Module):
-    """A block of text and image in a row, and which rows of modulation are its own."""
+    """A block for text and image in one sequence, and its rows of modulation."""
 
     recomputable = True
 

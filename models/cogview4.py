@@ -1,7 +1,7 @@
-"""CogView4: a transformer of two rows, picture and text, that share their weights; texts of GLM-4.
+"""CogView4: a transformer in which picture and text share the weights, with GLM-4 as text encoder.
 
-The model is told its time before the shift by the picture's size: at noise level t of a picture whose shift is s, the u
-for which t = s u / (1 + (s - 1) u).
+The model receives the time before the shift by the picture's size: at noise level t of a picture with shift s, the u
+with t = s u / (1 + (s - 1) u).
 
 Shapes: B batch, T image tokens, L text tokens, C latent channels, D width, E rotary features, h w latent cells.
 """
@@ -37,10 +37,10 @@ from utils.settings.values import Count
 
 TRAIN_STEPS = 1000
 FILLED_TO = 16
-"""Captions begin with padding up to a multiple of this many tokens, which text encoder and transformer see."""
+"""Captions begin with padding up to a multiple of this many tokens, which the text encoder and the transformer see."""
 HIDDEN_STATE = -2
 ROTARY_GRID = (256, 256)
-"""Rows and columns that every picture fills, unless the configuration has others."""
+"""Rows and columns over which positions of every picture are spread, unless the configuration has others."""
 
 
 class CogView4Options(ModelSettings):
@@ -51,12 +51,12 @@ class CogView4Options(ModelSettings):
     """
 
     max_sequence_length: Count = 1024
-    """GLM-4 tokens of a caption that are read."""
+    """Number of GLM-4 tokens of a caption that are read."""
 
 
 class CogView4Inputs(NamedTuple):
-    """What the entry takes. `text_lengths` are tensors without elements, one per sample, whose shapes say how many of
-    its tokens are its own; None if all are."""
+    """The inputs of the entry. `text_lengths` are tensors without elements, one per sample, whose shapes say how many
+    of its tokens are its own; None if all are."""
 
     x_BChw: torch.Tensor
     text_BLD: torch.Tensor
@@ -80,7 +80,7 @@ class CogView4Stream(NamedTuple):
 
 @dataclass(frozen=True)
 class GlmFeatures(TextFeatures):
-    """A hidden state of GLM (l, D) of each caption behind its padding, and a mask (l,) of ones beside it."""
+    """A hidden state of GLM (l, D) for each caption with its padding, and a mask (l,) of ones."""
 
     name: ClassVar[str] = "glm"
     length: int
@@ -93,7 +93,7 @@ class GlmFeatures(TextFeatures):
         padding = [tokenizer.pad_token_id]
         rows = [tokenizer(caption, max_length=self.length, truncation=True).input_ids for caption in captions]
         rows = [padding * (filled_length(len(row), FILLED_TO) - len(row)) + row for row in rows]
-        # GLM looks back alone: what a batch adds behind a caption changes nothing of it.
+        # GLM is causal, so padding behind a caption does not change it.
         longest = max(len(row) for row in rows)
         tokens_BL = torch.tensor([row + padding * (longest - len(row)) for row in rows], device=text_encoder.device)
         hidden_BLD = text_encoder(tokens_BL, output_hidden_states=True).hidden_states[HIDDEN_STATE]
@@ -108,21 +108,21 @@ class RootShift(ResolutionShift):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> RootShift:
-        """That of a scheduler's configuration."""
+        """The shift of a scheduler's configuration."""
         return cls(config["base_image_seq_len"], config["max_image_seq_len"], config["base_shift"], config["max_shift"])
 
     def factor(self, tokens: int) -> float:
         return self.base_shift + self.max_shift * math.sqrt(tokens / self.base_tokens)
 
     def mu(self, tokens: int) -> float:
-        """s itself, which is what a scheduler with a linear `time_shift_type` takes."""
+        """s itself, which a scheduler with a linear `time_shift_type` takes."""
         return self.factor(tokens)
 
 
 class OwnTextAttention(CogView4AttnProcessor):
-    """The stock attention, of each sample with its own text: without what the batch adds to the shorter ones.
+    """The stock attention for each sample with its own text, without the padding of shorter texts in a batch.
 
-    The stock processor takes a mask, which hides nothing: it adds 1 to the scores of what is seen and 0 to the others.
+    The mask of the stock processor hides nothing: it adds 1 to the scores of visible tokens and 0 to the others.
     """
 
     def __call__(
@@ -157,7 +157,7 @@ class Entry(nn.Module):
     def forward(self, inputs: CogView4Inputs) -> CogView4Stream:
         dtype = self.patch_embed.proj.weight.dtype
         x_BTD, text_BLD = self.patch_embed(inputs.x_BChw.to(dtype), inputs.text_BLD.to(dtype))
-        # It is trained on pictures as if they had never been larger nor cropped. The time stays float32 until it is
+        # Training treats pictures as if they had never been larger or cropped. The time stays float32 until it is
         # embedded.
         sizes = inputs.size_B2, inputs.size_B2, torch.zeros_like(inputs.size_B2)
         return CogView4Stream(
@@ -195,7 +195,7 @@ class CogView4Pipeline(PicturePipeline):
     stream_type = CogView4Stream
     guided_by_second_prediction = True
 
-    # Kept: every micro-batch asks for it.
+    # Kept, as every micro-batch asks for it.
     @cached_property
     def resolution_shift(self) -> RootShift:
         return RootShift.from_config(self.scheduler().config)
@@ -254,7 +254,7 @@ class CogView4Pipeline(PicturePipeline):
         )
 
     def sampling_levels(self, steps: int) -> Sequence[float]:
-        """Whole steps of a thousand, evenly from the first to the last."""
+        """Integer steps out of a thousand, evenly spaced from the first to the last."""
         return (np.linspace(TRAIN_STEPS, 1, steps).astype(int) / TRAIN_STEPS).tolist()
 
 

@@ -30,13 +30,13 @@ class FluxOptions(ModelSettings):
     guidance: float = 1.0
     """Guidance embedded in training (models with a guidance embedding only); 1 trains the plain conditional flow."""
     max_sequence_length: Count = 512
-    """T5 tokens, padding included, which the model sees: 512 for dev and Kontext, 256 for schnell."""
+    """Number of T5 tokens that the model sees, including padding: 512 for dev and Kontext, 256 for schnell."""
     bypass_guidance_embedding: bool = False
     """Leave the guidance embedding out of the model's conditioning, as Flex.1 is trained."""
 
 
 class FluxInputs(NamedTuple):
-    """What the entry takes. `canvas_hw0` has no elements: its shape carries the latent's height and width."""
+    """The inputs of the entry. `canvas_hw0` has no elements: its shape carries the latent's height and width."""
 
     x_BTC: torch.Tensor
     text_BLD: torch.Tensor

@@ -74,7 +74,7 @@ class HiDreamOptions(ModelSettings):
 
 
 class HiDreamInputs(NamedTuple):
-    """What the entry takes. `canvas_hw0` has no elements: its shape carries the latent's height and width."""
+    """The inputs of the entry. `canvas_hw0` has no elements: its shape carries the latent's height and width."""
 
     x_BTC: torch.Tensor
     mask_BT: torch.Tensor | None

@@ -57,8 +57,8 @@ class HunyuanDitOptions(DDPMOptions):
 
 
 class HunyuanDitInputs(NamedTuple):
-    """What the entry takes. `bert_BLD` is padded to the batch's longest caption alone; `sizes_B6` is None for a model
-    that is not told sizes."""
+    """The inputs of the entry. `bert_BLD` is padded to the batch's longest caption alone; `sizes_B6` is None for a
+    model that is not told sizes."""
 
     x_BChw: torch.Tensor
     bert_BLD: torch.Tensor

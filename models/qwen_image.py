@@ -1,4 +1,4 @@
-"""Qwen-Image, and the Edit models of its shape: Edit, Edit-Plus (2509) and 2511.
+"""Qwen-Image and its Edit models: Edit, Edit-Plus (2509) and 2511.
 
 Shapes: B batch, T image tokens (of the noisy picture, then of its control images), L text tokens, C latent channels,
 D width, E rows of time embedding, h w latent cells.
@@ -45,25 +45,25 @@ PIPELINES = {
     "QwenImageEditInpaintPipeline": "edit",
     "QwenImageEditPlusPipeline": "edit_plus",
 }
-"""What `model_index.json` calls them; all others are `image`."""
+"""Their names in `model_index.json`; all others are `image`."""
 
 LAYERED = ("use_layer3d_rope", "use_additional_t_cond")
-"""What the configuration of a transformer that makes layers has, and no other."""
+"""A key that only the configuration of a transformer for layers has."""
 
 
 class QwenImageOptions(ModelSettings):
     """`[model]` of `type = "qwen_image"`."""
 
     variant: Literal["image", "edit", "edit_plus"] | None = None
-    """Whether the weights are of an Edit model (`edit`: of the first, with one control image; `edit_plus`: 2509 and
+    """Whether the weights belong to an Edit model (`edit`: the first one, with one control image; `edit_plus`: 2509 and
     2511, with up to three); default: as `model_index.json` of the folder says."""
     max_sequence_length: Count = 512
-    """Tokens of a caption that are read. With control images all are."""
+    """Number of tokens of a caption that are read. With control images all tokens are read."""
 
 
 class QwenImageInputs(NamedTuple):
-    """What the entry takes. `canvases_hw0` have no elements: their shapes carry height and width of the latents, first
-    the noisy one. Without a mask no text is padded."""
+    """The inputs of the entry. `canvases_hw0` have no elements: their shapes carry height and width of the latents,
+    first of the noisy one. Without a mask, no text is padded."""
 
     x_BTC: torch.Tensor
     text_BLD: torch.Tensor
@@ -73,8 +73,8 @@ class QwenImageInputs(NamedTuple):
 
 
 class QwenImageStream(NamedTuple):
-    """What travels from layer to layer. Models to which control images are free of noise have two rows of time
-    embedding per sample, E = 2B, and say of each token which is its own."""
+    """What travels from layer to layer. Models that treat control images as free of noise have two rows of
+    time embedding per sample, E = 2B, and an index of the row for each token."""
 
     x_BTD: torch.Tensor
     text_BLD: torch.Tensor
@@ -122,7 +122,7 @@ class Entry(nn.Module):
 
 
 class Exit(nn.Module):
-    """Projects the noisy tokens to the latent (B, C, f, h, w) of this many pictures."""
+    """Projects the noisy tokens to the latent (B, C, f, h, w) of `pictures` pictures."""
 
     def __init__(self, denoiser: QwenImageTransformer2DModel, pictures: int = 1):
         super().__init__()
@@ -137,9 +137,10 @@ class Exit(nn.Module):
 
 
 class QwenImagePipeline(BasePipeline):
-    """Qwen-Image of Alibaba. Control images are encoded at the size that the dataset gives them (inference brings those
-    of 2509 and 2511 to the area of 1024 x 1024: `control_resolution = 1024`), and shown to the text encoder at the
-    size that inference shows them at."""
+    """Qwen-Image of Alibaba. Control images are encoded at the size that the dataset gives them (inference scales those
+    of
+    2509 and 2511 to the area of 1024 x 1024: `control_resolution = 1024`); the text encoder sees them at the same size
+    as in inference."""
 
     Options = QwenImageOptions
     denoiser_class = QwenImageTransformer2DModel
@@ -204,8 +205,8 @@ class QwenImagePipeline(BasePipeline):
         ]
 
     def _text_encoder(self, controls: int) -> TextEncoder:
-        """What reads captions, or captions together with this many control images. An Edit model is given captions
-        alone in the words of Qwen-Image."""
+        """The text encoder for captions, or for captions together with this many control images. An Edit model reads
+        captions without pictures with the prompt of Qwen-Image."""
         variant, length = self._variant, self.options.max_sequence_length
         if not controls:
             return self.parts.text_encoder(caption_prompt(TEXT, length))
@@ -239,12 +240,12 @@ class QwenImagePipeline(BasePipeline):
         )
 
     def _pictures(self, features: Features, x_t: torch.Tensor) -> list[torch.Tensor]:
-        """The latents (B, C, 1, h, w) of which tokens are made, first the noisy ones."""
+        """The latents (B, C, 1, h, w) that become tokens, first the noisy ones."""
         controls = [f"{control}_latents" for control in CONTROLS]
         return [x_t, *(features[name].float() for name in controls if name in features)]
 
     def guided(self, prompted: torch.Tensor, negative: torch.Tensor, guidance: float) -> torch.Tensor:
-        """As usual, each token then brought to the length that it has in the prediction for the prompt."""
+        """The usual guidance, after which each token is scaled to its norm in the prediction for the prompt."""
         height, width = prompted.shape[3:]
         moved_BTC = pack(super().guided(prompted, negative, guidance))
         scale_BT1 = pack(prompted).norm(dim=-1, keepdim=True) / moved_BTC.norm(dim=-1, keepdim=True)
@@ -266,7 +267,7 @@ class QwenImagePipeline(BasePipeline):
         named = read_json(index).get("_class_name") if index.is_file() else None
         return VARIANTS[self.options.variant or PIPELINES.get(named, "image")]
 
-    # Kept: every micro-batch asks for it.
+    # Kept, as every micro-batch asks for it.
     @cached_property
     def _vae_config(self) -> dict[str, Any]:
         return QWEN_IMAGE.config(self.options.diffusers_path, self.options.vae_path)
@@ -282,7 +283,7 @@ def pack(x_BC1hw: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(x_BTC: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The inverse of `pack`, for a latent of `height` x `width` cells; of several pictures, one after the other, (B, C,
-    f, h, w)."""
+    """The inverse of `pack`, for a latent of `height` x `width` cells; several pictures follow one another, (B, C, f,
+    h, w)."""
     x_BfTC = rearrange(x_BTC, "b (f t) c -> b f t c", t=(height // PATCH) * (width // PATCH))
     return torch.stack([patches.unpack(one_BTC, height, width) for one_BTC in x_BfTC.unbind(1)], dim=2)

@@ -1,4 +1,4 @@
-"""Qwen-Image-Layered, which takes a picture apart into layers with transparency.
+"""Qwen-Image-Layered, which decomposes a picture into layers with transparency.
 
 Shapes: B batch, P pictures (the whole one, then its layers from the lowest to the top), H W pixels, T image tokens, C
 latent channels, D width, E rows of time embedding, h w latent cells.
@@ -29,10 +29,10 @@ from utils.settings.values import Count
 
 CONDITION = "rgba"
 CHANNELS = 4
-"""The channels of a pixel: its colours, and how opaque it is."""
+"""The channels of a pixel: colours and opacity."""
 TRANSPARENCY = "time_text_embed.addition_t_embedding"
 TRANSLUCENT = 0
-"""What the model is told of a picture; 1 is one without transparency."""
+"""The class of pictures that the model is conditioned on; 1 means without transparency."""
 BASE_TOKENS = 256
 
 
@@ -40,10 +40,10 @@ class QwenImageLayeredOptions(ModelSettings):
     """`[model]` of `type = "qwen_image_layered"`."""
 
     layers: Count = 4
-    """Layers that each picture is taken apart into; the dataset has as many folders in `control_path`, from the lowest
-    layer to the top."""
+    """Number of layers into which each picture is decomposed; the dataset has as many folders in `control_path`, from
+    the lowest layer to the top."""
     max_sequence_length: Count = 512
-    """Tokens of a caption that are read."""
+    """Number of tokens of a caption that are read."""
 
 
 class LayersAutoencoder(QwenImageAutoencoder):
@@ -73,15 +73,15 @@ class LayersAutoencoder(QwenImageAutoencoder):
 
 
 class LayeredEntry(Entry):
-    """The entry that also says that there is transparency."""
+    """The entry with the condition for transparency."""
 
     def embedded_time(self, t_E: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
         return self.time_text_embed(t_E, x_BTD, torch.full(t_E.shape, TRANSLUCENT, device=t_E.device))
 
 
 class LayeredShift(ResolutionShift):
-    """log s is the root of the number of tokens of one picture, in units of a fixed number, as the stock pipeline of
-    Qwen-Image-Layered has it whatever the configuration of its scheduler says."""
+    """log s is the square root of the number of tokens of one picture relative to a fixed number, as in the stock
+    pipeline of Qwen-Image-Layered, which ignores its scheduler's configuration here."""
 
     def mu(self, tokens: int) -> float:
         return math.sqrt(tokens / BASE_TOKENS)
@@ -170,7 +170,7 @@ class QwenImageLayeredPipeline(QwenImagePipeline):
         return [*x_t.split(1, dim=2), features[f"{CONDITION}_latents"].float()]
 
     def guided(self, prompted: torch.Tensor, negative: torch.Tensor, guidance: float) -> torch.Tensor:
-        """As usual: the stock pipeline keeps the length of tokens only if it is asked to."""
+        """The usual guidance: the stock pipeline keeps the norm of tokens only if requested."""
         return BasePipeline.guided(self, prompted, negative, guidance)
 
     def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:

@@ -17,8 +17,8 @@ class Sd15Options(StableDiffusionOptions):
     """`[model]` of `type = "sd15"`."""
 
     clip_skip: Count = 1
-    """Which of CLIP's layers, counted from the last, the text is taken from: 1 for the model as it was published, 2
-    for many that are trained on drawings."""
+    """The layer of CLIP, counted from the last, from which the text is taken: 1 for the model as published, 2 for many
+    models that are trained on drawings."""
 
 
 class Sd15Pipeline(StableDiffusionPipeline):

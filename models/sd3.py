@@ -48,14 +48,14 @@ class Sd3Options(ModelSettings):
     """`[model]` of `type = "sd3"`."""
 
     max_sequence_length: Count = 256
-    """T5 tokens, padding included, which the model sees behind the 77 of CLIP."""
+    """Number of T5 tokens, including padding, that the model sees behind the 77 of CLIP."""
     drop_text_encoders: list[Literal["clip_l", "clip_g", "t5"]] = []
-    """Text encoders to leave out: the model sees zeros instead, as it has learned to. One that the folder lacks is left
-    out too."""
+    """Text encoders to leave out: the model sees zeros instead, which it has learned. Encoders that the folder lacks
+    are left out too."""
 
 
 class Sd3Inputs(NamedTuple):
-    """What the entry takes."""
+    """The inputs of the entry."""
 
     x_BChw: torch.Tensor
     text_BLD: torch.Tensor
@@ -124,7 +124,7 @@ class Sd3Pipeline(PicturePipeline):
 
     @cached_property
     def text_parts(self) -> tuple[TextPart, ...]:
-        """The text encoders that there are and that are not dropped."""
+        """The text encoders that exist and are not dropped."""
         options = self.options
         return tuple(
             _pooled_as_published(part, part.override(options))
@@ -138,7 +138,7 @@ class Sd3Pipeline(PicturePipeline):
         super().check_folder()
 
     def _check_choice(self) -> None:
-        """Whether any text encoder is left, and none is given and dropped at once."""
+        """Whether any text encoder is left, and none is both given and dropped."""
         folder, dropped = self.options.diffusers_path, self.options.drop_text_encoders
         if both := [entry.type for entry in self.options.text_encoders if entry.type in dropped]:
             raise UserError.of(
@@ -163,7 +163,7 @@ class Sd3Pipeline(PicturePipeline):
         clips = {name: shapes[name] for name in CLIPS if name in shapes}
         widths = [features for _, features in clips.values()]
         fits = all(shape == (CLIP_TOKENS, *shapes[f"{name}_pooled"]) for name, shape in clips.items())
-        # Side by side they are as wide as the model asks; one that is left out leaves room.
+        # Together they have the width that the model requires; an encoder that is left out leaves room.
         fits = fits and (sum(widths) == pooled if len(widths) == len(CLIPS) else sum(widths) < pooled)
         if channels != made:
             yield self.parts.misfit(
@@ -190,7 +190,7 @@ class Sd3Pipeline(PicturePipeline):
         return self.parts.text_encoder(ClipFeatures(part.name, length, pooled), ClipEncoder)
 
     def build_denoiser(self) -> SD3Transformer2DModel:
-        # The table of positions takes seconds and gigabytes to compute, and lies in the files.
+        # The table of positions takes seconds and gigabytes to compute, and the files contain it.
         with nullcontext() if self.options.from_scratch else torch.device("meta"):
             denoiser = super().build_denoiser()
         positions = denoiser.pos_embed.pos_embed
@@ -210,8 +210,8 @@ class Sd3Pipeline(PicturePipeline):
         return Sd3Inputs(x_t, *self._conditions(features, len(x_t)), t_B)
 
     def _conditions(self, features: Features, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Text tokens (B, L, D) and pooled text (B, P), zeros where an encoder is left out: CLIP-L and CLIP-G beside
-        each other in the first tokens, T5 in those behind them."""
+        """Text tokens (B, L, D) and pooled text (B, P), with zeros for missing encoders: CLIP-L and CLIP-G are
+        concatenated in the first tokens, and T5 follows in the others."""
         config = self.parts.denoiser_config
         tokens, pooled_width = CLIP_TOKENS + self.options.max_sequence_length, config["pooled_projection_dim"]
         text_BLD = torch.zeros(batch, tokens, config["joint_attention_dim"], dtype=self.dtype)
@@ -228,7 +228,7 @@ class Sd3Pipeline(PicturePipeline):
 
 
 def _pooled_as_published(part: TextPart, override: Path | None) -> TextPart:
-    """SD3 pools CLIP-L without a projection. Its own folder says so by an identity; the files that ComfyUI reads hold
-    the one that CLIP was born with, or none."""
+    """SD3 pools CLIP-L without a projection. In its own folder the projection is the identity; the files that ComfyUI
+    reads contain CLIP's original projection, or none."""
     is_single_file = part.name == "clip_l" and override is not None and override.is_file()
     return replace(part, model_class=CLIPTextModel) if is_single_file else part

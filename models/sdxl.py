@@ -20,8 +20,8 @@ class SdxlOptions(StableDiffusionOptions):
     """`[model]` of `type = "sdxl"`."""
 
     text_encoder_2_lr: Positive | None = None
-    """Train the second text encoder (OpenCLIP-G) too, with this learning rate; default: it is frozen, and what it makes
-    of captions is cached."""
+    """Train the second text encoder (OpenCLIP-G) too, with this learning rate; default: it is frozen, and its features
+    of captions are cached."""
 
 
 class SdxlPipeline(StableDiffusionPipeline):
@@ -58,6 +58,6 @@ class SdxlPipeline(StableDiffusionPipeline):
     ) -> UNetInputs:
         inputs = super().prepare_inputs(features, x_t, t_B, guidance)
         height, width = (side * self.cell for side in x_t.shape[2:])
-        # Samples are drawn as if of a picture that was not cropped.
+        # Samples are drawn like pictures that were not cropped.
         whole = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32).repeat(len(x_t), 1)
         return inputs._replace(sizes_B6=features.get(SIZES, whole))

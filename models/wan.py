@@ -1,7 +1,8 @@
 """Wan 2.1 and 2.2: one chain of blocks over latent patches that attend to the text.
 
-Both sizes of 2.1, each of the two experts of 2.2 A14B, and TI2V-5B. Those of text to video are trained on pictures and
-clips together; those of picture to video (i2v) are shown the first frame, as further channels and, in 2.1, by CLIP.
+It covers both sizes of 2.1, each of the two experts of 2.2 A14B, and TI2V-5B. Models of text to video are trained on
+pictures and clips together; models of picture to video (i2v) receive the first frame as further channels and, in 2.1,
+through CLIP.
 
 Shapes: B batch, C latent channels, f h w latent frames, height and width, T video tokens, L text tokens (those of CLIP
 before them), R rows of time, D width of the transformer.
@@ -37,7 +38,8 @@ from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
 BLIND_TOKENS = 512
-"""Text tokens of the models that see the first frame by CLIP: their blocks take what precedes these for CLIP's."""
+"""Number of text tokens in models that see the first frame through CLIP: their blocks treat all tokens before these as
+CLIP's."""
 EXPERT_FOLDERS = {"high": "transformer", "low": "transformer_2"}
 TRAIN_STEPS = 1000
 PATCH = 2
@@ -50,17 +52,17 @@ class WanOptions(ModelSettings):
 
     expert: Literal["high", "low"] = "high"
     """Which expert of Wan 2.2 A14B is trained: the one for much noise (set min_t = 0.875) or the one for little
-    (max_t = 0.875). Wan 2.1 has one model, in the place of the high one."""
+    (max_t = 0.875). Wan 2.1 has a single model, which is in the folder of the high one."""
     max_sequence_length: Count = 512
-    """UMT5 tokens that the model sees, padding included."""
+    """Number of UMT5 tokens that the model sees, including padding."""
     from_first_frame: bool = False
-    """Train TI2V-5B on clips from their first frame, which the model is shown as it is and need not predict; pictures
-    are trained from text all the same."""
+    """Train TI2V-5B on clips from their first frame, which the model receives without noise and does not have to
+    predict; pictures are still trained from text."""
 
 
 class WanInputs(NamedTuple):
-    """What the entry takes. `text_BLD` is padded to the batch's longest caption alone. A second row of time is that of
-    the first frame."""
+    """The inputs of the entry. `text_BLD` is only padded to the longest caption of the batch. A second row of time
+    belongs to the first frame."""
 
     x_BCfhw: torch.Tensor
     text_BLD: torch.Tensor
@@ -70,8 +72,8 @@ class WanInputs(NamedTuple):
 
 class WanStream(NamedTuple):
     """What travels from layer to layer. `canvas_fhw0` has no elements: its shape carries the tokens' grid. With two
-    rows of time, `row_T` says which is a token's: their modulations are looked up in each layer, since those of all
-    tokens would be a gigabyte."""
+    rows of time, `row_T` has the row of each token: each layer looks up the modulations, since those of all tokens
+    would take a gigabyte."""
 
     x_BTD: torch.Tensor
     text_BLD: torch.Tensor
@@ -83,7 +85,7 @@ class WanStream(NamedTuple):
 
     @property
     def modulation(self) -> torch.Tensor:
-        """As a block takes it: (B, 6, D), or (B, T, 6, D)."""
+        """The modulation for a block: (B, 6, D), or (B, T, 6, D)."""
         return self.modulation_BR6D[:, 0] if self.row_T is None else self.modulation_BR6D[:, self.row_T]
 
 
@@ -150,8 +152,8 @@ class Exit(nn.Module):
 
 @dataclass(frozen=True)
 class CleanedFeatures(TrueLengthFeatures):
-    """`TrueLengthFeatures` of the caption as Wan's pipeline cleans it: no HTML entities, single spaces, broken Unicode
-    mended."""
+    """`TrueLengthFeatures` of the caption after the cleaning of Wan's pipeline: no HTML entities, single spaces,
+    repaired Unicode."""
 
     def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, list[torch.Tensor]]:
         return super().__call__(text_encoder, tokenizer, [prompt_clean(caption) for caption in captions])
@@ -174,14 +176,14 @@ class WanPipeline(BasePipeline):
 
     def __init__(self, options: WanOptions, seed: int = 0):
         super().__init__(options, seed)
-        # `check` tells what an incomplete folder lacks.
+        # `check` reports what an incomplete folder lacks.
         with suppress(UserError):
             cell = self._vae_config.get("scale_factor_spatial", self.media.spatial // PATCH)
             self.media = replace(self.media, spatial=PATCH * cell, fps=FPS_5B if self._is_5b else self.media.fps)
 
     @property
     def _is_5b(self) -> bool:
-        """Whether it is TI2V-5B, whose VAE makes patches of the pixels first."""
+        """Whether it is TI2V-5B, whose VAE first turns pixels into patches."""
         return bool(self._vae_config.get("patch_size"))
 
     @property
@@ -191,7 +193,7 @@ class WanPipeline(BasePipeline):
 
     @property
     def _sees_first_frame(self) -> bool:
-        """Whether it sees the first frame by CLIP too."""
+        """Whether it also sees the first frame through CLIP."""
         return self.parts.denoiser_config.get("image_dim") is not None
 
     @property
@@ -287,7 +289,7 @@ class WanPipeline(BasePipeline):
     def scheduler(self) -> UniPCMultistepScheduler:
         return UniPCMultistepScheduler.from_pretrained(self.options.diffusers_path, subfolder="scheduler")
 
-    # Kept: every micro-batch asks for it.
+    # Kept, as every micro-batch asks for it.
     @cached_property
     def _vae_config(self) -> dict[str, Any]:
         return wan_vae_config(self.options.diffusers_path, self.options.vae_path)

@@ -1,10 +1,10 @@
-"""Z-Image, Turbo and base: one row of picture and text tokens, each refined on its own before.
+"""Z-Image, Turbo and base: one sequence of picture and text tokens, which are refined separately before.
 
-Pictures and captions are filled up to multiples of 32 tokens with learned tokens, which the blocks see; what a batch
-adds to the shorter captions beyond that is masked.
+Pictures and captions are padded to multiples of 32 tokens with learned tokens, which the blocks see; the further
+padding of shorter captions in a batch is masked.
 
 Shapes: B batch, T image tokens, L text tokens (both filled up), E rotary frequencies, C channels of a token, D width,
-h w latent cells. From the first joined block on T counts the text too, which follows the picture.
+h w latent cells. From the first joined block on, T also counts the text, which follows the picture.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class ZImageOptions(ModelSettings):
     """
 
     max_sequence_length: Count = 512
-    """Qwen3 tokens of a caption that are read, those of the chat around it included."""
+    """Number of Qwen3 tokens of a caption that are read, including those of the chat template."""
 
 
 class ZImageInputs(NamedTuple):
-    """What the entry takes. `canvas_hw0` has no elements: its shape carries the latent's height and width."""
+    """The inputs of the entry. `canvas_hw0` has no elements: its shape carries the latent's height and width."""
 
     x_BTC: torch.Tensor
     positions_BT3: torch.Tensor
@@ -58,8 +58,8 @@ class ZImageInputs(NamedTuple):
 
 
 class ZImageStream(NamedTuple):
-    """What travels from layer to layer. `x_BTD`, its mask (None: all are seen) and its rotary table are the picture's
-    until the first joined block, which appends the text's and sets those to None."""
+    """What travels from layer to layer. `x_BTD`, its mask (None if all tokens are visible) and its rotary table belong
+    to the picture until the first joined block, which appends those of the text and sets the latter to None."""
 
     x_BTD: torch.Tensor
     mask_BT: torch.Tensor | None
@@ -72,7 +72,7 @@ class ZImageStream(NamedTuple):
 
 
 class Entry(nn.Module):
-    """Embeds tokens, text, time and positions, and puts the learned tokens where the row is filled up."""
+    """Embeds tokens, text, time and positions, and inserts the learned padding tokens."""
 
     def __init__(self, denoiser: ZImageTransformer2DModel):
         super().__init__()
@@ -82,8 +82,8 @@ class Entry(nn.Module):
         self.x_pad_token = denoiser.x_pad_token
         self.cap_pad_token = denoiser.cap_pad_token
         self.time_scale = denoiser.t_scale
-        # The embedder would make its tables when it is first called, and keep them where that was. They are computed
-        # on the CPU, whatever device reads them.
+        # The embedder would create its tables in its first call, on the device of that call. They are computed on the
+        # CPU, regardless of the device that reads them.
         rope = denoiser.rope_embedder
         tables = rope.precompute_freqs_cis(rope.axes_dims, rope.axes_lens, rope.theta)
         self.axes = [f"rope_{axis}" for axis in range(len(tables))]
@@ -116,7 +116,7 @@ class Entry(nn.Module):
 
 
 class FirstJoined(Middle):
-    """The first block that sees picture and text in a row."""
+    """The first block that sees picture and text as one sequence."""
 
     def forward(self, stream: ZImageStream) -> ZImageStream:
         mask_BT = stream.text_mask_BL
@@ -166,7 +166,7 @@ class ZImagePipeline(PicturePipeline):
             yield self.parts.misfit(
                 "this is Z-Image Omni, which takes pictures too and is not trained here; give Z-Image or Z-Image Turbo"
             )
-        # Text has the places from 1 on, and the picture the one after it.
+        # The text has the positions from 1 on, and the picture the next one.
         most = (config["axes_lens"][0] - 2) // FILLED_TO * FILLED_TO
         if length > most:
             message = f"{length} tokens are more than this model has places for; set at most {most}"
@@ -209,11 +209,11 @@ class ZImagePipeline(PicturePipeline):
         )
 
     def guided(self, prompted: torch.Tensor, negative: torch.Tensor, guidance: float) -> torch.Tensor:
-        """p + g (p - n), as the stock pipeline counts."""
+        """p + g (p - n), as in the stock pipeline."""
         return prompted + guidance * (prompted - negative)
 
 
-def picture_positions(height: int, width: int, place_B: torch.Tensor) -> torch.Tensor:
-    """(place of the picture after its caption, row, column) of every token, int64 (B, T, 3)."""
+def picture_positions(height: int, width: int, position_B: torch.Tensor) -> torch.Tensor:
+    """(position of the picture after its caption, row, column) of every token, int64 (B, T, 3)."""
     rows, columns = torch.arange(height // PATCH), torch.arange(width // PATCH)
-    return torch.stack([torch.cartesian_prod(place[None], rows, columns) for place in place_B])
+    return torch.stack([torch.cartesian_prod(position[None], rows, columns) for position in position_B])
