@@ -1,8 +1,8 @@
-"""HiDream-I1, full, dev and fast: experts that a router chooses, and another state of Llama for every block.
+"""HiDream-I1, full, dev and fast: experts that a router chooses, and a different state of Llama for every block.
 
 Shapes: B batch, T image tokens, L text tokens, S all positions (T, T5's and two states of Llama), N states of Llama,
-P pooled text features, C channels of a token, D width, h w latent cells. From the first single block on T counts the
-text too, which follows the picture.
+P pooled text features, C channels of a token, D width, h w latent cells. From the first single block on, T also
+counts the text, which follows the picture.
 """
 
 from __future__ import annotations
@@ -55,22 +55,22 @@ SCHEDULERS = {
 class HiDreamOptions(ModelSettings):
     """`[model]` of `type = "hidream"`.
 
-    `[sampling] guidance`: 5 is usual for full; dev and fast are distilled, and take 1, which is none.
+    `[sampling] guidance`: 5 is usual for full; dev and fast are distilled and take 1, which means no guidance.
     """
 
     llama3_path: UserPath | None = None
     """Folder of Llama 3.1 8B Instruct, with its tokenizer; default: `text_encoder_4` and `tokenizer_4` of
-    `diffusers_path`, where HiDream's own folder has none."""
+    `diffusers_path`, which HiDream's own folder lacks."""
     llama3_4bit: bool = False
     """Keep Llama in 4 bits while captions are encoded: 6 GB instead of 16. Needs a GPU."""
     max_sequence_length: Count = 128
-    """Tokens of T5 and of Llama, padding included, which the model sees."""
+    """Number of tokens of T5 and of Llama that the model sees, including padding."""
     balance_loss_weight: NotNegative = 0.01
-    """Weight of the loss that has the experts of a layer chosen alike often; 0: none. It is no part of the loss of an
-    evaluation."""
+    """Weight of the loss that makes the router choose the experts of a layer equally often; 0 for none. Evaluation does
+    not include it."""
     fill_up_pictures: bool = True
-    """Fill pictures that are not square up to the tokens of 1024 x 1024, as diffusers does in inference, whatever their
-    size. ComfyUI does not; false is faster for small pictures."""
+    """Pad pictures that are not square to the number of tokens of 1024 x 1024, as diffusers does in inference,
+    regardless of their size. ComfyUI does not; false is faster for small pictures."""
 
 
 class HiDreamInputs(NamedTuple):
@@ -87,7 +87,7 @@ class HiDreamInputs(NamedTuple):
 
 
 class Entry(nn.Module):
-    """Embeds tokens, time and positions; its text is T5's and that of Llama's state for the last block."""
+    """Embeds tokens, time and positions. Its text consists of T5's features and Llama's state for the last block."""
 
     def __init__(self, denoiser: HiDreamImageTransformer2DModel, route: Route):
         super().__init__()
@@ -118,7 +118,7 @@ class Entry(nn.Module):
 
 
 class Exit(nn.Module):
-    """Projects the image tokens to the latent (B, C, h, w); in training with the loss of the experts beside it."""
+    """Projects the image tokens to the latent (B, C, h, w); in training together with the loss of the experts."""
 
     def __init__(self, denoiser: HiDreamImageTransformer2DModel):
         super().__init__()
@@ -220,7 +220,7 @@ class HiDreamPipeline(PicturePipeline):
             )
         length, places = self.options.max_sequence_length, min(clip["max_position_embeddings"] for clip in clips)
         if length > places:
-            message = f"CLIP has {places} places, so {length} is too much; HiDream's own has 248"
+            message = f"CLIP has {places} positions, so {length} is too much; HiDream's own has 248"
             yield Problem("", "[model] max_sequence_length", message)
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
@@ -234,7 +234,7 @@ class HiDreamPipeline(PicturePipeline):
         ]
 
     def build_denoiser(self) -> HiDreamImageTransformer2DModel:
-        # That switch would train neither experts nor routers.
+        # With that switch neither experts nor routers would be trained.
         return self.denoiser_class.from_config(self.parts.denoiser_config, force_inference_output=False)
 
     def to_layers(self, denoiser: HiDreamImageTransformer2DModel) -> list[nn.Module]:
@@ -261,7 +261,7 @@ class HiDreamPipeline(PicturePipeline):
         return HiDreamInputs(
             x_BTC=functional.pad(x_BTC, (0, 0, 0, filled - tokens)),
             mask_BT=(torch.arange(filled) < tokens).expand(batch, -1) if filled > tokens else None,
-            # Text and what a picture is filled up with are at 0, 0.
+            # Text and the padding of a picture have the position 0, 0.
             positions_1S3=functional.pad(positions_T3, (0, 0, 0, filled - tokens + texts))[None],
             t5_BLD=t5_BLD,
             llama3_BLD=states_BNLD.unbind(1),
@@ -271,8 +271,8 @@ class HiDreamPipeline(PicturePipeline):
         )
 
     def _filled(self, height: int, width: int) -> int:
-        """How many image tokens the model sees of a latent of `height` x `width` cells. Filling up does not
-        serve speed: the values of such tokens are seen, though their keys are zero."""
+        """The number of image tokens that the model sees for a latent of `height` x `width` cells. The padding matters:
+        the values of padding tokens take part in attention, although their keys are zero."""
         rows, columns = self.parts.denoiser_config["max_resolution"]
         tokens = (height // PATCH) * (width // PATCH)
         most = rows * columns // PATCH**2

@@ -1,8 +1,8 @@
-"""HunyuanDiT 1.1 and 1.2: a chain of blocks of which the first half leaves its outputs to the second, as in a UNet.
+"""HunyuanDiT 1.1 and 1.2: a chain of blocks with skip connections from the first half to the second, as in a UNet.
 
-It learns the variance of a step beside v, in as many channels again. Two encoders read each caption: a BERT, whose
-tokens the blocks see, and mT5, whose tokens they see too and which is pooled for the time embedding. 1.1 is also told
-sizes, and a style, of which there is one.
+It learns the variance of a step besides v, in the same number of additional channels. Two encoders read each caption:
+BERT and mT5. The blocks see the tokens of both, and those of mT5 are also pooled for the time embedding. 1.1 is also
+conditioned on sizes and on a style, of which there is only one.
 
 Shapes: B batch, C latent channels, h w latent cells, T image tokens, L text tokens, D width, E features of mT5, H
 features of an attention head.
@@ -38,12 +38,12 @@ from utils.errors import Problem
 from utils.settings.values import NotNegative
 
 ROTARY_GRID = 32
-"""Tokens on the longer side of the grid to which positions are scaled: those of 512 pixels."""
+"""Number of tokens on the longer side of the grid to which positions are scaled: those of 512 pixels."""
 USUAL_SIDE = 1024
-"""In pixels, of the file that a sample is drawn as if from."""
+"""The side in pixels of the file from which a sample pretends to come."""
 WIDTH_FIRST = [1, 0, 5, 4, 3, 2]
-"""Puts `SIZES` into the publisher's order: width and height of the file, of what is trained, left and top of the crop.
-diffusers and ComfyUI give heights first, which makes no difference for a square."""
+"""Indices that bring `SIZES` into the publisher's order: width and height of the file, width and height of the trained
+picture, left and top of the crop. diffusers and ComfyUI give heights first, which makes no difference for squares."""
 PADDING_KEY, STYLE_KEY = "text_embedding_padding", "style_embedder.weight"
 VERSIONS = {False: "1.2, which is told no sizes", True: "1.1 or older, which is told sizes"}
 
@@ -53,12 +53,12 @@ class HunyuanDitOptions(DDPMOptions):
 
     vlb_weight: NotNegative = 0.0
     """Weight of the variational term, from which the model learns the variance of a step: 0.001 is usual (Nichol and
-    Dhariwal 2021), 0 leaves the term out. Stock samplers make no use of that variance."""
+    Dhariwal 2021), 0 leaves the term out. Stock samplers do not use this variance."""
 
 
 class HunyuanDitInputs(NamedTuple):
-    """The inputs of the entry. `bert_BLD` is padded to the batch's longest caption alone; `sizes_B6` is None for a
-    model that is not told sizes."""
+    """The inputs of the entry. `bert_BLD` is only padded to the longest caption of the batch; `sizes_B6` is None for
+    a model without sizes."""
 
     x_BChw: torch.Tensor
     bert_BLD: torch.Tensor
@@ -71,7 +71,7 @@ class HunyuanDitInputs(NamedTuple):
 
 
 class HunyuanDitStream(NamedTuple):
-    """What travels from layer to layer. `skips` are outputs of the first half of the blocks, the last one on top;
+    """What travels from layer to layer. `skips` are outputs of blocks in the first half, the last one on top;
     `canvas_hw0` has no elements: its shape carries the latent's height and width."""
 
     x_BTD: torch.Tensor
@@ -83,8 +83,7 @@ class HunyuanDitStream(NamedTuple):
 
 
 class Entry(nn.Module):
-    """Embeds patches, text, and time with what else is told of the picture; where a caption ends, learned tokens
-    follow."""
+    """Embeds patches, text, and time with the other conditions; learned tokens follow the end of a caption."""
 
     def __init__(self, denoiser: HunyuanDiT2DModel):
         super().__init__()
@@ -108,7 +107,7 @@ class Entry(nn.Module):
         )
 
     def _text(self, inputs: HunyuanDitInputs, mt5_BLE: torch.Tensor) -> torch.Tensor:
-        """The tokens of BERT and, behind them, of mT5, with learned ones in place of the padding of each."""
+        """The tokens of BERT followed by those of mT5, with learned tokens instead of the padding of each."""
         missing = len(self.text_embedding_padding) - inputs.bert_BLD.shape[1] - mt5_BLE.shape[1]
         bert_BLD = functional.pad(inputs.bert_BLD.to(mt5_BLE.dtype), (0, 0, 0, missing))
         bert_mask_BL = functional.pad(inputs.bert_mask_BL, (0, missing))
@@ -119,7 +118,7 @@ class Entry(nn.Module):
 
 
 class Block(nn.Module):
-    """A block that may leave its output on the stack (`pushes`), or take what lies on top of it (`pops`)."""
+    """A block that may push its output onto the stack, or pop the top of the stack as a skip connection."""
 
     recomputable = True
 
@@ -153,7 +152,7 @@ class Exit(nn.Module):
 
 
 class UnpooledBert(BertModel):
-    """BERT without the layer that pools a text, which the model's files need not have."""
+    """BERT without its pooling layer, which the model's files may lack."""
 
     def __init__(self, config: Any):
         super().__init__(config, add_pooling_layer=False)
@@ -254,7 +253,7 @@ class HunyuanDitPipeline(PicturePipeline):
         )
 
     def _sizes(self, features: Features, x_t: torch.Tensor) -> torch.Tensor:
-        """What the model is told of sizes (B, 6), in pixels."""
+        """The sizes for the model (B, 6), in pixels."""
         height, width = (side * self.cell for side in x_t.shape[2:])
         drawn = torch.tensor([USUAL_SIDE, USUAL_SIDE, 0, 0, height, width], dtype=torch.float32).repeat(len(x_t), 1)
         return features.get(SIZES, drawn)[:, WIDTH_FIRST]
@@ -268,8 +267,8 @@ class HunyuanDitPipeline(PicturePipeline):
 
 
 def rotary_tables(height: int, width: int, features: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines (T, H) of the places of a latent's tokens, scaled such that the picture, whatever its size,
-    fills the longer side of a grid, in whose middle it lies."""
+    """Cosines and sines (T, H) of the positions of a latent's tokens, which are scaled and centred so that every
+    picture fills the longer side of a grid."""
     grid = (height // PATCH, width // PATCH)
     crop_region = get_resize_crop_region_for_grid(grid, ROTARY_GRID)
     return get_2d_rotary_pos_embed(features, crop_region, grid, device="cpu", output_type="pt")

@@ -96,14 +96,14 @@ class Entry(nn.Module):
         x_BTD = self.all_x_embedder[PATCH_KEY](inputs.x_BTC.to(dtype))
         is_picture_T = torch.arange(x_BTD.shape[1], device=device) < (height // PATCH) * (width // PATCH)
         text_BLD = self.cap_embedder(inputs.text_BLD.to(dtype))
-        places_1L1 = torch.arange(1, text_BLD.shape[1] + 1, device=device)[None, :, None]
+        positions_1L1 = torch.arange(1, text_BLD.shape[1] + 1, device=device)[None, :, None]
         return ZImageStream(
             x_BTD=torch.where(is_picture_T[:, None], x_BTD, self.x_pad_token),
             mask_BT=None,
             rope_BTE=self._rope(inputs.positions_BT3),
             text_BLD=torch.where(inputs.is_caption_BL[..., None], text_BLD, self.cap_pad_token),
             text_mask_BL=inputs.text_mask_BL,
-            text_rope_1LE=self._rope(functional.pad(places_1L1, (0, 2))),
+            text_rope_1LE=self._rope(functional.pad(positions_1L1, (0, 2))),
             # The time stays float32 until it is embedded.
             time_BD=self.t_embedder(inputs.t_B * self.time_scale).to(dtype),
             canvas_hw0=inputs.canvas_hw0,
@@ -169,7 +169,7 @@ class ZImagePipeline(PicturePipeline):
         # The text has the positions from 1 on, and the picture the next one.
         most = (config["axes_lens"][0] - 2) // FILLED_TO * FILLED_TO
         if length > most:
-            message = f"{length} tokens are more than this model has places for; set at most {most}"
+            message = f"{length} tokens are more than this model has positions for; set at most {most}"
             yield Problem("", "[model] max_sequence_length", message)
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:

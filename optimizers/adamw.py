@@ -1,8 +1,8 @@
 """AdamW of torch, with a float32 master of every parameter that is kept in 16 bits.
 
 A step of 1e-5 on a weight of 1 is lost in bfloat16, whose next number is 0.8 % away: without a master most weights of a
-full fine-tune never move. The master takes the step, the parameter its rounded value (Micikevicius et al. 2018, "Mixed
-Precision Training", section 3.1).
+full fine-tune never change. The step updates the master, and the parameter gets its rounded value (Micikevicius et al.
+2018, "Mixed Precision Training", section 3.1).
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from utils.settings.values import Betas, Positive
 
 MASTER = "master"
 EIGHT_BIT_ELEMENTS = 4096
-"""Parameters of fewer elements keep their state in 32 bits (bitsandbytes' `min_8bit_size`)."""
+"""Parameters with fewer elements keep their state in 32 bits (bitsandbytes' `min_8bit_size`)."""
 EIGHT_BIT_BLOCK = 256
 """Elements of 8-bit state that share a scale in float32."""
 
@@ -58,7 +58,7 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             moved = [parameter for parameter in group["params"] if parameter.grad is not None]
             self._update([parameter for parameter in moved if not _is_short(parameter)], group)
-            # One by one: the float32 gradients of all at once would take as much again as the masters.
+            # One by one, since float32 gradients of all parameters at once would take as much memory as the masters.
             for parameter in filter(_is_short, moved):
                 self._update([parameter], group)
                 parameter.copy_(self.state[parameter][MASTER])
@@ -100,7 +100,7 @@ def _is_short(parameter: torch.Tensor) -> bool:
 
 
 def _state_bytes(settings: AdamWSettings, parameter: torch.Tensor) -> int:
-    """Two moments, and the master of what is short."""
+    """Two moments, and the master of a 16-bit parameter."""
     size = max(parameter.itemsize, torch.float32.itemsize)
     return parameter.numel() * size * (3 if _is_short(parameter) else 2)
 
@@ -121,7 +121,7 @@ def _state_bytes_8bit(settings: AdamW8bitSettings, parameter: torch.Tensor) -> i
 
 
 KINDS = (
-    # The keys of a settings class are named as the arguments of its optimizer.
+    # The keys of a settings class have the names of the arguments of its optimizer.
     OptimizerKind(AdamWSettings, AdamW, _state_bytes, not_on={}),
     OptimizerKind(
         AdamW8bitSettings,

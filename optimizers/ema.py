@@ -1,4 +1,4 @@
-"""The exponential moving average of what is trained."""
+"""The exponential moving average of the trained parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from optimizers.adamw import MASTER
 from utils.settings.schema import EMASettings
 
-# By name: the decay after n updates and with `power`, before it is limited to the decay that is asked for.
+# By name: the decay after n updates and with `power`, before it is limited to the requested decay.
 _WARM_UPS: Mapping[str, Callable[[int, float], float]] = {
     "none": lambda n, power: 1.0,
     # TensorFlow's ExponentialMovingAverage, `num_updates`.
@@ -31,16 +31,17 @@ def decay_at(settings: EMASettings, step: int) -> float | None:
 class EMA:
     """average <- decay * average + (1 - decay) * parameter, in float32, beside the parameters of this process.
 
-    A 16-bit parameter with a float32 master in the optimizer's state is averaged by its master.
+    For a 16-bit parameter with a float32 master in the optimizer's state, the master is averaged.
 
     Args:
-        named_parameters: what is averaged, as it is at the start; names as in exports.
-        settings: how, and where the averages are kept.
-        optimizer: what moves the parameters.
-        since: steps that were taken before averaging.
+        named_parameters: the parameters with their initial values; names as in exports.
+        settings: how to average, and where the averages are kept.
+        optimizer: the optimizer of the parameters.
+        since: number of steps before averaging began.
 
     Attributes:
-        averages: by parameter name. They and `since` are all state there is: the decay follows from the step.
+        averages: by parameter name. Together with `since` they are the whole state, since the decay follows from the
+            step.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """To be called after each step of the optimizer; `step` counts them from 1, over the whole run."""
+        """Must be called after each step of the optimizer; `step` counts from 1 over the whole run."""
         decay = decay_at(self.settings, step - self.since)
         if decay is None:
             return
@@ -71,10 +72,10 @@ class EMA:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Within it the parameters have the values of the averages: for evaluation, sampling and export.
+        """A context in which the parameters have the values of the averages, for evaluation, sampling and export.
 
-        No step may be taken within it, nor a checkpoint be written. The parameters keep their memory, of which others
-        may hold views.
+        No step may be taken and no checkpoint may be written within it. The parameters keep their memory, of which
+        others may hold views.
         """
         kept = {
             name: parameter.detach().to(self._place(parameter), copy=True)

@@ -1,4 +1,4 @@
-"""Named parameters -> the groups that an optimizer takes."""
+"""Named parameters -> parameter groups for an optimizer."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,31 +11,31 @@ def groups_of(
     *,
     lr: float,
     weight_decay: float,
-    own_rate: Callable[[str], float | None] = lambda name: None,
+    own_lr: Callable[[str], float | None] = lambda name: None,
 ) -> list[dict[str, Any]]:
-    """The trainable ones of `named_parameters`, in groups of `params`, `names`, `lr`, `initial_lr` and `weight_decay`;
-    `initial_lr` is what schedules multiply.
+    """The trainable parameters of `named_parameters`, in groups with `params`, `names`, `lr`, `initial_lr` and
+    `weight_decay`; schedules multiply `initial_lr`.
 
     Vectors and scalars (norm scales, biases) are not decayed: decay would pull a norm's scale from 1 to 0
     and limits no growth that a bias could have. With `weight_decay` 0 all are together.
 
     Args:
-        own_rate: name -> the learning rate of a parameter that has its own.
+        own_lr: name -> the learning rate of a parameter that has its own.
     """
     groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
-            own = own_rate(name)
+            own = own_lr(name)
             key = lr if own is None else own, weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault(key, []).append((name, parameter))
     return [
         {
             "params": [parameter for _, parameter in entries],
             "names": [name for name, _ in entries],
-            "lr": rate,
-            "initial_lr": rate,
+            "lr": group_lr,
+            "initial_lr": group_lr,
             "weight_decay": decay,
         }
-        # Those that are decayed first.
-        for (rate, decay), entries in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+        # Groups with weight decay first.
+        for (group_lr, decay), entries in sorted(groups.items(), key=lambda group: group[0], reverse=True)
     ]

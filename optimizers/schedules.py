@@ -1,11 +1,11 @@
-"""The learning rate of every step, as a function of the step alone: resuming needs no state."""
+"""The learning rate as a function of the step only, so that resuming needs no state."""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import cos, pi
 
 from utils.settings.schema import Settings
 
-# By kind: the factor at a share of the way from the end of warm-up (0) to the last step's end (1).
+# By kind: the factor at a fraction of the way from the end of warm-up (0) to the end of the last step (1).
 _COURSES: Mapping[str, Callable[[float], float]] = {
     "constant": lambda share: 1.0,
     "linear": lambda share: 1.0 - share,
@@ -14,9 +14,9 @@ _COURSES: Mapping[str, Callable[[float], float]] = {
 
 
 def factor(step: int, *, kind: str, warmup_steps: int, total_steps: int) -> float:
-    """What the learning rate is multiplied by at `step`, counted from 0.
+    """The factor on the learning rate at `step`, counted from 0.
 
-    Warm-up rises by 1 / (warmup_steps + 1) a step, so that no step is lost to a rate of 0, and reaches 1 at
+    Warm-up rises by 1 / (warmup_steps + 1) per step, so that no step is lost to a rate of 0, and reaches 1 at
     step `warmup_steps`. From there `linear` and `cosine` fall to 0 at step `total_steps`, the first that is
     not taken. `cosine` is that of SGDR (Loshchilov and Hutter 2017, equation 5) without restarts.
     """

@@ -133,7 +133,7 @@ def restore_or_start(
 def _optimizer(settings: Settings, pipeline: BasePipeline, parameters: Mapping[str, Parameter]) -> Optimizer:
     chosen = settings.optimizer
     groups = groups_of(
-        parameters.items(), lr=chosen.lr, weight_decay=chosen.weight_decay, own_rate=pipeline.learning_rate
+        parameters.items(), lr=chosen.lr, weight_decay=chosen.weight_decay, own_lr=pipeline.learning_rate
     )
     return optimizers.build(groups, chosen) if groups else optimizer_for_frozen_stage()
 

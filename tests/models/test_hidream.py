@@ -239,5 +239,5 @@ def test_a_file_in_the_place_of_llamas_folder_is_told(tmp_path: Path) -> None:
 def test_an_ordinary_clip_reads_77_tokens(tmp_path: Path) -> None:
     folder = tiny_hidream.write_folder(tmp_path)
     CLIPTextModelWithProjection(clip_config(24, max_position_embeddings=20)).save_pretrained(folder / "text_encoder_2")
-    with pytest.raises(UserError, match="CLIP has 20 places, so 24 is too much"):
+    with pytest.raises(UserError, match="CLIP has 20 positions, so 24 is too much"):
         tiny_hidream.pipeline(folder).check()

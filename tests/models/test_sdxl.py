@@ -108,10 +108,10 @@ def test_tokens_lead_to_the_features_that_are_cached_otherwise(folders: dict[str
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
-def test_each_part_has_its_own_rate(folders: dict[str, Path]) -> None:
+def test_each_part_has_its_own_lr(folders: dict[str, Path]) -> None:
     pipeline = tiny_sdxl_texts.pipeline(folders["sdxl"])
     names = {f"{part}.x": nn.Parameter(torch.zeros(2, 2)) for part in ("unet", "text_encoder", "text_encoder_2")}
-    groups = groups_of(names.items(), lr=1.0, weight_decay=0.0, own_rate=pipeline.learning_rate)
+    groups = groups_of(names.items(), lr=1.0, weight_decay=0.0, own_lr=pipeline.learning_rate)
     rates = {name: group["lr"] for group in groups for name in group["names"]}
     assert list(rates.values()) == list(tiny_sdxl_texts.RATES.values())
     plain = tiny_sdxl.pipeline(folders["sdxl"])

@@ -142,7 +142,7 @@ def test_a_text_encoder_file_is_read_and_its_chat_is_counted(folder: Path, tmp_p
     ("changes", "told"),
     [
         ({"siglip_feat_dim": 16}, "Z-Image Omni"),
-        ({"axes_lens": [65, 32, 32]}, "64 tokens are more than this model has places for; set at most 32"),
+        ({"axes_lens": [65, 32, 32]}, "64 tokens are more than this model has positions for; set at most 32"),
     ],
 )
 def test_what_does_not_fit_is_told(tmp_path: Path, changes: dict[str, Any], told: str) -> None:

@@ -100,7 +100,7 @@ def test_parameters_with_rates_of_their_own_are_groups_of_their_own():
         module.named_parameters(),
         lr=0.5,
         weight_decay=0.1,
-        own_rate=lambda name: 0.25 if name.startswith("text_encoder.") else None,
+        own_lr=lambda name: 0.25 if name.startswith("text_encoder.") else None,
     )
     assert [(group["names"], group["lr"], group["initial_lr"], group["weight_decay"]) for group in groups] == [
         (["unet.weight"], 0.5, 0.5, 0.1),

@@ -1,15 +1,15 @@
-"""A folder that keeps named tensors by key: shard files of bytes, and an SQLite index of what lies where.
+"""A folder that stores named tensors by key: shard files with bytes, and an SQLite index of the items' locations.
 
-An item is on disk before the index speaks of it, so whatever a killed process leaves is either whole or unreferenced
-bytes. Every writer has shards of its own, and never appends to one it did not begin itself: any number of processes,
-also of two runs, may fill one store.
+An item is on disk before the index refers to it, so a killed process leaves only complete items and unreferenced bytes.
+Every writer has shards of its own, and never appends to a shard that it did not begin itself, so any number of
+processes of any runs may fill one store.
 
-Bytes that no row of the index refers to (items replaced or deleted, what a killed writer left) are reclaimed by
-`compact`, which leaves alone what living writers fill. A reader needs no lock: it remembers places it has read, and
-asks the index again when a shard is gone.
+`compact` reclaims bytes to which no row of the index refers (replaced or deleted items, remains of killed writers), and
+leaves the shards of living writers alone. A reader needs no lock: it remembers extents that it has read, and asks the
+index again when a shard is gone.
 
-Items are content-addressed by the callers: a key never comes to mean something else. A reader may therefore go on
-returning what it knows after another process has replaced it.
+Callers use content-addressed keys, so a key never changes its meaning. A reader may therefore go on returning an item
+after another process has replaced it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FLUSH_SECONDS = 30.0
 
 
 class CorruptItem(UserError):
-    """An item whose bytes are not those that were written; `delete([key])` makes it one that is missing."""
+    """An item whose bytes differ from those that were written; after `delete([key])` it counts as missing."""
 
     def __init__(self, key: str, extent: Extent, path: Path) -> None:
         self.key = key
@@ -47,7 +47,7 @@ class CorruptItem(UserError):
 
 @dataclass(frozen=True)
 class StoreStats:
-    """What a store takes on disk, without its index."""
+    """The size of a store on disk, without its index."""
 
     items: int
     shards: int
@@ -62,7 +62,7 @@ class TensorStore:
         folder: made if missing.
         writer_id: name of this writer's shards; None: this store only reads.
         shard_bytes: size after which a new shard begins.
-        flush_bytes, flush_seconds: what is put is committed after so much or so long.
+        flush_bytes, flush_seconds: items are committed after this many bytes or seconds.
     """
 
     def __init__(
@@ -95,10 +95,10 @@ class TensorStore:
         return len(self._index)
 
     def put(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keeps an item, in place of the one that had its key; it is safe after the next `flush`.
+        """Stores an item and replaces the one with the same key; it is safe after the next `flush`.
 
         Raises:
-            WriteFailed: there is no room for it. It is lost; so may be what was put since the last flush, which a
+            WriteFailed: there is no room for it. It is lost, and items since the last flush may be lost too, which a
                 `flush` now would tell.
         """
         assert self._writer is not None, "this store only reads"
@@ -108,10 +108,10 @@ class TensorStore:
             self.flush()
 
     def flush(self) -> None:
-        """Brings all items to disk, then into the index.
+        """Synchronises all items to disk, then adds them to the index.
 
         Raises:
-            WriteFailed: the disk is full or failed. What was put since the last flush is lost, and nothing else.
+            WriteFailed: the disk is full or failed. Items since the last flush are lost, and nothing else.
         """
         if self._pending:
             try:
@@ -124,7 +124,7 @@ class TensorStore:
         self._last_flush = time.monotonic()
 
     def get(self, key: str) -> dict[str, torch.Tensor]:
-        """The item, on the CPU; its tensors share one piece of memory that is theirs alone. Its checksum is looked at
+        """The item, on the CPU; its tensors share one block of memory that belongs to them. Its checksum is verified
         when this store reads it for the first time.
 
         Raises:
@@ -138,13 +138,13 @@ class TensorStore:
         return decoded(self._first_read(key) if item is None else item)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those of the keys that have no item, in their order."""
+        """The keys without an item, in their order."""
         keys = list(keys)
         found = self._index.present(keys)
         return [key for key in keys if key not in found and key not in self._pending]
 
     def keys(self) -> list[str]:
-        """All committed keys: what of them nobody wants any more, the caller may `delete`."""
+        """All committed keys; the caller may `delete` those that no run wants."""
         return self._index.keys()
 
     def delete(self, keys: Iterable[str]) -> None:
@@ -156,15 +156,15 @@ class TensorStore:
         self._known.forget(keys)
 
     def verify(self, keys: Iterable[str]) -> list[str]:
-        """Those of the keys whose item is damaged, found by reading all of them; missing ones are not looked for."""
+        """The keys whose items are damaged, found by reading all of them; missing items do not count."""
         extents = self._index.extents(list(keys))
-        # By place: disks read forwards.
+        # By extent, since disks read forwards.
         ordered = sorted(extents, key=lambda key: extents[key])
         return [key for key in ordered if self._sound(extents[key]) is None and not self._sound_elsewhere(key)]
 
     def lost(self, keys: Iterable[str]) -> list[str]:
-        """Those of the keys whose item's shard is gone, or cut short before it: what can be told without reading any.
-        Missing ones are not looked for."""
+        """The keys whose items lie in a shard that is gone or truncated, which can be found without reading items.
+        Missing items do not count."""
         ends = self._index.ends()
         taken = sizes(self.folder)
         short = [shard for shard, end in ends.items() if taken.get(shard, -1) < end]
@@ -174,24 +174,24 @@ class TensorStore:
         return [key for key, extent in extents.items() if taken.get(extent.shard, -1) < extent.offset + extent.length]
 
     def shards_of(self, keys: Iterable[str]) -> list[str]:
-        """The names of the shards that the items of these keys are in."""
+        """The names of the shards with the items of these keys."""
         return sorted({extent.shard for extent in self._index.extents(list(keys)).values()})
 
     def stats(self) -> StoreStats:
-        """What the store takes, now; what living writers have not committed yet counts as unreferenced."""
+        """The current size of the store; uncommitted items of living writers count as unreferenced."""
         taken, live = sizes(self.folder), self._index.live_bytes()
         held = sum(min(live.get(shard, 0), size) for shard, size in taken.items())
         return StoreStats(len(self), len(taken), sum(taken.values()), sum(taken.values()) - held)
 
     def compact(self, share: float = compaction.SHARE) -> int:
-        """Reclaims shards of which more than this share is unreferenced, by moving their items into new ones; the bytes
-        that were freed. Afterwards no more than this share of the store is unreferenced, but for what living writers
-        fill. Damaged items on the way are dropped, and logged.
+        """Reclaims shards of which more than `share` is unreferenced by moving their items into new shards. Returns the
+        number of freed bytes. Afterwards at most this fraction of the store is unreferenced, apart from the shards of
+        living writers. Damaged items are dropped and logged.
 
-        Any process may die or fail at any point of it, and others may read, write and compact at the same time.
+        A process may die or fail at any point, and others may read, write and compact at the same time.
 
         Raises:
-            WriteFailed: there is no room for the items that are to be moved.
+            WriteFailed: there is no room for the items that have to be moved.
         """
         assert self._writer is not None, "this store only reads"
         self.flush()
@@ -199,7 +199,7 @@ class TensorStore:
         try:
             return compaction.compact(self.folder, self._index, self._writer, self._sound, share)
         finally:
-            # The space of a shard is free only when nobody has it open.
+            # The space of a shard becomes free only when no process has it open.
             self._reader.close()
 
     def close(self) -> None:
@@ -220,19 +220,19 @@ class TensorStore:
             if item is not None:
                 self._known.add(key, extent)
                 return item
-            # Moved since the index was asked: it is asked again until it says the same twice.
+            # The item was moved after the query: ask again until the index gives the same answer twice.
             before, extent = extent, self._index.extent(key)
             if extent == before:
                 raise CorruptItem(key, extent, self.folder / extent.shard)
         raise KeyError(key)
 
     def _sound(self, extent: Extent) -> np.ndarray | None:
-        """The bytes at a place, if they are those that were written."""
+        """The bytes of an extent, if their checksum is right."""
         item = self._reader.read(extent.shard, extent.offset, extent.length)
         return item if item is not None and zlib.crc32(item) == extent.crc32 else None
 
     def _sound_elsewhere(self, key: str) -> bool:
-        """Whether an item that is not sound where the index said is gone or moved by now."""
+        """Whether an item that could not be read at its extent has been removed or moved in the meantime."""
         try:
             self._first_read(key)
         except CorruptItem:
@@ -243,8 +243,8 @@ class TensorStore:
 
 
 class _KnownPlaces:
-    """Places of items that were read and found sound. Packed, for they may be a million: about 200 bytes each with the
-    key, a third of what a tuple would take."""
+    """Extents of items that were read and verified. They are packed, since there may be a million of them: about 200
+    bytes each with the key, a third of the size of a tuple."""
 
     _PACKED = struct.Struct("<IQQ")
 
@@ -264,7 +264,7 @@ class _KnownPlaces:
     def add(self, key: str, extent: Extent) -> None:
         number = self._numbers.get(extent.shard)
         if number is None:
-            # Two threads may both append a name: each number then means that shard.
+            # Two threads may both append a name; both numbers then mean that shard.
             self._shards.append(extent.shard)
             number = self._numbers[extent.shard] = self._shards.index(extent.shard)
         self._packed[key] = self._PACKED.pack(number, extent.offset, extent.length)

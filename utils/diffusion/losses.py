@@ -1,4 +1,4 @@
-"""How far a prediction is from its target: one number per sample.
+"""The distance of a prediction from its target: one number per sample.
 
 Shapes: B batch, `...` the latent's own dimensions.
 """
@@ -13,14 +13,14 @@ import torch
 
 
 class Labels(NamedTuple):
-    """What the last stage compares its prediction with.
+    """The labels with which the last stage compares its prediction.
 
     Attributes:
         target: (B, ...), float32.
-        weight: factor on the error, (B, 1, ...): by sample, or by place too.
+        weight: factor on the error, (B, 1, ...): per sample, or also per latent cell.
         delta: (B, 1, ...), the width of losses that have one; see `Loss.delta`.
-        regularising: (B,), which samples are regularisation data: another model's output may become their target.
-        captioned: (B,), which samples are shown with their caption.
+        regularising: (B,), which samples are regularisation data, whose target may become the output of a teacher.
+        captioned: (B,), which samples come with their caption.
         variational: (clean, x_t, t_B), for `learned_variance.variational_bound`.
     """
 

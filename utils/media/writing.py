@@ -16,7 +16,7 @@ from PIL import Image
 
 # FFmpeg's default takes shortcuts that shift colours.
 EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
-# Nearly no loss to the eye; samples are looked at closely.
+# Visually almost lossless, since samples are looked at closely.
 QUALITY = {"crf": "17"}
 
 
@@ -28,12 +28,12 @@ def tensor_to_image(pixels_CFHW: torch.Tensor) -> Image.Image:
 def write_clip(pixels_CFHW: torch.Tensor, fps: float, path: Path) -> None:
     """Writes a clip of `fps` frames per second as H.264 in MP4, which plays nearly everywhere.
 
-    H.264 halves the resolution of colours, so sizes must be even: of an odd one, the last row or column is repeated.
+    H.264 halves the resolution of colours, so sizes must be even: the last row or column of an odd size is repeated.
     """
     height, width = pixels_CFHW.shape[2:]
     pad = (0, width % 2, 0, height % 2)
     levels_FHWC = _levels_FHWC(torch.nn.functional.pad(pixels_CFHW.float(), pad, mode="replicate"))
-    # Named .mp4 or not, as when it is written under another name first.
+    # The format is given, since the file may first have another name.
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
         exact_fps = Fraction(fps).limit_denominator(1001)
         stream = container.add_stream("libx264", rate=exact_fps, options=QUALITY)
@@ -49,7 +49,7 @@ def write_clip(pixels_CFHW: torch.Tensor, fps: float, path: Path) -> None:
 
 
 def _tag(context: av.VideoCodecContext) -> None:
-    """Says by which standard colours are coded; players guess it from the size otherwise."""
+    """Declares the standard of the colour coding, which players would otherwise guess from the size."""
     context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
     context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
 

@@ -2,11 +2,11 @@
 
     global_step1200/
         state-0.safetensors ...   per stage: "weights/<parameter>", "optimizer/<parameter>/<key>", "ema/<parameter>"
-        progress.json             where the run stood, and what it was made with
+        progress.json             the progress of the run, and settings that bind the checkpoint
     latest                        the name of the newest complete checkpoint
 
-A checkpoint is written beside its place and renamed when all its bytes are on disk; `latest` follows. What is random
-or ordered needs no state: it is a function of the seed and the progress.
+A checkpoint is written under another name and renamed when all its bytes are on disk; `latest` follows. Random numbers
+and orders need no state, since they are functions of the seed and the progress.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ FORMAT = 1
 PROGRESS = "progress.json"
 REMOVED = ".removed"
 MADE_WITH = ("identity", "optimizer", "steps_in_epoch")
-"""What is known of the settings that a checkpoint was made with."""
+"""What a checkpoint contains about the settings with which it was made."""
 NamedParameters = Mapping[str, torch.nn.Parameter]
 
 
 @dataclass(frozen=True)
 class ResumeFlags:
-    """How a run is to go on from a checkpoint, as the command line says.
+    """How a run goes on from a checkpoint, as the command line says.
 
     Attributes:
-        source: a checkpoint, or a run that has some; "" for the newest run, None for a run that starts anew.
+        source: a checkpoint, or a run with checkpoints; "" for the newest run, None for a new run.
         reset_dataloader: start the data from the beginning.
-        reset_optimizer: start with an optimizer that remembers nothing.
+        reset_optimizer: start with an optimizer without state.
         reset_optimizer_params: take the keys of [optimizer] from the config where they differ from the checkpoint's.
     """
 
@@ -61,8 +61,8 @@ class ResumeFlags:
 
 
 def identity_of(settings: Settings) -> dict[str, Any]:
-    """The settings without which a checkpoint's weights would mean another model, or its draws be others: what the
-    class of each table declares as `binds_checkpoint`."""
+    """The settings that must not change, or a checkpoint's weights would belong to another model or its draws would
+    differ: what the class of each table declares as `binds_checkpoint`."""
     tables = {"[model] ": settings.model, **({"[adapter] ": settings.adapter} if settings.adapter else {})}
     identity = settings.binding()
     for title, table in tables.items():
@@ -83,8 +83,8 @@ def save(
 
     Args:
         parameters: the trainable parameters of this stage by name.
-        made_with: settings that a resumed run should share, under the names in `MADE_WITH`; told to the user where
-            they differ.
+        made_with: settings that a resumed run should share, under the names in `MADE_WITH`; the user is told if they
+            differ.
         ema: the averages of these parameters, if there are any.
     """
     name = f"global_step{progress.step}"
@@ -113,9 +113,9 @@ def save(
 
 
 def remove_older(newest: Path, keep: int, spared: Path | None) -> None:
-    """Removes the checkpoints before `newest`, but for the last of them, so that `keep` are left, and but for `spared`.
+    """Removes older checkpoints than `newest` so that `keep` are left, except for `spared`.
 
-    Each is renamed first: what a killed process leaves half removed must not look whole.
+    Each is renamed first, so that a half-removed one does not look complete if the process is killed.
     """
     for leftover in newest.parent.glob(f"global_step*{REMOVED}"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -135,8 +135,8 @@ def _state(parameters: NamedParameters, optimizer: torch.optim.Optimizer, ema: E
 
 
 def _as_kept(value: torch.Tensor, device: torch.device) -> torch.Tensor | int:
-    """A piece of an optimizer's state as the optimizer keeps it: torch counts steps in a float tensor on the CPU,
-    bitsandbytes in a plain int, which as a tensor it would bring to the GPU and read back at every step."""
+    """A value of an optimizer's state in the form in which the optimizer keeps it: torch counts steps in a float tensor
+    on the CPU, bitsandbytes in an int, which as a tensor would move to the GPU and be read back at every step."""
     if value.ndim:
         return value.to(device)
     return value if value.is_floating_point() else int(value)
@@ -157,7 +157,7 @@ class Checkpoint:
     """The checkpoint in `folder`, opened for reading.
 
     Raises:
-        UserError: it is incomplete or of another format; names the checkpoint before it.
+        UserError: it is incomplete or has another format; names the checkpoint before it.
     """
 
     def __init__(self, folder: Path):
@@ -184,21 +184,21 @@ class Checkpoint:
             raise UserError.of(f"not a whole safetensors file ({error}); {self._cure()}", str(path)) from error
 
     def _cure(self) -> str:
-        """How to go on when this checkpoint cannot be read: with the one before it."""
+        """What the user can do if this checkpoint cannot be read: go on from the one before it."""
         before = checkpoints_before(self.folder)
         if before:
             return f"the one before it is --resume_from_checkpoint {before[-1]}"
         return "there is none before it; name another with --resume_from_checkpoint"
 
     def check_identity(self, identity: Mapping[str, Any]) -> None:
-        """Whether what decides what the weights mean and what is drawn is as it was; see `identity_of`.
+        """Whether the settings that bind the checkpoint are unchanged; see `identity_of`.
 
         Raises:
-            UserError: naming what differs.
+            UserError: names the settings that differ.
         """
         old = self.made_with["identity"]
-        # A key is on one side alone where the other has another type, or is of before there was this key. What is not
-        # set, off or empty is then alike.
+        # A key exists on one side only if the other side has another type, or is older than the key. Then values that
+        # are missing, off or empty count as equal.
         changed = [
             f"{key} = {_shown(identity.get(key))} (checkpoint: {_shown(old.get(key))})"
             for key in {**identity, **old}
@@ -215,7 +215,7 @@ class Checkpoint:
         """Whether [optimizer] is that of the checkpoint, unless the user asked for another.
 
         Raises:
-            UserError: naming the keys that differ and the flag that takes the config's.
+            UserError: names the keys that differ, and the flag that takes the config's values.
         """
         old = self.made_with["optimizer"]
         if new_state:
@@ -235,11 +235,11 @@ class Checkpoint:
             )
 
     def starting_point(self, steps_in: Callable[[int], int], *, restart_data: bool) -> Progress:
-        """Where training goes on: where the checkpoint stands, at the same place of the epoch if it now takes another
-        number of steps; with `restart_data` at the beginning of the first epoch.
+        """The progress at which training goes on: that of the checkpoint, at the same position of the epoch if the
+        epoch now has another number of steps; with `restart_data` at the beginning of the first epoch.
 
         Args:
-            steps_in: steps of each epoch.
+            steps_in: epoch -> its number of steps.
         """
         progress = self.progress
         if restart_data:
@@ -252,10 +252,10 @@ class Checkpoint:
         return progress
 
     def check_weights(self, parameters: NamedParameters) -> None:
-        """Whether the checkpoint has the weights of all that the run trains, and of nothing else, by its headers.
+        """Whether the checkpoint has weights for exactly the parameters that the run trains, from its headers.
 
         Raises:
-            UserError: naming the first that does not fit.
+            UserError: names the first that does not fit.
         """
         for name, parameter in parameters.items():
             self._check(f"weights/{name}", parameter.shape)
@@ -278,7 +278,7 @@ class Checkpoint:
                 parameter.copy_(self._read(f"weights/{name}", parameter.shape))
 
     def load_optimizer(self, parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> None:
-        """Gives the optimizer its state for these parameters back, in the types that it was saved in."""
+        """Restores the optimizer's state for these parameters, in the types in which it was saved."""
         prefix = "optimizer/"
         keys: dict[str, list[str]] = {}
         for entry in self._files:
@@ -290,8 +290,8 @@ class Checkpoint:
             optimizer.state[parameter] = {key: _as_kept(value, parameter.device) for key, value in state.items()}
 
     def load_ema(self, ema: EMA | None) -> None:
-        """Gives the averages, just begun with the run's weights, their values back. That there are none, or none that
-        the run goes on with, is told."""
+        """Restores the values of the averages, which have just begun with the run's weights. Warns if the checkpoint or
+        the run has none."""
         if ema and self.ema_since is None:
             logger.warning("%s has no moving averages: those of [ema] begin with its weights", self.folder)
         elif ema:

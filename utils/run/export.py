@@ -1,4 +1,5 @@
-"""Weights to use elsewhere: an adapter as one file, a trained denoiser as a diffusers folder and a single file.
+"""Exports weights for other programs: an adapter as one file, a trained denoiser as a diffusers folder and a single
+file.
 
 Every stage writes what it holds into a part file; the main rank maps the parts into memory and writes the exports, so
 that no process holds the whole model; only tensors that a further layout fuses are copied.
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
 SHARD_BYTES = 5 * 2**30
 OF_AVERAGES = "_ema"
-"""What follows the name of an export where its weights' averages are beside it."""
+"""The suffix of an export with averages beside the export of the weights."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class PartFolder:
     Attributes:
         name: of the folder.
         config: its `config.json`.
-        prefix: what the names of its tensors begin with, where several modules are trained.
-        stem: of the file with its weights.
+        prefix: of the names of its tensors, if several modules are trained.
+        stem: of the name of the file with its weights.
     """
 
     name: str
@@ -63,12 +64,13 @@ class ExportPlan:
         adapter: its settings, or None for a full fine-tune.
         dtype: of the exported weights; None for that of training.
         formats: names of the layouts to write.
-        names: what the model's modules are called in files of adapters; None for a full fine-tune.
-        layouts: of a full fine-tune; name of a further layout -> tensors in diffusers' names to those in that layout.
+        names: the names of the model's modules in files of adapters; None for a full fine-tune.
+        layouts: for a full fine-tune: name of a further layout -> function from tensors with diffusers' names to
+            tensors in that layout.
         folders: the modules that are trained, as parts of a diffusers folder.
         metadata: about the run, written into every file.
-        frozen: what this process holds of the denoiser without training it, and a whole denoiser has.
-        shard_bytes: largest file of a denoiser in diffusers' layout.
+        frozen: the untrained tensors of the denoiser that this process holds, which a whole denoiser needs too.
+        shard_bytes: size of the largest file of a denoiser in diffusers' layout.
     """
 
     adapter: AdapterSettings | None
@@ -83,8 +85,8 @@ class ExportPlan:
 
 
 def export_name(run: Path, progress: Progress, epoch_ended: bool) -> str:
-    """The name of an export, `epoch3` or `step500`; `epoch3_step500` where that of another step is there: epochs count
-    anew after --reset_dataloader."""
+    """The name of an export, `epoch3` or `step500`; or `epoch3_step500` if an `epoch3` of another step exists, since
+    epochs start again after --reset_dataloader."""
     step = f"step{progress.step}"
     if not epoch_ended:
         return step
@@ -135,7 +137,7 @@ def export(folder: Path, ranks: Ranks, parameters: Mapping[str, torch.Tensor], p
 
 
 def _write_adapter(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: dict[str, str]) -> None:
-    """The files that the adapter's kind makes of its factors."""
+    """Writes the files of the adapter's kind."""
     parts = {part.name: part.own(tensors) for part in plan.folders}
     wishes = ExportWishes(plan.formats, plan.names, parts, metadata)
     for name, file in adapters.find(plan.adapter.type).to_files(tensors, plan.adapter, wishes).items():

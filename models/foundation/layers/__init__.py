@@ -1,1 +1,1 @@
-"""Layers that models are cut into."""
+"""Layers into which models are cut."""

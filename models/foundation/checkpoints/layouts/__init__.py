@@ -1,1 +1,1 @@
-"""Tables of the names that publishers and other programs give to a model's tensors; one file per model."""
+"""Tables of the names of tensors in files of publishers and other programs; one file per model."""

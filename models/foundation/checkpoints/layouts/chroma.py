@@ -1,11 +1,11 @@
-"""Names of Chroma: those of Flux.1, and its own of the network that makes modulations."""
+"""Names of Chroma: those of Flux.1, and its own for the network that makes modulations."""
 
 from __future__ import annotations
 
 from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
 from models.foundation.checkpoints.layouts.flux import BFL_LAYOUT
 
-# What Flux has and Chroma does not have: modulations of each block, and what they were made of.
+# Parts of Flux that Chroma does not have: the modulations of each block, and their inputs.
 LEFT_OUT = ("_mod.lin", "modulation.lin", "adaLN_modulation", "time_in", "vector_in", "guidance_in")
 CHROMA_LAYOUT = KeyLayout(
     [

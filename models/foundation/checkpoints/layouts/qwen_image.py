@@ -9,7 +9,7 @@ import torch
 from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
 
 TIMESTEP_ZERO = "__index_timestep_zero__"
-"""By this empty tensor ComfyUI knows a model to which control images are free of noise (2511)."""
+"""The empty tensor by which ComfyUI recognises a model that treats control images as free of noise (2511)."""
 PARTS_OF_A_BLOCK = (
     *(f"attn.to_{part}" for part in ("q", "k", "v", "out.0", "add_out")),
     *(f"attn.add_{part}_proj" for part in "qkv"),
@@ -17,7 +17,7 @@ PARTS_OF_A_BLOCK = (
     *(f"{stream}_{part}" for stream in ("img", "txt") for part in ("mod.1", "mlp.net.0.proj", "mlp.net.2")),
 )
 AROUND_THE_BLOCKS = (
-    # First what no other model has: by it a file is known.
+    # The first rule is a module that no other model has, so that it identifies a file.
     "txt_norm",
     "img_in",
     "txt_in",
@@ -31,7 +31,7 @@ QWEN_LAYOUT = KeyLayout([KeyRule(name, (name,)) for name in NAMES])
 
 
 class TimestepZeroLayout(KeyLayout):
-    """The layout of a 2511 model: with the tensor by which ComfyUI knows it."""
+    """The layout of a 2511 model, with the tensor by which ComfyUI recognises it."""
 
     def to_original(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {**super().to_original(tensors), TIMESTEP_ZERO: torch.empty(0)}
