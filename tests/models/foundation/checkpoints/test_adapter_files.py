@@ -194,8 +194,8 @@ def damaged_configuration(place: Path) -> Path:
     [
         (empty, {}, "this file is empty"),
         (damaged_configuration, {}, "adapter_config.json\n  is not JSON"),
-        (by_diffusers, {"rank": 8}, "set [adapter] rank to that of the file"),
-        (by_kohya, {"rank": 8}, "set [adapter] rank to that of the file"),
+        (by_diffusers, {"rank": 8}, "to that of the file"),
+        (by_kohya, {"rank": 8}, "to that of the file"),
         (by_diffusers, {"include": ["to_q"]}, "has no counterpart"),
         (by_kohya, {"include": []}, "more are not in this adapter"),
         (other_model, {}, "'unet.down_blocks.0.attn.to_q.lora_A.weight' has no counterpart"),
