@@ -24,9 +24,11 @@ from tests.models import tiny_flux  # noqa: E402
 from tests.models.tiny_folder import settings_of  # noqa: E402
 from utils.adapters.lora import LoraSettings  # noqa: E402
 
-# The stock pipelines too, which take seconds each.
-for module in Path(__file__).with_name("models").glob("tiny_*.py"):
-    importlib.import_module(f"tests.models.{module.stem}")
+# The stock pipelines too, which take seconds each; and all that a run imports on its way.
+ROOT = Path(__file__).parents[1]
+for pattern in ("tests/models/tiny_*.py", "train.py", "models/**/*.py", "optimizers/**/*.py", "utils/**/*.py"):
+    for module in sorted(ROOT.glob(pattern)):
+        importlib.import_module(".".join(module.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
 
 torch.set_num_threads(1)
 # diffusers, transformers and PEFT build their tables when they are first asked to load something.
