@@ -1,4 +1,4 @@
-"""Losses beside that of the prediction.
+"""Losses besides the loss of the prediction.
 
 Shapes: T tokens, E experts, K experts that a token is sent to, or kinds of losses.
 """
@@ -11,7 +11,7 @@ import torch
 
 
 class Output(NamedTuple):
-    """What the last layer returns where layers add losses of their own, as a router's of its experts.
+    """What the last layer returns if layers add losses of their own, such as a router's balance of its experts.
 
     Attributes:
         prediction: what goes to the loss.
@@ -24,10 +24,10 @@ class Output(NamedTuple):
 
 
 def load_balancing(probabilities_TE: torch.Tensor, chosen_TK: torch.Tensor) -> torch.Tensor:
-    """E * sum over experts of f_e P_e, a scalar: 1 where all experts do alike, E where one does all.
+    """E * sum over experts of f_e P_e, a scalar: 1 if all experts are used equally, E if one is used alone.
 
     f_e is the share of the T K choices that fell on expert e, P_e the mean of its probability. Only P has a gradient:
-    it lowers the probability of experts in the measure in which they are chosen. Fedus et al. 2021 ("Switch
+    it lowers the probability of experts in proportion to how often they are chosen. Fedus et al. 2021 ("Switch
     Transformers"), equations 4 to 6, for several experts a token; HiDream-I1's gate, whose weight on it is 0.01.
 
     Args:

@@ -1,4 +1,4 @@
-"""Which options an objective can honour. What it cannot is an error, not silence."""
+"""Which options an objective can honour. An option that it cannot is an error, never ignored."""
 
 from __future__ import annotations
 
@@ -48,8 +48,7 @@ DEMANDS: Mapping[str, Demand] = {
 
 
 def refusals(options: Iterable[str], kind: Kind) -> dict[str, str]:
-    """Those of the `options`, given by name as far as they are set, that a model with an objective of this kind cannot
-    honour, each with the reason."""
+    """The `options` (names of those that are set) that an objective of this kind cannot honour -> the reason."""
     return {name: _refusal(name, kind) for name in options if name in DEMANDS and kind not in DEMANDS[name].kinds}
 
 

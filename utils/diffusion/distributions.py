@@ -14,7 +14,7 @@ from typing import Protocol
 from utils.diffusion.incomplete_beta import log_beta, regularised_incomplete_beta
 
 NORMAL = NormalDist()
-# Halvings of (0, 1) until neighbouring floats are met, also close to 0.
+# Halvings of (0, 1) that reach neighbouring floats, also close to 0.
 HALVINGS = 80
 
 
@@ -22,10 +22,10 @@ class Distribution(Protocol):
     """A distribution of t in (0, 1)."""
 
     def quantile(self, u: float) -> float:
-        """The t below which a share u of the draws lies, for u in (0, 1)."""
+        """The t below which a fraction u of the draws lies, for u in (0, 1)."""
 
     def cumulative(self, t: float) -> float:
-        """The share of the draws that lies below t, for t in [0, 1]."""
+        """The fraction of the draws below t, for t in [0, 1]."""
 
     def density(self, t: float) -> float:
         """The derivative of `cumulative`, for t in (0, 1)."""
@@ -33,7 +33,7 @@ class Distribution(Protocol):
 
 @dataclass(frozen=True)
 class Uniform:
-    """All t alike."""
+    """All t are equally likely."""
 
     def quantile(self, u: float) -> float:
         return u

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 TERMS = 10_000
-# Below the spacing of floats near 1; a term this close to 1 changes the product no more.
+# Below the spacing of floats near 1; a term this close to 1 no longer changes the product.
 PRECISION = 1e-16
 SMALLEST = 1e-300
 
@@ -30,7 +30,7 @@ def regularised_incomplete_beta(x: float, a: float, b: float) -> float:
 
 
 def _fraction(x: float, a: float, b: float) -> float:
-    """1 / (1 + d_1 / (1 + d_2 / (1 + ...))), from the front by Lentz's method as Thompson and Barnett 1986 give it."""
+    """1 / (1 + d_1 / (1 + d_2 / (1 + ...))), evaluated from the front by Lentz's method (Thompson and Barnett 1986)."""
     value, c, d = 1.0, 1.0, 0.0
     for term in range(TERMS):
         numerator = _numerator(term, x, a, b)
@@ -43,7 +43,7 @@ def _fraction(x: float, a: float, b: float) -> float:
 
 
 def _numerator(term: int, x: float, a: float, b: float) -> float:
-    """d_(term + 1), of which DLMF 8.17.23 gives the even ones and the odd ones."""
+    """d_(term + 1); DLMF 8.17.23 gives the even and the odd ones."""
     m = (term + 1) // 2
     if term % 2 == 1:
         return m * (b - m) * x / ((a + 2 * m - 1.0) * (a + 2 * m))

@@ -14,7 +14,7 @@ import torch
 from utils.diffusion.objectives import Epsilon
 from utils.diffusion.schedules import NoiseSchedule, over_sample
 
-# A clean value is taken as one of 256 between -1 and 1, as in the paper's code: also where, as here, it is a latent.
+# The paper's code treats a clean value as one of 256 between -1 and 1, even if, as here, it is a latent.
 HALF_BIN = 1.0 / 255.0
 OUTERMOST_BIN = 0.999
 SMALLEST_PROBABILITY = 1e-12
@@ -88,8 +88,8 @@ def variational_bound(
 
 
 def hybrid_factor(schedule: NoiseSchedule, scale: float = 0.001) -> float:
-    """What L_vlb at a random step is multiplied by in L_hybrid = L_simple + 0.001 L_vlb (equation 16), where L_vlb is
-    the sum over all N steps: N times its mean."""
+    """The factor on L_vlb at a random step in L_hybrid = L_simple + 0.001 L_vlb (equation 16), where L_vlb is the sum
+    over all N steps: N times its mean."""
     return scale * schedule.steps
 
 

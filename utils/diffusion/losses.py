@@ -1,4 +1,4 @@
-"""The distance of a prediction from its target: one number per sample.
+"""The distance between a prediction and its target: one number per sample.
 
 Shapes: B batch, `...` the latent's own dimensions.
 """

@@ -24,7 +24,7 @@ class NoiseOptions:
 
     Attributes:
         noise_offset: standard deviation of a number that is added to a whole channel.
-        adaptive_noise_scale: adds so many times the mean of the sample's channel, in absolute value, to the offset.
+        adaptive_noise_scale: this times the absolute mean of the sample's channel is added to the offset.
         multires_noise_iterations: levels of the pyramid; 0 for plain noise.
         multires_noise_discount: by what a level counts less than the one before.
         ip_noise_gamma: strength of the noise that the denoiser sees beside the noise that it is asked for.

@@ -16,10 +16,10 @@ Kind = Literal["flow", "epsilon", "v", "edm"]
 
 
 class Objective(Protocol):
-    """What training and sampling need to know of it.
+    """What training and sampling need to know about a prediction.
 
     Attributes:
-        kind: by which options are allowed or refused (`utils.diffusion.checks`).
+        kind: decides which options are allowed or refused (`utils.diffusion.checks`).
     """
 
     kind: ClassVar[Kind]
@@ -37,10 +37,10 @@ class Objective(Protocol):
         """The denoiser's output as the stock scheduler of diffusers takes it."""
 
     def model_time(self, t_B: torch.Tensor) -> torch.Tensor:
-        """What the denoiser is told of the noise levels t_B, (B,)."""
+        """The time (B,) that the denoiser takes at noise levels t_B."""
 
     def snr(self, t_B: torch.Tensor) -> torch.Tensor:
-        """The ratio of the squared factors of picture and noise in x_t, (B,)."""
+        """The signal-to-noise ratio (B,): the squared factor of the picture in x_t over that of the noise."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class FlowMatching:
 
     Attributes:
         predicts_data_minus_noise: the denoiser's output is x_0 - n (HiDream, Lumina 2, Z-Image), not n - x_0.
-        time_is_cleanness: the denoiser is told 1 - t (Lumina 2, Z-Image), not t.
-        time_scale: what that is multiplied by, 1000 for many.
+        time_is_cleanness: the denoiser takes 1 - t (Lumina 2, Z-Image), not t.
+        time_scale: factor on that time; 1000 for many models.
     """
 
     kind: ClassVar[Kind] = "flow"
@@ -135,7 +135,7 @@ class Epsilon:
         return self.schedule.snr(t_B)
 
     def clean_of(self, prediction: torch.Tensor, x_t: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
-        """x_0 as the mean part of an output implies it, in the shape of x_t (B, ...)."""
+        """The x_0 that the mean part of an output implies, in the shape of x_t (B, ...)."""
         picture_share, noise_share = self.schedule.coefficients(t_B, x_t)
         return (x_t - noise_share * prediction) / picture_share
 
@@ -159,7 +159,7 @@ class VPrediction(Epsilon):
 
 @dataclass(frozen=True)
 class EDM:
-    """Karras et al. 2022 ("Elucidating the design space"), section 5 and table 1, as Cosmos 1 has it.
+    """Karras et al. 2022 ("Elucidating the design space"), section 5 and table 1, as Cosmos 1 uses it.
 
     x = x_0 + sigma n; the denoiser F takes c_in x and gives D(x) = c_skip x + c_out F. The trainer's noise level is
     t = sigma / (1 + sigma), so that logit(t) = log sigma: the sampling method `logit_normal` is the paper's log-normal
@@ -188,7 +188,7 @@ class EDM:
     def target(self, clean: torch.Tensor, noise: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
         """(x_0 - c_skip x) / c_out, in the shape of `clean` (B, ...)."""
         sigma = over_sample(self.sigma(t_B), clean)
-        # As the paper has it, x_0 - c_skip x is a small difference of large numbers at a small sigma.
+        # In the paper's form, x_0 - c_skip x is a small difference of large numbers at a small sigma.
         return (sigma * clean - self.sigma_data**2 * noise) / (self.sigma_data * self._norm(sigma))
 
     def compared(self, output: torch.Tensor) -> torch.Tensor:
@@ -196,7 +196,7 @@ class EDM:
         return output
 
     def for_scheduler(self, prediction: torch.Tensor) -> torch.Tensor:
-        """F: diffusers' EDM schedulers make D of it themselves."""
+        """F: diffusers' EDM schedulers compute D from it themselves."""
         return prediction
 
     def model_time(self, t_B: torch.Tensor) -> torch.Tensor:

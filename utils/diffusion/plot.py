@@ -11,14 +11,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, PANEL_HEIGHT = 960, 420
 LEFT, RIGHT, TOP, BOTTOM = 90, 30, 50, 60
-# Names of curves stand in a row above the panel, right of its title; a letter is about so wide.
+# Names of curves form a row above the panel, right of its title; LETTER is about the width of a letter.
 LEGEND_LEFT, LEGEND_GAP, LETTER = 190, 20, 8
 # Drawn larger and scaled down, for lines without steps.
 OVERSAMPLING = 2
 INK, FAINT, PAPER = "#222222", "#dddddd", "#ffffff"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 TICKS, POINTS = 6, 1000
-# Values above so many times the median are cut off: 1 / sigma^2 at sigma 0 would flatten the rest.
+# Values above this multiple of the median are cut off: 1 / sigma^2 at sigma 0 would flatten the rest.
 HIGHEST_OVER_MEDIAN = 12.0
 
 

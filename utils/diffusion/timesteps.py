@@ -93,7 +93,7 @@ class TimestepSampler:
 
     @property
     def distribution(self) -> Distribution:
-        """Of t before the shift."""
+        """The distribution of t before the shift."""
         return METHODS[self.method](self)
 
     def timestep(self, quantile: float, tokens: int) -> float:

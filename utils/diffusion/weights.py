@@ -1,4 +1,4 @@
-"""What the loss at a noise level counts.
+"""Weights of the loss at each noise level.
 
 Shapes: B batch.
 """
@@ -108,9 +108,9 @@ class LossWeighting:
             raise ValueError(f"v_pred_like_loss must not be below 0, and is {self.v_pred_like_loss}")
 
     def weight(self, objective: Objective, t_B: torch.Tensor) -> torch.Tensor:
-        """What the loss of each sample counts (B,), float32, at noise levels t_B in (0, 1).
+        """The weight of each sample's loss (B,), float32, at noise levels t_B in (0, 1).
 
-        Whether the objective can honour the options is for `checks.refusals` to say, before.
+        `checks.refusals` has checked before that the objective can honour the options.
         """
         weight_B = FLOW_WEIGHTINGS[self.weighting_scheme](t_B.float())
         if objective.kind not in ("epsilon", "v"):

@@ -1,4 +1,4 @@
-"""The tables of a run's file whose `type` chooses their class. Whoever has the classes hands them in."""
+"""The tables of a run's file whose `type` chooses their class. The caller provides the classes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What the keys of a dataset file must agree on: with each other, with the files they name, and with the run."""
+"""Rules about a dataset file: how its keys fit each other, the files that they name, and the run."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ Holds = Callable[[DirectorySettings], bool]
 
 @dataclass(frozen=True)
 class Use:
-    """Keys that do something only in a directory of which `holds`; `message` tells it where they do nothing."""
+    """Keys that have an effect only in directories for which `holds` is true; `message` is for all others."""
 
     keys: tuple[str, ...]
     holds: Holds
@@ -41,8 +41,8 @@ class Use:
 
 @dataclass(frozen=True)
 class Conflict:
-    """Keys that cannot both be meant, in a directory of which `holds`. `message` is filled with the directory's values
-    by key."""
+    """Keys that contradict each other in a directory for which `holds` is true. `message` is formatted with the
+    directory's values by key."""
 
     keys: tuple[str, ...]
     holds: Holds
@@ -52,7 +52,7 @@ class Conflict:
 def check_dataset(dataset: DatasetSettings, file: str = "", broken: frozenset[str] = frozenset()) -> list[Problem]:
     """The problems of a dataset file.
 
-    What those of its keys say that are `broken` is not known: rules that look at them are left out.
+    Rules that read one of its `broken` keys are left out, because the values of those keys are unknown.
     """
     problems = [] if "directory" in broken else list(_directories_exist(dataset))
     problems += [] if "cache_dir" in broken else list(_cache_can_be_written(dataset))
@@ -70,7 +70,7 @@ def check_evaluation_set(
     file: Path,
     broken: frozenset[str] = frozenset(),
 ) -> list[Problem]:
-    """The further problems of a dataset file that is evaluated. The training set's own file may be: it has none."""
+    """The further problems of an evaluation set's file. The training set may be evaluated too; then there are none."""
     if file.resolve() in [path.resolve() for path in training]:
         return []
     problems = []
@@ -85,13 +85,13 @@ def check_evaluation_set(
 
 
 def check_with_run(settings: Settings, dataset: DatasetSettings, file: str, broken: frozenset[str]) -> list[Problem]:
-    """What a sound dataset file and its run must agree on; rules that look at `broken` keys of the run are left out."""
+    """Whether a sound dataset file and its run fit; rules that read `broken` keys of the run are left out."""
     uses = [use for key, use in _uses_in(settings).items() if key not in broken]
     return [replace(problem, file=file) for problem in _unused(dataset, uses)]
 
 
 def check_training_set(settings: Settings, dataset: DatasetSettings, file: str) -> list[Problem]:
-    """What a sound run asks of its training set, as problems of the run's file."""
+    """What the run requires of its training set, as problems of the run's file."""
     with_teacher_target = any(dataset.resolved(entry).is_regularisation_data for entry in dataset.directory)
     if settings.regularisation_target == "data" or with_teacher_target:
         return []
@@ -100,7 +100,7 @@ def check_training_set(settings: Settings, dataset: DatasetSettings, file: str) 
 
 
 def _uses_in(settings: Settings) -> dict[str, Use]:
-    """By key of the run: the keys of a dataset that are used or not by its value."""
+    """By key of the run: the dataset keys whose use depends on its value."""
     uses = {}
     if (epochs := settings.epochs) is not None:
         uses["epochs"] = Use(
@@ -118,10 +118,9 @@ def _uses_in(settings: Settings) -> dict[str, Use]:
 
 
 def _unused(dataset: DatasetSettings, uses: Sequence[Use]) -> Iterator[Problem]:
-    """The keys that do nothing where they are written.
+    """The keys that have no effect where they are written.
 
-    One at the top of the file must be of use to some directory that it holds for, not to each: it may be there for a
-    few of them.
+    A key at the top of the file must have an effect in at least one of the directories that inherit it, not in all.
     """
     directories = [(entry, dataset.resolved(entry)) for entry in dataset.directory]
     for key in dict.fromkeys(key for use in uses for key in use.keys):
@@ -137,15 +136,15 @@ def _unused(dataset: DatasetSettings, uses: Sequence[Use]) -> Iterator[Problem]:
 
 
 def _asks(table: DataKeys, key: str) -> bool:
-    """Whether a table asks for something by a key. With its default it does not, but for the aspect ratios: whoever
-    writes those believes that there are buckets."""
+    """Whether a table asks for something with a key. A default value does not ask, except for the aspect ratios: whoever
+    writes those expects buckets."""
     return key in table.model_fields_set and (
         key in RATIO_KEYS or getattr(table, key) != DataKeys.model_fields[key].default
     )
 
 
 def _conflicts(dataset: DatasetSettings) -> Iterator[Problem]:
-    """Each conflict where the directory writes one of its keys; once for the file if all stand at its top."""
+    """Each conflict, at the directory that writes one of its keys; once per file if all are at its top."""
     told = set()
     for number, entry in enumerate(dataset.directory):
         resolved = dataset.resolved(entry)
@@ -169,7 +168,7 @@ def _without_size(dataset: DatasetSettings) -> Iterator[Problem]:
 
 
 def _unbalanced(dataset: DatasetSettings) -> Iterator[Problem]:
-    """Regularisation data without other data, or with repeats that change nothing."""
+    """Regularisation data without other data, or with repeats that have no effect."""
     kept = [n for n, entry in enumerate(dataset.directory) if dataset.resolved(entry).is_regularisation_data]
     if len(kept) == len(dataset.directory):
         prefix = "" if dataset.is_regularisation_data else f"directory[{kept[0]}]."
@@ -220,7 +219,7 @@ def _mask_files_exist(dataset: DatasetSettings, with_directories: bool) -> Itera
 
 
 def _ending(directory: DirectorySettings) -> str:
-    """The ending of a `path` that is a file; of a folder, none."""
+    """The extension of a `path` that is a file; "" for a folder."""
     return directory.path.suffix.lower() if os.path.isfile(directory.path) else ""
 
 
@@ -246,7 +245,7 @@ def _has_clips(directory: DirectorySettings) -> bool:
 
 
 def _varies(directory: DirectorySettings) -> bool:
-    """Whether something is drawn for each version of a file."""
+    """Whether each version of a file draws random numbers."""
     draws_clip = directory.video_clip_mode == "single_random" and _has_clips(directory)
     return directory.crop == "random" or directory.flip or any(directory.color_jitter or ()) or draws_clip
 

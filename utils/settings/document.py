@@ -16,7 +16,7 @@ from utils.settings.keys import CHOSEN, GROUPS, NESTED, SECTIONS, SPELLINGS, run
 from utils.settings.schema import Settings
 from utils.settings.values import SettingsTable
 
-# A type in one and in several.
+# Names of types, in the singular and in the plural.
 _TYPES: Mapping[Any, tuple[str, str]] = {
     bool: ("true or false", "true or false"),
     int: ("whole number", "whole numbers"),
@@ -43,13 +43,13 @@ listed here is refused.
 
 ## The run's own keys
 
-They stand at the top of the file, above all tables, or in tables that only group them: {groups}.
+Write them at the top of the file, above all tables, or in tables that only group them: {groups}.
 """
 NO_KEYS = "No keys of its own.\n"
 _SHARED = """### Keys of the file or of a `[[directory]]`
 
-At the top of the file, above all tables, a key holds for every directory; in a `[[directory]]`, for that one, whatever
-stands at the top.
+At the top of the file, above all tables, a key applies to every directory; in a `[[directory]]` it applies to that one
+and overrides the top of the file.
 """
 
 
@@ -57,7 +57,7 @@ def settings_page(classes: Mapping[str, Classes]) -> str:
     """`docs/settings.md`: one table of keys a section.
 
     Args:
-        classes: by section of those whose `type` chooses a class: the classes by type.
+        classes: section whose `type` chooses a class -> its classes by type.
     """
     parts = [_HEAD.format(groups=", ".join(f"`[{group}]`" for group in GROUPS))]
     parts.append(_table(Settings, "run", only=run_keys()))
@@ -110,7 +110,7 @@ def settings_json_schema(classes: Mapping[str, Classes]) -> str:
             "title": "penstock: settings of a run",
             "type": "object",
             "properties": run | sections | groups,
-            # Keys of the run may stand in a group: that they are given at all is for the reader to tell.
+            # Keys of the run may be written in a group; whether they are given at all is checked by the reader.
             "required": ["model", "optimizer"],
             "additionalProperties": False,
             "$defs": definitions,

@@ -1,4 +1,4 @@
-"""Keys that other trainers have: what to write here for them. For users who come with a file written for another."""
+"""Keys of other trainers, and what to write here instead: for users who come with another trainer's config."""
 
 from collections.abc import Mapping
 
@@ -132,7 +132,7 @@ NEEDLESS: Mapping[str, str] = {
 
 
 def advice(key: str) -> str | None:
-    """What to do about a key of another trainer's."""
+    """What to write instead of another trainer's key; None if the key is unknown."""
     if key in INSTEAD:
         return f"write {INSTEAD[key]} instead"
     return f"leave it out: {NEEDLESS[key]}" if key in NEEDLESS else None

@@ -1,4 +1,4 @@
-"""Where a key may stand and how else it may be spelled: what the reader accepts and the documents list."""
+"""Where each key is allowed and how else it may be spelled: what the reader accepts and the documents list."""
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -77,7 +77,7 @@ def known_keys(section: str, cls: type[BaseModel]) -> set[str]:
 
 
 def run_keys() -> list[str]:
-    """The keys of the run itself, which stand at the top of the file or in a group."""
+    """The keys of the run itself, which are written at the top of the file or in a group."""
     return [key for key in Settings.model_fields if key not in SECTIONS]
 
 
@@ -87,17 +87,17 @@ def spellings(section: str, key: str) -> list[str]:
 
 
 def is_run(raw: Mapping[str, Any]) -> bool:
-    """Whether a file that is to be a dataset's is a run's."""
+    """Whether a file given as a dataset is a run's config."""
     return bool(raw.keys() & {"dataset", "output_dir", *SECTIONS, *GROUPS}) and not is_dataset(raw)
 
 
 def is_dataset(raw: Mapping[str, Any]) -> bool:
-    """Whether a file that is to be a run's is a dataset's."""
+    """Whether a file given as a run's config is a dataset."""
     return bool(raw.keys() & {"directory", "datasets"}) and not raw.keys() & {"dataset", "model", "optimizer"}
 
 
 def unknown_tables(raw: Mapping[str, Any], choices: Choices) -> dict[str, str | None]:
-    """The tables of a run's file that have no known name -> the name that was probably meant."""
+    """Unknown tables of a run's file -> the name that was probably meant."""
     known, elsewhere = [*SECTIONS, *GROUPS], set().union(*_locations(choices).values())
     unknown = [key for key, value in raw.items() if isinstance(value, dict) and key not in {*known, *run_keys()}]
     meant: dict[str, str | None] = {}
@@ -111,14 +111,14 @@ def unknown_tables(raw: Mapping[str, Any], choices: Choices) -> dict[str, str | 
 
 
 def unknown_table(meant: str | None) -> str:
-    """What to tell of a table that has no known name."""
+    """The message for an unknown table."""
     return "no such table; " + (
         f"did you mean [{meant}]?" if meant else f"known are {', '.join(f'[{name}]' for name in (*SECTIONS, *GROUPS))}"
     )
 
 
 def unknown_key(key: str, here: Iterable[str], choices: Choices) -> str:
-    """What to tell of a key not among those known `here`: the place it belongs to, or the nearest key."""
+    """The message for a key that is unknown `here`: the table where it belongs, or the closest spelling."""
     if advised := advice(key):
         return f"no such key; {advised}"
     here = sorted(here)
@@ -136,7 +136,7 @@ def unknown_key(key: str, here: Iterable[str], choices: Choices) -> str:
 
 
 def _locations(choices: Choices) -> dict[str, set[str]]:
-    """Every place of a file, and the keys known there."""
+    """Every table of a file, and the keys known there."""
     by_type = {
         f'in [{name}] with type = "{kind}"': set(cls.model_fields)
         for name, choice in choices.items()
@@ -155,5 +155,5 @@ def _locations(choices: Choices) -> dict[str, set[str]]:
 
 
 def _common(classes: Classes) -> set[str]:
-    """The keys that all of some classes have."""
+    """The keys that all the classes share."""
     return set.intersection(*(set(cls.model_fields) for cls in classes.values())) if classes else set()

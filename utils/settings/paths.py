@@ -1,4 +1,4 @@
-"""What is wrong with the paths that a user wrote."""
+"""Problems of paths in settings."""
 
 import os
 from collections.abc import Iterator
@@ -8,14 +8,14 @@ from utils.errors import Problem
 
 
 def missing(where: str, path: Path | None) -> Iterator[Problem]:
-    """A path, if given, that is not there."""
+    """A path that is given and does not exist."""
     if path is not None and not os.path.exists(path):
         base = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
         yield Problem("", where, f"there is no {path}{base}")
 
 
 def unwritable(where: str, folder: Path) -> Iterator[Problem]:
-    """A folder, there or not yet, that cannot be made or written to."""
+    """A folder that cannot be written to, or cannot be created."""
     there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
     if str(folder).startswith("~"):
         yield Problem("", where, f"{folder}: there is no such user; name another folder")

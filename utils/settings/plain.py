@@ -43,13 +43,13 @@ def explain(error: Mapping[str, Any]) -> str:
         return "is required and not given"
     template = _ALLOWED.get(error["type"])
     allowed = template.format(**error.get("ctx", {})) if template else error["msg"]
-    # A check of a whole table names the keys that it is about.
+    # A check of a whole table names the keys itself.
     whole = error["type"] == "value_error" and isinstance(error["input"], dict)
     return allowed if whole else f"{allowed}; given: {given(error['input'])}"
 
 
 def given(value: Any) -> str:
-    """A value as the user would know it again, with its kind."""
+    """A value as the user wrote it, with its kind."""
     kind = next((kind for cls, kind in _KINDS if isinstance(value, cls)), "something else")
     if isinstance(value, bool):
         return str(value).lower()

@@ -56,7 +56,7 @@ def read_all(
 
     datasets: dict[Path, DatasetSettings] = {}
     for file in dict.fromkeys([*training, *(entry.config for entry in evaluation)]):
-        # That a file is missing is told by the rules of the file that names it.
+        # The rules of the file that names this one report that it is missing.
         if not file.exists():
             continue
         try:
@@ -104,12 +104,12 @@ def _read_run(path: Path, choices: Choices) -> Reading[Settings]:
         raise UserError.of("is a dataset's file; give the run's file, whose key `dataset` names it", str(path))
     parts = {name: _read_section(str(path), name, raw[name], choices) for name in SECTIONS if name in raw}
     table = run_table(str(path), raw, choices)
-    # A part with problems goes in as far as it is sound, so that the whole is checked all the same.
+    # Of a part with problems the sound keys go in, so that the rest is still checked.
     table.keys.update({name: part.value for name, part in parts.items()})
     table.locations.update({name: (f"[{name}]", "") for name in SECTIONS})
     run = check(Settings, table, run_keys(), choices)
     problems = [*run.problems, *(problem for part in parts.values() for problem in part.problems)]
-    # A table under a wrong name is not missing too.
+    # A table with a misspelt name is not also reported as missing.
     misspelt = {f"[{name}]" for name in unknown_tables(raw, choices).values() if name and name not in raw}
     problems = [problem for problem in problems if problem.where not in misspelt]
     broken = {f"{name}.{key}" for name, part in parts.items() for key in part.broken}
@@ -117,7 +117,7 @@ def _read_run(path: Path, choices: Choices) -> Reading[Settings]:
 
 
 def _read_section(file: str, name: str, written: Any, choices: Choices) -> Reading[SettingsTable]:
-    """A table with keys of its own; for those whose `type` chooses the class, that one."""
+    """One table, read with its class, which for some tables `type` chooses."""
     title, shared, is_chosen = f"[{name}]", SECTIONS[name], name in CHOSEN
     nothing = {"type": ""} if is_chosen else {}
     if not isinstance(written, dict):
@@ -126,15 +126,15 @@ def _read_section(file: str, name: str, written: Any, choices: Choices) -> Readi
     table = one_table(file, name, title, written)
     cls = _class_by_type(table, choices[name]) if is_chosen else shared
     if cls is None:
-        # Whether a key belongs to a type can be told once the type is known: check what all types share.
+        # Without the type, the keys of its own are unknown: check those that all types share.
         cls, keys = shared, {key: value for key, value in table.keys.items() if key in shared.model_fields}
         table = replace(table, keys=keys | nothing)
     return check(cls, table, known_keys(name, cls), choices)
 
 
 def _class_by_type(table: Table, choice: Choice) -> type[SettingsTable] | None:
-    """The class that the table's `type` chooses, which is then spelled as that class has it; if it chooses none, None,
-    and a problem in the table."""
+    """The class that the table's `type` chooses, with `type` then in that class's spelling; otherwise None, and a problem
+    added to the table."""
     location = where(table.title, "type")
     name = table.keys.get("type")
     if name is None:

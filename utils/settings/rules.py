@@ -1,4 +1,4 @@
-"""What several keys of a run must agree on. Rules see what is sound of a file even when some of its keys are not."""
+"""Rules about several keys of a run. They see the sound keys of a file even when others are broken."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -28,8 +28,8 @@ def check_rules(
 ) -> list[Problem]:
     """The problems of a run started as `world_size` processes; None for any number that fits.
 
-    Rules that look at one of the `broken` keys ("epochs", "model.shift", or a whole table, "model") are
-    left out: what those say is not known.
+    Rules that read one of the `broken` keys ("epochs", "model.shift", or a whole table, "model") are left out, because
+    the values of those keys are unknown.
     """
     return [
         replace(problem, file=file)
@@ -41,7 +41,7 @@ def check_rules(
 
 @dataclass(frozen=True)
 class SettingsRule:
-    """A check, and the keys that it looks at."""
+    """A check, and the keys that it reads."""
 
     keys: tuple[str, ...]
     check: Callable[[Settings, int], Iterable[Problem]]
@@ -191,7 +191,7 @@ def _prompts_have_a_cadence(settings: Settings, _: int) -> Iterator[Problem]:
 
 
 def _is_used(key: str, chooser: str, values: tuple[str, ...]) -> SettingsRule:
-    """A key that has its default may stand anywhere: a run's resolved settings have all keys."""
+    """A key with its default value is allowed anywhere, because resolved settings contain every key."""
 
     def check(settings: Settings, _: int) -> Iterator[Problem]:
         model = settings.model
@@ -210,7 +210,7 @@ def _discount_has_levels(settings: Settings, _: int) -> Iterator[Problem]:
 
 
 def _is_changed(settings: Settings, key: str) -> bool:
-    """Whether a key of [model] has another value than its default."""
+    """Whether a key of [model] differs from its default."""
     return getattr(settings.model, key) != type(settings.model).model_fields[key].default
 
 

@@ -1,4 +1,4 @@
-"""One table of a file -> a settings value, or what is wrong with it, told in the user's own words."""
+"""One table of a file -> a settings value, or what is wrong with it, in the spelling that the user wrote."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ T = TypeVar("T", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Reading(Generic[T]):
-    """What a table came to. `value` lacks the keys named in `broken`: then only rules may look at it."""
+    """The result of reading a table. `value` lacks the keys in `broken`; if there are any, only rules may read it."""
 
     value: T
     problems: list[Problem] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Reading(Generic[T]):
 
 @dataclass
 class Table:
-    """The keys of a table, and for messages where each was written: its table's title and its spelling."""
+    """The keys of a table, and where each was written (table title and spelling), for messages."""
 
     file: str
     keys: dict[str, Any] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Table:
     title: str = ""
 
     def add(self, key: str, value: Any, title: str, written: str) -> None:
-        """Takes up a key; a second value for it is a problem."""
+        """Adds a key; a second value for it is a problem."""
         if key in self.keys:
             first = where(*self.locations[key])
             self.complain(where(title, written), f"is given twice: {first} is the same key; keep one of them")
@@ -57,7 +57,7 @@ class Table:
             self.keys[key], self.locations[key] = value, (title, written)
 
     def locate(self, loc: tuple[str | int, ...]) -> str:
-        """The words for one of pydantic's locations in this table."""
+        """Words for one of pydantic's locations in this table."""
         if not loc:
             return self.title
         title, written = self.locations.get(str(loc[0]), (self.title, str(loc[0])))
@@ -65,7 +65,7 @@ class Table:
         return where(title, written + inner)
 
     def entry_title(self, key: str) -> str:
-        """How an entry of an array of tables is headed in this file."""
+        """The heading of an array of tables in this file."""
         title, written = self.locations[key]
         return f"[[{'.'.join(filter(None, (title.strip('[]'), written)))}]]"
 
@@ -75,7 +75,7 @@ class Table:
 
 
 def where(title: str, key: str) -> str:
-    """The words for a key: `[optimizer] lr`, or key `epochs` at the top of a file."""
+    """Words for a key: `[optimizer] lr`, or key `epochs` at the top of a file."""
     return f"{title} {key}".rstrip() if title else f"key `{key}`"
 
 

@@ -1,4 +1,4 @@
-"""What the value of a key may be: the types that the tables of the schema are made of."""
+"""Types of values: what the tables of the schema are made of."""
 
 import os
 from pathlib import Path
@@ -19,15 +19,15 @@ class SettingsTable(BaseModel):
         protected_namespaces=(),
     )
     binds_checkpoint: ClassVar[tuple[str, ...]] = ()
-    """The keys without whose values a checkpoint's weights would mean another model, or its draws be others."""
+    """The keys that must not change on resuming, because the weights or the draws of a checkpoint depend on them."""
 
     def binding(self) -> dict[str, Any]:
-        """The values of `binds_checkpoint`, such that JSON has them."""
+        """The values of `binds_checkpoint`, as types that JSON has."""
         return {key: getattr(self, key) for key in self.binds_checkpoint}
 
 
 def or_else(message: str) -> WrapValidator:
-    """One `message` instead of the complaints of every member of a union."""
+    """One `message` instead of one error for every member of a union."""
 
     def validate(value: Any, inner: Any) -> Any:
         try:
@@ -39,7 +39,7 @@ def or_else(message: str) -> WrapValidator:
 
 
 def also_called(choice: Any, **others: str) -> Any:
-    """`choice`, a Literal of texts, with second spellings of some of them: what other trainers call them."""
+    """`choice`, a Literal of texts, which also accepts the names that other trainers use for them."""
 
     def settle(value: Any) -> Any:
         return others.get(value, value) if isinstance(value, str) else value
@@ -48,7 +48,7 @@ def also_called(choice: Any, **others: str) -> Any:
 
 
 def _at_home(path: Path) -> Path:
-    # Unlike Path.expanduser, this leaves the ~name of an unknown user as it is, to be told of as missing.
+    # Unlike Path.expanduser, this keeps the ~name of an unknown user, which is then reported as missing.
     return Path(os.path.expanduser(path))
 
 
@@ -58,7 +58,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Part = Annotated[float, Field(ge=0, le=1)]
-"""A share that may be the whole."""
+"""A fraction, 1 included."""
 # TOML has neither paths nor tuples: these two alone are converted, from a text and from an array.
 UserPath = Annotated[Path, Field(strict=False), AfterValidator(_at_home)]
 Pair = Annotated[tuple[Count, Count], Field(strict=False)]
@@ -85,7 +85,7 @@ LossType = also_called(Literal["mse", "mae", "huber", "smooth_l1", "pseudo_huber
 
 
 def _only_weighs(value: Any) -> Any:
-    """Elsewhere one word says how timesteps are drawn, or how their losses are weighted."""
+    """Other trainers use one key for how timesteps are drawn and for how their losses are weighted."""
     if value in ("uniform", "logit_normal", "mode"):
         raise ValueError(f'is how timesteps are drawn: write timestep_sample_method = "{value}" instead')
     return value
