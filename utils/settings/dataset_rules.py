@@ -136,8 +136,8 @@ def _unused(dataset: DatasetSettings, uses: Sequence[Use]) -> Iterator[Problem]:
 
 
 def _asks(table: DataKeys, key: str) -> bool:
-    """Whether a table asks for something with a key. A default value does not ask, except for the aspect ratios: whoever
-    writes those expects buckets."""
+    """Whether a table asks for something with a key. A default value does not ask, except for the aspect ratios:
+    whoever writes those expects buckets."""
     return key in table.model_fields_set and (
         key in RATIO_KEYS or getattr(table, key) != DataKeys.model_fields[key].default
     )

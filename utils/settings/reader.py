@@ -133,8 +133,8 @@ def _read_section(file: str, name: str, written: Any, choices: Choices) -> Readi
 
 
 def _class_by_type(table: Table, choice: Choice) -> type[SettingsTable] | None:
-    """The class that the table's `type` chooses, with `type` then in that class's spelling; otherwise None, and a problem
-    added to the table."""
+    """The class that the table's `type` chooses, with `type` then in that class's spelling; otherwise None, and a
+    problem added to the table."""
     location = where(table.title, "type")
     name = table.keys.get("type")
     if name is None:
