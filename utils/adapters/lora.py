@@ -203,11 +203,12 @@ def _from_peft(file: AdapterFile, names: ModelNames) -> tuple[Tensors, dict[str,
     modules = [name.removesuffix(".alpha") for name in factors if name.endswith(".alpha")]
     alphas = {module: factors.pop(f"{module}.alpha").item() for module in modules}
     common_alpha = _common_alpha(file)
-    updates = [name for name in factors if name.endswith(B)]
-    alone = [name for name in updates if name.replace(".lora_B.", ".lora_A.") not in factors]
-    if alone:
-        raise UserError.of(f"'{alone[0]}' has no lora_A beside it; is the file whole?", str(file.path))
-    return factors, {name: _scale(name, factors, alphas, common_alpha) for name in updates}
+    for own, other in ((B, A), (A, B)):
+        alone = next((n for n in factors if n.endswith(own) and n.removesuffix(own) + other not in factors), None)
+        if alone:
+            missing = other.removesuffix(".weight").removeprefix(".")
+            raise UserError.of(f"'{alone}' has no {missing} beside it; is the file whole?", str(file.path))
+    return factors, {name: _scale(name, factors, alphas, common_alpha) for name in factors if name.endswith(B)}
 
 
 def _common_alpha(file: AdapterFile) -> float | None:

@@ -200,7 +200,7 @@ def _type_words(annotation: Any, several: bool = False) -> str:
     if origin is Annotated:
         return _type_words(inner[0], several)
     if origin is Literal:
-        return ", ".join(f'`"{choice}"`' for choice in inner)
+        return ", ".join(f"`{json.dumps(choice)}`" for choice in inner)
     if origin in (Union, UnionType):
         return " or ".join(_type_words(choice, several) for choice in inner if choice is not NoneType)
     if origin is list:

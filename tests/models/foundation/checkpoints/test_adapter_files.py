@@ -167,6 +167,13 @@ def half_an_adapter(place: Path) -> Path:
     return place / "half.safetensors"
 
 
+def without_a_lora_b(place: Path) -> Path:
+    tensors = load_file(by_diffusers(place))
+    del tensors[next(name for name in tensors if ".lora_B." in name)]
+    save_file(tensors, place / "half.safetensors")
+    return place / "half.safetensors"
+
+
 def whole_model(place: Path) -> Path:
     tiny_flux.transformer().save_pretrained(place)
     return place
@@ -201,6 +208,7 @@ def damaged_configuration(place: Path) -> Path:
         (other_model, {}, "'unet.down_blocks.0.attn.to_q.lora_A.weight' has no counterpart"),
         (other_kohya, {}, "are not in this adapter"),
         (half_an_adapter, {}, "has no lora_A beside it"),
+        (without_a_lora_b, {}, "has no lora_B beside it"),
         (whole_model, {}, "no LoRA factors in this file"),
         (truncated, {}, "download it again"),
         (lambda place: place, {}, "no safetensors file here"),
