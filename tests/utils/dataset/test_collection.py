@@ -160,7 +160,7 @@ def test_what_cannot_be_encoded_is_rejected_wherever_it_lies(pictures, cache):
     assert reports[0].failed == 2 and reports[1].failed == 0
     (train,) = without_failures(collections, reports)
     assert len(train.samples) == 10 and train.files == 7
-    assert [(Path(fault.locator).name, fault.kind) for fault in train.rejected] == [
+    assert [(Path(fault.location).name, fault.kind) for fault in train.rejected] == [
         ("002.png", "unreadable"),
         ("copy.png", "unreadable"),
     ]
@@ -178,7 +178,7 @@ def test_a_broken_control_takes_its_picture_along(pictures, cache, tmp_path):
     encoder.reads, encoder.encode = ("control",), lambda control: {"c": control}
     (train,) = without_failures(collections, [filled(encoder, collections[0].samples, cache)])
     (fault,) = train.rejected
-    assert fault.locator == str(pictures / "004.png") and str(tmp_path / "controls" / "004.png") in fault.reason
+    assert fault.location == str(pictures / "004.png") and str(tmp_path / "controls" / "004.png") in fault.reason
 
 
 def test_what_is_told(pictures, cache, tmp_path, caplog):

@@ -122,7 +122,7 @@ def test_control_images(tmp_path, pictures, cache):
         assert [control.locator.path.stem for control in row.controls] == [row.media.locator.path.stem] * 2
         assert [control.width for control in row.controls] == [20, 30]
     (fault,) = manifest.rejected
-    assert fault.locator == str(pictures / "005.png") and str(tmp_path / "a") in fault.reason
+    assert fault.location == str(pictures / "005.png") and str(tmp_path / "a") in fault.reason
 
 
 def test_masks(tmp_path, pictures, cache):
@@ -161,12 +161,12 @@ def test_files_that_are_no_pictures_are_told_with_their_reasons(pictures, cache)
     Image.new("1", (30_000, 30_000)).save(pictures / "004.png")
     manifest = scanned(dataset_of(pictures), cache)
     assert names(manifest) == ["003", "005"]
-    reasons = {os.path.basename(fault.locator): fault.reason for fault in manifest.rejected}
+    reasons = {os.path.basename(fault.location): fault.reason for fault in manifest.rejected}
     assert reasons.keys() >= {"000.png", "001.png", "002.png", "none.mp4", "004.png"}
     for name, reason in reasons.items():
         assert name in reason
     assert "178,956,970 pixels" in reasons["004.png"] and "empty" in reasons["002.png"]
-    assert {fault.kind for fault in manifest.rejected if fault.locator.endswith("000.png")} == {"unreadable"}
+    assert {fault.kind for fault in manifest.rejected if fault.location.endswith("000.png")} == {"unreadable"}
 
 
 def test_a_broken_control_or_mask_is_told_at_its_picture(tmp_path, pictures, cache):
@@ -175,7 +175,7 @@ def test_a_broken_control_or_mask_is_told_at_its_picture(tmp_path, pictures, cac
     directory = DirectorySettings(path=pictures, control_path=tmp_path / "controls")
     manifest = scanned(DatasetSettings(resolutions=[32], directory=[directory]), cache)
     (fault,) = manifest.rejected
-    assert fault.locator == str(pictures / "002.png") and str(tmp_path / "controls" / "002.png") in fault.reason
+    assert fault.location == str(pictures / "002.png") and str(tmp_path / "controls" / "002.png") in fault.reason
     assert len(manifest.rows) == 5
 
 
@@ -215,7 +215,7 @@ def test_identical_pictures_are_used_once_if_asked(pictures, cache):
     (pictures / "copy.txt").write_text("a copy")
     manifest = scanned(dataset_of(pictures, deduplicate=True), cache)
     assert len(manifest.rows) == 6
-    assert [(fault.locator, fault.kind) for fault in manifest.rejected] == [(str(pictures / "copy.png"), "twice")]
+    assert [(fault.location, fault.kind) for fault in manifest.rejected] == [(str(pictures / "copy.png"), "twice")]
     assert len(scanned(dataset_of(pictures), cache).rows) == 7
 
 

@@ -29,7 +29,7 @@ def captions(listing):
 
 def told(listing, folder):
     """The rejected files by name, with the kind."""
-    return {fault.locator.removeprefix(f"{folder}/"): fault.kind for fault in listing.rejected}
+    return {fault.location.removeprefix(f"{folder}/"): fault.kind for fault in listing.rejected}
 
 
 def test_places_of_whole_files(tmp_path):
@@ -75,7 +75,7 @@ def test_all_that_is_not_used_is_told(tmp_path):
     }
     reasons = {fault.kind: fault.reason for fault in listing.rejected}
     assert "a.txt" in reasons["caption missing"] and "byte 3" in reasons["caption unreadable"]
-    assert all((fault.locator + fault.reason).encode() for fault in listing.rejected)
+    assert all((fault.location + fault.reason).encode() for fault in listing.rejected)
 
 
 def test_other_endings_of_captions(tmp_path):

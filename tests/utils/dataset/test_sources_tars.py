@@ -164,7 +164,7 @@ def test_tars_that_break_off(tmp_path):
         path.write_bytes(broken)
         found = read(path, caption_source="filename")
         assert list(listed(found)) == ["a.jpg", *whole]
-        assert [fault.locator for fault in found.rejected] == [f"{path}: b.jpg"]
+        assert [fault.location for fault in found.rejected] == [f"{path}: b.jpg"]
         assert "bring it anew" in found.rejected[0].reason
     for content, words in ((b"", "cannot be read"), (b"no tar" * 999, "cannot be read"), (b"\0" * 1024, "nothing")):
         path.write_bytes(content)
