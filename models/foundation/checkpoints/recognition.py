@@ -61,6 +61,8 @@ FOLDERS = {
     "FluxPipeline": "flux",
     "HiDreamImagePipeline": "hidream",
     "HunyuanDiTPipeline": "hunyuan_dit",
+    "Lumina2Pipeline": "lumina2",
+    "Lumina2Text2ImgPipeline": "lumina2",
     "QwenImageEditPipeline": "qwen_image",
     "QwenImageEditPlusPipeline": "qwen_image",
     "QwenImageLayeredPipeline": "qwen_image_layered",
@@ -120,7 +122,8 @@ SIGNATURES: tuple[FileSignature, ...] = (
     FileSignature("HunyuanDiT", _type("hunyuan_dit"), ("text_embedding_padding",)),
     FileSignature("CogView4", _type("cogview4"), ("patch_embed.text_proj.", "time_condition_embed.")),
     FileSignature("Z-Image", _type("z_image"), ("noise_refiner.0.", "x_pad_token")),
-    FileSignature("Lumina Image 2", NOT_TRAINED, ("noise_refiner.0.",)),
+    FileSignature("OmniGen 2", NOT_TRAINED, ("noise_refiner.0.", "ref_image_refiner.0.")),
+    FileSignature("Lumina Image 2", _type("lumina2"), ("noise_refiner.0.", "context_refiner.0.")),
     *(
         FileSignature(f"Wan {variant}", _type("wan"), (part,), size=("patch_embedding.weight", 1, channels))
         for part in ("blocks.0.self_attn.q.", "blocks.0.attn1.to_q.")
