@@ -65,6 +65,11 @@ def run_ranks(job: Callable[..., Any], world_size: int, *arguments: Any) -> list
     return [returned[rank] for rank in range(world_size)]
 
 
+def _check_server() -> None:
+    """The server says nothing if it cannot import what it was given."""
+    assert "tests.preload" in sys.modules, "run `python -m tests.preload` to see why it cannot be imported"
+
+
 def _run(job: Callable[..., Any], rank: int, world_size: int, port: int, results: Any, arguments: tuple) -> None:
     from utils import ranks as together
 
@@ -73,6 +78,7 @@ def _run(job: Callable[..., Any], rank: int, world_size: int, port: int, results
     )
     torch.set_num_threads(1)
     try:
+        _check_server()
         ranks = together.from_environment()
         together.connect(ranks)
         value = job(ranks, *arguments)
@@ -111,6 +117,7 @@ def run_command(
 def _command(words: list[str], rank: int, world_size: int, port: int, log: str) -> None:
     import train
 
+    _check_server()
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

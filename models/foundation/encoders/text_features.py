@@ -169,10 +169,8 @@ class TrueLengthFeatures(MaskedHiddenStates):
 
 @dataclass(frozen=True)
 class PaddedFeatures(MaskedHiddenStates):
-    """The last hidden state of an encoder (B, L, D), padded to `length` tokens, and a mask (B, L) of the tokens that
-    are
-    not padding, which the encoder itself ignores: for models that mask the padding in one place and see it in
-    another."""
+    """The last hidden state of an encoder (B, L, D), padded to `length` tokens, and a mask (B, L) that leaves out the
+    padding, which the encoder itself ignores: for models that mask the padding in one place and see it in another."""
 
     name: str
     length: int
