@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from models.foundation.checkpoints.denoiser import DenoiserWeights
-from models.foundation.checkpoints.folders import TextPart, problems_of
+from models.foundation.checkpoints.folders import TextPart, all_of, problems_of
 from models.foundation.checkpoints.key_layouts import KeyLayout
 from models.foundation.checkpoints.storage import StorageRules
 from models.foundation.encoders.parts import ModelParts
@@ -106,7 +106,7 @@ class BasePipeline(ABC):
             UserError: says what is missing or does not fit.
         """
         self.check_folder()
-        if problems := list(self.problems_of_parts()):
+        if problems := all_of(self.problems_of_parts()):
             raise UserError(problems)
         self.check_tensors()
 

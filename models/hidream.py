@@ -197,6 +197,9 @@ class HiDreamPipeline(PicturePipeline):
         )
         pooled, made = sum(clip["projection_dim"] for clip in clips), self.vae_config["latent_channels"]
         blocks, layers = config["num_layers"] + config["num_single_layers"], config["llama_layers"]
+        if len(config["caption_channels"]) != 2:
+            yield self.parts.misfit("needs two `caption_channels`, for T5 and for Llama; download it again")
+            return
         state_width = config["caption_channels"][1]
         if config["in_channels"] != made:
             yield self.parts.misfit(

@@ -5,6 +5,7 @@ Shapes: B batch.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,14 @@ def test_an_unknown_scheduler_is_told(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_told(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         tiny_hidream.pipeline(tiny_hidream.write_folder(tmp_path, **changes)).check()
+
+
+def test_a_width_that_is_missing_is_told_with_all_else(tmp_path: Path) -> None:
+    folder = tiny_hidream.write_folder(tmp_path)
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "caption_channels": [64]}))
+    with pytest.raises(UserError, match="needs two `caption_channels`"):
+        tiny_hidream.pipeline(folder).check()
 
 
 def test_a_file_in_the_place_of_llamas_folder_is_told(tmp_path: Path) -> None:

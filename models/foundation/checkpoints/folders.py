@@ -143,6 +143,17 @@ def problems_of(checks: Iterable[Callable[[], object]]) -> list[Problem]:
     return problems
 
 
+def all_of(problems: Iterable[Problem]) -> list[Problem]:
+    """The problems of a generator, and those of a UserError that ends it."""
+    found: list[Problem] = []
+    try:
+        for problem in problems:
+            found.append(problem)
+    except UserError as error:
+        found += error.problems
+    return found
+
+
 def check_text_encoder_types(options: ModelSettings, types: Sequence[str]) -> None:
     """Whether every entry of `text_encoders` names one of the model's encoders, and no two the same."""
     seen = [entry.type for entry in options.text_encoders]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from models.foundation.checkpoints.folders import all_of
 from tests.models import tiny_flux
-from utils.errors import UserError
+from utils.errors import Problem, UserError
 from utils.settings.model_schema import TextEncoderFile
 
 
@@ -31,6 +32,14 @@ def told(folder: Path, **options: Any) -> str:
 
 def test_a_whole_folder_is_fine(folder: Path) -> None:
     tiny_flux.pipeline(folder).check()
+
+
+def test_problems_before_one_that_ends_the_search_are_told() -> None:
+    def problems() -> Iterator[Problem]:
+        yield Problem("first", "", "")
+        raise UserError.of("", "second")
+
+    assert [problem.file for problem in all_of(problems())] == ["first", "second"]
 
 
 def test_all_missing_parts_are_told_at_once(folder: Path) -> None:
