@@ -53,7 +53,7 @@ def test_of_flow_matching_are_those_of_diffusers(name: str) -> None:
             lambda snr: min(snr, 2) / (snr + 1) / (min(snr, 1000) + 1),
         ),
     ],
-    ids=str,
+    ids=lambda value: None if callable(value) else str(value),
 )
 def test_of_ddpm_are_the_formulas(options: dict, epsilon, v) -> None:
     for objective, formula in ((Epsilon(), epsilon), (VPrediction(), v)):
