@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from types import ModuleType
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -31,7 +32,6 @@ from utils.media.images import (
     shown_images,
 )
 from utils.media.source import ROUNDING_SECONDS, MediaError, Probe, Source, opened
-from utils.media.video import probe_video, shown_frames
 
 IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".jfif", ".jp2", ".jpeg", ".jpg", ".png", ".tga", ".tif", ".tiff", ".webp"}
@@ -64,7 +64,7 @@ def probe(source: Source) -> Probe:
     """
     with opened(source) as stream:
         image = open_image(stream)
-        return probe_image(image) if image else probe_video(stream)
+        return probe_image(image) if image else _video().probe_video(stream)
 
 
 def load_image(source: Source, view: View) -> torch.Tensor:
@@ -140,7 +140,20 @@ def _levels(
 
 def _shown(stream: BinaryIO, start_seconds: float) -> Iterator[TimedFrame]:
     image = open_image(stream)
-    return shown_images(image) if image else shown_frames(stream, start_seconds)
+    return shown_images(image) if image else _video().shown_frames(stream, start_seconds)
+
+
+def _video() -> ModuleType:
+    """What decodes videos; pictures can do without PyAV.
+
+    Raises:
+        MediaError: PyAV is not installed.
+    """
+    try:
+        from utils.media import video
+    except ImportError as error:
+        raise MediaError(f"is read by PyAV, which cannot be imported ({error}); `pip install av`") from error
+    return video
 
 
 def _fit(image: Image.Image, view: View, resample: Image.Resampling) -> np.ndarray:

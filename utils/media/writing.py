@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import av
 import torch
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 from einops import rearrange
 from PIL import Image
 
-# FFmpeg's default takes shortcuts that shift colours.
-EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
+if TYPE_CHECKING:
+    import av
+
 # Visually almost lossless, since samples are looked at closely.
 QUALITY = {"crf": "17"}
 
@@ -29,7 +29,16 @@ def write_clip(pixels_CFHW: torch.Tensor, fps: float, path: Path) -> None:
     """Writes a clip of `fps` frames per second as H.264 in MP4, which plays nearly everywhere.
 
     H.264 halves the resolution of colours, so sizes must be even: the last row or column of an odd size is repeated.
+
+    Raises:
+        ImportError: PyAV is not installed.
     """
+    # Imported here, since runs of pictures can do without it.
+    import av
+    from av.video.reformatter import Colorspace, Interpolation
+
+    # FFmpeg's default takes shortcuts that shift colours.
+    exact = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
     height, width = pixels_CFHW.shape[2:]
     pad = (0, width % 2, 0, height % 2)
     levels_FHWC = _levels_FHWC(torch.nn.functional.pad(pixels_CFHW.float(), pad, mode="replicate"))
@@ -41,7 +50,7 @@ def write_clip(pixels_CFHW: torch.Tensor, fps: float, path: Path) -> None:
         _tag(stream.codec_context)
         for index, levels_HWC in enumerate(levels_FHWC.numpy()):
             frame = av.VideoFrame.from_ndarray(levels_HWC, "rgb24").reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, interpolation=EXACT, threads=1
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, interpolation=exact, threads=1
             )
             frame.pts, frame.time_base = index, 1 / exact_fps
             container.mux(stream.encode(frame))
@@ -50,6 +59,8 @@ def write_clip(pixels_CFHW: torch.Tensor, fps: float, path: Path) -> None:
 
 def _tag(context: av.VideoCodecContext) -> None:
     """Declares the standard of the colour coding, which players would otherwise guess from the size."""
+    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+
     context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
     context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
 

@@ -3,6 +3,7 @@
 import io
 import random
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.utils.media.clips import HEIGHT, WIDTH, decoded, numbered, numbers_of, write_video
 from utils.media.decode import load_alpha, load_clip, load_image, load_mask, probe
@@ -327,3 +329,14 @@ def test_of_a_long_file_only_what_is_near_the_clip_is_read(tmp_path):
 
     load_clip(Blob("a", lambda: Counting(content)), SMALL, 580 / 24, 5, 24)
     assert sum(read) < len(content) / 4
+
+
+def test_without_pyav_pictures_are_read_and_clips_are_refused_by_its_name(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    write_video(tmp_path / "a.mp4", 3)
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.delitem(sys.modules, "utils.media.video")
+    monkeypatch.delattr("utils.media.video")
+    assert probe(tmp_path / "a.png").width == 8
+    with pytest.raises(MediaError, match="pip install av"):
+        probe(tmp_path / "a.mp4")
