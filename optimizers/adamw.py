@@ -5,7 +5,7 @@ full fine-tune never change. The step updates the master, and the parameter gets
 2018, "Mixed Precision Training", section 3.1).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from math import ceil
 from typing import Any, Literal
 
@@ -22,6 +22,10 @@ EIGHT_BIT_ELEMENTS = 4096
 """Parameters with fewer elements keep their state in 32 bits (bitsandbytes' `min_8bit_size`)."""
 EIGHT_BIT_BLOCK = 256
 """Elements of 8-bit state that share a scale in float32."""
+
+
+PART_ELEMENTS = 2**26
+"""Elements of 16-bit parameters that are updated together: 256 MB of float32 gradients."""
 
 
 class AdamWSettings(OptimizerSettings):
@@ -58,15 +62,22 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             moved = [parameter for parameter in group["params"] if parameter.grad is not None]
             self._update([parameter for parameter in moved if not _is_short(parameter)], group)
-            # One by one, since float32 gradients of all parameters at once would take as much memory as the masters.
-            for parameter in filter(_is_short, moved):
-                self._update([parameter], group)
-                parameter.copy_(self.state[parameter][MASTER])
+            # Some at a time, since float32 gradients of all parameters would take as much memory as the masters.
+            for some in in_parts(filter(_is_short, moved)):
+                self._update(some, group)
+                torch._foreach_copy_(some, [self.state[parameter][MASTER] for parameter in some])
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        if not parameters:
+            return
         states = [self._state_of(parameter) for parameter in parameters]
         targets = [state.get(MASTER, parameter) for state, parameter in zip(states, parameters, strict=True)]
         first, second = group["betas"]
+        # On a GPU all tensors in one kernel, which wants the counters there; a checkpoint brings them on the CPU.
+        fused = targets[0].is_cuda
+        if fused:
+            for state, target in zip(states, targets, strict=True):
+                state["step"] = state["step"].to(target.device)
         adamw(
             targets,
             [parameter.grad.to(target.dtype) for parameter, target in zip(parameters, targets, strict=True)],
@@ -81,6 +92,7 @@ class AdamW(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
+            fused=fused,
         )
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
@@ -93,6 +105,19 @@ class AdamW(torch.optim.Optimizer):
             if _is_short(parameter):
                 state[MASTER] = values
         return state
+
+
+def in_parts(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """The parameters in lists that are updated together: of `PART_ELEMENTS` elements at most, or of one parameter."""
+    part, elements = [], 0
+    for parameter in parameters:
+        if part and elements + parameter.numel() > PART_ELEMENTS:
+            yield part
+            part, elements = [], 0
+        part.append(parameter)
+        elements += parameter.numel()
+    if part:
+        yield part
 
 
 def _is_short(parameter: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from optimizers.adamw import MASTER
+from optimizers.adamw import MASTER, in_parts
 from utils.settings.schema import EMASettings
 
 # By name: the decay after n updates and with `power`, before it is limited to the requested decay.
@@ -66,9 +66,14 @@ class EMA:
         decay = decay_at(self.settings, step - self.since)
         if decay is None:
             return
-        for name, parameter in self._parameters.items():
-            average = self.averages[name]
-            average.lerp_(self._value(parameter).to(average.device, torch.float32), 1.0 - decay)
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        for some in in_parts(self._parameters.values()):
+            averages = [self.averages[names[id(parameter)]] for parameter in some]
+            values = [
+                self._value(parameter).to(average.device, torch.float32)
+                for parameter, average in zip(some, averages, strict=True)
+            ]
+            torch._foreach_lerp_(averages, values, 1.0 - decay)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -89,8 +94,7 @@ class EMA:
 
     @torch.no_grad()
     def _write(self, values: Mapping[str, torch.Tensor]) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.copy_(values[name])
+        torch._foreach_copy_(list(self._parameters.values()), [values[name] for name in self._parameters])
 
     def _value(self, parameter: nn.Parameter) -> torch.Tensor:
         return self._optimizer.state.get(parameter, {}).get(MASTER, parameter).detach()

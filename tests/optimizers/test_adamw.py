@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from optimizers.adamw import AdamW
+from optimizers import adamw
+from optimizers.adamw import AdamW, in_parts
 
 KEYS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -31,7 +33,10 @@ def test_in_float32_it_is_torchs_to_the_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, torchs, strict=True))
 
 
-def test_in_bfloat16_the_master_goes_where_float32_goes() -> None:
+@pytest.mark.parametrize("elements", [adamw.PART_ELEMENTS, 16, 1])
+def test_in_bfloat16_the_master_goes_where_float32_goes(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many parameters are updated together."""
+    monkeypatch.setattr(adamw, "PART_ELEMENTS", elements)
     short = parameters(torch.bfloat16)
     whole = [nn.Parameter(weight.detach().float()) for weight in short]
     optimizer = AdamW(short, **{**KEYS, "lr": 1e-4})
@@ -40,6 +45,14 @@ def test_in_bfloat16_the_master_goes_where_float32_goes() -> None:
     for a, b in zip(short, whole, strict=True):
         assert torch.equal(optimizer.state[a]["master"], b)
         assert torch.equal(a, b.bfloat16())
+
+
+def test_parts_hold_every_parameter_once_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw, "PART_ELEMENTS", 10)
+    parameters = [nn.Parameter(torch.zeros(count)) for count in (4, 6, 1, 30, 9, 2, 0)]
+    parts = list(in_parts(parameters))
+    assert [[len(parameter) for parameter in part] for part in parts] == [[4, 6], [1], [30], [9], [2, 0]]
+    assert list(in_parts([])) == []
 
 
 def test_small_steps_are_not_lost() -> None:

@@ -123,8 +123,9 @@ class LokrLinear(nn.Module):
         result, scale = self.base_layer(x), self.scaling[ADAPTER]
         if scale == 0:
             return result
-        w1_LM, w2_KN = self.factor(W1), self.factor(W2)
-        return result + scale * _product(self.dropout(x).to(w1_LM.dtype), w1_LM, w2_KN).to(result.dtype)
+        # In the type of the input: the factors are rounded when they are used, as with LoRA (`peft_layers.py`).
+        w1_LM, w2_KN = self.factor(W1).to(x.dtype), self.factor(W2).to(x.dtype)
+        return result + (scale * _product(self.dropout(x), w1_LM, w2_KN)).to(result.dtype)
 
 
 def _product(x: torch.Tensor, w1_LM: torch.Tensor, w2_KN: torch.Tensor) -> torch.Tensor:

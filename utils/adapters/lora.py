@@ -84,9 +84,11 @@ class Lora:
     mark = ".lora_"
 
     def put(self, denoiser: nn.Module, names: Sequence[str], settings: LoraSettings) -> None:
-        """As PEFT does."""
+        """As PEFT does, with layers of ours."""
         # PEFT is imported here, since reading settings does not need it.
         from peft import LoraConfig, inject_adapter_in_model
+
+        from utils.adapters.peft_layers import LAYERS
 
         # A pattern must match the whole name; with a list, PEFT also adapts modules whose names end with an entry.
         pattern = "|".join(map(re.escape, names))
@@ -97,6 +99,7 @@ class Lora:
             bias="none",
             target_modules=pattern,
         )
+        config._register_custom_module(LAYERS)
         inject_adapter_in_model(config, denoiser, low_cpu_mem_usage=True)
 
     def base_of(self, module: nn.Module) -> nn.Module | None:
@@ -116,7 +119,7 @@ class Lora:
         return module.scaling[ADAPTER]
 
     def switched_off(self, module: nn.Module) -> AbstractContextManager[None]:
-        """PEFT's layers add nothing with a scale of 0."""
+        """The layers skip their factors at a scale of 0."""
         return without_scale(module)
 
     def is_in(self, names: Sequence[str]) -> bool:

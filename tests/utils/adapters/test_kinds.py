@@ -56,7 +56,7 @@ class Moved(nn.Module):
 
     def forward(self, x):
         result = self.base_layer(x)
-        return result + x @ self.diff_w.T if self.scaling[ADAPTER] else result
+        return result + x @ self.diff_w.to(x.dtype).T if self.scaling[ADAPTER] else result
 
 
 class WholeUpdate(NamedTuple):
@@ -317,3 +317,35 @@ def test_an_unknown_type_is_told() -> None:
         adapters.find("loha")
     choice = adapters.choice()
     assert choice.find("difference") is choice.classes["difference"]
+
+
+@each
+def test_float32_factors_multiply_in_the_type_of_their_input(name: str, keys: dict[str, Any]) -> None:
+    """As factors that are rounded before; what is kept for the backward pass is of that type, the gradient is not."""
+    adapted = moved(settings(name, keys))
+    rounded = moved(settings(name, keys))
+    for module, kind in ((adapted, torch.float32), (rounded, torch.bfloat16)):
+        for parameter_name, parameter in module.named_parameters():
+            parameter.data = parameter.data.to(kind if attach.is_factor(parameter_name) else torch.bfloat16)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    x_BD = normal((100, 4), 0, "x").bfloat16()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = adapted(x_BD)
+    expected = rounded(x_BD)
+    assert distance(result, expected) < 0.02
+    assert not [tensor.shape for tensor in kept if tensor.dtype == torch.float32 and len(tensor) == 100]
+    result.float().square().mean().backward()
+    expected.float().square().mean().backward()
+    for factor, other in zip(factors(adapted).values(), factors(rounded).values(), strict=True):
+        assert factor.grad is not None and factor.grad.dtype == torch.float32
+        assert distance(factor.grad, other.grad) < 0.05
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference, in parts of the largest value."""
+    return ((one.float() - other.float()).abs().max() / other.float().abs().max()).item()
