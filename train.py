@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import models
+from utils.parallel.attention import set_kernels
 from utils.parallel.backend import initialize_deepspeed
 from utils.ranks import Ranks, connect, disconnect, from_environment, leave_together
 from utils.run.reporting import StepReporter, is_user_error, report_user_error, start_logging
@@ -82,6 +83,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
         dump.prepare_folder(arguments.dump_dataset)
 
     connect(ranks, arguments.master_port)
+    set_kernels()
     flags = ResumeFlags(
         arguments.resume_from_checkpoint,
         arguments.reset_dataloader,

@@ -36,7 +36,7 @@ class ChromaInputs(NamedTuple):
 
     x_BTC: torch.Tensor
     text_BLD: torch.Tensor
-    text_mask_BL: torch.Tensor
+    text_mask_BL: torch.Tensor | None
     t_B: torch.Tensor
     positions_S3: torch.Tensor
     canvas_hw0: torch.Tensor
@@ -50,7 +50,7 @@ class ChromaStream(NamedTuple):
     text_BLD: torch.Tensor
     modulation_BMD: torch.Tensor
     rope_SD: tuple[torch.Tensor, torch.Tensor]
-    mask_BS: torch.Tensor
+    mask_BS: torch.Tensor | None
     canvas_hw0: torch.Tensor
 
 
@@ -69,13 +69,15 @@ class Entry(nn.Module):
         dtype = self.x_embedder.weight.dtype
         # t stays float32 until it is embedded: bfloat16 would round 0..1000 to steps of 4.
         time_BME = self.time_text_embed(inputs.t_B * 1000).to(dtype)
-        image_mask_BT = torch.ones(inputs.x_BTC.shape[:2], dtype=torch.bool, device=inputs.x_BTC.device)
+        mask_BS = inputs.text_mask_BL
+        if mask_BS is not None:
+            mask_BS = torch.cat([mask_BS, mask_BS.new_ones(inputs.x_BTC.shape[:2])], dim=1)
         return ChromaStream(
             x_BTD=self.x_embedder(inputs.x_BTC.to(dtype)),
             text_BLD=self.context_embedder(inputs.text_BLD.to(dtype)),
             modulation_BMD=self.distilled_guidance_layer(time_BME),
             rope_SD=self.pos_embed(inputs.positions_S3),
-            mask_BS=torch.cat([inputs.text_mask_BL, image_mask_BT], dim=1),
+            mask_BS=mask_BS,
             canvas_hw0=inputs.canvas_hw0,
         )
 
@@ -171,10 +173,12 @@ class ChromaPipeline(FluxPipeline):
     ) -> ChromaInputs:
         height, width = x_t.shape[2:]
         text_positions = torch.zeros(features["t5"].shape[1], 3)
+        text_mask_BL = features["t5_mask"].bool()
         return ChromaInputs(
             x_BTC=pack(x_t),
             text_BLD=features["t5"],
-            text_mask_BL=features["t5_mask"].bool(),
+            # With a mask, even of ones, attention is slower.
+            text_mask_BL=None if text_mask_BL.all() else text_mask_BL,
             t_B=t_B,
             positions_S3=torch.cat([text_positions, grid_positions(height, width, image=0)]),
             canvas_hw0=torch.empty(height, width, 0),

@@ -15,6 +15,7 @@ from utils import adapters
 from utils.adapters import attach, presets
 from utils.adapters.kinds import ModelNames
 from utils.errors import UserError
+from utils.parallel.attention import give_gradients_one_layout
 from utils.parallel.partition import stage_bounds
 from utils.parallel.teacher import Teacher
 from utils.settings.schema import AdapterSettings, Settings
@@ -84,6 +85,7 @@ def load_stage(pipeline: BasePipeline, settings: Settings, stage: int) -> Staged
     """
     weights = pipeline.weights
     denoiser = weights.build()
+    give_gradients_one_layout(denoiser)
     source = weights.open(denoiser)
     staged = partition(pipeline, settings, denoiser)
     layers = staged.stage_layers(stage)
