@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup quickstart test bench docs
+.PHONY: setup quickstart test bench gpu docs
 
 setup: .venv/installed
 
@@ -25,6 +25,10 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks
+
+# Without a virtual environment: `python3 -m tests.benchmarks.gpu`.
+gpu: setup
+	$(BIN)/python -m tests.benchmarks.gpu
 
 docs: setup
 	$(BIN)/python docs/generate.py

@@ -8,6 +8,7 @@ pictures from before and after training side by side. Everything is written unde
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -58,8 +59,15 @@ def train() -> None:
         config, processes = RUNS / "one_gpu.toml", 1
         text = CONFIG.read_text(encoding="utf-8")
         config.write_text(text.replace("pipeline_stages = 2", "pipeline_stages = 1"), encoding="utf-8")
-    launcher = Path(sys.executable).with_name("deepspeed")
-    run_step("training", launcher, f"--num_gpus={processes}", "train.py", "--config", config)
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    run_step(
+        "training",
+        shutil.which("deepspeed", path=beside) or "deepspeed",
+        f"--num_gpus={processes}",
+        "train.py",
+        "--config",
+        config,
+    )
 
 
 def newest_run(runs: Path) -> Path:

@@ -1,0 +1,99 @@
+"""Runs the parts that are named, or all: `python -m tests.benchmarks.gpu [--out FILE] [environment] [attention] ...`.
+
+Prints one table last, and puts it in the place for it in docs/benchmarks.md, or in the file that `--out` names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[3]
+PARTS = {
+    "environment": 40,
+    "attention": 60,
+    "full_size": 280,
+    "quickstart": 90,
+    "first_light": 120,
+    "marked_tests": 90,
+    "optimizer_step": 40,
+}
+"""Parts in the order in which they run, and how many seconds each may take."""
+BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.gpu", description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="parts to run; default: all")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks.md", help="file for the table")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # one part, in this process; rows go to --out
+    asked = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
+    if asked.only:
+        return _measure(asked.only, asked.out)
+    rows, failed = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for part in asked.parts or PARTS:
+            started = time.monotonic()
+            place = Path(folder) / part
+            problem = _run(part, place)
+            found = [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
+            rows += [(part, name, value) for name, value in found]
+            if problem:
+                failed.append(part)
+                rows.append((part, "FAILED", problem))
+            sys.stdout.write(f"-- {part}: {time.monotonic() - started:.0f} s\n")
+            sys.stdout.flush()
+    table = _table(rows)
+    _write(table, asked.out)
+    sys.stdout.write(table)
+    return 1 if failed else 0
+
+
+def _measure(part: str, out: Path) -> int:
+    module = importlib.import_module(f"{__package__}.{part}")
+    with out.open("w") as file:
+        for name, value in module.measure():
+            file.write(json.dumps([name, value]) + "\n")
+            file.flush()
+            sys.stdout.write(f"  {name}: {value}\n")
+            sys.stdout.flush()
+    return 0
+
+
+def _run(part: str, place: Path) -> str | None:
+    """Runs a part in a process of its own; what went wrong, if anything did."""
+    command = [sys.executable, "-m", __package__, "--only", part, "--out", str(place)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    try:
+        code = subprocess.run(command, cwd=ROOT, env=environment, timeout=PARTS[part]).returncode
+    except subprocess.TimeoutExpired:
+        return f"took more than {PARTS[part]} s"
+    return f"exit code {code}" if code else None
+
+
+def _table(rows: list[tuple[str, str, str]]) -> str:
+    lines = ["| part | what | measured |", "|---|---|---|"]
+    lines += [f"| {part} | {name} | {value} |" for part, name, value in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _write(table: str, out: Path) -> None:
+    text = out.read_text(encoding="utf-8") if out.exists() else f"{BEGIN}\n{END}\n"
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    out.write_text(f"{before}{BEGIN}\n{table}{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""Training steps of Flux and Wan 14B at full size, LoRA of rank 32, batch 1: seconds, memory against the plan, share of
+the card's matrix rate; and the same work in a plain loop over diffusers and PEFT.
+
+The weights are random: the work is the same as with real ones.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.benchmarks.gpu.environment import matrix_rate
+from tests.benchmarks.gpu.timing import GIB, median_seconds
+
+RANK, STEPS = 32, 3
+CASES: dict[str, dict[str, Any]] = {
+    "Flux, recompute": {"activation_checkpointing": True},
+    "Flux": {},
+    "Flux, plain loop of diffusers and PEFT, recompute": {"plain": True},
+    "Wan 14B, recompute": {"wan": True, "activation_checkpointing": True},
+}
+"""Name -> settings that differ, those of [model] in `model`; `plain` is the loop, `wan` the other model."""
+SECONDS = 60
+
+
+def measure() -> Iterator[tuple[str, str]]:
+    rate = matrix_rate()
+    for name, keys in CASES.items():
+        command = [sys.executable, "-m", __name__, json.dumps(keys)]
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            yield name, f"FAILED, took more than {SECONDS} s"
+            continue
+        lines = run.stdout.strip().splitlines()
+        if run.returncode or not lines:
+            sys.stdout.write(run.stderr[-3000:] + "\n")
+            errors = [line for line in run.stderr.splitlines() if "Error" in line]
+            yield name, f"FAILED, {errors[-1] if errors else run.returncode}"
+            continue
+        yield name, _told(json.loads(lines[-1]), rate)
+
+
+def _told(found: dict[str, Any], rate: float) -> str:
+    share = found["operations"] / found["seconds"] / rate
+    planned = f", planned {found['planned']:.1f}" if found["planned"] else ""
+    return (
+        f"{found['seconds']:.3f} s a step, {found['operations'] / found['seconds'] / 1e12:.0f} TFLOP/s ({share:.2f} of "
+        f"the matrix rate), peak {found['peak']:.1f} GiB{planned}, loss {found['loss']:.3f}, ready after "
+        f"{found['ready']:.0f} s"
+    )
+
+
+def _measured(step: Callable[[], float], planned: float, started: float) -> dict[str, Any]:
+    loss = step()
+    ready = time.perf_counter() - started
+    torch.cuda.reset_peak_memory_stats()
+    seconds = median_seconds(step, runs=STEPS, warm_up=1)
+    peak = torch.cuda.max_memory_allocated() / GIB
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return {
+        "seconds": seconds,
+        "peak": peak,
+        "planned": planned,
+        "operations": counter.get_total_flops(),
+        "loss": loss,
+        "ready": ready,
+    }
+
+
+def _trainer(keys: dict[str, Any], folder: Path, started: float) -> dict[str, Any]:
+    """A step of the trainer's engine, on a stage that is loaded as in a run."""
+    from models.assembly import memory, trainer
+    from models.assembly.stage import load_stage, partition
+    from optimizers.adamw import AdamWSettings
+    from tests.benchmarks.gpu.random_models import FLUX, WAN
+    from utils.adapters.lora import LoraSettings
+    from utils.parallel.attention import set_kernels
+    from utils.parallel.backend import initialize_deepspeed
+    from utils.ranks import connect, from_environment
+    from utils.settings.schema import Settings
+
+    model = WAN if keys.pop("wan", False) else FLUX
+    connect(from_environment())
+    set_kernels()
+    initialize_deepspeed()
+    pipeline = model.pipeline(folder, **keys.pop("model", {}))
+    settings = Settings(
+        output_dir=folder,
+        dataset=folder,
+        model=pipeline.options,
+        adapter=LoraSettings(type="lora", rank=RANK),
+        optimizer=AdamWSettings(type="adamw", lr=1e-4),
+        **keys,
+    )
+    empty = partition(pipeline, settings, pipeline.weights.build_empty())
+    plan = memory.estimate(settings, pipeline, empty, model.encoders(1), [model.bucket])
+    planned = float(re.search(r"layers .*?: ([0-9.]+) GiB", plan).group(1))
+    staged = load_stage(pipeline, settings, 0)
+    parameters = staged.trained(staged.layers)
+    optimizer = trainer._optimizer(settings, pipeline, parameters)
+    engine = trainer._engine(settings, pipeline, staged, optimizer)
+    batch = model.micro_batch(pipeline)
+    return _measured(lambda: engine.train_step([batch], 0).loss, planned, started)
+
+
+def _plain(started: float) -> dict[str, Any]:
+    """The same of Flux with nothing but diffusers, PEFT and torch: what their examples do."""
+    from diffusers import FluxTransformer2DModel
+    from peft import LoraConfig
+    from torch.nn.functional import mse_loss
+
+    from models.flux import FluxPipeline, grid_positions
+    from tests.benchmarks.gpu.random_models import TEXT, _drawn
+
+    # As in the trainer; with cuDNN's kernels Flux's gradients are wrong here.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(guidance_embeds=True)
+    model.to_empty(device="cuda").to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(_drawn(parameter.shape))
+    model.requires_grad_(False)
+    blocks = "|".join(FluxPipeline.blocks)
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and re.match(rf"({blocks})\.", name)
+    ]
+    model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules="|".join(map(re.escape, names))))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    model.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    bfloat16 = {"device": "cuda", "dtype": torch.bfloat16}
+    inputs = {
+        "hidden_states": torch.randn(1, 4096, 64, **bfloat16),
+        "encoder_hidden_states": torch.randn(1, TEXT, 4096, **bfloat16),
+        "pooled_projections": torch.randn(1, 768, **bfloat16),
+        "timestep": torch.full((1,), 0.5, device="cuda"),
+        "guidance": torch.ones(1, device="cuda"),
+        "txt_ids": torch.zeros(TEXT, 3, device="cuda"),
+        "img_ids": grid_positions(128, 128, image=0).cuda(),
+    }
+    target = torch.randn(1, 4096, 64, device="cuda")
+
+    def step() -> float:
+        loss = mse_loss(model(**inputs, return_dict=False)[0].float(), target)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return _measured(step, 0.0, started)
+
+
+def _main(keys: dict[str, Any]) -> None:
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        found = _plain(started) if keys.pop("plain", False) else _trainer(keys, Path(folder), started)
+    sys.stdout.write(f"\n{json.dumps(found)}\n")
+
+
+if __name__ == "__main__":
+    _main(json.loads(sys.argv[1]))
