@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
             if not is_user_error(error):
                 raise
             report_user_error(error, ranks)
+            if ranks.world_size == 1:
+                disconnect()
             return 1
     return 0 if finished else stop.exit_code
 

@@ -110,8 +110,7 @@ def connect(ranks: Ranks, master_port: int | None = None) -> None:
                 f"process number {ranks.local_rank + 1}; launch as many processes as it has GPUs"
             )
         torch.cuda.set_device(ranks.device)
-    else:
-        _share_cores(ranks)
+    _share_cores(ranks)
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=COLLECTIVE_TIMEOUT)
@@ -127,7 +126,7 @@ def connect(ranks: Ranks, master_port: int | None = None) -> None:
 def disconnect() -> None:
     """Leaves the process group together: a process that leaves early makes gloo abort in the others."""
     if dist.is_initialized():
-        dist.barrier()
+        barrier()
         dist.destroy_process_group()
 
 
@@ -213,7 +212,8 @@ def any_rank(flags: Sequence[bool]) -> list[bool]:
 
 def barrier() -> None:
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
+        # NCCL would warn that it has to guess the device.
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def _share_cores(ranks: Ranks) -> None:
