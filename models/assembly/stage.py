@@ -16,6 +16,7 @@ from utils.adapters import attach, presets
 from utils.adapters.kinds import ModelNames
 from utils.errors import UserError
 from utils.parallel.attention import give_gradients_one_layout
+from utils.parallel.compiling import compile_blocks
 from utils.parallel.partition import stage_bounds
 from utils.parallel.teacher import Teacher
 from utils.settings.schema import AdapterSettings, Settings
@@ -94,6 +95,8 @@ def load_stage(pipeline: BasePipeline, settings: Settings, stage: int) -> Staged
     if settings.adapter:
         attach.initialise(denoiser, layers, settings.adapter, pipeline.seed)
         load_existing_adapter(pipeline, settings, staged, layers)
+    if settings.compile:
+        compile_blocks(layers)
     return staged
 
 

@@ -213,6 +213,9 @@ class Settings(SettingsTable):
     default: keep all."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass, which takes less memory and about a third more time."""
+    compile: bool = False
+    """Compile the repeated blocks when they first run, which takes a minute or more and makes each step shorter; needs
+    a C++ compiler."""
     partition_method: Literal["parameters", "uniform", "manual"] = "parameters"
     """How layers are divided among stages: equal numbers of parameters, equal numbers of layers, or by
     `partition_split`."""

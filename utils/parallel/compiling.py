@@ -1,0 +1,24 @@
+"""Compiling a denoiser's repeated blocks (torch.compile): elementwise operations become few kernels, and a step asks
+less of Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+COMPILER = "inductor"
+FORMS = 64
+"""How many forms of one layer class are compiled, after which torch goes on uncompiled: a form for each kind of block
+behind it, with and without a gradient of its input, in training and evaluation, and for sizes at first one by one and
+then of any kind."""
+
+
+def compile_blocks(layers: Iterable[nn.Module]) -> None:
+    """Lets the repeated blocks among `layers` be compiled when they first run. Blocks of one kind share what is
+    compiled."""
+    torch._dynamo.config.recompile_limit = FORMS
+    for layer in layers:
+        if getattr(layer, "recomputable", False):
+            layer.compile(backend=COMPILER)
