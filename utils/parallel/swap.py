@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from utils.parallel.transfers import Mark, Transfers, pin, transfers_to
+from utils.parallel.transfers import Mark, Transfers, host_memory, transfers_to
 
 logger = logging.getLogger(__name__)
 
@@ -141,13 +141,11 @@ class HostBlock:
     """
 
     def __init__(self, tensors: Sequence[Frozen], *, pinned: bool):
-        self.memory = torch.empty(sum(_aligned(frozen.tensor.nbytes) for frozen in tensors), dtype=torch.uint8)
+        self.memory = host_memory(sum(_aligned(frozen.tensor.nbytes) for frozen in tensors), pinned=pinned)
         self._forms = [(f.tensor.dtype, f.tensor.shape, _strides(f.tensor), f.tensor.nbytes) for f in tensors]
         self._at_home = self.views(self.memory)
         for frozen, view in zip(tensors, self._at_home, strict=True):
             view.copy_(frozen.tensor.detach())
-        if pinned:
-            pin(self.memory)
         self._tensors = [f.tensor for f in tensors]
         self._places = [f.places for f in tensors]
         # Until `install`, so that nothing is moved to the device with the module.
@@ -218,9 +216,9 @@ class Ring:
         self._blocks, self._transfers = blocks, transfers
         size = max(block.memory.nbytes for block in blocks)
         # The memory may have served computation that is not done yet.
-        self._slots = [
-            Slot(transfers.buffer(size), transfers.computed()) for _ in range(min(buffers, len(blocks)))
-        ]  # the longest unused one first
+        slots = (Slot(transfers.buffer(size), transfers.computed()) for _ in range(min(buffers, len(blocks))))
+        self._slots = list(slots)
+        """The longest unused one first."""
         for slot in self._slots:
             slot.views = [block.views(slot.memory) for block in blocks]
         self._by_address = {slot.memory.data_ptr(): slot for slot in self._slots}
@@ -252,8 +250,7 @@ class Ring:
             self._leave()
             self._bring((block, *self._order[block][: len(self._slots) - 1]))
             slot = self._held[block]
-            self._slots.remove(slot)
-            self._slots.append(slot)
+            self._slots.append(self._slots.pop(self._slots.index(slot)))
             if slot.ready is not None:
                 self._transfers.wait(*slot.ready)
                 slot.ready = None
@@ -276,13 +273,12 @@ class Ring:
 
     def _bring(self, wanted: Sequence[int]) -> None:
         """Starts the copies of those blocks that are not there, in this order, over blocks that are not wanted."""
-        missing = [block for block in wanted if block not in self._held]
+        missing = [block for block in dict.fromkeys(wanted) if block not in self._held]
         spare = [slot for slot in self._slots if slot.block not in wanted]
         for block, slot in zip(missing, spare, strict=False):
             self._load(block, slot)
 
     def _load(self, block: int, slot: Slot) -> None:
-        assert self._current != slot.block or slot.block is None, "the block in use would be overwritten"
         if slot.block is not None:
             self._blocks[slot.block].return_home()
             del self._held[slot.block]

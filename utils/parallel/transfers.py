@@ -6,7 +6,9 @@ A *mark* is a point in the work of the device: what was asked of it before has b
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import mmap
 import weakref
 from typing import Any, Protocol
 
@@ -92,21 +94,32 @@ def transfers_to(device: torch.device) -> Transfers:
     return CudaTransfers(device) if device.type == "cuda" else ImmediateTransfers(device)
 
 
-def pin(memory: torch.Tensor) -> None:
-    """Locks memory of the host in its place, so that CUDA copies from it without the processor's help.
+def host_memory(size: int, *, pinned: bool) -> torch.Tensor:
+    """Memory of the host for `size` bytes, as uint8 (size,), aligned to pages; `pinned`: locked in its place, so that
+    CUDA copies from it without the processor's help.
 
-    It is registered as it is: PyTorch's own pinned memory comes in powers of two, which for the blocks of Flux would be
-    1.6 times as much.
+    It is locked as it is: PyTorch's own pinned memory comes in powers of two, which for the blocks of Flux would be 1.6
+    times as much. Where CUDA cannot do so, that is what there is.
     """
+    # Whole pages, since only these can be locked.
+    rounded = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    allocated = torch.empty(rounded + mmap.PAGESIZE, dtype=torch.uint8)
+    start = -allocated.data_ptr() % mmap.PAGESIZE
+    memory = allocated[start : start + size]
+    if not pinned or not size:
+        return memory
     runtime, address = torch.cuda.cudart(), memory.data_ptr()
-    error = int(runtime.cudaHostRegister(address, memory.nbytes, PORTABLE))
+    error = int(runtime.cudaHostRegister(address, rounded, PORTABLE))
     if error:
-        logger.warning(
-            "block swap: CUDA cannot lock %.2f GiB of the host's memory (error %d), so copies will be slow; is the "
-            "memory that a process may lock limited (ulimit -l)?",
-            memory.nbytes / 2**30,
-            error,
-        )
-        return
+        logger.warning("CUDA cannot lock memory in its place (error %d); powers of two are allocated instead", error)
+        _forget_error()
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     # At the end of the process its memory is given back as a whole, which is faster.
     weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
+    return memory
+
+
+def _forget_error() -> None:
+    """The next computation would tell the last error of CUDA, which is dealt with, as its own."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")

@@ -111,12 +111,12 @@ def results_of(ranks: Ranks, flux: Any, engine: Any) -> dict[str, Any]:
 
 
 def train(ranks: Ranks, folder: Path, stages: int, variants: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
-    """Job of a rank: every variant without swap, and with as many blocks as there are and fewer."""
+    """Job of a rank: every variant without swap and with it, of all blocks and of one fewer in turn."""
     ranks = ranks.with_stages(stages)
     flux = toy_flux.pipeline(folder)
     found: dict[str, list[dict[str, Any]]] = {}
-    for name in variants:
-        for count in (0, BLOCKS // stages, BLOCKS // stages - 1):
+    for number, name in enumerate(variants):
+        for count in (0, BLOCKS // stages - number % 2):
             engine = engine_of(ranks, flux, count, **VARIANTS[name])
             if count:
                 check_residency(engine)
@@ -144,10 +144,9 @@ def assert_equal(first: Any, second: Any) -> None:
 @pytest.mark.parametrize(("stages", "data_ranks", "variants"), LAYOUTS)
 def test_swapping_changes_no_bit(folder: Path, stages: int, data_ranks: int, variants: tuple[str, ...]) -> None:
     for rank in run_ranks(train, stages * data_ranks, folder, stages, variants):
-        for without, *swapped in rank.values():
+        for without, swapped in rank.values():
             assert len({loss for loss, _ in without["losses"]}) == STEPS + 1, "training changes the loss"
-            for other in swapped:
-                assert_equal(other, without)
+            assert_equal(swapped, without)
         assert {"kept"} == set(variants) or rank["dropout"][0]["losses"] != rank["kept"][0]["losses"]
 
 
