@@ -27,6 +27,8 @@ class Clock:
         self.buffers: list[torch.Tensor] = []
         self.reading: dict[int, float] = {}
         """Address of a buffer -> when the computation is done that reads it."""
+        self.arrives: dict[int, float] = {}
+        """Address of a buffer -> when its copy is done."""
 
     def buffer(self, size: int) -> torch.Tensor:
         self.buffers.append(torch.zeros(size, dtype=torch.uint8))
@@ -36,6 +38,7 @@ class Clock:
         start = max(self.copied, after)
         assert start >= self.reading.get(buffer.data_ptr(), 0.0), "overwritten while it was read"
         self.copied = start + self.seconds
+        self.arrives[buffer.data_ptr()] = self.copied
         self.copies.append(int(source[0]))
         buffer.copy_(source)
         return self.copied
@@ -47,9 +50,10 @@ class Clock:
         self.now = max(self.now, mark)
 
     def compute(self, seconds: float, buffer: torch.Tensor | None = None) -> None:
-        self.now += seconds
         if buffer is not None:
-            self.reading[buffer.data_ptr()] = self.now
+            assert self.now >= self.arrives[buffer.data_ptr()], "read before it had arrived"
+            self.reading[buffer.data_ptr()] = self.now + seconds
+        self.now += seconds
 
 
 def host_blocks(count: int) -> list[HostBlock]:
