@@ -7,6 +7,7 @@ Shapes: B batch; latents (B, ...).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ from utils.diffusion.losses import Labels
 from utils.diffusion.seeds import normal
 from utils.parallel.attention import set_kernels
 from utils.parallel.recompute import run_layer
+from utils.parallel.swap import BlockSwap, swappable
 from utils.ranks import Ranks
 from utils.run.export import export
 from utils.run.signals import StopRequests
@@ -320,17 +322,22 @@ def train(ranks: Ranks, name: str, folder: Path, rank: int | None) -> list[float
     return [number for result in results for number in (result.loss, result.grad_norm)]
 
 
-def train_plainly(model: Model, rank: int | None) -> list[float]:
-    """The same in this process: no engine, the layers in a row, and nothing recomputed."""
+def train_plainly(model: Model, rank: int | None, *, swapped: bool = False, recompute: bool = False) -> list[float]:
+    """The same in this process: no engine, the layers in a row. With `swapped`, all blocks share the room of two."""
     pipeline = model.pipeline()
     staged = load_stage(pipeline, settings_of(pipeline, adapter_of(rank)), stage=0)
+    swap = BlockSwap(staged.layers, len(swappable(staged.layers)) if swapped else 0)
+    swap.start(torch.device("cpu"))
     trained = list(staged.trained(staged.layers).values())
     optimizer, numbers = torch.optim.AdamW(trained, lr=LEARNING_RATE), []
     for step in range(STEPS):
         losses = []
         for stream, labels in micro_batches(model, pipeline, step):
-            for layer in staged.layers:
-                stream = layer.train()(stream)
+            with swap.forward_pass():
+                for position, layer in enumerate(staged.layers):
+                    again = recompute and getattr(layer, "recomputable", False)
+                    run = partial(run_layer, stream=stream, recompute=again, draws_random_numbers=False)
+                    stream = swap.run(position, layer.train(), run, recomputed=again)
             prediction, terms = stream if isinstance(stream, Output) else (stream, torch.zeros(1))
             losses.append(pipeline.maths.loss(prediction, labels).mean() / 2)
             (losses[-1] + terms.sum() / 2).backward()
@@ -347,6 +354,12 @@ def test_stages_and_recomputing_change_nothing(model: Model, rank: int | None) -
     assert len({round(number, 5) for number in reference}) == 2 * STEPS, "a model that learns nothing shows nothing"
     for numbers in run_ranks(train, STAGES, model.name, model.folder, rank):
         assert numbers == pytest.approx(reference, rel=2e-5)
+
+
+def test_swapping_blocks_changes_no_bit(model: Model) -> None:
+    reference = train_plainly(model, 4)
+    assert train_plainly(model, 4, swapped=True) == reference
+    assert train_plainly(model, 4, swapped=True, recompute=True) == train_plainly(model, 4, recompute=True)
 
 
 def test_a_folder_of_pictures_trains(

@@ -14,6 +14,7 @@ from models.base import BasePipeline
 from utils.dataset.encoders import Encoder
 from utils.dataset.epochs import micro_batch_of
 from utils.dataset.samples import Bucket
+from utils.parallel.swap import SwapPlan
 from utils.settings.schema import OptimizerSettings, Settings
 
 GIB = 2**30
@@ -41,14 +42,25 @@ def estimate(
     for stage, (start, stop) in enumerate(staged.bounds):
         layers = staged.stage_layers(stage)
         weights, state = held_bytes(layers, settings.optimizer, averages=averages)
+        swap = SwapPlan.of(layers, staged.swapped[stage])
+        weights += swap.ring_bytes - swap.parameter_bytes
         in_flight = min(settings.gradient_accumulation_steps, len(staged.bounds) - stage)
         activations = in_flight * sum(kept[start:stop])
         rows.append(
             f"  stage {stage} (layers {start} to {stop - 1}): {(weights + state + activations) / GIB:.2f} GiB = "
             f"weights {weights / GIB:.2f} + gradients and optimizer {state / GIB:.2f} + "
-            f"activations {activations / GIB:.2f}"
+            f"activations {activations / GIB:.2f}" + _told(swap)
         )
     return "\n".join([f"{title}:", *rows])
+
+
+def _told(swap: SwapPlan) -> str:
+    if not swap.blocks:
+        return ""
+    return (
+        f"; {len(swap.blocks)} swapped blocks share {swap.ring_bytes / GIB:.2f} GiB of the weights, and take "
+        f"{swap.host_bytes / GIB:.2f} GiB of the host's memory"
+    )
 
 
 def held_bytes(layers: Sequence[nn.Module], optimizer: OptimizerSettings, *, averages: bool = False) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from utils import adapters
 from utils.adapters import attach, presets
 from utils.adapters.kinds import ModelNames
 from utils.errors import UserError
+from utils.parallel import swap
 from utils.parallel.attention import give_gradients_one_layout
 from utils.parallel.compiling import compile_blocks
 from utils.parallel.partition import stage_bounds
@@ -30,11 +31,13 @@ class StagedModel:
         denoiser: the whole module.
         layers: its layers in order; they share the denoiser's parameters.
         bounds: the half-open range of layers of every stage.
+        swapped: of how many blocks of every stage the weights are in the host's memory.
     """
 
     denoiser: nn.Module
     layers: list[nn.Module]
     bounds: list[tuple[int, int]]
+    swapped: list[int]
 
     def stage_layers(self, stage: int) -> list[nn.Module]:
         start, stop = self.bounds[stage]
@@ -54,7 +57,8 @@ def partition(pipeline: BasePipeline, settings: Settings, denoiser: nn.Module) -
     """Attaches the adapter and cuts the denoiser.
 
     Raises:
-        UserError: the adapter's patterns leave nothing, or the stages do not fit the layers.
+        UserError: the adapter's patterns leave nothing, the stages do not fit the layers, or a stage has fewer blocks
+            than are to be swapped.
     """
     if settings.adapter:
         attach.attach(denoiser, adapted_blocks(pipeline, settings.adapter), settings.adapter)
@@ -64,7 +68,11 @@ def partition(pipeline: BasePipeline, settings: Settings, denoiser: nn.Module) -
         bounds = stage_bounds(settings.partition_method, sizes, settings.pipeline_stages, settings.partition_split)
     except ValueError as error:
         raise UserError.of(str(error), where="pipeline_stages, partition_split") from error
-    return StagedModel(denoiser, layers, bounds)
+    try:
+        swapped = swap.counts(settings.blocks_to_swap, [layers[start:stop] for start, stop in bounds])
+    except ValueError as error:
+        raise UserError.of(str(error), where="key `blocks_to_swap`") from error
+    return StagedModel(denoiser, layers, bounds, swapped)
 
 
 def adapted_blocks(pipeline: BasePipeline, adapter: AdapterSettings) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from utils.dataset.epochs import Epochs, format_table, micro_batch_of
 from utils.dataset.samples import VersionPicker
 from utils.parallel.engine import Engine, optimizer_for_frozen_stage
 from utils.parallel.pipeline import DenoiserPipeline
+from utils.parallel.swap import BlockSwap
 from utils.ranks import Ranks
 from utils.run import folder as run_folder
 from utils.run.cadence import Duty
@@ -91,7 +92,7 @@ def build_trainer(
     staged = load_stage(pipeline, settings, ranks.stage)
     parameters = staged.trained(staged.stage_layers(ranks.stage))
     optimizer = _optimizer(settings, pipeline, parameters)
-    engine = _engine(settings, pipeline, staged, optimizer)
+    engine = _engine(settings, ranks, pipeline, staged, optimizer)
     reader = reader_of(data, ranks)
     noising = Noising(pipeline, ranks.is_first_stage, ranks.is_last_stage)
     batches = _batches(settings, ranks, data, epochs, reader, noising)
@@ -138,7 +139,10 @@ def _optimizer(settings: Settings, pipeline: BasePipeline, parameters: Mapping[s
     return optimizers.build(groups, chosen) if groups else optimizer_for_frozen_stage()
 
 
-def _engine(settings: Settings, pipeline: BasePipeline, staged: StagedModel, optimizer: Optimizer) -> Engine:
+def _engine(
+    settings: Settings, ranks: Ranks, pipeline: BasePipeline, staged: StagedModel, optimizer: Optimizer
+) -> Engine:
+    swap = BlockSwap(staged.stage_layers(ranks.stage), staged.swapped[ranks.stage], pinned=ranks.device.type == "cuda")
     module = DenoiserPipeline(
         staged.layers,
         staged.bounds,
@@ -147,6 +151,7 @@ def _engine(settings: Settings, pipeline: BasePipeline, staged: StagedModel, opt
         recompute=settings.activation_checkpointing,
         seed=settings.seed,
         loss_terms=pipeline.loss_terms,
+        swap=swap,
     )
     return Engine(
         module,

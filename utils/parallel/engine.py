@@ -80,6 +80,8 @@ class Engine(PipelineEngine):
             config_class=DeepSpeedConfig(config, mpu),
             model_parameters=[p for p in module.parameters() if p.requires_grad],
         )
+        # Now that the rest of the stage is on the device.
+        module.swap.start(self.device)
         self.clip_norm = clip_norm
         self.teacher = teacher
         self._grad_norm = torch.zeros(())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from utils.diffusion import seeds
 from utils.parallel.recompute import run_layer
+from utils.parallel.swap import BlockSwap
 
 
 class DenoiserPipeline(PipelineModule):
@@ -27,6 +29,7 @@ class DenoiserPipeline(PipelineModule):
         loss_terms: names of the losses that layers add; the last layer then returns an `Output`.
         seed: the run's seed; dropout draws from (seed, step, data rank, micro-batch, layer), so that it does not depend
             on the number of stages and is the same after a resume.
+        swap: the blocks of this process's stage whose weights are in the host's memory.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class DenoiserPipeline(PipelineModule):
         recompute: bool = False,
         seed: int = 0,
         loss_terms: Sequence[str] = (),
+        swap: BlockSwap | None = None,
     ):
         self.bounds = list(bounds)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its seeds and partitions
@@ -47,6 +51,7 @@ class DenoiserPipeline(PipelineModule):
         self.recompute = recompute
         self.seed = seed
         self.loss_terms = tuple(loss_terms)
+        self.swap = swap or BlockSwap()
         self.draws_random_numbers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
         self.draw: tuple[object, ...] | None = None
 
@@ -57,14 +62,15 @@ class DenoiserPipeline(PipelineModule):
 
     def forward(self, fields: tuple) -> Any:
         """Runs this stage's layers on the output of the data loader or of the previous stage."""
-        stream = fields if self._local_start == 0 else self.stream_type(*fields)
-        for index, layer in enumerate(self.forward_funcs, start=self._local_start):
-            if self.draws_random_numbers and self.training and self.draw is not None:
-                torch.manual_seed(seeds.derive(self.seed, "dropout", *self.draw, index))
-            stream = run_layer(
-                layer,
-                stream,
-                recompute=self.recompute and torch.is_grad_enabled() and getattr(layer, "recomputable", False),
-                draws_random_numbers=self.draws_random_numbers,
-            )
-        return stream
+        with self.swap.forward_pass():
+            stream = fields if self._local_start == 0 else self.stream_type(*fields)
+            for position, layer in enumerate(self.forward_funcs):
+                if self.draws_random_numbers and self.training and self.draw is not None:
+                    index = self._local_start + position
+                    torch.manual_seed(seeds.derive(self.seed, "dropout", *self.draw, index))
+                recompute = self.recompute and torch.is_grad_enabled() and getattr(layer, "recomputable", False)
+                run = partial(
+                    run_layer, stream=stream, recompute=recompute, draws_random_numbers=self.draws_random_numbers
+                )
+                stream = self.swap.run(position, layer, run, recomputed=recompute)
+            return stream

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from utils.parallel.attention import kernels_for
 
 
-def run_layer(layer: nn.Module, stream: Any, *, recompute: bool, draws_random_numbers: bool) -> Any:
+def run_layer(layer: Callable[[Any], Any], stream: Any, *, recompute: bool, draws_random_numbers: bool) -> Any:
     """Runs one layer. With `recompute`, only its input is kept for the backward pass, which runs it again.
 
     The random state is saved and restored around the second run only if the layer draws from it (dropout), because this

@@ -64,6 +64,22 @@ def _split_fits_method(settings: Settings, _: int) -> Iterator[Problem]:
         yield _at(place, f"must rise from each number to the next; given: {split}")
 
 
+def _swap_fits_stages(settings: Settings, _: int) -> Iterator[Problem]:
+    swapped, stages = settings.blocks_to_swap, settings.pipeline_stages
+    if isinstance(swapped, list) and len(swapped) != stages:
+        yield _at(
+            "key `blocks_to_swap`",
+            f"has {len(swapped)} numbers for pipeline_stages = {stages}; write one for each stage, or one for all",
+        )
+
+
+def _swapped_weights_are_frozen(settings: Settings, _: int) -> Iterator[Problem]:
+    swapped = settings.blocks_to_swap
+    if settings.adapter is None and (any(swapped) if isinstance(swapped, list) else swapped):
+        message = "block swap keeps frozen weights only; train an adapter, or leave blocks_to_swap out"
+        yield _at("key `blocks_to_swap`", message)
+
+
 def _stages_divide_world(settings: Settings, world_size: int | None) -> Iterator[Problem]:
     stages = settings.pipeline_stages
     if world_size is not None and world_size % stages:
@@ -224,6 +240,8 @@ def _wandb_is_enabled(settings: Settings, _: int) -> Iterator[Problem]:
 _RULES = (
     SettingsRule(("partition_split", "partition_method", "pipeline_stages"), _split_fits_method),
     SettingsRule(("pipeline_stages",), _stages_divide_world),
+    SettingsRule(("blocks_to_swap", "pipeline_stages"), _swap_fits_stages),
+    SettingsRule(("blocks_to_swap", "adapter"), _swapped_weights_are_frozen),
     SettingsRule(("dataset",), _dataset_exists),
     SettingsRule(("eval_datasets",), _eval_paths_exist),
     SettingsRule(("eval_datasets",), _eval_names_differ),

@@ -17,6 +17,7 @@ from utils.settings.values import (
     Positive,
     SettingsTable,
     Share,
+    SwappedBlocks,
     UserPath,
 )
 
@@ -216,6 +217,10 @@ class Settings(SettingsTable):
     compile: bool = False
     """Compile the repeated blocks when they first run, which takes a minute or more and makes each step shorter; needs
     a C++ compiler."""
+    blocks_to_swap: SwappedBlocks = 0
+    """Number of blocks of every stage, or a list with a number for each stage, whose frozen weights are kept in the
+    machine's memory and copied to the GPU just before use. For adapters; two blocks' room on the GPU is shared by all
+    of them, so that it saves memory from 3 on."""
     partition_method: Literal["parameters", "uniform", "manual"] = "parameters"
     """How layers are divided among stages: equal numbers of parameters, equal numbers of layers, or by
     `partition_split`."""

@@ -70,6 +70,10 @@ MicroBatches = Annotated[
     Count | Annotated[list[ResolutionBatch], Field(min_length=1)],
     or_else("must be a number, or pairs of a resolution and a number as in [[512, 4], [1024, 1]]"),
 ]
+SwappedBlocks = Annotated[
+    Natural | Annotated[list[Natural], Field(min_length=1)],
+    or_else("must be a number of blocks, or a list with a number for each stage as in [10, 12]"),
+]
 SizeBucket = Annotated[
     tuple[Count, Count, Count],
     Field(strict=False),

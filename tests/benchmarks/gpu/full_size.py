@@ -27,6 +27,9 @@ CASES: dict[str, dict[str, Any]] = {
     "Flux, recompute": {"activation_checkpointing": True},
     "Flux, recompute, compiled": {"activation_checkpointing": True, "compile": True},
     "Flux": {},
+    "Flux, recompute, 10 of 57 blocks swapped": {"activation_checkpointing": True, "blocks_to_swap": 10},
+    "Flux, recompute, 30 of 57 blocks swapped": {"activation_checkpointing": True, "blocks_to_swap": 30},
+    "Flux, recompute, all 57 blocks swapped": {"activation_checkpointing": True, "blocks_to_swap": 57},
     "Flux, plain loop of diffusers and PEFT, recompute": {"plain": True},
     "Wan 14B, recompute": {"wan": True, "activation_checkpointing": True},
 }
@@ -96,7 +99,8 @@ def _trainer(keys: dict[str, Any], folder: Path, started: float) -> dict[str, An
     from utils.settings.schema import Settings
 
     model = WAN if keys.pop("wan", False) else FLUX
-    connect(from_environment())
+    ranks = from_environment()
+    connect(ranks)
     set_kernels()
     initialize_deepspeed()
     pipeline = model.pipeline(folder, **keys.pop("model", {}))
@@ -114,7 +118,7 @@ def _trainer(keys: dict[str, Any], folder: Path, started: float) -> dict[str, An
     staged = load_stage(pipeline, settings, 0)
     parameters = staged.trained(staged.layers)
     optimizer = trainer._optimizer(settings, pipeline, parameters)
-    engine = trainer._engine(settings, pipeline, staged, optimizer)
+    engine = trainer._engine(settings, ranks, pipeline, staged, optimizer)
     batch = model.micro_batch(pipeline)
     return _measured(lambda: engine.train_step([batch], 0).loss, planned, started)
 

@@ -12,7 +12,7 @@ import torch
 import optimizers
 from models.assembly.memory import held_bytes
 from models.assembly.preflight import check_run, describe
-from models.assembly.stage import load_stage
+from models.assembly.stage import load_stage, partition
 from optimizers.parameter_groups import groups_of
 from tests.models import tiny_flux
 from tests.models.tiny_folder import settings_of
@@ -61,13 +61,18 @@ def test_what_a_stage_holds_is_counted(folder: Path, dtype: str, adapter: Adapte
     assert held_bytes(staged.layers, settings.optimizer, averages=True) == (weights, expected + averages)
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
-def test_a_large_model_is_planned_in_its_own_type(folder: Path, dtype: str, size: int) -> None:
-    """Of the size of Flux.1, which is told without memory for it."""
+def enlarge(folder: Path) -> None:
+    """Gives a tiny Flux the size of Flux.1."""
     file = folder / "transformer" / "config.json"
     large = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128}
     config = {**json.loads(file.read_text()), **large, "axes_dims_rope": [16, 56, 56]}
     file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_a_large_model_is_planned_in_its_own_type(folder: Path, dtype: str, size: int) -> None:
+    """Of the size of Flux.1, which is told without memory for it."""
+    enlarge(folder)
     flux = tiny_flux.pipeline(folder, dtype=dtype, from_scratch=True)
     settings = settings_of(flux, LoraSettings(type="lora", rank=1), epochs=2, gradient_accumulation_steps=2)
     text = describe(settings, Ranks(), flux, check_run(settings, Ranks(), flux), [collection(5)])
@@ -77,3 +82,19 @@ def test_a_large_model_is_planned_in_its_own_type(folder: Path, dtype: str, size
     assert weights == pytest.approx(((total - trained) * size + trained * 4) / 2**30, abs=0.01)
     assert weights > 20
     assert "3 per epoch, 6 in all" in text
+
+
+def test_swapped_blocks_count_as_their_buffers(folder: Path) -> None:
+    enlarge(folder)
+    flux = tiny_flux.pipeline(folder, dtype="bfloat16")
+    texts = []
+    for count in (0, 57):
+        settings = settings_of(flux, LoraSettings(type="lora", rank=1), blocks_to_swap=count)
+        staged = partition(flux, settings, flux.weights.build_empty())
+        texts.append(describe(settings, Ranks(), flux, staged, [collection(5)]))
+    before, after = (float(re.search(r"weights ([\d.]+)", text)[1]) for text in texts)
+    shared, host = map(float, re.search(r"57 swapped blocks share ([\d.]+) .* take ([\d.]+) GiB of", texts[1]).groups())
+    # A double block has 339.8 million parameters.
+    assert shared == pytest.approx(2 * 339.8e6 * 2 / 2**30, abs=0.01)
+    assert after == pytest.approx(before - host + shared, abs=0.05) and host > 20
+    assert "swapped" not in texts[0]

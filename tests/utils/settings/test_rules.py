@@ -9,6 +9,7 @@ from utils.settings.reader import read_settings
 from utils.settings.rules import check_rules
 
 EVAL = 'eval_datasets = [{name = "a", config = "dataset.toml"}, {name = "a", config = "dataset.toml"}]'
+LORA = "[adapter]\ntype = 'lora'\nrank = 1"
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,13 @@ EVAL = 'eval_datasets = [{name = "a", config = "dataset.toml"}, {name = "a", con
             "nothing to draw",
         ),
         ({"tables": "[monitoring]\nwandb_run_name = 'a'"}, "[monitoring] wandb_run_name", "enable_wandb"),
+        ({"top": "blocks_to_swap = 3"}, "key `blocks_to_swap`", "frozen weights only"),
+        ({"top": "blocks_to_swap = [0, 3]\npipeline_stages = 2"}, "key `blocks_to_swap`", "frozen weights only"),
+        (
+            {"top": "blocks_to_swap = [1]\npipeline_stages = 2", "tables": LORA},
+            "key `blocks_to_swap`",
+            "has 1 numbers for pipeline_stages = 2",
+        ),
     ],
 )
 def test_each_rule(folder: Folder, parts: dict[str, str], where: str, words: str) -> None:

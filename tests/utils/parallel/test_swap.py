@@ -1,0 +1,287 @@
+"""Block swap against the same training without it, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from models.assembly.stage import partition
+from tests.models.tiny_folder import settings_of
+from tests.processes import run_ranks
+from tests.utils.parallel import toy_flux
+from utils.adapters.attach import switched_off
+from utils.errors import UserError
+from utils.parallel.swap import ALIGNMENT, BUFFERS, BlockSwap, SwapPlan, counts, spread, swappable
+from utils.ranks import Ranks
+
+STEPS, ACCUMULATION = 3, 3
+REGULARISING = torch.tensor([True, False])
+DOUBLE, SINGLE = 3, 5
+BLOCKS = DOUBLE + SINGLE
+VARIANTS = {
+    "kept": {},
+    "recomputed": {"recompute": True},
+    "dropout": {"dropout": 0.5},
+    "recomputed dropout and a teacher": {"recompute": True, "dropout": 0.5, "teacher": True},
+}
+LAYOUTS = [(1, 1, tuple(VARIANTS)), (2, 1, tuple(VARIANTS)), (1, 2, ("kept",))]
+"""Stages, data ranks, variants."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("flux")
+    torch.manual_seed(0)
+    config = {**toy_flux.CONFIG, "num_layers": DOUBLE, "num_single_layers": SINGLE}
+    FluxTransformer2DModel(**config).save_pretrained(folder / "transformer")
+    return folder
+
+
+def engine_of(
+    ranks: Ranks, flux: Any, count: int, *, recompute: bool = False, dropout: float = 0.0, teacher: bool = False
+) -> Any:
+    from utils.parallel.backend import initialize_deepspeed
+    from utils.parallel.engine import Engine, optimizer_for_frozen_stage
+    from utils.parallel.partition import stage_bounds
+    from utils.parallel.pipeline import DenoiserPipeline
+    from utils.parallel.teacher import Teacher
+
+    initialize_deepspeed()
+    denoiser, layers = toy_flux.denoiser_and_layers(flux, toy_flux.adapter(dropout))
+    bounds = stage_bounds("uniform", [1] * len(layers), ranks.stages)
+    start, stop = bounds[ranks.stage]
+    swap = BlockSwap(layers[start:stop], count, pinned=ranks.device.type == "cuda")
+    module = DenoiserPipeline(layers, bounds, flux.stream_type, flux.maths.loss, recompute=recompute, swap=swap)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2) if trained else optimizer_for_frozen_stage()
+    given = Teacher(partial(switched_off, denoiser), flux.maths.with_teacher_target) if teacher else None
+    return Engine(module, optimizer, accumulation=ACCUMULATION, clip_norm=0.05, teacher=given)
+
+
+def batches_of(ranks: Ranks, flux: Any, step: int) -> list:
+    made = [toy_flux.micro_batch(flux, step, ranks.data_rank, index) for index in range(ACCUMULATION)]
+    return [(inputs, labels._replace(regularising=REGULARISING)) for inputs, labels in made]
+
+
+def check_residency(engine: Any) -> None:
+    """From now on a swapped block asserts that its frozen weights are in the ring when it runs."""
+    ring = engine.module.swap._ring
+
+    def check(module: nn.Module, _: tuple) -> None:
+        frozen = [p for p in module.parameters(recurse=False) if not p.requires_grad]
+        assert all(ring.slot_of(p) is not None for p in frozen)
+
+    for position in engine.module.swap._numbers:
+        for module in engine.module.forward_funcs[position].modules():
+            module.register_forward_pre_hook(check)
+
+
+def results_of(ranks: Ranks, flux: Any, engine: Any) -> dict[str, Any]:
+    """Losses, norms, gradients, weights, evaluation and predictions of some steps."""
+    gradients: list[Any] = []
+
+    def keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients.append([None if p.grad is None else p.grad.float().cpu().numpy() for p in held])
+
+    engine.optimizer.register_step_pre_hook(keep)
+    evaluated = [engine.evaluate(batches_of(ranks, flux, 7), ACCUMULATION)]
+    steps = [engine.train_step(batches_of(ranks, flux, step), step) for step in range(STEPS)]
+    evaluated.append(engine.evaluate(batches_of(ranks, flux, 7), ACCUMULATION))
+    predicted = engine.predict(batches_of(ranks, flux, 8), ACCUMULATION)
+    steps.append(engine.train_step(batches_of(ranks, flux, STEPS), STEPS))
+    return {
+        "losses": [(step.loss, step.grad_norm) for step in steps],
+        "gradients": gradients,
+        "weights": [p.detach().cpu().numpy() for p in engine.module.parameters() if p.requires_grad],
+        "evaluated": [[t.cpu().numpy() for t in losses] for losses in evaluated],
+        "predicted": [t.cpu().numpy() for t in predicted],
+    }
+
+
+def train(ranks: Ranks, folder: Path, stages: int, variants: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
+    """Job of a rank: every variant without swap and with it, of all blocks and of one fewer in turn."""
+    ranks = ranks.with_stages(stages)
+    flux = toy_flux.pipeline(folder)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for number, name in enumerate(variants):
+        for count in (0, BLOCKS // stages - number % 2):
+            engine = engine_of(ranks, flux, count, **VARIANTS[name])
+            if count:
+                check_residency(engine)
+            found.setdefault(name, []).append(results_of(ranks, flux, engine))
+    return found
+
+
+def flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from flat(part)
+    else:
+        yield value
+
+
+def assert_equal(first: Any, second: Any) -> None:
+    pairs = list(zip(flat(first), flat(second), strict=True))
+    assert pairs
+    for one, other in pairs:
+        assert (one == other).all() if hasattr(one, "all") else one == other
+
+
+@pytest.mark.parametrize(("stages", "data_ranks", "variants"), LAYOUTS)
+def test_swapping_changes_no_bit(folder: Path, stages: int, data_ranks: int, variants: tuple[str, ...]) -> None:
+    for rank in run_ranks(train, stages * data_ranks, folder, stages, variants):
+        for without, swapped in rank.values():
+            assert len({loss for loss, _ in without["losses"]}) == STEPS + 1, "training changes the loss"
+            assert_equal(swapped, without)
+        assert {"kept"} == set(variants) or rank["dropout"][0]["losses"] != rank["kept"][0]["losses"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_swapping_changes_no_bit_on_a_gpu(folder: Path, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, since those of `run_ranks` may be kept off the GPU."""
+    from utils import ranks as together
+
+    # So that these are taken away again, which connecting puts there.
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    ranks = together.from_environment()
+    together.connect(ranks)
+    try:
+        flux = toy_flux.pipeline(folder)
+        # Other kinds of attention may add up gradients in any order.
+        with sdpa_kernel(SDPBackend.MATH):
+            runs = [results_of(ranks, flux, engine_of(ranks, flux, count, **VARIANTS[variant])) for count in (0, 8, 5)]
+    finally:
+        together.disconnect()
+    for other in runs[1:]:
+        assert_equal(other, runs[0])
+
+
+def blocks_and_ends(folder: Path, meta: bool = False) -> tuple[Any, list[nn.Module]]:
+    flux = toy_flux.pipeline(folder)
+    if meta:
+        staged = partition(flux, settings_of(flux, toy_flux.adapter()), flux.weights.build_empty())
+        return staged.denoiser, staged.layers
+    return toy_flux.denoiser_and_layers(flux, toy_flux.adapter())
+
+
+def test_swapped_weights_take_no_memory_until_they_are_needed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, layers = blocks_and_ends(folder)
+    before = {name: p.clone() for name, p in layers[1].named_parameters()}
+    plan = SwapPlan.of(layers, BLOCKS)
+    largest = max(sum(-(-p.nbytes // ALIGNMENT) * ALIGNMENT for p in frozen(layer)) for layer in layers[1:-1])
+    assert (plan.ring_bytes, len(plan.sizes)) == (BUFFERS * largest, BLOCKS)
+    swap = BlockSwap(layers, BLOCKS)
+    assert all(p.numel() == 0 for layer in layers[1:-1] for p in frozen(layer))
+    trained = [p for p in layers[1].parameters() if p.requires_grad]
+    assert trained and all(p.numel() for p in trained)
+    with caplog.at_level(logging.INFO, "utils.parallel.swap"):
+        swap.start(torch.device("cpu"))
+    assert f"{BLOCKS} of the stage's {BLOCKS} blocks" in caplog.text
+    # At home they can be read as ever.
+    assert all(torch.equal(p, before[name]) for name, p in layers[1].named_parameters())
+    assert len({p.untyped_storage().data_ptr() for p in frozen(layers[1])}) == 1
+
+
+def frozen(layer: nn.Module) -> list[nn.Parameter]:
+    return [p for p in layer.parameters() if not p.requires_grad]
+
+
+class Odd(nn.Module):
+    """A block with tensors of all sorts."""
+
+    recomputable = True
+
+    def __init__(self, shared: nn.Parameter):
+        super().__init__()
+        self.shared = shared
+        self.turned = nn.Parameter(torch.randn(5, 3).t(), requires_grad=False)
+        self.register_buffer("small", torch.randn(7).to(torch.float8_e4m3fn))
+        self.register_buffer("packed", torch.randint(0, 256, (11, 3), dtype=torch.uint8), persistent=False)
+        self.register_buffer("scale", torch.randn(()).to(torch.bfloat16))
+        self.twice = nn.Parameter(torch.randn(3), requires_grad=False)
+        self.register_buffer("empty", torch.zeros(0))
+        self.inner = nn.Module()
+        self.inner.twice = self.twice
+        self.trained = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = x.exp()  # an output that autograd keeps for itself
+        scaled = kept * self.small[:3].float() * self.scale.float() + self.packed[0] / 255
+        return (scaled @ self.turned).tanh() @ self.turned.t() * self.twice * self.trained + self.shared
+
+
+def call(stream: torch.Tensor, layer: Any) -> torch.Tensor:
+    return layer(stream)
+
+
+def test_all_types_and_orders_come_through() -> None:
+    torch.manual_seed(0)
+    shared = nn.Parameter(torch.randn(3), requires_grad=False)
+    layers = [Odd(shared) for _ in range(4)]
+    before = copy.deepcopy(layers)
+    swap = BlockSwap(layers, 4)
+    assert all(layer.shared.numel() for layer in layers), "a shared tensor stays"
+    assert all(b.numel() == 0 for layer in layers for b in layer.buffers()), "buffers leave the device as well"
+    # As a move to a device does with buffers.
+    for layer in layers:
+        layer._buffers.update({name: buffer.clone() for name, buffer in layer._buffers.items()})
+    swap.start(torch.device("cpu"))
+    x = torch.randn(2, 3)
+
+    found = x
+    with swap.forward_pass():
+        for position, layer in enumerate(layers):
+            found = swap.run(position, layer, partial(call, found), recomputed=False)
+    expected = nn.Sequential(*before)(x)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    expected.sum().backward()
+    for layer, other in zip(layers, before, strict=True):
+        assert torch.equal(layer.trained.grad, other.trained.grad) and layer.trained.grad.any()
+        assert layer.turned.stride() == other.turned.stride()
+        for name, buffer in other.named_buffers():
+            assert torch.equal(layer.get_buffer(name).float(), buffer.float()), name
+
+
+def test_swapped_blocks_are_spread_from_the_first_to_the_last() -> None:
+    assert spread(1, 9) == (0,)
+    assert spread(3, 9) == (0, 4, 8)
+    assert spread(4, 9) == (0, 2, 5, 8)
+    for blocks in range(1, 20):
+        for count in range(1, blocks + 1):
+            chosen = spread(count, blocks)
+            assert len(set(chosen)) == count and set(chosen) <= set(range(blocks))
+            gaps = {late - early for early, late in zip(chosen, chosen[1:], strict=False)}
+            assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_more_blocks_than_there_are_is_refused(folder: Path) -> None:
+    _, layers = blocks_and_ends(folder, meta=True)
+    assert swappable(layers) == list(range(1, 1 + BLOCKS))
+    assert counts(BLOCKS, [layers]) == [BLOCKS]
+    assert counts([1, 2], [layers[:4], layers[4:]]) == [1, 2]
+    with pytest.raises(ValueError, match="9 blocks cannot be swapped, since the model has 8; swap at most 8"):
+        counts(9, [layers])
+    with pytest.raises(ValueError, match=r"since stage 0 has 3; swap at most 3, or write .*at most \[3, 5\]"):
+        counts(4, [layers[:4], layers[4:]])
+    flux = toy_flux.pipeline(folder)
+    settings = settings_of(flux, toy_flux.adapter(), pipeline_stages=2, blocks_to_swap=[1, 7])
+    with pytest.raises(UserError, match=r"blocks_to_swap.*7 blocks cannot be swapped"):
+        partition(flux, settings, flux.weights.build_empty())

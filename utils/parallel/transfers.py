@@ -1,0 +1,125 @@
+"""Copies from the host's memory to a device, beside what the device computes: on a CUDA stream of their own, or at once
+where the device is the CPU.
+
+A *mark* is a point in the work of the device: what was asked of it before has been done when it is reached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import weakref
+from typing import Any, Protocol
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# Allowed in every context of the process: `cudaHostRegisterPortable`.
+PORTABLE = 1
+
+Mark = Any
+
+
+class Transfers(Protocol):
+    """Moves bytes to a device. Nothing here lets the host wait for the device."""
+
+    def buffer(self, size: int) -> torch.Tensor:
+        """Memory of the device for `size` bytes, as uint8 (size,)."""
+
+    def copy(self, buffer: torch.Tensor, source: torch.Tensor, after: Mark) -> Mark:
+        """Copies `source` to `buffer`, both uint8 of one size, as soon as `after` is reached; when that is done."""
+
+    def computed(self) -> Mark:
+        """When all computation is done that has been asked for until now."""
+
+    def wait(self, mark: Mark) -> None:
+        """Lets all computation that is asked for from now on wait for `mark`."""
+
+
+class CudaTransfers:
+    """Copies on a stream of their own; see `Transfers`. Marks are events."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._copies = torch.cuda.Stream(device)
+
+    def buffer(self, size: int) -> torch.Tensor:
+        """See `Transfers`."""
+        buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+        # Should it be given up while a copy is under way, its memory must not serve others before the copy's end.
+        buffer.record_stream(self._copies)
+        return buffer
+
+    def copy(self, buffer: torch.Tensor, source: torch.Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
+        """See `Transfers`."""
+        with torch.cuda.stream(self._copies):
+            self._copies.wait_event(after)
+            buffer.copy_(source, non_blocking=True)
+            return self._copies.record_event()
+
+    def computed(self) -> torch.cuda.Event:
+        """See `Transfers`. In a backward pass the current stream is the one that the forward pass used."""
+        return torch.cuda.current_stream(self._device).record_event()
+
+    def wait(self, mark: torch.cuda.Event) -> None:
+        """See `Transfers`."""
+        torch.cuda.current_stream(self._device).wait_event(mark)
+
+
+class ImmediateTransfers:
+    """Copies at once, for a device that computes what it is asked before the next line runs: the CPU."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def buffer(self, size: int) -> torch.Tensor:
+        """See `Transfers`."""
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+    def copy(self, buffer: torch.Tensor, source: torch.Tensor, after: None) -> None:
+        """See `Transfers`."""
+        buffer.copy_(source)
+
+    def computed(self) -> None:
+        """See `Transfers`."""
+
+    def wait(self, mark: None) -> None:
+        """See `Transfers`."""
+
+
+def transfers_to(device: torch.device) -> Transfers:
+    """The transfers for this kind of device."""
+    return CudaTransfers(device) if device.type == "cuda" else ImmediateTransfers(device)
+
+
+def host_memory(size: int, *, pinned: bool) -> torch.Tensor:
+    """Memory of the host for `size` bytes, as uint8 (size,), aligned to pages; `pinned`: locked in its place, so that
+    CUDA copies from it without the processor's help.
+
+    It is locked as it is: PyTorch's own pinned memory comes in powers of two, which for the blocks of Flux would be 1.6
+    times as much. Where CUDA cannot do so, that is what there is.
+    """
+    # Whole pages, since only these can be locked.
+    rounded = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    allocated = torch.empty(rounded + mmap.PAGESIZE, dtype=torch.uint8)
+    start = -allocated.data_ptr() % mmap.PAGESIZE
+    memory = allocated[start : start + size]
+    if not pinned or not size:
+        return memory
+    runtime, address = torch.cuda.cudart(), memory.data_ptr()
+    error = int(runtime.cudaHostRegister(address, rounded, PORTABLE))
+    if error:
+        logger.warning("CUDA cannot lock memory in its place (error %d); powers of two are allocated instead", error)
+        _forget_error()
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    # At the end of the process its memory is given back as a whole, which is faster.
+    weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
+    return memory
+
+
+def _forget_error() -> None:
+    """The next computation would tell the last error of CUDA, which is dealt with, as its own."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
