@@ -18,7 +18,7 @@ import toml
 
 from tests.benchmarks.setting import MINI_FLUX, ROOT, write_run
 
-STEPS, PICTURES = 200, 96
+STEPS, PICTURES = 60, 48
 PRECISIONS = ("float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2", "nf4")
 
 
