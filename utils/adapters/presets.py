@@ -20,9 +20,10 @@ from utils.quantised.linear import QuantisedLinear
 
 
 class TensorSource(Protocol):
-    """Tensors that are read one by one by name."""
+    """A model's tensors, which are read one by one under our names."""
 
-    def read(self, name: str) -> torch.Tensor: ...
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -16,15 +15,9 @@ from models.foundation.checkpoints.recognition import explained
 from models.foundation.checkpoints.storage import StorageRules
 from models.foundation.checkpoints.weights import EnsembleWeights, Weights, build_empty, materialise
 from utils.adapters.attach import base_name, is_factor
+from utils.adapters.presets import TensorSource
 from utils.diffusion import seeds
 from utils.errors import UserError
-
-
-class TensorSource(Protocol):
-    """Tensors that are read one by one under our names."""
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU."""
 
 
 @dataclass(frozen=True)
