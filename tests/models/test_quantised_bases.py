@@ -148,7 +148,8 @@ def test_a_fused_preset_is_in_the_weight_before_it_is_quantised(
     flux = tiny_flux.pipeline(folders["flux"], transformer_dtype=kept, preset_adapters=[preset])
     untouched = quantised(staged_of(tiny_flux.pipeline(folders["flux"], transformer_dtype=kept)).denoiser)
     for name, linear in quantised(staged_of(flux, adapter).denoiser).items():
-        expected = linear.form.quantise(whole.get_parameter(f"{name}.weight").detach())
+        expected = QuantisedLinear(whole.get_submodule(name), linear.form)
+        expected.fill(whole.get_parameter(f"{name}.weight"))
         assert torch.equal(linear.weight, expected.weight) and torch.equal(linear.scale, expected.scale), name
         assert not torch.equal(linear.weight, untouched[name].weight), name
 

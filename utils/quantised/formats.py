@@ -74,7 +74,8 @@ class RowScaled:
         return Codes(torch.empty(shape, dtype=torch.uint8, device="meta"), scale_O1)
 
     def quantise(self, values_OI: torch.Tensor) -> Codes:
-        scale_O1 = values_OI.abs().amax(dim=1, keepdim=True) / self.largest
+        # A GPU would multiply by the reciprocal of a plain number, and give other scales than a CPU.
+        scale_O1 = values_OI.abs().amax(dim=1, keepdim=True) / values_OI.new_tensor(self.largest)
         # A row of zeros has a scale too, for a division by it.
         scale_O1 = scale_O1.clamp(min=torch.finfo(torch.float32).tiny)
         # Rounding may lead beyond the largest number, where float8 has only NaN.
