@@ -25,6 +25,7 @@ from utils.diffusion.objectives import FlowMatching, Objective
 from utils.diffusion.timesteps import ResolutionShift
 from utils.diffusion.training import TrainingMaths
 from utils.errors import Problem, UserError
+from utils.quantised.formats import FORMATS, Format
 from utils.settings.model_schema import ModelSettings, torch_dtype
 
 Features = Mapping[str, torch.Tensor]
@@ -67,6 +68,7 @@ class BasePipeline(ABC):
         loss_terms: names of the losses that layers add; see `utils.diffusion.auxiliary.Output`.
         variational_weight: the weight of the variational term, for models that learn the variance of a step; a property
             if an option gives it.
+        block_format: the format of the Linears of the repeated blocks, if they are quantised.
         starts_from_picture: whether it makes clips, or layers, from a picture, which in training is the sample's own; a
             property if the model's files decide.
         max_controls: the largest number of control images with which it is conditioned.
@@ -97,7 +99,9 @@ class BasePipeline(ABC):
         self.options = options
         self.seed = seed
         self.dtype: torch.dtype = torch_dtype(options.dtype)
-        self.denoiser_dtype: torch.dtype = torch_dtype(options.transformer_dtype or options.dtype)
+        self.block_format: Format | None = FORMATS.get(options.transformer_dtype)
+        kept = options.dtype if self.block_format else options.transformer_dtype
+        self.denoiser_dtype: torch.dtype = torch_dtype(kept or options.dtype)
 
     def check(self) -> None:
         """Whether the files that the options name exist and belong to this model, from their headers only.

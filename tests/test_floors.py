@@ -34,6 +34,7 @@ FLOORS = {
     "optimizers": (2, "optimizers"),
     "utils.settings": (1, "settings"),
     "utils.media": (1, "media"),
+    "utils.quantised": (1, "quantised"),
     "utils.diffusion": (1, "diffusion"),
     "utils.ranks": (1, "ranks"),
     "utils.progress_bar": (1, "progress_bar"),

@@ -43,7 +43,7 @@ def estimate(
         layers = staged.stage_layers(stage)
         weights, state = held_bytes(layers, settings.optimizer, averages=averages)
         swap = SwapPlan.of(layers, staged.swapped[stage])
-        weights += swap.ring_bytes - swap.parameter_bytes
+        weights += swap.ring_bytes - swap.tensor_bytes
         in_flight = min(settings.gradient_accumulation_steps, len(staged.bounds) - stage)
         activations = in_flight * sum(kept[start:stop])
         rows.append(
@@ -64,14 +64,16 @@ def _told(swap: SwapPlan) -> str:
 
 
 def held_bytes(layers: Sequence[nn.Module], optimizer: OptimizerSettings, *, averages: bool = False) -> tuple[int, int]:
-    """The bytes of the weights of some layers, and the bytes of their gradients and optimizer state together. With
-    `averages`, the latter include float32 averages of the trained parameters (an EMA on the GPU)."""
+    """The bytes of the weights of some layers, with their buffers, among them the scales of quantised weights; and the
+    bytes of their gradients and optimizer state together. With `averages`, the latter include float32 averages of the
+    trained parameters (an EMA on the GPU)."""
     held = {id(p): p for layer in layers for p in layer.parameters()}.values()
     trained = [p for p in held if p.requires_grad]
     kept_of = optimizers.find(optimizer.type).state_bytes
     state = sum(parameter.nbytes + kept_of(optimizer, parameter) for parameter in trained)
     state += 4 * sum(parameter.numel() for parameter in trained) if averages else 0
-    return sum(p.nbytes for p in held), state
+    buffers = {id(b): b for layer in layers for b in layer.buffers()}.values()
+    return sum(tensor.nbytes for tensor in (*held, *buffers)), state
 
 
 def _activations(
@@ -87,18 +89,19 @@ def _activations(
     }
     latent = torch.zeros((batch, *pipeline.latent_shape(bucket.width, bucket.height, bucket.frames)))
     stream = _on_meta(pipeline.prepare_inputs({**features, "latents": latent}, latent, torch.zeros(batch)))
-    parameters = {parameter.untyped_storage()._cdata for parameter in staged.denoiser.parameters()}
-    return _run_layers(staged.layers, stream, parameters, settings.activation_checkpointing)
+    denoiser = staged.denoiser
+    held = {tensor.untyped_storage()._cdata for tensor in (*denoiser.parameters(), *denoiser.buffers())}
+    return _run_layers(staged.layers, stream, held, settings.activation_checkpointing)
 
 
-def _run_layers(layers: Sequence[nn.Module], stream: Any, parameters: set[int], recompute: bool) -> list[int]:
+def _run_layers(layers: Sequence[nn.Module], stream: Any, held: set[int], recompute: bool) -> list[int]:
     kept_per_layer = []
     for layer in layers:
         storages: dict[int, int] = {}
 
         def keep(tensor: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in parameters:
+            if storage._cdata not in held:
                 storages[storage._cdata] = storage.nbytes()
             return tensor
 

@@ -12,7 +12,7 @@ from models.assembly.data import check_data, choices_of, controls_of, encoders_o
 from models.assembly.exports import check_outputs
 from models.assembly.memory import estimate
 from models.assembly.prompts import check_encoders
-from models.assembly.stage import StagedModel, apply_presets, load_existing_adapter, partition
+from models.assembly.stage import StagedModel, load_existing_adapter, partition, read_presets
 from models.base import BasePipeline
 from models.foundation.checkpoints.folders import problems_of
 from utils.dataset.collection import Collection, Source, collect, shortfalls
@@ -21,6 +21,7 @@ from utils.dataset.epochs import Epochs, format_table, micro_batch_of
 from utils.dataset.manifest import Scan
 from utils.diffusion.training import faults
 from utils.errors import Problem, UserError
+from utils.quantised.linear import parameter_count
 from utils.ranks import Ranks
 from utils.run.metrics import check_account
 from utils.settings.schema import Settings
@@ -39,9 +40,11 @@ def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline) -> Stage
     if ranks.is_main:
         check_account(settings.monitoring)
     optimizers.check(settings.optimizer, ranks.device.type)
+    if pipeline.block_format:
+        pipeline.block_format.check()
     pipeline.check()
     staged = partition(pipeline, settings, pipeline.weights.build_empty())
-    apply_presets(pipeline, staged, layers=[])
+    read_presets(pipeline, staged.denoiser)
     load_existing_adapter(pipeline, settings, staged, layers=[])
     check_outputs(pipeline, settings)
     return staged
@@ -79,8 +82,7 @@ def describe(
     encoders = encoders_of(pipeline, collections)
     check_encoders(encoders, controls_of(collections), pipeline, settings)
     check_data(pipeline, collections)
-    parameters = list(staged.denoiser.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    trained = sum(p.numel() for p in staged.denoiser.parameters() if p.requires_grad)
     accumulation = settings.gradient_accumulation_steps
     epochs = Epochs(
         collections[0].samples, partial(micro_batch_of, settings), ranks.data_ranks, accumulation, settings.seed
@@ -95,7 +97,7 @@ def describe(
         "global batch": f"{micro} per micro-batch x {accumulation} accumulated x {ranks.data_ranks} data ranks"
         + (f" = {int(micro) * accumulation * ranks.data_ranks}" if micro.isdigit() else ", by size"),
         "steps": f"{epochs.steps_in(0)} per epoch, {total} in all",
-        "parameters": f"{sum(p.numel() for p in parameters):,} in all, {trained:,} trained",
+        "parameters": f"{parameter_count(staged.denoiser):,} in all, {trained:,} trained",
     }
     sections = [
         "\n".join(f"{name + ':':<14}{value}" for name, value in facts.items()),

@@ -1,8 +1,9 @@
-"""Everything that is done to a denoiser, in order: it is built without memory, adapted and cut; then this process's
-stage is filled with weights, presets and adapter."""
+"""Everything that is done to a denoiser, in order: it is built without memory, its blocks may get quantised Linears, it
+is adapted and cut; then this process's stage is filled with weights, presets and adapter."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -13,14 +14,18 @@ from models.base import BasePipeline
 from models.foundation.checkpoints.adapter_files import read_factors, read_updates
 from utils import adapters
 from utils.adapters import attach, presets
-from utils.adapters.kinds import ModelNames
+from utils.adapters.kinds import ModelNames, Update
 from utils.errors import UserError
 from utils.parallel import swap
 from utils.parallel.attention import give_gradients_one_layout
 from utils.parallel.compiling import compile_blocks
 from utils.parallel.partition import stage_bounds
 from utils.parallel.teacher import Teacher
+from utils.quantised.linear import parameter_count, quantise
+from utils.settings.model_schema import PresetAdapter
 from utils.settings.schema import AdapterSettings, Settings
+
+Preset = tuple[PresetAdapter, Mapping[str, Update]]
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,18 @@ class StagedModel:
 
 
 def partition(pipeline: BasePipeline, settings: Settings, denoiser: nn.Module) -> StagedModel:
-    """Attaches the adapter and cuts the denoiser.
+    """Puts quantised Linears into the blocks if the settings ask for them, attaches the adapter and cuts the denoiser.
 
     Raises:
         UserError: the adapter's patterns leave nothing, the stages do not fit the layers, or a stage has fewer blocks
             than are to be swapped.
     """
+    if pipeline.block_format:
+        quantise(denoiser, quantised_linears(pipeline, denoiser), pipeline.block_format)
     if settings.adapter:
         attach.attach(denoiser, adapted_blocks(pipeline, settings.adapter), settings.adapter)
     layers = pipeline.to_layers(denoiser)
-    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    sizes = [parameter_count(layer) for layer in layers]
     try:
         bounds = stage_bounds(settings.partition_method, sizes, settings.pipeline_stages, settings.partition_split)
     except ValueError as error:
@@ -73,6 +80,19 @@ def partition(pipeline: BasePipeline, settings: Settings, denoiser: nn.Module) -
     except ValueError as error:
         raise UserError.of(str(error), where="key `blocks_to_swap`") from error
     return StagedModel(denoiser, layers, bounds, swapped)
+
+
+def quantised_linears(pipeline: BasePipeline, denoiser: nn.Module) -> list[str]:
+    """Names of the Linears whose weights are quantised: those of the repeated blocks that no rule of storage names."""
+    rules = pipeline.storage
+    return [
+        name
+        for name, module in denoiser.named_modules()
+        # Who uses a subclass may look at its weight.
+        if type(module) is nn.Linear
+        and attach.is_within(name, pipeline.blocks)
+        and not rules.is_named(f"{name}.weight")
+    ]
 
 
 def adapted_blocks(pipeline: BasePipeline, adapter: AdapterSettings) -> tuple[str, ...]:
@@ -98,8 +118,10 @@ def load_stage(pipeline: BasePipeline, settings: Settings, stage: int) -> Staged
     source = weights.open(denoiser)
     staged = partition(pipeline, settings, denoiser)
     layers = staged.stage_layers(stage)
-    weights.fill(denoiser, source, layers)
-    apply_presets(pipeline, staged, layers)
+    given = read_presets(pipeline, denoiser)
+    fused = [(updates, preset.weight) for preset, updates in given if preset.fused]
+    weights.fill(denoiser, presets.before_quantising(denoiser, source, fused), layers)
+    apply_presets(given, staged, layers)
     if settings.adapter:
         attach.initialise(denoiser, layers, settings.adapter, pipeline.seed)
         load_existing_adapter(pipeline, settings, staged, layers)
@@ -108,21 +130,27 @@ def load_stage(pipeline: BasePipeline, settings: Settings, stage: int) -> Staged
     return staged
 
 
-def apply_presets(pipeline: BasePipeline, staged: StagedModel, layers: list[nn.Module]) -> None:
-    """Applies the `preset_adapters` to `layers`; without layers they are only checked.
+def read_presets(pipeline: BasePipeline, denoiser: nn.Module) -> list[Preset]:
+    """The `preset_adapters`, each with its updates.
 
     Raises:
         UserError: an adapter does not fit the model.
     """
-    denoiser = staged.denoiser
+    given = []
     for preset in pipeline.options.preset_adapters:
         updates = read_updates(preset.path, model_names(pipeline, denoiser))
         presets.check_fits(denoiser, updates, str(preset.path))
-        if preset.fused:
-            presets.fuse(denoiser, layers, updates, preset.weight)
-        else:
+        if not preset.fused:
             presets.check_beside(denoiser, updates, str(preset.path))
-            presets.attach_frozen(denoiser, layers, updates, preset.weight)
+        given.append((preset, updates))
+    return given
+
+
+def apply_presets(given: Sequence[Preset], staged: StagedModel, layers: list[nn.Module]) -> None:
+    """Applies presets to the filled `layers`."""
+    for preset, updates in given:
+        apply = presets.fuse if preset.fused else presets.attach_frozen
+        apply(staged.denoiser, layers, updates, preset.weight)
 
 
 def model_names(pipeline: BasePipeline, denoiser: nn.Module) -> ModelNames:

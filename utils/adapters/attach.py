@@ -30,6 +30,11 @@ def is_factor(name: str) -> bool:
     return any(kind.mark in name for kind in adapters.available().values())
 
 
+def is_within(name: str, blocks: Sequence[str]) -> bool:
+    """Whether a module lies in one of these lists of blocks, which may be patterns of names of lists."""
+    return any(fnmatchcase(name, f"{block}.*") for block in blocks)
+
+
 def targets(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings) -> list[str]:
     """Names of the Linears, and of convolutions if requested, that lie in the denoiser's repeated blocks and pass the
     patterns.
@@ -42,9 +47,7 @@ def targets(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSetting
     """
     kinds = (nn.Linear, nn.Conv2d) if settings.convolutions else nn.Linear
     modules = [
-        name
-        for name, module in denoiser.named_modules()
-        if isinstance(module, kinds) and any(fnmatchcase(name, f"{block}.*") for block in blocks)
+        name for name, module in denoiser.named_modules() if isinstance(module, kinds) and is_within(name, blocks)
     ]
     chosen = [name for name in modules if _chosen(name, settings)]
     if not chosen:

@@ -4,15 +4,46 @@ learns the difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from utils import adapters
+from utils.adapters import attach
 from utils.adapters.kinds import Update
 from utils.errors import UserError
+from utils.quantised.linear import QuantisedLinear
+
+
+class TensorSource(Protocol):
+    """A model's tensors, which are read one by one under our names."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU."""
+
+
+@dataclass(frozen=True)
+class FusedSource:
+    """The tensors of a model with adapters fused into them as they are read.
+
+    Attributes:
+        source: the tensors without them.
+        changes: name of a tensor -> the updates that it gets, and their weights.
+    """
+
+    source: TensorSource
+    changes: Mapping[str, Sequence[tuple[Update, float]]]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor; in float32 if it is changed."""
+        values = self.source.read(name)
+        for update, weight in self.changes.get(name, ()):
+            values = values.float() + weight * update.delta().to(values.device)
+        return values
 
 
 def check_fits(denoiser: nn.Module, updates: Mapping[str, Update], source: str) -> None:
@@ -22,6 +53,7 @@ def check_fits(denoiser: nn.Module, updates: Mapping[str, Update], source: str) 
         UserError: a module does not exist, or has another size.
     """
     shapes = {name: tuple(p.shape) for name, p in denoiser.named_parameters()}
+    shapes |= {f"{name}.weight": module.shape for name, module in _quantised(denoiser)}
     for module, update in updates.items():
         shape = shapes.get(f"{module}.weight", shapes.get(f"{module}.base_layer.weight"))
         if shape is None:
@@ -36,10 +68,27 @@ def check_fits(denoiser: nn.Module, updates: Mapping[str, Update], source: str) 
 
 @torch.no_grad()
 def fuse(denoiser: nn.Module, layers: Iterable[nn.Module], updates: Mapping[str, Update], weight: float) -> None:
-    """Adds `weight` times the updates to the weights that `layers` hold."""
+    """Adds `weight` times the updates to the plain weights that `layers` hold; quantised ones have theirs from
+    `before_quantising`."""
     for module, update in _held(denoiser, layers, updates):
+        if isinstance(module, QuantisedLinear):
+            continue
         changed = module.weight.float() + weight * update.delta().to(module.weight.device)
         module.weight.copy_(changed.to(module.weight.dtype))
+
+
+def before_quantising(
+    denoiser: nn.Module, source: TensorSource, presets: Iterable[tuple[Mapping[str, Update], float]]
+) -> FusedSource:
+    """`source` for the weights of a denoiser, with updates and their weights added to those that are quantised when
+    they are read, since afterwards they cannot be changed."""
+    quantised = {attach.base_name(f"{name}.weight") for name, _ in _quantised(denoiser)}
+    changes: dict[str, list[tuple[Update, float]]] = {}
+    for updates, weight in presets:
+        for module, update in updates.items():
+            if f"{module}.weight" in quantised:
+                changes.setdefault(f"{module}.weight", []).append((update, weight))
+    return FusedSource(source, changes)
 
 
 def attach_frozen(
@@ -52,7 +101,8 @@ def attach_frozen(
         kept = {f"preset{number}": tensor for number, tensor in enumerate(update.kept(weight), start=before)}
         # Buffers move with the module, and are not parameters: they are neither trained nor exported.
         for name, tensor in kept.items():
-            module.register_buffer(name, tensor.to(module.weight.dtype), persistent=False)
+            dtype = module.dtype if isinstance(module, QuantisedLinear) else module.weight.dtype
+            module.register_buffer(name, tensor.to(dtype), persistent=False)
         module.register_forward_hook(partial(_add, update.applied, tuple(kept)))
 
 
@@ -85,3 +135,7 @@ def _held(
     held = {id(module) for layer in layers for module in layer.modules()}
     found = [(adapters.base_of(denoiser.get_submodule(name)), update) for name, update in updates.items()]
     return [(module, update) for module, update in found if id(module) in held]
+
+
+def _quantised(denoiser: nn.Module) -> list[tuple[str, QuantisedLinear]]:
+    return [(name, module) for name, module in denoiser.named_modules() if isinstance(module, QuantisedLinear)]

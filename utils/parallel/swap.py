@@ -122,10 +122,9 @@ class SwapPlan:
         return sum(self.sizes)
 
     @property
-    def parameter_bytes(self) -> int:
-        """The bytes of the parameters among them."""
-        tensors = [frozen.tensor for block in self.blocks.values() for frozen in block]
-        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, nn.Parameter))
+    def tensor_bytes(self) -> int:
+        """The bytes of the tensors without what lies between them."""
+        return sum(frozen.tensor.nbytes for block in self.blocks.values() for frozen in block)
 
     @property
     def ring_bytes(self) -> int:

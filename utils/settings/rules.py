@@ -4,8 +4,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import get_args
 
 from utils.errors import Problem
+from utils.settings.model_schema import QuantisedType
 from utils.settings.paths import missing, unwritable
 from utils.settings.schema import Settings
 
@@ -171,6 +173,16 @@ def _float16_is_not_trained(settings: Settings, _: int) -> Iterator[Problem]:
                 )
 
 
+def _quantised_base_has_adapter(settings: Settings, _: int) -> Iterator[Problem]:
+    chosen = settings.model.transformer_dtype
+    if chosen in get_args(QuantisedType) and settings.adapter is None:
+        yield _at(
+            "[model] transformer_dtype",
+            f'"{chosen}" is for a base that stays as it is, under an [adapter]; add one, or use bfloat16 or float32 '
+            "for a full fine-tune",
+        )
+
+
 def _eval_names_differ(settings: Settings, _: int) -> Iterator[Problem]:
     names = [entry.name for entry in settings.eval_datasets]
     for number, name in enumerate(names):
@@ -246,6 +258,7 @@ _RULES = (
     SettingsRule(("eval_datasets",), _eval_paths_exist),
     SettingsRule(("eval_datasets",), _eval_names_differ),
     SettingsRule(("model", "adapter"), _float16_is_not_trained),
+    SettingsRule(("model.transformer_dtype", "adapter"), _quantised_base_has_adapter),
     SettingsRule(("eval_datasets", *EVAL_KEYS), _eval_keys_have_data),
     SettingsRule(("model.shift", "model.flux_shift"), _one_shift),
     *(_is_used(key, *chosen) for keys, chosen in USED_WITH.items() for key in keys),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -16,15 +15,24 @@ from models.foundation.checkpoints.recognition import explained
 from models.foundation.checkpoints.storage import StorageRules
 from models.foundation.checkpoints.weights import EnsembleWeights, Weights, build_empty, materialise
 from utils.adapters.attach import base_name, is_factor
+from utils.adapters.presets import TensorSource
 from utils.diffusion import seeds
 from utils.errors import UserError
 
 
-class TensorSource(Protocol):
-    """Tensors that are read one by one under our names."""
+@dataclass(frozen=True)
+class Built:
+    """The tensors with which a denoiser was built.
+
+    Attributes:
+        tensors: by name.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU."""
+        return self.tensors[name].detach()
 
 
 @dataclass(frozen=True)
@@ -60,24 +68,24 @@ class DenoiserWeights:
         """The whole denoiser without memory, each parameter in its form."""
         return self._stored(build_empty(self.factory))
 
-    def open(self, denoiser: nn.Module) -> TensorSource | None:
-        """The denoiser's tensors on disk, checked against its shapes; None if it starts from random weights.
+    def open(self, denoiser: nn.Module) -> TensorSource:
+        """The denoiser's tensors on disk, checked against its shapes; those that it has, if it starts from random
+        weights. Its Linears are still plain ones.
 
         Raises:
             UserError: a tensor is missing or has another shape; says what the file looks like.
         """
-        return None if self.seed is not None else self._opened(denoiser)
+        return Built(dict(denoiser.named_parameters())) if self.seed is not None else self._opened(denoiser)
 
-    def fill(self, denoiser: nn.Module, source: TensorSource | None, layers: Sequence[nn.Module]) -> None:
-        """Reads the base weights of `layers`, which are some of the layers of `denoiser`."""
+    def fill(self, denoiser: nn.Module, source: TensorSource, layers: Sequence[nn.Module]) -> None:
+        """Reads those base weights of `layers`, which are some of the layers of `denoiser`, that have no values."""
         wanted = {id(parameter) for layer in layers for parameter in layer.parameters()}
         names = [
             name
             for name, parameter in denoiser.named_parameters()
             if id(parameter) in wanted and parameter.is_meta and not is_factor(name)
         ]
-        if source is not None:
-            materialise(denoiser, names, lambda name: source.read(base_name(name)), self.storage)
+        materialise(denoiser, names, lambda name: source.read(base_name(name)), self.storage)
 
     def _opened(self, denoiser: nn.Module) -> TensorSource:
         layout = self.layout if self.layout and self.layout.recognises(read_header(self.path).files) else None

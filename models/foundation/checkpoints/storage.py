@@ -11,7 +11,8 @@ import torch
 
 @dataclass(frozen=True)
 class Storage:
-    """A plain tensor of one type. Other forms are subclasses with another `keep`.
+    """A plain tensor of one type. Linears that keep their weight in fewer bits are modules of another class, which take
+    the place of those that no rule names (see `utils.quantised`).
 
     Attributes:
         dtype: the type of the parameter.
@@ -44,3 +45,7 @@ class StorageRules:
     def of(self, name: str) -> Storage:
         """The form of the parameter of this name."""
         return next((storage for pattern, storage in self.rules if fnmatchcase(name, pattern)), self.default)
+
+    def is_named(self, name: str) -> bool:
+        """Whether a rule names the parameter."""
+        return any(fnmatchcase(name, pattern) for pattern, _ in self.rules)

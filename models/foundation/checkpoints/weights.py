@@ -22,6 +22,7 @@ from models.foundation.checkpoints.headers import read_header
 from models.foundation.checkpoints.key_layouts import KeyLayout, Piece, swap_halves
 from models.foundation.checkpoints.storage import StorageRules
 from utils.errors import UserError
+from utils.quantised.linear import QuantisedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -184,14 +185,16 @@ def build_empty(factory: Callable[[], nn.Module]) -> nn.Module:
 def materialise(
     module: nn.Module, names: Iterable[str], read: Callable[[str], torch.Tensor], storage: StorageRules
 ) -> None:
-    """Gives real values to the meta parameters `names` of a module, each in its form.
+    """Gives real values to the meta parameters `names` of a module, each in its form, one after another.
 
     The parameters keep their identity, so that layers which already hold them hold the values too.
     """
     parameters = dict(module.named_parameters())
     for name in names:
-        empty = parameters[name]
-        if empty.is_meta:
+        empty, owner = parameters[name], module.get_submodule(name.rpartition(".")[0])
+        if empty.is_meta and isinstance(owner, QuantisedLinear) and empty is owner.weight:
+            owner.fill(read(name))
+        elif empty.is_meta:
             values = storage.of(name).keep(read(name))
             real = nn.Parameter(values.clone() if values.data_ptr() % 16 else values, requires_grad=empty.requires_grad)
             torch.utils.swap_tensors(empty, real)

@@ -50,6 +50,8 @@ LORA = "[adapter]\ntype = 'lora'\nrank = 1"
             '"log_snr" only',
         ),
         ({"model": "timestep_sample_method = 'mode'\nlogit_mean = 0.5"}, "[model] logit_mean", '"logit_normal" or'),
+        ({"model": "transformer_dtype = 'float8'"}, "[model] transformer_dtype", '"float8" is for a base that stays'),
+        ({"model": "diffusion_model_dtype = 'nf4'"}, "[model] transformer_dtype", "under an [adapter]; add one"),
         ({"model": "mode_scale = 1.0"}, "[model] mode_scale", 'timestep_sample_method = "mode"'),
         ({"model": "beta_alpha = 3.0"}, "[model] beta_alpha", 'timestep_sample_method = "beta"'),
         ({"model": "loss_type = 'mae'\nhuber_c = 0.2"}, "[model] huber_c", 'loss_type = "huber" or'),
@@ -120,7 +122,9 @@ def test_a_sound_run_has_no_problem(folder: Folder) -> None:
     top += EVAL.replace('"a", config = "dataset.toml"}]', '"b", config = "dataset.toml"}]')
     model = "timestep_sample_method = 'log_snr'\nlogit_mean = 1\nmode_scale = 1.29\n"
     model += "loss_type = 'smooth_l1'\nhuber_c = 0.2\nmultires_noise_iterations = 6\nmultires_noise_discount = 0.5"
-    path = folder.run(top=top, model=model, tables="[sampling]\nprompts = ['a']\nsample_every_n_steps = 1")
+    model += "\ntransformer_dtype = 'int8'"
+    tables = "[adapter]\ntype = 'lora'\nrank = 1\n"
+    path = folder.run(top=top, model=model, tables=tables + "[sampling]\nprompts = ['a']\nsample_every_n_steps = 1")
     assert check_rules(read_settings(path, CHOICES), world_size=8) == []
 
 

@@ -1,0 +1,144 @@
+"""Formats of quantised weights: from numbers to codes and scales, and back.
+
+Shapes: O outputs, I inputs of a Linear. Codes are kept as bytes (uint8), which no conversion to another floating-point
+type reaches.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch.nn import functional
+
+from utils.errors import UserError
+
+
+class Codes(NamedTuple):
+    """A weight in its format: what is kept of it.
+
+    Attributes:
+        weight: the codes, bytes.
+        scale: the factors of rows or blocks, float32.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+
+
+class Format(Protocol):
+    """How a weight (O, I) is kept."""
+
+    def empty(self, shape: tuple[int, int]) -> Codes:
+        """Codes of a weight of this shape on the meta device."""
+
+    def quantise(self, values_OI: torch.Tensor) -> Codes:
+        """The codes of float32 values, on their device."""
+
+    def dequantise(self, codes: Codes, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """The weight (O, I) that the codes mean, rounded to `dtype` once."""
+
+    def check(self) -> None:
+        """Whether it can be used here.
+
+        Raises:
+            UserError: a library is missing.
+        """
+
+
+@dataclass(frozen=True)
+class RowScaled:
+    """8-bit numbers, symmetric around 0, with one scale for each row of outputs:
+
+        scale = max|row| / (largest finite number of the type),   weight = scale * number
+
+    where the number is row / scale, rounded to the nearest of the type, and to the even one of two.
+
+    Attributes:
+        number: the type of the numbers: an 8-bit float, or int8, of which -128 is not used.
+    """
+
+    number: torch.dtype
+
+    @property
+    def largest(self) -> float:
+        """The largest finite number."""
+        return (torch.finfo if self.number.is_floating_point else torch.iinfo)(self.number).max
+
+    def empty(self, shape: tuple[int, int]) -> Codes:
+        scale_O1 = torch.empty(shape[0], 1, dtype=torch.float32, device="meta")
+        return Codes(torch.empty(shape, dtype=torch.uint8, device="meta"), scale_O1)
+
+    def quantise(self, values_OI: torch.Tensor) -> Codes:
+        # A GPU would multiply by the reciprocal of a plain number, and give other scales than a CPU.
+        scale_O1 = values_OI.abs().amax(dim=1, keepdim=True) / values_OI.new_tensor(self.largest)
+        # A row of zeros has a scale too, for a division by it.
+        scale_O1 = scale_O1.clamp(min=torch.finfo(torch.float32).tiny)
+        # Rounding may lead beyond the largest number, where float8 has only NaN.
+        numbers_OI = (values_OI / scale_O1).clamp(-self.largest, self.largest)
+        # Conversion rounds to the nearest float, but cuts off to an integer.
+        numbers_OI = numbers_OI if self.number.is_floating_point else numbers_OI.round()
+        return Codes(numbers_OI.to(self.number).view(torch.uint8), scale_O1)
+
+    def dequantise(self, codes: Codes, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        # The numbers are exact in 16 bits. In place, the product is computed in float32, rounded once, and takes no
+        # float32 copy of the weight on a GPU.
+        return codes.weight.view(self.number).to(dtype).mul_(codes.scale)
+
+    def check(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class NormalFloat4:
+    """4-bit NormalFloat of bitsandbytes (Dettmers et al. 2023): the nearest of 16 quantiles of the normal distribution,
+    scaled to [-1, 1], times the largest absolute value of each block of consecutive numbers, which is the scale.
+
+    Attributes:
+        block: numbers in a block.
+    """
+
+    block: int = 64
+
+    def empty(self, shape: tuple[int, int]) -> Codes:
+        blocks = -(-math.prod(shape) // self.block)
+        weight = torch.empty(blocks * self.block // 2, 1, dtype=torch.uint8, device="meta")
+        return Codes(weight, torch.empty(blocks, dtype=torch.float32, device="meta"))
+
+    def quantise(self, values_OI: torch.Tensor) -> Codes:
+        # bitsandbytes is imported where it is used, since other formats do without.
+        from bitsandbytes.functional import quantize_4bit
+
+        values = values_OI.flatten()
+        whole_blocks = functional.pad(values, (0, -len(values) % self.block)).view(-1, self.block)
+        packed, state = quantize_4bit(whole_blocks, blocksize=self.block, quant_type="nf4")
+        return Codes(packed, state.absmax)
+
+    def dequantise(self, codes: Codes, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        # A row for each block: on CPUs, rows that end within a block take the scale of another one.
+        rows = (len(codes.scale), self.block)
+        state = QuantState(absmax=codes.scale, shape=rows, dtype=dtype, blocksize=self.block, quant_type="nf4")
+        return dequantize_4bit(codes.weight, state).flatten()[: math.prod(shape)].view(shape)
+
+    def check(self) -> None:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError.of(
+                '"nf4" needs bitsandbytes, which is not installed: pip install bitsandbytes',
+                where="[model] transformer_dtype",
+            )
+
+
+FORMATS: Mapping[str, Format] = {
+    "float8": RowScaled(torch.float8_e4m3fn),
+    "float8_e4m3fn": RowScaled(torch.float8_e4m3fn),
+    "float8_e5m2": RowScaled(torch.float8_e5m2),
+    "int8": RowScaled(torch.int8),
+    "nf4": NormalFloat4(),
+}
+"""The formats by their names in `[model] transformer_dtype`."""
