@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import optimizers
+from models.assembly.activations import LayerActivations, count, peak
 from models.assembly.stage import StagedModel
 from models.base import BasePipeline
 from utils.dataset.encoders import Encoder
@@ -28,15 +29,14 @@ def estimate(
     buckets: Sequence[Bucket],
 ) -> str:
     """An estimate for each stage, as text. Weights, gradients and optimizer state are counted; for activations the
-    micro-batch of the largest bucket runs through the layers on the meta device, and what autograd keeps is added
-    up."""
+    micro-batch of the largest bucket runs through the layers on the meta device."""
     largest = max(buckets, key=lambda bucket: bucket.width * bucket.height * bucket.frames)
     title = f"estimated memory per rank, bucket {largest}"
     try:
-        kept = _activations(settings, pipeline, staged, encoders, largest)
+        counted = _activations(settings, pipeline, staged, encoders, largest)
     except NotImplementedError:
         # Experts that are chosen by the values of a tensor cannot run without values.
-        kept, title = [0] * len(staged.layers), f"{title}, without activations"
+        counted, title = [LayerActivations()] * len(staged.layers), f"{title}, without activations"
     averages = settings.ema is not None and settings.ema.device == "gpu"
     rows = []
     for stage, (start, stop) in enumerate(staged.bounds):
@@ -45,7 +45,7 @@ def estimate(
         swap = SwapPlan.of(layers, staged.swapped[stage])
         weights += swap.ring_bytes - swap.tensor_bytes
         in_flight = min(settings.gradient_accumulation_steps, len(staged.bounds) - stage)
-        activations = in_flight * sum(kept[start:stop])
+        activations = peak(counted[start:stop], in_flight)
         rows.append(
             f"  stage {stage} (layers {start} to {stop - 1}): {(weights + state + activations) / GIB:.2f} GiB = "
             f"weights {weights / GIB:.2f} + gradients and optimizer {state / GIB:.2f} + "
@@ -78,8 +78,8 @@ def held_bytes(layers: Sequence[nn.Module], optimizer: OptimizerSettings, *, ave
 
 def _activations(
     settings: Settings, pipeline: BasePipeline, staged: StagedModel, encoders: Sequence[Encoder], bucket: Bucket
-) -> list[int]:
-    """The bytes that autograd keeps for each layer and one micro-batch of `bucket`."""
+) -> list[LayerActivations]:
+    """Of every layer, for one micro-batch of `bucket`."""
     batch = micro_batch_of(settings, bucket)
     # Ones, since zeros would be masks that hide all of the text.
     features = {
@@ -89,28 +89,13 @@ def _activations(
     }
     latent = torch.zeros((batch, *pipeline.latent_shape(bucket.width, bucket.height, bucket.frames)))
     stream = _on_meta(pipeline.prepare_inputs({**features, "latents": latent}, latent, torch.zeros(batch)))
-    denoiser = staged.denoiser
-    held = {tensor.untyped_storage()._cdata for tensor in (*denoiser.parameters(), *denoiser.buffers())}
-    return _run_layers(staged.layers, stream, held, settings.activation_checkpointing)
-
-
-def _run_layers(layers: Sequence[nn.Module], stream: Any, held: set[int], recompute: bool) -> list[int]:
-    kept_per_layer = []
-    for layer in layers:
-        storages: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in held:
-                storages[storage._cdata] = storage.nbytes()
-            return tensor
-
-        given = _bytes(stream)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            stream = layer.to("meta")(stream)
-        only_input = recompute and getattr(layer, "recomputable", False)
-        kept_per_layer.append(given if only_input else sum(storages.values()))
-    return kept_per_layer
+    return count(
+        staged.layers,
+        {start for start, _ in staged.bounds},
+        stream,
+        [*staged.denoiser.parameters(), *staged.denoiser.buffers()],
+        recompute=settings.activation_checkpointing,
+    )
 
 
 def _on_meta(value: Any) -> Any:
@@ -120,9 +105,3 @@ def _on_meta(value: Any) -> Any:
         moved = [_on_meta(part) for part in value]
         return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
     return value
-
-
-def _bytes(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    return sum(map(_bytes, value)) if isinstance(value, tuple) else 0

@@ -69,6 +69,10 @@ def attach(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings
     names = targets(denoiser, blocks, settings)
     denoiser.requires_grad_(False)
     adapters.find(settings.type).put(denoiser, names, settings)
+    # In their own type already, so that what they take can be counted.
+    for name, parameter in denoiser.named_parameters():
+        if is_factor(name):
+            parameter.data = parameter.data.to(torch_dtype(settings.dtype))
 
 
 def adapted(denoiser: nn.Module) -> dict[str, tuple[AdapterKind, nn.Module]]:
