@@ -156,11 +156,11 @@ def test_layers_equal_the_whole_module(model: Model, number: int) -> None:
     pipeline = model.pipeline()
     pipeline.check()
     batch = batch_of(model, pipeline, sizes_of(model)[number])
-    denoiser, layers, _ = vars(loaded(pipeline)).values()
-    result = output(pipeline, layers, batch)
+    staged = loaded(pipeline)
+    result = output(pipeline, staged.layers, batch)
     weights = normal(tuple(result.shape), 0, "loss")
     (result * weights).sum().backward()
-    gradients = {name: parameter.grad for name, parameter in denoiser.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in staged.denoiser.named_parameters()}
 
     reference = loaded(pipeline).denoiser.eval()
     expected = model.tiny.whole(reference, pipeline, batch.features, batch.x_t, batch.t_B)

@@ -8,6 +8,7 @@ What differs from `deepspeed.runtime.pipe.engine.PipelineEngine` of 0.19.8, each
   (`wire.py`);
 - the gradient norm covers all stages, not only the first;
 - a stage without trainable parameters trains;
+- a step does not walk through all modules, and with one data rank nothing is copied to be averaged;
 - evaluation returns a loss per sample, and a prediction can be had from the same stages.
 """
 
@@ -82,6 +83,7 @@ class Engine(PipelineEngine):
         )
         # Now that the rest of the stage is on the device.
         module.swap.start(self.device)
+        self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.clip_norm = clip_norm
         self.teacher = teacher
         self._grad_norm = torch.zeros(())
@@ -257,13 +259,27 @@ class Engine(PipelineEngine):
                 p2p.send(gradient.contiguous(), self.prev_stage)
         self.pipe_buffers["inputs"][buffer_id] = None
 
+    def _reduce_gradients(self) -> None:
+        """The means of the gradients over the data ranks; those that are missing are zeros, as on other ranks."""
+        if self.grid.get_data_parallel_world_size() > 1:
+            self._exec_reduce_grads()
+            return
+        for parameter in self._trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def zero_grad(self) -> None:
+        """Without gradients the next step begins."""
+        for parameter in self._trained:
+            parameter.grad = None
+
     def _take_model_step(self, lr_kwargs: Any) -> None:
         self._grad_norm = self._clip()
         super()._take_model_step(lr_kwargs)
 
     def _clip(self) -> torch.Tensor:
         """The norm of the gradient over all stages; scales the gradient down to `clip_norm` unless that is 0."""
-        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        parameters = [parameter for parameter in self._trained if parameter.grad is not None]
         # In float32 for gradients of any type: bfloat16 would leave the norm two digits.
         norms = torch._foreach_norm([p.grad for p in parameters], 2, dtype=torch.float32) if parameters else ()
         square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
@@ -283,6 +299,7 @@ class Engine(PipelineEngine):
         schedule.RecvGrad: _receive_gradients,
         schedule.BackwardPass: _backward,
         schedule.SendGrad: _send_gradients,
+        schedule.ReduceGrads: _reduce_gradients,
     }
 
 

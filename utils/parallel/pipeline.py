@@ -54,6 +54,14 @@ class DenoiserPipeline(PipelineModule):
         self.swap = swap or BlockSwap()
         self.draws_random_numbers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
         self.draw: tuple[object, ...] | None = None
+        self._mode: bool | None = None
+
+    def train(self, mode: bool = True) -> DenoiserPipeline:
+        """Sets the mode of all modules, through which the engine would walk before every step; only this does so."""
+        if mode != self._mode:
+            self._mode = mode
+            super().train(mode)
+        return self
 
     def _partition_layers(self, method: str) -> None:
         """DeepSpeed balances trainable parameters only; the bounds are computed before the weights are loaded."""

@@ -37,28 +37,36 @@ CASES: dict[str, dict[str, Any]] = {
 }
 """Name -> settings that differ, those of [model] in `model`; `plain` is the loop, `wan` the other model."""
 SECONDS = 100
+"""For one case; compiling takes most of it."""
 
 
 def measure() -> Iterator[tuple[str, str]]:
     rate, operations = matrix_rate(), {}
-    for name, keys in CASES.items():
-        command = [sys.executable, "-m", __name__, json.dumps(keys)]
+    # All import at once what they need, and then begin one after the other.
+    workers = {name: _worker(keys) for name, keys in CASES.items()}
+    for name, worker in workers.items():
         try:
-            run = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+            said, complaints = worker.communicate("go\n", timeout=SECONDS)
         except subprocess.TimeoutExpired:
+            worker.kill()
             yield name, f"FAILED, took more than {SECONDS} s"
             continue
-        lines = run.stdout.strip().splitlines()
-        if run.returncode or not lines:
-            sys.stdout.write(run.stderr[-3000:] + "\n")
-            errors = [line for line in run.stderr.splitlines() if "Error" in line]
-            yield name, f"FAILED, {errors[-1] if errors else run.returncode}"
+        lines = said.strip().splitlines()
+        if worker.returncode or not lines:
+            sys.stdout.write(complaints[-3000:] + "\n")
+            errors = [line for line in complaints.splitlines() if "Error" in line]
+            yield name, f"FAILED, {errors[-1] if errors else worker.returncode}"
             continue
         found = json.loads(lines[-1])
         # What is compiled cannot be counted, and does the same.
-        plain = json.dumps({key: value for key, value in keys.items() if key != "compile"})
+        plain = json.dumps({key: value for key, value in CASES[name].items() if key != "compile"})
         operations.setdefault(plain, found["operations"])
         yield name, _told({**found, "operations": operations[plain]}, rate)
+
+
+def _worker(keys: dict[str, Any]) -> subprocess.Popen:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-m", __name__, json.dumps(keys)], text=True, **pipes)
 
 
 def _told(found: dict[str, Any], rate: float) -> str:
@@ -181,6 +189,12 @@ def _plain() -> dict[str, Any]:
 
 
 def _main(keys: dict[str, Any]) -> None:
+    import diffusers  # noqa: F401
+    import peft  # noqa: F401
+
+    import models.assembly.trainer  # noqa: F401
+
+    sys.stdin.readline()
     with tempfile.TemporaryDirectory() as folder:
         found = _plain() if keys.pop("plain", False) else _trainer(keys, Path(folder))
     sys.stdout.write(f"\n{json.dumps(found)}\n")

@@ -50,7 +50,7 @@ class FullSize:
             (folder / part / "config.json").write_text(json.dumps(config))
         kind = models.find(self.type)
         made = type(f"Random{kind.__name__}", (kind,), {"weights": property(lambda own: _random(super(made, own)))})
-        return made(kind.Options(type=self.type, diffusers_path=folder, dtype="bfloat16", **keys), 0)
+        return made(kind.Options(**{"type": self.type, "diffusers_path": folder, "dtype": "bfloat16", **keys}), 0)
 
     def encoders(self, batch: int) -> Sequence[Any]:
         """What the plan asks encoders for."""
