@@ -255,8 +255,8 @@ def test_the_second_run_waits_and_is_told_once_who_fills_the_cache(cache, caplog
     with CacheLock(cache) as other:
         other.acquire(0, str)
         told = f"another run fills this cache, and is waited for: {other.holder()}"
-        threading.Timer(0.5, other.release).start()
         started = time.monotonic()
+        threading.Timer(0.5, other.release).start()
         with CacheJob(cache, cache, Ranks()).alone():
             assert time.monotonic() - started > 0.4 and caplog.messages == [told]
             with pytest.raises(Stopped), CacheJob(cache, cache, Ranks(), raise_if_stopping=stop).alone():

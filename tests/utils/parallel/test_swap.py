@@ -31,10 +31,10 @@ BLOCKS = DOUBLE + SINGLE
 VARIANTS = {
     "kept": {},
     "recomputed": {"recompute": True},
-    "dropout": {"dropout": 0.5},
     "recomputed dropout and a teacher": {"recompute": True, "dropout": 0.5, "teacher": True},
 }
-LAYOUTS = [(1, 1, tuple(VARIANTS)), (2, 1, tuple(VARIANTS)), (1, 2, ("kept",))]
+KEPT, RECOMPUTED, WITH_TEACHER = VARIANTS
+LAYOUTS = [(1, 1, (RECOMPUTED, WITH_TEACHER)), (2, 1, (KEPT, WITH_TEACHER)), (1, 2, (KEPT,))]
 """Stages, data ranks, variants."""
 
 
@@ -146,7 +146,8 @@ def test_swapping_changes_no_bit(folder: Path, stages: int, data_ranks: int, var
         for without, swapped in rank.values():
             assert len({loss for loss, _ in without["losses"]}) == STEPS + 1, "training changes the loss"
             assert_equal(swapped, without)
-        assert {"kept"} == set(variants) or rank["dropout"][0]["losses"] != rank["kept"][0]["losses"]
+        losses = {str(without["losses"]) for without, _ in rank.values()}
+        assert len(losses) == len(variants), "each variant trains otherwise"
 
 
 @pytest.mark.gpu
