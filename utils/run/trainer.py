@@ -11,12 +11,14 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from optimizers.schedules import learning_rates
 from utils.dataset.batches import TrainingBatches
 from utils.dataset.epochs import Epochs
 from utils.errors import UserError
 from utils.ranks import any_rank
-from utils.run import checkpoint
+from utils.run import checkpoint, out_of_memory
 from utils.run.cadence import Cadence, Duty
 from utils.run.parts import RunParts
 from utils.run.progress import Progress
@@ -75,7 +77,7 @@ class Trainer:
         step includes waiting for data.
 
         Raises:
-            UserError: the loss is not a finite number any more.
+            UserError: the loss is not a finite number any more, or the GPU's memory does not suffice.
         """
         started = time.monotonic()
         step, groups = self.progress.step, self.parts.optimizer.param_groups
@@ -83,7 +85,11 @@ class Trainer:
         lr, *lrs = learning_rates(step, bases, self.parts.settings, self.last_step)
         for group, own in zip(groups, lrs, strict=True):
             group["lr"] = own
-        result = self.parts.engine.train_step(next(batches), step)
+        micro_batches = next(batches)
+        try:
+            result = self.parts.engine.train_step(micro_batches, step)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory.explained(error, self.parts.settings, self.parts.folder, step + 1) from error
         if not isfinite(result.loss) or not isfinite(result.grad_norm):
             raise UserError.of(
                 f"loss {result.loss}, gradient norm {result.grad_norm}: training has diverged, and nothing was saved "

@@ -1,0 +1,41 @@
+"""What to set when the memory of a GPU does not suffice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.settings.schema import Settings
+
+
+def explained(error: BaseException, settings: Settings, run_folder: Path, step: int) -> UserError:
+    """The error with the settings that would save memory, those first that cost least."""
+    said = ". ".join(str(error).split(". ")[:2])
+    advice = "\n".join(f"    - {setting}" for setting in savings(settings))
+    return UserError.of(
+        f"the GPU's memory does not suffice ({said}). What was saved before stays. To need less, in this order:\n"
+        f"{advice}\n  --check tells how much each of them needs",
+        str(run_folder),
+        f"step {step}",
+    )
+
+
+def savings(settings: Settings) -> Iterator[str]:
+    """What these settings leave to save."""
+    swapped, model = settings.blocks_to_swap, settings.model
+    if not settings.activation_checkpointing:
+        yield "activation_checkpointing = true: each block is computed once more in the backward pass"
+    if settings.micro_batch_size_per_gpu != 1:
+        yield "micro_batch_size_per_gpu = 1, with more gradient_accumulation_steps"
+    if settings.adapter:
+        more = "more blocks_to_swap" if swapped else "blocks_to_swap = 10 or more"
+        yield f"{more}: frozen weights wait in the machine's memory"
+        if model.transformer_dtype in (None, "float32", "float16", "bfloat16"):
+            yield "[model] transformer_dtype = 'int8', 'float8' or 'nf4': the frozen weights in 8 or 4 bits"
+    elif settings.optimizer.type == "adamw":
+        yield "[optimizer] type = 'adamw8bit': a quarter of the optimizer's state"
+    if settings.ema and settings.ema.device == "gpu":
+        yield "[ema] device = 'cpu'"
+    yield "more pipeline_stages, if there are more GPUs"
+    yield "smaller resolutions, or fewer frames, in the dataset"
