@@ -186,3 +186,41 @@ def test_the_stock_engine_clips_by_the_first_stages_norm_alone() -> None:
     (used, first), (used_last, last) = run_ranks(stock_gradient_norms, 2)
     assert used == pytest.approx(first, rel=1e-3) and used_last == pytest.approx(first, rel=1e-3)
     assert (first**2 + last**2) ** 0.5 != pytest.approx(first, rel=1e-2)
+
+
+def train_beside_an_unused_weight(ranks: Ranks) -> tuple[float, int]:
+    """Job: after three steps the weight that nothing uses, and how often modules were walked through on the way."""
+    from utils.parallel.backend import initialize_deepspeed
+    from utils.parallel.engine import Engine
+    from utils.parallel.pipeline import DenoiserPipeline
+
+    initialize_deepspeed()
+    torch.manual_seed(0)
+    layer = backward_calls.Dual()
+    layer.unused = torch.nn.Parameter(torch.ones(1))
+    module = DenoiserPipeline(
+        [layer, backward_calls.Head()], [(0, 2)], lambda *fields: fields, lambda y, _: y.square().mean(1)
+    )
+    engine = Engine(module, torch.optim.AdamW(module.parameters(), lr=0.1), accumulation=1, clip_norm=0.0)
+    batch = (torch.full((2, backward_calls.WIDTH), 1.0 + ranks.data_rank),), (torch.zeros(2),)
+    engine.train_step([batch], 0)
+    walks, modules = 0, torch.nn.Module.named_modules
+
+    def counted(self: torch.nn.Module, *arguments: Any, **keys: Any) -> Any:
+        nonlocal walks
+        walks += self is module
+        return modules(self, *arguments, **keys)
+
+    torch.nn.Module.named_modules = counted
+    for step in (1, 2):
+        engine.train_step([batch], step)
+    torch.nn.Module.named_modules = modules
+    return layer.unused.item(), walks
+
+
+def test_a_weight_without_a_gradient_decays_alike_on_any_number_of_data_ranks() -> None:
+    """The stock engine gives it a gradient of zeros before gradients are averaged."""
+    ((alone, walks),) = run_ranks(train_beside_an_unused_weight, 1)
+    both = {value for value, _ in run_ranks(train_beside_an_unused_weight, 2)}
+    assert both == {alone} and alone == pytest.approx((1 - 0.1 * 0.01) ** 3)
+    assert walks == 0, "a step with one data rank looks at no module"
