@@ -176,6 +176,12 @@ def is_guided(pipeline: BasePipeline, sampling: SamplingSettings) -> bool:
     return bool(sampling.prompts) and pipeline.guided_by_second_prediction and sampling.guidance != pipeline.no_guidance
 
 
+def give_back_memory(device: torch.device) -> None:
+    """Lets go of what torch's allocator keeps for later."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def sample_model(
     pipeline: BasePipeline, encoders: Sequence[Encoder], settings: Settings, ranks: Ranks, cache_dir: Path
 ) -> SampleModel:
@@ -188,10 +194,14 @@ def sample_model(
         return [reader.batch([version]).features for version in prompts[index]]
 
     def decode(latents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        # The VAE comes beside the training's state: it gets the room that the allocator keeps, and gives it back.
+        give_back_memory(ranks.device)
         autoencoder.load(ranks.device)
-        pixels = [autoencoder.decode(one)[0].cpu() for one in latents]
-        autoencoder.unload()
-        return pixels
+        try:
+            return [autoencoder.decode(one)[0].cpu() for one in latents]
+        finally:
+            autoencoder.unload()
+            give_back_memory(ranks.device)
 
     return SampleModel(
         features=features,

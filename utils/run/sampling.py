@@ -133,7 +133,11 @@ def denoise(engine: Engine, ranks: Ranks, model: SampleModel, settings: Sampling
 def _write(pixels_CFHW: torch.Tensor, fps: float, path: Path) -> None:
     frames = pixels_CFHW.shape[1]
     if frames > 1:
-        write_clip(pixels_CFHW, fps, path.with_suffix(".mp4"))
+        try:
+            write_clip(pixels_CFHW, fps, path.with_suffix(".mp4"))
+        except ImportError as error:
+            # The training is worth more than a clip of it.
+            logger.warning("no mp4 is written, only middle frames: PyAV cannot be imported (%s)", error)
     tensor_to_image(pixels_CFHW[:, frames // 2 :]).save(path)
 
 
