@@ -22,6 +22,14 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What shares a fixture of a module is run by one process: the tests of a file, in test_models.py those of a
+    model."""
+    for item in items:
+        model = item.callspec.params.get("model", "") if hasattr(item, "callspec") else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path} {model}"))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Tests of several processes find the server ready that these come from."""
     modules = {item.module for item in session.items}
