@@ -82,6 +82,17 @@ def _swapped_weights_are_frozen(settings: Settings, _: int) -> Iterator[Problem]
         yield _at("key `blocks_to_swap`", message)
 
 
+def _compiled_blocks_are_plain(settings: Settings, _: int) -> Iterator[Problem]:
+    swapped, kept = settings.blocks_to_swap, settings.model.transformer_dtype
+    others = {
+        "blocks_to_swap": any(swapped) if isinstance(swapped, list) else swapped,
+        f'[model] transformer_dtype = "{kept}"': kept not in (None, "float32", "float16", "bfloat16"),
+    }
+    for name, given in others.items():
+        if settings.compile and given:
+            yield _at("key `compile`", f"does not work with {name} yet; leave one of them out")
+
+
 def _stages_divide_world(settings: Settings, world_size: int | None) -> Iterator[Problem]:
     stages = settings.pipeline_stages
     if world_size is not None and world_size % stages:
@@ -254,6 +265,7 @@ _RULES = (
     SettingsRule(("pipeline_stages",), _stages_divide_world),
     SettingsRule(("blocks_to_swap", "pipeline_stages"), _swap_fits_stages),
     SettingsRule(("blocks_to_swap", "adapter"), _swapped_weights_are_frozen),
+    SettingsRule(("compile", "blocks_to_swap", "model"), _compiled_blocks_are_plain),
     SettingsRule(("dataset",), _dataset_exists),
     SettingsRule(("eval_datasets",), _eval_paths_exist),
     SettingsRule(("eval_datasets",), _eval_names_differ),

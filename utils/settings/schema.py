@@ -215,8 +215,8 @@ class Settings(SettingsTable):
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass, which takes less memory and about a third more time."""
     compile: bool = False
-    """Compile the repeated blocks when they first run, which takes a minute or more and makes each step shorter; needs
-    a C++ compiler."""
+    """Compile the repeated blocks when they first run (torch.compile), which takes a minute or more and is to make each
+    step shorter; needs a C++ compiler. Not with `blocks_to_swap` or a base in 8 or 4 bits."""
     blocks_to_swap: SwappedBlocks = 0
     """Number of blocks of every stage, or a list with a number for each stage, whose frozen weights are kept in the
     machine's memory and copied to the GPU just before use. For adapters; two blocks' room on the GPU is shared by all

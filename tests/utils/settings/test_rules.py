@@ -99,6 +99,7 @@ LORA = "[adapter]\ntype = 'lora'\nrank = 1"
             "key `blocks_to_swap`",
             "has 1 numbers for pipeline_stages = 2",
         ),
+        ({"top": "compile = true\nblocks_to_swap = 3", "tables": LORA}, "key `compile`", "blocks_to_swap yet"),
     ],
 )
 def test_each_rule(folder: Folder, parts: dict[str, str], where: str, words: str) -> None:
