@@ -21,6 +21,7 @@ from utils.settings.values import (
 
 DType = Literal["float32", "float16", "bfloat16"]
 QuantisedType = Literal["float8", "float8_e4m3fn", "float8_e5m2", "int8", "nf4"]
+KeptType = Literal[DType, QuantisedType]
 
 
 def torch_dtype(name: DType) -> Any:
@@ -68,7 +69,7 @@ class ModelSettings(SettingsTable):
     """Folder in diffusers' layout, from which all parts without a path of their own are read."""
     transformer_path: UserPath | None = None
     """File or folder of the denoiser's weights (transformer or UNet); default: from `diffusers_path`."""
-    transformer_dtype: DType | QuantisedType | None = None
+    transformer_dtype: KeptType | None = None
     """Type in which the denoiser's weights are kept; default: `dtype`. The last five are for adapters, and for the
     Linears of the repeated blocks alone, all else stays in `dtype`: 8 bits with a scale for each row, where "float8"
     means float8_e4m3fn and int8 is closest to the weights, or the 4 bits of bitsandbytes, nf4, with a scale for 64

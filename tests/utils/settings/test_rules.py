@@ -5,6 +5,7 @@ import os
 import pytest
 
 from tests.utils.settings.conftest import CHOICES, Folder
+from utils.errors import UserError
 from utils.settings.reader import read_settings
 from utils.settings.rules import check_rules
 
@@ -137,3 +138,9 @@ def test_rules_leave_out_what_is_broken(folder: Folder) -> None:
     assert {problem.where for problem in check_rules(settings, 4, broken=frozenset({"model"}))} == {
         "key `pipeline_stages`"
     }
+
+
+def test_what_a_base_may_be_kept_in_is_told_as_one_list(folder: Folder) -> None:
+    with pytest.raises(UserError) as error:
+        read_settings(folder.run(model="transformer_dtype = 'fp8'"), CHOICES)
+    assert len(error.value.problems) == 1 and "'int8' or 'nf4'" in str(error.value)
