@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     # Everything is read from paths that the user names; a hub that cannot be reached must cost no time.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Samples differ in size; segments of the GPU's memory that can grow leave fewer holes between them.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     ranks = from_environment()
     if ranks.device.type == "cpu":
         # DeepSpeed looks for an accelerator when it is imported, and warns that it finds none.

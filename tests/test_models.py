@@ -36,8 +36,9 @@ from utils.diffusion.auxiliary import Output
 from utils.diffusion.losses import Labels
 from utils.diffusion.seeds import normal
 from utils.parallel.attention import set_kernels
+from utils.parallel.partition import repeated_blocks
 from utils.parallel.recompute import run_layer
-from utils.parallel.swap import BlockSwap, swappable
+from utils.parallel.swap import BlockSwap
 from utils.ranks import Ranks
 from utils.run.export import export
 from utils.run.signals import StopRequests
@@ -142,7 +143,7 @@ def test_no_mask_meets_cudnns_attention(model: Model) -> None:
     set_kernels()
     with torch.no_grad(), Masks() as masks:
         for layer in loaded(pipeline).layers:
-            stream = run_layer(layer.eval(), stream, recompute=False, draws_random_numbers=False)
+            stream = run_layer(layer.eval(), stream)
     assert True not in masks.allowed
     assert masks.allowed or model.name not in MASKED
 
@@ -332,7 +333,7 @@ def train_plainly(model: Model, rank: int | None, *, swapped: bool = False) -> l
     """The same in this process: no engine, the layers in a row. With `swapped`, all blocks share the room of two."""
     pipeline = model.pipeline()
     staged = load_stage(pipeline, settings_of(pipeline, adapter_of(rank)), stage=0)
-    swap = BlockSwap(staged.layers, len(swappable(staged.layers)) if swapped else 0)
+    swap = BlockSwap(staged.layers, len(repeated_blocks(staged.layers)) if swapped else 0)
     swap.start(torch.device("cpu"))
     trained = list(staged.trained(staged.layers).values())
     optimizer, numbers = torch.optim.AdamW(trained, lr=LEARNING_RATE), []
@@ -341,7 +342,7 @@ def train_plainly(model: Model, rank: int | None, *, swapped: bool = False) -> l
         for stream, labels in micro_batches(model, pipeline, step):
             with swap.forward_pass():
                 for position, layer in enumerate(staged.layers):
-                    run = partial(run_layer, stream=stream, recompute=False, draws_random_numbers=False)
+                    run = partial(run_layer, stream=stream)
                     stream = swap.run(position, layer.train(), run, recomputed=False)
             prediction, terms = stream if isinstance(stream, Output) else (stream, torch.zeros(1))
             losses.append(pipeline.maths.loss(prediction, labels).mean() / 2)

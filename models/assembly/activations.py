@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from utils.parallel.offload import SMALLEST
+
 
 @dataclass(frozen=True)
 class LayerActivations:
@@ -37,7 +39,13 @@ def peak(layers: Sequence[LayerActivations], in_flight: int) -> int:
 
 
 def count(
-    layers: Sequence[nn.Module], starts: Collection[int], stream: Any, held: Sequence[torch.Tensor], *, recompute: bool
+    layers: Sequence[nn.Module],
+    starts: Collection[int],
+    stream: Any,
+    held: Sequence[torch.Tensor],
+    *,
+    recomputed: Collection[int] = (),
+    offload: bool = False,
 ) -> list[LayerActivations]:
     """The activations of every layer.
 
@@ -45,14 +53,15 @@ def count(
         starts: positions of the layers with which stages begin: a stage has its own copy of what comes in.
         stream: the input of the first layer, on the meta device.
         held: parameters and buffers, which are kept anyway.
-        recompute: the repeated blocks keep only their input.
+        recomputed: positions of the layers that keep only their input.
+        offload: these keep of it what is small or passed on; the rest travels, and arrives one layer early.
     """
     held_storages = {tensor.untyped_storage()._cdata for tensor in held}
-    counted, alive, seen = [], [], set(held_storages)
+    counted, alive, seen, arriving = [], [], set(held_storages), 0
     with _LightAttention():
         for position, layer in enumerate(layers):
             if position in starts:
-                seen = set(held_storages)
+                seen, arriving = set(held_storages), 0
             saved: list[torch.Tensor] = []
             # What was seen stays alive, so that no other storage takes its number.
             alive += [stream, saved]
@@ -64,12 +73,22 @@ def count(
             inputs = list(_tensors(stream))
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 stream = layer.to("meta")(stream)
-            only_input = recompute and getattr(layer, "recomputable", False)
-            kept = _new_bytes(inputs if only_input else saved, seen)
-            again = _new_bytes(saved, set(seen)) if only_input else 0
             gradient = sum(tensor.nbytes for tensor in _tensors(stream) if tensor.requires_grad)
-            counted.append(LayerActivations(kept, again + gradient))
+            if position not in recomputed:
+                counted.append(LayerActivations(_new_bytes(saved, seen), gradient))
+                continue
+            again = _new_bytes([*inputs, *saved], set(seen))
+            travelling = _travelling(inputs, list(_tensors(stream))) if offload else []
+            kept = _new_bytes([tensor for tensor in inputs if id(tensor) not in map(id, travelling)], seen)
+            counted.append(LayerActivations(kept, again - kept + gradient + arriving))
+            arriving = sum(tensor.nbytes for tensor in travelling) or arriving
     return counted
+
+
+def _travelling(inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The inputs of a layer that leave the device."""
+    passed_on = set(map(id, outputs))
+    return [tensor for tensor in inputs if id(tensor) not in passed_on and tensor.nbytes >= SMALLEST]
 
 
 def _new_bytes(tensors: Sequence[torch.Tensor], seen: set[int]) -> int:

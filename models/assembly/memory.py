@@ -15,6 +15,7 @@ from models.base import BasePipeline
 from utils.dataset.encoders import Encoder
 from utils.dataset.epochs import micro_batch_of
 from utils.dataset.samples import Bucket
+from utils.parallel.recompute import recomputed_positions
 from utils.parallel.swap import SwapPlan
 from utils.settings.schema import OptimizerSettings, Settings
 
@@ -94,7 +95,12 @@ def _activations(
         {start for start, _ in staged.bounds},
         stream,
         [*staged.denoiser.parameters(), *staged.denoiser.buffers()],
-        recompute=settings.activation_checkpointing,
+        recomputed={
+            start + position
+            for start, stop in staged.bounds
+            for position in recomputed_positions(staged.layers[start:stop], settings.recomputed_every)
+        },
+        offload=settings.offloads,
     )
 
 

@@ -24,6 +24,7 @@ from utils.dataset.encoders import reads_text
 from utils.dataset.epochs import Epochs, format_table, micro_batch_of
 from utils.dataset.samples import VersionPicker
 from utils.parallel.engine import Engine, optimizer_for_frozen_stage
+from utils.parallel.offload import HostInputs
 from utils.parallel.pipeline import DenoiserPipeline
 from utils.parallel.swap import BlockSwap
 from utils.ranks import Ranks
@@ -148,7 +149,8 @@ def _engine(
         staged.bounds,
         pipeline.stream_type,
         pipeline.maths.loss,
-        recompute=settings.activation_checkpointing,
+        recompute=settings.recomputed_every,
+        host=HostInputs() if settings.offloads else None,
         seed=settings.seed,
         loss_terms=pipeline.loss_terms,
         swap=swap,

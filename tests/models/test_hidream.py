@@ -30,7 +30,7 @@ from utils.diffusion import seeds
 from utils.diffusion.auxiliary import Output
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
-from utils.parallel.recompute import run_layer
+from utils.parallel.recompute import run_layer, run_recomputed
 from utils.settings.schema import SamplingSettings
 
 WEIGHT = 0.5
@@ -54,7 +54,7 @@ def inputs(pipeline: Any, size: tuple[int, int]) -> tuple[dict[str, torch.Tensor
 def predicted(layers: list, stream: Any, recompute: bool = False) -> Any:
     for layer in layers:
         again = recompute and getattr(layer, "recomputable", False)
-        stream = run_layer(layer, stream, recompute=again, draws_random_numbers=False)
+        stream = run_recomputed(layer, stream, trains=True) if again else run_layer(layer, stream)
     return stream
 
 

@@ -16,9 +16,11 @@ then of any kind."""
 
 
 def compile_blocks(layers: Iterable[nn.Module]) -> None:
-    """Lets the repeated blocks among `layers` be compiled when they first run. Blocks of one kind share what is
-    compiled."""
+    """Lets the denoiser's own modules in the repeated blocks among `layers` be compiled when they first run; those of
+    one kind share what is compiled. Not the layers around them: torch 2.11 cannot read NamedTuples."""
     torch._dynamo.config.recompile_limit = FORMS
     for layer in layers:
         if getattr(layer, "recomputable", False):
-            layer.compile(backend=COMPILER)
+            for child in layer.children():
+                for module in child if isinstance(child, nn.ModuleList) else (child,):
+                    module.compile(backend=COMPILER)

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
+
+def repeated_blocks(layers: Sequence[nn.Module]) -> list[int]:
+    """The positions of the repeated blocks among layers."""
+    return [position for position, layer in enumerate(layers) if getattr(layer, "recomputable", False)]
+
 
 def stage_bounds(
     method: str, layer_sizes: Sequence[int], stages: int, split: Sequence[int] | None = None

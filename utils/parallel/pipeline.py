@@ -13,7 +13,8 @@ from deepspeed.pipe import PipelineModule
 from torch import nn
 
 from utils.diffusion import seeds
-from utils.parallel.recompute import run_layer
+from utils.parallel.offload import HostInputs
+from utils.parallel.recompute import recomputed_positions, run_layer, run_recomputed
 from utils.parallel.swap import BlockSwap
 
 
@@ -25,7 +26,8 @@ class DenoiserPipeline(PipelineModule):
         bounds: the half-open range of layers of every stage.
         stream_type: the NamedTuple that travels from layer to layer.
         loss: (prediction, labels) -> loss per sample (B,).
-        recompute: keep only the inputs of the layers that are `recomputable`.
+        recompute: of every so many `recomputable` layers of a stage, the first keeps only its input; with 0 none.
+        host: keeps these inputs in the host's memory.
         loss_terms: names of the losses that layers add; the last layer then returns an `Output`.
         seed: the run's seed; dropout draws from (seed, step, data rank, micro-batch, layer), so that it does not depend
             on the number of stages and is the same after a resume.
@@ -39,7 +41,8 @@ class DenoiserPipeline(PipelineModule):
         stream_type: Callable[..., tuple],
         loss: Callable[[Any, Any], torch.Tensor],
         *,
-        recompute: bool = False,
+        recompute: int = 0,
+        host: HostInputs | None = None,
         seed: int = 0,
         loss_terms: Sequence[str] = (),
         swap: BlockSwap | None = None,
@@ -48,7 +51,11 @@ class DenoiserPipeline(PipelineModule):
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its seeds and partitions
             super().__init__(layers=layers, num_stages=len(bounds), loss_fn=loss)
         self.stream_type = stream_type
-        self.recompute = recompute
+        self._recomputed = frozenset(recomputed_positions(self.forward_funcs, recompute))
+        self._trains = [
+            any(parameter.requires_grad for parameter in layer.parameters()) for layer in self.forward_funcs
+        ]
+        self._host = host
         self.seed = seed
         self.loss_terms = tuple(loss_terms)
         self.swap = swap or BlockSwap()
@@ -70,15 +77,19 @@ class DenoiserPipeline(PipelineModule):
 
     def forward(self, fields: tuple) -> Any:
         """Runs this stage's layers on the output of the data loader or of the previous stage."""
+        if self._host is not None:
+            self._host.begin()
         with self.swap.forward_pass():
             stream = fields if self._local_start == 0 else self.stream_type(*fields)
             for position, layer in enumerate(self.forward_funcs):
-                if self.draws_random_numbers and self.training and self.draw is not None:
-                    index = self._local_start + position
-                    torch.manual_seed(seeds.derive(self.seed, "dropout", *self.draw, index))
-                recompute = self.recompute and torch.is_grad_enabled() and getattr(layer, "recomputable", False)
-                run = partial(
-                    run_layer, stream=stream, recompute=recompute, draws_random_numbers=self.draws_random_numbers
-                )
+                recompute = position in self._recomputed and torch.is_grad_enabled()
+                runner = partial(run_recomputed, trains=self._trains[position], host=self._host)
+                run = partial(runner if recompute else run_layer, stream=stream, seed=self._seed_of(position))
                 stream = self.swap.run(position, layer, run, recomputed=recompute)
             return stream
+
+    def _seed_of(self, position: int) -> int | None:
+        """Of the random numbers that a layer of this stage draws; None if it draws none."""
+        if not (self.draws_random_numbers and self.training and self.draw is not None):
+            return None
+        return seeds.derive(self.seed, "dropout", *self.draw, self._local_start + position)

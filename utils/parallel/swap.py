@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from utils.parallel.transfers import Mark, Transfers, host_memory, transfers_to
+from utils.parallel.partition import repeated_blocks
+from utils.parallel.transfers import Mark, Transfers, dense_strides, host_memory, transfers_to
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +42,6 @@ def spread(count: int, blocks: int) -> tuple[int, ...]:
     return tuple(index * (blocks - 1) // (count - 1) for index in range(count))
 
 
-def swappable(layers: Sequence[nn.Module]) -> list[int]:
-    """The positions of the repeated blocks among a stage's layers."""
-    return [position for position, layer in enumerate(layers) if getattr(layer, "recomputable", False)]
-
-
 def counts(setting: int | Sequence[int], layers_of_stages: Sequence[Sequence[nn.Module]]) -> list[int]:
     """The number of swapped blocks of every stage, from one number for all or one for each.
 
@@ -53,7 +49,7 @@ def counts(setting: int | Sequence[int], layers_of_stages: Sequence[Sequence[nn.
         ValueError: a stage has fewer blocks.
     """
     numbers = [setting] * len(layers_of_stages) if isinstance(setting, int) else list(setting)
-    most = [len(swappable(layers)) for layers in layers_of_stages]
+    most = [len(repeated_blocks(layers)) for layers in layers_of_stages]
     for stage, (number, limit) in enumerate(zip(numbers, most, strict=True)):
         if number > limit:
             if len(most) == 1:
@@ -107,7 +103,7 @@ class SwapPlan:
     @classmethod
     def of(cls, layers: Sequence[nn.Module], count: int) -> SwapPlan:
         """For `count` of a stage's layers, which may be on the meta device."""
-        blocks = swappable(layers)
+        blocks = repeated_blocks(layers)
         chosen = [blocks[index] for index in spread(count, len(blocks))] if count else []
         return cls({position: frozen_of(layers, position) for position in chosen})
 
@@ -141,7 +137,7 @@ class HostBlock:
 
     def __init__(self, tensors: Sequence[Frozen], *, pinned: bool):
         self.memory = host_memory(sum(_aligned(frozen.tensor.nbytes) for frozen in tensors), pinned=pinned)
-        self._forms = [(f.tensor.dtype, f.tensor.shape, _strides(f.tensor), f.tensor.nbytes) for f in tensors]
+        self._forms = [(f.tensor.dtype, f.tensor.shape, dense_strides(f.tensor), f.tensor.nbytes) for f in tensors]
         self._at_home = self.views(self.memory)
         for frozen, view in zip(tensors, self._at_home, strict=True):
             view.copy_(frozen.tensor.detach())
@@ -179,11 +175,6 @@ class HostBlock:
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Those of a copy, in which a dense tensor keeps its order of dimensions."""
-    return torch.empty_like(tensor, device="meta").stride()
 
 
 @dataclass(eq=False)
@@ -310,7 +301,7 @@ class BlockSwap:
 
     def __init__(self, layers: Sequence[nn.Module] = (), count: int = 0, *, pinned: bool = False):
         plan = SwapPlan.of(layers, count)
-        self._sizes = plan.host_bytes, plan.ring_bytes, len(swappable(layers))
+        self._sizes = plan.host_bytes, plan.ring_bytes, len(repeated_blocks(layers))
         with torch.no_grad():
             blocks = {
                 position: HostBlock(tensors, pinned=pinned) for position, tensors in plan.blocks.items() if tensors

@@ -1,5 +1,5 @@
-"""Copies from the host's memory to a device, beside what the device computes: on a CUDA stream of their own, or at once
-where the device is the CPU.
+"""Copies between the host's memory and a device, beside what the device computes: on a CUDA stream of their own, or at
+once where the device is the CPU.
 
 A *mark* is a point in the work of the device: what was asked of it before has been done when it is reached.
 """
@@ -23,19 +23,22 @@ Mark = Any
 
 
 class Transfers(Protocol):
-    """Moves bytes to a device. Nothing here lets the host wait for the device."""
+    """Moves tensors in one direction, one after the other. Only `finish` lets the host wait for the device."""
 
     def buffer(self, size: int) -> torch.Tensor:
         """Memory of the device for `size` bytes, as uint8 (size,)."""
 
-    def copy(self, buffer: torch.Tensor, source: torch.Tensor, after: Mark) -> Mark:
-        """Copies `source` to `buffer`, both uint8 of one size, as soon as `after` is reached; when that is done."""
+    def copy(self, target: torch.Tensor, source: torch.Tensor, *after: Mark | None) -> Mark:
+        """Copies `source` to `target`, of one form, as soon as these are reached; when that is done."""
 
     def computed(self) -> Mark:
         """When all computation is done that has been asked for until now."""
 
     def wait(self, mark: Mark) -> None:
         """Lets all computation that is asked for from now on wait for `mark`."""
+
+    def finish(self, mark: Mark) -> None:
+        """Returns when `mark` is reached."""
 
 
 class CudaTransfers:
@@ -47,16 +50,17 @@ class CudaTransfers:
 
     def buffer(self, size: int) -> torch.Tensor:
         """See `Transfers`."""
-        buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
-        # Should it be given up while a copy is under way, its memory must not serve others before the copy's end.
-        buffer.record_stream(self._copies)
-        return buffer
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
 
-    def copy(self, buffer: torch.Tensor, source: torch.Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, *after: torch.cuda.Event | None) -> torch.cuda.Event:
         """See `Transfers`."""
         with torch.cuda.stream(self._copies):
-            self._copies.wait_event(after)
-            buffer.copy_(source, non_blocking=True)
+            for mark in after:
+                if mark is not None:
+                    self._copies.wait_event(mark)
+            target.copy_(source, non_blocking=True)
+            # Should it be given up while the copy is under way, its memory must not serve others before the copy's end.
+            (target if target.is_cuda else source).record_stream(self._copies)
             return self._copies.record_event()
 
     def computed(self) -> torch.cuda.Event:
@@ -66,6 +70,10 @@ class CudaTransfers:
     def wait(self, mark: torch.cuda.Event) -> None:
         """See `Transfers`."""
         torch.cuda.current_stream(self._device).wait_event(mark)
+
+    def finish(self, mark: torch.cuda.Event) -> None:
+        """See `Transfers`."""
+        mark.synchronize()
 
 
 class ImmediateTransfers:
@@ -78,9 +86,9 @@ class ImmediateTransfers:
         """See `Transfers`."""
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
-    def copy(self, buffer: torch.Tensor, source: torch.Tensor, after: None) -> None:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, *after: None) -> None:
         """See `Transfers`."""
-        buffer.copy_(source)
+        target.copy_(source)
 
     def computed(self) -> None:
         """See `Transfers`."""
@@ -88,10 +96,18 @@ class ImmediateTransfers:
     def wait(self, mark: None) -> None:
         """See `Transfers`."""
 
+    def finish(self, mark: None) -> None:
+        """See `Transfers`."""
+
 
 def transfers_to(device: torch.device) -> Transfers:
     """The transfers for this kind of device."""
     return CudaTransfers(device) if device.type == "cuda" else ImmediateTransfers(device)
+
+
+def dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The strides of a tensor's copy, in which a dense one keeps its order of dimensions."""
+    return torch.empty_like(tensor, device="meta").stride()
 
 
 def host_memory(size: int, *, pinned: bool) -> torch.Tensor:

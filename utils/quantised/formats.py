@@ -39,7 +39,9 @@ class Format(Protocol):
     def quantise(self, values_OI: torch.Tensor) -> Codes:
         """The codes of float32 values, on their device."""
 
-    def dequantise(self, codes: Codes, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    def dequantise(
+        self, codes: torch.Tensor, scale: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> torch.Tensor:
         """The weight (O, I) that the codes mean, rounded to `dtype` once."""
 
     def check(self) -> None:
@@ -84,10 +86,12 @@ class RowScaled:
         numbers_OI = numbers_OI if self.number.is_floating_point else numbers_OI.round()
         return Codes(numbers_OI.to(self.number).view(torch.uint8), scale_O1)
 
-    def dequantise(self, codes: Codes, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    def dequantise(
+        self, codes: torch.Tensor, scale: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> torch.Tensor:
         # The numbers are exact in 16 bits. In place, the product is computed in float32, rounded once, and takes no
         # float32 copy of the weight on a GPU.
-        return codes.weight.view(self.number).to(dtype).mul_(codes.scale)
+        return codes.view(self.number).to(dtype).mul_(scale)
 
     def check(self) -> None:
         pass
@@ -118,13 +122,15 @@ class NormalFloat4:
         packed, state = quantize_4bit(whole_blocks, blocksize=self.block, quant_type="nf4")
         return Codes(packed, state.absmax)
 
-    def dequantise(self, codes: Codes, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    def dequantise(
+        self, codes: torch.Tensor, scale: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> torch.Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         # A row for each block: on CPUs, rows that end within a block take the scale of another one.
-        rows = (len(codes.scale), self.block)
-        state = QuantState(absmax=codes.scale, shape=rows, dtype=dtype, blocksize=self.block, quant_type="nf4")
-        return dequantize_4bit(codes.weight, state).flatten()[: math.prod(shape)].view(shape)
+        rows = (len(scale), self.block)
+        state = QuantState(absmax=scale, shape=rows, dtype=dtype, blocksize=self.block, quant_type="nf4")
+        return dequantize_4bit(codes, state).flatten()[: math.prod(shape)].view(shape)
 
     def check(self) -> None:
         if importlib.util.find_spec("bitsandbytes") is None:

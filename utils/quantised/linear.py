@@ -13,7 +13,29 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from utils.quantised.formats import Codes, Format
+from utils.quantised.formats import Format
+
+Form = tuple[Format, tuple[int, int]]
+"""The format of a quantised weight, and its shape: outputs, inputs."""
+Kept = tuple[torch.Tensor, ...]
+"""A weight, or its codes and their scale."""
+
+
+def frozen_weight(linear: nn.Module) -> tuple[Form | None, Kept] | None:
+    """What is kept of a Linear's weight, in which form if it is quantised. None if it is trained, or the product may be
+    another one: of other kinds of modules, and of those with hooks."""
+    if linear.weight.requires_grad or linear._forward_hooks or linear._forward_pre_hooks:
+        return None
+    if type(linear) is QuantisedLinear:
+        return (linear.form, linear.shape), (linear.weight, linear.scale)
+    return (None, (linear.weight,)) if type(linear) is nn.Linear else None
+
+
+def whole_weight(form: Form | None, kept: Kept, dtype: torch.dtype) -> torch.Tensor:
+    """The weight (outputs, inputs) of which this is kept; what is quantised is brought to this type."""
+    if form is None:
+        return kept[0]
+    return form[0].dequantise(*kept, form[1], dtype)
 
 
 class _Product(torch.autograd.Function):
@@ -24,18 +46,16 @@ class _Product(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         bias: torch.Tensor | None,
-        layer: tuple[Format, tuple[int, int]],
-        *codes: torch.Tensor,
+        form: Form,
+        *kept: torch.Tensor,
     ) -> torch.Tensor:
-        form, shape = ctx.layer = layer
-        ctx.save_for_backward(*codes)
-        return functional.linear(x, form.dequantise(Codes(*codes), shape, x.dtype), bias)
+        ctx.form = form
+        ctx.save_for_backward(*kept)
+        return functional.linear(x, whole_weight(form, kept, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        form, shape = ctx.layer
-        weight = form.dequantise(Codes(*ctx.saved_tensors), shape, gradient.dtype)
-        return gradient @ weight, None, None, None, None
+        return gradient @ whole_weight(ctx.form, ctx.saved_tensors, gradient.dtype), None, None, None, None
 
 
 class QuantisedLinear(nn.Linear):
@@ -77,7 +97,7 @@ class QuantisedLinear(nn.Linear):
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight (outputs, inputs) that the codes mean."""
-        return self.form.dequantise(Codes(self.weight, self.scale), self.shape, dtype)
+        return self.form.dequantise(self.weight, self.scale, self.shape, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _Product.apply(x, self.bias, (self.form, self.shape), self.weight, self.scale)

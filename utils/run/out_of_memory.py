@@ -26,6 +26,10 @@ def savings(settings: Settings) -> Iterator[str]:
     swapped, model = settings.blocks_to_swap, settings.model
     if not settings.activation_checkpointing:
         yield "activation_checkpointing = true: each block is computed once more in the backward pass"
+    elif settings.recomputed_every > 1:
+        yield "a smaller activation_checkpointing_every_n_blocks"
+    elif not settings.offloads:
+        yield 'activation_checkpointing = "offload": what is kept of the blocks waits in the machine\'s memory'
     if settings.micro_batch_size_per_gpu != 1:
         yield "micro_batch_size_per_gpu = 1, with more gradient_accumulation_steps"
     if settings.adapter:

@@ -82,6 +82,14 @@ def _swapped_weights_are_frozen(settings: Settings, _: int) -> Iterator[Problem]
         yield _at("key `blocks_to_swap`", message)
 
 
+def _recomputed_blocks_are_asked_for(settings: Settings, _: int) -> Iterator[Problem]:
+    if settings.activation_checkpointing_every_n_blocks > 1 and not settings.activation_checkpointing:
+        yield _at(
+            "key `activation_checkpointing_every_n_blocks`",
+            "is for activation_checkpointing only; set that, or leave this out",
+        )
+
+
 def _compiled_blocks_are_plain(settings: Settings, _: int) -> Iterator[Problem]:
     swapped, kept = settings.blocks_to_swap, settings.model.transformer_dtype
     others = {
@@ -265,6 +273,9 @@ _RULES = (
     SettingsRule(("pipeline_stages",), _stages_divide_world),
     SettingsRule(("blocks_to_swap", "pipeline_stages"), _swap_fits_stages),
     SettingsRule(("blocks_to_swap", "adapter"), _swapped_weights_are_frozen),
+    SettingsRule(
+        ("activation_checkpointing", "activation_checkpointing_every_n_blocks"), _recomputed_blocks_are_asked_for
+    ),
     SettingsRule(("compile", "blocks_to_swap", "model"), _compiled_blocks_are_plain),
     SettingsRule(("dataset",), _dataset_exists),
     SettingsRule(("eval_datasets",), _eval_paths_exist),

@@ -212,8 +212,13 @@ class Settings(SettingsTable):
     keep_checkpoints: Count | None = None
     """Number of newest checkpoints to keep; older ones are removed, except for the one from which the run went on;
     default: keep all."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass, which takes less memory and about a third more time."""
+    activation_checkpointing: bool | Literal["offload", "unsloth"] = False
+    """Recompute blocks in the backward pass, which takes less memory and about a third more time. With "offload" (also
+    called "unsloth") the blocks' inputs, all that is kept of them, wait in the machine's memory, which costs little
+    more time where a block computes longer than they travel."""
+    activation_checkpointing_every_n_blocks: Count = 1
+    """Recompute the first of every n blocks of a stage, and keep the activations of the others: less time and more
+    memory the larger n is."""
     compile: bool = False
     """Compile the repeated blocks when they first run (torch.compile), which takes a minute or more and is to make each
     step shorter; needs a C++ compiler. Not with `blocks_to_swap` or a base in 8 or 4 bits."""
@@ -254,3 +259,13 @@ class Settings(SettingsTable):
     """Where metrics go."""
     sampling: SamplingSettings = SamplingSettings()
     """Samples drawn during the run."""
+
+    @property
+    def recomputed_every(self) -> int:
+        """Of every so many blocks of a stage the first is recomputed; 0: none."""
+        return self.activation_checkpointing_every_n_blocks if self.activation_checkpointing else 0
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the inputs of recomputed blocks wait in the host's memory."""
+        return isinstance(self.activation_checkpointing, str)

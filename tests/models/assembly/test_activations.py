@@ -15,6 +15,7 @@ from tests.models import tiny_flux
 from tests.models.tiny_folder import settings_of
 from utils.adapters.lora import LoraSettings
 from utils.diffusion.seeds import normal
+from utils.parallel.partition import repeated_blocks
 
 TEXT_TOKENS = 5
 
@@ -43,9 +44,13 @@ def held_by(module: nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def counted(flux: Any, staged: Any, stream: Any, *, recompute: bool = False) -> list[LayerActivations]:
+def counted(
+    flux: Any, staged: Any, stream: Any, *, recompute: bool = False, offload: bool = False
+) -> list[LayerActivations]:
     starts = {start for start, _ in staged.bounds}
-    return count(staged.layers, starts, on_meta(stream), held_by(staged.denoiser), recompute=recompute)
+    recomputed = repeated_blocks(staged.layers) if recompute else ()
+    held = held_by(staged.denoiser)
+    return count(staged.layers, starts, on_meta(stream), held, recomputed=recomputed, offload=offload)
 
 
 def really_kept(layers: list[nn.Module], stream: Any, held: list[torch.Tensor]) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.autograd.graph import Node
 
 from utils.parallel.attention import give_gradients_one_layout, set_kernels
-from utils.parallel.recompute import run_layer
+from utils.parallel.recompute import run_layer, run_recomputed
 
 
 class Stream(NamedTuple):
@@ -33,13 +34,13 @@ class Watching(nn.Module):
 def test_cudnn_is_allowed_in_layers_that_see_no_mask_and_nowhere_else() -> None:
     set_kernels()
     layer, x_BTD = Watching(), torch.ones(1, 2, 3, requires_grad=True)
-    for recompute in (False, True):
+    for run in (run_layer, partial(run_recomputed, trains=False)):
         for mask_BT in (None, torch.ones(1, 2, dtype=torch.bool)):
             layer.allowed.clear()
-            stream = run_layer(layer, Stream(x_BTD, mask_BT), recompute=recompute, draws_random_numbers=False)
+            stream = run(layer, Stream(x_BTD, mask_BT))
             assert not torch.backends.cuda.cudnn_sdp_enabled()
             stream.x_BTD.sum().backward()
-            assert layer.allowed == [mask_BT is None] * (1 + recompute)
+            assert layer.allowed == [mask_BT is None] * (1 if run is run_layer else 2)
             assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 

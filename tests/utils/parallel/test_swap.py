@@ -21,7 +21,8 @@ from tests.processes import run_ranks
 from tests.utils.parallel import toy_flux
 from utils.adapters.attach import switched_off
 from utils.errors import UserError
-from utils.parallel.swap import ALIGNMENT, BUFFERS, BlockSwap, SwapPlan, counts, spread, swappable
+from utils.parallel.partition import repeated_blocks
+from utils.parallel.swap import ALIGNMENT, BUFFERS, BlockSwap, SwapPlan, counts, spread
 from utils.ranks import Ranks
 
 STEPS, ACCUMULATION = 3, 3
@@ -31,10 +32,11 @@ BLOCKS = DOUBLE + SINGLE
 VARIANTS = {
     "kept": {},
     "recomputed": {"recompute": True},
+    "offloaded": {"recompute": True, "offload": True},
     "recomputed dropout and a teacher": {"recompute": True, "dropout": 0.5, "teacher": True},
 }
-KEPT, RECOMPUTED, WITH_TEACHER = VARIANTS
-LAYOUTS = [(1, 1, (RECOMPUTED, WITH_TEACHER)), (2, 1, (KEPT, WITH_TEACHER)), (1, 2, (KEPT,))]
+KEPT, RECOMPUTED, OFFLOADED, WITH_TEACHER = VARIANTS
+LAYOUTS = [(1, 1, (RECOMPUTED, WITH_TEACHER)), (2, 1, (KEPT, OFFLOADED, WITH_TEACHER)), (1, 2, (KEPT,))]
 """Stages, data ranks, variants."""
 
 
@@ -48,10 +50,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine_of(
-    ranks: Ranks, flux: Any, count: int, *, recompute: bool = False, dropout: float = 0.0, teacher: bool = False
+    ranks: Ranks,
+    flux: Any,
+    count: int,
+    *,
+    recompute: bool = False,
+    offload: bool = False,
+    dropout: float = 0.0,
+    teacher: bool = False,
 ) -> Any:
     from utils.parallel.backend import initialize_deepspeed
     from utils.parallel.engine import Engine, optimizer_for_frozen_stage
+    from utils.parallel.offload import HostInputs
     from utils.parallel.partition import stage_bounds
     from utils.parallel.pipeline import DenoiserPipeline
     from utils.parallel.teacher import Teacher
@@ -61,7 +71,8 @@ def engine_of(
     bounds = stage_bounds("uniform", [1] * len(layers), ranks.stages)
     start, stop = bounds[ranks.stage]
     swap = BlockSwap(layers[start:stop], count, pinned=ranks.device.type == "cuda")
-    module = DenoiserPipeline(layers, bounds, flux.stream_type, flux.maths.loss, recompute=recompute, swap=swap)
+    kept = {"recompute": recompute, "host": HostInputs(smallest=1) if offload else None}
+    module = DenoiserPipeline(layers, bounds, flux.stream_type, flux.maths.loss, swap=swap, **kept)
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2) if trained else optimizer_for_frozen_stage()
     given = Teacher(partial(switched_off, denoiser), flux.maths.with_teacher_target) if teacher else None
@@ -78,12 +89,14 @@ def check_residency(engine: Any) -> None:
     ring = engine.module.swap._ring
 
     def check(module: nn.Module, _: tuple) -> None:
-        frozen = [p for p in module.parameters(recurse=False) if not p.requires_grad]
+        frozen = [p for p in module.parameters() if not p.requires_grad]
         assert all(ring.slot_of(p) is not None for p in frozen)
 
     for position in engine.module.swap._numbers:
         for module in engine.module.forward_funcs[position].modules():
-            module.register_forward_pre_hook(check)
+            # A Linear with a hook is left to itself by its LoRA, with another order of sums.
+            if next(module.children(), None) is not None:
+                module.register_forward_pre_hook(check)
 
 
 def results_of(ranks: Ranks, flux: Any, engine: Any) -> dict[str, Any]:
@@ -146,8 +159,10 @@ def test_swapping_changes_no_bit(folder: Path, stages: int, data_ranks: int, var
         for without, swapped in rank.values():
             assert len({loss for loss, _ in without["losses"]}) == STEPS + 1, "training changes the loss"
             assert_equal(swapped, without)
+        if OFFLOADED in rank:
+            assert_equal(rank.pop(OFFLOADED), rank[KEPT])
         losses = {str(without["losses"]) for without, _ in rank.values()}
-        assert len(losses) == len(variants), "each variant trains otherwise"
+        assert len(losses) == len(rank), "each variant trains otherwise"
 
 
 @pytest.mark.gpu
@@ -275,7 +290,7 @@ def test_swapped_blocks_are_spread_from_the_first_to_the_last() -> None:
 
 def test_more_blocks_than_there_are_is_refused(folder: Path) -> None:
     _, layers = blocks_and_ends(folder, meta=True)
-    assert swappable(layers) == list(range(1, 1 + BLOCKS))
+    assert repeated_blocks(layers) == list(range(1, 1 + BLOCKS))
     assert counts(BLOCKS, [layers]) == [BLOCKS]
     assert counts([1, 2], [layers[:4], layers[4:]]) == [1, 2]
     with pytest.raises(ValueError, match="9 blocks cannot be swapped, since the model has 8; swap at most 8"):

@@ -34,8 +34,8 @@ class Clock:
         self.buffers.append(torch.zeros(size, dtype=torch.uint8))
         return self.buffers[-1]
 
-    def copy(self, buffer: torch.Tensor, source: torch.Tensor, after: float) -> float:
-        start = max(self.copied, after)
+    def copy(self, buffer: torch.Tensor, source: torch.Tensor, *after: float) -> float:
+        start = max(self.copied, *after)
         assert start >= self.reading.get(buffer.data_ptr(), 0.0), "overwritten while it was read"
         self.copied = start + self.seconds
         self.arrives[buffer.data_ptr()] = self.copied
