@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
     ranks = replace(ranks, world_size=world_size or settings.pipeline_stages).with_stages(settings.pipeline_stages)
 
     # The settings are sound: the model, diffusers and the rest are imported from here on.
-    from models.assembly import data, dump, preflight, trainer
+    from models.assembly import data, dump, fitting, preflight, trainer
     from utils.run.checkpoint import ResumeFlags
 
     pipeline = models.find(settings.model.type)(settings.model, settings.seed)
@@ -103,6 +103,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
     if arguments.cache_only or arguments.dump_dataset:
         return True
 
+    settings = fitting.settled(settings, ranks, pipeline, staged, cached)
     initialize_deepspeed()
     built = trainer.build_trainer(
         settings, ranks, pipeline, cached, stop, config=arguments.config, flags=flags, checkpoint=checkpoint

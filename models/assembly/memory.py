@@ -1,9 +1,10 @@
-"""Estimates what a stage holds (weights, gradients, optimizer state, activations) without allocating it."""
+"""What a stage holds (weights, gradients, optimizer state, activations), told without allocating it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -16,52 +17,155 @@ from utils.dataset.encoders import Encoder
 from utils.dataset.epochs import micro_batch_of
 from utils.dataset.samples import Bucket
 from utils.parallel.recompute import recomputed_positions
-from utils.parallel.swap import SwapPlan
+from utils.parallel.swap import SwapPlan, counts
+from utils.parallel.wire import map_tensors
 from utils.settings.schema import OptimizerSettings, Settings
 
 GIB = 2**30
 
 
-def estimate(
-    settings: Settings,
-    pipeline: BasePipeline,
-    staged: StagedModel,
-    encoders: Sequence[Encoder],
-    buckets: Sequence[Bucket],
-) -> str:
-    """An estimate for each stage, as text. Weights, gradients and optimizer state are counted; for activations the
-    micro-batch of the largest bucket runs through the layers on the meta device."""
-    largest = max(buckets, key=lambda bucket: bucket.width * bucket.height * bucket.frames)
-    title = f"estimated memory per rank, bucket {largest}"
-    try:
-        counted = _activations(settings, pipeline, staged, encoders, largest)
-    except NotImplementedError:
-        # Experts that are chosen by the values of a tensor cannot run without values.
-        counted, title = [LayerActivations()] * len(staged.layers), f"{title}, without activations"
-    averages = settings.ema is not None and settings.ema.device == "gpu"
-    rows = []
-    for stage, (start, stop) in enumerate(staged.bounds):
-        layers = staged.stage_layers(stage)
-        weights, state = held_bytes(layers, settings.optimizer, averages=averages)
-        swap = SwapPlan.of(layers, staged.swapped[stage])
-        weights += swap.ring_bytes - swap.tensor_bytes
-        in_flight = min(settings.gradient_accumulation_steps, len(staged.bounds) - stage)
-        activations = peak(counted[start:stop], in_flight)
-        rows.append(
-            f"  stage {stage} (layers {start} to {stop - 1}): {(weights + state + activations) / GIB:.2f} GiB = "
-            f"weights {weights / GIB:.2f} + gradients and optimizer {state / GIB:.2f} + "
-            f"activations {activations / GIB:.2f}" + _told(swap)
+@dataclass(frozen=True)
+class StagePlan:
+    """The bytes that a rank of one stage holds in training.
+
+    Attributes:
+        layers: the first and the last.
+        weights: on the device, with the buffers of swapped blocks.
+        state: gradients and optimizer state.
+        activations: at the peak.
+        swap: which blocks are swapped.
+    """
+
+    layers: tuple[int, int]
+    weights: int
+    state: int
+    activations: int
+    swap: SwapPlan
+
+    @property
+    def total(self) -> int:
+        """At the peak of a step."""
+        return self.weights + self.state + self.activations
+
+    def __str__(self) -> str:
+        told = (
+            f"(layers {self.layers[0]} to {self.layers[1]}): {self.total / GIB:.2f} GiB = weights "
+            f"{self.weights / GIB:.2f} + gradients and optimizer {self.state / GIB:.2f} + "
+            f"activations {self.activations / GIB:.2f}"
         )
-    return "\n".join([f"{title}:", *rows])
+        if not self.swap.blocks:
+            return told
+        return (
+            f"{told}; {len(self.swap.blocks)} swapped blocks share {self.swap.ring_bytes / GIB:.2f} GiB of the "
+            f"weights, and take {self.swap.host_bytes / GIB:.2f} GiB of the host's memory"
+        )
 
 
-def _told(swap: SwapPlan) -> str:
-    if not swap.blocks:
-        return ""
-    return (
-        f"; {len(swap.blocks)} swapped blocks share {swap.ring_bytes / GIB:.2f} GiB of the weights, and take "
-        f"{swap.host_bytes / GIB:.2f} GiB of the host's memory"
-    )
+class Planner:
+    """Plans of a denoiser without weights for training on some sizes, of which the largest counts.
+
+    Args:
+        encoders: those of the run, for the shapes of their features.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        pipeline: BasePipeline,
+        staged: StagedModel,
+        encoders: Sequence[Encoder],
+        buckets: Sequence[Bucket],
+    ):
+        self.settings, self.staged = settings, staged
+        self._pipeline, self._encoders = pipeline, encoders
+        self.bucket = max(buckets, key=lambda bucket: bucket.width * bucket.height * bucket.frames)
+
+    def swapped(self, settings: Settings) -> list[int]:
+        """The number of swapped blocks of every stage."""
+        return counts(settings.blocks_to_swap, [self.staged.stage_layers(stage) for stage in self._stages])
+
+    def plans(self, settings: Settings, swapped: Sequence[int]) -> list[StagePlan]:
+        """One for each stage. Weights, gradients and optimizer state are counted; for activations the micro-batch of
+        the largest bucket runs through the layers on the meta device.
+
+        Raises:
+            NotImplementedError: the layers cannot run there.
+        """
+        counted = self._activations(settings)
+        return [self._plan(settings, stage, number, counted) for stage, number in enumerate(swapped)]
+
+    def least_swapped(self, settings: Settings, budget: float) -> list[int]:
+        """The fewest swapped blocks with which each stage fits; all of its blocks if it never does."""
+        activations, found = self._activations(settings), []
+        for stage, swap in enumerate(self._swaps):
+            numbers = range(len(swap.blocks) + 1)
+            fits = (number for number in numbers if self._plan(settings, stage, number, activations).total <= budget)
+            found.append(next(fits, len(swap.blocks)))
+        return found
+
+    def text(self, settings: Settings) -> str:
+        """The plans, as text."""
+        title, swapped = f"estimated memory per rank, bucket {self.bucket}", self.swapped(settings)
+        try:
+            plans = self.plans(settings, swapped)
+        except NotImplementedError:
+            # Experts that are chosen by the values of a tensor cannot run without values.
+            title, nothing = f"{title}, without activations", [LayerActivations()] * len(self.staged.layers)
+            plans = [self._plan(settings, stage, number, nothing) for stage, number in enumerate(swapped)]
+        return "\n".join([f"{title}:", *(f"  stage {stage} {plan}" for stage, plan in enumerate(plans))])
+
+    @cached_property
+    def _held(self) -> list[tuple[int, int]]:
+        averages = self.settings.ema is not None and self.settings.ema.device == "gpu"
+        of_stages = map(self.staged.stage_layers, self._stages)
+        return [held_bytes(layers, self.settings.optimizer, averages=averages) for layers in of_stages]
+
+    @cached_property
+    def _swaps(self) -> list[SwapPlan]:
+        return [SwapPlan.of_all(self.staged.stage_layers(stage)) for stage in self._stages]
+
+    @property
+    def _stages(self) -> range:
+        return range(len(self.staged.bounds))
+
+    def _plan(self, settings: Settings, stage: int, swapped: int, counted: Sequence[LayerActivations]) -> StagePlan:
+        start, stop = self.staged.bounds[stage]
+        weights, state = self._held[stage]
+        swap = self._swaps[stage].with_blocks(swapped)
+        in_flight = min(settings.gradient_accumulation_steps, len(self.staged.bounds) - stage)
+        return StagePlan(
+            layers=(start, stop - 1),
+            weights=weights + swap.ring_bytes - swap.tensor_bytes,
+            state=state,
+            activations=peak(counted[start:stop], in_flight),
+            swap=swap,
+        )
+
+    def _activations(self, settings: Settings) -> list[LayerActivations]:
+        """Of every layer, for one micro-batch."""
+        staged, bucket = self.staged, self.bucket
+        batch = micro_batch_of(settings, bucket)
+        # Ones, since zeros would be masks that hide all of the text.
+        features = {
+            name: torch.ones((batch, *shape), dtype=dtype)
+            for encoder in self._encoders
+            for name, (shape, dtype) in encoder.feature_shapes(bucket).items()
+        }
+        latent = torch.zeros((batch, *self._pipeline.latent_shape(bucket.width, bucket.height, bucket.frames)))
+        inputs = self._pipeline.prepare_inputs({**features, "latents": latent}, latent, torch.zeros(batch))
+        recomputed = {
+            start + position
+            for start, stop in staged.bounds
+            for position in recomputed_positions(staged.layers[start:stop], settings.recomputed_every)
+        }
+        return count(
+            staged.layers,
+            {start for start, _ in staged.bounds},
+            map_tensors(lambda tensor: tensor.to("meta"), inputs),
+            [*staged.denoiser.parameters(), *staged.denoiser.buffers()],
+            recomputed=recomputed,
+            offload=settings.offloads,
+        )
 
 
 def held_bytes(layers: Sequence[nn.Module], optimizer: OptimizerSettings, *, averages: bool = False) -> tuple[int, int]:
@@ -75,39 +179,3 @@ def held_bytes(layers: Sequence[nn.Module], optimizer: OptimizerSettings, *, ave
     state += 4 * sum(parameter.numel() for parameter in trained) if averages else 0
     buffers = {id(b): b for layer in layers for b in layer.buffers()}.values()
     return sum(tensor.nbytes for tensor in (*held, *buffers)), state
-
-
-def _activations(
-    settings: Settings, pipeline: BasePipeline, staged: StagedModel, encoders: Sequence[Encoder], bucket: Bucket
-) -> list[LayerActivations]:
-    """Of every layer, for one micro-batch of `bucket`."""
-    batch = micro_batch_of(settings, bucket)
-    # Ones, since zeros would be masks that hide all of the text.
-    features = {
-        name: torch.ones((batch, *shape), dtype=dtype)
-        for encoder in encoders
-        for name, (shape, dtype) in encoder.feature_shapes(bucket).items()
-    }
-    latent = torch.zeros((batch, *pipeline.latent_shape(bucket.width, bucket.height, bucket.frames)))
-    stream = _on_meta(pipeline.prepare_inputs({**features, "latents": latent}, latent, torch.zeros(batch)))
-    return count(
-        staged.layers,
-        {start for start, _ in staged.bounds},
-        stream,
-        [*staged.denoiser.parameters(), *staged.denoiser.buffers()],
-        recomputed={
-            start + position
-            for start, stop in staged.bounds
-            for position in recomputed_positions(staged.layers[start:stop], settings.recomputed_every)
-        },
-        offload=settings.offloads,
-    )
-
-
-def _on_meta(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to("meta")
-    if isinstance(value, tuple):
-        moved = [_on_meta(part) for part in value]
-        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
-    return value

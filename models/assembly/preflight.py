@@ -10,7 +10,8 @@ from functools import partial
 import optimizers
 from models.assembly.data import check_data, choices_of, controls_of, encoders_of
 from models.assembly.exports import check_outputs
-from models.assembly.memory import estimate
+from models.assembly.fitting import KEYS, fit, memory_of
+from models.assembly.memory import Planner
 from models.assembly.prompts import check_encoders
 from models.assembly.stage import StagedModel, load_existing_adapter, partition, read_presets
 from models.base import BasePipeline
@@ -104,10 +105,21 @@ def describe(
         format_table(epochs.table()),
         *(f"evaluation '{c.source.name}': {len(c.samples)} samples" for c in collections[1:]),
         *(["\n".join(shortfalls(collections))] if shortfalls(collections) else []),
-        estimate(settings, pipeline, staged, encoders, buckets),
+        _memory(settings, ranks, Planner(settings, pipeline, staged, encoders, buckets)),
         _cache_size(encoders, collections),
     ]
     return "\n\n".join(sections)
+
+
+def _memory(settings: Settings, ranks: Ranks, planner: Planner) -> str:
+    """The plan of memory, and what it leads to where the settings leave it open."""
+    memory, open_keys = memory_of(settings, ranks), [key for key in KEYS if getattr(settings, key) == "auto"]
+    if not open_keys:
+        return planner.text(settings)
+    if memory is None:
+        return f"{planner.text(settings)}\n{' and '.join(open_keys)}: set memory_budget_gb to see what a GPU would get"
+    chosen = fit(planner, memory)
+    return "\n".join([planner.text(chosen), *(f"{key}: {getattr(chosen, key)}, chosen for this" for key in open_keys)])
 
 
 def _cache_size(encoders: Sequence[Encoder], collections: Sequence[Collection]) -> str:

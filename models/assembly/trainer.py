@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 import optimizers
 from models.assembly.data import Data, reader_of
 from models.assembly.exports import export_plan
-from models.assembly.noising import Noising
+from models.assembly.noising import NoisedBatch, Noising
 from models.assembly.prompts import sample_model
 from models.assembly.stage import StagedModel, load_stage, teacher_of
 from models.base import BasePipeline
 from optimizers.ema import EMA
 from optimizers.parameter_groups import groups_of
-from utils.dataset.batches import EvaluationBatches, SampleReader, TrainingBatches
+from utils.dataset.batches import EvaluationBatches, FeatureBatch, SampleReader, TrainingBatches
 from utils.dataset.encoders import reads_text
 from utils.dataset.epochs import Epochs, format_table, micro_batch_of
 from utils.dataset.samples import VersionPicker
@@ -27,6 +28,7 @@ from utils.parallel.engine import Engine, optimizer_for_frozen_stage
 from utils.parallel.offload import HostInputs
 from utils.parallel.pipeline import DenoiserPipeline
 from utils.parallel.swap import BlockSwap
+from utils.parallel.wire import map_tensors
 from utils.ranks import Ranks
 from utils.run import folder as run_folder
 from utils.run.cadence import Duty
@@ -170,7 +172,14 @@ def _batches(
     text_encoders = [encoder.name for encoder in data.encoders if reads_text(encoder)]
     picker = VersionPicker(settings.seed, text_encoders, bool(data.live))
     folds_guidance = settings.model.folded_guidance is not None
-    return TrainingBatches(epochs, reader, picker, noising.training, ranks.data_rank, with_empty=folds_guidance)
+    prepare = _pinned(noising) if ranks.device.type == "cuda" else noising.training
+    return TrainingBatches(epochs, reader, picker, prepare, ranks.data_rank, with_empty=folds_guidance)
+
+
+def _pinned(noising: Noising) -> Callable[[FeatureBatch, int], NoisedBatch]:
+    """Micro-batches in locked memory, from which they go to the device while it computes, and the host waits for
+    neither."""
+    return lambda batch, epoch: map_tensors(torch.Tensor.pin_memory, noising.training(batch, epoch))
 
 
 def _duties(

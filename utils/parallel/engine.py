@@ -309,14 +309,5 @@ def optimizer_for_frozen_stage() -> torch.optim.Optimizer:
 
 
 def _to_device(fields: Any, device: torch.device) -> Any:
-    """The same NamedTuple (or tuple) with its tensors on `device`."""
-
-    def move(field: Any) -> Any:
-        if isinstance(field, tuple):
-            return tuple(move(part) for part in field)
-        return field if field is None else field.to(device, non_blocking=True)
-
-    if fields is None:
-        return None
-    moved = [move(field) for field in fields]
-    return type(fields)(*moved) if hasattr(fields, "_fields") else tuple(moved)
+    """The same with its tensors on `device`."""
+    return wire.map_tensors(lambda tensor: tensor.to(device, non_blocking=True), fields)

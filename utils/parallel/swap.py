@@ -42,12 +42,15 @@ def spread(count: int, blocks: int) -> tuple[int, ...]:
     return tuple(index * (blocks - 1) // (count - 1) for index in range(count))
 
 
-def counts(setting: int | Sequence[int], layers_of_stages: Sequence[Sequence[nn.Module]]) -> list[int]:
-    """The number of swapped blocks of every stage, from one number for all or one for each.
+def counts(setting: int | Sequence[int] | str, layers_of_stages: Sequence[Sequence[nn.Module]]) -> list[int]:
+    """The number of swapped blocks of every stage, from one number for all or one for each; 0 as long as they are not
+    chosen ("auto").
 
     Raises:
         ValueError: a stage has fewer blocks.
     """
+    if setting == "auto":
+        return [0] * len(layers_of_stages)
     numbers = [setting] * len(layers_of_stages) if isinstance(setting, int) else list(setting)
     most = [len(repeated_blocks(layers)) for layers in layers_of_stages]
     for stage, (number, limit) in enumerate(zip(numbers, most, strict=True)):
@@ -70,18 +73,21 @@ class Frozen(NamedTuple):
     places: tuple[tuple[dict[str, Any], str], ...]
 
 
-def frozen_of(layers: Sequence[nn.Module], position: int) -> list[Frozen]:
-    """The tensors of a layer that can leave the device: neither trained nor shared with another layer, and plain, since
-    only plain tensors are no more than their bytes."""
+def frozen_tensors(layers: Sequence[nn.Module]) -> list[list[Frozen]]:
+    """The tensors of each layer that can leave the device: neither trained nor shared with another layer, and plain,
+    since only plain tensors are no more than their bytes."""
     found = [list(_tensors(layer)) for layer in layers]
     users = Counter(key for tensors in found for key in {id(tensor) for tensor, _, _ in tensors})
-    places: dict[int, Frozen] = {}
-    for tensor, table, name in found[position]:
-        plain = type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_sparse
-        if plain and tensor.numel() and not tensor.requires_grad and users[id(tensor)] == 1:
-            before = places[id(tensor)].places if id(tensor) in places else ()
-            places[id(tensor)] = Frozen(tensor, (*before, (table, name)))
-    return list(places.values())
+    frozen: list[list[Frozen]] = []
+    for tensors in found:
+        places: dict[int, Frozen] = {}
+        for tensor, table, name in tensors:
+            plain = type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_sparse
+            if plain and tensor.numel() and not tensor.requires_grad and users[id(tensor)] == 1:
+                before = places[id(tensor)].places if id(tensor) in places else ()
+                places[id(tensor)] = Frozen(tensor, (*before, (table, name)))
+        frozen.append(list(places.values()))
+    return frozen
 
 
 def _tensors(layer: nn.Module) -> Iterator[tuple[torch.Tensor, dict[str, Any], str]]:
@@ -103,9 +109,19 @@ class SwapPlan:
     @classmethod
     def of(cls, layers: Sequence[nn.Module], count: int) -> SwapPlan:
         """For `count` of a stage's layers, which may be on the meta device."""
-        blocks = repeated_blocks(layers)
-        chosen = [blocks[index] for index in spread(count, len(blocks))] if count else []
-        return cls({position: frozen_of(layers, position) for position in chosen})
+        return cls.of_all(layers).with_blocks(count) if count else cls({})
+
+    @classmethod
+    def of_all(cls, layers: Sequence[nn.Module]) -> SwapPlan:
+        """For all blocks."""
+        frozen = frozen_tensors(layers)
+        return cls({position: frozen[position] for position in repeated_blocks(layers)})
+
+    def with_blocks(self, count: int) -> SwapPlan:
+        """For so many of these blocks."""
+        positions = list(self.blocks)
+        chosen = [positions[index] for index in spread(count, len(positions))] if count else []
+        return SwapPlan({position: self.blocks[position] for position in chosen})
 
     @property
     def sizes(self) -> list[int]:

@@ -10,7 +10,7 @@ which carry a length in their shape, are described and not sent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,17 @@ def flatten(stream: Sequence[Any]) -> tuple[list[torch.Tensor], Description]:
             raise TypeError(f"field {position} of the stream is a {type(field).__name__}, which cannot cross stages")
     described = tuple(TensorDescription(t.dtype, tuple(t.shape), t.requires_grad) for t in tensors)
     return tensors, Description(tuple(fields), described)
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """A stream, or whatever is made of tuples, NamedTuples, tensors and None, with the function's results in the places
+    of its tensors."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        mapped = [map_tensors(function, part) for part in value]
+        return type(value)(*mapped) if hasattr(value, "_fields") else tuple(mapped)
+    return value
 
 
 def unflatten(tensors: Sequence[torch.Tensor], description: Description) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ def explained(error: BaseException, settings: Settings, run_folder: Path, step: 
 
 def savings(settings: Settings) -> Iterator[str]:
     """What these settings leave to save."""
-    swapped, model = settings.blocks_to_swap, settings.model
+    model = settings.model
     if not settings.activation_checkpointing:
         yield "activation_checkpointing = true: each block is computed once more in the backward pass"
     elif settings.recomputed_every > 1:
@@ -33,7 +33,7 @@ def savings(settings: Settings) -> Iterator[str]:
     if settings.micro_batch_size_per_gpu != 1:
         yield "micro_batch_size_per_gpu = 1, with more gradient_accumulation_steps"
     if settings.adapter:
-        more = "more blocks_to_swap" if swapped else "blocks_to_swap = 10 or more"
+        more = "more blocks_to_swap" if settings.swaps else "blocks_to_swap = 10 or more"
         yield f"{more}: frozen weights wait in the machine's memory"
         if model.transformer_dtype in (None, "float32", "float16", "bfloat16"):
             yield "[model] transformer_dtype = 'int8', 'float8' or 'nf4': the frozen weights in 8 or 4 bits"

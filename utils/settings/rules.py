@@ -76,8 +76,7 @@ def _swap_fits_stages(settings: Settings, _: int) -> Iterator[Problem]:
 
 
 def _swapped_weights_are_frozen(settings: Settings, _: int) -> Iterator[Problem]:
-    swapped = settings.blocks_to_swap
-    if settings.adapter is None and (any(swapped) if isinstance(swapped, list) else swapped):
+    if settings.adapter is None and settings.swaps and settings.blocks_to_swap != "auto":
         message = "block swap keeps frozen weights only; train an adapter, or leave blocks_to_swap out"
         yield _at("key `blocks_to_swap`", message)
 
@@ -90,10 +89,19 @@ def _recomputed_blocks_are_asked_for(settings: Settings, _: int) -> Iterator[Pro
         )
 
 
+def _budget_is_used(settings: Settings, _: int) -> Iterator[Problem]:
+    if settings.memory_budget_gb and "auto" not in (settings.activation_checkpointing, settings.blocks_to_swap):
+        yield _at(
+            "key `memory_budget_gb`",
+            'is for "auto" only; set activation_checkpointing = "auto", blocks_to_swap = "auto" or both, or leave this '
+            "out",
+        )
+
+
 def _compiled_blocks_are_plain(settings: Settings, _: int) -> Iterator[Problem]:
-    swapped, kept = settings.blocks_to_swap, settings.model.transformer_dtype
+    kept = settings.model.transformer_dtype
     others = {
-        "blocks_to_swap": any(swapped) if isinstance(swapped, list) else swapped,
+        "blocks_to_swap": settings.swaps and settings.blocks_to_swap != "auto",
         f'[model] transformer_dtype = "{kept}"': kept not in (None, "float32", "float16", "bfloat16"),
     }
     for name, given in others.items():
@@ -276,6 +284,7 @@ _RULES = (
     SettingsRule(
         ("activation_checkpointing", "activation_checkpointing_every_n_blocks"), _recomputed_blocks_are_asked_for
     ),
+    SettingsRule(("memory_budget_gb", "activation_checkpointing", "blocks_to_swap"), _budget_is_used),
     SettingsRule(("compile", "blocks_to_swap", "model"), _compiled_blocks_are_plain),
     SettingsRule(("dataset",), _dataset_exists),
     SettingsRule(("eval_datasets",), _eval_paths_exist),

@@ -212,10 +212,10 @@ class Settings(SettingsTable):
     keep_checkpoints: Count | None = None
     """Number of newest checkpoints to keep; older ones are removed, except for the one from which the run went on;
     default: keep all."""
-    activation_checkpointing: bool | Literal["offload", "unsloth"] = False
+    activation_checkpointing: bool | Literal["offload", "unsloth", "auto"] = False
     """Recompute blocks in the backward pass, which takes less memory and about a third more time. With "offload" (also
     called "unsloth") the blocks' inputs, all that is kept of them, wait in the machine's memory, which costs little
-    more time where a block computes longer than they travel."""
+    more time where a block computes longer than they travel. With "auto", what the card's memory asks for."""
     activation_checkpointing_every_n_blocks: Count = 1
     """Recompute the first of every n blocks of a stage, and keep the activations of the others: less time and more
     memory the larger n is."""
@@ -225,7 +225,9 @@ class Settings(SettingsTable):
     blocks_to_swap: SwappedBlocks = 0
     """Number of blocks of every stage, or a list with a number for each stage, whose frozen weights are kept in the
     machine's memory and copied to the GPU just before use. For adapters; two blocks' room on the GPU is shared by all
-    of them, so that it saves memory from 3 on."""
+    of them, so that it saves memory from 3 on. With "auto", as many as the card's memory asks for."""
+    memory_budget_gb: Positive | None = None
+    """What "auto" takes as the memory of each GPU, in GiB; default: the smallest of the GPUs that are there."""
     partition_method: Literal["parameters", "uniform", "manual"] = "parameters"
     """How layers are divided among stages: equal numbers of parameters, equal numbers of layers, or by
     `partition_split`."""
@@ -263,9 +265,15 @@ class Settings(SettingsTable):
     @property
     def recomputed_every(self) -> int:
         """Of every so many blocks of a stage the first is recomputed; 0: none."""
-        return self.activation_checkpointing_every_n_blocks if self.activation_checkpointing else 0
+        chosen = self.activation_checkpointing not in (False, "auto")
+        return self.activation_checkpointing_every_n_blocks if chosen else 0
 
     @property
     def offloads(self) -> bool:
         """Whether the inputs of recomputed blocks wait in the host's memory."""
-        return isinstance(self.activation_checkpointing, str)
+        return self.activation_checkpointing in ("offload", "unsloth")
+
+    @property
+    def swaps(self) -> bool:
+        """Whether blocks are swapped, or may be."""
+        return any(self.blocks_to_swap) if isinstance(self.blocks_to_swap, list) else bool(self.blocks_to_swap)

@@ -71,8 +71,8 @@ MicroBatches = Annotated[
     or_else("must be a number, or pairs of a resolution and a number as in [[512, 4], [1024, 1]]"),
 ]
 SwappedBlocks = Annotated[
-    Natural | Annotated[list[Natural], Field(min_length=1)],
-    or_else("must be a number of blocks, or a list with a number for each stage as in [10, 12]"),
+    Natural | Annotated[list[Natural], Field(min_length=1)] | Literal["auto"],
+    or_else('must be a number of blocks, a list with a number for each stage as in [10, 12], or "auto"'),
 ]
 SizeBucket = Annotated[
     tuple[Count, Count, Count],

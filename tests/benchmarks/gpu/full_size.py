@@ -125,8 +125,8 @@ def _trainer(keys: dict[str, Any], folder: Path) -> dict[str, Any]:
         **keys,
     )
     empty = partition(pipeline, settings, pipeline.weights.build_empty())
-    plan = memory.estimate(settings, pipeline, empty, model.encoders(1), [model.bucket])
-    planned = float(re.search(r"layers .*?: ([0-9.]+) GiB", plan).group(1))
+    planner = memory.Planner(settings, pipeline, empty, model.encoders(1), [model.bucket])
+    planned = planner.plans(settings, planner.swapped(settings))[0].total / GIB
     staged = load_stage(pipeline, settings, 0)
     parameters = staged.trained(staged.layers)
     optimizer = trainer._optimizer(settings, pipeline, parameters)

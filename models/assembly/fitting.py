@@ -1,0 +1,122 @@
+"""Chooses what is "auto" by a GPU's memory: which blocks are recomputed and how many are swapped."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from models.assembly.data import Data
+from models.assembly.memory import GIB, Planner, StagePlan
+from models.assembly.stage import StagedModel
+from models.base import BasePipeline
+from utils.errors import UserError
+from utils.ranks import Ranks, gather
+from utils.settings.schema import Settings
+
+logger = logging.getLogger(__name__)
+
+MARGIN, SHARE = 1.0, 0.04
+"""Of a GPU's memory so many GiB and this share are left for what is not planned: CUDA itself, the libraries' work
+areas, holes between allocations, and errors of the plan."""
+KEYS = ("activation_checkpointing", "blocks_to_swap")
+
+
+def settled(settings: Settings, ranks: Ranks, pipeline: BasePipeline, staged: StagedModel, data: Data) -> Settings:
+    """The settings with values in the place of "auto", the same on all ranks; the main rank logs the plan.
+
+    Args:
+        staged: without weights.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    memory = min(gather(ranks, "memory", memory_of(settings, ranks) or float("inf")))
+    chosen = {}
+    if ranks.is_main:
+        buckets = {sample.bucket for sample in data.training.samples}
+        planner = Planner(settings, pipeline, staged, data.encoders, list(buckets))
+        settings = fit(planner, memory)
+        logger.info("%s", planner.text(settings))
+        chosen = {key: getattr(settings, key) for key in KEYS}
+    return settings.model_copy(update=gather(ranks, "settled", chosen)[0])
+
+
+def memory_of(settings: Settings, ranks: Ranks) -> float | None:
+    """The bytes of this rank's GPU, or those that the settings name; None without either."""
+    if settings.memory_budget_gb:
+        return settings.memory_budget_gb * GIB
+    if ranks.device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(ranks.device)[1]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Settings that may fit, and the plans that they lead to."""
+
+    settings: Settings
+    plans: Sequence[StagePlan]
+
+    @property
+    def total(self) -> int:
+        """Of the stage that takes most."""
+        return max(plan.total for plan in self.plans)
+
+    def __str__(self) -> str:
+        chosen = ", ".join(f"{key} = {_toml(getattr(self.settings, key))}" for key in KEYS)
+        return f"{chosen}: {self.total / GIB:.2f} GiB"
+
+
+def _toml(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value).lower()
+
+
+def fit(planner: Planner, memory: float) -> Settings:
+    """The planner's settings with values in the place of "auto": those of the least time that fit into a card's
+    `memory` in bytes. To recompute blocks comes before their inputs leave the device,
+    and both before weights travel.
+
+    Raises:
+        UserError: nothing fits, or the model cannot be planned.
+    """
+    settings = planner.settings
+    if "auto" not in (settings.activation_checkpointing, settings.blocks_to_swap):
+        return settings
+    budget = memory * (1 - SHARE) - MARGIN * GIB
+    tried = []
+    try:
+        for attempt in _attempts(planner, budget):
+            tried.append(attempt)
+            if attempt.total <= budget:
+                return attempt.settings
+    except NotImplementedError as error:
+        raise UserError.of(
+            'this model\'s memory cannot be planned; write a number instead of "auto"',
+            where="keys `activation_checkpointing`, `blocks_to_swap`",
+        ) from error
+    short = tried[-1].total - budget
+    listed = "".join(f"\n  {attempt}" for attempt in tried)
+    raise UserError.of(
+        f"of {memory / GIB:.1f} GiB, {budget / GIB:.2f} can be planned with, and nothing fits:{listed}\n"
+        f"The last falls short by {short / GIB:.2f} GiB: take smaller samples, a smaller micro-batch or base "
+        "(transformer_dtype), or more pipeline_stages",
+        where="key `memory_budget_gb`" if settings.memory_budget_gb else "this card's memory",
+    )
+
+
+def _attempts(planner: Planner, budget: float) -> Iterator[Attempt]:
+    """From the fastest to the smallest."""
+    settings = planner.settings
+    chooses = settings.activation_checkpointing == "auto"
+    ways = (False, True, "offload") if chooses else (settings.activation_checkpointing,)
+    for way in ways:
+        chosen = settings.model_copy(update={"activation_checkpointing": way})
+        plain = {"blocks_to_swap": 0} if settings.blocks_to_swap == "auto" else {}
+        yield Attempt(chosen.model_copy(update=plain), planner.plans(chosen, planner.swapped(chosen)))
+    if settings.blocks_to_swap == "auto" and settings.adapter and not settings.compile:
+        swapped = planner.least_swapped(chosen, budget)
+        number = swapped[0] if len(swapped) == 1 else swapped
+        yield Attempt(chosen.model_copy(update={"blocks_to_swap": number}), planner.plans(chosen, swapped))

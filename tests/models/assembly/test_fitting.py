@@ -1,0 +1,118 @@
+"""What is chosen by a GPU's memory, for some blocks of the size of Flux.1 on the meta device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from models.assembly.fitting import MARGIN, SHARE, Attempt, fit, memory_of
+from models.assembly.memory import GIB, Planner
+from models.assembly.stage import partition
+from tests.models import tiny_flux
+from tests.models.tiny_folder import settings_of
+from utils.adapters.lora import LoraSettings
+from utils.dataset.samples import Bucket
+from utils.errors import UserError
+from utils.ranks import Ranks
+from utils.settings.schema import Settings
+
+LARGE = {"num_layers": 3, "num_single_layers": 6, "num_attention_heads": 24, "attention_head_dim": 128}
+BLOCKS = 9
+AUTO = {"activation_checkpointing": "auto", "blocks_to_swap": "auto"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny_flux.write_folder(tmp_path_factory.mktemp("flux"))
+    file = folder / "transformer" / "config.json"
+    config = {**json.loads(file.read_text()), **LARGE, "axes_dims_rope": [16, 56, 56]}
+    file.write_text(json.dumps(config))
+    return folder
+
+
+def planner_of(folder: Path, adapter: Any = None, **keys: Any) -> Planner:
+    flux = tiny_flux.pipeline(folder, dtype="bfloat16")
+    settings = settings_of(flux, LoraSettings(type="lora", rank=16) if adapter is None else adapter or None, **keys)
+    shapes = {name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in tiny_flux.features((512, 512)).items()}
+    encoder = SimpleNamespace(feature_shapes=lambda bucket: shapes)
+    staged = partition(flux, settings, flux.weights.build_empty())
+    return Planner(settings, flux, staged, [encoder], [Bucket(1024, 1024, 1), Bucket(512, 512, 1)])
+
+
+def total(planner: Planner, **keys: Any) -> int:
+    settings = planner.settings.model_copy(update=keys)
+    return Attempt(settings, planner.plans(settings, planner.swapped(settings))).total
+
+
+def card_for(planned: float) -> float:
+    """The memory of a GPU on which this much just fits."""
+    return (planned + MARGIN * GIB) / (1 - SHARE) + 1
+
+
+def chosen(settings: Settings) -> tuple[Any, Any]:
+    return settings.activation_checkpointing, settings.blocks_to_swap
+
+
+def test_the_fastest_that_fits_is_chosen(folder: Path) -> None:
+    planner = planner_of(folder, **AUTO)
+    plain = total(planner, activation_checkpointing=False, blocks_to_swap=0)
+    recomputed = total(planner, activation_checkpointing=True, blocks_to_swap=0)
+    offloaded = total(planner, activation_checkpointing="offload", blocks_to_swap=0)
+    assert plain > 1.5 * recomputed > 1.5 * offloaded
+    assert chosen(fit(planner, float("inf"))) == (False, 0)
+    assert chosen(fit(planner, card_for(plain))) == (False, 0)
+    assert chosen(fit(planner, card_for(plain - 1))) == (True, 0)
+    assert chosen(fit(planner, card_for(recomputed))) == (True, 0)
+    assert chosen(fit(planner, card_for(recomputed - 1))) == ("offload", 0)
+    for count in (4, 6, BLOCKS):
+        swapped = total(planner, activation_checkpointing="offload", blocks_to_swap=count)
+        assert chosen(fit(planner, card_for(swapped))) == ("offload", count)
+
+
+def test_what_is_set_stays_as_it_is(folder: Path) -> None:
+    recomputing = planner_of(folder, activation_checkpointing=True, blocks_to_swap="auto")
+    least = total(recomputing, blocks_to_swap=BLOCKS)
+    assert chosen(fit(recomputing, card_for(least))) == (True, BLOCKS)
+    swapping = planner_of(folder, activation_checkpointing="auto", blocks_to_swap=5)
+    assert chosen(fit(swapping, card_for(total(swapping, activation_checkpointing=True)))) == (True, 5)
+    nothing_open = planner_of(folder, activation_checkpointing=False, blocks_to_swap=3)
+    assert fit(nothing_open, 1.0) is nothing_open.settings
+
+
+def test_each_stage_gets_its_own_number(folder: Path) -> None:
+    planner = planner_of(folder, pipeline_stages=2, **AUTO)
+    least = planner.plans(planner.settings.model_copy(update={"activation_checkpointing": "offload"}), [4, 5])
+    way, numbers = chosen(fit(planner, card_for(max(plan.total for plan in least))))
+    assert way == "offload" and len(numbers) == 2 and numbers != [0, 0]
+
+
+def test_what_fits_nowhere_is_told_with_what_was_tried(folder: Path) -> None:
+    planner = planner_of(folder, memory_budget_gb=2.0, **AUTO)
+    with pytest.raises(UserError) as caught:
+        fit(planner, memory_of(planner.settings, Ranks()))
+    told = str(caught.value)
+    least = total(planner, activation_checkpointing="offload", blocks_to_swap=BLOCKS)
+    short = (least - (2.0 * GIB * (1 - SHARE) - MARGIN * GIB)) / GIB
+    assert "memory_budget_gb" in told and f"falls short by {short:.2f} GiB" in told
+    for line in ("activation_checkpointing = false, blocks_to_swap = 0:", f'"offload", blocks_to_swap = {BLOCKS}:'):
+        assert line in told
+
+
+def test_a_full_fine_tune_swaps_nothing(folder: Path) -> None:
+    planner = planner_of(folder, adapter=False, **AUTO)
+    with pytest.raises(UserError, match="nothing fits") as caught:
+        fit(planner, 2.0 * GIB)
+    assert f"blocks_to_swap = {BLOCKS}" not in str(caught.value)
+
+
+def test_without_a_gpu_and_a_budget_there_is_no_limit(folder: Path) -> None:
+    planner = planner_of(folder, **AUTO)
+    if not torch.cuda.is_available():
+        assert memory_of(planner.settings, Ranks()) is None
+    budget = planner.settings.model_copy(update={"memory_budget_gb": 24})
+    assert memory_of(budget, Ranks()) == 24 * GIB
