@@ -80,23 +80,17 @@ def fit(planner: Planner, memory: float) -> Settings:
     and both before weights travel.
 
     Raises:
-        UserError: nothing fits, or the model cannot be planned.
+        UserError: nothing fits.
     """
     settings = planner.settings
     if "auto" not in (settings.activation_checkpointing, settings.blocks_to_swap):
         return settings
     budget = memory * (1 - SHARE) - MARGIN * GIB
     tried = []
-    try:
-        for attempt in _attempts(planner, budget):
-            tried.append(attempt)
-            if attempt.total <= budget:
-                return attempt.settings
-    except NotImplementedError as error:
-        raise UserError.of(
-            'this model\'s memory cannot be planned; write a number instead of "auto"',
-            where="keys `activation_checkpointing`, `blocks_to_swap`",
-        ) from error
+    for attempt in _attempts(planner, budget):
+        tried.append(attempt)
+        if attempt.total <= budget:
+            return attempt.settings
     short = tried[-1].total - budget
     listed = "".join(f"\n  {attempt}" for attempt in tried)
     raise UserError.of(

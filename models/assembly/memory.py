@@ -86,11 +86,7 @@ class Planner:
 
     def plans(self, settings: Settings, swapped: Sequence[int]) -> list[StagePlan]:
         """One for each stage. Weights, gradients and optimizer state are counted; for activations the micro-batch of
-        the largest bucket runs through the layers on the meta device.
-
-        Raises:
-            NotImplementedError: the layers cannot run there.
-        """
+        the largest bucket runs through the layers on the meta device."""
         counted = self._activations(settings)
         return [self._plan(settings, stage, number, counted) for stage, number in enumerate(swapped)]
 
@@ -105,14 +101,9 @@ class Planner:
 
     def text(self, settings: Settings) -> str:
         """The plans, as text."""
-        title, swapped = f"estimated memory per rank, bucket {self.bucket}", self.swapped(settings)
-        try:
-            plans = self.plans(settings, swapped)
-        except NotImplementedError:
-            # Experts that are chosen by the values of a tensor cannot run without values.
-            title, nothing = f"{title}, without activations", [LayerActivations()] * len(self.staged.layers)
-            plans = [self._plan(settings, stage, number, nothing) for stage, number in enumerate(swapped)]
-        return "\n".join([f"{title}:", *(f"  stage {stage} {plan}" for stage, plan in enumerate(plans))])
+        plans = self.plans(settings, self.swapped(settings))
+        title = f"estimated memory per rank, bucket {self.bucket}:"
+        return "\n".join([title, *(f"  stage {stage} {plan}" for stage, plan in enumerate(plans))])
 
     @cached_property
     def _held(self) -> list[tuple[int, int]]:

@@ -37,5 +37,7 @@ def load_balancing(probabilities_TE: torch.Tensor, chosen_TK: torch.Tensor) -> t
     experts = probabilities_TE.shape[1]
     # A mean over thousands of tokens in 16 bits would have two digits.
     mean_E = probabilities_TE.mean(0, dtype=torch.promote_types(probabilities_TE.dtype, torch.float32))
-    share_E = torch.bincount(chosen_TK.flatten(), minlength=experts) / chosen_TK.numel()
+    # Not bincount, for which the host waits for a GPU.
+    numbers_E = torch.arange(experts, device=chosen_TK.device)
+    share_E = (chosen_TK.flatten()[:, None] == numbers_E).sum(dim=0) / chosen_TK.numel()
     return experts * (share_E * mean_E).sum()
