@@ -1,5 +1,5 @@
-"""Every model type at a tiny size in bfloat16, LoRA and in full: cache, three steps with recomputing, evaluation, a
-sample, an export, a checkpoint.
+"""Every model type at a tiny size in bfloat16, LoRA and in full: cache, three steps, recomputed or not, evaluation, a sample,
+an export, a checkpoint.
 
 Samples are stills, so that PyAV is not needed.
 """
@@ -24,6 +24,7 @@ from tests.benchmarks.setting import MINI_FLUX, ROOT
 from tests.models.tiny_folder import tiny
 
 ADAPTERS: dict[str, dict[str, Any] | None] = {"LoRA": {"type": "lora", "rank": 4}, "full": None}
+RECOMPUTE = {"LoRA": "offload", "full": "auto"}
 STEPS, PICTURES, SECONDS = 3, 8, 110
 
 
@@ -75,7 +76,7 @@ def _write_run(model: str, adapter: str, folder: Path) -> Path:
         "max_steps": STEPS,
         "micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 2,
-        "activation_checkpointing": True,
+        "activation_checkpointing": RECOMPUTE[adapter],
         "eval_datasets": [{"name": "seen", "config": str(place / "seen.toml")}],
         "eval_every_n_steps": STEPS,
         "model": {**options, "dtype": "bfloat16"},
