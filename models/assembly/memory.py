@@ -78,6 +78,7 @@ class Planner:
     ):
         self.settings, self.staged = settings, staged
         self._pipeline, self._encoders = pipeline, encoders
+        self._counted: dict[tuple[int, bool], list[LayerActivations]] = {}
         self.bucket = max(buckets, key=lambda bucket: bucket.width * bucket.height * bucket.frames)
 
     def swapped(self, settings: Settings) -> list[int]:
@@ -134,6 +135,12 @@ class Planner:
 
     def _activations(self, settings: Settings) -> list[LayerActivations]:
         """Of every layer, for one micro-batch."""
+        key = settings.recomputed_every, settings.offloads
+        if key not in self._counted:
+            self._counted[key] = self._count(settings)
+        return self._counted[key]
+
+    def _count(self, settings: Settings) -> list[LayerActivations]:
         staged, bucket = self.staged, self.bucket
         batch = micro_batch_of(settings, bucket)
         # Ones, since zeros would be masks that hide all of the text.

@@ -1,5 +1,5 @@
-"""Every model type at a tiny size in bfloat16, LoRA and in full: cache, three steps, recomputed or not, evaluation, a sample,
-an export, a checkpoint.
+"""Every model type at a tiny size in bfloat16, LoRA and in full: cache, three steps, recomputed or not, evaluation, a
+sample, an export, a checkpoint.
 
 Samples are stills, so that PyAV is not needed.
 """

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.benchmarks.gpu.environment import matrix_rate
 from tests.benchmarks.gpu.timing import GIB, median_seconds
 
-RANK, STEPS = 32, 3
+RANK, STEPS, TOKENS = 32, 3, 512
 CASES: dict[str, dict[str, Any]] = {
     "Flux, recompute": {"activation_checkpointing": True},
     "Flux": {},
@@ -104,7 +104,8 @@ def _trainer(keys: dict[str, Any], folder: Path) -> dict[str, Any]:
     from models.assembly import memory, trainer
     from models.assembly.stage import load_stage, partition
     from optimizers.adamw import AdamWSettings
-    from tests.benchmarks.gpu.random_models import FLUX, WAN
+    from tests.benchmarks.gpu.random_models import micro_batch, random_pipeline
+    from tests.models.full_size import FLUX, WAN
     from utils.adapters.lora import LoraSettings
     from utils.parallel.attention import set_kernels
     from utils.parallel.backend import initialize_deepspeed
@@ -116,7 +117,7 @@ def _trainer(keys: dict[str, Any], folder: Path) -> dict[str, Any]:
     connect(ranks)
     set_kernels()
     initialize_deepspeed()
-    pipeline = model.pipeline(folder, **keys.pop("model", {}))
+    pipeline = random_pipeline(model, folder, **keys.pop("model", {}))
     settings = Settings(
         output_dir=folder,
         dataset=folder,
@@ -126,13 +127,13 @@ def _trainer(keys: dict[str, Any], folder: Path) -> dict[str, Any]:
         **keys,
     )
     empty = partition(pipeline, settings, pipeline.weights.build_empty())
-    planner = memory.Planner(settings, pipeline, empty, model.encoders(1), [model.bucket])
+    planner = memory.Planner(settings, pipeline, empty, model.encoders, [model.bucket])
     planned = planner.plans(settings, planner.swapped(settings))[0].total / GIB
     staged = load_stage(pipeline, settings, 0)
     parameters = staged.trained(staged.layers)
     optimizer = trainer._optimizer(settings, pipeline, parameters)
     engine = trainer._engine(settings, ranks, pipeline, staged, optimizer)
-    batch = model.micro_batch(pipeline)
+    batch = micro_batch(model, pipeline)
     return _measured(lambda: engine.train_step([batch], 0).loss, planned)
 
 
@@ -143,7 +144,7 @@ def _plain() -> dict[str, Any]:
     from torch.nn.functional import mse_loss
 
     from models.flux import FluxPipeline, grid_positions
-    from tests.benchmarks.gpu.random_models import TEXT, _drawn
+    from tests.benchmarks.gpu.random_models import drawn
 
     # As in the trainer; with cuDNN's kernels Flux's gradients are wrong here.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -152,7 +153,7 @@ def _plain() -> dict[str, Any]:
     model.to_empty(device="cuda").to(torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(_drawn(parameter.shape))
+            parameter.copy_(drawn(parameter.shape))
     model.requires_grad_(False)
     blocks = "|".join(FluxPipeline.blocks)
     names = [
@@ -169,11 +170,11 @@ def _plain() -> dict[str, Any]:
     bfloat16 = {"device": "cuda", "dtype": torch.bfloat16}
     inputs = {
         "hidden_states": torch.randn(1, 4096, 64, **bfloat16),
-        "encoder_hidden_states": torch.randn(1, TEXT, 4096, **bfloat16),
+        "encoder_hidden_states": torch.randn(1, TOKENS, 4096, **bfloat16),
         "pooled_projections": torch.randn(1, 768, **bfloat16),
         "timestep": torch.full((1,), 0.5, device="cuda"),
         "guidance": torch.ones(1, device="cuda"),
-        "txt_ids": torch.zeros(TEXT, 3, device="cuda"),
+        "txt_ids": torch.zeros(TOKENS, 3, device="cuda"),
         "img_ids": grid_positions(128, 128, image=0).cuda(),
     }
     target = torch.randn(1, 4096, 64, device="cuda")

@@ -1,0 +1,126 @@
+"""Writes memory.md with the planner's choices for models at full size: `python docs/memory.py`, some minutes."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from models.assembly.fitting import Attempt, fit  # noqa: E402
+from models.assembly.memory import GIB, Planner  # noqa: E402
+from models.assembly.stage import partition  # noqa: E402
+from optimizers.adamw import AdamW8bitSettings, AdamWSettings  # noqa: E402
+from tests.models.full_size import ALL, FullSize  # noqa: E402
+from utils.adapters.lora import LoraSettings  # noqa: E402
+from utils.errors import UserError  # noqa: E402
+from utils.settings.schema import Settings  # noqa: E402
+
+PAGE = ROOT / "docs" / "memory.md"
+CARDS = (12, 16, 24, 32, 48, 80)
+BASES = ("bfloat16", "float8", "nf4")
+RANK = 32
+AUTO = {"activation_checkpointing": "auto", "blocks_to_swap": "auto"}
+WAYS = {False: "", True: "recompute", "offload": "offload"}
+TOP = f"""# What fits
+
+This page is made by the planner that `--check` and every run use: `python docs/memory.py`. It is counted, not measured;
+on an H200 the measured peaks of Flux and Wan lie within 6% of the plan ([benchmarks](benchmarks.md)). Write
+`activation_checkpointing = "auto"` and `blocks_to_swap = "auto"` to get these settings for the card that is there, or
+`memory_budget_gb` with them to see what another would get.
+
+## LoRA of rank {RANK}, one sample at a time
+
+In each cell what the card needs, and the GiB of a step's peak. *recompute* is `activation_checkpointing = true`,
+*offload* is `activation_checkpointing = "offload"`, a number after *swap* is `blocks_to_swap`; nothing means that
+nothing is needed. *float8* and *nf4* are `[model] transformer_dtype`, given where the model does not fit in bfloat16.
+Encoders are gone before the denoiser comes; they, and decoding samples with the VAE, are not counted.
+"""
+FULL = """## In full
+
+AdamW, one sample at a time, blocks recomputed with offload: the GiB of a single card. `adamw8bit` keeps a quarter of
+the optimizer's state; more `pipeline_stages` share all of it.
+"""
+
+
+def main() -> None:
+    adapted = "\n".join(lora_row(model) for model in ALL)
+    cards = " | ".join(f"{card} GB" for card in CARDS)
+    lora = f"| | {cards} |\n|---|{'---|' * len(CARDS)}\n{adapted}\n"
+    in_full = "| | GiB, AdamW | adamw8bit |\n|---|---|---|\n" + "\n".join(full_row(model) for model in ALL) + "\n"
+    PAGE.write_text(f"{TOP}\n{lora}\n{FULL}\n{in_full}", encoding="utf-8")
+
+
+def lora_row(model: FullSize) -> str:
+    """The choices for a model on all cards."""
+    width, height, frames = model.size
+    size = f"{width} x {height}" + (f" x {frames}" if frames > 1 else "")
+    return f"| {model.name}, {size} | {' | '.join(_choices(model))} |"
+
+
+def _choices(model: FullSize) -> Iterator[str]:
+    planners: dict[str, Planner] = {}
+    for card in CARDS:
+        for base in BASES:
+            if base not in planners:
+                adapter = LoraSettings(type="lora", rank=RANK)
+                planners[base] = _planner(model, AdamWSettings(type="adamw", lr=1e-4), adapter, base, **AUTO)
+            chosen = _chosen(planners[base], card)
+            if chosen:
+                yield f"{'' if base == BASES[0] else f'{base}, '}{chosen}"
+                break
+        else:
+            yield "-"
+
+
+def _chosen(planner: Planner, card: int) -> str | None:
+    """What fits the card; None if nothing does."""
+    try:
+        settings = fit(planner, card * GIB)
+    except UserError:
+        return None
+    swap = f"swap {settings.blocks_to_swap}" if settings.blocks_to_swap else ""
+    parts = [WAYS[settings.activation_checkpointing], swap, f"{_total(planner, settings):.1f}"]
+    return ", ".join(part for part in parts if part)
+
+
+def full_row(model: FullSize) -> str:
+    """What a model takes in full with two optimizers."""
+    totals = []
+    for optimizer in (AdamWSettings(type="adamw", lr=1e-5), AdamW8bitSettings(type="adamw8bit", lr=1e-5)):
+        planner = _planner(model, optimizer, None, BASES[0], activation_checkpointing="offload")
+        totals.append(f"{_total(planner, planner.settings):.0f}")
+    return f"| {model.name} | {' | '.join(totals)} |"
+
+
+def _total(planner: Planner, settings: Settings) -> float:
+    return Attempt(settings, planner.plans(settings, planner.swapped(settings))).total / GIB
+
+
+def _planner(model: FullSize, optimizer: Any, adapter: Any, base: str, **keys: Any) -> Planner:
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline = model.pipeline(Path(folder), transformer_dtype=base)
+        settings = Settings(
+            output_dir=Path(folder),
+            dataset=Path(folder),
+            model=pipeline.options,
+            adapter=adapter,
+            optimizer=optimizer,
+            **keys,
+        )
+        staged = partition(pipeline, settings, pipeline.weights.build_empty())
+        planner = Planner(settings, pipeline, staged, model.encoders, [model.bucket])
+        # Reads the files, which are gone afterwards.
+        planner.plans(settings, planner.swapped(settings))
+        for way in WAYS:
+            chosen = settings.model_copy(update={"activation_checkpointing": way})
+            planner.plans(chosen, planner.swapped(chosen))
+        return planner
+
+
+if __name__ == "__main__":
+    main()
