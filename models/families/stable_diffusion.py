@@ -48,7 +48,7 @@ from utils.dataset.buckets import MediaFacts
 from utils.diffusion.objectives import Epsilon
 from utils.errors import Problem, UserError
 from utils.settings.model_schema import ModelSettings
-from utils.settings.values import Positive
+from utils.settings.values import OptionalRate, Positive
 
 Tensors = dict[str, torch.Tensor]
 UNET = "unet"
@@ -61,9 +61,9 @@ class StableDiffusionOptions(DDPMOptions):
 
     unet_lr: Positive | None = None
     """Learning rate of the UNet; default: `lr` of `[optimizer]`."""
-    text_encoder_1_lr: Positive | None = None
-    """Train the first text encoder (CLIP-L) too, with this learning rate; default: it is frozen, and its features of
-    captions are cached."""
+    text_encoder_1_lr: OptionalRate = None
+    """Train the first text encoder (CLIP-L) too, with this learning rate; default, and with 0: it is frozen, and its
+    features of captions are cached."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,15 @@ def explain(error: Mapping[str, Any]) -> str:
     return allowed if whole else f"{allowed}; given: {given(error['input'])}"
 
 
+def as_toml(value: Any) -> str:
+    """A value as it is written in a file."""
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {as_toml(entry)}' for key, entry in value.items())} }}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(as_toml, value))}]"
+    return str(value).lower() if isinstance(value, bool) else repr(value) if isinstance(value, str) else str(value)
+
+
 def given(value: Any) -> str:
     """A value as the user wrote it, with its kind."""
     kind = next((kind for cls, kind in _KINDS if isinstance(value, cls)), "something else")

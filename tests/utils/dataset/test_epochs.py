@@ -282,3 +282,6 @@ def test_micro_batch_sizes_of_evaluation():
     assert [micro_batch_of(chosen, bucket, evaluating=True) for bucket in (SQUARE, CLIP)] == [5, 5]
     other = run_settings(micro_batch_size_per_gpu=2, image_micro_batch_size_per_gpu=3)
     assert [micro_batch_of(other, bucket, evaluating=True) for bucket in (SQUARE, CLIP)] == [3, 2]
+    both = run_settings(eval_micro_batch_size_per_gpu=5, eval_image_micro_batch_size_per_gpu=[[64, 9], [512, 6]])
+    assert [micro_batch_of(both, bucket, evaluating=True) for bucket in (SQUARE, CLIP)] == [9, 5]
+    assert [micro_batch_of(both, bucket) for bucket in (SQUARE, CLIP)] == [1, 1]
