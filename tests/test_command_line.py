@@ -38,4 +38,4 @@ def test_help_lists_our_flags_alone(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train.parse_arguments(["--help"])
     said = capsys.readouterr().out
-    assert "--trust_cache" in said and "--deepspeed" not in said.split("usage:")[1].replace("deepspeed --num", "")
+    assert "--trust_cache" in said and "--deepspeed" not in said

@@ -22,7 +22,7 @@ from utils.run import checkpoint, out_of_memory
 from utils.run.cadence import Cadence, Duty
 from utils.run.parts import RunParts
 from utils.run.progress import Progress
-from utils.run.signals import StopRequested
+from utils.run.signals import SAVE, SAVE_AND_QUIT, FileRequests, StopRequested
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class Trainer:
             settings.checkpoint_every_n_epochs,
             minutes=settings.checkpoint_every_n_minutes,
         )
+        self.requests = FileRequests(self.parts.folder)
         self.last_step = self.progress.step + self._steps_left()
 
     def _steps_left(self) -> int:
@@ -130,11 +131,22 @@ class Trainer:
         interrupted = self._perform(due, done, ended)
         self.progress = done.next_epoch() if ended else done
         # A signal reaches one process, and clocks differ: the ranks have to agree, since all of them save together.
-        asked, overdue = any_rank([self.parts.stop.pending(), self.parts.ranks.is_main and self.checkpoints.overdue()])
-        stopping = interrupted or asked
+        is_main, requests = self.parts.ranks.is_main, self.requests
+        asked, overdue, save, quit_too = any_rank(
+            [
+                self.parts.stop.pending(),
+                is_main and self.checkpoints.overdue(),
+                is_main and requests.asked(SAVE),
+                is_main and requests.asked(SAVE_AND_QUIT),
+            ]
+        )
+        stopping = interrupted or asked or quit_too
+        self.parts.stop.by_file = quit_too
         at_end = last and self.checkpoints.ever
-        if stopping or overdue or at_end or self.checkpoints.due(before, done, ended):
+        if stopping or save or overdue or at_end or self.checkpoints.due(before, done, ended):
             self.save_checkpoint()
+        if is_main and (save or quit_too):
+            requests.done()
         return stopping and not last
 
     def _perform(self, due: Sequence[Duty], progress: Progress, epoch_ended: bool) -> bool:
