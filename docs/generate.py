@@ -20,11 +20,13 @@ def pages() -> dict[str, str]:
     """File name under docs/ -> content."""
     import models
     from utils.settings.document import dataset_json_schema, settings_json_schema, settings_page
+    from utils.settings.foreign_page import foreign_page
 
     pipelines = {name: models.find(name) for name in models.available()}
     classes = {section: choice.classes for section, choice in models.choices().items()}
     classes["model"] = {name: pipeline.Options for name, pipeline in pipelines.items()}
     return {
+        "coming_from_diffusion_pipe.md": foreign_page(),
         "settings.md": settings_page(classes),
         "settings.schema.json": settings_json_schema(classes),
         "dataset.schema.json": dataset_json_schema(),

@@ -22,7 +22,7 @@ def test_flags_of_diffusion_pipe_that_ask_for_nothing_are_taken(words: list[str]
     ("words", "told"),
     [
         (["--deepspeed_config", "zero.json"], "--deepspeed_config: leave it out: what DeepSpeed is told follows"),
-        (["--test_sample"], "--test_sample: write `sample_before_first_step = true`"),
+        (["--test_sample"], "--test_sample: write instead: `sample_before_first_step = true`"),
     ],
 )
 def test_flags_of_diffusion_pipe_that_ask_for_something_are_answered(

@@ -14,7 +14,7 @@ class Difference:
     """A key of a run's file, or of a dataset file, that has another meaning here.
 
     Attributes:
-        place: "run", "adapter" or "dataset".
+        place: "run", "adapter", "dataset" or "directory".
         key: its name there.
         here: what it means here, and what it means in diffusion-pipe.
         matters: whether it makes a difference to a run, or to a directory of a dataset.
@@ -26,6 +26,7 @@ class Difference:
     matters: Callable[[Settings], bool] | Callable[[DirectorySettings], bool]
 
 
+OF_DATA = ("dataset", "directory")
 DIFFERENCES = (
     Difference(
         "run",
@@ -56,7 +57,7 @@ DIFFERENCES = (
         ),
     ),
     Difference(
-        "dataset",
+        "directory",
         "mask_path",
         "a picture without a mask is left out, unless there is a default_mask_file; there it is trained as a whole",
         lambda directory: directory.mask_path is not None and directory.default_mask_file is None,
@@ -67,7 +68,7 @@ DIFFERENCES = (
 def differences(settings: Settings, datasets: Mapping[Path, DatasetSettings], file: str) -> Iterator[Problem]:
     """The differences that matter to a run and to its datasets, each once a file."""
     for difference in DIFFERENCES:
-        if difference.place != "dataset":
+        if difference.place not in OF_DATA:
             if difference.matters(settings):
                 title = "key" if difference.place == "run" else f"[{difference.place}]"
                 yield Problem(file, f"{title} `{difference.key}`", difference.here)

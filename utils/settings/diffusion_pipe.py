@@ -89,7 +89,7 @@ _MODEL: Mapping[str, Foreign] = {
     "t5_path": _text_encoder("t5"),
     "text_encoder_path": _text_encoder("qwen2_5_vl"),
     "v_pred": Foreign(
-        "write `prediction_type = 'v_prediction'` and `rescale_betas_zero_snr` instead",
+        "write instead: `prediction_type = 'v_prediction'` and `rescale_betas_zero_snr`",
         _v_prediction,
         harmless=lambda value: value is False,
         why_harmless="the noise is predicted, unless the folder's scheduler says otherwise",
@@ -97,7 +97,7 @@ _MODEL: Mapping[str, Foreign] = {
 }
 _ADAPTER: Mapping[str, Foreign] = {
     "decompose_factor": Foreign(
-        "write `factor` instead",
+        "write instead: `factor`",
         lambda value: {"factor": value},
         harmless=lambda value: value == -1,
         why_harmless="the sides are as alike as can be without `factor` too",
@@ -118,7 +118,7 @@ _OPTIMIZER: Mapping[str, Foreign] = {
 _DATASET: Mapping[str, Foreign] = {
     "online_captions": write("`cache_text_embeddings = false`, in the run's file", unless=(False,)),
     "shuffle_tags": Foreign(
-        "write `cache_shuffle_num` instead, how many orders of the tags are cached",
+        "write instead: `cache_shuffle_num`, how many orders of the tags are cached",
         lambda value: {"cache_shuffle_num": int(value) if isinstance(value, bool) else value},
         harmless=lambda value: value is False,
         why_harmless="tags stay as they are written",
@@ -159,9 +159,7 @@ FLAGS: Mapping[str, Foreign] = {
     "deepspeed": leave_out("DeepSpeed is always used"),
     "deepspeed_config": Foreign("leave it out: what DeepSpeed is told follows from the keys of the config"),
     "i_know_what_i_am_doing": leave_out("there is no check that it would skip"),
-    "test_sample": Foreign(
-        "write `sample_before_first_step = true` with `prompts` and `max_steps`, in `[sampling]`, instead"
-    ),
+    "test_sample": Foreign("write instead: `sample_before_first_step = true` and `prompts`, in `[sampling]`"),
 }
 """Of its command line; those of the same name, `SAME_FLAGS`, do the same."""
 

@@ -39,7 +39,8 @@ DATA_GROUPS: Mapping[str, str] = {
 _HEAD = """# Settings
 
 Every key of a run's file and of a dataset file. This page is generated from the schema; a key that is not
-listed here is refused.
+listed here is refused, unless it is one of another trainer's that says the same or nothing
+([diffusion-pipe's](coming_from_diffusion_pipe.md)).
 
 ## The run's own keys
 
@@ -88,7 +89,8 @@ def _own_keys(cls: type[DataKeys]) -> list[str]:
 
 
 def settings_json_schema(classes: Mapping[str, Classes]) -> str:
-    """`docs/settings.schema.json`: accepts what the reader accepts, as far as one file can tell.
+    """`docs/settings.schema.json`: accepts what the reader accepts, as far as one file can tell, except for other
+    trainers' keys, which an editor should mark.
 
     Args:
         classes: as in `settings_page`.

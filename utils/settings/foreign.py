@@ -20,7 +20,7 @@ class Foreign:
     """A key that only other trainers have.
 
     Attributes:
-        advice: what to do about it, as in "write `max_steps` instead".
+        advice: what to do about it, as in "write instead: `max_steps`".
         keys: its value -> keys of the same table that say the same; None if there are none.
         harmless: its value -> whether nothing is lost by leaving the key out; then it is passed over, with a warning.
         why_harmless: what the warning says, if it is not the advice.
@@ -32,6 +32,11 @@ class Foreign:
     why_harmless: str = ""
 
     @property
+    def may_be_harmless(self) -> bool:
+        """Whether there is a value with which it is."""
+        return self.harmless is not _never
+
+    @property
     def warning(self) -> str:
         """What to tell where it is harmless."""
         return f"not used: {self.why_harmless}" if self.why_harmless else f"not used; {self.advice}"
@@ -39,7 +44,9 @@ class Foreign:
 
 def write(what: str, *, unless: tuple[Any, ...] = (), since: str = "it changes nothing with this value") -> Foreign:
     """A key in whose place `what` is to be written; with a value in `unless` there is nothing to write, `since` ..."""
-    advice = f"write {what} instead"
+    advice = f"write instead: {what}"
+    if not unless:
+        return Foreign(advice)
     return Foreign(advice, harmless=lambda value: _is_one_of(value, unless), why_harmless=since)
 
 
@@ -52,7 +59,7 @@ def leave_out(why: str, *, only: tuple[Any, ...] | None = None) -> Foreign:
 
 def read_as(key: str, value_of: Callable[[Any], Any] = lambda value: value) -> Foreign:
     """A key that means `key`, whose value is `value_of` its own."""
-    return Foreign(f"write `{key}` instead", lambda value: {key: value_of(value)})
+    return Foreign(f"write instead: `{key}`", lambda value: {key: value_of(value)})
 
 
 def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:

@@ -144,7 +144,7 @@ _INSTEAD: Mapping[str, str] = {
     "guidance_scale": "`guidance`, in `[model]`, or of samples in `[sampling]`",
     "lr_scheduler_type": "`lr_scheduler`",
     "network_args": "their keys in `[adapter]`",
-    "network_train_unet_only": "no `text_encoder_1_lr`: text encoders are trained only where they have a rate",
+    "network_train_unet_only": "nothing: text encoders are trained only where they have a rate, as `text_encoder_1_lr`",
     "sample_at_first": "`sample_before_first_step`, in `[sampling]`",
     "save_last_n_epochs": "`keep_checkpoints`, of the state to resume from; exports are all kept",
     "save_last_n_steps": "`keep_checkpoints`, of the state to resume from; exports are all kept",

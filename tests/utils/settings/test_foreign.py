@@ -9,7 +9,8 @@ import models
 from tests.utils.settings.conftest import CHOICES, DATASET, Folder
 from utils.errors import UserError
 from utils.settings.dataset_schema import DatasetSettings
-from utils.settings.diffusion_pipe import FOREIGN
+from utils.settings.diffusion_pipe import FLAGS, FOREIGN, SAME, SAME_FLAGS, TYPES
+from utils.settings.foreign_page import foreign_page
 from utils.settings.reader import read_all
 from utils.settings.schema import Settings
 
@@ -248,7 +249,7 @@ def test_a_line_that_changes_nothing_is_a_warning(
 @pytest.mark.parametrize(("key", "line"), [("subsample_ratio", "0.5"), ("online_captions", "true")])
 def test_a_line_of_a_dataset_that_cannot_be_read_is_told(folder: Folder, key: str, line: str) -> None:
     folder.write("dataset.toml", f"{key} = {line}\n{DATASET}")
-    assert "write `" in problems_of(folder.write("run.toml", USUAL))[f"key `{key}`"]
+    assert "write instead: `" in problems_of(folder.write("run.toml", USUAL))[f"key `{key}`"]
 
 
 @pytest.mark.parametrize(
@@ -302,3 +303,23 @@ def test_every_foreign_key_says_what_happens() -> None:
     for place, table in FOREIGN.items():
         for key, foreign in table.items():
             assert foreign.advice.startswith(("write ", "leave it out: ")), (place, key)
+
+
+def test_the_page_says_of_every_key_what_happens() -> None:
+    page = foreign_page()
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    names = [row[0].removeprefix("| ").strip("`") for row in rows]
+    keys = [key for table in (SAME, FOREIGN) for place in table for key in table[place] if place != "directory"]
+    keys += [*SAME["directory"], *(FOREIGN["directory"].keys() - FOREIGN["dataset"].keys())]
+    keys += [name for types in TYPES.values() for name in types]
+    keys += [f"--{name}" for name in (*SAME_FLAGS, *FLAGS)]
+    # A file of captions has no key.
+    assert sorted(names) == sorted([*keys, "captions.json"])
+    said = {name: row[1] for name, row in zip(names, rows, strict=True)}
+    assert said["lumina_shift"] == "read: `flux_shift` |"
+    assert said["map_num_proc"].startswith("not needed: ")
+    assert said["image_shift"].startswith("refused; write instead: `shift`")
+    assert said["stabilize"].startswith("refused, unless it changes nothing; ")
+    assert said["cache_shuffle_num"].startswith("the same word: an epoch uses one of the orders")
+    assert said["adamw_optimi"].startswith("read: `adamw`; ")
+    assert said["--deepspeed_config"].startswith("refused; leave it out: ")

@@ -71,8 +71,8 @@ def test_one_key_in_two_spellings_is_given_twice(folder: Folder) -> None:
 @pytest.mark.parametrize(
     ("text", "where", "words"),
     [
-        (f"random_crop = true\n{DATASET}", "key `random_crop`", 'write `crop = "random"` instead'),
-        (f"{DATASET}flip_aug = true", "key `directory[0].flip_aug`", "write `flip`, with `augment_variants` instead"),
+        (f"random_crop = true\n{DATASET}", "key `random_crop`", 'write instead: `crop = "random"`'),
+        (f"{DATASET}flip_aug = true", "key `directory[0].flip_aug`", "write instead: `flip`, with `augment_variants`"),
         (f"prior_loss_weight = 0.5\n{DATASET}", "key `prior_loss_weight`", "`loss_weight`, in the `[[directory]]`"),
         (f"[general]\nshuffle_caption = true\n{DATASET}", "key `general`", "at the top of the dataset file"),
         (f"cache_latents = false\n{DATASET}", "key `cache_latents`", "leave it out: latents always are cached"),
@@ -88,8 +88,8 @@ def test_a_key_of_another_trainers_dataset_is_met_with_advice(
 
 def test_a_key_of_another_trainers_run_is_met_with_advice(folder: Folder) -> None:
     problems = problems_of(folder.run(top="learning_rate = 1e-4\nmax_train_steps = 100"))
-    assert problems["key `learning_rate`"] == "no such key; write `lr`, in `[optimizer]` instead"
-    assert problems["key `max_train_steps`"] == "no such key; write `max_steps` instead"
+    assert problems["key `learning_rate`"] == "no such key; write instead: `lr`, in `[optimizer]`"
+    assert problems["key `max_train_steps`"] == "no such key; write instead: `max_steps`"
 
 
 @pytest.mark.parametrize(
