@@ -209,6 +209,21 @@ class BasePipeline(ABC):
         """Why the model cannot be trained on these samples."""
         return []
 
+    @property
+    def places(self) -> tuple[int, int] | None:
+        """The rows and columns of the table of positions, a place for each `media.spatial` pixels; None if positions
+        are computed for any size."""
+        return None
+
+    def too_large(self, width: int, height: int) -> str | None:
+        """What to tell of a picture of this size in pixels for which the model has no places; None if it has."""
+        if self.places is None:
+            return None
+        rows, columns = (count * self.media.spatial for count in self.places)
+        if height <= rows and width <= columns:
+            return None
+        return f"{width} x {height} is larger than the model's table of positions, which ends at {columns} x {rows}"
+
     def loss_weight_map(self, latent_shape: Sequence[int]) -> torch.Tensor | None:
         """The weight of each cell of a latent (C, ...) in the loss, 1 on average, to multiply (B, C, ...); None if all
         count alike."""

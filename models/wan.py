@@ -236,6 +236,11 @@ class WanPipeline(BasePipeline):
         )
         return [Problem("", "[[directory]]", message)]
 
+    @property
+    def places(self) -> tuple[int, int]:
+        side = self.parts.denoiser_config.get("rope_max_seq_len", 1024)
+        return side, side
+
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         options, folder = self.options, self.options.diffusers_path
         first_frame = FirstFrameAutoencoder(folder, options.vae_path, self.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -143,8 +143,20 @@ def check_data(pipeline: BasePipeline, collections: Sequence[Collection]) -> Non
         UserError: it cannot.
     """
     problems = [problem for collection in collections for problem in pipeline.problems_of_data(collection.samples)]
+    problems += _too_large(pipeline, collections)
     if problems:
         raise UserError(problems)
+
+
+def _too_large(pipeline: BasePipeline, collections: Sequence[Collection]) -> Iterator[Problem]:
+    """The sizes for which the model has no positions, one problem for each dataset file."""
+    for collection in collections:
+        sizes = {(sample.bucket.width, sample.bucket.height): sample for sample in collection.samples}
+        told = {size: said for size in sizes if (said := pipeline.too_large(*size))}
+        if told:
+            largest = max(told, key=lambda size: size[0] * size[1])
+            message = f"{told[largest]}; set it lower (the first such file is {sizes[largest].media.locator})"
+            yield Problem(str(collection.source.file), "key `resolutions`", message)
 
 
 def encoders_of(pipeline: BasePipeline, collections: Sequence[Collection]) -> list[Encoder]:

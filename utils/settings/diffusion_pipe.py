@@ -102,7 +102,7 @@ _ADAPTER: Mapping[str, Foreign] = {
         harmless=lambda value: value == -1,
         why_harmless="the sides are as alike as can be without `factor` too",
     ),
-    "exclude_modules": read_as("exclude", lambda value: value if isinstance(value, list) else [value]),
+    "exclude_modules": write("`exclude`, with glob patterns that may match anywhere in a module's name"),
     "fuse_adapters": write("`preset_adapters`, in `[model]`"),
     "module_dropout": write("`dropout`", unless=(0, 0.0)),
     "rank_dropout": write("`dropout`", unless=(0, 0.0)),

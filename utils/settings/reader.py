@@ -150,8 +150,9 @@ def _read_section(file: str, name: str, written: Any, choices: Choices) -> Readi
     adopt(table, known_keys(name, cls or shared))
     if cls is None:
         # Without the type, the keys of its own are unknown: check those that all types share.
-        cls, keys = shared, {key: value for key, value in table.keys.items() if key in shared.model_fields}
-        table = replace(table, keys=keys | nothing)
+        keys = {key: value for key, value in table.keys.items() if key in shared.model_fields}
+        reading = check(shared, replace(table, keys=keys | nothing), known_keys(name, shared), choices)
+        return replace(reading, broken=reading.broken | {"type"})
     return check(cls, table, known_keys(name, cls), choices)
 
 

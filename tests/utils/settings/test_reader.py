@@ -324,6 +324,12 @@ def test_the_files_of_a_run_in_each_others_place(folder: Folder) -> None:
     assert "is a run's file" in problems_of(folder.run(dataset="dataset = 'run.toml'"))[""]
 
 
+def test_an_unknown_model_is_one_problem(folder: Folder) -> None:
+    """What another model would need is not asked of it."""
+    path = folder.run(weights="transformer_path = 'weights'").read_text().replace('"tiny"', '"hunyuan-video"')
+    assert list(problems_of(folder.write("run.toml", path))) == ["[model] type"]
+
+
 def test_a_byte_order_mark_is_no_mistake(folder: Folder) -> None:
     assert problems_of(folder.write("run.toml", "\ufeffepochs = 'a'"))["key `epochs`"]
 
