@@ -285,8 +285,8 @@ class WanPipeline(BasePipeline):
         return weight_fhw
 
     def tokens(self, latent_shape: Sequence[int]) -> int:
-        _, frames, height, width = latent_shape
-        return frames * (height // 2) * (width // 2)
+        *_, height, width = latent_shape
+        return (height // 2) * (width // 2)
 
     def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
         return latent_size(self._vae_config, width, height, frames)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,8 @@ from utils.ranks import Ranks
 from utils.run.reporting import timed
 from utils.settings.dataset_schema import DatasetSettings
 from utils.settings.schema import Settings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def controls_of(collections: Sequence[Collection]) -> int:
 
 
 def check_data(pipeline: BasePipeline, collections: Sequence[Collection]) -> None:
-    """Whether the model can be trained on the collections.
+    """Whether the model can be trained on the collections; tells of sizes that its shift was not made for.
 
     Raises:
         UserError: it cannot.
@@ -146,6 +149,8 @@ def check_data(pipeline: BasePipeline, collections: Sequence[Collection]) -> Non
     problems += _too_large(pipeline, collections)
     if problems:
         raise UserError(problems)
+    for remark in _beyond_the_rule(pipeline, collections):
+        logger.warning(remark)
 
 
 def _too_large(pipeline: BasePipeline, collections: Sequence[Collection]) -> Iterator[Problem]:
@@ -157,6 +162,24 @@ def _too_large(pipeline: BasePipeline, collections: Sequence[Collection]) -> Ite
             largest = max(told, key=lambda size: size[0] * size[1])
             message = f"{told[largest]}; set it lower (the first such file is {sizes[largest].media.locator})"
             yield Problem(str(collection.source.file), "key `resolutions`", message)
+
+
+def _beyond_the_rule(pipeline: BasePipeline, collections: Sequence[Collection]) -> Iterator[str]:
+    """A line on the sizes that are smaller, and on those that are larger, than those that `flux_shift` was made for."""
+    rule = pipeline.resolution_shift
+    if not pipeline.options.flux_shift or rule.fitted_to is None:
+        return
+    buckets = {sample.bucket for collection in collections for sample in collection.samples}
+    sizes = {pipeline.tokens(pipeline.latent_shape(one.width, one.height, one.frames)): one for one in buckets}
+    least, most = rule.fitted_to
+    for tokens, is_beyond in ((min(sizes), min(sizes) < least), (max(sizes), max(sizes) > most)):
+        if is_beyond:
+            bucket = sizes[tokens]
+            yield (
+                f"[model] flux_shift: {bucket.width} x {bucket.height} has {tokens} image tokens, and the rule was "
+                f"made for {least} to {most}; the shift there is {rule.factor(tokens):.2f} (within, it is from "
+                f"{rule.factor(least):.2f} to {rule.factor(most):.2f}). `shift` is the same for all sizes"
+            )
 
 
 def encoders_of(pipeline: BasePipeline, collections: Sequence[Collection]) -> list[Encoder]:

@@ -259,6 +259,16 @@ class StableDiffusionPipeline(PicturePipeline):
         }
         return EnsembleDenoiserWeights(**vars(super().weights), part=UNET, loaders=texts)
 
+    def remarks(self) -> Iterator[tuple[str, str]]:
+        yield from super().remarks()
+        frozen = [part.lr_option for part in self.text_parts if part not in self.trained_texts]
+        if unsaid := [option for option in frozen if option not in self.options.model_fields_set]:
+            yield (
+                " and ".join(unsaid),
+                "not given: these text encoders are not trained (diffusion-pipe and kohya's scripts train them with "
+                "the rate of the rest; 0 says that it is meant)",
+            )
+
     def learning_rate(self, name: str) -> float | None:
         rates = {
             UNET: self.options.unet_lr,

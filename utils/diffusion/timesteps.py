@@ -29,6 +29,11 @@ class ResolutionShift:
     base_shift: float = 0.5
     max_shift: float = 1.15
 
+    @property
+    def fitted_to(self) -> tuple[int, int] | None:
+        """The smallest and the largest number of tokens that the rule was made for; None if that is not known."""
+        return self.base_tokens, self.max_tokens
+
     def mu(self, tokens: int) -> float:
         """What a stock scheduler of the model takes: log s."""
         slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)

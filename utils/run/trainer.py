@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from optimizers.schedules import learning_rates
+from optimizers.schedules import learning_rates, warn_of_warmup
 from utils.dataset.batches import TrainingBatches
 from utils.dataset.epochs import Epochs
 from utils.errors import UserError
@@ -121,6 +121,7 @@ class Trainer:
 
     def begin(self) -> bool:
         """Does what is due before the first step of a run. Returns whether all ranks must stop here."""
+        warn_of_warmup(self.parts.settings, self.last_step)
         due = [duty for duty in self.duties if duty.before_first_step] if self.progress.step == 0 else []
         return self._perform(due, self.progress, False) or any_rank([self.parts.stop.pending()])[0]
 

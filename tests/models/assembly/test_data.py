@@ -89,3 +89,30 @@ def test_the_table_of_positions_ends_where_the_stock_model_says(tmp_path: Path) 
 
 def test_a_model_whose_positions_are_computed_takes_any_size() -> None:
     assert tiny_flux.pipeline(tiny_flux.MINI_FLUX).too_large(16384, 16384) is None
+
+
+@pytest.mark.parametrize(
+    ("sides", "told"),
+    [
+        # Flux has a token for 16 x 16 pixels: 256 for 256 x 256, 4096 for 1024 x 1024.
+        ([256, 1024], []),
+        ([128, 512], ["128 x 128 has 64 image tokens, and the rule was made for 256 to 4096; the shift there is 1.60"]),
+        ([1536, 2048, 512], ["2048 x 2048 has 16384 image tokens, and the rule was made for 256 to 4096; the shift"]),
+        ([128, 2048], ["128 x 128", "2048 x 2048"]),
+    ],
+)
+def test_sizes_beyond_the_rule_of_the_shift_are_told(caplog, sides, told) -> None:
+    samples = [plain_sample(str(side), Bucket(side, side, 1)) for side in sides]
+    check_data(tiny_flux.pipeline(tiny_flux.MINI_FLUX), [collected(samples)])
+    assert caplog.messages == []
+    check_data(tiny_flux.pipeline(tiny_flux.MINI_FLUX, flux_shift=True), [collected(samples)])
+    assert len(caplog.messages) == len(told)
+    assert all(words in line for words, line in zip(told, caplog.messages, strict=True))
+
+
+def test_a_clip_is_shifted_as_one_frame_of_it(tmp_path: Path) -> None:
+    wan = tiny_wan.pipeline(tiny_wan.write_folder(tmp_path), flux_shift=True)
+    tokens = wan.tokens(wan.latent_shape(832, 480, 81))
+    assert tokens == wan.tokens(wan.latent_shape(832, 480, 1)) == 52 * 30
+    assert wan.resolution_shift.factor(tokens) == pytest.approx(2.056, abs=1e-3)
+    assert wan.maths.timesteps.timestep(0.1, tokens) == pytest.approx(0.3634, abs=1e-3)
