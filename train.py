@@ -83,7 +83,8 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
     if arguments.check:
         show(preflight.plan_of(settings, ranks, pipeline, sources, scan), ranks)
         return True
-    staged = preflight.check_run(settings, ranks, pipeline)
+    looks = arguments.cache_only or arguments.dump_dataset
+    staged = preflight.check_run(settings, ranks, pipeline, trains=not looks)
     if arguments.dump_dataset and ranks.is_main:
         dump.prepare_folder(arguments.dump_dataset)
 
@@ -101,7 +102,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
     )
     if arguments.dump_dataset and ranks.is_main:
         dump.dump(settings, pipeline, cached, ranks, arguments.dump_dataset, stop.raise_if_stopping)
-    if arguments.cache_only or arguments.dump_dataset:
+    if looks:
         return True
 
     initialize_deepspeed()

@@ -34,14 +34,17 @@ VALUES = {"log_snr": 'timestep_sample_method = "log_snr"'}
 """How an option is written if only one of its values makes demands."""
 
 
-def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline) -> StagedModel:
+def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline, trains: bool = True) -> StagedModel:
     """Whether everything except the data fits, so that hours of encoding do not end in a mistake that could have been
     found before; tells what may surprise. Returns the denoiser without weights, adapted and cut as the settings ask.
+
+    Args:
+        trains: whether the run trains, and has metrics to file.
 
     Raises:
         UserError: lists what does not fit.
     """
-    if ranks.is_main:
+    if ranks.is_main and trains:
         check_account(settings.monitoring)
     optimizers.check(settings.optimizer, ranks.device.type)
     if pipeline.block_format:

@@ -260,4 +260,7 @@ def format_table(lines: Iterable[BucketLine]) -> str:
         for line in lines
     ]
     width = max(len(row[0]) for row in rows) + 2
-    return "\n".join(f"{name:<{width}}" + "".join(f"{cell:>9}" for cell in cells) for name, *cells in rows)
+    text = "\n".join(f"{name:<{width}}" + "".join(f"{cell:>9}" for cell in cells) for name, *cells in rows)
+    if any(row[-1] for row in rows[1:]):
+        text += "\nfill: how often samples are used once more, so that the last batch of a size is full too"
+    return text

@@ -20,6 +20,7 @@ from utils.errors import UserError
 from utils.ranks import any_rank
 from utils.run import checkpoint, out_of_memory
 from utils.run.cadence import Cadence, Duty
+from utils.run.folder import LATEST, checkpoints_before
 from utils.run.parts import RunParts
 from utils.run.progress import Progress
 from utils.run.signals import SAVE, SAVE_AND_QUIT, FileRequests, StopRequested
@@ -94,7 +95,7 @@ class Trainer:
         if not isfinite(result.loss) or not isfinite(result.grad_norm):
             raise UserError.of(
                 f"loss {result.loss}, gradient norm {result.grad_norm}: training has diverged, and nothing was saved "
-                "since. Go on from a checkpoint with a lower [optimizer] lr or more warmup_steps",
+                f"since. {self._way_on()} with a lower [optimizer] lr or more warmup_steps",
                 str(self.parts.folder),
                 f"step {step + 1}",
             )
@@ -114,6 +115,13 @@ class Trainer:
         if self.ends_epoch(done):
             values["train/epoch_loss"] = done.epoch_loss
         return done, values
+
+    def _way_on(self) -> str:
+        """Where training that cannot go on may begin."""
+        checkpoints = checkpoints_before(self.parts.folder / LATEST)
+        if not checkpoints:
+            return "There is no checkpoint to go on from: start again"
+        return f"Go on from a checkpoint (the newest is --resume_from_checkpoint {checkpoints[-1]})"
 
     def ends_epoch(self, done: Progress) -> bool:
         """Whether the step that led to `done` was its epoch's last."""

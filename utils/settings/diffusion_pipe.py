@@ -123,8 +123,10 @@ _DATASET: Mapping[str, Foreign] = {
         harmless=lambda value: value is False,
         why_harmless="tags stay as they are written",
     ),
-    "skip_empty_caption": leave_out(
-        "pictures without a caption are trained with an empty one, and counted in the log", only=(False,)
+    "skip_empty_caption": Foreign(
+        "leave it out: files without a caption are left out and told; an empty caption file trains without one",
+        harmless=lambda value: value is True,
+        why_harmless="files without a caption are left out and told",
     ),
     "subsample_ratio": write(
         "`num_repeats`, the part of the samples that an epoch uses; an evaluation set needs a folder of its own",

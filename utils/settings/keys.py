@@ -129,7 +129,8 @@ def unknown_key(key: str, place: str, here: Iterable[str], choices: Choices) -> 
     here = sorted(here)
     elsewhere = (keys[key] for keys in diffusion_pipe.FOREIGN.values() if key in keys)
     if foreign := foreign_key(place, key) or (None if _location_of(key, choices) else next(elsewhere, None)):
-        return f"no such key; {foreign.advice}"
+        is_of_others = kohya_and_others.ANYWHERE.get(key) is foreign
+        return f"no such key; {kohya_and_others.advice_in(place, key) if is_of_others else foreign.advice}"
     if location := _location_of(key, choices):
         return f"no such key here; it belongs {location}"
     if near := closest(key, here, place):

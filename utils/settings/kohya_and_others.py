@@ -12,9 +12,8 @@ _TEXT_ENCODER = "an entry of `text_encoders`, in `[model]`, as in `text_encoders
 _NO_FLAG = "there is one way of attention, the fastest that is right on this machine"
 _LOADER = "data is read ahead by a thread, from the cache"
 
-# Name elsewhere -> what to write in its place.
-_INSTEAD: Mapping[str, str] = {
-    # Of datasets.
+# Name elsewhere -> what to write in its place, in a dataset file.
+_OF_DATASETS: Mapping[str, str] = {
     "general": "its keys at the top of the dataset file",
     "subsets": "a `[[directory]]` for each",
     "instance_data_dir": "`path`, in a `[[directory]]`",
@@ -62,7 +61,9 @@ _INSTEAD: Mapping[str, str] = {
     "masked_loss": "`mask_path` or `alpha_mask`",
     "mask_min_value": "`unmasked_weight`",
     "validation_split": "`eval_datasets`, in the run's file",
-    # Of runs.
+}
+# Name elsewhere -> what to write in its place, in a run's file unless it says something else.
+_OF_RUNS: Mapping[str, str] = {
     "dataset_config": "`dataset`",
     "data_backend_config": "`dataset`",
     "train_data_dir": "`path`, in a `[[directory]]` of the dataset file that `dataset` names",
@@ -176,7 +177,17 @@ _NEEDLESS: Mapping[str, str] = {
 }
 
 ANYWHERE: Mapping[str, Foreign] = {
-    **{key: write(what) for key, what in _INSTEAD.items()},
+    **{key: write(what) for key, what in {**_OF_DATASETS, **_OF_RUNS}.items()},
     **{key: leave_out(why) for key, why in _NEEDLESS.items()},
     "cache_latents": leave_out("latents always are cached", only=(True,)),
 }
+
+
+def advice_in(place: str, key: str) -> str:
+    """What to do about a key that stands in the table `place`: also in which file what replaces it belongs."""
+    is_data = place in ("dataset", "directory")
+    if key in _OF_DATASETS and not is_data and "file" not in _OF_DATASETS[key]:
+        return f"{ANYWHERE[key].advice}; it belongs into the dataset file, which `dataset` names"
+    if key in _OF_RUNS and is_data and "file" not in _OF_RUNS[key]:
+        return f"{ANYWHERE[key].advice}; it belongs into the run's file"
+    return ANYWHERE[key].advice

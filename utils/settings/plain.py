@@ -1,5 +1,6 @@
 """Pydantic's errors in plain language: what was given, and what is allowed."""
 
+import re
 from collections.abc import Mapping
 from datetime import date, time
 from typing import Any
@@ -46,6 +47,15 @@ def explain(error: Mapping[str, Any]) -> str:
     # A check of a whole table names the keys itself.
     whole = error["type"] == "value_error" and isinstance(error["input"], dict)
     return allowed if whole else f"{allowed}; given: {given(error['input'])}"
+
+
+def counted(where: str) -> str:
+    """A place in a `[[directory]]`, which pydantic counts from 0, as a person counts: `[[directory]] 2 min_ar`."""
+
+    def told(found: re.Match[str]) -> str:
+        return f"[[directory]] {int(found[1]) + 1} {found[2]}".rstrip()
+
+    return re.sub(r"key `directory\[(\d+)\]\.?([^`]*)`", told, where)
 
 
 def as_toml(value: Any) -> str:

@@ -22,7 +22,7 @@ from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 from utils.settings.differences import differences
 from utils.settings.diffusion_pipe import TYPES
 from utils.settings.keys import CHOSEN, SECTIONS, is_dataset, is_run, known_keys, run_keys, unknown_tables
-from utils.settings.plain import given
+from utils.settings.plain import counted, given
 from utils.settings.rules import check_rules, remarks_on_run
 from utils.settings.schema import Settings
 from utils.settings.tables import Reading, Table, adopt, check, no_table, one_table, run_table, where
@@ -81,14 +81,14 @@ def read_all(
         if not reading.broken:
             problems += check_with_run(run.value, reading.value, str(file), run.broken)
     if problems:
-        raise UserError(problems)
+        raise UserError(replace(problem, where=counted(problem.where)) for problem in problems)
     if problems := check_training_set(run.value, datasets[run.value.dataset], str(path)):
         raise UserError(problems)
     remarks = [*remarks, *remarks_on_run(run.value, str(path))]
     for file, dataset in datasets.items():
         remarks += remarks_on_dataset(dataset, str(file))
     for remark in remarks:
-        logger.warning("%s: %s: %s", remark.file, remark.where, remark.message)
+        logger.warning("%s: %s: %s", remark.file, counted(remark.where), remark.message)
     if is_foreign:
         for remark in differences(run.value, datasets, str(path)):
             logger.warning("%s: %s: other than in diffusion-pipe: %s", remark.file, remark.where, remark.message)

@@ -1,9 +1,11 @@
 """Rules about several keys of a run. They see the sound keys of a file even when others are broken."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import get_args
 
 from utils.errors import Problem
@@ -170,9 +172,21 @@ def _eval_paths_exist(settings: Settings, _: int) -> Iterator[Problem]:
 
 def _model_path_exists(key: str) -> SettingsRule:
     def check(settings: Settings, _: int) -> Iterator[Problem]:
-        return missing(f"[model] {key}", getattr(settings.model, key))
+        path = getattr(settings.model, key)
+        for problem in missing(f"[model] {key}", path):
+            yield replace(problem, message=f"{problem.message}{_if_on_the_hub(path)}")
 
     return SettingsRule((f"model.{key}",), check)
+
+
+def _if_on_the_hub(path: Path) -> str:
+    """What to do with a name on Hugging Face, which has an owner and a name, and which is not downloaded here."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) or path.suffix in (".safetensors", ".gguf"):
+        return ""
+    return (
+        f". If that is a name on Hugging Face, download it first: hf download {path} --local-dir models/{path.name}, "
+        f"and write models/{path.name} here, with the folder that you chose"
+    )
 
 
 def _text_encoder_paths_exist(settings: Settings, _: int) -> Iterator[Problem]:

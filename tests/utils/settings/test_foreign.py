@@ -74,7 +74,7 @@ min_ar = 0.5
 max_ar = 2.0
 num_ar_buckets = 7
 frame_buckets = [1, 33]
-skip_empty_caption = false
+skip_empty_caption = true
 shuffle_tags = false
 
 [[directory]]
@@ -264,6 +264,16 @@ def test_an_optimizer_that_is_not_here_is_told_with_what_to_take(folder: Folder,
     problems = problems_of(folder.write("run.toml", text))
     assert list(problems) == ["[optimizer] type"]
     assert words in problems["[optimizer] type"]
+
+
+def test_a_key_of_the_other_file_is_not_led_to_a_key_that_is_refused_next(folder: Folder) -> None:
+    folder.write("dataset.toml", f"learning_rate = 1\nmax_train_steps = 3\n{DATASET}")
+    problems = problems_of(folder.write("run.toml", f"resolution = 512\nflip_aug = true\n{USUAL}"))
+    in_data = "; it belongs into the dataset file, which `dataset` names"
+    assert problems["key `resolution`"].endswith(in_data) and "`resolutions`" in problems["key `resolution`"]
+    assert problems["key `flip_aug`"].endswith(in_data)
+    assert problems["key `learning_rate`"].endswith("`lr`, in `[optimizer]`; it belongs into the run's file")
+    assert problems["key `max_train_steps`"].endswith("`max_steps`; it belongs into the run's file")
 
 
 def test_a_key_and_its_foreign_name_are_given_twice(folder: Folder) -> None:

@@ -125,6 +125,25 @@ def test_what_is_said_in_vain_is_told_and_no_problem(
     assert remark.message.startswith("not used") and words in remark.message
 
 
+@pytest.mark.parametrize(
+    ("path", "is_name"),
+    [
+        ("black-forest-labs/FLUX.1-dev", True),
+        ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", True),
+        ("./models/flux", False),
+        ("/data/models", False),
+        ("models/flux/dev", False),
+        ("models/flux.safetensors", False),
+    ],
+)
+def test_a_name_of_the_hub_is_to_be_downloaded(folder: Folder, path: str, is_name: bool) -> None:
+    settings = read_settings(folder.run(weights=f"diffusers_path = '{path}'"), CHOICES)
+    (problem,) = check_rules(settings, world_size=1)
+    assert problem.where == "[model] diffusers_path" and f"there is no {path.removeprefix('./')}" in problem.message
+    command = f"hf download {path} --local-dir models/{path.split('/')[-1]}"
+    assert (command in problem.message) is is_name
+
+
 def test_empty_texts_of_an_account_are_not_given(folder: Folder) -> None:
     empty = "".join(f"{key} = ''\n" for key in WANDB_KEYS)
     settings = read_settings(folder.run(tables=f"[monitoring]\n{empty}"), CHOICES)
