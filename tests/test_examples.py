@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import models
 from docs import generate
+from tests.json_schema import Validator
 from utils.settings.dataset_rules import check_dataset
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
+from utils.settings.keys import is_dataset
 from utils.settings.reader import read_dataset, read_settings
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +32,11 @@ def parse(path: Path) -> None:
         read_settings(path, models.choices())
 
 
+def schema_of(content: dict[str, Any]) -> dict[str, Any]:
+    name = "dataset" if is_dataset(content) else "settings"
+    return json.loads((ROOT / "docs" / f"{name}.schema.json").read_text())
+
+
 def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
@@ -34,6 +44,13 @@ def relative(path: Path) -> str:
 @pytest.mark.parametrize("path", EXAMPLES, ids=relative)
 def test_an_example_is_accepted(path: Path) -> None:
     parse(path)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=relative)
+def test_an_example_is_what_its_schema_describes(path: Path) -> None:
+    content = tomllib.loads(path.read_text())
+    assert Validator(schema_of(content)).faults(content) == []
+    assert Validator(schema_of(content)).faults({**content, "zzz": 1}) == [": zzz is not known"]
 
 
 @pytest.mark.parametrize("path", [path for path in EXAMPLES if "dataset" in path.name], ids=relative)

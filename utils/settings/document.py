@@ -46,6 +46,8 @@ listed here is refused, unless it is one of another trainer's that says the same
 
 Write them at the top of the file, above all tables, or in tables that only group them: {groups}.
 """
+# Tables whose `type` may have any capitals -> what may stand between its letters.
+ANY_CAPITALS: Mapping[str, str] = {"optimizer": "", "model": "[-_]*"}
 NO_KEYS = "No keys of its own.\n"
 _SHARED = """### Keys of the file or of a `[[directory]]`
 
@@ -141,13 +143,22 @@ def _by_type(section: str, classes: Classes) -> tuple[dict[str, Any], list[dict[
                 "title": schema["title"],
                 **({"description": schema["description"]} if "description" in schema else {}),
                 "$ref": f"#/$defs/{shared_class.__name__}",
-                "properties": own | {"type": {"const": kind}},
+                "properties": own | {"type": _type_schema(section, kind)},
                 **({"required": further} if further else {}),
                 "unevaluatedProperties": False,
             }
         )
     del shared["additionalProperties"]
     return shared | {"required": sorted(required)}, kinds, definitions
+
+
+def _type_schema(section: str, kind: str) -> dict[str, Any]:
+    """The spellings of a type: optimizers in any capitals, models with or without hyphens too; one alone otherwise."""
+    if section not in ANY_CAPITALS:
+        return {"const": kind}
+    between, letters = ANY_CAPITALS[section], [letter for letter in kind if letter not in "-_"]
+    spelled = [f"[{letter.upper()}{letter}]" if letter.isalpha() else letter for letter in letters]
+    return {"type": "string", "pattern": f"^{between.join(spelled)}$", "examples": [kind]}
 
 
 def dataset_json_schema() -> str:

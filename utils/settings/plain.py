@@ -43,7 +43,11 @@ def explain(error: Mapping[str, Any]) -> str:
     if error["type"] == "missing":
         return "is required and not given"
     template = _ALLOWED.get(error["type"])
-    allowed = template.format(**error.get("ctx", {})) if template else error["msg"]
+    context = error.get("ctx", {})
+    if error["type"] == "literal_error":
+        # Python's words for what TOML writes in small letters.
+        context = {"expected": context["expected"].replace("True", "true").replace("False", "false")}
+    allowed = template.format(**context) if template else error["msg"]
     # A check of a whole table names the keys itself.
     whole = error["type"] == "value_error" and isinstance(error["input"], dict)
     return allowed if whole else f"{allowed}; given: {given(error['input'])}"

@@ -66,6 +66,13 @@ def as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
+ControlImages = Annotated[
+    list[UserPath],
+    BeforeValidator(as_list, json_schema_input_type=UserPath | Annotated[list[UserPath], Field(min_length=1)]),
+    Field(min_length=1),
+]
+
+
 class EMASettings(SettingsTable):
     """`[ema]`: an exponential moving average of what is trained. Without this table: none."""
 
@@ -121,7 +128,7 @@ class SamplingSettings(SettingsTable):
     """Prompts to draw; empty: none."""
     negative_prompt: str = ""
     """Prompt from which guidance leads away, in models that are guided by a second prediction."""
-    control_images: list[Annotated[list[UserPath], BeforeValidator(as_list), Field(min_length=1)]] = []
+    control_images: list[ControlImages] = []
     """The control image for each prompt, or a list of several for each; a single entry serves all prompts. For models
     that edit pictures (Kontext, Edit), and as the first frame for models that make a clip from it. It is cropped to the
     shape of the sample."""

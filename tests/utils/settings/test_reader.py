@@ -324,6 +324,11 @@ def test_the_files_of_a_run_in_each_others_place(folder: Folder) -> None:
     assert "is a run's file" in problems_of(folder.run(dataset="dataset = 'run.toml'"))[""]
 
 
+def test_what_must_be_true_or_false_is_written_as_in_toml(folder: Folder) -> None:
+    path = folder.run(tables="[adapter]\ntype = 'lokr'\nconvolutions = true")
+    assert problems_of(path) == {"[adapter] convolutions": "must be false; given: true"}
+
+
 def test_an_unknown_model_is_one_problem(folder: Folder) -> None:
     """What another model would need is not asked of it."""
     path = folder.run(weights="transformer_path = 'weights'").read_text().replace('"tiny"', '"hunyuan-video"')
