@@ -7,6 +7,7 @@ through `timestep`. Objectives say what a noise level is to them (`utils.diffusi
 
 from __future__ import annotations
 
+import logging
 import math
 import runpy
 from collections.abc import Callable, Mapping
@@ -160,5 +161,7 @@ def check_range(min_t: float, max_t: float) -> None:
 
 
 if __name__ == "__main__":
+    # What bitsandbytes says of a CPU when it is imported is of no use here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # The command has the name of what it shows; what reads a config stands on a floor above.
     runpy.run_module("models.assembly.timestep_plot", run_name="__main__", alter_sys=True)

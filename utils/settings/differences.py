@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from utils.errors import Problem
-from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
+from utils.settings.dataset_schema import DatasetSettings
 from utils.settings.schema import Settings
 
 
@@ -14,16 +15,16 @@ class Difference:
     """A key of a run's file, or of a dataset file, that has another meaning here.
 
     Attributes:
-        place: "run", "adapter", "dataset" or "directory".
+        place: "run", "model", "adapter", "dataset" or "directory".
         key: its name there.
         here: what it means here, and what it means in diffusion-pipe.
-        matters: whether it makes a difference to a run, or to a directory of a dataset.
+        matters: whether it makes a difference to a run, or to a directory of a dataset, that is not told anyway.
     """
 
     place: str
     key: str
     here: str
-    matters: Callable[[Settings], bool] | Callable[[DirectorySettings], bool]
+    matters: Callable[[Any], bool]
 
 
 OF_DATA = ("dataset", "directory")
@@ -33,6 +34,16 @@ DIFFERENCES = (
         "lr_scheduler",
         "a schedule ends with the last step of the run, also that of `max_steps`; there always with the last epoch",
         lambda settings: settings.lr_scheduler != "constant" and settings.max_steps is not None,
+    ),
+    *(
+        Difference(
+            "model",
+            key,
+            "without it, this text encoder is not trained; there it is then, with the rate of `[optimizer]`",
+            # Every run of these models says so.
+            lambda settings: False,
+        )
+        for key in ("text_encoder_1_lr", "text_encoder_2_lr")
     ),
     Difference(
         "adapter",
