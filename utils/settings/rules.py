@@ -308,7 +308,10 @@ _RULES = (
     SettingsRule(("regularisation_target", "adapter"), _parent_is_kept),
     SettingsRule(("regularisation_target", "model.folded_guidance"), _one_teacher),
     SettingsRule(("output_dir",), _output_can_be_written),
-    SettingsRule(("model.type", "model.diffusers_path", "model.transformer_path"), _model_has_a_folder),
+    # Of a model that is unknown, and of one whose folder has diffusion-pipe's name, that is told already.
+    SettingsRule(
+        ("model.type", "model.ckpt_path", "model.diffusers_path", "model.transformer_path"), _model_has_a_folder
+    ),
     *(_one_batch_a_resolution(key) for key in BATCH_KEYS),
     *(_model_path_exists(key) for key in ("diffusers_path", "transformer_path", "vae_path")),
     SettingsRule(("model.text_encoders",), _text_encoder_paths_exist),

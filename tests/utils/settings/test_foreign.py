@@ -167,6 +167,21 @@ def test_keys_that_say_the_same_are_read(folder: Folder, caplog: pytest.LogCaptu
     assert said["[adapter] rank_dropout"].startswith("not used")
 
 
+def test_a_folder_under_its_other_name_is_told_once(folder: Folder) -> None:
+    path = folder.run(weights="", model="ckpt_path = 'weights'")
+    with pytest.raises(UserError) as caught:
+        read_all(path, CHOICES, 1)
+    assert [problem.where for problem in caught.value.problems] == ["[model] ckpt_path"]
+
+
+def test_no_shuffled_capitals_may_be_false(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    folder.write("dataset.toml", f"shuffle_capitalization = false\n{DATASET}")
+    _, dataset, _ = read(folder.write("run.toml", USUAL), caplog)
+    assert dataset.shuffle_capitalization == 0.0
+    folder.write("dataset.toml", f"shuffle_capitalization = true\n{DATASET}")
+    assert "must be a number" in problems_of(folder.write("run.toml", USUAL))["key `shuffle_capitalization`"]
+
+
 @pytest.mark.parametrize("model_type", ["lumina_2", "lumina2", "Lumina-2"])
 def test_a_model_is_known_by_its_letters(folder: Folder, caplog: pytest.LogCaptureFixture, model_type: str) -> None:
     model = f"[model]\ntype = '{model_type}'\ndiffusers_path = 'weights'\nlumina_shift = true\n"
