@@ -17,6 +17,7 @@ from utils.parallel.backend import initialize_deepspeed
 from utils.ranks import Ranks, connect, disconnect, from_environment, leave_together
 from utils.run.reporting import StepReporter, is_user_error, report_user_error, start_logging
 from utils.run.signals import StopRequested, StopRequests
+from utils.settings import diffusion_pipe
 from utils.settings.dataset_schema import DatasetSettings
 from utils.settings.reader import read_all
 from utils.settings.schema import Settings
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         # DeepSpeed looks for an accelerator when it is imported, and warns that it finds none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     start_logging(ranks)
+    for name in arguments.foreign:
+        logger.warning("--%s: %s", name, diffusion_pipe.FLAGS[name].warning)
     with StopRequests() as stop:
         try:
             finished = run(arguments, ranks, stop, started)
@@ -68,7 +71,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
     to its end."""
     # A plan without a launcher is that of one pipeline, whatever its number of stages.
     world_size = None if arguments.check and ranks.world_size == 1 else ranks.world_size
-    settings, datasets = read_settings(arguments.config, world_size)
+    settings, datasets = read_settings(arguments.config, world_size, bool(arguments.foreign))
     ranks = replace(ranks, world_size=world_size or settings.pipeline_stages).with_stages(settings.pipeline_stages)
 
     # The settings are sound: the model, diffusers and the rest are imported from here on.
@@ -82,7 +85,8 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
     if arguments.check:
         show(preflight.plan_of(settings, ranks, pipeline, sources, scan), ranks)
         return True
-    staged = preflight.check_run(settings, ranks, pipeline)
+    looks = arguments.cache_only or arguments.dump_dataset
+    staged = preflight.check_run(settings, ranks, pipeline, trains=not looks)
     if arguments.dump_dataset and ranks.is_main:
         dump.prepare_folder(arguments.dump_dataset)
 
@@ -100,7 +104,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
     )
     if arguments.dump_dataset and ranks.is_main:
         dump.dump(settings, pipeline, cached, ranks, arguments.dump_dataset, stop.raise_if_stopping)
-    if arguments.cache_only or arguments.dump_dataset:
+    if looks:
         return True
 
     settings = fitting.settled(settings, ranks, pipeline, staged, cached)
@@ -113,12 +117,20 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line. Every flag may be written with underscores or with hyphens."""
+    """The command line. Every flag may be written with underscores or with hyphens; those of another trainer are
+    listed in `foreign`, if they do no harm."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, allow_abbrev=False)
-    for name, options in FLAGS.items():
+    hidden = {"nargs": "?", "const": True, "help": argparse.SUPPRESS}
+    foreign = {name: hidden | {"dest": f"foreign_{name}"} for name in diffusion_pipe.FLAGS}
+    for name, options in {**FLAGS, **foreign}.items():
         spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
         parser.add_argument(*spellings, **options)
     arguments = parser.parse_args(argv)
+    arguments.foreign = [name for name in diffusion_pipe.FLAGS if getattr(arguments, f"foreign_{name}") is not None]
+    for name in arguments.foreign:
+        flag = diffusion_pipe.FLAGS[name]
+        if not flag.harmless(getattr(arguments, f"foreign_{name}")):
+            parser.error(f"--{name}: {flag.advice}")
     resets = [name for name in FLAGS if name.startswith("reset_") and getattr(arguments, name)]
     if resets and arguments.resume_from_checkpoint is None:
         parser.error(f"--{resets[0]} says how to resume; give --resume_from_checkpoint with it")
@@ -136,7 +148,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "cache_only": {"action": "store_true", "help": "encode the datasets and end"},
     "regenerate_cache": {"action": "store_true", "help": "encode everything again"},
     "trust_cache": {"action": "store_true", "help": "take files seen before as unchanged, without looking at them"},
-    "reset_dataloader": {"action": "store_true", "help": "on resuming, begin the data from the start"},
+    "reset_dataloader": {"action": "store_true", "help": "on resuming, begin the epoch's data from the start"},
     "reset_optimizer": {"action": "store_true", "help": "on resuming, begin with an optimizer that remembers nothing"},
     "reset_optimizer_params": {
         "action": "store_true",
@@ -153,10 +165,12 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
-def read_settings(config: Path, world_size: int | None) -> tuple[Settings, dict[str, DatasetSettings]]:
+def read_settings(
+    config: Path, world_size: int | None, from_diffusion_pipe: bool = False
+) -> tuple[Settings, dict[str, DatasetSettings]]:
     """The run's settings and its datasets, the training set under the name "train"; `world_size` is None where any
-    number of processes is meant."""
-    settings, training, evaluation = read_all(config, models.choices(), world_size)
+    number of processes is meant. See `read_all`."""
+    settings, training, evaluation = read_all(config, models.choices(), world_size, from_diffusion_pipe)
     return settings, {"train": training, **evaluation}
 
 

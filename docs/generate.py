@@ -6,12 +6,43 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parent
+PAGES = (
+    "coming_from_diffusion_pipe.md",
+    "dataset.schema.json",
+    "settings.md",
+    "settings.schema.json",
+    "supported_models.md",
+)
 OBJECTIVES = {
     "flow": "flow matching",
     "edm": "EDM",
     None: "DDPM's steps; predicts the noise or v, as the folder's scheduler says",
 }
 """By its kind; None if a model's files decide."""
+HUB = {
+    "chroma": ("lodestones/Chroma1-HD",),
+    "cogview4": ("zai-org/CogView4-6B",),
+    "flux": ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Kontext-dev"),
+    "hidream": ("HiDream-ai/HiDream-I1-Full",),
+    "hunyuan_dit": ("Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers",),
+    "lumina2": ("Alpha-VLLM/Lumina-Image-2.0",),
+    "qwen_image": ("Qwen/Qwen-Image", "Qwen/Qwen-Image-Edit"),
+    "qwen_image_layered": ("Qwen/Qwen-Image-Layered",),
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5",),
+    "sd3": ("stabilityai/stable-diffusion-3.5-medium",),
+    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
+    "wan": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"),
+    "z_image": ("Tongyi-MAI/Z-Image-Turbo",),
+}
+"""By model: names of diffusers folders on Hugging Face."""
+_MODELS_HEAD = """# Supported models
+
+This page is generated from `models/`. A model's folder, which `diffusers_path` names, is downloaded with
+
+    hf download OWNER/NAME --local-dir models/NAME
+
+where OWNER/NAME are those below or another of the same architecture; some want you to accept their licence on
+[Hugging Face](https://huggingface.co) first, and `hf auth login`."""
 
 sys.path.insert(0, str(DOCS.parent))
 
@@ -20,11 +51,13 @@ def pages() -> dict[str, str]:
     """File name under docs/ -> content."""
     import models
     from utils.settings.document import dataset_json_schema, settings_json_schema, settings_page
+    from utils.settings.foreign_page import foreign_page
 
     pipelines = {name: models.find(name) for name in models.available()}
     classes = {section: choice.classes for section, choice in models.choices().items()}
     classes["model"] = {name: pipeline.Options for name, pipeline in pipelines.items()}
     return {
+        "coming_from_diffusion_pipe.md": foreign_page(),
         "settings.md": settings_page(classes),
         "settings.schema.json": settings_json_schema(classes),
         "dataset.schema.json": dataset_json_schema(),
@@ -35,7 +68,7 @@ def pages() -> dict[str, str]:
 def supported_models(pipelines: dict[str, type]) -> str:
     """One section a model, from what its class states."""
     sections = [section(name, pipeline) for name, pipeline in pipelines.items()]
-    return "\n\n".join(["# Supported models", "This page is generated from `models/`.", *sections]) + "\n"
+    return "\n\n".join([_MODELS_HEAD, *sections]) + "\n"
 
 
 def section(name: str, pipeline: type) -> str:
@@ -50,6 +83,7 @@ def section(name: str, pipeline: type) -> str:
         + f"; sides are multiples of {media.spatial} pixels",
         "Objective": OBJECTIVES[getattr(pipeline.objective, "kind", None)],
         "Trains as": ", ".join([*(kind.name for kind in adapters.available().values()), "or in full"]),
+        **({"To be had as": ", ".join(f"`{folder}`" for folder in HUB[name])} if name in HUB else {}),
         "Weights from": "a diffusers folder" + (", or a single file with the publisher's keys" if known else ""),
         "Exports for": "diffusers" + (", ComfyUI" if known else ""),
         "Blocks that are adapted and recomputed": ", ".join(f"`{block}`" for block in pipeline.blocks),

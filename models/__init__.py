@@ -20,13 +20,23 @@ def available() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in NOT_MODELS)
 
 
+def spelling(model_type: str) -> str:
+    """A model type as its file is called: capitals, hyphens and underscores make no difference, since trainers differ
+    in them ("lumina_2", "qwen-image"). An unknown one is returned as it is."""
+
+    def letters(name: str) -> str:
+        return name.replace("-", "").replace("_", "").lower()
+
+    return next((name for name in available() if letters(name) == letters(model_type)), model_type)
+
+
 def find(model_type: str) -> type[BasePipeline]:
     """The pipeline class of a model type; imports that one model only.
 
     Raises:
         ValueError: there is no such type; names those that there are.
     """
-    name = model_type.replace("-", "_").lower()
+    name = spelling(model_type)
     if name not in available():
         raise ValueError(f"unknown model type '{model_type}'; this version trains: {', '.join(available())}")
     module = importlib.import_module(f"models.{name}")
@@ -46,7 +56,7 @@ def choices() -> Choices:
     from utils import adapters
 
     return {
-        "model": Choice(lambda model_type: find(model_type).Options),
+        "model": Choice(lambda model_type: find(model_type).Options, spelling=spelling),
         "adapter": adapters.choice(),
         "optimizer": optimizers.choice(),
     }

@@ -23,7 +23,7 @@ from utils.dataset.encoders import Encoder
 from utils.dataset.samples import Sample
 from utils.diffusion.objectives import FlowMatching, Objective
 from utils.diffusion.timesteps import ResolutionShift
-from utils.diffusion.training import TrainingMaths
+from utils.diffusion.training import TrainingMaths, remarks
 from utils.errors import Problem, UserError
 from utils.quantised.formats import FORMATS, Format
 from utils.settings.model_schema import ModelSettings, torch_dtype
@@ -183,7 +183,12 @@ class BasePipeline(ABC):
 
     @abstractmethod
     def tokens(self, latent_shape: Sequence[int]) -> int:
-        """The number of image tokens for a latent of this shape (without the batch)."""
+        """The number of image tokens of one frame of a latent of this shape (without the batch), by which the shift
+        follows the size.
+
+        The rules were made for pictures, and diffusion-pipe counts one frame for Wan too: with 21 of them the shift of
+        Flux's rule would be 404 at 480 x 832, which leaves nothing but noise to train.
+        """
 
     @abstractmethod
     def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
@@ -208,6 +213,25 @@ class BasePipeline(ABC):
     def problems_of_data(self, samples: Sequence[Sample]) -> list[Problem]:
         """Why the model cannot be trained on these samples."""
         return []
+
+    @property
+    def places(self) -> tuple[int, int] | None:
+        """The rows and columns of the table of positions, a place for each `media.spatial` pixels; None if positions
+        are computed for any size."""
+        return None
+
+    def too_large(self, width: int, height: int) -> str | None:
+        """What to tell of a picture of this size in pixels for which the model has no places; None if it has."""
+        if self.places is None:
+            return None
+        rows, columns = (count * self.media.spatial for count in self.places)
+        if height <= rows and width <= columns:
+            return None
+        return f"{width} x {height} is larger than the model's table of positions, which ends at {columns} x {rows}"
+
+    def remarks(self) -> Iterable[tuple[str, str]]:
+        """(option, what follows from it) for what the user may not expect, though it is allowed."""
+        return remarks(self.options)
 
     def loss_weight_map(self, latent_shape: Sequence[int]) -> torch.Tensor | None:
         """The weight of each cell of a latent (C, ...) in the loss, 1 on average, to multiply (B, C, ...); None if all

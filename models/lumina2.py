@@ -181,6 +181,11 @@ class Lumina2Pipeline(PicturePipeline):
             )
             yield Problem("", "[model] max_sequence_length", message)
 
+    @property
+    def places(self) -> tuple[int, int]:
+        _, rows, columns = self.parts.denoiser_config["axes_lens"]
+        return rows, columns
+
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         length, system_prompt = self.options.max_sequence_length, self.options.system_prompt
         features = SystemPromptFeatures("gemma2", length, system_prompt=system_prompt)

@@ -83,6 +83,8 @@ class LayeredShift(ResolutionShift):
     """log s is the square root of the number of tokens of one picture relative to a fixed number, as in the stock
     pipeline of Qwen-Image-Layered, which ignores its scheduler's configuration here."""
 
+    fitted_to = None
+
     def mu(self, tokens: int) -> float:
         return math.sqrt(tokens / BASE_TOKENS)
 

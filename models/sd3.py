@@ -177,6 +177,11 @@ class Sd3Pipeline(PicturePipeline):
         if "t5" in shapes and shapes["t5"][1] != width:
             yield self.parts.misfit(f"takes text of {width} features and T5 makes {shapes['t5']}; give T5 v1.1 XXL")
 
+    @property
+    def places(self) -> tuple[int, int]:
+        side = self.parts.denoiser_config["pos_embed_max_size"]
+        return side, side
+
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         return [self.autoencoder(), *self._text_encoders()]
 

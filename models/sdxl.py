@@ -13,15 +13,15 @@ from models.families.stable_diffusion import ClipPart, StableDiffusionOptions, S
 from models.foundation.checkpoints.sd_single_file import open_clip_original
 from models.foundation.checkpoints.weights import CheckpointNames
 from models.foundation.encoders.sizes import SIZES, SizeEncoder
-from utils.settings.values import Positive
+from utils.settings.values import OptionalRate
 
 
 class SdxlOptions(StableDiffusionOptions):
     """`[model]` of `type = "sdxl"`."""
 
-    text_encoder_2_lr: Positive | None = None
-    """Train the second text encoder (OpenCLIP-G) too, with this learning rate; default: it is frozen, and its features
-    of captions are cached."""
+    text_encoder_2_lr: OptionalRate = None
+    """Train the second text encoder (OpenCLIP-G) too, with this learning rate; default, and with 0: it is frozen, and
+    its features of captions are cached."""
 
 
 class SdxlPipeline(StableDiffusionPipeline):

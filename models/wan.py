@@ -236,6 +236,11 @@ class WanPipeline(BasePipeline):
         )
         return [Problem("", "[[directory]]", message)]
 
+    @property
+    def places(self) -> tuple[int, int]:
+        side = self.parts.denoiser_config.get("rope_max_seq_len", 1024)
+        return side, side
+
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         options, folder = self.options, self.options.diffusers_path
         first_frame = FirstFrameAutoencoder(folder, options.vae_path, self.dtype)
@@ -280,8 +285,8 @@ class WanPipeline(BasePipeline):
         return weight_fhw
 
     def tokens(self, latent_shape: Sequence[int]) -> int:
-        _, frames, height, width = latent_shape
-        return frames * (height // 2) * (width // 2)
+        *_, height, width = latent_shape
+        return (height // 2) * (width // 2)
 
     def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
         return latent_size(self._vae_config, width, height, frames)

@@ -172,6 +172,11 @@ class ZImagePipeline(PicturePipeline):
             message = f"{length} tokens are more than this model has positions for; set at most {most}"
             yield Problem("", "[model] max_sequence_length", message)
 
+    @property
+    def places(self) -> tuple[int, int]:
+        _, rows, columns = self.parts.denoiser_config["axes_lens"]
+        return rows, columns
+
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         return [self.autoencoder(), self.parts.text_encoder(ChatFeatures("qwen3", self.options.max_sequence_length))]
 

@@ -1,9 +1,12 @@
 """The learning rate as a function of the step only, so that resuming needs no state."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from math import cos, pi
 
 from utils.settings.schema import Settings
+
+logger = logging.getLogger(__name__)
 
 # By kind: the factor at a fraction of the way from the end of warm-up (0) to the end of the last step (1).
 _COURSES: Mapping[str, Callable[[float], float]] = {
@@ -25,6 +28,18 @@ def factor(step: int, *, kind: str, warmup_steps: int, total_steps: int) -> floa
         return (step + 1) / (warmup_steps + 1)
     share = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return _COURSES[kind](min(1.0, share))
+
+
+def warn_of_warmup(settings: Settings, total_steps: float) -> None:
+    """Tells if the learning rate does not come to its full value in `total_steps`."""
+    if settings.force_constant_lr is None and 0 < total_steps <= settings.warmup_steps:
+        highest = factor(int(total_steps) - 1, kind="constant", warmup_steps=settings.warmup_steps, total_steps=1)
+        logger.warning(
+            "key `warmup_steps`: the run has %d steps, and warm-up takes %d: the learning rate comes to %.0f %% of lr",
+            total_steps,
+            settings.warmup_steps,
+            100 * highest,
+        )
 
 
 def learning_rates(step: int, base_lrs: Sequence[float], settings: Settings, total_steps: int) -> list[float]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import models
 from docs import generate
+from tests.json_schema import Validator
 from utils.settings.dataset_rules import check_dataset
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
+from utils.settings.keys import is_dataset
 from utils.settings.reader import read_dataset, read_settings
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +33,11 @@ def parse(path: Path) -> None:
         read_settings(path, models.choices())
 
 
+def schema_of(content: dict[str, Any]) -> dict[str, Any]:
+    name = "dataset" if is_dataset(content) else "settings"
+    return json.loads((ROOT / "docs" / f"{name}.schema.json").read_text())
+
+
 def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
@@ -34,6 +45,13 @@ def relative(path: Path) -> str:
 @pytest.mark.parametrize("path", EXAMPLES, ids=relative)
 def test_an_example_is_accepted(path: Path) -> None:
     parse(path)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=relative)
+def test_an_example_is_what_its_schema_describes(path: Path) -> None:
+    content = tomllib.loads(path.read_text())
+    assert Validator(schema_of(content)).faults(content) == []
+    assert Validator(schema_of(content)).faults({**content, "zzz": 1}) == [": zzz is not known"]
 
 
 @pytest.mark.parametrize("path", [path for path in EXAMPLES if "dataset" in path.name], ids=relative)
@@ -76,13 +94,25 @@ def test_one_example_has_every_key_of_a_dataset_with_its_default(tmp_path: Path)
             assert info.is_required() or default is None or getattr(table, key) == default, key
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=relative)
-def test_an_example_points_to_its_schema(path: Path) -> None:
-    first = path.read_text().splitlines()[0]
-    assert first.startswith("#:schema ")
-    assert (path.parent / first.removeprefix("#:schema ")).is_file()
+@pytest.mark.parametrize("path", [*EXAMPLES, ROOT / "my.toml", ROOT / "my_dataset.toml"], ids=relative)
+def test_editors_find_the_schema_of_an_example_and_of_its_copy(path: Path) -> None:
+    rules = tomllib.loads((ROOT / ".taplo.toml").read_text())["rule"]
+
+    def is_among(globs: list[str]) -> bool:
+        return any(fnmatch(f"/{relative(path)}", glob.removeprefix("**")) for glob in globs)
+
+    (rule,) = [rule for rule in rules if is_among(rule["include"]) and not is_among(rule.get("exclude", []))]
+    schema = json.loads((ROOT / rule["schema"]["path"]).read_text())
+    is_data = is_dataset(tomllib.loads(path.read_text())) if path.exists() else "dataset" in path.name
+    assert ("directory" in schema["properties"]) is is_data
+    # A line that points to the schema from where the file is would point to nothing from where it is copied to.
+    assert not path.exists() or "#:schema" not in path.read_text()
 
 
-@pytest.mark.parametrize("name", ["settings.md", "settings.schema.json", "dataset.schema.json", "supported_models.md"])
+@pytest.mark.parametrize("name", generate.PAGES)
 def test_the_generated_pages_are_those_of_the_code(name: str) -> None:
     assert (ROOT / "docs" / name).read_text() == generate.pages()[name], "run python docs/generate.py"
+
+
+def test_every_generated_page_is_compared() -> None:
+    assert sorted(generate.pages()) == sorted(generate.PAGES)

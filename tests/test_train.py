@@ -149,13 +149,16 @@ def test_older_checkpoints_go_but_for_the_one_that_was_resumed(write_config: Cal
 
 
 def test_an_export_takes_the_place_of_none_after_the_data_began_anew(write_config: Callable[..., Path]) -> None:
-    config = write_config(max_steps=2, checkpoint_every_n_steps=2, ema={})
-    assert launch(config)[0] == [0]
+    config = write_config(max_steps=4, checkpoint_every_n_steps=1, ema={})
+    codes, log = launch(config, "--deepspeed")
+    assert codes == [0] and "--deepspeed: not used: DeepSpeed is always used" in log
     run = only_run(config)
     before = newest_export(run)
-    codes, log = launch(write_config(max_steps=4, ema={}), "--resume_from_checkpoint", "--reset_dataloader")
+    words = ["--resume_from_checkpoint", str(run / "global_step3"), "--reset_dataloader"]
+    codes, log = launch(write_config(max_steps=5, ema={}), *words)
     assert codes == [0], log
-    names = {"epoch1", "epoch1_ema", "epoch1_step4", "epoch1_step4_ema"}
+    # The second epoch, in which the checkpoint was made, begins anew: two more steps are its end.
+    names = {"epoch2", "epoch2_ema", "epoch2_step5", "epoch2_step5_ema"}
     assert {p.name for p in run.glob("epoch*")} == names
     again = newest_export(run)
     assert all(torch.equal(again[name], before[name]) for name in before)

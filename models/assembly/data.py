@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,8 @@ from utils.ranks import Ranks
 from utils.run.reporting import timed
 from utils.settings.dataset_schema import DatasetSettings
 from utils.settings.schema import Settings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -137,14 +140,46 @@ def controls_of(collections: Sequence[Collection]) -> int:
 
 
 def check_data(pipeline: BasePipeline, collections: Sequence[Collection]) -> None:
-    """Whether the model can be trained on the collections.
+    """Whether the model can be trained on the collections; tells of sizes that its shift was not made for.
 
     Raises:
         UserError: it cannot.
     """
     problems = [problem for collection in collections for problem in pipeline.problems_of_data(collection.samples)]
+    problems += _too_large(pipeline, collections)
     if problems:
         raise UserError(problems)
+    for remark in _beyond_the_rule(pipeline, collections):
+        logger.warning(remark)
+
+
+def _too_large(pipeline: BasePipeline, collections: Sequence[Collection]) -> Iterator[Problem]:
+    """The sizes for which the model has no positions, one problem for each dataset file."""
+    for collection in collections:
+        sizes = {(sample.bucket.width, sample.bucket.height): sample for sample in collection.samples}
+        told = {size: said for size in sizes if (said := pipeline.too_large(*size))}
+        if told:
+            largest = max(told, key=lambda size: size[0] * size[1])
+            message = f"{told[largest]}; set it lower (the first such file is {sizes[largest].media.locator})"
+            yield Problem(str(collection.source.file), "key `resolutions`", message)
+
+
+def _beyond_the_rule(pipeline: BasePipeline, collections: Sequence[Collection]) -> Iterator[str]:
+    """A line on the sizes that are smaller, and on those that are larger, than those that `flux_shift` was made for."""
+    rule = pipeline.resolution_shift
+    if not pipeline.options.flux_shift or rule.fitted_to is None:
+        return
+    buckets = {sample.bucket for collection in collections for sample in collection.samples}
+    sizes = {pipeline.tokens(pipeline.latent_shape(one.width, one.height, one.frames)): one for one in buckets}
+    least, most = rule.fitted_to
+    for tokens, is_beyond in ((min(sizes), min(sizes) < least), (max(sizes), max(sizes) > most)):
+        if is_beyond:
+            bucket = sizes[tokens]
+            yield (
+                f"[model] flux_shift: {bucket.width} x {bucket.height} has {tokens} image tokens, and the rule was "
+                f"made for {least} to {most}; the shift there is {rule.factor(tokens):.2f} (within, it is from "
+                f"{rule.factor(least):.2f} to {rule.factor(most):.2f}). `shift` is the same for all sizes"
+            )
 
 
 def encoders_of(pipeline: BasePipeline, collections: Sequence[Collection]) -> list[Encoder]:

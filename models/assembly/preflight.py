@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from models.assembly.prompts import check_encoders
 from models.assembly.stage import StagedModel, load_existing_adapter, partition, read_presets
 from models.base import BasePipeline
 from models.foundation.checkpoints.folders import problems_of
+from optimizers.schedules import warn_of_warmup
 from utils.dataset.collection import Collection, Source, collect, shortfalls
 from utils.dataset.encoders import Encoder, items_wanted
 from utils.dataset.epochs import Epochs, format_table, micro_batch_of
@@ -27,18 +29,23 @@ from utils.ranks import Ranks
 from utils.run.metrics import check_account
 from utils.settings.schema import Settings
 
+logger = logging.getLogger(__name__)
+
 VALUES = {"log_snr": 'timestep_sample_method = "log_snr"'}
 """How an option is written if only one of its values makes demands."""
 
 
-def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline) -> StagedModel:
+def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline, trains: bool = True) -> StagedModel:
     """Whether everything except the data fits, so that hours of encoding do not end in a mistake that could have been
-    found before. Returns the denoiser without weights, adapted and cut as the settings ask.
+    found before; tells what may surprise. Returns the denoiser without weights, adapted and cut as the settings ask.
+
+    Args:
+        trains: whether the run trains, and has metrics to file.
 
     Raises:
         UserError: lists what does not fit.
     """
-    if ranks.is_main:
+    if ranks.is_main and trains:
         check_account(settings.monitoring)
     optimizers.check(settings.optimizer, ranks.device.type)
     if pipeline.block_format:
@@ -48,6 +55,8 @@ def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline) -> Stage
     read_presets(pipeline, staged.denoiser)
     load_existing_adapter(pipeline, settings, staged, layers=[])
     check_outputs(pipeline, settings)
+    for option, remark in pipeline.remarks():
+        logger.warning("[model] %s: %s", option, remark)
     return staged
 
 
@@ -92,6 +101,7 @@ def describe(
     micro = " or ".join(str(size) for size in sorted({micro_batch_of(settings, bucket) for bucket in buckets}))
     passes = settings.epochs or (None if settings.max_steps else 1)
     total = min(settings.max_steps or math.inf, epochs.first_step(passes) if passes else math.inf)
+    warn_of_warmup(settings, total)
     facts = {
         "model": f"{settings.model.type}, {settings.adapter.type if settings.adapter else 'full fine-tune'}",
         "processes": f"{ranks.world_size} = {ranks.stages} stages x {ranks.data_ranks} data ranks",

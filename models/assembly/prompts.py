@@ -122,6 +122,8 @@ def sample_bucket(pipeline: BasePipeline, sampling: SamplingSettings) -> Bucket:
             f"this model makes clips of {pipeline.media.describe_frames()}; set {frames} instead of {sampling.frames}",
             where="[sampling] frames",
         )
+    if too_large := pipeline.too_large(*size):
+        raise UserError.of(f"{too_large}; set them lower", where="[sampling] width, height")
     if any(side % spatial for side in size):
         width, height = (max(spatial, round(side / spatial) * spatial) for side in size)
         raise UserError.of(

@@ -48,7 +48,7 @@ from utils.dataset.buckets import MediaFacts
 from utils.diffusion.objectives import Epsilon
 from utils.errors import Problem, UserError
 from utils.settings.model_schema import ModelSettings
-from utils.settings.values import Positive
+from utils.settings.values import OptionalRate, Positive
 
 Tensors = dict[str, torch.Tensor]
 UNET = "unet"
@@ -61,9 +61,9 @@ class StableDiffusionOptions(DDPMOptions):
 
     unet_lr: Positive | None = None
     """Learning rate of the UNet; default: `lr` of `[optimizer]`."""
-    text_encoder_1_lr: Positive | None = None
-    """Train the first text encoder (CLIP-L) too, with this learning rate; default: it is frozen, and its features of
-    captions are cached."""
+    text_encoder_1_lr: OptionalRate = None
+    """Train the first text encoder (CLIP-L) too, with this learning rate; default, and with 0: it is frozen, and its
+    features of captions are cached."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +258,16 @@ class StableDiffusionPipeline(PicturePipeline):
             part.folder: partial(clip_module, self._text_encoder(part), loaded=True) for part in self.trained_texts
         }
         return EnsembleDenoiserWeights(**vars(super().weights), part=UNET, loaders=texts)
+
+    def remarks(self) -> Iterator[tuple[str, str]]:
+        yield from super().remarks()
+        frozen = [part.lr_option for part in self.text_parts if part not in self.trained_texts]
+        if unsaid := [option for option in frozen if option not in self.options.model_fields_set]:
+            yield (
+                " and ".join(unsaid),
+                "not given: these text encoders are not trained (diffusion-pipe and kohya's scripts train them with "
+                "the rate of the rest; 0 says that it is meant)",
+            )
 
     def learning_rate(self, name: str) -> float | None:
         rates = {

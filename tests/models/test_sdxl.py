@@ -43,6 +43,24 @@ def texts_model(folders: dict[str, Path]) -> generic.Model:
 # Trained text encoders
 
 
+@pytest.mark.parametrize(
+    ("module", "rates", "told"),
+    [
+        (tiny_sdxl, {}, "text_encoder_1_lr and text_encoder_2_lr"),
+        (tiny_sdxl, {"text_encoder_1_lr": 1e-5}, "text_encoder_2_lr"),
+        (tiny_sdxl, {"text_encoder_1_lr": 0.0, "text_encoder_2_lr": 1e-5}, None),
+        (tiny_sd15, {}, "text_encoder_1_lr"),
+        (tiny_sd15, {"text_encoder_1_lr": 0.0}, None),
+    ],
+)
+def test_text_encoders_that_are_not_trained_without_a_word_of_it_are_told(
+    module: object, rates: dict[str, float], told: str | None
+) -> None:
+    said = dict(module.pipeline(Path("nowhere"), **rates).remarks())
+    assert list(said) == ([told] if told else [])
+    assert told is None or "these text encoders are not trained" in said[told]
+
+
 def test_trained_text_encoders_are_parts_of_the_denoiser(texts_model: generic.Model) -> None:
     names = [name for name, _ in texts_model.pipeline().weights.build().named_parameters()]
     assert {name.partition(".")[0] for name in names} == {"unet", "text_encoder", "text_encoder_2"}

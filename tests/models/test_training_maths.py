@@ -251,3 +251,40 @@ def test_defaults_of_the_settings_are_those_of_the_maths(cls: type) -> None:
 )
 def test_choices_of_the_settings_are_those_of_the_maths(key: str, table: dict[str, Any]) -> None:
     assert set(get_args(ModelSettings.model_fields[key].annotation)) == table.keys()
+
+
+V = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+SURPRISES = [
+    ({"min_snr_gamma": 5.0}, {}),
+    ({"min_snr_gamma": 5.0, "debiased_estimation_loss": True}, {"min_snr_gamma": ["multiplies with debiased"]}),
+    ({**V, "debiased_estimation_loss": True}, {}),
+    ({**V, "min_snr_gamma": 5.0}, {"min_snr_gamma": ["weighs the last step by 0"]}),
+    (
+        {**V, "min_snr_gamma": 5.0, "scale_v_pred_loss_like_noise_pred": True},
+        {
+            "min_snr_gamma": ["multiplies with scale_v_pred", "weighs the last step by 0"],
+            "scale_v_pred_loss_like_noise_pred": ["weighs the last step by 0"],
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "told"), SURPRISES)
+def test_weights_that_meet_are_told(tmp_path: Path, options: dict[str, Any], told: dict[str, list[str]]) -> None:
+    sdxl = tiny_sdxl.pipeline(tiny_sdxl.write_folder(tmp_path), **options, text_encoder_1_lr=0.0, text_encoder_2_lr=0.0)
+    found: dict[str, list[str]] = {}
+    for option, remark in sdxl.remarks():
+        found.setdefault(option, []).append(remark)
+    assert found.keys() == told.keys()
+    for option, words in told.items():
+        assert all(word in said for word, said in zip(words, found[option], strict=True))
+    # That what is told is so.
+    last = sdxl.maths.weighting.weight(sdxl.objective, torch.tensor([0.999])).item()
+    assert (last < 1e-6) == any("weighs the last step by 0" in said for lines in found.values() for said in lines)
+
+
+def test_cosmap_twice_is_told() -> None:
+    flux = tiny_flux.pipeline(tiny_flux.MINI_FLUX, weighting_scheme="cosmap", timestep_sample_method="cosmap")
+    assert [option for option, _ in flux.remarks()] == ["weighting_scheme"]
+    once = tiny_flux.pipeline(tiny_flux.MINI_FLUX, weighting_scheme="cosmap", timestep_sample_method="uniform")
+    assert list(once.remarks()) == []

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
-from optimizers.schedules import factor, learning_rates
+from optimizers.schedules import factor, learning_rates, warn_of_warmup
 from utils.settings.model_schema import ModelSettings
 from utils.settings.schema import Settings
 
@@ -62,3 +62,27 @@ def test_rates_of_groups_are_scaled_alike_and_can_be_forced() -> None:
     assert learning_rates(3, [1.0, 0.1], settings, total_steps=5) == pytest.approx([0.5, 0.05])
     forced = run_settings(warmup_steps=1, lr_scheduler="linear", force_constant_lr=0.7)
     assert learning_rates(0, [1.0, 0.1], forced, total_steps=5) == [0.7, 0.7]
+
+
+@pytest.mark.parametrize(
+    ("keys", "steps", "told"),
+    [
+        (
+            {"warmup_steps": 99},
+            20,
+            ["the run has 20 steps, and warm-up takes 99: the learning rate comes to 20 % of lr"],
+        ),
+        ({"warmup_steps": 20}, 20, ["the learning rate comes to 95 % of lr"]),
+        ({"warmup_steps": 19}, 20, []),
+        ({"warmup_steps": 99, "force_constant_lr": 0.7}, 20, []),
+    ],
+)
+def test_a_rate_that_never_comes_to_its_full_value_is_told(
+    caplog: pytest.LogCaptureFixture, keys: dict[str, float], steps: int, told: list[str]
+) -> None:
+    warn_of_warmup(run_settings(**keys), steps)
+    assert len(caplog.messages) == len(told)
+    assert all(words in line for words, line in zip(told, caplog.messages, strict=True))
+    # The rate of the last step, by the schedule itself.
+    if told and "20 %" in told[0]:
+        assert learning_rates(steps - 1, [1.0], run_settings(**keys), steps) == pytest.approx([0.2])

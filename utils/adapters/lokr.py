@@ -29,7 +29,7 @@ from utils.adapters.kinds import (
     without_scale,
 )
 from utils.settings.schema import AdapterSettings
-from utils.settings.values import Count
+from utils.settings.values import Count, LargeCount
 
 PREFIX = "lycoris_"
 W1, W2 = "lokr_w1", "lokr_w2"
@@ -48,8 +48,8 @@ class LokrSettings(AdapterSettings, LowRankKeys):
     factors: dict[str, Count] = {}
     """Other factors by glob pattern, as in `{ "attn" = 8, "FeedForward" = 16 }`: the first is taken that may match
     anywhere in a module's name, or is the class of a module around it."""
-    rank: Count | None = None
-    """Rank of the large matrix; default, and where it saves nothing: the whole of it."""
+    rank: LargeCount | None = None
+    """Rank of the large matrix; default, and where it saves nothing, as 1e6 does: the whole of it."""
     full_matrix: bool = False
     """Keep the large matrix whole, whatever `rank` says."""
     decompose_both: bool = False

@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 LISTED = 10
 FAILED_NAME = "failed.csv"
+WITHOUT_CAPTIONS = (
+    ", since none has a caption. One for all is instance_prompt, in the dataset file; caption_source takes the names "
+    'of the files ("filename") or of their folders ("foldername")'
+)
 TRAINING = "train"
 """Name of the training set."""
 
@@ -179,7 +183,8 @@ def too_many_failures(collections: Sequence[Collection], max_failed_fraction: fl
             reasons = reasons or [_describe(fault) for fault in collection.rejected[:LISTED]]
             problems += [Problem(file, "not used", reason) for reason in reasons]
             if collection.files:
-                problems.append(Problem(file, "", f"none of its {collection.files} files can be used"))
+                hint = WITHOUT_CAPTIONS if {fault.kind for fault in broken} == {"caption missing"} else ""
+                problems.append(Problem(file, "", f"none of its {collection.files} files can be used{hint}"))
         elif failed > max_failed_fraction * asked_for:
             problems += [Problem(file, fault.kind, _describe(fault)) for fault in broken[:LISTED]]
             more = f"and {failed - LISTED} more; " if failed > LISTED else ""

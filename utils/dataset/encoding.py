@@ -76,7 +76,7 @@ class CacheReport:
 
     def __str__(self) -> str:
         counts = f"wanted={self.wanted} reused={self.reused} encoded={self.encoded} failed={self.failed}"
-        told = f" encoder busy {self.busy:.0%}" if self.encoded else ""
+        told = f" (encoding {self.busy:.0%} of the time, else waiting for files)" if self.encoded else ""
         return f"{self.encoder}: {counts}{told}" + (f", {self.truncated} captions truncated" if self.truncated else "")
 
 

@@ -41,8 +41,11 @@ class BucketLine:
 
 def micro_batch_of(settings: Settings, bucket: Bucket, *, evaluating: bool = False) -> int:
     """The number of samples in one forward pass at this size: that of the nearest listed size."""
-    of_images = settings.image_micro_batch_size_per_gpu if bucket.frames == 1 else None
-    sizes = (evaluating and settings.eval_micro_batch_size_per_gpu) or of_images or settings.micro_batch_size_per_gpu
+    is_image = bucket.frames == 1
+    sizes = (is_image and settings.image_micro_batch_size_per_gpu) or settings.micro_batch_size_per_gpu
+    if evaluating:
+        of_images = is_image and settings.eval_image_micro_batch_size_per_gpu
+        sizes = of_images or settings.eval_micro_batch_size_per_gpu or sizes
     if isinstance(sizes, int):
         return sizes
     side = math.sqrt(bucket.width * bucket.height)
@@ -257,4 +260,7 @@ def format_table(lines: Iterable[BucketLine]) -> str:
         for line in lines
     ]
     width = max(len(row[0]) for row in rows) + 2
-    return "\n".join(f"{name:<{width}}" + "".join(f"{cell:>9}" for cell in cells) for name, *cells in rows)
+    text = "\n".join(f"{name:<{width}}" + "".join(f"{cell:>9}" for cell in cells) for name, *cells in rows)
+    if any(row[-1] for row in rows[1:]):
+        text += "\nfill: how often samples are used once more, so that the last batch of a size is full too"
+    return text

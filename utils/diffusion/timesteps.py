@@ -7,6 +7,7 @@ through `timestep`. Objectives say what a noise level is to them (`utils.diffusi
 
 from __future__ import annotations
 
+import logging
 import math
 import runpy
 from collections.abc import Callable, Mapping
@@ -28,6 +29,11 @@ class ResolutionShift:
     max_tokens: int = 4096
     base_shift: float = 0.5
     max_shift: float = 1.15
+
+    @property
+    def fitted_to(self) -> tuple[int, int] | None:
+        """The smallest and the largest number of tokens that the rule was made for; None if that is not known."""
+        return self.base_tokens, self.max_tokens
 
     def mu(self, tokens: int) -> float:
         """What a stock scheduler of the model takes: log s."""
@@ -155,5 +161,7 @@ def check_range(min_t: float, max_t: float) -> None:
 
 
 if __name__ == "__main__":
+    # What bitsandbytes says of a CPU when it is imported is of no use here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # The command has the name of what it shows; what reads a config stands on a floor above.
     runpy.run_module("models.assembly.timestep_plot", run_name="__main__", alter_sys=True)

@@ -105,6 +105,23 @@ def faults(options: Any, objective: Objective, resolution_shift: ResolutionShift
             yield "", str(error)
 
 
+BY_SNR = ("min_snr_gamma", "soft_min_snr_gamma", "debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred")
+"""Options that weigh a noise level by its signal-to-noise ratio; of v, all but the third weigh plain noise by 0."""
+
+
+def remarks(options: Any) -> Iterator[tuple[str, str]]:
+    """(option, what it does together with others) for what is allowed and may surprise."""
+    weighing = [name for name in BY_SNR if getattr(options, name)]
+    if len(weighing) > 1:
+        yield weighing[0], f"multiplies with {' and '.join(weighing[1:])}: one weight by the noise level is usual"
+    if options.weighting_scheme == "cosmap" and options.timestep_sample_method == "cosmap":
+        yield "weighting_scheme", "cosmap weighs what the timesteps are drawn by already; one of the two is usual"
+    if options.rescale_betas_zero_snr:
+        for name in weighing:
+            if name != "debiased_estimation_loss":
+                yield name, "weighs the last step by 0, for which rescale_betas_zero_snr is there: it is not trained"
+
+
 def requested_features(options: Any) -> list[str]:
     """What the options ask of the objective, by the names in `DEMANDS`: options that differ from their defaults, and
     the method by which timesteps are drawn."""

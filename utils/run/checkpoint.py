@@ -236,14 +236,14 @@ class Checkpoint:
 
     def starting_point(self, steps_in: Callable[[int], int], *, restart_data: bool) -> Progress:
         """The progress at which training goes on: that of the checkpoint, at the same position of the epoch if the
-        epoch now has another number of steps; with `restart_data` at the beginning of the first epoch.
+        epoch now has another number of steps; with `restart_data` at the beginning of that epoch.
 
         Args:
             steps_in: epoch -> its number of steps.
         """
         progress = self.progress
         if restart_data:
-            progress = replace(progress, epoch=0, step_in_epoch=0, epoch_loss_sum=0.0)
+            progress = replace(progress, step_in_epoch=0, epoch_loss_sum=0.0)
         steps = steps_in(progress.epoch)
         progress = progress.with_epoch_of(self.made_with["steps_in_epoch"], steps)
         if progress.step_in_epoch >= steps:

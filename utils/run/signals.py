@@ -1,5 +1,5 @@
 """Requests to stop: Ctrl-C, SIGTERM, the death of the launcher. They are noted at once and obeyed when nothing is
-lost."""
+lost. And requests by a file in the run's folder: `save`, `save_quit`."""
 
 from __future__ import annotations
 
@@ -20,15 +20,41 @@ DEEPSPEED_LAUNCHER = b"deepspeed.launcher.launch"
 LAUNCHERS = (DEEPSPEED_LAUNCHER, b"torchrun", b"torch.distributed.run", b"torch.distributed.launch")
 
 
+SAVE, SAVE_AND_QUIT = "save", "save_quit"
+"""Files that the user puts into the run's folder, for a checkpoint after the current step, and for the end of the run
+too."""
+
+
+class FileRequests:
+    """Looks for files by which the user asks for something; one process has to do it for all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = {name: folder / name for name in (SAVE, SAVE_AND_QUIT)}
+
+    def asked(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return self.files[name].is_file()
+
+    def done(self) -> None:
+        """Removes the files, which tells the user that it is done."""
+        for file in self.files.values():
+            file.unlink(missing_ok=True)
+
+
 class StopRequested(Exception):
     """The current work ends, since the run was asked to stop."""
 
 
 class StopRequests:
-    """Listens for signals within its context. A later second signal ends the process at once."""
+    """Listens for signals within its context. A later second signal ends the process at once.
+
+    Attributes:
+        by_file: whether the run ended because of a file in its folder.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.by_file = False
         self._warned = False
         self._ancestors = _launchers()
         self._before: dict[int, object] = {}
@@ -50,7 +76,9 @@ class StopRequests:
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal, as in shells."""
+        """128 + the signal, as in shells; 0 after a file of the user's."""
+        if self.by_file and self.received is None:
+            return 0
         return 128 + (self.received or signal.SIGTERM)
 
     def pending(self) -> bool:

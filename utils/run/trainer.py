@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 
-from optimizers.schedules import learning_rates
+from optimizers.schedules import learning_rates, warn_of_warmup
 from utils.dataset.batches import TrainingBatches
 from utils.dataset.epochs import Epochs
 from utils.errors import UserError
 from utils.ranks import any_rank
 from utils.run import checkpoint, out_of_memory
 from utils.run.cadence import Cadence, Duty
+from utils.run.folder import LATEST, checkpoints_before
 from utils.run.parts import RunParts
 from utils.run.progress import Progress
-from utils.run.signals import StopRequested
+from utils.run.signals import SAVE, SAVE_AND_QUIT, FileRequests, StopRequested
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Trainer:
             settings.checkpoint_every_n_epochs,
             minutes=settings.checkpoint_every_n_minutes,
         )
+        self.requests = FileRequests(self.parts.folder)
         self.last_step = self.progress.step + self._steps_left()
 
     def _steps_left(self) -> int:
@@ -93,7 +95,7 @@ class Trainer:
         if not isfinite(result.loss) or not isfinite(result.grad_norm):
             raise UserError.of(
                 f"loss {result.loss}, gradient norm {result.grad_norm}: training has diverged, and nothing was saved "
-                "since. Go on from a checkpoint with a lower [optimizer] lr or more warmup_steps",
+                f"since. {self._way_on()} with a lower [optimizer] lr or more warmup_steps",
                 str(self.parts.folder),
                 f"step {step + 1}",
             )
@@ -114,12 +116,20 @@ class Trainer:
             values["train/epoch_loss"] = done.epoch_loss
         return done, values
 
+    def _way_on(self) -> str:
+        """Where training that cannot go on may begin."""
+        checkpoints = checkpoints_before(self.parts.folder / LATEST)
+        if not checkpoints:
+            return "There is no checkpoint to go on from: start again"
+        return f"Go on from a checkpoint (the newest is --resume_from_checkpoint {checkpoints[-1]})"
+
     def ends_epoch(self, done: Progress) -> bool:
         """Whether the step that led to `done` was its epoch's last."""
         return done.step_in_epoch == self.epochs.steps_in(done.epoch)
 
     def begin(self) -> bool:
         """Does what is due before the first step of a run. Returns whether all ranks must stop here."""
+        warn_of_warmup(self.parts.settings, self.last_step)
         due = [duty for duty in self.duties if duty.before_first_step] if self.progress.step == 0 else []
         return self._perform(due, self.progress, False) or any_rank([self.parts.stop.pending()])[0]
 
@@ -130,11 +140,22 @@ class Trainer:
         interrupted = self._perform(due, done, ended)
         self.progress = done.next_epoch() if ended else done
         # A signal reaches one process, and clocks differ: the ranks have to agree, since all of them save together.
-        asked, overdue = any_rank([self.parts.stop.pending(), self.parts.ranks.is_main and self.checkpoints.overdue()])
-        stopping = interrupted or asked
+        is_main, requests = self.parts.ranks.is_main, self.requests
+        asked, overdue, save, quit_too = any_rank(
+            [
+                self.parts.stop.pending(),
+                is_main and self.checkpoints.overdue(),
+                is_main and requests.asked(SAVE),
+                is_main and requests.asked(SAVE_AND_QUIT),
+            ]
+        )
+        stopping = interrupted or asked or quit_too
+        self.parts.stop.by_file = quit_too
         at_end = last and self.checkpoints.ever
-        if stopping or overdue or at_end or self.checkpoints.due(before, done, ended):
+        if stopping or save or overdue or at_end or self.checkpoints.due(before, done, ended):
             self.save_checkpoint()
+        if is_main and (save or quit_too):
+            requests.done()
         return stopping and not last
 
     def _perform(self, due: Sequence[Duty], progress: Progress, epoch_ended: bool) -> bool:

@@ -19,10 +19,12 @@ class Choice:
         find: type, as the user writes it -> the class of the table's keys; a ValueError names the known types.
         classes: all classes by type, if they cost nothing to look at: a key that stands in a wrong place is looked for
             in them.
+        spelling: a type that `find` knows -> as it is spelled here; for classes whose `type` may be any text.
     """
 
     find: Callable[[str], type[SettingsTable]]
     classes: Classes = field(default_factory=dict)
+    spelling: Callable[[str], str] = str
 
 
 Choices = Mapping[str, Choice]

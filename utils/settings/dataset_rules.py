@@ -63,6 +63,11 @@ def check_dataset(dataset: DatasetSettings, file: str = "", broken: frozenset[st
     return [replace(problem, file=file) for problem in problems]
 
 
+def remarks_on_dataset(dataset: DatasetSettings, file: str = "") -> list[Problem]:
+    """What a sound dataset file says in vain, and does no harm with."""
+    return [replace(remark, file=file) for remark in _unused(dataset, _HARMLESS)]
+
+
 def check_evaluation_set(
     dataset: DatasetSettings,
     read: Mapping[Path, DatasetSettings],
@@ -250,32 +255,36 @@ def _varies(directory: DirectorySettings) -> bool:
     return directory.crop == "random" or directory.flip or any(directory.color_jitter or ()) or draws_clip
 
 
+def _changes_tags(directory: DirectorySettings) -> bool:
+    return bool(directory.cache_shuffle_num or directory.tag_dropout or directory.shuffle_capitalization)
+
+
 def _captions_are_read(directory: DirectorySettings) -> bool:
     return directory.instance_prompt is None and directory.caption_source in ("auto", "file")
 
 
+# Keys that other trainers' files have beside what overrides them.
+_HARMLESS = (
+    Use(RATIO_KEYS, lambda directory: not directory.size_buckets, "not used beside size_buckets"),
+    Use(RATIO_KEYS, lambda directory: not directory.ar_buckets, "not used beside ar_buckets"),
+    Use(RATIO_KEYS, lambda directory: directory.enable_ar_bucket, "not used without enable_ar_bucket = true"),
+    Use(("cache_shuffle_delimiter",), _changes_tags, "not used: tags stay as they are written"),
+)
 # Of several for one key, the first that does not hold is told.
 _USES = (
     Use(
-        ("keep_tokens", "cache_shuffle_delimiter"),
-        lambda directory: bool(
-            directory.cache_shuffle_num or directory.tag_dropout or directory.shuffle_capitalization
-        ),
+        ("keep_tokens",),
+        _changes_tags,
         "is for tags that are changed, and none are: set cache_shuffle_num to cache that many orders of them, or "
         "tag_dropout or shuffle_capitalization, or leave this out",
     ),
     Use(
-        ("resolutions", "enable_ar_bucket", "frame_buckets", "ar_buckets", *RATIO_KEYS),
+        ("resolutions", "enable_ar_bucket", "frame_buckets", "ar_buckets"),
         lambda directory: not directory.size_buckets,
         "is not used beside size_buckets, which are complete; leave out one of them",
     ),
     Use(
-        RATIO_KEYS,
-        lambda directory: not directory.ar_buckets,
-        "is not used beside ar_buckets, which are the buckets themselves; leave out one of them",
-    ),
-    Use(
-        ("ar_buckets", *RATIO_KEYS),
+        ("ar_buckets",),
         lambda directory: directory.enable_ar_bucket,
         "needs enable_ar_bucket = true; set that, or leave this out",
     ),

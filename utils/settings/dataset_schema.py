@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from utils.settings.values import (
     AspectRatio,
@@ -104,7 +104,7 @@ class DataKeys(SettingsTable):
     """Number of tags at the beginning that stay where they are."""
     keep_tokens_separator: str | None = None
     """Text before which all tags stay where they are, as in `|||`; it is taken out."""
-    shuffle_capitalization: Share = 0.0
+    shuffle_capitalization: Annotated[Share, BeforeValidator(lambda value: 0.0 if value is False else value)] = 0.0
     """Probability for each tag that its capitals are drawn anew: all small, first letter, each word, all capitals."""
     tag_dropout: Share = 0.0
     """Probability that a tag is dropped; tags that are kept in place stay."""

@@ -39,12 +39,15 @@ DATA_GROUPS: Mapping[str, str] = {
 _HEAD = """# Settings
 
 Every key of a run's file and of a dataset file. This page is generated from the schema; a key that is not
-listed here is refused.
+listed here is refused, unless it is one of another trainer's that says the same or nothing
+([diffusion-pipe's](coming_from_diffusion_pipe.md)).
 
 ## The run's own keys
 
 Write them at the top of the file, above all tables, or in tables that only group them: {groups}.
 """
+# Tables whose `type` may have any capitals -> what may stand between its letters.
+ANY_CAPITALS: Mapping[str, str] = {"optimizer": "", "model": "[-_]*"}
 NO_KEYS = "No keys of its own.\n"
 _SHARED = """### Keys of the file or of a `[[directory]]`
 
@@ -88,7 +91,8 @@ def _own_keys(cls: type[DataKeys]) -> list[str]:
 
 
 def settings_json_schema(classes: Mapping[str, Classes]) -> str:
-    """`docs/settings.schema.json`: accepts what the reader accepts, as far as one file can tell.
+    """`docs/settings.schema.json`: accepts what the reader accepts, as far as one file can tell, except for other
+    trainers' keys, which an editor should mark.
 
     Args:
         classes: as in `settings_page`.
@@ -139,13 +143,22 @@ def _by_type(section: str, classes: Classes) -> tuple[dict[str, Any], list[dict[
                 "title": schema["title"],
                 **({"description": schema["description"]} if "description" in schema else {}),
                 "$ref": f"#/$defs/{shared_class.__name__}",
-                "properties": own | {"type": {"const": kind}},
+                "properties": own | {"type": _type_schema(section, kind)},
                 **({"required": further} if further else {}),
                 "unevaluatedProperties": False,
             }
         )
     del shared["additionalProperties"]
     return shared | {"required": sorted(required)}, kinds, definitions
+
+
+def _type_schema(section: str, kind: str) -> dict[str, Any]:
+    """The spellings of a type: optimizers in any capitals, models with or without hyphens too; one alone otherwise."""
+    if section not in ANY_CAPITALS:
+        return {"const": kind}
+    between, letters = ANY_CAPITALS[section], [letter for letter in kind if letter not in "-_"]
+    spelled = [f"[{letter.upper()}{letter}]" if letter.isalpha() else letter for letter in letters]
+    return {"type": "string", "pattern": f"^{between.join(spelled)}$", "examples": [kind]}
 
 
 def dataset_json_schema() -> str:

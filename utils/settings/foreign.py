@@ -1,138 +1,80 @@
-"""Keys of other trainers, and what to write here instead: for users who come with another trainer's config."""
+"""Keys of other trainers: what each means here. For users who come with another trainer's config.
 
-from collections.abc import Mapping
+What only diffusion-pipe has stands in `diffusion_pipe`, table by table; what kohya's scripts, musubi-tuner,
+SimpleTuner, OneTrainer and DiffSynth-Studio have, in `kohya_and_others`, wherever it is written.
+"""
 
-# Name elsewhere -> what to write in its place.
-INSTEAD: Mapping[str, str] = {
-    # Of datasets.
-    "general": "its keys at the top of the dataset file",
-    "subsets": "a `[[directory]]` for each",
-    "instance_data_dir": "`path`, in a `[[directory]]`",
-    "folder_path": "`path`, in a `[[directory]]`",
-    "image_directory": "`path`, in a `[[directory]]`",
-    "video_directory": "`path`, in a `[[directory]]`",
-    "dataset_base_path": "`path`, in a `[[directory]]`",
-    "metadata_file": "`path`, which may be a table, in a `[[directory]]`",
-    "image_jsonl_file": "`path`, which may be a table, in a `[[directory]]`",
-    "video_jsonl_file": "`path`, which may be a table, in a `[[directory]]`",
-    "dataset_metadata_path": "`path`, which may be a table, in a `[[directory]]`",
-    "control_directory": "`control_path`, in a `[[directory]]`",
-    "cache_directory": "`cache_dir`, at the top of the dataset file",
-    "cache_dir_vae": "`cache_dir`, at the top of the dataset file",
-    "dataset_repeat": "`num_repeats`",
-    "prior_loss_weight": "`loss_weight`, in the `[[directory]]` of the regularisation data",
-    "resolution": "`resolutions`, as in `resolutions = [512]`",
-    "max_pixels": "`resolutions`, whose sides stand for the area of a square",
-    "minimum_image_size": "`min_resolution`",
-    "maximum_image_size": "`max_resolution`",
-    "enable_bucket": "`enable_ar_bucket`",
-    "min_bucket_reso": "`min_ar`, the narrowest shape as width / height",
-    "max_bucket_reso": "`max_ar`, the widest shape as width / height",
-    "bucket_no_upscale": "`no_upscale`",
-    "random_crop": '`crop = "random"`',
-    "center_crop": '`crop = "center"`',
-    "crop_style": "`crop`",
-    "flip_aug": "`flip`, with `augment_variants`",
-    "color_aug": "`color_jitter`, with `augment_variants`",
-    "target_frames": "`frame_buckets`",
-    "num_frames": "`frame_buckets`",
-    "frame_extraction": "`video_clip_mode`",
-    "fps": "`framerate`",
-    "class_tokens": "`instance_prompt`",
-    "default_caption": "`instance_prompt`",
-    "caption_strategy": "`caption_source`",
-    "caption_ext": "`caption_extension`",
-    "shuffle_caption": "`cache_shuffle_num`, how many versions are cached, as in `cache_shuffle_num = 8`",
-    "shuffle_tokens": "`cache_shuffle_num`, how many versions are cached, as in `cache_shuffle_num = 8`",
-    "caption_separator": "`cache_shuffle_delimiter`",
-    "caption_tag_dropout_rate": "`tag_dropout`",
-    "caption_dropout_probability": "`uncond_fraction`",
-    "caption_dropout_every_n_epochs": "`uncond_every_n_epochs`",
-    "weighted_captions": "`weighted_tags`",
-    "masked_loss": "`mask_path` or `alpha_mask`",
-    "mask_min_value": "`unmasked_weight`",
-    "validation_split": "`eval_datasets`, in the run's file",
-    # Of runs.
-    "dataset_config": "`dataset`",
-    "data_backend_config": "`dataset`",
-    "train_data_dir": "`path`, in a `[[directory]]` of the dataset file that `dataset` names",
-    "reg_data_dir": "a `[[directory]]` with `is_regularisation_data`, in the dataset file",
-    "output_path": "`output_dir`",
-    "output_name": "`output_dir`: each run has a folder of its own there",
-    "train_batch_size": "`micro_batch_size_per_gpu`",
-    "batch_size": "`micro_batch_size_per_gpu`, in the run's file",
-    "vae_batch_size": "`caching_batch_size`",
-    "max_train_steps": "`max_steps`",
-    "max_train_epochs": "`epochs`",
-    "num_train_epochs": "`epochs`",
-    "num_epochs": "`epochs`",
-    "gradient_checkpointing": "`activation_checkpointing`",
-    "use_gradient_checkpointing": "`activation_checkpointing`",
-    "max_grad_norm": "`gradient_clipping`",
-    "lr_warmup_steps": "`warmup_steps`",
-    "max_token_length": "max_sequence_length, in `[model]`",
-    "tokenizer_max_length": "max_sequence_length, in `[model]`",
-    "learning_rate": "`lr`, in `[optimizer]`",
-    "unet_lr": "`lr`, in `[optimizer]`",
-    "optimizer_type": "`type`, in `[optimizer]`",
-    "optimizer_args": "its keys in `[optimizer]`",
-    "pretrained_model_name_or_path": "`diffusers_path`, in `[model]`",
-    "model_type": "`type`, in `[model]`",
-    "model_family": "`type`, in `[model]`",
-    "mixed_precision": "`dtype`, in `[model]`",
-    "timestep_sampling": "`timestep_sample_method`, in `[model]`",
-    "logit_std": "`sigmoid_scale`, in `[model]`",
-    "min_timestep": "`min_t`, from 0 to 1, in `[model]`",
-    "max_timestep": "`max_t`, from 0 to 1, in `[model]`",
-    "num_timestep_buckets": '`stratified_timesteps = "epoch"`, in `[model]`',
-    "snr_gamma": "`min_snr_gamma`, in `[model]`",
-    "zero_terminal_snr": "`rescale_betas_zero_snr`, in `[model]`",
-    "input_perturbation": "`ip_noise_gamma`, in `[model]`",
-    "pseudo_huber_c": "`huber_c`, in `[model]`",
-    "discrete_flow_shift": "`shift`, in `[model]`",
-    "flow_schedule_shift": "`shift`, in `[model]`",
-    "flow_schedule_auto_shift": "`flux_shift`, in `[model]`",
-    "network_module": "`type`, in `[adapter]`",
-    "network_dim": "`rank`, in `[adapter]`",
-    "lora_rank": "`rank`, in `[adapter]`",
-    "network_alpha": "`alpha`, in `[adapter]`",
-    "lora_alpha": "`alpha`, in `[adapter]`",
-    "network_dropout": "`dropout`, in `[adapter]`",
-    "network_weights": "`init_from_existing`, in `[adapter]`",
-    "lora_checkpoint": "`init_from_existing`, in `[adapter]`",
-    "lora_target_modules": "`include`, in `[adapter]`",
-    "save_precision": "`save_dtype`",
-    "save_steps": "`save_every_n_steps`",
-    "save_state": "`checkpoint_every_n_epochs`",
-    "checkpointing_steps": "`checkpoint_every_n_steps`",
-    "checkpoint_step_interval": "`checkpoint_every_n_steps`",
-    "resume": "--resume_from_checkpoint on the command line",
-    "resume_from_checkpoint": "--resume_from_checkpoint on the command line",
-    "cache_text_encoder_outputs": "`cache_text_embeddings`",
-    "log_with": "`enable_tensorboard` or `enable_wandb`, in `[monitoring]`",
-    "report_to": "`enable_tensorboard` or `enable_wandb`, in `[monitoring]`",
-    "log_tracker_name": "`wandb_tracker_name`, in `[monitoring]`",
-    "sample_prompts": "`prompts`, in `[sampling]`",
-    "validation_prompt": "`prompts`, in `[sampling]`",
-    "validation_step_interval": "`sample_every_n_steps`, in `[sampling]`",
-    "validation_num_inference_steps": "`steps`, in `[sampling]`",
-    "validation_guidance": "`guidance`, in `[sampling]`",
-    "validation_seed": "`seed`, in `[sampling]`",
-}
-# Name elsewhere -> why there is nothing to write.
-NEEDLESS: Mapping[str, str] = {
-    "support_video": "clips are found by their endings, and used where frame_buckets has more than one frame",
-    "source_fps": "the rate of a clip is read from its file",
-    "bucket_reso_steps": "sizes are rounded to what the model takes",
-    "cache_latents": "they always are",
-    "cache_latents_to_disk": "they always are",
-    "cache_text_encoder_outputs_to_disk": "they are, unless cache_text_embeddings = false",
-    "logging_dir": "logs go into the run's folder",
-}
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Keys = Mapping[str, Any]
 
 
-def advice(key: str) -> str | None:
-    """What to write instead of another trainer's key; None if the key is unknown."""
-    if key in INSTEAD:
-        return f"write {INSTEAD[key]} instead"
-    return f"leave it out: {NEEDLESS[key]}" if key in NEEDLESS else None
+def _never(value: Any) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A key that only other trainers have.
+
+    Attributes:
+        advice: what to do about it, as in "write instead: `max_steps`".
+        keys: its value -> keys of the same table that say the same; None if there are none.
+        harmless: its value -> whether nothing is lost by leaving the key out; then it is passed over, with a warning.
+        why_harmless: what the warning says, if it is not the advice.
+    """
+
+    advice: str
+    keys: Callable[[Any], Keys] | None = None
+    harmless: Callable[[Any], bool] = _never
+    why_harmless: str = ""
+
+    @property
+    def may_be_harmless(self) -> bool:
+        """Whether there is a value with which it is."""
+        return self.harmless is not _never
+
+    @property
+    def warning(self) -> str:
+        """What to tell where it is harmless."""
+        return f"not used: {self.why_harmless}" if self.why_harmless else f"not used; {self.advice}"
+
+
+def write(what: str, *, unless: tuple[Any, ...] = (), since: str = "it changes nothing with this value") -> Foreign:
+    """A key in whose place `what` is to be written; with a value in `unless` there is nothing to write, `since` ..."""
+    advice = f"write instead: {what}"
+    if not unless:
+        return Foreign(advice)
+    return Foreign(advice, harmless=lambda value: _is_one_of(value, unless), why_harmless=since)
+
+
+def leave_out(why: str, *, only: tuple[Any, ...] | None = None) -> Foreign:
+    """A key for which there is nothing to write; with a value beside `only` it asks for what there is not."""
+    if only is None:
+        return Foreign(f"leave it out: {why}", harmless=lambda value: True, why_harmless=why)
+    return Foreign(f"leave it out: {why}", harmless=lambda value: _is_one_of(value, only))
+
+
+def read_as(key: str, value_of: Callable[[Any], Any] = lambda value: value) -> Foreign:
+    """A key that means `key`, whose value is `value_of` its own."""
+    return Foreign(f"write instead: `{key}`", lambda value: {key: value_of(value)})
+
+
+def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
+    # To Python true is 1, and to a user it is not.
+    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
+
+
+@dataclass(frozen=True)
+class ForeignType:
+    """A `type` of another trainer.
+
+    Attributes:
+        means: the type here that does the same; "" if there is none.
+        note: why it does the same, or what to take.
+    """
+
+    means: str
+    note: str

@@ -6,9 +6,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from utils.settings import diffusion_pipe, kohya_and_others
 from utils.settings.choices import Choices, Classes
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
-from utils.settings.foreign import advice
+from utils.settings.foreign import Foreign
 from utils.settings.model_schema import ModelSettings, TextEncoderFile
 from utils.settings.schema import (
     AdapterSettings,
@@ -103,7 +104,7 @@ def unknown_tables(raw: Mapping[str, Any], choices: Choices) -> dict[str, str | 
     meant: dict[str, str | None] = {}
     for key in unknown:
         shorter = [name for name in known if key.startswith(name) or name.startswith(key)]
-        near = next(iter([*shorter, *get_close_matches(key, known, n=1)]), None)
+        near = next(iter([*shorter, *get_close_matches(key, known, n=1, cutoff=0.65)]), None)
         # A name near that of a table means it, also where it is a key elsewhere: `sample` is one in [ema].
         if near or key not in elsewhere:
             meant[key] = near
@@ -117,22 +118,59 @@ def unknown_table(meant: str | None) -> str:
     )
 
 
-def unknown_key(key: str, here: Iterable[str], choices: Choices) -> str:
-    """The message for a key that is unknown `here`: the table where it belongs, or the closest spelling."""
-    if advised := advice(key):
-        return f"no such key; {advised}"
+def foreign_key(place: str, key: str) -> Foreign | None:
+    """A key that other trainers have in the table `place`, or anywhere."""
+    return diffusion_pipe.FOREIGN.get(place, {}).get(key) or kohya_and_others.ANYWHERE.get(key)
+
+
+def unknown_key(key: str, place: str, here: Iterable[str], choices: Choices) -> str:
+    """The message for a key that is unknown in the table `place`, which knows the keys `here`: what another trainer's
+    key is here, or the table where it belongs, or a spelling that is close to it."""
     here = sorted(here)
-    locations = _locations(choices)
-    for location, keys in locations.items():
-        if key in keys:
-            return f"no such key here; it belongs {location}"
-    if near := get_close_matches(key, here, n=1):
-        return f"no such key; did you mean `{near[0]}`?"
-    for location, keys in locations.items():
-        if near := get_close_matches(key, sorted(keys), n=1):
-            return f"no such key; did you mean `{near[0]}`, {location}?"
+    elsewhere = (keys[key] for keys in diffusion_pipe.FOREIGN.values() if key in keys)
+    if foreign := foreign_key(place, key) or (None if _location_of(key, choices) else next(elsewhere, None)):
+        is_of_others = kohya_and_others.ANYWHERE.get(key) is foreign
+        return f"no such key; {kohya_and_others.advice_in(place, key) if is_of_others else foreign.advice}"
+    if location := _location_of(key, choices):
+        return f"no such key here; it belongs {location}"
+    if near := closest(key, here, place):
+        return f"no such key; did you mean `{near}`?"
     # All of the run's keys would bury the other problems.
     return f"no such key; known here: {', '.join(here)}" if len(here) <= 12 else "no such key"
+
+
+def closest(key: str, known: Iterable[str], place: str = "") -> str | None:
+    """The known key of which `key` is probably a slip: with one letter in four wrong, at most three; cut off by one or
+    two; or with the name of its table before it. A guess that is only somewhat like it would mislead."""
+    known = list(known)
+    if key.removeprefix(f"{place}_") in known:
+        return key.removeprefix(f"{place}_")
+    distances = {
+        name: edits(key, name) - (1 if len(key) > 3 and name.startswith(key) and len(name) > len(key) + 1 else 0)
+        for name in known
+    }
+    near = min(distances, key=distances.__getitem__, default="")
+    return near if near and distances[near] <= min(len(key) // 4, 3) else None
+
+
+def edits(one: str, other: str) -> int:
+    """How many letters have to be put in, left out, changed, or swapped with their neighbour to make `other` of `one`
+    (optimal string alignment)."""
+    before, above = [], list(range(len(other) + 1))
+    for row, letter in enumerate(one, start=1):
+        line = [row]
+        for column, wanted in enumerate(other, start=1):
+            best = min(above[column] + 1, line[-1] + 1, above[column - 1] + (letter != wanted))
+            if row > 1 and column > 1 and letter == other[column - 2] and one[row - 2] == wanted:
+                best = min(best, before[column - 2] + 1)
+            line.append(best)
+        before, above = above, line
+    return above[-1]
+
+
+def _location_of(key: str, choices: Choices) -> str | None:
+    """The table that has this very key."""
+    return next((location for location, keys in _locations(choices).items() if key in keys), None)
 
 
 def _locations(choices: Choices) -> dict[str, set[str]]:

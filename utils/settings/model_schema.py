@@ -102,7 +102,7 @@ class ModelSettings(SettingsTable):
     shift: Positive | None = None
     """Moves timesteps towards noise: t becomes s*t / (1 + (s-1)*t); default: no shift."""
     flux_shift: bool = False
-    """Shift by the size of the picture, as Flux does; excludes `shift`."""
+    """Shift by the size of the picture, as Flux does; a clip is as large as one frame of it. Excludes `shift`."""
     min_t: Part = 0.0
     """Lowest timestep that is trained, after the shift."""
     max_t: Part = 1.0

@@ -1,5 +1,6 @@
 """Pydantic's errors in plain language: what was given, and what is allowed."""
 
+import re
 from collections.abc import Mapping
 from datetime import date, time
 from typing import Any
@@ -42,10 +43,32 @@ def explain(error: Mapping[str, Any]) -> str:
     if error["type"] == "missing":
         return "is required and not given"
     template = _ALLOWED.get(error["type"])
-    allowed = template.format(**error.get("ctx", {})) if template else error["msg"]
+    context = error.get("ctx", {})
+    if error["type"] == "literal_error":
+        # Python's words for what TOML writes in small letters.
+        context = {"expected": context["expected"].replace("True", "true").replace("False", "false")}
+    allowed = template.format(**context) if template else error["msg"]
     # A check of a whole table names the keys itself.
     whole = error["type"] == "value_error" and isinstance(error["input"], dict)
     return allowed if whole else f"{allowed}; given: {given(error['input'])}"
+
+
+def counted(where: str) -> str:
+    """A place in a `[[directory]]`, which pydantic counts from 0, as a person counts: `[[directory]] 2 min_ar`."""
+
+    def told(found: re.Match[str]) -> str:
+        return f"[[directory]] {int(found[1]) + 1} {found[2]}".rstrip()
+
+    return re.sub(r"key `directory\[(\d+)\]\.?([^`]*)`", told, where)
+
+
+def as_toml(value: Any) -> str:
+    """A value as it is written in a file."""
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {as_toml(entry)}' for key, entry in value.items())} }}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(as_toml, value))}]"
+    return str(value).lower() if isinstance(value, bool) else repr(value) if isinstance(value, str) else str(value)
 
 
 def given(value: Any) -> str:

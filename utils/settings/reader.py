@@ -1,5 +1,6 @@
 """TOML files -> settings, with every problem of every file in one error."""
 
+import logging
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,14 +16,19 @@ from utils.settings.dataset_rules import (
     check_evaluation_set,
     check_training_set,
     check_with_run,
+    remarks_on_dataset,
 )
-from utils.settings.dataset_schema import DatasetSettings
+from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
+from utils.settings.differences import differences
+from utils.settings.diffusion_pipe import TYPES
 from utils.settings.keys import CHOSEN, SECTIONS, is_dataset, is_run, known_keys, run_keys, unknown_tables
-from utils.settings.plain import given
-from utils.settings.rules import check_rules
+from utils.settings.plain import counted, given
+from utils.settings.rules import check_rules, remarks_on_run
 from utils.settings.schema import Settings
-from utils.settings.tables import Reading, Table, check, no_table, one_table, run_table, where
+from utils.settings.tables import Reading, Table, adopt, check, no_table, one_table, run_table, where
 from utils.settings.values import SettingsTable
+
+logger = logging.getLogger(__name__)
 
 
 def read_settings(path: Path, choices: Choices) -> Settings:
@@ -43,14 +49,18 @@ def read_dataset(path: Path) -> DatasetSettings:
 
 
 def read_all(
-    path: Path, choices: Choices, world_size: int | None
+    path: Path, choices: Choices, world_size: int | None, from_diffusion_pipe: bool = False
 ) -> tuple[Settings, DatasetSettings, dict[str, DatasetSettings]]:
     """Settings, training set, and evaluation sets by name, checked by every rule; `choices` as in `read_settings`.
+
+    Warns of what changes nothing, of what is read as something else, and, if the files are diffusion-pipe's, of what
+    the same words do not mean here: they are its if a key says so, or `from_diffusion_pipe`.
 
     Raises one UserError with the problems of all these files.
     """
     run = _read_run(Path(path), choices)
     problems = [*run.problems, *check_rules(run.value, world_size, str(path), run.broken)]
+    remarks, is_foreign = run.remarks, from_diffusion_pipe or run.from_diffusion_pipe
     training = [] if "dataset" in run.broken else [run.value.dataset]
     evaluation = [] if "eval_datasets" in run.broken else run.value.eval_datasets
 
@@ -66,13 +76,22 @@ def read_all(
             continue
         problems += [*reading.problems, *check_dataset(reading.value, str(file), reading.broken)]
         datasets[file] = reading.value
+        remarks, is_foreign = remarks + reading.remarks, is_foreign or reading.from_diffusion_pipe
         problems += check_evaluation_set(reading.value, datasets, training, file, reading.broken)
         if not reading.broken:
             problems += check_with_run(run.value, reading.value, str(file), run.broken)
     if problems:
-        raise UserError(problems)
+        raise UserError(replace(problem, where=counted(problem.where)) for problem in problems)
     if problems := check_training_set(run.value, datasets[run.value.dataset], str(path)):
         raise UserError(problems)
+    remarks = [*remarks, *remarks_on_run(run.value, str(path))]
+    for file, dataset in datasets.items():
+        remarks += remarks_on_dataset(dataset, str(file))
+    for remark in remarks:
+        logger.warning("%s: %s: %s", remark.file, counted(remark.where), remark.message)
+    if is_foreign:
+        for remark in differences(run.value, datasets, str(path)):
+            logger.warning("%s: %s: other than in diffusion-pipe: %s", remark.file, remark.where, remark.message)
     by_name = {entry.name: datasets[entry.config] for entry in evaluation}
     return run.value, datasets[run.value.dataset], by_name
 
@@ -107,13 +126,16 @@ def _read_run(path: Path, choices: Choices) -> Reading[Settings]:
     # Of a part with problems the sound keys go in, so that the rest is still checked.
     table.keys.update({name: part.value for name, part in parts.items()})
     table.locations.update({name: (f"[{name}]", "") for name in SECTIONS})
+    adopt(table, [*run_keys(), *SECTIONS])
     run = check(Settings, table, run_keys(), choices)
     problems = [*run.problems, *(problem for part in parts.values() for problem in part.problems)]
     # A table with a misspelt name is not also reported as missing.
     misspelt = {f"[{name}]" for name in unknown_tables(raw, choices).values() if name and name not in raw}
     problems = [problem for problem in problems if problem.where not in misspelt]
     broken = {f"{name}.{key}" for name, part in parts.items() for key in part.broken}
-    return Reading(run.value, problems, run.broken | broken)
+    remarks = [*run.remarks, *(remark for part in parts.values() for remark in part.remarks)]
+    is_foreign = run.from_diffusion_pipe or any(part.from_diffusion_pipe for part in parts.values())
+    return Reading(run.value, problems, run.broken | broken, remarks, is_foreign)
 
 
 def _read_section(file: str, name: str, written: Any, choices: Choices) -> Reading[SettingsTable]:
@@ -125,10 +147,12 @@ def _read_section(file: str, name: str, written: Any, choices: Choices) -> Readi
         return Reading(shared.model_construct(**nothing), [problem], frozenset(shared.model_fields))
     table = one_table(file, name, title, written)
     cls = _class_by_type(table, choices[name]) if is_chosen else shared
+    adopt(table, known_keys(name, cls or shared))
     if cls is None:
         # Without the type, the keys of its own are unknown: check those that all types share.
-        cls, keys = shared, {key: value for key, value in table.keys.items() if key in shared.model_fields}
-        table = replace(table, keys=keys | nothing)
+        keys = {key: value for key, value in table.keys.items() if key in shared.model_fields}
+        reading = check(shared, replace(table, keys=keys | nothing), known_keys(name, shared), choices)
+        return replace(reading, broken=reading.broken | {"type"})
     return check(cls, table, known_keys(name, cls), choices)
 
 
@@ -145,9 +169,15 @@ def _class_by_type(table: Table, choice: Choice) -> type[SettingsTable] | None:
         try:
             cls = choice.find(name)
         except ValueError as error:
-            table.complain(location, str(error))
+            foreign = TYPES.get(table.place, {}).get(name.lower())
+            if foreign and foreign.means:
+                table.from_diffusion_pipe = True
+                table.remark(location, f'is read as "{foreign.means}": {foreign.note}')
+                table.keys["type"] = foreign.means
+                return choice.find(foreign.means)
+            table.complain(location, f"{error}; {foreign.note}" if foreign else str(error))
         else:
-            table.keys["type"] = type_of(cls) or name
+            table.keys["type"] = type_of(cls) or choice.spelling(name)
             return cls
     return None
 
@@ -163,11 +193,13 @@ def _read_dataset(path: Path, choices: Choices) -> Reading[DatasetSettings]:
             _one_directory(table, number, entry) if isinstance(entry, dict) else entry
             for number, entry in enumerate(entries)
         ]
+    adopt(table, known_keys("dataset", DatasetSettings))
     return check(DatasetSettings, table, known_keys("dataset", DatasetSettings), choices)
 
 
 def _one_directory(dataset: Table, number: int, written: Mapping[str, Any]) -> dict[str, Any]:
     """An entry of `directory` with second spellings replaced; a key given twice is a problem of `dataset`."""
     entry = one_table(dataset.file, "directory", dataset.locate(("directory", number)), written)
-    dataset.problems.extend(entry.problems)
+    adopt(entry, known_keys("directory", DirectorySettings))
+    dataset.take_notes_of(entry)
     return entry.keys

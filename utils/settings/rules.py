@@ -1,9 +1,11 @@
 """Rules about several keys of a run. They see the sound keys of a file even when others are broken."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import get_args
 
 from utils.errors import Problem
@@ -11,10 +13,21 @@ from utils.settings.model_schema import QuantisedType
 from utils.settings.paths import missing, unwritable
 from utils.settings.schema import Settings
 
-EVAL_KEYS = ("eval_every_n_steps", "eval_every_n_epochs", "eval_every_n_examples", "eval_micro_batch_size_per_gpu")
+EVAL_KEYS = (
+    "eval_every_n_steps",
+    "eval_every_n_epochs",
+    "eval_every_n_examples",
+    "eval_micro_batch_size_per_gpu",
+    "eval_image_micro_batch_size_per_gpu",
+)
 SAMPLE_CADENCES = ("sample_every_n_steps", "sample_every_n_epochs", "sample_before_first_step")
 TRAINING_NAME = "train"
-BATCH_KEYS = ("micro_batch_size_per_gpu", "image_micro_batch_size_per_gpu", "eval_micro_batch_size_per_gpu")
+BATCH_KEYS = (
+    "micro_batch_size_per_gpu",
+    "image_micro_batch_size_per_gpu",
+    "eval_micro_batch_size_per_gpu",
+    "eval_image_micro_batch_size_per_gpu",
+)
 WANDB_KEYS = ("wandb_api_key", "wandb_tracker_name", "wandb_run_name")
 # Keys of [model] that only some values of another make use of.
 USED_WITH: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
@@ -39,6 +52,11 @@ def check_rules(
         if not any(key in broken or key.split(".")[0] in broken for key in rule.keys)
         for problem in rule.check(settings, world_size)
     ]
+
+
+def remarks_on_run(settings: Settings, file: str = "") -> list[Problem]:
+    """What a sound run's file says in vain, and does no harm with."""
+    return [replace(remark, file=file) for rule in _HARMLESS for remark in rule(settings)]
 
 
 @dataclass(frozen=True)
@@ -170,9 +188,21 @@ def _eval_paths_exist(settings: Settings, _: int) -> Iterator[Problem]:
 
 def _model_path_exists(key: str) -> SettingsRule:
     def check(settings: Settings, _: int) -> Iterator[Problem]:
-        return missing(f"[model] {key}", getattr(settings.model, key))
+        path = getattr(settings.model, key)
+        for problem in missing(f"[model] {key}", path):
+            yield replace(problem, message=f"{problem.message}{_if_on_the_hub(path)}")
 
     return SettingsRule((f"model.{key}",), check)
+
+
+def _if_on_the_hub(path: Path) -> str:
+    """What to do with a name on Hugging Face, which has an owner and a name, and which is not downloaded here."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) or path.suffix in (".safetensors", ".gguf"):
+        return ""
+    return (
+        f". If that is a name on Hugging Face, download it first: hf download {path} --local-dir models/{path.name}, "
+        f"and write models/{path.name} here, with the folder that you chose"
+    )
 
 
 def _text_encoder_paths_exist(settings: Settings, _: int) -> Iterator[Problem]:
@@ -219,11 +249,11 @@ def _eval_names_differ(settings: Settings, _: int) -> Iterator[Problem]:
             yield _at(f"key `eval_datasets[{number}].name`", f'"{name}" names an entry above too')
 
 
-def _eval_keys_have_data(settings: Settings, _: int) -> Iterator[Problem]:
+def _eval_keys_have_data(settings: Settings) -> Iterator[Problem]:
     if not settings.eval_datasets:
         for key in EVAL_KEYS:
             if getattr(settings, key) is not None:
-                yield _at(f"key `{key}`", "there is nothing to evaluate; add eval_datasets, or leave it out")
+                yield _at(f"key `{key}`", "not used: there is nothing to evaluate without eval_datasets")
 
 
 def _one_batch_a_resolution(key: str) -> SettingsRule:
@@ -269,13 +299,14 @@ def _is_changed(settings: Settings, key: str) -> bool:
     return getattr(settings.model, key) != type(settings.model).model_fields[key].default
 
 
-def _wandb_is_enabled(settings: Settings, _: int) -> Iterator[Problem]:
+def _wandb_is_enabled(settings: Settings) -> Iterator[Problem]:
     monitoring = settings.monitoring
     for key in WANDB_KEYS:
         if not monitoring.enable_wandb and getattr(monitoring, key) is not None:
-            yield _at(f"[monitoring] {key}", "needs enable_wandb = true; set that, or leave this out")
+            yield _at(f"[monitoring] {key}", "not used without enable_wandb = true")
 
 
+_HARMLESS = (_eval_keys_have_data, _wandb_is_enabled)
 _RULES = (
     SettingsRule(("partition_split", "partition_method", "pipeline_stages"), _split_fits_method),
     SettingsRule(("pipeline_stages",), _stages_divide_world),
@@ -291,19 +322,20 @@ _RULES = (
     SettingsRule(("eval_datasets",), _eval_names_differ),
     SettingsRule(("model", "adapter"), _float16_is_not_trained),
     SettingsRule(("model.transformer_dtype", "adapter"), _quantised_base_has_adapter),
-    SettingsRule(("eval_datasets", *EVAL_KEYS), _eval_keys_have_data),
     SettingsRule(("model.shift", "model.flux_shift"), _one_shift),
     *(_is_used(key, *chosen) for keys, chosen in USED_WITH.items() for key in keys),
     SettingsRule(("model.multires_noise_discount", "model.multires_noise_iterations"), _discount_has_levels),
     SettingsRule(("regularisation_target", "adapter"), _parent_is_kept),
     SettingsRule(("regularisation_target", "model.folded_guidance"), _one_teacher),
     SettingsRule(("output_dir",), _output_can_be_written),
-    SettingsRule(("model.diffusers_path", "model.transformer_path"), _model_has_a_folder),
+    # Of a model that is unknown, and of one whose folder has diffusion-pipe's name, that is told already.
+    SettingsRule(
+        ("model.type", "model.ckpt_path", "model.diffusers_path", "model.transformer_path"), _model_has_a_folder
+    ),
     *(_one_batch_a_resolution(key) for key in BATCH_KEYS),
     *(_model_path_exists(key) for key in ("diffusers_path", "transformer_path", "vae_path")),
     SettingsRule(("model.text_encoders",), _text_encoder_paths_exist),
     SettingsRule(("adapter.init_from_existing",), _adapter_path_exists),
     SettingsRule(("model.preset_adapters",), _preset_paths_exist),
     SettingsRule(("sampling.prompts", *(f"sampling.{key}" for key in SAMPLE_CADENCES)), _prompts_have_a_cadence),
-    SettingsRule(("monitoring.enable_wandb", *(f"monitoring.{key}" for key in WANDB_KEYS)), _wandb_is_enabled),
 )

@@ -5,7 +5,7 @@ The documentation and the JSON schemas are generated from the strings under the 
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationInfo, field_validator
 
 from utils.settings.model_schema import DType, ModelSettings
 from utils.settings.values import (
@@ -66,6 +66,13 @@ def as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
+ControlImages = Annotated[
+    list[UserPath],
+    BeforeValidator(as_list, json_schema_input_type=UserPath | Annotated[list[UserPath], Field(min_length=1)]),
+    Field(min_length=1),
+]
+
+
 class EMASettings(SettingsTable):
     """`[ema]`: an exponential moving average of what is trained. Without this table: none."""
 
@@ -95,6 +102,10 @@ class EMASettings(SettingsTable):
         return power
 
 
+# An empty text is no text: files that are copied have them where nothing is meant.
+NotEmpty = Annotated[str | None, AfterValidator(lambda text: text or None)]
+
+
 class MonitoringSettings(SettingsTable):
     """`[monitoring]`: where metrics go, besides the run folder's `metrics.jsonl`."""
 
@@ -102,11 +113,11 @@ class MonitoringSettings(SettingsTable):
     """Write TensorBoard events into the run folder."""
     enable_wandb: bool = False
     """Send metrics to Weights & Biases."""
-    wandb_api_key: Annotated[str | None, Field(repr=False)] = None
+    wandb_api_key: Annotated[NotEmpty, Field(repr=False)] = None
     """Key of the account; default: what `wandb login` or WANDB_API_KEY set. Never written to a run folder."""
-    wandb_tracker_name: str | None = None
+    wandb_tracker_name: NotEmpty = None
     """Project that the run is filed under; default: penstock."""
-    wandb_run_name: str | None = None
+    wandb_run_name: NotEmpty = None
     """Name of the run; default: that of its folder."""
 
 
@@ -117,7 +128,7 @@ class SamplingSettings(SettingsTable):
     """Prompts to draw; empty: none."""
     negative_prompt: str = ""
     """Prompt from which guidance leads away, in models that are guided by a second prediction."""
-    control_images: list[Annotated[list[UserPath], BeforeValidator(as_list), Field(min_length=1)]] = []
+    control_images: list[ControlImages] = []
     """The control image for each prompt, or a list of several for each; a single entry serves all prompts. For models
     that edit pictures (Kontext, Edit), and as the first frame for models that make a clip from it. It is cropped to the
     shape of the sample."""
@@ -139,6 +150,16 @@ class SamplingSettings(SettingsTable):
     """Seed of the initial noise, the same every time."""
     guidance: NotNegative = 3.5
     """Strength of guidance by the prompt."""
+
+
+def _named(entries: Any) -> Any:
+    """Paths of evaluation sets with names of their own."""
+    if not isinstance(entries, list):
+        return entries
+    return [
+        {"name": f"eval{number}", "config": entry} if isinstance(entry, str) else entry
+        for number, entry in enumerate(entries)
+    ]
 
 
 class EvalDataset(SettingsTable):
@@ -180,8 +201,11 @@ class Settings(SettingsTable):
     """Learning rate after warm-up: constant, or falling to 0 at the last step."""
     force_constant_lr: Positive | None = None
     """Use this learning rate at every step, instead of warm-up, schedule and the checkpoint's value."""
-    eval_datasets: list[EvalDataset] = []
-    """Data that is evaluated and not trained on: tables of `name` and `config`."""
+    eval_datasets: Annotated[
+        list[EvalDataset], BeforeValidator(_named, json_schema_input_type=list[EvalDataset | str])
+    ] = []
+    """Data that is evaluated and not trained on: tables of `name` and `config`, or dataset files alone, which are then
+    called eval0, eval1 and so on."""
     eval_every_n_steps: Count | None = None
     """Evaluate after every n steps."""
     eval_every_n_epochs: Count | None = None
@@ -192,6 +216,8 @@ class Settings(SettingsTable):
     """Evaluate before training too, if there is something to evaluate."""
     eval_micro_batch_size_per_gpu: MicroBatches | None = None
     """Samples in one forward pass of evaluation; default: as in training."""
+    eval_image_micro_batch_size_per_gpu: MicroBatches | None = None
+    """The same for still pictures, where there are clips too; default: as for clips."""
     save_every_n_steps: Count | None = None
     """Export weights after every n steps."""
     save_every_n_epochs: Count | None = None

@@ -1,35 +1,44 @@
 """One table of a file -> a settings value, or what is wrong with it, in the spelling that the user wrote."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from utils.errors import Problem, UserError
+from utils.settings import diffusion_pipe
 from utils.settings.choices import Choices
 from utils.settings.keys import (
     GROUPS,
     NESTED,
     SECTIONS,
     SPELLINGS,
+    foreign_key,
     known_keys,
     unknown_key,
     unknown_table,
     unknown_tables,
 )
-from utils.settings.plain import explain, given
+from utils.settings.plain import as_toml, explain, given
 
 T = TypeVar("T", bound=BaseModel)
 
 
 @dataclass(frozen=True)
 class Reading(Generic[T]):
-    """The result of reading a table. `value` lacks the keys in `broken`; if there are any, only rules may read it."""
+    """The result of reading a table. `value` lacks the keys in `broken`; if there are any, only rules may read it.
+
+    Attributes:
+        remarks: what to warn of, where nothing is wrong.
+        from_diffusion_pipe: whether it has keys or types that only diffusion-pipe has.
+    """
 
     value: T
     problems: list[Problem] = field(default_factory=list)
     broken: frozenset[str] = frozenset()
+    remarks: list[Problem] = field(default_factory=list)
+    from_diffusion_pipe: bool = False
 
     def sound(self) -> T:
         """The value, or a UserError with the problems."""
@@ -40,13 +49,20 @@ class Reading(Generic[T]):
 
 @dataclass
 class Table:
-    """The keys of a table, and where each was written (table title and spelling), for messages."""
+    """The keys of a table, and where each was written (table title and spelling), for messages; see `Reading`.
+
+    Attributes:
+        place: which table it is: "run", "model", "dataset", ...
+    """
 
     file: str
+    place: str
     keys: dict[str, Any] = field(default_factory=dict)
     locations: dict[str, tuple[str, str]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     title: str = ""
+    remarks: list[Problem] = field(default_factory=list)
+    from_diffusion_pipe: bool = False
 
     def add(self, key: str, value: Any, title: str, written: str) -> None:
         """Adds a key; a second value for it is a problem."""
@@ -73,6 +89,16 @@ class Table:
         """Notes a problem at `location`."""
         self.problems.append(Problem(self.file, location, message))
 
+    def remark(self, location: str, message: str) -> None:
+        """Notes what to warn of at `location`."""
+        self.remarks.append(Problem(self.file, location, message))
+
+    def take_notes_of(self, entry: "Table") -> None:
+        """Notes what was found in a table within this one."""
+        self.problems += entry.problems
+        self.remarks += entry.remarks
+        self.from_diffusion_pipe |= entry.from_diffusion_pipe
+
 
 def where(title: str, key: str) -> str:
     """Words for a key: `[optimizer] lr`, or key `epochs` at the top of a file."""
@@ -81,7 +107,7 @@ def where(title: str, key: str) -> str:
 
 def one_table(file: str, section: str, title: str, written: Mapping[str, Any]) -> Table:
     """A table as written, with second spellings replaced by the keys that they stand for."""
-    table = Table(file, title=title)
+    table = Table(file, section, title=title)
     for key, value in written.items():
         table.add(SPELLINGS.get(section, {}).get(key, key), value, title, key)
     return table
@@ -89,7 +115,7 @@ def one_table(file: str, section: str, title: str, written: Mapping[str, Any]) -
 
 def run_table(file: str, raw: Mapping[str, Any], choices: Choices) -> Table:
     """The run's own keys, from the top of the file and from the tables that only group them."""
-    table = Table(file)
+    table = Table(file, "run")
     unknown = unknown_tables(raw, choices)
     for key, meant in unknown.items():
         table.complain(f"[{key}]", unknown_table(meant))
@@ -106,6 +132,27 @@ def run_table(file: str, raw: Mapping[str, Any], choices: Choices) -> Table:
     return table
 
 
+def adopt(table: Table, known: Collection[str]) -> None:
+    """Replaces other trainers' keys by those `known` ones that say the same, and leaves out those that say nothing,
+    with a remark on each; `check` refuses the others."""
+    for key, value in [(key, value) for key, value in table.keys.items() if key not in known]:
+        foreign = foreign_key(table.place, key)
+        if foreign is None:
+            continue
+        table.from_diffusion_pipe |= key in diffusion_pipe.FOREIGN.get(table.place, {})
+        location = table.locations[key]
+        if foreign.harmless(value):
+            del table.keys[key]
+            table.remark(where(*location), foreign.warning)
+        elif foreign.keys is not None:
+            del table.keys[key]
+            meant = foreign.keys(value)
+            for own, own_value in meant.items():
+                table.add(own, own_value, *location)
+            said = ", ".join(f"`{own} = {as_toml(own_value)}`" for own, own_value in meant.items())
+            table.remark(where(*location), f"is read as {said}")
+
+
 def no_table(title: str, value: Any) -> str:
     """What to tell of a value that is to be a table."""
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
@@ -117,7 +164,8 @@ def check(cls: type[T], table: Table, known: Iterable[str], choices: Choices) ->
     """`table` as a `cls`, which has the `known` keys in all their spellings; in the classes of `choices` too an unknown
     one is looked for."""
     try:
-        return Reading(cls.model_validate(table.keys), table.problems)
+        value = cls.model_validate(table.keys)
+        return Reading(value, table.problems, frozenset(), table.remarks, table.from_diffusion_pipe)
     except ValidationError as error:
         errors = error.errors()
     problems = [*table.problems]
@@ -125,15 +173,16 @@ def check(cls: type[T], table: Table, known: Iterable[str], choices: Choices) ->
         loc = error["loc"]
         if error["type"] == "extra_forbidden":
             nested = str(loc[0])
-            here = known_keys(nested, NESTED[nested]) if len(loc) > 1 else known
-            message = unknown_key(str(loc[-1]), here, choices)
+            place, here = (nested, known_keys(nested, NESTED[nested])) if len(loc) > 1 else (table.place, known)
+            message = unknown_key(str(loc[-1]), place, here, choices)
         elif error["type"] == "list_type" and isinstance(error["input"], dict):
             message = f"may have several entries; write {table.entry_title(str(loc[0]))}, in double brackets"
         else:
             message = explain(error)
         problems.append(Problem(table.file, table.locate(loc), message))
     broken = frozenset(str(error["loc"][0]) for error in errors if error["loc"])
-    return Reading(_partial(cls, table.keys, broken), problems, broken)
+    value = _partial(cls, table.keys, broken)
+    return Reading(value, problems, broken, table.remarks, table.from_diffusion_pipe)
 
 
 def _partial(cls: type[T], keys: Mapping[str, Any], broken: frozenset[str]) -> T:

@@ -53,9 +53,16 @@ def _at_home(path: Path) -> Path:
 
 
 Count = Annotated[int, Field(ge=1)]
+# TOML's 1e6 is a float, which stands for a very large number in other trainers' files.
+LargeCount = Annotated[
+    Count,
+    BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value),
+]
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+OptionalRate = Annotated[float | None, Field(ge=0), AfterValidator(lambda rate: rate or None)]
+"""A learning rate; 0 is none, which freezes what it is for."""
 Share = Annotated[float, Field(ge=0, lt=1)]
 Part = Annotated[float, Field(ge=0, le=1)]
 """A fraction, 1 included."""

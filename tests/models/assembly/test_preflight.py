@@ -74,6 +74,17 @@ def test_a_library_that_is_missing_is_told_before_anything_is_loaded(
         check_run(settings, Ranks(), flux)
 
 
+def test_what_does_not_train_needs_no_account(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "NETRC"):
+        monkeypatch.setenv(name, str(tmp_path / "nobody"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    flux = tiny_flux.pipeline(folder)
+    settings = settings_of(flux, monitoring={"enable_wandb": True})
+    with pytest.raises(UserError, match="no account"):
+        check_run(settings, Ranks(), flux)
+    assert check_run(settings, Ranks(), flux, trains=False).denoiser
+
+
 def enlarge(folder: Path) -> None:
     """Gives a tiny Flux the size of Flux.1."""
     file = folder / "transformer" / "config.json"

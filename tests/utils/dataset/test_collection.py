@@ -121,7 +121,14 @@ def test_nothing_left(pictures, cache):
         collected(cache, source_of(pictures, min_resolution=64))
     for path in pictures.glob("*.png"):
         path.write_text("broken")
-    with pytest.raises(UserError, match="none of its 6 files can be used"):
+    with pytest.raises(UserError, match="none of its 6 files can be used$"):
+        collected(cache, source_of(pictures))
+
+
+def test_pictures_without_any_caption_lead_to_the_keys_that_give_one(pictures, cache):
+    for caption in pictures.glob("*.txt"):
+        caption.unlink()
+    with pytest.raises(UserError, match="none of its 6 files can be used, since none has a caption. .*instance_prompt"):
         collected(cache, source_of(pictures))
 
 

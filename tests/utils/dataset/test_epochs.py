@@ -215,7 +215,9 @@ def test_the_table_as_text():
         BucketLine("", 0, 6, 12, 2.0, 6, lines[-1].fill),
     ]
     assert lines[-1].fill in (6 + 8, 6 + 10)
-    text = format_table(lines).splitlines()
+    *text, told = format_table(lines).splitlines()
+    assert told.startswith("fill: how often samples are used once more")
+    assert "fill:" not in format_table(epochs_of(samples[:5]).table())
     assert text[1].split() == ["64x64", "1", "5", "10", "2", "3", "2"] and text[3].split()[0] == "total"
     assert len({len(line) for line in text}) == 1
 
@@ -282,3 +284,6 @@ def test_micro_batch_sizes_of_evaluation():
     assert [micro_batch_of(chosen, bucket, evaluating=True) for bucket in (SQUARE, CLIP)] == [5, 5]
     other = run_settings(micro_batch_size_per_gpu=2, image_micro_batch_size_per_gpu=3)
     assert [micro_batch_of(other, bucket, evaluating=True) for bucket in (SQUARE, CLIP)] == [3, 2]
+    both = run_settings(eval_micro_batch_size_per_gpu=5, eval_image_micro_batch_size_per_gpu=[[64, 9], [512, 6]])
+    assert [micro_batch_of(both, bucket, evaluating=True) for bucket in (SQUARE, CLIP)] == [9, 5]
+    assert [micro_batch_of(both, bucket) for bucket in (SQUARE, CLIP)] == [1, 1]

@@ -6,7 +6,13 @@ import pytest
 
 from tests.utils.settings.conftest import Folder
 from utils.errors import Problem
-from utils.settings.dataset_rules import RATIO_KEYS, TRAINING_KEYS, check_dataset, check_evaluation_set
+from utils.settings.dataset_rules import (
+    RATIO_KEYS,
+    TRAINING_KEYS,
+    check_dataset,
+    check_evaluation_set,
+    remarks_on_dataset,
+)
 from utils.settings.dataset_schema import DataKeys, DatasetSettings, DirectorySettings
 from utils.settings.reader import read_dataset
 
@@ -61,15 +67,10 @@ FAULTS = [
     (f"frame_buckets = [1, 9]\n{SIZED}", "frame_buckets", "size_buckets"),
     (f"{SIZED}ar_buckets = [1]", "directory[0].ar_buckets", "size_buckets"),
     (own("size_buckets = [[64, 64, 1]]"), "resolutions", "size_buckets"),
-    (top("enable_ar_bucket = true\nar_buckets = [1]\nmin_ar = 0.5"), "min_ar", "ar_buckets"),
-    (top("min_ar = 0.5"), "min_ar", "enable_ar_bucket"),
     (top("ar_buckets = [1]"), "ar_buckets", "enable_ar_bucket"),
     (own("enable_ar_bucket = true\nmin_ar = 3"), "directory[0].min_ar", "above max_ar 2.0"),
     (top("min_resolution = 9\nmax_resolution = 8"), "min_resolution", "above max_resolution 8"),
     (own("max_resolution = 8", above="min_resolution = 9"), "directory[0].max_resolution", "above max_resolution 8"),
-    *((own(f"{key} = 1"), f"directory[0].{key}", "enable_ar_bucket") for key in RATIO_KEYS),
-    *((top(f"enable_ar_bucket = true\nar_buckets = [1]\n{key} = 1"), key, "beside ar_buckets") for key in RATIO_KEYS),
-    *((f"{SIZED}{key} = 1", f"directory[0].{key}", "beside size_buckets") for key in RATIO_KEYS),
     # Variants and clips.
     (top("flip = true"), "flip", "augment_variants = 4"),
     (own("color_jitter = [0.1, 0, 0, 0]"), "directory[0].color_jitter", "augment_variants = 4"),
@@ -119,6 +120,24 @@ def test_each_fault_is_one_problem(files: Folder, text: str, where: str, words: 
     assert words in problem.message
 
 
+HARMLESS = [
+    (top("min_ar = 0.5"), "min_ar", "without enable_ar_bucket"),
+    *((own(f"{key} = 1"), f"directory[0].{key}", "without enable_ar_bucket") for key in RATIO_KEYS),
+    *((top(f"enable_ar_bucket = true\nar_buckets = [1]\n{key} = 1"), key, "beside ar_buckets") for key in RATIO_KEYS),
+    *((f"{SIZED}{key} = 1", f"directory[0].{key}", "beside size_buckets") for key in RATIO_KEYS),
+    (own("cache_shuffle_delimiter = ';'"), "directory[0].cache_shuffle_delimiter", "stay as they are"),
+    (top("cache_shuffle_delimiter = ';'"), "cache_shuffle_delimiter", "stay as they are"),
+]
+
+
+@pytest.mark.parametrize(("text", "where", "words"), HARMLESS)
+def test_what_is_overridden_is_told_and_no_problem(files: Folder, text: str, where: str, words: str) -> None:
+    assert problems_of(files, text) == []
+    (remark,) = remarks_on_dataset(read_dataset(files.write("dataset.toml", text)), "dataset.toml")
+    assert (remark.file, remark.where) == ("dataset.toml", f"key `{where}`")
+    assert remark.message.startswith("not used") and words in remark.message
+
+
 SOUND = [
     HERE,
     HERE.replace("pictures", "table.csv") + "filter = 'a > 1'\nfile_column = 'f'\ncaption_column = 'c'",
@@ -150,12 +169,12 @@ def test_what_is_sound_has_no_problem(files: Folder, text: str) -> None:
 
 
 def test_a_key_at_the_top_may_be_of_use_to_some_directories_alone(files: Folder) -> None:
-    text = top("unmasked_weight = 0.1\nmin_ar = 0.8") + "[[directory]]\npath = 'more'\n"
+    text = top("unmasked_weight = 0.1\nar_buckets = [1]") + "[[directory]]\npath = 'more'\n"
     assert len(problems_of(files, text)) == 2
     assert problems_of(files, text + "mask_path = 'masks'\nenable_ar_bucket = true") == []
     # But a directory with a value of its own has no use for the file's.
     found = problems_of(files, text + "unmasked_weight = 0.2\nalpha_mask = true")
-    assert {problem.where for problem in found} == {"key `unmasked_weight`", "key `min_ar`"}
+    assert {problem.where for problem in found} == {"key `unmasked_weight`", "key `ar_buckets`"}
 
 
 def test_a_fault_of_the_files_own_keys_is_told_once(files: Folder) -> None:

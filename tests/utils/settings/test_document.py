@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
+from tests.json_schema import Validator
 from tests.utils.settings.conftest import CLASSES, TinyOptions
 from utils.settings.choices import own_keys
 from utils.settings.dataset_schema import DataKeys, DatasetSettings
 from utils.settings.document import data_groups, dataset_json_schema, settings_json_schema, settings_page
 from utils.settings.keys import CHOSEN, GROUPS, NESTED, SECTIONS, known_keys, run_keys
 from utils.settings.model_schema import ModelSettings
-from utils.settings.schema import Settings
+from utils.settings.schema import SamplingSettings, Settings
 
 TABLES = [Settings, DatasetSettings, *NESTED.values(), *SECTIONS.values()]
 TABLES += [cls for section in CHOSEN for cls in CLASSES[section].values()]
@@ -84,7 +85,7 @@ def test_the_runs_keys_are_accepted_at_the_top_and_in_groups(schema: dict[str, A
 
 def test_both_spellings_are_accepted_but_not_together(schema: dict[str, Any]) -> None:
     (model,), shared = schema["properties"]["model"]["anyOf"], schema["$defs"]["ModelSettings"]
-    assert model["properties"]["type"]["const"] == "tiny"
+    assert model["properties"]["type"]["examples"] == ["tiny"]
     assert known_keys("model", TinyOptions) == model["properties"].keys() | shared["properties"].keys()
     assert shared["properties"]["vae"] == shared["properties"]["vae_path"]
     assert {"not": {"required": ["vae_path", "vae"]}} in shared["allOf"]
@@ -97,6 +98,42 @@ def test_both_spellings_are_accepted_but_not_together(schema: dict[str, Any]) ->
         assert {"not": {"required": ["caption_dropout", "caption_dropout_rate"]}} in table["allOf"]
         assert table["properties"]["repeats"] == table["properties"]["num_repeats"]
     assert "prior_loss_weight" not in dataset["properties"]
+
+
+SPELLED = [
+    ("optimizer", "AdamW", True),
+    ("optimizer", "ADAMW8bit", True),
+    ("optimizer", "adamx", False),
+    ("optimizer", "adam_w", False),
+    ("model", "Tiny", True),
+    ("model", "ti-ny", True),
+    ("adapter", "LoRA", False),
+]
+
+
+@pytest.mark.parametrize(("section", "name", "is_known"), SPELLED)
+def test_a_type_is_accepted_as_the_reader_accepts_it(
+    schema: dict[str, Any], section: str, name: str, is_known: bool
+) -> None:
+    tables = {
+        "model": {"type": "tiny"},
+        "optimizer": {"type": "adamw", "lr": 1},
+        "adapter": {"type": "lora", "rank": 1},
+    }
+    tables[section] = {**tables[section], "type": name}
+    assert (Validator(schema).faults(tables) == []) is is_known
+
+
+@pytest.mark.parametrize("value", ["a.png", ["a.png"], [["a.png", "b.png"]], [[]], [3], 3])
+def test_control_images_are_accepted_as_the_reader_accepts_them(schema: dict[str, Any], value: Any) -> None:
+    sampling = {"control_images": value}
+    try:
+        SamplingSettings.model_validate(sampling)
+        is_sound = True
+    except ValueError:
+        is_sound = False
+    tables = {"model": {"type": "tiny"}, "optimizer": {"type": "adamw", "lr": 1}, "sampling": sampling}
+    assert (Validator(schema).faults(tables) == []) is is_sound
 
 
 @pytest.mark.parametrize("text", [settings_json_schema(CLASSES), dataset_json_schema()])
@@ -116,7 +153,10 @@ def test_a_type_has_its_own_keys_and_the_shared_ones_and_no_other(schema: dict[s
     shared_class = SECTIONS[section]
     shared = schema["$defs"][shared_class.__name__]
     tables = [table for table in schema["properties"][section]["anyOf"] if table != {"type": "null"}]
-    assert [table["properties"]["type"] for table in tables] == [{"const": kind} for kind in CLASSES[section]]
+    for table, kind in zip(tables, CLASSES[section], strict=True):
+        said = table["properties"]["type"]
+        assert Validator({"properties": {"type": said}}).faults({"type": kind}) == []
+        assert Validator({"properties": {"type": said}}).faults({"type": f"{kind}x"})
     for table, (kind, cls) in zip(tables, CLASSES[section].items(), strict=True):
         assert table["$ref"] == f"#/$defs/{shared_class.__name__}"
         assert table["unevaluatedProperties"] is False, kind

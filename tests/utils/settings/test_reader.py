@@ -63,20 +63,20 @@ def test_second_spellings_of_a_datasets_keys_hold_at_the_top_and_in_a_directory(
 
 def test_one_key_in_two_spellings_is_given_twice(folder: Folder) -> None:
     folder.write("dataset.toml", f"{DATASET}caption_dropout = 0.1\ncaption_dropout_rate = 0.1")
-    assert "is the same key" in problems_of(folder.run())["key `directory[0]` caption_dropout_rate"]
+    assert "is the same key" in problems_of(folder.run())["[[directory]] 1 caption_dropout_rate"]
     folder.write("dataset.toml", f"{DATASET}image_dir = 'pictures'")
-    assert "is the same key" in problems_of(folder.run())["key `directory[0]` image_dir"]
+    assert "is the same key" in problems_of(folder.run())["[[directory]] 1 image_dir"]
 
 
 @pytest.mark.parametrize(
     ("text", "where", "words"),
     [
-        (f"random_crop = true\n{DATASET}", "key `random_crop`", 'write `crop = "random"` instead'),
-        (f"{DATASET}flip_aug = true", "key `directory[0].flip_aug`", "write `flip`, with `augment_variants` instead"),
+        (f"random_crop = true\n{DATASET}", "key `random_crop`", 'write instead: `crop = "random"`'),
+        (f"{DATASET}flip_aug = true", "[[directory]] 1 flip_aug", "write instead: `flip`, with `augment_variants`"),
         (f"prior_loss_weight = 0.5\n{DATASET}", "key `prior_loss_weight`", "`loss_weight`, in the `[[directory]]`"),
         (f"[general]\nshuffle_caption = true\n{DATASET}", "key `general`", "at the top of the dataset file"),
-        (f"{DATASET}support_video = true", "key `directory[0].support_video`", "leave it out: clips are found by"),
-        (f"{DATASET}repeat = 3", "key `directory[0].repeat`", "did you mean `repeats`?"),
+        (f"cache_latents = false\n{DATASET}", "key `cache_latents`", "leave it out: latents always are cached"),
+        (f"{DATASET}repeat = 3", "[[directory]] 1 repeat", "did you mean `repeats`?"),
     ],
 )
 def test_a_key_of_another_trainers_dataset_is_met_with_advice(
@@ -88,15 +88,15 @@ def test_a_key_of_another_trainers_dataset_is_met_with_advice(
 
 def test_a_key_of_another_trainers_run_is_met_with_advice(folder: Folder) -> None:
     problems = problems_of(folder.run(top="learning_rate = 1e-4\nmax_train_steps = 100"))
-    assert problems["key `learning_rate`"] == "no such key; write `lr`, in `[optimizer]` instead"
-    assert problems["key `max_train_steps`"] == "no such key; write `max_steps` instead"
+    assert problems["key `learning_rate`"] == "no such key; write instead: `lr`, in `[optimizer]`"
+    assert problems["key `max_train_steps`"] == "no such key; write instead: `max_steps`"
 
 
 @pytest.mark.parametrize(
     ("top", "told"),
     [
-        ("epochs = 2", {"key `directory[0].start_epoch`": "epochs = 2"}),
-        ("max_steps = 10", {"key `directory[0].start_step`": "max_steps = 10"}),
+        ("epochs = 2", {"[[directory]] 1 start_epoch": "epochs = 2"}),
+        ("max_steps = 10", {"[[directory]] 1 start_step": "max_steps = 10"}),
         ("epochs = 3\nmax_steps = 11", {}),
         ("epochs = 'a'", {"key `epochs`": "whole number"}),
     ],
@@ -111,14 +111,14 @@ def test_a_directory_that_the_run_never_comes_to_is_told(folder: Folder, top: st
         read_all(folder.run(top=top), CHOICES, 1)
 
 
-@pytest.mark.parametrize("line", ["keep_tokens = 1", "cache_shuffle_delimiter = ';'"])
 @pytest.mark.parametrize("is_own", [True, False])
-def test_what_tags_are_need_some_change_of_them(folder: Folder, line: str, is_own: bool) -> None:
+def test_what_tags_are_need_some_change_of_them(folder: Folder, is_own: bool) -> None:
+    line = "keep_tokens = 1"
     text = f"{DATASET}{line}\n" if is_own else f"{line}\n{DATASET}"
     folder.write("dataset.toml", text)
-    place = f"directory[0].{line.split()[0]}" if is_own else line.split()[0]
+    place = f"[[directory]] 1 {line.split()[0]}" if is_own else f"key `{line.split()[0]}`"
     ((where, message),) = problems_of(folder.run()).items()
-    assert where == f"key `{place}`"
+    assert where == place
     assert "for tags that are changed" in message
     for change in ("tag_dropout = 0.1", "shuffle_capitalization = 0.1", "cache_shuffle_num = 1"):
         folder.write("dataset.toml", f"{change}\nkeep_tokens_separator = '|||'\n{text}")
@@ -276,8 +276,8 @@ def test_all_problems_of_all_files_come_at_once(folder: Folder) -> None:
         ("run.toml", "[optimizer] eps"),
         ("run.toml", "[sampling] prompts"),
         ("dataset.toml", "key `resolution`"),
-        ("dataset.toml", "key `directory[0].path`"),
-        ("eval.toml", "key `directory[0].path`"),
+        ("dataset.toml", "[[directory]] 1 path"),
+        ("eval.toml", "[[directory]] 1 path"),
     }
 
 
@@ -322,6 +322,17 @@ def test_directories_need_double_brackets(folder: Folder, title: str) -> None:
 def test_the_files_of_a_run_in_each_others_place(folder: Folder) -> None:
     assert "is a dataset's file; give the run's" in problems_of(Path("dataset.toml"))[""]
     assert "is a run's file" in problems_of(folder.run(dataset="dataset = 'run.toml'"))[""]
+
+
+def test_what_must_be_true_or_false_is_written_as_in_toml(folder: Folder) -> None:
+    path = folder.run(tables="[adapter]\ntype = 'lokr'\nconvolutions = true")
+    assert problems_of(path) == {"[adapter] convolutions": "must be false; given: true"}
+
+
+def test_an_unknown_model_is_one_problem(folder: Folder) -> None:
+    """What another model would need is not asked of it."""
+    path = folder.run(weights="transformer_path = 'weights'").read_text().replace('"tiny"', '"hunyuan-video"')
+    assert list(problems_of(folder.write("run.toml", path))) == ["[model] type"]
 
 
 def test_a_byte_order_mark_is_no_mistake(folder: Folder) -> None:

@@ -7,7 +7,7 @@ import pytest
 from tests.utils.settings.conftest import CHOICES, Folder
 from utils.errors import UserError
 from utils.settings.reader import read_settings
-from utils.settings.rules import check_rules
+from utils.settings.rules import WANDB_KEYS, check_rules, remarks_on_run
 
 EVAL = 'eval_datasets = [{name = "a", config = "dataset.toml"}, {name = "a", config = "dataset.toml"}]'
 LORA = "[adapter]\ntype = 'lora'\nrank = 1"
@@ -30,8 +30,6 @@ LORA = "[adapter]\ntype = 'lora'\nrank = 1"
         ),
         ({"top": "pipeline_stages = 3"}, "key `pipeline_stages`", "multiple of 3"),
         ({"dataset": "dataset = 'gone.toml'"}, "key `dataset`", "no gone.toml"),
-        ({"top": "eval_every_n_steps = 3"}, "key `eval_every_n_steps`", "nothing to evaluate"),
-        ({"top": "eval_micro_batch_size_per_gpu = 3"}, "key `eval_micro_batch_size_per_gpu`", "nothing to evaluate"),
         (
             {"top": "micro_batch_size_per_gpu = [[512, 4], [1024, 1], [512, 2]]"},
             "key `micro_batch_size_per_gpu`",
@@ -92,7 +90,6 @@ LORA = "[adapter]\ntype = 'lora'\nrank = 1"
             "[sampling] sample_every_n_epochs",
             "nothing to draw",
         ),
-        ({"tables": "[monitoring]\nwandb_run_name = 'a'"}, "[monitoring] wandb_run_name", "enable_wandb"),
         ({"top": "blocks_to_swap = 3"}, "key `blocks_to_swap`", "frozen weights only"),
         ({"top": "blocks_to_swap = [0, 3]\npipeline_stages = 2"}, "key `blocks_to_swap`", "frozen weights only"),
         (
@@ -108,6 +105,50 @@ def test_each_rule(folder: Folder, parts: dict[str, str], where: str, words: str
     problems = check_rules(settings, world_size=4, file="run.toml")
     assert [(problem.file, problem.where) for problem in problems] == [("run.toml", where)]
     assert words in problems[0].message
+
+
+@pytest.mark.parametrize(
+    ("parts", "where", "words"),
+    [
+        ({"top": "eval_every_n_steps = 3"}, "key `eval_every_n_steps`", "nothing to evaluate"),
+        ({"top": "eval_micro_batch_size_per_gpu = 3"}, "key `eval_micro_batch_size_per_gpu`", "nothing to evaluate"),
+        ({"tables": "[monitoring]\nwandb_run_name = 'a'"}, "[monitoring] wandb_run_name", "enable_wandb"),
+    ],
+)
+def test_what_is_said_in_vain_is_told_and_no_problem(
+    folder: Folder, parts: dict[str, str], where: str, words: str
+) -> None:
+    settings = read_settings(folder.run(**parts), CHOICES)
+    assert check_rules(settings, world_size=1) == []
+    (remark,) = remarks_on_run(settings, "run.toml")
+    assert (remark.file, remark.where) == ("run.toml", where)
+    assert remark.message.startswith("not used") and words in remark.message
+
+
+@pytest.mark.parametrize(
+    ("path", "is_name"),
+    [
+        ("black-forest-labs/FLUX.1-dev", True),
+        ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", True),
+        ("./models/flux", False),
+        ("/data/models", False),
+        ("models/flux/dev", False),
+        ("models/flux.safetensors", False),
+    ],
+)
+def test_a_name_of_the_hub_is_to_be_downloaded(folder: Folder, path: str, is_name: bool) -> None:
+    settings = read_settings(folder.run(weights=f"diffusers_path = '{path}'"), CHOICES)
+    (problem,) = check_rules(settings, world_size=1)
+    assert problem.where == "[model] diffusers_path" and f"there is no {path.removeprefix('./')}" in problem.message
+    command = f"hf download {path} --local-dir models/{path.split('/')[-1]}"
+    assert (command in problem.message) is is_name
+
+
+def test_empty_texts_of_an_account_are_not_given(folder: Folder) -> None:
+    empty = "".join(f"{key} = ''\n" for key in WANDB_KEYS)
+    settings = read_settings(folder.run(tables=f"[monitoring]\n{empty}"), CHOICES)
+    assert remarks_on_run(settings) == []
+    assert [getattr(settings.monitoring, key) for key in WANDB_KEYS] == [None, None, None]
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")

@@ -1,0 +1,41 @@
+"""The flags of the command line, ours and those of the trainer that users come from."""
+
+from __future__ import annotations
+
+import pytest
+
+import train
+
+CONFIG = ["--config", "run.toml"]
+
+
+@pytest.mark.parametrize(
+    "words", [["--deepspeed"], ["--i_know_what_i_am_doing", "--deepspeed"], ["--i-know-what-i-am-doing"]]
+)
+def test_flags_of_diffusion_pipe_that_ask_for_nothing_are_taken(words: list[str]) -> None:
+    arguments = train.parse_arguments([*words, *CONFIG])
+    assert sorted(arguments.foreign) == sorted(word[2:].replace("-", "_") for word in words)
+    assert train.parse_arguments(CONFIG).foreign == []
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--deepspeed_config", "zero.json"], "--deepspeed_config: leave it out: what DeepSpeed is told follows"),
+        (["--test_sample"], "--test_sample: write instead: `sample_before_first_step = true`"),
+    ],
+)
+def test_flags_of_diffusion_pipe_that_ask_for_something_are_answered(
+    capsys: pytest.CaptureFixture[str], words: list[str], told: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        train.parse_arguments([*CONFIG, *words])
+    assert caught.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_help_lists_our_flags_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["--help"])
+    said = capsys.readouterr().out
+    assert "--trust_cache" in said and "--deepspeed" not in said
