@@ -17,7 +17,7 @@ from utils.dataset.samples import Bucket, Control, MediaFile, Sample, SampleVers
 from utils.media.decode import load_alpha, load_clip, load_image, load_mask, load_rgba
 from utils.media.source import MediaError
 
-TRANSFORM = "2"
+TRANSFORM = "3"
 """Part of every key; to be changed when the same view of a file would give other pixels."""
 BYTES_PER_PIXEL = 3 * 4
 """Bytes of a decoded colour pixel in float32."""

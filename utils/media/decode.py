@@ -33,9 +33,7 @@ from utils.media.images import (
 )
 from utils.media.source import ROUNDING_SECONDS, MediaError, Probe, Source, opened
 
-IMAGE_SUFFIXES = frozenset(
-    {".avif", ".bmp", ".jfif", ".jp2", ".jpeg", ".jpg", ".png", ".tga", ".tif", ".tiff", ".webp"}
-)
+IMAGE_SUFFIXES = frozenset(".avif .bmp .heic .heif .hif .jfif .jp2 .jpeg .jpg .png .tga .tif .tiff .webp".split())
 CLIP_SUFFIXES = frozenset(
     {".apng", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
 )

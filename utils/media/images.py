@@ -12,6 +12,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from utils.media.brands import image_brand
 from utils.media.source import MAX_PIXELS, MediaError, Probe, check_pixels
 
 # Other formats with several pictures hold pages, sizes or views.
@@ -33,19 +34,42 @@ class TimedFrame(NamedTuple):
 
 
 def open_image(stream: BinaryIO) -> Image.Image | None:
-    """The undecoded picture in `stream`; None if Pillow does not decode its format."""
+    """The undecoded picture in `stream`; None if it is no picture, or one of a format that nothing here decodes.
+
+    Raises:
+        MediaError: it has too many pixels, or it is a HEIF that cannot be read.
+    """
     try:
         image = Image.open(stream)
     except Image.UnidentifiedImageError:
-        return None
+        brand = image_brand(stream)
+        # FFmpeg would take the first of the tiles or thumbnails of such a file for the picture.
+        image = _open_heif(stream, brand) if brand else None
     except Image.DecompressionBombError as error:
         reason = str(error).rstrip(".")
         raise MediaError(f"more than {MAX_PIXELS:,} pixels ({reason}); scale it down or remove it") from error
     # Pillow reads nothing but the size of an MPEG video.
-    if image.format == "MPEG":
+    if image is None or image.format == "MPEG":
         return None
     check_pixels(*image.size)
     return image
+
+
+def _open_heif(stream: BinaryIO, brand: str) -> Image.Image:
+    """The main picture of a HEIF, upright and whole, whatever tiles it is stored in."""
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError as error:
+        what = f"is a HEIF picture, read by pillow-heif, which cannot be imported ({error}); `pip install pillow-heif`"
+        raise MediaError(what) from error
+    try:
+        # Not registered with Pillow, since that would change what other code in this process opens.
+        return HeifImageFile(stream)
+    except Exception as error:
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise MediaError(
+            f"is a HEIF picture of the kind {brand!r} that cannot be read ({reason}); save it as PNG or JPEG"
+        ) from error
 
 
 def probe_image(image: Image.Image) -> Probe:

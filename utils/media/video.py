@@ -26,6 +26,8 @@ UNKNOWN_RATE = 25
 # How far before the wanted frame to seek, in turn. The first distance fails only if a keyframe is stored before frames
 # that are displayed before it, or if the container has no index; the last one is the beginning.
 BACK_SECONDS = (0, 2, 16, math.inf)
+# Video streams that are no video of their own: the cover picture of a song, the pictures of chapters, tiles and layers.
+NOT_SHOWN = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.dependent
 # FFmpeg's default takes a shortcut from halved chroma to RGB that darkens by more than one level in 255.
 EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 # The signs of a display matrix (a, b, c, d), where (x, y) is shown at (ax + cy, bx + dy), y pointing down.
@@ -73,7 +75,8 @@ def shown_frames(stream: BinaryIO, start_seconds: float) -> Iterator[TimedFrame]
 
 @contextmanager
 def _open(stream: BinaryIO) -> Iterator[VideoStream]:
-    """The first video stream of a file, whose container stays open within this context."""
+    """The video stream that players show, the first if the file marks none, whose container stays open within this
+    context."""
     stream.seek(0)
     try:
         container = av.open(stream, options={"format_whitelist": CONTAINERS})
@@ -81,16 +84,16 @@ def _open(stream: BinaryIO) -> Iterator[VideoStream]:
         reason = f"neither a picture nor a video that can be read ({error.strerror}); replace or remove it"
         raise MediaError(reason) from error
     with container:
-        # The cover picture of a song is a video stream as well.
-        videos = [video for video in container.streams.video if not video.disposition & Disposition.attached_pic]
+        videos = [video for video in container.streams.video if not video.disposition & NOT_SHOWN]
         if not videos:
             has = "has sound but no video" if container.streams.audio else "has no video in it"
             raise MediaError(f"{has}; replace or remove it")
-        check_pixels(videos[0].width, videos[0].height)
+        video = next((one for one in videos if one.disposition & Disposition.default), videos[0])
+        check_pixels(video.width, video.height)
         # Callers read several files at once in their own threads. Threads within a file would each hold a frame, and
         # decode frames ahead that nobody needs.
-        videos[0].codec_context.thread_count = 1
-        yield videos[0]
+        video.codec_context.thread_count = 1
+        yield video
 
 
 def _decoded(video: VideoStream, start_seconds: float) -> Iterator[tuple[float, av.VideoFrame]]:
