@@ -118,7 +118,7 @@ def _pictures(
         "decoded": _written(decoded_CFHW, sample.fps, folder, name),
     }
     for index, control in enumerate(sample.controls):
-        pixels = load_clip(control.media.locator.source, version.take.plain_view(control.bucket), 0.0, 1, 1.0)
+        pixels = load_clip(control.media.locator.source, version.control_view(control), 0.0, 1, 1.0)
         pictures[f"control {index + 1}"] = _written(pixels, 0.0, folder, f"{name}_control{index + 1}")
     if sample.mask:
         pictures["weight of the loss"] = _written(

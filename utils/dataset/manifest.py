@@ -21,6 +21,7 @@ from utils.dataset.samples import Mask, MediaFile
 from utils.dataset.sources import Entry, Listing, Locator, Rejected, read_source
 from utils.errors import Problem, UserError
 from utils.media.decode import probe
+from utils.media.geometry import same_shape
 from utils.media.source import MediaError
 from utils.progress_bar import progress_bar
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
@@ -28,6 +29,8 @@ from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 READERS = 8
 BUSY_SECONDS = 60
 CHUNK = 512
+_SCALE_IT = "bring it to the picture's proportions"
+_CONTROL_FIT = f'{_SCALE_IT}, or, if it is a view of its own, set control_fit = "crop", "stretch" or "pad"'
 COPY_BYTES = 2**20
 COLUMNS = "path, part, size, mtime_ns, digest, width, height, frames, rate"
 
@@ -179,6 +182,14 @@ def _row(
         found = media[locator]
         if isinstance(found, MediaError):
             return Rejected(str(entry.media), "unreadable", str(found))
+    lying = [("mask", entry.mask, _SCALE_IT)] if entry.mask else []
+    lying += [("control image", place, _CONTROL_FIT) for place in entry.controls if rules.control_fit is None]
+    for what, place, advice in lying:
+        own, picture = ((media[one].width, media[one].height) for one in (place, entry.media))
+        if not same_shape(own, picture):
+            sizes = f"is {own[0]}x{own[1]} and the picture {picture[0]}x{picture[1]}"
+            reason = f"the {what} {place} {sizes}, so that it does not lie on it; {advice}"
+            return Rejected(str(entry.media), "other shape", reason)
     mask = None
     if mask_place:
         mask = Mask(media[mask_place], is_alpha=False)

@@ -17,6 +17,7 @@ from utils.media.geometry import View
 from utils.settings.dataset_schema import DirectorySettings
 
 Numbers = float | np.ndarray
+_FITS = {"stretch": "none", "pad": "pad"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +61,10 @@ class Take:
     def view(self, bucket: Bucket) -> View:
         return View(bucket.width, bucket.height, self.crop, self.flip, self.jitter)
 
-    def plain_view(self, bucket: Bucket) -> View:
-        """The same without changes of colour, for controls and masks."""
-        return View(bucket.width, bucket.height, self.crop, self.flip)
+    def plain_view(self, bucket: Bucket, of: MediaFile | None = None, on: MediaFile | None = None) -> View:
+        """The same without changes of colour; the view of a mask or control if it lies `on` the picture."""
+        is_scaled = of is None or on is None or of.width * on.height == of.height * on.width
+        return View(bucket.width, bucket.height, self.crop, self.flip, on=None if is_scaled else (on.width, on.height))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,20 @@ class SampleVersion:
     caption: str
     draw: str
     unconditional: frozenset[str] = frozenset()
+
+    @property
+    def mask_view(self) -> View:
+        """The part of the mask that lies on what is seen of the picture."""
+        return self.take.plain_view(self.sample.bucket, self.sample.mask.media, self.sample.media)
+
+    def control_view(self, control: Control) -> View:
+        """The part of a control image that is used: what lies on what is seen of the picture, or what `control_fit`
+        says."""
+        bucket, take, fit = control.bucket, self.take, self.sample.rules.control_fit
+        if fit is None:
+            return take.plain_view(bucket, control.media, self.sample.media)
+        own = ("center" if take.crop == "none" else take.crop) if fit == "crop" else _FITS[fit]
+        return View(bucket.width, bucket.height, own, take.flip)
 
     def caption_for(self, encoder: str) -> str:
         """The caption that the encoder of this name is given."""

@@ -40,18 +40,20 @@ CLIP_SUFFIXES = frozenset(
 
 
 class _Channels(NamedTuple):
-    """Which channels of a picture are read (one, three or four), and the filter that scales them."""
+    """Which channels of a picture are read (one, three or four), the filter that scales them, and what is around a
+    picture that does not fill its view."""
 
     of: Callable[[Image.Image], Image.Image]
     filter: Image.Resampling
+    around: int | tuple[int, ...]
 
 
-COLOUR = _Channels(rgb_of, Image.Resampling.LANCZOS)
+COLOUR = _Channels(rgb_of, Image.Resampling.LANCZOS, (255, 255, 255))
 # Lanczos would put a brighter and a darker line along the edges of a mask.
-LUMINANCE = _Channels(luminance_of, Image.Resampling.BILINEAR)
-ALPHA = _Channels(alpha_of, Image.Resampling.BILINEAR)
+LUMINANCE = _Channels(luminance_of, Image.Resampling.BILINEAR, 0)
+ALPHA = _Channels(alpha_of, Image.Resampling.BILINEAR, 0)
 # Pillow weighs colours by their opacity when it scales.
-TRANSLUCENT = _Channels(rgba_of, Image.Resampling.LANCZOS)
+TRANSLUCENT = _Channels(rgba_of, Image.Resampling.LANCZOS, (0, 0, 0, 0))
 
 
 def probe(source: Source) -> Probe:
@@ -128,7 +130,7 @@ def _levels(
             fitted = None
             # A frame is used several times or never if the file has another frame rate.
             while len(levels) < frames and start_seconds + len(levels) / fps < end - ROUNDING_SECONDS:
-                fitted = _fit(channels.of(picture()), view, channels.filter) if fitted is None else fitted
+                fitted = _fit(channels.of(picture()), view, channels) if fitted is None else fitted
                 levels.append(fitted)
             if len(levels) == frames:
                 return np.stack(levels)
@@ -154,9 +156,14 @@ def _video() -> ModuleType:
     return video
 
 
-def _fit(image: Image.Image, view: View, resample: Image.Resampling) -> np.ndarray:
-    resized = image.resize((view.width, view.height), resample, box=view.box(*image.size))
-    return np.asarray(resized).reshape(view.height, view.width, -1)
+def _fit(image: Image.Image, view: View, channels: _Channels) -> np.ndarray:
+    left, top, width, height = view.place(*image.size)
+    fitted = image.resize((width, height), channels.filter, box=view.box(*image.size))
+    if (width, height) != (view.width, view.height):
+        whole = Image.new(fitted.mode, (view.width, view.height), channels.around)
+        whole.paste(fitted, (left, top))
+        fitted = whole
+    return np.asarray(fitted).reshape(view.height, view.width, -1)
 
 
 def _tensor(levels_FHWC: np.ndarray, view: View) -> torch.Tensor:

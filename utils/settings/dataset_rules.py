@@ -311,7 +311,7 @@ _USES = (
         "is not used beside alpha_mask, by which each picture has its own; leave out one of them",
     ),
     Use(
-        ("control_resolution",),
+        ("control_resolution", "control_fit"),
         lambda directory: bool(directory.control_paths or directory.data_file_keys),
         "is for control images, and there are none; set control_path or data_file_keys, or leave this out",
     ),

@@ -121,7 +121,7 @@ class DataKeys(SettingsTable):
     alpha_mask: bool = False
     """Weigh the loss by the opacity of pictures with transparency."""
     default_mask_file: UserPath | None = None
-    """Mask of the files that have none of their own."""
+    """Mask of the files that have none of their own; it is scaled to the shape of each."""
     unmasked_weight: Part = 0.0
     """Weight of the loss where a mask is black."""
     normalize_masked_area: bool = False
@@ -131,6 +131,10 @@ class DataKeys(SettingsTable):
     control_resolution: Count | None = None
     """Side of the square whose area control images are brought to, in the shape of their target; default: the size of
     the target."""
+    control_fit: Literal["crop", "stretch", "pad"] | None = None
+    """How control images that are views of their own are brought to the shape of their target: cropped on their own,
+    scaled regardless of their proportions, or whole on white. Default: they lie on their target, are cropped where it
+    is, and must have its proportions."""
     loss_weight: Annotated[float, Field(ge=0)] = 1.0
     """Factor on the loss of these samples."""
     is_regularisation_data: bool = False

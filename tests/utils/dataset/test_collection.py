@@ -105,7 +105,7 @@ def test_what_is_not_broken_does_not_count(pictures, cache):
     """Files that nobody asked for, and pictures that are there twice."""
     (pictures / "copy.png").write_bytes((pictures / "000.png").read_bytes())
     (pictures / "copy.txt").write_text("a copy")
-    (pictures / "photo.heic").write_bytes(b"unknown")
+    (pictures / "photo.psd").write_bytes(b"unknown")
     (pictures / "lone.txt").write_text("a caption without a picture")
     (train,) = collected(cache, source_of(pictures, deduplicate=True), max_failed_fraction=0.0)
     assert len(train.samples) == 6

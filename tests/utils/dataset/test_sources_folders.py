@@ -59,7 +59,7 @@ def test_long_captions_are_read_to_their_end(tmp_path):
 
 
 def test_all_that_is_not_used_is_told(tmp_path):
-    write(tmp_path, a_png="", b_png="", b_txt=b"caf\xe9", c_heic="", d_txt="of nothing", e_md="", f_npz="")
+    write(tmp_path, a_png="", b_png="", b_txt=b"caf\xe9", c_psd="", d_txt="of nothing", e_md="", f_npz="")
     (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
     (tmp_path / "plain").write_bytes(b"")
     (tmp_path / os.fsdecode(b"\xe9.png")).write_bytes(b"")
@@ -67,7 +67,7 @@ def test_all_that_is_not_used_is_told(tmp_path):
     assert told(listing, tmp_path) == {
         "a.png": "caption missing",
         "b.png": "caption unreadable",
-        "c.heic": "unknown kind of file",
+        "c.psd": "unknown kind of file",
         "d.txt": "no picture",
         "link.png": "no such file",
         "plain": "unknown kind of file",

@@ -19,6 +19,7 @@ Kind = Literal[
     "no such file",
     "not listed",
     "not read",
+    "other shape",
     "twice",
     "unknown kind of file",
     "unreadable",
