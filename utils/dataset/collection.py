@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from utils.dataset.buckets import LeftOut, MediaFacts, assign
 from utils.dataset.encoders import Encoder, reads_text
 from utils.dataset.encoding import CacheReport
 from utils.dataset.manifest import Scan, scan
+from utils.dataset.remarks import Remark, nothing_is_weighed, remarks_on, seen_in_training
 from utils.dataset.samples import MediaFile, Sample
 from utils.dataset.sources import NOT_BROKEN, Rejected
 from utils.errors import Problem, UserError
@@ -41,13 +42,14 @@ class Source:
 @dataclass(frozen=True)
 class Collection:
     """The samples of one dataset file; its files that are not used completely; and those that cannot be used because
-    they are broken. `files` counts all files and rows that were examined."""
+    they are broken. `files` counts all files and rows that were examined. `remarks` are on samples that are used."""
 
     source: Source
     samples: list[Sample]
     left_out: list[LeftOut]
     rejected: list[Rejected]
     files: int
+    remarks: list[Remark] = field(default_factory=list)
 
     @property
     def controls(self) -> int:
@@ -87,7 +89,12 @@ def collect(
         versions = caption_versions or source.name != TRAINING
         chosen = assign(manifest.rows, source.settings, facts, caption_versions=versions)
         files = len(manifest.rows) + len(manifest.rejected)
-        collections.append(Collection(source, chosen.samples, chosen.left_out, manifest.rejected, files))
+        remarks = remarks_on(manifest.rows, chosen.samples, source.settings)
+        if collections and source.file.resolve() != collections[0].source.file.resolve():
+            remarks += seen_in_training(collections[0].samples, chosen.samples)
+        collections.append(Collection(source, chosen.samples, chosen.left_out, manifest.rejected, files, remarks))
+        if reason := nothing_is_weighed(manifest.rows, source.settings):
+            problems.append(Problem(str(source.file), "masks", reason))
         if not files and not manifest.problems:
             problems.append(Problem(str(source.file), "", "there is no picture or clip in any of its directories"))
     if listing:
@@ -216,8 +223,8 @@ def write_list(collections: Sequence[Collection], cache_dir: Path) -> None:
 
 
 def shortfalls(collections: Sequence[Collection]) -> list[str]:
-    """A line for each file that cannot be used, is not used, or is cut short: up to ten of each, with the number of
-    each kind."""
+    """A line for each file that cannot be used, is not used, is cut short, or has a remark: up to ten of each, with the
+    number of each kind."""
     lines = []
     rejected = [fault for collection in collections for fault in collection.rejected]
     # Separate sections: files that nobody asked for must not hide broken ones.
@@ -232,6 +239,12 @@ def shortfalls(collections: Sequence[Collection]) -> list[str]:
     for used, title in ((False, "not used"), (True, "cut short")):
         told = [one for collection in collections for one in collection.left_out if one.is_used is used]
         lines += [f"{title}: {one.file}: {one.reason}" for one in told[:LISTED]]
+        if len(told) > LISTED:
+            lines.append(f"{title}: and {len(told) - LISTED} more files")
+    remarks = [remark for collection in collections for remark in collection.remarks]
+    for title in dict.fromkeys(remark.title for remark in remarks):
+        told = [remark for remark in remarks if remark.title == title]
+        lines += [f"{title}: {remark.file}: {remark.text}" for remark in told[:LISTED]]
         if len(told) > LISTED:
             lines.append(f"{title}: and {len(told) - LISTED} more files")
     return lines

@@ -77,10 +77,12 @@ class Control:
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """The weight of a sample's pixels: the brightness of a mask picture, or the opacity of the sample's own picture."""
+    """The weight of a sample's pixels: the brightness of a mask picture, or the opacity of the sample's own picture.
+    `mean` is that of the whole file, in [0, 1]."""
 
     media: MediaFile
     is_alpha: bool
+    mean: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

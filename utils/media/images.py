@@ -6,7 +6,7 @@ Shapes: H height, W width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -20,17 +20,23 @@ ANIMATED = frozenset({"AVIF", "GIF", "PNG", "WEBP"})
 UNTIMED_MILLISECONDS = 100
 SIDEWAYS = (5, 6, 7, 8)
 WHITE = (255, 255, 255, 255)
-# Possible values of white in pictures with more than 8 bits.
+BLACK = (0, 0, 0, 255)
+# Formats that store levels as they are. The others may turn 0 into 1.
+LOSSLESS = frozenset({"BMP", "GIF", "PNG", "TGA", "TIFF"})
+# Possible values of white in pictures with more than 8 bits, and in masks.
 INTEGER_WHITES = (65535,)
+MASK_WHITES = (1, 255, 65535)
 FLOAT_WHITES = (1, 255, 65535)
 
 
 class TimedFrame(NamedTuple):
     """A frame: its end in seconds from the beginning of the file, and a function that gives it upright, which must be
-    called before the next frame is requested."""
+    called before the next frame is requested. `is_exact` if it is a still picture whose levels were stored as they
+    are."""
 
     end: float
     picture: Callable[[], Image.Image]
+    is_exact: bool = False
 
 
 def open_image(stream: BinaryIO) -> Image.Image | None:
@@ -88,7 +94,7 @@ def probe_image(image: Image.Image) -> Probe:
 def shown_images(image: Image.Image) -> Iterator[TimedFrame]:
     """The frames of an animation in order; a still picture lasts for ever."""
     if not _animated(image):
-        yield TimedFrame(math.inf, lambda: ImageOps.exif_transpose(image))
+        yield TimedFrame(math.inf, lambda: ImageOps.exif_transpose(image), image.format in LOSSLESS)
         return
     milliseconds = 0.0
     # An animated PNG may begin with a picture for programs that only show stills.
@@ -103,17 +109,28 @@ def shown_images(image: Image.Image) -> Iterator[TimedFrame]:
 
 def rgb_of(image: Image.Image) -> Image.Image:
     """`image`, of any mode, as RGB on white."""
+    return _rgb_on(image, WHITE, INTEGER_WHITES)
+
+
+def mask_of(image: Image.Image) -> Image.Image:
+    """The mask that `image`, of any mode, shows, as 8-bit grey; transparent pixels are black. White of more than 8 bits
+    is the first of `MASK_WHITES` that no pixel exceeds."""
+    return _rgb_on(image, BLACK, MASK_WHITES).convert("L")
+
+
+def exact_mask_of(image: Image.Image) -> Image.Image:
+    """`mask_of` a picture whose levels were stored as they are: if none exceeds 1, then 1 is white."""
+    mask = mask_of(image)
+    return mask.point(lambda level: 255 * level) if mask.getextrema()[1] == 1 else mask
+
+
+def _rgb_on(image: Image.Image, ground: tuple[int, ...], whites: Sequence[int]) -> Image.Image:
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
-        image = _shallow(image)
+        image = _shallow(image, whites)
     if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, WHITE)
+        canvas = Image.new("RGBA", image.size, ground)
         image = Image.alpha_composite(canvas, image.convert("RGBA"))
     return image.convert("RGB")
-
-
-def luminance_of(image: Image.Image) -> Image.Image:
-    """`image`, of any mode, as 8-bit grey; transparent pixels are white."""
-    return rgb_of(image).convert("L")
 
 
 def alpha_of(image: Image.Image) -> Image.Image:
@@ -136,17 +153,17 @@ def _animated(image: Image.Image) -> bool:
     return image.format in ANIMATED and getattr(image, "is_animated", False)
 
 
-def _shallow(image: Image.Image) -> Image.Image:
+def _shallow(image: Image.Image, integer_whites: Sequence[int]) -> Image.Image:
     """Grey of 16 or 32 bits, or of floating-point numbers, as 8-bit grey.
 
-    Pillow's own conversion clips at 255. White is 65535 for integers; for floating-point numbers it is the first of 1,
-    255 and 65535 that no pixel exceeds. Values beyond all of these are scaled by their own range.
+    Pillow's own conversion clips at 255. White is the first of `integer_whites` that no pixel exceeds, for
+    floating-point numbers the first of `FLOAT_WHITES`. Values beyond all of these are scaled by their own range.
     """
     values_HW = np.asarray(image, dtype=np.float32)
     low, high = float(values_HW.min()), float(values_HW.max())
     if not math.isfinite(low) or not math.isfinite(high):
         raise MediaError("has pixels that are infinite or no numbers; write it anew without them")
-    whites = FLOAT_WHITES if image.mode == "F" else INTEGER_WHITES
+    whites = FLOAT_WHITES if image.mode == "F" else integer_whites
     fitting = [white for white in whites if low >= 0 and high <= white]
     black, white = (0, fitting[0]) if fitting else (low, high)
     levels_HW = (values_HW - black) * (255 / (white - black or 1))

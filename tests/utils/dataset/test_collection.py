@@ -217,10 +217,10 @@ def test_a_list_of_broken_files_is_emptied_when_they_are_mended(pictures, cache)
 
 
 def test_ten_files_of_each_kind_are_told(pictures, cache):
-    draw_pictures(pictures, 25, size=(8, 8))
-    assert shortfalls(collected(cache, source_of(pictures, min_resolution=8))) == []
+    draw_pictures(pictures, 25, size=(22, 22))
+    assert shortfalls(collected(cache, source_of(pictures, min_resolution=22))) == []
     draw_pictures(pictures, 1)
-    lines = shortfalls(collected(cache, source_of(pictures, min_resolution=9)))
+    lines = shortfalls(collected(cache, source_of(pictures, min_resolution=23)))
     assert len(lines) == LISTED + 1 and lines[-1] == "not used: and 14 more files"
 
 

@@ -101,7 +101,7 @@ def test_a_scan_that_is_stopped_keeps_its_hashes(pictures, cache):
         with sqlite3.connect(cache / "files.sqlite") as remembered:
             tables = remembered.execute("SELECT count(*) FROM sqlite_master").fetchone()
         calls.append(tables)
-        if tables == (1,) and len([call for call in calls if call == (1,)]) == 3:
+        if tables == (2,) and len([call for call in calls if call == (2,)]) == 3:
             raise Stopped
 
     cache.mkdir()

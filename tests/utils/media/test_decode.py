@@ -228,6 +228,46 @@ def test_masks_have_no_levels_that_the_file_has_not(tmp_path):
     assert scaled.min() == 64 / 255 and scaled.max() == 192 / 255
 
 
+def spelled(name):
+    """The left half as a mask."""
+    half = np.zeros((16, 16), np.uint8)
+    half[:, :8] = 1
+    white = Image.fromarray(half * 255)
+    return {
+        "white on transparent": lambda: Image.merge("RGBA", [Image.new("L", (16, 16), 255)] * 3 + [white]),
+        "white on transparent black": lambda: Image.merge("LA", [white] * 2),
+        "opaque": lambda: white,
+        "colours": lambda: Image.merge("RGB", [white] * 3),
+        "0 and 1": lambda: Image.fromarray(half),
+        "0 and 1 in colours": lambda: Image.merge("RGB", [Image.fromarray(half)] * 3),
+        "one bit": lambda: white.convert("1"),
+        "16 bits": lambda: Image.fromarray(half.astype(np.uint16) * 65535),
+        "16 bits up to 255": lambda: Image.fromarray(half.astype(np.uint16) * 255),
+        "16 bits up to 1": lambda: Image.fromarray(half.astype(np.uint16)),
+    }[name]()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["white on transparent", "white on transparent black", "opaque", "colours", "0 and 1", "0 and 1 in colours"]
+    + ["one bit", "16 bits", "16 bits up to 255", "16 bits up to 1"],
+)
+def test_a_mask_means_the_same_in_every_spelling(tmp_path, name):
+    spelled(name).save(tmp_path / "a.png")
+    mask = load_mask(tmp_path / "a.png", View(16, 16))
+    assert (mask[..., :8] == 1).all() and (mask[..., 8:] == 0).all()
+
+
+def test_a_dark_mask_stays_dark(tmp_path):
+    """Where levels may be those of a lossy code, and where they are more than 0 and 1."""
+    Image.new("L", (16, 16), 1).save(tmp_path / "a.jpg", quality=100)
+    dark = np.zeros((16, 16), np.uint8)
+    dark[:, :8] = 2
+    Image.fromarray(dark).save(tmp_path / "a.png")
+    for name in ("a.jpg", "a.png"):
+        assert 0 < load_mask(tmp_path / name, View(16, 16)).max() <= 2 / 255
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_alpha_is_read_as_a_mask(tmp_path, mode):
     image, options = transparent(mode)
