@@ -15,9 +15,9 @@ from utils.dataset.buckets import LeftOut, MediaFacts, assign
 from utils.dataset.encoders import Encoder, reads_text
 from utils.dataset.encoding import CacheReport
 from utils.dataset.manifest import Scan, scan
-from utils.dataset.remarks import Remark, nothing_is_weighed, remarks_on, seen_in_training
+from utils.dataset.remarks import nothing_is_weighed, remarks_on, seen_in_training
 from utils.dataset.samples import MediaFile, Sample
-from utils.dataset.sources import NOT_BROKEN, Rejected
+from utils.dataset.sources import NOT_BROKEN, Rejected, Remark
 from utils.errors import Problem, UserError
 from utils.ranks import Ranks, gather, sign_of_life
 from utils.settings.dataset_schema import DatasetSettings
@@ -89,7 +89,7 @@ def collect(
         versions = caption_versions or source.name != TRAINING
         chosen = assign(manifest.rows, source.settings, facts, caption_versions=versions)
         files = len(manifest.rows) + len(manifest.rejected)
-        remarks = remarks_on(manifest.rows, chosen.samples, source.settings)
+        remarks = manifest.remarks + remarks_on(manifest.rows, chosen.samples, source.settings)
         if collections and source.file.resolve() != collections[0].source.file.resolve():
             remarks += seen_in_training(collections[0].samples, chosen.samples)
         collections.append(Collection(source, chosen.samples, chosen.left_out, manifest.rejected, files, remarks))

@@ -11,14 +11,14 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from utils.dataset.file_index import Scan, opened_index
 from utils.dataset.mask_means import mask_means
 from utils.dataset.samples import Mask, MediaFile
-from utils.dataset.sources import Entry, Listing, Locator, Rejected, read_source
+from utils.dataset.sources import Entry, Listing, Locator, Rejected, Remark, read_source
 from utils.errors import Problem
 from utils.media.decode import probe
 from utils.media.geometry import same_shape
@@ -48,12 +48,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The usable files, in order of directory and name; the files and rows that cannot be used; and the problems of
-    whole directories."""
+    """The usable files, in order of directory and name; the files and rows that cannot be used; the problems of whole
+    directories; and what their sources remark."""
 
     rows: list[Row]
     rejected: list[Rejected]
     problems: list[Problem]
+    remarks: list[Remark] = field(default_factory=list)
 
 
 class _Record(NamedTuple):
@@ -122,7 +123,7 @@ def scan(dataset: DatasetSettings, file: str, how: Scan) -> Manifest:
         for text in listing.problems
     ]
     problems += _idle_keys(dataset, file, listings)
-    return Manifest(rows, rejected, problems)
+    return Manifest(rows, rejected, problems, [remark for listing in listings for remark in listing.remarks])
 
 
 def _with_means(rows: list[Row], how: Scan, rejected: list[Rejected]) -> list[Row]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from utils.dataset.batches import SMALLEST_AREA
 from utils.dataset.manifest import Row
 from utils.dataset.samples import Mask, Sample
+from utils.dataset.sources import Remark
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 
 LIGHT_WEIGHT = 0.01
@@ -16,15 +16,6 @@ LIGHT_WEIGHT = 0.01
 ALL_WHITE = 0.999
 MOST_ENLARGED = 1.5
 MOST_CUT_OFF = 0.5
-
-
-@dataclass(frozen=True)
-class Remark:
-    """What is remarkable, the file (or folder), and its own numbers with what to do about them."""
-
-    title: str
-    file: str
-    text: str
 
 
 def remarks_on(rows: Sequence[Row], samples: Sequence[Sample], dataset: DatasetSettings) -> list[Remark]:

@@ -52,6 +52,14 @@ def test_pictures_and_clips_with_captions(tmp_path):
     assert not listing.rejected and not listing.problems
 
 
+@pytest.mark.parametrize("text", ["nan", "None", "<NA>"])
+def test_what_programs_write_for_a_missing_caption_is_none(tmp_path, text):
+    write(tmp_path, a_png="", a_txt=f"{text}\n", b_png="", b_txt=f"{text} bread", c_png="", c_txt="none")
+    listing = read(tmp_path)
+    assert captions(listing) == {"b.png": (f"{text} bread",), "c.png": ("none",)}
+    assert told(listing, tmp_path) == {"a.png": "caption missing"} and repr(text) in listing.rejected[0].reason
+
+
 def test_long_captions_are_read_to_their_end(tmp_path):
     for length in (2**16 - 1, 2**16, 2**17 + 5):
         write(tmp_path, a_png="", a_txt="x" * length)

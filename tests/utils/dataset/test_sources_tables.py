@@ -48,6 +48,38 @@ def test_tables_of_a_folder(folder, name, content):
     assert read(folder / name).entries == listing.entries and not read(folder / name).rejected
 
 
+def remarks(listing):
+    return [(remark.title, remark.text) for remark in listing.remarks]
+
+
+def test_columns_that_nothing_reads_are_told_and_those_of_files_are_offered_as_keys(folder):
+    rows = [
+        {"file": "a.png", "id": "a", "first": "b.png", "second": "in/d.png", "caption": "A", "width": 8, "seed": "c"},
+        {"file": "b.png", "id": "b", "first": "a.png", "second": None, "caption": "nan", "width": 8},
+    ]
+    path = table(folder, "x.jsonl", rows)
+    listing = read(path)
+    offered = (
+        'first, second, seed hold files; if these are control images, set data_file_keys = ["first", "second", "seed"]'
+    )
+    assert remarks(listing) == [("columns not read", offered), ("columns not read", "id, width")]
+    assert [remark.file for remark in listing.remarks] == [str(path)] * 2
+    assert told(listing, folder) == {"x.jsonl row 2": "caption missing"}
+    # A filter reads its columns, and a caption that is given leaves the column of captions unread.
+    keys = {"data_file_keys": ["first", "second"], "filter": "width > 5", "instance_prompt": "x"}
+    assert remarks(read(path, **keys)) == [
+        ("columns not read", 'seed hold files; if these are control images, set data_file_keys = ["seed"]'),
+        ("columns not read", "id, caption"),
+    ]
+    path = table(folder, "y.csv", "file,caption\na.png,A\n")
+    assert read(path).remarks == []
+
+
+def test_files_that_only_an_unread_column_names_are_not_named(folder):
+    table(folder, "metadata.csv", "file,caption,other\na.png,A,b.png\n")
+    assert told(read(folder), folder) == {"b.png": "not listed", "c.mp4": "not listed"}
+
+
 def test_several_captions(folder):
     table(folder, "captions.json", {"a.png": ["one", " two "], "b.png": []})
     listing = read(folder)

@@ -13,14 +13,23 @@ from pathlib import Path
 
 from utils.dataset.sources.arrow_tables import ARROW_SUFFIXES
 from utils.dataset.sources.folders import MEDIA_SUFFIXES, Tree, list_files, list_pictures
-from utils.dataset.sources.locators import NOT_BROKEN, Container, Entry, Listing, Locator, Rejected, SourceProblem
+from utils.dataset.sources.locators import (
+    NOT_BROKEN,
+    Container,
+    Entry,
+    Listing,
+    Locator,
+    Rejected,
+    Remark,
+    SourceProblem,
+)
 from utils.dataset.sources.tables import list_arrow_tables, list_text_table
 from utils.dataset.sources.tars import list_tars
 from utils.dataset.sources.text_tables import TEXT_TABLES
 from utils.dataset.sources.texts import caption_ending
 from utils.settings.dataset_schema import DirectorySettings
 
-__all__ = ["NOT_BROKEN", "Container", "Entry", "Listing", "Locator", "Rejected", "read_source"]
+__all__ = ["NOT_BROKEN", "Container", "Entry", "Listing", "Locator", "Rejected", "Remark", "read_source"]
 
 FOLDER_TABLES = ("captions.json", "metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet")
 """The tables that a folder may have; the first one that exists is read."""

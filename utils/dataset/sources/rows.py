@@ -51,6 +51,16 @@ class FilesOf:
                 return Locator(self._folders[folder].path / found)
         raise Fault("no such file", f"there is no file {name} in {self._base}; mend the row or bring the file")
 
+    def has(self, name: Any) -> Locator | None:
+        """The file of this name, if there is one; it does not count as named by a row."""
+        before = set(self._named)
+        try:
+            return self.find(name)
+        except Fault:
+            return None
+        finally:
+            self._named = before
+
     def not_named(self, table: Path) -> Iterator[Rejected]:
         """The pictures and clips that no row names, in the table's folder and in other folders from which it names
         files."""
