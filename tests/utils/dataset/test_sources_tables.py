@@ -248,3 +248,47 @@ def test_keys_of_other_sources_are_left_aside_and_told(folder):
         listing = read(path, image_column="image", caption_extension=".caption")
         assert captions(listing) == {"a.png": ("x",)} and listing.problems == []
         assert listing.idle.keys() == {"image_column", "caption_extension"}
+
+
+STRAYS = {
+    "metadata.json": '[{"workflow": 1, "nodes": []}]',
+    "captions.json": '{"version": "2", "settings": "x"}',
+    "metadata.csv": "created,by\n2024,someone\n",
+    "metadata.jsonl": '{"file": "other/x.png", "caption": "of another folder"}\n',
+    "backup.tar": "",
+    "photos.tar.gz": "",
+    "x.parquet": "PAR1",
+    "metadata.parquet": "PAR1",
+    "y.arrow": "",
+}
+
+
+@pytest.mark.parametrize("stray", STRAYS)
+def test_a_stray_container_does_not_replace_captioned_pictures(tmp_path, stray):
+    write(tmp_path, a_png="", a_txt="A", b_png="", b_txt="B")
+    table(tmp_path, stray, STRAYS[stray])
+    listing = read(tmp_path)
+    assert listing.problems == [] and captions(listing) == {"a.png": ("A",), "b.png": ("B",)}
+    assert told(listing, tmp_path) == {stray: "not read"}
+    assert "captioned pictures of this folder" in listing.rejected[0].reason
+    # The same where the captions come from the settings.
+    if stray not in FOLDER_TABLES:
+        (tmp_path / "a.txt").unlink()
+        (tmp_path / "b.txt").unlink()
+        listing = read(tmp_path, instance_prompt="x")
+        assert captions(listing) == {"a.png": ("x",), "b.png": ("x",)} and told(listing, tmp_path) == {
+            stray: "not read"
+        }
+
+
+def test_a_table_that_names_pictures_is_read_and_their_captions_are_told(tmp_path):
+    write(tmp_path, a_png="", a_txt="beside", b_png="", b_txt="beside")
+    table(tmp_path, "metadata.json", [{"steps": 4}])
+    table(tmp_path, "metadata.csv", "file,caption\na.png,listed\n")
+    listing = read(tmp_path)
+    assert captions(listing) == {"a.png": ("listed",)}
+    # It comes before metadata.json, which is no table of pictures, and is told too.
+    assert told(listing, tmp_path) == {"b.png": "not listed", "metadata.json": "not read"}
+    assert remarks(listing) == [
+        ("captions not read", "2 pictures have a caption file beside them, and metadata.csv is read instead")
+    ]

@@ -158,6 +158,14 @@ def _named(
         raise SourceProblem(f"{key} = {root}: {problem}") from None
 
 
+def count_captioned(tree: Tree, rules: DirectorySettings) -> int:
+    """How many pictures and clips of a folder have a caption file beside them, whatever captions are to be read."""
+    ending = caption_ending(rules)
+    captions = {name[: -len(ending)] for name in tree.names if name.lower().endswith(ending)}
+    split = (os.path.splitext(name) for name in tree.names)
+    return sum(stem in captions for stem, suffix in split if suffix.lower() in MEDIA_SUFFIXES)
+
+
 def list_pictures(tree: Tree, rules: DirectorySettings, raise_if_stopping: Callable[[], None]) -> Listing:
     """Every picture and clip of a folder, with the caption from the file beside it or from its name."""
     beside = Beside(rules, raise_if_stopping)

@@ -51,6 +51,11 @@ class FilesOf:
                 return Locator(self._folders[folder].path / found)
         raise Fault("no such file", f"there is no file {name} in {self._base}; mend the row or bring the file")
 
+    @property
+    def names_any(self) -> bool:
+        """Whether some row named a file that is there."""
+        return bool(self._named)
+
     def has(self, name: Any) -> Locator | None:
         """The file of this name, if there is one; it does not count as named by a row."""
         before = set(self._named)

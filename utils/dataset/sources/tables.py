@@ -23,15 +23,20 @@ _ROWS_LOOKED_AT = 100
 
 
 def list_text_table(
-    path: Path, rules: DirectorySettings, raise_if_stopping: Callable[[], None], is_of_folder: bool = False
+    path: Path,
+    rules: DirectorySettings,
+    raise_if_stopping: Callable[[], None],
+    is_of_folder: bool = False,
+    must_name: bool = False,
 ) -> Listing:
     """The files that a table of text names.
 
     Args:
         is_of_folder: report the pictures and clips in its folder that it does not name.
+        must_name: whether a table that names no file at all is refused.
 
     Raises:
-        SourceProblem: it cannot be read, or lacks a column.
+        SourceProblem: it cannot be read, or lacks a column, or names no file although it must.
     """
     content = read_text_table(path)
     listing = Listing(rejected=content.rejected)
@@ -45,13 +50,23 @@ def list_text_table(
     naming = _naming_files(unread, columns.media, (row.cells for row in content.rows), files)
     listing.remarks.extend(_remarks(path, unread, naming))
     list_rows(content.rows, table, listing, Duplicates(), raise_if_stopping)
+    _check_named(path, files, must_name)
     if is_of_folder:
         listing.rejected.extend(files.not_named(path))
     return listing
 
 
+def _check_named(path: Path, files: FilesOf, must_name: bool) -> None:
+    if must_name and not files.names_any:
+        raise SourceProblem(f"{path} names no file that is there")
+
+
 def list_arrow_tables(
-    paths: list[Path], rules: DirectorySettings, raise_if_stopping: Callable[[], None], is_of_folder: bool = False
+    paths: list[Path],
+    rules: DirectorySettings,
+    raise_if_stopping: Callable[[], None],
+    is_of_folder: bool = False,
+    must_name: bool = False,
 ) -> Listing:
     """The pictures and clips in the cells of Parquet and Arrow tables, or the files that they name; see
     `list_text_table`."""
@@ -74,6 +89,7 @@ def list_arrow_tables(
         known = {remark.text for remark in listing.remarks}
         listing.remarks.extend(remark for remark in _remarks(path, unread, naming) if remark.text not in known)
         list_rows(_rows(arrow, held, columns, chosen), table, listing, seen, raise_if_stopping)
+        _check_named(path, files, must_name)
         if is_of_folder and columns.media not in held:
             listing.rejected.extend(files.not_named(path))
     return listing
