@@ -272,13 +272,11 @@ def test_a_stray_container_does_not_replace_captioned_pictures(tmp_path, stray):
     assert told(listing, tmp_path) == {stray: "not read"}
     assert "captioned pictures of this folder" in listing.rejected[0].reason
     # The same where the captions come from the settings.
-    if stray not in FOLDER_TABLES:
-        (tmp_path / "a.txt").unlink()
-        (tmp_path / "b.txt").unlink()
-        listing = read(tmp_path, instance_prompt="x")
-        assert captions(listing) == {"a.png": ("x",), "b.png": ("x",)} and told(listing, tmp_path) == {
-            stray: "not read"
-        }
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "b.txt").unlink()
+    listing = read(tmp_path, instance_prompt="x")
+    assert captions(listing) == {"a.png": ("x",), "b.png": ("x",)}
+    assert told(listing, tmp_path) == {stray: "not read"}
 
 
 def test_a_table_that_names_pictures_is_read_and_their_captions_are_told(tmp_path):
