@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
 from utils.media.brands import image_brand
 from utils.media.source import MAX_PIXELS, MediaError, Probe, check_pixels
@@ -26,6 +26,10 @@ LOSSLESS = frozenset({"BMP", "GIF", "PNG", "TGA", "TIFF"})
 # Possible values of white in pictures with more than 8 bits, and in masks.
 INTEGER_WHITES = (65535,)
 MASK_WHITES = (1, 255, 65535)
+# White and black of a TIFF by its own fields, kept where Pillow keeps what it knows of a picture.
+DEEP_RANGE = "white and black of more than 8 bits"
+SIGNED = 2
+WHITE_IS_ZERO = 0
 FLOAT_WHITES = (1, 255, 65535)
 
 
@@ -58,7 +62,18 @@ def open_image(stream: BinaryIO) -> Image.Image | None:
     if image is None or image.format == "MPEG":
         return None
     check_pixels(*image.size)
+    if image.format == "TIFF":
+        image.info[DEEP_RANGE] = _deep_range(image)
     return image
+
+
+def _deep_range(image: Image.Image) -> tuple[int, int]:
+    """White and black of a TIFF whose pixels are integers of 9 to 16 bits; Pillow gives them as they are stored."""
+    fields = TiffImagePlugin
+    (bits, *_), (kind, *_) = (image.tag_v2.get(field, (1,)) for field in (fields.BITSPERSAMPLE, fields.SAMPLEFORMAT))
+    white = 2 ** (min(bits, 16) - (kind == SIGNED)) - 1
+    # Of 8 bits Pillow turns such pictures round itself.
+    return (0, white) if image.tag_v2.get(fields.PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO else (white, 0)
 
 
 def _open_heif(stream: BinaryIO, brand: str) -> Image.Image:
@@ -156,15 +171,19 @@ def _animated(image: Image.Image) -> bool:
 def _shallow(image: Image.Image, integer_whites: Sequence[int]) -> Image.Image:
     """Grey of 16 or 32 bits, or of floating-point numbers, as 8-bit grey.
 
-    Pillow's own conversion clips at 255. White is the first of `integer_whites` that no pixel exceeds, for
-    floating-point numbers the first of `FLOAT_WHITES`. Values beyond all of these are scaled by their own range.
+    Pillow's own conversion clips at 255. White is the first of `integer_whites` that no pixel exceeds, none of them
+    above that of the picture's own depth; for floating-point numbers it is the first of `FLOAT_WHITES`. Values beyond
+    all of these are scaled by their own range.
     """
     values_HW = np.asarray(image, dtype=np.float32)
     low, high = float(values_HW.min()), float(values_HW.max())
     if not math.isfinite(low) or not math.isfinite(high):
         raise MediaError("has pixels that are infinite or no numbers; write it anew without them")
-    whites = FLOAT_WHITES if image.mode == "F" else integer_whites
+    deepest, darkest = image.info.get(DEEP_RANGE, (INTEGER_WHITES[-1], 0))
+    own = max(deepest, darkest)
+    whites = FLOAT_WHITES if image.mode == "F" else [min(white, own) for white in integer_whites]
     fitting = [white for white in whites if low >= 0 and high <= white]
     black, white = (0, fitting[0]) if fitting else (low, high)
     levels_HW = (values_HW - black) * (255 / (white - black or 1))
+    levels_HW = 255 - levels_HW if deepest < darkest and image.mode != "F" else levels_HW
     return Image.fromarray(levels_HW.round().astype(np.uint8))

@@ -120,6 +120,40 @@ def test_deep_pixels_of_no_known_scale_fill_their_own_range(tmp_path, kind):
     torch.testing.assert_close(load_image(tmp_path / "a.tif", View(8, 8)), expected, atol=1 / 255, rtol=0)
 
 
+def write_tiff(path, levels_HW, bits, white_is_zero=False):
+    """An uncompressed TIFF of grey integers; 12 bits are packed without gaps."""
+    height, width = levels_HW.shape
+    if bits == 12:
+        packed = "".join(format(int(level), "012b") for level in levels_HW.flat)
+        rows = int(packed, 2).to_bytes(len(packed) // 8, "big")
+    else:
+        rows = levels_HW.astype({8: "u1", 16: "<u2"}[bits]).tobytes()
+    fields = {256: width, 257: height, 258: bits, 259: 1, 262: 0 if white_is_zero else 1}
+    fields |= {273: 8, 277: 1, 278: height, 279: len(rows)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
+    path.write_bytes(
+        b"II*\0" + struct.pack("<I", 8 + len(rows)) + rows + struct.pack("<H", len(fields)) + entries + bytes(4)
+    )
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_integers_of_any_depth_have_the_white_of_their_depth(tmp_path, bits):
+    grey = np.linspace(0, 0.5, 64).reshape(8, 8)
+    write_tiff(tmp_path / "a.tif", (grey * (2**bits - 1)).round(), bits)
+    expected = torch.from_numpy(grey).float().expand(3, 1, 8, 8) * 2 - 1
+    torch.testing.assert_close(load_image(tmp_path / "a.tif", View(8, 8)), expected, atol=1.01 / 255, rtol=0)
+    mask = load_mask(tmp_path / "a.tif", View(8, 8))
+    torch.testing.assert_close(mask[0, 0], torch.from_numpy(grey).float(), atol=1 / 255, rtol=0)
+
+
+def test_a_tiff_whose_white_is_zero_is_no_negative(tmp_path):
+    for bits in (8, 16):
+        grey = np.linspace(0, 1, 64).reshape(8, 8)
+        write_tiff(tmp_path / "a.tif", ((1 - grey) * (2**bits - 1)).round(), bits, white_is_zero=True)
+        expected = torch.from_numpy(grey).float().expand(3, 1, 8, 8) * 2 - 1
+        torch.testing.assert_close(load_image(tmp_path / "a.tif", View(8, 8)), expected, atol=1.01 / 255, rtol=0)
+
+
 def test_pixels_that_are_no_numbers_are_refused(tmp_path):
     Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(MediaError, match="a.tif: .*no numbers"):
