@@ -55,7 +55,8 @@ def opened_index(path: Path) -> Iterator[sqlite3.Connection]:
             index.execute(f"PRAGMA user_version = {VERSION}")
         index.execute(
             "CREATE TABLE IF NOT EXISTS media (path TEXT, part TEXT, size INTEGER, mtime_ns INTEGER, digest TEXT,"
-            " width INTEGER, height INTEGER, frames INTEGER, rate REAL, PRIMARY KEY (path, part)) WITHOUT ROWID"
+            " width INTEGER, height INTEGER, frames INTEGER, rate REAL, fault TEXT,"
+            " PRIMARY KEY (path, part)) WITHOUT ROWID"
         )
         index.execute(
             "CREATE TABLE IF NOT EXISTS masks (digest TEXT, is_alpha INTEGER, mean REAL,"

@@ -31,7 +31,8 @@ CHUNK = 512
 _SCALE_IT = "bring it to the picture's proportions"
 _CONTROL_FIT = f'{_SCALE_IT}, or, if it is a view of its own, set control_fit = "crop", "stretch" or "pad"'
 COPY_BYTES = 2**20
-COLUMNS = "path, part, size, mtime_ns, digest, width, height, frames, rate"
+COLUMNS = "path, part, size, mtime_ns, digest, width, height, frames, rate, fault"
+PLACES = ", ".join("?" for _ in COLUMNS.split(","))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class _Record(NamedTuple):
     height: int
     frames: int
     fps: float
+    fault: str
 
 
 @contextmanager
@@ -222,7 +224,7 @@ def _identify_all(locators: Sequence[Locator], how: Scan) -> dict[Locator, Media
         finally:
             pool.shutdown(cancel_futures=True)
             # After an interrupted scan too, so that hours of hashing are kept.
-            index.executemany(f"INSERT OR REPLACE INTO media ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", new)
+            index.executemany(f"INSERT OR REPLACE INTO media ({COLUMNS}) VALUES ({PLACES})", new)
             index.commit()
     return {
         locator: MediaFile(locator, *record[4:]) if isinstance(record, _Record) else record
@@ -283,4 +285,5 @@ def _identify(locator: Locator) -> _Record | MediaError:
         probed.height,
         probed.frames,
         probed.fps,
+        probed.fault,
     )

@@ -22,6 +22,7 @@ def remarks_on(rows: Sequence[Row], samples: Sequence[Sample], dataset: DatasetS
     """All remarks on the rows of a dataset and on its samples, grouped by title."""
     rules = [dataset.resolved(directory) for directory in dataset.directory]
     return [
+        *_used_as_pictures(rows),
         *_without_caption(rows, rules),
         *_without_weight(rows, rules),
         *_all_white(rows, rules),
@@ -53,6 +54,12 @@ def seen_in_training(training: Sequence[Sample], evaluation: Sequence[Sample]) -
 def _weight(row: Row, rules: DirectorySettings) -> float:
     """The mean weight of a row's loss under its mask, before it is divided by the mask's area."""
     return rules.unmasked_weight + (1 - rules.unmasked_weight) * row.mask.mean
+
+
+def _used_as_pictures(rows: Sequence[Row]) -> Iterator[Remark]:
+    for row in rows:
+        if row.media.fault:
+            yield Remark("used as a picture", str(row.media.locator), f"{row.media.fault}; its first frame is trained")
 
 
 def _without_caption(rows: Sequence[Row], rules: Sequence[DirectorySettings]) -> Iterator[Remark]:

@@ -22,8 +22,8 @@ _FITS = {"stretch": "none", "pad": "pad"}
 
 @dataclass(frozen=True, slots=True)
 class MediaFile:
-    """A picture or clip: its location, the hash of its content, its upright size in pixels, its number of frames, and
-    its frames per second (0 for a still)."""
+    """A picture or clip: its location, the hash of its content, its upright size in pixels, its number of frames, its
+    frames per second (0 for a still), and what of it cannot be read, although its first frame can."""
 
     locator: Locator
     digest: str
@@ -31,6 +31,7 @@ class MediaFile:
     height: int
     frames: int
     fps: float = 0.0
+    fault: str = ""
 
 
 @dataclass(frozen=True, order=True, slots=True)

@@ -12,6 +12,8 @@ IMAGE_BRANDS = frozenset(
     " vvis evbi evbs unif".split()
 ) | {"crx "}
 
+AVIF_BRANDS = frozenset({"avif", "avis", "avio"})
+
 
 def image_brand(stream: BinaryIO) -> str | None:
     """The main brand of a file that calls itself a picture; None for all other files."""

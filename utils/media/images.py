@@ -6,13 +6,16 @@ Shapes: H height, W width.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
-from utils.media.brands import image_brand
+from utils.media.brands import AVIF_BRANDS, image_brand
+from utils.media.png_texts import without_texts
 from utils.media.source import MAX_PIXELS, MediaError, Probe, check_pixels
 
 # Other formats with several pictures hold pages, sizes or views.
@@ -55,6 +58,12 @@ def open_image(stream: BinaryIO) -> Image.Image | None:
         brand = image_brand(stream)
         # FFmpeg would take the first of the tiles or thumbnails of such a file for the picture.
         image = _open_heif(stream, brand) if brand else None
+    except ValueError:
+        # Of a PNG this is Pillow's limit for texts, which are no part of the picture.
+        lean = without_texts(stream)
+        if lean is None:
+            raise
+        image = Image.open(lean)
     except Image.DecompressionBombError as error:
         reason = str(error).rstrip(".")
         raise MediaError(f"more than {MAX_PIXELS:,} pixels ({reason}); scale it down or remove it") from error
@@ -78,6 +87,8 @@ def _deep_range(image: Image.Image) -> tuple[int, int]:
 
 def _open_heif(stream: BinaryIO, brand: str) -> Image.Image:
     """The main picture of a HEIF, upright and whole, whatever tiles it is stored in."""
+    if brand in AVIF_BRANDS:
+        raise MediaError("is an AVIF picture that is broken; replace or remove it")
     try:
         from pillow_heif import HeifImageFile
     except ImportError as error:
@@ -94,7 +105,8 @@ def _open_heif(stream: BinaryIO, brand: str) -> Image.Image:
 
 
 def probe_image(image: Image.Image) -> Probe:
-    """Examines a picture: only the header of a still is read; an animation is decoded to find its durations."""
+    """Examines a picture: only the header of a still is read; an animation is decoded to find its durations. One
+    that is broken behind its first frame is a still picture with a fault."""
     # Pillow gives the size of a TIFF upright already. A PNG's own `getexif` would decode the whole picture to find
     # EXIF behind the pixels, where hardly any program writes it.
     upright = image.format == "TIFF"
@@ -102,24 +114,46 @@ def probe_image(image: Image.Image) -> Probe:
     width, height = reversed(image.size) if orientation in SIDEWAYS else image.size
     if not _animated(image):
         return Probe(width, height, 1)
-    ends = [frame.end for frame in shown_images(image)]
+    ends: list[float] = []
+    try:
+        ends.extend(frame.end for frame in shown_images(image))
+    # Decoders react to broken bytes with OSError, SyntaxError, ValueError, struct.error, EOFError and more.
+    except Exception as error:
+        if not ends:
+            raise
+        fault = f"is broken behind frame {len(ends)} ({str(error).rstrip('.')})"
+        return Probe(width, height, 1, fault=fault)
     return Probe(width, height, len(ends), len(ends) / ends[-1])
 
 
 def shown_images(image: Image.Image) -> Iterator[TimedFrame]:
     """The frames of an animation in order; a still picture lasts for ever."""
     if not _animated(image):
-        yield TimedFrame(math.inf, lambda: ImageOps.exif_transpose(image), image.format in LOSSLESS)
+        yield TimedFrame(math.inf, lambda: _upright(image), image.format in LOSSLESS)
         return
     milliseconds = 0.0
     # An animated PNG may begin with a picture for programs that only show stills.
-    for frame in range(1 if getattr(image, "default_image", False) else 0, image.n_frames):
-        image.seek(frame)
+    for frame in count(1 if getattr(image, "default_image", False) else 0):
+        # Not counted before: that would read all of a GIF, and fail where a later frame is broken.
+        try:
+            image.seek(frame)
+        except EOFError:
+            return
         # In some formats a frame's duration is known only after decoding.
         image.load()
         # Without a duration, browsers show a frame for a tenth of a second.
         milliseconds += image.info.get("duration") or UNTIMED_MILLISECONDS
         yield TimedFrame(milliseconds / 1000, lambda: ImageOps.exif_transpose(image))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        image.load()
+    except (OSError, ValueError, SyntaxError):
+        # Pillow has no tile left to decode: what is broken, or longer than it reads, stands behind the pixels.
+        if image.format != "PNG" or image.tile:
+            raise
+    return ImageOps.exif_transpose(image)
 
 
 def rgb_of(image: Image.Image) -> Image.Image:
@@ -165,7 +199,13 @@ def rgba_of(image: Image.Image) -> Image.Image:
 
 
 def _animated(image: Image.Image) -> bool:
-    return image.format in ANIMATED and getattr(image, "is_animated", False)
+    if image.format not in ANIMATED:
+        return False
+    try:
+        return getattr(image, "is_animated", False)
+    except (OSError, ValueError, SyntaxError, IndexError, struct.error):
+        # A GIF looks for its second frame, which is there, and broken.
+        return True
 
 
 def _shallow(image: Image.Image, integer_whites: Sequence[int]) -> Image.Image:

@@ -42,6 +42,16 @@ def test_nothing_is_remarked_where_all_is_well(pictures, cache):
     assert remarks(cache, source(pictures)) == []
 
 
+def test_an_animation_of_which_only_the_beginning_is_whole_is_named(tmp_path, cache):
+    frames = [Image.effect_noise((48, 32), 50 + number) for number in range(6)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "a.txt").write_text("noise")
+    (tmp_path / "a.gif").write_bytes((tmp_path / "a.gif").read_bytes()[:-2000])
+    for _ in range(2):
+        ((title, name, text),) = remarks(cache, source(tmp_path))
+        assert (title, name) == ("used as a picture", "a.gif") and text.startswith("is broken behind frame ")
+
+
 def test_masks_of_next_to_no_weight_are_named(tmp_path, cache):
     keys = masked(tmp_path, [0, 2, 3, 128])
     found = remarks(cache, source(**keys))
