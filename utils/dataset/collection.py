@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -276,11 +276,30 @@ def _describe(fault: Rejected) -> str:
 
 def _mixed_controls(collections: Sequence[Collection]) -> list[Problem]:
     """Either all batches have the same number of control images, or none has any."""
-    counts = {len(sample.controls) for collection in collections for sample in collection.samples}
+    counts = Counter(len(sample.controls) for collection in collections for sample in collection.samples)
     if len(counts) < 2:
         return []
+    problems = []
+    for collection in collections:
+        for path, own in _by_directory(collection.samples).items():
+            numbers = Counter(len(sample.controls) for sample in own)
+            if len(numbers) > 1:
+                usual = numbers.most_common(1)[0][0]
+                other = next(sample for sample in own if len(sample.controls) != usual)
+                message = (
+                    f"{numbers[usual]} of its {len(own)} samples have {usual} control images, and "
+                    f"{other.media.locator} has {len(other.controls)}; give each row the same number"
+                )
+                problems.append(Problem(str(collection.source.file), f"[[directory]] {path}", message))
     message = (
         "some directories of this run have other numbers of control images than others; give all of them the same "
         "number of control_path, or train them apart"
     )
-    return [Problem(str(collection.source.file), "control_path", message) for collection in collections]
+    return problems or [Problem(str(collection.source.file), "control_path", message) for collection in collections]
+
+
+def _by_directory(samples: Iterable[Sample]) -> dict[Path, list[Sample]]:
+    directories: dict[Path, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        directories[sample.rules.path].append(sample)
+    return directories

@@ -141,6 +141,18 @@ def test_all_directories_have_as_many_controls(pictures, cache, tmp_path):
     assert alone.controls == 1
 
 
+def test_a_row_with_another_number_of_controls_is_named(pictures, cache):
+    rows = [f'{{"file": "00{n}.png", "caption": "x", "controls": ["003.png", "004.png"]}}' for n in range(2)]
+    rows.append('{"file": "002.png", "caption": "x", "controls": ["003.png"]}')
+    (pictures / "rows.jsonl").write_text("\n".join(rows))
+    with pytest.raises(UserError) as error:
+        collected(cache, source_of(pictures / "rows.jsonl", data_file_keys=["controls"]))
+    (problem,) = error.value.problems
+    assert problem.where == f"[[directory]] {pictures / 'rows.jsonl'}"
+    assert problem.message.startswith("2 of its 3 samples have 2 control images, and ")
+    assert "002.png has 1; give each row" in problem.message
+
+
 def test_captions_of_training_alone_are_left_as_written(pictures, cache):
     keys = {"caption_prefix": "a "}
     sources = source_of(pictures, **keys), source_of(pictures, name="eval", **keys)

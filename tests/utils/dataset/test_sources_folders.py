@@ -60,6 +60,27 @@ def test_what_programs_write_for_a_missing_caption_is_none(tmp_path, text):
     assert told(listing, tmp_path) == {"a.png": "caption missing"} and repr(text) in listing.rejected[0].reason
 
 
+COMPOSED, APART = "caf\u00e9", "cafe\u0301"
+
+
+def test_files_belong_together_in_any_form_of_their_names(tmp_path):
+    for name, other in ((COMPOSED, APART), (f"{APART}2", f"{COMPOSED}2")):
+        write(tmp_path, **{f"{name}_png": "", f"{other}_txt": other, f"masks__{other}_png": "", f"c__{other}_png": ""})
+    # Where both forms are there, each has its own.
+    write(tmp_path, **{f"{COMPOSED}3_png": "", f"{APART}3_png": "", f"{COMPOSED}3_txt": "one", f"{APART}3_txt": "two"})
+    for name in (COMPOSED, APART):
+        write(tmp_path, **{f"masks__{name}3_png": "", f"c__{name}3_png": ""})
+    listing = read(tmp_path, mask_path=tmp_path / "masks", control_path=tmp_path / "c")
+    assert listing.rejected == [] and captions(listing) == {
+        f"{COMPOSED}.png": (APART,),
+        f"{APART}2.png": (f"{COMPOSED}2",),
+        f"{COMPOSED}3.png": ("one",),
+        f"{APART}3.png": ("two",),
+    }
+    (tmp_path / "x.csv").write_text(f"file,caption\n{APART}.png,named so\n{COMPOSED}2,without an ending\n")
+    assert captions(read(tmp_path / "x.csv")).keys() == {f"{COMPOSED}.png", f"{APART}2.png"}
+
+
 def test_long_captions_are_read_to_their_end(tmp_path):
     for length in (2**16 - 1, 2**16, 2**17 + 5):
         write(tmp_path, a_png="", a_txt="x" * length)

@@ -13,6 +13,7 @@ from utils.dataset.sources.columns import Columns
 from utils.dataset.sources.filters import Filter
 from utils.dataset.sources.folders import MEDIA_SUFFIXES, Beside, Tree, list_files
 from utils.dataset.sources.locators import Entry, Fault, Kind, Listing, Locator, Rejected, SourceProblem
+from utils.dataset.sources.names import ByName
 from utils.dataset.sources.texts import captions_of, given_caption, is_given
 from utils.settings.dataset_schema import DirectorySettings
 
@@ -89,16 +90,16 @@ class FilesOf:
 class _Folder:
     path: Path
     tree: Tree
-    names: set[str] = field(init=False)
+    names: ByName = field(init=False)
 
     def __post_init__(self) -> None:
-        self.names = set(self.tree.names)
+        self.names = ByName({name: name for name in self.tree.names})
 
     def find(self, name: str) -> str | None:
-        return name if name in self.names else self._by_stem.get(name)
+        return self.names.get(name) or self._by_stem.get(name)
 
     @cached_property
-    def _by_stem(self) -> dict[str, str]:
+    def _by_stem(self) -> ByName:
         return self.tree.by_stem()
 
 
