@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from utils.dataset.batches import SMALLEST_AREA
+from utils.dataset.captions import choice_in
 from utils.dataset.manifest import Row
 from utils.dataset.samples import Mask, Sample
 from utils.dataset.sources import Remark
@@ -24,6 +25,7 @@ def remarks_on(rows: Sequence[Row], samples: Sequence[Sample], dataset: DatasetS
     return [
         *_used_as_pictures(rows),
         *_without_caption(rows, rules),
+        *_wildcards(rows, rules),
         *_without_weight(rows, rules),
         *_all_white(rows, rules),
         *_enlarged(samples),
@@ -66,6 +68,15 @@ def _without_caption(rows: Sequence[Row], rules: Sequence[DirectorySettings]) ->
     for row in rows:
         if "" in row.captions and rules[row.directory].instance_prompt != "":
             yield Remark("without a caption", str(row.media.locator), "its caption is empty, and it is trained so")
+
+
+def _wildcards(rows: Sequence[Row], rules: Sequence[DirectorySettings]) -> Iterator[Remark]:
+    for row in rows:
+        if rules[row.directory].enable_wildcard:
+            continue
+        if choice := next(filter(None, map(choice_in, row.captions)), None):
+            text = f"its caption has {choice!r:.60}, which is trained as text; enable_wildcard = true draws one of them"
+            yield Remark("wildcards as text", str(row.media.locator), text)
 
 
 def _without_weight(rows: Sequence[Row], rules: Sequence[DirectorySettings]) -> Iterator[Remark]:

@@ -104,6 +104,13 @@ def test_pictures_without_a_caption_are_named_wherever_captions_come_from(pictur
     assert remarks(cache, source(pictures, instance_prompt="")) == []
 
 
+def test_wildcards_that_are_trained_as_text_are_named(pictures, cache):
+    (pictures / "001.txt").write_text("a {red|blue} field")
+    ((title, name, text),) = remarks(cache, source(pictures))
+    assert (title, name) == ("wildcards as text", "001.png") and "'{red|blue}'" in text and "enable_wildcard" in text
+    assert remarks(cache, source(pictures, enable_wildcard=True)) == []
+
+
 def test_pictures_that_are_enlarged_by_more_than_half_are_named(tmp_path, cache):
     draw_pictures(tmp_path, 1, size=(64, 64))
     draw_pictures(tmp_path / "small", 1, size=(42, 60))
