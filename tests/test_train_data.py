@@ -124,4 +124,6 @@ def test_broken_files_are_left_out(write_config: Callable[..., Path], pictures: 
     with (tmp_path / "runs" / "cache" / "failed.csv").open() as file:
         assert [Path(row["file"]).name for row in csv.DictReader(file)] == ["3.png", "2.png"]
     codes, log = launch(write_config(folder, max_failed_fraction=0.5), "--check")
-    assert codes == [0] and "3.png" in log
+    assert codes == [0] and "3.png" in log and "2.png" not in log and "only their headers were read" in log
+    codes, log = launch(write_config(folder, max_failed_fraction=0.5, verify="content"), "--check")
+    assert codes == [0] and "3.png" in log and "2.png: cannot be read" in log and "all of them were decoded" in log

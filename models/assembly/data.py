@@ -20,6 +20,7 @@ from utils.dataset.collection import (
     collect_together,
     tell,
     too_many_failures,
+    with_truncated,
     without_failures,
 )
 from utils.dataset.encoders import Encoder
@@ -78,7 +79,7 @@ def load_data(settings: Settings, pipeline: BasePipeline, sources: Sequence[Sour
             in_use = reading(job.cache_dir)
     collections = without_failures(collections, reports)
     if ranks.is_main:
-        tell(collections, job.cache_dir)
+        tell(with_truncated(collections, encoders, job.raise_if_stopping), job.cache_dir)
     problems = too_many_failures(collections, settings.max_failed_fraction)
     if problems:
         raise UserError([*problems, Problem("", "", "what is encoded stays encoded")])

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from utils.dataset.buckets import LeftOut, MediaFacts, assign
 from utils.dataset.encoders import Encoder, reads_text
 from utils.dataset.encoding import CacheReport
 from utils.dataset.manifest import Scan, scan
-from utils.dataset.remarks import nothing_is_weighed, remarks_on, seen_in_training
-from utils.dataset.samples import MediaFile, Sample
+from utils.dataset.remarks import nothing_is_weighed, remarks_on, seen_in_training, truncated
+from utils.dataset.samples import Sample, files_of
 from utils.dataset.sources import NOT_BROKEN, Rejected, Remark
 from utils.errors import Problem, UserError
 from utils.ranks import Ranks, gather, sign_of_life
@@ -164,7 +164,7 @@ def without_failures(collections: Sequence[Collection], reports: Iterable[CacheR
         broken: dict[str, str] = {}
         sound = []
         for sample in collection.samples:
-            faults = [reasons[media.digest] for media in _files_of(sample) if media.digest in reasons]
+            faults = [reasons[media.digest] for media in files_of(sample) if media.digest in reasons]
             if faults:
                 broken[str(sample.media.locator)] = faults[0]
             else:
@@ -222,6 +222,16 @@ def write_list(collections: Sequence[Collection], cache_dir: Path) -> None:
             writer.writerows([dataset, *asdict(fault).values()] for dataset, fault in rejected)
 
 
+def with_truncated(
+    collections: Sequence[Collection], encoders: Sequence[Encoder], raise_if_stopping: Callable[[], None]
+) -> list[Collection]:
+    """The collections, with remarks on captions that are longer than the text encoders read."""
+    return [
+        replace(one, remarks=[*one.remarks, *truncated(encoders, one.samples, raise_if_stopping)])
+        for one in collections
+    ]
+
+
 def shortfalls(collections: Sequence[Collection]) -> list[str]:
     """A line for each file that cannot be used, is not used, is cut short, or has a remark: up to ten of each, with the
     number of each kind."""
@@ -263,11 +273,6 @@ def check_encoder_names(collections: Sequence[Collection], encoders: Sequence[En
             for name in sorted(rules.uncond_fraction_per_encoder.keys() - set(known)):
                 message = f"'{name}' is none of this model's text encoders; they are {', '.join(known)}"
                 raise UserError.of(message, str(collection.source.file), "uncond_fraction_per_encoder")
-
-
-def _files_of(sample: Sample) -> list[MediaFile]:
-    masks = [sample.mask.media] if sample.mask else []
-    return [sample.media, *(control.media for control in sample.controls), *masks]
 
 
 def _describe(fault: Rejected) -> str:

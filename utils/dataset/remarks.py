@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from utils.dataset.batches import SMALLEST_AREA
 from utils.dataset.captions import choice_in
+from utils.dataset.encoders import TEXT, Encoder, text_of
 from utils.dataset.manifest import Row
-from utils.dataset.samples import Mask, Sample
+from utils.dataset.samples import Mask, Sample, SampleVersion
 from utils.dataset.sources import Remark
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 
 LIGHT_WEIGHT = 0.01
 """A sample whose weight is below this on average trains next to nothing."""
+SAMPLES_BETWEEN_HEEDS = 1024
 ALL_WHITE = 0.999
 MOST_ENLARGED = 1.5
 MOST_CUT_OFF = 0.5
@@ -51,6 +53,36 @@ def seen_in_training(training: Sequence[Sample], evaluation: Sequence[Sample]) -
     both = {sample.media.digest: sample.media.locator for sample in evaluation if sample.media.digest in trained}
     text = "is trained too, as {}, so that its loss says nothing about new pictures; keep it in one of the sets"
     return [Remark("in both sets", str(file), text.format(trained[digest])) for digest, file in both.items()]
+
+
+def truncated(
+    encoders: Sequence[Encoder], samples: Sequence[Sample], raise_if_stopping: Callable[[], None] = lambda: None
+) -> list[Remark]:
+    """The files whose captions are longer than one of the text encoders reads, once for each encoder.
+
+    Args:
+        encoders: all of a model's; those that cannot count tokens are passed over.
+    """
+    found: list[Remark] = []
+    for encoder in encoders:
+        if not hasattr(encoder, "token_count"):
+            continue
+        input_name = next(input_name for input_name in encoder.reads if input_name in TEXT)
+        limit, counts = encoder.token_limit, dict[str, int]()
+        told: set[str] = set()
+        for number, sample in enumerate(samples):
+            if number % SAMPLES_BETWEEN_HEEDS == 0:
+                raise_if_stopping()
+            for caption in sample.captions:
+                if caption not in counts:
+                    version = SampleVersion(sample, sample.takes[0], caption, sample.id)
+                    counts[caption] = encoder.token_count(text_of(version, encoder, input_name))
+                file = str(sample.media.locator)
+                if counts[caption] > limit and file not in told:
+                    told.add(file)
+                    text = f"{encoder.name} reads {limit} of the {counts[caption]} tokens of {caption!r:.60}"
+                    found.append(Remark("caption truncated", file, text))
+    return found
 
 
 def _weight(row: Row, rules: DirectorySettings) -> float:

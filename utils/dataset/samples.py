@@ -113,6 +113,12 @@ class Sample:
         return (self.bucket, *(control.bucket for control in self.controls))
 
 
+def files_of(sample: Sample) -> list[MediaFile]:
+    """All files that a sample is made of: its own, those of its control images, and its mask."""
+    masks = [sample.mask.media] if sample.mask else []
+    return [sample.media, *(control.media for control in sample.controls), *masks]
+
+
 @dataclass(frozen=True, slots=True)
 class SampleVersion:
     """A version of a sample, as it is used once.

@@ -121,6 +121,19 @@ def load_alpha(
     return _tensor(_levels(source, view, start_seconds, frames, fps, ALPHA), view).div_(255)
 
 
+def decode_all(source: Source, *, first_alone: bool = False) -> None:
+    """Decodes all frames of a file, or the first alone, and keeps nothing.
+
+    Raises:
+        MediaError: one of them cannot be decoded.
+    """
+    with opened(source) as stream, closing(_shown(stream, 0.0)) as timed_frames:
+        for _, picture, _ in timed_frames:
+            picture()
+            if first_alone:
+                return
+
+
 def _levels(
     source: Source, view: View, start_seconds: float, frames: int, fps: float, channels: _Channels
 ) -> np.ndarray:

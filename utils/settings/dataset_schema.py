@@ -109,8 +109,8 @@ class DataKeys(SettingsTable):
     tag_dropout: Share = 0.0
     """Probability that a tag is dropped; tags that are kept in place stay."""
     enable_wildcard: bool = False
-    """Read {red|green} as a choice, of which each version of a caption has one, and of several lines one. Choices may be
-    nested; {{red|green}} is text. Eight versions are cached, or `cache_shuffle_num`."""
+    """Read {red|green} as a choice, of which each version of a caption has one, and of several lines one. Choices may
+    be nested; {{red|green}} is text. Eight versions are cached, or `cache_shuffle_num`."""
     weighted_tags: bool = False
     """Read (word:1.3) as emphasis, for the text encoders that can be given weights."""
     uncond_fraction: Part = 0.0

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.utils.dataset.conftest import FACTS, draw_pictures
-from utils.dataset.collection import Source, collect, shortfalls
+from tests.utils.dataset.conftest import FACTS, LengthEncoder, MeanEncoder, draw_pictures, truncate
+from utils.dataset.collection import Source, collect, shortfalls, with_truncated
+from utils.dataset.decoding_check import undecodable
 from utils.dataset.manifest import Scan
 from utils.errors import UserError
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
@@ -109,6 +110,41 @@ def test_wildcards_that_are_trained_as_text_are_named(pictures, cache):
     ((title, name, text),) = remarks(cache, source(pictures))
     assert (title, name) == ("wildcards as text", "001.png") and "'{red|blue}'" in text and "enable_wildcard" in text
     assert remarks(cache, source(pictures, enable_wildcard=True)) == []
+
+
+class FourWords(LengthEncoder):
+    """A text encoder that reads the first four words."""
+
+    token_limit = 4
+
+    def token_count(self, caption):
+        return len(caption.split())
+
+
+def test_captions_that_are_longer_than_a_text_encoder_reads_are_named(pictures, cache):
+    (pictures / "001.txt").write_text("one two three four five")
+    (pictures / "002.txt").write_text("one two three four")
+    (collection,) = collect([source(pictures, resolutions=(32, 64))], FACTS, Scan(cache / "files.sqlite"))
+    encoders = [MeanEncoder(), LengthEncoder(), FourWords()]
+    (found,) = with_truncated([collection], encoders, lambda: None)
+    ((title, file, text),) = [(one.title, one.file, one.text) for one in found.remarks if one.title != "enlarged"]
+    assert (title, Path(file).name) == ("caption truncated", "001.png")
+    assert text == "text reads 4 of the 5 tokens of 'one two three four five'"
+
+
+def test_files_of_which_only_the_header_is_sound_are_found_by_decoding(pictures, cache, tmp_path):
+    draw_pictures(tmp_path / "masks", 6, captions=False)
+    truncate(pictures / "003.png")
+    directory = DirectorySettings(path=pictures, control_path=tmp_path / "masks")
+    settings = DatasetSettings(resolutions=[32], directory=[directory])
+    truncate(tmp_path / "masks" / "005.png")
+    (collection,) = collect([Source("train", Path("train.toml"), settings)], FACTS, Scan(cache / "files.sqlite"))
+    assert len(collection.samples) == 6
+    failures = undecodable(collection.samples, lambda: None)
+    assert [failure.reason.split(":")[0] for failure in failures] == [
+        str(tmp_path / "masks" / "005.png"),
+        str(pictures / "003.png"),
+    ]
 
 
 def test_pictures_that_are_enlarged_by_more_than_half_are_named(tmp_path, cache):
