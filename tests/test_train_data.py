@@ -60,7 +60,7 @@ def test_the_dataset_is_shown_as_the_trainer_sees_it(
     masks = tmp_path / "masks"
     masks.mkdir()
     for path in pictures.glob("*.png"):
-        Image.new("L", (64, 64), 128).save(masks / path.name)
+        Image.new("L", Image.open(path).size, 128).save(masks / path.name)
     data = {"directory": [{"path": str(pictures), "mask_path": str(masks), "unmasked_weight": 0.5}]}
     config = write_config(data=data | {"trigger_word": "zzz"}, model__latents="mode")
     codes, log = launch(config, "--dump_dataset", str(tmp_path / "shown"))
