@@ -28,6 +28,7 @@ from utils.dataset.encoding import CacheJob, fill, reclaim_unwanted
 from utils.dataset.epochs import Epochs, micro_batch_of
 from utils.dataset.manifest import Scan
 from utils.dataset.masks import MaskEncoder
+from utils.dataset.references import Keep
 from utils.dataset.samples import Sample
 from utils.errors import Problem, UserError
 from utils.ranks import Ranks
@@ -214,5 +215,6 @@ def cached_data(
         regenerate=regenerate,
         verify=scan.verify,
         raise_if_stopping=scan.raise_if_stopping,
+        keep=Keep(sources[0].settings.cache_keep_days, int(sources[0].settings.cache_keep_gb * 1e9)),
     )
     return load_data(settings, pipeline, sources, scan, job)

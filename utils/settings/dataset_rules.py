@@ -78,6 +78,8 @@ def check_evaluation_set(
     if dataset.cache_dir not in (None, cache_dir):
         said = f"set by the training set's file ({cache_dir or 'not set there'})"
         problems.append(Problem("", "key `cache_dir`", f"a run has one cache, {said}; leave it out here"))
+    for key in sorted({"cache_keep_days", "cache_keep_gb"} & dataset.model_fields_set):
+        problems.append(Problem("", f"key `{key}`", "a run has one cache, which the training set's file rules"))
     if not broken:
         message = "is for training: evaluation shows each sample once, and always alike; leave it out"
         problems += _unused(dataset, [Use(TRAINING_KEYS, lambda _: False, message)])

@@ -206,6 +206,11 @@ class DatasetSettings(DataKeys):
 
     cache_dir: UserPath | None = None
     """Folder of encoded samples, which all runs may share; default: `cache` in the run's `output_dir`."""
+    cache_keep_days: Annotated[float, Field(ge=0)] = 7
+    """Days for which encoded samples stay that no run wants any more, so that a trial at another size costs nothing;
+    0: until they are more than half of the cache."""
+    cache_keep_gb: Annotated[float, Field(ge=0)] = 50
+    """The most that these may take, in GB of 1e9 bytes; the latest stay."""
     directory: Annotated[list[DirectorySettings], Field(min_length=1)]
     """The folders of the data: one `[[directory]]` table each."""
 
