@@ -8,10 +8,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from models.assembly.data import Data
-from models.assembly.dump import dump, prepare_folder
+from models.assembly.dump import _weight, dump, prepare_folder
 from tests.models import tiny_flux
 from tests.models.tiny_folder import settings_of
 from tests.utils.dataset.conftest import CLIP_FACTS, LengthEncoder, PixelEncoder, draw_pictures, filled
@@ -107,3 +108,9 @@ def test_a_folder_that_cannot_be_written_to_is_told(folder):
     (folder / "file").write_text("")
     with pytest.raises(UserError, match="--dump_dataset: .*file cannot be made or written to"):
         prepare_folder(folder / "file")
+
+
+@pytest.mark.parametrize(("weight", "grey"), [(0.0, -1.0), (1 / 255, 2 / 255 - 1), (0.5, 0.0), (1.0, 1.0), (3.0, 1.0)])
+def test_weights_are_shown_as_they_are(weight: float, grey: float):
+    shown = _weight(torch.full((1, 4, 4), weight), torch.zeros(3, 1, 32, 32))
+    assert shown.shape == (3, 1, 32, 32) and torch.allclose(shown, torch.tensor(grey))
