@@ -140,6 +140,9 @@ class QwenImageLayeredPipeline(QwenImagePipeline):
             "have layers of another size; leave control_resolution out": (
                 lambda sample: any(layer.bucket != sample.bucket for layer in sample.controls)
             ),
+            "have control_fit, and layers lie on their picture as they are; leave control_fit out": (
+                lambda sample: sample.rules.control_fit is not None
+            ),
             "have a layer whose file has another width or height than the picture's, so that they do not lie on one "
             "another; bring them to one size": (
                 lambda sample: any(size_of(layer) != size_of(sample) for layer in sample.controls)

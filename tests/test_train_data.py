@@ -60,7 +60,7 @@ def test_the_dataset_is_shown_as_the_trainer_sees_it(
     masks = tmp_path / "masks"
     masks.mkdir()
     for path in pictures.glob("*.png"):
-        Image.new("L", (64, 64), 128).save(masks / path.name)
+        Image.new("L", Image.open(path).size, 128).save(masks / path.name)
     data = {"directory": [{"path": str(pictures), "mask_path": str(masks), "unmasked_weight": 0.5}]}
     config = write_config(data=data | {"trigger_word": "zzz"}, model__latents="mode")
     codes, log = launch(config, "--dump_dataset", str(tmp_path / "shown"))
@@ -116,12 +116,17 @@ def test_broken_files_are_left_out(write_config: Callable[..., Path], pictures: 
     Image.effect_noise((256, 256), 90).save(folder / "2.png")
     (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:20_000])
     (folder / "3.png").write_bytes(b"no picture")
+    (folder / "4.txt").write_text("one word after another " * 40)
     codes, log = launch(write_config(folder), processes=2)
     assert codes == [1, 1] and "max_failed_fraction" in log
     codes, log = launch(write_config(folder, max_failed_fraction=0.5, pipeline_stages=2), processes=2)
     assert codes == [0, 0], log
     assert "cache vae: wanted=6 reused=0 encoded=5 failed=1" in log
+    assert re.search(r"caption truncated: .*4.png: \w+ reads \d+ of the \d+ tokens of 'one word after", log)
     with (tmp_path / "runs" / "cache" / "failed.csv").open() as file:
         assert [Path(row["file"]).name for row in csv.DictReader(file)] == ["3.png", "2.png"]
     codes, log = launch(write_config(folder, max_failed_fraction=0.5), "--check")
-    assert codes == [0] and "3.png" in log
+    assert codes == [0] and "caption truncated: " in log
+    assert "3.png" in log and "2.png" not in log and "only their headers were read" in log
+    codes, log = launch(write_config(folder, max_failed_fraction=0.5, verify="content"), "--check")
+    assert codes == [0] and "3.png" in log and "2.png: cannot be read" in log and "all of them were decoded" in log

@@ -21,6 +21,7 @@ from utils.dataset.collection import (
     collect_together,
     tell,
     too_many_failures,
+    with_truncated,
     without_failures,
 )
 from utils.dataset.encoders import Encoder
@@ -28,6 +29,7 @@ from utils.dataset.encoding import CacheJob, fill, reclaim_unwanted
 from utils.dataset.epochs import Epochs, micro_batch_of
 from utils.dataset.manifest import Scan
 from utils.dataset.masks import MaskEncoder
+from utils.dataset.references import Keep
 from utils.dataset.samples import Sample
 from utils.errors import Problem, UserError
 from utils.ranks import Ranks
@@ -81,7 +83,7 @@ def load_data(settings: Settings, pipeline: BasePipeline, sources: Sequence[Sour
             in_use = reading(job.cache_dir)
     collections = without_failures(collections, reports)
     if ranks.is_main:
-        tell(collections, job.cache_dir)
+        tell(with_truncated(collections, encoders, job.raise_if_stopping), job.cache_dir)
     problems = too_many_failures(collections, settings.max_failed_fraction)
     if problems:
         raise UserError([*problems, Problem("", "", "what is encoded stays encoded")])
@@ -248,5 +250,6 @@ def cached_data(
         regenerate=regenerate,
         verify=scan.verify,
         raise_if_stopping=scan.raise_if_stopping,
+        keep=Keep(sources[0].settings.cache_keep_days, int(sources[0].settings.cache_keep_gb * 1e9)),
     )
     return load_data(settings, pipeline, sources, scan, job)

@@ -118,12 +118,12 @@ def _pictures(
         "decoded": _written(decoded_CFHW, sample.fps, folder, name),
     }
     for index, control in enumerate(sample.controls):
-        pixels = load_clip(control.media.locator.source, version.take.plain_view(control.bucket), 0.0, 1, 1.0)
+        pixels = load_clip(control.media.locator.source, version.control_view(control), 0.0, 1, 1.0)
         pictures[f"control {index + 1}"] = _written(pixels, 0.0, folder, f"{name}_control{index + 1}")
     if sample.mask:
-        pictures["weight of the loss"] = _written(
-            _weight(batch.weight[0], decoded_CFHW), sample.fps, folder, f"{name}_mask"
-        )
+        weight = batch.weight[0]
+        said = f"weight of the loss: white is 1, mean {weight.mean():.3g}, largest {weight.max():.3g}"
+        pictures[said] = _written(_weight(weight, decoded_CFHW), sample.fps, folder, f"{name}_mask")
     return pictures
 
 
@@ -135,8 +135,9 @@ def _source(media: MediaFile, start: float, fps: float, frames: int) -> torch.Te
 
 
 def _weight(weight: torch.Tensor, like_CFHW: torch.Tensor) -> torch.Tensor:
-    """The loss weight (1, h, w) or (1, f, h, w) as grey pixels, white where it is largest."""
-    weight_FHW = weight.reshape(-1, *weight.shape[-2:]) / weight.max().clamp_min(1e-6)
+    """The loss weight (1, h, w) or (1, f, h, w) as grey pixels, white where it is 1 or more."""
+    # Scaled by its largest value, a mask that trains next to nothing would look like a sound one.
+    weight_FHW = weight.reshape(-1, *weight.shape[-2:]).clamp(0, 1)
     grown = functional.interpolate(weight_FHW[None, None], size=like_CFHW.shape[1:], mode="nearest")[0]
     return (2 * grown - 1).expand(3, -1, -1, -1)
 

@@ -18,8 +18,18 @@ from models.assembly.stage import StagedModel, load_existing_adapter, partition,
 from models.base import BasePipeline
 from models.foundation.checkpoints.folders import problems_of
 from optimizers.schedules import warn_of_warmup
-from utils.dataset.collection import Collection, Source, collect, shortfalls
+from utils.dataset.collection import (
+    Collection,
+    Source,
+    collect,
+    shortfalls,
+    too_many_failures,
+    with_truncated,
+    without_failures,
+)
+from utils.dataset.decoding_check import undecodable
 from utils.dataset.encoders import Encoder, items_wanted
+from utils.dataset.encoding import CacheReport
 from utils.dataset.epochs import Epochs, format_table, micro_batch_of
 from utils.dataset.manifest import Scan
 from utils.diffusion.training import faults
@@ -31,6 +41,12 @@ from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
 
+LOOKED_AT = {
+    "stat": "only their headers were read, and pictures may still prove to be broken when they are decoded; "
+    'verify = "content" decodes all of them here too',
+    "content": "all of them were decoded",
+}
+"""What `--check` has looked at, by the run's `verify`."""
 VALUES = {"log_snr": 'timestep_sample_method = "log_snr"'}
 """How an option is written if only one of its values makes demands."""
 
@@ -73,12 +89,28 @@ def plan_of(settings: Settings, ranks: Ranks, pipeline: BasePipeline, sources: S
         staged = check_run(settings, ranks, pipeline)
 
     def look() -> None:
-        collections.extend(collect(sources, pipeline.media, scan, **choices_of(settings)))
+        found = collect(sources, pipeline.media, scan, **choices_of(settings))
+        collections.extend(_decoded(found, settings, scan) if settings.verify == "content" else found)
 
     problems = problems_of([check, look])
     if problems:
         raise UserError(problems)
-    return describe(settings, ranks, pipeline, staged, collections)
+    plan = describe(settings, ranks, pipeline, staged, collections)
+    return f"{plan}\n\nfiles: {LOOKED_AT[settings.verify]}"
+
+
+def _decoded(found: Sequence[Collection], settings: Settings, scan: Scan) -> list[Collection]:
+    """The collections without the files that cannot be decoded.
+
+    Raises:
+        UserError: there are more of those than the settings allow.
+    """
+    samples = [sample for collection in found for sample in collection.samples]
+    failures = undecodable(samples, scan.raise_if_stopping)
+    cleaned = without_failures(found, [CacheReport("check", 0, 0, 0, 0, failures=tuple(failures))])
+    if problems := too_many_failures(cleaned, settings.max_failed_fraction):
+        raise UserError(problems)
+    return cleaned
 
 
 def describe(
@@ -92,6 +124,7 @@ def describe(
     encoders = encoders_of(pipeline, collections)
     check_encoders(encoders, controls_of(collections), pipeline, settings)
     check_data(pipeline, collections)
+    told = shortfalls(with_truncated(collections, encoders, lambda: None))
     trained = sum(p.numel() for p in staged.denoiser.parameters() if p.requires_grad)
     accumulation = settings.gradient_accumulation_steps
     epochs = Epochs(
@@ -114,7 +147,7 @@ def describe(
         "\n".join(f"{name + ':':<14}{value}" for name, value in facts.items()),
         format_table(epochs.table()),
         *(f"evaluation '{c.source.name}': {len(c.samples)} samples" for c in collections[1:]),
-        *(["\n".join(shortfalls(collections))] if shortfalls(collections) else []),
+        *(["\n".join(told)] if told else []),
         _memory(settings, ranks, Planner(settings, pipeline, staged, encoders, buckets)),
         _cache_size(encoders, collections),
     ]

@@ -191,11 +191,13 @@ def test_a_layer_of_another_size_is_told(
 ) -> None:
     (tmp_path / "cut").mkdir()
     for file in (stack / "top").iterdir():
-        Image.open(file).crop((0, 0, 64, 64)).save(tmp_path / "cut" / file.name)
+        Image.open(file).resize((48, 32)).save(tmp_path / "cut" / file.name)
     data = data_of(stack)
     data["directory"][0]["control_path"][1] = str(tmp_path / "cut")
+    data["directory"][0]["control_fit"] = "pad"
     codes, log = launch(write_config(**run_of(folder, data)), "--check")
     assert codes != [0] and "do not lie on one another" in " ".join(log.split()), log
+    assert "leave control_fit out" in " ".join(log.split())
 
 
 def without_index(folder: Path) -> Path:

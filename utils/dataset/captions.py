@@ -16,8 +16,8 @@ from utils.diffusion import seeds
 from utils.settings.dataset_schema import DirectorySettings
 
 VERSIONS_IN_ORDER = 8
-"""Number of versions of a caption whose tags are dropped or change their capitals but keep their order
-(`cache_shuffle_num` = 0): with a single version, a dropped tag would never be learned."""
+"""Number of versions of a caption whose tags are dropped or change their capitals but keep their order, or that has
+wildcards (`cache_shuffle_num` = 0): with a single version, a dropped tag would never be learned."""
 
 _CAPITALS: tuple[Callable[[str], str], ...] = (
     str.lower,
@@ -34,19 +34,23 @@ def caption_variants(
 
     If there are several captions, all of them are used, or the first one with `multiple_captions` = "first". Each has
     `cache_shuffle_num` versions; if that is 0, it has one version, or `VERSIONS_IN_ORDER` if tags are dropped or
-    change their capitals.
+    change their capitals, or if it has wildcards that are read.
 
     Args:
         identity: a unique name of the sample.
     """
     if directory.multiple_captions == "first":
         captions = captions[:1]
-    versions = directory.cache_shuffle_num or (VERSIONS_IN_ORDER if _changes_tags(directory) else 1)
+
+    def versions(caption: str) -> int:
+        varies = _changes_tags(directory) or (directory.enable_wildcard and ("\n" in caption or choice_in(caption)))
+        return directory.cache_shuffle_num or (VERSIONS_IN_ORDER if varies else 1)
+
     return tuple(
         dict.fromkeys(
             caption_variant(caption, directory, seed, identity, index)
             for caption in captions
-            for index in range(versions)
+            for index in range(versions(caption))
         )
     )
 
@@ -54,14 +58,41 @@ def caption_variants(
 def caption_variant(caption: str, directory: DirectorySettings, seed: int, identity: str, index: int) -> str:
     """Version number `index`, from 0 on without end, of one caption.
 
-    Its tags are dropped, shuffled and capitalised, in this order; then the trigger word, the prefix and the suffix are
-    added, which stay as they are. A tag that contains the trigger word is not dropped and keeps its capitals.
+    Its wildcards are replaced, and its tags are dropped, shuffled and capitalised, in this order; then the trigger
+    word, the prefix and the suffix are added, which stay as they are. A tag that contains the trigger word is not
+    dropped and keeps its capitals.
     """
-    caption = _with_other_tags(caption, directory, _Draws(seed, identity, index))
+    draws = _Draws(seed, identity, index)
+    caption = _without_wildcards(caption, draws) if directory.enable_wildcard else caption
+    caption = _with_other_tags(caption, directory, draws)
     trigger = directory.trigger_word
     if trigger and not _contains(caption, trigger):
         caption = f"{trigger}, {caption}" if caption else trigger
     return f"{directory.caption_prefix}{caption}{directory.caption_suffix}"
+
+
+def choice_in(caption: str) -> str:
+    """The first choice {a|b} in a caption; "" if it has none."""
+    found = _CHOICE.search(_escaped(caption))
+    return found[0] if found else ""
+
+
+def _without_wildcards(caption: str, draws: _Draws) -> str:
+    """The caption with one line of several, and one text of each {a|b|c}, innermost first; {{a}} is {a} itself."""
+    lines = [line.strip() for line in caption.split("\n") if line.strip()]
+    if len(lines) > 1:
+        caption = lines[draws.option(len(lines), "line")]
+    text, number = _escaped(caption), 0
+    while choice := _BRACES.search(text):
+        options = choice[1].split("|")
+        text = text[: choice.start()] + options[draws.option(len(options), number)] + text[choice.end() :]
+        number += 1
+    return text.replace(_OPEN, "{").replace(_CLOSE, "}")
+
+
+def _escaped(caption: str) -> str:
+    # In pairs alone: two braces may also close one choice within another.
+    return _LITERAL.sub(f"{_OPEN}\\1{_CLOSE}", caption)
 
 
 def _changes_tags(directory: DirectorySettings) -> bool:
@@ -75,6 +106,13 @@ class _Draws(NamedTuple):
 
     def uniform(self, *name: object) -> float:
         return seeds.uniform(self.seed, "captions", self.identity, self.index, *name)
+
+    def option(self, count: int, *name: object) -> int:
+        """One of `count` options. Of `VERSIONS_IN_ORDER` versions in succession each has its own part of them, so that
+        as many options are all drawn."""
+        block, place = divmod(self.index, VERSIONS_IN_ORDER)
+        parts = seeds.permutation(VERSIONS_IN_ORDER, self.seed, "wildcards", self.identity, block, *name)
+        return int((parts[place] + self.uniform("wildcard", *name)) / VERSIONS_IN_ORDER * count)
 
     def permutation(self, count: int) -> list[int]:
         return seeds.permutation(count, self.seed, "captions", self.identity, self.index)
@@ -191,6 +229,11 @@ def without_weights(text: str) -> str:
     return "".join(piece for piece, _ in weighted(text))
 
 
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_LITERAL = re.compile(r"\{\{([^{}]*)\}\}")
+_CHOICE = re.compile(r"\{[^{}]*\|[^{}]*\}")
+# Characters that Unicode leaves to programs.
+_OPEN, _CLOSE = "\ue000", "\ue001"
 _FACTORS = {"(": 1.1, "[": 1 / 1.1}
 _CLOSING = {")": "(", "]": "["}
 _BRACKETS = re.compile(r"\\.|[()\[\]]", re.DOTALL)

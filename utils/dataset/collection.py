@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import logging
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from utils.dataset.buckets import LeftOut, MediaFacts, assign
 from utils.dataset.encoders import Encoder, reads_text
 from utils.dataset.encoding import CacheReport
 from utils.dataset.manifest import Scan, scan
-from utils.dataset.samples import MediaFile, Sample
-from utils.dataset.sources import NOT_BROKEN, Rejected
+from utils.dataset.remarks import nothing_is_weighed, remarks_on, seen_in_training, truncated
+from utils.dataset.samples import Sample, files_of
+from utils.dataset.sources import NOT_BROKEN, Rejected, Remark
 from utils.errors import Problem, UserError
 from utils.ranks import Ranks, gather, sign_of_life
 from utils.settings.dataset_schema import DatasetSettings
@@ -45,13 +46,14 @@ class Source:
 @dataclass(frozen=True)
 class Collection:
     """The samples of one dataset file; its files that are not used completely; and those that cannot be used because
-    they are broken. `files` counts all files and rows that were examined."""
+    they are broken. `files` counts all files and rows that were examined. `remarks` are on samples that are used."""
 
     source: Source
     samples: list[Sample]
     left_out: list[LeftOut]
     rejected: list[Rejected]
     files: int
+    remarks: list[Remark] = field(default_factory=list)
 
     @property
     def controls(self) -> int:
@@ -91,7 +93,12 @@ def collect(
         versions = caption_versions or source.name != TRAINING
         chosen = assign(manifest.rows, source.settings, facts, caption_versions=versions)
         files = len(manifest.rows) + len(manifest.rejected)
-        collections.append(Collection(source, chosen.samples, chosen.left_out, manifest.rejected, files))
+        remarks = manifest.remarks + remarks_on(manifest.rows, chosen.samples, source.settings)
+        if collections and source.file.resolve() != collections[0].source.file.resolve():
+            remarks += seen_in_training(collections[0].samples, chosen.samples)
+        collections.append(Collection(source, chosen.samples, chosen.left_out, manifest.rejected, files, remarks))
+        if reason := nothing_is_weighed(manifest.rows, source.settings):
+            problems.append(Problem(str(source.file), "masks", reason))
         if not files and not manifest.problems:
             problems.append(Problem(str(source.file), "", "there is no picture or clip in any of its directories"))
     if listing:
@@ -161,7 +168,7 @@ def without_failures(collections: Sequence[Collection], reports: Iterable[CacheR
         broken: dict[str, str] = {}
         sound = []
         for sample in collection.samples:
-            faults = [reasons[media.digest] for media in _files_of(sample) if media.digest in reasons]
+            faults = [reasons[media.digest] for media in files_of(sample) if media.digest in reasons]
             if faults:
                 broken[str(sample.media.locator)] = faults[0]
             else:
@@ -220,9 +227,19 @@ def write_list(collections: Sequence[Collection], cache_dir: Path) -> None:
             writer.writerows([dataset, *asdict(fault).values()] for dataset, fault in rejected)
 
 
+def with_truncated(
+    collections: Sequence[Collection], encoders: Sequence[Encoder], raise_if_stopping: Callable[[], None]
+) -> list[Collection]:
+    """The collections, with remarks on captions that are longer than the text encoders read."""
+    return [
+        replace(one, remarks=[*one.remarks, *truncated(encoders, one.samples, raise_if_stopping)])
+        for one in collections
+    ]
+
+
 def shortfalls(collections: Sequence[Collection]) -> list[str]:
-    """A line for each file that cannot be used, is not used, or is cut short: up to ten of each, with the number of
-    each kind."""
+    """A line for each file that cannot be used, is not used, is cut short, or has a remark: up to ten of each, with the
+    number of each kind."""
     lines = []
     rejected = [fault for collection in collections for fault in collection.rejected]
     # Separate sections: files that nobody asked for must not hide broken ones.
@@ -237,6 +254,12 @@ def shortfalls(collections: Sequence[Collection]) -> list[str]:
     for used, title in ((False, "not used"), (True, "cut short")):
         told = [one for collection in collections for one in collection.left_out if one.is_used is used]
         lines += [f"{title}: {one.file}: {one.reason}" for one in told[:LISTED]]
+        if len(told) > LISTED:
+            lines.append(f"{title}: and {len(told) - LISTED} more files")
+    remarks = [remark for collection in collections for remark in collection.remarks]
+    for title in dict.fromkeys(remark.title for remark in remarks):
+        told = [remark for remark in remarks if remark.title == title]
+        lines += [f"{title}: {remark.file}: {remark.text}" for remark in told[:LISTED]]
         if len(told) > LISTED:
             lines.append(f"{title}: and {len(told) - LISTED} more files")
     return lines
@@ -257,22 +280,36 @@ def check_encoder_names(collections: Sequence[Collection], encoders: Sequence[En
                 raise UserError.of(message, str(collection.source.file), "uncond_fraction_per_encoder")
 
 
-def _files_of(sample: Sample) -> list[MediaFile]:
-    masks = [sample.mask.media] if sample.mask else []
-    return [sample.media, *(control.media for control in sample.controls), *masks]
-
-
 def _describe(fault: Rejected) -> str:
     return fault.reason if fault.location in fault.reason else f"{fault.location}: {fault.reason}"
 
 
 def _mixed_controls(collections: Sequence[Collection]) -> list[Problem]:
     """Either all batches have the same number of control images, or none has any."""
-    counts = {len(sample.controls) for collection in collections for sample in collection.samples}
+    counts = Counter(len(sample.controls) for collection in collections for sample in collection.samples)
     if len(counts) < 2:
         return []
+    problems = []
+    for collection in collections:
+        for path, own in _by_directory(collection.samples).items():
+            numbers = Counter(len(sample.controls) for sample in own)
+            if len(numbers) > 1:
+                usual = numbers.most_common(1)[0][0]
+                other = next(sample for sample in own if len(sample.controls) != usual)
+                message = (
+                    f"{numbers[usual]} of its {len(own)} samples have {usual} control images, and "
+                    f"{other.media.locator} has {len(other.controls)}; give each row the same number"
+                )
+                problems.append(Problem(str(collection.source.file), f"[[directory]] {path}", message))
     message = (
         "some directories of this run have other numbers of control images than others; give all of them the same "
         "number of control_path, or train them apart"
     )
-    return [Problem(str(collection.source.file), "control_path", message) for collection in collections]
+    return problems or [Problem(str(collection.source.file), "control_path", message) for collection in collections]
+
+
+def _by_directory(samples: Iterable[Sample]) -> dict[Path, list[Sample]]:
+    directories: dict[Path, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        directories[sample.rules.path].append(sample)
+    return directories

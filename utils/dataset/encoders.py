@@ -17,7 +17,7 @@ from utils.dataset.samples import Bucket, Control, MediaFile, Sample, SampleVers
 from utils.media.decode import load_alpha, load_clip, load_image, load_mask, load_rgba
 from utils.media.source import MediaError
 
-TRANSFORM = "2"
+TRANSFORM = "3"
 """Part of every key; to be changed when the same view of a file would give other pixels."""
 BYTES_PER_PIXEL = 3 * 4
 """Bytes of a decoded colour pixel in float32."""
@@ -218,23 +218,23 @@ def _size_and_crop(version: SampleVersion, name: str, input_name: str) -> torch.
 def _mask_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
     sample, take, mask = version.sample, version.take, version.sample.mask
     time_ = [sample.bucket.frames, take.start, sample.fps] if sample.fps else []
-    return [TRANSFORM, mask.media.digest, mask.is_alpha, *take.plain_view(sample.bucket).identity, *time_]
+    return [TRANSFORM, mask.media.digest, mask.is_alpha, *version.mask_view.identity, *time_]
 
 
 def _mask(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
     sample, take, mask = version.sample, version.take, version.sample.mask
-    how = take.plain_view(sample.bucket), take.start, sample.bucket.frames, sample.fps or 1.0
+    how = version.mask_view, take.start, sample.bucket.frames, sample.fps or 1.0
     return _load(mask.media, load_alpha if mask.is_alpha else load_mask, *how)
 
 
 def _control_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
     control = _control(version.sample, input_name)
-    return [TRANSFORM, control.media.digest, *version.take.plain_view(control.bucket).identity]
+    return [TRANSFORM, control.media.digest, *version.control_view(control).identity]
 
 
 def _control_pixels(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
     control = _control(version.sample, input_name)
-    return _load(control.media, load_image, version.take.plain_view(control.bucket))
+    return _load(control.media, load_image, version.control_view(control))
 
 
 def _rgba_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:

@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -92,6 +92,7 @@ class CacheJob:
         verify: read all existing items, and encode damaged ones again.
         raise_if_stopping: called between two batches; an exception ends the work, and all encoded items are kept.
         patience: how long to wait for a rank that gives no sign of life.
+        keep: what stays of what no run wants any more, over all stores.
     """
 
     cache_dir: Path
@@ -102,6 +103,7 @@ class CacheJob:
     verify: bool = False
     raise_if_stopping: Callable[[], None] = lambda: None
     patience: timedelta = PATIENCE
+    keep: references.Keep = references.Keep()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -154,12 +156,13 @@ def reclaim_unwanted(filled: Collection[str], job: CacheJob) -> None:
     dropped = references.stores_of(job.cache_dir, job.owner) - set(filled)
     for name in dropped:
         references.remember(job.cache_dir, name, job.owner, [])
-    taken = 0
+    taken, keep = 0, job.keep
     with unread(job.cache_dir) as deleting:
         for name in [*filled, *sorted(dropped)]:
             with TensorStore(job.cache_dir / name, "compaction") as store:
                 if deleting:
-                    references.delete_unwanted(job.cache_dir, store, all_of_it=job.regenerate)
+                    kept = references.delete_unwanted(job.cache_dir, store, all_of_it=job.regenerate, keep=keep)
+                    keep = replace(keep, bytes=keep.bytes - kept)
                 freed = store.compact()
                 taken += store.stats().bytes
             if freed:

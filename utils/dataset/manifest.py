@@ -8,28 +8,31 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.dataset.databases import explaining_errors
+from utils.dataset.file_index import Scan, opened_index
+from utils.dataset.mask_means import mask_means
 from utils.dataset.samples import Mask, MediaFile
-from utils.dataset.sources import Entry, Listing, Locator, Rejected, read_source
-from utils.errors import Problem, UserError
+from utils.dataset.sources import Entry, Listing, Locator, Rejected, Remark, read_source
+from utils.errors import Problem
 from utils.media.decode import probe
+from utils.media.geometry import same_shape
 from utils.media.source import MediaError
 from utils.progress_bar import progress_bar
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 
 READERS = 8
-BUSY_SECONDS = 60
 CHUNK = 512
+_SCALE_IT = "bring it to the picture's proportions"
+_CONTROL_FIT = f'{_SCALE_IT}, or, if it is a view of its own, set control_fit = "crop", "stretch" or "pad"'
 COPY_BYTES = 2**20
-COLUMNS = "path, part, size, mtime_ns, digest, width, height, frames, rate"
+COLUMNS = "path, part, size, mtime_ns, digest, width, height, frames, rate, fault"
+PLACES = ", ".join("?" for _ in COLUMNS.split(","))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +49,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The usable files, in order of directory and name; the files and rows that cannot be used; and the problems of
-    whole directories."""
+    """The usable files, in order of directory and name; the files and rows that cannot be used; the problems of whole
+    directories; and what their sources remark."""
 
     rows: list[Row]
     rejected: list[Rejected]
     problems: list[Problem]
+    remarks: list[Remark] = field(default_factory=list)
 
 
 class _Record(NamedTuple):
@@ -66,25 +70,7 @@ class _Record(NamedTuple):
     height: int
     frames: int
     fps: float
-
-
-@dataclass(frozen=True)
-class Scan:
-    """How files are examined.
-
-    Attributes:
-        index: the SQLite file that stores identities; created if missing. The indices of tars lie beside it.
-        trust: assume that known files are unchanged, without looking at them.
-        verify: hash every file, regardless of its size and modification time.
-        progress: show a progress bar.
-        raise_if_stopping: called between files; an exception ends the scan, and everything found so far is stored.
-    """
-
-    index: Path
-    trust: bool = False
-    verify: bool = False
-    progress: bool = False
-    raise_if_stopping: Callable[[], None] = lambda: None
+    fault: str
 
 
 @contextmanager
@@ -132,13 +118,27 @@ def scan(dataset: DatasetSettings, file: str, how: Scan) -> Manifest:
             else:
                 seen.add(row.media.digest)
                 rows.append(row)
+    rows = _with_means(rows, how, rejected)
     problems = [
         Problem(file, f"[[directory]] {rules.path}", text)
         for rules, listing in zip(directories, listings, strict=True)
         for text in listing.problems
     ]
     problems += _idle_keys(dataset, file, listings)
-    return Manifest(rows, rejected, problems)
+    return Manifest(rows, rejected, problems, [remark for listing in listings for remark in listing.remarks])
+
+
+def _with_means(rows: list[Row], how: Scan, rejected: list[Rejected]) -> list[Row]:
+    """The rows, whose masks know what they are on average. Those whose mask cannot be decoded are `rejected`."""
+    means = mask_means([row.mask for row in rows if row.mask], how)
+    known: list[Row] = []
+    for row in rows:
+        mean = means[row.mask.media.digest, row.mask.is_alpha] if row.mask else 1.0
+        if isinstance(mean, MediaError):
+            rejected.append(Rejected(str(row.media.locator), "unreadable", str(mean)))
+        else:
+            known.append(replace(row, mask=replace(row.mask, mean=mean)) if row.mask else row)
+    return known
 
 
 def _idle_keys(dataset: DatasetSettings, file: str, listings: Sequence[Listing]) -> Iterator[Problem]:
@@ -179,6 +179,14 @@ def _row(
         found = media[locator]
         if isinstance(found, MediaError):
             return Rejected(str(entry.media), "unreadable", str(found))
+    lying = [("mask", entry.mask, _SCALE_IT)] if entry.mask else []
+    lying += [("control image", place, _CONTROL_FIT) for place in entry.controls if rules.control_fit is None]
+    for what, place, advice in lying:
+        own, picture = ((media[one].width, media[one].height) for one in (place, entry.media))
+        if not same_shape(own, picture):
+            sizes = f"is {own[0]}x{own[1]} and the picture {picture[0]}x{picture[1]}"
+            reason = f"the {what} {place} {sizes}, so that it does not lie on it; {advice}"
+            return Rejected(str(entry.media), "other shape", reason)
     mask = None
     if mask_place:
         mask = Mask(media[mask_place], is_alpha=False)
@@ -190,7 +198,7 @@ def _row(
 
 def _identify_all(locators: Sequence[Locator], how: Scan) -> dict[Locator, MediaFile | MediaError]:
     locators = list(dict.fromkeys(locators))
-    with _index(how.index) as index, ThreadPoolExecutor(READERS) as pool:
+    with opened_index(how.index) as index, ThreadPoolExecutor(READERS) as pool:
         rows = index.execute(f"SELECT {COLUMNS} FROM media")
         known = {(record[0], record[1]): _Record(*record) for record in rows}
         stamps = {} if how.trust else _stamps(list({locator.path for locator in locators}), pool)
@@ -216,28 +224,12 @@ def _identify_all(locators: Sequence[Locator], how: Scan) -> dict[Locator, Media
         finally:
             pool.shutdown(cancel_futures=True)
             # After an interrupted scan too, so that hours of hashing are kept.
-            index.executemany(f"INSERT OR REPLACE INTO media ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", new)
+            index.executemany(f"INSERT OR REPLACE INTO media ({COLUMNS}) VALUES ({PLACES})", new)
             index.commit()
     return {
         locator: MediaFile(locator, *record[4:]) if isinstance(record, _Record) else record
         for locator, record in found.items()
     }
-
-
-@contextmanager
-def _index(path: Path) -> Iterator[sqlite3.Connection]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        what = f"this folder for the cache cannot be made ({error.strerror}); name another in cache_dir or output_dir"
-        raise UserError.of(what, str(path.parent)) from error
-    if_damaged = "remove it; all files are looked at again, and nothing is encoded again"
-    with explaining_errors(path, if_damaged), closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as index:
-        index.execute(
-            "CREATE TABLE IF NOT EXISTS media (path TEXT, part TEXT, size INTEGER, mtime_ns INTEGER, digest TEXT,"
-            " width INTEGER, height INTEGER, frames INTEGER, rate REAL, PRIMARY KEY (path, part)) WITHOUT ROWID"
-        )
-        yield index
 
 
 def _stamps(paths: list[Path], pool: ThreadPoolExecutor) -> dict[Path, tuple[int, int]]:
@@ -293,4 +285,5 @@ def _identify(locator: Locator) -> _Record | MediaError:
         probed.height,
         probed.frames,
         probed.fps,
+        probed.fault,
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from utils.dataset.databases import explaining_errors
@@ -13,7 +15,17 @@ from utils.dataset.tensor_store import TensorStore
 
 NAME = "references.sqlite"
 BUSY_SECONDS = 120
+SECONDS_PER_DAY = 86400
 STALE_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What stays although no run wants it any more: what one wanted within the last `days`, the latest first, as long
+    as all of it takes no more than `bytes`."""
+
+    days: float = 0.0
+    bytes: int = 0
 
 
 def remember(cache_dir: Path, store: str, owner: Path, keys: Iterable[str]) -> None:
@@ -24,14 +36,23 @@ def remember(cache_dir: Path, store: str, owner: Path, keys: Iterable[str]) -> N
     with _opened(cache_dir) as index:
         gone = [name for (name,) in index.execute("SELECT DISTINCT owner FROM owners") if not Path(name).exists()]
         for name in gone:
+            _release(index, "owner = ?", [name])
             index.execute("DELETE FROM owners WHERE owner = ?", [name])
             index.execute("DELETE FROM wanted WHERE owner = ?", [name])
         this = [str(owner.resolve()), store]
         if index.execute("SELECT digest FROM owners WHERE owner = ? AND store = ?", this).fetchone() == (digest,):
             return
+        _release(index, "owner = ? AND store = ?", this)
         index.execute("DELETE FROM wanted WHERE owner = ? AND store = ?", this)
         index.executemany("INSERT INTO wanted VALUES (?, ?, ?)", ((*this, key) for key in keys))
         index.execute("INSERT OR REPLACE INTO owners VALUES (?, ?, ?)", [*this, digest])
+
+
+def _release(index: sqlite3.Connection, of_whom: str, values: list[str]) -> None:
+    """Notes when items were wanted last, before they may be wanted no more."""
+    index.execute(
+        f"INSERT OR REPLACE INTO released SELECT store, key, ? FROM wanted WHERE {of_whom}", [time.time(), *values]
+    )
 
 
 def stores_of(cache_dir: Path, owner: Path) -> set[str]:
@@ -41,16 +62,39 @@ def stores_of(cache_dir: Path, owner: Path) -> set[str]:
     return {store for (store,) in rows if (cache_dir / store).is_dir()}
 
 
-def delete_unwanted(cache_dir: Path, store: TensorStore, *, all_of_it: bool = False) -> None:
+def delete_unwanted(cache_dir: Path, store: TensorStore, *, all_of_it: bool = False, keep: Keep | None = None) -> int:
     """Deletes the items of a store that no run wants, if they are more than half of the store or if `all_of_it` is set.
-    No run may be reading them."""
+    No run may be reading them. Without `all_of_it` those that `keep` names stay; returns the bytes that these take."""
     with _opened(cache_dir) as index:
         rows = index.execute("SELECT DISTINCT key FROM wanted WHERE store = ?", [store.folder.name])
         wanted = {key for (key,) in rows}
-    keys = store.keys()
-    stale = [key for key in keys if key not in wanted]
-    if stale and (all_of_it or len(stale) > STALE_SHARE * len(keys)):
-        store.delete(stale)
+        keys = store.keys()
+        stale = [key for key in keys if key not in wanted]
+        if not stale or not (all_of_it or len(stale) > STALE_SHARE * len(keys)):
+            return 0
+        kept = {} if all_of_it or keep is None else _kept(index, store, set(stale), keep)
+        gone = [key for key in stale if key not in kept]
+        store.delete(gone)
+        index.executemany(
+            "DELETE FROM released WHERE store = ? AND key = ?", ((store.folder.name, key) for key in gone)
+        )
+    return sum(kept.values())
+
+
+def _kept(index: sqlite3.Connection, store: TensorStore, stale: set[str], keep: Keep) -> dict[str, int]:
+    """The stale items that stay, with their bytes."""
+    oldest = time.time() - keep.days * SECONDS_PER_DAY
+    rows = index.execute(
+        "SELECT key FROM released WHERE store = ? AND time > ? ORDER BY time DESC, key", [store.folder.name, oldest]
+    )
+    recent = [key for (key,) in rows if key in stale]
+    lengths, kept, room = store.lengths(recent), {}, keep.bytes
+    for key in recent:
+        room -= lengths[key]
+        if room < 0:
+            break
+        kept[key] = lengths[key]
+    return kept
 
 
 @contextmanager
@@ -64,6 +108,10 @@ def _opened(cache_dir: Path) -> Iterator[sqlite3.Connection]:
         )
         index.execute(
             "CREATE TABLE IF NOT EXISTS wanted (owner TEXT, store TEXT, key TEXT, PRIMARY KEY (owner, store, key))"
+            " WITHOUT ROWID"
+        )
+        index.execute(
+            "CREATE TABLE IF NOT EXISTS released (store TEXT, key TEXT, time REAL, PRIMARY KEY (store, key))"
             " WITHOUT ROWID"
         )
         yield index

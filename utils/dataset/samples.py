@@ -17,12 +17,13 @@ from utils.media.geometry import View
 from utils.settings.dataset_schema import DirectorySettings
 
 Numbers = float | np.ndarray
+_FITS = {"stretch": "none", "pad": "pad"}
 
 
 @dataclass(frozen=True, slots=True)
 class MediaFile:
-    """A picture or clip: its location, the hash of its content, its upright size in pixels, its number of frames, and
-    its frames per second (0 for a still)."""
+    """A picture or clip: its location, the hash of its content, its upright size in pixels, its number of frames, its
+    frames per second (0 for a still), and what of it cannot be read, although its first frame can."""
 
     locator: Locator
     digest: str
@@ -30,6 +31,7 @@ class MediaFile:
     height: int
     frames: int
     fps: float = 0.0
+    fault: str = ""
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -60,9 +62,10 @@ class Take:
     def view(self, bucket: Bucket) -> View:
         return View(bucket.width, bucket.height, self.crop, self.flip, self.jitter)
 
-    def plain_view(self, bucket: Bucket) -> View:
-        """The same without changes of colour, for controls and masks."""
-        return View(bucket.width, bucket.height, self.crop, self.flip)
+    def plain_view(self, bucket: Bucket, of: MediaFile | None = None, on: MediaFile | None = None) -> View:
+        """The same without changes of colour; the view of a mask or control if it lies `on` the picture."""
+        is_scaled = of is None or on is None or of.width * on.height == of.height * on.width
+        return View(bucket.width, bucket.height, self.crop, self.flip, on=None if is_scaled else (on.width, on.height))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +78,12 @@ class Control:
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """The weight of a sample's pixels: the brightness of a mask picture, or the opacity of the sample's own picture."""
+    """The weight of a sample's pixels: the brightness of a mask picture, or the opacity of the sample's own picture.
+    `mean` is that of the whole file, in [0, 1]."""
 
     media: MediaFile
     is_alpha: bool
+    mean: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +113,12 @@ class Sample:
         return (self.bucket, *(control.bucket for control in self.controls))
 
 
+def files_of(sample: Sample) -> list[MediaFile]:
+    """All files that a sample is made of: its own, those of its control images, and its mask."""
+    masks = [sample.mask.media] if sample.mask else []
+    return [sample.media, *(control.media for control in sample.controls), *masks]
+
+
 @dataclass(frozen=True, slots=True)
 class SampleVersion:
     """A version of a sample, as it is used once.
@@ -120,6 +131,20 @@ class SampleVersion:
     caption: str
     draw: str
     unconditional: frozenset[str] = frozenset()
+
+    @property
+    def mask_view(self) -> View:
+        """The part of the mask that lies on what is seen of the picture."""
+        return self.take.plain_view(self.sample.bucket, self.sample.mask.media, self.sample.media)
+
+    def control_view(self, control: Control) -> View:
+        """The part of a control image that is used: what lies on what is seen of the picture, or what `control_fit`
+        says."""
+        bucket, take, fit = control.bucket, self.take, self.sample.rules.control_fit
+        if fit is None:
+            return take.plain_view(bucket, control.media, self.sample.media)
+        own = ("center" if take.crop == "none" else take.crop) if fit == "crop" else _FITS[fit]
+        return View(bucket.width, bucket.height, own, take.flip)
 
     def caption_for(self, encoder: str) -> str:
         """The caption that the encoder of this name is given."""

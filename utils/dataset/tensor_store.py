@@ -177,6 +177,10 @@ class TensorStore:
         """The names of the shards with the items of these keys."""
         return sorted({extent.shard for extent in self._index.extents(list(keys)).values()})
 
+    def lengths(self, keys: Iterable[str]) -> dict[str, int]:
+        """The bytes that the items of these keys take; missing ones are left out."""
+        return {key: extent.length for key, extent in self._index.extents(list(keys)).items()}
+
     def stats(self) -> StoreStats:
         """The current size of the store; uncommitted items of living writers count as unreferenced."""
         taken, live = sizes(self.folder), self._index.live_bytes()

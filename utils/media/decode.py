@@ -24,7 +24,8 @@ from utils.media.geometry import View
 from utils.media.images import (
     TimedFrame,
     alpha_of,
-    luminance_of,
+    exact_mask_of,
+    mask_of,
     open_image,
     probe_image,
     rgb_of,
@@ -33,27 +34,28 @@ from utils.media.images import (
 )
 from utils.media.source import ROUNDING_SECONDS, MediaError, Probe, Source, opened
 
-IMAGE_SUFFIXES = frozenset(
-    {".avif", ".bmp", ".jfif", ".jp2", ".jpeg", ".jpg", ".png", ".tga", ".tif", ".tiff", ".webp"}
-)
+IMAGE_SUFFIXES = frozenset(".avif .bmp .heic .heif .hif .jfif .jp2 .jpeg .jpg .png .tga .tif .tiff .webp".split())
 CLIP_SUFFIXES = frozenset(
     {".apng", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
 )
 
 
 class _Channels(NamedTuple):
-    """Which channels of a picture are read (one, three or four), and the filter that scales them."""
+    """Which channels of a picture are read (one, three or four), the filter that scales them, what is around a
+    picture that does not fill its view, and how a picture is read whose levels were stored as they are."""
 
     of: Callable[[Image.Image], Image.Image]
     filter: Image.Resampling
+    around: int | tuple[int, ...]
+    of_exact: Callable[[Image.Image], Image.Image] | None = None
 
 
-COLOUR = _Channels(rgb_of, Image.Resampling.LANCZOS)
+COLOUR = _Channels(rgb_of, Image.Resampling.LANCZOS, (255, 255, 255))
 # Lanczos would put a brighter and a darker line along the edges of a mask.
-LUMINANCE = _Channels(luminance_of, Image.Resampling.BILINEAR)
-ALPHA = _Channels(alpha_of, Image.Resampling.BILINEAR)
+LUMINANCE = _Channels(mask_of, Image.Resampling.BILINEAR, 0, exact_mask_of)
+ALPHA = _Channels(alpha_of, Image.Resampling.BILINEAR, 0)
 # Pillow weighs colours by their opacity when it scales.
-TRANSLUCENT = _Channels(rgba_of, Image.Resampling.LANCZOS)
+TRANSLUCENT = _Channels(rgba_of, Image.Resampling.LANCZOS, (0, 0, 0, 0))
 
 
 def probe(source: Source) -> Probe:
@@ -106,7 +108,8 @@ def load_clip(source: Source, view: View, start_seconds: float, frames: int, fps
 def load_mask(
     source: Source, view: View, start_seconds: float = 0.0, frames: int = 1, fps: float = 1.0
 ) -> torch.Tensor:
-    """The luminance of a picture or clip as `mask_1FHW`, float32 in [0, 1]; otherwise like `load_clip`, in the colours
+    """The mask that a picture or clip shows as `mask_1FHW`, float32 in [0, 1]: its luminance, and 0 where it is
+    transparent. In a still picture whose levels are all 0 and 1, 1 is white. Otherwise like `load_clip`, in the colours
     of the file."""
     return _tensor(_levels(source, view, start_seconds, frames, fps, LUMINANCE), view).div_(255)
 
@@ -118,6 +121,19 @@ def load_alpha(
     return _tensor(_levels(source, view, start_seconds, frames, fps, ALPHA), view).div_(255)
 
 
+def decode_all(source: Source, *, first_alone: bool = False) -> None:
+    """Decodes all frames of a file, or the first alone, and keeps nothing.
+
+    Raises:
+        MediaError: one of them cannot be decoded.
+    """
+    with opened(source) as stream, closing(_shown(stream, 0.0)) as timed_frames:
+        for _, picture, _ in timed_frames:
+            picture()
+            if first_alone:
+                return
+
+
 def _levels(
     source: Source, view: View, start_seconds: float, frames: int, fps: float, channels: _Channels
 ) -> np.ndarray:
@@ -126,11 +142,11 @@ def _levels(
     levels: list[np.ndarray] = []
     with opened(source) as stream, closing(_shown(stream, start_seconds)) as timed_frames:
         end = 0.0
-        for end, picture in timed_frames:
-            fitted = None
+        for end, picture, is_exact in timed_frames:
+            fitted, read = None, channels.of_exact if is_exact and channels.of_exact else channels.of
             # A frame is used several times or never if the file has another frame rate.
             while len(levels) < frames and start_seconds + len(levels) / fps < end - ROUNDING_SECONDS:
-                fitted = _fit(channels.of(picture()), view, channels.filter) if fitted is None else fitted
+                fitted = _fit(read(picture()), view, channels) if fitted is None else fitted
                 levels.append(fitted)
             if len(levels) == frames:
                 return np.stack(levels)
@@ -156,9 +172,14 @@ def _video() -> ModuleType:
     return video
 
 
-def _fit(image: Image.Image, view: View, resample: Image.Resampling) -> np.ndarray:
-    resized = image.resize((view.width, view.height), resample, box=view.box(*image.size))
-    return np.asarray(resized).reshape(view.height, view.width, -1)
+def _fit(image: Image.Image, view: View, channels: _Channels) -> np.ndarray:
+    left, top, width, height = view.place(*image.size)
+    fitted = image.resize((width, height), channels.filter, box=view.box(*image.size))
+    if (width, height) != (view.width, view.height):
+        whole = Image.new(fitted.mode, (view.width, view.height), channels.around)
+        whole.paste(fitted, (left, top))
+        fitted = whole
+    return np.asarray(fitted).reshape(view.height, view.width, -1)
 
 
 def _tensor(levels_FHWC: np.ndarray, view: View) -> torch.Tensor:

@@ -6,12 +6,16 @@ Shapes: H height, W width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
+from utils.media.brands import AVIF_BRANDS, image_brand
+from utils.media.png_texts import without_texts
 from utils.media.source import MAX_PIXELS, MediaError, Probe, check_pixels
 
 # Other formats with several pictures hold pages, sizes or views.
@@ -19,37 +23,90 @@ ANIMATED = frozenset({"AVIF", "GIF", "PNG", "WEBP"})
 UNTIMED_MILLISECONDS = 100
 SIDEWAYS = (5, 6, 7, 8)
 WHITE = (255, 255, 255, 255)
-# Possible values of white in pictures with more than 8 bits.
+BLACK = (0, 0, 0, 255)
+# Formats that store levels as they are. The others may turn 0 into 1.
+LOSSLESS = frozenset({"BMP", "GIF", "PNG", "TGA", "TIFF"})
+# Possible values of white in pictures with more than 8 bits, and in masks.
 INTEGER_WHITES = (65535,)
+MASK_WHITES = (1, 255, 65535)
+# White and black of a TIFF by its own fields, kept where Pillow keeps what it knows of a picture.
+DEEP_RANGE = "white and black of more than 8 bits"
+SIGNED = 2
+WHITE_IS_ZERO = 0
 FLOAT_WHITES = (1, 255, 65535)
 
 
 class TimedFrame(NamedTuple):
     """A frame: its end in seconds from the beginning of the file, and a function that gives it upright, which must be
-    called before the next frame is requested."""
+    called before the next frame is requested. `is_exact` if it is a still picture whose levels were stored as they
+    are."""
 
     end: float
     picture: Callable[[], Image.Image]
+    is_exact: bool = False
 
 
 def open_image(stream: BinaryIO) -> Image.Image | None:
-    """The undecoded picture in `stream`; None if Pillow does not decode its format."""
+    """The undecoded picture in `stream`; None if it is no picture, or one of a format that nothing here decodes.
+
+    Raises:
+        MediaError: it has too many pixels, or it is a HEIF that cannot be read.
+    """
     try:
         image = Image.open(stream)
     except Image.UnidentifiedImageError:
-        return None
+        brand = image_brand(stream)
+        # FFmpeg would take the first of the tiles or thumbnails of such a file for the picture.
+        image = _open_heif(stream, brand) if brand else None
+    except ValueError:
+        # Of a PNG this is Pillow's limit for texts, which are no part of the picture.
+        lean = without_texts(stream)
+        if lean is None:
+            raise
+        image = Image.open(lean)
     except Image.DecompressionBombError as error:
         reason = str(error).rstrip(".")
         raise MediaError(f"more than {MAX_PIXELS:,} pixels ({reason}); scale it down or remove it") from error
     # Pillow reads nothing but the size of an MPEG video.
-    if image.format == "MPEG":
+    if image is None or image.format == "MPEG":
         return None
     check_pixels(*image.size)
+    if image.format == "TIFF":
+        image.info[DEEP_RANGE] = _deep_range(image)
     return image
 
 
+def _deep_range(image: Image.Image) -> tuple[int, int]:
+    """White and black of a TIFF whose pixels are integers of 9 to 16 bits; Pillow gives them as they are stored."""
+    fields = TiffImagePlugin
+    (bits, *_), (kind, *_) = (image.tag_v2.get(field, (1,)) for field in (fields.BITSPERSAMPLE, fields.SAMPLEFORMAT))
+    white = 2 ** (min(bits, 16) - (kind == SIGNED)) - 1
+    # Of 8 bits Pillow turns such pictures round itself.
+    return (0, white) if image.tag_v2.get(fields.PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO else (white, 0)
+
+
+def _open_heif(stream: BinaryIO, brand: str) -> Image.Image:
+    """The main picture of a HEIF, upright and whole, whatever tiles it is stored in."""
+    if brand in AVIF_BRANDS:
+        raise MediaError("is an AVIF picture that is broken; replace or remove it")
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError as error:
+        what = f"is a HEIF picture, read by pillow-heif, which cannot be imported ({error}); `pip install pillow-heif`"
+        raise MediaError(what) from error
+    try:
+        # Not registered with Pillow, since that would change what other code in this process opens.
+        return HeifImageFile(stream)
+    except Exception as error:
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise MediaError(
+            f"is a HEIF picture of the kind {brand!r} that cannot be read ({reason}); save it as PNG or JPEG"
+        ) from error
+
+
 def probe_image(image: Image.Image) -> Probe:
-    """Examines a picture: only the header of a still is read; an animation is decoded to find its durations."""
+    """Examines a picture: only the header of a still is read; an animation is decoded to find its durations. One
+    that is broken behind its first frame is a still picture with a fault."""
     # Pillow gives the size of a TIFF upright already. A PNG's own `getexif` would decode the whole picture to find
     # EXIF behind the pixels, where hardly any program writes it.
     upright = image.format == "TIFF"
@@ -57,19 +114,31 @@ def probe_image(image: Image.Image) -> Probe:
     width, height = reversed(image.size) if orientation in SIDEWAYS else image.size
     if not _animated(image):
         return Probe(width, height, 1)
-    ends = [frame.end for frame in shown_images(image)]
+    ends: list[float] = []
+    try:
+        ends.extend(frame.end for frame in shown_images(image))
+    # Decoders react to broken bytes with OSError, SyntaxError, ValueError, struct.error, EOFError and more.
+    except Exception as error:
+        if not ends:
+            raise
+        fault = f"is broken behind frame {len(ends)} ({str(error).rstrip('.')})"
+        return Probe(width, height, 1, fault=fault)
     return Probe(width, height, len(ends), len(ends) / ends[-1])
 
 
 def shown_images(image: Image.Image) -> Iterator[TimedFrame]:
     """The frames of an animation in order; a still picture lasts for ever."""
     if not _animated(image):
-        yield TimedFrame(math.inf, lambda: ImageOps.exif_transpose(image))
+        yield TimedFrame(math.inf, lambda: _upright(image), image.format in LOSSLESS)
         return
     milliseconds = 0.0
     # An animated PNG may begin with a picture for programs that only show stills.
-    for frame in range(1 if getattr(image, "default_image", False) else 0, image.n_frames):
-        image.seek(frame)
+    for frame in count(1 if getattr(image, "default_image", False) else 0):
+        # Not counted before: that would read all of a GIF, and fail where a later frame is broken.
+        try:
+            image.seek(frame)
+        except EOFError:
+            return
         # In some formats a frame's duration is known only after decoding.
         image.load()
         # Without a duration, browsers show a frame for a tenth of a second.
@@ -77,19 +146,40 @@ def shown_images(image: Image.Image) -> Iterator[TimedFrame]:
         yield TimedFrame(milliseconds / 1000, lambda: ImageOps.exif_transpose(image))
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        image.load()
+    except (OSError, ValueError, SyntaxError):
+        # Pillow has no tile left to decode: what is broken, or longer than it reads, stands behind the pixels.
+        if image.format != "PNG" or image.tile:
+            raise
+    return ImageOps.exif_transpose(image)
+
+
 def rgb_of(image: Image.Image) -> Image.Image:
     """`image`, of any mode, as RGB on white."""
+    return _rgb_on(image, WHITE, INTEGER_WHITES)
+
+
+def mask_of(image: Image.Image) -> Image.Image:
+    """The mask that `image`, of any mode, shows, as 8-bit grey; transparent pixels are black. White of more than 8 bits
+    is the first of `MASK_WHITES` that no pixel exceeds."""
+    return _rgb_on(image, BLACK, MASK_WHITES).convert("L")
+
+
+def exact_mask_of(image: Image.Image) -> Image.Image:
+    """`mask_of` a picture whose levels were stored as they are: if none exceeds 1, then 1 is white."""
+    mask = mask_of(image)
+    return mask.point(lambda level: 255 * level) if mask.getextrema()[1] == 1 else mask
+
+
+def _rgb_on(image: Image.Image, ground: tuple[int, ...], whites: Sequence[int]) -> Image.Image:
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
-        image = _shallow(image)
+        image = _shallow(image, whites)
     if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, WHITE)
+        canvas = Image.new("RGBA", image.size, ground)
         image = Image.alpha_composite(canvas, image.convert("RGBA"))
     return image.convert("RGB")
-
-
-def luminance_of(image: Image.Image) -> Image.Image:
-    """`image`, of any mode, as 8-bit grey; transparent pixels are white."""
-    return rgb_of(image).convert("L")
 
 
 def alpha_of(image: Image.Image) -> Image.Image:
@@ -109,21 +199,31 @@ def rgba_of(image: Image.Image) -> Image.Image:
 
 
 def _animated(image: Image.Image) -> bool:
-    return image.format in ANIMATED and getattr(image, "is_animated", False)
+    if image.format not in ANIMATED:
+        return False
+    try:
+        return getattr(image, "is_animated", False)
+    except (OSError, ValueError, SyntaxError, IndexError, struct.error):
+        # A GIF looks for its second frame, which is there, and broken.
+        return True
 
 
-def _shallow(image: Image.Image) -> Image.Image:
+def _shallow(image: Image.Image, integer_whites: Sequence[int]) -> Image.Image:
     """Grey of 16 or 32 bits, or of floating-point numbers, as 8-bit grey.
 
-    Pillow's own conversion clips at 255. White is 65535 for integers; for floating-point numbers it is the first of 1,
-    255 and 65535 that no pixel exceeds. Values beyond all of these are scaled by their own range.
+    Pillow's own conversion clips at 255. White is the first of `integer_whites` that no pixel exceeds, none of them
+    above that of the picture's own depth; for floating-point numbers it is the first of `FLOAT_WHITES`. Values beyond
+    all of these are scaled by their own range.
     """
     values_HW = np.asarray(image, dtype=np.float32)
     low, high = float(values_HW.min()), float(values_HW.max())
     if not math.isfinite(low) or not math.isfinite(high):
         raise MediaError("has pixels that are infinite or no numbers; write it anew without them")
-    whites = FLOAT_WHITES if image.mode == "F" else INTEGER_WHITES
+    deepest, darkest = image.info.get(DEEP_RANGE, (INTEGER_WHITES[-1], 0))
+    own = max(deepest, darkest)
+    whites = FLOAT_WHITES if image.mode == "F" else [min(white, own) for white in integer_whites]
     fitting = [white for white in whites if low >= 0 and high <= white]
     black, white = (0, fitting[0]) if fitting else (low, high)
     levels_HW = (values_HW - black) * (255 / (white - black or 1))
+    levels_HW = 255 - levels_HW if deepest < darkest and image.mode != "F" else levels_HW
     return Image.fromarray(levels_HW.round().astype(np.uint8))

@@ -37,12 +37,13 @@ Source = Path | Blob
 @dataclass(frozen=True)
 class Probe:
     """The upright size of a file's frames in pixels, their number, and their average number per second; a still picture
-    has one frame and 0 fps."""
+    has one frame and 0 fps. `fault` says what of the file cannot be read, where its first frame can."""
 
     width: int
     height: int
     frames: int
     fps: float = 0.0
+    fault: str = ""
 
     @property
     def seconds(self) -> float:

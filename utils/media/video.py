@@ -26,6 +26,10 @@ UNKNOWN_RATE = 25
 # How far before the wanted frame to seek, in turn. The first distance fails only if a keyframe is stored before frames
 # that are displayed before it, or if the container has no index; the last one is the beginning.
 BACK_SECONDS = (0, 2, 16, math.inf)
+# Video streams that are no video of their own: the cover picture of a song, the pictures of chapters, tiles and layers.
+NOT_SHOWN = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.dependent
+# The decoders that read transparency beside the colours in Matroska; FFmpeg's own ones leave it out.
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # FFmpeg's default takes a shortcut from halved chroma to RGB that darkens by more than one level in 255.
 EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 # The signs of a display matrix (a, b, c, d), where (x, y) is shown at (ax + cy, bx + dy), y pointing down.
@@ -46,8 +50,9 @@ def probe_video(stream: BinaryIO) -> Probe:
     number of decoded frames, whereas the number in a header may be missing or ignore an edit list."""
     with _open(stream) as video:
         first, count, begin, end = None, 0, math.inf, -math.inf
+        decoder = _decoder(video)
         for packet in video.container.demux(video):
-            first = first or next(iter(packet.decode()), None)
+            first = first or next(iter(decoder.decode(packet)), None)
             if _is_shown(packet):
                 time = _seconds(packet.dts if packet.pts is None else packet.pts, video)
                 count, begin, end = count + 1, min(begin, time), max(end, time + _period(packet, video))
@@ -73,7 +78,8 @@ def shown_frames(stream: BinaryIO, start_seconds: float) -> Iterator[TimedFrame]
 
 @contextmanager
 def _open(stream: BinaryIO) -> Iterator[VideoStream]:
-    """The first video stream of a file, whose container stays open within this context."""
+    """The video stream that players show, the first if the file marks none, whose container stays open within this
+    context."""
     stream.seek(0)
     try:
         container = av.open(stream, options={"format_whitelist": CONTAINERS})
@@ -81,32 +87,57 @@ def _open(stream: BinaryIO) -> Iterator[VideoStream]:
         reason = f"neither a picture nor a video that can be read ({error.strerror}); replace or remove it"
         raise MediaError(reason) from error
     with container:
-        # The cover picture of a song is a video stream as well.
-        videos = [video for video in container.streams.video if not video.disposition & Disposition.attached_pic]
+        videos = [video for video in container.streams.video if not video.disposition & NOT_SHOWN]
         if not videos:
             has = "has sound but no video" if container.streams.audio else "has no video in it"
             raise MediaError(f"{has}; replace or remove it")
-        check_pixels(videos[0].width, videos[0].height)
+        video = next((one for one in videos if one.disposition & Disposition.default), videos[0])
+        check_pixels(video.width, video.height)
         # Callers read several files at once in their own threads. Threads within a file would each hold a frame, and
         # decode frames ahead that nobody needs.
-        videos[0].codec_context.thread_count = 1
-        yield videos[0]
+        video.codec_context.thread_count = 1
+        yield video
 
 
 def _decoded(video: VideoStream, start_seconds: float) -> Iterator[tuple[float, av.VideoFrame]]:
     """The frames from the keyframe before `start_seconds` on, with their times in seconds after the first frame."""
     if video.container.format.name == "avi" and video.codec_context.has_b_frames:
         # These are storage times in another order: only the number of a frame tells its time.
-        yield from ((index / _nominal_rate(video), frame) for index, frame in enumerate(video.container.decode(video)))
+        yield from ((index / _nominal_rate(video), frame) for index, frame in enumerate(_frames(video)))
         return
     if start_seconds > 0 and video.container.format.name in SEEKABLE:
         offset = (video.start_time or 0) + int(start_seconds / video.time_base)
         video.container.seek(offset, stream=video)
     time = 0.0
-    for frame in video.container.decode(video):
+    for frame in _frames(video):
         time = time if frame.pts is None else _seconds(frame.pts - (video.start_time or 0), video)
         yield time, frame
         time += _period(frame, video)
+
+
+def _frames(video: VideoStream) -> Iterator[av.VideoFrame]:
+    """All frames from where the container stands."""
+    decoder = _decoder(video)
+    for packet in video.container.demux(video):
+        yield from decoder.decode(packet)
+
+
+def _decoder(video: VideoStream) -> av.VideoCodecContext:
+    """What decodes the video with its transparency.
+
+    Raises:
+        MediaError: it has transparency that nothing here decodes; what lies under it was not meant to be seen.
+    """
+    has_alpha = any(key.lower() == "alpha_mode" and value == "1" for key, value in video.metadata.items())
+    if not has_alpha:
+        return video.codec_context
+    name = ALPHA_DECODERS.get(video.codec_context.name)
+    if name is None or name not in av.codecs_available:
+        reason = f"has transparency that cannot be decoded ({video.codec_context.name}); save it as ProRes 4444 or VP9"
+        raise MediaError(reason)
+    decoder = av.CodecContext.create(name, "r")
+    decoder.extradata, decoder.thread_count = video.codec_context.extradata, 1
+    return decoder
 
 
 def _is_shown(packet: av.Packet) -> bool:

@@ -83,6 +83,8 @@ def check_evaluation_set(
     if dataset.cache_dir not in (None, cache_dir):
         said = f"set by the training set's file ({cache_dir or 'not set there'})"
         problems.append(Problem("", "key `cache_dir`", f"a run has one cache, {said}; leave it out here"))
+    for key in sorted({"cache_keep_days", "cache_keep_gb"} & dataset.model_fields_set):
+        problems.append(Problem("", f"key `{key}`", "a run has one cache, which the training set's file rules"))
     if not broken:
         message = "is for training: evaluation shows each sample once, and always alike; leave it out"
         problems += _unused(dataset, [Use(TRAINING_KEYS, lambda _: False, message)])
@@ -320,7 +322,7 @@ _USES = (
         "is not used beside alpha_mask, by which each picture has its own; leave out one of them",
     ),
     Use(
-        ("control_resolution",),
+        ("control_resolution", "control_fit"),
         lambda directory: bool(directory.control_paths or directory.data_file_keys),
         "is for control images, and there are none; set control_path or data_file_keys, or leave this out",
     ),

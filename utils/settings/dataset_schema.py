@@ -108,6 +108,9 @@ class DataKeys(SettingsTable):
     """Probability for each tag that its capitals are drawn anew: all small, first letter, each word, all capitals."""
     tag_dropout: Share = 0.0
     """Probability that a tag is dropped; tags that are kept in place stay."""
+    enable_wildcard: bool = False
+    """Read {red|green} as a choice, of which each version of a caption has one, and of several lines one. Choices may
+    be nested; {{red|green}} is text. Eight versions are cached, or `cache_shuffle_num`."""
     weighted_tags: bool = False
     """Read (word:1.3) as emphasis, for the text encoders that can be given weights."""
     uncond_fraction: Part = 0.0
@@ -121,7 +124,7 @@ class DataKeys(SettingsTable):
     alpha_mask: bool = False
     """Weigh the loss by the opacity of pictures with transparency."""
     default_mask_file: UserPath | None = None
-    """Mask of the files that have none of their own."""
+    """Mask of the files that have none of their own; it is scaled to the shape of each."""
     unmasked_weight: Part = 0.0
     """Weight of the loss where a mask is black."""
     normalize_masked_area: bool = False
@@ -131,6 +134,10 @@ class DataKeys(SettingsTable):
     control_resolution: Count | None = None
     """Side of the square whose area control images are brought to, in the shape of their target; default: the size of
     the target."""
+    control_fit: Literal["crop", "stretch", "pad"] | None = None
+    """How control images that are views of their own are brought to the shape of their target: cropped on their own,
+    scaled regardless of their proportions, or whole on white. Default: they lie on their target, are cropped where it
+    is, and must have its proportions."""
     loss_weight: Annotated[float, Field(ge=0)] = 1.0
     """Factor on the loss of these samples."""
     is_regularisation_data: bool = False
@@ -199,6 +206,11 @@ class DatasetSettings(DataKeys):
 
     cache_dir: UserPath | None = None
     """Folder of encoded samples, which all runs may share; default: `cache` in the run's `output_dir`."""
+    cache_keep_days: Annotated[float, Field(ge=0)] = 7
+    """Days for which encoded samples stay that no run wants any more, so that a trial at another size costs nothing;
+    0: until they are more than half of the cache."""
+    cache_keep_gb: Annotated[float, Field(ge=0)] = 50
+    """The most that these may take, in GB of 1e9 bytes; the latest stay."""
     directory: Annotated[list[DirectorySettings], Field(min_length=1)]
     """The folders of the data: one `[[directory]]` table each."""
 

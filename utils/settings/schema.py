@@ -265,7 +265,8 @@ class Settings(SettingsTable):
     """Encode captions once, into the cache; false: encode them when they are needed, with the text encoders on the
     device, so that each epoch may use other versions of them."""
     verify: Literal["stat", "content"] = "stat"
-    """How to recognise that a file or cached item is unchanged: by size and time, or by reading all of it."""
+    """How to recognise that a file or cached item is unchanged: by size and time, or by reading all of it.
+    With `content`, `--check` also decodes every file, and not only its header."""
     max_failed_fraction: Part = 0.05
     """Fraction of the files that may be broken or incomplete; with more, the run ends before training."""
     steps_per_print: Count = 1

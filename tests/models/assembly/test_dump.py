@@ -8,10 +8,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from models.assembly.data import Data
-from models.assembly.dump import dump, prepare_folder
+from models.assembly.dump import _weight, dump, prepare_folder
 from tests.models import tiny_flux
 from tests.models.tiny_folder import settings_of
 from tests.utils.dataset.conftest import CLIP_FACTS, LengthEncoder, PixelEncoder, draw_pictures, filled
@@ -93,12 +94,13 @@ def test_clips_are_shown_as_clips(folder):
             what: frames_of(folder / "shown" / file)
             for file, what in re.findall(r'<video src="([^"]+)".*?<figcaption>([^<]*)', sample)
         }
-        assert shown.keys() == {"source", "decoded", "weight of the loss"}
+        (said,) = shown.keys() - {"source", "decoded"}
+        assert said.startswith("weight of the loss: white is 1, mean ") and said.endswith("largest 1")
         assert all(len(frames) == 9 for frames in shown.values())
         original = frames_of(folder / "data" / "clip.mp4")[9 * (number - 1) :][:9]
         for what in ("source", "decoded"):
             assert np.abs(shown[what].astype(int) - original).mean() < 4
-        weight = shown["weight of the loss"]
+        weight = shown[said]
         assert weight[:, :, :30].min() > 250 and abs(int(np.median(weight[:, :, 34:])) - 128) <= 2
 
 
@@ -106,3 +108,9 @@ def test_a_folder_that_cannot_be_written_to_is_told(folder):
     (folder / "file").write_text("")
     with pytest.raises(UserError, match="--dump_dataset: .*file cannot be made or written to"):
         prepare_folder(folder / "file")
+
+
+@pytest.mark.parametrize(("weight", "grey"), [(0.0, -1.0), (1 / 255, 2 / 255 - 1), (0.5, 0.0), (1.0, 1.0), (3.0, 1.0)])
+def test_weights_are_shown_as_they_are(weight: float, grey: float):
+    shown = _weight(torch.full((1, 4, 4), weight), torch.zeros(3, 1, 32, 32))
+    assert shown.shape == (3, 1, 32, 32) and torch.allclose(shown, torch.tensor(grey))

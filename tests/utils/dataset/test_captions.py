@@ -45,6 +45,31 @@ def test_tags_around_the_separators_are_kept(before, free, behind, index):
     assert not Counter(tag.upper() for tag in found) - all_tags
 
 
+def readings(caption, **keys):
+    return set(caption_variants([caption], rules(enable_wildcard=True, **keys), 0, "one"))
+
+
+def test_each_version_has_one_of_the_choices():
+    assert readings("a {red|green} box") == {"a red box", "a green box"}
+    assert readings("{a|b|c|d|e|f|g|h}") == set("abcdefgh")
+    assert readings("a {red|green {round|square}} box") == {"a red box", "a green round box", "a green square box"}
+    assert readings("first line\n\n second") == {"first line", "second"}
+    assert readings("{{a|b}} {c|d}") == {"{a|b} c", "{a|b} d"}
+    assert readings("a{,b|c") == {"a{,b|c"} and readings("a {} {b}") == {"a  b"}
+    # As many versions as tags have orders, of which each has its own choice.
+    found = readings("{x|y}, a, b", cache_shuffle_num=8)
+    assert {tag for text in found for tag in text.split(", ")} == {"x", "y", "a", "b"} and len(found) > 2
+    assert caption_variants(["a {b|c}"], rules(), 0, "one") == ("a {b|c}",)
+
+
+def test_choices_are_drawn_apart_and_go_on_without_end():
+    found = Counter(variant("{a|b}{c|d}", index, enable_wildcard=True) for index in range(800))
+    assert found.keys() == {"ac", "ad", "bc", "bd"} and min(found.values()) > 150
+    for first in (0, 8, 80):
+        block = [variant("{a|b}", index, enable_wildcard=True) for index in range(first, first + VERSIONS_IN_ORDER)]
+        assert Counter(block) == {"a": 4, "b": 4}
+
+
 def test_what_keep_tokens_is_known_to_do():
     written = "sks dog, red collar, grass"
     assert variant(written, keep_tokens=1) == written

@@ -105,7 +105,7 @@ def test_what_is_not_broken_does_not_count(pictures, cache):
     """Files that nobody asked for, and pictures that are there twice."""
     (pictures / "copy.png").write_bytes((pictures / "000.png").read_bytes())
     (pictures / "copy.txt").write_text("a copy")
-    (pictures / "photo.heic").write_bytes(b"unknown")
+    (pictures / "photo.psd").write_bytes(b"unknown")
     (pictures / "lone.txt").write_text("a caption without a picture")
     (train,) = collected(cache, source_of(pictures, deduplicate=True), max_failed_fraction=0.0)
     assert len(train.samples) == 6
@@ -146,6 +146,18 @@ def test_all_directories_have_as_many_controls(pictures, cache, tmp_path):
         cache, Source("train", Path("train.toml"), settings.model_copy(update={"directory": directories[:1]}))
     )
     assert alone.controls == 1
+
+
+def test_a_row_with_another_number_of_controls_is_named(pictures, cache):
+    rows = [f'{{"file": "00{n}.png", "caption": "x", "controls": ["003.png", "004.png"]}}' for n in range(2)]
+    rows.append('{"file": "002.png", "caption": "x", "controls": ["003.png"]}')
+    (pictures / "rows.jsonl").write_text("\n".join(rows))
+    with pytest.raises(UserError) as error:
+        collected(cache, source_of(pictures / "rows.jsonl", data_file_keys=["controls"]))
+    (problem,) = error.value.problems
+    assert problem.where == f"[[directory]] {pictures / 'rows.jsonl'}"
+    assert problem.message.startswith("2 of its 3 samples have 2 control images, and ")
+    assert "002.png has 1; give each row" in problem.message
 
 
 def test_captions_of_training_alone_are_left_as_written(pictures, cache):
@@ -224,10 +236,10 @@ def test_a_list_of_broken_files_is_emptied_when_they_are_mended(pictures, cache)
 
 
 def test_ten_files_of_each_kind_are_told(pictures, cache):
-    draw_pictures(pictures, 25, size=(8, 8))
-    assert shortfalls(collected(cache, source_of(pictures, min_resolution=8))) == []
+    draw_pictures(pictures, 25, size=(22, 22))
+    assert shortfalls(collected(cache, source_of(pictures, min_resolution=22))) == []
     draw_pictures(pictures, 1)
-    lines = shortfalls(collected(cache, source_of(pictures, min_resolution=9)))
+    lines = shortfalls(collected(cache, source_of(pictures, min_resolution=23)))
     assert len(lines) == LISTED + 1 and lines[-1] == "not used: and 14 more files"
 
 

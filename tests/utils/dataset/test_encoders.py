@@ -73,7 +73,7 @@ def beside(pictures, **keys):
 
 
 def test_control_images(pictures, cache, tmp_path):
-    draw_pictures(tmp_path / "controls", 6, size=(20, 20), captions=False, seed=1)
+    draw_pictures(tmp_path / "controls", 6, size=(24, 16), captions=False, seed=1)
     samples = samples_of(beside(pictures, control_path=tmp_path / "controls"), cache)
     edit = DifferenceEncoder()
     assert counts(filled(edit, samples, cache)) == (6, 0, 6, 0)
@@ -145,6 +145,52 @@ def test_masks_and_controls_follow_the_crop_and_flip_of_their_take(cache, tmp_pa
         luma = (plain + 1) / 2 * torch.tensor([0.299, 0.587, 0.114])[:, None, None]
         # Masks are scaled by another filter, and read in whole levels.
         torch.testing.assert_close(mask[MASK], luma.sum(0, keepdim=True), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(256, 128), (128, 64), (256, 127), (64, 32)])
+def test_a_mask_of_another_size_lies_where_its_picture_does(cache, tmp_path, size):
+    """The left quarter is red and is masked in; all of a picture of 2:1 but its middle half is cropped away."""
+    picture, mask = Image.new("RGB", (256, 128), "blue"), Image.new("L", size)
+    picture.paste("red", (0, 0, 96, 128))
+    mask.paste(255, (0, 0, size[0] * 96 // 256, size[1]))
+    for name, image in (("pictures", picture), ("masks", mask)):
+        (tmp_path / name).mkdir()
+        image.save(tmp_path / name / "a.png")
+    (tmp_path / "pictures" / "a.txt").write_text("")
+    (sample,) = samples_of(beside(tmp_path / "pictures", mask_path=tmp_path / "masks"), cache)
+    masks = MaskEncoder(lambda width, height, frames: (1, height // 8, width // 8))
+    filled(masks, [sample], cache)
+    weight = item(cache, masks, evaluation_version(sample))[MASK][0]
+    torch.testing.assert_close(weight, torch.tensor([1.0, 0, 0, 0]).expand(4, 4), atol=0.02, rtol=0)
+
+
+# Of a strip of 128 x 64: where black fields begin, how wide they are, and where the square then is black.
+FITTED = {
+    "crop": ((32, 80), 16, [[1, 0, 0, 1]] * 4),
+    "stretch": ((0, 96), 32, [[1, 0, 0, 1]] * 4),
+    "pad": ((0, 96), 32, [[0, 0, 0, 0], [1, 0, 0, 1], [1, 0, 0, 1], [0, 0, 0, 0]]),
+}
+
+
+@pytest.mark.parametrize("fit", FITTED)
+def test_a_control_that_is_a_view_of_its_own_is_fitted_as_asked(cache, tmp_path, fit):
+    starts, width, expected = FITTED[fit]
+    control = Image.new("RGB", (128, 64), "white")
+    for left in starts:
+        control.paste("black", (left, 0, left + width, 64))
+    for name, image in (("pictures", Image.new("RGB", (64, 64))), ("controls", control)):
+        (tmp_path / name).mkdir()
+        image.save(tmp_path / name / "a.png")
+    (tmp_path / "pictures" / "a.txt").write_text("")
+    keys = {"control_path": tmp_path / "controls", "control_fit": fit}
+    (sample,) = samples_of(beside(tmp_path / "pictures", **keys), cache)
+    version = evaluation_version(sample)
+    pixels = load_image(tmp_path / "controls" / "a.png", version.control_view(sample.controls[0]))
+    dark = 1 - (torch.nn.functional.adaptive_avg_pool2d(pixels[0], 4)[0] + 1) / 2
+    torch.testing.assert_close(dark, torch.tensor(expected, dtype=torch.float32), atol=0.15, rtol=0)
+    own = replace(sample, rules=sample.rules.model_copy(update={"control_fit": None}))
+    keys = {item_key(DifferenceEncoder(), evaluation_version(one)) for one in (sample, own)}
+    assert len(keys) == 2
 
 
 def test_a_picture_without_a_mask_has_no_item(pictures, cache, tmp_path):

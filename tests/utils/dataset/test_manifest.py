@@ -101,7 +101,7 @@ def test_a_scan_that_is_stopped_keeps_its_hashes(pictures, cache):
         with sqlite3.connect(cache / "files.sqlite") as remembered:
             tables = remembered.execute("SELECT count(*) FROM sqlite_master").fetchone()
         calls.append(tables)
-        if tables == (1,) and len([call for call in calls if call == (1,)]) == 3:
+        if tables == (2,) and len([call for call in calls if call == (2,)]) == 3:
             raise Stopped
 
     cache.mkdir()
@@ -113,14 +113,14 @@ def test_a_scan_that_is_stopped_keeps_its_hashes(pictures, cache):
 
 
 def test_control_images(tmp_path, pictures, cache):
-    draw_pictures(tmp_path / "a", 5, size=(20, 20), captions=False)
+    draw_pictures(tmp_path / "a", 5, size=(24, 16), captions=False)
     draw_pictures(tmp_path / "b", 6, size=(30, 20), captions=False, seed=1)
     directory = DirectorySettings(path=pictures, control_path=[tmp_path / "a", tmp_path / "b"])
     manifest = scanned(DatasetSettings(resolutions=[32], directory=[directory]), cache)
     assert names(manifest) == [f"00{index}" for index in range(5)]
     for row in manifest.rows:
         assert [control.locator.path.stem for control in row.controls] == [row.media.locator.path.stem] * 2
-        assert [control.width for control in row.controls] == [20, 30]
+        assert [control.width for control in row.controls] == [24, 30]
     (fault,) = manifest.rejected
     assert fault.location == str(pictures / "005.png") and str(tmp_path / "a") in fault.reason
 
@@ -142,6 +142,32 @@ def test_masks(tmp_path, pictures, cache):
     alpha, _ = masks(alpha_mask=True)
     rows = scanned(dataset_of(pictures), cache).rows
     assert alpha == [Mask(row.media, is_alpha=True) for row in rows]
+
+
+def test_what_must_lie_on_its_picture_has_its_shape(tmp_path, cache):
+    """Pictures of 256 x 128; a rounding is allowed, other proportions are refused with both sizes."""
+    sizes = {"half": (128, 64), "one_less": (256, 127), "same": (256, 128), "square": (128, 128), "tall": (64, 256)}
+    draw_pictures(tmp_path / "pictures", 5, size=(256, 128))
+    for folder in ("masks", "controls"):
+        (tmp_path / folder).mkdir()
+        for number, size in enumerate(sizes.values()):
+            Image.new("L", size, 255).save(tmp_path / folder / f"{number:03d}.png")
+    told = {}
+    for keys in (
+        {"mask_path": tmp_path / "masks"},
+        {"control_path": tmp_path / "controls"},
+        {"control_path": tmp_path / "controls", "control_fit": "stretch"},
+    ):
+        rules = DirectorySettings(path=tmp_path / "pictures", **keys)
+        manifest = scanned(DatasetSettings(resolutions=[32], directory=[rules]), cache)
+        told["-".join(keys)] = manifest.rejected
+        assert len(manifest.rows) + len(manifest.rejected) == 5
+    assert [len(faults) for faults in told.values()] == [2, 2, 0]
+    for what, faults in zip(("mask", "control image"), told.values(), strict=False):
+        assert {fault.kind for fault in faults} == {"other shape"}
+        for fault, size in zip(faults, ("128x128", "64x256"), strict=True):
+            assert f"the {what} " in fault.reason and f"is {size} and the picture 256x128" in fault.reason
+    assert "control_fit" in told["control_path"][0].reason and "control_fit" not in told["mask_path"][0].reason
 
 
 def test_files_that_are_no_pictures_are_told_with_their_reasons(pictures, cache):

@@ -3,6 +3,7 @@
 from tests.utils.dataset.conftest import LengthEncoder, MeanEncoder, counts, dataset_of, filled, samples_of
 from utils.dataset.cache_lock import reading
 from utils.dataset.encoding import CacheJob, fill, reclaim_unwanted
+from utils.dataset.references import Keep
 from utils.dataset.tensor_store import TensorStore
 from utils.ranks import Ranks
 
@@ -48,6 +49,17 @@ def test_items_that_no_run_wants_are_let_go(pictures, cache, tmp_path):
     assert run("first.toml", resolutions=[96]) == 12
     samples = samples_of(dataset_of(pictures, resolutions=[48]), cache)
     assert counts(filled(MeanEncoder(), samples, cache)) == (6, 6, 0, 0)
+
+
+def test_a_short_trial_at_another_size_costs_nothing(pictures, cache, tmp_path):
+    """Most of the store is unwanted during the trial, and is there when the first size comes back."""
+    (tmp_path / "run.toml").write_text("")
+    encoded = []
+    for size in (32, 48, 64, 32):
+        job = CacheJob(cache, tmp_path / "run.toml", Ranks(), keep=Keep(7, 2**30))
+        encoded.append(fill(MeanEncoder(), samples_of(dataset_of(pictures, resolutions=[size]), cache), job).encoded)
+        reclaim_unwanted(["vae"], job)
+    assert encoded == [6, 6, 6, 0]
 
 
 def test_nothing_goes_while_a_run_reads_the_cache(pictures, cache):

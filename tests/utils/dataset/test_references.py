@@ -44,6 +44,25 @@ def test_little_is_kept_and_much_goes(tmp_path, store, owners):
     assert kept(store) == [0, 1, 2, 3]
 
 
+def test_what_was_wanted_lately_stays_while_there_is_room(tmp_path, store, owners, monkeypatch):
+    """Item 0 is never wanted; 1 and 2 are let go ten days ago, 3 to 8 now."""
+    cache, day, now = tmp_path / "cache", references.SECONDS_PER_DAY, 1e9
+    for days, wanted in ((20, keys(*range(1, 10))), (10, keys(*range(3, 10))), (0, keys(9))):
+        monkeypatch.setattr(references.time, "time", lambda days=days: now - days * day)
+        references.remember(cache, "vae", owners[0], wanted)
+    size = store.lengths(keys(5))["5"]
+    assert references.delete_unwanted(cache, store, keep=references.Keep(11, 100 * size)) == 8 * size
+    assert kept(store) == list(range(1, 10))
+    references.delete_unwanted(cache, store, keep=references.Keep(11, 7 * size))
+    assert kept(store) == [1, *range(3, 10)]
+    references.delete_unwanted(cache, store, keep=references.Keep(9, 100 * size))
+    assert kept(store) == list(range(3, 10))
+    references.delete_unwanted(cache, store, keep=references.Keep(9, 3 * size - 1))
+    assert kept(store) == [3, 4, 9]
+    references.delete_unwanted(cache, store, all_of_it=True, keep=references.Keep(9, 100 * size))
+    assert kept(store) == [9]
+
+
 def test_all_of_it_goes_where_asked(tmp_path, store, owners):
     references.remember(tmp_path / "cache", "vae", owners[0], keys(*range(9)))
     references.delete_unwanted(tmp_path / "cache", store, all_of_it=True)

@@ -55,6 +55,7 @@ def test_pictures_in_cells(tmp_path, name):
     FORMATS[name](pictures(), path)
     listing = read(path)
     assert not listing.problems and not listing.rejected
+    assert [remark.text for remark in listing.remarks] == ["width"]
     assert [entry.captions for entry in listing.entries] == [(f"picture {number}",) for number in range(10)]
     assert str(listing.entries[6].media) == f"{path}: row 7, column image"
     # In no order, and by several threads at once.
@@ -156,3 +157,17 @@ def test_damaged_tables(tmp_path, name):
     assert not listing.entries and "bring it anew" in listing.problems[0]
     path.write_bytes(b"")
     assert "cannot be read" in read(path).problems[0]
+
+
+def test_pictures_that_nothing_reads_are_offered_as_controls_once(tmp_path):
+    table = pictures(depth=[png(0)] * 10)
+    for name in ("x.parquet", "y.parquet"):
+        parquet(table, tmp_path / name)
+    listing = read(tmp_path, image_column="image")
+    assert len(listing.entries) == 20
+    assert [remark.text for remark in listing.remarks] == [
+        'depth hold files; if these are control images, set data_file_keys = ["depth"]',
+        "width",
+    ]
+    read_too = read(tmp_path, image_column="image", data_file_keys=["depth"], filter="width > 10")
+    assert read_too.remarks == [] and len(read_too.entries[0].controls) == 1

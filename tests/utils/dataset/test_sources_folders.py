@@ -52,6 +52,35 @@ def test_pictures_and_clips_with_captions(tmp_path):
     assert not listing.rejected and not listing.problems
 
 
+@pytest.mark.parametrize("text", ["nan", "None", "<NA>"])
+def test_what_programs_write_for_a_missing_caption_is_none(tmp_path, text):
+    write(tmp_path, a_png="", a_txt=f"{text}\n", b_png="", b_txt=f"{text} bread", c_png="", c_txt="none")
+    listing = read(tmp_path)
+    assert captions(listing) == {"b.png": (f"{text} bread",), "c.png": ("none",)}
+    assert told(listing, tmp_path) == {"a.png": "caption missing"} and repr(text) in listing.rejected[0].reason
+
+
+COMPOSED, APART = "caf\u00e9", "cafe\u0301"
+
+
+def test_files_belong_together_in_any_form_of_their_names(tmp_path):
+    for name, other in ((COMPOSED, APART), (f"{APART}2", f"{COMPOSED}2")):
+        write(tmp_path, **{f"{name}_png": "", f"{other}_txt": other, f"masks__{other}_png": "", f"c__{other}_png": ""})
+    # Where both forms are there, each has its own.
+    write(tmp_path, **{f"{COMPOSED}3_png": "", f"{APART}3_png": "", f"{COMPOSED}3_txt": "one", f"{APART}3_txt": "two"})
+    for name in (COMPOSED, APART):
+        write(tmp_path, **{f"masks__{name}3_png": "", f"c__{name}3_png": ""})
+    listing = read(tmp_path, mask_path=tmp_path / "masks", control_path=tmp_path / "c")
+    assert listing.rejected == [] and captions(listing) == {
+        f"{COMPOSED}.png": (APART,),
+        f"{APART}2.png": (f"{COMPOSED}2",),
+        f"{COMPOSED}3.png": ("one",),
+        f"{APART}3.png": ("two",),
+    }
+    (tmp_path / "x.csv").write_text(f"file,caption\n{APART}.png,named so\n{COMPOSED}2,without an ending\n")
+    assert captions(read(tmp_path / "x.csv")).keys() == {f"{COMPOSED}.png", f"{APART}2.png"}
+
+
 def test_long_captions_are_read_to_their_end(tmp_path):
     for length in (2**16 - 1, 2**16, 2**17 + 5):
         write(tmp_path, a_png="", a_txt="x" * length)
@@ -59,7 +88,7 @@ def test_long_captions_are_read_to_their_end(tmp_path):
 
 
 def test_all_that_is_not_used_is_told(tmp_path):
-    write(tmp_path, a_png="", b_png="", b_txt=b"caf\xe9", c_heic="", d_txt="of nothing", e_md="", f_npz="")
+    write(tmp_path, a_png="", b_png="", b_txt=b"caf\xe9", c_psd="", d_txt="of nothing", e_md="", f_npz="")
     (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
     (tmp_path / "plain").write_bytes(b"")
     (tmp_path / os.fsdecode(b"\xe9.png")).write_bytes(b"")
@@ -67,7 +96,7 @@ def test_all_that_is_not_used_is_told(tmp_path):
     assert told(listing, tmp_path) == {
         "a.png": "caption missing",
         "b.png": "caption unreadable",
-        "c.heic": "unknown kind of file",
+        "c.psd": "unknown kind of file",
         "d.txt": "no picture",
         "link.png": "no such file",
         "plain": "unknown kind of file",

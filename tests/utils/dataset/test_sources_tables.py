@@ -48,6 +48,38 @@ def test_tables_of_a_folder(folder, name, content):
     assert read(folder / name).entries == listing.entries and not read(folder / name).rejected
 
 
+def remarks(listing):
+    return [(remark.title, remark.text) for remark in listing.remarks]
+
+
+def test_columns_that_nothing_reads_are_told_and_those_of_files_are_offered_as_keys(folder):
+    rows = [
+        {"file": "a.png", "id": "a", "first": "b.png", "second": "in/d.png", "caption": "A", "width": 8, "seed": "c"},
+        {"file": "b.png", "id": "b", "first": "a.png", "second": None, "caption": "nan", "width": 8},
+    ]
+    path = table(folder, "x.jsonl", rows)
+    listing = read(path)
+    offered = (
+        'first, second, seed hold files; if these are control images, set data_file_keys = ["first", "second", "seed"]'
+    )
+    assert remarks(listing) == [("columns not read", offered), ("columns not read", "id, width")]
+    assert [remark.file for remark in listing.remarks] == [str(path)] * 2
+    assert told(listing, folder) == {"x.jsonl row 2": "caption missing"}
+    # A filter reads its columns, and a caption that is given leaves the column of captions unread.
+    keys = {"data_file_keys": ["first", "second"], "filter": "width > 5", "instance_prompt": "x"}
+    assert remarks(read(path, **keys)) == [
+        ("columns not read", 'seed hold files; if these are control images, set data_file_keys = ["seed"]'),
+        ("columns not read", "id, caption"),
+    ]
+    path = table(folder, "y.csv", "file,caption\na.png,A\n")
+    assert read(path).remarks == []
+
+
+def test_files_that_only_an_unread_column_names_are_not_named(folder):
+    table(folder, "metadata.csv", "file,caption,other\na.png,A,b.png\n")
+    assert told(read(folder), folder) == {"b.png": "not listed", "c.mp4": "not listed"}
+
+
 def test_several_captions(folder):
     table(folder, "captions.json", {"a.png": ["one", " two "], "b.png": []})
     listing = read(folder)
@@ -216,3 +248,45 @@ def test_keys_of_other_sources_are_left_aside_and_told(folder):
         listing = read(path, image_column="image", caption_extension=".caption")
         assert captions(listing) == {"a.png": ("x",)} and listing.problems == []
         assert listing.idle.keys() == {"image_column", "caption_extension"}
+
+
+STRAYS = {
+    "metadata.json": '[{"workflow": 1, "nodes": []}]',
+    "captions.json": '{"version": "2", "settings": "x"}',
+    "metadata.csv": "created,by\n2024,someone\n",
+    "metadata.jsonl": '{"file": "other/x.png", "caption": "of another folder"}\n',
+    "backup.tar": "",
+    "photos.tar.gz": "",
+    "x.parquet": "PAR1",
+    "metadata.parquet": "PAR1",
+    "y.arrow": "",
+}
+
+
+@pytest.mark.parametrize("stray", STRAYS)
+def test_a_stray_container_does_not_replace_captioned_pictures(tmp_path, stray):
+    write(tmp_path, a_png="", a_txt="A", b_png="", b_txt="B")
+    table(tmp_path, stray, STRAYS[stray])
+    listing = read(tmp_path)
+    assert listing.problems == [] and captions(listing) == {"a.png": ("A",), "b.png": ("B",)}
+    assert told(listing, tmp_path) == {stray: "not read"}
+    assert "captioned pictures of this folder" in listing.rejected[0].reason
+    # The same where the captions come from the settings.
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "b.txt").unlink()
+    listing = read(tmp_path, instance_prompt="x")
+    assert captions(listing) == {"a.png": ("x",), "b.png": ("x",)}
+    assert told(listing, tmp_path) == {stray: "not read"}
+
+
+def test_a_table_that_names_pictures_is_read_and_their_captions_are_told(tmp_path):
+    write(tmp_path, a_png="", a_txt="beside", b_png="", b_txt="beside")
+    table(tmp_path, "metadata.json", [{"steps": 4}])
+    table(tmp_path, "metadata.csv", "file,caption\na.png,listed\n")
+    listing = read(tmp_path)
+    assert captions(listing) == {"a.png": ("listed",)}
+    # It comes before metadata.json, which is no table of pictures, and is told too.
+    assert told(listing, tmp_path) == {"b.png": "not listed", "metadata.json": "not read"}
+    assert remarks(listing) == [
+        ("captions not read", "2 pictures have a caption file beside them, and metadata.csv is read instead")
+    ]

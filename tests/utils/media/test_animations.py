@@ -1,5 +1,7 @@
 """Animated pictures that Pillow wrote: their frames, how long each is shown, and clips of them."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -67,6 +69,17 @@ def test_transparent_animations_are_on_white(tmp_path, suffix):
     torch.testing.assert_close(load_alpha(path, View(60, 8), 0, 3, 10), alpha)
     pixels = load_clip(path, View(60, 8), 0, 3, 10)
     torch.testing.assert_close(pixels, torch.cat([torch.ones_like(alpha), 1 - 2 * alpha, 1 - 2 * alpha]))
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png"])
+def test_an_animation_that_is_broken_behind_its_first_frame_is_a_picture(tmp_path, suffix):
+    path = animate(tmp_path / f"a.{suffix}")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 6 // 10])
+    found = probe(path)
+    assert (found.width, found.height, found.frames, found.fps) == (64, 48, 1, 0)
+    assert re.match(r"is broken behind frame [3-6] \(.+\)$", found.fault)
+    assert numbers_of(load_image(path, SMALL)) == [0]
 
 
 def test_a_truncated_animation_is_read_or_refused(tmp_path):

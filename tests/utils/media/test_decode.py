@@ -120,6 +120,40 @@ def test_deep_pixels_of_no_known_scale_fill_their_own_range(tmp_path, kind):
     torch.testing.assert_close(load_image(tmp_path / "a.tif", View(8, 8)), expected, atol=1 / 255, rtol=0)
 
 
+def write_tiff(path, levels_HW, bits, white_is_zero=False):
+    """An uncompressed TIFF of grey integers; 12 bits are packed without gaps."""
+    height, width = levels_HW.shape
+    if bits == 12:
+        packed = "".join(format(int(level), "012b") for level in levels_HW.flat)
+        rows = int(packed, 2).to_bytes(len(packed) // 8, "big")
+    else:
+        rows = levels_HW.astype({8: "u1", 16: "<u2"}[bits]).tobytes()
+    fields = {256: width, 257: height, 258: bits, 259: 1, 262: 0 if white_is_zero else 1}
+    fields |= {273: 8, 277: 1, 278: height, 279: len(rows)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
+    path.write_bytes(
+        b"II*\0" + struct.pack("<I", 8 + len(rows)) + rows + struct.pack("<H", len(fields)) + entries + bytes(4)
+    )
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_integers_of_any_depth_have_the_white_of_their_depth(tmp_path, bits):
+    grey = np.linspace(0, 0.5, 64).reshape(8, 8)
+    write_tiff(tmp_path / "a.tif", (grey * (2**bits - 1)).round(), bits)
+    expected = torch.from_numpy(grey).float().expand(3, 1, 8, 8) * 2 - 1
+    torch.testing.assert_close(load_image(tmp_path / "a.tif", View(8, 8)), expected, atol=1.01 / 255, rtol=0)
+    mask = load_mask(tmp_path / "a.tif", View(8, 8))
+    torch.testing.assert_close(mask[0, 0], torch.from_numpy(grey).float(), atol=1 / 255, rtol=0)
+
+
+def test_a_tiff_whose_white_is_zero_is_no_negative(tmp_path):
+    for bits in (8, 16):
+        grey = np.linspace(0, 1, 64).reshape(8, 8)
+        write_tiff(tmp_path / "a.tif", ((1 - grey) * (2**bits - 1)).round(), bits, white_is_zero=True)
+        expected = torch.from_numpy(grey).float().expand(3, 1, 8, 8) * 2 - 1
+        torch.testing.assert_close(load_image(tmp_path / "a.tif", View(8, 8)), expected, atol=1.01 / 255, rtol=0)
+
+
 def test_pixels_that_are_no_numbers_are_refused(tmp_path):
     Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(MediaError, match="a.tif: .*no numbers"):
@@ -226,6 +260,46 @@ def test_masks_have_no_levels_that_the_file_has_not(tmp_path):
     Image.fromarray(mask).save(tmp_path / "a.png")
     scaled = load_mask(tmp_path / "a.png", View(40, 40))
     assert scaled.min() == 64 / 255 and scaled.max() == 192 / 255
+
+
+def spelled(name):
+    """The left half as a mask."""
+    half = np.zeros((16, 16), np.uint8)
+    half[:, :8] = 1
+    white = Image.fromarray(half * 255)
+    return {
+        "white on transparent": lambda: Image.merge("RGBA", [Image.new("L", (16, 16), 255)] * 3 + [white]),
+        "white on transparent black": lambda: Image.merge("LA", [white] * 2),
+        "opaque": lambda: white,
+        "colours": lambda: Image.merge("RGB", [white] * 3),
+        "0 and 1": lambda: Image.fromarray(half),
+        "0 and 1 in colours": lambda: Image.merge("RGB", [Image.fromarray(half)] * 3),
+        "one bit": lambda: white.convert("1"),
+        "16 bits": lambda: Image.fromarray(half.astype(np.uint16) * 65535),
+        "16 bits up to 255": lambda: Image.fromarray(half.astype(np.uint16) * 255),
+        "16 bits up to 1": lambda: Image.fromarray(half.astype(np.uint16)),
+    }[name]()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["white on transparent", "white on transparent black", "opaque", "colours", "0 and 1", "0 and 1 in colours"]
+    + ["one bit", "16 bits", "16 bits up to 255", "16 bits up to 1"],
+)
+def test_a_mask_means_the_same_in_every_spelling(tmp_path, name):
+    spelled(name).save(tmp_path / "a.png")
+    mask = load_mask(tmp_path / "a.png", View(16, 16))
+    assert (mask[..., :8] == 1).all() and (mask[..., 8:] == 0).all()
+
+
+def test_a_dark_mask_stays_dark(tmp_path):
+    """Where levels may be those of a lossy code, and where they are more than 0 and 1."""
+    Image.new("L", (16, 16), 1).save(tmp_path / "a.jpg", quality=100)
+    dark = np.zeros((16, 16), np.uint8)
+    dark[:, :8] = 2
+    Image.fromarray(dark).save(tmp_path / "a.png")
+    for name in ("a.jpg", "a.png"):
+        assert 0 < load_mask(tmp_path / name, View(16, 16)).max() <= 2 / 255
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

@@ -190,13 +190,59 @@ def test_colours_are_exact(tmp_path, tag, red, blue):
     assert abs(found - expected).max() <= 2 and abs((found - expected).mean()) < 0.2
 
 
-def test_transparent_video_is_on_white_and_has_an_alpha(tmp_path):
+TRANSPARENT = [
+    ("ffv1", "bgra", "mkv", {}),
+    ("ffv1", "yuva444p", "mkv", {}),
+    ("png", "rgba", "mov", {}),
+    ("png", "rgba", "avi", {}),
+    ("qtrle", "argb", "mov", {}),
+    ("prores_ks", "yuva444p10le", "mov", {"profile": "4444"}),
+    ("cfhd", "gbrap12le", "mov", {}),
+    ("utvideo", "gbrap", "avi", {}),
+    ("magicyuv", "gbrap", "avi", {}),
+    ("huffyuv", "bgra", "avi", {}),
+    ("ffvhuff", "yuva444p", "avi", {}),
+    ("rawvideo", "bgra", "avi", {}),
+    ("jpeg2000", "rgba", "mov", {}),
+    ("exr", "gbrapf32le", "mov", {}),
+    ("libvpx", "yuva420p", "webm", {"auto-alt-ref": "0"}),
+    ("libvpx-vp9", "yuva420p", "webm", {}),
+    ("libvpx-vp9", "yuva420p", "mkv", {}),
+]
+
+
+@pytest.mark.parametrize(("codec", "pix_fmt", "suffix", "options"), TRANSPARENT)
+def test_transparent_video_is_on_white_and_has_an_alpha(tmp_path, codec, pix_fmt, suffix, options):
+    """The right half is transparent, and what the codec keeps there is red."""
     levels = np.zeros((HEIGHT, WIDTH, 4), np.uint8)
+    levels[:, WIDTH // 2 :, 0] = 255
     levels[:, : WIDTH // 2, 3] = 255
-    path = write_video(tmp_path / "a.mkv", 3, codec="ffv1", pix_fmt="bgra", picture=lambda index: levels)
-    pixels, alpha = load_clip(path, SMALL, 0, 3, 24), load_alpha(path, SMALL, 0, 3, 24)
-    assert (pixels[..., : WIDTH // 2] == -1).all() and (pixels[..., WIDTH // 2 :] == 1).all()
-    assert (alpha[..., : WIDTH // 2] == 1).all() and (alpha[..., WIDTH // 2 :] == 0).all()
+
+    def rgba(index):
+        return av.VideoFrame.from_ndarray(levels, "rgba").reformat(format=pix_fmt)
+
+    path = tmp_path / f"a.{suffix}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=24, options={"strict": "-2", **options})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, pix_fmt
+        for index in range(30):
+            frame = rgba(index)
+            frame.pts = index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert probe(path).frames == 30
+    for start in (0, 1.0):
+        pixels, alpha = load_clip(path, SMALL, start, 3, 24), load_alpha(path, SMALL, start, 3, 24)
+        left, right = slice(0, WIDTH // 2 - 4), slice(WIDTH // 2 + 4, None)
+        assert pixels[..., left].max() < -0.9 and pixels[..., right].min() > 0.9
+        assert alpha[..., left].min() > 0.95 and alpha[..., right].max() < 0.05
+
+
+def test_transparency_that_nothing_decodes_is_refused(tmp_path):
+    path = write_video(tmp_path / "a.mkv", 3, setup=lambda stream: stream.metadata.update(alpha_mode="1"))
+    for read in (probe, lambda path: load_image(path, SMALL)):
+        with pytest.raises(MediaError, match="a.mkv: has transparency that cannot be decoded .h264.; save it as"):
+            read(path)
 
 
 def test_clips_as_masks(tmp_path):

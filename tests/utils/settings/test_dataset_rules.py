@@ -215,6 +215,10 @@ def test_a_run_has_one_cache() -> None:
         return DatasetSettings(cache_dir=cache_dir, resolutions=[64], directory=[DirectorySettings(path="x")])
 
     train, other = Path("train.toml"), Path("eval.toml")
+    kept = dataset(None).model_copy(update={"cache_keep_days": 3.0})
+    kept.model_fields_set.add("cache_keep_days")
+    (problem,) = check_evaluation_set(kept, {train: dataset("/cache")}, [train], other)
+    assert problem.where == "key `cache_keep_days`"
     for cache_dir, told in ((None, False), ("/cache", False), ("/other", True)):
         problems = check_evaluation_set(dataset(cache_dir), {train: dataset("/cache")}, [train], other)
         assert bool(problems) == told, cache_dir

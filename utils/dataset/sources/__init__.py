@@ -8,19 +8,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from utils.dataset.sources.arrow_tables import ARROW_SUFFIXES
-from utils.dataset.sources.folders import MEDIA_SUFFIXES, Tree, list_files, list_pictures
-from utils.dataset.sources.locators import NOT_BROKEN, Container, Entry, Listing, Locator, Rejected, SourceProblem
+from utils.dataset.sources.folders import MEDIA_SUFFIXES, Tree, count_captioned, list_files, list_pictures
+from utils.dataset.sources.locators import (
+    NOT_BROKEN,
+    Container,
+    Entry,
+    Listing,
+    Locator,
+    Rejected,
+    Remark,
+    SourceProblem,
+)
 from utils.dataset.sources.tables import list_arrow_tables, list_text_table
 from utils.dataset.sources.tars import list_tars
 from utils.dataset.sources.text_tables import TEXT_TABLES
-from utils.dataset.sources.texts import caption_ending
+from utils.dataset.sources.texts import caption_ending, is_given
 from utils.settings.dataset_schema import DirectorySettings
 
-__all__ = ["NOT_BROKEN", "Container", "Entry", "Listing", "Locator", "Rejected", "read_source"]
+__all__ = ["NOT_BROKEN", "Container", "Entry", "Listing", "Locator", "Rejected", "Remark", "read_source"]
 
 FOLDER_TABLES = ("captions.json", "metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet")
 """The tables that a folder may have; the first one that exists is read."""
@@ -49,9 +59,11 @@ def read_source(
     """Lists what there is to train on in a directory, without opening any picture.
 
     `path` may be a table or a tar. If it is a folder, what is read is the first of these that there is: one of
-    `FOLDER_TABLES`; its .tar files; its .parquet and .arrow files; its pictures and clips. Other files there are
-    not read, but reported. Keys that have no effect on this kind of source are ignored and reported, since another
-    directory may use them. Problems with the data raise no exception; they are in the listing.
+    `FOLDER_TABLES`; its .tar files; its .parquet and .arrow files; its pictures and clips. Where pictures have captions
+    beside them, they are read instead of a table that is none or names no file, and of fewer .tar, .parquet and .arrow
+    files than there are of them. Other files there are not read, but reported. Keys that have no effect on this kind of
+    source are ignored and reported, since another directory may use them. Problems with the data raise no exception;
+    they are in the listing.
 
     Args:
         directory: with the file's values for the keys that it does not set itself.
@@ -105,24 +117,69 @@ def _list_folder(
     tables = [name for name in FOLDER_TABLES if name in names]
     tars = [name for name in tree.names if _is_tar(name)]
     arrows = [name for name in tree.names if _ending(name) in ARROW_SUFFIXES and name not in tables]
-    if tables:
-        first, others = path / tables[0], [*tables[1:], *tars, *arrows]
-        if first.suffix in TEXT_TABLES:
-            kind, listed = "a table that names files", partial(list_text_table, first, is_of_folder=True)
-        else:
-            kind, listed = "a .parquet or .arrow table", partial(list_arrow_tables, [first], is_of_folder=True)
-    elif tars:
+    captioned = count_captioned(tree, rules)
+    is_captioned = captioned > 0 or (is_given(rules) and bool(_media(tree)))
+    foreign: list[Rejected] = []
+    for table in tables:
+        try:
+            listing = _list_table(path / table, rules, raise_if_stopping, must_name=is_captioned)
+        except SourceProblem as problem:
+            if not is_captioned:
+                raise
+            # A file of another program's, which only has the name.
+            reason = f"{problem}; the captioned pictures of this folder are used"
+            foreign.append(Rejected(str(path / table), "not read", reason))
+            continue
+        others = [*tables[tables.index(table) + 1 :], *tars, *arrows]
+        return _with_others(listing, path, table, others, foreign, captioned)
+    if _are_pictures_meant(tree, rules, captioned, len(tars) + len(arrows)):
+        left = replace(tree, names=[name for name in tree.names if name not in {*tars, *arrows}])
+        reason = (
+            "the captioned pictures of this folder are read instead; to use this, give it a [[directory]] of its own"
+        )
+        foreign += [Rejected(f"{path}/{name}", "not read", reason) for name in (*tars, *arrows)]
+        listing = _listed(
+            "a folder of pictures", rules, partial(list_pictures, left, raise_if_stopping=raise_if_stopping)
+        )
+        listing.rejected.extend(foreign)
+        return listing
+    if tars:
         kind, listed = "a tar", partial(list_tars, [path / name for name in tars], remember=remember)
         others = [*arrows, *_media(tree)]
-    elif arrows:
+    else:
         kind, listed = "a .parquet or .arrow table", partial(list_arrow_tables, [path / name for name in arrows])
         others = _media(tree)
-    else:
-        return _listed("a folder of pictures", rules, partial(list_pictures, tree, raise_if_stopping=raise_if_stopping))
     listing = _listed(kind, rules, partial(listed, raise_if_stopping=raise_if_stopping))
-    read = (tables or tars or arrows)[0]
+    return _with_others(listing, path, (tars or arrows)[0], others, foreign, captioned)
+
+
+def _list_table(
+    path: Path, rules: DirectorySettings, raise_if_stopping: Callable[[], None], must_name: bool
+) -> Listing:
+    how = {"raise_if_stopping": raise_if_stopping, "is_of_folder": True, "must_name": must_name}
+    if path.suffix in TEXT_TABLES:
+        return _listed("a table that names files", rules, partial(list_text_table, path, **how))
+    return _listed("a .parquet or .arrow table", rules, partial(list_arrow_tables, [path], **how))
+
+
+def _are_pictures_meant(tree: Tree, rules: DirectorySettings, captioned: int, containers: int) -> bool:
+    """Whether a folder's pictures are used and not the tars and tables with pictures beside them. One stray container
+    must not replace a folder of captioned pictures, nor a stray picture a folder of containers."""
+    if not containers:
+        return True
+    return captioned >= containers or (is_given(rules) and len(_media(tree)) > containers)
+
+
+def _with_others(
+    listing: Listing, path: Path, read: str, others: list[str], foreign: list[Rejected], captioned: int
+) -> Listing:
+    """The listing, which names what is not read beside what is."""
     reason = f"{read} is read of this folder instead; to use this too, give it a [[directory]] of its own"
+    listing.rejected.extend(foreign)
     listing.rejected.extend(Rejected(f"{path}/{name}", "not read", reason) for name in others)
+    if captioned:
+        text = f"{captioned} pictures have a caption file beside them, and {read} is read instead"
+        listing.remarks.append(Remark("captions not read", str(path), text))
     return listing
 
 

@@ -44,6 +44,12 @@ class Columns:
     repeats: str | None
     digest: str | None
 
+    @property
+    def used(self) -> set[str]:
+        """All of them."""
+        own = {self.media, self.caption, *self.controls, self.mask, self.repeats, self.digest}
+        return {name for name in own if name is not None}
+
 
 def find_columns(
     present: Sequence[str], rules: DirectorySettings, *, cells: Collection[str] = (), media: str | None = None

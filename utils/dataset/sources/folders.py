@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.dataset.sources.locators import Entry, Fault, Kind, Listing, Locator, Rejected, SourceProblem
+from utils.dataset.sources.names import ByName, normal
 from utils.dataset.sources.texts import caption_ending, captions_in, given_caption, is_given, is_utf8
 from utils.media.decode import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from utils.settings.dataset_schema import DirectorySettings
@@ -36,10 +37,10 @@ class Tree:
     rejected: list[Rejected] = field(default_factory=list)
     subfolders: list[str] = field(default_factory=list)
 
-    def by_stem(self) -> dict[str, str]:
+    def by_stem(self) -> ByName:
         """Pictures and clips by their names without suffix; the first one if several have the same name."""
         split = (os.path.splitext(name) for name in reversed(self.names))
-        return {stem: stem + suffix for stem, suffix in split if suffix.lower() in MEDIA_SUFFIXES}
+        return ByName({stem: stem + suffix for stem, suffix in split if suffix.lower() in MEDIA_SUFFIXES})
 
 
 def list_files(root: Path, recursive: bool, raise_if_stopping: Callable[[], None]) -> Tree:
@@ -140,7 +141,7 @@ class Beside:
                 return None
             raise Fault("mask missing", f"{fault}, or set default_mask_file for all that have none") from None
 
-    def _find(self, folder: tuple[Path, dict[str, str]], stem: str, kind: Kind, what: str) -> Locator:
+    def _find(self, folder: tuple[Path, ByName], stem: str, kind: Kind, what: str) -> Locator:
         root, names = folder
         name = names.get(stem if self._recursive else os.path.basename(stem))
         if name is None:
@@ -150,12 +151,20 @@ class Beside:
 
 def _named(
     key: str, folder: Path, rules: DirectorySettings, raise_if_stopping: Callable[[], None]
-) -> tuple[Path, dict[str, str]]:
+) -> tuple[Path, ByName]:
     root = Path(os.path.abspath(folder))
     try:
         return root, list_files(root, rules.recursive, raise_if_stopping).by_stem()
     except SourceProblem as problem:
         raise SourceProblem(f"{key} = {root}: {problem}") from None
+
+
+def count_captioned(tree: Tree, rules: DirectorySettings) -> int:
+    """How many pictures and clips of a folder have a caption file beside them, whatever captions are to be read."""
+    ending = caption_ending(rules)
+    captions = {normal(name[: -len(ending)]) for name in tree.names if name.lower().endswith(ending)}
+    split = (os.path.splitext(name) for name in tree.names)
+    return sum(normal(stem) in captions for stem, suffix in split if suffix.lower() in MEDIA_SUFFIXES)
 
 
 def list_pictures(tree: Tree, rules: DirectorySettings, raise_if_stopping: Callable[[], None]) -> Listing:
@@ -182,11 +191,13 @@ def list_pictures(tree: Tree, rules: DirectorySettings, raise_if_stopping: Calla
     if is_given(rules):
         texts = ((given_caption(rules, f"{tree.root}/{name}"),) for _, name in media)
     else:
-        lone = captions.keys() - {stem for stem, _ in media}
+        stems = {normal(stem) for stem, _ in media}
+        lone = [stem for stem in captions if normal(stem) not in stems]
+        by_name = ByName(captions)
         fault = Fault("no picture", "no picture or clip beside it has this name")
         listing.rejected.extend(fault.at(f"{tree.root}/{captions[stem]}") for stem in sorted(lone))
         texts = iter(
-            _read_all(tree.root, [captions.get(stem) for stem, _ in media], rules.caption_column, raise_if_stopping)
+            _read_all(tree.root, [by_name.get(stem) for stem, _ in media], rules.caption_column, raise_if_stopping)
         )
     for (stem, name), text in zip(media, texts, strict=True):
         try:

@@ -19,6 +19,7 @@ Kind = Literal[
     "no such file",
     "not listed",
     "not read",
+    "other shape",
     "twice",
     "unknown kind of file",
     "unreadable",
@@ -94,6 +95,16 @@ class Rejected:
 
 
 @dataclass(frozen=True)
+class Remark:
+    """Something to be told about what is used: what is remarkable, the file (or folder), and its own numbers with what
+    to do about them."""
+
+    title: str
+    file: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Listing:
     """Everything that a directory holds, in order of name.
 
@@ -102,12 +113,14 @@ class Listing:
         rejected: what cannot be used.
         problems: why the directory as a whole cannot be used.
         idle: the reasons why keys have no effect on this kind of source, by key.
+        remarks: what is to be told about what is used.
     """
 
     entries: list[Entry] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     idle: dict[str, str] = field(default_factory=dict)
+    remarks: list[Remark] = field(default_factory=list)
 
 
 class Fault(ValueError):

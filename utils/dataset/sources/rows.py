@@ -13,6 +13,7 @@ from utils.dataset.sources.columns import Columns
 from utils.dataset.sources.filters import Filter
 from utils.dataset.sources.folders import MEDIA_SUFFIXES, Beside, Tree, list_files
 from utils.dataset.sources.locators import Entry, Fault, Kind, Listing, Locator, Rejected, SourceProblem
+from utils.dataset.sources.names import ByName
 from utils.dataset.sources.texts import captions_of, given_caption, is_given
 from utils.settings.dataset_schema import DirectorySettings
 
@@ -51,6 +52,21 @@ class FilesOf:
                 return Locator(self._folders[folder].path / found)
         raise Fault("no such file", f"there is no file {name} in {self._base}; mend the row or bring the file")
 
+    @property
+    def names_any(self) -> bool:
+        """Whether some row named a file that is there."""
+        return bool(self._named)
+
+    def has(self, name: Any) -> Locator | None:
+        """The file of this name, if there is one; it does not count as named by a row."""
+        before = set(self._named)
+        try:
+            return self.find(name)
+        except Fault:
+            return None
+        finally:
+            self._named = before
+
     def not_named(self, table: Path) -> Iterator[Rejected]:
         """The pictures and clips that no row names, in the table's folder and in other folders from which it names
         files."""
@@ -74,16 +90,16 @@ class FilesOf:
 class _Folder:
     path: Path
     tree: Tree
-    names: set[str] = field(init=False)
+    names: ByName = field(init=False)
 
     def __post_init__(self) -> None:
-        self.names = set(self.tree.names)
+        self.names = ByName({name: name for name in self.tree.names})
 
     def find(self, name: str) -> str | None:
-        return name if name in self.names else self._by_stem.get(name)
+        return self.names.get(name) or self._by_stem.get(name)
 
     @cached_property
-    def _by_stem(self) -> dict[str, str]:
+    def _by_stem(self) -> ByName:
         return self.tree.by_stem()
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from utils.dataset.sources.columns import MASK_NAMES
 from utils.dataset.sources.folders import MEDIA_SUFFIXES, Beside
 from utils.dataset.sources.locators import Entry, Fault, Listing, Locator
+from utils.dataset.sources.names import normal
 from utils.dataset.sources.tar_index import TarIndex, index_tar
 from utils.dataset.sources.texts import caption_ending, captions_in, given_caption, is_given
 from utils.settings.dataset_schema import DirectorySettings
@@ -67,7 +68,7 @@ def _samples(members: Iterable[str]) -> Iterable[tuple[str, dict[str, str]]]:
     for name in sorted(members):
         folder, base = os.path.split(name)
         stem, _, ending = base.partition(".")
-        samples[os.path.join(folder, stem)][ending.lower()] = name
+        samples[normal(os.path.join(folder, stem))][ending.lower()] = name
     return samples.items()
 
 

@@ -29,6 +29,8 @@ CAPTION_NAMES = (
 )
 """Usual names of columns and keys with captions, in lower case."""
 
+# What programs write where a value is missing. A caption may be "none", as a tag.
+_MISSING = frozenset({"nan", "NaN", "NAN", "None", "null", "NULL", "<NA>"})
 _REPEATS_PREFIX = re.compile(r"^\d+_")
 
 
@@ -63,7 +65,7 @@ def captions_in(content: bytes, name: str, key: str | None = None) -> tuple[str,
     keys.
 
     Raises:
-        Fault: there is no caption, or it is not UTF-8.
+        Fault: there is no caption, or it is not UTF-8, or it stands for a missing one.
     """
     try:
         # Some editors write a byte order mark, which is not part of the text.
@@ -72,7 +74,7 @@ def captions_in(content: bytes, name: str, key: str | None = None) -> tuple[str,
         raise Fault(
             "caption unreadable", f"the caption {name} is not UTF-8 text (byte {error.start}); save it as UTF-8"
         ) from None
-    return _captions_in_json(text, name, key) if name.lower().endswith(".json") else (text,)
+    return _captions_in_json(text, name, key) if name.lower().endswith(".json") else (_present(text),)
 
 
 def captions_of(cell: Any) -> tuple[str, ...]:
@@ -98,7 +100,15 @@ def captions_of(cell: Any) -> tuple[str, ...]:
             raise Fault("caption unreadable", f"the caption is {caption!r:.40}, which is no text; put it in quotes")
         if not is_utf8(caption):
             raise Fault("caption unreadable", f"the caption {caption!a:.60} is not UTF-8 text; save the table as UTF-8")
-    return tuple(caption.strip() for caption in captions)
+    return tuple(_present(caption.strip()) for caption in captions)
+
+
+def _present(caption: str) -> str:
+    """The caption, unless it is what a program wrote for a missing one."""
+    if caption in _MISSING:
+        what = f'the caption is {caption!r}, as programs write a missing one; write a caption ("" trains without)'
+        raise Fault("caption missing", what)
+    return caption
 
 
 def is_utf8(text: str) -> bool:
