@@ -66,13 +66,12 @@ def truncated(
         encoders: all of a model's; those that cannot count tokens are passed over.
     """
     found: list[Remark] = []
-    for encoder in encoders:
+    for encoder in encoders if samples else ():
         if not hasattr(encoder, "token_count"):
             continue
-        input_name = next(input_name for input_name in encoder.reads if input_name in TEXT)
         limit, counts = encoder.token_limit, dict[str, int]()
-        # No tokenizer makes more tokens than bytes; what is short is not counted, since millions take minutes.
-        short = limit - encoder.token_count("") - OWN_TOKENS
+        # No tokenizer makes more tokens than bytes. What is short is not counted: of millions, that takes minutes.
+        short = limit - _tokens(encoder, samples[0], "") - OWN_TOKENS
         told: set[str] = set()
         for number, sample in enumerate(samples):
             if number % SAMPLES_BETWEEN_HEEDS == 0:
@@ -81,14 +80,18 @@ def truncated(
                 if len(caption.encode()) <= short:
                     continue
                 if caption not in counts:
-                    version = SampleVersion(sample, sample.takes[0], caption, sample.id)
-                    counts[caption] = encoder.token_count(text_of(version, encoder, input_name))
+                    counts[caption] = _tokens(encoder, sample, caption)
                 file = str(sample.media.locator)
                 if counts[caption] > limit and file not in told:
                     told.add(file)
                     text = f"{encoder.name} reads {limit} of the {counts[caption]} tokens of {caption!r:.60}"
                     found.append(Remark("caption truncated", file, text))
     return found
+
+
+def _tokens(encoder: Encoder, sample: Sample, caption: str) -> int:
+    input_name = next(input_name for input_name in encoder.reads if input_name in TEXT)
+    return encoder.token_count(text_of(SampleVersion(sample, sample.takes[0], caption, sample.id), encoder, input_name))
 
 
 def _weight(row: Row, rules: DirectorySettings) -> float:
