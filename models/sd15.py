@@ -31,7 +31,7 @@ class Sd15Pipeline(StableDiffusionPipeline):
             CLIPTextModel,
             names=CheckpointNames("cond_stage_model.transformer."),
             lr_option="text_encoder_1_lr",
-            lora_prefix="lora_te",
+            lora_prefixes=("lora_te", "lora_te1"),
         ),
     )
     addition = None

@@ -25,6 +25,7 @@ from models.foundation.checkpoints.folders import (
     problems_of,
 )
 from models.foundation.checkpoints.sd_single_file import (
+    UNET,
     CheckpointLayout,
     open_clip_to_original,
     part_of,
@@ -51,7 +52,6 @@ from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Positive
 
 Tensors = dict[str, torch.Tensor]
-UNET = "unet"
 OPENAI_ACTIVATION = "quick_gelu"
 """The activation that distinguishes CLIPs of OpenAI from OpenCLIPs."""
 
@@ -72,12 +72,12 @@ class ClipPart(TextPart):
 
     Attributes:
         lr_option: the option with its learning rate.
-        lora_prefix: the prefix of its modules in kohya's files.
+        lora_prefixes: what its modules' names begin with in kohya's files, first what is written.
         is_open_clip: whether it is OpenCLIP, which has names of its own in checkpoints.
     """
 
     lr_option: str
-    lora_prefix: str
+    lora_prefixes: tuple[str, ...]
     is_open_clip: bool = False
 
     @property
@@ -182,7 +182,10 @@ class StableDiffusionPipeline(PicturePipeline):
 
     @cached_property
     def original_layout(self) -> CheckpointLayout:
-        prefixes = {UNET: "lora_unet", **{part.folder: part.lora_prefix for part in self.text_parts}}
+        prefixes = {
+            part.folder: (*(f"{prefix}_" for prefix in part.lora_prefixes), f"text_encoders.{part.name}.transformer.")
+            for part in self.text_parts
+        }
         return CheckpointLayout(unet_layout(self.parts.denoiser_config), prefixes, self._beside_the_unet)
 
     @property

@@ -116,7 +116,9 @@ def export(folder: Path, ranks: Ranks, parameters: Mapping[str, torch.Tensor], p
     together.barrier()
     written = {**plan.frozen, **parameters}
     if ranks.data_rank == 0 and written:
-        held = {name: tensor.detach().to("cpu", plan.dtype or tensor.dtype) for name, tensor in written.items()}
+        # An adapter is rounded when it is whole, since how depends on both of its factors.
+        dtype = None if plan.adapter else plan.dtype
+        held = {name: tensor.detach().to("cpu", dtype or tensor.dtype) for name, tensor in written.items()}
         write_tensors(parts / f"{ranks.stage}.safetensors", {name: t.contiguous() for name, t in held.items()})
     together.barrier()
     if ranks.is_main:
@@ -139,7 +141,7 @@ def export(folder: Path, ranks: Ranks, parameters: Mapping[str, torch.Tensor], p
 def _write_adapter(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: dict[str, str]) -> None:
     """Writes the files of the adapter's kind."""
     parts = {part.name: part.own(tensors) for part in plan.folders}
-    wishes = ExportWishes(plan.formats, plan.names, parts, metadata)
+    wishes = ExportWishes(plan.formats, plan.names, parts, metadata, plan.dtype)
     for name, file in adapters.find(plan.adapter.type).to_files(tensors, plan.adapter, wishes).items():
         if isinstance(file, str):
             (folder / name).write_text(file)
