@@ -34,6 +34,7 @@ from models.foundation.checkpoints.sd_single_file import (
 )
 from models.foundation.checkpoints.storage import Storage, StorageRules
 from models.foundation.checkpoints.unet_names import unet_layout
+from models.foundation.checkpoints.weights import build_empty, load_tensors, meta_tensors
 from models.foundation.encoders.clip import (
     ClipEncoder,
     ClipFeatures,
@@ -298,13 +299,17 @@ class StableDiffusionPipeline(PicturePipeline):
         return ddpm_scheduler(self.options)
 
     def _beside_the_unet(self, tensors: Tensors) -> Tensors:
-        """The other parts of a checkpoint: the VAE, and the text encoders, trained or original."""
-        dtype = next(iter(tensors.values())).dtype
-        vae = AUTOENCODER_KL.load(self.options.diffusers_path, self.options.vae_path, dtype)
+        """The other parts of a checkpoint: the VAE, and the text encoders, trained or original; on the meta device, and
+        not read, if the tensors are."""
+        first = next(iter(tensors.values()))
+        dtype, read = first.dtype, meta_tensors if first.is_meta else load_tensors
+        vae = AUTOENCODER_KL.load(self.options.diffusers_path, self.options.vae_path, dtype, read)
         checkpoint = vae_to_original(vae.state_dict(), self.vae_config)
         for part in self.text_parts:
-            frozen = None if part in self.trained_texts else clip_module(self._text_encoder(part), loaded=True)
-            text = part_of(tensors, part.folder) if frozen is None else dict(frozen.named_parameters())
+            text = part_of(tensors, part.folder)
+            if part not in self.trained_texts:
+                make = partial(clip_module, self._text_encoder(part), loaded=not first.is_meta)
+                text = dict((build_empty(make) if first.is_meta else make()).named_parameters())
             named = open_clip_to_original(text) if part.is_open_clip else text
             checkpoint |= {f"{part.names.prefix}{name}": tensor.detach().to(dtype) for name, tensor in named.items()}
         # ComfyUI reads from these what the model predicts.

@@ -299,7 +299,7 @@ def _differences(factors: Tensors, modules: set[str], settings: LokrSettings, wi
 
     def update(module: str) -> torch.Tensor:
         if f"{module}.{W2}" not in factors and f"{module}.{W2}_a" not in factors:
-            return torch.zeros(names.shapes[f"{module}.weight"])
+            return next(iter(factors.values())).new_zeros(names.shapes[f"{module}.weight"], dtype=torch.float32)
         w1, w2 = (
             factors[whole]
             if (whole := f"{module}.{name}") in factors
