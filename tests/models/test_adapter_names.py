@@ -198,6 +198,10 @@ def test_two_names_of_one_module_are_refused(known: Callable[[str], Known], tmp_
 
 
 def test_the_look_of_names_is_told(known: Callable[[str], Known], tmp_path: Path) -> None:
+    chosen = known("wan")
+    fits, other = (lora(f"blocks.{n}.attn1.to_q", (24, 24), ENDINGS["peft"]) for n in (0, 99))
+    with pytest.raises(UserError, match="look like names of Wan; the other 1 fit; give an adapter .* in this size"):
+        chosen.read({**fits, **other}, tmp_path)
     for name, told in {
         "diffusion_model.blocks.3.self_attn.q": "Wan",
         "lora_unet_double_blocks_0_img_attn_proj": "Flux.1 or Chroma",
@@ -339,6 +343,40 @@ def test_a_difference_of_a_fused_weight_is_divided(known: Callable[[str], Known]
     assert "blocks.0.norm3.weight" in chosen.deltas(file, tmp_path)
     file = {"blocks.0.attn1.to_q.diff": whole[: len(whole) // 3], "blocks.0.norm2.diff": norm}
     assert "blocks.0.norm2.weight" in chosen.deltas(file, tmp_path)
+
+
+def test_linears_may_be_convolutions_of_one_cell(known: Callable[[str], Known], tmp_path: Path) -> None:
+    """And the other way round, in a file and in the model."""
+    for model, within in (("sd15", "attn1.to_q"), ("sd15", "proj_in")):
+        chosen = known(model)
+        module = next(name for name in chosen.linears() + list(chosen.names.modules) if name.endswith(within))
+        shape, name = chosen.names.shapes[f"{module}.weight"], f"lora_unet_{chosen.own(module).replace('.', '_')}"
+        down, up = pair(name, shape[:2])
+        for cells in ((), (1, 1)):
+            factors = {f"{name}.lora_down.weight": down.view(*down.shape, *cells), f"{name}.lora_up.weight": up}
+            ((_, delta),) = chosen.deltas(factors, tmp_path).items()
+            torch.testing.assert_close(delta, (up @ down).view(shape))
+    assert len(shape) == 4
+
+
+def test_older_names_are_read(known: Callable[[str], Known], tmp_path: Path) -> None:
+    """Attention's processors of old versions of diffusers; and a part of a fused layer of Flux, of USO."""
+    block = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    for model, name, modules in (
+        ("sd15", f"unet.{block}.processor.to_q", [f"unet.{block}.to_q"]),
+        ("sd15", f"unet.{block}.processor.to_out", [f"unet.{block}.to_out.0"]),
+        (
+            "flux",
+            "diffusion_model.single_blocks.0.linear1_qkv",
+            [f"single_transformer_blocks.0.attn.to_{part}" for part in "qkv"],
+        ),
+    ):
+        chosen = known(model)
+        shapes = [chosen.names.shapes[f"{module}.weight"] for module in modules]
+        shape = (sum(rows for rows, _ in shapes), shapes[0][1])
+        read = chosen.deltas(lora(name, shape, ENDINGS["processors"]), tmp_path)
+        made = torch.cat([read[f"{module}.weight"] for module in modules])
+        torch.testing.assert_close(made, product(name, shape))
 
 
 def test_the_core_of_a_convolution(known: Callable[[str], Known], tmp_path: Path) -> None:

@@ -300,6 +300,7 @@ def _divided(
     """
     modules, swap = entry.target
     up = torch.cat(list(reversed(up.chunk(2)))) if swap else up
+    down, up = _shaped(down, up, names.shapes.get(f"{modules[0]}.weight", ()))
     if len(modules) == 1:
         return {modules[0]: (down, up)}
     rows = [names.rows_of(module) for module in modules]
@@ -312,6 +313,14 @@ def _divided(
         for module, used in columns.items()
         if used.any()
     }
+
+
+def _shaped(down: torch.Tensor, up: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors with as many dimensions as the weight has: programs take Linears for convolutions of 1 x 1 cells, and the
+    other way round."""
+    if len(shape) < 2 or down.ndim == len(shape) or math.prod(down.shape[1:]) != math.prod(shape[1:]):
+        return down, up
+    return down.reshape(len(down), *shape[1:]), up.reshape(*up.shape[:2], *[1] * (len(shape) - 2))
 
 
 def _columns_of(pieces: Mapping[str, torch.Tensor], names: ModelNames) -> dict[str, torch.Tensor] | None:

@@ -128,10 +128,11 @@ def _checked(found: Contents, file: AdapterFile, path: Path) -> Contents:
         others = [name for name in found.strangers if name not in texts]
         if others:
             owner = owner_of_names(others)
-            looks = f"they look like names of {owner}: give an adapter of this model" if owner else ""
+            looks = f"they look like names of {owner}; " if owner else ""
+            fit = f"the other {len(found.entries)} fit; " if found.entries else ""
             raise UserError.of(
-                f"{_count(others, found)} are not this model's, {_first(others)}; "
-                + (looks or "is it another model's, or one of another size?"),
+                f"{_count(others, found)} are not this model's, {_first(others)}; {looks}{fit}give an adapter of this "
+                "model in this size",
                 str(path),
             )
         raise UserError.of(

@@ -139,5 +139,5 @@ def test_kohyas_adapter_of_another_model_is_told(tmp_path: Path) -> None:
     sdxl = tiny_sdxl.pipeline(
         tiny_sdxl.write_folder(tmp_path), preset_adapters=[{"path": tmp_path / "other.safetensors"}]
     )
-    with pytest.raises(UserError, match="2 modules .* the first is 'lora_unet_other.*another model's"):
+    with pytest.raises(UserError, match="2 modules .* the first is 'lora_unet_other.*give an adapter of this model"):
         load_stage(sdxl, settings_of(sdxl), stage=0)
