@@ -189,10 +189,15 @@ def test_zeros_are_gone_on_from(
             torch.testing.assert_close(read[name], tensor, rtol=1e-6, atol=0)
 
 
-def test_names_of_lokr_in_comfyui(pipelines: Callable[[str], BasePipeline], tmp_path: Path) -> None:
-    keys = {}
+def test_names_of_lokr_in_comfyui(
+    pipelines: Callable[[str], BasePipeline], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys, told = {}, {}
+    caplog.set_level("INFO")
     for model in ("wan", "flux", "hunyuan_dit", "sdxl_texts"):
+        caplog.clear()
         exported(pipelines(model), tmp_path / model, LOKR)
+        told[model] = "whole differences of weights" in caplog.text
         keys[model] = load_file(tmp_path / model / COMFYUI_FILE).keys()
         ours = load_file(tmp_path / model / ADAPTER_FILE).keys()
         assert all(key.startswith("lycoris_") for key in ours)
@@ -201,6 +206,7 @@ def test_names_of_lokr_in_comfyui(pipelines: Callable[[str], BasePipeline], tmp_
         "flux"
     ]
     assert "diffusion_model.blocks.0.attn1.Wqkv.diff" in keys["hunyuan_dit"]
+    assert [model for model in told if told[model]] == ["hunyuan_dit"]
     prefixes = {key.partition("_text_model")[0] for key in keys["sdxl_texts"] if "text_model" in key}
     assert prefixes == {"lora_te1", "lora_te2"}
     assert any(key.startswith("lycoris_down_blocks_1_attentions_0") for key in keys["sdxl_texts"])

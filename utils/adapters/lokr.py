@@ -8,6 +8,7 @@ Shapes: R rank; of L*K outputs and M*N inputs w1 is (L, M), w2 (K, N).
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -37,6 +38,8 @@ from utils.adapters.kinds import (
 )
 from utils.settings.schema import AdapterSettings
 from utils.settings.values import Count
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "lycoris_"
 W1, W2 = "lokr_w1", "lokr_w2"
@@ -317,6 +320,14 @@ def _differences(factors: Tensors, modules: set[str], settings: LokrSettings, wi
             left -= set(parts)
     if left:
         raise ValueError(f"no place in the original layout for adapters of {len(left)} modules, first '{min(left)}'")
+    if found:
+        size = sum(tensor.nbytes for tensor in found.values()) / 2**20
+        logger.info(
+            "the LoKr for ComfyUI has %d whole differences of weights, %.0f MiB, since ComfyUI does not know their parts; "
+            'save_format = "diffusers" leaves that file out',
+            len(found),
+            size,
+        )
     return found
 
 

@@ -281,9 +281,9 @@ def _peft_settings(file: AdapterFile, module: str) -> Mapping[str, Any]:
     """What PEFT was told about a part's adapter: from the header, where diffusers keeps it for each part, or from the
     configuration beside the file."""
     known = json.loads(file.metadata.get(HEADER, "{}"))
-    config = file.path.with_name(CONFIG_FILE)
     if not known:
-        return read_json(config) if config.is_file() else {}
+        config = file.path and file.path.with_name(CONFIG_FILE)
+        return read_json(config) if config and config.is_file() else {}
     parts = {key.rpartition(".")[0] for key in known}
     # Names of modules begin with the part if several are trained; else there is one, of whatever name.
     part = next((part for part in sorted(parts) if part and module.startswith(f"{part}.")), min(parts))
