@@ -89,12 +89,18 @@ def delta_of(own: Tensors) -> torch.Tensor:
     return torch.kron(w1, w2) * (own["alpha"].item() / rank if rank else 1.0)
 
 
-def merged(tensors: Tensors, weights: Tensors, layout: KeyLayout, knows_ours: bool) -> Tensors:
-    """The publisher's weights after a file is added to them; what is not found is an error."""
+def taken_apart(tensors: Tensors) -> dict[str, Tensors]:
+    """What a file has for each module."""
     by_name: dict[str, Tensors] = {}
     for key, tensor in tensors.items():
         name = next(key[: -len(end) - 1] for end in ENDS if key.endswith(f".{end}"))
         by_name.setdefault(name, {})[key.removeprefix(f"{name}.")] = tensor
+    return by_name
+
+
+def merged(tensors: Tensors, weights: Tensors, layout: KeyLayout, knows_ours: bool) -> Tensors:
+    """The publisher's weights after a file is added to them; what is not found is an error."""
+    by_name = taken_apart(tensors)
     ours = {f"lycoris_{name.removesuffix('.weight').replace('.', '_')}": name for name in weights} if knows_ours else {}
     changed = dict(weights)
     for name in [name for name in by_name if name in ours]:
@@ -116,17 +122,23 @@ ENDS = (
 )
 
 
-def expected(staged: StagedModel, factors: Tensors, weights: Tensors, layout: KeyLayout) -> Tensors:
-    """The weights with the adapter as it is here."""
-    changed = dict(weights)
+def deltas_of(staged: StagedModel, factors: Tensors) -> Tensors:
+    """What the adapter adds to the weight of each module here."""
+    deltas = {}
     for module, (kind, layer) in attach.adapted(staged.denoiser).items():
         own = {name.removeprefix(f"{module}."): t for name, t in factors.items() if name.startswith(f"{module}.")}
         if kind.name == "LoRA":
             delta = own["lora_B.weight"] @ own["lora_A.weight"]
         else:
             delta = torch.kron(*(own[w] if w in own else own[f"{w}_a"] @ own[f"{w}_b"] for w in ("lokr_w1", "lokr_w2")))
-        changed[f"{module}.weight"] = changed[f"{module}.weight"] + kind.scale_of(layer) * delta
-    return layout.to_original(changed)
+        deltas[module] = kind.scale_of(layer) * delta
+    return deltas
+
+
+def expected(staged: StagedModel, factors: Tensors, weights: Tensors, layout: KeyLayout) -> Tensors:
+    """The publisher's weights with the adapter as it is here."""
+    added = {f"{module}.weight": delta for module, delta in deltas_of(staged, factors).items()}
+    return layout.to_original({name: weight + added.get(name, 0.0) for name, weight in weights.items()})
 
 
 def weights_of(staged: StagedModel) -> Tensors:
@@ -160,6 +172,24 @@ def test_an_export_has_its_strength_in_comfyui(
     made = merged(renamed if adapter is LORA else tensors, weights, layout, True)
     for name, tensor in expected(staged, factors, weights, layout).items():
         torch.testing.assert_close(made[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+@each_kind
+@pytest.mark.parametrize("model", ["sd15", "sdxl_texts"])
+def test_an_export_of_stable_diffusion_has_its_strength_in_comfyui(
+    pipelines: Callable[[str], BasePipeline], model: str, adapter: AdapterSettings, tmp_path: Path
+) -> None:
+    """Which knows the UNet by diffusers' names, and text encoders by kohya's prefixes."""
+    staged, factors = exported(pipelines(model), tmp_path / "out", adapter)
+    read = taken_apart(load_file(tmp_path / "out" / COMFYUI_FILE))
+    of_unet = "lora_unet_" if adapter is LORA else "lycoris_"
+    prefixes = {"unet": of_unet, "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+    deltas = deltas_of(staged, factors)
+    assert len(read) == len(deltas) > 10
+    for module, delta in deltas.items():
+        part, _, rest = module.partition(".")
+        made = delta_of(read[prefixes[part] + rest.replace(".", "_")])
+        torch.testing.assert_close(made, delta, rtol=1e-4, atol=1e-4)
 
 
 @each_kind

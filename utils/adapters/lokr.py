@@ -323,8 +323,8 @@ def _differences(factors: Tensors, modules: set[str], settings: LokrSettings, wi
     if found:
         size = sum(tensor.nbytes for tensor in found.values()) / 2**20
         logger.info(
-            "the LoKr for ComfyUI has %d whole differences of weights, %.0f MiB, since ComfyUI does not know their parts; "
-            'save_format = "diffusers" leaves that file out',
+            "the LoKr for ComfyUI has %d whole differences of weights, %.0f MiB, since ComfyUI does not know their "
+            'parts; save_format = "diffusers" leaves that file out',
             len(found),
             size,
         )
