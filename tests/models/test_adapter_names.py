@@ -403,7 +403,10 @@ def test_the_scale_that_peft_was_told(known: Callable[[str], Known], tmp_path: P
     names = [f"transformer_blocks.0.attn.to_{part}" for part in "qk"]
     shape = chosen.names.shapes[f"{names[0]}.weight"]
     tensors = {k: t for n in names for k, t in lora(f"transformer.{n}", shape, ENDINGS["peft"]).items()}
-    told = '{"transformer.lora_alpha": 4, "transformer.alpha_pattern": {"attn.to_k": 1}, "transformer.use_rslora": %s}'
+    told = (
+        '{"text_encoder.lora_alpha": 9, "transformer.lora_alpha": 4, '
+        '"transformer.alpha_pattern": {"attn.to_k": 1}, "transformer.use_rslora": %s}'
+    )
     for flag, root in (("false", RANK), ("true", RANK**0.5)):
         updates = chosen.read(tensors, tmp_path, {"lora_adapter_metadata": told % flag})
         for name, alpha in zip(names, (4.0, 1.0), strict=True):

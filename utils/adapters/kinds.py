@@ -97,7 +97,13 @@ class ModelNames:
         return any(name.startswith(f"{self.folder}.") for name in self.shapes)
 
     def rows_of(self, module: str) -> int:
-        """The number of outputs of a module."""
+        """The number of outputs of a module.
+
+        Raises:
+            ValueError: it has no weight.
+        """
+        if f"{module}.weight" not in self.shapes:
+            raise ValueError(f"'{module}' has no weight in this model that an adapter could be for")
         return self.shapes[f"{module}.weight"][0]
 
 

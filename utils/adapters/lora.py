@@ -284,9 +284,9 @@ def _peft_settings(file: AdapterFile, module: str) -> Mapping[str, Any]:
     if not known:
         config = file.path and file.path.with_name(CONFIG_FILE)
         return read_json(config) if config and config.is_file() else {}
-    parts = {key.rpartition(".")[0] for key in known}
-    # Names of modules begin with the part if several are trained; else there is one, of whatever name.
-    part = next((part for part in sorted(parts) if part and module.startswith(f"{part}.")), min(parts))
+    parts = sorted({key.rpartition(".")[0] for key in known}, key=lambda part: part.startswith("text_encoder"))
+    # Names of modules begin with the part if several are trained; else it is the denoiser's, of whatever name.
+    part = next((part for part in parts if part and module.startswith(f"{part}.")), parts[0])
     return {key.rpartition(".")[2]: value for key, value in known.items() if key.rpartition(".")[0] == part}
 
 
