@@ -56,6 +56,7 @@ class BasePipeline(ABC):
         resolution_shift: the constants by which the timestep shift follows the picture's size.
         keep_in_high_precision: parts of the names of parameters that stay float32 regardless of `dtype`.
         original_layout: names of the publisher's single-file checkpoint, if they differ from diffusers' names.
+        comfyui_note: what one must do in ComfyUI to use an export, beyond loading it.
         denoiser_class: the stock class of diffusers.
         denoiser_folder: the denoiser's part of a diffusers folder; a property if an option chooses it.
         config_keys: keys that the denoiser's configuration must have.
@@ -83,6 +84,7 @@ class BasePipeline(ABC):
     resolution_shift: ClassVar[ResolutionShift] = ResolutionShift()
     keep_in_high_precision: ClassVar[tuple[str, ...]] = ()
     original_layout: ClassVar[KeyLayout | None] = None
+    comfyui_note: ClassVar[str | None] = None
     denoiser_class: ClassVar[type[nn.Module]]
     denoiser_folder: str = "transformer"
     config_keys: ClassVar[tuple[str, ...]] = ()

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import HunyuanDiT2DModel
-from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from diffusers.models.embeddings import get_2d_rotary_pos_embed_from_grid
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from torch import nn
 from torch.nn import functional
@@ -159,7 +159,8 @@ class UnpooledBert(BertModel):
 
 
 class HunyuanDitPipeline(PicturePipeline):
-    """HunyuanDiT of Tencent, 1.0 to 1.2, which reads Chinese and English."""
+    """HunyuanDiT of Tencent, 1.0 to 1.2, which reads Chinese and English. Where a picture is not square, the positions
+    of its tokens are those of its publisher and of ComfyUI; diffusers' are up to an eighth of a token beside them."""
 
     Options = HunyuanDitOptions
     denoiser_class = HunyuanDiT2DModel
@@ -268,7 +269,19 @@ class HunyuanDitPipeline(PicturePipeline):
 
 def rotary_tables(height: int, width: int, features: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines (T, H) of the positions of a latent's tokens, which are scaled and centred so that every
-    picture fills the longer side of a grid."""
+    picture fills the longer side of a grid.
+
+    They divide the picture's extent evenly, as in the training of its publisher (Tencent's HunyuanDiT, `get_meshgrid`
+    of hydit/modules/posemb_layers.py) and in ComfyUI. diffusers shortens the end of the extent and not its length,
+    which is the same for a picture that begins at 0, and for others off by up to their beginning / their number of
+    tokens.
+    """
     grid = (height // PATCH, width // PATCH)
-    crop_region = get_resize_crop_region_for_grid(grid, ROTARY_GRID)
-    return get_2d_rotary_pos_embed(features, crop_region, grid, device="cpu", output_type="pt")
+    starts, stops = get_resize_crop_region_for_grid(grid, ROTARY_GRID)
+    rows, columns = (
+        (torch.arange(count, dtype=torch.float64) * ((stop - start) / count) + start).float()
+        for start, stop, count in zip(starts, stops, grid, strict=True)
+    )
+    # The publisher calls the columns first.
+    positions = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))
+    return get_2d_rotary_pos_embed_from_grid(features, positions, use_real=True)

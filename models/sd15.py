@@ -31,7 +31,7 @@ class Sd15Pipeline(StableDiffusionPipeline):
             CLIPTextModel,
             names=CheckpointNames("cond_stage_model.transformer."),
             lr_option="text_encoder_1_lr",
-            lora_prefix="lora_te",
+            lora_prefixes=("lora_te", "lora_te1"),
         ),
     )
     addition = None
@@ -43,6 +43,17 @@ class Sd15Pipeline(StableDiffusionPipeline):
         if skip > layers:
             message = f"{skip} is more than the text encoder's {layers} layers; 1 or 2 is usual"
             yield Problem("", "[model] clip_skip", message)
+
+    @property
+    def comfyui_note(self) -> str | None:
+        if self.objective.kind != "v":
+            return None
+        zsnr = str(self.objective.schedule.zero_terminal_snr).lower()
+        return (
+            "ComfyUI takes every Stable Diffusion 1.5 for one that predicts noise, and no file can tell it otherwise; "
+            "this one predicts v: there, put the node ModelSamplingDiscrete with sampling = v_prediction and "
+            f"zsnr = {zsnr} between model and sampler"
+        )
 
     def text_features(self) -> dict[str, Any]:
         return {"layer": -self.options.clip_skip, "normalised": True}

@@ -34,7 +34,7 @@ class SdxlPipeline(StableDiffusionPipeline):
             CLIPTextModel,
             names=CheckpointNames("conditioner.embedders.0.transformer."),
             lr_option="text_encoder_1_lr",
-            lora_prefix="lora_te1",
+            lora_prefixes=("lora_te1", "lora_te"),
         ),
         ClipPart(
             "clip_g",
@@ -43,7 +43,7 @@ class SdxlPipeline(StableDiffusionPipeline):
             "tokenizer_2",
             names=open_clip_original("conditioner.embedders.1.model."),
             lr_option="text_encoder_2_lr",
-            lora_prefix="lora_te2",
+            lora_prefixes=("lora_te2",),
             is_open_clip=True,
         ),
     )

@@ -216,6 +216,11 @@ class WanPipeline(BasePipeline):
                 f"takes {channels} channels, and the VAE makes {made}; text to video takes {made}, picture to video "
                 f"{2 * made + self.media.temporal}: give the model's own VAE, or another model"
             )
+        if self.parts.denoiser_config.get("pos_embed_seq_len") is not None:
+            yield self.parts.misfit(
+                "is of Wan 2.1 for a first and a last frame (FLF2V), which is not trained here; give a model of text "
+                "to video, or of picture to video from the first frame alone"
+            )
         if self._sees_first_frame and options.max_sequence_length != BLIND_TOKENS:
             message = f"must be {BLIND_TOKENS} for a model that sees the first frame by CLIP; leave it out"
             yield Problem("", "[model] max_sequence_length", message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -10,12 +11,11 @@ from models.assembly.prompts import check_sampling
 from models.assembly.stage import StagedModel, model_names
 from models.base import BasePipeline
 from models.foundation.layers.ensemble import Ensemble
+from utils.adapters.kinds import COMFYUI
 from utils.errors import UserError
-from utils.run.export import ExportPlan, PartFolder, settings_hash
+from utils.run.export import ExportPlan, PartFolder, adapter_files, further_layouts, settings_hash
 from utils.settings.model_schema import torch_dtype
 from utils.settings.schema import Settings
-
-COMFYUI = "comfyui"
 
 
 def check_outputs(pipeline: BasePipeline, settings: Settings) -> None:
@@ -33,10 +33,36 @@ def check_outputs(pipeline: BasePipeline, settings: Settings) -> None:
     check_sampling(pipeline, settings.sampling)
 
 
+def check_exports(pipeline: BasePipeline, settings: Settings, staged: StagedModel) -> None:
+    """Whether everything that is trained has a name in every requested layout, so that no gap of a layout waits for the
+    end of a run: makes the exports of a model whose weights take no memory.
+
+    Raises:
+        UserError: something has no place there.
+    """
+    plan = export_plan(pipeline, settings, staged)
+    tensors = {name: parameter.to("meta") for name, parameter in staged.trained(staged.layers).items()}
+    try:
+        if plan.adapter:
+            adapter_files(tensors, replace(plan, dtype=None), {})
+        else:
+            frozen = {name: p.to("meta") for name, p in staged.denoiser.named_parameters() if not p.requires_grad}
+            for _ in further_layouts({**frozen, **tensors}, plan):
+                pass
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError.of(
+            f'{error}: this form of the model is not known to ComfyUI\'s layout; set "diffusers"',
+            where="key `save_format`",
+        ) from error
+
+
 def export_plan(pipeline: BasePipeline, settings: Settings, staged: StagedModel) -> ExportPlan:
     """What the exports of this run contain."""
     layout, adapter = pipeline.original_layout, settings.adapter
-    asked = settings.save_format or ("diffusers" if adapter else "both")
+    asked = settings.save_format or ("both" if layout else "diffusers")
+    formats = ("diffusers", COMFYUI) if asked == "both" else (asked,)
     frozen = {
         name: parameter
         for name, parameter in staged.denoiser.named_parameters()
@@ -46,7 +72,7 @@ def export_plan(pipeline: BasePipeline, settings: Settings, staged: StagedModel)
         adapter=adapter,
         names=model_names(pipeline, staged.denoiser) if adapter else None,
         dtype=torch_dtype(settings.save_dtype) if settings.save_dtype else None,
-        formats=("diffusers", COMFYUI) if asked == "both" else (asked,),
+        formats=formats,
         layouts={COMFYUI: layout.to_original} if layout and not adapter else {},
         folders=_folders(pipeline, staged.denoiser),
         metadata={
@@ -58,6 +84,7 @@ def export_plan(pipeline: BasePipeline, settings: Settings, staged: StagedModel)
             "settings_hash": settings_hash(settings.model_dump_json()),
         },
         frozen=frozen,
+        note=pipeline.comfyui_note if COMFYUI in formats else None,
     )
 
 

@@ -10,7 +10,7 @@ from functools import partial
 
 import optimizers
 from models.assembly.data import check_data, choices_of, controls_of, encoders_of
-from models.assembly.exports import check_outputs
+from models.assembly.exports import check_exports, check_outputs
 from models.assembly.fitting import KEYS, fit, memory_of
 from models.assembly.memory import Planner
 from models.assembly.prompts import check_encoders
@@ -68,12 +68,30 @@ def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline, trains: 
         pipeline.block_format.check()
     pipeline.check()
     staged = partition(pipeline, settings, pipeline.weights.build_empty())
+    check_layers(pipeline, staged)
     read_presets(pipeline, staged.denoiser)
     load_existing_adapter(pipeline, settings, staged, layers=[])
     check_outputs(pipeline, settings)
+    check_exports(pipeline, settings, staged)
     for option, remark in pipeline.remarks():
         logger.warning("[model] %s: %s", option, remark)
     return staged
+
+
+def check_layers(pipeline: BasePipeline, staged: StagedModel) -> None:
+    """Whether the layers hold all that the denoiser's configuration asks for.
+
+    Raises:
+        UserError: they do not, since the model is a variant that is not trained here.
+    """
+    held = {id(parameter) for layer in staged.layers for parameter in layer.parameters()}
+    left = [name for name, parameter in staged.denoiser.named_parameters() if id(parameter) not in held]
+    if left:
+        problem = pipeline.parts.misfit(
+            f"asks for '{left[0]}' and {len(left) - 1} more tensors that this model's type does not use; such a "
+            "variant is not trained here"
+        )
+        raise UserError([problem])
 
 
 def plan_of(settings: Settings, ranks: Ranks, pipeline: BasePipeline, sources: Sequence[Source], scan: Scan) -> str:

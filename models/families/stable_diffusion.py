@@ -25,6 +25,7 @@ from models.foundation.checkpoints.folders import (
     problems_of,
 )
 from models.foundation.checkpoints.sd_single_file import (
+    UNET,
     CheckpointLayout,
     open_clip_to_original,
     part_of,
@@ -33,6 +34,7 @@ from models.foundation.checkpoints.sd_single_file import (
 )
 from models.foundation.checkpoints.storage import Storage, StorageRules
 from models.foundation.checkpoints.unet_names import unet_layout
+from models.foundation.checkpoints.weights import build_empty, load_tensors, meta_tensors
 from models.foundation.encoders.clip import (
     ClipEncoder,
     ClipFeatures,
@@ -51,7 +53,6 @@ from utils.settings.model_schema import ModelSettings
 from utils.settings.values import OptionalRate, Positive
 
 Tensors = dict[str, torch.Tensor]
-UNET = "unet"
 OPENAI_ACTIVATION = "quick_gelu"
 """The activation that distinguishes CLIPs of OpenAI from OpenCLIPs."""
 
@@ -72,12 +73,12 @@ class ClipPart(TextPart):
 
     Attributes:
         lr_option: the option with its learning rate.
-        lora_prefix: the prefix of its modules in kohya's files.
+        lora_prefixes: what its modules' names begin with in kohya's files, first what is written.
         is_open_clip: whether it is OpenCLIP, which has names of its own in checkpoints.
     """
 
     lr_option: str
-    lora_prefix: str
+    lora_prefixes: tuple[str, ...]
     is_open_clip: bool = False
 
     @property
@@ -182,7 +183,10 @@ class StableDiffusionPipeline(PicturePipeline):
 
     @cached_property
     def original_layout(self) -> CheckpointLayout:
-        prefixes = {UNET: "lora_unet", **{part.folder: part.lora_prefix for part in self.text_parts}}
+        prefixes = {
+            part.folder: (*(f"{prefix}_" for prefix in part.lora_prefixes), f"text_encoders.{part.name}.transformer.")
+            for part in self.text_parts
+        }
         return CheckpointLayout(unet_layout(self.parts.denoiser_config), prefixes, self._beside_the_unet)
 
     @property
@@ -305,13 +309,17 @@ class StableDiffusionPipeline(PicturePipeline):
         return ddpm_scheduler(self.options)
 
     def _beside_the_unet(self, tensors: Tensors) -> Tensors:
-        """The other parts of a checkpoint: the VAE, and the text encoders, trained or original."""
-        dtype = next(iter(tensors.values())).dtype
-        vae = AUTOENCODER_KL.load(self.options.diffusers_path, self.options.vae_path, dtype)
+        """The other parts of a checkpoint: the VAE, and the text encoders, trained or original; on the meta device, and
+        not read, if the tensors are."""
+        first = next(iter(tensors.values()))
+        dtype, read = first.dtype, meta_tensors if first.is_meta else load_tensors
+        vae = AUTOENCODER_KL.load(self.options.diffusers_path, self.options.vae_path, dtype, read)
         checkpoint = vae_to_original(vae.state_dict(), self.vae_config)
         for part in self.text_parts:
-            frozen = None if part in self.trained_texts else clip_module(self._text_encoder(part), loaded=True)
-            text = part_of(tensors, part.folder) if frozen is None else dict(frozen.named_parameters())
+            text = part_of(tensors, part.folder)
+            if part not in self.trained_texts:
+                make = partial(clip_module, self._text_encoder(part), loaded=not first.is_meta)
+                text = dict((build_empty(make) if first.is_meta else make()).named_parameters())
             named = open_clip_to_original(text) if part.is_open_clip else text
             checkpoint |= {f"{part.names.prefix}{name}": tensor.detach().to(dtype) for name, tensor in named.items()}
         # ComfyUI reads from these what the model predicts.

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertModel, T5EncoderModel
@@ -20,7 +22,7 @@ from transformers import BertModel, T5EncoderModel
 from models.assembly.noising import Noising
 from models.assembly.preflight import check_training
 from models.assembly.stage import StagedModel, load_stage
-from models.hunyuan_dit import ORIGINAL_LAYOUT, STYLE_KEY
+from models.hunyuan_dit import ORIGINAL_LAYOUT, STYLE_KEY, rotary_tables
 from tests.models import tiny_hunyuan_dit
 from tests.models.drawn_samples import draw_samples
 from tests.models.tiny_flux import MINI_FLUX
@@ -86,6 +88,19 @@ def test_samples_are_drawn_with_the_sizes_of_the_stock_pipeline(told_sizes: Path
     stock.set_progress_bar_config(disable=True)
     expected = tiny_hunyuan_dit.draw(stock, sampling, normal((1, *SHAPE), 7, "sample", 0))
     torch.testing.assert_close(torch.from_numpy(painted), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("cells", "apart"), [((64, 64), 0.0), ((96, 160), 0.125), ((160, 96), 0.125)])
+def test_positions_are_the_publishers_and_not_those_of_diffusers(cells: tuple[int, int], apart: float) -> None:
+    grid = (cells[0] // 2, cells[1] // 2)
+    extent = get_resize_crop_region_for_grid(grid, 32)
+    ours, expected = rotary_tables(*cells, 64), tiny_hunyuan_dit.publishers_rotary_tables(64, extent, grid)
+    assert all(torch.equal(*pair) for pair in zip(ours, expected, strict=True))
+    theirs = get_2d_rotary_pos_embed(64, extent, grid, output_type="pt")
+    # The first features of rows and of columns turn by one radian a position.
+    angles = [torch.atan2(sin[:, [0, 32]], cos[:, [0, 32]]) for cos, sin in (ours, theirs)]
+    turned = torch.remainder(angles[0] - angles[1] + torch.pi, 2 * torch.pi) - torch.pi
+    assert turned.abs().max().item() == pytest.approx(apart, abs=1e-4)
 
 
 def converted(original: Tensors) -> Tensors:

@@ -149,15 +149,15 @@ def test_a_lora_in_comfyuis_names_adds_to_its_fused_weights(folder: Path) -> Non
         for module in modules
         for name, shape in (("lora_A", (4, 96)), ("lora_B", (len(weights[module]), 4)))
     }
-    made = COMFYUI_LAYOUT.lora_to_kohya(factors, lambda module: 0.5, lambda module: len(weights[module]))
+    made = COMFYUI_LAYOUT.lora_to_kohya(factors, 0.5, lambda module: len(weights[module]))
     name = "lora_unet_layers_0_attention_qkv"
-    added = made[f"{name}.lora_up.weight"] @ made[f"{name}.lora_down.weight"]
+    added = 0.5 * made[f"{name}.lora_up.weight"] @ made[f"{name}.lora_down.weight"]
     deltas = {
         f"{module}.weight": 0.5 * factors[f"{module}.lora_B.weight"] @ factors[f"{module}.lora_A.weight"]
         for module in modules
     }
     torch.testing.assert_close(added, COMFYUI_LAYOUT.to_original(deltas)["layers.0.attention.qkv.weight"])
-    assert made[f"{name}.alpha"] == len(made[f"{name}.lora_down.weight"])
+    assert made[f"{name}.alpha"] == 0.5 * len(made[f"{name}.lora_down.weight"])
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from string import printable
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, HunyuanDiT2DModel
 from diffusers import HunyuanDiTPipeline as StockPipeline
-from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from diffusers.models.embeddings import get_2d_rotary_pos_embed_from_grid
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from torch.nn import functional
 from transformers import BertConfig, BertModel, BertTokenizer, PreTrainedTokenizerFast, T5EncoderModel
@@ -110,6 +112,20 @@ def features(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
     }
 
 
+def publishers_rotary_tables(
+    features: int, extent: tuple[tuple[int, int], tuple[int, int]], grid: tuple[int, int], **_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of positions that are numpy's `linspace` without the end, as in the publisher's code; diffusers', whose
+    place they take here, are others for pictures that are not square."""
+    (top, left), (bottom, right) = extent
+    rows, columns = (
+        np.linspace(start, stop, count, endpoint=False, dtype=np.float32)
+        for start, stop, count in ((top, bottom, grid[0]), (left, right, grid[1]))
+    )
+    positions = torch.from_numpy(np.stack(np.meshgrid(columns, rows)))
+    return get_2d_rotary_pos_embed_from_grid(features, positions, use_real=True)
+
+
 def whole(
     denoiser: HunyuanDiT2DModel,
     pipeline: HunyuanDitPipeline,
@@ -121,8 +137,8 @@ def whole(
     """`sizes` are those that version 1.1 is told of each picture."""
     height, width = x_t.shape[2:]
     grid = (height // 2, width // 2)
-    rope = get_2d_rotary_pos_embed(
-        denoiser.config.attention_head_dim, get_resize_crop_region_for_grid(grid, 512 // 8 // 2), grid, output_type="pt"
+    rope = publishers_rotary_tables(
+        denoiser.config.attention_head_dim, get_resize_crop_region_for_grid(grid, 512 // 8 // 2), grid
     )
     missing = BERT_TOKENS - features["bert"].shape[1]
     # Width first, as the publisher's code; the stock pipeline has heights first, which is another picture to the model.
@@ -171,4 +187,5 @@ def draw(stock: StockPipeline, sampling: SamplingSettings, noise: torch.Tensor) 
         "use_resolution_binning": False,
         "generator": seeds.generator(sampling.seed, "sample steps", 0),
     }
-    return drawn(stock, sampling, noise, **keys).images
+    with patch("diffusers.pipelines.hunyuandit.pipeline_hunyuandit.get_2d_rotary_pos_embed", publishers_rotary_tables):
+        return drawn(stock, sampling, noise, **keys).images

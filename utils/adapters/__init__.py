@@ -10,7 +10,7 @@ from utils.adapters.kinds import AdapterKind
 from utils.declared import kinds_in
 from utils.settings.choices import Choice, type_of
 
-NOT_KINDS = ("attach", "kinds", "peft_layers", "presets")
+NOT_KINDS = ("attach", "differences", "file_names", "kinds", "peft_layers", "presets")
 
 
 def available() -> dict[str, AdapterKind]:
@@ -49,4 +49,9 @@ def base_of(module: nn.Module) -> nn.Module:
 def recognised(names: Iterable[str]) -> AdapterKind | None:
     """The kind of adapter in a file with tensors of these names."""
     names = list(names)
-    return next((kind for kind in available().values() if kind.is_in(names)), None)
+    return next((kind for kind in available().values() if is_in(kind, names)), None)
+
+
+def is_in(kind: AdapterKind, names: Iterable[str]) -> bool:
+    """Whether a file with tensors of these names has some of a kind."""
+    return any(name.endswith(tuple(kind.endings)) for name in names)

@@ -6,11 +6,11 @@ has one name, without `base_layer` and without the name of the adapter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -22,6 +22,11 @@ Tensors = dict[str, torch.Tensor]
 ADAPTER = "default"
 """The name of the adapter in adapted modules."""
 ADAPTER_FILE = "adapter_model.safetensors"
+COMFYUI = "comfyui"
+COMFYUI_FILE = f"adapter_model_{COMFYUI}.safetensors"
+ALPHA, DORA_SCALE = "alpha", "dora_scale"
+SHARED = {f".{name}": name for name in (ALPHA, DORA_SCALE)}
+"""Endings of tensors that several kinds of adapters have."""
 
 
 class LowRankKeys(SettingsTable):
@@ -36,15 +41,37 @@ class LowRankKeys(SettingsTable):
     """The update is scaled by alpha / rank; default: the rank, for a scale of 1."""
 
 
+class Target(NamedTuple):
+    """What a file's module, or parameter, is here: some of ours, stacked along their outputs, whose halves may be
+    swapped there."""
+
+    modules: tuple[str, ...]
+    swap_halves: bool = False
+
+
 class FileLayout(Protocol):
-    """A model's names in kohya's files, for kinds that have such files; a model's `KeyLayout` is one."""
+    """A model's names in files of its publisher and of other programs; a model's `KeyLayout` is one.
+
+    Attributes:
+        part_prefixes: folder of a module that is trained beside the denoiser -> what the names of its modules begin
+            with in files, first as ComfyUI reads them in every kind of adapter.
+    """
+
+    part_prefixes: Mapping[str, tuple[str, ...]]
+
+    def targets(self, names: Iterable[str]) -> Iterable[tuple[str, Target]]:
+        """The name there of each module and parameter that the layout knows, and what it is here.
+
+        Args:
+            names: of our parameters.
+        """
+
+    def comfyui_names(self, modules: Iterable[str]) -> dict[str, str]:
+        """By which name ComfyUI reads an adapter of exactly one of our modules, of every kind; without those that it
+        knows only as a part of another."""
 
     def lora_to_kohya(
-        self, factors: Mapping[str, torch.Tensor], scale_of: Callable[[str], float], rows_of: Callable[[str], int]
-    ) -> Tensors: ...
-
-    def lora_from_kohya(
-        self, tensors: Mapping[str, torch.Tensor], modules: Sequence[str], rows_of: Callable[[str], int]
+        self, factors: Mapping[str, torch.Tensor], scale: float, rows_of: Callable[[str], int]
     ) -> Tensors: ...
 
 
@@ -55,16 +82,29 @@ class ModelNames:
     Attributes:
         folder: the denoiser's part of a diffusers folder. Names of modules begin with it if several parts are trained.
         modules: the modules that can be adapted or are adapted, by name.
-        layout: their names in kohya's files, which ComfyUI reads; None if they are not known.
+        layout: their names in the publisher's files, which ComfyUI reads; None if they are not known.
+        shapes: of all parameters, without those of an adapter, by name.
     """
 
     folder: str
     modules: Mapping[str, nn.Module]
     layout: FileLayout | None
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether names begin with the folder of a part."""
+        return any(name.startswith(f"{self.folder}.") for name in self.shapes)
 
     def rows_of(self, module: str) -> int:
-        """The number of outputs of a module."""
-        return self.modules[module].out_features
+        """The number of outputs of a module.
+
+        Raises:
+            ValueError: it has no weight.
+        """
+        if f"{module}.weight" not in self.shapes:
+            raise ValueError(f"'{module}' has no weight in this model that an adapter could be for")
+        return self.shapes[f"{module}.weight"][0]
 
 
 @dataclass(frozen=True)
@@ -83,6 +123,27 @@ class AdapterFile:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """What a file has for one of its modules.
+
+    Attributes:
+        name: of the module in the file.
+        target: what it is here.
+        tensors: by the names that the kind's `endings` give them; perhaps `ALPHA`, and `DORA_SCALE` too.
+        file: to which it belongs.
+    """
+
+    name: str
+    target: Target
+    tensors: Mapping[str, torch.Tensor]
+    file: AdapterFile
+
+    def lacks(self, part: str) -> ValueError:
+        """The error about a tensor that is not there."""
+        return ValueError(f"'{self.name}' has no {part}; is the file whole?")
+
+
+@dataclass(frozen=True)
 class ExportWishes:
     """How an adapter is exported.
 
@@ -91,23 +152,35 @@ class ExportWishes:
         names: the names of the model's modules.
         parts: folder of each trained module -> its tensors' names within it -> their names here.
         metadata: about the run, for the header of every file.
+        dtype: of the factors in files; None for that of training.
     """
 
     formats: tuple[str, ...]
     names: ModelNames
     parts: Mapping[str, Mapping[str, str]]
     metadata: Mapping[str, str]
+    dtype: torch.dtype | None = None
+
+    def rounded(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor in the type that files have."""
+        return tensor.to(self.dtype or tensor.dtype)
 
 
 class Update(Protocol):
-    """The update of one module's weight by an adapter."""
+    """The update of one weight by an adapter.
+
+    Attributes:
+        fits_beside: whether it can be applied beside a Linear, by `kept` and `applied`.
+    """
+
+    fits_beside: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight."""
 
-    def delta(self) -> torch.Tensor:
-        """The whole update, in float32."""
+    def delta(self, base: torch.Tensor) -> torch.Tensor:
+        """The whole update of a weight whose values, in float32, are `base`; in float32 too."""
 
     def kept(self, weight: float) -> tuple[torch.Tensor, ...]:
         """The tensors that are kept beside a Linear to apply `weight` times the update there."""
@@ -123,12 +196,14 @@ class AdapterKind(Protocol):
     Attributes:
         settings: the class of its keys, whose `type` is a Literal of one name.
         name: its name in messages.
-        mark: part of the name of every factor, and of no other tensor, here and in its files.
+        mark: part of the name of every factor, and of no other tensor, here.
+        endings: of the names of its tensors in files, in every spelling -> the names by which `Entry` has them.
     """
 
     settings: ClassVar[type[AdapterSettings]]
     name: ClassVar[str]
     mark: ClassVar[str]
+    endings: ClassVar[Mapping[str, str]]
 
     def put(self, denoiser: nn.Module, names: Sequence[str], settings: Any) -> None:
         """Replaces modules of the denoiser by adapted ones, whose factors are on the meta device."""
@@ -146,26 +221,23 @@ class AdapterKind(Protocol):
     def switched_off(self, module: nn.Module) -> AbstractContextManager[None]:
         """A context in which an adapted module computes the same as its base, bit for bit."""
 
-    def is_in(self, names: Sequence[str]) -> bool:
-        """Whether a file with tensors of these names is one of this kind."""
-
-    def from_file(self, file: AdapterFile, names: ModelNames, scale_of: Callable[[str], float]) -> Tensors:
-        """A file's factors under our names. With the scale of each module they have the same effect as the file has in
-        the program that wrote it.
+    def factors(self, entry: Entry, names: ModelNames, scale_of: Callable[[str], float]) -> Tensors:
+        """A file's factors of a module under our names. With the scale of each module they have the same effect as the
+        file has in the program that wrote it.
 
         Raises:
-            UserError: the file is damaged, or its names are not known for this model.
+            ValueError: they are damaged, or of a form that is not trained here.
+        """
+
+    def updates(self, entry: Entry, names: ModelNames) -> Mapping[str, Update]:
+        """The updates of weights by a file's factors of a module, by the names of our modules.
+
+        Raises:
+            ValueError: they are damaged, or of an unknown form.
         """
 
     def to_files(self, factors: Tensors, settings: Any, wishes: ExportWishes) -> dict[str, AdapterFile | str]:
         """The files of an export by name; a text is written as it is."""
-
-    def updates(self, factors: Mapping[str, torch.Tensor]) -> Mapping[str, Update]:
-        """The updates of weights by factors under our names, by module, with a scale of 1.
-
-        Raises:
-            ValueError: the factors have an unknown form.
-        """
 
 
 @contextmanager

@@ -8,6 +8,7 @@ Shapes: R rank; of L*K outputs and M*N inputs w1 is (L, M), w2 (K, N).
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,18 +19,27 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from utils.adapters.differences import rows_of_update
 from utils.adapters.kinds import (
     ADAPTER,
     ADAPTER_FILE,
+    ALPHA,
+    COMFYUI,
+    COMFYUI_FILE,
+    DORA_SCALE,
     AdapterFile,
+    Entry,
     ExportWishes,
     LowRankKeys,
     ModelNames,
     Tensors,
+    Update,
     without_scale,
 )
 from utils.settings.schema import AdapterSettings
 from utils.settings.values import Count, LargeCount
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "lycoris_"
 W1, W2 = "lokr_w1", "lokr_w2"
@@ -151,12 +161,17 @@ class KroneckerUpdate(NamedTuple):
     w2_KN: torch.Tensor
 
     @property
+    def fits_beside(self) -> bool:
+        """Always."""
+        return True
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight."""
         return tuple(first * second for first, second in zip(self.w1_LM.shape, self.w2_KN.shape, strict=True))
 
-    def delta(self) -> torch.Tensor:
-        """The whole update in float32."""
+    def delta(self, base: torch.Tensor) -> torch.Tensor:
+        """The product."""
         return torch.kron(self.w1_LM.float(), self.w2_KN.float())
 
     def kept(self, weight: float) -> tuple[torch.Tensor, ...]:
@@ -175,6 +190,7 @@ class Lokr:
     settings = LokrSettings
     name = "LoKr"
     mark = ".lokr_"
+    endings = {f".{name}{part}": f"{name}{part}" for name in (W1, W2) for part in ("", "_a", "_b")}
 
     def put(self, denoiser: nn.Module, names: Sequence[str], settings: LokrSettings) -> None:
         """Replaces Linears by `LokrLinear`."""
@@ -199,58 +215,120 @@ class Lokr:
         """A `LokrLinear` does nothing at a scale of 0."""
         return without_scale(module)
 
-    def is_in(self, names: Sequence[str]) -> bool:
-        """By the names of LyCORIS."""
-        return any(self.mark in name for name in names)
+    def factors(self, entry: Entry, names: ModelNames, scale_of: Callable[[str], float]) -> Tensors:
+        """LyCORIS's factors of a module, which is one of ours."""
+        if DORA_SCALE in entry.tensors:
+            raise ValueError(f"'{entry.name}' has a dora_scale; training goes on from plain LoKrs alone")
+        modules, swap = entry.target
+        if len(modules) > 1 or swap:
+            raise ValueError(
+                f"the LoKr of '{entry.name}' is for {len(modules)} modules of this model at once ({modules[0]} ...), "
+                "and cannot be divided among them; it can be a [[model.preset_adapters]] with `fused = true`"
+            )
+        ratio = _scale(entry) / scale_of(modules[0])
+        return {
+            # In float32: float16 would lose small values.
+            f"{modules[0]}.{part}": tensor.float() * ratio if part in (W1, f"{W1}_a") and ratio != 1.0 else tensor
+            for part, tensor in entry.tensors.items()
+            if part != ALPHA
+        }
 
-    def from_file(self, file: AdapterFile, names: ModelNames, scale_of: Callable[[str], float]) -> Tensors:
-        """Reads LyCORIS's names. Tensors of modules that the model does not have keep their names."""
-        known = {name.removeprefix(f"{names.folder}.").replace(".", "_"): name for name in names.modules}
-        ranks, factors = _ranks(file.tensors), {}
-        for key, tensor in file.tensors.items():
-            there, _, part = key.rpartition(".")
-            name = known.get(there.removeprefix(PREFIX).removeprefix("lora_unet_"), there)
-            if part in (W1, f"{W1}_a"):
-                alpha, rank = file.tensors.get(f"{there}.alpha"), ranks.get(there)
-                scale = 1.0 if alpha is None or rank is None else alpha.item() / rank
-                tensor = tensor * (scale / scale_of(name))
-            if part != "alpha":
-                factors[f"{name}.{part}"] = tensor
-        return factors
+    def updates(self, entry: Entry, names: ModelNames) -> dict[str, Update]:
+        """One for each of our modules."""
+        w1_LM, w2_KN = (_whole(entry, name) for name in (W1, W2))
+        return rows_of_update(entry, names, KroneckerUpdate(w1_LM.float() * _scale(entry), w2_KN))
 
     def to_files(self, factors: Tensors, settings: LokrSettings, wishes: ExportWishes) -> dict[str, AdapterFile | str]:
-        """`adapter_model.safetensors` in the names of LyCORIS, which are all that other programs read of LoKr:
-        `lycoris_<module, _ for .>.lokr_w1`, ..., `.alpha`. ComfyUI reads them for diffusers' modules too."""
-        ranks, named = _ranks(factors), {}
-        for name, tensor in factors.items():
-            module, _, part = name.rpartition(".")
-            there = PREFIX + module.removeprefix(f"{wishes.names.folder}.").replace(".", "_")
-            named[f"{there}.{part}"] = tensor
-            # Without an alpha the scale is 1.
-            named[f"{there}.alpha"] = torch.tensor(float(settings.alpha or ranks.get(module, 1)))
-        return {ADAPTER_FILE: AdapterFile(named, wishes.metadata)}
-
-    def updates(self, factors: Mapping[str, torch.Tensor]) -> dict[str, KroneckerUpdate]:
-        """One for each module."""
-        by_module: dict[str, Tensors] = {}
-        for name, tensor in factors.items():
-            module, _, part = name.rpartition(".")
-            by_module.setdefault(module, {})[part] = tensor
-        return {
-            module: KroneckerUpdate(_whole(own, W1, module), _whole(own, W2, module))
-            for module, own in by_module.items()
-        }
+        """`adapter_model.safetensors` in the names of LyCORIS, `lycoris_<module, _ for .>.lokr_w1`, ..., `.alpha`; for
+        ComfyUI, which knows these of some models only, a file with names by which it finds each module. What it knows
+        only as a part of another module is there as a whole difference."""
+        by_module = _by_module(factors, settings, wishes)
+        files: dict[str, AdapterFile | str] = {}
+        if "diffusers" in wishes.formats:
+            ours = {
+                module: PREFIX + module.removeprefix(f"{wishes.names.folder}.").replace(".", "_")
+                for module in by_module
+            }
+            files[ADAPTER_FILE] = AdapterFile(_named(by_module, ours), wishes.metadata)
+        layout = wishes.names.layout
+        if COMFYUI in wishes.formats and layout:
+            theirs = layout.comfyui_names(by_module)
+            whole = _differences(factors, set(by_module) - set(theirs), settings, wishes)
+            files[COMFYUI_FILE] = AdapterFile({**_named(by_module, theirs), **whole}, wishes.metadata)
+        return files
 
 
 KINDS = (Lokr(),)
 
 
-def _whole(parts: Tensors, name: str, module: str) -> torch.Tensor:
+def _whole(entry: Entry, name: str) -> torch.Tensor:
     """A factor, which may be the product of two matrices."""
-    names = [name] if name in parts else [f"{name}_a", f"{name}_b"]
-    if any(part not in parts or parts[part].ndim != 2 for part in names):
-        raise ValueError(f"the LoKr of '{module}' is of another form than those of Linears, or it is not whole")
-    return parts[name] if name in parts else parts[names[0]] @ parts[names[1]]
+    names = [name] if name in entry.tensors else [f"{name}_a", f"{name}_b"]
+    tensors = [entry.tensors.get(part) for part in names]
+    if any(tensor is None or tensor.ndim != 2 for tensor in tensors):
+        raise ValueError(f"the LoKr of '{entry.name}' is of another form than those of Linears, or it is not whole")
+    return tensors[0] if len(tensors) == 1 else tensors[0].float() @ tensors[1].float()
+
+
+def _scale(entry: Entry) -> float:
+    """alpha / rank of a file's module; 1 where both factors are whole, or without an alpha."""
+    rank = next((len(tensor) for part, tensor in entry.tensors.items() if part.endswith("_b")), None)
+    return 1.0 if rank is None or ALPHA not in entry.tensors else entry.tensors[ALPHA].item() / rank
+
+
+def _by_module(factors: Tensors, settings: LokrSettings, wishes: ExportWishes) -> dict[str, Tensors]:
+    """The tensors that a file has for each module, without the module's name."""
+    ranks, found = _ranks(factors), {}
+    for name, tensor in factors.items():
+        module, _, part = name.rpartition(".")
+        # Without an alpha the scale is 1.
+        alpha = torch.tensor(float(settings.alpha or ranks.get(module, 1)))
+        found.setdefault(module, {ALPHA: alpha})[part] = wishes.rounded(tensor)
+    return found
+
+
+def _named(by_module: Mapping[str, Tensors], names: Mapping[str, str]) -> Tensors:
+    return {
+        f"{names[module]}.{part}": tensor
+        for module, own in by_module.items()
+        if module in names
+        for part, tensor in own.items()
+    }
+
+
+def _differences(factors: Tensors, modules: set[str], settings: LokrSettings, wishes: ExportWishes) -> Tensors:
+    """The updates of these modules as whole differences of those of which they are parts there."""
+    ranks, names, found, left = _ranks(factors), wishes.names, {}, set(modules)
+
+    def update(module: str) -> torch.Tensor:
+        if f"{module}.{W2}" not in factors and f"{module}.{W2}_a" not in factors:
+            return next(iter(factors.values())).new_zeros(names.shapes[f"{module}.weight"], dtype=torch.float32)
+        w1, w2 = (
+            factors[whole]
+            if (whole := f"{module}.{name}") in factors
+            else factors[f"{whole}_a"] @ factors[f"{whole}_b"]
+            for name in (W1, W2)
+        )
+        scale = settings.alpha / ranks[module] if settings.alpha and module in ranks else 1.0
+        return scale * torch.kron(w1.float(), w2.float())
+
+    for there, (parts, swap) in names.layout.targets(names.shapes) if left else ():
+        if left.intersection(parts):
+            whole = torch.cat([update(part) for part in parts])
+            whole = torch.cat(list(reversed(whole.chunk(2)))) if swap else whole
+            found[f"diffusion_model.{there}.diff"] = whole.to(wishes.dtype or next(iter(factors.values())).dtype)
+            left -= set(parts)
+    if left:
+        raise ValueError(f"no place in the original layout for adapters of {len(left)} modules, first '{min(left)}'")
+    if found:
+        size = sum(tensor.nbytes for tensor in found.values()) / 2**20
+        logger.info(
+            "the LoKr for ComfyUI has %d whole differences of weights, %.0f MiB, since ComfyUI does not know their "
+            'parts; save_format = "diffusers" leaves that file out',
+            len(found),
+            size,
+        )
+    return found
 
 
 def _factor_of(denoiser: nn.Module, name: str, settings: LokrSettings) -> int | None:

@@ -9,6 +9,7 @@ Shapes: R rank, I inputs, O outputs of a layer.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -21,21 +22,43 @@ from torch.nn import functional
 from utils.adapters.kinds import (
     ADAPTER,
     ADAPTER_FILE,
+    ALPHA,
+    COMFYUI,
+    COMFYUI_FILE,
+    DORA_SCALE,
     AdapterFile,
+    Entry,
     ExportWishes,
     LowRankKeys,
     ModelNames,
     Tensors,
     without_scale,
 )
-from utils.errors import UserError
 from utils.json_files import read_json
 from utils.settings.schema import AdapterSettings
 from utils.settings.values import Count
 
-PEFT_PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"
-COMFYUI = "comfyui"
+DOWN, UP, MID = "lora_A", "lora_B", "lora_mid"
+FOLDED_SCALE = "folded_scale"
+"""The key of our headers for the factor that is multiplied into every `lora_A`, since ComfyUI reads no header."""
+HEADER, CONFIG_FILE = "lora_adapter_metadata", "adapter_config.json"
+"""Where diffusers and PEFT keep an adapter's settings: a key of the header, and a file beside it."""
+LOST_IN_FLOAT16 = 2.0**-9
+"""The part of a factor that may be lost by rounding, which is what bfloat16 loses."""
+
+
+# kohya's, PEFT's and diffusers' names, and those of older versions of diffusers.
+ENDINGS = {
+    ".lora_mid.weight": MID,
+    **{f".lora_{name}.weight": part for name, part in (("down", DOWN), ("up", UP))},
+    **{f".{part}{ending}": part for part in (DOWN, UP) for ending in (".weight", ".default.weight", "")},
+    **{
+        f"{of}{name}.weight": part
+        for of in (".lora.", "_lora.", ".lora_linear_layer.")
+        for name, part in (("down", DOWN), ("up", UP))
+    },
+}
 
 
 class LoraSettings(AdapterSettings, LowRankKeys):
@@ -57,12 +80,17 @@ class LowRankUpdate(NamedTuple):
     up: torch.Tensor
 
     @property
+    def fits_beside(self) -> bool:
+        """Always."""
+        return True
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight."""
         return len(self.up), *self.down.shape[1:]
 
-    def delta(self) -> torch.Tensor:
-        """The whole update in float32, in the shape of the weight."""
+    def delta(self, base: torch.Tensor) -> torch.Tensor:
+        """The product in the shape of the weight."""
         return (self.up.flatten(1).float() @ self.down.flatten(1).float()).view(self.shape)
 
     def kept(self, weight: float) -> tuple[torch.Tensor, ...]:
@@ -82,6 +110,7 @@ class Lora:
     settings = LoraSettings
     name = "LoRA"
     mark = ".lora_"
+    endings = ENDINGS
 
     def put(self, denoiser: nn.Module, names: Sequence[str], settings: LoraSettings) -> None:
         """As PEFT does, with layers of ours."""
@@ -122,57 +151,60 @@ class Lora:
         """The layers skip their factors at a scale of 0."""
         return without_scale(module)
 
-    def is_in(self, names: Sequence[str]) -> bool:
-        """By the names of kohya, and of diffusers and PEFT."""
-        return any(".lora_down.weight" in name or name.endswith(A) for name in names)
+    def factors(self, entry: Entry, names: ModelNames, scale_of: Callable[[str], float]) -> Tensors:
+        """The factors of each of our modules, of which that of the file may be made."""
+        if DORA_SCALE in entry.tensors:
+            raise ValueError(f"'{entry.name}' has a dora_scale; training goes on from plain LoRAs alone")
+        down, up, scale = _pair(entry)
+        factors = {}
+        for module, (own_down, own_up) in _divided(down, up, entry, names).items():
+            ratio = scale / scale_of(module)
+            factors[f"{module}{A}"] = own_down
+            # In float32: float16 would lose small values.
+            factors[f"{module}{B}"] = own_up if ratio == 1.0 else own_up.float() * ratio
+        return factors
 
-    def from_file(self, file: AdapterFile, names: ModelNames, scale_of: Callable[[str], float]) -> Tensors:
-        """Reads diffusers', PEFT's and kohya's names."""
-        if any(".lora_down.weight" in key for key in file.tensors):
-            factors, scales = _from_kohya(file, names), {}
-        else:
-            factors, scales = _from_peft(file, names)
-        ratios = {name: scales.get(name, 1.0) / scale_of(name.removesuffix(B)) for name in factors if name.endswith(B)}
-        return {
-            name: tensor * ratios[name] if ratios.get(name, 1.0) != 1.0 else tensor for name, tensor in factors.items()
-        }
+    def updates(self, entry: Entry, names: ModelNames) -> dict[str, LowRankUpdate]:
+        """One for each of our modules."""
+        down, up, scale = _pair(entry)
+        up = up if scale == 1.0 else up.float() * scale
+        return {module: LowRankUpdate(*pair) for module, pair in _divided(down, up, entry, names).items()}
 
     def to_files(self, factors: Tensors, settings: LoraSettings, wishes: ExportWishes) -> dict[str, AdapterFile | str]:
         """`adapter_model.safetensors` with keys "transformer.<module>.lora_A.weight", and PEFT's `adapter_config.json`;
         for ComfyUI a file with kohya's names.
 
-        diffusers assumes alpha = rank unless the header says otherwise, in the key that its own exporter writes.
+        diffusers assumes alpha = rank unless the header says otherwise, and ComfyUI in any case unless a tensor does,
+        which diffusers would not read. So alpha is the rank in the first file, and the scale is in `lora_A`, whose
+        values do not begin at zero.
         """
         scale = _alpha(settings) / settings.rank
-        alpha = settings.rank * scale
         config = {
             "peft_type": "LORA",
             "r": settings.rank,
-            "lora_alpha": alpha,
+            "lora_alpha": settings.rank,
             "lora_dropout": settings.dropout,
             "bias": "none",
             "target_modules": sorted({name.split(self.mark)[0] for name in factors}),
             "base_model_name_or_path": wishes.metadata.get("base_model"),
         }
-        metadata = {**wishes.metadata, "rank": str(settings.rank), "alpha": str(alpha)}
         files: dict[str, AdapterFile | str] = {}
         if "diffusers" in wishes.formats:
             known_to_diffusers = json.dumps(_diffusers_metadata(wishes, config), sort_keys=True)
+            folded = _rounded(factors, scale, wishes)
             named = {
-                f"{part}.{own}": factors[name] for part, names in wishes.parts.items() for own, name in names.items()
+                f"{part}.{own}": folded[name] for part, names in wishes.parts.items() for own, name in names.items()
             }
-            files[ADAPTER_FILE] = AdapterFile(named, {**metadata, "lora_adapter_metadata": known_to_diffusers})
-            files["adapter_config.json"] = json.dumps(config, indent=2)
+            own = {"rank": str(settings.rank), "alpha": str(settings.rank), FOLDED_SCALE: repr(scale)}
+            metadata = {**wishes.metadata, **own, HEADER: known_to_diffusers}
+            files[ADAPTER_FILE] = AdapterFile(named, metadata)
+            files[CONFIG_FILE] = json.dumps(config, indent=2)
         layout = wishes.names.layout
         if COMFYUI in wishes.formats and layout:
-            kohya = layout.lora_to_kohya(factors, lambda module: scale, wishes.names.rows_of)
-            files[f"adapter_model_{COMFYUI}.safetensors"] = AdapterFile(kohya, metadata)
+            kohya = layout.lora_to_kohya(_rounded(factors, 1.0, wishes), scale, wishes.names.rows_of)
+            metadata = {**wishes.metadata, "rank": str(settings.rank), "alpha": str(_alpha(settings))}
+            files[COMFYUI_FILE] = AdapterFile(kohya, metadata)
         return files
-
-    def updates(self, factors: Mapping[str, torch.Tensor]) -> dict[str, LowRankUpdate]:
-        """One for each pair of factors."""
-        modules = [name.removesuffix(A) for name in factors if name.endswith(A)]
-        return {module: LowRankUpdate(factors[f"{module}{A}"], factors[f"{module}{B}"]) for module in modules}
 
 
 KINDS = (Lora(),)
@@ -182,53 +214,133 @@ def _alpha(settings: LoraSettings) -> float:
     return settings.rank if settings.alpha is None else settings.alpha
 
 
-def _from_kohya(file: AdapterFile, names: ModelNames) -> Tensors:
-    """Factors whose own scale is 1."""
-    if names.layout is None:
-        raise UserError.of(
-            "kohya's names are not known for this model; give the file in diffusers' layout", str(file.path)
-        )
-    try:
-        return names.layout.lora_from_kohya(file.tensors, list(names.modules), names.rows_of)
-    except ValueError as error:
-        raise UserError.of(str(error), str(file.path)) from error
+def _rounded(factors: Tensors, scale: float, wishes: ExportWishes) -> Tensors:
+    """Factors in the type of files, with a scale in each `lora_A`. What float16 would lose stays float32, together with
+    its other half."""
+    rounded = {}
+    for name in factors:
+        if name.endswith(A):
+            names = (name, f"{name.removesuffix(A)}{B}")
+            down = factors[name] if scale == 1.0 else factors[name].float() * scale
+            pair, dtype = (down, factors[names[1]]), wishes.dtype or factors[name].dtype
+            if wishes.dtype == torch.float16 and any(map(_is_lost, pair)):
+                dtype = torch.float32
+            rounded |= zip(names, [tensor.to(dtype) for tensor in pair], strict=True)
+    return rounded
 
 
-def _from_peft(file: AdapterFile, names: ModelNames) -> tuple[Tensors, dict[str, float]]:
-    """Factors under the names of diffusers, PEFT or ComfyUI, and the scale of each `lora_B`."""
-    # If several modules are trained together, our names begin with the folder too.
-    several = any(module.startswith(f"{names.folder}.") for module in names.modules)
-    folder = "" if several else f"{names.folder}."
-    factors = {
-        key.removeprefix(PEFT_PREFIX).removeprefix(folder).removeprefix("diffusion_model."): tensor
-        for key, tensor in file.tensors.items()
+def _is_lost(tensor: torch.Tensor) -> bool:
+    """Whether float16 would lose too much of a tensor."""
+    values = tensor.float()
+    return bool((values - values.half().float()).norm() > LOST_IN_FLOAT16 * values.norm())
+
+
+def _pair(entry: Entry) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Both factors of a file's module, (R, I, ...) and (O, R, ...), and the scale of their product.
+
+    Raises:
+        ValueError: one is missing, or they do not fit each other.
+    """
+    for part in (DOWN, UP):
+        if part not in entry.tensors:
+            raise entry.lacks(part)
+    down, up, mid = entry.tensors[DOWN], entry.tensors[UP], entry.tensors.get(MID)
+    rank = len(down)
+    if up.ndim < 2 or down.ndim < 2 or up.shape[1] != (rank if mid is None else len(mid)):
+        raise ValueError(f"the factors of '{entry.name}' are {list(down.shape)} and {list(up.shape)}, which is no LoRA")
+    if mid is not None:
+        # Tucker's form, whose core is a convolution between both.
+        if mid.ndim != 4 or mid.shape[1] != rank:
+            raise ValueError(f"the lora_mid of '{entry.name}', {list(mid.shape)}, does not fit its other factors")
+        down = torch.einsum("rshw,si->rihw", mid.float(), down.flatten(1).float())
+    return _undone(down, entry), up, _scale(entry, rank)
+
+
+def _undone(down: torch.Tensor, entry: Entry) -> torch.Tensor:
+    """`lora_A` as it was trained, if the file is ours and a scale is in it."""
+    folded = float(entry.file.metadata.get(FOLDED_SCALE, 1.0))
+    return down if folded == 1.0 else down.float() / folded
+
+
+def _scale(entry: Entry, rank: int) -> float:
+    """The factor of the product: alpha / rank by the alpha of this module, of its part, or 1."""
+    if ALPHA in entry.tensors:
+        return entry.tensors[ALPHA].item() / rank
+    if FOLDED_SCALE in entry.file.metadata:
+        return float(entry.file.metadata[FOLDED_SCALE])
+    module = entry.target.modules[0]
+    known = _peft_settings(entry.file, module)
+    # As PEFT finds the alpha of a module that has its own.
+    patterns = known.get("alpha_pattern") or {}
+    own = next((alpha for name, alpha in patterns.items() if re.match(rf"(.*\.)?({name})$", module)), None)
+    alpha = known.get("lora_alpha") if own is None else own
+    return 1.0 if alpha is None else alpha / (math.sqrt(rank) if known.get("use_rslora") else rank)
+
+
+def _peft_settings(file: AdapterFile, module: str) -> Mapping[str, Any]:
+    """What PEFT was told about a part's adapter: from the header, where diffusers keeps it for each part, or from the
+    configuration beside the file."""
+    known = json.loads(file.metadata.get(HEADER, "{}"))
+    if not known:
+        config = file.path and file.path.with_name(CONFIG_FILE)
+        return read_json(config) if config and config.is_file() else {}
+    parts = sorted({key.rpartition(".")[0] for key in known}, key=lambda part: part.startswith("text_encoder"))
+    # Names of modules begin with the part if several are trained; else it is the denoiser's, of whatever name.
+    part = next((part for part in parts if part and module.startswith(f"{part}.")), parts[0])
+    return {key.rpartition(".")[2]: value for key, value in known.items() if key.rpartition(".")[0] == part}
+
+
+def _divided(
+    down: torch.Tensor, up: torch.Tensor, entry: Entry, names: ModelNames
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Both factors of each of our modules of which the file's is made.
+
+    A block-diagonal LoRA, as our exports have it, is split into those of its parts. If a program has trained the whole
+    module, all of its rank serves every part.
+    """
+    modules, swap = entry.target
+    up = torch.cat(list(reversed(up.chunk(2)))) if swap else up
+    down, up = _shaped(down, up, names.shapes.get(f"{modules[0]}.weight", ()))
+    if len(modules) == 1:
+        return {modules[0]: (down, up)}
+    rows = [names.rows_of(module) for module in modules]
+    if sum(rows) != len(up):
+        raise ValueError(f"'{entry.name}' adapts {len(up)} rows, and the model has {sum(rows)}")
+    pieces = dict(zip(modules, up.split(rows), strict=True))
+    columns = _columns_of(pieces, names) or {module: piece.any(dim=0) for module, piece in pieces.items()}
+    return {
+        module: (down[used].contiguous(), pieces[module][:, used].contiguous())
+        for module, used in columns.items()
+        if used.any()
     }
-    modules = [name.removesuffix(".alpha") for name in factors if name.endswith(".alpha")]
-    alphas = {module: factors.pop(f"{module}.alpha").item() for module in modules}
-    common_alpha = _common_alpha(file)
-    for own, other in ((B, A), (A, B)):
-        alone = next((n for n in factors if n.endswith(own) and n.removesuffix(own) + other not in factors), None)
-        if alone:
-            missing = other.removesuffix(".weight").removeprefix(".")
-            raise UserError.of(f"'{alone}' has no {missing} beside it; is the file whole?", str(file.path))
-    return factors, {name: _scale(name, factors, alphas, common_alpha) for name in factors if name.endswith(B)}
 
 
-def _common_alpha(file: AdapterFile) -> float | None:
-    """The alpha of all modules, from the header, where diffusers keeps it, or from PEFT's configuration beside the
-    file."""
-    known = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
-    config = file.path.with_name("adapter_config.json")
-    if not known and config.is_file():
-        known = read_json(config)
-    return next((value for key, value in known.items() if key.split(".")[-1] == "lora_alpha"), None)
+def _shaped(down: torch.Tensor, up: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors with as many dimensions as the weight has: programs take Linears for convolutions of 1 x 1 cells, and the
+    other way round."""
+    if len(shape) < 2 or down.ndim == len(shape) or math.prod(down.shape[1:]) != math.prod(shape[1:]):
+        return down, up
+    return down.reshape(len(down), *shape[1:]), up.reshape(*up.shape[:2], *[1] * (len(shape) - 2))
 
 
-def _scale(name: str, factors: Tensors, alphas: Mapping[str, float], common_alpha: float | None) -> float:
-    """alpha / rank of the module to which a `lora_B` belongs: with its own alpha, with that of all modules, or 1."""
-    module = name.removesuffix(B)
-    rank = factors[f"{module}{A}"].shape[0]
-    return alphas.get(module, rank if common_alpha is None else common_alpha) / rank
+def _columns_of(pieces: Mapping[str, torch.Tensor], names: ModelNames) -> dict[str, torch.Tensor] | None:
+    """Which part of the rank belongs to which module, if the file is made of the LoRAs of this run's modules: then a
+    module may have zeros alone. None if it is not."""
+    ranks = {
+        module: len(names.modules[module].lora_A[ADAPTER].weight)
+        for module in pieces
+        if hasattr(names.modules.get(module), "lora_A")
+    }
+    total, start, columns = next(iter(pieces.values())).shape[1], 0, {}
+    if sum(ranks.values()) != total:
+        return None
+    for module, rank in ranks.items():
+        columns[module] = torch.zeros(total, dtype=torch.bool)
+        columns[module][start : start + rank] = True
+        start += rank
+    nothing = torch.zeros(total, dtype=torch.bool)
+    others = (piece[:, ~columns.get(module, nothing)] for module, piece in pieces.items())
+    return None if any(piece.any() for piece in others) else columns
 
 
 def _diffusers_metadata(wishes: ExportWishes, config: Mapping[str, Any]) -> dict[str, object]:

@@ -1,5 +1,7 @@
 """Adapters that are applied before training begins: fused into the base weights, or frozen beside them. Training then
 learns the difference.
+
+Updates are known by the names of the parameters that they change.
 """
 
 from __future__ import annotations
@@ -42,39 +44,56 @@ class FusedSource:
         """One tensor; in float32 if it is changed."""
         values = self.source.read(name)
         for update, weight in self.changes.get(name, ()):
-            values = values.float() + weight * update.delta().to(values.device)
+            values = values.float()
+            values = values + weight * update.delta(values).to(values.device)
         return values
 
 
+def base_shapes(denoiser: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of a denoiser's parameters and quantised weights, by name, without the factors of an adapter."""
+    parameters = {
+        attach.base_name(name): tuple(parameter.shape)
+        for name, parameter in denoiser.named_parameters()
+        if not attach.is_factor(name)
+    }
+    return parameters | {
+        attach.base_name(f"{name}.weight"): tuple(module.shape) for name, module in _quantised(denoiser)
+    }
+
+
 def check_fits(denoiser: nn.Module, updates: Mapping[str, Update], source: str) -> None:
-    """Whether updates fit the denoiser's modules.
+    """Whether updates fit the denoiser's parameters.
 
     Raises:
-        UserError: a module does not exist, or has another size.
+        UserError: a parameter does not exist, or has another size; says how many do fit.
     """
-    shapes = {name: tuple(p.shape) for name, p in denoiser.named_parameters()}
-    shapes |= {f"{name}.weight": module.shape for name, module in _quantised(denoiser)}
-    for module, update in updates.items():
-        shape = shapes.get(f"{module}.weight", shapes.get(f"{module}.base_layer.weight"))
-        if shape is None:
-            raise UserError.of(f"adapts '{module}', which this model does not have; is it another model's?", source)
-        if update.shape != shape:
-            raise UserError.of(
-                f"adapts '{module}' as if it were {list(update.shape)}, and it is {list(shape)}; is it another "
-                "model's?",
-                source,
-            )
+    shapes = base_shapes(denoiser)
+    wrong = {name: update for name, update in updates.items() if update.shape != shapes.get(name)}
+    if not wrong:
+        return
+    name, update = next(iter(wrong.items()))
+    module, counted = name.removesuffix(".weight"), f"{len(updates) - len(wrong)} of {len(updates)} fit"
+    if name not in shapes:
+        raise UserError.of(
+            f"adapts '{module}', which has no weight in this model; {counted}; is it another model's?", source
+        )
+    raise UserError.of(
+        f"adapts '{module}' as if it were {list(update.shape)}, and it is {list(shapes[name])}; {counted}; is it "
+        "another model's, or one of another size?",
+        source,
+    )
 
 
 @torch.no_grad()
 def fuse(denoiser: nn.Module, layers: Iterable[nn.Module], updates: Mapping[str, Update], weight: float) -> None:
-    """Adds `weight` times the updates to the plain weights that `layers` hold; quantised ones have theirs from
+    """Adds `weight` times the updates to the plain parameters that `layers` hold; quantised ones have theirs from
     `before_quantising`."""
-    for module, update in _held(denoiser, layers, updates):
-        if isinstance(module, QuantisedLinear):
+    for module, own, update in _held(denoiser, layers, updates):
+        if isinstance(module, QuantisedLinear) and own == "weight":
             continue
-        changed = module.weight.float() + weight * update.delta().to(module.weight.device)
-        module.weight.copy_(changed.to(module.weight.dtype))
+        parameter = getattr(module, own)
+        base = parameter.float()
+        parameter.copy_((base + weight * update.delta(base).to(base.device)).to(parameter.dtype))
 
 
 def before_quantising(
@@ -85,9 +104,9 @@ def before_quantising(
     quantised = {attach.base_name(f"{name}.weight") for name, _ in _quantised(denoiser)}
     changes: dict[str, list[tuple[Update, float]]] = {}
     for updates, weight in presets:
-        for module, update in updates.items():
-            if f"{module}.weight" in quantised:
-                changes.setdefault(f"{module}.weight", []).append((update, weight))
+        for name, update in updates.items():
+            if name in quantised:
+                changes.setdefault(name, []).append((update, weight))
     return FusedSource(source, changes)
 
 
@@ -95,8 +114,8 @@ def attach_frozen(
     denoiser: nn.Module, layers: Iterable[nn.Module], updates: Mapping[str, Update], weight: float
 ) -> None:
     """Applies `weight` times the updates in the modules that `layers` hold, without changing their weights."""
-    for module, update in _held(denoiser, layers, updates):
-        assert isinstance(module, nn.Linear), "checked before"
+    for module, own, update in _held(denoiser, layers, updates):
+        assert isinstance(module, nn.Linear) and own == "weight", "checked before"
         before = sum(name.startswith("preset") for name, _ in module.named_buffers())
         kept = {f"preset{number}": tensor for number, tensor in enumerate(update.kept(weight), start=before)}
         # Buffers move with the module, and are not parameters: they are neither trained nor exported.
@@ -110,13 +129,17 @@ def check_beside(denoiser: nn.Module, updates: Mapping[str, Update], source: str
     """Whether updates can be applied beside their modules.
 
     Raises:
-        UserError: an update belongs to a layer that is not a Linear.
+        UserError: an update belongs to something else than the weight of a Linear, or is no sum.
     """
-    others = [name for name in updates if not isinstance(adapters.base_of(denoiser.get_submodule(name)), nn.Linear)]
-    if others:
-        raise UserError.of(
-            f"adapts '{others[0]}', which is no Linear; set `fused = true` in [[model.preset_adapters]]", source
-        )
+    for name, update in updates.items():
+        module, _, own = name.rpartition(".")
+        is_linear = isinstance(adapters.base_of(denoiser.get_submodule(module)), nn.Linear)
+        if not (is_linear and own == "weight" and update.fits_beside):
+            reason = "in a form that only fits into weights" if is_linear and own == "weight" else "which is no Linear"
+            raise UserError.of(
+                f"adapts '{name.removesuffix('.weight')}', {reason}; set `fused = true` in [[model.preset_adapters]]",
+                source,
+            )
 
 
 def _add(
@@ -131,10 +154,17 @@ def _add(
 
 def _held(
     denoiser: nn.Module, layers: Iterable[nn.Module], updates: Mapping[str, Update]
-) -> list[tuple[nn.Module, Update]]:
-    held = {id(module) for layer in layers for module in layer.modules()}
-    found = [(adapters.base_of(denoiser.get_submodule(name)), update) for name, update in updates.items()]
-    return [(module, update) for module, update in found if id(module) in held]
+) -> list[tuple[nn.Module, str, Update]]:
+    """(module, name of its parameter, update) of the parameters that `layers` hold."""
+    held = {id(part) for layer in layers for part in (*layer.modules(), *layer.parameters())}
+    found = []
+    for name, update in updates.items():
+        path, _, own = name.rpartition(".")
+        module = adapters.base_of(denoiser.get_submodule(path))
+        # A parameter of the whole denoiser lies in a layer of its own.
+        if id(module) in held or id(getattr(module, own, None)) in held:
+            found.append((module, own, update))
+    return found
 
 
 def _quantised(denoiser: nn.Module) -> list[tuple[str, QuantisedLinear]]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from utils import adapters
 from utils import ranks as together
-from utils.adapters.kinds import ExportWishes, ModelNames
+from utils.adapters.kinds import AdapterFile, ExportWishes, ModelNames
 from utils.ranks import Ranks
 from utils.run.progress import Progress
 from utils.run.tensor_file import write_tensors
@@ -70,6 +70,7 @@ class ExportPlan:
         folders: the modules that are trained, as parts of a diffusers folder.
         metadata: about the run, written into every file.
         frozen: the untrained tensors of the denoiser that this process holds, which a whole denoiser needs too.
+        note: what one must know to use an export, told with each.
         shard_bytes: size of the largest file of a denoiser in diffusers' layout.
     """
 
@@ -81,6 +82,7 @@ class ExportPlan:
     folders: tuple[PartFolder, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
     frozen: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    note: str | None = None
     shard_bytes: int = SHARD_BYTES
 
 
@@ -116,7 +118,9 @@ def export(folder: Path, ranks: Ranks, parameters: Mapping[str, torch.Tensor], p
     together.barrier()
     written = {**plan.frozen, **parameters}
     if ranks.data_rank == 0 and written:
-        held = {name: tensor.detach().to("cpu", plan.dtype or tensor.dtype) for name, tensor in written.items()}
+        # An adapter is rounded when it is whole, since how depends on both of its factors.
+        dtype = None if plan.adapter else plan.dtype
+        held = {name: tensor.detach().to("cpu", dtype or tensor.dtype) for name, tensor in written.items()}
         write_tensors(parts / f"{ranks.stage}.safetensors", {name: t.contiguous() for name, t in held.items()})
     together.barrier()
     if ranks.is_main:
@@ -133,14 +137,35 @@ def export(folder: Path, ranks: Ranks, parameters: Mapping[str, torch.Tensor], p
         unfinished.rename(folder)
         shutil.rmtree(parts)
         logger.info("exported %s", folder)
+        if plan.note:
+            logger.info(plan.note)
     together.barrier()
 
 
-def _write_adapter(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: dict[str, str]) -> None:
-    """Writes the files of the adapter's kind."""
+def adapter_files(tensors: Tensors, plan: ExportPlan, metadata: Mapping[str, str]) -> Mapping[str, AdapterFile | str]:
+    """The files of an adapter's export by name, by the adapter's kind.
+
+    Raises:
+        ValueError: a layout has no place for a tensor.
+    """
     parts = {part.name: part.own(tensors) for part in plan.folders}
-    wishes = ExportWishes(plan.formats, plan.names, parts, metadata)
-    for name, file in adapters.find(plan.adapter.type).to_files(tensors, plan.adapter, wishes).items():
+    wishes = ExportWishes(plan.formats, plan.names, parts, metadata, plan.dtype)
+    return adapters.find(plan.adapter.type).to_files(tensors, plan.adapter, wishes)
+
+
+def further_layouts(tensors: Tensors, plan: ExportPlan) -> Iterator[tuple[str, Tensors]]:
+    """(name of the file, tensors) of a whole denoiser in each layout other than diffusers'.
+
+    Raises:
+        ValueError: a layout has no place for a tensor.
+    """
+    for name, convert in plan.layouts.items():
+        if name in plan.formats:
+            yield f"model_{name}.safetensors", convert(tensors)
+
+
+def _write_adapter(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: dict[str, str]) -> None:
+    for name, file in adapter_files(tensors, plan, metadata).items():
         if isinstance(file, str):
             (folder / name).write_text(file)
         else:
@@ -155,9 +180,8 @@ def _write_denoiser(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: 
         (part_folder / "config.json").write_text(json.dumps(dict(part.config), indent=2))
         own = {here: tensors[name] for here, name in part.own(tensors).items()}
         _write_shards(part_folder, own, metadata, plan.shard_bytes, part.stem)
-    for name, convert in plan.layouts.items():
-        if name in plan.formats:
-            write_tensors(folder / f"model_{name}.safetensors", convert(tensors), metadata)
+    for name, converted in further_layouts(tensors, plan):
+        write_tensors(folder / name, converted, metadata)
 
 
 def _write_shards(folder: Path, tensors: Tensors, metadata: dict[str, str], shard_bytes: int, stem: str) -> None:

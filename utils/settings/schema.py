@@ -227,8 +227,8 @@ class Settings(SettingsTable):
     save_dtype: DType | None = None
     """Type of exported weights; default: the type in which they are trained."""
     save_format: Literal["diffusers", "comfyui", "both"] | None = None
-    """Layout of exported weights: diffusers', or the single file that ComfyUI loads; default: diffusers for an adapter,
-    both for a full fine-tune."""
+    """Layout of exported weights: diffusers', or the single file that ComfyUI loads; default: both, and diffusers' for
+    a model whose names in ComfyUI are not known."""
     checkpoint_every_n_steps: Count | None = None
     """Write the state to resume from after every n steps."""
     checkpoint_every_n_epochs: Count | None = None

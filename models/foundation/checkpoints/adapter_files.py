@@ -1,19 +1,39 @@
-"""Reads adapter files of other programs and of earlier runs: as the factors of this run, or as updates of weights."""
+"""Reads adapter files of other programs and of earlier runs: as the factors of this run, or as updates of weights.
+
+Every tensor of a file is used, or named in an error.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import safe_open
 
 from models.foundation.checkpoints.headers import read_header
+from models.foundation.checkpoints.recognition import owner_of_names
 from utils import adapters
-from utils.adapters.kinds import AdapterFile, AdapterKind, ModelNames, Tensors, Update
+from utils.adapters.differences import differences, with_dora
+from utils.adapters.file_names import Contents, contents
+from utils.adapters.kinds import DORA_SCALE, AdapterFile, AdapterKind, Entry, ModelNames, Tensors, Update
 from utils.errors import UserError
 
-OTHER_MARKS = {"LoHa": ".hada_"}
-"""Parts of tensor names that identify adapters which are not trained here."""
+Item = TypeVar("Item")
+OTHER_MARKS = {
+    "LoHa": (".hada_",),
+    "OFT": (".oft_", ".rescale"),
+    "GLoRA": (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),
+    "IA3": (".on_input", ".lora_ia3"),
+    "VeRA": ("vera_lambda_",),
+    "DoRA of PEFT": (".lora_magnitude_vector",),
+    "LoRA with biases": (".lora_B.bias", ".lora_up.bias"),
+    "replacement of weights": (".set_weight", ".reshape_weight"),
+    "textual inversion": ("bundle_emb", "emb_params"),
+}
+"""Parts of tensor names that identify what is not read here."""
+TEXT_ENCODERS = ("lora_te", "text_encoder", "te1_", "te2_")
+"""What the names of a text encoder's modules begin with."""
 
 
 def read_factors(path: Path, kind: AdapterKind, names: ModelNames, scales: Mapping[str, float]) -> Tensors:
@@ -21,50 +41,145 @@ def read_factors(path: Path, kind: AdapterKind, names: ModelNames, scales: Mappi
     that the file has in the program which wrote it.
 
     Raises:
-        UserError: the file contains none of this kind, or they cannot be read.
+        UserError: the file contains none of this kind, something else too, or they cannot be read.
     """
     file = _read(path)
-    if not kind.is_in(list(file.tensors)):
+    if not adapters.is_in(kind, file.tensors):
         raise UserError.of(
             f"no {kind.name} factors in this file, {_what_is_there(file)}; give a {kind.name} here ([adapter] goes on "
             "from its own type)",
             str(path),
         )
+    found = _checked(contents(file, names), file, path)
+    others = [entry.name for other, entry in found.entries if other is not kind]
+    if others:
+        raise UserError.of(
+            f"{_count(others, found)} have something else than {kind.name} factors, {_first(others)}; training goes on "
+            f"from a file with {kind.name} factors alone; as a whole it may be given in [[model.preset_adapters]]",
+            str(path),
+        )
     # Modules that this run does not adapt are reported with all others that have no counterpart.
-    return kind.from_file(file, names, lambda module: scales.get(module, 1.0))
+    return _joined(found, path, lambda _, entry: kind.factors(entry, names, lambda module: scales.get(module, 1.0)))
 
 
 def read_updates(path: Path, names: ModelNames) -> Mapping[str, Update]:
-    """The updates of weights by the adapter in a file or folder, by module.
+    """The updates of parameters by the adapter in a file or folder, by the parameter's name.
 
     Raises:
-        UserError: it contains no adapter of a known kind, or one that cannot be read.
+        UserError: it contains no adapter of a known kind, something else too, or one that cannot be read.
     """
     file = _read(path)
-    kind = adapters.recognised(file.tensors)
-    if kind is None:
+    found = contents(file, names)
+    if not (found.entries or found.strangers):
         known = ", ".join(kind.name for kind in adapters.available().values())
         raise UserError.of(
             f"no factors of an adapter that is known here ({known}) in this file, {_what_is_there(file)}", str(path)
         )
-    try:
-        return kind.updates(kind.from_file(file, names, lambda module: 1.0))
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError.of(str(error), str(path)) from error
+    return _joined(_checked(found, file, path), path, lambda kind, entry: _updates(kind, entry, names))
+
+
+def _updates(kind: AdapterKind | None, entry: Entry, names: ModelNames) -> dict[str, Update]:
+    """The updates by what a file has for a module, by the parameter's name."""
+    if kind is None:
+        return differences(entry, names)
+    updates = dict(kind.updates(entry, names))
+    if DORA_SCALE in entry.tensors and updates:
+        updates = with_dora(updates, entry.tensors[DORA_SCALE], entry)
+    return {f"{module}.weight": update for module, update in updates.items()}
+
+
+def _joined(
+    found: Contents, path: Path, read: Callable[[AdapterKind | None, Entry], Mapping[str, Item]]
+) -> dict[str, Item]:
+    """What is read of each entry, by our names.
+
+    Raises:
+        UserError: an entry is damaged, or two of them are for one module.
+    """
+    joined: dict[str, Item] = {}
+    by: dict[str, str] = {}
+    for kind, entry in found.entries:
+        try:
+            own = read(kind, entry)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError.of(str(error), str(path)) from error
+        twice = next((name for name in own if name in joined), None)
+        if twice:
+            raise UserError.of(
+                f"'{by[twice]}' and '{entry.name}' both adapt '{twice}', and only one of them would count elsewhere; "
+                "leave one of them out of the file",
+                str(path),
+            )
+        joined |= own
+        by |= dict.fromkeys(own, entry.name)
+    return joined
+
+
+def _checked(found: Contents, file: AdapterFile, path: Path) -> Contents:
+    """The contents, all of which can be used.
+
+    Raises:
+        UserError: modules are not this model's, or tensors belong to no known kind; says how many are.
+    """
+    if found.strangers:
+        texts = [name for name in found.strangers if name.startswith(TEXT_ENCODERS)]
+        others = [name for name in found.strangers if name not in texts]
+        if others:
+            owner = owner_of_names(others)
+            looks = f"they look like names of {owner}; " if owner else ""
+            fit = f"the other {len(found.entries)} fit; " if found.entries else ""
+            raise UserError.of(
+                f"{_count(others, found)} are not this model's, {_first(others)}; {looks}{fit}give an adapter of this "
+                "model in this size",
+                str(path),
+            )
+        raise UserError.of(
+            f"{_count(texts, found)} are a text encoder's, {_first(texts)}; those are read where [model] trains that "
+            "text encoder (text_encoder_1_lr of sdxl and sd15); otherwise leave them out of the file",
+            str(path),
+        )
+    if found.unread:
+        kinds = sorted({_kind_of(key) for key in found.unread} - {None})
+        what = f" ({', '.join(kinds)})" if kinds else ""
+        raise UserError.of(
+            f"{len(found.unread)} of its {len(file.tensors)} tensors are of a form that is not read here{what}, "
+            f"{_first(found.unread)}; leave them out of the file, or give another",
+            str(path),
+        )
+    return found
+
+
+def _count(names: Sequence[str], found: Contents) -> str:
+    modules = {*found.strangers, *(entry.name for _, entry in found.entries)}
+    return f"{len(set(names))} of its {len(modules)} modules"
+
+
+def _first(names: Sequence[str]) -> str:
+    return f"the first is '{names[0]}'"
 
 
 def _read(path: Path) -> AdapterFile:
     files = read_header(path).paths
     if not files:
         raise UserError.of("this file is empty; download it again", str(path))
+    if len(files) > 1:
+        raise UserError.of(
+            f"there are {len(files)} files here, {', '.join(file.name for file in files[:3])} ...; give one of them",
+            str(path),
+        )
     with safe_open(files[0], framework="pt") as opened:
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}
         return AdapterFile(tensors, opened.metadata() or {}, files[0])
 
 
 def _what_is_there(file: AdapterFile) -> str:
-    marks = {**OTHER_MARKS, **{kind.name: kind.mark for kind in adapters.available().values()}}
-    other = next((name for name, mark in marks.items() if any(mark in key for key in file.tensors)), None)
+    kind = adapters.recognised(file.tensors)
+    other = kind.name if kind else next(filter(None, map(_kind_of, file.tensors)), None)
     return f"it is a {other}" if other else f"its first tensor is '{next(iter(file.tensors), 'none')}'"
+
+
+def _kind_of(key: str) -> str | None:
+    """What a tensor belongs to that is not read here."""
+    return next((name for name, marks in OTHER_MARKS.items() if any(mark in key for mark in marks)), None)

@@ -9,12 +9,15 @@ has a rule of its own.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from utils.adapters.kinds import Target
+
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "")
+KOHYA, LYCORIS = "lora_unet_", "lycoris_"
 OWN_NAME = ""
 """The parameter of a rule that names a parameter instead of a module."""
 PARAMETERS = ("weight", "bias", OWN_NAME)
@@ -53,10 +56,22 @@ class KeyLayout:
 
     Args:
         unused: tensors of the other program's files that have no effect there either.
+        further: modules of other programs' LoRAs that stand in no file of weights.
+        parts_are_known: whether ComfyUI knows the parts of fused modules, by our names, in files of adapters.
     """
 
-    def __init__(self, rules: Sequence[KeyRule], unused: Sequence[str] = ()):
-        self.rules, self.unused = tuple(rules), tuple(unused)
+    part_prefixes: Mapping[str, tuple[str, ...]] = {}
+
+    def __init__(
+        self,
+        rules: Sequence[KeyRule],
+        unused: Sequence[str] = (),
+        *,
+        further: Sequence[KeyRule] = (),
+        parts_are_known: bool = False,
+    ):
+        self.rules, self.unused, self.further = tuple(rules), tuple(unused), tuple(further)
+        self.parts_are_known = parts_are_known
 
     def recognises(self, keys: Iterable[str]) -> bool:
         """Whether a file with `keys` has this layout, which is so if it contains the module of the first rule."""
@@ -125,13 +140,32 @@ class KeyLayout:
                         found |= dict(zip(names, whole.chunk(len(names)), strict=True))
         return found
 
-    def names_there(self, modules: Iterable[str]) -> dict[str, str]:
-        """Module here -> the module there to which it corresponds, or of which it is a part."""
-        ours = set(modules)
-        return {part: there for there, parts, _ in self._modules(ours) for part in parts if part in ours}
+    def targets(self, names: Iterable[str]) -> Iterator[tuple[str, Target]]:
+        """See `FileLayout`."""
+        names = set(names)
+        known = _modules_and_parameters(names)
+        for there, parts, rule in [*self._modules(known), *self._modules(known, self.further)]:
+            if all(part in known for part in parts):
+                yield there, Target(tuple(parts), rule.swap_halves)
+                for parameter, other in (("bias", "bias"), ("weight", rule.weight_there)):
+                    own = tuple(_named(part, parameter) for part in parts)
+                    # A weight that is called so follows its module's name in files of adapters.
+                    if other != "weight" and names.issuperset(own):
+                        yield _named(there, other), Target(own, rule.swap_halves)
+
+    def comfyui_names(self, modules: Iterable[str]) -> dict[str, str]:
+        """See `FileLayout`."""
+        modules = set(modules)
+        found = {
+            module: f"{LYCORIS}{module.replace('.', '_')}" for module in (modules if self.parts_are_known else set())
+        }
+        for there, parts, rule in self._modules(modules):
+            if len(parts) == 1 and not rule.swap_halves:
+                found[parts[0]] = f"{KOHYA}{there.replace('.', '_')}"
+        return found
 
     def lora_to_kohya(
-        self, factors: Mapping[str, torch.Tensor], scale_of: Callable[[str], float], rows_of: Callable[[str], int]
+        self, factors: Mapping[str, torch.Tensor], scale: float, rows_of: Callable[[str], int]
     ) -> dict[str, torch.Tensor]:
         """LoRA factors under kohya's names, which ComfyUI, Forge and diffusers read:
         `lora_unet_<module there, _ for .>.lora_down.weight`, `.lora_up.weight`, `.alpha`.
@@ -140,8 +174,11 @@ class KeyLayout:
 
         Args:
             factors: `<module>.lora_A.weight` (rank, in) and `<module>.lora_B.weight` (out, rank).
-            scale_of: module -> alpha / rank of its LoRA.
+            scale: alpha / rank of all of them.
             rows_of: module -> its number of outputs.
+
+        Raises:
+            ValueError: a module does not occur in the table.
         """
         adapted = {name.removesuffix(".lora_A.weight") for name in factors if name.endswith(".lora_A.weight")}
         converted, used = {}, set()
@@ -149,49 +186,26 @@ class KeyLayout:
             present = [part for part in parts if part in adapted]
             down = torch.cat([factors[f"{part}.lora_A.weight"] for part in present])
             blocks = [
-                factors[f"{part}.lora_B.weight"] * scale_of(part)
-                if part in adapted
-                else down.new_zeros(rows_of(part), 0)
+                factors[f"{part}.lora_B.weight"] if part in adapted else down.new_zeros(rows_of(part), 0)
                 for part in parts
             ]
-            up = torch.block_diag(*blocks)
-            name = "lora_unet_" + there.replace(".", "_")
+            up = torch.block_diag(*blocks) if len(blocks) > 1 else blocks[0]
+            name = KOHYA + there.replace(".", "_")
             converted[f"{name}.lora_down.weight"] = down.contiguous()
             converted[f"{name}.lora_up.weight"] = (swap_halves(up) if rule.swap_halves else up).contiguous()
-            converted[f"{name}.alpha"] = torch.tensor(float(down.shape[0]))
+            # Not multiplied into a factor, whose small values float16 would lose.
+            converted[f"{name}.alpha"] = torch.tensor(scale * down.shape[0])
             used.update(present)
-        assert used == adapted, f"no place in the original layout for {sorted(adapted - used)[:3]}"
+        left = sorted(adapted - used)
+        if left:
+            raise ValueError(f"no place in the original layout for adapters of {len(left)} modules, first '{left[0]}'")
         return converted
 
-    def lora_from_kohya(
-        self, tensors: Mapping[str, torch.Tensor], modules: Iterable[str], rows_of: Callable[[str], int]
-    ) -> dict[str, torch.Tensor]:
-        """The inverse of `lora_to_kohya` for the given modules of ours, with alpha multiplied into `lora_B`.
-
-        A block-diagonal LoRA of a fused module is split into its parts. If a program has trained the fused module
-        itself, all of its rank serves every part.
-        """
-        factors = {}
-        for there, parts, rule in self._modules(set(modules)):
-            name = "lora_unet_" + there.replace(".", "_")
-            if f"{name}.lora_down.weight" not in tensors:
-                continue
-            down, up = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
-            alpha = tensors.get(f"{name}.alpha", torch.tensor(float(down.shape[0])))
-            up = up * (alpha.item() / down.shape[0])
-            up = swap_halves(up) if rule.swap_halves else up
-            for part, rows in zip(parts, up.split([rows_of(part) for part in parts]), strict=True):
-                used = rows.any(dim=0) if len(parts) > 1 else torch.ones(len(down), dtype=torch.bool)
-                if used.any():
-                    factors[f"{part}.lora_A.weight"] = down[used].contiguous()
-                    factors[f"{part}.lora_B.weight"] = rows[:, used].contiguous()
-        return factors
-
-    def _modules(self, ours: set[str]) -> list[tuple[str, list[str], KeyRule]]:
+    def _modules(self, ours: set[str], rules: Sequence[KeyRule] | None = None) -> list[tuple[str, list[str], KeyRule]]:
         """(module there, modules here, rule) wherever at least one of our modules is among those here."""
         numbers = sorted({int(number) for name in ours for number in BLOCK_NUMBER.findall(name)})
         found = []
-        for rule in self.rules:
+        for rule in self.rules if rules is None else rules:
             for number in numbers if "{}" in rule.there else [0]:
                 parts = [name.format(number) for name in rule.here]
                 if any(part in ours for part in parts):

@@ -3,7 +3,9 @@ wrong file says what would fit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from utils.errors import UserError
@@ -75,6 +77,21 @@ FOLDERS = {
     "ZImagePipeline": "z_image",
 }
 """The `type` for each class that `model_index.json` of a diffusers folder may name."""
+
+ADAPTER_NAMES = {
+    "Stable Diffusion 1.5, 2 or XL": r"(down|up|mid|input|output|middle)_blocks?_",
+    "HunyuanVideo": r"individual_token_refiner|double_blocks_\d+_img_(attn_q|attn_k|mod_linear|mlp_fc)",
+    "Flux.1 or Chroma": r"(double|single)_blocks_|single_transformer_blocks_",
+    "HiDream": r"(double|single)_stream_blocks_",
+    "Stable Diffusion 3": r"joint_blocks_|transformer_blocks_\d+_(ff_context|norm1_context|attn2_add)",
+    "Qwen-Image": r"transformer_blocks_\d+_(img|txt)_(mod|mlp)",
+    "Z-Image or Lumina Image 2": r"(noise|context)_refiner_|(^|_)layers_\d+_(attention|attn|feed_forward|adaLN)",
+    "HunyuanDiT": r"blocks_\d+_(attn1_Wqkv|attn2_kv_proj|skip_linear|default_modulation)",
+    "LTX-Video": r"transformer_blocks_\d+_(audio_)?attn[12]_to_",
+    "Wan": r"(^|_)blocks_\d+_(self_attn|cross_attn|ffn|attn1_to|attn2_to)_",
+    "another transformer of diffusers, such as SD3, CogView4 or Qwen-Image": r"transformer_blocks_\d+_",
+}
+"""What modules of a model are called in adapters, with _ for dots. The first one that matches counts."""
 
 GUESS = "; is it another model's?"
 
@@ -154,3 +171,13 @@ def explained(error: UserError, shapes: Shapes, model_type: str) -> UserError:
         return error
     said = f"; it looks like {signature.what}: {signature.fits}"
     return UserError(replace(p, message=p.message.removesuffix(GUESS) + said) for p in error.problems)
+
+
+def owner_of_names(modules: Iterable[str]) -> str | None:
+    """The model to which most of these modules, of an adapter's file, belong by their names; None if it is unknown."""
+    spelled = [module.replace(".", "_") for module in modules]
+    owners = Counter(
+        next((model for model, pattern in ADAPTER_NAMES.items() if re.search(pattern, name)), None) for name in spelled
+    )
+    owners.pop(None, None)
+    return owners.most_common(1)[0][0] if owners else None

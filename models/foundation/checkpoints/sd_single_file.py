@@ -7,19 +7,21 @@ _ for dots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from models.foundation.checkpoints.folders import TextPart
 from models.foundation.checkpoints.headers import read_header
-from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
+from models.foundation.checkpoints.key_layouts import KOHYA, LYCORIS, KeyLayout, KeyRule
 from models.foundation.checkpoints.weights import CheckpointNames
+from utils.adapters.kinds import Target
 from utils.settings.model_schema import ModelSettings, TextEncoderFile
 
 Tensors = dict[str, torch.Tensor]
 
+UNET = "unet"
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
 PROJECTION = "text_projection.weight"
 LAYERS = "text_model.encoder.layers.{}"
@@ -107,64 +109,55 @@ class CheckpointLayout(KeyLayout):
 
     Args:
         unet: the publisher's names of the UNet.
-        lora_prefixes: part of the ensemble -> the prefix of its modules in kohya's files.
+        lora_prefixes: see `FileLayout.part_prefixes`.
         others: tensors of the ensemble -> the tensors of a checkpoint that do not belong to the UNet.
     """
 
-    def __init__(self, unet: KeyLayout, lora_prefixes: Mapping[str, str], others: Callable[[Tensors], Tensors]):
-        super().__init__(unet.rules)
-        self.lora_prefixes, self.others = dict(lora_prefixes), others
+    def __init__(
+        self,
+        unet: KeyLayout,
+        lora_prefixes: Mapping[str, tuple[str, ...]],
+        others: Callable[[Tensors], Tensors],
+    ):
+        super().__init__(unet.rules, parts_are_known=True)
+        self.part_prefixes, self.others = dict(lora_prefixes), others
 
     def to_original(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         """A whole checkpoint."""
-        unet = super().to_original(part_of(tensors, "unet"))
+        unet = super().to_original(part_of(tensors, UNET))
         return {**{f"{UNET_PREFIX}{name}": tensor for name, tensor in unet.items()}, **self.others(dict(tensors))}
 
+    def targets(self, names: Iterable[str]) -> Iterator[tuple[str, Target]]:
+        """The UNet's."""
+        for there, target in super().targets(_own(names)):
+            yield there, Target(tuple(f"{UNET}.{module}" for module in target.modules), target.swap_halves)
+
+    def comfyui_names(self, modules: Iterable[str]) -> dict[str, str]:
+        """See `FileLayout`."""
+        return {module: self._kohya_name(module, LYCORIS) for module in modules}
+
     def lora_to_kohya(
-        self, factors: Mapping[str, torch.Tensor], scale_of: Callable[[str], float], rows_of: Callable[[str], int]
+        self, factors: Mapping[str, torch.Tensor], scale: float, rows_of: Callable[[str], int]
     ) -> Tensors:
         """LoRA factors under kohya's names, with diffusers' names of modules."""
         converted = {}
         for module in sorted({name.partition(".lora_")[0] for name in factors}):
-            name = self._kohya_name(module)
+            name = self._kohya_name(module, KOHYA)
             down, up = factors[f"{module}.lora_A.weight"], factors[f"{module}.lora_B.weight"]
             converted[f"{name}.lora_down.weight"] = down
             converted[f"{name}.lora_up.weight"] = up
-            converted[f"{name}.alpha"] = torch.tensor(scale_of(module) * down.shape[0])
+            converted[f"{name}.alpha"] = torch.tensor(scale * down.shape[0])
         return converted
 
-    def lora_from_kohya(
-        self, tensors: Mapping[str, torch.Tensor], modules: Iterable[str], rows_of: Callable[[str], int]
-    ) -> Tensors:
-        """The inverse, with alpha multiplied into `lora_B`; knows modules by diffusers' names and the publisher's.
-
-        Raises:
-            ValueError: the file holds factors of further modules.
-        """
-        known = {self._kohya_name(module): module for module in modules}
-        unet = [module.removeprefix("unet.") for module in known.values() if module.startswith("unet.")]
-        publishers = self.names_there(unet).items()
-        known |= {self._kohya_name(f"unet.{there}"): f"unet.{here}" for here, there in publishers}
-        names = sorted({key.partition(".")[0] for key in tensors})
-        if left := [name for name in names if name not in known]:
-            others = [name for name in left if not name.startswith("lora_te")]
-            of_texts = "those of text encoders are if [model] gives them a rate (text_encoder_1_lr)"
-            hint = "is it another model's?" if others else of_texts
-            first = (others or left)[0]
-            raise ValueError(
-                f"the adapter is also for {len(left)} modules that are not trained here, the first is '{first}'; {hint}"
-            )
-        factors = {}
-        for name in names:
-            down, up = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
-            alpha = tensors.get(f"{name}.alpha", torch.tensor(float(down.shape[0]))).item()
-            factors[f"{known[name]}.lora_A.weight"] = down
-            factors[f"{known[name]}.lora_B.weight"] = up * (alpha / down.shape[0])
-        return factors
-
-    def _kohya_name(self, module: str) -> str:
+    def _kohya_name(self, module: str, of_unet: str) -> str:
         part, _, rest = module.partition(".")
-        return f"{self.lora_prefixes[part]}_{rest.replace('.', '_')}"
+        prefix = of_unet if part == UNET else self.part_prefixes[part][0]
+        return prefix + rest.replace(".", "_")
+
+
+def _own(names: Iterable[str]) -> list[str]:
+    """The names of the UNet's, without its prefix."""
+    return [name.removeprefix(f"{UNET}.") for name in names if name.startswith(f"{UNET}.")]
 
 
 def part_of(tensors: Mapping[str, torch.Tensor], part: str) -> Tensors:

@@ -157,7 +157,8 @@ def test_full_export_as_a_single_file(folder: Path, tmp_path: Path, caplog: pyte
 @pytest.mark.parametrize(
     ("adapter", "save_format", "files"),
     [
-        (lora(), None, {LORA_FILE, "adapter_config.json"}),
+        (lora(), None, {LORA_FILE, "adapter_config.json", LORA_COMFYUI}),
+        (lora(), "diffusers", {LORA_FILE, "adapter_config.json"}),
         (lora(), "comfyui", {LORA_COMFYUI}),
         (lora(), "both", {LORA_FILE, "adapter_config.json", LORA_COMFYUI}),
         (None, None, {"transformer", DENOISER_COMFYUI}),

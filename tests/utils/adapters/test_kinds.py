@@ -35,7 +35,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 }
 ADDED = """
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import nn
@@ -59,14 +59,17 @@ class Moved(nn.Module):
         return result + x @ self.diff_w.to(x.dtype).T if self.scaling[ADAPTER] else result
 
 
-class WholeUpdate(NamedTuple):
-    weight: torch.Tensor
+class WholeUpdate:
+    def __init__(self, weight):
+        self.weight = weight
 
     @property
     def shape(self):
         return tuple(self.weight.shape)
 
-    def delta(self):
+    fits_beside = True
+
+    def delta(self, base):
         return self.weight.float()
 
     def kept(self, weight):
@@ -79,6 +82,7 @@ class WholeUpdate(NamedTuple):
 
 class Difference:
     settings, name, mark = DifferenceSettings, "Difference", ".diff_"
+    endings = {".diff_w": "diff_w"}
 
     def put(self, denoiser, names, settings):
         for name in names:
@@ -97,18 +101,15 @@ class Difference:
     def switched_off(self, module):
         return without_scale(module)
 
-    def is_in(self, names):
-        return any(self.mark in name for name in names)
+    def factors(self, entry, names, scale_of):
+        return {f"{entry.target.modules[0]}.diff_w": entry.tensors["diff_w"]}
 
-    def from_file(self, file, names, scale_of):
-        return {name.removeprefix(f"{names.folder}."): tensor for name, tensor in file.tensors.items()}
+    def updates(self, entry, names):
+        return {entry.target.modules[0]: WholeUpdate(entry.tensors["diff_w"])}
 
     def to_files(self, factors, settings, wishes):
         named = {f"{wishes.names.folder}.{name}": tensor for name, tensor in factors.items()}
         return {"difference.safetensors": AdapterFile(named, wishes.metadata)}
-
-    def updates(self, factors):
-        return {name.removesuffix(".diff_w"): WholeUpdate(tensor) for name, tensor in factors.items()}
 
 
 KINDS = (Difference(),)
@@ -145,7 +146,7 @@ def moved(chosen: AdapterSettings) -> Denoiser:
 
 
 def names_of(module: nn.Module) -> ModelNames:
-    return ModelNames(FOLDER, attach.adaptable(module), None)
+    return ModelNames(FOLDER, attach.adaptable(module), None, presets.base_shapes(module))
 
 
 def inputs() -> torch.Tensor:
@@ -274,7 +275,7 @@ def test_what_it_adds_to_weights_has_its_effect(
     file = exported(adapted, chosen, tmp_path / "out")
     for plain in (denoiser(), initialised(settings("lora", {"rank": 1})), initialised(settings("lokr", {}))):
         updates = read_updates(file, names_of(plain))
-        assert updates.keys() == attach.adapted(adapted).keys()
+        assert updates.keys() == {f"{module}.weight" for module in attach.adapted(adapted)}
         presets.check_fits(plain, updates, str(file))
         bring(plain, updates, 0.25)
         bring(plain, updates, 0.75)
@@ -302,7 +303,7 @@ def test_a_file_of_no_known_kind_is_told(tmp_path: Path) -> None:
 def test_a_lokr_of_convolutions_is_told(tmp_path: Path) -> None:
     tensors = {"lycoris_blocks_0_out.lokr_w1": torch.ones(2, 2), "lycoris_blocks_0_out.lokr_w2": torch.ones(3, 3, 1, 1)}
     write_tensors(tmp_path / "a.safetensors", tensors)
-    with pytest.raises(UserError, match="the LoKr of 'blocks.0.out' is of another form than those of Linears"):
+    with pytest.raises(UserError, match="the LoKr of 'lycoris_blocks_0_out' is of another form than those of Linears"):
         read_updates(tmp_path / "a.safetensors", names_of(denoiser()))
 
 

@@ -163,7 +163,7 @@ def test_what_is_exported_does_elsewhere_what_it_does_here(
     [
         (settings(), {"x.lora_A.weight": torch.ones(2)}, "no LoKr factors in this file, it is a LoRA"),
         (LoraSettings(type="lora", rank=2), {"lycoris_x.lokr_w1": torch.ones(2)}, "no LoRA factors .* it is a LoKr"),
-        (settings(), {"lycoris_x.lokr_w1": torch.ones(2)}, "'lycoris_x.lokr_w1' has no counterpart"),
+        (settings(), {"lycoris_x.lokr_w1": torch.ones(2)}, "1 of its 1 modules are not .*, the first is 'lycoris_x'"),
         (
             settings(factor=2),
             {"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": torch.ones(4, 4)},

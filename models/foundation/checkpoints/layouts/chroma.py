@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
-from models.foundation.checkpoints.layouts.flux import BFL_LAYOUT
+from models.foundation.checkpoints.layouts.flux import BFL_LAYOUT, USO
 
 # Parts of Flux that Chroma does not have: the modulations of each block, and their inputs.
 LEFT_OUT = ("_mod.lin", "modulation.lin", "adaLN_modulation", "time_in", "vector_in", "guidance_in")
@@ -17,5 +17,7 @@ CHROMA_LAYOUT = KeyLayout(
         KeyRule("distilled_guidance_layer.layers.{}.in_layer", ("distilled_guidance_layer.layers.{}.linear_1",)),
         KeyRule("distilled_guidance_layer.layers.{}.out_layer", ("distilled_guidance_layer.layers.{}.linear_2",)),
         KeyRule("distilled_guidance_layer.norms.{}", ("distilled_guidance_layer.norms.{}",), weight_there="scale"),
-    ]
+    ],
+    further=USO,
+    parts_are_known=True,
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
 
+# The queries, keys and values of a single block, as ByteDance's USO adapts them.
+USO = [KeyRule("single_blocks.{}.linear1_qkv", tuple(f"single_transformer_blocks.{{}}.attn.to_{p}" for p in "qkv"))]
 BFL_LAYOUT = KeyLayout(
     [
         KeyRule("double_blocks.{}.img_attn.qkv", tuple(f"transformer_blocks.{{}}.attn.to_{p}" for p in "qkv")),
@@ -51,5 +53,7 @@ BFL_LAYOUT = KeyLayout(
         ),
         KeyRule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),
         KeyRule("final_layer.linear", ("proj_out",)),
-    ]
+    ],
+    further=USO,
+    parts_are_known=True,
 )

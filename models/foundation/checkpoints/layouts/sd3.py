@@ -60,5 +60,6 @@ def mmdit_layout(num_layers: int) -> KeyLayout:
             ),
             KeyRule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap_halves=True),
             KeyRule("final_layer.linear", ("proj_out",)),
-        ]
+        ],
+        parts_are_known=True,
     )

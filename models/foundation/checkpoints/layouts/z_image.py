@@ -33,4 +33,5 @@ COMFYUI_LAYOUT = KeyLayout(
         *(KeyRule(name, (name,)) for name in ("x_pad_token", "cap_pad_token")),
     ],
     unused=("norm_final.weight",),
+    parts_are_known=True,
 )

@@ -85,7 +85,7 @@ def by_kohya(place: Path) -> Path:
         for name, module in tiny_flux.transformer().named_modules()
         if isinstance(module, torch.nn.Linear)
     }
-    kohya = BFL_LAYOUT.lora_to_kohya(get_peft_model_state_dict(denoiser), lambda module: ALPHA / RANK, rows.__getitem__)
+    kohya = BFL_LAYOUT.lora_to_kohya(get_peft_model_state_dict(denoiser), ALPHA / RANK, rows.__getitem__)
     save_file(kohya, place / "lora.safetensors")
     return place / "lora.safetensors"
 
@@ -163,7 +163,7 @@ def other_kohya(place: Path) -> Path:
 
 def half_an_adapter(place: Path) -> Path:
     tensors = {name: tensor for name, tensor in load_file(by_diffusers(place)).items() if ".lora_B." in name}
-    save_file({**tensors, "transformer.other.lora_A.weight": torch.zeros(RANK, 8)}, place / "half.safetensors")
+    save_file(tensors, place / "half.safetensors")
     return place / "half.safetensors"
 
 
@@ -205,10 +205,10 @@ def damaged_configuration(place: Path) -> Path:
         (by_kohya, {"rank": 8}, "to that of the file"),
         (by_diffusers, {"include": ["to_q"]}, "has no counterpart"),
         (by_kohya, {"include": []}, "more are not in this adapter"),
-        (other_model, {}, "'unet.down_blocks.0.attn.to_q.lora_A.weight' has no counterpart"),
-        (other_kohya, {}, "are not in this adapter"),
-        (half_an_adapter, {}, "has no lora_A beside it"),
-        (without_a_lora_b, {}, "has no lora_B beside it"),
+        (other_model, {}, "1 of its 1 modules are not this model's, the first is 'unet.down_blocks.0.attn.to_q'"),
+        (other_kohya, {}, "they look like names of Stable Diffusion"),
+        (half_an_adapter, {}, "has no lora_A; is the file whole?"),
+        (without_a_lora_b, {}, "has no lora_B; is the file whole?"),
         (whole_model, {}, "no LoRA factors in this file"),
         (truncated, {}, "download it again"),
         (lambda place: place, {}, "no safetensors file here"),

@@ -18,8 +18,11 @@ from torch import nn
 from models.flux import BFL_LAYOUT, FluxPipeline
 from models.foundation.checkpoints.key_layouts import Piece, swap_halves
 from models.foundation.checkpoints.weights import build_empty
-from utils.adapters.attach import targets
-from utils.adapters.lora import LoraSettings
+from utils.adapters.attach import adaptable, attach, targets
+from utils.adapters.file_names import contents
+from utils.adapters.kinds import AdapterFile, ModelNames
+from utils.adapters.lora import Lora, LoraSettings
+from utils.adapters.presets import base_shapes
 from utils.diffusion.seeds import normal
 
 Tensors = dict[str, torch.Tensor]
@@ -137,6 +140,17 @@ def update(factors: Mapping[str, torch.Tensor], module: str, inputs: int) -> tor
     return factors[f"{module}.lora_B.weight"] @ (factors[f"{module}.lora_A.weight"] @ x_D)
 
 
+def taken_apart(kohya: Tensors, denoiser: nn.Module) -> Tensors:
+    """The factors of our modules, with the scale in them; all of the file is used."""
+    names = ModelNames("transformer", adaptable(denoiser), BFL_LAYOUT, base_shapes(denoiser))
+    found = contents(AdapterFile(kohya), names)
+    assert not (found.strangers or found.unread)
+    factors: Tensors = {}
+    for _, entry in found.entries:
+        factors |= Lora().factors(entry, names, lambda module: 1.0)
+    return factors
+
+
 def stock_reading(kohya: Tensors) -> Tensors:
     read = StockPipeline.lora_state_dict(dict(kohya))
     return {name.removeprefix("transformer."): tensor for name, tensor in read.items()}
@@ -156,7 +170,7 @@ def test_kohya_file_has_the_same_effect_in_diffusers(
     denoiser: nn.Module, patterns: str, rank: int, scale: float
 ) -> None:
     factors, sizes = random_lora(denoiser, rank, **TARGETS[patterns]), module_sizes(denoiser)
-    kohya = BFL_LAYOUT.lora_to_kohya(factors, lambda module: scale, lambda module: sizes[module][1])
+    kohya = BFL_LAYOUT.lora_to_kohya(factors, scale, lambda module: sizes[module][1])
     theirs = stock_reading(kohya)
     assert any(f"{name}.lora_A.weight" in factors for name in sizes)
     for name, (inputs, outputs) in sizes.items():
@@ -168,8 +182,8 @@ def test_kohya_file_has_the_same_effect_in_diffusers(
 @pytest.mark.parametrize("patterns", TARGETS)
 def test_kohya_file_comes_back_taken_apart(denoiser: nn.Module, patterns: str) -> None:
     factors, sizes = random_lora(denoiser, 3, **TARGETS[patterns]), module_sizes(denoiser)
-    kohya = BFL_LAYOUT.lora_to_kohya(factors, lambda module: 0.5, lambda module: sizes[module][1])
-    returned = BFL_LAYOUT.lora_from_kohya(kohya, sizes, lambda module: sizes[module][1])
+    kohya = BFL_LAYOUT.lora_to_kohya(factors, 0.5, lambda module: sizes[module][1])
+    returned = taken_apart(kohya, denoiser)
     assert returned.keys() == factors.keys()
     for name, tensor in factors.items():
         assert torch.equal(returned[name], tensor * 0.5 if ".lora_B." in name else tensor), name
@@ -186,7 +200,7 @@ def test_a_fused_kohya_lora_serves_every_part(denoiser: nn.Module) -> None:
             f"{name}.lora_up.weight": normal((ROWS[module], rank), 0, name, "up"),
             f"{name}.alpha": torch.tensor(1.0),
         }
-    ours = BFL_LAYOUT.lora_from_kohya(kohya, sizes, lambda module: sizes[module][1])
+    ours = taken_apart(kohya, denoiser)
     theirs = stock_reading(kohya)
     assert ours.keys() == theirs.keys() and len(ours) == 2 * 8
     for name, (inputs, _) in sizes.items():
@@ -195,12 +209,18 @@ def test_a_fused_kohya_lora_serves_every_part(denoiser: nn.Module) -> None:
             torch.testing.assert_close(update(ours, name, inputs), expected, rtol=1e-4, atol=1e-3)
 
 
-def test_an_untrained_kohya_lora_keeps_its_rank(denoiser: nn.Module) -> None:
-    sizes = module_sizes(denoiser)
+@pytest.mark.parametrize("patterns", [{}, {"include": ["to_k", "to_q", "mlp"]}, {"include": ["single*to_v"]}])
+@pytest.mark.parametrize("zeros", ["", "to_q", "to_k", "proj_mlp"])
+def test_zeros_keep_their_rank(patterns: dict[str, Any], zeros: str) -> None:
+    """Those that no gradient has moved: all of them, the first of a fused module, one between others, or the last."""
+    whole = build_empty(lambda: FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True))
+    sizes = module_sizes(whole)
     factors = {
-        name: torch.zeros_like(tensor) if ".lora_B." in name else tensor
-        for name, tensor in random_lora(denoiser, 2, include=["ff.net"]).items()
+        name: torch.zeros_like(tensor) if ".lora_B." in name and zeros in name else tensor
+        for name, tensor in random_lora(whole, 2, **patterns).items()
     }
-    kohya = BFL_LAYOUT.lora_to_kohya(factors, lambda module: 1.0, lambda module: sizes[module][1])
-    returned = BFL_LAYOUT.lora_from_kohya(kohya, sizes, lambda module: sizes[module][1])
-    assert {name: t.shape for name, t in returned.items()} == {name: t.shape for name, t in factors.items()}
+    kohya = BFL_LAYOUT.lora_to_kohya(factors, 1.0, lambda module: sizes[module][1])
+    attach(whole, FluxPipeline.blocks, LoraSettings(type="lora", rank=2, **patterns))
+    returned = taken_apart(kohya, whole)
+    assert returned.keys() == factors.keys()
+    assert all(torch.equal(returned[name], tensor) for name, tensor in factors.items())
