@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 import models
-from docs import generate
+from docs import generate, memory
 from tests.json_schema import Validator
+from tests.models.full_size import ALL, SD15
 from utils.settings.dataset_rules import check_dataset
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 from utils.settings.keys import is_dataset
@@ -112,6 +113,14 @@ def test_editors_find_the_schema_of_an_example_and_of_its_copy(path: Path) -> No
 @pytest.mark.parametrize("name", generate.PAGES)
 def test_the_generated_pages_are_those_of_the_code(name: str) -> None:
     assert (ROOT / "docs" / name).read_text() == generate.pages()[name], "run python docs/generate.py"
+
+
+def test_the_page_of_memory_is_that_of_the_planner() -> None:
+    """Of the smallest model; all would take minutes."""
+    page = memory.PAGE.read_text()
+    assert memory.TOP in page and memory.lora_row(SD15) in page and memory.full_row(SD15) in page
+    assert all(f"| {model.name}" in page for model in ALL)
+    assert {model.type for model in ALL} >= set(models.available()) - {"qwen_image_layered"}
 
 
 def test_every_generated_page_is_compared() -> None:
