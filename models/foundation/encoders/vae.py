@@ -6,6 +6,7 @@ Shapes: B batch, C channels, F frames, H W pixels, h w latent cells.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,8 @@ from models.foundation.checkpoints.headers import fingerprint
 from models.foundation.checkpoints.weights import assign, build_empty, load_tensors, meta_tensors
 from utils.dataset.samples import Bucket
 from utils.diffusion import seeds
+
+logger = logging.getLogger(__name__)
 
 Draw = Literal["sample", "mode", "distribution"]
 Tensors = dict[str, torch.Tensor]
@@ -151,7 +154,7 @@ class ImageAutoencoder:
         """Latents (B, C, h, w) of `pixels_BCFHW` or `control_BCFHW` in [-1, 1], F = 1, as `draw` says."""
         (pixels_BCFHW,) = inputs.values()
         pixels_BCHW = rearrange(pixels_BCFHW, "b c 1 h w -> b c h w").to(self.device, self.dtype)
-        posterior = self.vae.encode(pixels_BCHW).latent_dist
+        posterior = in_the_room_there_is(self.vae, "encode", pixels_BCHW).latent_dist
         shift, scale = self.vae.config.shift_factor or 0.0, self.vae.config.scaling_factor
         latents = posterior.mode()
         if self.draw == "sample":
@@ -164,13 +167,40 @@ class ImageAutoencoder:
         """Pixels (B, C, 1, H, W) in [-1, 1]."""
         config = self.vae.config
         latents = latents_BChw.to(self.device, self.dtype) / config.scaling_factor + (config.shift_factor or 0.0)
-        return rearrange(self.vae.decode(latents).sample.float(), "b c h w -> b c 1 h w").clamp(-1, 1)
+        return rearrange(
+            in_the_room_there_is(self.vae, "decode", latents).sample.float(), "b c h w -> b c 1 h w"
+        ).clamp(-1, 1)
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         config = self.family.config(self.folder, self.file)
         cell = 2 ** (len(config["block_out_channels"]) - 1)
         shape = (config["latent_channels"], bucket.height // cell, bucket.width // cell)
         return dict.fromkeys(self.outputs, (shape, self.dtype))
+
+
+def in_the_room_there_is(vae: nn.Module, method: str, values: torch.Tensor) -> Any:
+    """What a VAE makes of pictures or latents. Where the GPU has no memory for that, it is made in overlapping tiles,
+    from then on.
+
+    Raises:
+        torch.OutOfMemoryError: there is none for tiles either, or the VAE makes none.
+    """
+    try:
+        return getattr(vae, method)(values)
+    except torch.OutOfMemoryError:
+        if getattr(vae, "use_tiling", False) or not hasattr(vae, "enable_tiling"):
+            raise
+    # Behind the `except`, which holds what the attempt has made.
+    size = " x ".join(str(side) for side in values.shape[2:])
+    logger.warning(
+        "the GPU's memory is too small for the VAE to %s %s at once: it does so in overlapping tiles, between which the "
+        "result differs a little",
+        method,
+        size,
+    )
+    torch.cuda.empty_cache()
+    vae.enable_tiling()
+    return getattr(vae, method)(values)
 
 
 def picture_noise(pixels_BCFHW: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
-from models.foundation.encoders.vae import Family, ImageAutoencoder, Tensors, picture_noise
+from models.foundation.encoders.vae import Family, ImageAutoencoder, Tensors, in_the_room_there_is, picture_noise
 from utils.dataset.samples import Bucket
 
 STATISTICS = ("z_dim", "latents_mean", "latents_std")
@@ -43,7 +43,8 @@ class WanAutoencoder(ImageAutoencoder):
     def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Latents (B, C, f, h, w) of `pixels_BCFHW` or `control_BCFHW` in [-1, 1], as `draw` says."""
         (pixels_BCFHW,) = inputs.values()
-        posterior = self.vae.encode(pixels_BCFHW.to(self.device, self.dtype)).latent_dist
+        pixels = pixels_BCFHW.to(self.device, self.dtype)
+        posterior = in_the_room_there_is(self.vae, "encode", pixels).latent_dist
         mean, std = self._statistics()
         latents = posterior.mode()
         if self.draw == "sample":
@@ -56,7 +57,7 @@ class WanAutoencoder(ImageAutoencoder):
         """Pixels (B, C, F, H, W) in [-1, 1]."""
         mean, std = self._statistics()
         latents = latents_BCfhw.to(self.device, self.dtype) * std + mean
-        return self.vae.decode(latents).sample.float().clamp(-1, 1)
+        return in_the_room_there_is(self.vae, "decode", latents).sample.float().clamp(-1, 1)
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         config = self.family.config(self.folder, self.file)

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from diffusers import AutoencoderKL
 from einops import rearrange
 from safetensors.torch import load_file, save_file
 
-from models.foundation.encoders.vae import AUTOENCODER_KL, ImageAutoencoder
+from models.foundation.encoders.vae import AUTOENCODER_KL, ImageAutoencoder, in_the_room_there_is
 from tests.models.tiny_flux import write_folder
 from utils.dataset.samples import Bucket
 from utils.diffusion.seeds import generator
@@ -246,3 +247,38 @@ def test_fingerprint_tells_what_changes_the_latents(folder: Path, tmp_path: Path
     ]
     assert len(set(different)) == len(different)
     assert made(folder) == made(folder)
+
+
+class NeedsTiles(AutoencoderKL):
+    """A VAE for which the memory is too small as a whole."""
+
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> Any:
+        if not self.use_tiling:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().encode(x, return_dict)
+
+    def decode(self, z: torch.Tensor, return_dict: bool = True, generator: Any = None) -> Any:
+        if not self.use_tiling:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().decode(z, return_dict, generator)
+
+
+def test_where_memory_is_too_small_tiles_are_made_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    vae = NeedsTiles(**CONFIG, sample_size=32).eval()
+    pictures = pixels()[:, :, 0]
+    with torch.no_grad():
+        latents = in_the_room_there_is(vae, "encode", pictures).latent_dist.mode()
+        decoded = in_the_room_there_is(vae, "decode", latents).sample
+        assert "encode 32 x 48 at once" in caplog.text and len(caplog.records) == 1, "once: tiles are made from then on"
+        assert torch.equal(latents, vae.encode(pictures).latent_dist.mode())
+        vae.disable_tiling()
+        whole = AutoencoderKL.decode(vae, latents).sample
+    assert decoded.shape == whole.shape and not torch.equal(decoded, whole)
+
+
+def test_where_it_is_too_small_for_tiles_too_it_is_an_error() -> None:
+    vae = NeedsTiles(**CONFIG)
+    vae.enable_tiling = lambda: None
+    with pytest.raises(torch.OutOfMemoryError):
+        in_the_room_there_is(vae, "encode", pixels()[:, :, 0])
