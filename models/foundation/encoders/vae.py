@@ -193,8 +193,8 @@ def in_the_room_there_is(vae: nn.Module, method: str, values: torch.Tensor) -> A
     # Behind the `except`, which holds what the attempt has made.
     size = " x ".join(str(side) for side in values.shape[2:])
     logger.warning(
-        "the GPU's memory is too small for the VAE to %s %s at once: it does so in overlapping tiles, between which the "
-        "result differs a little",
+        "the GPU's memory is too small for the VAE to %s %s at once: it does so in overlapping tiles, between which "
+        "the result differs a little",
         method,
         size,
     )
