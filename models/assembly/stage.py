@@ -72,7 +72,13 @@ def partition(pipeline: BasePipeline, settings: Settings, denoiser: nn.Module) -
     layers = pipeline.to_layers(denoiser)
     sizes = [parameter_count(layer) for layer in layers]
     try:
-        bounds = stage_bounds(settings.partition_method, sizes, settings.pipeline_stages, settings.partition_split)
+        bounds = stage_bounds(
+            settings.partition_method,
+            sizes,
+            settings.pipeline_stages,
+            settings.partition_split,
+            settings.stage_weights,
+        )
     except ValueError as error:
         raise UserError.of(str(error), where="pipeline_stages, partition_split") from error
     try:

@@ -13,7 +13,11 @@ def repeated_blocks(layers: Sequence[nn.Module]) -> list[int]:
 
 
 def stage_bounds(
-    method: str, layer_sizes: Sequence[int], stages: int, split: Sequence[int] | None = None
+    method: str,
+    layer_sizes: Sequence[int],
+    stages: int,
+    split: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> list[tuple[int, int]]:
     """The half-open range of layers for every stage.
 
@@ -22,6 +26,7 @@ def stage_bounds(
             memory and the time; "uniform" balances the number of layers; "manual" begins stages 1, 2, ... at the
             layers named in `split`.
         layer_sizes: parameters per layer, in order.
+        weights: what each stage is to take, relative to the others; default: all alike.
 
     Raises:
         ValueError: there are fewer layers than stages, or `split` does not fit the layers.
@@ -34,8 +39,8 @@ def stage_bounds(
     if method == "manual":
         starts = _manual_starts(count, stages, split or ())
     else:
-        weights = [1] * count if method == "uniform" else list(layer_sizes)
-        starts = _balanced_starts(weights, stages)
+        sizes = [1] * count if method == "uniform" else list(layer_sizes)
+        starts = _balanced_starts(sizes, weights or [1.0] * stages)
     return list(zip(starts, [*starts[1:], count], strict=True))
 
 
@@ -51,21 +56,24 @@ def _manual_starts(count: int, stages: int, split: Sequence[int]) -> list[int]:
     return starts
 
 
-def _balanced_starts(weights: list[int], stages: int) -> list[int]:
-    """The starts of contiguous, non-empty parts whose heaviest is as light as possible (dynamic programming over the
-    last part's start); among equals, the one with the earliest cuts."""
+def _balanced_starts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """The starts of contiguous, non-empty parts, one for each weight, of which the largest relative to its weight is as
+    small as possible (dynamic programming over the last part's start); among equals, those with the earliest cuts."""
     sums = [0]
-    for weight in weights:
-        sums.append(sums[-1] + weight)
-    count = len(weights)
-    heaviest = [[0] * (count + 1) for _ in range(stages + 1)]
+    for size in sizes:
+        sums.append(sums[-1] + size)
+    count, stages = len(sizes), len(weights)
+    largest = [[0.0] * (count + 1) for _ in range(stages + 1)]
     start = [[0] * (count + 1) for _ in range(stages + 1)]
     for end in range(1, count + 1):
-        heaviest[1][end] = sums[end]
+        largest[1][end] = sums[end] / weights[0]
     for parts in range(2, stages + 1):
+        weight = weights[parts - 1]
         for end in range(parts, count + 1):
-            options = [(max(heaviest[parts - 1][cut], sums[end] - sums[cut]), cut) for cut in range(parts - 1, end)]
-            heaviest[parts][end], start[parts][end] = min(options)
+            options = [
+                (max(largest[parts - 1][cut], (sums[end] - sums[cut]) / weight), cut) for cut in range(parts - 1, end)
+            ]
+            largest[parts][end], start[parts][end] = min(options)
     starts, end = [], count
     for parts in range(stages, 0, -1):
         end = start[parts][end]

@@ -84,6 +84,14 @@ def _split_fits_method(settings: Settings, _: int) -> Iterator[Problem]:
         yield _at(place, f"must rise from each number to the next; given: {split}")
 
 
+def _weights_fit_stages(settings: Settings, _: int) -> Iterator[Problem]:
+    weights, stages, place = settings.stage_weights, settings.pipeline_stages, "key `stage_weights`"
+    if weights and settings.partition_method == "manual":
+        yield _at(place, "is not used beside partition_split, which says where stages begin; leave out one of them")
+    elif weights and len(weights) != stages:
+        yield _at(place, f"has {len(weights)} numbers for pipeline_stages = {stages}; write one for each stage")
+
+
 def _swap_fits_stages(settings: Settings, _: int) -> Iterator[Problem]:
     swapped, stages = settings.blocks_to_swap, settings.pipeline_stages
     if isinstance(swapped, list) and len(swapped) != stages:
@@ -310,6 +318,7 @@ _HARMLESS = (_eval_keys_have_data, _wandb_is_enabled)
 _RULES = (
     SettingsRule(("partition_split", "partition_method", "pipeline_stages"), _split_fits_method),
     SettingsRule(("pipeline_stages",), _stages_divide_world),
+    SettingsRule(("stage_weights", "partition_method", "pipeline_stages"), _weights_fit_stages),
     SettingsRule(("blocks_to_swap", "pipeline_stages"), _swap_fits_stages),
     SettingsRule(("blocks_to_swap", "adapter"), _swapped_weights_are_frozen),
     SettingsRule(

@@ -257,6 +257,9 @@ class Settings(SettingsTable):
     partition_method: Literal["parameters", "uniform", "manual"] = "parameters"
     """How layers are divided among stages: equal numbers of parameters, equal numbers of layers, or by
     `partition_split`."""
+    stage_weights: list[Positive] | None = None
+    """What each stage takes, relative to the others, where their GPUs differ: [2, 1] for one of 24 GB before one of
+    12. Default: all alike. Not for `manual`."""
     partition_split: list[Count] | None = None
     """For `manual`: the first layer of each stage except the first stage, counted from 0."""
     caching_batch_size: Count = 1

@@ -21,6 +21,25 @@ def test_parameters_are_balanced_as_well_as_can_be(stages: int) -> None:
     assert max(sum(SIZES[start:stop]) for start, stop in bounds) == best
 
 
+@pytest.mark.parametrize("weights", [[2.0, 1.0], [1.0, 3.0, 1.5], [0.2, 1.0, 1.0, 0.1]])
+def test_stages_take_their_share(weights: list[float]) -> None:
+    stages = len(weights)
+    bounds = stage_bounds("parameters", SIZES, stages, weights=weights)
+    assert [start for start, _ in bounds[1:]] == [stop for _, stop in bounds[:-1]] and bounds[-1][1] == len(SIZES)
+
+    def largest(cut: list[int]) -> float:
+        parts = zip(cut, cut[1:], strict=False)
+        return max(sum(SIZES[a:b]) / weight for (a, b), weight in zip(parts, weights, strict=True))
+
+    best = min(largest([0, *cut, len(SIZES)]) for cut in combinations(range(1, len(SIZES)), stages - 1))
+    assert largest([0, *(stop for _, stop in bounds)]) == best
+
+
+def test_a_card_of_twice_the_size_takes_two_thirds() -> None:
+    assert stage_bounds("uniform", [1] * 57, 2, weights=[2, 1]) == [(0, 38), (38, 57)]
+    assert stage_bounds("uniform", [1] * 57, 2, weights=[1, 2]) == [(0, 19), (19, 57)]
+
+
 def test_uniform_counts_layers() -> None:
     assert sorted(stop - start for start, stop in stage_bounds("uniform", SIZES, 3)) == [2, 2, 3]
 

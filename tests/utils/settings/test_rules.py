@@ -98,6 +98,18 @@ LORA = "[adapter]\ntype = 'lora'\nrank = 1"
             "has 1 numbers for pipeline_stages = 2",
         ),
         ({"top": "compile = true\nblocks_to_swap = 3", "tables": LORA}, "key `compile`", "blocks_to_swap yet"),
+        ({"top": "stage_weights = [2, 1]"}, "key `stage_weights`", "has 2 numbers for pipeline_stages = 1"),
+        (
+            {"top": "stage_weights = [2, 1]\npipeline_stages = 2\npartition_method = 'manual'\npartition_split = [3]"},
+            "key `stage_weights`",
+            "not used beside partition_split",
+        ),
+        ({"top": "memory_budget_gb = 24"}, "key `memory_budget_gb`", 'for "auto" only'),
+        (
+            {"top": "activation_checkpointing_every_n_blocks = 2"},
+            "key `activation_checkpointing_every_n_blocks`",
+            "for activation_checkpointing only",
+        ),
     ],
 )
 def test_each_rule(folder: Folder, parts: dict[str, str], where: str, words: str) -> None:
