@@ -147,7 +147,7 @@ def _state_bytes_8bit(settings: AdamW8bitSettings, parameter: torch.Tensor) -> i
 
 KINDS = (
     # The keys of a settings class have the names of the arguments of its optimizer.
-    OptimizerKind(AdamWSettings, AdamW, _state_bytes, not_on={}),
+    OptimizerKind(AdamWSettings, AdamW, _state_bytes, not_on={}, float32_gradients=True),
     OptimizerKind(
         AdamW8bitSettings,
         _build_8bit,

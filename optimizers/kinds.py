@@ -21,6 +21,7 @@ class OptimizerKind:
         build: (parameter groups, its keys except `type` by name) -> the optimizer. It imports third-party libraries.
         state_bytes: (keys, parameter) -> the bytes of the parameter's optimizer state after a step, without state for
             all parameters together and without step counters, which stay in the machine's memory.
+        float32_gradients: whether it takes float32 gradients of 16-bit parameters, in which micro-batches are summed.
         not_on: type of device ("cpu", "cuda") on which it does not run -> the reason, and what to do.
     """
 
@@ -28,6 +29,7 @@ class OptimizerKind:
     build: Callable[..., torch.optim.Optimizer]
     state_bytes: Callable[[Any, torch.Tensor], int]
     not_on: Mapping[str, str]
+    float32_gradients: bool = False
 
     @property
     def type(self) -> str:

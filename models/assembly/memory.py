@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import nn
@@ -109,8 +109,13 @@ class Planner:
     @cached_property
     def _held(self) -> list[tuple[int, int]]:
         averages = self.settings.ema is not None and self.settings.ema.device == "gpu"
-        of_stages = map(self.staged.stage_layers, self._stages)
-        return [held_bytes(layers, self.settings.optimizer, averages=averages) for layers in of_stages]
+        counted = partial(
+            held_bytes,
+            optimizer=self.settings.optimizer,
+            averages=averages,
+            float32_gradients=sums_in_float32(self.settings),
+        )
+        return [counted(self.staged.stage_layers(stage)) for stage in self._stages]
 
     @cached_property
     def _swaps(self) -> list[SwapPlan]:
@@ -166,14 +171,26 @@ class Planner:
         )
 
 
-def held_bytes(layers: Sequence[nn.Module], optimizer: OptimizerSettings, *, averages: bool = False) -> tuple[int, int]:
+def sums_in_float32(settings: Settings) -> bool:
+    """Whether a run sums the gradients of micro-batches in float32, whatever type their parameters have."""
+    return settings.gradient_accumulation_steps > 1 and optimizers.find(settings.optimizer.type).float32_gradients
+
+
+def held_bytes(
+    layers: Sequence[nn.Module],
+    optimizer: OptimizerSettings,
+    *,
+    averages: bool = False,
+    float32_gradients: bool = False,
+) -> tuple[int, int]:
     """The bytes of the weights of some layers, with their buffers, among them the scales of quantised weights; and the
     bytes of their gradients and optimizer state together. With `averages`, the latter include float32 averages of the
     trained parameters (an EMA on the GPU)."""
     held = {id(p): p for layer in layers for p in layer.parameters()}.values()
     trained = [p for p in held if p.requires_grad]
     kept_of = optimizers.find(optimizer.type).state_bytes
-    state = sum(parameter.nbytes + kept_of(optimizer, parameter) for parameter in trained)
+    least = torch.float32.itemsize if float32_gradients else 0
+    state = sum(p.numel() * max(p.itemsize, least) + kept_of(optimizer, p) for p in trained)
     state += 4 * sum(parameter.numel() for parameter in trained) if averages else 0
     buffers = {id(b): b for layer in layers for b in layer.buffers()}.values()
     return sum(tensor.nbytes for tensor in (*held, *buffers)), state

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 import optimizers
 from models.assembly.data import Data, reader_of
 from models.assembly.exports import export_plan
+from models.assembly.memory import sums_in_float32
 from models.assembly.noising import NoisedBatch, Noising
 from models.assembly.prompts import sample_model
 from models.assembly.stage import StagedModel, load_stage, teacher_of
@@ -163,6 +164,7 @@ def _engine(
         accumulation=settings.gradient_accumulation_steps,
         clip_norm=settings.gradient_clipping,
         teacher=teacher_of(pipeline, settings, staged),
+        float32_gradients=sums_in_float32(settings),
     )
 
 

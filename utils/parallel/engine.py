@@ -8,6 +8,7 @@ What differs from `deepspeed.runtime.pipe.engine.PipelineEngine` of 0.19.8, each
   (`wire.py`);
 - the gradient norm covers all stages, not only the first;
 - a stage without trainable parameters trains;
+- gradients of 16-bit parameters may be summed in float32;
 - a step does not walk through all modules, and with one data rank nothing is copied to be averaged;
 - evaluation returns a loss per sample, and a prediction can be had from the same stages.
 """
@@ -52,7 +53,12 @@ class StepResult:
 
 
 class Engine(PipelineEngine):
-    """Trains, evaluates and predicts with one stage of a `DenoiserPipeline`; see the module for what it corrects."""
+    """Trains, evaluates and predicts with one stage of a `DenoiserPipeline`; see the module for what it corrects.
+
+    Args:
+        float32_gradients: sum the gradients of 16-bit parameters in float32, since in their own type what later
+            micro-batches add to a large sum is lost. The optimizer must take them so.
+    """
 
     def __init__(
         self,
@@ -62,6 +68,7 @@ class Engine(PipelineEngine):
         accumulation: int,
         clip_norm: float,
         teacher: Teacher | None = None,
+        float32_gradients: bool = False,
     ):
         config = {
             # Not used: micro-batches may differ in size.
@@ -84,6 +91,9 @@ class Engine(PipelineEngine):
         # Now that the rest of the stage is on the device.
         module.swap.start(self.device)
         self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if float32_gradients:
+            for parameter in self._trained:
+                parameter.grad_dtype = torch.promote_types(parameter.dtype, torch.float32)
         self.clip_norm = clip_norm
         self.teacher = teacher
         self._grad_norm = torch.zeros(())
@@ -261,12 +271,12 @@ class Engine(PipelineEngine):
 
     def _reduce_gradients(self) -> None:
         """The means of the gradients over the data ranks; those that are missing are zeros, as on other ranks."""
-        if self.grid.get_data_parallel_world_size() > 1:
-            self._exec_reduce_grads()
-            return
         for parameter in self._trained:
             if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                # Of the parameter's type in torch before 2.10, which knows no other.
+                parameter.grad = torch.zeros_like(parameter, dtype=getattr(parameter, "grad_dtype", None))
+        if self.grid.get_data_parallel_world_size() > 1:
+            self._exec_reduce_grads()
 
     def zero_grad(self) -> None:
         """Without gradients the next step begins."""
