@@ -79,6 +79,8 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
     from utils.run.checkpoint import ResumeFlags
 
     pipeline = models.find(settings.model.type)(settings.model, settings.seed)
+    # What the model's own files settle is recorded with the rest.
+    settings = settings.model_copy(update={"model": pipeline.options})
     preflight.check_training(pipeline, str(arguments.config))
     sources = data.sources_of(settings, datasets)
     scan = data.scan_of(settings, sources, stop.raise_if_stopping, trust=arguments.trust_cache)
@@ -143,7 +145,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         "nargs": "?",
         "const": NEWEST_RUN,
         "metavar": "FOLDER",
-        "help": "go on from this checkpoint, or the newest of this run folder, or of the newest run",
+        "help": "go on from this checkpoint, or the newest of this run folder, or of the newest run of this config",
     },
     "cache_only": {"action": "store_true", "help": "encode the datasets and end"},
     "regenerate_cache": {"action": "store_true", "help": "encode everything again"},

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
@@ -34,6 +34,7 @@ from models.foundation.layers.chain import Middle
 from utils.dataset.buckets import MediaFacts
 from utils.dataset.samples import Sample
 from utils.errors import Problem, UserError
+from utils.json_files import read_json
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
@@ -41,6 +42,8 @@ BLIND_TOKENS = 512
 """Number of text tokens in models that see the first frame through CLIP: their blocks treat all tokens before these as
 CLIP's."""
 EXPERT_FOLDERS = {"high": "transformer", "low": "transformer_2"}
+EXPERT_LIMITS = {"high": "min_t", "low": "max_t"}
+"""The option that keeps an expert to the noise levels at which it is used."""
 TRAIN_STEPS = 1000
 PATCH = 2
 FPS_5B = 24.0
@@ -50,9 +53,12 @@ FPS_5B = 24.0
 class WanOptions(ModelSettings):
     """`[model]` of `type = "wan"`."""
 
+    tells_apart: ClassVar[tuple[str, ...]] = (*ModelSettings.tells_apart, "expert")
+
     expert: Literal["high", "low"] = "high"
-    """Which expert of Wan 2.2 A14B is trained: the one for much noise (set min_t = 0.875) or the one for little
-    (max_t = 0.875). Wan 2.1 has a single model, which is in the folder of the high one."""
+    """Which expert of Wan 2.2 A14B is trained: the one for much noise or the one for little. Each is trained at the
+    noise levels at which it is used: from the folder's `boundary_ratio` up or down to it, unless `min_t` or `max_t` is
+    given. Wan 2.1 has a single model, which is in the folder of the high one."""
     max_sequence_length: Count = 512
     """Number of UMT5 tokens that the model sees, including padding."""
     from_first_frame: bool = False
@@ -150,6 +156,27 @@ class Exit(nn.Module):
         )
 
 
+def boundary_of(options: WanOptions) -> float | None:
+    """The noise level from which on the expert for much noise is used, and below which the other; None for a folder
+    that does not say so, as those of models without experts."""
+    index = options.diffusers_path and options.diffusers_path / "model_index.json"
+    ratio = read_json(index).get("boundary_ratio") if index and index.is_file() else None
+    return float(ratio) if isinstance(ratio, int | float) and 0 < ratio < 1 else None
+
+
+def within_expert(options: WanOptions) -> WanOptions:
+    """The options with the limit of the expert's noise levels, if they leave it open."""
+    limit = EXPERT_LIMITS[options.expert]
+    # `check` reports a damaged index.
+    with suppress(UserError):
+        boundary = boundary_of(options)
+        if boundary is not None and limit not in options.model_fields_set:
+            limited = options.model_copy(update={limit: boundary})
+            # A limit that is given on the other side may leave nothing of the range: it is meant.
+            return limited if limited.min_t < limited.max_t else options
+    return options
+
+
 @dataclass(frozen=True)
 class CleanedFeatures(TrueLengthFeatures):
     """`TrueLengthFeatures` of the caption after the cleaning of Wan's pipeline: no HTML entities, single spaces,
@@ -175,7 +202,7 @@ class WanPipeline(BasePipeline):
     keep_in_high_precision = ("time_embedder", "scale_shift_table", "norm1", "norm2")
 
     def __init__(self, options: WanOptions, seed: int = 0):
-        super().__init__(options, seed)
+        super().__init__(within_expert(options), seed)
         # `check` reports what an incomplete folder lacks.
         with suppress(UserError):
             cell = self._vae_config.get("scale_factor_spatial", self.media.spatial // PATCH)
@@ -208,6 +235,23 @@ class WanPipeline(BasePipeline):
                 where="[model] expert",
             )
         super().check_folder()
+
+    def remarks(self) -> Iterator[tuple[str, str]]:
+        yield from super().remarks()
+        options, boundary = self.options, boundary_of(self.options)
+        trained = f"the {options.expert} expert is trained at noise levels from {options.min_t:g} to {options.max_t:g}"
+        if boundary is not None:
+            used = (boundary, 1.0) if options.expert == "high" else (0.0, boundary)
+            is_inside = used[0] <= options.min_t and options.max_t <= used[1]
+            beyond = "" if is_inside else ": beyond that range the other expert is used, and this one trained in vain"
+            note = f"{trained}; by the folder's boundary_ratio it is used from {used[0]:g} to {used[1]:g}{beyond}"
+            yield EXPERT_LIMITS[options.expert], note
+        elif (options.diffusers_path / EXPERT_FOLDERS["low"]).is_dir():
+            yield (
+                EXPERT_LIMITS[options.expert],
+                f"{trained}; from where to where it is used is not known, since model_index.json has no "
+                "boundary_ratio (0.875 in text to video, 0.9 in picture to video)",
+            )
 
     def problems_of_parts(self) -> Iterator[Problem]:
         channels, made, options = self.parts.denoiser_config["in_channels"], self._vae_config["z_dim"], self.options

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-from optimizers.kinds import Groups, OptimizerKind
+from optimizers.kinds import Groups, OptimizerKind, State
 from utils.settings.schema import OptimizerSettings
 from utils.settings.values import Betas, Positive
 
@@ -124,6 +124,12 @@ def _is_short(parameter: torch.Tensor) -> bool:
     return parameter.dtype.itemsize < torch.float32.itemsize
 
 
+def _retyped(parameter: torch.Tensor, value: torch.Tensor, state: State) -> State:
+    """The moments are float32 in any type; a 16-bit parameter has a master beside them, and no other has one."""
+    moments = {key: kept for key, kept in state.items() if key != MASTER}
+    return {**moments, MASTER: value.float()} if _is_short(parameter) else moments
+
+
 def _state_bytes(settings: AdamWSettings, parameter: torch.Tensor) -> int:
     """Two moments, and the master of a 16-bit parameter."""
     size = max(parameter.itemsize, torch.float32.itemsize)
@@ -147,11 +153,13 @@ def _state_bytes_8bit(settings: AdamW8bitSettings, parameter: torch.Tensor) -> i
 
 KINDS = (
     # The keys of a settings class have the names of the arguments of its optimizer.
-    OptimizerKind(AdamWSettings, AdamW, _state_bytes, not_on={}, float32_gradients=True),
+    OptimizerKind(AdamWSettings, AdamW, _state_bytes, not_on={}, retyped=_retyped, float32_gradients=True),
     OptimizerKind(
         AdamW8bitSettings,
         _build_8bit,
         _state_bytes_8bit,
         not_on={"cpu": 'needs a GPU, and there is none; use "adamw"'},
+        # Its state has 8 bits, or 32 where there are few elements, whatever the parameter's type.
+        retyped=lambda parameter, value, state: state,
     ),
 )

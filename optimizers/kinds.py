@@ -10,6 +10,8 @@ from utils.settings.choices import type_of
 from utils.settings.schema import OptimizerSettings
 
 Groups = list[dict[str, Any]]
+State = dict[str, Any]
+"""What an optimizer keeps for one parameter, by key."""
 
 
 @dataclass(frozen=True)
@@ -21,14 +23,17 @@ class OptimizerKind:
         build: (parameter groups, its keys except `type` by name) -> the optimizer. It imports third-party libraries.
         state_bytes: (keys, parameter) -> the bytes of the parameter's optimizer state after a step, without state for
             all parameters together and without step counters, which stay in the machine's memory.
-        float32_gradients: whether it takes float32 gradients of 16-bit parameters, in which micro-batches are summed.
         not_on: type of device ("cpu", "cuda") on which it does not run -> the reason, and what to do.
+        retyped: (parameter, its value, its state) -> the state that it has in its type, where the state was made when
+            it had another. The value is the most exact that is known, on the parameter's device.
+        float32_gradients: whether it takes float32 gradients of 16-bit parameters, in which micro-batches are summed.
     """
 
     settings: type[OptimizerSettings]
     build: Callable[..., torch.optim.Optimizer]
     state_bytes: Callable[[Any, torch.Tensor], int]
     not_on: Mapping[str, str]
+    retyped: Callable[[torch.Tensor, torch.Tensor, State], State]
     float32_gradients: bool = False
 
     @property

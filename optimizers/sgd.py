@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 
-from optimizers.kinds import OptimizerKind
+from optimizers.kinds import OptimizerKind, State
 from utils.settings.schema import OptimizerSettings
 from utils.settings.values import Share
 
@@ -22,4 +22,9 @@ def _state_bytes(settings: SGDSettings, parameter: torch.Tensor) -> int:
     return parameter.nbytes if settings.momentum else 0
 
 
-KINDS = (OptimizerKind(SGDSettings, torch.optim.SGD, _state_bytes, not_on={}),)
+def _retyped(parameter: torch.Tensor, value: torch.Tensor, state: State) -> State:
+    """The kept update is of the parameter's type."""
+    return {key: kept.to(parameter.dtype) for key, kept in state.items()}
+
+
+KINDS = (OptimizerKind(SGDSettings, torch.optim.SGD, _state_bytes, not_on={}, retyped=_retyped),)

@@ -164,6 +164,22 @@ def test_an_export_takes_the_place_of_none_after_the_data_began_anew(write_confi
     assert all(torch.equal(again[name], before[name]) for name in before)
 
 
+def test_another_configs_run_goes_on_if_it_is_named_alone(write_config: Callable[..., Path]) -> None:
+    config = write_config(max_steps=1, checkpoint_every_n_steps=1)
+    assert launch(config)[0] == [0]
+    run, other = only_run(config), config.with_name("other.toml")
+    shutil.copy(config.with_name("data.toml"), other)
+    config = write_config(max_steps=2, checkpoint_every_n_steps=1, dataset=str(other))
+    codes, log = launch(config, "--resume_from_checkpoint")
+    changed = f"dataset = {other} (checkpoint: {config.with_name('data.toml')})"
+    assert codes == [1] and f"{run.name}: {changed}" in log and "cache vae" not in log, log
+    codes, log = launch(config, "--resume_from_checkpoint", run.name)
+    assert codes == [0] and f"global_step1 goes on with {changed}" in log, log
+    # From then on it is that config's.
+    codes, log = launch(write_config(max_steps=3, dataset=str(other)), "--resume_from_checkpoint")
+    assert codes == [0] and "resuming" in log and (run / "resumed_step2" / "settings.toml").is_file(), log
+
+
 def test_a_signal_to_one_process_stops_all_after_the_step(write_config: Callable[..., Path]) -> None:
     config = write_config(pipeline_stages=2, max_steps=500)
     codes, log = launch(config, processes=2, stop_after="step 2/500")

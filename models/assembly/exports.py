@@ -13,8 +13,9 @@ from models.base import BasePipeline
 from models.foundation.layers.ensemble import Ensemble
 from utils.adapters.kinds import COMFYUI
 from utils.errors import UserError
-from utils.run.export import ExportPlan, PartFolder, adapter_files, further_layouts, settings_hash
+from utils.run.export import ExportPlan, PartFolder, adapter_files, further_layouts
 from utils.settings.model_schema import torch_dtype
+from utils.settings.reader import settings_hash
 from utils.settings.schema import Settings
 
 
@@ -81,7 +82,7 @@ def export_plan(pipeline: BasePipeline, settings: Settings, staged: StagedModel)
             "base_model": Path(pipeline.parts.denoiser_path).name
             if settings.model.transformer_path
             else settings.model.diffusers_path.resolve().name,
-            "settings_hash": settings_hash(settings.model_dump_json()),
+            "settings_hash": settings_hash(settings),
         },
         frozen=frozen,
         note=pipeline.comfyui_note if COMFYUI in formats else None,

@@ -33,7 +33,7 @@ from utils.parallel.wire import map_tensors
 from utils.ranks import Ranks
 from utils.run import folder as run_folder
 from utils.run.cadence import Duty
-from utils.run.checkpoint import Checkpoint, ResumeFlags, identity_of
+from utils.run.checkpoint import Checkpoint, ResumeFlags, identity_of, of_other_run, run_of
 from utils.run.duties import make_duties
 from utils.run.metrics import Metrics
 from utils.run.parts import RunParts
@@ -54,7 +54,9 @@ def open_checkpoint(settings: Settings, flags: ResumeFlags, staged: StagedModel)
     """
     if flags.source is None:
         return None
-    checkpoint = Checkpoint(run_folder.find_checkpoint(settings.output_dir, flags.source))
+    found = run_folder.find_checkpoint(settings.output_dir, flags.source, partial(of_other_run, settings=settings))
+    checkpoint = Checkpoint(found)
+    checkpoint.warn_of_other_run(run_of(settings))
     checkpoint.check_identity(identity_of(settings))
     checkpoint.check_weights(staged.trained(staged.layers))
     checkpoint.check_optimizer(
@@ -100,8 +102,11 @@ def build_trainer(
     reader = reader_of(data, ranks)
     noising = Noising(pipeline, ranks.is_first_stage, ranks.is_last_stage)
     batches = _batches(settings, ranks, data, epochs, reader, noising)
-    progress, ema = restore_or_start(settings, flags, checkpoint, epochs, parameters, optimizer)
-    folder = checkpoint.folder.parent if checkpoint else run_folder.create(settings, ranks, config)
+    progress, ema = restore_or_start(settings, flags, checkpoint, epochs.steps_in, parameters, optimizer)
+    if checkpoint:
+        folder = run_folder.go_on(checkpoint.folder.parent, settings, ranks, config, progress.step)
+    else:
+        folder = run_folder.create(settings, ranks, config)
     metrics = Metrics.from_settings(
         folder,
         settings.monitoring,
@@ -118,17 +123,21 @@ def restore_or_start(
     settings: Settings,
     flags: ResumeFlags,
     checkpoint: Checkpoint | None,
-    epochs: Epochs,
+    steps_in: Callable[[int], int],
     parameters: Mapping[str, Parameter],
     optimizer: Optimizer,
 ) -> tuple[Progress, EMA | None]:
-    """Where the run begins, and the averages if it has any; parameters and optimizer take the checkpoint's values."""
+    """Where the run begins, and the averages if it has any; parameters and optimizer take the checkpoint's values.
+
+    Args:
+        steps_in: epoch -> its number of steps.
+    """
     progress = Progress()
     if checkpoint:
         checkpoint.load_weights(parameters)
         if not flags.reset_optimizer:
-            checkpoint.load_optimizer(parameters, optimizer)
-        progress = checkpoint.starting_point(epochs.steps_in, restart_data=flags.reset_dataloader)
+            checkpoint.load_optimizer(parameters, optimizer, optimizers.find(settings.optimizer.type).retyped)
+        progress = checkpoint.starting_point(steps_in, restart_data=flags.reset_dataloader)
     ema = EMA(parameters.items(), settings.ema, optimizer, since=progress.step) if settings.ema else None
     if checkpoint:
         checkpoint.load_ema(ema)

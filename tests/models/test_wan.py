@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 
 from models.assembly.stage import load_stage
 from models.foundation.encoders.first_frame import given_frames
-from models.wan import WAN_LAYOUT
+from models.wan import WAN_LAYOUT, WanPipeline
 from tests import test_models as generic
 from tests.models import tiny_wan
 from tests.models.drawn_samples import draw_samples
@@ -200,3 +201,63 @@ def test_ti2v_gives_each_token_its_time(ti2v_folder: Path, given: bool) -> None:
 def test_what_does_not_fit_is_told(tmp_path: Path, changes: dict, options: dict, told: str) -> None:
     with pytest.raises(UserError, match=told):
         tiny_wan.pipeline(tiny_wan.write_folder(tmp_path, **changes), **options).check()
+
+
+def a14b(place: Path, ratio: object = 0.875, **options: object) -> WanPipeline:
+    """A model of two experts, of which the index alone is there."""
+    (place / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "boundary_ratio": ratio}))
+    (place / "transformer_2").mkdir(exist_ok=True)
+    return tiny_wan.pipeline(place, **options)
+
+
+ALL, HIGH, LOW = (0.0, 1.0), (0.875, 1.0), (0.0, 0.875)
+BEYOND = ": beyond that range the other expert is used, and this one trained in vain"
+RANGES: dict[str, tuple[dict[str, object], tuple[float, float], str]] = {
+    "high": ({}, HIGH, "high expert is trained at noise levels from 0.875 to 1; by the folder's boundary_ratio it is "),
+    "low": ({"expert": "low"}, LOW, "low expert is trained at noise levels from 0 to 0.875; by the folder's"),
+    "inside": ({"max_t": 0.95}, (0.875, 0.95), "from 0.875 to 0.95; by the folder's"),
+    "the other side of low": ({"expert": "low", "min_t": 0.5}, (0.5, 0.875), "from 0.5 to 0.875; by the folder's"),
+    "all, as asked": ({"min_t": 0.0}, ALL, f"it is used from 0.875 to 1{BEYOND}"),
+    "all of low": ({"expert": "low", "max_t": 1.0}, ALL, f"it is used from 0 to 0.875{BEYOND}"),
+    "the other's": ({"max_t": 0.8}, (0.0, 0.8), "from 0 to 0.8; by the folder's boundary_ratio it is used from 0.875"),
+}
+
+
+@pytest.mark.parametrize("case", RANGES)
+def test_an_expert_is_trained_where_it_is_used(case: str, tmp_path: Path) -> None:
+    options, (low, high), told = RANGES[case]
+    wan = a14b(tmp_path, **options)
+    sampler = wan.maths.timesteps
+    drawn = [sampler.timestep(quantile / 100, 1024) for quantile in range(101)]
+    assert low <= drawn[0] and drawn[-1] <= high
+    assert (sampler.min_t, sampler.max_t) == (low, high)
+    ((key, remark),) = wan.remarks()
+    assert key == ("max_t" if wan.options.expert == "low" else "min_t") and told in remark
+    assert (BEYOND in remark) == (case in ("all, as asked", "all of low", "the other's"))
+
+
+@pytest.mark.parametrize("ratio", [None, 0, 1.5, "0.9"])
+def test_a_folder_of_two_experts_without_a_boundary_is_told(ratio: object, tmp_path: Path) -> None:
+    wan = a14b(tmp_path, ratio)
+    assert (wan.options.min_t, wan.options.max_t) == ALL
+    ((_, remark),) = wan.remarks()
+    assert "from 0 to 1; from where to where it is used is not known, since model_index.json has no boundary" in remark
+    (tmp_path / "transformer_2").rmdir()
+    assert not list(tiny_wan.pipeline(tmp_path).remarks())
+
+
+def test_the_range_of_an_expert_is_in_the_log_and_in_the_record(
+    folder: Path, write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    place = tmp_path / "a14b"
+    place.mkdir()
+    for part in folder.iterdir():
+        (place / part.name).symlink_to(part)
+    index = json.loads((place / "model_index.json").read_text())
+    (place / "model_index.json").unlink()
+    (place / "model_index.json").write_text(json.dumps({**index, "boundary_ratio": 0.9}))
+    options = tiny_wan.pipeline(place).options.model_dump(mode="json", exclude_unset=True)
+    codes, log = launch(write_config(model=options, max_steps=1))
+    assert codes == [0], log
+    assert "[model] min_t: the high expert is trained at noise levels from 0.9 to 1" in log
+    assert tomllib.loads((only_run(tmp_path / "run.toml") / "settings.toml").read_text())["model"]["min_t"] == 0.9

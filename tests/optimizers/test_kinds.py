@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import nn
 import optimizers
 from utils.errors import UserError
 
+TYPES = list(permutations([torch.float32, torch.bfloat16, torch.float16], 2))
+"""Of a parameter, before and after."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KEYS: dict[str, list[dict[str, Any]]] = {"sgd": [{}, {"momentum": 0.9}]}
 """Keys by which an optimizer's state differs."""
@@ -39,7 +42,15 @@ def build(groups, lr, weight_decay, largest_step):
     return torch.optim.Rprop(groups, lr=lr, step_sizes=(1e-6, largest_step))
 
 
-KINDS = (OptimizerKind(RpropSettings, build, lambda settings, parameter: 2 * parameter.nbytes, {"cuda": "stays home"}),)
+def retyped(parameter, value, state):
+    return {key: kept.to(parameter.dtype) for key, kept in state.items()}
+
+
+def state_bytes(settings, parameter):
+    return 2 * parameter.nbytes
+
+
+KINDS = (OptimizerKind(RpropSettings, build, state_bytes, {"cuda": "stays home"}, retyped),)
 """
 
 
@@ -69,6 +80,39 @@ def test_state_takes_what_is_said(name: str, keys: dict[str, Any], dtype: torch.
         kept = sum(tensor.nbytes for key, tensor in tensors.items() if key != "step" and "qmap" not in key)
         assert optimizers.state_bytes(settings, parameter) == kept, tuple(parameter.shape)
         assert (parameter < 1).all()
+
+
+@pytest.mark.parametrize(("old", "new"), TYPES, ids=str)
+@pytest.mark.parametrize(("name", "keys"), CASES)
+def test_state_follows_the_type_of_its_parameter(
+    name: str, keys: dict[str, Any], old: torch.dtype, new: torch.dtype
+) -> None:
+    """It is of the types and sizes that it would have had from the start, and another step moves the parameter."""
+    kind = optimizers.find(name)
+    settings = kind.settings(type=name, lr=1e-2, **keys)
+
+    def stepped(dtype: torch.dtype) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+        parameters = [nn.Parameter(torch.ones(shape, dtype=dtype, device=DEVICE)) for shape in SHAPES]
+        optimizer = kind.build([{"params": parameters}], **settings.model_dump(exclude={"type"}))
+        step(optimizer, parameters)
+        return optimizer, parameters
+
+    def step(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, 0.5)
+        optimizer.step()
+
+    def types(state: dict[str, Any]) -> dict[str, Any]:
+        return {key: getattr(value, "dtype", type(value)) for key, value in state.items()}
+
+    (before, was), (after, now) = stepped(old), stepped(new)
+    for first, second in zip(was, now, strict=True):
+        expected = types(after.state[second])
+        after.state[second] = kind.retyped(second, first.detach().float(), before.state[first])
+        assert types(after.state[second]) == expected
+    values = [parameter.detach().clone() for parameter in now]
+    step(after, now)
+    assert all((parameter < value).all() for parameter, value in zip(now, values, strict=True))
 
 
 @pytest.mark.parametrize("name", optimizers.available())

@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from optimizers.adamw import MASTER
 from optimizers.ema import EMA
+from optimizers.kinds import State
 from utils import ranks as together
 from utils.errors import UserError
 from utils.json_files import read_json
@@ -41,6 +43,7 @@ REMOVED = ".removed"
 MADE_WITH = ("identity", "optimizer", "steps_in_epoch")
 """What a checkpoint contains about the settings with which it was made."""
 NamedParameters = Mapping[str, torch.nn.Parameter]
+Retyped = Callable[[torch.Tensor, torch.Tensor, State], State]
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,12 @@ def identity_of(settings: Settings) -> dict[str, Any]:
     for title, table in tables.items():
         identity |= {f"{title}{key}": value for key, value in table.binding().items()}
     return identity
+
+
+def run_of(settings: Settings) -> dict[str, Any]:
+    """What tells a run from others in its `output_dir`, beside `identity_of`: what the tables declare as
+    `tells_apart`."""
+    return settings.telling() | {f"[model] {key}": value for key, value in settings.model.telling().items()}
 
 
 def save(
@@ -149,8 +158,39 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
+def _of_torch(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _shown(value: Any) -> str:
     return "not set" if value is None else str(value)
+
+
+def differing(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """The settings that are not those of a checkpoint, by key, with both values.
+
+    A key exists on one side only if the other side has another type, or is older than the key. Then values that are
+    missing, off or empty count as equal.
+    """
+    return [
+        f"{key} = {_shown(here.get(key))} (checkpoint: {_shown(there.get(key))})"
+        for key in {**here, **there}
+        if (here.get(key) or None) != (there.get(key) or None)
+    ]
+
+
+def of_other_run(folder: Path, settings: Settings) -> list[str]:
+    """By which settings the checkpoint in `folder` is one of another run than `settings` describe; empty if it is of
+    that run, or so damaged that `Checkpoint` refuses it."""
+    try:
+        made_with = read_json(folder / PROGRESS)["made_with"]
+        there = made_with.get("run")
+        identity = made_with["identity"]
+    except (UserError, KeyError, TypeError, AttributeError):
+        return []
+    if there is None:
+        return ["it does not say what it was trained on, since it is of an earlier version"]
+    return differing({**run_of(settings), **identity_of(settings)}, {**there, **identity})
 
 
 class Checkpoint:
@@ -168,6 +208,7 @@ class Checkpoint:
         try:
             self.progress = Progress(**{field.name: content["progress"][field.name] for field in fields(Progress)})
             self.made_with: dict[str, Any] = {key: content["made_with"][key] for key in MADE_WITH}
+            self.run: dict[str, Any] | None = content["made_with"].get("run")
             self.ema_since: int | None = content.get("ema_since")
             stages = int(content.get("stages", len(list(folder.glob("state-*.safetensors")))))
         except (KeyError, TypeError, ValueError) as error:
@@ -196,20 +237,17 @@ class Checkpoint:
         Raises:
             UserError: names the settings that differ.
         """
-        old = self.made_with["identity"]
-        # A key exists on one side only if the other side has another type, or is older than the key. Then values that
-        # are missing, off or empty count as equal.
-        changed = [
-            f"{key} = {_shown(identity.get(key))} (checkpoint: {_shown(old.get(key))})"
-            for key in {**identity, **old}
-            if (identity.get(key) or None) != (old.get(key) or None)
-        ]
-        if changed:
+        if changed := differing(identity, self.made_with["identity"]):
             raise UserError.of(
                 f"{', '.join(changed)}; resume with what the checkpoint was made with, or start a new run with "
                 "[adapter] init_from_existing",
                 str(self.folder),
             )
+
+    def warn_of_other_run(self, run: Mapping[str, Any]) -> None:
+        """Tells what the checkpoint was trained on, if `run` is another; see `run_of`."""
+        if self.run is not None and (changed := differing(run, self.run)):
+            logger.warning("%s goes on with %s", self.folder, ", ".join(changed))
 
     def check_optimizer(self, settings: Mapping[str, Any], *, new_parameters: bool, new_state: bool) -> None:
         """Whether [optimizer] is that of the checkpoint, unless the user asked for another.
@@ -268,17 +306,31 @@ class Checkpoint:
             )
 
     def load_weights(self, parameters: NamedParameters) -> None:
-        """Copies the weights of these parameters.
+        """Copies the weights of these parameters; in another type than they had, from what is known most exactly.
 
         Raises:
             UserError: the checkpoint lacks one, or it has another shape.
         """
+        retyped = []
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(self._read(f"weights/{name}", parameter.shape))
+                weight = self._read(f"weights/{name}", parameter.shape)
+                if weight.dtype != parameter.dtype:
+                    retyped.append(f"'{name}' was {_of_torch(weight.dtype)} and is {_of_torch(parameter.dtype)}")
+                    weight = self._value(name)
+                parameter.copy_(weight)
+        if retyped:
+            logger.info("%d of %d weights go on in another type: %s", len(retyped), len(parameters), retyped[0])
 
-    def load_optimizer(self, parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> None:
-        """Restores the optimizer's state for these parameters, in the types in which it was saved."""
+    def load_optimizer(
+        self, parameters: NamedParameters, optimizer: torch.optim.Optimizer, retyped: Retyped | None = None
+    ) -> None:
+        """Restores the optimizer's state for these parameters, in the types in which it was saved.
+
+        Args:
+            retyped: what makes the state of a parameter that has another type than when it was saved; see
+                `OptimizerKind`. None where none has.
+        """
         prefix = "optimizer/"
         keys: dict[str, list[str]] = {}
         for entry in self._files:
@@ -287,7 +339,11 @@ class Checkpoint:
                 keys.setdefault(name, []).append(key)
         for name, parameter in parameters.items():
             state = {key: self._read(f"{prefix}{name}/{key}") for key in keys.get(name, [])}
-            optimizer.state[parameter] = {key: _as_kept(value, parameter.device) for key, value in state.items()}
+            kept = {key: _as_kept(value, parameter.device) for key, value in state.items()}
+            if kept and self._read(f"weights/{name}", parameter.shape).dtype != parameter.dtype:
+                assert retyped, f"{name} has another type than in {self.folder}"
+                kept = retyped(parameter, self._value(name).to(parameter.device), kept)
+            optimizer.state[parameter] = kept
 
     def load_ema(self, ema: EMA | None) -> None:
         """Restores the values of the averages, which have just begun with the run's weights. Warns if the checkpoint or
@@ -300,6 +356,11 @@ class Checkpoint:
                 average.copy_(self._read(f"ema/{name}", average.shape))
         elif self.ema_since is not None:
             logger.warning("the moving averages of %s end here: the run has no [ema]", self.folder)
+
+    def _value(self, name: str) -> torch.Tensor:
+        """A parameter's value as exactly as it is known: that of the optimizer's master where there is one."""
+        master = f"optimizer/{name}/{MASTER}"
+        return self._read(master if master in self._files else f"weights/{name}")
 
     def _read(self, key: str, shape: torch.Size | None = None) -> torch.Tensor:
         self._check(key, shape)

@@ -7,7 +7,6 @@ that no process holds the whole model; only tensors that a further layout fuses 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -201,8 +200,3 @@ def _write_shards(folder: Path, tensors: Tensors, metadata: dict[str, str], shar
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
-
-
-def settings_hash(text: str) -> str:
-    """A short name for resolved settings, in exports' metadata."""
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from itertools import chain, count
 from pathlib import Path
 
 from utils.errors import UserError
@@ -22,15 +24,13 @@ CHECKPOINT_NAME = re.compile(r"global_step(\d+)")
 
 def new_name(output_dir: Path) -> str:
     """A name for a new run: the UTC date and time, and a number if that second is taken."""
-    name = datetime.now(UTC).strftime("%Y%m%d_%H-%M-%S")
-    taken = [
-        candidate for number in range(1, 100) if not (output_dir / (candidate := _numbered(name, number))).exists()
-    ]
-    return taken[0]
+    return _free_name(output_dir, datetime.now(UTC).strftime("%Y%m%d_%H-%M-%S"))
 
 
-def _numbered(name: str, number: int) -> str:
-    return name if number == 1 else f"{name}_{number}"
+def _free_name(folder: Path, name: str) -> str:
+    """The name, or with the lowest number behind it that is not taken in the folder."""
+    names = chain([name], (f"{name}_{number}" for number in count(2)))
+    return next(candidate for candidate in names if not (folder / candidate).exists())
 
 
 def checkpoints_before(checkpoint: Path) -> list[Path]:
@@ -51,14 +51,29 @@ def create(settings: Settings, ranks: Ranks, config: Path) -> Path:
     folder = settings.output_dir / gather(ranks, "run folder", new_name(settings.output_dir))[0]
     if ranks.is_main:
         _make(folder)
-        (folder / "config.toml").write_text(_without_key(config, settings), encoding="utf-8")
-        shutil.copyfile(settings.dataset, folder / "dataset.toml")
-        for entry in settings.eval_datasets:
-            shutil.copyfile(entry.config, folder / f"dataset_{entry.name.replace('/', '_')}.toml")
-        write_resolved(settings, folder / "settings.toml")
+        _record(folder, settings, config)
         logger.info("run folder: %s", folder)
     barrier()
     return folder
+
+
+def go_on(folder: Path, settings: Settings, ranks: Ranks, config: Path, step: int) -> Path:
+    """The folder of a run that goes on from `step`, in which this leaves a record of its own: what `create` copies, in
+    `resumed_step500`, since settings may have changed."""
+    if ranks.is_main:
+        record = folder / _free_name(folder, f"resumed_step{step}")
+        _make(record)
+        _record(record, settings, config)
+        logger.info("run folder: %s; the settings from step %d on: %s", folder, step, record.name)
+    return folder
+
+
+def _record(place: Path, settings: Settings, config: Path) -> None:
+    (place / "config.toml").write_text(_without_key(config, settings), encoding="utf-8")
+    shutil.copyfile(settings.dataset, place / "dataset.toml")
+    for entry in settings.eval_datasets:
+        shutil.copyfile(entry.config, place / f"dataset_{entry.name.replace('/', '_')}.toml")
+    write_resolved(settings, place / "settings.toml")
 
 
 def _make(folder: Path) -> None:
@@ -76,9 +91,12 @@ def _without_key(config: Path, settings: Settings) -> str:
     return text.replace(key, "") if key else text
 
 
-def find_checkpoint(output_dir: Path, asked: str | None) -> Path:
+def find_checkpoint(output_dir: Path, asked: str | None, of_other_run: Callable[[Path], Sequence[str]]) -> Path:
     """The checkpoint to resume: the one that `asked` names, or the newest one of the run that it names (a path, or a
-    name in `output_dir`), or the newest one of the newest run.
+    name in `output_dir`), or the newest one of the newest run of this config.
+
+    Args:
+        of_other_run: checkpoint -> why it is one of another run; nothing if it is not.
 
     Raises:
         UserError: there is none, or it holds no checkpoint; says what there is.
@@ -95,7 +113,7 @@ def find_checkpoint(output_dir: Path, asked: str | None) -> Path:
                 "--resume_from_checkpoint",
                 str(output_dir),
             )
-        return _newest_of(resumable[-1])
+        return _newest_of_this_run(resumable, of_other_run)
     candidates = [Path(asked), output_dir / asked]
     folder = next((candidate for candidate in candidates if candidate.is_dir()), None)
     if folder is None:
@@ -112,6 +130,26 @@ def find_checkpoint(output_dir: Path, asked: str | None) -> Path:
             where="--resume_from_checkpoint",
         )
     return _newest_of(folder)
+
+
+def _newest_of_this_run(runs: Sequence[Path], of_other_run: Callable[[Path], Sequence[str]]) -> Path:
+    """The newest checkpoint of the last of `runs` that is not another's; those that are passed over are named."""
+    passed = []
+    for run in reversed(runs):
+        checkpoint = _newest_of(run)
+        reasons = of_other_run(checkpoint)
+        if not reasons:
+            for other in passed:
+                logger.warning("passed over a newer run, which is not this config's: %s", other)
+            return checkpoint
+        passed.append(f"{run.name}: {', '.join(reasons)}")
+    listed = "".join(f"\n    {other}" for other in passed[:5])
+    raise UserError.of(
+        "no run with a checkpoint is this config's. Start without --resume_from_checkpoint; or name one that was only "
+        f"trained on other data, or on a model in another place, as in --resume_from_checkpoint {runs[-1].name}. "
+        f"The newest first:{listed}",
+        str(runs[-1].parent),
+    )
 
 
 def _newest_of(run: Path) -> Path:

@@ -180,6 +180,7 @@ class Trainer:
         """Writes the state to resume from."""
         made_with = {
             "identity": checkpoint.identity_of(self.parts.settings),
+            "run": checkpoint.run_of(self.parts.settings),
             "optimizer": self.parts.settings.optimizer.model_dump(mode="json"),
             "steps_in_epoch": self.epochs.steps_in(self.progress.epoch),
         }

@@ -45,6 +45,17 @@ DIFFERENCES = (
         )
         for key in ("text_encoder_1_lr", "text_encoder_2_lr")
     ),
+    *(
+        Difference(
+            "model",
+            key,
+            "without it, an expert of Wan 2.2 A14B is trained where it is used, by the `boundary_ratio` of its folder; "
+            "there at all noise levels",
+            # Every run of an expert says so.
+            lambda settings: False,
+        )
+        for key in ("min_t", "max_t")
+    ),
     Difference(
         "adapter",
         "dtype",

@@ -163,7 +163,7 @@ FLAGS: Mapping[str, Foreign] = {
     "i_know_what_i_am_doing": leave_out("there is no check that it would skip"),
     "test_sample": Foreign("write instead: `sample_before_first_step = true` and `prompts`, in `[sampling]`"),
 }
-"""Of its command line; those of the same name, `SAME_FLAGS`, do the same."""
+"""Of its command line; those of the same name, `SAME_FLAGS`, do the same, but for what is said of them there."""
 
 SAME: Mapping[str, tuple[str, ...]] = {
     "run": (
@@ -249,16 +249,17 @@ SAME: Mapping[str, tuple[str, ...]] = {
     "directory": ("path", "mask_path", "control_path", "default_mask_file"),
 }
 """By table: what has the same name here."""
-SAME_FLAGS = (
-    "config",
-    "local_rank",
-    "resume_from_checkpoint",
-    "reset_dataloader",
-    "reset_optimizer",
-    "reset_optimizer_params",
-    "regenerate_cache",
-    "cache_only",
-    "trust_cache",
-    "master_port",
-    "dump_dataset",
-)
+SAME_FLAGS: Mapping[str, str] = {
+    "config": "",
+    "local_rank": "",
+    "resume_from_checkpoint": "without a name it takes the newest run of the same dataset, model, adapter and seed; "
+    "there the newest of the folder",
+    "reset_dataloader": "",
+    "reset_optimizer": "",
+    "reset_optimizer_params": "",
+    "regenerate_cache": "",
+    "cache_only": "",
+    "trust_cache": "",
+    "master_port": "",
+    "dump_dataset": "",
+}

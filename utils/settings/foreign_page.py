@@ -44,7 +44,8 @@ def foreign_page() -> str:
         f"### `type` in `[{place}]`\n\n{_table('type', ((name, _of_type(kind)) for name, kind in types.items()))}"
         for place, types in TYPES.items()
     ]
-    flags = {**dict.fromkeys(SAME_FLAGS, "the same"), **{name: _of_key(foreign) for name, foreign in FLAGS.items()}}
+    flags = {name: f"the same word: {here}" if here else "the same" for name, here in SAME_FLAGS.items()}
+    flags |= {name: _of_key(foreign) for name, foreign in FLAGS.items()}
     sections.append(f"## The command line\n\n{_table('flag', ((f'--{name}', said) for name, said in flags.items()))}")
     return "\n".join([*sections, _FILES])
 

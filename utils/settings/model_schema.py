@@ -60,6 +60,7 @@ class ModelSettings(SettingsTable):
     """
 
     binds_checkpoint: ClassVar[tuple[str, ...]] = ("type", "preset_adapters", "rescale_betas_zero_snr")
+    tells_apart: ClassVar[tuple[str, ...]] = ("diffusers_path", "transformer_path", "from_scratch")
 
     type: str
     """Name of the model: a file name under `models/`, without `.py`."""

@@ -4,6 +4,7 @@ import logging
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,16 @@ def resolved(settings: Settings) -> dict[str, Any]:
     return settings.model_dump(mode="json", exclude_none=True, exclude={"monitoring": {"wandb_api_key"}})
 
 
+def settings_hash(settings: Settings) -> str:
+    """A short name for all that `resolved` gives, by which an export says with which settings it was made."""
+    return blake2b(toml.dumps(resolved(settings)).encode(), digest_size=8).hexdigest()
+
+
 def write_resolved(settings: Settings, path: Path) -> None:
-    """Writes every key that has a value as TOML, fit to be read again; the account's key is left out."""
-    Path(path).write_text(toml.dumps(resolved(settings)), encoding="utf-8")
+    """Writes every key that has a value as TOML, fit to be read again, under the `settings_hash`; the account's key is
+    left out."""
+    text = f"# settings_hash: {settings_hash(settings)}\n{toml.dumps(resolved(settings))}"
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def _load(path: Path) -> dict[str, Any]:

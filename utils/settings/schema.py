@@ -175,6 +175,7 @@ class Settings(SettingsTable):
     """A run: its own keys, and the tables."""
 
     binds_checkpoint: ClassVar[tuple[str, ...]] = ("seed",)
+    tells_apart: ClassVar[tuple[str, ...]] = ("dataset",)
 
     output_dir: UserPath
     """Folder in which every run makes its own folder, named by date and time."""

@@ -21,9 +21,18 @@ class SettingsTable(BaseModel):
     binds_checkpoint: ClassVar[tuple[str, ...]] = ()
     """The keys that must not change on resuming, because the weights or the draws of a checkpoint depend on them."""
 
+    tells_apart: ClassVar[tuple[str, ...]] = ()
+    """The keys by which the runs of one folder are told apart, beside those: what is trained on what. A run may go on
+    under other values of them, but not unasked."""
+
     def binding(self) -> dict[str, Any]:
         """The values of `binds_checkpoint`, as types that JSON has."""
         return {key: getattr(self, key) for key in self.binds_checkpoint}
+
+    def telling(self) -> dict[str, Any]:
+        """The values of `tells_apart`, as types that JSON has, paths absolute."""
+        values = {key: getattr(self, key) for key in self.tells_apart}
+        return {key: str(value.resolve()) if isinstance(value, Path) else value for key, value in values.items()}
 
 
 def or_else(message: str) -> WrapValidator:

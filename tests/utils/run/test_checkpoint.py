@@ -281,6 +281,10 @@ def test_files_are_readable_by_whom_the_umask_says(tmp_path: Path) -> None:
     assert {file.stat().st_mode for file in (tmp_path / "global_step1").iterdir()} == {expected}
 
 
+def of_this_run(folder: Path) -> list[str]:
+    return []
+
+
 def test_the_newest_run_with_a_checkpoint_is_found(tmp_path: Path) -> None:
     runs = [tmp_path / f"2026010{day}_00-00-00" for day in (1, 2, 3)]
     for run in runs:
@@ -288,13 +292,13 @@ def test_the_newest_run_with_a_checkpoint_is_found(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     for run in runs[:2]:
         save(run, Progress(step=1))
-    assert find_checkpoint(tmp_path, "") == runs[1] / "global_step1"
-    assert find_checkpoint(tmp_path, runs[0].name) == runs[0] / "global_step1"
-    assert find_checkpoint(tmp_path, str(runs[0] / ".")) == runs[0] / "global_step1"
+    assert find_checkpoint(tmp_path, "", of_this_run) == runs[1] / "global_step1"
+    assert find_checkpoint(tmp_path, runs[0].name, of_this_run) == runs[0] / "global_step1"
+    assert find_checkpoint(tmp_path, str(runs[0] / "."), of_this_run) == runs[0] / "global_step1"
     with pytest.raises(UserError, match="holds no checkpoint"):
-        find_checkpoint(tmp_path, str(runs[2]))
+        find_checkpoint(tmp_path, str(runs[2]), of_this_run)
     with pytest.raises(UserError, match="no such folder"):
-        find_checkpoint(tmp_path, "nowhere")
+        find_checkpoint(tmp_path, "nowhere", of_this_run)
 
 
 @pytest.mark.parametrize("text", ["", "global_step9\n"])
@@ -303,7 +307,7 @@ def test_a_newest_checkpoint_that_is_gone_is_told(tmp_path: Path, text: str) -> 
     save(run, Progress(step=3))
     (run / "latest").write_text(text)
     with pytest.raises(UserError, match=f"latest\n.*There are: {run / 'global_step3'}"):
-        find_checkpoint(tmp_path, "")
+        find_checkpoint(tmp_path, "", of_this_run)
 
 
 def test_an_older_checkpoint_that_is_named_is_taken(tmp_path: Path) -> None:
@@ -311,8 +315,8 @@ def test_an_older_checkpoint_that_is_named_is_taken(tmp_path: Path) -> None:
     for number in (3, 6):
         save(run, Progress(step=number))
     for asked in (str(run / "global_step3"), f"{run.name}/global_step3"):
-        assert checkpoint.Checkpoint(find_checkpoint(tmp_path, asked)).progress.step == 3
-    assert checkpoint.Checkpoint(find_checkpoint(tmp_path, "")).progress.step == 6
+        assert checkpoint.Checkpoint(find_checkpoint(tmp_path, asked, of_this_run)).progress.step == 3
+    assert checkpoint.Checkpoint(find_checkpoint(tmp_path, "", of_this_run)).progress.step == 6
 
 
 def test_two_runs_of_one_second_get_two_names(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from utils.errors import UserError
 from utils.ranks import Ranks
-from utils.run.folder import create
+from utils.run.folder import create, go_on
+from utils.settings.reader import settings_hash
 from utils.settings.schema import Settings
 
 CONFIG = """# mine
@@ -39,6 +40,32 @@ def test_files_are_kept_as_given_but_for_the_accounts_key(tmp_path: Path) -> Non
     }
     assert (folder / "config.toml").read_text() == CONFIG.replace("0123secret", "")
     assert not any("secret" in path.read_text() for path in folder.iterdir())
+
+
+def test_each_time_that_a_run_goes_on_leaves_its_settings(tmp_path: Path) -> None:
+    """Beside those of the start; the hash that exports have is at the head of each."""
+    config, dataset = tmp_path / "run.toml", tmp_path / "data.toml"
+    config.write_text("# first")
+    dataset.write_text("# data")
+    keys = {"output_dir": tmp_path / "runs", "dataset": dataset, "model": {"type": "flux"}}
+    first, second, third = (Settings(**keys, optimizer={"type": "adamw", "lr": lr}) for lr in (1e-3, 1e-4, 1e-5))
+    folder = create(first, Ranks(), config)
+    before = {path.name: path.read_text() for path in folder.iterdir()}
+    config.write_text("# second")
+    dataset.write_text("# more data")
+    assert go_on(folder, second, Ranks(), config, 500) == folder
+    go_on(folder, third, Ranks(), config, 500)
+    go_on(folder, third, Ranks(), config, 700)
+    assert {path.name: path.read_text() for path in folder.iterdir() if path.is_file()} == before
+    records = {path.name: path for path in folder.iterdir() if path.is_dir()}
+    assert records.keys() == {"resumed_step500", "resumed_step500_2", "resumed_step700"}
+    assert (records["resumed_step500"] / "config.toml").read_text() == "# second"
+    assert (records["resumed_step500"] / "dataset.toml").read_text() == "# more data"
+    made = {"resumed_step500": second, "resumed_step500_2": third, "resumed_step700": third}
+    for place, settings in {folder: first, **{records[name]: settings for name, settings in made.items()}}.items():
+        head = (place / "settings.toml").read_text().splitlines()[0]
+        assert head == f"# settings_hash: {settings_hash(settings)}"
+    assert len({settings_hash(settings) for settings in (first, second, third)}) == 3
 
 
 def test_a_place_that_takes_no_folder_is_told(tmp_path: Path) -> None:
