@@ -132,14 +132,10 @@ def disconnect() -> None:
 
 def leave_together(ranks: Ranks, seconds: float) -> bool:
     """Before a process ends early: waits until all ranks want to leave, but not longer than `seconds`. Returns whether
-    all of them did.
-
-    Processes that are not connected yet just wait; a launcher ends them when the main process has ended.
-    """
+    all of them did; False at once if they are not connected yet."""
     if ranks.world_size == 1:
         return True
     if not dist.is_initialized():
-        time.sleep(0.0 if ranks.is_main else seconds)
         return False
     try:
         gather(ranks, "leaving", None, timedelta(seconds=seconds))
@@ -200,14 +196,19 @@ def _last_sign(store: dist.Store, tag: str, rank: int, last: tuple[int, float]) 
     return last if signs == last[0] else (signs, time.monotonic())
 
 
+def largest(values: Sequence[float]) -> list[float]:
+    """The largest of each value among all ranks; every rank gets the same answer."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(values)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    shared = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return shared.tolist()
+
+
 def any_rank(flags: Sequence[bool]) -> list[bool]:
     """Whether each flag is set on any rank; every rank gets the same answer."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return list(flags)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    votes = torch.tensor([int(flag) for flag in flags], device=device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return [bool(vote) for vote in votes.tolist()]
+    return [vote > 0 for vote in largest([float(flag) for flag in flags])]
 
 
 def barrier() -> None:
