@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             if not is_user_error(error):
                 raise
             with stop.ending_at_once():
-                report_user_error(error, ranks)
+                report_user_error(error, ranks, stopping=stop.pending())
             if ranks.world_size == 1:
                 disconnect()
             return 1
@@ -96,6 +96,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
         dump.prepare_folder(arguments.dump_dataset)
 
     with stop.ending_at_once():
+        stop.raise_if_stopping()
         connect(ranks, arguments.master_port)
     set_kernels()
     flags = ResumeFlags(

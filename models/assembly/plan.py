@@ -103,7 +103,7 @@ def sections(
         "model": f"{settings.model.type}, {pipeline.parts.denoiser_path}",
         "training": _trained(settings, pipeline, staged),
         "parameters": _parameters(staged),
-        "optimizer": _optimizer(settings),
+        "optimizer": _optimizer(settings, pipeline, staged),
         "processes": f"{ranks.world_size} = {ranks.stages} stages x {ranks.data_ranks} data ranks",
         "global batch": _global_batch(settings, ranks, training),
         "steps": f"{epochs.steps_in(0)} per epoch, {total} in all",
@@ -140,7 +140,7 @@ def memory_text(planner: Planner, memory: float | None) -> str:
 
 def _trained(settings: Settings, pipeline: BasePipeline, staged: StagedModel) -> str:
     adapter, denoiser = settings.adapter, staged.denoiser
-    parts = " and ".join(denoiser.configs) if isinstance(denoiser, Ensemble) else pipeline.denoiser_folder
+    parts = ", ".join(denoiser.configs) if isinstance(denoiser, Ensemble) else pipeline.denoiser_folder
     if adapter is None:
         return f"full fine-tune of {parts}, since there is no [adapter]"
     rank = adapter.model_dump().get("rank")
@@ -155,11 +155,15 @@ def _parameters(staged: StagedModel) -> str:
     return f"{parameter_count(staged.denoiser):,} in all, {trained:,} trained"
 
 
-def _optimizer(settings: Settings) -> str:
+def _optimizer(settings: Settings, pipeline: BasePipeline, staged: StagedModel) -> str:
     if settings.force_constant_lr is not None:
         return f"{settings.optimizer.type}, lr {settings.force_constant_lr:g} at every step"
+    given = settings.optimizer.lr
+    own = [pipeline.learning_rate(name) for name in staged.trained(staged.layers)]
+    rates = [f"{rate:g}" for rate in dict.fromkeys(given if rate is None else rate for rate in own)]
+    by_part = " by part" if len(rates) > 1 else ""
     warm_up = f", after {settings.warmup_steps} steps of warm-up" if settings.warmup_steps else ""
-    return f"{settings.optimizer.type}, lr {settings.optimizer.lr:g}, {settings.lr_scheduler}{warm_up}"
+    return f"{settings.optimizer.type}, lr {', '.join(rates)}{by_part}, {settings.lr_scheduler}{warm_up}"
 
 
 def _global_batch(settings: Settings, ranks: Ranks, training: Collection) -> str:

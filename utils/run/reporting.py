@@ -85,17 +85,20 @@ def is_user_error(error: Exception) -> bool:
     return isinstance(error, UserError | LaunchError | TimeoutError) or is_full
 
 
-def report_user_error(error: Exception, ranks: Ranks) -> None:
+def report_user_error(error: Exception, ranks: Ranks, *, stopping: bool = False) -> None:
     """Shows a mistake of the user once, and lets the ranks leave together.
 
     All ranks meet most mistakes at the same time: the main rank shows them, and then the others leave silently: if they
     are connected, by themselves, otherwise by the signal of a launcher whose main process has ended. A rank that waits
     in vain has met an error that the main rank has not, and shows it itself.
+
+    Args:
+        stopping: whether this process was asked to stop; then it does not wait for that.
     """
     began = time.monotonic()
     if ranks.is_main:
         _tell(error)
-    if not leave_together(ranks, SECONDS_FOR_MAIN_RANK) and not ranks.is_main:
+    if not leave_together(ranks, SECONDS_FOR_MAIN_RANK) and not (ranks.is_main or stopping):
         time.sleep(max(0.0, began + SECONDS_FOR_MAIN_RANK - time.monotonic()))
         _tell(error)
 

@@ -72,14 +72,9 @@ class StopRequests:
     @contextmanager
     def ending_at_once(self) -> Iterator[None]:
         """A context in which a signal ends the process, for waits inside of libraries: Python's handlers are not called
-        as long as these last.
-
-        Raises:
-            StopRequested: the process was asked to stop before.
-        """
+        as long as these last. What was asked before is for `pending` to tell."""
         before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPPING}
         try:
-            self.raise_if_stopping()
             yield
         finally:
             for number, handler in before.items():
