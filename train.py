@@ -143,9 +143,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     resets = [name for name in FLAGS if name.startswith("reset_") and getattr(arguments, name)]
     if resets and arguments.resume_from_checkpoint is None:
         parser.error(f"--{resets[0]} says how to resume; give --resume_from_checkpoint with it")
+    others = [name for name in NOT_WITH_EXPORT if getattr(arguments, name) not in (None, False)]
+    if arguments.export is not None and others:
+        parser.error(f"--export does nothing else; leave --{others[0]} out, or --export")
+    if arguments.export == "":
+        parser.error("--export: name a checkpoint, or a run's folder")
     return arguments
 
 
+NOT_WITH_EXPORT = ("resume_from_checkpoint", "cache_only", "regenerate_cache", "dump_dataset", "check")
+"""Flags that ask for something that an export does not do."""
 FLAGS: dict[str, dict[str, Any]] = {
     "config": {"type": Path, "required": True, "help": "TOML file of the run"},
     "resume_from_checkpoint": {
