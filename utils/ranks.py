@@ -112,15 +112,32 @@ def connect(ranks: Ranks, master_port: int | None = None) -> None:
         torch.cuda.set_device(ranks.device)
     _share_cores(ranks)
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=_meet(ranks), rank=ranks.rank, world_size=ranks.world_size, timeout=COLLECTIVE_TIMEOUT
+    )
+
+
+def _meet(ranks: Ranks) -> dist.Store:
+    """The key-value store of the run, which the main process hosts.
+
+    Raises:
+        LaunchError: another program, or another run, has its port.
+    """
     try:
-        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=COLLECTIVE_TIMEOUT)
+        store, *_ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=COLLECTIVE_TIMEOUT))
+        store.set_timeout(COLLECTIVE_TIMEOUT)
+        is_ours = ranks.world_size == 1 or store.add(f"here/{ranks.rank}", 1) == 1
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        raise LaunchError(
-            f"--master_port: the port {os.environ['MASTER_PORT']} is taken, perhaps by another run on this machine; "
-            "give the launcher a free one: deepspeed --master_port 29501 ..., torchrun --master_port 29501 ..."
-        ) from None
+        is_ours = False
+    if is_ours:
+        return store
+    # Another run's store takes whoever comes; that it has a process of this rank already tells it from ours.
+    raise LaunchError(
+        f"--master_port: the port {os.environ['MASTER_PORT']} is taken, perhaps by another run on this machine; "
+        "give the launcher a free one: deepspeed --master_port 29501 ..., torchrun --master_port 29501 ..."
+    )
 
 
 def disconnect() -> None:
