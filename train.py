@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             if not is_user_error(error):
                 raise
-            report_user_error(error, ranks)
+            with stop.ending_at_once():
+                report_user_error(error, ranks, stopping=stop.pending())
             if ranks.world_size == 1:
                 disconnect()
             return 1
@@ -69,13 +70,13 @@ def main(argv: list[str] | None = None) -> int:
 def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started: float) -> bool:
     """Settings, data, cache, model, training: each is checked before the next is loaded. Returns whether the run came
     to its end."""
-    # A plan without a launcher is that of one pipeline, whatever its number of stages.
-    world_size = None if arguments.check and ranks.world_size == 1 else ranks.world_size
+    # A plan without a launcher is that of one pipeline, whatever its number of stages; an export is one process's work.
+    world_size = None if (arguments.check or arguments.export) and ranks.world_size == 1 else ranks.world_size
     settings, datasets = read_settings(arguments.config, world_size, bool(arguments.foreign))
     ranks = replace(ranks, world_size=world_size or settings.pipeline_stages).with_stages(settings.pipeline_stages)
 
     # The settings are sound: the model, diffusers and the rest are imported from here on.
-    from models.assembly import data, dump, fitting, preflight, trainer
+    from models.assembly import checkpoint_export, data, dump, plan, preflight, trainer
     from utils.run.checkpoint import ResumeFlags
 
     pipeline = models.find(settings.model.type)(settings.model, settings.seed)
@@ -87,12 +88,18 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
     if arguments.check:
         show(preflight.plan_of(settings, ranks, pipeline, sources, scan), ranks)
         return True
+    if arguments.export:
+        if ranks.is_main:
+            checkpoint_export.export_checkpoint(arguments.export, settings, pipeline)
+        return True
     looks = arguments.cache_only or arguments.dump_dataset
     staged = preflight.check_run(settings, ranks, pipeline, trains=not looks)
     if arguments.dump_dataset and ranks.is_main:
         dump.prepare_folder(arguments.dump_dataset)
 
-    connect(ranks, arguments.master_port)
+    with stop.ending_at_once():
+        stop.raise_if_stopping()
+        connect(ranks, arguments.master_port)
     set_kernels()
     flags = ResumeFlags(
         arguments.resume_from_checkpoint,
@@ -109,7 +116,9 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
     if looks:
         return True
 
-    settings = fitting.settled(settings, ranks, pipeline, staged, cached)
+    settings = plan.settled(
+        settings, ranks, pipeline, staged, cached, checkpoint, restart_data=arguments.reset_dataloader
+    )
     initialize_deepspeed()
     built = trainer.build_trainer(
         settings, ranks, pipeline, cached, stop, config=arguments.config, flags=flags, checkpoint=checkpoint
@@ -136,9 +145,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     resets = [name for name in FLAGS if name.startswith("reset_") and getattr(arguments, name)]
     if resets and arguments.resume_from_checkpoint is None:
         parser.error(f"--{resets[0]} says how to resume; give --resume_from_checkpoint with it")
+    others = [name for name in NOT_WITH_EXPORT if getattr(arguments, name) not in (None, False)]
+    if arguments.export is not None and others:
+        parser.error(f"--export does nothing else; leave --{others[0]} out, or --export")
+    if arguments.export == "":
+        parser.error("--export: name a checkpoint, or a run's folder")
     return arguments
 
 
+NOT_WITH_EXPORT = ("resume_from_checkpoint", "cache_only", "regenerate_cache", "dump_dataset", "check")
+"""Flags that ask for something that an export does not do."""
 FLAGS: dict[str, dict[str, Any]] = {
     "config": {"type": Path, "required": True, "help": "TOML file of the run"},
     "resume_from_checkpoint": {
@@ -146,6 +162,11 @@ FLAGS: dict[str, dict[str, Any]] = {
         "const": NEWEST_RUN,
         "metavar": "FOLDER",
         "help": "go on from this checkpoint, or the newest of this run folder, or of the newest run of this config",
+    },
+    "export": {
+        "metavar": "CHECKPOINT",
+        "help": "export the weights of this checkpoint, or of the newest of this run folder, as the config asks for, "
+        "and end",
     },
     "cache_only": {"action": "store_true", "help": "encode the datasets and end"},
     "regenerate_cache": {"action": "store_true", "help": "encode everything again"},
@@ -195,15 +216,7 @@ def train(trainer: Trainer) -> bool:
         report.step(done.step, done.epoch, values)
         stopped = trainer.advance(done)
     report.close()
-    trainer.close(batches)
-    if stopped and trainer.progress.step == first:
-        logger.warning("stopped before a step was made; what is cached stays cached")
-    elif stopped:
-        logger.warning("stopped; --resume_from_checkpoint %s goes on from here", run.folder)
-    elif first == last:
-        logger.warning(
-            "nothing is left to train: %d epochs are done; set epochs or max_steps higher", trainer.progress.epoch
-        )
+    trainer.end(batches, stopped)
     return not stopped
 
 

@@ -89,12 +89,19 @@ def _run(job: Callable[..., Any], rank: int, world_size: int, port: int, results
 
 
 def run_command(
-    words: list[str], world_size: int, log: Path, stop_after: str | None = None, *, ends_others: bool = False
+    words: list[str],
+    world_size: int,
+    log: Path,
+    stop_after: str | None = None,
+    *,
+    ends_others: bool = False,
+    taken: socket.socket | None = None,
 ) -> list[int]:
     """`train.py` with these words on `world_size` processes; the exit codes, in the order of the ranks. What they print
     goes to `log`; once it has the text `stop_after`, the last process is sent SIGTERM. With `ends_others` the rest are
-    ended when the main process has failed, as launchers do: they wait seconds for that."""
-    context, port = _context(), _free_port()
+    sent it when the main process has failed, as launchers do: they wait seconds for that. They are to meet at a free
+    port, or at the one that is `taken`; then they are sent it when they are waiting for an answer there."""
+    context, port = _context(), taken.getsockname()[1] if taken else _free_port()
     processes = [
         context.Process(target=_command, args=(words, rank, world_size, port, str(log))) for rank in range(world_size)
     ]
@@ -107,11 +114,23 @@ def run_command(
             stop_after = None
         time.sleep(0.005)
     for process in processes:
-        if not (ends_others and processes[0].exitcode):
-            process.join(timeout=TIMEOUT.total_seconds())
+        if ends_others and processes[0].exitcode:
+            _end(process, taken)
+        process.join(timeout=TIMEOUT.total_seconds())
         process.kill()
         process.join()
     return [process.exitcode for process in processes]
+
+
+def _end(process: multiprocessing.process.BaseProcess, taken: socket.socket | None) -> None:
+    if taken and process.is_alive():
+        taken.settimeout(TIMEOUT.total_seconds())
+        # Open until the process has ended.
+        with taken.accept()[0]:
+            process.terminate()
+            process.join(timeout=10)
+        process.kill()
+    process.terminate()
 
 
 def _command(words: list[str], rank: int, world_size: int, port: int, log: str) -> None:

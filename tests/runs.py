@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,17 @@ def config_writer(tmp_path: Path, pictures: Path) -> Callable[..., Path]:
 
 
 def launch(
-    config: Path, *words: str, processes: int = 1, stop_after: str | None = None, ends_others: bool = False
+    config: Path,
+    *words: str,
+    processes: int = 1,
+    stop_after: str | None = None,
+    ends_others: bool = False,
+    taken: socket.socket | None = None,
 ) -> tuple[list[int], str]:
     log = config.parent / "log.txt"
     log.unlink(missing_ok=True)
-    codes = run_command(["--config", str(config), *words], processes, log, stop_after, ends_others=ends_others)
+    words = ["--config", str(config), *words]
+    codes = run_command(words, processes, log, stop_after, ends_others=ends_others, taken=taken)
     return codes, log.read_text()
 
 

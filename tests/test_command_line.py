@@ -39,3 +39,24 @@ def test_help_lists_our_flags_alone(capsys: pytest.CaptureFixture[str]) -> None:
         train.parse_arguments(["--help"])
     said = capsys.readouterr().out
     assert "--trust_cache" in said and "--deepspeed" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--resume_from_checkpoint"], "leave --resume_from_checkpoint out"),
+        (["--dump-dataset", "shown"], "leave --dump_dataset out"),
+        (["--check"], "leave --check out"),
+    ],
+)
+def test_an_export_does_nothing_else(capsys: pytest.CaptureFixture[str], words: list[str], told: str) -> None:
+    assert train.parse_arguments([*CONFIG, "--export", "runs/one"]).export == "runs/one"
+    with pytest.raises(SystemExit):
+        train.parse_arguments([*CONFIG, "--export", "runs/one", *words])
+    assert told in capsys.readouterr().err
+
+
+def test_an_export_needs_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.parse_arguments([*CONFIG, "--export", ""])
+    assert "--export: name a checkpoint" in capsys.readouterr().err

@@ -58,6 +58,8 @@ def test_a_run_leaves_what_is_promised(write_config: Callable[..., Path]) -> Non
         "epoch2",
         "epoch3",
     }
+    if not torch.cuda.is_available():
+        assert not metrics(run, "train/peak_memory_gib")
     for name in ("train/loss", "train/grad_norm", "train/lr", "train/step_time_sec", "train/samples_per_sec"):
         assert sorted(metrics(run, name)) == [1, 2, 3, 4, 5, 6]
     assert sorted(metrics(run, "train/epoch_loss")) == [2, 4, 6]
@@ -223,6 +225,9 @@ def test_a_gpu_trains_in_bfloat16_and_resumes_to_the_bit(write_config: Callable[
     run = only_run(config)
     weights, losses = newest_export(run), metrics(run, "train/loss")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    memory = metrics(run, "train/peak_memory_gib")
+    assert sorted(memory) == sorted(losses)
+    assert all(0.001 < peak < 1.0 for peak in memory.values())
     rewind(run)
     subprocess.run([*command, "--resume_from_checkpoint"], cwd=ROOT, check=True)
     assert metrics(run, "train/loss") == losses

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,16 @@ def test_check_without_a_launcher_plans_one_pipeline(write_config: Callable[...,
     assert codes == [0], log
     assert "3 = 3 stages x 1 data ranks" in log
     assert log.count("stage ") >= 3
+
+
+def test_a_port_that_is_taken_ends_all_processes_at_once(write_config: Callable[..., Path]) -> None:
+    """What holds it takes connections and does not answer: who waits inside of a library for that heeds a launcher."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        codes, log = launch(write_config(), processes=2, ends_others=True, taken=other)
+        told = f"the port {other.getsockname()[1]} is taken"
+    # Nobody had to kill the second.
+    assert codes == [1, -signal.SIGTERM], log
+    assert log.count("error:") == 1 and told in log and "Traceback" not in log
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], list[str], int, str]] = {

@@ -112,15 +112,32 @@ def connect(ranks: Ranks, master_port: int | None = None) -> None:
         torch.cuda.set_device(ranks.device)
     _share_cores(ranks)
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=_meet(ranks), rank=ranks.rank, world_size=ranks.world_size, timeout=COLLECTIVE_TIMEOUT
+    )
+
+
+def _meet(ranks: Ranks) -> dist.Store:
+    """The key-value store of the run, which the main process hosts.
+
+    Raises:
+        LaunchError: another program, or another run, has its port.
+    """
     try:
-        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=COLLECTIVE_TIMEOUT)
+        store, *_ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=COLLECTIVE_TIMEOUT))
+        store.set_timeout(COLLECTIVE_TIMEOUT)
+        is_ours = ranks.world_size == 1 or store.add(f"here/{ranks.rank}", 1) == 1
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        raise LaunchError(
-            f"--master_port: the port {os.environ['MASTER_PORT']} is taken, perhaps by another run on this machine; "
-            "give the launcher a free one: deepspeed --master_port 29501 ..., torchrun --master_port 29501 ..."
-        ) from None
+        is_ours = False
+    if is_ours:
+        return store
+    # Another run's store takes whoever comes; that it has a process of this rank already tells it from ours.
+    raise LaunchError(
+        f"--master_port: the port {os.environ['MASTER_PORT']} is taken, perhaps by another run on this machine; "
+        "give the launcher a free one: deepspeed --master_port 29501 ..., torchrun --master_port 29501 ..."
+    )
 
 
 def disconnect() -> None:
@@ -132,14 +149,10 @@ def disconnect() -> None:
 
 def leave_together(ranks: Ranks, seconds: float) -> bool:
     """Before a process ends early: waits until all ranks want to leave, but not longer than `seconds`. Returns whether
-    all of them did.
-
-    Processes that are not connected yet just wait; a launcher ends them when the main process has ended.
-    """
+    all of them did; False at once if they are not connected yet."""
     if ranks.world_size == 1:
         return True
     if not dist.is_initialized():
-        time.sleep(0.0 if ranks.is_main else seconds)
         return False
     try:
         gather(ranks, "leaving", None, timedelta(seconds=seconds))
@@ -200,14 +213,19 @@ def _last_sign(store: dist.Store, tag: str, rank: int, last: tuple[int, float]) 
     return last if signs == last[0] else (signs, time.monotonic())
 
 
+def largest(values: Sequence[float]) -> list[float]:
+    """The largest of each value among all ranks; every rank gets the same answer."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(values)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    shared = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return shared.tolist()
+
+
 def any_rank(flags: Sequence[bool]) -> list[bool]:
     """Whether each flag is set on any rank; every rank gets the same answer."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return list(flags)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    votes = torch.tensor([int(flag) for flag in flags], device=device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return [bool(vote) for vote in votes.tolist()]
+    return [vote > 0 for vote in largest([float(flag) for flag in flags])]
 
 
 def barrier() -> None:

@@ -13,7 +13,7 @@ from models.base import BasePipeline
 from models.foundation.layers.ensemble import Ensemble
 from utils.adapters.kinds import COMFYUI
 from utils.errors import UserError
-from utils.run.export import ExportPlan, PartFolder, adapter_files, further_layouts
+from utils.run.export import SETTINGS_HASH, ExportPlan, PartFolder, adapter_files, further_layouts
 from utils.settings.model_schema import torch_dtype
 from utils.settings.reader import settings_hash
 from utils.settings.schema import Settings
@@ -59,11 +59,16 @@ def check_exports(pipeline: BasePipeline, settings: Settings, staged: StagedMode
         ) from error
 
 
+def formats_of(pipeline: BasePipeline, settings: Settings) -> tuple[str, ...]:
+    """The names of the layouts in which the run exports."""
+    asked = settings.save_format or ("both" if pipeline.original_layout else "diffusers")
+    return ("diffusers", COMFYUI) if asked == "both" else (asked,)
+
+
 def export_plan(pipeline: BasePipeline, settings: Settings, staged: StagedModel) -> ExportPlan:
     """What the exports of this run contain."""
     layout, adapter = pipeline.original_layout, settings.adapter
-    asked = settings.save_format or ("both" if layout else "diffusers")
-    formats = ("diffusers", COMFYUI) if asked == "both" else (asked,)
+    formats = formats_of(pipeline, settings)
     frozen = {
         name: parameter
         for name, parameter in staged.denoiser.named_parameters()
@@ -82,7 +87,7 @@ def export_plan(pipeline: BasePipeline, settings: Settings, staged: StagedModel)
             "base_model": Path(pipeline.parts.denoiser_path).name
             if settings.model.transformer_path
             else settings.model.diffusers_path.resolve().name,
-            "settings_hash": settings_hash(settings),
+            SETTINGS_HASH: settings_hash(settings),
         },
         frozen=frozen,
         note=pipeline.comfyui_note if COMFYUI in formats else None,

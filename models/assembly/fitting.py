@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from models.assembly.data import Data
 from models.assembly.memory import GIB, Planner, StagePlan
-from models.assembly.stage import StagedModel
-from models.base import BasePipeline
 from utils.errors import UserError
-from utils.ranks import Ranks, gather
+from utils.ranks import Ranks
+from utils.settings.plain import as_toml
 from utils.settings.schema import Settings
-
-logger = logging.getLogger(__name__)
 
 MARGIN, SHARE = 1.0, 0.04
 """Of a GPU's memory so many GiB and this share are left for what is not planned: CUDA itself, the libraries' work
 areas, holes between allocations, and errors of the plan."""
 KEYS = ("activation_checkpointing", "blocks_to_swap")
-
-
-def settled(settings: Settings, ranks: Ranks, pipeline: BasePipeline, staged: StagedModel, data: Data) -> Settings:
-    """The settings with values in the place of "auto", the same on all ranks; the main rank logs the plan.
-
-    Args:
-        staged: without weights.
-
-    Raises:
-        UserError: nothing fits.
-    """
-    memory = min(gather(ranks, "memory", memory_of(settings, ranks) or float("inf")))
-    chosen = {}
-    if ranks.is_main:
-        buckets = {sample.bucket for sample in data.training.samples}
-        planner = Planner(settings, pipeline, staged, data.encoders, list(buckets))
-        settings = fit(planner, memory)
-        logger.info("%s", planner.text(settings))
-        chosen = {key: getattr(settings, key) for key in KEYS}
-    return settings.model_copy(update=gather(ranks, "settled", chosen)[0])
 
 
 def memory_of(settings: Settings, ranks: Ranks) -> float | None:
@@ -66,12 +41,8 @@ class Attempt:
         return max(plan.total for plan in self.plans)
 
     def __str__(self) -> str:
-        chosen = ", ".join(f"{key} = {_toml(getattr(self.settings, key))}" for key in KEYS)
+        chosen = ", ".join(f"{key} = {as_toml(getattr(self.settings, key))}" for key in KEYS)
         return f"{chosen}: {self.total / GIB:.2f} GiB"
-
-
-def _toml(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value).lower()
 
 
 def fit(planner: Planner, memory: float) -> Settings:

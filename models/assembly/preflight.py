@@ -6,12 +6,12 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 
 import optimizers
-from models.assembly.data import check_data, choices_of, controls_of, encoders_of
+from models.assembly import plan
+from models.assembly.data import cache_folder, check_data, choices_of, controls_of, encoders_of
 from models.assembly.exports import check_exports, check_outputs
-from models.assembly.fitting import KEYS, fit, memory_of
+from models.assembly.fitting import memory_of
 from models.assembly.memory import Planner
 from models.assembly.prompts import check_encoders
 from models.assembly.stage import StagedModel, load_existing_adapter, partition, read_presets
@@ -30,13 +30,13 @@ from utils.dataset.collection import (
 from utils.dataset.decoding_check import undecodable
 from utils.dataset.encoders import Encoder, items_wanted
 from utils.dataset.encoding import CacheReport
-from utils.dataset.epochs import Epochs, format_table, micro_batch_of
 from utils.dataset.manifest import Scan
 from utils.diffusion.training import faults
 from utils.errors import Problem, UserError
-from utils.quantised.linear import parameter_count
 from utils.ranks import Ranks
 from utils.run.metrics import check_account
+from utils.run.progress import Progress
+from utils.run.trainer import last_step_of
 from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,19 @@ def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline, trains: 
     if ranks.is_main and trains:
         check_account(settings.monitoring)
     optimizers.check(settings.optimizer, ranks.device.type)
+    staged = check_model(settings, pipeline)
+    for option, remark in pipeline.remarks():
+        logger.warning("[model] %s: %s", option, remark)
+    return staged
+
+
+def check_model(settings: Settings, pipeline: BasePipeline) -> StagedModel:
+    """Whether the model's files fit it, what is trained, and what is made of it; all that can be known without data and
+    weights. Returns the denoiser without weights, adapted and cut as the settings ask.
+
+    Raises:
+        UserError: lists what does not fit.
+    """
     if pipeline.block_format:
         pipeline.block_format.check()
     pipeline.check()
@@ -73,8 +86,6 @@ def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline, trains: 
     load_existing_adapter(pipeline, settings, staged, layers=[])
     check_outputs(pipeline, settings)
     check_exports(pipeline, settings, staged)
-    for option, remark in pipeline.remarks():
-        logger.warning("[model] %s: %s", option, remark)
     return staged
 
 
@@ -113,8 +124,8 @@ def plan_of(settings: Settings, ranks: Ranks, pipeline: BasePipeline, sources: S
     problems = problems_of([check, look])
     if problems:
         raise UserError(problems)
-    plan = describe(settings, ranks, pipeline, staged, collections)
-    return f"{plan}\n\nfiles: {LOOKED_AT[settings.verify]}"
+    described = describe(settings, ranks, pipeline, staged, collections)
+    return f"{described}\n\nfiles: {LOOKED_AT[settings.verify]}"
 
 
 def _decoded(found: Sequence[Collection], settings: Settings, scan: Scan) -> list[Collection]:
@@ -143,44 +154,17 @@ def describe(
     check_encoders(encoders, controls_of(collections), pipeline, settings)
     check_data(pipeline, collections)
     told = shortfalls(with_truncated(collections, encoders, lambda: None))
-    trained = sum(p.numel() for p in staged.denoiser.parameters() if p.requires_grad)
-    accumulation = settings.gradient_accumulation_steps
-    epochs = Epochs(
-        collections[0].samples, partial(micro_batch_of, settings), ranks.data_ranks, accumulation, settings.seed
-    )
-    buckets = sorted({sample.bucket for sample in collections[0].samples})
-    micro = " or ".join(str(size) for size in sorted({micro_batch_of(settings, bucket) for bucket in buckets}))
-    passes = settings.epochs or (None if settings.max_steps else 1)
-    total = min(settings.max_steps or math.inf, epochs.first_step(passes) if passes else math.inf)
-    warn_of_warmup(settings, total)
-    facts = {
-        "model": f"{settings.model.type}, {settings.adapter.type if settings.adapter else 'full fine-tune'}",
-        "processes": f"{ranks.world_size} = {ranks.stages} stages x {ranks.data_ranks} data ranks",
-        "global batch": f"{micro} per micro-batch x {accumulation} accumulated x {ranks.data_ranks} data ranks"
-        + (f" = {int(micro) * accumulation * ranks.data_ranks}" if micro.isdigit() else ", by size"),
-        "steps": f"{epochs.steps_in(0)} per epoch, {total} in all",
-        "parameters": f"{parameter_count(staged.denoiser):,} in all, {trained:,} trained",
-    }
+    epochs = plan.epochs_of(settings, ranks, collections[0].samples)
+    warn_of_warmup(settings, last_step_of(settings, epochs, Progress()))
+    planner = Planner(settings, pipeline, staged, encoders, plan.buckets_of(collections[0]))
+    cache_dir = cache_folder(settings, [collection.source for collection in collections])
     sections = [
-        "\n".join(f"{name + ':':<14}{value}" for name, value in facts.items()),
-        format_table(epochs.table()),
-        *(f"evaluation '{c.source.name}': {len(c.samples)} samples" for c in collections[1:]),
+        *plan.sections(settings, ranks, pipeline, staged, collections, cache_dir),
         *(["\n".join(told)] if told else []),
-        _memory(settings, ranks, Planner(settings, pipeline, staged, encoders, buckets)),
+        plan.memory_text(planner, memory_of(settings, ranks)),
         _cache_size(encoders, collections),
     ]
     return "\n\n".join(sections)
-
-
-def _memory(settings: Settings, ranks: Ranks, planner: Planner) -> str:
-    """The plan of memory, and what it leads to where the settings leave it open."""
-    memory, open_keys = memory_of(settings, ranks), [key for key in KEYS if getattr(settings, key) == "auto"]
-    if not open_keys:
-        return planner.text(settings)
-    if memory is None:
-        return f"{planner.text(settings)}\n{' and '.join(open_keys)}: set memory_budget_gb to see what a GPU would get"
-    chosen = fit(planner, memory)
-    return "\n".join([planner.text(chosen), *(f"{key}: {getattr(chosen, key)}, chosen for this" for key in open_keys)])
 
 
 def _cache_size(encoders: Sequence[Encoder], collections: Sequence[Collection]) -> str:

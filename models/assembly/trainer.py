@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from models.assembly.data import Data, reader_of
 from models.assembly.exports import export_plan
 from models.assembly.memory import sums_in_float32
 from models.assembly.noising import NoisedBatch, Noising
+from models.assembly.plan import epochs_of
 from models.assembly.prompts import sample_model
 from models.assembly.stage import StagedModel, load_stage, teacher_of
 from models.base import BasePipeline
@@ -23,7 +23,7 @@ from optimizers.ema import EMA
 from optimizers.parameter_groups import groups_of
 from utils.dataset.batches import EvaluationBatches, FeatureBatch, SampleReader, TrainingBatches
 from utils.dataset.encoders import reads_text
-from utils.dataset.epochs import Epochs, format_table, micro_batch_of
+from utils.dataset.epochs import Epochs, micro_batch_of
 from utils.dataset.samples import VersionPicker
 from utils.parallel.engine import Engine, optimizer_for_frozen_stage
 from utils.parallel.offload import HostInputs
@@ -42,8 +42,6 @@ from utils.run.signals import StopRequests
 from utils.run.trainer import Trainer
 from utils.settings.reader import resolved
 from utils.settings.schema import Settings
-
-logger = logging.getLogger(__name__)
 
 
 def open_checkpoint(settings: Settings, flags: ResumeFlags, staged: StagedModel) -> Checkpoint | None:
@@ -87,14 +85,7 @@ def build_trainer(
     Raises:
         UserError: a file of weights or an adapter does not fit; the folder cannot be made.
     """
-    epochs = Epochs(
-        data.training.samples,
-        partial(micro_batch_of, settings),
-        ranks.data_ranks,
-        settings.gradient_accumulation_steps,
-        settings.seed,
-    )
-    logger.info("training data:\n%s", format_table(epochs.table()))
+    epochs = epochs_of(settings, ranks, data.training.samples)
     staged = load_stage(pipeline, settings, ranks.stage)
     parameters = staged.trained(staged.stage_layers(ranks.stage))
     optimizer = _optimizer(settings, pipeline, parameters)

@@ -60,11 +60,16 @@ class Duty:
         cadence: when it is due.
         before_first_step: whether it is also due before training.
         at_end: whether it is also due after the last step.
+        at_stop: whether it is also due after the step at which the run is stopped.
         interruptible: whether it is skipped or interrupted when the run is asked to stop.
+        without_steps: does what is still asked for if a run that has come to its end is started again; takes the
+            progress.
     """
 
     perform: Callable[[Progress, bool], None]
     cadence: Cadence
     before_first_step: bool = False
     at_end: bool = False
+    at_stop: bool = False
     interruptible: bool = True
+    without_steps: Callable[[Progress], None] | None = None

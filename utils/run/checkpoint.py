@@ -286,7 +286,6 @@ class Checkpoint:
         progress = progress.with_epoch_of(self.made_with["steps_in_epoch"], steps)
         if progress.step_in_epoch >= steps:
             progress = progress.next_epoch()
-        logger.info("resuming %s at step %d, epoch %d", self.folder, progress.step, progress.epoch + 1)
         return progress
 
     def check_weights(self, parameters: NamedParameters) -> None:

@@ -5,21 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 
 from utils.dataset.batches import EvaluationBatches
 from utils.ranks import gather
 from utils.run.cadence import Cadence, Duty
 from utils.run.evaluation import Prepare, evaluate
-from utils.run.export import OF_AVERAGES, ExportPlan, export, export_name
+from utils.run.export import ExportPlan, export_name, export_with_averages, exports_in
 from utils.run.parts import RunParts
 from utils.run.progress import Progress
 from utils.run.sampling import SampleModel, sample
 
 logger = logging.getLogger(__name__)
-
-AVERAGES = {"weights": "exponential moving average"}
-"""Metadata of an export of the averages."""
 
 
 def make_duties(
@@ -86,19 +82,29 @@ def _sampling(run: RunParts, sampler: SampleModel) -> Duty:
 
 
 def _export(run: RunParts, plan: ExportPlan) -> Duty:
-    settings, ema = run.settings, run.ema
+    settings = run.settings
 
     def perform(progress: Progress, epoch_ended: bool) -> None:
-        name = export_name(run.folder, progress, epoch_ended)
-        folder = run.folder / gather(run.ranks, f"export/{progress.step}", name)[0]
-        instead = ema is not None and ema.settings.export == "instead"
-        if not instead:
-            export(folder, run.ranks, run.parameters, plan, progress.step)
-        if ema:
-            target = folder if instead else folder.with_name(folder.name + OF_AVERAGES)
-            averaged = replace(plan, metadata={**plan.metadata, **AVERAGES})
-            with ema.swapped():
-                export(target, run.ranks, run.parameters, averaged, progress.step)
+        name = gather(run.ranks, f"export/{progress.step}", export_name(run.folder, progress, epoch_ended))[0]
+        export_with_averages(run.folder / name, run.ranks, run.parameters, plan, progress.step, run.ema)
+
+    def what_is_lacking(progress: Progress) -> None:
+        there = [str(made.folder) for made in exports_in(run.folder) if made.is_by(plan, progress.step)]
+        found = gather(run.ranks, "exports", there)[0]
+        if found:
+            logger.info("what is asked for has been exported: %s", found[0])
+        else:
+            # Not by the name of an epoch: exports with other settings stay as they are.
+            folder = run.folder / f"step{progress.step}"
+            export_with_averages(folder, run.ranks, run.parameters, plan, progress.step, run.ema, adds=True)
 
     cadence = Cadence(settings.save_every_n_steps, settings.save_every_n_epochs, settings.save_every_n_examples)
-    return Duty(perform, cadence, at_end=True, interruptible=False)
+    # A whole model takes longer than a launcher may wait for processes that were asked to stop.
+    return Duty(
+        perform,
+        cadence,
+        at_end=True,
+        at_stop=plan.adapter is not None,
+        interruptible=False,
+        without_steps=what_is_lacking,
+    )

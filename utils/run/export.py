@@ -11,13 +11,14 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from optimizers.ema import EMA
 from utils import adapters
 from utils import ranks as together
 from utils.adapters.kinds import AdapterFile, ExportWishes, ModelNames
@@ -32,6 +33,10 @@ Tensors = dict[str, torch.Tensor]
 SHARD_BYTES = 5 * 2**30
 OF_AVERAGES = "_ema"
 """The suffix of an export with averages beside the export of the weights."""
+AVERAGES = {"weights": "exponential moving average"}
+"""Metadata of an export of the averages."""
+SETTINGS_HASH = "settings_hash"
+"""Where the metadata say with which settings an export was made."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +104,76 @@ def export_name(run: Path, progress: Progress, epoch_ended: bool) -> str:
 def _step_of(folder: Path) -> str | None:
     """The step of an export, None if there is no such export."""
     file = next(folder.rglob("*.safetensors"), None)
-    if file is None:
-        return None
+    return file and _metadata_of(file).get("step", "unknown")
+
+
+def _metadata_of(file: Path) -> dict[str, str]:
     try:
         with safe_open(file, framework="pt") as opened:
-            return (opened.metadata() or {}).get("step", "unknown")
+            return opened.metadata() or {}
     except (SafetensorError, OSError):
-        return "unknown"
+        return {}
 
 
-def export(folder: Path, ranks: Ranks, parameters: Mapping[str, torch.Tensor], plan: ExportPlan, step: int) -> None:
-    """Writes the export into `folder`; all ranks call it with the weights that their stage holds, by name."""
+@dataclass(frozen=True)
+class MadeExport:
+    """An export in a run's folder, with the metadata of its files."""
+
+    folder: Path
+    metadata: Mapping[str, str]
+
+    def is_by(self, plan: ExportPlan, step: int) -> bool:
+        """Whether a run with this plan made it after this step."""
+        wanted = {"step": str(step), SETTINGS_HASH: plan.metadata.get(SETTINGS_HASH)}
+        return all(self.metadata.get(key) == value for key, value in wanted.items())
+
+
+def exports_in(run: Path) -> list[MadeExport]:
+    """The exports in a run's folder, the newest last."""
+    found = []
+    for folder in run.iterdir():
+        file = next(folder.rglob("*.safetensors"), None) if folder.is_dir() and not folder.suffix else None
+        metadata = _metadata_of(file) if file else {}
+        if "step" in metadata:
+            found.append((file.stat().st_mtime_ns, MadeExport(folder, metadata)))
+    return [made for _, made in sorted(found, key=lambda one: one[0])]
+
+
+def export_with_averages(
+    folder: Path,
+    ranks: Ranks,
+    parameters: Mapping[str, torch.Tensor],
+    plan: ExportPlan,
+    step: int,
+    ema: EMA | None = None,
+    *,
+    adds: bool = False,
+) -> None:
+    """Exports the weights, and their averages, beside them or instead of them as [ema] says; see `export`."""
+    instead = ema is not None and ema.settings.export == "instead"
+    if not instead:
+        export(folder, ranks, parameters, plan, step, adds=adds)
+    if ema:
+        target = folder if instead else folder.with_name(folder.name + OF_AVERAGES)
+        averaged = replace(plan, metadata={**plan.metadata, **AVERAGES})
+        with ema.swapped():
+            export(target, ranks, parameters, averaged, step, adds=adds)
+
+
+def export(
+    folder: Path,
+    ranks: Ranks,
+    parameters: Mapping[str, torch.Tensor],
+    plan: ExportPlan,
+    step: int,
+    *,
+    adds: bool = False,
+) -> None:
+    """Writes the export into `folder`; all ranks call it with the weights that their stage holds, by name.
+
+    Args:
+        adds: what an export of the same weights has left there and this one does not write stays.
+    """
     parts = folder.with_name(folder.name + ".parts")
     if ranks.is_main:
         shutil.rmtree(parts, ignore_errors=True)
@@ -132,13 +196,26 @@ def export(folder: Path, ranks: Ranks, parameters: Mapping[str, torch.Tensor], p
         metadata = {**plan.metadata, "step": str(step), "format": "pt"}
         write = _write_adapter if plan.adapter else _write_denoiser
         write(unfinished, tensors, plan, metadata)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+        _put(unfinished, folder, adds=adds)
         shutil.rmtree(parts)
         logger.info("exported %s", folder)
         if plan.note:
             logger.info(plan.note)
     together.barrier()
+
+
+def _put(finished: Path, folder: Path, *, adds: bool) -> None:
+    """Gives a finished export its place, in which nothing else stays unless it `adds` to what is there."""
+    if not (adds and folder.is_dir()):
+        shutil.rmtree(folder, ignore_errors=True)
+        finished.rename(folder)
+        return
+    for path in finished.iterdir():
+        # A file is replaced by being renamed, a folder is not.
+        if path.is_dir():
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+        path.rename(folder / path.name)
+    finished.rmdir()
 
 
 def adapter_files(tensors: Tensors, plan: ExportPlan, metadata: Mapping[str, str]) -> Mapping[str, AdapterFile | str]:

@@ -8,9 +8,11 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from statistics import fmean
 
 from tqdm import tqdm
 
@@ -32,6 +34,10 @@ QUIET_LIBRARIES = {
     "PIL": logging.INFO,
 }
 SECONDS_FOR_MAIN_RANK = 3.0
+PEAK_MEMORY = "train/peak_memory_gib"
+"""The metric of the GPU that held most since the step before, with what was done between the steps."""
+STEPS_OF_MEAN = 100
+"""One loss says little, since samples and noise levels differ; a mean of so many shows where it goes."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -79,15 +85,21 @@ def is_user_error(error: Exception) -> bool:
     return isinstance(error, UserError | LaunchError | TimeoutError) or is_full
 
 
-def report_user_error(error: Exception, ranks: Ranks) -> None:
+def report_user_error(error: Exception, ranks: Ranks, *, stopping: bool = False) -> None:
     """Shows a mistake of the user once, and lets the ranks leave together.
 
-    All ranks meet most mistakes at the same time: the main rank shows them, and then the others leave silently. A rank
-    that waits for the main rank in vain has met an error that the main rank has not, and shows it itself.
+    All ranks meet most mistakes at the same time: the main rank shows them, and then the others leave silently: if they
+    are connected, by themselves, otherwise by the signal of a launcher whose main process has ended. A rank that waits
+    in vain has met an error that the main rank has not, and shows it itself.
+
+    Args:
+        stopping: whether this process was asked to stop; then it does not wait for that.
     """
+    began = time.monotonic()
     if ranks.is_main:
         _tell(error)
-    if not leave_together(ranks, SECONDS_FOR_MAIN_RANK) and not ranks.is_main:
+    if not leave_together(ranks, SECONDS_FOR_MAIN_RANK) and not (ranks.is_main or stopping):
+        time.sleep(max(0.0, began + SECONDS_FOR_MAIN_RANK - time.monotonic()))
         _tell(error)
 
 
@@ -115,24 +127,31 @@ class StepReporter:
         self.started = time.monotonic()
         # In a log file the lines are enough.
         self.bar = progress_bar(total, "training", first=first, active=active and sys.stderr.isatty())
+        self.losses: deque[float] = deque(maxlen=STEPS_OF_MEAN)
+        self.memory = 0.0
 
-    def step(self, done: int, epoch: int, values: dict[str, float]) -> None:
+    def step(self, done: int, epoch: int, values: Mapping[str, float]) -> None:
         """Reports a step; `done` counts steps since the beginning of the run."""
         self.bar.update(1)
+        self.losses.append(values["train/loss"])
+        self.memory = max(self.memory, values.get(PEAK_MEMORY, 0.0))
         if self.active and (done % self.every == 0 or done == self.total):
-            pace = (time.monotonic() - self.started) / (done - self.first)
-            left = timedelta(seconds=round(pace * (self.total - done)))
-            logger.info(
-                "step %d/%d  epoch %d  loss %.4f  norm %.3f  lr %.2e  %.3f s/step  left %s",
-                done,
-                self.total,
-                epoch + 1,
-                values["train/loss"],
-                values["train/grad_norm"],
-                values["train/lr"],
-                values["train/step_time_sec"],
-                left,
-            )
+            logger.info("%s", self._line(done, epoch, values))
+            self.memory = 0.0
+
+    def _line(self, done: int, epoch: int, values: Mapping[str, float]) -> str:
+        pace = (time.monotonic() - self.started) / (done - self.first)
+        told = [
+            f"step {done}/{self.total}",
+            f"epoch {epoch + 1}",
+            f"loss {values['train/loss']:.4f} (mean of {len(self.losses)}: {fmean(self.losses):.4f})",
+            f"norm {values['train/grad_norm']:.3f}",
+            f"lr {values['train/lr']:.2e}",
+            f"{values['train/step_time_sec']:.3f} s/step",
+            *([f"memory {self.memory:.2f} GiB"] if self.memory else []),
+            f"left {timedelta(seconds=round(pace * (self.total - done)))}",
+        ]
+        return "  ".join(told)
 
     def close(self) -> None:
         self.bar.close()

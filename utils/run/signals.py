@@ -7,6 +7,8 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -66,6 +68,17 @@ class StopRequests:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    @contextmanager
+    def ending_at_once(self) -> Iterator[None]:
+        """A context in which a signal ends the process, for waits inside of libraries: Python's handlers are not called
+        as long as these last. What was asked before is for `pending` to tell."""
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPPING}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:

@@ -17,15 +17,29 @@ from optimizers.schedules import learning_rates, warn_of_warmup
 from utils.dataset.batches import TrainingBatches
 from utils.dataset.epochs import Epochs
 from utils.errors import UserError
-from utils.ranks import any_rank
+from utils.ranks import any_rank, largest
 from utils.run import checkpoint, out_of_memory
 from utils.run.cadence import Cadence, Duty
 from utils.run.folder import LATEST, checkpoints_before
 from utils.run.parts import RunParts
 from utils.run.progress import Progress
+from utils.run.reporting import PEAK_MEMORY
+from utils.run.results import results
 from utils.run.signals import SAVE, SAVE_AND_QUIT, FileRequests, StopRequested
+from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
+
+
+def last_step_of(settings: Settings, epochs: Epochs, progress: Progress) -> int:
+    """The number of all steps of a run that has come to `progress`: to the end of the last epoch, or to `max_steps` if
+    that comes first."""
+    limit = inf if settings.max_steps is None else settings.max_steps
+    if settings.epochs is None and settings.max_steps is not None:
+        return max(progress.step, settings.max_steps)
+    last = max(settings.epochs or 1, progress.epoch)
+    to_end = epochs.first_step(last) - epochs.first_step(progress.epoch) - progress.step_in_epoch
+    return max(progress.step, min(progress.step + to_end, limit))
 
 
 @dataclass
@@ -52,17 +66,8 @@ class Trainer:
             minutes=settings.checkpoint_every_n_minutes,
         )
         self.requests = FileRequests(self.parts.folder)
-        self.last_step = self.progress.step + self._steps_left()
-
-    def _steps_left(self) -> int:
-        """The number of steps to the end of the last epoch, or to `max_steps` if that comes first."""
-        epochs, limit = self.parts.settings.epochs, self.parts.settings.max_steps
-        to_limit = inf if limit is None else limit - self.progress.step
-        if epochs is None and limit is not None:
-            return max(0, to_limit)
-        begun, last = self.progress.epoch, max(epochs or 1, self.progress.epoch)
-        to_end = self.epochs.first_step(last) - self.epochs.first_step(begun) - self.progress.step_in_epoch
-        return max(0, min(to_end, to_limit))
+        self.first_step = self.progress.step
+        self.last_step = last_step_of(settings, self.epochs, self.progress)
 
     @property
     def epochs(self) -> Epochs:
@@ -111,10 +116,20 @@ class Trainer:
             "train/step_time_sec": seconds,
             "train/samples_per_sec": examples / seconds,
             **{f"train/{name}": value for name, value in result.terms.items()},
+            **self._peak_memory(),
         }
         if self.ends_epoch(done):
             values["train/epoch_loss"] = done.epoch_loss
         return done, values
+
+    def _peak_memory(self) -> dict[str, float]:
+        """The most that tensors took on one of the run's GPUs since the last call; nothing without a GPU."""
+        device = self.parts.ranks.device
+        if device.type != "cuda":
+            return {}
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+        torch.cuda.reset_peak_memory_stats(device)
+        return {PEAK_MEMORY: largest([peak])[0]}
 
     def _way_on(self) -> str:
         """Where training that cannot go on may begin."""
@@ -130,6 +145,8 @@ class Trainer:
     def begin(self) -> bool:
         """Does what is due before the first step of a run. Returns whether all ranks must stop here."""
         warn_of_warmup(self.parts.settings, self.last_step)
+        # What filled the cache is gone.
+        self._peak_memory()
         due = [duty for duty in self.duties if duty.before_first_step] if self.progress.step == 0 else []
         return self._perform(due, self.progress, False) or any_rank([self.parts.stop.pending()])[0]
 
@@ -150,13 +167,17 @@ class Trainer:
             ]
         )
         stopping = interrupted or asked or quit_too
+        ends_early = stopping and not last
         self.parts.stop.by_file = quit_too
         at_end = last and self.checkpoints.ever
         if stopping or save or overdue or at_end or self.checkpoints.due(before, done, ended):
             self.save_checkpoint()
+        if ends_early:
+            # After the checkpoint, without which more would be lost if a launcher does not wait.
+            self._perform([duty for duty in self.duties if duty.at_stop and duty not in due], done, ended)
         if is_main and (save or quit_too):
             requests.done()
-        return stopping and not last
+        return ends_early
 
     def _perform(self, due: Sequence[Duty], progress: Progress, epoch_ended: bool) -> bool:
         """Performs the duties. Returns whether a stop interrupted one; interruptible duties after it are skipped."""
@@ -170,11 +191,32 @@ class Trainer:
                 interrupted = True
         return interrupted
 
-    def close(self, batches: Iterator[Any]) -> None:
-        """Stops the thread that reads ahead, and closes the metrics."""
+    def end(self, batches: Iterator[Any], stopped: bool) -> None:
+        """Stops the thread that reads ahead, does what is still asked for if no step was left, closes the metrics, and
+        tells how the run ended."""
         if isinstance(batches, Generator):
             batches.close()
+        if self.first_step == self.last_step and not stopped:
+            epochs = self.progress.epoch
+            logger.warning("nothing is left to train: %d epochs are done; set epochs or max_steps higher", epochs)
+            for duty in self.duties:
+                if duty.without_steps:
+                    duty.without_steps(self.progress)
         self.parts.metrics.close()
+        if self.parts.ranks.is_main:
+            self._tell_end(stopped)
+
+    def _tell_end(self, stopped: bool) -> None:
+        folder, how = self.parts.folder, "done"
+        if stopped and self.progress.step == self.first_step:
+            logger.warning("stopped before a step was made; what is cached stays cached")
+            return
+        if stopped:
+            how = "stopped"
+            weights = "" if self.parts.settings.adapter else f", and --export {folder} exports the weights"
+            logger.warning("stopped; --resume_from_checkpoint %s goes on from here%s", folder, weights)
+        at = f"step {self.progress.step}, epochs completed: {self.progress.epoch}"
+        logger.info("%s at %s\n%s", how, at, results(folder))
 
     def save_checkpoint(self) -> None:
         """Writes the state to resume from."""

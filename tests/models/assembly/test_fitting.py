@@ -99,7 +99,7 @@ def test_what_fits_nowhere_is_told_with_what_was_tried(folder: Path) -> None:
     least = total(planner, activation_checkpointing="offload", blocks_to_swap=BLOCKS)
     short = (least - (2.0 * GIB * (1 - SHARE) - MARGIN * GIB)) / GIB
     assert "memory_budget_gb" in told and f"falls short by {short:.2f} GiB" in told
-    for line in ("activation_checkpointing = false, blocks_to_swap = 0:", f'"offload", blocks_to_swap = {BLOCKS}:'):
+    for line in ("activation_checkpointing = false, blocks_to_swap = 0:", f"'offload', blocks_to_swap = {BLOCKS}:"):
         assert line in told
 
 

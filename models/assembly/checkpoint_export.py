@@ -1,0 +1,93 @@
+"""`--export`: the weights of a checkpoint for other programs, without training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models.assembly.exports import export_plan
+from models.assembly.preflight import check_model
+from models.assembly.stage import StagedModel, load_stage
+from models.assembly.trainer import open_checkpoint
+from models.base import BasePipeline
+from optimizers.ema import EMA
+from utils.errors import Problem, UserError
+from utils.ranks import Ranks
+from utils.run.checkpoint import Checkpoint, ResumeFlags
+from utils.run.export import OF_AVERAGES, export_with_averages
+from utils.run.results import weights_in
+from utils.settings.schema import Settings
+
+logger = logging.getLogger(__name__)
+
+RESUME, EXPORT = "--resume_from_checkpoint", "--export"
+WHOLE = {
+    "pipeline_stages": 1,
+    "partition_method": "parameters",
+    "partition_split": None,
+    "blocks_to_swap": 0,
+    "compile": False,
+}
+"""Settings with which one process holds the model and runs nothing."""
+
+
+def export_checkpoint(source: str, settings: Settings, pipeline: BasePipeline) -> Path:
+    """Exports a checkpoint's weights into the folder of its run, as `step500`, in one process whatever the number of
+    stages. Files that an earlier export of that name has and this one does not write stay.
+
+    Args:
+        source: a checkpoint, or a run with checkpoints.
+
+    Raises:
+        UserError: there is none, or the model and the adapter are not those that it was made with.
+    """
+    staged = check_model(settings, pipeline)
+    try:
+        # The optimizer's state is not read.
+        checkpoint = open_checkpoint(settings, ResumeFlags(source, reset_optimizer=True), staged)
+    except UserError as error:
+        raise UserError(_of_export(problem) for problem in error.problems) from error
+    if not settings.adapter:
+        staged = load_stage(pipeline, settings.model_copy(update=WHOLE), stage=0)
+    parameters = _parameters(staged, is_adapter=settings.adapter is not None)
+    checkpoint.load_weights(parameters)
+    ema = _averages(settings, checkpoint, parameters)
+    step = checkpoint.progress.step
+    folder = checkpoint.folder.parent / f"step{step}"
+    plan = export_plan(pipeline, settings, staged)
+    export_with_averages(folder, Ranks(), parameters, plan, step, ema, adds=True)
+    made = [export for export in (folder, folder.with_name(folder.name + OF_AVERAGES)) if export.is_dir()]
+    logger.info("done:\n%s", "\n".join(f"  weights:    {path}" for export in made for path in weights_in(export)))
+    return folder
+
+
+def _of_export(problem: Problem) -> Problem:
+    """A problem of finding a checkpoint, in the words of the flag that was given."""
+    return Problem(problem.file, problem.where.replace(RESUME, EXPORT), problem.message.replace(RESUME, EXPORT))
+
+
+def _parameters(staged: StagedModel, *, is_adapter: bool) -> Mapping[str, nn.Parameter]:
+    """What is trained, on the CPU. Nothing of the base is needed for an adapter, whose factors are without values."""
+    trained = staged.trained(staged.layers)
+    if not is_adapter:
+        return trained
+    return {name: nn.Parameter(torch.empty_like(factor, device="cpu")) for name, factor in trained.items()}
+
+
+def _averages(settings: Settings, checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter]) -> EMA | None:
+    """The checkpoint's moving averages of the parameters, if the settings have some."""
+    if settings.ema is None:
+        if checkpoint.ema_since is not None:
+            logger.warning("the moving averages of %s are not exported: the config has no [ema]", checkpoint.folder)
+        return None
+    if checkpoint.ema_since is None:
+        logger.warning("%s has no moving averages: its weights alone are exported", checkpoint.folder)
+        return None
+    # The averages are read; an optimizer is where they would begin.
+    ema = EMA(parameters.items(), settings.ema, torch.optim.SGD(parameters.values()))
+    checkpoint.load_ema(ema)
+    return ema

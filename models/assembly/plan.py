@@ -1,0 +1,202 @@
+"""The plan of a run: what is trained, in how many steps, with how much memory, and where things go. `--check` prints
+it; every run logs it once, before weights are loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from models.assembly.data import Data
+from models.assembly.exports import formats_of
+from models.assembly.fitting import KEYS, fit, memory_of
+from models.assembly.memory import Planner
+from models.assembly.stage import StagedModel
+from models.base import BasePipeline
+from models.foundation.layers.ensemble import Ensemble
+from utils import adapters
+from utils.adapters import attach
+from utils.dataset.collection import Collection
+from utils.dataset.epochs import Epochs, format_table, micro_batch_of
+from utils.dataset.samples import Bucket, Sample
+from utils.quantised.linear import parameter_count
+from utils.ranks import Ranks, gather
+from utils.run.checkpoint import Checkpoint
+from utils.run.progress import Progress
+from utils.run.trainer import last_step_of
+from utils.settings.plain import as_toml
+from utils.settings.schema import Settings
+
+logger = logging.getLogger(__name__)
+
+UNITS = ("steps", "epochs", "examples", "minutes")
+"""What the intervals of evaluation, samples, exports and checkpoints are counted in."""
+
+
+def epochs_of(settings: Settings, ranks: Ranks, samples: Sequence[Sample]) -> Epochs:
+    """All epochs of the run."""
+    micro_batch = partial(micro_batch_of, settings)
+    return Epochs(samples, micro_batch, ranks.data_ranks, settings.gradient_accumulation_steps, settings.seed)
+
+
+def settled(
+    settings: Settings,
+    ranks: Ranks,
+    pipeline: BasePipeline,
+    staged: StagedModel,
+    data: Data,
+    checkpoint: Checkpoint | None = None,
+    *,
+    restart_data: bool = False,
+) -> Settings:
+    """The settings with values in the place of "auto", the same on all ranks; the main rank logs the run's plan.
+
+    Args:
+        staged: without weights.
+        checkpoint: from which the run goes on; None for a new run.
+        restart_data: whether it begins its epoch's data anew.
+
+    Raises:
+        UserError: nothing fits the GPUs.
+    """
+    memory = min(gather(ranks, "memory", memory_of(settings, ranks) or float("inf")))
+    chosen = {}
+    if ranks.is_main:
+        cached = [data.training, *data.evaluation], data.cache_dir
+        planner = Planner(settings, pipeline, staged, data.encoders, buckets_of(data.training))
+        plan = [
+            *sections(settings, ranks, pipeline, staged, *cached, checkpoint, restart_data=restart_data),
+            memory_text(planner, memory),
+        ]
+        logger.info("plan:\n%s", "\n\n".join(plan))
+        settings = fit(planner, memory)
+        chosen = {key: getattr(settings, key) for key in KEYS}
+    return settings.model_copy(update=gather(ranks, "settled", chosen)[0])
+
+
+def buckets_of(collection: Collection) -> list[Bucket]:
+    """The sizes that its samples have, in order."""
+    return sorted({sample.bucket for sample in collection.samples})
+
+
+def sections(
+    settings: Settings,
+    ranks: Ranks,
+    pipeline: BasePipeline,
+    staged: StagedModel,
+    collections: Sequence[Collection],
+    cache_dir: Path,
+    checkpoint: Checkpoint | None = None,
+    *,
+    restart_data: bool = False,
+) -> list[str]:
+    """The parts of the plan as text, without its memory; see `settled` for the arguments.
+
+    Args:
+        collections: the training data, and what is evaluated.
+    """
+    training, *evaluated = collections
+    epochs = epochs_of(settings, ranks, training.samples)
+    progress = checkpoint.starting_point(epochs.steps_in, restart_data=restart_data) if checkpoint else Progress()
+    total = last_step_of(settings, epochs, progress)
+    facts = {
+        "model": f"{settings.model.type}, {pipeline.parts.denoiser_path}",
+        "training": _trained(settings, pipeline, staged),
+        "parameters": _parameters(staged),
+        "optimizer": _optimizer(settings, pipeline, staged),
+        "processes": f"{ranks.world_size} = {ranks.stages} stages x {ranks.data_ranks} data ranks",
+        "global batch": _global_batch(settings, ranks, training),
+        "steps": f"{epochs.steps_in(0)} per epoch, {total} in all",
+        "run folder": str(checkpoint.folder.parent if checkpoint else settings.output_dir / "<date and time>"),
+    }
+    if checkpoint:
+        facts["goes on from"] = f"{checkpoint.folder.name}, at step {progress.step}, epoch {progress.epoch + 1}"
+    facts |= {"cache": str(cache_dir), **dict(_outputs(pipeline, settings))}
+    return [
+        "\n".join(f"{name + ':':<14}{value}" for name, value in facts.items()),
+        format_table(epochs.table()),
+        *(f"evaluation '{one.source.name}': {len(one.samples)} samples" for one in evaluated),
+    ]
+
+
+def memory_text(planner: Planner, memory: float | None) -> str:
+    """The plan of memory, and what it leads to where the settings leave it open.
+
+    Args:
+        memory: of the smallest GPU in bytes; None if it is not known.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    settings = planner.settings
+    open_keys = [key for key in KEYS if getattr(settings, key) == "auto"]
+    if not open_keys:
+        return planner.text(settings)
+    if memory is None:
+        return f"{planner.text(settings)}\n{' and '.join(open_keys)}: set memory_budget_gb to see what a GPU would get"
+    chosen = fit(planner, memory)
+    return "\n".join(
+        [planner.text(chosen), *(f"{key} = {as_toml(getattr(chosen, key))}, chosen for this" for key in open_keys)]
+    )
+
+
+def _trained(settings: Settings, pipeline: BasePipeline, staged: StagedModel) -> str:
+    adapter, denoiser = settings.adapter, staged.denoiser
+    parts = ", ".join(denoiser.configs) if isinstance(denoiser, Ensemble) else pipeline.denoiser_folder
+    if adapter is None:
+        return f"full fine-tune of {parts}, since there is no [adapter]"
+    rank = adapter.model_dump().get("rank")
+    of_rank = f" of rank {rank}" if rank else ""
+    begins = f", which begins as {adapter.init_from_existing}" if adapter.init_from_existing else ""
+    name, count = adapters.find(adapter.type).name, len(attach.adapted(denoiser))
+    return f"{name}{of_rank} on {count} modules of {parts}{begins}"
+
+
+def _parameters(staged: StagedModel) -> str:
+    trained = sum(p.numel() for p in staged.denoiser.parameters() if p.requires_grad)
+    return f"{parameter_count(staged.denoiser):,} in all, {trained:,} trained"
+
+
+def _optimizer(settings: Settings, pipeline: BasePipeline, staged: StagedModel) -> str:
+    if settings.force_constant_lr is not None:
+        return f"{settings.optimizer.type}, lr {settings.force_constant_lr:g} at every step"
+    given = settings.optimizer.lr
+    own = [pipeline.learning_rate(name) for name in staged.trained(staged.layers)]
+    rates = [f"{rate:g}" for rate in dict.fromkeys(given if rate is None else rate for rate in own)]
+    by_part = " by part" if len(rates) > 1 else ""
+    warm_up = f", after {settings.warmup_steps} steps of warm-up" if settings.warmup_steps else ""
+    return f"{settings.optimizer.type}, lr {', '.join(rates)}{by_part}, {settings.lr_scheduler}{warm_up}"
+
+
+def _global_batch(settings: Settings, ranks: Ranks, training: Collection) -> str:
+    sizes = sorted({micro_batch_of(settings, bucket) for bucket in buckets_of(training)})
+    accumulated = settings.gradient_accumulation_steps
+    each = " or ".join(str(size) for size in sizes)
+    total = f" = {sizes[0] * accumulated * ranks.data_ranks}" if len(sizes) == 1 else ", by size"
+    return f"{each} per micro-batch x {accumulated} accumulated x {ranks.data_ranks} data ranks{total}"
+
+
+def _outputs(pipeline: BasePipeline, settings: Settings) -> Iterator[tuple[str, str]]:
+    """What the run leaves, and when."""
+    kind, sampling = "adapter" if settings.adapter else "model", settings.sampling
+    exported = [*_intervals(settings, "save"), "at the end"]
+    averages = {"beside": ", and its average", "instead": "'s average"}[settings.ema.export] if settings.ema else ""
+    layouts = " and ".join(formats_of(pipeline, settings))
+    yield "exports", f"{', '.join(exported)}: the {kind}{averages}, for {layouts}"
+    saved = _intervals(settings, "checkpoint")
+    kept = f"; the newest {settings.keep_checkpoints} are kept" if settings.keep_checkpoints else ""
+    yield "checkpoints", f"{', '.join([*saved, 'at the end'])}{kept}" if saved else "only if the run is stopped"
+    if settings.eval_datasets:
+        before = ["before the first step"] if settings.eval_before_first_step else []
+        yield "evaluation", ", ".join([*before, *_intervals(settings, "eval"), "at the end"])
+    if sampling.prompts:
+        before = ["before the first step"] if sampling.sample_before_first_step else []
+        when = ", ".join([*before, *_intervals(sampling, "sample"), "at the end"])
+        yield "samples", f"{when}: {len(sampling.prompts)} of {sampling.width} x {sampling.height}"
+
+
+def _intervals(table: object, prefix: str) -> list[str]:
+    """The intervals that a table of settings gives, as in "every 100 steps"."""
+    given = {unit: getattr(table, f"{prefix}_every_n_{unit}", None) for unit in UNITS}
+    return [f"every {unit[:-1]}" if n == 1 else f"every {n:g} {unit}" for unit, n in given.items() if n]

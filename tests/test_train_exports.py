@@ -1,0 +1,97 @@
+"""Weights for other programs from runs that are over."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train as train_py
+from tests.runs import only_run
+from utils.errors import UserError
+from utils.ranks import Ranks, disconnect
+from utils.run.signals import StopRequests
+
+EMA = {"warmup": "none", "decay": 0.5}
+
+
+def run(config: Path, *words: str) -> None:
+    try:
+        arguments = train_py.parse_arguments(["--config", str(config), *words])
+        assert train_py.run(arguments, Ranks(), StopRequests(), 0.0)
+    finally:
+        disconnect()
+
+
+def files_of(export: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {str(path.relative_to(export)): load_file(path) for path in export.rglob("*.safetensors")}
+
+
+def assert_same(export: Path, other: Path) -> None:
+    ours, theirs = files_of(export), files_of(other)
+    assert ours.keys() == theirs.keys() and ours
+    for name, tensors in ours.items():
+        assert tensors.keys() == theirs[name].keys()
+        assert all(torch.equal(tensor, theirs[name][key]) for key, tensor in tensors.items()), name
+
+
+@pytest.mark.parametrize("adapter", [{"type": "lora", "rank": 4}, None], ids=["lora", "full"])
+def test_a_checkpoint_is_exported_as_the_run_would_have(
+    write_config: Callable[..., Path], adapter: dict | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = {"adapter": adapter, "max_steps": 1, "checkpoint_every_n_steps": 1}
+    run(write_config(**keys, ema=EMA))
+    folder = only_run(write_config(**keys))
+    names, before = ("step1", "step1_ema"), folder / "before"
+    before.mkdir()
+    for name in names:
+        shutil.move(folder / name, before)
+    # Any number of stages, one process.
+    run(write_config(**keys, ema=EMA, pipeline_stages=2), "--export", str(folder / "global_step1"))
+    for name in names:
+        assert_same(folder / name, before / name)
+    weights, averages = (files_of(folder / name).popitem()[1] for name in names)
+    assert any(not torch.equal(tensor, averages[name]) for name, tensor in weights.items())
+    shutil.rmtree(folder / "step1_ema")
+    caplog.clear()
+    smaller = {"save_dtype": "bfloat16", "save_format": "comfyui"}
+    run(write_config(**keys, **smaller), "--export", str(folder))
+    assert "the moving averages" in caplog.text and not (folder / "step1_ema").exists()
+    # What this does not write stays as it was.
+    rewritten, first = files_of(folder / "step1"), files_of(before / "step1")
+    for name, tensors in rewritten.items():
+        assert (torch.bfloat16 in {tensor.dtype for tensor in tensors.values()}) is ("comfyui" in name)
+    assert rewritten.keys() == first.keys()
+
+
+def test_what_is_no_checkpoint_of_this_config_is_not_exported(write_config: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match="--export: no such folder '/nowhere'"):
+        run(write_config(), "--export", "/nowhere")
+
+
+def test_a_finished_run_exports_what_is_lacking(
+    write_config: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    keys = {"max_steps": 2, "checkpoint_every_n_steps": 2, "save_format": "diffusers"}
+    config = write_config(**keys)
+    run(config)
+    folder = only_run(config)
+    assert f"done at step 2, epochs completed: 1\n  weights:    {folder / 'epoch1'}" in caplog.text
+    weights = files_of(folder / "epoch1")
+    caplog.clear()
+    run(config, "--resume_from_checkpoint", str(folder))
+    assert "goes on from: global_step2, at step 2, epoch 2" in caplog.text
+    assert "nothing is left to train: 1 epochs are done" in caplog.text
+    assert f"what is asked for has been exported: {folder / 'epoch1'}" in caplog.text
+    assert not list(folder.glob("step*"))
+    run(write_config(**{**keys, "save_format": "both"}), "--resume_from_checkpoint", str(folder))
+    exported = files_of(folder / "step2")
+    assert set(exported) == {"adapter_model.safetensors", "adapter_model_comfyui.safetensors"}
+    again = exported["adapter_model.safetensors"]
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights["adapter_model.safetensors"].items())
