@@ -179,7 +179,7 @@ def test_another_configs_run_goes_on_if_it_is_named_alone(write_config: Callable
     assert codes == [0] and f"global_step1 goes on with {changed}" in log, log
     # From then on it is that config's.
     codes, log = launch(write_config(max_steps=3, dataset=str(other)), "--resume_from_checkpoint")
-    assert codes == [0] and "resuming" in log and (run / "resumed_step2" / "settings.toml").is_file(), log
+    assert codes == [0] and "goes on from" in log and (run / "resumed_step2" / "settings.toml").is_file(), log
 
 
 def test_a_signal_to_one_process_stops_all_after_the_step(write_config: Callable[..., Path]) -> None:
