@@ -38,8 +38,8 @@ def run_recomputed(
     """The same; only the layer's input is kept for the backward pass, which runs it again.
 
     Args:
-        trains: the layer has parameters that want a gradient. Those that do not depend on a tensor which wants one are
-            not distinguished among the tensors that it makes.
+        trains: the layer has parameters that want a gradient. Then, and if its input wants one, so does all that it
+            makes of floating point.
         host: where the inputs wait; None: on the device.
     """
     tensors, description = wire.flatten(stream)
