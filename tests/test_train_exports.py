@@ -52,7 +52,8 @@ def test_a_checkpoint_is_exported_as_the_run_would_have(
     for name in names:
         shutil.move(folder / name, before)
     # Any number of stages, one process.
-    run(write_config(**keys, ema=EMA, pipeline_stages=2), "--export", str(folder / "global_step1"))
+    stages = {"pipeline_stages": 2, "stage_weights": [2, 1]}
+    run(write_config(**keys, ema=EMA, **stages), "--export", str(folder / "global_step1"))
     for name in names:
         assert_same(folder / name, before / name)
     weights, averages = (files_of(folder / name).popitem()[1] for name in names)

@@ -29,6 +29,7 @@ WHOLE = {
     "pipeline_stages": 1,
     "partition_method": "parameters",
     "partition_split": None,
+    "stage_weights": None,
     "blocks_to_swap": 0,
     "compile": False,
 }

@@ -32,6 +32,7 @@ def stage_bounds(
         ValueError: there are fewer layers than stages, or `split` does not fit the layers.
     """
     count = len(layer_sizes)
+    assert weights is None or len(weights) == stages, "the settings' rules see to it"
     if stages > count:
         raise ValueError(
             f"pipeline_stages = {stages}, but the model has only {count} layers; use at most {count} stages"
