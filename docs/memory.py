@@ -40,10 +40,13 @@ In each cell what the card needs, and the GiB of a step's peak. *recompute* is `
 nothing is needed. *float8* and *nf4* are `[model] transformer_dtype`, given where the model does not fit in bfloat16.
 Encoders are gone before the denoiser comes; they, and decoding samples with the VAE, are not counted.
 """
+FULL_CARDS = (24, 48, 80)
 FULL = """## In full
 
-AdamW, one sample at a time, blocks recomputed with offload: the GiB of a single card. `adamw8bit` keeps a quarter of
-the optimizer's state; more `pipeline_stages` share all of it.
+One sample at a time. The first two columns are the GiB of a single card with blocks recomputed with offload and none
+swapped, for AdamW and for `adamw8bit`, which keeps a quarter of the optimizer's state; more `pipeline_stages` share all
+of it. The others are what `"auto"` chooses for AdamW on a card: as above, and last the GiB of the machine's memory that
+weights, gradients and optimizer state of the swapped blocks take, where the processor updates them.
 """
 
 
@@ -51,7 +54,9 @@ def main() -> None:
     adapted = "\n".join(lora_row(model) for model in ALL)
     cards = " | ".join(f"{card} GB" for card in CARDS)
     lora = f"| | {cards} |\n|---|{'---|' * len(CARDS)}\n{adapted}\n"
-    in_full = "| | GiB, AdamW | adamw8bit |\n|---|---|---|\n" + "\n".join(full_row(model) for model in ALL) + "\n"
+    full_cards = " | ".join(f"{card} GB" for card in FULL_CARDS)
+    in_full = "\n".join(full_row(model) for model in ALL)
+    in_full = f"| | AdamW | adamw8bit | {full_cards} |\n|---|---|---|{'---|' * len(FULL_CARDS)}\n{in_full}\n"
     PAGE.write_text(f"{TOP}\n{lora}\n{FULL}\n{in_full}", encoding="utf-8")
 
 
@@ -84,17 +89,22 @@ def _chosen(planner: Planner, card: int) -> str | None:
     except UserError:
         return None
     swap = f"swap {settings.blocks_to_swap}" if settings.blocks_to_swap else ""
-    parts = [WAYS[settings.activation_checkpointing], swap, f"{_total(planner, settings):.1f}"]
+    (plan,) = planner.plans(settings, planner.swapped(settings))
+    host = f"host {plan.host / GIB:.0f}" if settings.swaps_trained else ""
+    parts = [WAYS[settings.activation_checkpointing], swap, f"{_total(planner, settings):.1f}", host]
     return ", ".join(part for part in parts if part)
 
 
 def full_row(model: FullSize) -> str:
-    """What a model takes in full with two optimizers."""
-    totals = []
-    for optimizer in (AdamWSettings(type="adamw", lr=1e-5), AdamW8bitSettings(type="adamw8bit", lr=1e-5)):
-        planner = _planner(model, optimizer, None, BASES[0], activation_checkpointing="offload")
-        totals.append(f"{_total(planner, planner.settings):.0f}")
-    return f"| {model.name} | {' | '.join(totals)} |"
+    """What a model takes in full with two optimizers, and the choices for AdamW."""
+    least = {"activation_checkpointing": "offload", "blocks_to_swap": 0}
+    adamw, eight_bits = (
+        _planner(model, optimizer, None, BASES[0], **AUTO)
+        for optimizer in (AdamWSettings(type="adamw", lr=1e-5), AdamW8bitSettings(type="adamw8bit", lr=1e-5))
+    )
+    totals = [f"{_total(one, one.settings.model_copy(update=least)):.0f}" for one in (adamw, eight_bits)]
+    choices = [_chosen(adamw, card) or "-" for card in FULL_CARDS]
+    return f"| {model.name} | {' | '.join([*totals, *choices])} |"
 
 
 def _total(planner: Planner, settings: Settings) -> float:

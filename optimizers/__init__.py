@@ -47,15 +47,18 @@ def build(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
     return kind.build(groups, **settings.model_dump(exclude={"type"}))
 
 
-def check(settings: OptimizerSettings, device_type: str) -> None:
+def check(settings: OptimizerSettings, device_type: str, reason: str = "") -> None:
     """Whether the algorithm can run on a device of this type ("cuda", "cpu").
+
+    Args:
+        reason: why it has to; begins the message.
 
     Raises:
         UserError: it cannot; says why, and what to do.
     """
     advice = find(settings.type).not_on.get(device_type)
     if advice:
-        raise UserError.of(f'"{settings.type}" {advice}', where="[optimizer] type")
+        raise UserError.of(f'{reason}"{settings.type}" {advice}', where="[optimizer] type")
 
 
 def state_bytes(settings: OptimizerSettings, parameter: torch.Tensor) -> int:

@@ -61,11 +61,16 @@ class AdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         for group in self.param_groups:
             moved = [parameter for parameter in group["params"] if parameter.grad is not None]
-            self._update([parameter for parameter in moved if not _is_short(parameter)], group)
-            # Some at a time, since float32 gradients of all parameters would take as much memory as the masters.
-            for some in in_parts(filter(_is_short, moved)):
-                self._update(some, group)
-                torch._foreach_copy_(some, [self.state[parameter][MASTER] for parameter in some])
+            # Those of swapped blocks are in the host's memory.
+            for device in dict.fromkeys(parameter.device for parameter in moved):
+                self._step_together([parameter for parameter in moved if parameter.device == device], group)
+
+    def _step_together(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        self._update([parameter for parameter in parameters if not _is_short(parameter)], group)
+        # Some at a time, since float32 gradients of all parameters would take as much memory as the masters.
+        for some in in_parts(filter(_is_short, parameters)):
+            self._update(some, group)
+            torch._foreach_copy_(some, [self.state[parameter][MASTER] for parameter in some])
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         if not parameters:
@@ -73,11 +78,9 @@ class AdamW(torch.optim.Optimizer):
         states = [self._state_of(parameter) for parameter in parameters]
         targets = [state.get(MASTER, parameter) for state, parameter in zip(states, parameters, strict=True)]
         first, second = group["betas"]
-        # On a GPU all tensors in one kernel, which wants the counters there; a checkpoint brings them on the CPU.
-        fused = targets[0].is_cuda
-        if fused:
-            for state, target in zip(states, targets, strict=True):
-                state["step"] = state["step"].to(target.device)
+        # The kernel wants the counters beside the parameters; a checkpoint brings them on the CPU.
+        for state, target in zip(states, targets, strict=True):
+            state["step"] = state["step"].to(target.device)
         adamw(
             targets,
             [parameter.grad.to(target.dtype) for parameter, target in zip(parameters, targets, strict=True)],
@@ -92,7 +95,8 @@ class AdamW(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
-            fused=fused,
+            # All tensors at once on a GPU, and all operations at once on a CPU, where it takes a sixth of the time.
+            fused=True,
         )
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
@@ -158,7 +162,7 @@ KINDS = (
         AdamW8bitSettings,
         _build_8bit,
         _state_bytes_8bit,
-        not_on={"cpu": 'needs a GPU, and there is none; use "adamw"'},
+        not_on={"cpu": 'runs on GPUs only; use "adamw"'},
         # Its state has 8 bits, or 32 where there are few elements, whatever the parameter's type.
         retyped=lambda parameter, value, state: state,
     ),

@@ -46,9 +46,9 @@ class Combination(NamedTuple):
 
 
 def combinations() -> Iterator[Combination]:
-    """All that there are: a full fine-tune has no frozen weights, which alone can be swapped or in 8 and 4 bits."""
+    """All that there are: a full fine-tune has no frozen weights, which alone can be in 8 and 4 bits."""
     for one in product((True, False), TOLERANCES, (False, True), ("off", "on", "offload")):
-        if one[0] or (one[1] in ("float32", "bfloat16") and not one[2]):
+        if one[0] or one[1] in ("float32", "bfloat16"):
             yield Combination(*one)
 
 
@@ -79,7 +79,7 @@ def numbers_of(ranks: Ranks, one: Combination) -> list[float]:
         flux.maths.loss,
         recompute=one.recompute != "off",
         host=HostInputs(smallest=1) if one.recompute == "offload" else None,
-        swap=BlockSwap(staged.stage_layers(ranks.stage), staged.swapped[ranks.stage]),
+        swap=BlockSwap(staged.stage_layers(ranks.stage), staged.swapped[ranks.stage], trained=not one.adapted),
     )
     trained = list(staged.trained(staged.stage_layers(ranks.stage)).values())
     engine = Engine(module, torch.optim.AdamW(trained, lr=1e-3), accumulation=ACCUMULATION, clip_norm=1.0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+import optimizers
 from models.assembly.memory import GIB, Planner, StagePlan
 from utils.errors import UserError
 from utils.ranks import Ranks
@@ -81,7 +82,8 @@ def _attempts(planner: Planner, budget: float) -> Iterator[Attempt]:
         chosen = settings.model_copy(update={"activation_checkpointing": way})
         plain = {"blocks_to_swap": 0} if settings.blocks_to_swap == "auto" else {}
         yield Attempt(chosen.model_copy(update=plain), planner.plans(chosen, planner.swapped(chosen)))
-    if settings.blocks_to_swap == "auto" and settings.adapter and not settings.compile:
+    steps_on_host = "cpu" not in optimizers.find(settings.optimizer.type).not_on
+    if settings.blocks_to_swap == "auto" and (settings.adapter or steps_on_host) and not settings.compile:
         swapped = planner.least_swapped(chosen, budget)
         number = swapped[0] if len(swapped) == 1 else swapped
         yield Attempt(chosen.model_copy(update={"blocks_to_swap": number}), planner.plans(chosen, swapped))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -17,7 +17,7 @@ from utils.dataset.encoders import Encoder
 from utils.dataset.epochs import micro_batch_of
 from utils.dataset.samples import Bucket
 from utils.parallel.recompute import recomputed_positions
-from utils.parallel.swap import SwapPlan, counts
+from utils.parallel.swap_plan import BUFFERS, SwapPlan, aligned, counts
 from utils.parallel.wire import map_tensors
 from utils.settings.schema import OptimizerSettings, Settings
 
@@ -34,6 +34,7 @@ class StagePlan:
         state: gradients and optimizer state.
         activations: at the peak.
         swap: which blocks are swapped.
+        host: the bytes of the host's memory that their weights take, and what belongs to those that are trained.
     """
 
     layers: tuple[int, int]
@@ -41,6 +42,7 @@ class StagePlan:
     state: int
     activations: int
     swap: SwapPlan
+    host: int
 
     @property
     def total(self) -> int:
@@ -57,7 +59,7 @@ class StagePlan:
             return told
         return (
             f"{told}; {len(self.swap.blocks)} swapped blocks share {self.swap.ring_bytes / GIB:.2f} GiB of the "
-            f"weights, and take {self.swap.host_bytes / GIB:.2f} GiB of the host's memory"
+            f"weights, and take {self.host / GIB:.2f} GiB of the host's memory"
         )
 
 
@@ -107,19 +109,24 @@ class Planner:
         return "\n".join([title, *(f"  stage {stage} {plan}" for stage, plan in enumerate(plans))])
 
     @cached_property
-    def _held(self) -> list[tuple[int, int]]:
-        averages = self.settings.ema is not None and self.settings.ema.device == "gpu"
-        counted = partial(
-            held_bytes,
+    def _state_bytes(self) -> Callable[[Iterable[torch.Tensor]], int]:
+        """The bytes of some trained parameters' gradients and optimizer state."""
+        return partial(
+            state_bytes,
             optimizer=self.settings.optimizer,
-            averages=averages,
+            averages=self.settings.ema is not None and self.settings.ema.device == "gpu",
             float32_gradients=sums_in_float32(self.settings),
         )
-        return [counted(self.staged.stage_layers(stage)) for stage in self._stages]
+
+    @cached_property
+    def _held(self) -> list[tuple[int, int]]:
+        layers = [self.staged.stage_layers(stage) for stage in self._stages]
+        return [(weight_bytes(one), self._state_bytes(trained_of(one))) for one in layers]
 
     @cached_property
     def _swaps(self) -> list[SwapPlan]:
-        return [SwapPlan.of_all(self.staged.stage_layers(stage)) for stage in self._stages]
+        trained = self.settings.adapter is None
+        return [SwapPlan.of_all(self.staged.stage_layers(stage), trained=trained) for stage in self._stages]
 
     @property
     def _stages(self) -> range:
@@ -130,13 +137,22 @@ class Planner:
         weights, state = self._held[stage]
         swap = self._swaps[stage].with_blocks(swapped)
         in_flight = min(settings.gradient_accumulation_steps, len(self.staged.bounds) - stage)
+        travelling = swap.trained.values()
+        away = sum(map(self._state_bytes, travelling))
         return StagePlan(
             layers=(start, stop - 1),
             weights=weights + swap.ring_bytes - swap.tensor_bytes,
-            state=state,
+            state=state - away + self._gradient_buffers(travelling),
             activations=peak(counted[start:stop], in_flight),
             swap=swap,
+            host=swap.host_bytes + away,
         )
+
+    def _gradient_buffers(self, blocks: Collection[Sequence[torch.Tensor]]) -> int:
+        """The bytes in which the gradients of swapped blocks wait for their way to the host."""
+        float32 = sums_in_float32(self.settings)
+        sizes = (sum(aligned(gradient_size(p, float32=float32)) for p in block) for block in blocks)
+        return min(BUFFERS, len(blocks)) * max(sizes, default=0)
 
     def _activations(self, settings: Settings) -> list[LayerActivations]:
         """Of every layer, for one micro-batch."""
@@ -176,21 +192,34 @@ def sums_in_float32(settings: Settings) -> bool:
     return settings.gradient_accumulation_steps > 1 and optimizers.find(settings.optimizer.type).float32_gradients
 
 
-def held_bytes(
-    layers: Sequence[nn.Module],
+def weight_bytes(layers: Sequence[nn.Module]) -> int:
+    """The bytes of the weights of some layers, with their buffers, among them the scales of quantised weights."""
+    held = {id(tensor): tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())}
+    return sum(tensor.nbytes for tensor in held.values())
+
+
+def trained_of(layers: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The trained parameters of some layers, each once."""
+    held = {id(p): p for layer in layers for p in layer.parameters()}
+    return [parameter for parameter in held.values() if parameter.requires_grad]
+
+
+def state_bytes(
+    trained: Iterable[torch.Tensor],
     optimizer: OptimizerSettings,
     *,
     averages: bool = False,
     float32_gradients: bool = False,
-) -> tuple[int, int]:
-    """The bytes of the weights of some layers, with their buffers, among them the scales of quantised weights; and the
-    bytes of their gradients and optimizer state together. With `averages`, the latter include float32 averages of the
-    trained parameters (an EMA on the GPU)."""
-    held = {id(p): p for layer in layers for p in layer.parameters()}.values()
-    trained = [p for p in held if p.requires_grad]
+) -> int:
+    """The bytes of the gradients and the optimizer state of trained parameters. With `averages` they include float32
+    averages (an EMA on the GPU)."""
     kept_of = optimizers.find(optimizer.type).state_bytes
-    least = torch.float32.itemsize if float32_gradients else 0
-    state = sum(p.numel() * max(p.itemsize, least) + kept_of(optimizer, p) for p in trained)
-    state += 4 * sum(parameter.numel() for parameter in trained) if averages else 0
-    buffers = {id(b): b for layer in layers for b in layer.buffers()}.values()
-    return sum(tensor.nbytes for tensor in (*held, *buffers)), state
+    return sum(
+        gradient_size(p, float32=float32_gradients) + kept_of(optimizer, p) + (4 * p.numel() if averages else 0)
+        for p in trained
+    )
+
+
+def gradient_size(parameter: torch.Tensor, *, float32: bool) -> int:
+    """The bytes of a parameter's gradient, which may be summed in float32."""
+    return parameter.numel() * max(parameter.itemsize, torch.float32.itemsize if float32 else 0)

@@ -64,6 +64,9 @@ def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline, trains: 
     if ranks.is_main and trains:
         check_account(settings.monitoring)
     optimizers.check(settings.optimizer, ranks.device.type)
+    if settings.swaps_trained and settings.blocks_to_swap != "auto":
+        reason = "swapped blocks of a full fine-tune are stepped in the machine's memory: "
+        optimizers.check(settings.optimizer, "cpu", reason)
     staged = check_model(settings, pipeline)
     for option, remark in pipeline.remarks():
         logger.warning("[model] %s: %s", option, remark)

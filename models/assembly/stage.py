@@ -16,10 +16,10 @@ from utils import adapters
 from utils.adapters import attach, presets
 from utils.adapters.kinds import ModelNames, Update
 from utils.errors import UserError
-from utils.parallel import swap
 from utils.parallel.attention import give_gradients_one_layout
 from utils.parallel.compiling import compile_blocks
 from utils.parallel.partition import stage_bounds
+from utils.parallel.swap_plan import counts
 from utils.parallel.teacher import Teacher
 from utils.quantised.linear import parameter_count, quantise
 from utils.settings.model_schema import PresetAdapter
@@ -82,7 +82,7 @@ def partition(pipeline: BasePipeline, settings: Settings, denoiser: nn.Module) -
     except ValueError as error:
         raise UserError.of(str(error), where="pipeline_stages, partition_split") from error
     try:
-        swapped = swap.counts(settings.blocks_to_swap, [layers[start:stop] for start, stop in bounds])
+        swapped = counts(settings.blocks_to_swap, [layers[start:stop] for start, stop in bounds])
     except ValueError as error:
         raise UserError.of(str(error), where="key `blocks_to_swap`") from error
     return StagedModel(denoiser, layers, bounds, swapped)

@@ -146,7 +146,13 @@ def _optimizer(settings: Settings, pipeline: BasePipeline, parameters: Mapping[s
 def _engine(
     settings: Settings, ranks: Ranks, pipeline: BasePipeline, staged: StagedModel, optimizer: Optimizer
 ) -> Engine:
-    swap = BlockSwap(staged.stage_layers(ranks.stage), staged.swapped[ranks.stage], pinned=ranks.device.type == "cuda")
+    swap = BlockSwap(
+        staged.stage_layers(ranks.stage),
+        staged.swapped[ranks.stage],
+        pinned=ranks.device.type == "cuda",
+        trained=settings.adapter is None,
+        resident_in_evaluation=settings.disable_block_swap_for_eval,
+    )
     module = DenoiserPipeline(
         staged.layers,
         staged.bounds,

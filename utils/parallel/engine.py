@@ -15,7 +15,7 @@ What differs from `deepspeed.runtime.pipe.engine.PipelineEngine` of 0.19.8, each
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,12 +88,12 @@ class Engine(PipelineEngine):
             config_class=DeepSpeedConfig(config, mpu),
             model_parameters=[p for p in module.parameters() if p.requires_grad],
         )
-        # Now that the rest of the stage is on the device.
-        module.swap.start(self.device)
         self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if float32_gradients:
             for parameter in self._trained:
                 parameter.grad_dtype = torch.promote_types(parameter.dtype, torch.float32)
+        # Now that the rest of the stage is on the device.
+        module.swap.start(self.device)
         self.clip_norm = clip_norm
         self.teacher = teacher
         self._grad_norm = torch.zeros(())
@@ -117,11 +117,13 @@ class Engine(PipelineEngine):
 
     def evaluate(self, batches: Iterable[MicroBatch] | None, count: int) -> list[torch.Tensor]:
         """The loss of every sample (B,) in float32, per micro-batch, on every stage of this data rank."""
-        return self._from_last_stage(self._run_forward(batches, count, keep_predictions=False), count)
+        with self.module.swap.evaluation():
+            return self._from_last_stage(self._run_forward(batches, count, keep_predictions=False), count)
 
     def predict(self, batches: Iterable[MicroBatch] | None, count: int) -> list[torch.Tensor]:
         """The last layer's output per micro-batch, on every stage of this data rank."""
-        return self._from_last_stage(self._run_forward(batches, count, keep_predictions=True), count)
+        with self.module.swap.evaluation():
+            return self._from_last_stage(self._run_forward(batches, count, keep_predictions=True), count)
 
     def _terms_of_all(self) -> dict[str, float]:
         """The losses that layers added, sent from the last stages to all ranks."""
@@ -271,12 +273,17 @@ class Engine(PipelineEngine):
 
     def _reduce_gradients(self) -> None:
         """The means of the gradients over the data ranks; those that are missing are zeros, as on other ranks."""
+        self.module.swap.settle()
         for parameter in self._trained:
             if parameter.grad is None:
                 # Of the parameter's type in torch before 2.10, which knows no other.
                 parameter.grad = torch.zeros_like(parameter, dtype=getattr(parameter, "grad_dtype", None))
         if self.grid.get_data_parallel_world_size() > 1:
             self._exec_reduce_grads()
+
+    def allreduce_bucket(self, bucket: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The mean of some gradients in one piece, on the device; those of swapped blocks come from the host."""
+        return super().allreduce_bucket([gradient.to(self.device) for gradient in bucket], *args, **kwargs)
 
     def zero_grad(self) -> None:
         """Without gradients the next step begins."""
@@ -292,6 +299,8 @@ class Engine(PipelineEngine):
         parameters = [parameter for parameter in self._trained if parameter.grad is not None]
         # In float32 for gradients of any type: bfloat16 would leave the norm two digits.
         norms = torch._foreach_norm([p.grad for p in parameters], 2, dtype=torch.float32) if parameters else ()
+        # Those of swapped blocks are in the host's memory.
+        norms = [norm.to(self.device) for norm in norms]
         square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
         if self.is_pipe_parallel:
             dist.all_reduce(square, group=self.grid.get_pipe_parallel_group())

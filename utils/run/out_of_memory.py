@@ -32,13 +32,15 @@ def savings(settings: Settings) -> Iterator[str]:
         yield 'activation_checkpointing = "offload": what is kept of the blocks waits in the machine\'s memory'
     if settings.micro_batch_size_per_gpu != 1:
         yield "micro_batch_size_per_gpu = 1, with more gradient_accumulation_steps"
+    more = "more blocks_to_swap" if settings.swaps else "blocks_to_swap = 10 or more"
     if settings.adapter:
-        more = "more blocks_to_swap" if settings.swaps else "blocks_to_swap = 10 or more"
         yield f"{more}: frozen weights wait in the machine's memory"
         if model.transformer_dtype in (None, "float32", "float16", "bfloat16"):
             yield "[model] transformer_dtype = 'int8', 'float8' or 'nf4': the frozen weights in 8 or 4 bits"
     elif settings.optimizer.type == "adamw":
-        yield "[optimizer] type = 'adamw8bit': a quarter of the optimizer's state"
+        if not settings.swaps:
+            yield "[optimizer] type = 'adamw8bit': a quarter of the optimizer's state"
+        yield f"{more}: weights and their optimizer state wait in the machine's memory, where they are stepped"
     if settings.ema and settings.ema.device == "gpu":
         yield "[ema] device = 'cpu'"
     yield "more pipeline_stages, if there are more GPUs"

@@ -32,7 +32,6 @@ def _v_prediction(wanted: Any) -> Keys:
 
 
 _RUN: Mapping[str, Foreign] = {
-    "disable_block_swap_for_eval": leave_out("evaluation swaps blocks as training does"),
     "eval_gradient_accumulation_steps": leave_out("evaluation has a loss for each sample, of every sample, once"),
     "image_eval_micro_batch_size_per_gpu": read_as("eval_image_micro_batch_size_per_gpu"),
     "huber_delta": write(
@@ -181,6 +180,7 @@ SAME: Mapping[str, tuple[str, ...]] = {
         "force_constant_lr",
         "lr_scheduler",
         "blocks_to_swap",
+        "disable_block_swap_for_eval",
         "eval_every_n_epochs",
         "eval_every_n_steps",
         "eval_every_n_examples",

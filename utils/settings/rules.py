@@ -101,12 +101,6 @@ def _swap_fits_stages(settings: Settings, _: int) -> Iterator[Problem]:
         )
 
 
-def _swapped_weights_are_frozen(settings: Settings, _: int) -> Iterator[Problem]:
-    if settings.adapter is None and settings.swaps and settings.blocks_to_swap != "auto":
-        message = "block swap keeps frozen weights only; train an adapter, or leave blocks_to_swap out"
-        yield _at("key `blocks_to_swap`", message)
-
-
 def _recomputed_blocks_are_asked_for(settings: Settings, _: int) -> Iterator[Problem]:
     if settings.activation_checkpointing_every_n_blocks > 1 and not settings.activation_checkpointing:
         yield _at(
@@ -314,13 +308,17 @@ def _wandb_is_enabled(settings: Settings) -> Iterator[Problem]:
             yield _at(f"[monitoring] {key}", "not used without enable_wandb = true")
 
 
-_HARMLESS = (_eval_keys_have_data, _wandb_is_enabled)
+def _blocks_are_swapped(settings: Settings) -> Iterator[Problem]:
+    if settings.disable_block_swap_for_eval and not settings.swaps:
+        yield _at("key `disable_block_swap_for_eval`", "not used without blocks_to_swap")
+
+
+_HARMLESS = (_eval_keys_have_data, _wandb_is_enabled, _blocks_are_swapped)
 _RULES = (
     SettingsRule(("partition_split", "partition_method", "pipeline_stages"), _split_fits_method),
     SettingsRule(("pipeline_stages",), _stages_divide_world),
     SettingsRule(("stage_weights", "partition_method", "pipeline_stages"), _weights_fit_stages),
     SettingsRule(("blocks_to_swap", "pipeline_stages"), _swap_fits_stages),
-    SettingsRule(("blocks_to_swap", "adapter"), _swapped_weights_are_frozen),
     SettingsRule(
         ("activation_checkpointing", "activation_checkpointing_every_n_blocks"), _recomputed_blocks_are_asked_for
     ),

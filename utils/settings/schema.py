@@ -250,9 +250,13 @@ class Settings(SettingsTable):
     """Compile the repeated blocks when they first run (torch.compile), which takes a minute or more and is to make each
     step shorter; needs a C++ compiler. Not with `blocks_to_swap` or a base in 8 or 4 bits."""
     blocks_to_swap: SwappedBlocks = 0
-    """Number of blocks of every stage, or a list with a number for each stage, whose frozen weights are kept in the
-    machine's memory and copied to the GPU just before use. For adapters; two blocks' room on the GPU is shared by all
-    of them, so that it saves memory from 3 on. With "auto", as many as the card's memory asks for."""
+    """Number of blocks of every stage, or a list with a number for each stage, whose weights are kept in the machine's
+    memory and copied to the GPU just before use; two blocks' room on the GPU is shared by all of them, so that it saves
+    memory from 3 on. Beside an adapter these are the frozen weights. In a full fine-tune they are trained: their
+    gradients and the optimizer's state are in the machine's memory too, and the processor does their step. With
+    "auto", as many as the card's memory asks for."""
+    disable_block_swap_for_eval: bool = False
+    """All swapped blocks are on the GPU at once in evaluation and sampling, if there is room, which is faster."""
     memory_budget_gb: Positive | None = None
     """What "auto" takes as the memory of each GPU, in GiB; default: the smallest of the GPUs that are there."""
     partition_method: Literal["parameters", "uniform", "manual"] = "parameters"
@@ -303,6 +307,11 @@ class Settings(SettingsTable):
     def offloads(self) -> bool:
         """Whether the inputs of recomputed blocks wait in the host's memory."""
         return self.activation_checkpointing in ("offload", "unsloth")
+
+    @property
+    def swaps_trained(self) -> bool:
+        """Whether swapped blocks are trained, or may be."""
+        return self.swaps and self.adapter is None
 
     @property
     def swaps(self) -> bool:

@@ -13,6 +13,7 @@ import torch
 from models.assembly.fitting import MARGIN, SHARE, Attempt, fit, memory_of
 from models.assembly.memory import GIB, Planner
 from models.assembly.stage import partition
+from optimizers.adamw import AdamW8bitSettings
 from tests.models import tiny_flux
 from tests.models.tiny_folder import settings_of
 from utils.adapters.lora import LoraSettings
@@ -103,8 +104,18 @@ def test_what_fits_nowhere_is_told_with_what_was_tried(folder: Path) -> None:
         assert line in told
 
 
-def test_a_full_fine_tune_swaps_nothing(folder: Path) -> None:
+def test_a_full_fine_tune_swaps_what_is_trained(folder: Path) -> None:
     planner = planner_of(folder, adapter=False, **AUTO)
+    plain = total(planner, activation_checkpointing="offload", blocks_to_swap=0)
+    swapped = total(planner, activation_checkpointing="offload", blocks_to_swap=BLOCKS)
+    assert swapped < 0.6 * plain
+    assert chosen(fit(planner, card_for(swapped))) == ("offload", BLOCKS)
+
+
+def test_an_optimizer_for_gpus_alone_swaps_nothing(folder: Path) -> None:
+    planner = planner_of(folder, adapter=False, **AUTO)
+    optimizer = AdamW8bitSettings(type="adamw8bit", lr=1e-4)
+    planner.settings = planner.settings.model_copy(update={"optimizer": optimizer})
     with pytest.raises(UserError, match="nothing fits") as caught:
         fit(planner, 2.0 * GIB)
     assert f"blocks_to_swap = {BLOCKS}" not in str(caught.value)

@@ -3,44 +3,14 @@ has a clock."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import count
-
 import pytest
 import torch
 
+from tests.utils.parallel.late import Late
 from utils.diffusion.seeds import normal
 from utils.parallel.offload import HostInputs, Kept
 
 PLACE = 3
-
-
-class Late:
-    """`Transfers` that copies when somebody waits for it, and not before. A mark is a number."""
-
-    pending: dict[int, Callable[[], None]] = {}
-    numbers: Iterator[int] = count()
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor, *after: int | None) -> int:
-        def run() -> None:
-            for mark in after:
-                self.finish(mark)
-            target.copy_(source)
-
-        mark = next(self.numbers)
-        self.pending[mark] = run
-        return mark
-
-    def computed(self) -> None:
-        pass
-
-    def wait(self, mark: int) -> None:
-        self.finish(mark)
-
-    def finish(self, mark: int | None) -> None:
-        run = self.pending.pop(mark, None)
-        if run:
-            run()
 
 
 def forward(host: HostInputs, inputs: list[torch.Tensor]) -> list[Kept]:

@@ -15,17 +15,23 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import optimizers
 from models.assembly.stage import partition
+from optimizers.adamw import AdamWSettings
+from optimizers.ema import EMA
 from tests.models.tiny_folder import settings_of
 from tests.processes import run_ranks
 from tests.utils.parallel import toy_flux
 from utils.adapters.attach import switched_off
 from utils.errors import UserError
 from utils.parallel.partition import repeated_blocks
-from utils.parallel.swap import ALIGNMENT, BUFFERS, BlockSwap, SwapPlan, counts, spread
+from utils.parallel.swap import BlockSwap
+from utils.parallel.swap_plan import ALIGNMENT, BUFFERS, SwapPlan, counts, spread
 from utils.ranks import Ranks
+from utils.settings.schema import EMASettings
 
 STEPS, ACCUMULATION = 3, 3
+OPTIMIZER = AdamWSettings(type="adamw", lr=1e-2)
 REGULARISING = torch.tensor([True, False])
 DOUBLE, SINGLE = 3, 5
 BLOCKS = DOUBLE + SINGLE
@@ -34,9 +40,15 @@ VARIANTS = {
     "recomputed": {"recompute": True},
     "offloaded": {"recompute": True, "offload": True},
     "recomputed dropout and a teacher": {"recompute": True, "dropout": 0.5, "teacher": True},
+    "in full, kept": {"full": True},
+    "in full, recomputed in bfloat16": {"full": True, "recompute": True, "bfloat16": True},
 }
-KEPT, RECOMPUTED, OFFLOADED, WITH_TEACHER = VARIANTS
-LAYOUTS = [(1, 1, (RECOMPUTED, WITH_TEACHER)), (2, 1, (KEPT, OFFLOADED, WITH_TEACHER)), (1, 2, (KEPT,))]
+KEPT, RECOMPUTED, OFFLOADED, WITH_TEACHER, FULL, FULL_RECOMPUTED = VARIANTS
+LAYOUTS = [
+    (1, 1, (RECOMPUTED, WITH_TEACHER, FULL_RECOMPUTED)),
+    (2, 1, (KEPT, OFFLOADED, WITH_TEACHER, FULL)),
+    (1, 2, (KEPT, FULL_RECOMPUTED)),
+]
 """Stages, data ranks, variants."""
 
 
@@ -58,6 +70,8 @@ def engine_of(
     offload: bool = False,
     dropout: float = 0.0,
     teacher: bool = False,
+    full: bool = False,
+    bfloat16: bool = False,
 ) -> Any:
     from utils.parallel.backend import initialize_deepspeed
     from utils.parallel.engine import Engine, optimizer_for_frozen_stage
@@ -67,16 +81,28 @@ def engine_of(
     from utils.parallel.teacher import Teacher
 
     initialize_deepspeed()
-    denoiser, layers = toy_flux.denoiser_and_layers(flux, toy_flux.adapter(dropout))
+    denoiser, layers = toy_flux.denoiser_and_layers(flux, None if full else toy_flux.adapter(dropout))
+    if bfloat16:
+        denoiser.to(torch.bfloat16)
     bounds = stage_bounds("uniform", [1] * len(layers), ranks.stages)
     start, stop = bounds[ranks.stage]
-    swap = BlockSwap(layers[start:stop], count, pinned=ranks.device.type == "cuda")
+    # In evaluation some have all blocks at once.
+    swap = BlockSwap(
+        layers[start:stop],
+        count,
+        pinned=ranks.device.type == "cuda",
+        trained=full,
+        resident_in_evaluation=bfloat16 or offload,
+    )
     kept = {"recompute": recompute, "host": HostInputs(smallest=1) if offload else None}
     module = DenoiserPipeline(layers, bounds, flux.stream_type, flux.maths.loss, swap=swap, **kept)
     trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2) if trained else optimizer_for_frozen_stage()
+    groups = [{"params": trained}]
+    optimizer = optimizers.build(groups, OPTIMIZER) if trained else optimizer_for_frozen_stage()
     given = Teacher(partial(switched_off, denoiser), flux.maths.with_teacher_target) if teacher else None
-    return Engine(module, optimizer, accumulation=ACCUMULATION, clip_norm=0.05, teacher=given)
+    return Engine(
+        module, optimizer, accumulation=ACCUMULATION, clip_norm=0.05, teacher=given, float32_gradients=bfloat16
+    )
 
 
 def batches_of(ranks: Ranks, flux: Any, step: int) -> list:
@@ -85,14 +111,14 @@ def batches_of(ranks: Ranks, flux: Any, step: int) -> list:
 
 
 def check_residency(engine: Any) -> None:
-    """From now on a swapped block asserts that its frozen weights are in the ring when it runs."""
-    ring = engine.module.swap._ring
+    """From now on a swapped block asserts that its weights, all but an adapter's, are in the ring when it runs."""
+    swap = engine.module.swap
 
     def check(module: nn.Module, _: tuple) -> None:
-        frozen = [p for p in module.parameters() if not p.requires_grad]
-        assert all(ring.slot_of(p) is not None for p in frozen)
+        swapped = [p for p in module.parameters() if swap._gradients is not None or not p.requires_grad]
+        assert swapped and all(swap._ring.slot_of(p) is not None for p in swapped)
 
-    for position in engine.module.swap._numbers:
+    for position in swap._numbers:
         for module in engine.module.forward_funcs[position].modules():
             # A Linear with a hook is left to itself by its LoRA, with another order of sums.
             if next(module.children(), None) is not None:
@@ -105,20 +131,26 @@ def results_of(ranks: Ranks, flux: Any, engine: Any) -> dict[str, Any]:
 
     def keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         held = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients.append([None if p.grad is None else p.grad.float().cpu().numpy() for p in held])
+        gradients.append([None if p.grad is None else p.grad.float().cpu().numpy().copy() for p in held])
+        assert all(p.grad is None or p.grad.device == p.device for p in held)
 
     engine.optimizer.register_step_pre_hook(keep)
+    trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    ema = EMA(trained.items(), EMASettings(decay=0.5), engine.basic_optimizer)
     evaluated = [engine.evaluate(batches_of(ranks, flux, 7), ACCUMULATION)]
     steps = [engine.train_step(batches_of(ranks, flux, step), step) for step in range(STEPS)]
     evaluated.append(engine.evaluate(batches_of(ranks, flux, 7), ACCUMULATION))
+    ema.update(1)
+    with ema.swapped():
+        evaluated.append(engine.evaluate(batches_of(ranks, flux, 7), ACCUMULATION))
     predicted = engine.predict(batches_of(ranks, flux, 8), ACCUMULATION)
     steps.append(engine.train_step(batches_of(ranks, flux, STEPS), STEPS))
     return {
         "losses": [(step.loss, step.grad_norm) for step in steps],
         "gradients": gradients,
-        "weights": [p.detach().cpu().numpy() for p in engine.module.parameters() if p.requires_grad],
+        "weights": [p.detach().float().cpu().numpy() for p in trained.values()],
         "evaluated": [[t.cpu().numpy() for t in losses] for losses in evaluated],
-        "predicted": [t.cpu().numpy() for t in predicted],
+        "predicted": [t.float().cpu().numpy() for t in predicted],
     }
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from utils.parallel.swap import Frozen, HostBlock, Ring, spread
+from utils.parallel.ring import HostBlock, Ring
+from utils.parallel.swap_plan import Swappable, spread
 
 BACKWARD = 2.0
 """The time of a block's backward pass in those of its forward pass."""
@@ -61,7 +62,7 @@ def host_blocks(count: int) -> list[HostBlock]:
     blocks = []
     for number in range(count):
         tensor = torch.full((4 + number % 3,), number, dtype=torch.uint8)
-        blocks.append(HostBlock([Frozen(tensor, (({}, "tensor"),))], pinned=False))
+        blocks.append(HostBlock([Swappable(tensor, (({}, "tensor"),))], pinned=False))
     return blocks
 
 
@@ -169,7 +170,7 @@ def test_several_micro_batches_may_be_under_way() -> None:
 
 def test_a_block_that_was_overwritten_can_be_read_at_home() -> None:
     tensors = [torch.full((4,), number, dtype=torch.uint8) for number in range(3)]
-    blocks = [HostBlock([Frozen(tensor, (({}, ""),))], pinned=False) for tensor in tensors]
+    blocks = [HostBlock([Swappable(tensor, (({}, ""),))], pinned=False) for tensor in tensors]
     for block in blocks:
         block.install()
     ring = Ring(blocks, Clock(1.0))

@@ -105,7 +105,6 @@ def test_a_usual_file_runs_as_it_is(folder: Folder, caplog: pytest.LogCaptureFix
     assert dataset.num_ar_buckets == 7
     assert [warning.split(":")[0] for warning in warnings] == [
         "key `eval_gradient_accumulation_steps`",
-        "key `disable_block_swap_for_eval`",
         "key `reentrant_activation_checkpointing`",
         "key `map_num_proc`",
         "key `video_clip_mode`",
@@ -115,6 +114,7 @@ def test_a_usual_file_runs_as_it_is(folder: Folder, caplog: pytest.LogCaptureFix
         "key `shuffle_tags`",
         "key `eval_every_n_epochs`",
         "key `eval_micro_batch_size_per_gpu`",
+        "key `disable_block_swap_for_eval`",
     ]
 
 

@@ -90,8 +90,6 @@ LORA = "[adapter]\ntype = 'lora'\nrank = 1"
             "[sampling] sample_every_n_epochs",
             "nothing to draw",
         ),
-        ({"top": "blocks_to_swap = 3"}, "key `blocks_to_swap`", "frozen weights only"),
-        ({"top": "blocks_to_swap = [0, 3]\npipeline_stages = 2"}, "key `blocks_to_swap`", "frozen weights only"),
         (
             {"top": "blocks_to_swap = [1]\npipeline_stages = 2", "tables": LORA},
             "key `blocks_to_swap`",

@@ -1,0 +1,175 @@
+"""Swapped blocks in the host's memory, and the buffers of a device through which they pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from utils.parallel.swap_plan import BUFFERS, Swappable, aligned
+from utils.parallel.transfers import Mark, Transfers, dense_strides, host_memory
+
+
+class HostBlock:
+    """The swapped tensors of one block in one piece of the host's memory, so that one copy brings them all.
+
+    Attributes:
+        memory: uint8.
+    """
+
+    def __init__(self, tensors: Sequence[Swappable], *, pinned: bool):
+        self.memory = host_memory(sum(aligned(frozen.tensor.nbytes) for frozen in tensors), pinned=pinned)
+        self._forms = [(f.tensor.dtype, f.tensor.shape, dense_strides(f.tensor), f.tensor.nbytes) for f in tensors]
+        self._at_home = self.views(self.memory)
+        for frozen, view in zip(tensors, self._at_home, strict=True):
+            view.copy_(frozen.tensor.detach())
+        self._tensors = [f.tensor for f in tensors]
+        self._places = [f.places for f in tensors]
+        # Until `install`, so that nothing is moved to the device with the module.
+        self.point_at([torch.empty(0, dtype=view.dtype) for view in self._at_home])
+
+    def views(self, memory: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors, in memory that has a copy of the block."""
+        views, start = [], 0
+        for dtype, shape, strides, size in self._forms:
+            view = memory[start : start + size].view(dtype).as_strided(shape, strides)
+            # `.data`, so that it counts its own changes: another copy into the memory is none of autograd's business.
+            views.append(view.data)
+            start += aligned(size)
+        return views
+
+    def point_at(self, views: Sequence[torch.Tensor]) -> None:
+        """Lets the block's parameters and buffers be these."""
+        for tensor, view in zip(self._tensors, views, strict=True):
+            tensor.data = view
+
+    def return_home(self) -> None:
+        """Lets them be those in the host's memory."""
+        self.point_at(self._at_home)
+
+    def install(self) -> None:
+        """Puts them back into their modules, in which other objects stand for buffers after a move to a device."""
+        for tensor, places in zip(self._tensors, self._places, strict=True):
+            for table, name in places:
+                table[name] = tensor
+        self.return_home()
+
+
+@dataclass(eq=False)
+class Slot:
+    """A buffer of the ring.
+
+    Attributes:
+        memory: on the device, uint8.
+        free: when the computation that read it is done.
+        block: whose weights it has, or will have when `ready` is reached.
+        ready: None once the computation waits for it.
+    """
+
+    memory: torch.Tensor
+    free: Mark
+    block: int | None = None
+    ready: tuple[Mark] | None = None
+    views: list[list[torch.Tensor]] = field(default_factory=list)
+
+
+class Ring:
+    """Keeps the swapped blocks, numbered from 0, in a few buffers of the device.
+
+    Which blocks are wanted next follows from the pass; a block that was not expected is brought all the same, and only
+    later.
+
+    Attributes:
+        current: the block that computes.
+    """
+
+    def __init__(self, blocks: Sequence[HostBlock], transfers: Transfers, buffers: int = BUFFERS):
+        self._blocks, self._transfers = blocks, transfers
+        size = max(block.memory.nbytes for block in blocks)
+        # The memory may have served computation that is not done yet.
+        slots = (Slot(transfers.buffer(size), transfers.computed()) for _ in range(min(buffers, len(blocks))))
+        self._slots = list(slots)
+        """The longest unused one first."""
+        for slot in self._slots:
+            slot.views = [block.views(slot.memory) for block in blocks]
+        self._by_address = {slot.memory.data_ptr(): slot for slot in self._slots}
+        self._held: dict[int, Slot] = {}
+        self.current: int | None = None
+        self._last_copy: tuple[Mark] | None = None
+        numbers = range(len(blocks))
+        # What is expected after each block; every block once, itself last or where the pass turns round.
+        self._in_training = [(*numbers[block + 1 :], *reversed(numbers[: block + 1])) for block in numbers]
+        self._in_evaluation = [(*numbers[block + 1 :], *numbers[: block + 1]) for block in numbers]
+        self._backward = [(*reversed(numbers[:block]), *numbers[block:]) for block in numbers]
+        self._order = self._backward
+
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """A context for a pass from the first block to the last; outside of it, they are needed from the last to the
+        first."""
+        self._leave()
+        self._order = self._in_training if torch.is_grad_enabled() else self._in_evaluation
+        try:
+            yield
+        finally:
+            self._leave()
+            self._order = self._backward
+
+    def require(self, block: int) -> Slot:
+        """The buffer with the weights of `block`, on which computation that is asked for from now on may rely until
+        another block is required or this one is released. The block's parameters are in it."""
+        if block != self.current:
+            self._leave()
+            self._bring((block, *self._order[block][: len(self._slots) - 1]))
+            slot = self._held[block]
+            self._slots.append(self._slots.pop(self._slots.index(slot)))
+            if slot.ready is not None:
+                self._transfers.wait(*slot.ready)
+                slot.ready = None
+            self.current = block
+        return self._held[block]
+
+    def settle(self) -> None:
+        """Empties the buffers; the parameters are those in the host's memory, which may be written from now on."""
+        self._leave()
+        if self._last_copy is not None:
+            self._transfers.finish(*self._last_copy)
+            self._last_copy = None
+        for slot in self._slots:
+            if slot.block is not None:
+                self._blocks[slot.block].return_home()
+            slot.block = slot.ready = None
+        self._held.clear()
+
+    def release(self, block: int) -> None:
+        """All computation with the weights of `block` has been asked for that this pass needs."""
+        self._leave()
+        self._bring(self._order[block][: len(self._slots)])
+
+    def slot_of(self, tensor: torch.Tensor) -> Slot | None:
+        """The buffer in which a tensor lies."""
+        return self._by_address.get(tensor.untyped_storage().data_ptr())
+
+    def _leave(self) -> None:
+        if self.current is not None:
+            self._held[self.current].free = self._transfers.computed()
+            self.current = None
+
+    def _bring(self, wanted: Sequence[int]) -> None:
+        """Starts the copies of those blocks that are not there, in this order, over blocks that are not wanted."""
+        missing = [block for block in dict.fromkeys(wanted) if block not in self._held]
+        spare = [slot for slot in self._slots if slot.block not in wanted]
+        for block, slot in zip(missing, spare, strict=False):
+            self._load(block, slot)
+
+    def _load(self, block: int, slot: Slot) -> None:
+        if slot.block is not None:
+            self._blocks[slot.block].return_home()
+            del self._held[slot.block]
+        source = self._blocks[block].memory
+        slot.ready = self._last_copy = (self._transfers.copy(slot.memory[: source.nbytes], source, slot.free),)
+        slot.block = block
+        self._held[block] = slot
+        self._blocks[block].point_at(slot.views[block])
