@@ -83,7 +83,7 @@ def _attempts(planner: Planner, budget: float) -> Iterator[Attempt]:
         plain = {"blocks_to_swap": 0} if settings.blocks_to_swap == "auto" else {}
         yield Attempt(chosen.model_copy(update=plain), planner.plans(chosen, planner.swapped(chosen)))
     steps_on_host = "cpu" not in optimizers.find(settings.optimizer.type).not_on
-    if settings.blocks_to_swap == "auto" and (settings.adapter or steps_on_host) and not settings.compile:
+    if settings.blocks_to_swap == "auto" and (settings.adapter or steps_on_host):
         swapped = planner.least_swapped(chosen, budget)
         number = swapped[0] if len(swapped) == 1 else swapped
         yield Attempt(chosen.model_copy(update={"blocks_to_swap": number}), planner.plans(chosen, swapped))

@@ -100,6 +100,9 @@ class QuantisedLinear(nn.Linear):
         return self.form.dequantise(self.weight, self.scale, self.shape, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            # The same; torch.compile cannot read a Function that nothing goes back through.
+            return functional.linear(x, self.dequantised(x.dtype), self.bias)
         return _Product.apply(x, self.bias, (self.form, self.shape), self.weight, self.scale)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantisedLinear:

@@ -118,17 +118,6 @@ def _budget_is_used(settings: Settings, _: int) -> Iterator[Problem]:
         )
 
 
-def _compiled_blocks_are_plain(settings: Settings, _: int) -> Iterator[Problem]:
-    kept = settings.model.transformer_dtype
-    others = {
-        "blocks_to_swap": settings.swaps and settings.blocks_to_swap != "auto",
-        f'[model] transformer_dtype = "{kept}"': kept not in (None, "float32", "float16", "bfloat16"),
-    }
-    for name, given in others.items():
-        if settings.compile and given:
-            yield _at("key `compile`", f"does not work with {name} yet; leave one of them out")
-
-
 def _stages_divide_world(settings: Settings, world_size: int | None) -> Iterator[Problem]:
     stages = settings.pipeline_stages
     if world_size is not None and world_size % stages:
@@ -323,7 +312,6 @@ _RULES = (
         ("activation_checkpointing", "activation_checkpointing_every_n_blocks"), _recomputed_blocks_are_asked_for
     ),
     SettingsRule(("memory_budget_gb", "activation_checkpointing", "blocks_to_swap"), _budget_is_used),
-    SettingsRule(("compile", "blocks_to_swap", "model"), _compiled_blocks_are_plain),
     SettingsRule(("dataset",), _dataset_exists),
     SettingsRule(("eval_datasets",), _eval_paths_exist),
     SettingsRule(("eval_datasets",), _eval_names_differ),

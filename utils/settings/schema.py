@@ -248,7 +248,7 @@ class Settings(SettingsTable):
     memory the larger n is."""
     compile: bool = False
     """Compile the repeated blocks when they first run (torch.compile), which takes a minute or more and is to make each
-    step shorter; needs a C++ compiler. Not with `blocks_to_swap` or a base in 8 or 4 bits."""
+    step shorter; needs a C++ compiler."""
     blocks_to_swap: SwappedBlocks = 0
     """Number of blocks of every stage, or a list with a number for each stage, whose weights are kept in the machine's
     memory and copied to the GPU just before use; two blocks' room on the GPU is shared by all of them, so that it saves

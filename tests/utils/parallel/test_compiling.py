@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -13,8 +14,18 @@ from models.foundation.layers.chain import Middle
 from utils.diffusion.seeds import normal
 from utils.parallel import compiling
 from utils.parallel.recompute import run_layer, run_recomputed
+from utils.parallel.swap import BlockSwap
+from utils.quantised.formats import FORMATS
+from utils.quantised.linear import quantise
 
 BLOCKS = 12
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "COMPILER", "aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
 
 
 class Stream(NamedTuple):
@@ -30,28 +41,31 @@ class Block(nn.Module):
         return x + self.down(torch.tanh(self.up(x)))
 
 
-def trained(layers: list[nn.Module], lengths: tuple[int, ...], *, recompute: bool) -> list[torch.Tensor]:
+def trained(
+    layers: list[nn.Module], lengths: tuple[int, ...], *, recompute: bool, swap: BlockSwap | None = None
+) -> list[torch.Tensor]:
     """Outputs, and the gradients of all parameters."""
-    found = []
+    found, swap = [], swap or BlockSwap()
     for length in lengths:
         stream = Stream(normal((2, length, 4), 0, "x"))
-        for layer in layers:
-            stream = run_recomputed(layer, stream, trains=True) if recompute else run_layer(layer, stream)
+        with swap.forward_pass():
+            for position, layer in enumerate(layers):
+                run = partial(run_recomputed, trains=True) if recompute else run_layer
+                stream = swap.run(position, layer, partial(run, stream=stream), recomputed=recompute)
         stream.x_BTD.square().sum().backward()
         found.append(stream.x_BTD.detach())
-    gradients = [parameter.grad for layer in layers for parameter in layer.parameters()]
+    swap.settle()
+    gradients = [p.grad.clone() for layer in layers for p in layer.parameters() if p.requires_grad]
     for layer in layers:
         layer.zero_grad()
     return [*found, *gradients]
 
 
-def test_compiled_blocks_do_the_same_and_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "COMPILER", "aot_eager")
+def test_compiled_blocks_do_the_same_and_share_what_is_compiled() -> None:
     torch.manual_seed(0)
     layers = [Middle(Block(), {"x": "x_BTD"}, ("x_BTD",)) for _ in range(BLOCKS)]
     cases = [(recompute, (3, 5, 7)) for recompute in (False, True)]
     plain = [trained(layers, lengths, recompute=recompute) for recompute, lengths in cases]
-    counters.clear()
     compiling.compile_blocks([nn.Identity(), *layers])
     compiled = [trained(layers, lengths, recompute=recompute) for recompute, lengths in cases]
     assert all(
@@ -60,6 +74,25 @@ def test_compiled_blocks_do_the_same_and_share_what_is_compiled(monkeypatch: pyt
     # The first block gets an input without a gradient; what is recomputed runs at first without a graph. Each of the
     # four forms is compiled for the first length, and then for every length.
     assert counters["frames"]["ok"] == counters["frames"]["total"] <= 4 * 2
+
+
+@pytest.mark.parametrize(("kept", "recompute"), [("trained", False), ("float8", True), ("nf4", False)])
+def test_compiled_blocks_may_be_swapped_and_quantised(kept: str, recompute: bool) -> None:
+    torch.manual_seed(0)
+    layers = [Middle(Block(), {"x": "x_BTD"}, ("x_BTD",)) for _ in range(4)]
+    for layer in layers if kept != "trained" else ():
+        weight = layer.block.up.weight
+        quantise(layer, ["block.up"], FORMATS[kept])
+        layer.block.up.fill(weight)
+        layer.block.up.bias.requires_grad_(False)
+    lengths = (3, 5)
+    plain = trained(layers, lengths, recompute=recompute)
+    compiling.compile_blocks(layers)
+    swap = BlockSwap(layers, 3, trained=kept == "trained")
+    swap.start(torch.device("cpu"))
+    compiled = trained(layers, lengths, recompute=recompute, swap=swap)
+    assert all(torch.equal(one, other) for one, other in zip(plain, compiled, strict=True))
+    assert counters["frames"]["ok"] == counters["frames"]["total"] > 0 and not counters["graph_break"]
 
 
 def test_only_blocks_are_compiled() -> None:

@@ -95,7 +95,6 @@ LORA = "[adapter]\ntype = 'lora'\nrank = 1"
             "key `blocks_to_swap`",
             "has 1 numbers for pipeline_stages = 2",
         ),
-        ({"top": "compile = true\nblocks_to_swap = 3", "tables": LORA}, "key `compile`", "blocks_to_swap yet"),
         ({"top": "stage_weights = [2, 1]"}, "key `stage_weights`", "has 2 numbers for pipeline_stages = 1"),
         (
             {"top": "stage_weights = [2, 1]\npipeline_stages = 2\npartition_method = 'manual'\npartition_split = [3]"},
