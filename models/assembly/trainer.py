@@ -152,6 +152,7 @@ def _engine(
         pinned=ranks.device.type == "cuda",
         trained=settings.adapter is None,
         resident_in_evaluation=settings.disable_block_swap_for_eval,
+        ranks=ranks if ranks.data_ranks > 1 and any(staged.swapped) else None,
     )
     module = DenoiserPipeline(
         staged.layers,

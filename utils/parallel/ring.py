@@ -9,22 +9,30 @@ from dataclasses import dataclass, field
 import torch
 
 from utils.parallel.swap_plan import BUFFERS, Swappable, aligned
-from utils.parallel.transfers import Mark, Transfers, dense_strides, host_memory
+from utils.parallel.transfers import Mark, Transfers, dense_strides
 
 
 class HostBlock:
     """The swapped tensors of one block in one piece of the host's memory, so that one copy brings them all.
 
+    Args:
+        tensors: of the block; they give up their own memory.
+        memory: of the host, uint8, with room for them from `start` on.
+        filled: whether it has their values already.
+
     Attributes:
         memory: uint8.
     """
 
-    def __init__(self, tensors: Sequence[Swappable], *, pinned: bool):
-        self.memory = host_memory(sum(aligned(frozen.tensor.nbytes) for frozen in tensors), pinned=pinned)
+    def __init__(self, tensors: Sequence[Swappable], memory: torch.Tensor, start: int = 0, *, filled: bool = False):
+        # Memory is locked as long as its tensor is there.
+        self._whole = memory
+        self.memory = memory[start : start + sum(aligned(swapped.tensor.nbytes) for swapped in tensors)]
         self._forms = [(f.tensor.dtype, f.tensor.shape, dense_strides(f.tensor), f.tensor.nbytes) for f in tensors]
         self._at_home = self.views(self.memory)
-        for frozen, view in zip(tensors, self._at_home, strict=True):
-            view.copy_(frozen.tensor.detach())
+        if not filled:
+            for swapped, view in zip(tensors, self._at_home, strict=True):
+                view.copy_(swapped.tensor.detach())
         self._tensors = [f.tensor for f in tensors]
         self._places = [f.places for f in tensors]
         # Until `install`, so that nothing is moved to the device with the module.

@@ -24,12 +24,34 @@ from torch import nn
 from utils.parallel.host_gradients import HostGradients
 from utils.parallel.partition import repeated_blocks
 from utils.parallel.ring import HostBlock, Ring
+from utils.parallel.shared_memory import shared_by_stage
 from utils.parallel.swap_plan import SwapPlan
-from utils.parallel.transfers import Transfers, transfers_to
+from utils.parallel.transfers import Transfers, host_memory, transfers_to
+from utils.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
+
+
+def host_blocks(plan: SwapPlan, *, pinned: bool, ranks: Ranks | None) -> list[HostBlock]:
+    """The blocks of a plan in the host's memory; of `ranks`, those of one stage have it together on each machine."""
+    blocks: list[HostBlock] = []
+
+    def fill(memory: torch.Tensor, *, filled: bool = False) -> None:
+        start = 0
+        for tensors, size in zip(plan.blocks.values(), plan.sizes, strict=True):
+            blocks.append(HostBlock(tensors, memory, start, filled=filled))
+            start += size
+
+    shared = shared_by_stage(ranks, plan.host_bytes, fill, pinned=pinned) if ranks else None
+    if shared is None:
+        # One by one, so that each gives up what it had before the next one comes.
+        for tensors, size in zip(plan.blocks.values(), plan.sizes, strict=True):
+            blocks.append(HostBlock(tensors, host_memory(size, pinned=pinned)))
+    elif not shared[1]:
+        fill(shared[0], filled=True)
+    return blocks
 
 
 class Place(NamedTuple):
@@ -51,7 +73,9 @@ class BlockSwap:
         count: how many blocks are swapped; the others are left alone.
         pinned: whether the host's memory is locked, for copies to a CUDA device.
         trained: trained weights are swapped too.
-        resident_in_evaluation: in `evaluation_pass` all blocks are on the device, if there is room.
+        resident_in_evaluation: in `evaluation` all blocks are on the device, if there is room.
+        ranks: of a run with several data ranks, which share what is frozen where they are on one machine. All of them
+            make a swap then, with blocks or without.
     """
 
     def __init__(
@@ -62,17 +86,15 @@ class BlockSwap:
         pinned: bool = False,
         trained: bool = False,
         resident_in_evaluation: bool = False,
+        ranks: Ranks | None = None,
     ):
         plan = SwapPlan.of(layers, count, trained=trained)
         self._sizes = plan.host_bytes, plan.ring_bytes, len(repeated_blocks(layers))
         self._pinned, self._resident_in_evaluation = pinned, resident_in_evaluation
         with torch.no_grad():
-            blocks = {
-                position: HostBlock(tensors, pinned=pinned) for position, tensors in plan.blocks.items() if tensors
-            }
-        self._blocks = list(blocks.values())
-        self._trained = [plan.trained[position] for position in blocks]
-        self._numbers = {position: number for number, position in enumerate(blocks)}
+            self._blocks = host_blocks(plan, pinned=pinned, ranks=ranks if ranks and not trained else None)
+        self._trained = [plan.trained[position] for position in plan.blocks]
+        self._numbers = {position: number for number, position in enumerate(plan.blocks)}
         self._ring: Ring | None = None
         self._gradients: HostGradients | None = None
 

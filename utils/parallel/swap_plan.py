@@ -103,10 +103,10 @@ class SwapPlan:
         return cls({position: tensors[position] for position in repeated_blocks(layers)})
 
     def with_blocks(self, count: int) -> SwapPlan:
-        """For so many of these blocks."""
+        """For so many of these blocks, without those that have nothing to swap."""
         positions = list(self.blocks)
         chosen = [positions[index] for index in spread(count, len(positions))] if count else []
-        return SwapPlan({position: self.blocks[position] for position in chosen})
+        return SwapPlan({position: self.blocks[position] for position in chosen if self.blocks[position]})
 
     @property
     def sizes(self) -> list[int]:

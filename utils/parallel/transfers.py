@@ -117,22 +117,31 @@ def host_memory(size: int, *, pinned: bool) -> torch.Tensor:
     It is locked as it is: PyTorch's own pinned memory comes in powers of two, which for the blocks of Flux would be 1.6
     times as much. Where CUDA cannot do so, that is what there is.
     """
-    # Whole pages, since only these can be locked.
-    rounded = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-    allocated = torch.empty(rounded + mmap.PAGESIZE, dtype=torch.uint8)
+    allocated = torch.empty(_in_pages(size) + mmap.PAGESIZE, dtype=torch.uint8)
     start = -allocated.data_ptr() % mmap.PAGESIZE
     memory = allocated[start : start + size]
-    if not pinned or not size:
+    if not pinned or not size or lock(memory):
         return memory
+    logger.warning("powers of two are allocated instead")
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def lock(memory: torch.Tensor) -> bool:
+    """Locks memory that begins with a page in its place, as long as the tensor is there; whether CUDA can do so."""
     runtime, address = torch.cuda.cudart(), memory.data_ptr()
-    error = int(runtime.cudaHostRegister(address, rounded, PORTABLE))
+    error = int(runtime.cudaHostRegister(address, _in_pages(memory.nbytes), PORTABLE))
     if error:
-        logger.warning("CUDA cannot lock memory in its place (error %d); powers of two are allocated instead", error)
+        logger.warning("CUDA cannot lock memory in its place (error %d)", error)
         _forget_error()
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return False
     # At the end of the process its memory is given back as a whole, which is faster.
     weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
-    return memory
+    return True
+
+
+def _in_pages(size: int) -> int:
+    """The bytes of whole pages, since only these can be locked."""
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _forget_error() -> None:

@@ -93,6 +93,7 @@ def engine_of(
         pinned=ranks.device.type == "cuda",
         trained=full,
         resident_in_evaluation=bfloat16 or offload,
+        ranks=ranks if ranks.data_ranks > 1 and count else None,
     )
     kept = {"recompute": recompute, "host": HostInputs(smallest=1) if offload else None}
     module = DenoiserPipeline(layers, bounds, flux.stream_type, flux.maths.loss, swap=swap, **kept)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from utils.parallel.ring import HostBlock, Ring
-from utils.parallel.swap_plan import Swappable, spread
+from utils.parallel.swap_plan import ALIGNMENT, Swappable, spread
 
 BACKWARD = 2.0
 """The time of a block's backward pass in those of its forward pass."""
@@ -62,7 +62,7 @@ def host_blocks(count: int) -> list[HostBlock]:
     blocks = []
     for number in range(count):
         tensor = torch.full((4 + number % 3,), number, dtype=torch.uint8)
-        blocks.append(HostBlock([Swappable(tensor, (({}, "tensor"),))], pinned=False))
+        blocks.append(HostBlock([Swappable(tensor, (({}, "tensor"),))], torch.empty(ALIGNMENT, dtype=torch.uint8)))
     return blocks
 
 
@@ -170,7 +170,9 @@ def test_several_micro_batches_may_be_under_way() -> None:
 
 def test_a_block_that_was_overwritten_can_be_read_at_home() -> None:
     tensors = [torch.full((4,), number, dtype=torch.uint8) for number in range(3)]
-    blocks = [HostBlock([Swappable(tensor, (({}, ""),))], pinned=False) for tensor in tensors]
+    blocks = [
+        HostBlock([Swappable(tensor, (({}, ""),))], torch.empty(ALIGNMENT, dtype=torch.uint8)) for tensor in tensors
+    ]
     for block in blocks:
         block.install()
     ring = Ring(blocks, Clock(1.0))
