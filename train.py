@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import models
+from utils.collector import without_collector
 from utils.run.signals import StopRequested, StopRequests
 from utils.settings import diffusion_pipe
 from utils.settings.dataset_schema import DatasetSettings
@@ -35,9 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     after a stop that was asked for."""
     started = time.monotonic()
     arguments = parse_arguments(argv)
-    # torch takes a second or two, and the command line needs none of it.
-    from utils.ranks import disconnect, from_environment, leave_together
-    from utils.run.reporting import is_user_error, report_user_error, start_logging
+    with without_collector():
+        # torch takes a second or two, and the command line needs none of it.
+        from utils.ranks import disconnect, from_environment, leave_together
+        from utils.run.reporting import is_user_error, report_user_error, start_logging
 
     # Everything is read from paths that the user names; a hub that cannot be reached must cost no time.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -73,13 +75,14 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
     to its end."""
     # A plan without a launcher is that of one pipeline, whatever its number of stages; an export is one process's work.
     world_size = None if (arguments.check or arguments.export) and ranks.world_size == 1 else ranks.world_size
-    settings, datasets = read_settings(arguments.config, world_size, bool(arguments.foreign))
-    ranks = replace(ranks, world_size=world_size or settings.pipeline_stages).with_stages(settings.pipeline_stages)
+    with without_collector():
+        settings, datasets = read_settings(arguments.config, world_size, bool(arguments.foreign))
+        ranks = replace(ranks, world_size=world_size or settings.pipeline_stages).with_stages(settings.pipeline_stages)
 
-    # The settings are sound: diffusers and the rest are imported from here on.
-    from models.assembly import checkpoint_export, data, dump, plan, preflight, trainer
-    from utils.parallel.backend import initialize_deepspeed
-    from utils.run.checkpoint import ResumeFlags
+        # The settings are sound: diffusers and the rest are imported from here on.
+        from models.assembly import checkpoint_export, data, dump, plan, preflight, trainer
+        from utils.parallel.backend import initialize_deepspeed
+        from utils.run.checkpoint import ResumeFlags
 
     pipeline = models.find(settings.model.type)(settings.model, settings.seed)
     # What the model's own files settle is recorded with the rest.
