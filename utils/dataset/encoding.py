@@ -30,11 +30,12 @@ from utils.dataset.encoders import (
     decoded_bytes,
     inputs_of,
     item_key,
+    reads_media,
     shape_of,
     versions,
 )
 from utils.dataset.memory import decoding_budget
-from utils.dataset.samples import Sample, SampleVersion
+from utils.dataset.samples import Bucket, Sample, SampleVersion
 from utils.dataset.tensor_store import TensorStore
 from utils.progress_bar import progress_bar
 from utils.ranks import PATIENCE, LaunchError, Ranks, gather, sign_of_life
@@ -182,8 +183,7 @@ def _fill_one(encoder: Encoder, samples: Sequence[Sample], job: CacheJob, tag: s
         references.remember(job.cache_dir, encoder.name, job.owner, wanted)
     # Shared by position among all that is wanted, and not among what is missing: every rank knows its share
     # without asking, whenever it looks and whatever others have already written.
-    ordered = sorted(wanted, key=lambda key: shape_of(encoder, wanted[key]))
-    mine = ordered[ranks.rank :: ranks.world_size]
+    mine = _by_shape(encoder, wanted)[ranks.rank :: ranks.world_size]
     with TensorStore(job.cache_dir / encoder.name, f"rank{ranks.rank}") as store:
         _forget_damaged(store, mine, job, tag)
         # A new item replaces the old one, which another run may be reading until then.
@@ -201,6 +201,16 @@ def _fill_one(encoder: Encoder, samples: Sequence[Sample], job: CacheJob, tag: s
                     torch.cuda.empty_cache()
     counts = len(mine), len(mine) - len(missing), len(missing) - len(failures), len(failures)
     return CacheReport(encoder.name, *counts, busy, truncated, tuple(dict.fromkeys(failures)))
+
+
+def _by_shape(encoder: Encoder, wanted: Mapping[str, SampleVersion]) -> list[str]:
+    """The keys by the shapes of what is encoded, else in their order."""
+    if not reads_media(encoder):
+        return list(wanted)
+    groups: dict[tuple[Bucket, ...], list[str]] = defaultdict(list)
+    for key, version in wanted.items():
+        groups[shape_of(encoder, version)].append(key)
+    return [key for shape in sorted(groups) for key in groups[shape]]
 
 
 def _forget_damaged(store: TensorStore, keys: Sequence[str], job: CacheJob, tag: str) -> None:
