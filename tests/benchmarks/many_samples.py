@@ -135,8 +135,3 @@ def _stores(folder: Path, data: DatasetSettings) -> None:
             place = store._index.extent("one")
             store._index.add(dict.fromkeys(keys, Extent(*place)))
             store.delete(["one"])
-
-
-if __name__ == "__main__":
-    for line in measure():
-        print(line, flush=True)  # noqa: T201
