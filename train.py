@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import models
-from utils.parallel.attention import set_kernels
-from utils.parallel.backend import initialize_deepspeed
-from utils.ranks import Ranks, connect, disconnect, from_environment, leave_together
-from utils.run.reporting import StepReporter, is_user_error, report_user_error, start_logging
+from utils.collector import without_collector
 from utils.run.signals import StopRequested, StopRequests
 from utils.settings import diffusion_pipe
 from utils.settings.dataset_schema import DatasetSettings
@@ -23,6 +20,7 @@ from utils.settings.reader import read_all
 from utils.settings.schema import Settings
 
 if TYPE_CHECKING:
+    from utils.ranks import Ranks
     from utils.run.trainer import Trainer
 
 logger = logging.getLogger("penstock")
@@ -38,6 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     after a stop that was asked for."""
     started = time.monotonic()
     arguments = parse_arguments(argv)
+    with without_collector():
+        # torch takes a second or two, and the command line needs none of it.
+        from utils.ranks import disconnect, from_environment, leave_together
+        from utils.run.reporting import is_user_error, report_user_error, start_logging
+
     # Everything is read from paths that the user names; a hub that cannot be reached must cost no time.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # Samples differ in size; segments of the GPU's memory that can grow leave fewer holes between them.
@@ -72,12 +75,14 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
     to its end."""
     # A plan without a launcher is that of one pipeline, whatever its number of stages; an export is one process's work.
     world_size = None if (arguments.check or arguments.export) and ranks.world_size == 1 else ranks.world_size
-    settings, datasets = read_settings(arguments.config, world_size, bool(arguments.foreign))
-    ranks = replace(ranks, world_size=world_size or settings.pipeline_stages).with_stages(settings.pipeline_stages)
+    with without_collector():
+        settings, datasets = read_settings(arguments.config, world_size, bool(arguments.foreign))
+        ranks = replace(ranks, world_size=world_size or settings.pipeline_stages).with_stages(settings.pipeline_stages)
 
-    # The settings are sound: the model, diffusers and the rest are imported from here on.
-    from models.assembly import checkpoint_export, data, dump, plan, preflight, trainer
-    from utils.run.checkpoint import ResumeFlags
+        # The settings are sound: diffusers and the rest are imported from here on.
+        from models.assembly import checkpoint_export, data, dump, plan, preflight, trainer
+        from utils.parallel.backend import initialize_deepspeed
+        from utils.run.checkpoint import ResumeFlags
 
     pipeline = models.find(settings.model.type)(settings.model, settings.seed)
     # What the model's own files settle is recorded with the rest.
@@ -97,10 +102,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
     if arguments.dump_dataset and ranks.is_main:
         dump.prepare_folder(arguments.dump_dataset)
 
-    with stop.ending_at_once():
-        stop.raise_if_stopping()
-        connect(ranks, arguments.master_port)
-    set_kernels()
+    meet(ranks, stop, arguments.master_port)
     flags = ResumeFlags(
         arguments.resume_from_checkpoint,
         arguments.reset_dataloader,
@@ -197,6 +199,17 @@ def read_settings(
     return settings, {"train": training, **evaluation}
 
 
+def meet(ranks: Ranks, stop: StopRequests, port: int | None) -> None:
+    """Connects the processes of the run."""
+    from utils.parallel.attention import set_kernels
+    from utils.ranks import connect
+
+    with stop.ending_at_once():
+        stop.raise_if_stopping()
+        connect(ranks, port)
+    set_kernels()
+
+
 def show(plan: str, ranks: Ranks) -> None:
     """Prints the plan of a run, once."""
     if ranks.is_main:
@@ -205,6 +218,8 @@ def show(plan: str, ranks: Ranks) -> None:
 
 def train(trainer: Trainer) -> bool:
     """The loop: a step, its numbers, what is due after it. Returns whether it came to its end."""
+    from utils.run.reporting import StepReporter
+
     stopped = trainer.begin()
     first, last = trainer.progress.step, trainer.last_step
     run = trainer.parts

@@ -16,6 +16,7 @@ from torch import nn
 from models.foundation.checkpoints.denoiser import DenoiserWeights
 from models.foundation.checkpoints.folders import TextPart, all_of, problems_of
 from models.foundation.checkpoints.key_layouts import KeyLayout
+from models.foundation.checkpoints.stock import of_diffusers
 from models.foundation.checkpoints.storage import StorageRules
 from models.foundation.encoders.parts import ModelParts
 from utils.dataset.buckets import MediaFacts
@@ -57,7 +58,7 @@ class BasePipeline(ABC):
         keep_in_high_precision: parts of the names of parameters that stay float32 regardless of `dtype`.
         original_layout: names of the publisher's single-file checkpoint, if they differ from diffusers' names.
         comfyui_note: what one must do in ComfyUI to use an export, beyond loading it.
-        denoiser_class: the stock class of diffusers.
+        denoiser_class: name of the stock class of diffusers.
         denoiser_folder: the denoiser's part of a diffusers folder; a property if an option chooses it.
         config_keys: keys that the denoiser's configuration must have.
         text_parts: the text encoders, and where a diffusers folder keeps them; a property if options or the folder
@@ -85,7 +86,7 @@ class BasePipeline(ABC):
     keep_in_high_precision: ClassVar[tuple[str, ...]] = ()
     original_layout: ClassVar[KeyLayout | None] = None
     comfyui_note: ClassVar[str | None] = None
-    denoiser_class: ClassVar[type[nn.Module]]
+    denoiser_class: ClassVar[str]
     denoiser_folder: str = "transformer"
     config_keys: ClassVar[tuple[str, ...]] = ()
     text_parts: tuple[TextPart, ...] = ()
@@ -163,7 +164,7 @@ class BasePipeline(ABC):
 
     def build_denoiser(self) -> nn.Module:
         """The whole diffusers module, from its configuration, with its initial weights."""
-        return self.denoiser_class.from_config(self.parts.denoiser_config)
+        return of_diffusers(self.denoiser_class).from_config(self.parts.denoiser_config)
 
     @abstractmethod
     def to_layers(self, denoiser: nn.Module) -> list[nn.Module]:

@@ -5,12 +5,10 @@ Shapes: B batch, T image tokens, L text tokens, M rows of modulation, C channels
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from diffusers import ChromaTransformer2DModel
 from torch import nn
-from transformers import T5EncoderModel
 
 from models.base import Features, ModelEncoder
 from models.flux import FluxPipeline, grid_positions, pack, unpack
@@ -19,6 +17,9 @@ from models.foundation.checkpoints.layouts.chroma import CHROMA_LAYOUT
 from models.foundation.encoders.text_features import TrueLengthFeatures
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
+
+if TYPE_CHECKING:
+    from diffusers import ChromaTransformer2DModel
 
 DOUBLE_ROWS, SINGLE_ROWS, EXIT_ROWS = 6, 3, 2
 """Rows of modulation for each stream of a double block, for a single block, and for the exit."""
@@ -145,8 +146,8 @@ class ChromaPipeline(FluxPipeline):
     """Chroma of Lodestone Rock: Flux.1 schnell, made smaller."""
 
     Options = ChromaOptions
-    denoiser_class = ChromaTransformer2DModel
-    text_parts = (TextPart("t5", T5EncoderModel),)
+    denoiser_class = "ChromaTransformer2DModel"
+    text_parts = (TextPart("t5", "T5EncoderModel"),)
     stream_type = ChromaStream
     original_layout = CHROMA_LAYOUT
     guided_by_second_prediction = True

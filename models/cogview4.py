@@ -9,18 +9,15 @@ Shapes: B batch, T image tokens, L text tokens, C latent channels, D width, E ro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import CogView4Transformer2DModel
-from diffusers.models.transformers.transformer_cogview4 import CogView4AttnProcessor, CogView4RotaryPosEmbed
 from torch import nn
 from torch.nn import functional
-from transformers import GlmModel, PretrainedConfig
 
 from models.base import Features, ModelEncoder
 from models.families.pictures import PicturePipeline
@@ -34,6 +31,10 @@ from utils.diffusion.timesteps import ResolutionShift, shift_by_factor
 from utils.errors import Problem
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
+
+if TYPE_CHECKING:
+    from diffusers import CogView4Transformer2DModel
+    from transformers import PretrainedConfig
 
 TRAIN_STEPS = 1000
 FILLED_TO = 16
@@ -119,11 +120,17 @@ class RootShift(ResolutionShift):
         return self.factor(tokens)
 
 
-class OwnTextAttention(CogView4AttnProcessor):
+class OwnTextAttention:
     """The stock attention for each sample with its own text, without the padding of shorter texts in a batch.
 
     The mask of the stock processor hides nothing: it adds 1 to the scores of visible tokens and 0 to the others.
+
+    Args:
+        stock: the stock processor.
     """
+
+    def __init__(self, stock: Callable[..., tuple[torch.Tensor, torch.Tensor]]):
+        self.stock = stock
 
     def __call__(
         self,
@@ -134,13 +141,12 @@ class OwnTextAttention(CogView4AttnProcessor):
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Picture (B, T, D) and text (B, L, D); `attention_mask` is `text_lengths` of the stream."""
-        attend = super().__call__
         if attention_mask is None:
-            return attend(attn, hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb)
+            return self.stock(attn, hidden_states, encoder_hidden_states, image_rotary_emb=image_rotary_emb)
         pictures, texts = [], []
         for number, length in enumerate(attention_mask):
             own, added = encoder_hidden_states[number : number + 1].tensor_split([len(length)], dim=1)
-            picture, text = attend(attn, hidden_states[number : number + 1], own, image_rotary_emb=image_rotary_emb)
+            picture, text = self.stock(attn, hidden_states[number : number + 1], own, image_rotary_emb=image_rotary_emb)
             pictures.append(picture)
             texts.append(functional.pad(text, (0, 0, 0, added.shape[1])))
         return torch.cat(pictures), torch.cat(texts)
@@ -187,9 +193,9 @@ class CogView4Pipeline(PicturePipeline):
     """CogView4 of Zhipu AI, which reads Chinese and English."""
 
     Options = CogView4Options
-    denoiser_class = CogView4Transformer2DModel
+    denoiser_class = "CogView4Transformer2DModel"
     config_keys = ("attention_head_dim", "in_channels", "text_embed_dim")
-    text_parts = (TextPart("glm", GlmModel),)
+    text_parts = (TextPart("glm", "GlmModel"),)
     objective = FlowMatching(time_scale=TRAIN_STEPS)
     blocks = ("transformer_blocks",)
     stream_type = CogView4Stream
@@ -239,6 +245,8 @@ class CogView4Pipeline(PicturePipeline):
     def prepare_inputs(
         self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
     ) -> CogView4Inputs:
+        from diffusers.models.transformers.transformer_cogview4 import CogView4RotaryPosEmbed
+
         config, text_BLD = self.parts.denoiser_config, features["glm"]
         height, width = (side * self.cell for side in x_t.shape[2:])
         lengths = features["glm_mask"].sum(dim=1).tolist()
@@ -261,5 +269,5 @@ class CogView4Pipeline(PicturePipeline):
 def attending_to_own_text(denoiser: CogView4Transformer2DModel) -> CogView4Transformer2DModel:
     """The denoiser, whose blocks take `text_lengths` as their `attention_mask`."""
     for block in denoiser.transformer_blocks:
-        block.attn1.set_processor(OwnTextAttention())
+        block.attn1.set_processor(OwnTextAttention(block.attn1.processor))
     return denoiser

@@ -5,12 +5,10 @@ Shapes: B batch, T image tokens, L text tokens, S = L + T, C latent channels, D 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import nn
-from transformers import CLIPTextModel, T5EncoderModel
 
 from models.base import Features, ModelEncoder
 from models.families.pictures import PicturePipeline
@@ -22,6 +20,9 @@ from models.foundation.layers.chain import Middle
 from models.foundation.layers.patches import PATCH, pack, unpack
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
+
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
 
 
 class FluxOptions(ModelSettings):
@@ -108,10 +109,10 @@ class FluxPipeline(PicturePipeline):
     """Flux.1 of Black Forest Labs, and models of its shape."""
 
     Options = FluxOptions
-    denoiser_class = FluxTransformer2DModel
+    denoiser_class = "FluxTransformer2DModel"
     text_parts = (
-        TextPart("clip", CLIPTextModel),
-        TextPart("t5", T5EncoderModel, "text_encoder_2", "tokenizer_2"),
+        TextPart("clip", "CLIPTextModel"),
+        TextPart("t5", "T5EncoderModel", "text_encoder_2", "tokenizer_2"),
     )
     blocks = ("transformer_blocks", "single_transformer_blocks")
     stream_type = FluxStream

@@ -10,25 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchLCMScheduler,
-    HiDreamImageTransformer2DModel,
-    UniPCMultistepScheduler,
-)
 from torch import nn
 from torch.nn import functional
-from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from models.base import Features, ModelEncoder
 from models.families.pictures import PicturePipeline
 from models.foundation.checkpoints.folders import TextPart, check_folder_type
 from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
+from models.foundation.checkpoints.stock import of_diffusers
 from models.foundation.checkpoints.weights import build_empty
-from models.foundation.encoders.llama import LlamaEncoder, LlamaStates, StatesFeatures
+from models.foundation.encoders.llama import LlamaEncoder, StatesFeatures
 from models.foundation.encoders.text_features import MaskedT5Features, ProjectedFeatures
 from models.foundation.layers.hidream import DoubleBlock, HiDreamStream, Route, SingleBlock, routes
 from models.foundation.layers.patches import PATCH, patchify, unpatchify
@@ -40,16 +34,17 @@ from utils.settings.model_schema import ModelSettings
 from utils.settings.paths import missing
 from utils.settings.values import Count, NotNegative, UserPath
 
+if TYPE_CHECKING:
+    from diffusers import HiDreamImageTransformer2DModel
+
 TEXT_PARTS = (
-    TextPart("clip_l", CLIPTextModelWithProjection),
-    TextPart("clip_g", CLIPTextModelWithProjection, "text_encoder_2", "tokenizer_2"),
-    TextPart("t5", T5EncoderModel, "text_encoder_3", "tokenizer_3"),
-    TextPart("llama3", LlamaStates, "text_encoder_4", "tokenizer_4"),
+    TextPart("clip_l", "CLIPTextModelWithProjection"),
+    TextPart("clip_g", "CLIPTextModelWithProjection", "text_encoder_2", "tokenizer_2"),
+    TextPart("t5", "T5EncoderModel", "text_encoder_3", "tokenizer_3"),
+    TextPart("llama3", "LlamaModel", "text_encoder_4", "tokenizer_4"),
 )
 CLIPS = ("clip_l", "clip_g")
-SCHEDULERS = {
-    cls.__name__: cls for cls in (FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, UniPCMultistepScheduler)
-}
+SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler", "UniPCMultistepScheduler")
 
 
 class HiDreamOptions(ModelSettings):
@@ -139,7 +134,7 @@ class HiDreamPipeline(PicturePipeline):
     """HiDream-I1 of HiDream.ai: full, and dev and fast, which are distilled."""
 
     Options = HiDreamOptions
-    denoiser_class = HiDreamImageTransformer2DModel
+    denoiser_class = "HiDreamImageTransformer2DModel"
     config_keys = (
         "caption_channels",
         "in_channels",
@@ -238,7 +233,7 @@ class HiDreamPipeline(PicturePipeline):
 
     def build_denoiser(self) -> HiDreamImageTransformer2DModel:
         # With that switch neither experts nor routers would be trained.
-        return self.denoiser_class.from_config(self.parts.denoiser_config, force_inference_output=False)
+        return of_diffusers(self.denoiser_class).from_config(self.parts.denoiser_config, force_inference_output=False)
 
     def to_layers(self, denoiser: HiDreamImageTransformer2DModel) -> list[nn.Module]:
         entry, *onward = routes(self.parts.denoiser_config["llama_layers"])
@@ -286,4 +281,4 @@ class HiDreamPipeline(PicturePipeline):
         name = read_json(file).get("_class_name")
         if name not in SCHEDULERS:
             raise UserError.of(f"is of {name}, and samples are drawn with {', '.join(SCHEDULERS)}", str(file))
-        return SCHEDULERS[name].from_pretrained(file.parent)
+        return of_diffusers(name).from_pretrained(file.parent)

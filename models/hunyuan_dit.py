@@ -12,15 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from diffusers import HunyuanDiT2DModel
-from diffusers.models.embeddings import get_2d_rotary_pos_embed_from_grid
-from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from torch import nn
 from torch.nn import functional
-from transformers import BertModel, T5EncoderModel
 
 from models.base import Features, ModelEncoder
 from models.families.ddpm import DDPMOptions, ddpm_objective, ddpm_scheduler
@@ -36,6 +32,9 @@ from models.foundation.layers.patches import PATCH, unpatchify
 from utils.diffusion.objectives import Epsilon
 from utils.errors import Problem
 from utils.settings.values import NotNegative
+
+if TYPE_CHECKING:
+    from diffusers import HunyuanDiT2DModel
 
 ROTARY_GRID = 32
 """Number of tokens on the longer side of the grid to which positions are scaled: those of 512 pixels."""
@@ -151,19 +150,12 @@ class Exit(nn.Module):
         return unpatchify(self.proj_out(self.norm_out(stream.x_BTD, stream.time_BD.float())), height, width)
 
 
-class UnpooledBert(BertModel):
-    """BERT without its pooling layer, which the model's files may lack."""
-
-    def __init__(self, config: Any):
-        super().__init__(config, add_pooling_layer=False)
-
-
 class HunyuanDitPipeline(PicturePipeline):
     """HunyuanDiT of Tencent, 1.0 to 1.2, which reads Chinese and English. Where a picture is not square, the positions
     of its tokens are those of its publisher and of ComfyUI; diffusers' are up to an eighth of a token beside them."""
 
     Options = HunyuanDitOptions
-    denoiser_class = HunyuanDiT2DModel
+    denoiser_class = "HunyuanDiT2DModel"
     config_keys = (
         "attention_head_dim",
         "cross_attention_dim",
@@ -173,10 +165,16 @@ class HunyuanDitPipeline(PicturePipeline):
         "text_len_t5",
     )
     text_parts = (
-        TextPart("bert", UnpooledBert, names=CheckpointNames("text_encoders.hydit_clip.transformer.")),
+        TextPart(
+            "bert",
+            "BertModel",
+            names=CheckpointNames("text_encoders.hydit_clip.transformer."),
+            # The model's files may lack the pooling layer.
+            arguments={"add_pooling_layer": False},
+        ),
         TextPart(
             "mt5",
-            T5EncoderModel,
+            "T5EncoderModel",
             "text_encoder_2",
             "tokenizer_2",
             names=CheckpointNames("text_encoders.mt5xl.transformer."),
@@ -276,6 +274,9 @@ def rotary_tables(height: int, width: int, features: int) -> tuple[torch.Tensor,
     which is the same for a picture that begins at 0, and for others off by up to their beginning / their number of
     tokens.
     """
+    from diffusers.models.embeddings import get_2d_rotary_pos_embed_from_grid
+    from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
+
     grid = (height // PATCH, width // PATCH)
     starts, stops = get_resize_crop_region_for_grid(grid, ROTARY_GRID)
     rows, columns = (

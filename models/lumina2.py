@@ -11,13 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from diffusers import Lumina2Transformer2DModel
-from diffusers.models.transformers.transformer_lumina2 import Lumina2RotaryPosEmbed
 from torch import nn
-from transformers import Gemma2Model
 
 from models.base import Features, ModelEncoder
 from models.families.pictures import PicturePipeline
@@ -30,6 +27,10 @@ from utils.diffusion.objectives import FlowMatching
 from utils.errors import Problem
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
+
+if TYPE_CHECKING:
+    from diffusers import Lumina2Transformer2DModel
+    from diffusers.models.transformers.transformer_lumina2 import Lumina2RotaryPosEmbed
 
 ROTARY_BASE = 10000
 SYSTEM_PROMPT = (
@@ -155,9 +156,9 @@ class Lumina2Pipeline(PicturePipeline):
     """Lumina Image 2.0 of Alpha-VLLM."""
 
     Options = Lumina2Options
-    denoiser_class = Lumina2Transformer2DModel
+    denoiser_class = "Lumina2Transformer2DModel"
     config_keys = ("axes_dim_rope", "axes_lens", "cap_feat_dim", "in_channels", "patch_size")
-    text_parts = (TextPart("gemma2", Gemma2Model),)
+    text_parts = (TextPart("gemma2", "Gemma2Model"),)
     objective = FlowMatching(predicts_data_minus_noise=True, time_is_cleanness=True)
     blocks = ("context_refiner", "noise_refiner", "layers")
     stream_type = Lumina2Stream
@@ -233,6 +234,8 @@ class Lumina2Pipeline(PicturePipeline):
     @cached_property
     def rope(self) -> Lumina2RotaryPosEmbed:
         """The positions of text and picture as angles."""
+        from diffusers.models.transformers.transformer_lumina2 import Lumina2RotaryPosEmbed
+
         config = self.parts.denoiser_config
         return Lumina2RotaryPosEmbed(ROTARY_BASE, config["axes_dim_rope"], config["axes_lens"], PATCH)
 

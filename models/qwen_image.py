@@ -9,19 +9,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from einops import rearrange
 from torch import nn
-from transformers import Qwen2_5_VLModel
 
 from models.base import BasePipeline, Features, ModelEncoder
 from models.foundation.checkpoints.folders import TextPart, problems_of
 from models.foundation.checkpoints.headers import read_header
 from models.foundation.checkpoints.key_layouts import KeyLayout
 from models.foundation.checkpoints.layouts.qwen_image import QWEN_LAYOUT, TIMESTEP_ZERO, TimestepZeroLayout
+from models.foundation.checkpoints.stock import of_diffusers
 from models.foundation.encoders.qwen_image_prompts import CONTROLS, VARIANTS, Variant, caption_prompt
 from models.foundation.encoders.qwen_vl import PictureTextEncoder
 from models.foundation.encoders.text import TextEncoder
@@ -36,6 +35,9 @@ from utils.errors import Problem
 from utils.json_files import read_json
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
+
+if TYPE_CHECKING:
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +145,8 @@ class QwenImagePipeline(BasePipeline):
     as in inference."""
 
     Options = QwenImageOptions
-    denoiser_class = QwenImageTransformer2DModel
-    text_parts = (TextPart(TEXT, Qwen2_5_VLModel),)
+    denoiser_class = "QwenImageTransformer2DModel"
+    text_parts = (TextPart(TEXT, "Qwen2_5_VLModel"),)
     media = MediaFacts(spatial=16, temporal=1, max_frames=1)
     blocks = ("transformer_blocks",)
     stream_type = QwenImageStream
@@ -259,7 +261,8 @@ class QwenImagePipeline(BasePipeline):
         return latent_size(self._vae_config, width, height, frames)
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.options.diffusers_path, subfolder="scheduler")
+        scheduler = of_diffusers("FlowMatchEulerDiscreteScheduler")
+        return scheduler.from_pretrained(self.options.diffusers_path, subfolder="scheduler")
 
     @cached_property
     def _variant(self) -> Variant:

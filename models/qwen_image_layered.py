@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import QwenImageTransformer2DModel
 from torch import nn
 
 from models.base import BasePipeline, Features, ModelEncoder
@@ -26,6 +25,9 @@ from utils.diffusion.timesteps import ResolutionShift
 from utils.errors import Problem, UserError
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
+
+if TYPE_CHECKING:
+    from diffusers import QwenImageTransformer2DModel
 
 CONDITION = "rgba"
 CHANNELS = 4

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import CLIPTextModel
-
 from models.families.stable_diffusion import ClipPart, StableDiffusionOptions, StableDiffusionPipeline
 from models.foundation.checkpoints.weights import CheckpointNames
 from utils.errors import Problem
@@ -28,7 +26,7 @@ class Sd15Pipeline(StableDiffusionPipeline):
     text_parts = (
         ClipPart(
             "clip_l",
-            CLIPTextModel,
+            "CLIPTextModel",
             names=CheckpointNames("cond_stage_model.transformer."),
             lr_option="text_encoder_1_lr",
             lora_prefixes=("lora_te", "lora_te1"),

@@ -11,12 +11,10 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from diffusers import SD3Transformer2DModel
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from models.base import Features, ModelEncoder
 from models.families.pictures import PicturePipeline
@@ -32,15 +30,18 @@ from utils.errors import Problem, UserError
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
+if TYPE_CHECKING:
+    from diffusers import SD3Transformer2DModel
+
 logger = logging.getLogger(__name__)
 
 TRAIN_STEPS = 1000
 CLIP_TOKENS = 77
 CLIPS = ("clip_l", "clip_g")
 TEXT_PARTS = (
-    TextPart("clip_l", CLIPTextModelWithProjection),
-    TextPart("clip_g", CLIPTextModelWithProjection, "text_encoder_2", "tokenizer_2"),
-    TextPart("t5", T5EncoderModel, "text_encoder_3", "tokenizer_3"),
+    TextPart("clip_l", "CLIPTextModelWithProjection"),
+    TextPart("clip_g", "CLIPTextModelWithProjection", "text_encoder_2", "tokenizer_2"),
+    TextPart("t5", "T5EncoderModel", "text_encoder_3", "tokenizer_3"),
 )
 
 
@@ -110,7 +111,7 @@ class Sd3Pipeline(PicturePipeline):
     """Stable Diffusion 3 medium and 3.5 medium, large and turbo, of Stability AI."""
 
     Options = Sd3Options
-    denoiser_class = SD3Transformer2DModel
+    denoiser_class = "SD3Transformer2DModel"
     config_keys = ("in_channels", "pooled_projection_dim", "joint_attention_dim", "num_layers")
     scheduler_sets_levels = True
     blocks = ("transformer_blocks",)
@@ -191,7 +192,7 @@ class Sd3Pipeline(PicturePipeline):
 
     def _clip(self, part: TextPart) -> TextEncoder:
         length = self.parts.text_config(part.name)["max_position_embeddings"]
-        pooled = "text_embeds" if part.model_class is CLIPTextModelWithProjection else "pooler_output"
+        pooled = "text_embeds" if part.model_class == "CLIPTextModelWithProjection" else "pooler_output"
         return self.parts.text_encoder(ClipFeatures(part.name, length, pooled), ClipEncoder)
 
     def build_denoiser(self) -> SD3Transformer2DModel:
@@ -236,4 +237,4 @@ def _pooled_as_published(part: TextPart, override: Path | None) -> TextPart:
     """SD3 pools CLIP-L without a projection. In its own folder the projection is the identity; the files that ComfyUI
     reads contain CLIP's original projection, or none."""
     is_single_file = part.name == "clip_l" and override is not None and override.is_file()
-    return replace(part, model_class=CLIPTextModel) if is_single_file else part
+    return replace(part, model_class="CLIPTextModel") if is_single_file else part

@@ -6,7 +6,6 @@ Shapes: B batch.
 from __future__ import annotations
 
 import torch
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from models.base import Features, ModelEncoder
 from models.families.stable_diffusion import ClipPart, StableDiffusionOptions, StableDiffusionPipeline, UNetInputs
@@ -31,14 +30,14 @@ class SdxlPipeline(StableDiffusionPipeline):
     text_parts = (
         ClipPart(
             "clip_l",
-            CLIPTextModel,
+            "CLIPTextModel",
             names=CheckpointNames("conditioner.embedders.0.transformer."),
             lr_option="text_encoder_1_lr",
             lora_prefixes=("lora_te1", "lora_te"),
         ),
         ClipPart(
             "clip_g",
-            CLIPTextModelWithProjection,
+            "CLIPTextModelWithProjection",
             "text_encoder_2",
             "tokenizer_2",
             names=open_clip_original("conditioner.embedders.1.model."),

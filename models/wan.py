@@ -14,19 +14,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
-from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from einops import rearrange
 from torch import nn
 from torch.nn import functional
-from transformers import UMT5EncoderModel
 
 from models.base import BasePipeline, Features, ModelEncoder
 from models.foundation.checkpoints.folders import TextPart
 from models.foundation.checkpoints.layouts.wan import WAN_LAYOUT
+from models.foundation.checkpoints.stock import of_diffusers
 from models.foundation.encoders.first_frame import ClipVision, FirstFrameAutoencoder, given_frames
 from models.foundation.encoders.text_features import TrueLengthFeatures
 from models.foundation.encoders.video_vae import WanAutoencoder, latent_size, wan_vae_config
@@ -37,6 +35,9 @@ from utils.errors import Problem, UserError
 from utils.json_files import read_json
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
+
+if TYPE_CHECKING:
+    from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
 
 BLIND_TOKENS = 512
 """Number of text tokens in models that see the first frame through CLIP: their blocks treat all tokens before these as
@@ -183,6 +184,8 @@ class CleanedFeatures(TrueLengthFeatures):
     repaired Unicode."""
 
     def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, list[torch.Tensor]]:
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
         return super().__call__(text_encoder, tokenizer, [prompt_clean(caption) for caption in captions])
 
 
@@ -190,9 +193,9 @@ class WanPipeline(BasePipeline):
     """Wan of Alibaba: text to video, and picture to video."""
 
     Options = WanOptions
-    denoiser_class = WanTransformer3DModel
+    denoiser_class = "WanTransformer3DModel"
     config_keys = ("in_channels",)
-    text_parts = (TextPart("umt5", UMT5EncoderModel),)
+    text_parts = (TextPart("umt5", "UMT5EncoderModel"),)
     scheduler_sets_levels = True
     media = MediaFacts(spatial=16, temporal=4, max_frames=241, fps=16.0)
     blocks = ("blocks",)
@@ -341,7 +344,8 @@ class WanPipeline(BasePipeline):
         return latent_size(self._vae_config, width, height, frames)
 
     def scheduler(self) -> UniPCMultistepScheduler:
-        return UniPCMultistepScheduler.from_pretrained(self.options.diffusers_path, subfolder="scheduler")
+        scheduler = of_diffusers("UniPCMultistepScheduler")
+        return scheduler.from_pretrained(self.options.diffusers_path, subfolder="scheduler")
 
     # Kept, as every micro-batch asks for it.
     @cached_property

@@ -10,13 +10,11 @@ h w latent cells. From the first joined block on, T also counts the text, which 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from diffusers import ZImageTransformer2DModel
 from torch import nn
 from torch.nn import functional
-from transformers import Qwen3Model
 
 from models.base import Features, ModelEncoder
 from models.families.pictures import PicturePipeline
@@ -30,6 +28,9 @@ from utils.diffusion.objectives import FlowMatching
 from utils.errors import Problem
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
+
+if TYPE_CHECKING:
+    from diffusers import ZImageTransformer2DModel
 
 FILLED_TO = 32
 
@@ -150,9 +151,9 @@ class ZImagePipeline(PicturePipeline):
     """Z-Image of Alibaba's Tongyi Lab: Turbo, which is distilled, and the base model."""
 
     Options = ZImageOptions
-    denoiser_class = ZImageTransformer2DModel
+    denoiser_class = "ZImageTransformer2DModel"
     config_keys = ("axes_lens",)
-    text_parts = (TextPart("qwen3", Qwen3Model),)
+    text_parts = (TextPart("qwen3", "Qwen3Model"),)
     objective = FlowMatching(predicts_data_minus_noise=True, time_is_cleanness=True)
     blocks = BLOCKS
     stream_type = ZImageStream

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from models.assembly.prompts import check_encoders, encoders_of_prompts, prompt_encoders, prompt_versions
 from models.base import BasePipeline
 from utils.dataset.batches import SampleReader
+from utils.dataset.buckets import rules_of
 from utils.dataset.cache_lock import reading
 from utils.dataset.collection import (
     Collection,
@@ -104,7 +105,7 @@ def check_epochs(settings: Settings, ranks: Ranks, samples: Sequence[Sample]) ->
         settings.gradient_accumulation_steps,
         settings.seed,
     )
-    rules = list({id(sample.rules): sample.rules for sample in samples}.values())
+    rules = rules_of(samples)
     steady_epoch = max(max(one.start_epoch, one.end_epoch or 1) for one in rules)
     steady_step = max(max(one.start_step, one.end_step or 0) for one in rules)
     in_turn = math.ceil(1 / min(1.0, *(sample.repeats for sample in samples)))

@@ -18,6 +18,7 @@ from models.assembly.stage import StagedModel, load_existing_adapter, partition,
 from models.base import BasePipeline
 from models.foundation.checkpoints.folders import problems_of
 from optimizers.schedules import warn_of_warmup
+from utils.collector import without_collector
 from utils.dataset.collection import (
     Collection,
     Source,
@@ -73,6 +74,7 @@ def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline, trains: 
     return staged
 
 
+@without_collector()
 def check_model(settings: Settings, pipeline: BasePipeline) -> StagedModel:
     """Whether the model's files fit it, what is trained, and what is made of it; all that can be known without data and
     weights. Returns the denoiser without weights, adapted and cut as the settings ask.

@@ -21,6 +21,7 @@ from models.assembly.stage import StagedModel, load_stage, teacher_of
 from models.base import BasePipeline
 from optimizers.ema import EMA
 from optimizers.parameter_groups import groups_of
+from utils.collector import without_collector
 from utils.dataset.batches import EvaluationBatches, FeatureBatch, SampleReader, TrainingBatches
 from utils.dataset.encoders import reads_text
 from utils.dataset.epochs import Epochs, micro_batch_of
@@ -65,6 +66,7 @@ def open_checkpoint(settings: Settings, flags: ResumeFlags, staged: StagedModel)
     return checkpoint
 
 
+@without_collector()
 def build_trainer(
     settings: Settings,
     ranks: Ranks,

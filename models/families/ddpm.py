@@ -6,8 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import diffusers
-
 from utils.diffusion.objectives import Epsilon, VPrediction
 from utils.diffusion.schedules import NoiseSchedule
 from utils.errors import UserError
@@ -82,6 +80,8 @@ def ddpm_scheduler(options: DDPMOptions) -> Any:
         UserError: its configuration is missing or damaged, or does not describe a scheduler.
     """
     config = scheduler_config(options)
+    import diffusers
+
     kind = getattr(diffusers, config.get("_class_name", ""), None)
     if kind is None:
         file = options.diffusers_path / SCHEDULER_FILE

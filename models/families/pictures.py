@@ -5,13 +5,15 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar
-
-from diffusers import FlowMatchEulerDiscreteScheduler
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.base import BasePipeline
+from models.foundation.checkpoints.stock import of_diffusers
 from models.foundation.encoders.vae import ImageAutoencoder, vae_config
 from utils.dataset.buckets import MediaFacts
+
+if TYPE_CHECKING:
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
 
 class PicturePipeline(BasePipeline, ABC):
@@ -42,7 +44,8 @@ class PicturePipeline(BasePipeline, ABC):
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.options.diffusers_path, subfolder="scheduler")
+        scheduler = of_diffusers("FlowMatchEulerDiscreteScheduler")
+        return scheduler.from_pretrained(self.options.diffusers_path, subfolder="scheduler")
 
     # Kept, as every micro-batch asks for it.
     @cached_property

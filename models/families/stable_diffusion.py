@@ -12,9 +12,7 @@ from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextModelWithProjection
 
 from models.base import Features, ModelEncoder
 from models.families.ddpm import DDPMOptions, ddpm_objective, ddpm_scheduler
@@ -84,7 +82,7 @@ class ClipPart(TextPart):
     @property
     def pooled(self) -> Pooled | None:
         """The pooled feature that the model reads, if any."""
-        return "text_embeds" if self.model_class is CLIPTextModelWithProjection else None
+        return "text_embeds" if self.model_class == "CLIPTextModelWithProjection" else None
 
 
 class UNetInputs(NamedTuple):
@@ -153,7 +151,7 @@ class StableDiffusionPipeline(PicturePipeline):
     blocks = (f"{UNET}.*.attentions", "text_encoder*.layers")
     convolutional_blocks = (f"{UNET}.*.resnets", f"{UNET}.*.downsamplers", f"{UNET}.*.upsamplers")
     stream_type = UNetStream
-    denoiser_class = UNet2DConditionModel
+    denoiser_class = "UNet2DConditionModel"
     denoiser_folder = UNET
     config_keys = (
         "block_out_channels",

@@ -6,7 +6,7 @@ import importlib
 import subprocess
 import sys
 
-BENCHMARKS = ("overhead", "startup", "store", "caching", "backward_calls", "parity", "precision")
+BENCHMARKS = ("overhead", "startup", "store", "caching", "many_samples", "backward_calls", "parity", "precision")
 
 
 def main(names: list[str]) -> int:

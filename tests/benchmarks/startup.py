@@ -48,24 +48,26 @@ def parts(config: str) -> Iterator[tuple[str, float]]:
         return started - before
 
     import train
+    from utils import ranks as of_run
+    from utils.parallel.backend import initialize_deepspeed
 
     yield "import of train.py and torch", since()
-    ranks = train.from_environment()
+    ranks = of_run.from_environment()
     settings, datasets = train.read_settings(Path(config), ranks.world_size)
-    yield "settings, import of the model and diffusers", since()
+    yield "settings", since()
     import models
     from models.assembly import data, preflight, trainer
     from utils.run.checkpoint import ResumeFlags
 
     pipeline = models.find(settings.model.type)(settings.model, settings.seed)
     preflight.check_run(settings, ranks, pipeline)
-    yield "what is checked before the data", since()
-    train.connect(ranks)
+    yield "import of diffusers, and what is checked before the data", since()
+    of_run.connect(ranks)
     sources, stop = data.sources_of(settings, datasets), train.StopRequests()
     scan = data.scan_of(settings, sources, stop.raise_if_stopping)
     cached = data.cached_data(settings, ranks, pipeline, sources, scan, owner=Path(config))
     yield "data and cache, nothing to encode", since()
-    train.initialize_deepspeed()
+    initialize_deepspeed()
     yield "import of deepspeed", since()
     built = trainer.build_trainer(settings, ranks, pipeline, cached, stop, config=Path(config), flags=ResumeFlags())
     yield "weights, engine, optimizer, TensorBoard", since()
@@ -73,7 +75,7 @@ def parts(config: str) -> Iterator[tuple[str, float]]:
     built.step(batches)
     yield "first step", since()
     built.close(batches)
-    train.disconnect()
+    of_run.disconnect()
 
 
 def _seconds(command: list[str]) -> tuple[float, str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import Literal
 
 from utils.dataset.captions import caption_variants
 from utils.dataset.manifest import Row
@@ -81,22 +83,35 @@ def assign(
         caption_versions: make the versions of each caption that will be cached; otherwise captions stay as written.
     """
     directories = [dataset.resolved(directory) for directory in dataset.directory]
-    offered = [_offers(rules, facts) for rules in directories]
-    seen: Counter[str] = Counter()
+    choosers = [_chooser(rules, facts) for rules in directories]
+    # Counted over all rows: a file in two folders must not draw the same noise twice.
+    seen: dict[str, int] = {}
     samples: list[Sample] = []
     left_out: list[LeftOut] = []
     for row in rows:
-        rules = directories[row.directory]
-        buckets, reason = _buckets_of(row.media, offered[row.directory], rules, facts)
+        buckets, reason = choosers[row.directory](row.media)
         if reason:
             left_out.append(LeftOut(str(row.media.locator), reason, bool(buckets)))
         for bucket in buckets:
-            for sample in _samples(row, bucket, rules, facts, caption_versions):
-                # Counted over all rows: a file in two folders must not draw the same noise twice.
-                number = seen[sample.id]
-                seen[sample.id] += 1
+            for sample in _samples(row, bucket, directories[row.directory], facts, caption_versions):
+                number = seen.get(sample.id, 0)
+                seen[sample.id] = number + 1
                 samples.append(replace(sample, id=f"{sample.id}-copy{number}") if number else sample)
     return Assignment(_in_turns(_balanced(samples)), left_out)
+
+
+def _chooser(rules: DirectorySettings, facts: MediaFacts) -> Callable[[MediaFile], tuple[list[Bucket], str]]:
+    """`_buckets_of` for the files of a directory. Of a million files few have sizes of their own."""
+    offers = _offers(rules, facts)
+    known: dict[tuple[int, int, int, float], tuple[list[Bucket], str]] = {}
+
+    def choose(media: MediaFile) -> tuple[list[Bucket], str]:
+        size = (media.width, media.height, media.frames, media.fps)
+        if size not in known:
+            known[size] = _buckets_of(media, offers, rules, facts)
+        return known[size]
+
+    return choose
 
 
 def _samples(
@@ -141,12 +156,22 @@ def _takes(media: MediaFile, bucket: Bucket, rules: DirectorySettings, fps: floa
         frames = clip_starts(_available(media, fps), bucket.frames, rules.video_clip_mode, drawn(number, "start"))
         return [frame / fps for frame in frames]
 
+    if bucket.frames == 1 and rules.crop != "random" and not rules.color_jitter and not rules.flip:
+        return _plain_takes(rules.crop)
     versions = [[take(number, start) for start in starts(number)] for number in range(rules.augment_variants)]
     return [tuple(dict.fromkeys(version)) for version in zip(*versions, strict=True)]
 
 
+@cache
+def _plain_takes(crop: Literal["center", "none"]) -> list[tuple[Take, ...]]:
+    """The version of a still picture about which nothing is drawn: one object, whatever the number of samples."""
+    return [(Take(crop),)]
+
+
 def _balanced(samples: list[Sample]) -> list[Sample]:
     """The samples, with repeats such that regularisation data appears as often as the rest."""
+    if not any(rules.is_regularisation_data for rules in rules_of(samples)):
+        return samples
     count = {kind: sum(s.repeats for s in samples if s.rules.is_regularisation_data is kind) for kind in (True, False)}
     if not all(count.values()):
         return samples
@@ -311,3 +336,8 @@ def by_shape(samples: Iterable[Sample]) -> dict[tuple[Bucket, ...], list[Sample]
     for sample in samples:
         groups[sample.shape].append(sample)
     return dict(sorted(groups.items()))
+
+
+def rules_of(samples: Iterable[Sample]) -> list[DirectorySettings]:
+    """The rules of the samples' directories, each once."""
+    return list({id(sample.rules): sample.rules for sample in samples}.values())

@@ -14,6 +14,7 @@ from typing import Any
 from utils.dataset.buckets import LeftOut, MediaFacts, assign
 from utils.dataset.encoders import Encoder, reads_text
 from utils.dataset.encoding import CacheReport
+from utils.dataset.handing_over import made_once
 from utils.dataset.manifest import Scan, scan
 from utils.dataset.remarks import nothing_is_weighed, remarks_on, seen_in_training, truncated
 from utils.dataset.samples import Sample, files_of
@@ -113,12 +114,13 @@ def collect(
 def collect_together(
     ranks: Ranks, sources: Sequence[Source], facts: MediaFacts, how: Scan, **choices: Any
 ) -> list[Collection]:
-    """`collect` on all ranks: the main rank reads the files, the others read what it stored in the index.
+    """`collect` on all ranks: the main rank reads the files. One rank of every other machine reads what the main rank
+    has stored in the index, and the ranks of one machine take what the first of them has found.
 
     Raises:
         UserError: on every rank, if the main rank found a problem, or if another rank found other files.
     """
-    collections, problems = None, []
+    found, problems = None, []
 
     def raise_if_stopping() -> None:
         # The first look at a large dataset takes hours.
@@ -127,16 +129,17 @@ def collect_together(
 
     if ranks.is_main:
         try:
-            collections = collect(
-                sources, facts, replace(how, progress=True, raise_if_stopping=raise_if_stopping), **choices
-            )
+            found = collect(sources, facts, replace(how, progress=True, raise_if_stopping=raise_if_stopping), **choices)
         except UserError as error:
             problems = [[problem.file, problem.where, problem.message] for problem in error.problems]
     shared = gather(ranks, "collection", problems, raise_if_stopping=how.raise_if_stopping)[0]
     if shared:
         raise UserError(Problem(*problem) for problem in shared)
-    if collections is None:
-        collections = collect(sources, facts, replace(how, verify=False), listing=False, **choices)
+
+    def make() -> list[Collection]:
+        return found or collect(sources, facts, replace(how, verify=False), listing=False, **choices)
+
+    collections = made_once(ranks, "collection", how.index.parent, make, how.raise_if_stopping)
     _check_same(ranks, collections, how)
     return collections
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from utils.collector import without_collector
 from utils.dataset import references
 from utils.dataset.cache_lock import CacheBusy, CacheLock, unread
 from utils.dataset.encoders import (
@@ -30,11 +31,12 @@ from utils.dataset.encoders import (
     decoded_bytes,
     inputs_of,
     item_key,
+    reads_media,
     shape_of,
     versions,
 )
 from utils.dataset.memory import decoding_budget
-from utils.dataset.samples import Sample, SampleVersion
+from utils.dataset.samples import Bucket, Sample, SampleVersion
 from utils.dataset.tensor_store import TensorStore
 from utils.progress_bar import progress_bar
 from utils.ranks import PATIENCE, LaunchError, Ranks, gather, sign_of_life
@@ -132,12 +134,21 @@ class CacheJob:
 
 def fill(encoder: Encoder, samples: Sequence[Sample], job: CacheJob) -> CacheReport:
     """Encodes the samples that the cache lacks. All ranks share the work, and each waits for all others. Called once
-    for each encoder.
+    for each encoder. If the cache lacks nothing, the main rank alone computes the keys by which that is known.
 
     Files that cannot be decoded are reported and do not stop the rest; the caller decides what to do about them.
     """
     ranks, tag = job.ranks, f"cache/{encoder.name}"
-    own = _fill_one(encoder, samples, job, tag)
+    with without_collector():
+        wanted = _wanted(encoder, samples) if ranks.is_main else None
+    if ranks.is_main:
+        references.remember(job.cache_dir, encoder.name, job.owner, wanted)
+    # To be complete is no answer where everything is to be made or read again.
+    if not (job.regenerate or job.verify) and _is_complete(wanted, encoder, job, tag):
+        number = len(wanted or ())
+        own = CacheReport(encoder.name, number, number, 0, 0)
+    else:
+        own = _fill_one(encoder, _wanted(encoder, samples) if wanted is None else wanted, job, tag)
     shared = gather(ranks, tag, asdict(own), job.patience, job.raise_if_stopping)
     report = _total([_report(**data) for data in shared])
     if ranks.is_main:
@@ -174,16 +185,26 @@ def _size(count: int) -> str:
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
-def _fill_one(encoder: Encoder, samples: Sequence[Sample], job: CacheJob, tag: str) -> CacheReport:
+def _wanted(encoder: Encoder, samples: Iterable[Sample]) -> dict[str, SampleVersion]:
+    """The versions that the encoder makes items from, by the items' keys."""
+    return {item_key(encoder, version): version for sample in samples for version in versions(encoder, sample)}
+
+
+def _is_complete(wanted: Collection[str] | None, encoder: Encoder, job: CacheJob, tag: str) -> bool:
+    """Whether the cache has all items, which the main rank knows and tells the others, whose `wanted` is None."""
+    complete = False
+    if wanted is not None:
+        with TensorStore(job.cache_dir / encoder.name) as store:
+            complete = not store.lost(wanted) and not store.missing(wanted)
+    return gather(job.ranks, f"{tag}/complete", complete, job.patience, job.raise_if_stopping)[0]
+
+
+def _fill_one(encoder: Encoder, wanted: dict[str, SampleVersion], job: CacheJob, tag: str) -> CacheReport:
     """This rank's share of one encoder's work."""
     ranks = job.ranks
-    wanted = {item_key(encoder, version): version for sample in samples for version in versions(encoder, sample)}
-    if ranks.is_main:
-        references.remember(job.cache_dir, encoder.name, job.owner, wanted)
     # Shared by position among all that is wanted, and not among what is missing: every rank knows its share
     # without asking, whenever it looks and whatever others have already written.
-    ordered = sorted(wanted, key=lambda key: shape_of(encoder, wanted[key]))
-    mine = ordered[ranks.rank :: ranks.world_size]
+    mine = _by_shape(encoder, wanted)[ranks.rank :: ranks.world_size]
     with TensorStore(job.cache_dir / encoder.name, f"rank{ranks.rank}") as store:
         _forget_damaged(store, mine, job, tag)
         # A new item replaces the old one, which another run may be reading until then.
@@ -201,6 +222,16 @@ def _fill_one(encoder: Encoder, samples: Sequence[Sample], job: CacheJob, tag: s
                     torch.cuda.empty_cache()
     counts = len(mine), len(mine) - len(missing), len(missing) - len(failures), len(failures)
     return CacheReport(encoder.name, *counts, busy, truncated, tuple(dict.fromkeys(failures)))
+
+
+def _by_shape(encoder: Encoder, wanted: Mapping[str, SampleVersion]) -> list[str]:
+    """The keys by the shapes of what is encoded, else in their order."""
+    if not reads_media(encoder):
+        return list(wanted)
+    groups: dict[tuple[Bucket, ...], list[str]] = defaultdict(list)
+    for key, version in wanted.items():
+        groups[shape_of(encoder, version)].append(key)
+    return [key for shape in sorted(groups) for key in groups[shape]]
 
 
 def _forget_damaged(store: TensorStore, keys: Sequence[str], job: CacheJob, tag: str) -> None:

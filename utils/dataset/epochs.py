@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.dataset.buckets import by_shape
+from utils.dataset.buckets import by_shape, rules_of
 from utils.dataset.ordering import EpochOrder, Group, Slot, steps_per_epoch
 from utils.dataset.samples import Bucket, Sample, appearances_before, repeat_phase
 from utils.errors import UserError
@@ -65,13 +65,16 @@ class _Schedule:
 
     @classmethod
     def of(cls, samples: Sequence[Sample], seed: int) -> _Schedule:
-        rules = [sample.rules for sample in samples]
-        return cls(
-            np.array([float(sample.repeats) for sample in samples]),
-            np.array([repeat_phase(sample, seed) for sample in samples]),
-            np.array([(one.start_epoch - 1, one.end_epoch or math.inf) for one in rules]),
-            np.array([(one.start_step, one.end_step or math.inf) for one in rules]),
-        )
+        repeats = np.array([sample.repeats for sample in samples], dtype=float)
+        phases = np.zeros(len(samples))
+        for number in np.flatnonzero(repeats % 1).tolist():
+            phases[number] = repeat_phase(samples[number], seed)
+        rules = rules_of(samples)
+        numbers = {id(one): number for number, one in enumerate(rules)}
+        own = np.array([numbers[id(sample.rules)] for sample in samples])
+        epochs = np.array([(one.start_epoch - 1, one.end_epoch or math.inf) for one in rules])
+        steps = np.array([(one.start_step, one.end_step or math.inf) for one in rules])
+        return cls(repeats, phases, epochs[own], steps[own])
 
     @property
     def is_uniform(self) -> bool:

@@ -6,15 +6,14 @@ sizes and frame counts are stored between runs; a file is read again only if its
 
 from __future__ import annotations
 
-import gc
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from utils.collector import without_collector
 from utils.dataset.file_index import Scan, opened_index
 from utils.dataset.mask_means import mask_means
 from utils.dataset.samples import Mask, MediaFile
@@ -73,20 +72,7 @@ class _Record(NamedTuple):
     fault: str
 
 
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Suspends garbage collection: a scan makes many small objects without cycles, and searching them again and again
-    would take a third of its time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-@_without_garbage_collection()
+@without_collector()
 def scan(dataset: DatasetSettings, file: str, how: Scan) -> Manifest:
     """Every picture and clip of the dataset's directories.
 

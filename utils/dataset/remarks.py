@@ -158,10 +158,15 @@ def _enlarged(samples: Sequence[Sample]) -> Iterator[Remark]:
 
 def _cut_off(samples: Sequence[Sample]) -> Iterator[Remark]:
     told: set[str] = set()
+    # Where a crop lies makes no difference, and of a million files few have sizes of their own.
+    known: dict[tuple[int, int, int, int, bool], float] = {}
     for sample in samples:
-        media, bucket = sample.media, sample.bucket
-        left, top, right, bottom = sample.takes[0].view(bucket).box(media.width, media.height)
-        lost = 1 - (right - left) * (bottom - top) / (media.width * media.height)
+        media, bucket, take = sample.media, sample.bucket, sample.takes[0]
+        sizes = (media.width, media.height, bucket.width, bucket.height, take.crop == "none")
+        if sizes not in known:
+            left, top, right, bottom = take.view(bucket).box(media.width, media.height)
+            known[sizes] = 1 - (right - left) * (bottom - top) / (media.width * media.height)
+        lost = known[sizes]
         # Half is what a bucket of another shape may take of many pictures.
         if lost > MOST_CUT_OFF + 1e-6 and str(media.locator) not in told:
             told.add(str(media.locator))

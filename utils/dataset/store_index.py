@@ -21,6 +21,8 @@ INDEX_NAME = "index.sqlite"
 BUSY_SECONDS = 120
 SECONDS_BETWEEN_TRIES = 0.02
 KEYS_PER_QUERY = 10_000
+MANY_KEYS = 10_000
+FEW_OTHERS = 4
 NETWORK_FILESYSTEMS = (
     "9p",
     "afs",
@@ -80,6 +82,9 @@ class StoreIndex:
 
     def present(self, keys: Sequence[str]) -> set[str]:
         """Those keys that exist."""
+        # To read the whole index takes a sixth of the time of asking for all that is in it.
+        if MANY_KEYS < len(keys) and len(self) < FEW_OTHERS * len(keys):
+            return set(keys).intersection(self.keys())
         return {key for (key,) in self._by_parts("SELECT key", "key", keys)}
 
     def in_shards(self, shards: Sequence[str]) -> dict[str, dict[str, Extent]]:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from models.foundation.checkpoints.headers import read_header
 from models.foundation.checkpoints.recognition import FOLDERS
+from models.foundation.checkpoints.stock import of_transformers
 from models.foundation.checkpoints.weights import CheckpointNames
 from utils.errors import Problem, UserError
 from utils.json_files import read_json
 from utils.settings.model_schema import ModelSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TEXT_CONFIG_KEYS = {
     "clip_text_model": ("hidden_size", "max_position_embeddings", "projection_dim"),
@@ -34,20 +36,27 @@ class TextPart:
 
     Attributes:
         name: its `type` in `[model] text_encoders`, and the name of its store in the cache.
-        model_class: of transformers.
+        model_class: name of the class of transformers.
         folder, tokenizer: parts of the diffusers folder.
         names: its names in the publisher's checkpoints.
-        model_types: the values that `model_type` may have in its configuration; default: that of `model_class`.
+        model_types: the values that `model_type` may have in its configuration; default: that of its class.
+        arguments: of the class, beside the configuration.
         root: the folder that contains the parts, if it is not the diffusers folder.
     """
 
     name: str
-    model_class: type[PreTrainedModel]
+    model_class: str
     folder: str = "text_encoder"
     tokenizer: str = "tokenizer"
     names: CheckpointNames = field(default_factory=CheckpointNames, kw_only=True)
     model_types: tuple[str, ...] = field(default=(), kw_only=True)
+    arguments: Mapping[str, Any] = field(default_factory=dict, kw_only=True, hash=False)
     root: Path | None = field(default=None, kw_only=True)
+
+    @property
+    def stock_class(self) -> type[PreTrainedModel]:
+        """The class of transformers."""
+        return of_transformers(self.model_class)
 
     def override(self, options: ModelSettings) -> Path | None:
         """The file or folder that replaces its weights, if the options give one."""
@@ -59,7 +68,7 @@ class TextPart:
         Raises:
             UserError: it is missing or damaged, or belongs to another model.
         """
-        model_types = self.model_types or (self.model_class.config_class.model_type,)
+        model_types = self.model_types or (self.stock_class.config_class.model_type,)
         keys = TEXT_CONFIG_KEYS.get(model_types[0], ("hidden_size",))
         return read_config(self.root or diffusers_folder, self.folder, model=model_types, keys=keys)
 

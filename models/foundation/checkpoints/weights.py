@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 
@@ -178,6 +177,8 @@ def assign(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: Path)
 def build_empty(factory: Callable[[], nn.Module]) -> nn.Module:
     """A module whose parameters are on the meta device; buffers and plain attributes are real, since their values are
     computed when it is built and are not in files."""
+    from accelerate import init_empty_weights
+
     with init_empty_weights(include_buffers=False):
         return factory()
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
 from models.foundation.checkpoints.headers import fingerprint
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.text_features import HiddenStates, Shapes
 from utils.dataset.samples import Bucket
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 Pooled = Literal["text_embeds", "pooler_output"]
 Pieces = Sequence[tuple[str, float]]
@@ -138,7 +140,7 @@ def clip_module(encoder: TextEncoder, *, loaded: bool) -> nn.Module:
     Args:
         encoder: its `ClipEncoder` or `ClipTokens`.
     """
-    model = encoder.load_model() if loaded else encoder.model_class(encoder.config())
+    model = encoder.load_model() if loaded else encoder.stock_class(encoder.config(), **encoder.arguments)
     return model if hasattr(model, "text_model") else _Nested(model)
 
 

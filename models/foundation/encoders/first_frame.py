@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
-from transformers import CLIPVisionModel
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from models.foundation.checkpoints.folders import read_config
 from models.foundation.checkpoints.headers import fingerprint, read_header
+from models.foundation.checkpoints.stock import of_transformers
 from models.foundation.encoders.video_vae import WanAutoencoder
 from utils.dataset.samples import Bucket
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 PART, PROCESSOR = "image_encoder", "image_processor"
 CONFIG_KEYS = ("hidden_size", "image_size", "patch_size")
@@ -73,6 +77,8 @@ class ClipVision:
         Raises:
             UserError: its settings are missing or damaged.
         """
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
         try:
             return CLIPImageProcessorPil.from_pretrained(self.folder / PROCESSOR, local_files_only=True)
         except (OSError, ValueError) as error:
@@ -91,7 +97,8 @@ class ClipVision:
         assert self.config and self.processor
 
     def load(self, device: torch.device) -> None:
-        model = CLIPVisionModel.from_pretrained(self.folder / PART, dtype=self.dtype, local_files_only=True)
+        stock = of_transformers("CLIPVisionModel")
+        model = stock.from_pretrained(self.folder / PART, dtype=self.dtype, local_files_only=True)
         self.model = model.to(device).eval().requires_grad_(False)
 
     def unload(self) -> None:

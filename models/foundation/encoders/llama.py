@@ -8,16 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, LlamaModel, PretrainedConfig
 
 from models.foundation.checkpoints.headers import fingerprint
+from models.foundation.checkpoints.stock import of_transformers
 from models.foundation.encoders.text import TextEncoder, load_tokenizer
 from models.foundation.encoders.text_features import Shapes, TextFeatures
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,6 @@ class StatesFeatures(TextFeatures):
         output = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True)
         # The first state is the input of the first layer.
         return {self.name: torch.stack([output.hidden_states[1 + layer] for layer in self.layers], dim=1)}
-
-
-class LlamaStates(LlamaModel):
-    """Llama without the language modelling head that its files contain."""
-
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
 
 class LlamaEncoder(TextEncoder):
@@ -76,7 +73,7 @@ class LlamaEncoder(TextEncoder):
 
     def _build(self, source: Path | None, **how: Any) -> nn.Module:
         if self.four_bit and how.get("device_map") != "meta":
-            how["quantization_config"] = BitsAndBytesConfig(
+            how["quantization_config"] = of_transformers("BitsAndBytesConfig")(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=self.dtype
             )
         return super()._build(source, **how)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from models.foundation.checkpoints.folders import TextPart, check_diffusers_folder, read_config
 from models.foundation.encoders.text import TextEncoder
@@ -22,7 +21,7 @@ class ModelParts:
     """The parts of a model, as its options name them.
 
     Attributes:
-        denoiser_class: the stock class of diffusers.
+        denoiser_class: name of the stock class of diffusers.
         denoiser_folder: where a diffusers folder keeps the denoiser.
         config_keys: keys that the denoiser's configuration must have.
         text_parts: the text encoders, and where a diffusers folder keeps them.
@@ -30,7 +29,7 @@ class ModelParts:
     """
 
     options: ModelSettings
-    denoiser_class: type[nn.Module]
+    denoiser_class: str
     denoiser_folder: str
     config_keys: tuple[str, ...]
     text_parts: tuple[TextPart, ...]
@@ -52,8 +51,9 @@ class ModelParts:
         Raises:
             UserError: it is missing or damaged, or belongs to another model.
         """
-        name = self.denoiser_class.__name__
-        return read_config(self.options.diffusers_path, self.denoiser_folder, model=name, keys=self.config_keys)
+        return read_config(
+            self.options.diffusers_path, self.denoiser_folder, model=self.denoiser_class, keys=self.config_keys
+        )
 
     @property
     def denoiser_path(self) -> Path:

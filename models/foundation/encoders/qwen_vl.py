@@ -10,13 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import nn
-from transformers import PretrainedConfig
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from models.foundation.checkpoints.headers import fingerprint
 from models.foundation.encoders.text import TextEncoder
@@ -24,6 +22,10 @@ from models.foundation.encoders.text_features import EncodedText, Shapes, TextFe
 from utils.dataset.samples import Bucket
 from utils.errors import UserError
 from utils.media.writing import tensor_to_image
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 PICTURE = "<|image_pad|>"
 """The token that represents a picture in a template."""
@@ -87,6 +89,8 @@ def image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
     Raises:
         UserError: they are missing or damaged.
     """
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
     try:
         return Qwen2VLImageProcessorPil.from_pretrained(folder / PROCESSOR, local_files_only=True)
     except (OSError, ValueError) as error:

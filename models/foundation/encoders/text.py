@@ -7,24 +7,27 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.logging import disable_progress_bar
 
 from models.foundation.checkpoints.folders import TextPart, problems_of
 from models.foundation.checkpoints.headers import fingerprint
+from models.foundation.checkpoints.stock import of_transformers
 from models.foundation.checkpoints.weights import check_shape, load_tensors, meta_tensors
 from models.foundation.encoders.text_features import EncodedText, TextFeatures
 from utils.dataset.samples import Bucket
 from utils.errors import UserError
 from utils.json_files import read_json
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 SIZES = ("hidden_size", "num_hidden_layers")
 """Keys of a text encoder's configuration that determine the shape of features, or which layers exist."""
+STOCK_FILES = ("model.safetensors", "model.safetensors.index.json")
+"""What transformers calls files of weights."""
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("spiece.model",))
 """Files with a tokenizer's vocabulary; any of these sets is enough."""
 
@@ -47,11 +50,12 @@ class TextEncoder:
     reads = ("caption",)
 
     def __init__(self, part: TextPart, folder: Path, file: Path | None, dtype: torch.dtype, features: TextFeatures):
-        self.name, self.model_class, self.names = part.name, part.model_class, part.names
+        self.name, self.stock_class, self.names = part.name, part.stock_class, part.names
+        self.arguments = part.arguments
         self.folder, self.subfolder = part.root or folder, part.folder
         self.tokenizer_folder = self.folder / part.tokenizer
         self.file, self.dtype, self.features = file, dtype, features
-        config = self.model_class.config_class.from_dict(part.config(folder))
+        config = self.stock_class.config_class.from_dict(part.config(folder))
         self.shapes = features.shapes(config.get_text_config())
         self.model: nn.Module | None = None
         self.truncated = 0
@@ -112,13 +116,13 @@ class TextEncoder:
         return self._config_in(self._source if own else self.folder / self.subfolder)
 
     def _config_in(self, folder: Path) -> PretrainedConfig:
-        return self.model_class.config_class.from_pretrained(folder)
+        return self.stock_class.config_class.from_pretrained(folder)
 
     def load_model(self) -> nn.Module:
         """The model of transformers with its weights, on the CPU."""
         source = self._source
         # If a folder has the file names of transformers, it reads one tensor after the other.
-        if any((source / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        if any((source / name).is_file() for name in STOCK_FILES):
             return self._build(source, config=self.config())
         tensors = self.names.tensors(load_tensors, source, self.dtype)
         return self._build(None, config=self.config(), state_dict=tensors)
@@ -126,9 +130,11 @@ class TextEncoder:
     def _build(self, source: Path | None, **how: Any) -> nn.Module:
         """The model with its weights. transformers knows the names of older files, which tensors are tied, and what
         must stay in float32. It fills missing tensors with random numbers, so its report must be checked."""
+        from transformers.utils.logging import disable_progress_bar
+
         disable_progress_bar()
-        model, report = self.model_class.from_pretrained(
-            source, dtype=self.dtype, ignore_mismatched_sizes=True, output_loading_info=True, **how
+        model, report = self.stock_class.from_pretrained(
+            source, dtype=self.dtype, ignore_mismatched_sizes=True, output_loading_info=True, **self.arguments, **how
         )
         for name in sorted(report["missing_keys"]):
             check_shape(name, None, (), self._source)
@@ -180,7 +186,7 @@ def load_tokenizer(folder: Path, *, names_padding: bool = True) -> Any:
             str(folder),
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = of_transformers("AutoTokenizer").from_pretrained(folder)
     # Three libraries decide which errors they raise; some raise a bare Exception.
     except Exception as error:
         raise UserError.of(f"the tokenizer cannot be loaded ({error}); download it again", str(folder)) from error

@@ -11,13 +11,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 EncodedText = dict[str, torch.Tensor | list[torch.Tensor]]
 Shapes = dict[str, tuple[int, ...]]

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from einops import rearrange
 from torch import nn
 
 from models.foundation.checkpoints.folders import read_config
 from models.foundation.checkpoints.headers import fingerprint
+from models.foundation.checkpoints.stock import of_diffusers
 from models.foundation.checkpoints.weights import assign, build_empty, load_tensors, meta_tensors
 from utils.dataset.samples import Bucket
 from utils.diffusion import seeds
@@ -40,7 +39,7 @@ class Family:
     names.
 
     Attributes:
-        model_class: the class of diffusers.
+        model_class: name of the class of diffusers.
         keys: keys that its configuration must have.
         own_name: part of a tensor's name that only occurs in files of diffusers.
         convert: (tensors of another program, configuration) -> tensors under diffusers' names.
@@ -48,7 +47,7 @@ class Family:
         older: (part of a name in files of older diffusers, the current name).
     """
 
-    model_class: type[nn.Module]
+    model_class: str
     keys: tuple[str, ...]
     own_name: str
     convert: Callable[[Tensors, dict[str, Any]], Tensors]
@@ -62,7 +61,7 @@ class Family:
             UserError: it is missing, damaged, or belongs to another model.
         """
         own = file is not None and (file / "config.json").is_file()
-        return read_config(file if own else folder / "vae", model=self.model_class.__name__, keys=self.keys)
+        return read_config(file if own else folder / "vae", model=self.model_class, keys=self.keys)
 
     def load(
         self,
@@ -82,7 +81,8 @@ class Family:
             UserError: the file contains no VAE that fits the configuration.
         """
         config = self.config(folder, file)
-        vae, source = build_empty(lambda: self.model_class.from_config(config)), file or folder / "vae"
+        vae = build_empty(lambda: of_diffusers(self.model_class).from_config(config))
+        source = file or folder / "vae"
         tensors = read(source, dtype, self.prefix)
         if not any(self.own_name in name for name in tensors):
             tensors = self.convert(tensors, config)
@@ -92,11 +92,18 @@ class Family:
         return vae
 
 
+def _from_ldm(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    """Tensors with the names of the publisher's checkpoints, under diffusers' names."""
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    return convert_ldm_vae_checkpoint(tensors, config)
+
+
 AUTOENCODER_KL = Family(
-    AutoencoderKL,
+    "AutoencoderKL",
     ("block_out_channels", "latent_channels", "scaling_factor"),
     "down_blocks.",
-    convert_ldm_vae_checkpoint,
+    _from_ldm,
     prefix="first_stage_model.",
     older=((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")),
 )

@@ -8,8 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
-from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
 from models.foundation.encoders.vae import Family, ImageAutoencoder, Tensors, in_the_room_there_is, picture_noise
 from utils.dataset.samples import Bucket
@@ -19,12 +17,14 @@ STATISTICS = ("z_dim", "latents_mean", "latents_std")
 
 def _from_wan(tensors: Tensors, config: dict[str, Any]) -> Tensors:
     """Tensors with the original names of Wan's VAE, under diffusers' names."""
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
     return convert_wan_vae_to_diffusers(tensors)
 
 
-WAN = Family(AutoencoderKLWan, STATISTICS, "up_blocks.", _from_wan)
+WAN = Family("AutoencoderKLWan", STATISTICS, "up_blocks.", _from_wan)
 # Qwen-Image's VAE is Wan's VAE with further training.
-QWEN_IMAGE = Family(AutoencoderKLQwenImage, STATISTICS, "up_blocks.", _from_wan)
+QWEN_IMAGE = Family("AutoencoderKLQwenImage", STATISTICS, "up_blocks.", _from_wan)
 wan_vae_config = WAN.config
 
 

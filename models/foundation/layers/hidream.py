@@ -7,15 +7,17 @@ single block on, T also counts the text, which follows the picture.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU, MoEGate
 from torch import nn
 from torch.nn import functional
 
 from models.foundation.layers.chain import capture_outputs
 from utils.diffusion.auxiliary import load_balancing
+
+if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_hidream_image import MoEGate
 
 
 class HiDreamStream(NamedTuple):
@@ -55,31 +57,6 @@ def routes(layers: Sequence[int]) -> list[Route]:
     ]
 
 
-class GroupedExperts(MOEFeedForwardSwiGLU):
-    """diffusers' experts, for which the host waits once and not for every expert: the tokens are sorted by expert. On
-    the meta device each expert gets the same number.
-
-    Shapes: N tokens, A experts chosen for each.
-    """
-
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        chosen_NA, weights_NA, _ = self.gate(x_BTD)
-        x_ND, chosen = x_BTD.flatten(0, 1), chosen_NA.flatten()
-        order = chosen.argsort(stable=True)
-        parts = x_ND[order // self.num_activated_experts].split(self._numbers(chosen))
-        made = torch.cat([expert(part).to(x_ND.dtype) for expert, part in zip(self.experts, parts, strict=True)])
-        made_NAD = made[order.argsort()].unflatten(0, weights_NA.shape)
-        y_ND = (made_NAD * weights_NA.unsqueeze(-1)).sum(dim=1)
-        return y_ND.to(x_ND.dtype).view_as(x_BTD) + self.shared_experts(x_BTD)
-
-    def _numbers(self, chosen: torch.Tensor) -> list[int]:
-        """How many tokens each expert gets."""
-        count = len(self.experts)
-        if chosen.is_meta:
-            return [len(chosen) // count + (index < len(chosen) % count) for index in range(count)]
-        return chosen.bincount(minlength=count).tolist()
-
-
 class Block(nn.Module):
     """The common part of both kinds of blocks: a state of Llama that only this block sees, and experts whose balance is
     a loss.
@@ -96,11 +73,10 @@ class Block(nn.Module):
         self.projection = projection
         self.route = route
         self.balance_weight = balance_weight
-        self.routers = [module for module in block.modules() if isinstance(module, MoEGate)]
-        for module in block.modules():
-            if type(module) is MOEFeedForwardSwiGLU:
-                # The same parameters under the same names.
-                module.__class__ = GroupedExperts
+        # Here, since they are subclasses of diffusers'; see `checkpoints/stock.py`.
+        from models.foundation.layers.grouped_experts import group_experts
+
+        self.routers = group_experts(block)
 
     def forward(self, stream: HiDreamStream) -> HiDreamStream:
         if self.route is None:

@@ -9,15 +9,15 @@ Shapes: B batch, C channels, h w latent cells, L text tokens, D features.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.downsampling import Downsample2D
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.models.upsampling import Upsample2D
 from torch import nn
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 BLOCK_TYPES = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -64,7 +64,7 @@ class UNetLayer(nn.Module):
         if self.pops:
             x_BChw, skips = torch.cat([x_BChw, skips[-1]], dim=1), skips[:-1]
         for part in self.parts:
-            x_BChw = _CALLS[type(part)](part, x_BChw, stream)
+            x_BChw = _CALLS[type(part).__name__](part, x_BChw, stream)
         return stream._replace(x_BChw=x_BChw, skips=(*skips, x_BChw) if self.pushes else skips)
 
 
@@ -91,7 +91,13 @@ def _resnet(part: ResnetBlock2D, x_BChw: torch.Tensor, stream: UNetStream) -> to
     return part(x_BChw, stream.time_BD)
 
 
-_CALLS = {ResnetBlock2D: _resnet, Transformer2DModel: _attend, Downsample2D: _resample, Upsample2D: _resample}
+_CALLS = {
+    "ResnetBlock2D": _resnet,
+    "Transformer2DModel": _attend,
+    "Downsample2D": _resample,
+    "Upsample2D": _resample,
+}
+"""By the names of diffusers' classes."""
 
 
 def unet_layers(unet: UNet2DConditionModel) -> list[nn.Module]:

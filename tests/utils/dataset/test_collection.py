@@ -2,6 +2,7 @@
 
 import csv
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -267,10 +268,26 @@ def test_all_ranks_have_the_same(pictures, cache):
     assert first == second and len(first) == 6
 
 
+def collect_on_two_machines(ranks, folders, cache):
+    return collect_as_rank(replace(ranks, local_rank=0), folders, cache)
+
+
 def test_ranks_that_see_other_files_are_told(pictures, cache, tmp_path):
     draw_pictures(tmp_path / "others", 6, seed=5)
-    told = run_ranks(collect_as_rank, 2, [pictures, tmp_path / "others"], cache)
+    told = run_ranks(collect_on_two_machines, 2, [pictures, tmp_path / "others"], cache)
     assert all("the ranks [1] see other files than rank 0" in one for one in told)
+
+
+def collect_on_one_machine(ranks, folders, cache):
+    ids = collect_as_rank(ranks, folders, cache)
+    return ids, sorted(path.name for path in cache.iterdir())
+
+
+def test_ranks_of_one_machine_take_what_the_first_has_found(pictures, cache, tmp_path):
+    """The second could only find another folder's."""
+    (first, left), (second, _) = run_ranks(collect_on_one_machine, 2, [pictures, tmp_path / "gone"], cache)
+    assert first == second and len(first) == 6
+    assert [name for name in left if name.startswith("samples")] == []
 
 
 def test_what_the_main_rank_finds_wrong_ends_all(pictures, cache, tmp_path):

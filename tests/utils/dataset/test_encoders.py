@@ -67,6 +67,13 @@ def test_a_key_names_all_that_an_item_is_made_from():
     assert item_key(MeanEncoder("mean-2"), version) not in keys
 
 
+def test_keys_stay_what_they_were():
+    """Another key for the same item would have every cache encoded again."""
+    version = replace(evaluation_version(plain_sample("a", fps=16.0)), caption='Käse "und" \n\\ \u2028 🐈')
+    assert item_key(MeanEncoder(), version) == "d5c889d625770e562951f020a8ce37fa033570fc"
+    assert item_key(LengthEncoder(), version) == "992d59cea468821eb8d4f721794f21a2b8387264"
+
+
 def beside(pictures, **keys):
     directory = DirectorySettings(path=pictures, **keys)
     return DatasetSettings(resolutions=[32], directory=[directory])

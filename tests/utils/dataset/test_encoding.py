@@ -296,6 +296,18 @@ def test_two_ranks_share_the_work(pictures, cache):
         assert len(store) == 5
 
 
+def fill_what_is_filled(ranks, dataset, cache):
+    """Only the main rank is told what is wanted."""
+    samples = assign(scanned(dataset, cache).rows, dataset, CLIP_FACTS).samples if ranks.is_main else None
+    return counts(fill(MeanEncoder(), samples, CacheJob(cache, cache, ranks, 2)))
+
+
+def test_one_rank_looks_whether_the_cache_is_whole(pictures, cache):
+    cache.mkdir()
+    assert fill_what_is_filled(Ranks(), dataset_of(pictures), cache) == (6, 0, 6, 0)
+    assert run_ranks(fill_what_is_filled, 2, dataset_of(pictures), cache) == [(6, 6, 0, 0)] * 2
+
+
 class Hanging(MeanEncoder):
     def load(self, device):
         super().load(device)

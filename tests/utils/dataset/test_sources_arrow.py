@@ -1,6 +1,7 @@
 """Parquet and Arrow tables, with pictures in their cells or with names of files."""
 
 import io
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow
@@ -63,6 +64,10 @@ def test_pictures_in_cells(tmp_path, name):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda number: listing.entries[number].media.open().read(), order))
     assert found == [png(number) for number in order]
+    # As another process gets them.
+    handed = pickle.loads(pickle.dumps([entry.media for entry in listing.entries]))
+    assert handed[6] == listing.entries[6].media and handed[6].open().read() == png(6)
+    assert len({id(locator.container) for locator in handed}) == 1
     assert [probe(entry.media.source).width for entry in listing.entries] == list(range(8, 18))
     assert [entry.captions[0] for entry in read(path, filter="width in (9, 17)").entries] == ["picture 1", "picture 9"]
     assert [entry.captions for entry in read(path, instance_prompt="a dog").entries] == [("a dog",)] * 10

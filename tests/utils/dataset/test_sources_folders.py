@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from utils.dataset.sources import Locator, read_source
+from utils.dataset.sources.folders import split_ending
 from utils.media.source import Blob
 from utils.settings.dataset_schema import DirectorySettings
 
@@ -30,6 +31,11 @@ def captions(listing):
 def told(listing, folder):
     """The rejected files by name, with the kind."""
     return {fault.location.removeprefix(f"{folder}/"): fault.kind for fault in listing.rejected}
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.b.PNG", "a", "x.y/a", "x.y/a.png", "a.", "a..png", "a...", "x/a.tar.gz"])
+def test_endings_are_those_of_the_standard_library(name):
+    assert split_ending(name) == os.path.splitext(name)
 
 
 def test_places_of_whole_files(tmp_path):

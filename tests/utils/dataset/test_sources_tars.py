@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import tarfile
 
 import pytest
@@ -59,6 +60,8 @@ def test_samples(tmp_path, form):
     contents = dict(members)
     for entry in listing.entries:
         assert entry.media.open().read().decode() == contents[entry.media.part]
+        handed = pickle.loads(pickle.dumps(entry.media))
+        assert handed == entry.media and handed.open().read().decode() == contents[entry.media.part]
 
 
 def test_a_member_is_a_file_of_its_own(tmp_path):

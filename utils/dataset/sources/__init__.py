@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from utils.dataset.sources.arrow_tables import ARROW_SUFFIXES
-from utils.dataset.sources.folders import MEDIA_SUFFIXES, Tree, count_captioned, list_files, list_pictures
+from utils.dataset.sources.folders import MEDIA_SUFFIXES, Tree, count_captioned, list_files, list_pictures, split_ending
 from utils.dataset.sources.locators import (
     NOT_BROKEN,
     Container,
@@ -194,7 +194,7 @@ def _media(tree: Tree) -> list[str]:
 
 
 def _ending(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
+    return split_ending(name)[1].lower()
 
 
 def _listed(kind: str, rules: DirectorySettings, of: Callable[[DirectorySettings], Listing]) -> Listing:

@@ -34,6 +34,10 @@ class Recent:
         self._pieces: OrderedDict[Any, pyarrow.Table] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process has none yet.
+        return Recent, ()
+
     def get(self, key: Any, load: Callable[[], pyarrow.Table]) -> pyarrow.Table:
         # Loaded under the lock, since several threads want the same piece at once.
         with self._lock:
@@ -78,6 +82,9 @@ class ArrowTable:
             raise SourceProblem(f"{path} cannot be read ({error}); bring it anew") from None
         self.columns: list[str] = self._format.schema.names
         self.held = frozenset(field.name for field in self._format.schema if _holds_bytes(field.type))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ArrowTable, (self.path, self._recent), {"_starts": self._starts}
 
     def rows(self, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
         """The cells of each row in these columns.

@@ -39,8 +39,14 @@ class Tree:
 
     def by_stem(self) -> ByName:
         """Pictures and clips by their names without suffix; the first one if several have the same name."""
-        split = (os.path.splitext(name) for name in reversed(self.names))
+        split = (split_ending(name) for name in reversed(self.names))
         return ByName({stem: stem + suffix for stem, suffix in split if suffix.lower() in MEDIA_SUFFIXES})
+
+
+def split_ending(name: str) -> tuple[str, str]:
+    """`os.path.splitext` for the name of a file that is not hidden, in less than half of the time."""
+    stem, dot, ending = name.rpartition(".")
+    return (stem, dot + ending) if dot and "/" not in ending else (name, "")
 
 
 def list_files(root: Path, recursive: bool, raise_if_stopping: Callable[[], None]) -> Tree:
@@ -163,7 +169,7 @@ def count_captioned(tree: Tree, rules: DirectorySettings) -> int:
     """How many pictures and clips of a folder have a caption file beside them, whatever captions are to be read."""
     ending = caption_ending(rules)
     captions = {normal(name[: -len(ending)]) for name in tree.names if name.lower().endswith(ending)}
-    split = (os.path.splitext(name) for name in tree.names)
+    split = (split_ending(name) for name in tree.names)
     return sum(normal(stem) in captions for stem, suffix in split if suffix.lower() in MEDIA_SUFFIXES)
 
 
@@ -175,7 +181,7 @@ def list_pictures(tree: Tree, rules: DirectorySettings, raise_if_stopping: Calla
     media: list[tuple[str, str]] = []
     captions: dict[str, str] = {}
     for name in tree.names:
-        stem, suffix = os.path.splitext(name)
+        stem, suffix = split_ending(name)
         suffix = suffix.lower()
         if suffix in MEDIA_SUFFIXES:
             media.append((stem, name))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from models.foundation.checkpoints.stock import of_diffusers
 from models.foundation.encoders.vae import Family
 from models.foundation.encoders.video_vae import QWEN_IMAGE, WAN
 from tests.models.tiny_folder import randomised
@@ -44,7 +45,7 @@ def original(name: str) -> str:
 @pytest.mark.parametrize("family", [WAN, QWEN_IMAGE], ids=["wan", "qwen_image"])
 def test_a_file_in_the_publishers_names_is_read(family: Family, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    randomised(family.model_class(**CONFIG), 1).save_pretrained(tmp_path / "vae")
+    randomised(of_diffusers(family.model_class)(**CONFIG), 1).save_pretrained(tmp_path / "vae")
     expected = load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
     file = tmp_path / "original.safetensors"
     save_file({original(name): tensor for name, tensor in expected.items()}, file)
@@ -56,6 +57,6 @@ def test_a_file_in_the_publishers_names_is_read(family: Family, tmp_path: Path) 
 
 
 def test_another_familys_folder_is_refused(tmp_path: Path) -> None:
-    WAN.model_class(**CONFIG).save_pretrained(tmp_path / "vae")
+    of_diffusers(WAN.model_class)(**CONFIG).save_pretrained(tmp_path / "vae")
     with pytest.raises(UserError, match="a configuration of AutoencoderKLWan; one of AutoencoderKLQwenImage"):
         QWEN_IMAGE.load(tmp_path, None, torch.float32)

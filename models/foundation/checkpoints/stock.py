@@ -1,0 +1,27 @@
+"""Classes of diffusers and transformers by name, as facts about models have them.
+
+To import these libraries takes seconds, in which a mistake in a config should long be told: nothing that is imported to
+read a config may import them when it is itself imported. Names of their classes in annotations stand behind
+`TYPE_CHECKING`, and what functions call is imported in them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+
+def of_diffusers(name: str) -> Any:
+    """The class of this name in diffusers."""
+    return _named("diffusers", name)
+
+
+def of_transformers(name: str) -> Any:
+    """The class of this name in transformers."""
+    return _named("transformers", name)
+
+
+def _named(library: str, name: str) -> Any:
+    cls = getattr(import_module(library), name, None)
+    assert cls is not None, f"{library} has no {name}"
+    return cls
