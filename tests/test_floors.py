@@ -37,6 +37,7 @@ FLOORS = {
     "utils.quantised": (1, "quantised"),
     "utils.diffusion": (1, "diffusion"),
     "utils.ranks": (1, "ranks"),
+    "utils.machine": (0, "machine"),
     "utils.progress_bar": (1, "progress_bar"),
     "utils.json_files": (1, "json_files"),
     "utils.errors": (0, "errors"),

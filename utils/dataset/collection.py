@@ -139,7 +139,7 @@ def collect_together(
     def make() -> list[Collection]:
         return found or collect(sources, facts, replace(how, verify=False), listing=False, **choices)
 
-    collections = made_once(ranks, "collection", how.index.parent, make, how.raise_if_stopping)
+    collections = made_once(ranks, "collection", make, how.raise_if_stopping)
     _check_same(ranks, collections, how)
     return collections
 

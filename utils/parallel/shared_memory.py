@@ -1,8 +1,4 @@
-"""Memory of the host that processes of one machine share: one of them fills it, the others read.
-
-It belongs to no file system, whose room for it may be small (64 MB in containers of Docker), and is gone with the last
-process that has it.
-"""
+"""Memory of the host that processes of one machine share: one of them fills it, the others read."""
 
 from __future__ import annotations
 
@@ -10,10 +6,10 @@ import logging
 import mmap
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
+from utils.machine import machine, memory_file, path_of
 from utils.parallel.transfers import lock
 from utils.ranks import Ranks, gather
 
@@ -35,13 +31,13 @@ def shared_by_stage(
         The memory, uint8 (size,), and whether this process filled it. None where no other process of the machine has
         this stage, or it cannot be shared.
     """
-    place = [_machine(), ranks.stage, size]
+    place = [machine(), ranks.stage, size]
     group = [rank for rank, other in enumerate(gather(ranks, "machines", place)) if other == place and size]
     leads, memory = ranks.rank == min(group, default=None), None
     descriptor = None
     try:
         if leads and len(group) > 1:
-            descriptor = os.memfd_create("swapped blocks")
+            descriptor = memory_file("swapped blocks")
             os.ftruncate(descriptor, size)
             memory = _mapped(descriptor, size)
             fill(memory)
@@ -60,16 +56,9 @@ def shared_by_stage(
     return memory, leads
 
 
-def _machine() -> str:
-    """What the processes have in common that can see each other's files: the machine's start, and the namespace of
-    their numbers."""
-    started = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return f"{started} {os.readlink('/proc/self/ns/pid')}"
-
-
 def _memory_of(process: int, descriptor: int, size: int) -> torch.Tensor | None:
     try:
-        own = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR)
+        own = os.open(path_of(process, descriptor), os.O_RDWR)
     except OSError as error:
         logger.warning("swapped blocks take memory once for each process, since it cannot be shared: %s", error)
         return None
