@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
 
 import optimizers
-from models.assembly.activations import LayerActivations, count, peak
-from models.assembly.stage import StagedModel
+from models.assembly.activations import LayerActivations, LayerRun, activations_of, peak, run_layers, storages
+from models.assembly.operations import LayerOperations, count_operations
+from models.assembly.stage import StagedModel, bounds_of, teacher_of
 from models.base import BasePipeline
 from utils.dataset.encoders import Encoder
 from utils.dataset.epochs import micro_batch_of
 from utils.dataset.samples import Bucket
+from utils.parallel.partition import Bounds
 from utils.parallel.recompute import recomputed_positions
 from utils.parallel.swap import SwapPlan, counts
 from utils.parallel.wire import map_tensors
@@ -66,6 +69,7 @@ class Planner:
 
     Args:
         encoders: those of the run, for the shapes of their features.
+        buckets: how often each size is trained on, relative to the others.
     """
 
     def __init__(
@@ -74,29 +78,43 @@ class Planner:
         pipeline: BasePipeline,
         staged: StagedModel,
         encoders: Sequence[Encoder],
-        buckets: Sequence[Bucket],
+        buckets: Mapping[Bucket, float],
     ):
         self.settings, self.staged = settings, staged
         self._pipeline, self._encoders = pipeline, encoders
-        self._counted: dict[tuple[int, bool], list[LayerActivations]] = {}
-        self.bucket = max(buckets, key=lambda bucket: bucket.width * bucket.height * bucket.frames)
+        self._counted: dict[Hashable, list[LayerActivations]] = {}
+        self._swaps: dict[tuple[int, int], SwapPlan] = {}
+        self.bucket = max(sorted(buckets), key=lambda bucket: bucket.pixels)
+        # Where most of the time goes.
+        self.frequent = max(sorted(buckets), key=lambda bucket: bucket.pixels * buckets[bucket])
 
     def swapped(self, settings: Settings) -> list[int]:
         """The number of swapped blocks of every stage."""
-        return counts(settings.blocks_to_swap, [self.staged.stage_layers(stage) for stage in self._stages])
+        return counts(settings.blocks_to_swap, [self._layers(bounds) for bounds in self.bounds(settings)])
+
+    def bounds(self, settings: Settings) -> Bounds:
+        """The range of layers of every stage."""
+        return bounds_of(settings, self.staged.layers)
 
     def plans(self, settings: Settings, swapped: Sequence[int]) -> list[StagePlan]:
         """One for each stage. Weights, gradients and optimizer state are counted; for activations the micro-batch of
         the largest bucket runs through the layers on the meta device."""
-        counted = self._activations(settings)
-        return [self._plan(settings, stage, number, counted) for stage, number in enumerate(swapped)]
+        stages = enumerate(zip(self.bounds(settings), swapped, strict=True))
+        return [
+            self.plan_of(settings, stage, bounds, self._swap(bounds).with_blocks(number))
+            for stage, (bounds, number) in stages
+        ]
 
     def least_swapped(self, settings: Settings, budget: float) -> list[int]:
         """The fewest swapped blocks with which each stage fits; all of its blocks if it never does."""
-        activations, found = self._activations(settings), []
-        for stage, swap in enumerate(self._swaps):
-            numbers = range(len(swap.blocks) + 1)
-            fits = (number for number in numbers if self._plan(settings, stage, number, activations).total <= budget)
+        found = []
+        for stage, bounds in enumerate(self.bounds(settings)):
+            swap = self._swap(bounds)
+            fits = (
+                number
+                for number in range(len(swap.blocks) + 1)
+                if self.plan_of(settings, stage, bounds, swap.with_blocks(number)).total <= budget
+            )
             found.append(next(fits, len(swap.blocks)))
         return found
 
@@ -106,48 +124,72 @@ class Planner:
         title = f"estimated memory per rank, bucket {self.bucket}:"
         return "\n".join([title, *(f"  stage {stage} {plan}" for stage, plan in enumerate(plans))])
 
-    @cached_property
-    def _held(self) -> list[tuple[int, int]]:
-        averages = self.settings.ema is not None and self.settings.ema.device == "gpu"
-        counted = partial(
-            held_bytes,
-            optimizer=self.settings.optimizer,
-            averages=averages,
-            float32_gradients=sums_in_float32(self.settings),
-        )
-        return [counted(self.staged.stage_layers(stage)) for stage in self._stages]
-
-    @cached_property
-    def _swaps(self) -> list[SwapPlan]:
-        return [SwapPlan.of_all(self.staged.stage_layers(stage)) for stage in self._stages]
-
-    @property
-    def _stages(self) -> range:
-        return range(len(self.staged.bounds))
-
-    def _plan(self, settings: Settings, stage: int, swapped: int, counted: Sequence[LayerActivations]) -> StagePlan:
-        start, stop = self.staged.bounds[stage]
-        weights, state = self._held[stage]
-        swap = self._swaps[stage].with_blocks(swapped)
-        in_flight = min(settings.gradient_accumulation_steps, len(self.staged.bounds) - stage)
+    def plan_of(self, settings: Settings, stage: int, bounds: tuple[int, int], swap: SwapPlan) -> StagePlan:
+        """What a stage holds that has these layers, and of them these swapped."""
+        weights, state = self._held_by(bounds)
+        in_flight = min(settings.gradient_accumulation_steps, settings.pipeline_stages - stage)
         return StagePlan(
-            layers=(start, stop - 1),
+            layers=(bounds[0], bounds[1] - 1),
             weights=weights + swap.ring_bytes - swap.tensor_bytes,
             state=state,
-            activations=peak(counted[start:stop], in_flight),
+            activations=peak(self._activations(settings, bounds), in_flight),
             swap=swap,
         )
 
-    def _activations(self, settings: Settings) -> list[LayerActivations]:
-        """Of every layer, for one micro-batch."""
-        key = settings.recomputed_every, settings.offloads
+    @cached_property
+    def operations(self) -> list[LayerOperations]:
+        """Of every layer, for one micro-batch of the size on which a run spends most time."""
+        return count_operations(self.staged.layers, self._inputs(self.frequent))
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a step has a second forward pass, for its targets."""
+        return teacher_of(self._pipeline, self.settings, self.staged) is not None
+
+    def _layers(self, bounds: tuple[int, int]) -> list[nn.Module]:
+        return self.staged.layers[slice(*bounds)]
+
+    def _swap(self, bounds: tuple[int, int]) -> SwapPlan:
+        """With all blocks of a stage."""
+        if bounds not in self._swaps:
+            self._swaps[bounds] = SwapPlan.of_all(self._layers(bounds))
+        return self._swaps[bounds]
+
+    def _held_by(self, bounds: tuple[int, int]) -> tuple[int, int]:
+        """The bytes of a stage's weights, and of their gradients and optimizer state; see `held_bytes`."""
+        held = {key: value for layer in self._held[slice(*bounds)] for key, value in layer.items()}
+        return sum(size for size, _ in held.values()), sum(state for _, state in held.values())
+
+    @cached_property
+    def _held(self) -> list[dict[int, tuple[int, int]]]:
+        averages = self.settings.ema is not None and self.settings.ema.device == "gpu"
+        float32 = sums_in_float32(self.settings)
+        return [
+            held_tensors(layer, self.settings.optimizer, averages=averages, float32_gradients=float32)
+            for layer in self.staged.layers
+        ]
+
+    def _activations(self, settings: Settings, bounds: tuple[int, int]) -> list[LayerActivations]:
+        """Of every layer of a stage, for one micro-batch."""
+        key = bounds, settings.recomputed_every, settings.offloads
         if key not in self._counted:
-            self._counted[key] = self._count(settings)
+            recomputed = recomputed_positions(self._layers(bounds), settings.recomputed_every)
+            self._counted[key] = activations_of(
+                self._runs[slice(*bounds)], self._held_storages, recomputed=recomputed, offload=settings.offloads
+            )
         return self._counted[key]
 
-    def _count(self, settings: Settings) -> list[LayerActivations]:
-        staged, bucket = self.staged, self.bucket
-        batch = micro_batch_of(settings, bucket)
+    @cached_property
+    def _runs(self) -> list[LayerRun]:
+        return run_layers(self.staged.layers, self._inputs(self.bucket))
+
+    @cached_property
+    def _held_storages(self) -> Collection[int]:
+        return storages([*self.staged.denoiser.parameters(), *self.staged.denoiser.buffers()]).keys()
+
+    def _inputs(self, bucket: Bucket) -> Any:
+        """The first stream of a micro-batch of this size, on the meta device."""
+        batch = micro_batch_of(self.settings, bucket)
         # Ones, since zeros would be masks that hide all of the text.
         features = {
             name: torch.ones((batch, *shape), dtype=dtype)
@@ -156,19 +198,7 @@ class Planner:
         }
         latent = torch.zeros((batch, *self._pipeline.latent_shape(bucket.width, bucket.height, bucket.frames)))
         inputs = self._pipeline.prepare_inputs({**features, "latents": latent}, latent, torch.zeros(batch))
-        recomputed = {
-            start + position
-            for start, stop in staged.bounds
-            for position in recomputed_positions(staged.layers[start:stop], settings.recomputed_every)
-        }
-        return count(
-            staged.layers,
-            {start for start, _ in staged.bounds},
-            map_tensors(lambda tensor: tensor.to("meta"), inputs),
-            [*staged.denoiser.parameters(), *staged.denoiser.buffers()],
-            recomputed=recomputed,
-            offload=settings.offloads,
-        )
+        return map_tensors(lambda tensor: tensor.to("meta"), inputs)
 
 
 def sums_in_float32(settings: Settings) -> bool:
@@ -176,21 +206,26 @@ def sums_in_float32(settings: Settings) -> bool:
     return settings.gradient_accumulation_steps > 1 and optimizers.find(settings.optimizer.type).float32_gradients
 
 
-def held_bytes(
-    layers: Sequence[nn.Module],
-    optimizer: OptimizerSettings,
-    *,
-    averages: bool = False,
-    float32_gradients: bool = False,
-) -> tuple[int, int]:
-    """The bytes of the weights of some layers, with their buffers, among them the scales of quantised weights; and the
-    bytes of their gradients and optimizer state together. With `averages`, the latter include float32 averages of the
-    trained parameters (an EMA on the GPU)."""
-    held = {id(p): p for layer in layers for p in layer.parameters()}.values()
-    trained = [p for p in held if p.requires_grad]
-    kept_of = optimizers.find(optimizer.type).state_bytes
+def held_bytes(layers: Sequence[nn.Module], optimizer: OptimizerSettings, **keys: bool) -> tuple[int, int]:
+    """The bytes of the weights of some layers, with their buffers, and those of their gradients and optimizer state
+    together; `keys` as for `held_tensors`."""
+    held = {key: value for layer in layers for key, value in held_tensors(layer, optimizer, **keys).items()}
+    return sum(size for size, _ in held.values()), sum(state for _, state in held.values())
+
+
+def held_tensors(
+    layer: nn.Module, optimizer: OptimizerSettings, *, averages: bool = False, float32_gradients: bool = False
+) -> dict[int, tuple[int, int]]:
+    """For each weight of a layer, and each buffer, among them the scales of quantised weights: its bytes, and those of
+    its gradient and optimizer state together. With `averages`, the latter include a float32 average of what is trained
+    (an EMA on the GPU)."""
+    state_of = optimizers.find(optimizer.type).state_bytes
     least = torch.float32.itemsize if float32_gradients else 0
-    state = sum(p.numel() * max(p.itemsize, least) + kept_of(optimizer, p) for p in trained)
-    state += 4 * sum(parameter.numel() for parameter in trained) if averages else 0
-    buffers = {id(b): b for layer in layers for b in layer.buffers()}.values()
-    return sum(tensor.nbytes for tensor in (*held, *buffers)), state
+    held = {id(buffer): (buffer.nbytes, 0) for buffer in layer.buffers()}
+    for parameter in layer.parameters():
+        state = 0
+        if parameter.requires_grad:
+            state = parameter.numel() * max(parameter.itemsize, least) + state_of(optimizer, parameter)
+            state += 4 * parameter.numel() if averages else 0
+        held[id(parameter)] = parameter.nbytes, state
+    return held

@@ -6,7 +6,7 @@ import importlib
 import subprocess
 import sys
 
-BENCHMARKS = ("overhead", "startup", "store", "caching", "backward_calls", "parity", "precision")
+BENCHMARKS = ("overhead", "startup", "store", "caching", "backward_calls", "parity", "precision", "cut")
 
 
 def main(names: list[str]) -> int:
