@@ -139,7 +139,7 @@ class Planner:
     @cached_property
     def operations(self) -> list[LayerOperations]:
         """Of every layer, for one micro-batch of the size on which a run spends most time."""
-        return count_operations(self.staged.layers, self._inputs(self.frequent))
+        return count_operations(self.staged.layers, self.first_stream(self.frequent))
 
     @property
     def has_teacher(self) -> bool:
@@ -181,13 +181,13 @@ class Planner:
 
     @cached_property
     def _runs(self) -> list[LayerRun]:
-        return run_layers(self.staged.layers, self._inputs(self.bucket))
+        return run_layers(self.staged.layers, self.first_stream(self.bucket))
 
     @cached_property
     def _held_storages(self) -> Collection[int]:
         return storages([*self.staged.denoiser.parameters(), *self.staged.denoiser.buffers()]).keys()
 
-    def _inputs(self, bucket: Bucket) -> Any:
+    def first_stream(self, bucket: Bucket) -> Any:
         """The first stream of a micro-batch of this size, on the meta device."""
         batch = micro_batch_of(self.settings, bucket)
         # Ones, since zeros would be masks that hide all of the text.

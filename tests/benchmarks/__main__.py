@@ -6,7 +6,29 @@ import importlib
 import subprocess
 import sys
 
-BENCHMARKS = ("overhead", "startup", "store", "caching", "backward_calls", "parity", "precision", "cut")
+BENCHMARKS = (
+    "overhead",
+    "startup",
+    "store",
+    "caching",
+    "backward_calls",
+    "parity",
+    "precision",
+    "cut",
+    "pipeline",
+    "wire",
+)
+    "overhead",
+    "startup",
+    "store",
+    "caching",
+    "backward_calls",
+    "parity",
+    "precision",
+    "cut",
+    "pipeline",
+    "wire",
+)
 
 
 def main(names: list[str]) -> int:

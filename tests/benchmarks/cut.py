@@ -26,13 +26,14 @@ def measure() -> Iterator[str]:
     yield f"{'':24}stages  " + "".join(f"{f'{method}: operations, GiB':>30}" for method in METHODS)
     for model in ALL:
         with tempfile.TemporaryDirectory() as folder:
-            planner = _planner(model, Path(folder))
+            planner = planner_of(model, Path(folder))
             for stages in STAGES:
                 cells = [_cut(planner, stages, method) for method in METHODS]
                 yield f"{model.name:24}{stages:6}  " + "".join(f"{cell:>30}" for cell in cells)
 
 
-def _planner(model: FullSize, folder: Path) -> Planner:
+def planner_of(model: FullSize, folder: Path) -> Planner:
+    """The planner of a run of one stage."""
     pipeline = model.pipeline(folder)
     settings = Settings(
         output_dir=folder,
