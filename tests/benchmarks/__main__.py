@@ -18,17 +18,6 @@ BENCHMARKS = (
     "pipeline",
     "wire",
 )
-    "overhead",
-    "startup",
-    "store",
-    "caching",
-    "backward_calls",
-    "parity",
-    "precision",
-    "cut",
-    "pipeline",
-    "wire",
-)
 
 
 def main(names: list[str]) -> int:
