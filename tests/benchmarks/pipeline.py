@@ -32,6 +32,7 @@ ROUNDS, STEPS = 3, 5
 BATCH, TEXT, CELLS = 16, 16, 8
 EQUAL_BLOCKS = {"num_layers": 0, "num_single_layers": 8}
 WANTED = 0.9
+WIRE = ("Send", "Recv")
 
 
 class Steps(NamedTuple):
@@ -67,16 +68,22 @@ def _efficiencies(folder: Path, start: int) -> Iterator[str]:
     for accumulation in ACCUMULATIONS:
         one = min(found[accumulation].clock for found in alone)
         two = min(max(found[accumulation].clock for found in ranks) for ranks in staged)
-        busy = sum(seconds for _, seconds in _least(found[accumulation] for found in alone))
-        together = _in_order([_least(ranks[stage][accumulation] for ranks in staged) for stage in range(2)])
+        stages = [_least(ranks[stage][accumulation] for ranks in staged) for stage in range(2)]
+        busy, together = _sum(_least(found[accumulation] for found in alone)), _in_order(stages)
         ideal = accumulation / (accumulation + 1)
         clock, processor = one / two / 2 / ideal, busy / together / 2 / ideal
         verdict = "ok" if processor >= WANTED else "TOO SLOW"
+        each = " and ".join(f"{1000 * _sum(stage):.0f}, wire {1000 * _sum(stage, WIRE):.1f}" for stage in stages)
         yield (
-            f"accumulation {accumulation:2}: {1000 * busy:.0f} ms, {1000 * together:.0f} ms in two stages, "
+            f"accumulation {accumulation:2}: {1000 * busy:.0f} ms, {1000 * together:.0f} in two stages (busy {each}), "
             f"efficiency {processor * ideal:.3f}, {processor:.3f} of the ideal: {verdict}; by the clock "
             f"{1000 * one:.0f} and {1000 * two:.0f} ms, {clock:.3f}"
         )
+
+
+def _sum(instructions: Sequence[tuple[str, float]], begins: tuple[str, ...] = ("",)) -> float:
+    """The seconds of the instructions whose names begin so."""
+    return sum(seconds for name, seconds in instructions if name.startswith(begins))
 
 
 def _least(found: Iterable[Steps]) -> list[tuple[str, float]]:
