@@ -123,7 +123,7 @@ def _planner(model: FullSize, optimizer: Any, adapter: Any, base: str, **keys: A
             **keys,
         )
         staged = partition(pipeline, settings, pipeline.weights.build_empty())
-        planner = Planner(settings, pipeline, staged, model.encoders, [model.bucket])
+        planner = Planner(settings, pipeline, staged, model.encoders, {model.bucket: 1})
         # Reads the files, which are gone afterwards.
         planner.plans(settings, planner.swapped(settings))
         for way in WAYS:

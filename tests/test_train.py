@@ -32,6 +32,7 @@ def test_a_run_leaves_what_is_promised(write_config: Callable[..., Path]) -> Non
         eval_datasets=[{"name": "seen", "config": str(evaluation.parent / "eval.toml")}],
         eval_every_n_epochs=1,
         pipeline_stages=2,
+        partition_method="time",
         save_every_n_epochs=1,
         save_format="both",
         activation_checkpointing=True,
@@ -47,6 +48,8 @@ def test_a_run_leaves_what_is_promised(write_config: Callable[..., Path]) -> Non
     assert codes == [0, 0], log
     run = only_run(config)
     assert (run / "config.toml").read_text() == config.read_text()
+    first, last = re.findall(r"stage \d \(layers (\d+) to \d+\): [\d.]+ TFLOP", log)
+    assert first == "0" and toml.load(run / "settings.toml")["partition_split"] == [int(last)], log
     assert {p.name for p in run.iterdir()} >= {
         "dataset.toml",
         "settings.toml",
@@ -127,7 +130,9 @@ def test_resuming_computes_what_an_uninterrupted_run_would(
 
 
 def test_a_checkpoint_loads_on_another_layout(write_config: Callable[..., Path]) -> None:
-    config = write_config(adapter__dropout=0.0, pipeline_stages=2)
+    config = write_config(
+        adapter__dropout=0.0, pipeline_stages=2, partition_method="memory", stage_weights=[2, 1], blocks_to_swap=[2, 1]
+    )
     assert launch(config, processes=2)[0] == [0, 0]
     run = only_run(config)
     weights = newest_export(run)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 import optimizers
+from models.assembly.cut import with_cut
 from models.assembly.memory import GIB, Planner, StagePlan
 from utils.errors import UserError
 from utils.ranks import Ranks
@@ -49,14 +50,14 @@ class Attempt:
 def fit(planner: Planner, memory: float) -> Settings:
     """The planner's settings with values in the place of "auto": those of the least time that fit into a card's
     `memory` in bytes. To recompute blocks comes before their inputs leave the device,
-    and both before weights travel.
+    and both before weights travel. A cut that is planned is that of the chosen settings, before weights travel.
 
     Raises:
         UserError: nothing fits.
     """
     settings = planner.settings
     if "auto" not in (settings.activation_checkpointing, settings.blocks_to_swap):
-        return settings
+        return with_cut(planner, settings)
     budget = memory * (1 - SHARE) - MARGIN * GIB
     tried = []
     for attempt in _attempts(planner, budget):
@@ -79,7 +80,7 @@ def _attempts(planner: Planner, budget: float) -> Iterator[Attempt]:
     chooses = settings.activation_checkpointing == "auto"
     ways = (False, True, "offload") if chooses else (settings.activation_checkpointing,)
     for way in ways:
-        chosen = settings.model_copy(update={"activation_checkpointing": way})
+        chosen = with_cut(planner, settings.model_copy(update={"activation_checkpointing": way}))
         plain = {"blocks_to_swap": 0} if settings.blocks_to_swap == "auto" else {}
         yield Attempt(chosen.model_copy(update=plain), planner.plans(chosen, planner.swapped(chosen)))
     steps_on_host = "cpu" not in optimizers.find(settings.optimizer.type).not_on

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
 
 import optimizers
-from models.assembly.activations import LayerActivations, count, peak
-from models.assembly.stage import StagedModel
+from models.assembly.activations import LayerActivations, LayerRun, activations_of, peak, run_layers, storages
+from models.assembly.operations import LayerOperations, count_operations
+from models.assembly.stage import StagedModel, bounds_of, teacher_of
 from models.base import BasePipeline
 from utils.dataset.encoders import Encoder
 from utils.dataset.epochs import micro_batch_of
 from utils.dataset.samples import Bucket
+from utils.parallel.partition import Bounds
 from utils.parallel.recompute import recomputed_positions
 from utils.parallel.swap_plan import BUFFERS, SwapPlan, aligned, counts
 from utils.parallel.wire import map_tensors
@@ -68,6 +71,7 @@ class Planner:
 
     Args:
         encoders: those of the run, for the shapes of their features.
+        buckets: how often each size is trained on, relative to the others.
     """
 
     def __init__(
@@ -76,29 +80,43 @@ class Planner:
         pipeline: BasePipeline,
         staged: StagedModel,
         encoders: Sequence[Encoder],
-        buckets: Sequence[Bucket],
+        buckets: Mapping[Bucket, float],
     ):
         self.settings, self.staged = settings, staged
         self._pipeline, self._encoders = pipeline, encoders
-        self._counted: dict[tuple[int, bool], list[LayerActivations]] = {}
-        self.bucket = max(buckets, key=lambda bucket: bucket.width * bucket.height * bucket.frames)
+        self._counted: dict[Hashable, list[LayerActivations]] = {}
+        self._swaps: dict[tuple[int, int], SwapPlan] = {}
+        self.bucket = max(sorted(buckets), key=lambda bucket: bucket.pixels)
+        # Where most of the time goes.
+        self.frequent = max(sorted(buckets), key=lambda bucket: bucket.pixels * buckets[bucket])
 
     def swapped(self, settings: Settings) -> list[int]:
         """The number of swapped blocks of every stage."""
-        return counts(settings.blocks_to_swap, [self.staged.stage_layers(stage) for stage in self._stages])
+        return counts(settings.blocks_to_swap, [self._layers(bounds) for bounds in self.bounds(settings)])
+
+    def bounds(self, settings: Settings) -> Bounds:
+        """The range of layers of every stage."""
+        return bounds_of(settings, self.staged.layers)
 
     def plans(self, settings: Settings, swapped: Sequence[int]) -> list[StagePlan]:
         """One for each stage. Weights, gradients and optimizer state are counted; for activations the micro-batch of
         the largest bucket runs through the layers on the meta device."""
-        counted = self._activations(settings)
-        return [self._plan(settings, stage, number, counted) for stage, number in enumerate(swapped)]
+        stages = enumerate(zip(self.bounds(settings), swapped, strict=True))
+        return [
+            self.plan_of(settings, stage, bounds, self._swap(bounds).with_blocks(number))
+            for stage, (bounds, number) in stages
+        ]
 
     def least_swapped(self, settings: Settings, budget: float) -> list[int]:
         """The fewest swapped blocks with which each stage fits; all of its blocks if it never does."""
-        activations, found = self._activations(settings), []
-        for stage, swap in enumerate(self._swaps):
-            numbers = range(len(swap.blocks) + 1)
-            fits = (number for number in numbers if self._plan(settings, stage, number, activations).total <= budget)
+        found = []
+        for stage, bounds in enumerate(self.bounds(settings)):
+            swap = self._swap(bounds)
+            fits = (
+                number
+                for number in range(len(swap.blocks) + 1)
+                if self.plan_of(settings, stage, bounds, swap.with_blocks(number)).total <= budget
+            )
             found.append(next(fits, len(swap.blocks)))
         return found
 
@@ -108,62 +126,81 @@ class Planner:
         title = f"estimated memory per rank, bucket {self.bucket}:"
         return "\n".join([title, *(f"  stage {stage} {plan}" for stage, plan in enumerate(plans))])
 
-    @cached_property
-    def _state_bytes(self) -> Callable[[Iterable[torch.Tensor]], int]:
-        """The bytes of some trained parameters' gradients and optimizer state."""
-        return partial(
-            state_bytes,
-            optimizer=self.settings.optimizer,
-            averages=self.settings.ema is not None and self.settings.ema.device == "gpu",
-            float32_gradients=sums_in_float32(self.settings),
-        )
-
-    @cached_property
-    def _held(self) -> list[tuple[int, int]]:
-        layers = [self.staged.stage_layers(stage) for stage in self._stages]
-        return [(weight_bytes(one), self._state_bytes(trained_of(one))) for one in layers]
-
-    @cached_property
-    def _swaps(self) -> list[SwapPlan]:
-        trained = self.settings.adapter is None
-        return [SwapPlan.of_all(self.staged.stage_layers(stage), trained=trained) for stage in self._stages]
-
-    @property
-    def _stages(self) -> range:
-        return range(len(self.staged.bounds))
-
-    def _plan(self, settings: Settings, stage: int, swapped: int, counted: Sequence[LayerActivations]) -> StagePlan:
-        start, stop = self.staged.bounds[stage]
-        weights, state = self._held[stage]
-        swap = self._swaps[stage].with_blocks(swapped)
-        in_flight = min(settings.gradient_accumulation_steps, len(self.staged.bounds) - stage)
-        travelling = swap.trained.values()
-        away = sum(map(self._state_bytes, travelling))
+    def plan_of(self, settings: Settings, stage: int, bounds: tuple[int, int], swap: SwapPlan) -> StagePlan:
+        """What a stage holds that has these layers, and of them these swapped."""
+        held = self._held_by(bounds)
+        weights, state = (sum(sizes[kind] for sizes in held.values()) for kind in (0, 1))
+        in_flight = min(settings.gradient_accumulation_steps, settings.pipeline_stages - stage)
+        away = sum(held[id(parameter)][1] for block in swap.trained.values() for parameter in block)
         return StagePlan(
-            layers=(start, stop - 1),
+            layers=(bounds[0], bounds[1] - 1),
             weights=weights + swap.ring_bytes - swap.tensor_bytes,
-            state=state - away + self._gradient_buffers(travelling),
-            activations=peak(counted[start:stop], in_flight),
+            state=state - away + self._gradient_buffers(swap),
+            activations=peak(self._activations(settings, bounds), in_flight),
             swap=swap,
             host=swap.host_bytes + away,
         )
 
-    def _gradient_buffers(self, blocks: Collection[Sequence[torch.Tensor]]) -> int:
+    def _gradient_buffers(self, swap: SwapPlan) -> int:
         """The bytes in which the gradients of swapped blocks wait for their way to the host."""
         float32 = sums_in_float32(self.settings)
-        sizes = (sum(aligned(gradient_size(p, float32=float32)) for p in block) for block in blocks)
-        return min(BUFFERS, len(blocks)) * max(sizes, default=0)
+        blocks = swap.trained.values()
+        sizes = [sum(aligned(gradient_size(p, float32=float32)) for p in block) for block in blocks]
+        return min(BUFFERS, len(sizes)) * max(sizes, default=0)
 
-    def _activations(self, settings: Settings) -> list[LayerActivations]:
-        """Of every layer, for one micro-batch."""
-        key = settings.recomputed_every, settings.offloads
+    @cached_property
+    def operations(self) -> list[LayerOperations]:
+        """Of every layer, for one micro-batch of the size on which a run spends most time."""
+        return count_operations(self.staged.layers, self.first_stream(self.frequent))
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a step has a second forward pass, for its targets."""
+        return teacher_of(self._pipeline, self.settings, self.staged) is not None
+
+    def _layers(self, bounds: tuple[int, int]) -> list[nn.Module]:
+        return self.staged.layers[slice(*bounds)]
+
+    def _swap(self, bounds: tuple[int, int]) -> SwapPlan:
+        """With all blocks of a stage."""
+        if bounds not in self._swaps:
+            self._swaps[bounds] = SwapPlan.of_all(self._layers(bounds), trained=self.settings.adapter is None)
+        return self._swaps[bounds]
+
+    def _held_by(self, bounds: tuple[int, int]) -> dict[int, tuple[int, int]]:
+        """Of each tensor of a stage its bytes, and those of its gradient and optimizer state; see `held_tensors`."""
+        return {key: value for layer in self._held[slice(*bounds)] for key, value in layer.items()}
+
+    @cached_property
+    def _held(self) -> list[dict[int, tuple[int, int]]]:
+        averages = self.settings.ema is not None and self.settings.ema.device == "gpu"
+        float32 = sums_in_float32(self.settings)
+        return [
+            held_tensors(layer, self.settings.optimizer, averages=averages, float32_gradients=float32)
+            for layer in self.staged.layers
+        ]
+
+    def _activations(self, settings: Settings, bounds: tuple[int, int]) -> list[LayerActivations]:
+        """Of every layer of a stage, for one micro-batch."""
+        key = bounds, settings.recomputed_every, settings.offloads
         if key not in self._counted:
-            self._counted[key] = self._count(settings)
+            recomputed = recomputed_positions(self._layers(bounds), settings.recomputed_every)
+            self._counted[key] = activations_of(
+                self._runs[slice(*bounds)], self._held_storages, recomputed=recomputed, offload=settings.offloads
+            )
         return self._counted[key]
 
-    def _count(self, settings: Settings) -> list[LayerActivations]:
-        staged, bucket = self.staged, self.bucket
-        batch = micro_batch_of(settings, bucket)
+    @cached_property
+    def _runs(self) -> list[LayerRun]:
+        return run_layers(self.staged.layers, self.first_stream(self.bucket))
+
+    @cached_property
+    def _held_storages(self) -> Collection[int]:
+        return storages([*self.staged.denoiser.parameters(), *self.staged.denoiser.buffers()]).keys()
+
+    def first_stream(self, bucket: Bucket) -> Any:
+        """The first stream of a micro-batch of this size, on the meta device."""
+        batch = micro_batch_of(self.settings, bucket)
         # Ones, since zeros would be masks that hide all of the text.
         features = {
             name: torch.ones((batch, *shape), dtype=dtype)
@@ -172,19 +209,7 @@ class Planner:
         }
         latent = torch.zeros((batch, *self._pipeline.latent_shape(bucket.width, bucket.height, bucket.frames)))
         inputs = self._pipeline.prepare_inputs({**features, "latents": latent}, latent, torch.zeros(batch))
-        recomputed = {
-            start + position
-            for start, stop in staged.bounds
-            for position in recomputed_positions(staged.layers[start:stop], settings.recomputed_every)
-        }
-        return count(
-            staged.layers,
-            {start for start, _ in staged.bounds},
-            map_tensors(lambda tensor: tensor.to("meta"), inputs),
-            [*staged.denoiser.parameters(), *staged.denoiser.buffers()],
-            recomputed=recomputed,
-            offload=settings.offloads,
-        )
+        return map_tensors(lambda tensor: tensor.to("meta"), inputs)
 
 
 def sums_in_float32(settings: Settings) -> bool:
@@ -192,32 +217,28 @@ def sums_in_float32(settings: Settings) -> bool:
     return settings.gradient_accumulation_steps > 1 and optimizers.find(settings.optimizer.type).float32_gradients
 
 
-def weight_bytes(layers: Sequence[nn.Module]) -> int:
-    """The bytes of the weights of some layers, with their buffers, among them the scales of quantised weights."""
-    held = {id(tensor): tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())}
-    return sum(tensor.nbytes for tensor in held.values())
+def held_bytes(layers: Sequence[nn.Module], optimizer: OptimizerSettings, **keys: bool) -> tuple[int, int]:
+    """The bytes of the weights of some layers, with their buffers, and those of their gradients and optimizer state
+    together; `keys` as for `held_tensors`."""
+    held = {key: value for layer in layers for key, value in held_tensors(layer, optimizer, **keys).items()}
+    return sum(size for size, _ in held.values()), sum(state for _, state in held.values())
 
 
-def trained_of(layers: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """The trained parameters of some layers, each once."""
-    held = {id(p): p for layer in layers for p in layer.parameters()}
-    return [parameter for parameter in held.values() if parameter.requires_grad]
-
-
-def state_bytes(
-    trained: Iterable[torch.Tensor],
-    optimizer: OptimizerSettings,
-    *,
-    averages: bool = False,
-    float32_gradients: bool = False,
-) -> int:
-    """The bytes of the gradients and the optimizer state of trained parameters. With `averages` they include float32
-    averages (an EMA on the GPU)."""
-    kept_of = optimizers.find(optimizer.type).state_bytes
-    return sum(
-        gradient_size(p, float32=float32_gradients) + kept_of(optimizer, p) + (4 * p.numel() if averages else 0)
-        for p in trained
-    )
+def held_tensors(
+    layer: nn.Module, optimizer: OptimizerSettings, *, averages: bool = False, float32_gradients: bool = False
+) -> dict[int, tuple[int, int]]:
+    """For each weight of a layer, and each buffer, among them the scales of quantised weights: its bytes, and those of
+    its gradient and optimizer state together. With `averages`, the latter include a float32 average of what is trained
+    (an EMA on the GPU)."""
+    state_of = optimizers.find(optimizer.type).state_bytes
+    held = {id(buffer): (buffer.nbytes, 0) for buffer in layer.buffers()}
+    for parameter in layer.parameters():
+        state = 0
+        if parameter.requires_grad:
+            state = gradient_size(parameter, float32=float32_gradients) + state_of(optimizer, parameter)
+            state += 4 * parameter.numel() if averages else 0
+        held[id(parameter)] = parameter.nbytes, state
+    return held
 
 
 def gradient_size(parameter: torch.Tensor, *, float32: bool) -> int:

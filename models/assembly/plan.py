@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from models.assembly.cut import CUT, cut_text, with_cut
 from models.assembly.data import Data
 from models.assembly.exports import formats_of
 from models.assembly.fitting import KEYS, fit, memory_of
@@ -50,7 +51,8 @@ def settled(
     *,
     restart_data: bool = False,
 ) -> Settings:
-    """The settings with values in the place of "auto", the same on all ranks; the main rank logs the run's plan.
+    """The settings with values in the place of "auto" and with their cut, the same on all ranks; the main rank logs the
+    run's plan.
 
     Args:
         staged: without weights.
@@ -71,13 +73,16 @@ def settled(
         ]
         logger.info("plan:\n%s", "\n\n".join(plan))
         settings = fit(planner, memory)
-        chosen = {key: getattr(settings, key) for key in KEYS}
+        chosen = {key: getattr(settings, key) for key in (*KEYS, *CUT)}
     return settings.model_copy(update=gather(ranks, "settled", chosen)[0])
 
 
-def buckets_of(collection: Collection) -> list[Bucket]:
-    """The sizes that its samples have, in order."""
-    return sorted({sample.bucket for sample in collection.samples})
+def buckets_of(collection: Collection) -> dict[Bucket, float]:
+    """The sizes that its samples have, in order, and how often an epoch shows them."""
+    shown = dict.fromkeys(sorted({sample.bucket for sample in collection.samples}), 0.0)
+    for sample in collection.samples:
+        shown[sample.bucket] += sample.repeats
+    return shown
 
 
 def sections(
@@ -121,7 +126,7 @@ def sections(
 
 
 def memory_text(planner: Planner, memory: float | None) -> str:
-    """The plan of memory, and what it leads to where the settings leave it open.
+    """The cut and the plan of memory, and what they lead to where the settings leave it open.
 
     Args:
         memory: of the smallest GPU in bytes; None if it is not known.
@@ -131,14 +136,15 @@ def memory_text(planner: Planner, memory: float | None) -> str:
     """
     settings = planner.settings
     open_keys = [key for key in KEYS if getattr(settings, key) == "auto"]
-    if not open_keys:
-        return planner.text(settings)
-    if memory is None:
-        return f"{planner.text(settings)}\n{' and '.join(open_keys)}: set memory_budget_gb to see what a GPU would get"
-    chosen = fit(planner, memory)
-    return "\n".join(
-        [planner.text(chosen), *(f"{key} = {as_toml(getattr(chosen, key))}, chosen for this" for key in open_keys)]
-    )
+    unknown = open_keys and memory is None
+    chosen = with_cut(planner, settings) if unknown else fit(planner, memory or 0.0)
+    lines = [planner.text(chosen)]
+    if unknown:
+        lines.append(f"{' and '.join(open_keys)}: set memory_budget_gb to see what a GPU would get")
+    else:
+        lines += (f"{key} = {as_toml(getattr(chosen, key))}, chosen for this" for key in open_keys)
+    cut = cut_text(planner, chosen)
+    return "\n".join([*([cut, ""] if cut else []), *lines])
 
 
 def _trained(settings: Settings, pipeline: BasePipeline, staged: StagedModel) -> str:

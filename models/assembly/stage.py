@@ -18,12 +18,12 @@ from utils.adapters.kinds import ModelNames, Update
 from utils.errors import UserError
 from utils.parallel.attention import give_gradients_one_layout
 from utils.parallel.compiling import compile_blocks
-from utils.parallel.partition import stage_bounds
-from utils.parallel.swap_plan import counts
+from utils.parallel.partition import Bounds, balanced_bounds, lacking, repeated_blocks, stage_bounds
+from utils.parallel.swap_plan import counts, numbers_of
 from utils.parallel.teacher import Teacher
 from utils.quantised.linear import parameter_count, quantise
 from utils.settings.model_schema import PresetAdapter
-from utils.settings.schema import AdapterSettings, Settings
+from utils.settings.schema import PLANNED, AdapterSettings, Settings
 
 Preset = tuple[PresetAdapter, Mapping[str, Update]]
 
@@ -41,7 +41,7 @@ class StagedModel:
 
     denoiser: nn.Module
     layers: list[nn.Module]
-    bounds: list[tuple[int, int]]
+    bounds: Bounds
     swapped: list[int]
 
     def stage_layers(self, stage: int) -> list[nn.Module]:
@@ -70,22 +70,46 @@ def partition(pipeline: BasePipeline, settings: Settings, denoiser: nn.Module) -
     if settings.adapter:
         attach.attach(denoiser, adapted_blocks(pipeline, settings.adapter), settings.adapter)
     layers = pipeline.to_layers(denoiser)
-    sizes = [parameter_count(layer) for layer in layers]
+    bounds = bounds_of(settings, layers)
     try:
-        bounds = stage_bounds(
-            settings.partition_method,
-            sizes,
+        swapped = _swapped(settings, layers, bounds)
+    except ValueError as error:
+        raise UserError.of(str(error), where="key `blocks_to_swap`") from error
+    return StagedModel(denoiser, layers, bounds, swapped)
+
+
+def bounds_of(settings: Settings, layers: Sequence[nn.Module]) -> Bounds:
+    """The range of layers of every stage; before a cut has been planned that waits for the data, that of equal numbers
+    of parameters.
+
+    Raises:
+        UserError: the stages do not fit the layers.
+    """
+    try:
+        return stage_bounds(
+            "parameters" if settings.partition_method in PLANNED else settings.partition_method,
+            [parameter_count(layer) for layer in layers],
             settings.pipeline_stages,
             settings.partition_split,
             settings.stage_weights,
         )
     except ValueError as error:
         raise UserError.of(str(error), where="pipeline_stages, partition_split") from error
-    try:
-        swapped = counts(settings.blocks_to_swap, [layers[start:stop] for start, stop in bounds])
-    except ValueError as error:
-        raise UserError.of(str(error), where="key `blocks_to_swap`") from error
-    return StagedModel(denoiser, layers, bounds, swapped)
+
+
+def _swapped(settings: Settings, layers: Sequence[nn.Module], bounds: Bounds) -> list[int]:
+    """The number of swapped blocks of every stage.
+
+    Raises:
+        ValueError: a stage has fewer; if the cut is planned later, it has in every cut.
+    """
+    if not settings.cut_is_planned:
+        return counts(settings.blocks_to_swap, [layers[start:stop] for start, stop in bounds])
+    numbers = numbers_of(settings.blocks_to_swap, len(bounds))
+    if balanced_bounds(lacking(layers, numbers), len(layers), len(bounds)) is None:
+        blocks = len(repeated_blocks(layers))
+        raise ValueError(f"no cut of the model's {blocks} blocks has {numbers} blocks to swap in its stages; swap less")
+    return numbers
 
 
 def quantised_linears(pipeline: BasePipeline, denoiser: nn.Module) -> list[str]:

@@ -6,7 +6,19 @@ import importlib
 import subprocess
 import sys
 
-BENCHMARKS = ("overhead", "startup", "store", "caching", "many_samples", "backward_calls", "parity", "precision")
+BENCHMARKS = (
+    "overhead",
+    "startup",
+    "store",
+    "caching",
+    "many_samples",
+    "backward_calls",
+    "parity",
+    "precision",
+    "cut",
+    "pipeline",
+    "wire",
+)
 
 
 def main(names: list[str]) -> int:

@@ -70,7 +70,7 @@ def count(ranks: Ranks, name: str) -> int:
     return calls
 
 
-def _ours(layers: list[nn.Module], bounds: list[tuple[int, int]]) -> Any:
+def ours(layers: list[nn.Module], bounds: list[tuple[int, int]]) -> Any:
     from utils.parallel.engine import Engine
     from utils.parallel.pipeline import DenoiserPipeline
 
@@ -101,4 +101,4 @@ def _stock(layers: list[nn.Module], bounds: list[tuple[int, int]]) -> Any:
     return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
 
 
-_ENGINES = {"ours": _ours, "stock": _stock}
+_ENGINES = {"ours": ours, "stock": _stock}

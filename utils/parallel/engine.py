@@ -9,6 +9,7 @@ What differs from `deepspeed.runtime.pipe.engine.PipelineEngine` of 0.19.8, each
 - the gradient norm covers all stages, not only the first;
 - a stage without trainable parameters trains;
 - gradients of 16-bit parameters may be summed in float32;
+- a stage does not wait until what it sends has arrived, nor for one tensor after another;
 - a step does not walk through all modules, and with one data rank nothing is copied to be averaged;
 - evaluation returns a loss per sample, and a prediction can be had from the same stages.
 """
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.pipe import p2p, schedule
+from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import nn
 
@@ -101,6 +102,8 @@ class Engine(PipelineEngine):
         self._step = 0
         self._keep_predictions = False
         self._description_group = dist.new_group(backend="gloo") if self.is_pipe_parallel else None
+        self._sending: dict[int, list[tuple[dist.Work, torch.Tensor]]] = {}
+        """By neighbouring stage; the tensors have to live as long."""
 
     def train_step(self, batches: Iterable[MicroBatch] | None, step: int) -> StepResult:
         """One optimizer step over as many micro-batches as are accumulated.
@@ -113,6 +116,7 @@ class Engine(PipelineEngine):
             batches = self._with_teacher_labels(self.teacher, batches)
         self._begin(step)
         loss = self.train_batch(iter(batches) if batches is not None else None)
+        self._finish_sending()
         return StepResult(loss.item(), self._grad_norm.item(), self._terms_of_all())
 
     def evaluate(self, batches: Iterable[MicroBatch] | None, count: int) -> list[torch.Tensor]:
@@ -165,6 +169,7 @@ class Engine(PipelineEngine):
         self.set_dataiterator(iter(batches) if batches is not None else None)
         with torch.no_grad():
             self._exec_schedule(self._inference_schedule(count))
+        self._finish_sending()
         self._keep_predictions = False
         for buffers in self.pipe_buffers.values():
             buffers[:] = [None] * len(buffers)
@@ -194,6 +199,29 @@ class Engine(PipelineEngine):
     def _buffer(self, expected: wire.TensorDescription) -> torch.Tensor:
         return torch.empty(expected.shape, dtype=expected.dtype, device=self.device)
 
+    def _send(self, tensors: Sequence[torch.Tensor], stage: int, description: wire.Description | None = None) -> None:
+        """Begins to send tensors, and what describes them, to a neighbouring stage; what was sent to it before has
+        arrived."""
+        self._finish_sending(stage)
+        rank, described = self.grid.stage_to_global(stage), []
+        if description is not None:
+            numbers = wire.encode(description)
+            described = [(dist.isend(numbers, rank, group=self._description_group), numbers)]
+        whole = [tensor.detach().contiguous() for tensor in tensors if tensor.numel()]
+        self._sending[stage] = [*described, *((dist.isend(tensor, rank), tensor) for tensor in whole)]
+
+    def _finish_sending(self, stage: int | None = None) -> None:
+        """Waits until what is on its way to a stage, or to all, has arrived."""
+        for receiver in [stage] if stage is not None else list(self._sending):
+            for work, _ in self._sending.pop(receiver, ()):
+                work.wait()
+
+    def _receive(self, tensors: Sequence[torch.Tensor], stage: int) -> None:
+        """Fills tensors with what a neighbouring stage sends."""
+        rank = self.grid.stage_to_global(stage)
+        for work in [dist.irecv(tensor, rank) for tensor in tensors if tensor.numel()]:
+            work.wait()
+
     # The instructions of the schedule, in the order in which a micro-batch goes through them.
 
     def _load_micro_batch(self, buffer_id: int) -> None:
@@ -208,9 +236,8 @@ class Engine(PipelineEngine):
         dist.recv(numbers, self.grid.stage_to_global(self.prev_stage), group=self._description_group)
         description = wire.decode(numbers)
         tensors = [self._buffer(expected) for expected in description.tensors]
+        self._receive(tensors, self.prev_stage)
         for tensor, expected in zip(tensors, description.tensors, strict=True):
-            if tensor.numel():
-                p2p.recv(tensor, self.prev_stage)
             tensor.requires_grad_(expected.requires_grad and torch.is_grad_enabled())
         self.pipe_buffers["inputs"][buffer_id] = wire.unflatten(tensors, description)
 
@@ -235,21 +262,12 @@ class Engine(PipelineEngine):
 
     def _send_activations(self, buffer_id: int) -> None:
         tensors, description = wire.flatten(self.pipe_buffers["outputs"][buffer_id])
-        numbers = wire.encode(description)
-        dist.send(numbers, self.grid.stage_to_global(self.next_stage), group=self._description_group)
-        for tensor in tensors:
-            if tensor.numel():
-                p2p.send(tensor.detach().contiguous(), self.next_stage)
+        self._send(tensors, self.next_stage, description)
 
     def _receive_gradients(self, buffer_id: int) -> None:
         _, description = wire.flatten(self.pipe_buffers["outputs"][buffer_id])
-        self.grad_layer = []
-        for expected in description.tensors:
-            if expected.requires_grad:
-                gradient = self._buffer(expected)
-                if gradient.numel():
-                    p2p.recv(gradient, self.next_stage)
-                self.grad_layer.append(gradient)
+        self.grad_layer = [self._buffer(expected) for expected in description.tensors if expected.requires_grad]
+        self._receive(self.grad_layer, self.next_stage)
 
     def _backward(self, buffer_id: int) -> None:
         if self.is_last_stage():
@@ -265,10 +283,8 @@ class Engine(PipelineEngine):
 
     def _send_gradients(self, buffer_id: int) -> None:
         tensors, _ = wire.flatten(self.pipe_buffers["inputs"][buffer_id])
-        for tensor in tensors:
-            if tensor.requires_grad and tensor.numel():
-                gradient = tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)
-                p2p.send(gradient.contiguous(), self.prev_stage)
+        wanted = [tensor for tensor in tensors if tensor.requires_grad]
+        self._send([t.grad if t.grad is not None else torch.zeros_like(t) for t in wanted], self.prev_stage)
         self.pipe_buffers["inputs"][buffer_id] = None
 
     def _reduce_gradients(self) -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from torch import nn
+
+Bounds = list[tuple[int, int]]
+"""The half-open range of layers of every stage."""
 
 
 def repeated_blocks(layers: Sequence[nn.Module]) -> list[int]:
@@ -18,7 +24,7 @@ def stage_bounds(
     stages: int,
     split: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
-) -> list[tuple[int, int]]:
+) -> Bounds:
     """The half-open range of layers for every stage.
 
     Args:
@@ -32,17 +38,16 @@ def stage_bounds(
         ValueError: there are fewer layers than stages, or `split` does not fit the layers.
     """
     count = len(layer_sizes)
-    assert weights is None or len(weights) == stages, "the settings' rules see to it"
     if stages > count:
         raise ValueError(
             f"pipeline_stages = {stages}, but the model has only {count} layers; use at most {count} stages"
         )
     if method == "manual":
         starts = _manual_starts(count, stages, split or ())
-    else:
-        sizes = [1] * count if method == "uniform" else list(layer_sizes)
-        starts = _balanced_starts(sizes, weights or [1.0] * stages)
-    return list(zip(starts, [*starts[1:], count], strict=True))
+        return list(zip(starts, [*starts[1:], count], strict=True))
+    sizes = [1] * count if method == "uniform" else layer_sizes
+    sums = [0, *accumulate(sizes)]
+    return balanced_bounds(lambda _, start, stop: sums[stop] - sums[start], count, stages, weights)
 
 
 def _manual_starts(count: int, stages: int, split: Sequence[int]) -> list[int]:
@@ -57,26 +62,44 @@ def _manual_starts(count: int, stages: int, split: Sequence[int]) -> list[int]:
     return starts
 
 
-def _balanced_starts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """The starts of contiguous, non-empty parts, one for each weight, of which the largest relative to its weight is as
-    small as possible (dynamic programming over the last part's start); among equals, those with the earliest cuts."""
-    sums = [0]
-    for size in sizes:
-        sums.append(sums[-1] + size)
-    count, stages = len(sizes), len(weights)
-    largest = [[0.0] * (count + 1) for _ in range(stages + 1)]
-    start = [[0] * (count + 1) for _ in range(stages + 1)]
-    for end in range(1, count + 1):
-        largest[1][end] = sums[end] / weights[0]
-    for parts in range(2, stages + 1):
-        weight = weights[parts - 1]
-        for end in range(parts, count + 1):
+def balanced_bounds(
+    cost: Callable[[int, int, int], float], count: int, stages: int, weights: Sequence[float] | None = None
+) -> Bounds | None:
+    """The cut of which the costliest stage, relative to its weight, costs as little as possible; among equals, the one
+    with the earliest cuts. None if every cut has a stage that costs infinitely much.
+
+    Args:
+        cost: (stage, first layer, the layer after its last) -> what the stage costs with them.
+        count: of layers; at least as many as stages.
+    """
+    weights = weights or [1.0] * stages
+    assert len(weights) == stages <= count, "the settings' rules see to it"
+    # Dynamic programming over the start of the last part.
+    largest = [[0.0] * (count + 1) for _ in range(stages)]
+    begin = [[0] * (count + 1) for _ in range(stages)]
+    for stage, weight in enumerate(weights):
+        for stop in range(stage + 1, count - (stages - 1 - stage) + 1):
+            starts = range(stage, stop) if stage else (0,)
             options = [
-                (max(largest[parts - 1][cut], (sums[end] - sums[cut]) / weight), cut) for cut in range(parts - 1, end)
+                (max(largest[stage - 1][start] if stage else 0.0, cost(stage, start, stop) / weight), start)
+                for start in starts
             ]
-            largest[parts][end], start[parts][end] = min(options)
-    starts, end = [], count
-    for parts in range(stages, 0, -1):
-        end = start[parts][end]
-        starts.append(end)
-    return starts[::-1]
+            largest[stage][stop], begin[stage][stop] = min(options)
+    if math.isinf(largest[-1][count]):
+        return None
+    bounds, stop = [], count
+    for stage in reversed(range(stages)):
+        bounds.append((begin[stage][stop], stop))
+        stop = begin[stage][stop]
+    return bounds[::-1]
+
+
+def lacking(layers: Sequence[nn.Module], numbers: Sequence[int]) -> Callable[[int, int, int], float]:
+    """(stage, first layer, the layer after its last) -> infinity if the stage would have fewer blocks than its number,
+    else 0."""
+    positions = repeated_blocks(layers)
+
+    def cost(stage: int, start: int, stop: int) -> float:
+        return math.inf if bisect_left(positions, stop) - bisect_left(positions, start) < numbers[stage] else 0.0
+
+    return cost

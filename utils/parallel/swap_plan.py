@@ -34,9 +34,7 @@ def counts(setting: int | Sequence[int] | str, layers_of_stages: Sequence[Sequen
     Raises:
         ValueError: a stage has fewer blocks.
     """
-    if setting == "auto":
-        return [0] * len(layers_of_stages)
-    numbers = [setting] * len(layers_of_stages) if isinstance(setting, int) else list(setting)
+    numbers = numbers_of(setting, len(layers_of_stages))
     most = [len(repeated_blocks(layers)) for layers in layers_of_stages]
     for stage, (number, limit) in enumerate(zip(numbers, most, strict=True)):
         if number > limit:
@@ -49,6 +47,13 @@ def counts(setting: int | Sequence[int] | str, layers_of_stages: Sequence[Sequen
                 f"write a number for each stage, at most {most}"
             )
     return numbers
+
+
+def numbers_of(setting: int | Sequence[int] | str, stages: int) -> list[int]:
+    """The number that is asked for in every stage."""
+    if setting == "auto":
+        return [0] * stages
+    return [setting] * stages if isinstance(setting, int) else list(setting)
 
 
 class Swappable(NamedTuple):

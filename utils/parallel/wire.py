@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -100,8 +101,10 @@ def unflatten(tensors: Sequence[torch.Tensor], description: Description) -> tupl
     return tuple(fields)
 
 
+@lru_cache(maxsize=64)
 def encode(description: Description) -> torch.Tensor:
-    """The description as int64 numbers of fixed length on the CPU."""
+    """The description as int64 numbers of fixed length on the CPU, which are only to be read: most micro-batches have
+    the same."""
     numbers = [len(description.fields), *description.fields, len(description.tensors)]
     for tensor in description.tensors:
         numbers += [DTYPE_CODES[tensor.dtype], int(tensor.requires_grad), len(tensor.shape), *tensor.shape]

@@ -21,6 +21,9 @@ from utils.settings.values import (
     UserPath,
 )
 
+PLANNED = ("time", "memory")
+"""Values of `partition_method` for which the data's sizes have to be known."""
+
 
 class AdapterSettings(SettingsTable):
     """`[adapter]`: train an adapter instead of the model itself. Without this table: full fine-tuning.
@@ -259,9 +262,10 @@ class Settings(SettingsTable):
     """All swapped blocks are on the GPU at once in evaluation and sampling, if there is room, which is faster."""
     memory_budget_gb: Positive | None = None
     """What "auto" takes as the memory of each GPU, in GiB; default: the smallest of the GPUs that are there."""
-    partition_method: Literal["parameters", "uniform", "manual"] = "parameters"
-    """How layers are divided among stages: equal numbers of parameters, equal numbers of layers, or by
-    `partition_split`."""
+    partition_method: Literal["parameters", "time", "memory", "uniform", "manual"] = "parameters"
+    """How layers are divided among stages: equal numbers of parameters, of counted operations of a step ("time"), of
+    the planned peaks of memory ("memory") or of layers, or by `partition_split`. What is counted is that of the size on
+    which the run spends most time, and of the largest size; blocks that are recomputed or swapped count as such."""
     stage_weights: list[Positive] | None = None
     """What each stage takes, relative to the others, where their GPUs differ: [2, 1] for one of 24 GB before one of
     12. Default: all alike. Not for `manual`."""
@@ -296,6 +300,11 @@ class Settings(SettingsTable):
     """Where metrics go."""
     sampling: SamplingSettings = SamplingSettings()
     """Samples drawn during the run."""
+
+    @property
+    def cut_is_planned(self) -> bool:
+        """Whether the cut waits for the data, and is found with the plan of the run."""
+        return self.pipeline_stages > 1 and self.partition_method in PLANNED
 
     @property
     def recomputed_every(self) -> int:

@@ -127,7 +127,7 @@ def _trainer(keys: dict[str, Any], folder: Path) -> dict[str, Any]:
         **keys,
     )
     empty = partition(pipeline, settings, pipeline.weights.build_empty())
-    planner = memory.Planner(settings, pipeline, empty, model.encoders, [model.bucket])
+    planner = memory.Planner(settings, pipeline, empty, model.encoders, {model.bucket: 1})
     planned = planner.plans(settings, planner.swapped(settings))[0].total / GIB
     staged = load_stage(pipeline, settings, 0)
     parameters = staged.trained(staged.layers)

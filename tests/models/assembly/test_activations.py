@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.assembly.activations import LayerActivations, count, peak
+from models.assembly.activations import LayerActivations, activations_of, peak, run_layers, storages
 from models.assembly.stage import partition
 from tests.models import tiny_flux
 from tests.models.tiny_folder import settings_of
@@ -47,10 +47,17 @@ def held_by(module: nn.Module) -> list[torch.Tensor]:
 def counted(
     flux: Any, staged: Any, stream: Any, *, recompute: bool = False, offload: bool = False
 ) -> list[LayerActivations]:
-    starts = {start for start, _ in staged.bounds}
-    recomputed = repeated_blocks(staged.layers) if recompute else ()
-    held = held_by(staged.denoiser)
-    return count(staged.layers, starts, on_meta(stream), held, recomputed=recomputed, offload=offload)
+    runs, held = run_layers(staged.layers, on_meta(stream)), storages(held_by(staged.denoiser))
+    return [
+        layer
+        for start, stop in staged.bounds
+        for layer in activations_of(
+            runs[start:stop],
+            held,
+            recomputed=repeated_blocks(staged.layers[start:stop]) if recompute else (),
+            offload=offload,
+        )
+    ]
 
 
 def really_kept(layers: list[nn.Module], stream: Any, held: list[torch.Tensor]) -> int:

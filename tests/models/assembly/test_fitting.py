@@ -29,20 +29,26 @@ AUTO = {"activation_checkpointing": "auto", "blocks_to_swap": "auto"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tiny_flux.write_folder(tmp_path_factory.mktemp("flux"))
+    return large_folder(tmp_path_factory.mktemp("flux"))
+
+
+def large_folder(place: Path) -> Path:
+    """Of a Flux with blocks of full size."""
+    folder = tiny_flux.write_folder(place)
     file = folder / "transformer" / "config.json"
     config = {**json.loads(file.read_text()), **LARGE, "axes_dims_rope": [16, 56, 56]}
     file.write_text(json.dumps(config))
     return folder
 
 
-def planner_of(folder: Path, adapter: Any = None, **keys: Any) -> Planner:
+def planner_of(folder: Path, adapter: Any = None, buckets: Any = None, **keys: Any) -> Planner:
     flux = tiny_flux.pipeline(folder, dtype="bfloat16")
     settings = settings_of(flux, LoraSettings(type="lora", rank=16) if adapter is None else adapter or None, **keys)
     shapes = {name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in tiny_flux.features((512, 512)).items()}
     encoder = SimpleNamespace(feature_shapes=lambda bucket: shapes)
     staged = partition(flux, settings, flux.weights.build_empty())
-    return Planner(settings, flux, staged, [encoder], [Bucket(1024, 1024, 1), Bucket(512, 512, 1)])
+    buckets = buckets or {Bucket(1024, 1024, 1): 1, Bucket(512, 512, 1): 1}
+    return Planner(settings, flux, staged, [encoder], buckets)
 
 
 def total(planner: Planner, **keys: Any) -> int:

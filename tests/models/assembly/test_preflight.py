@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import optimizers
-from models.assembly.memory import state_bytes, trained_of, weight_bytes
+from models.assembly.memory import held_bytes
 from models.assembly.plan import epochs_of
 from models.assembly.preflight import check_run, describe
 from models.assembly.stage import load_stage, partition
@@ -63,10 +63,9 @@ def test_what_a_stage_holds_is_counted(folder: Path, dtype: str, adapter: Adapte
     kept = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
     expected = sum(tensor.nbytes for tensor in [*kept, *(p.grad for p in parameters.values())])
     weights = sum(p.nbytes for p in staged.denoiser.parameters())
-    trained = trained_of(staged.layers)
-    assert (weight_bytes(staged.layers), state_bytes(trained, settings.optimizer)) == (weights, expected)
+    assert held_bytes(staged.layers, settings.optimizer) == (weights, expected)
     averages = 4 * sum(parameter.numel() for parameter in parameters.values())
-    assert state_bytes(trained, settings.optimizer, averages=True) == expected + averages
+    assert held_bytes(staged.layers, settings.optimizer, averages=True) == (weights, expected + averages)
 
 
 def test_a_library_that_is_missing_is_told_before_anything_is_loaded(
@@ -195,7 +194,7 @@ def test_swapped_blocks_count_as_their_buffers(folder: Path) -> None:
     flux = tiny_flux.pipeline(folder, dtype="bfloat16")
     settings = settings_of(flux, LoraSettings(type="lora", rank=1), blocks_to_swap=57)
     staged = partition(flux, settings, flux.weights.build_empty())
-    before = weight_bytes(staged.layers) / 2**30
+    before = held_bytes(staged.layers, settings.optimizer)[0] / 2**30
     text = describe(settings, Ranks(), flux, staged, [collection(5)])
     after = float(re.search(r"weights ([\d.]+)", text)[1])
     shared, host = map(float, re.search(r"57 swapped blocks share ([\d.]+) .* take ([\d.]+) GiB of", text).groups())
