@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from utils.dataset.encoders import Encoder
 from utils.dataset.epochs import micro_batch_of
 from utils.dataset.samples import Bucket
 from utils.parallel.recompute import recomputed_positions
+from utils.parallel.sharding import buckets, owners, summed_in
 from utils.parallel.swap import SwapPlan, counts
 from utils.parallel.wire import map_tensors
 from utils.settings.schema import OptimizerSettings, Settings
@@ -31,9 +32,10 @@ class StagePlan:
     Attributes:
         layers: the first and the last.
         weights: on the device, with the buffers of swapped blocks.
-        state: gradients and optimizer state.
+        state: gradients and optimizer state, as far as they are on the device; of the rank that has most.
         activations: at the peak.
         swap: which blocks are swapped.
+        stepped: what the optimizer has in the host's memory.
     """
 
     layers: tuple[int, int]
@@ -41,6 +43,7 @@ class StagePlan:
     state: int
     activations: int
     swap: SwapPlan
+    stepped: int = 0
 
     @property
     def total(self) -> int:
@@ -53,6 +56,8 @@ class StagePlan:
             f"{self.weights / GIB:.2f} + gradients and optimizer {self.state / GIB:.2f} + "
             f"activations {self.activations / GIB:.2f}"
         )
+        if self.stepped:
+            told = f"{told}; the optimizer takes {self.stepped / GIB:.2f} GiB of the host's memory"
         if not self.swap.blocks:
             return told
         return (
@@ -61,11 +66,73 @@ class StagePlan:
         )
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a rank keeps of parameters that are trained, beside their weights.
+
+    Attributes:
+        averages: whether there are float32 averages on the device (an EMA on the GPU).
+        float32_gradients: whether gradients are summed in float32.
+        zero_stage, data_ranks: what is divided, and among how many.
+        offload: whether the optimizer works in the host's memory.
+    """
+
+    optimizer: OptimizerSettings
+    averages: bool = False
+    float32_gradients: bool = False
+    zero_stage: int = 0
+    data_ranks: int = 1
+    offload: bool = False
+
+    @classmethod
+    def of(cls, settings: Settings, data_ranks: int) -> Kept:
+        """As a run keeps it."""
+        averages = settings.ema is not None and settings.ema.device == "gpu"
+        zero_stage, offload = settings.zero_stage, settings.offload_optimizer
+        return cls(settings.optimizer, averages, sums_in_float32(settings), zero_stage, data_ranks, offload)
+
+    def bytes_of(self, trained: Mapping[str, nn.Parameter]) -> tuple[int, int]:
+        """On the device and in the host's memory, of the rank that has most of these parameters of a stage."""
+        data_ranks = self.data_ranks if self.zero_stage else 1
+        owner_of = owners({name: parameter.numel() for name, parameter in trained.items()}, data_ranks)
+        shares = [[p for name, p in trained.items() if owner_of[name] == rank] for rank in range(data_ranks)]
+        divides_gradients = self.zero_stage > 1 and data_ranks > 1
+        of_all = sum(map(self._gradient, trained.values()))
+        found = [
+            self._share(share, self._divided_gradients(share, trained) if divides_gradients else of_all)
+            for share in shares
+        ]
+        return max(device for device, _ in found), max(host for _, host in found)
+
+    def _share(self, share: Sequence[nn.Parameter], gradients: int) -> tuple[int, int]:
+        kept_of = optimizers.find(self.optimizer.type).state_bytes
+        state = sum(kept_of(self.optimizer, parameter) for parameter in share)
+        device = gradients + (4 * sum(parameter.numel() for parameter in share) if self.averages else 0)
+        if not self.offload:
+            return device + state, 0
+        return device, state + sum(parameter.nbytes + self._gradient(parameter) for parameter in share)
+
+    def _gradient(self, parameter: nn.Parameter) -> int:
+        least = torch.float32.itemsize if self.float32_gradients else 0
+        return parameter.numel() * max(parameter.itemsize, least)
+
+    def _divided_gradients(self, share: Sequence[nn.Parameter], trained: Mapping[str, nn.Parameter]) -> int:
+        """Of a share, and of what is on its way to its owners: a bucket, and its copy."""
+        on_the_way = [sum(map(_summed, bucket)) for bucket in buckets(reversed(trained.values()))]
+        return sum(map(_summed, share)) + 2 * max(on_the_way, default=0)
+
+
+def _summed(parameter: nn.Parameter) -> int:
+    """The bytes of a gradient that is summed over data ranks."""
+    return parameter.numel() * summed_in(parameter).itemsize
+
+
 class Planner:
     """Plans of a denoiser without weights for training on some sizes, of which the largest counts.
 
     Args:
         encoders: those of the run, for the shapes of their features.
+        data_ranks: among which state may be divided.
     """
 
     def __init__(
@@ -75,8 +142,10 @@ class Planner:
         staged: StagedModel,
         encoders: Sequence[Encoder],
         buckets: Sequence[Bucket],
+        data_ranks: int = 1,
     ):
         self.settings, self.staged = settings, staged
+        self._data_ranks = data_ranks
         self._pipeline, self._encoders = pipeline, encoders
         self._counted: dict[tuple[int, bool], list[LayerActivations]] = {}
         self.bucket = max(buckets, key=lambda bucket: bucket.width * bucket.height * bucket.frames)
@@ -107,15 +176,11 @@ class Planner:
         return "\n".join([title, *(f"  stage {stage} {plan}" for stage, plan in enumerate(plans))])
 
     @cached_property
-    def _held(self) -> list[tuple[int, int]]:
-        averages = self.settings.ema is not None and self.settings.ema.device == "gpu"
-        counted = partial(
-            held_bytes,
-            optimizer=self.settings.optimizer,
-            averages=averages,
-            float32_gradients=sums_in_float32(self.settings),
-        )
-        return [counted(self.staged.stage_layers(stage)) for stage in self._stages]
+    def _held(self) -> list[tuple[int, tuple[int, int]]]:
+        """Weights, and what is kept beside them on the device and in the host's memory, of every stage."""
+        kept, staged = Kept.of(self.settings, self._data_ranks), self.staged
+        stages = [staged.stage_layers(stage) for stage in self._stages]
+        return [(weight_bytes(layers), kept.bytes_of(staged.trained(layers))) for layers in stages]
 
     @cached_property
     def _swaps(self) -> list[SwapPlan]:
@@ -127,7 +192,7 @@ class Planner:
 
     def _plan(self, settings: Settings, stage: int, swapped: int, counted: Sequence[LayerActivations]) -> StagePlan:
         start, stop = self.staged.bounds[stage]
-        weights, state = self._held[stage]
+        weights, (state, stepped) = self._held[stage]
         swap = self._swaps[stage].with_blocks(swapped)
         in_flight = min(settings.gradient_accumulation_steps, len(self.staged.bounds) - stage)
         return StagePlan(
@@ -136,6 +201,7 @@ class Planner:
             state=state,
             activations=peak(counted[start:stop], in_flight),
             swap=swap,
+            stepped=stepped,
         )
 
     def _activations(self, settings: Settings) -> list[LayerActivations]:
@@ -176,21 +242,8 @@ def sums_in_float32(settings: Settings) -> bool:
     return settings.gradient_accumulation_steps > 1 and optimizers.find(settings.optimizer.type).float32_gradients
 
 
-def held_bytes(
-    layers: Sequence[nn.Module],
-    optimizer: OptimizerSettings,
-    *,
-    averages: bool = False,
-    float32_gradients: bool = False,
-) -> tuple[int, int]:
-    """The bytes of the weights of some layers, with their buffers, among them the scales of quantised weights; and the
-    bytes of their gradients and optimizer state together. With `averages`, the latter include float32 averages of the
-    trained parameters (an EMA on the GPU)."""
+def weight_bytes(layers: Sequence[nn.Module]) -> int:
+    """The bytes of the weights of some layers, with their buffers, among them the scales of quantised weights."""
     held = {id(p): p for layer in layers for p in layer.parameters()}.values()
-    trained = [p for p in held if p.requires_grad]
-    kept_of = optimizers.find(optimizer.type).state_bytes
-    least = torch.float32.itemsize if float32_gradients else 0
-    state = sum(p.numel() * max(p.itemsize, least) + kept_of(optimizer, p) for p in trained)
-    state += 4 * sum(parameter.numel() for parameter in trained) if averages else 0
     buffers = {id(b): b for layer in layers for b in layer.buffers()}.values()
-    return sum(tensor.nbytes for tensor in (*held, *buffers)), state
+    return sum(tensor.nbytes for tensor in (*held, *buffers))

@@ -63,11 +63,26 @@ def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline, trains: 
     """
     if ranks.is_main and trains:
         check_account(settings.monitoring)
-    optimizers.check(settings.optimizer, ranks.device.type)
+    check_optimizer(settings, ranks)
     staged = check_model(settings, pipeline)
     for option, remark in pipeline.remarks():
         logger.warning("[model] %s: %s", option, remark)
     return staged
+
+
+def check_optimizer(settings: Settings, ranks: Ranks) -> None:
+    """Whether the optimizer can run where it is to run.
+
+    Raises:
+        UserError: it cannot; says why, and what to do.
+    """
+    chosen = settings.optimizer
+    if settings.offload_optimizer and "cpu" in optimizers.find(chosen.type).not_on:
+        raise UserError.of(
+            f'lets the processor take the steps, and "{chosen.type}" needs a GPU; use "adamw", or leave one out',
+            where="key `offload_optimizer`",
+        )
+    optimizers.check(chosen, ranks.device.type)
 
 
 def check_model(settings: Settings, pipeline: BasePipeline) -> StagedModel:
@@ -156,7 +171,7 @@ def describe(
     told = shortfalls(with_truncated(collections, encoders, lambda: None))
     epochs = plan.epochs_of(settings, ranks, collections[0].samples)
     warn_of_warmup(settings, last_step_of(settings, epochs, Progress()))
-    planner = Planner(settings, pipeline, staged, encoders, plan.buckets_of(collections[0]))
+    planner = Planner(settings, pipeline, staged, encoders, plan.buckets_of(collections[0]), ranks.data_ranks)
     cache_dir = cache_folder(settings, [collection.source for collection in collections])
     sections = [
         *plan.sections(settings, ranks, pipeline, staged, collections, cache_dir),

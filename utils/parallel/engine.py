@@ -9,6 +9,7 @@ What differs from `deepspeed.runtime.pipe.engine.PipelineEngine` of 0.19.8, each
 - the gradient norm covers all stages, not only the first;
 - a stage without trainable parameters trains;
 - gradients of 16-bit parameters may be summed in float32;
+- data ranks may divide optimizer state and gradients among themselves (`sharding.py`), at any number of stages;
 - a step does not walk through all modules, and with one data rank nothing is copied to be averaged;
 - evaluation returns a loss per sample, and a prediction can be had from the same stages.
 """
@@ -30,6 +31,7 @@ from torch import nn
 from utils.diffusion.auxiliary import Output
 from utils.parallel import wire
 from utils.parallel.pipeline import DenoiserPipeline
+from utils.parallel.sharding import Shares
 from utils.parallel.teacher import Teacher
 
 NEVER = 10**9
@@ -58,6 +60,7 @@ class Engine(PipelineEngine):
     Args:
         float32_gradients: sum the gradients of 16-bit parameters in float32, since in their own type what later
             micro-batches add to a large sum is lost. The optimizer must take them so.
+        shares: which of the parameters `optimizer` steps; default: all that the stage trains.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Engine(PipelineEngine):
         clip_norm: float,
         teacher: Teacher | None = None,
         float32_gradients: bool = False,
+        shares: Shares | None = None,
     ):
         config = {
             # Not used: micro-batches may differ in size.
@@ -94,6 +98,9 @@ class Engine(PipelineEngine):
         if float32_gradients:
             for parameter in self._trained:
                 parameter.grad_dtype = torch.promote_types(parameter.dtype, torch.float32)
+        self._shares = shares or Shares({})
+        self._shares.start(self.grid.get_data_parallel_group())
+        self._reduced = self._shares.reduced_gradients(self._trained)
         self.clip_norm = clip_norm
         self.teacher = teacher
         self._grad_norm = torch.zeros(())
@@ -258,6 +265,8 @@ class Engine(PipelineEngine):
             outputs = [tensor for tensor in tensors if tensor.requires_grad]
             if outputs:
                 torch.autograd.backward(outputs, self.grad_layer)
+        if self._reduced:
+            self._reduced.end_backward()
         self.grad_layer = None
         self.pipe_buffers["outputs"][buffer_id] = None
 
@@ -271,6 +280,9 @@ class Engine(PipelineEngine):
 
     def _reduce_gradients(self) -> None:
         """The means of the gradients over the data ranks; those that are missing are zeros, as on other ranks."""
+        if self._reduced:
+            self._reduced.hand_over()
+            return
         for parameter in self._trained:
             if parameter.grad is None:
                 # Of the parameter's type in torch before 2.10, which knows no other.
@@ -285,20 +297,29 @@ class Engine(PipelineEngine):
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         self._grad_norm = self._clip()
+        self._shares.before_step()
         super()._take_model_step(lr_kwargs)
+        self._shares.after_step()
 
     def _clip(self) -> torch.Tensor:
         """The norm of the gradient over all stages; scales the gradient down to `clip_norm` unless that is 0."""
         parameters = [parameter for parameter in self._trained if parameter.grad is not None]
-        # In float32 for gradients of any type: bfloat16 would leave the norm two digits.
-        norms = torch._foreach_norm([p.grad for p in parameters], 2, dtype=torch.float32) if parameters else ()
-        square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
+        square = self._norms(parameters).square().sum()
         if self.is_pipe_parallel:
             dist.all_reduce(square, group=self.grid.get_pipe_parallel_group())
         norm = square.sqrt()
         if self.clip_norm > 0 and parameters:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
         return norm
+
+    def _norms(self, parameters: list[nn.Parameter]) -> torch.Tensor:
+        """Those of the gradients of this stage (P,), in float32 for gradients of any type: bfloat16 would leave a norm
+        two digits."""
+        if self._reduced:
+            return self._reduced.norms_of_all()
+        if not parameters:
+            return torch.zeros(0, device=self.device)
+        return torch.stack(torch._foreach_norm([p.grad for p in parameters], 2, dtype=torch.float32))
 
     _INSTRUCTION_MAP = {
         **PipelineEngine._INSTRUCTION_MAP,

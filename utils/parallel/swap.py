@@ -22,13 +22,11 @@ import torch
 from torch import nn
 
 from utils.parallel.partition import repeated_blocks
-from utils.parallel.transfers import Mark, Transfers, dense_strides, host_memory, transfers_to
+from utils.parallel.transfers import Mark, Transfers, aligned, dense_strides, host_memory, transfers_to
 
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
-ALIGNMENT = 256
-"""In bytes: every tensor begins at a multiple of it, as in memory that CUDA gives out."""
 BUFFERS = 2
 """One for the block that computes and one for the next. A third would not make the copies any faster."""
 
@@ -126,7 +124,7 @@ class SwapPlan:
     @property
     def sizes(self) -> list[int]:
         """The bytes of every swapped block in the host's memory."""
-        return [sum(_aligned(frozen.tensor.nbytes) for frozen in tensors) for tensors in self.blocks.values()]
+        return [sum(aligned(frozen.tensor.nbytes) for frozen in tensors) for tensors in self.blocks.values()]
 
     @property
     def host_bytes(self) -> int:
@@ -152,7 +150,7 @@ class HostBlock:
     """
 
     def __init__(self, tensors: Sequence[Frozen], *, pinned: bool):
-        self.memory = host_memory(sum(_aligned(frozen.tensor.nbytes) for frozen in tensors), pinned=pinned)
+        self.memory = host_memory(sum(aligned(frozen.tensor.nbytes) for frozen in tensors), pinned=pinned)
         self._forms = [(f.tensor.dtype, f.tensor.shape, dense_strides(f.tensor), f.tensor.nbytes) for f in tensors]
         self._at_home = self.views(self.memory)
         for frozen, view in zip(tensors, self._at_home, strict=True):
@@ -169,7 +167,7 @@ class HostBlock:
             view = memory[start : start + size].view(dtype).as_strided(shape, strides)
             # `.data`, so that it counts its own changes: another copy into the memory is none of autograd's business.
             views.append(view.data)
-            start += _aligned(size)
+            start += aligned(size)
         return views
 
     def point_at(self, views: Sequence[torch.Tensor]) -> None:
@@ -187,10 +185,6 @@ class HostBlock:
             for table, name in places:
                 table[name] = tensor
         self.return_home()
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(eq=False)

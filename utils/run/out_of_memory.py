@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import optimizers
 from utils.errors import UserError
 from utils.settings.schema import Settings
 
@@ -39,6 +40,10 @@ def savings(settings: Settings) -> Iterator[str]:
             yield "[model] transformer_dtype = 'int8', 'float8' or 'nf4': the frozen weights in 8 or 4 bits"
     elif settings.optimizer.type == "adamw":
         yield "[optimizer] type = 'adamw8bit': a quarter of the optimizer's state"
+    if not settings.zero_stage:
+        yield "zero_stage = 1 or 2, if there are several data ranks: each keeps its share of the optimizer's state"
+    if not settings.offload_optimizer and "cpu" not in optimizers.find(settings.optimizer.type).not_on:
+        yield "offload_optimizer = true: the optimizer's state waits in the machine's memory"
     if settings.ema and settings.ema.device == "gpu":
         yield "[ema] device = 'cpu'"
     yield "more pipeline_stages, if there are more GPUs"

@@ -253,6 +253,14 @@ class Settings(SettingsTable):
     """Number of blocks of every stage, or a list with a number for each stage, whose frozen weights are kept in the
     machine's memory and copied to the GPU just before use. For adapters; two blocks' room on the GPU is shared by all
     of them, so that it saves memory from 3 on. With "auto", as many as the card's memory asks for."""
+    zero_stage: Literal[0, 1, 2] = 0
+    """What the data ranks of a stage (GPUs / `pipeline_stages`) divide among themselves, where otherwise each keeps all
+    of it: 1: the optimizer's state, with float32 masters and moving averages; 2: also the gradients, of which those of
+    several micro-batches are then added up in another order. It changes nothing else, and works with any number of
+    stages and checkpoints of any other value."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in the machine's memory, and let the processor take the steps: less memory of the GPU,
+    and slower steps. Not for "adamw8bit"."""
     memory_budget_gb: Positive | None = None
     """What "auto" takes as the memory of each GPU, in GiB; default: the smallest of the GPUs that are there."""
     partition_method: Literal["parameters", "uniform", "manual"] = "parameters"

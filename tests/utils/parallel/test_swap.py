@@ -22,7 +22,8 @@ from tests.utils.parallel import toy_flux
 from utils.adapters.attach import switched_off
 from utils.errors import UserError
 from utils.parallel.partition import repeated_blocks
-from utils.parallel.swap import ALIGNMENT, BUFFERS, BlockSwap, SwapPlan, counts, spread
+from utils.parallel.swap import BUFFERS, BlockSwap, SwapPlan, counts, spread
+from utils.parallel.transfers import aligned
 from utils.ranks import Ranks
 
 STEPS, ACCUMULATION = 3, 3
@@ -201,7 +202,7 @@ def test_swapped_weights_take_no_memory_until_they_are_needed(folder: Path, capl
     _, layers = blocks_and_ends(folder)
     before = {name: p.clone() for name, p in layers[1].named_parameters()}
     plan = SwapPlan.of(layers, BLOCKS)
-    largest = max(sum(-(-p.nbytes // ALIGNMENT) * ALIGNMENT for p in frozen(layer)) for layer in layers[1:-1])
+    largest = max(sum(aligned(p.nbytes) for p in frozen(layer)) for layer in layers[1:-1])
     assert (plan.ring_bytes, len(plan.sizes)) == (BUFFERS * largest, BLOCKS)
     swap = BlockSwap(layers, BLOCKS)
     assert all(p.numel() == 0 for layer in layers[1:-1] for p in frozen(layer))
