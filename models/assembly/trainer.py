@@ -180,6 +180,7 @@ def _engine(
         teacher=teacher_of(pipeline, settings, staged),
         float32_gradients=sums_in_float32(settings),
         shares=shares,
+        deepspeed=settings.deepspeed_config,
     )
 
 

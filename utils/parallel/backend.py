@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
+
+from utils.settings.deepspeed_keys import DeepSpeedSettings
 
 
 def initialize_deepspeed() -> None:
@@ -27,3 +30,19 @@ def initialize_deepspeed() -> None:
         # DeepSpeed's own table of what can be built takes a compiler half a second, and this entry alone is asked for.
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})[shared_memory_operator.NAME] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+
+
+def told(settings: DeepSpeedSettings) -> dict[str, Any]:
+    """What these settings are in the engine's configuration; DeepSpeed may say what they let it say."""
+    from deepspeed.utils.logging import logger
+
+    keys: dict[str, Any] = {"communication_data_type": settings.communication_data_type}
+    logs = settings.comms_logger
+    if logs and logs.enabled:
+        # That it is there enables it, whatever it says.
+        keys["comms_logger"] = logs.model_dump()
+    if settings.dump_state:
+        keys["dump_state"] = True
+    if settings.dump_state or (logs and logs.enabled and logs.verbose):
+        logger.setLevel(logging.INFO)
+    return keys

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed import comm
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import p2p, schedule
@@ -30,9 +31,12 @@ from torch import nn
 
 from utils.diffusion.auxiliary import Output
 from utils.parallel import wire
+from utils.parallel.backend import told
+from utils.parallel.breakdown import Breakdown
 from utils.parallel.pipeline import DenoiserPipeline
 from utils.parallel.sharding import Shares
 from utils.parallel.teacher import Teacher
+from utils.settings.deepspeed_keys import DeepSpeedSettings
 
 NEVER = 10**9
 MicroBatch = tuple[Any, ...]
@@ -61,6 +65,7 @@ class Engine(PipelineEngine):
         float32_gradients: sum the gradients of 16-bit parameters in float32, since in their own type what later
             micro-batches add to a large sum is lost. The optimizer must take them so.
         shares: which of the parameters `optimizer` steps; default: all that the stage trains.
+        deepspeed: what DeepSpeed is told beside: see `utils/settings/deepspeed_keys.py`.
     """
 
     def __init__(
@@ -73,7 +78,9 @@ class Engine(PipelineEngine):
         teacher: Teacher | None = None,
         float32_gradients: bool = False,
         shares: Shares | None = None,
+        deepspeed: DeepSpeedSettings | None = None,
     ):
+        deepspeed = deepspeed or DeepSpeedSettings()
         config = {
             # Not used: micro-batches may differ in size.
             "train_micro_batch_size_per_gpu": 1,
@@ -81,6 +88,7 @@ class Engine(PipelineEngine):
             "gradient_clipping": 0.0,
             "steps_per_print": NEVER,
             "zero_allow_untested_optimizer": True,
+            **told(deepspeed),
         }
         mpu = module.mpu()
         super().__init__(
@@ -99,8 +107,12 @@ class Engine(PipelineEngine):
             for parameter in self._trained:
                 parameter.grad_dtype = torch.promote_types(parameter.dtype, torch.float32)
         self._shares = shares or Shares({})
-        self._shares.start(self.grid.get_data_parallel_group())
-        self._reduced = self._shares.reduced_gradients(self._trained)
+        self._shares.start(self.grid.get_data_parallel_group(), comm)
+        self._reduced = self._shares.reduced_gradients(self._trained, self._config.communication_data_type)
+        self._breakdown = None
+        if deepspeed.wall_clock_breakdown:
+            self._breakdown = Breakdown(self.device, None if self.grid.get_data_parallel_rank() else self.stage_id)
+            self._INSTRUCTION_MAP = self._breakdown.timed(self._INSTRUCTION_MAP)
         self.clip_norm = clip_norm
         self.teacher = teacher
         self._grad_norm = torch.zeros(())
@@ -120,7 +132,14 @@ class Engine(PipelineEngine):
             batches = self._with_teacher_labels(self.teacher, batches)
         self._begin(step)
         loss = self.train_batch(iter(batches) if batches is not None else None)
+        if self._breakdown:
+            self._breakdown.tell(step)
         return StepResult(loss.item(), self._grad_norm.item(), self._terms_of_all())
+
+    def close(self) -> None:
+        """Must be called after the last step, by all processes together: prints what was sent, if that is asked for."""
+        if comm.comms_logger.enabled:
+            comm.log_summary()
 
     def evaluate(self, batches: Iterable[MicroBatch] | None, count: int) -> list[torch.Tensor]:
         """The loss of every sample (B,) in float32, per micro-batch, on every stage of this data rank."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationInfo, field_validator
 
+from utils.settings.deepspeed_keys import DeepSpeedConfig
 from utils.settings.model_schema import DType, ModelSettings
 from utils.settings.values import (
     Count,
@@ -19,6 +20,7 @@ from utils.settings.values import (
     Share,
     SwappedBlocks,
     UserPath,
+    ZeroStage,
 )
 
 
@@ -253,7 +255,7 @@ class Settings(SettingsTable):
     """Number of blocks of every stage, or a list with a number for each stage, whose frozen weights are kept in the
     machine's memory and copied to the GPU just before use. For adapters; two blocks' room on the GPU is shared by all
     of them, so that it saves memory from 3 on. With "auto", as many as the card's memory asks for."""
-    zero_stage: Literal[0, 1, 2] = 0
+    zero_stage: ZeroStage = 0
     """What the data ranks of a stage (GPUs / `pipeline_stages`) divide among themselves, where otherwise each keeps all
     of it: 1: the optimizer's state, with float32 masters and moving averages; 2: also the gradients, of which those of
     several micro-batches are then added up in another order. It changes nothing else, and works with any number of
@@ -261,6 +263,9 @@ class Settings(SettingsTable):
     offload_optimizer: bool = False
     """Keep the optimizer's state in the machine's memory, and let the processor take the steps: less memory of the GPU,
     and slower steps. Not for "adamw8bit"."""
+    deepspeed_config: DeepSpeedConfig | None = None
+    """JSON file with keys of a DeepSpeed configuration, or a table of them (below), beside what follows from the other
+    keys. Those that have a key here are refused, and name it."""
     memory_budget_gb: Positive | None = None
     """What "auto" takes as the memory of each GPU, in GiB; default: the smallest of the GPUs that are there."""
     partition_method: Literal["parameters", "uniform", "manual"] = "parameters"
