@@ -43,7 +43,9 @@ Encoders are gone before the denoiser comes; they, and decoding samples with the
 FULL = """## In full
 
 AdamW, one sample at a time, blocks recomputed with offload: the GiB of a single card. `adamw8bit` keeps a quarter of
-the optimizer's state; more `pipeline_stages` share all of it.
+the optimizer's state; more `pipeline_stages` share all of it. `zero_stage = 1` or `2` divides the optimizer's state, or
+also the gradients, among the data ranks of a stage, and `offload_optimizer = true` keeps that state in the machine's
+memory; `--check` counts both.
 """
 
 

@@ -9,6 +9,8 @@ import torch
 from utils.settings.choices import type_of
 from utils.settings.schema import OptimizerSettings
 
+HOST_OF_GPU = "host_of_gpu"
+"""In a parameter group: whether it is in the host's memory, and a GPU waits for its step. Optimizers may use it."""
 Groups = list[dict[str, Any]]
 State = dict[str, Any]
 """What an optimizer keeps for one parameter, by key."""

@@ -20,6 +20,7 @@ from models.assembly.prompts import sample_model
 from models.assembly.stage import StagedModel, load_stage, teacher_of
 from models.base import BasePipeline
 from optimizers.ema import EMA
+from optimizers.kinds import HOST_OF_GPU
 from optimizers.parameter_groups import groups_of
 from utils.dataset.batches import EvaluationBatches, FeatureBatch, SampleReader, TrainingBatches
 from utils.dataset.encoders import reads_text
@@ -96,7 +97,7 @@ def build_trainer(
         offload=settings.offload_optimizer,
         pinned=ranks.device.type == "cuda",
     )
-    optimizer = _optimizer(settings, pipeline, shares.stepped)
+    optimizer = _optimizer(settings, ranks, pipeline, shares.stepped)
     engine = _engine(settings, ranks, pipeline, staged, optimizer, shares)
     reader = reader_of(data, ranks)
     noising = Noising(pipeline, ranks.is_first_stage, ranks.is_last_stage)
@@ -149,11 +150,15 @@ def restore_or_start(
     return progress, ema
 
 
-def _optimizer(settings: Settings, pipeline: BasePipeline, parameters: Mapping[str, Parameter]) -> Optimizer:
+def _optimizer(
+    settings: Settings, ranks: Ranks, pipeline: BasePipeline, parameters: Mapping[str, Parameter]
+) -> Optimizer:
     chosen = settings.optimizer
     groups = groups_of(
         parameters.items(), lr=chosen.lr, weight_decay=chosen.weight_decay, own_lr=pipeline.learning_rate
     )
+    for group in groups:
+        group[HOST_OF_GPU] = settings.offload_optimizer and ranks.device.type == "cuda"
     return optimizers.build(groups, chosen) if groups else optimizer_for_frozen_stage()
 
 

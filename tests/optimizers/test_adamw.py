@@ -8,6 +8,7 @@ from torch import nn
 
 from optimizers import adamw
 from optimizers.adamw import AdamW, in_parts
+from optimizers.kinds import HOST_OF_GPU
 
 KEYS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -31,6 +32,21 @@ def test_in_float32_it_is_torchs_to_the_bit() -> None:
     train(AdamW(ours, **KEYS), ours, 6)
     train(torch.optim.AdamW(torchs, **KEYS), torchs, 6)
     assert all(torch.equal(a, b) for a, b in zip(ours, torchs, strict=True))
+
+
+def test_what_a_gpu_waits_for_is_one_kernel_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes where torch's goes, also with a weight whose elements do not lie in order."""
+    taken, kernel = [], adamw.adamw
+    monkeypatch.setattr(adamw, "adamw", lambda *given, **keys: (taken.append(keys["fused"]), kernel(*given, **keys)))
+    ours, torchs = parameters(torch.float32), parameters(torch.float32)
+    train(AdamW([{"params": ours, HOST_OF_GPU: True}], **KEYS), ours, 6)
+    train(torch.optim.AdamW(torchs, **KEYS), torchs, 6)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(ours, torchs, strict=True))
+    turned = [nn.Parameter(torch.ones(3, 5).T), nn.Parameter(torch.ones(5, 3))]
+    for weight, group in zip(turned, ({HOST_OF_GPU: True}, {}), strict=True):
+        train(AdamW([{"params": [weight], **group}], **KEYS), [weight], 3)
+    assert torch.equal(*turned)
+    assert taken == [True] * 6 + [False] * 6
 
 
 @pytest.mark.parametrize("elements", [adamw.PART_ELEMENTS, 16, 1])

@@ -300,8 +300,10 @@ class ReducedGradients:
         for parameter in self._parameters:
             total = self._sums.pop(id(parameter), None)
             if total is not None:
+                # With the parameter's order of elements, which fused optimizers go by.
                 dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
-                parameter.grad = total.mul_(1.0 / data_ranks).to(dtype)
+                parameter.grad = torch.empty_like(parameter, dtype=dtype)
+                parameter.grad.copy_(total.mul_(1.0 / data_ranks))
 
     @torch.no_grad()
     def norms_of_all(self) -> torch.Tensor:

@@ -11,8 +11,7 @@ from torch import nn
 
 from models.assembly.trainer import restore_or_start
 from models.flux import FluxOptions, FluxPipeline
-from optimizers import build
-from optimizers.adamw import AdamWSettings
+from optimizers import find
 from optimizers.parameter_groups import groups_of
 from tests.models.tiny_folder import settings_of
 from tests.processes import run_ranks
@@ -26,9 +25,7 @@ from utils.run.progress import Progress
 from utils.settings.schema import EMASettings
 
 CLIP = 0.05
-LAYOUTS = [(1, 2), (2, 2), (1, 3)]
 SINGLE_BLOCKS_ONLY = LoraSettings(type="lora", rank=4, include=["single_transformer_blocks.1"])
-ADAMW = AdamWSettings(type="adamw", lr=1e-3, betas=(0.9, 0.99))
 AVERAGES = EMASettings(decay=0.5, warmup="none")
 
 
@@ -40,22 +37,35 @@ class Way(NamedTuple):
     accumulation: int = 1
     adapted: bool = False
     offload: bool = False
+    optimizer: str = "adamw"
+
+    @property
+    def plain(self) -> Way:
+        """The same without what is to be shown."""
+        return self._replace(zero_stage=0, offload=False)
 
     @property
     def then(self) -> Way:
         """Another way, in which a run goes on; plain training goes on as it is."""
-        if self in REFERENCES.values():
+        if self == self.plain:
             return self
-        return self._replace(zero_stage={0: 2, 1: 0, 2: 1}[self.zero_stage], offload=not self.offload)
+        offload = not self.offload and self.optimizer == "adamw"
+        return self._replace(zero_stage={0: 2, 1: 0, 2: 1}[self.zero_stage], offload=offload)
 
 
-KINDS = [("float32", 1, False), ("bfloat16", 1, False), ("bfloat16", 3, False), ("float32", 2, True)]
-WAYS = [
-    Way(zero, dtype, accumulation, adapted, offload)
-    for dtype, accumulation, adapted in KINDS
-    for zero, offload in ((0, False), (0, True), (1, False), (2, False), (2, True))
-]
-REFERENCES = {(way.dtype, way.accumulation): way for way in WAYS if not way.zero_stage and not way.offload}
+ALL = ((0, False), (0, True), (1, False), (2, False), (2, True))
+BF16, ACCUMULATED = Way(0, "bfloat16"), Way(0, "bfloat16", accumulation=3)
+ADAPTED = Way(0, "float32", accumulation=2, adapted=True)
+EIGHT_BIT = Way(0, optimizer="adamw8bit")
+LAYOUTS = {
+    (1, 2): [
+        *(way._replace(zero_stage=zero, offload=offload) for way in (BF16, ACCUMULATED) for zero, offload in ALL),
+        *(EIGHT_BIT._replace(zero_stage=zero) for zero in (0, 1, 2)),
+    ],
+    (2, 2): [ADAPTED._replace(zero_stage=zero, offload=offload) for zero, offload in ALL],
+    (1, 3): [Way(zero) for zero in (0, 1, 2)],
+}
+"""By stages and data ranks, what is tried on them; the plain way first."""
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +80,8 @@ def train(ranks: Ranks, folder: Path, stages: int) -> dict[Way, dict[str, Any]]:
     initialize_deepspeed()
     # So that there are several, which wait for one another.
     sharding.BUCKET_ELEMENTS = 2000
-    return {way: train_in(ranks.with_stages(stages), folder, way) for way in WAYS}
+    ways = LAYOUTS[stages, ranks.world_size // stages]
+    return {way: train_in(ranks.with_stages(stages), folder, way) for way in ways}
 
 
 class Training:
@@ -86,7 +97,8 @@ class Training:
         self.flux = FluxPipeline(FluxOptions(type="flux", dtype=way.dtype, diffusers_path=folder), seed=0)
         denoiser, layers = toy_flux.denoiser_and_layers(self.flux, SINGLE_BLOCKS_ONLY if way.adapted else None)
         bounds = stage_bounds("uniform", [1] * len(layers), ranks.stages)
-        module = DenoiserPipeline(layers, bounds, self.flux.stream_type, self.flux.maths.loss)
+        recompute = int(ranks.stages == 2)
+        module = DenoiserPipeline(layers, bounds, self.flux.stream_type, self.flux.maths.loss, recompute=recompute)
         held = {id(p) for p in module.parameters()}
         named = {base_name(name): p for name, p in denoiser.named_parameters()}
         self.trained = {name: p for name, p in named.items() if p.requires_grad and id(p) in held}
@@ -94,7 +106,9 @@ class Training:
         groups = groups_of(
             self.shares.stepped.items(), lr=1e-3, weight_decay=0.1, own_lr=lambda name: 5e-3 if "attn" in name else None
         )
-        self.optimizer = build(groups, ADAMW) if groups else optimizer_for_frozen_stage()
+        # Not by `optimizers.build`, which wants a GPU for that of 8 bits.
+        build, keys = find(way.optimizer).build, {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+        self.optimizer = build(groups, **keys) if groups else optimizer_for_frozen_stage()
         self.engine = Engine(
             module,
             self.optimizer,
@@ -115,6 +129,8 @@ class Training:
     def begin(self, checkpoint: Checkpoint | None) -> None:
         """Goes on from a checkpoint, or begins."""
         settings = settings_of(self.flux, ema=AVERAGES)
+        optimizer = settings.optimizer.model_copy(update={"type": self.way.optimizer})
+        settings = settings.model_copy(update={"optimizer": optimizer})
         given = settings, ResumeFlags(), checkpoint, lambda epoch: 9, self.trained, self.optimizer, self.shares
         _, self.ema = restore_or_start(*given)
 
@@ -134,7 +150,7 @@ def train_in(ranks: Ranks, folder: Path, way: Way) -> dict[str, Any]:
     first = Training(ranks, folder, way)
     first.begin(None)
     results = [number for step in range(2) for number in first.step(step)]
-    place = folder / f"{ranks.stages} {ranks.data_ranks} {WAYS.index(way)}"
+    place = folder / f"{ranks.stages} {ranks.data_ranks} {tuple(way)}"
     if ranks.is_main:
         place.mkdir()
     made_with = {"identity": {}, "optimizer": {}, "steps_in_epoch": 9}
@@ -160,8 +176,8 @@ def train_in(ranks: Ranks, folder: Path, way: Way) -> dict[str, Any]:
     }
 
 
-def numbers(tensors: Any) -> dict[str, Any]:
-    return {name: tensor.detach().float().numpy().copy() for name, tensor in tensors.items()}
+def numbers(values: Any) -> dict[str, Any]:
+    return {name: torch.as_tensor(value).detach().float().numpy().copy() for name, value in values.items()}
 
 
 def same(one: dict[str, Any], other: dict[str, Any], tolerance: float = 0.0) -> bool:
@@ -177,13 +193,13 @@ def test_what_is_divided_changes_nothing(folder: Path, stages: int, data_ranks: 
     """Weights, averages and what checkpoints hold, to the bit; but for gradients of several micro-batches or more than
     two ranks, which the second stage adds up in another order."""
     returned = run_ranks(train, stages * data_ranks, folder, stages)
-    for way in WAYS:
+    for way in LAYOUTS[stages, data_ranks]:
         exact = 2 not in (way.zero_stage, way.then.zero_stage) or (way.accumulation == 1 and data_ranks == 2)
         # A rounded weight may be rounded to the other side.
         tolerance = 0.0 if exact else 1e-6 if way.dtype == "float32" else 1e-2
         for stage in range(stages):
             of_stage = [rank[way] for rank in returned[stage * data_ranks : (stage + 1) * data_ranks]]
-            expected = returned[stage * data_ranks][REFERENCES[way.dtype, way.accumulation]]
+            expected = returned[stage * data_ranks][way.plain]
             for rank in of_stage:
                 assert rank["numbers"] == pytest.approx(expected["numbers"], rel=0 if exact else 1e-5, abs=0), way
                 for kind in ("weights", "averaged", "checkpoint"):
