@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a file. After `save_file` alone, only the owner could read it; and it refuses tensors that share memory, as
-    those of bitsandbytes do on a CPU."""
+    """Writes a file. After `save_file` alone, only the owner could read it; and it refuses tensors that share memory,
+    as those of bitsandbytes do on a CPU."""
     addresses = Counter(tensor.data_ptr() for tensor in tensors.values())
     alone = {name: t.clone() if addresses[t.data_ptr()] > 1 else t for name, t in tensors.items()}
     path.touch()
