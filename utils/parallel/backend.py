@@ -34,15 +34,8 @@ def initialize_deepspeed() -> None:
 
 def told(settings: DeepSpeedSettings) -> dict[str, Any]:
     """What these settings are in the engine's configuration; DeepSpeed may say what they let it say."""
-    from deepspeed.utils.logging import logger
+    from deepspeed.utils.logging import set_log_level_from_string
 
-    keys: dict[str, Any] = {"communication_data_type": settings.communication_data_type}
-    logs = settings.comms_logger
-    if logs and logs.enabled:
-        # That it is there enables it, whatever it says.
-        keys["comms_logger"] = logs.model_dump()
     if settings.dump_state:
-        keys["dump_state"] = True
-    if settings.dump_state or (logs and logs.enabled and logs.verbose):
-        logger.setLevel(logging.INFO)
-    return keys
+        set_log_level_from_string("info")
+    return {"communication_data_type": settings.communication_data_type, "dump_state": settings.dump_state}

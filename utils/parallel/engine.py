@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed import comm
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import p2p, schedule
@@ -107,7 +106,7 @@ class Engine(PipelineEngine):
             for parameter in self._trained:
                 parameter.grad_dtype = torch.promote_types(parameter.dtype, torch.float32)
         self._shares = shares or Shares({})
-        self._shares.start(self.grid.get_data_parallel_group(), comm)
+        self._shares.start(self.grid.get_data_parallel_group())
         self._reduced = self._shares.reduced_gradients(self._trained, self._config.communication_data_type)
         self._breakdown = None
         if deepspeed.wall_clock_breakdown:
@@ -135,11 +134,6 @@ class Engine(PipelineEngine):
         if self._breakdown:
             self._breakdown.tell(step)
         return StepResult(loss.item(), self._grad_norm.item(), self._terms_of_all())
-
-    def close(self) -> None:
-        """Must be called after the last step, by all processes together: prints what was sent, if that is asked for."""
-        if comm.comms_logger.enabled:
-            comm.log_summary()
 
     def evaluate(self, batches: Iterable[MicroBatch] | None, count: int) -> list[torch.Tensor]:
         """The loss of every sample (B,) in float32, per micro-batch, on every stage of this data rank."""

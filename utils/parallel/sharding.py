@@ -11,7 +11,6 @@ With `offload` the optimizer steps copies of the parameters in the host's memory
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -97,16 +96,14 @@ class Shares:
         twins = self._host.twins if self._host else self._owned.values()
         self.stepped: dict[str, nn.Parameter] = dict(zip(self._owned, twins, strict=True))
         self._group: dist.ProcessGroup | None = None
-        self._comm: Any = dist
 
     @property
     def data_rank(self) -> int:
         return self._ranks.data_rank
 
-    def start(self, group: dist.ProcessGroup, comm: Any = dist) -> None:
-        """Names the group of the stage's data ranks, and what has the collectives of torch.distributed; the parameters
-        are on their device."""
-        self._group, self._comm = group, comm
+    def start(self, group: dist.ProcessGroup) -> None:
+        """Names the group of the stage's data ranks; the parameters are on their device."""
+        self._group = group
         self.take_values()
 
     def owner_of(self, parameter: nn.Parameter) -> int:
@@ -146,7 +143,7 @@ class Shares:
                 count = sum(parameter.numel() for parameter in parameters)
                 flat = torch.empty(count, dtype=parameters[0].dtype, device=parameters[0].device)
             # As bytes, since not every backend knows every type.
-            self._comm.broadcast(flat.view(torch.uint8), dist.get_global_rank(self._group, owner), group=self._group)
+            dist.broadcast(flat.view(torch.uint8), dist.get_global_rank(self._group, owner), group=self._group)
             if not own and not alone:
                 torch._foreach_copy_(parameters, list(_unflatten_dense_tensors(flat, parameters)))
 
@@ -158,7 +155,7 @@ class Shares:
         if not (self.divides_gradients and parameters):
             return None
         owned_by = [self.owner_of(parameter) for parameter in parameters]
-        return ReducedGradients(parameters, owned_by, self.data_rank, self._group, self._comm, sent_as)
+        return ReducedGradients(parameters, owned_by, self.data_rank, self._group, sent_as)
 
 
 class HostCopies:
@@ -229,7 +226,7 @@ class ReducedGradients:
     Args:
         parameters: all that the stage trains, in one order on all data ranks.
         owned_by: their owners.
-        group, comm: see `Shares.start`.
+        group: of the data ranks.
         sent_as: the type in which gradients travel; default: that in which they are summed.
     """
 
@@ -239,11 +236,10 @@ class ReducedGradients:
         owned_by: Sequence[int],
         data_rank: int,
         group: dist.ProcessGroup,
-        comm: Any,
         sent_as: torch.dtype | None,
     ):
         self._parameters, self._data_rank = parameters, data_rank
-        self._group, self._comm, self._sent_as = group, comm, sent_as
+        self._group, self._sent_as = group, sent_as
         self._owners = {id(p): owner for p, owner in zip(parameters, owned_by, strict=True)}
         self._buckets = list(buckets(reversed(parameters)))
         self._bucket_of = {id(p): number for number, bucket in enumerate(self._buckets) for p in bucket}
@@ -279,7 +275,7 @@ class ReducedGradients:
             for parameter in parameters:
                 parameter.grad = None
             flat = _flatten_dense_tensors(gradients).to(self._sent_as or dtype)
-            self._comm.reduce(flat, dist.get_global_rank(self._group, owner), group=self._group)
+            dist.reduce(flat, dist.get_global_rank(self._group, owner), group=self._group)
             flat = flat.to(dtype)
             if owner == self._data_rank:
                 for parameter, total in zip(parameters, _unflatten_dense_tensors(flat, parameters), strict=True):
@@ -314,5 +310,5 @@ class ReducedGradients:
             held = [self._parameters[place].grad for place in places]
             norms_P[places] = torch.stack(torch._foreach_norm(held, 2, dtype=torch.float32))
         # Each is zero on all ranks but one.
-        self._comm.all_reduce(norms_P, group=self._group)
+        dist.all_reduce(norms_P, group=self._group)
         return norms_P

@@ -203,7 +203,6 @@ class Trainer:
                 if duty.without_steps:
                     duty.without_steps(self.progress)
         self.parts.metrics.close()
-        self.parts.engine.close()
         if self.parts.ranks.is_main:
             self._tell_end(stopped)
 

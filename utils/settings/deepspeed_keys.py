@@ -14,28 +14,11 @@ from pydantic import BeforeValidator
 from utils.settings.values import SettingsTable
 
 
-class CommsLoggerSettings(SettingsTable):
-    """`[deepspeed_config.comms_logger]`: what is sent between processes; each transfer is then waited for."""
-
-    enabled: bool = True
-    """Tell at the end of the run what was sent, by kind and size."""
-    verbose: bool = False
-    """Also tell each transfer of the main process when it is done."""
-    prof_all: bool = True
-    """Look at all kinds of transfers; false: at those in `prof_ops`."""
-    prof_ops: list[str] = []
-    """Kinds of transfers, such as "all_reduce", "broadcast", "send"."""
-    debug: bool = False
-    """Tell them by the place in the code that asks for them."""
-
-
 class DeepSpeedSettings(SettingsTable):
     """`[deepspeed_config]`: what DeepSpeed is told; as a table, or in a JSON file that the key names."""
 
     communication_data_type: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type in which gradients travel between data ranks; less than float32 rounds them."""
-    comms_logger: CommsLoggerSettings | None = None
-    """Tells what is sent between processes; a table of its own."""
     wall_clock_breakdown: bool = False
     """Log what each stage does in the time of a step. Each part is then waited for, so that steps are slower."""
     dump_state: bool = False
@@ -74,6 +57,8 @@ INSTEAD: Mapping[str, str] = {
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("gradient_allreduce_op", "gradient_predivide_factor", "prescale_gradients"), _BY_THE_MEAN),
     **dict.fromkeys(("curriculum_learning", "data_efficiency", "dataloader_drop_last"), _ORDER),
+    "comms_logger": "DeepSpeed 0.19.8 adds each time to those before it, and takes longer for it the longer a run is; "
+    "wall_clock_breakdown tells times",
     "flops_profiler": "it counts by modules that it wraps, and layers run otherwise here; --check plans memory, and "
     "wall_clock_breakdown tells times",
     "zero_allow_untested_optimizer": "DeepSpeed does not take the steps",
@@ -117,10 +102,6 @@ def _problems(written: Mapping[str, Any]) -> Iterator[str]:
             yield f"`{key}` is not taken: {REFUSED[key]}"
         elif key not in known:
             yield f"`{key}` is not taken; what is: {', '.join(known)}"
-    inner = written.get("comms_logger")
-    for key in inner if isinstance(inner, Mapping) else ():
-        if key not in CommsLoggerSettings.model_fields:
-            yield f"`comms_logger.{key}` is not taken; what is: {', '.join(CommsLoggerSettings.model_fields)}"
 
 
 DeepSpeedConfig = Annotated[DeepSpeedSettings, BeforeValidator(_read, json_schema_input_type=DeepSpeedSettings | str)]

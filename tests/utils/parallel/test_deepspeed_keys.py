@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import re
@@ -17,11 +16,7 @@ from utils.parallel.sharding import Shares
 from utils.ranks import Ranks
 from utils.settings.deepspeed_keys import DeepSpeedSettings
 
-TOLD = {
-    "comms_logger": {"verbose": True},
-    "wall_clock_breakdown": True,
-    "dump_state": True,
-}
+TOLD = {"wall_clock_breakdown": True, "dump_state": True}
 
 
 class Kept(logging.Handler):
@@ -50,7 +45,6 @@ def weights_after(ranks: Ranks, keys: dict[str, Any], zero_stage: int = 0) -> An
     batch = (torch.full((2, backward_calls.WIDTH), 1.1 + ranks.data_rank / 3),), (torch.zeros(2),)
     for step in range(2):
         engine.train_step([batch], step)
-    engine.close()
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()]).numpy().copy()
 
 
@@ -61,16 +55,16 @@ def with_and_without(ranks: Ranks) -> dict[str, Any]:
     from utils.parallel.backend import initialize_deepspeed
 
     initialize_deepspeed()
-    kept, ours = Kept(), logging.getLogger("utils.parallel.breakdown")
-    of_deepspeed.addHandler(kept)
+    kept, ours, printed = Kept(), logging.getLogger("utils.parallel.breakdown"), io.StringIO()
+    for handler in of_deepspeed.handlers:
+        handler.setStream(printed)
     ours.addHandler(kept)
     ours.setLevel(logging.INFO)
-    weights, printed = {"plain": weights_after(ranks, {})}, io.StringIO()
-    silent = len(kept.lines)
+    weights = {"plain": weights_after(ranks, {})}
     for zero_stage in (0, 2):
         weights[f"bf16, {zero_stage}"] = weights_after(ranks, {"communication_data_type": "bf16"}, zero_stage)
-    with contextlib.redirect_stdout(printed):
-        weights["told"] = weights_after(ranks, TOLD, 2)
+    silent = not kept.lines and not printed.getvalue()
+    weights["told"] = weights_after(ranks, TOLD, 2)
     return {"weights": weights, "silent": silent, "lines": kept.lines, "printed": printed.getvalue()}
 
 
@@ -91,12 +85,8 @@ def test_gradients_travel_in_the_type_that_is_asked_for(returned: list[dict[str,
 
 def test_what_is_asked_for_is_told_and_nothing_else(returned: list[dict[str, Any]]) -> None:
     main = returned[0]
-    assert main["silent"] == 0
-    text = "\n".join(main["lines"])
+    assert main["silent"]
     # Of the state, and of its configuration.
-    assert re.search(r"DeepSpeedEngine:\n", text) and "gradient_accumulation_steps" in text
-    for kind in ("reduce", "broadcast", "all_reduce"):
-        assert re.search(rf"comm op: {kind} \| time \(ms\)", text), kind
-        assert re.search(rf"^{kind}\b", main["printed"], re.MULTILINE), kind
+    assert "DeepSpeedEngine:\n" in main["printed"] and "gradient_accumulation_steps" in main["printed"]
     parts = r"ForwardPass 0\.\d+, .*BackwardPass 0\.\d+, .*OptimizerStep 0\."
-    assert re.findall(rf"step (\d), seconds of stage 0: .*{parts}", text) == ["1", "2"]
+    assert re.findall(rf"step (\d), seconds of stage 0: .*{parts}", "\n".join(main["lines"])) == ["1", "2"]
