@@ -22,7 +22,7 @@ class DeepSpeedSettings(SettingsTable):
     wall_clock_breakdown: bool = False
     """Log what each stage does in the time of a step. Each part is then waited for, so that steps are slower."""
     dump_state: bool = False
-    """Print DeepSpeed's own configuration and state before training."""
+    """Print DeepSpeed's own configuration and state before training, which are long."""
 
 
 _TYPES = "`dtype`, in `[model]` and in `[adapter]`"
