@@ -77,13 +77,20 @@ class AdamW(torch.optim.Optimizer):
             return
         states = [self._state_of(parameter) for parameter in parameters]
         targets = [state.get(MASTER, parameter) for state, parameter in zip(states, parameters, strict=True)]
+        gradients = [parameter.grad.to(target.dtype) for parameter, target in zip(parameters, targets, strict=True)]
         first, second = group["betas"]
-        # The kernel wants the counters beside the parameters; a checkpoint brings them on the CPU.
+        # One kernel for all tensors on a GPU, and for all operations on a CPU, where it takes a sixth of the time. It
+        # takes elements in the order in which they lie, and wants the counters beside them; a checkpoint brings these
+        # on the CPU.
+        fused = all(
+            target.stride() == gradient.stride() == state["exp_avg"].stride()
+            for target, gradient, state in zip(targets, gradients, states, strict=True)
+        )
         for state, target in zip(states, targets, strict=True):
-            state["step"] = state["step"].to(target.device)
+            state["step"] = state["step"].to(target.device) if fused else state["step"].cpu()
         adamw(
             targets,
-            [parameter.grad.to(target.dtype) for parameter, target in zip(parameters, targets, strict=True)],
+            gradients,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -95,8 +102,7 @@ class AdamW(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
-            # All tensors at once on a GPU, and all operations at once on a CPU, where it takes a sixth of the time.
-            fused=True,
+            fused=fused,
         )
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:

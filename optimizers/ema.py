@@ -38,6 +38,9 @@ class EMA:
         settings: how to average, and where the averages are kept.
         optimizer: the optimizer of the parameters.
         since: number of steps before averaging began.
+        stepped: parameters by name as `optimizer` has them; only these are averaged here, and the others by other
+            processes. Default: all, as they are.
+        complete: brings the values of those that others average; all processes call it together.
 
     Attributes:
         averages: by parameter name. Together with `since` they are the whole state, since the decay follows from the
@@ -50,14 +53,19 @@ class EMA:
         settings: EMASettings,
         optimizer: torch.optim.Optimizer,
         since: int = 0,
+        *,
+        stepped: Mapping[str, nn.Parameter] | None = None,
+        complete: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings = settings
         self.since = since
         self._parameters = dict(named_parameters)
         self._optimizer = optimizer
+        self._stepped = self._parameters if stepped is None else stepped
+        self._complete = complete
         self.averages = {
-            name: self._value(parameter).to(self._place(parameter), torch.float32, copy=True)
-            for name, parameter in self._parameters.items()
+            name: self._value(name).to(self._place(self._parameters[name]), torch.float32, copy=True)
+            for name in self._stepped
         }
 
     @torch.no_grad()
@@ -66,12 +74,13 @@ class EMA:
         decay = decay_at(self.settings, step - self.since)
         if decay is None:
             return
-        names = {id(parameter): name for name, parameter in self._parameters.items()}
-        for some in in_parts(self._parameters.values()):
-            averages = [self.averages[names[id(parameter)]] for parameter in some]
+        names = {id(self._parameters[name]): name for name in self.averages}
+        for some in in_parts(self._parameters[name] for name in self.averages):
+            of_these = [names[id(parameter)] for parameter in some]
+            averages = [self.averages[name] for name in of_these]
             values = [
-                self._value(parameter).to(average.device, torch.float32)
-                for parameter, average in zip(some, averages, strict=True)
+                self._value(name).to(average.device, torch.float32)
+                for name, average in zip(of_these, averages, strict=True)
             ]
             torch._foreach_lerp_(averages, values, 1.0 - decay)
 
@@ -88,16 +97,18 @@ class EMA:
         }
         try:
             self._write(self.averages)
+            self._complete()
             yield
         finally:
             self._write(kept)
 
     @torch.no_grad()
     def _write(self, values: Mapping[str, torch.Tensor]) -> None:
-        torch._foreach_copy_(list(self._parameters.values()), [values[name] for name in self._parameters])
+        if values:
+            torch._foreach_copy_([self._parameters[name] for name in values], list(values.values()))
 
-    def _value(self, parameter: nn.Parameter) -> torch.Tensor:
-        return self._optimizer.state.get(parameter, {}).get(MASTER, parameter).detach()
+    def _value(self, name: str) -> torch.Tensor:
+        return self._optimizer.state.get(self._stepped[name], {}).get(MASTER, self._parameters[name]).detach()
 
     def _place(self, parameter: nn.Parameter) -> torch.device:
         return torch.device("cpu") if self.settings.device == "cpu" else parameter.device

@@ -79,7 +79,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 def test_they_are_the_closed_form_and_leave_training_alone(
     write_config: Callable[..., Path], held: dict[str, Any], layout: str
 ) -> None:
-    """Against the weights, bit for bit, of a run without averages; that with them is evaluated on the way."""
+    """Against the weights, bit for bit, of a run without averages; that with them is evaluated on the way, and divides
+    them, like the optimizer's state, where there are data ranks."""
     processes, keys, ema = LAYOUTS[layout]
     keys = {**keys, "max_steps": 4, "checkpoint_every_n_steps": 1}
     config = write_config(**keys)
@@ -90,7 +91,8 @@ def test_they_are_the_closed_form_and_leave_training_alone(
     assert any(not torch.equal(weights[0][name], weights[4][name]) for name in start)
     shutil.rmtree(only_run(config))
 
-    config = write_config(**keys, **held, eval_every_n_steps=2, ema=ema)
+    divided = {"zero_stage": 1, "offload_optimizer": True} if layout == "2 data ranks" else {}
+    config = write_config(**keys, **held, **divided, eval_every_n_steps=2, ema=ema)
     codes, log = launch(config, processes=processes)
     assert set(codes) == {0}, log
     run = only_run(config)
@@ -99,6 +101,10 @@ def test_they_are_the_closed_form_and_leave_training_alone(
         again = state(run, step, "weights")
         assert all(torch.equal(again[name], weights[step][name]) for name in start)
     assert_averages(state(run, 4, "ema"), EMASettings(**ema), weights)
+    assert (run / "global_step4" / "state-0.1.safetensors").exists() == bool(divided)
+    if divided:
+        assert "zero_stage:   1, optimizer state divided among 2 data ranks" in log
+        assert "adamw in the machine's memory" in log
 
 
 def test_they_go_on_across_a_checkpoint_on_another_layout(write_config: Callable[..., Path]) -> None:

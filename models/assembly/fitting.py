@@ -83,8 +83,13 @@ def _attempts(planner: Planner, budget: float) -> Iterator[Attempt]:
         chosen = with_cut(planner, settings.model_copy(update={"activation_checkpointing": way}))
         plain = {"blocks_to_swap": 0} if settings.blocks_to_swap == "auto" else {}
         yield Attempt(chosen.model_copy(update=plain), planner.plans(chosen, planner.swapped(chosen)))
-    steps_on_host = "cpu" not in optimizers.find(settings.optimizer.type).not_on
-    if settings.blocks_to_swap == "auto" and (settings.adapter or steps_on_host):
+    if settings.blocks_to_swap == "auto" and (settings.adapter or _may_step_on_host(settings)):
         swapped = planner.least_swapped(chosen, budget)
         number = swapped[0] if len(swapped) == 1 else swapped
         yield Attempt(chosen.model_copy(update={"blocks_to_swap": number}), planner.plans(chosen, swapped))
+
+
+def _may_step_on_host(settings: Settings) -> bool:
+    """Whether blocks that are trained may be swapped."""
+    runs_there = "cpu" not in optimizers.find(settings.optimizer.type).not_on
+    return runs_there and not (settings.zero_stage or settings.offload_optimizer)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-import optimizers
 from models.assembly.activations import LayerActivations, LayerRun, activations_of, peak, run_layers, storages
+from models.assembly.kept import Kept, gradient_size, weight_bytes
 from models.assembly.operations import LayerOperations, count_operations
 from models.assembly.stage import StagedModel, bounds_of, teacher_of
 from models.base import BasePipeline
@@ -20,9 +20,10 @@ from utils.dataset.epochs import micro_batch_of
 from utils.dataset.samples import Bucket
 from utils.parallel.partition import Bounds
 from utils.parallel.recompute import recomputed_positions
-from utils.parallel.swap_plan import BUFFERS, SwapPlan, aligned, counts
+from utils.parallel.swap_plan import BUFFERS, SwapPlan, counts
+from utils.parallel.transfers import aligned
 from utils.parallel.wire import map_tensors
-from utils.settings.schema import OptimizerSettings, Settings
+from utils.settings.schema import Settings
 
 GIB = 2**30
 
@@ -34,10 +35,11 @@ class StagePlan:
     Attributes:
         layers: the first and the last.
         weights: on the device, with the buffers of swapped blocks.
-        state: gradients and optimizer state.
+        state: gradients and optimizer state, as far as they are on the device; of the rank that has most.
         activations: at the peak.
         swap: which blocks are swapped.
         host: the bytes of the host's memory that their weights take, and what belongs to those that are trained.
+        stepped: those that the optimizer takes of it for what is not swapped.
     """
 
     layers: tuple[int, int]
@@ -46,6 +48,7 @@ class StagePlan:
     activations: int
     swap: SwapPlan
     host: int
+    stepped: int = 0
 
     @property
     def total(self) -> int:
@@ -58,6 +61,8 @@ class StagePlan:
             f"{self.weights / GIB:.2f} + gradients and optimizer {self.state / GIB:.2f} + "
             f"activations {self.activations / GIB:.2f}"
         )
+        if self.stepped:
+            told = f"{told}; the optimizer takes {self.stepped / GIB:.2f} GiB of the host's memory"
         if not self.swap.blocks:
             return told
         return (
@@ -72,6 +77,7 @@ class Planner:
     Args:
         encoders: those of the run, for the shapes of their features.
         buckets: how often each size is trained on, relative to the others.
+        data_ranks: among which state may be divided.
     """
 
     def __init__(
@@ -81,8 +87,10 @@ class Planner:
         staged: StagedModel,
         encoders: Sequence[Encoder],
         buckets: Mapping[Bucket, float],
+        data_ranks: int = 1,
     ):
         self.settings, self.staged = settings, staged
+        self._kept = Kept.of(settings, data_ranks)
         self._pipeline, self._encoders = pipeline, encoders
         self._counted: dict[Hashable, list[LayerActivations]] = {}
         self._swaps: dict[tuple[int, int], SwapPlan] = {}
@@ -128,23 +136,34 @@ class Planner:
 
     def plan_of(self, settings: Settings, stage: int, bounds: tuple[int, int], swap: SwapPlan) -> StagePlan:
         """What a stage holds that has these layers, and of them these swapped."""
-        held = self._held_by(bounds)
-        weights, state = (sum(sizes[kind] for sizes in held.values()) for kind in (0, 1))
+        layers = self._layers(bounds)
         in_flight = min(settings.gradient_accumulation_steps, settings.pipeline_stages - stage)
-        away = sum(held[id(parameter)][1] for block in swap.trained.values() for parameter in block)
+        travelling = {id(parameter) for block in swap.trained.values() for parameter in block}
+        trained = {name: parameter for part in self._trained[slice(*bounds)] for name, parameter in part.items()}
+        away = {name: parameter for name, parameter in trained.items() if id(parameter) in travelling}
+        state, stepped = self._kept.bytes_of({name: p for name, p in trained.items() if name not in away})
         return StagePlan(
             layers=(bounds[0], bounds[1] - 1),
-            weights=weights + swap.ring_bytes - swap.tensor_bytes,
-            state=state - away + self._gradient_buffers(swap),
+            weights=weight_bytes(layers) + swap.ring_bytes - swap.tensor_bytes,
+            state=state + self._gradient_buffers(swap),
             activations=peak(self._activations(settings, bounds), in_flight),
             swap=swap,
-            host=swap.host_bytes + away,
+            host=swap.host_bytes + sum(self._kept.bytes_of(away)),
+            stepped=stepped,
         )
+
+    @cached_property
+    def _trained(self) -> list[dict[str, nn.Parameter]]:
+        """The trained parameters of each layer."""
+        names = {id(parameter): name for name, parameter in self.staged.trained(self.staged.layers).items()}
+        return [
+            {names[id(parameter)]: parameter for parameter in layer.parameters() if id(parameter) in names}
+            for layer in self.staged.layers
+        ]
 
     def _gradient_buffers(self, swap: SwapPlan) -> int:
         """The bytes in which the gradients of swapped blocks wait for their way to the host."""
-        float32 = sums_in_float32(self.settings)
-        blocks = swap.trained.values()
+        float32, blocks = self._kept.float32_gradients, swap.trained.values()
         sizes = [sum(aligned(gradient_size(p, float32=float32)) for p in block) for block in blocks]
         return min(BUFFERS, len(sizes)) * max(sizes, default=0)
 
@@ -166,19 +185,6 @@ class Planner:
         if bounds not in self._swaps:
             self._swaps[bounds] = SwapPlan.of_all(self._layers(bounds), trained=self.settings.adapter is None)
         return self._swaps[bounds]
-
-    def _held_by(self, bounds: tuple[int, int]) -> dict[int, tuple[int, int]]:
-        """Of each tensor of a stage its bytes, and those of its gradient and optimizer state; see `held_tensors`."""
-        return {key: value for layer in self._held[slice(*bounds)] for key, value in layer.items()}
-
-    @cached_property
-    def _held(self) -> list[dict[int, tuple[int, int]]]:
-        averages = self.settings.ema is not None and self.settings.ema.device == "gpu"
-        float32 = sums_in_float32(self.settings)
-        return [
-            held_tensors(layer, self.settings.optimizer, averages=averages, float32_gradients=float32)
-            for layer in self.staged.layers
-        ]
 
     def _activations(self, settings: Settings, bounds: tuple[int, int]) -> list[LayerActivations]:
         """Of every layer of a stage, for one micro-batch."""
@@ -210,37 +216,3 @@ class Planner:
         latent = torch.zeros((batch, *self._pipeline.latent_shape(bucket.width, bucket.height, bucket.frames)))
         inputs = self._pipeline.prepare_inputs({**features, "latents": latent}, latent, torch.zeros(batch))
         return map_tensors(lambda tensor: tensor.to("meta"), inputs)
-
-
-def sums_in_float32(settings: Settings) -> bool:
-    """Whether a run sums the gradients of micro-batches in float32, whatever type their parameters have."""
-    return settings.gradient_accumulation_steps > 1 and optimizers.find(settings.optimizer.type).float32_gradients
-
-
-def held_bytes(layers: Sequence[nn.Module], optimizer: OptimizerSettings, **keys: bool) -> tuple[int, int]:
-    """The bytes of the weights of some layers, with their buffers, and those of their gradients and optimizer state
-    together; `keys` as for `held_tensors`."""
-    held = {key: value for layer in layers for key, value in held_tensors(layer, optimizer, **keys).items()}
-    return sum(size for size, _ in held.values()), sum(state for _, state in held.values())
-
-
-def held_tensors(
-    layer: nn.Module, optimizer: OptimizerSettings, *, averages: bool = False, float32_gradients: bool = False
-) -> dict[int, tuple[int, int]]:
-    """For each weight of a layer, and each buffer, among them the scales of quantised weights: its bytes, and those of
-    its gradient and optimizer state together. With `averages`, the latter include a float32 average of what is trained
-    (an EMA on the GPU)."""
-    state_of = optimizers.find(optimizer.type).state_bytes
-    held = {id(buffer): (buffer.nbytes, 0) for buffer in layer.buffers()}
-    for parameter in layer.parameters():
-        state = 0
-        if parameter.requires_grad:
-            state = gradient_size(parameter, float32=float32_gradients) + state_of(optimizer, parameter)
-            state += 4 * parameter.numel() if averages else 0
-        held[id(parameter)] = parameter.nbytes, state
-    return held
-
-
-def gradient_size(parameter: torch.Tensor, *, float32: bool) -> int:
-    """The bytes of a parameter's gradient, which may be summed in float32."""
-    return parameter.numel() * max(parameter.itemsize, torch.float32.itemsize if float32 else 0)

@@ -66,7 +66,7 @@ def settled(
     chosen = {}
     if ranks.is_main:
         cached = [data.training, *data.evaluation], data.cache_dir
-        planner = Planner(settings, pipeline, staged, data.encoders, buckets_of(data.training))
+        planner = Planner(settings, pipeline, staged, data.encoders, buckets_of(data.training), ranks.data_ranks)
         plan = [
             *sections(settings, ranks, pipeline, staged, *cached, checkpoint, restart_data=restart_data),
             memory_text(planner, memory),
@@ -111,6 +111,7 @@ def sections(
         "parameters": _parameters(staged),
         "optimizer": _optimizer(settings, pipeline, staged),
         "processes": f"{ranks.world_size} = {ranks.stages} stages x {ranks.data_ranks} data ranks",
+        **_divided(settings, ranks),
         "global batch": _global_batch(settings, ranks, training),
         "steps": f"{epochs.steps_in(0)} per epoch, {total} in all",
         "run folder": str(checkpoint.folder.parent if checkpoint else settings.output_dir / "<date and time>"),
@@ -165,14 +166,26 @@ def _parameters(staged: StagedModel) -> str:
 
 
 def _optimizer(settings: Settings, pipeline: BasePipeline, staged: StagedModel) -> str:
+    name = settings.optimizer.type + (" in the machine's memory" if settings.offload_optimizer else "")
     if settings.force_constant_lr is not None:
-        return f"{settings.optimizer.type}, lr {settings.force_constant_lr:g} at every step"
+        return f"{name}, lr {settings.force_constant_lr:g} at every step"
     given = settings.optimizer.lr
     own = [pipeline.learning_rate(name) for name in staged.trained(staged.layers)]
     rates = [f"{rate:g}" for rate in dict.fromkeys(given if rate is None else rate for rate in own)]
     by_part = " by part" if len(rates) > 1 else ""
     warm_up = f", after {settings.warmup_steps} steps of warm-up" if settings.warmup_steps else ""
-    return f"{settings.optimizer.type}, lr {', '.join(rates)}{by_part}, {settings.lr_scheduler}{warm_up}"
+    return f"{name}, lr {', '.join(rates)}{by_part}, {settings.lr_scheduler}{warm_up}"
+
+
+def _divided(settings: Settings, ranks: Ranks) -> dict[str, str]:
+    """What the data ranks divide, if they are to divide anything."""
+    stage, data_ranks = settings.zero_stage, ranks.data_ranks
+    if not stage:
+        return {}
+    if data_ranks == 1:
+        return {"zero_stage": f"{stage} changes nothing here: there is 1 data rank (processes / pipeline_stages)"}
+    what = "optimizer state" if stage == 1 else "optimizer state and gradients"
+    return {"zero_stage": f"{stage}, {what} divided among {data_ranks} data ranks"}
 
 
 def _global_batch(settings: Settings, ranks: Ranks, training: Collection) -> str:

@@ -64,14 +64,25 @@ def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline, trains: 
     """
     if ranks.is_main and trains:
         check_account(settings.monitoring)
-    optimizers.check(settings.optimizer, ranks.device.type)
-    if settings.swaps_trained and settings.blocks_to_swap != "auto":
-        reason = "swapped blocks of a full fine-tune are stepped in the machine's memory: "
-        optimizers.check(settings.optimizer, "cpu", reason)
+    check_optimizer(settings, ranks)
     staged = check_model(settings, pipeline)
     for option, remark in pipeline.remarks():
         logger.warning("[model] %s: %s", option, remark)
     return staged
+
+
+def check_optimizer(settings: Settings, ranks: Ranks) -> None:
+    """Whether the optimizer can run where it is to run.
+
+    Raises:
+        UserError: it cannot; says why, and what to do.
+    """
+    if settings.offload_optimizer:
+        optimizers.check(settings.optimizer, "cpu", "offload_optimizer lets the processor take the steps: ")
+    if settings.swaps_trained and settings.blocks_to_swap != "auto":
+        reason = "the processor takes the steps of swapped blocks of a full fine-tune: "
+        optimizers.check(settings.optimizer, "cpu", reason)
+    optimizers.check(settings.optimizer, ranks.device.type)
 
 
 @without_collector()
@@ -161,7 +172,7 @@ def describe(
     told = shortfalls(with_truncated(collections, encoders, lambda: None))
     epochs = plan.epochs_of(settings, ranks, collections[0].samples)
     warn_of_warmup(settings, last_step_of(settings, epochs, Progress()))
-    planner = Planner(settings, pipeline, staged, encoders, plan.buckets_of(collections[0]))
+    planner = Planner(settings, pipeline, staged, encoders, plan.buckets_of(collections[0]), ranks.data_ranks)
     cache_dir = cache_folder(settings, [collection.source for collection in collections])
     sections = [
         *plan.sections(settings, ranks, pipeline, staged, collections, cache_dir),

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 import optimizers
 from models.assembly.data import Data, reader_of
 from models.assembly.exports import export_plan
-from models.assembly.memory import sums_in_float32
+from models.assembly.kept import sums_in_float32
 from models.assembly.noising import NoisedBatch, Noising
 from models.assembly.plan import epochs_of
 from models.assembly.prompts import sample_model
@@ -29,6 +29,7 @@ from utils.dataset.samples import VersionPicker
 from utils.parallel.engine import Engine, optimizer_for_frozen_stage
 from utils.parallel.offload import HostInputs
 from utils.parallel.pipeline import DenoiserPipeline
+from utils.parallel.sharding import Shares
 from utils.parallel.swap import BlockSwap
 from utils.parallel.wire import map_tensors
 from utils.ranks import Ranks
@@ -90,12 +91,19 @@ def build_trainer(
     epochs = epochs_of(settings, ranks, data.training.samples)
     staged = load_stage(pipeline, settings, ranks.stage)
     parameters = staged.trained(staged.stage_layers(ranks.stage))
-    optimizer = _optimizer(settings, pipeline, parameters)
-    engine = _engine(settings, ranks, pipeline, staged, optimizer)
+    shares = Shares(
+        parameters,
+        ranks,
+        settings.zero_stage,
+        offload=settings.offload_optimizer,
+        pinned=ranks.device.type == "cuda",
+    )
+    optimizer = _optimizer(settings, pipeline, shares.stepped)
+    engine = _engine(settings, ranks, pipeline, staged, optimizer, shares)
     reader = reader_of(data, ranks)
     noising = Noising(pipeline, ranks.is_first_stage, ranks.is_last_stage)
     batches = _batches(settings, ranks, data, epochs, reader, noising)
-    progress, ema = restore_or_start(settings, flags, checkpoint, epochs.steps_in, parameters, optimizer)
+    progress, ema = restore_or_start(settings, flags, checkpoint, epochs.steps_in, parameters, optimizer, shares)
     if checkpoint:
         folder = run_folder.go_on(checkpoint.folder.parent, settings, ranks, config, progress.step)
     else:
@@ -107,7 +115,7 @@ def build_trainer(
         ranks.is_main,
         resumed_at=progress.step if checkpoint else None,
     )
-    run = RunParts(settings, ranks, engine, optimizer, parameters, folder, metrics, stop, ema)
+    run = RunParts(settings, ranks, engine, optimizer, parameters, shares, folder, metrics, stop, ema)
     duties = _duties(run, pipeline, data, reader, noising, staged)
     return Trainer(run, batches, progress, duties, checkpoint and checkpoint.folder)
 
@@ -119,19 +127,25 @@ def restore_or_start(
     steps_in: Callable[[int], int],
     parameters: Mapping[str, Parameter],
     optimizer: Optimizer,
+    shares: Shares | None = None,
 ) -> tuple[Progress, EMA | None]:
     """Where the run begins, and the averages if it has any; parameters and optimizer take the checkpoint's values.
 
     Args:
         steps_in: epoch -> its number of steps.
+        shares: which of the parameters `optimizer` has; default: all.
     """
-    progress = Progress()
+    progress, shares = Progress(), shares or Shares(parameters)
     if checkpoint:
         checkpoint.load_weights(parameters)
+        shares.take_values()
         if not flags.reset_optimizer:
-            checkpoint.load_optimizer(parameters, optimizer, optimizers.find(settings.optimizer.type).retyped)
+            checkpoint.load_optimizer(shares.stepped, optimizer, optimizers.find(settings.optimizer.type).retyped)
         progress = checkpoint.starting_point(steps_in, restart_data=flags.reset_dataloader)
-    ema = EMA(parameters.items(), settings.ema, optimizer, since=progress.step) if settings.ema else None
+    ema = None
+    if settings.ema:
+        held = {"stepped": shares.stepped, "complete": shares.complete}
+        ema = EMA(parameters.items(), settings.ema, optimizer, since=progress.step, **held)
     if checkpoint:
         checkpoint.load_ema(ema)
     return progress, ema
@@ -146,7 +160,7 @@ def _optimizer(settings: Settings, pipeline: BasePipeline, parameters: Mapping[s
 
 
 def _engine(
-    settings: Settings, ranks: Ranks, pipeline: BasePipeline, staged: StagedModel, optimizer: Optimizer
+    settings: Settings, ranks: Ranks, pipeline: BasePipeline, staged: StagedModel, optimizer: Optimizer, shares: Shares
 ) -> Engine:
     swap = BlockSwap(
         staged.stage_layers(ranks.stage),
@@ -174,6 +188,8 @@ def _engine(
         clip_norm=settings.gradient_clipping,
         teacher=teacher_of(pipeline, settings, staged),
         float32_gradients=sums_in_float32(settings),
+        shares=shares,
+        deepspeed=settings.deepspeed_config,
     )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import models
 from models.assembly.exports import export_plan
-from models.assembly.memory import held_bytes
+from models.assembly.kept import weight_bytes
 from models.assembly.stage import StagedModel, load_stage, partition
 from models.base import BasePipeline
 from tests.models import tiny_flux, tiny_wan
@@ -229,9 +229,9 @@ def test_the_plan_counts_what_is_held(folders: dict[str, Path], kept: str) -> No
     flux = tiny_flux.pipeline(folders["flux"], transformer_dtype=kept)
     settings = settings_of(flux, LORA)
     planned, staged = partition(flux, settings, flux.weights.build_empty()), load_stage(flux, settings, stage=0)
-    held, _ = held_bytes(planned.layers, settings.optimizer)
+    held = weight_bytes(planned.layers)
     assert held == sum(t.nbytes for t in (*staged.denoiser.parameters(), *staged.denoiser.buffers()))
-    whole, _ = held_bytes(staged_of(tiny_flux.pipeline(folders["flux"])).layers, settings.optimizer)
+    whole = weight_bytes(staged_of(tiny_flux.pipeline(folders["flux"])).layers)
     assert held < 0.6 * whole
     assert planned.bounds == partition(flux, settings, tiny_flux.pipeline(folders["flux"]).weights.build_empty()).bounds
 

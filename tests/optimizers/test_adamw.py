@@ -33,6 +33,21 @@ def test_in_float32_it_is_torchs_to_the_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, torchs, strict=True))
 
 
+def test_a_step_is_one_kernel_where_elements_lie_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes where torch's goes, also with a weight whose elements lie in another order than its gradient's."""
+    taken, kernel = [], adamw.adamw
+    monkeypatch.setattr(adamw, "adamw", lambda *given, **keys: (taken.append(keys["fused"]), kernel(*given, **keys)))
+    ours, torchs = parameters(torch.float32), parameters(torch.float32)
+    train(AdamW(ours, **KEYS), ours, 6)
+    train(torch.optim.AdamW(torchs, **KEYS), torchs, 6)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(ours, torchs, strict=True))
+    turned = [nn.Parameter(torch.ones(3, 5).T), nn.Parameter(torch.ones(5, 3))]
+    for weight in turned:
+        train(AdamW([weight], **KEYS), [weight], 3)
+    assert torch.allclose(*turned, rtol=1e-5, atol=1e-6)
+    assert taken == [True] * 6 + [False] * 3 + [True] * 3
+
+
 @pytest.mark.parametrize("elements", [adamw.PART_ELEMENTS, 16, 1])
 def test_in_bfloat16_the_master_goes_where_float32_goes(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many parameters are updated together."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
+
+from utils.settings.deepspeed_keys import DeepSpeedSettings
 
 
 def initialize_deepspeed() -> None:
@@ -27,3 +30,12 @@ def initialize_deepspeed() -> None:
         # DeepSpeed's own table of what can be built takes a compiler half a second, and this entry alone is asked for.
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})[shared_memory_operator.NAME] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+
+
+def told(settings: DeepSpeedSettings) -> dict[str, Any]:
+    """What these settings are in the engine's configuration; DeepSpeed may say what they let it say."""
+    from deepspeed.utils.logging import set_log_level_from_string
+
+    if settings.dump_state:
+        set_log_level_from_string("info")
+    return {"communication_data_type": settings.communication_data_type, "dump_state": settings.dump_state}

@@ -10,6 +10,7 @@ What differs from `deepspeed.runtime.pipe.engine.PipelineEngine` of 0.19.8, each
 - a stage without trainable parameters trains;
 - gradients of 16-bit parameters may be summed in float32;
 - a stage does not wait until what it sends has arrived, nor for one tensor after another;
+- data ranks may divide optimizer state and gradients among themselves (`sharding.py`), at any number of stages;
 - a step does not walk through all modules, and with one data rank nothing is copied to be averaged;
 - evaluation returns a loss per sample, and a prediction can be had from the same stages.
 """
@@ -30,8 +31,12 @@ from torch import nn
 
 from utils.diffusion.auxiliary import Output
 from utils.parallel import wire
+from utils.parallel.backend import told
+from utils.parallel.breakdown import Breakdown
 from utils.parallel.pipeline import DenoiserPipeline
+from utils.parallel.sharding import Shares
 from utils.parallel.teacher import Teacher
+from utils.settings.deepspeed_keys import DeepSpeedSettings
 
 NEVER = 10**9
 MicroBatch = tuple[Any, ...]
@@ -59,6 +64,8 @@ class Engine(PipelineEngine):
     Args:
         float32_gradients: sum the gradients of 16-bit parameters in float32, since in their own type what later
             micro-batches add to a large sum is lost. The optimizer must take them so.
+        shares: which of the parameters `optimizer` steps; default: all that the stage trains.
+        deepspeed: what DeepSpeed is told beside: see `utils/settings/deepspeed_keys.py`.
     """
 
     def __init__(
@@ -70,7 +77,10 @@ class Engine(PipelineEngine):
         clip_norm: float,
         teacher: Teacher | None = None,
         float32_gradients: bool = False,
+        shares: Shares | None = None,
+        deepspeed: DeepSpeedSettings | None = None,
     ):
+        deepspeed = deepspeed or DeepSpeedSettings()
         config = {
             # Not used: micro-batches may differ in size.
             "train_micro_batch_size_per_gpu": 1,
@@ -78,6 +88,7 @@ class Engine(PipelineEngine):
             "gradient_clipping": 0.0,
             "steps_per_print": NEVER,
             "zero_allow_untested_optimizer": True,
+            **told(deepspeed),
         }
         mpu = module.mpu()
         super().__init__(
@@ -95,6 +106,13 @@ class Engine(PipelineEngine):
                 parameter.grad_dtype = torch.promote_types(parameter.dtype, torch.float32)
         # Now that the rest of the stage is on the device.
         module.swap.start(self.device)
+        self._shares = shares or Shares({})
+        self._shares.start(self.grid.get_data_parallel_group())
+        self._reduced = self._shares.reduced_gradients(self._trained, self._config.communication_data_type)
+        self._breakdown = None
+        if deepspeed.wall_clock_breakdown:
+            self._breakdown = Breakdown(self.device, None if self.grid.get_data_parallel_rank() else self.stage_id)
+            self._INSTRUCTION_MAP = self._breakdown.timed(self._INSTRUCTION_MAP)
         self.clip_norm = clip_norm
         self.teacher = teacher
         self._grad_norm = torch.zeros(())
@@ -117,6 +135,8 @@ class Engine(PipelineEngine):
         self._begin(step)
         loss = self.train_batch(iter(batches) if batches is not None else None)
         self._finish_sending()
+        if self._breakdown:
+            self._breakdown.tell(step)
         return StepResult(loss.item(), self._grad_norm.item(), self._terms_of_all())
 
     def evaluate(self, batches: Iterable[MicroBatch] | None, count: int) -> list[torch.Tensor]:
@@ -278,6 +298,8 @@ class Engine(PipelineEngine):
             outputs = [tensor for tensor in tensors if tensor.requires_grad]
             if outputs:
                 torch.autograd.backward(outputs, self.grad_layer)
+        if self._reduced:
+            self._reduced.end_backward()
         self.grad_layer = None
         self.pipe_buffers["outputs"][buffer_id] = None
 
@@ -290,6 +312,9 @@ class Engine(PipelineEngine):
     def _reduce_gradients(self) -> None:
         """The means of the gradients over the data ranks; those that are missing are zeros, as on other ranks."""
         self.module.swap.settle()
+        if self._reduced:
+            self._reduced.hand_over()
+            return
         for parameter in self._trained:
             if parameter.grad is None:
                 # Of the parameter's type in torch before 2.10, which knows no other.
@@ -308,22 +333,31 @@ class Engine(PipelineEngine):
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         self._grad_norm = self._clip()
+        self._shares.before_step()
         super()._take_model_step(lr_kwargs)
+        self._shares.after_step()
 
     def _clip(self) -> torch.Tensor:
         """The norm of the gradient over all stages; scales the gradient down to `clip_norm` unless that is 0."""
         parameters = [parameter for parameter in self._trained if parameter.grad is not None]
-        # In float32 for gradients of any type: bfloat16 would leave the norm two digits.
-        norms = torch._foreach_norm([p.grad for p in parameters], 2, dtype=torch.float32) if parameters else ()
-        # Those of swapped blocks are in the host's memory.
-        norms = [norm.to(self.device) for norm in norms]
-        square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
+        square = self._norms(parameters).square().sum()
         if self.is_pipe_parallel:
             dist.all_reduce(square, group=self.grid.get_pipe_parallel_group())
         norm = square.sqrt()
         if self.clip_norm > 0 and parameters:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
         return norm
+
+    def _norms(self, parameters: list[nn.Parameter]) -> torch.Tensor:
+        """Those of the gradients of this stage (P,), in float32 for gradients of any type: bfloat16 would leave a norm
+        two digits."""
+        if self._reduced:
+            return self._reduced.norms_of_all()
+        if not parameters:
+            return torch.zeros(0, device=self.device)
+        norms = torch._foreach_norm([p.grad for p in parameters], 2, dtype=torch.float32)
+        # Those of swapped blocks are in the host's memory.
+        return torch.stack([norm.to(self.device) for norm in norms])
 
     _INSTRUCTION_MAP = {
         **PipelineEngine._INSTRUCTION_MAP,

@@ -14,8 +14,8 @@ from functools import partial
 
 import torch
 
-from utils.parallel.swap_plan import BUFFERS, aligned
-from utils.parallel.transfers import Mark, Transfers, dense_strides, host_memory
+from utils.parallel.swap_plan import BUFFERS
+from utils.parallel.transfers import Mark, Transfers, aligned, dense_strides, host_memory
 
 
 class HostGradients:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from utils.parallel.swap_plan import BUFFERS, Swappable, aligned
-from utils.parallel.transfers import Mark, Transfers, dense_strides
+from utils.parallel.swap_plan import BUFFERS, Swappable
+from utils.parallel.transfers import Mark, Transfers, aligned, dense_strides
 
 
 class HostBlock:

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from utils.parallel.partition import repeated_blocks
+from utils.parallel.transfers import aligned
 
-ALIGNMENT = 256
-"""In bytes: every tensor begins at a multiple of it, as in memory that CUDA gives out."""
 BUFFERS = 2
 """One for the block that computes and one for the next. A third would not make the copies any faster."""
 
@@ -140,8 +139,3 @@ class SwapPlan:
             position: [one.tensor for one in block if one.tensor.requires_grad]
             for position, block in self.blocks.items()
         }
-
-
-def aligned(size: int) -> int:
-    """The bytes up to the next multiple of `ALIGNMENT`."""
-    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # Allowed in every context of the process: `cudaHostRegisterPortable`.
 PORTABLE = 1
+ALIGNMENT = 256
+"""In bytes: every tensor begins at a multiple of it, as in memory that CUDA gives out."""
 
 Mark = Any
 
@@ -103,6 +105,11 @@ class ImmediateTransfers:
 def transfers_to(device: torch.device) -> Transfers:
     """The transfers for this kind of device."""
     return CudaTransfers(device) if device.type == "cuda" else ImmediateTransfers(device)
+
+
+def aligned(size: int) -> int:
+    """A size in bytes, up to where the next tensor may begin."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:

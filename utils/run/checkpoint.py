@@ -2,6 +2,7 @@
 
     global_step1200/
         state-0.safetensors ...   per stage: "weights/<parameter>", "optimizer/<parameter>/<key>", "ema/<parameter>"
+        state-0.1.safetensors ... what further data ranks of a stage have of the latter two, where they divide them
         progress.json             the progress of the run, and settings that bind the checkpoint
     latest                        the name of the newest complete checkpoint
 
@@ -29,6 +30,7 @@ from optimizers.kinds import State
 from utils import ranks as together
 from utils.errors import UserError
 from utils.json_files import read_json
+from utils.parallel.sharding import Shares
 from utils.ranks import Ranks
 from utils.run.folder import LATEST, checkpoints_before
 from utils.run.progress import Progress
@@ -87,28 +89,35 @@ def save(
     optimizer: torch.optim.Optimizer,
     made_with: Mapping[str, Any],
     ema: EMA | None = None,
+    shares: Shares | None = None,
 ) -> Path:
-    """Writes the checkpoint of this step into the run's folder; all ranks call it, one per stage writes.
+    """Writes the checkpoint of this step into the run's folder; all ranks call it, and one per stage writes, or all
+    that have a share.
 
     Args:
         parameters: the trainable parameters of this stage by name.
         made_with: settings that a resumed run should share, under the names in `MADE_WITH`; the user is told if they
             differ.
         ema: the averages of these parameters, if there are any.
+        shares: which of the parameters `optimizer` has, and `ema`; default: all of them, as they are.
     """
+    shares = shares or Shares(parameters)
     name = f"global_step{progress.step}"
     unfinished = folder / f"{name}.unfinished"
     if ranks.is_main:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     together.barrier()
-    if ranks.data_rank == 0:
-        write_tensors(unfinished / f"state-{ranks.stage}.safetensors", _state(parameters, optimizer, ema))
+    if shares.divided or ranks.data_rank == 0:
+        weights = parameters if ranks.data_rank == 0 else {}
+        state = _state(weights, shares.stepped, optimizer, ema)
+        write_tensors(unfinished / _state_file(ranks.stage, ranks.data_rank), state)
     together.barrier()
     if ranks.is_main:
         content = {
             "format": FORMAT,
             "stages": ranks.stages,
+            "shares": ranks.data_ranks if shares.divided else 1,
             "progress": progress.as_dict(),
             "made_with": dict(made_with),
             "ema_since": ema and ema.since,
@@ -134,10 +143,16 @@ def remove_older(newest: Path, keep: int, spared: Path | None) -> None:
             shutil.rmtree(old.rename(old.with_name(old.name + REMOVED)), ignore_errors=True)
 
 
-def _state(parameters: NamedParameters, optimizer: torch.optim.Optimizer, ema: EMA | None) -> dict[str, torch.Tensor]:
-    tensors = {f"weights/{name}": parameter.detach() for name, parameter in parameters.items()}
+def _state_file(stage: int, share: int) -> str:
+    return f"state-{stage}.{share}.safetensors" if share else f"state-{stage}.safetensors"
+
+
+def _state(
+    weights: NamedParameters, stepped: NamedParameters, optimizer: torch.optim.Optimizer, ema: EMA | None
+) -> dict[str, torch.Tensor]:
+    tensors = {f"weights/{name}": parameter.detach() for name, parameter in weights.items()}
     tensors |= {f"ema/{name}": average for name, average in (ema.averages if ema else {}).items()}
-    for name, parameter in parameters.items():
+    for name, parameter in stepped.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{name}/{key}"] = value if isinstance(value, torch.Tensor) else torch.tensor(value)
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -211,11 +226,13 @@ class Checkpoint:
             self.run: dict[str, Any] | None = content["made_with"].get("run")
             self.ema_since: int | None = content.get("ema_since")
             stages = int(content.get("stages", len(list(folder.glob("state-*.safetensors")))))
+            shares = int(content.get("shares", 1))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError.of(
                 f"is not whole: {error} is missing or wrong; {self._cure()}", str(folder / PROGRESS)
             ) from error
-        files = [self._opened(folder / f"state-{stage}.safetensors") for stage in range(stages)]
+        names = [_state_file(stage, share) for stage in range(stages) for share in range(shares)]
+        files = [self._opened(folder / name) for name in names]
         self._files = {key: file for file in files for key in file.keys()}
 
     def _opened(self, path: Path) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import optimizers
 from utils.errors import UserError
 from utils.settings.schema import Settings
 
@@ -32,16 +33,29 @@ def savings(settings: Settings) -> Iterator[str]:
         yield 'activation_checkpointing = "offload": what is kept of the blocks waits in the machine\'s memory'
     if settings.micro_batch_size_per_gpu != 1:
         yield "micro_batch_size_per_gpu = 1, with more gradient_accumulation_steps"
-    more = "more blocks_to_swap" if settings.swaps else "blocks_to_swap = 10 or more"
     if settings.adapter:
-        yield f"{more}: frozen weights wait in the machine's memory"
+        yield f"{_more_swap(settings)}: frozen weights wait in the machine's memory"
         if model.transformer_dtype in (None, "float32", "float16", "bfloat16"):
             yield "[model] transformer_dtype = 'int8', 'float8' or 'nf4': the frozen weights in 8 or 4 bits"
-    elif settings.optimizer.type == "adamw":
-        if not settings.swaps:
-            yield "[optimizer] type = 'adamw8bit': a quarter of the optimizer's state"
-        yield f"{more}: weights and their optimizer state wait in the machine's memory, where they are stepped"
+    yield from _of_optimizer(settings)
     if settings.ema and settings.ema.device == "gpu":
         yield "[ema] device = 'cpu'"
     yield "more pipeline_stages, if there are more GPUs"
     yield "smaller resolutions, or fewer frames, in the dataset"
+
+
+def _of_optimizer(settings: Settings) -> Iterator[str]:
+    on_host = "cpu" not in optimizers.find(settings.optimizer.type).not_on
+    elsewhere = settings.zero_stage or settings.offload_optimizer
+    if not (settings.adapter or settings.swaps) and settings.optimizer.type == "adamw":
+        yield "[optimizer] type = 'adamw8bit': a quarter of the optimizer's state"
+    if not settings.adapter and on_host and not elsewhere:
+        yield f"{_more_swap(settings)}: weights and their optimizer state wait in the machine's memory"
+    if not (settings.zero_stage or settings.swaps_trained):
+        yield "zero_stage = 1 or 2, if there are several data ranks: each keeps its share of the optimizer's state"
+    if on_host and not (settings.offload_optimizer or settings.swaps_trained):
+        yield "offload_optimizer = true: the optimizer's state waits in the machine's memory"
+
+
+def _more_swap(settings: Settings) -> str:
+    return "more blocks_to_swap" if settings.swaps else "blocks_to_swap = 10 or more"

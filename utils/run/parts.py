@@ -11,6 +11,7 @@ from torch import nn
 
 from optimizers.ema import EMA
 from utils.parallel.engine import Engine
+from utils.parallel.sharding import Shares
 from utils.ranks import Ranks, any_rank
 from utils.run.metrics import Metrics
 from utils.run.signals import StopRequested, StopRequests
@@ -23,6 +24,7 @@ class RunParts:
 
     Attributes:
         parameters: the trainable ones of this stage, by name.
+        shares: which of the parameters `optimizer` has, and `ema`.
         folder: of the run.
         stop: whether this process was asked to stop; the ranks agree on it among themselves.
         ema: the averages of the parameters, if the run has any.
@@ -33,6 +35,7 @@ class RunParts:
     engine: Engine
     optimizer: torch.optim.Optimizer
     parameters: Mapping[str, nn.Parameter]
+    shares: Shares
     folder: Path
     metrics: Metrics
     stop: StopRequests

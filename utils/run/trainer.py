@@ -226,8 +226,9 @@ class Trainer:
             "optimizer": self.parts.settings.optimizer.model_dump(mode="json"),
             "steps_in_epoch": self.epochs.steps_in(self.progress.epoch),
         }
-        state = (self.progress, self.parts.parameters, self.parts.optimizer, made_with, self.parts.ema)
-        path = checkpoint.save(self.parts.folder, self.parts.ranks, *state)
+        parts = self.parts
+        state = (self.progress, parts.parameters, parts.optimizer, made_with, parts.ema, parts.shares)
+        path = checkpoint.save(parts.folder, parts.ranks, *state)
         self.checkpoints.restart()
         logger.info("checkpoint: %s", path)
         if self.parts.ranks.is_main and self.parts.settings.keep_checkpoints:

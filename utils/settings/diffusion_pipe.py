@@ -151,14 +151,14 @@ TYPES: Mapping[str, Mapping[str, ForeignType]] = {
         "adamw8bitkahan": ForeignType(
             "", "take `adamw8bit` with `dtype = 'float32'` in `[adapter]`, or `adamw`, for steps that are not lost"
         ),
-        "offload": ForeignType("", "take `adamw8bit`, whose state takes a quarter"),
+        "offload": ForeignType("", "take `adamw`, and `offload_optimizer = true` above all tables"),
     },
 }
 """By table, and by `type` in small letters."""
 
 FLAGS: Mapping[str, Foreign] = {
     "deepspeed": leave_out("DeepSpeed is always used"),
-    "deepspeed_config": Foreign("leave it out: what DeepSpeed is told follows from the keys of the config"),
+    "deepspeed_config": Foreign("write instead: `deepspeed_config` in the config"),
     "i_know_what_i_am_doing": leave_out("there is no check that it would skip"),
     "test_sample": Foreign("write instead: `sample_before_first_step = true` and `prompts`, in `[sampling]`"),
 }

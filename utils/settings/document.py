@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from utils.settings.choices import Classes, own_keys
 from utils.settings.dataset_schema import DataKeys, DatasetSettings, DirectorySettings
+from utils.settings.deepspeed_keys import DeepSpeedSettings
 from utils.settings.keys import CHOSEN, GROUPS, NESTED, SECTIONS, SPELLINGS, run_keys, spellings
 from utils.settings.schema import Settings
 from utils.settings.values import SettingsTable
@@ -64,7 +65,8 @@ def settings_page(classes: Mapping[str, Classes]) -> str:
     """
     parts = [_HEAD.format(groups=", ".join(f"`[{group}]`" for group in GROUPS))]
     parts.append(_table(Settings, "run", only=run_keys()))
-    parts += [_section("### Entries of `eval_datasets`", NESTED["eval_datasets"])]
+    parts.append(_section("### Entries of `eval_datasets`", NESTED["eval_datasets"]))
+    parts.append(_section("### `[deepspeed_config]`", DeepSpeedSettings))
     for name, cls in SECTIONS.items():
         parts.append(_section(f"## `[{name}]`", cls, name))
         if name == "model":

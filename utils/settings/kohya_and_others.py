@@ -191,7 +191,10 @@ ANYWHERE: Mapping[str, Foreign] = {
     "noise_offset_random_strength": leave_out("this version adds the whole of noise_offset", only=(False,)),
     "lr_scheduler_num_cycles": leave_out("this version has no schedule with restarts", only=(1,)),
     "lr_scheduler_power": leave_out("this version has no polynomial schedule", only=(1, 1.0)),
-    "zero_stage": leave_out("pipeline_stages divides the model, and data ranks keep whole stages", only=(0,)),
+    "deepspeed": leave_out("DeepSpeed is always used", only=(True,)),
+    "offload_optimizer_device": write("`offload_optimizer = true`", unless=("none",)),
+    "offload_optimizer_nvme_path": leave_out("the optimizer's state waits in the machine's memory, and not on a disk"),
+    "offload_param_device": write("`blocks_to_swap`, of frozen weights", unless=("none",)),
 }
 
 

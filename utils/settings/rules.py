@@ -101,6 +101,17 @@ def _swap_fits_stages(settings: Settings, _: int) -> Iterator[Problem]:
         )
 
 
+def _trained_blocks_step_at_home(settings: Settings, _: int) -> Iterator[Problem]:
+    if settings.swaps_trained and settings.blocks_to_swap != "auto":
+        for key in ("zero_stage", "offload_optimizer"):
+            if getattr(settings, key):
+                message = (
+                    "is not for swapped blocks of a full fine-tune, whose optimizer state is in the machine's memory "
+                    "anyway; leave it out and swap more blocks, or leave out blocks_to_swap"
+                )
+                yield _at(f"key `{key}`", message)
+
+
 def _recomputed_blocks_are_asked_for(settings: Settings, _: int) -> Iterator[Problem]:
     if settings.activation_checkpointing_every_n_blocks > 1 and not settings.activation_checkpointing:
         yield _at(
@@ -308,6 +319,7 @@ _RULES = (
     SettingsRule(("pipeline_stages",), _stages_divide_world),
     SettingsRule(("stage_weights", "partition_method", "pipeline_stages"), _weights_fit_stages),
     SettingsRule(("blocks_to_swap", "pipeline_stages"), _swap_fits_stages),
+    SettingsRule(("blocks_to_swap", "adapter", "zero_stage", "offload_optimizer"), _trained_blocks_step_at_home),
     SettingsRule(
         ("activation_checkpointing", "activation_checkpointing_every_n_blocks"), _recomputed_blocks_are_asked_for
     ),

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationInfo, field_validator
 
+from utils.settings.deepspeed_keys import DeepSpeedConfig
 from utils.settings.model_schema import DType, ModelSettings
 from utils.settings.values import (
     Count,
@@ -19,6 +20,7 @@ from utils.settings.values import (
     Share,
     SwappedBlocks,
     UserPath,
+    ZeroStage,
 )
 
 PLANNED = ("time", "memory")
@@ -260,6 +262,17 @@ class Settings(SettingsTable):
     "auto", as many as the card's memory asks for."""
     disable_block_swap_for_eval: bool = False
     """All swapped blocks are on the GPU at once in evaluation and sampling, if there is room, which is faster."""
+    zero_stage: ZeroStage = 0
+    """What the data ranks of a stage (GPUs / `pipeline_stages`) divide among themselves, where otherwise each keeps all
+    of it: 1: the optimizer's state, with float32 masters and moving averages; 2: also the gradients, of which those of
+    several micro-batches are then added up in another order. It changes nothing else, and works with any number of
+    stages and checkpoints of any other value, but not beside swapped blocks of a full fine-tune."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in the machine's memory, and let the processor take the steps: less memory of the GPU,
+    and slower steps. Not for "adamw8bit", nor beside swapped blocks of a full fine-tune, which do so by themselves."""
+    deepspeed_config: DeepSpeedConfig | None = None
+    """JSON file with keys of a DeepSpeed configuration, or a table of them (below), beside what follows from the other
+    keys. Those that have a key here are refused, and name it."""
     memory_budget_gb: Positive | None = None
     """What "auto" takes as the memory of each GPU, in GiB; default: the smallest of the GPUs that are there."""
     partition_method: Literal["parameters", "time", "memory", "uniform", "manual"] = "parameters"

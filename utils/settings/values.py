@@ -90,6 +90,10 @@ SwappedBlocks = Annotated[
     Natural | Annotated[list[Natural], Field(min_length=1)] | Literal["auto"],
     or_else('must be a number of blocks, a list with a number for each stage as in [10, 12], or "auto"'),
 ]
+ZeroStage = Annotated[
+    Annotated[int, Field(ge=0, le=2)],
+    or_else("must be 0, 1 or 2; weights are divided by pipeline_stages, and not among data ranks"),
+]
 SizeBucket = Annotated[
     tuple[Count, Count, Count],
     Field(strict=False),

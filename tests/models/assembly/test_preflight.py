@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import optimizers
-from models.assembly.memory import held_bytes
+from models.assembly.kept import Kept, weight_bytes
 from models.assembly.plan import epochs_of
 from models.assembly.preflight import check_run, describe
 from models.assembly.stage import load_stage, partition
 from models.base import BasePipeline
+from optimizers.adamw import AdamW8bitSettings
 from optimizers.parameter_groups import groups_of
 from tests.models import tiny_flux, tiny_sdxl_texts
 from tests.models.tiny_folder import settings_of
@@ -25,11 +26,12 @@ from utils.dataset.collection import Collection, Source
 from utils.dataset.samples import Bucket, MediaFile, Sample, Take
 from utils.dataset.sources import Locator
 from utils.errors import UserError
+from utils.parallel.sharding import Shares
 from utils.ranks import Ranks
 from utils.run.progress import Progress
 from utils.run.trainer import last_step_of
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
-from utils.settings.schema import AdapterSettings
+from utils.settings.schema import AdapterSettings, EMASettings
 
 
 @pytest.fixture
@@ -63,9 +65,54 @@ def test_what_a_stage_holds_is_counted(folder: Path, dtype: str, adapter: Adapte
     kept = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
     expected = sum(tensor.nbytes for tensor in [*kept, *(p.grad for p in parameters.values())])
     weights = sum(p.nbytes for p in staged.denoiser.parameters())
-    assert held_bytes(staged.layers, settings.optimizer) == (weights, expected)
+    assert weight_bytes(staged.layers) == weights
+    assert Kept(settings.optimizer).bytes_of(parameters) == (expected, 0)
     averages = 4 * sum(parameter.numel() for parameter in parameters.values())
-    assert held_bytes(staged.layers, settings.optimizer, averages=True) == (weights, expected + averages)
+    assert Kept(settings.optimizer, averages=True).bytes_of(parameters) == (expected + averages, 0)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize("offload", [False, True])
+def test_what_data_ranks_divide_is_counted_of_the_rank_that_has_most(
+    folder: Path, zero_stage: int, offload: bool
+) -> None:
+    flux = tiny_flux.pipeline(folder, dtype="bfloat16")
+    keys = {"gradient_accumulation_steps": 2, "ema": EMASettings()}
+    settings = settings_of(flux, zero_stage=zero_stage, offload_optimizer=offload, **keys)
+    staged = partition(flux, settings, flux.weights.build_empty())
+    trained = staged.trained(staged.layers)
+    found = []
+    for data_rank in range(3):
+        own = Shares(trained, Ranks(data_rank, 3), zero_stage).stepped.values()
+        elements = sum(parameter.numel() for parameter in own)
+        # Two moments and a master, beside copies of the weight and of its gradient if they are in the host's memory.
+        state = elements * 12
+        gradients = 4 * sum(parameter.numel() for parameter in trained.values())
+        if zero_stage == 2:
+            # Its own, and all that the model has on their way, since that is little, with their copy.
+            gradients = 4 * elements + 2 * gradients
+        averages = 4 * elements
+        found.append((gradients + averages + (0 if offload else state), state + elements * 6 if offload else 0))
+    assert Kept.of(settings, 3).bytes_of(trained) == (max(d for d, _ in found), max(h for _, h in found))
+    text = describe(settings, Ranks(0, 3), flux, staged, [collection(5)])
+    assert ("the optimizer takes 0.00 GiB of the host's memory" in text) == offload
+    assert ("adamw in the machine's memory, lr" in text) == offload
+    divided = {1: "optimizer state", 2: "optimizer state and gradients"}.get(zero_stage)
+    assert (f"zero_stage:   {zero_stage}, {divided} divided among 3 data ranks" in text) == (zero_stage > 0)
+    alone = describe(settings, Ranks(), flux, staged, [collection(5)])
+    assert (f"zero_stage:   {zero_stage} changes nothing here: there is 1 data rank" in alone) == (zero_stage > 0)
+
+
+def test_an_optimizer_of_the_gpu_does_not_step_in_the_machines_memory(folder: Path) -> None:
+    flux = tiny_flux.pipeline(folder)
+    settings = settings_of(flux, offload_optimizer=True)
+    check_run(settings, Ranks(), flux)
+    eight_bit = settings.model_copy(update={"optimizer": AdamW8bitSettings(type="adamw8bit", lr=1e-3)})
+    with pytest.raises(UserError, match='offload_optimizer lets the processor .*"adamw8bit" runs on GPUs only'):
+        check_run(eight_bit, Ranks(), flux)
+    swapping = eight_bit.model_copy(update={"offload_optimizer": False, "blocks_to_swap": 2})
+    with pytest.raises(UserError, match='steps of swapped blocks of a full fine-tune: "adamw8bit" runs on GPUs only'):
+        check_run(swapping, Ranks(), flux)
 
 
 def test_a_library_that_is_missing_is_told_before_anything_is_loaded(
@@ -194,7 +241,7 @@ def test_swapped_blocks_count_as_their_buffers(folder: Path) -> None:
     flux = tiny_flux.pipeline(folder, dtype="bfloat16")
     settings = settings_of(flux, LoraSettings(type="lora", rank=1), blocks_to_swap=57)
     staged = partition(flux, settings, flux.weights.build_empty())
-    before = held_bytes(staged.layers, settings.optimizer)[0] / 2**30
+    before = weight_bytes(staged.layers) / 2**30
     text = describe(settings, Ranks(), flux, staged, [collection(5)])
     after = float(re.search(r"weights ([\d.]+)", text)[1])
     shared, host = map(float, re.search(r"57 swapped blocks share ([\d.]+) .* take ([\d.]+) GiB of", text).groups())

@@ -26,7 +26,8 @@ from utils.adapters.attach import switched_off
 from utils.errors import UserError
 from utils.parallel.partition import repeated_blocks
 from utils.parallel.swap import BlockSwap
-from utils.parallel.swap_plan import ALIGNMENT, BUFFERS, SwapPlan, counts, spread
+from utils.parallel.swap_plan import BUFFERS, SwapPlan, counts, spread
+from utils.parallel.transfers import ALIGNMENT
 from utils.ranks import Ranks
 from utils.settings.schema import EMASettings
 

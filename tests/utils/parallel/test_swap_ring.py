@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from utils.parallel.ring import HostBlock, Ring
-from utils.parallel.swap_plan import ALIGNMENT, Swappable, spread
+from utils.parallel.swap_plan import Swappable, spread
+from utils.parallel.transfers import ALIGNMENT
 
 BACKWARD = 2.0
 """The time of a block's backward pass in those of its forward pass."""

@@ -36,6 +36,10 @@ def test_what_is_set_already_is_not_advised() -> None:
     small = tiny_flux.pipeline(tiny_flux.MINI_FLUX, transformer_dtype="nf4")
     spent = list(savings(settings_of(small, lora, activation_checkpointing="offload", blocks_to_swap=3)))
     assert spent[0].startswith("more blocks_to_swap")
+    assert "zero_stage" in names(spent) and "offload_optimizer" in names(spent)
+    spent = list(savings(settings_of(small, lora, zero_stage=1, offload_optimizer=True)))
+    assert "zero_stage" not in names(spent) and "offload_optimizer" not in names(spent)
+    spent = list(savings(settings_of(small, lora, activation_checkpointing="offload", blocks_to_swap=3)))
     assert "transformer_dtype" not in names(spent) and "activation_checkpointing" not in names(spent)
 
 

@@ -12,12 +12,13 @@ from tests.json_schema import Validator
 from tests.utils.settings.conftest import CLASSES, TinyOptions
 from utils.settings.choices import own_keys
 from utils.settings.dataset_schema import DataKeys, DatasetSettings
+from utils.settings.deepspeed_keys import DeepSpeedSettings
 from utils.settings.document import data_groups, dataset_json_schema, settings_json_schema, settings_page
 from utils.settings.keys import CHOSEN, GROUPS, NESTED, SECTIONS, known_keys, run_keys
 from utils.settings.model_schema import ModelSettings
 from utils.settings.schema import SamplingSettings, Settings
 
-TABLES = [Settings, DatasetSettings, *NESTED.values(), *SECTIONS.values()]
+TABLES = [Settings, DatasetSettings, DeepSpeedSettings, *NESTED.values(), *SECTIONS.values()]
 TABLES += [cls for section in CHOSEN for cls in CLASSES[section].values()]
 
 

@@ -347,4 +347,4 @@ def test_the_page_says_of_every_key_what_happens() -> None:
     assert said["stabilize"].startswith("refused, unless it changes nothing; ")
     assert said["cache_shuffle_num"].startswith("the same word: an epoch uses one of the orders")
     assert said["adamw_optimi"].startswith("read: `adamw`; ")
-    assert said["--deepspeed_config"].startswith("refused; leave it out: ")
+    assert said["--deepspeed_config"].startswith("refused; write instead: `deepspeed_config`")

@@ -1,0 +1,90 @@
+"""The bytes of weights, and of what is kept beside those that are trained: gradients, optimizer state, averages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import optimizers
+from utils.parallel.sharding import buckets, owners, summed_in
+from utils.settings.schema import OptimizerSettings, Settings
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a rank keeps of parameters that are trained, beside their weights.
+
+    Attributes:
+        averages: whether there are float32 averages on the device (an EMA on the GPU).
+        float32_gradients: whether gradients are summed in float32.
+        zero_stage, data_ranks: what is divided, and among how many.
+        offload: whether the optimizer works in the host's memory.
+    """
+
+    optimizer: OptimizerSettings
+    averages: bool = False
+    float32_gradients: bool = False
+    zero_stage: int = 0
+    data_ranks: int = 1
+    offload: bool = False
+
+    @classmethod
+    def of(cls, settings: Settings, data_ranks: int) -> Kept:
+        """As a run keeps it."""
+        averages = settings.ema is not None and settings.ema.device == "gpu"
+        zero_stage, offload = settings.zero_stage, settings.offload_optimizer
+        return cls(settings.optimizer, averages, sums_in_float32(settings), zero_stage, data_ranks, offload)
+
+    def bytes_of(self, trained: Mapping[str, nn.Parameter]) -> tuple[int, int]:
+        """On the device and in the host's memory, of the rank that has most of these parameters of a stage."""
+        data_ranks = self.data_ranks if self.zero_stage else 1
+        owner_of = owners({name: parameter.numel() for name, parameter in trained.items()}, data_ranks)
+        shares = [[p for name, p in trained.items() if owner_of[name] == rank] for rank in range(data_ranks)]
+        divides_gradients = self.zero_stage > 1 and data_ranks > 1
+        of_all = sum(map(self._gradient, trained.values()))
+        found = [
+            self._share(share, self._divided_gradients(share, trained) if divides_gradients else of_all)
+            for share in shares
+        ]
+        return max(device for device, _ in found), max(host for _, host in found)
+
+    def _share(self, share: Sequence[nn.Parameter], gradients: int) -> tuple[int, int]:
+        kept_of = optimizers.find(self.optimizer.type).state_bytes
+        state = sum(kept_of(self.optimizer, parameter) for parameter in share)
+        device = gradients + (4 * sum(parameter.numel() for parameter in share) if self.averages else 0)
+        if not self.offload:
+            return device + state, 0
+        return device, state + sum(parameter.nbytes + self._gradient(parameter) for parameter in share)
+
+    def _gradient(self, parameter: nn.Parameter) -> int:
+        return gradient_size(parameter, float32=self.float32_gradients)
+
+    def _divided_gradients(self, share: Sequence[nn.Parameter], trained: Mapping[str, nn.Parameter]) -> int:
+        """Of a share, and of what is on its way to its owners: a bucket, and its copy."""
+        on_the_way = [sum(map(_summed, bucket)) for bucket in buckets(reversed(trained.values()))]
+        return sum(map(_summed, share)) + 2 * max(on_the_way, default=0)
+
+
+def _summed(parameter: nn.Parameter) -> int:
+    """The bytes of a gradient that is summed over data ranks."""
+    return parameter.numel() * summed_in(parameter).itemsize
+
+
+def sums_in_float32(settings: Settings) -> bool:
+    """Whether a run sums the gradients of micro-batches in float32, whatever type their parameters have."""
+    return settings.gradient_accumulation_steps > 1 and optimizers.find(settings.optimizer.type).float32_gradients
+
+
+def weight_bytes(layers: Sequence[nn.Module]) -> int:
+    """The bytes of the weights of some layers, with their buffers, among them the scales of quantised weights."""
+    held = {id(p): p for layer in layers for p in layer.parameters()}.values()
+    buffers = {id(b): b for layer in layers for b in layer.buffers()}.values()
+    return sum(tensor.nbytes for tensor in (*held, *buffers))
+
+
+def gradient_size(parameter: torch.Tensor, *, float32: bool) -> int:
+    """The bytes of a parameter's gradient, which may be summed in float32."""
+    return parameter.numel() * max(parameter.itemsize, torch.float32.itemsize if float32 else 0)

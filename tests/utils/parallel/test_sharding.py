@@ -1,0 +1,254 @@
+"""Data ranks that divide optimizer state and gradients: they train to the bit as those that keep all of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from models.assembly.trainer import restore_or_start
+from models.flux import FluxOptions, FluxPipeline
+from optimizers import find
+from optimizers.parameter_groups import groups_of
+from tests.models.tiny_folder import settings_of
+from tests.processes import run_ranks
+from tests.utils.parallel import toy_flux
+from utils.adapters.lora import LoraSettings
+from utils.parallel import sharding
+from utils.parallel.sharding import Shares, buckets, owners
+from utils.ranks import Ranks
+from utils.run.checkpoint import Checkpoint, ResumeFlags, save
+from utils.run.progress import Progress
+from utils.settings.schema import EMASettings
+
+CLIP = 0.05
+SINGLE_BLOCKS_ONLY = LoraSettings(type="lora", rank=4, include=["single_transformer_blocks.1"])
+AVERAGES = EMASettings(decay=0.5, warmup="none")
+
+
+class Way(NamedTuple):
+    """One way to train."""
+
+    zero_stage: int
+    dtype: str = "float32"
+    accumulation: int = 1
+    adapted: bool = False
+    offload: bool = False
+    optimizer: str = "adamw"
+
+    @property
+    def plain(self) -> Way:
+        """The same without what is to be shown."""
+        return self._replace(zero_stage=0, offload=False)
+
+    @property
+    def then(self) -> Way:
+        """Another way, in which a run goes on; plain training goes on as it is."""
+        if self == self.plain:
+            return self
+        offload = not self.offload and self.optimizer == "adamw"
+        return self._replace(zero_stage={0: 2, 1: 0, 2: 1}[self.zero_stage], offload=offload)
+
+
+ALL = ((0, False), (0, True), (1, False), (2, False), (2, True))
+BF16, ACCUMULATED = Way(0, "bfloat16"), Way(0, "bfloat16", accumulation=3)
+ADAPTED = Way(0, "float32", accumulation=2, adapted=True)
+EIGHT_BIT = Way(0, optimizer="adamw8bit")
+LAYOUTS = {
+    (1, 2): [
+        *(way._replace(zero_stage=zero, offload=offload) for way in (BF16, ACCUMULATED) for zero, offload in ALL),
+        *(EIGHT_BIT._replace(zero_stage=zero) for zero in (0, 1, 2)),
+    ],
+    (2, 2): [ADAPTED._replace(zero_stage=zero, offload=offload) for zero, offload in ALL],
+    (1, 3): [Way(zero) for zero in (0, 1, 2)],
+}
+"""By stages and data ranks, what is tried on them; the plain way first."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_flux.write_folder(tmp_path_factory.mktemp("flux"))
+
+
+def train(ranks: Ranks, folder: Path, stages: int) -> dict[Way, dict[str, Any]]:
+    """Job of a rank: what each way of training leaves."""
+    from utils.parallel.backend import initialize_deepspeed
+
+    initialize_deepspeed()
+    # So that there are several, which wait for one another.
+    sharding.BUCKET_ELEMENTS = 2000
+    ways = LAYOUTS[stages, ranks.world_size // stages]
+    return {way: train_in(ranks.with_stages(stages), folder, way) for way in ways}
+
+
+class Training:
+    """The stage of a rank that trains in some way."""
+
+    def __init__(self, ranks: Ranks, folder: Path, way: Way):
+        from utils.adapters.attach import base_name
+        from utils.parallel.engine import Engine, optimizer_for_frozen_stage
+        from utils.parallel.partition import stage_bounds
+        from utils.parallel.pipeline import DenoiserPipeline
+
+        self.ranks, self.way = ranks, way
+        self.flux = FluxPipeline(FluxOptions(type="flux", dtype=way.dtype, diffusers_path=folder), seed=0)
+        denoiser, layers = toy_flux.denoiser_and_layers(self.flux, SINGLE_BLOCKS_ONLY if way.adapted else None)
+        bounds = stage_bounds("uniform", [1] * len(layers), ranks.stages)
+        recompute = int(ranks.stages == 2)
+        module = DenoiserPipeline(layers, bounds, self.flux.stream_type, self.flux.maths.loss, recompute=recompute)
+        held = {id(p) for p in module.parameters()}
+        named = {base_name(name): p for name, p in denoiser.named_parameters()}
+        self.trained = {name: p for name, p in named.items() if p.requires_grad and id(p) in held}
+        self.shares = Shares(self.trained, ranks, way.zero_stage, offload=way.offload)
+        groups = groups_of(
+            self.shares.stepped.items(), lr=1e-3, weight_decay=0.1, own_lr=lambda name: 5e-3 if "attn" in name else None
+        )
+        # Not by `optimizers.build`, which wants a GPU for that of 8 bits.
+        build, keys = find(way.optimizer).build, {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+        self.optimizer = build(groups, **keys) if groups else optimizer_for_frozen_stage()
+        self.engine = Engine(
+            module,
+            self.optimizer,
+            accumulation=way.accumulation,
+            clip_norm=CLIP,
+            float32_gradients=way.accumulation > 1,
+            shares=self.shares,
+        )
+        step_once, self.with_gradients = self.optimizer.step, set()
+
+        def step() -> None:
+            """The optimizer's, which looks at what has a gradient on the device."""
+            self.with_gradients |= {name for name, p in self.trained.items() if p.grad is not None}
+            step_once()
+
+        self.engine.optimizer.step = step
+
+    def begin(self, checkpoint: Checkpoint | None) -> None:
+        """Goes on from a checkpoint, or begins."""
+        settings = settings_of(self.flux, ema=AVERAGES)
+        optimizer = settings.optimizer.model_copy(update={"type": self.way.optimizer})
+        settings = settings.model_copy(update={"optimizer": optimizer})
+        given = settings, ResumeFlags(), checkpoint, lambda epoch: 9, self.trained, self.optimizer, self.shares
+        _, self.ema = restore_or_start(*given)
+
+    def step(self, number: int) -> list[float]:
+        """Loss and norm of a step."""
+        batches = [
+            toy_flux.micro_batch(self.flux, number, self.ranks.data_rank, index)
+            for index in range(self.way.accumulation)
+        ]
+        result = self.engine.train_step(batches, number)
+        self.ema.update(number + 1)
+        return [result.loss, result.grad_norm]
+
+
+def train_in(ranks: Ranks, folder: Path, way: Way) -> dict[str, Any]:
+    """Two steps in this way, a checkpoint, and a third in another."""
+    first = Training(ranks, folder, way)
+    first.begin(None)
+    results = [number for step in range(2) for number in first.step(step)]
+    place = folder / f"{ranks.stages} {ranks.data_ranks} {tuple(way)}"
+    if ranks.is_main:
+        place.mkdir()
+    made_with = {"identity": {}, "optimizer": {}, "steps_in_epoch": 9}
+    state = Progress(step=2), first.trained, first.optimizer, made_with, first.ema, first.shares
+    checkpoint = Checkpoint(save(place, ranks, *state))
+    # Now, since optimizers change the memory from which it is read.
+    saved = numbers({key: file.get_tensor(key) for key, file in checkpoint._files.items()})
+    then = Training(ranks, folder, way.then)
+    then.begin(checkpoint)
+    results += then.step(2)
+    weights = numbers(then.trained)
+    with then.ema.swapped():
+        averaged = numbers(then.trained)
+    assert same(numbers(then.trained), weights)
+    return {
+        "numbers": results,
+        "checkpoint": saved,
+        "weights": weights,
+        "averaged": averaged,
+        "state": {name: numbers(first.optimizer.state[p]) for name, p in first.shares.stepped.items()},
+        "gradients": first.with_gradients,
+        "on host": sum(p.data_ptr() != first.trained[name].data_ptr() for name, p in first.shares.stepped.items()),
+    }
+
+
+def numbers(values: Any) -> dict[str, Any]:
+    return {name: torch.as_tensor(value).detach().float().numpy().copy() for name, value in values.items()}
+
+
+def same(one: dict[str, Any], other: dict[str, Any], tolerance: float = 0.0) -> bool:
+    return one.keys() == other.keys() and all(abs(one[name] - other[name]).max() <= tolerance for name in one)
+
+
+def size(tables: dict[str, Any]) -> int:
+    return sum(value.size for values in tables.values() for value in values.values())
+
+
+@pytest.mark.parametrize(("stages", "data_ranks"), LAYOUTS)
+def test_what_is_divided_changes_nothing(folder: Path, stages: int, data_ranks: int) -> None:
+    """Weights, averages and what checkpoints hold, to the bit; but for gradients of several micro-batches or more than
+    two ranks, which the second stage adds up in another order."""
+    returned = run_ranks(train, stages * data_ranks, folder, stages)
+    for way in LAYOUTS[stages, data_ranks]:
+        exact = 2 not in (way.zero_stage, way.then.zero_stage) or (way.accumulation == 1 and data_ranks == 2)
+        # A rounded weight may be rounded to the other side.
+        tolerance = 0.0 if exact else 1e-6 if way.dtype == "float32" else 1e-2
+        for stage in range(stages):
+            of_stage = [rank[way] for rank in returned[stage * data_ranks : (stage + 1) * data_ranks]]
+            expected = returned[stage * data_ranks][way.plain]
+            for rank in of_stage:
+                assert rank["numbers"] == pytest.approx(expected["numbers"], rel=0 if exact else 1e-5, abs=0), way
+                for kind in ("weights", "averaged", "checkpoint"):
+                    assert same(rank[kind], expected[kind], tolerance), (way, kind)
+                assert rank["on host"] == (len(rank["state"]) if way.offload else 0)
+            assert bool(expected["state"]) == (not way.adapted or stage == stages - 1), "one stage has nothing to train"
+            for rank in of_stage:
+                assert_divided(way, rank, data_ranks if way.zero_stage else 1, expected)
+
+
+def assert_divided(way: Way, rank: dict[str, Any], shares: int, expected: dict[str, Any]) -> None:
+    """A rank has its part of the state, and in the second stage of the gradients when the optimizer steps."""
+    whole, largest = size(expected["state"]), max((size({"": one}) for one in expected["state"].values()), default=0)
+    assert size(rank["state"]) <= whole / shares + largest
+    if way.zero_stage == 2:
+        assert rank["gradients"] == (set() if way.offload else rank["state"].keys()), way
+    elif not way.offload:
+        assert rank["gradients"] == expected["weights"].keys()
+
+
+def test_a_share_follows_from_names_and_sizes() -> None:
+    sizes = {f"block.{number}": size for number, size in enumerate([700, 10, 400, 400, 10, 300, 190])}
+    found = owners(sizes, 3)
+    assert found == owners(dict(reversed(sizes.items())), 3)
+    held = [sum(size for name, size in sizes.items() if found[name] == rank) for rank in range(3)]
+    assert held == [700, 700, 610]
+    assert owners({"a": 1}, 4) == {"a": 0}
+
+
+def test_more_ranks_than_parameters_leave_some_without() -> None:
+    shares = [Shares({"a": nn.Parameter(torch.ones(3))}, Ranks(rank, 2), 1) for rank in range(2)]
+    assert [list(share.stepped) for share in shares] == [["a"], []]
+    assert not Shares({}, Ranks(0, 2), 2).reduced_gradients([])
+
+
+def test_what_travels_together_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "BUCKET_ELEMENTS", 10)
+    sizes = [3, 7, 1, 30, 2, 8]
+    found = buckets(nn.Parameter(torch.ones(size)) for size in sizes)
+    assert [[parameter.numel() for parameter in bucket] for bucket in found] == [[3, 7], [1], [30], [2, 8]]
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_one_process_has_all_of_it(offload: bool) -> None:
+    parameters = {"a": nn.Parameter(torch.randn(3, 2)), "b": nn.Parameter(torch.randn(()).bfloat16())}
+    parameters["channels last"] = nn.Parameter(torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last))
+    shares = Shares(parameters, Ranks(), 2, offload=offload)
+    assert not shares.divided and shares.reduced_gradients(list(parameters.values())) is None
+    for name, twin in shares.stepped.items():
+        parameter = parameters[name]
+        assert (twin is parameter) != offload
+        assert torch.equal(twin, parameter) and twin.dtype == parameter.dtype and twin.stride() == parameter.stride()
