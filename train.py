@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
     if arguments.dump_dataset and ranks.is_main:
         dump.prepare_folder(arguments.dump_dataset)
 
-    meet(ranks, stop, arguments.master_port)
+    meet(ranks, stop, settings, arguments.master_port)
     flags = ResumeFlags(
         arguments.resume_from_checkpoint,
         arguments.reset_dataloader,
@@ -199,7 +199,7 @@ def read_settings(
     return settings, {"train": training, **evaluation}
 
 
-def meet(ranks: Ranks, stop: StopRequests, port: int | None) -> None:
+def meet(ranks: Ranks, stop: StopRequests, settings: Settings, port: int | None) -> None:
     """Connects the processes of the run."""
     from utils.parallel.attention import set_kernels
     from utils.ranks import connect
@@ -207,7 +207,7 @@ def meet(ranks: Ranks, stop: StopRequests, port: int | None) -> None:
     with stop.ending_at_once():
         stop.raise_if_stopping()
         connect(ranks, port)
-    set_kernels()
+    set_kernels(settings.attention)
 
 
 def show(plan: str, ranks: Ranks) -> None:

@@ -34,6 +34,7 @@ from utils.dataset.encoding import CacheReport
 from utils.dataset.manifest import Scan
 from utils.diffusion.training import faults
 from utils.errors import Problem, UserError
+from utils.parallel.attention import check_kernels
 from utils.ranks import Ranks
 from utils.run.metrics import check_account
 from utils.run.progress import Progress
@@ -66,6 +67,7 @@ def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline, trains: 
         check_account(settings.monitoring)
     check_optimizer(settings, ranks)
     staged = check_model(settings, pipeline)
+    check_kernels(settings.attention, staged.denoiser, ranks.device.type)
     for option, remark in pipeline.remarks():
         logger.warning("[model] %s: %s", option, remark)
     return staged

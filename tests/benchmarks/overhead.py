@@ -77,7 +77,7 @@ def _bare_step(trainer: Trainer) -> Any:
     device = trainer.parts.ranks.device
     model = FluxTransformer2DModel.from_pretrained(MINI_FLUX, subfolder="transformer", torch_dtype=torch.float32)
     model = model.to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
     ((inputs, labels, _),) = trainer.batches.step(0, 0)
     text_length = inputs.text_BLD.shape[1]
     arguments = {

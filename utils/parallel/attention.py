@@ -1,4 +1,4 @@
-"""Which kernels of torch compute attention on a GPU.
+"""Which kernels compute attention on a GPU: torch's, or those of a library that the user names.
 
 Where there is a choice torch takes cuDNN's kernels, which on an H200 need about half the time of its flash attention
 (docs/benchmarks.md). Two faults, seen with torch 2.11 and cuDNN 9.19, decide where they are let in:
@@ -10,31 +10,95 @@ Where there is a choice torch takes cuDNN's kernels, which on an H200 need about
   therefore brought to one layout.
 
 Everything else, such as text encoders, runs without them.
+
+Libraries are reached by diffusers' dispatcher, which gives a mask to those that take one, and without a word to no
+others: what has a mask is computed by torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from utils.errors import UserError
 
-def set_kernels() -> None:
-    """To be called once in a process: cuDNN's kernels are off wherever `kernels_for` does not let them in."""
+
+class Library(NamedTuple):
+    """Kernels that do not come with torch.
+
+    Attributes:
+        backend: their name in diffusers' dispatcher.
+        module: what is imported.
+        install: how it is installed.
+    """
+
+    backend: str
+    module: str
+    install: str
+
+
+LIBRARIES = {
+    "flash": Library("flash", "flash_attn", "pip install flash-attn --no-build-isolation"),
+    "flash3": Library("_flash_3", "flash_attn_interface", "build `hopper` of the flash-attention sources"),
+    "xformers": Library("xformers", "xformers", "pip install xformers"),
+}
+"""By the value of `attention`. SageAttention has no backward pass, and flex attention without compiling no kernel."""
+OWN = "native"
+"""Torch's kernels in diffusers' dispatcher."""
+
+
+def check_kernels(attention: str, denoiser: nn.Module, device_type: str) -> None:
+    """Whether the denoiser's attention can be computed as `attention` says.
+
+    Raises:
+        UserError: it cannot here, or not for this model.
+    """
+    library = LIBRARIES.get(attention)
+    if library is None:
+        return
+    processors = [module.processor for module in denoiser.modules() if hasattr(module, "processor")]
+    if not any(hasattr(processor, "_attention_backend") for processor in processors):
+        reason = 'is not for this model, whose attention is torch\'s own; write "auto"'
+    elif device_type != "cuda":
+        reason = 'needs a GPU, and there is none; write "auto"'
+    elif find_spec(library.module) is None:
+        reason = f"needs {library.module}, which is not installed: {library.install}"
+    else:
+        return
+    raise UserError.of(f'"{attention}" {reason}', where="key `attention`")
+
+
+def set_kernels(attention: str = "auto") -> None:
+    """To be called once in a process. Torch computes what `attention` names no library for, and cuDNN's kernels are off
+    wherever `kernels_for` does not let them in."""
     torch.backends.cuda.enable_cudnn_sdp(False)
+    if attention in LIBRARIES:
+        from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+        _AttentionBackendRegistry.set_active_backend(LIBRARIES[attention].backend)
 
 
 @contextmanager
 def kernels_for(stream: Any) -> Iterator[None]:
-    """A context in which cuDNN's kernels may be taken, unless the stream brings a mask."""
-    torch.backends.cuda.enable_cudnn_sdp(not has_mask(stream))
+    """A context in which cuDNN's kernels, or those of a library, may be taken, unless the stream brings a mask."""
+    masked = has_mask(stream)
+    torch.backends.cuda.enable_cudnn_sdp(not masked)
     try:
-        yield
+        with _own_kernels() if masked else nullcontext():
+            yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _own_kernels() -> Any:
+    from diffusers.models.attention_dispatch import attention_backend
+
+    return attention_backend(OWN)
 
 
 def has_mask(stream: Any) -> bool:

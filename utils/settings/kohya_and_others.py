@@ -9,7 +9,7 @@ from utils.settings.foreign import Foreign, leave_out, write
 
 _TRAINED = "`dtype`, the type of the weights that are trained, in `[adapter]`, or in `[model]` without one"
 _TEXT_ENCODER = "an entry of `text_encoders`, in `[model]`, as in `text_encoders = [{{ type = '{}', path = '...' }}]`"
-_NO_FLAG = "there is one way of attention, the fastest that is right on this machine"
+_NO_FLAG = "the default is the fastest that is right on this machine; `attention` names others"
 _LOADER = "data is read ahead by a thread, from the cache"
 
 # Name elsewhere -> what to write in its place, in a dataset file.

@@ -254,6 +254,10 @@ class Settings(SettingsTable):
     compile: bool = False
     """Compile the repeated blocks when they first run (torch.compile), which takes a minute or more and is to make each
     step shorter; needs a C++ compiler."""
+    attention: Literal["auto", "sdpa", "flash", "flash3", "xformers"] = "auto"
+    """Kernels of the denoiser's attention on a GPU: torch's ("auto" or "sdpa"; cuDNN's where they are right, since they
+    are the fastest on an H200), or those of flash-attn, flash-attn 3 or xFormers, except where there is a mask. Only
+    models whose attention goes through diffusers' dispatcher can have the latter: Flux, Qwen-Image, Wan, Z-Image."""
     blocks_to_swap: SwappedBlocks = 0
     """Number of blocks of every stage, or a list with a number for each stage, whose weights are kept in the machine's
     memory and copied to the GPU just before use; two blocks' room on the GPU is shared by all of them, so that it saves

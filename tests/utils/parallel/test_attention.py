@@ -6,11 +6,17 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, NamedTuple
 
+import pytest
 import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import nn
 from torch.autograd.graph import Node
 
-from utils.parallel.attention import give_gradients_one_layout, set_kernels
+from tests.utils.parallel import toy_flux
+from utils.errors import UserError
+from utils.parallel import attention
+from utils.parallel.attention import Library, check_kernels, give_gradients_one_layout, set_kernels
 from utils.parallel.recompute import run_layer, run_recomputed
 
 
@@ -42,6 +48,43 @@ def test_cudnn_is_allowed_in_layers_that_see_no_mask_and_nowhere_else() -> None:
             stream.x_BTD.sum().backward()
             assert layer.allowed == [mask_BT is None] * (1 if run is run_layer else 2)
             assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_librarys_kernels_see_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's slow kernels in the place of a library's."""
+    library = Library("_native_math", "torch", "")
+    monkeypatch.setitem(attention.LIBRARIES, "flash", library)
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName.NATIVE)
+    set_kernels("flash")
+    seen = []
+
+    def layer(stream: Stream) -> Stream:
+        seen.append(AttentionBackendName(_AttentionBackendRegistry.get_active_backend()[0]).value)
+        return stream._replace(x_BTD=stream.x_BTD.sin())
+
+    x_BTD = torch.ones(1, 2, 3, requires_grad=True)
+    for mask_BT in (None, torch.ones(1, 2, dtype=torch.bool)):
+        run_recomputed(layer, Stream(x_BTD, mask_BT), trains=False).x_BTD.sum().backward()
+    assert seen == ["_native_math"] * 2 + ["native"] * 2
+
+
+def test_kernels_that_cannot_be_had_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    flux, plain = toy_flux_denoiser(), nn.Linear(2, 2)
+    for choice in ("auto", "sdpa"):
+        check_kernels(choice, plain, "cpu")
+    with pytest.raises(UserError, match="key `attention`.*torch's own"):
+        check_kernels("flash", plain, "cuda")
+    with pytest.raises(UserError, match="xformers. needs a GPU"):
+        check_kernels("xformers", flux, "cpu")
+    with pytest.raises(UserError, match="needs flash_attn, which is not installed: pip install flash-attn"):
+        check_kernels("flash", flux, "cuda")
+    monkeypatch.setattr(attention, "find_spec", lambda name: name)
+    check_kernels("flash", flux, "cuda")
+
+
+def toy_flux_denoiser() -> nn.Module:
+    with torch.device("meta"):
+        return FluxTransformer2DModel(**toy_flux.CONFIG)
 
 
 class Attention(nn.Module):
