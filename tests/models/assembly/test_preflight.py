@@ -248,3 +248,21 @@ def test_swapped_blocks_count_as_their_buffers(folder: Path) -> None:
     # A double block has 339.8 million parameters.
     assert shared == pytest.approx(2 * 339.8e6 * 2 / 2**30, abs=0.01)
     assert after == pytest.approx(before - host + shared, abs=0.05) and host > 20
+
+
+def test_swapped_blocks_that_are_trained_leave_buffers_of_gradients(folder: Path) -> None:
+    enlarge(folder)
+    flux = tiny_flux.pipeline(folder, dtype="bfloat16")
+    settings = settings_of(flux, blocks_to_swap=57, gradient_accumulation_steps=2)
+    staged = partition(flux, settings, flux.weights.build_empty())
+    in_blocks = sum(p.numel() for layer in staged.layers[1:-1] for p in layer.parameters())
+    others = sum(p.numel() for p in staged.denoiser.parameters()) - in_blocks
+    text = describe(settings, Ranks(), flux, staged, [collection(5)])
+    weights, state = map(float, re.search(r"weights ([\d.]+) \+ gradients and optimizer ([\d.]+)", text).groups())
+    host = float(re.search(r"57 swapped blocks .* take ([\d.]+) GiB of", text)[1])
+    largest, gib = 339.8e6, 2**30
+    # On the device two buffers for weights of 16 bits and two for float32 gradients of the largest block; what is not
+    # swapped has float32 gradients, two moments and a master.
+    assert weights == pytest.approx((2 * 2 * largest + 2 * others) / gib, abs=0.01)
+    assert state == pytest.approx((2 * 4 * largest + 16 * others) / gib, abs=0.01)
+    assert host == pytest.approx(18 * in_blocks / gib, abs=0.05) and host > 180
