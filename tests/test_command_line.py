@@ -21,7 +21,7 @@ def test_flags_of_diffusion_pipe_that_ask_for_nothing_are_taken(words: list[str]
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--deepspeed_config", "zero.json"], "--deepspeed_config: leave it out: what DeepSpeed is told follows"),
+        (["--deepspeed_config", "zero.json"], "--deepspeed_config: write instead: `deepspeed_config` in the config"),
         (["--test_sample"], "--test_sample: write instead: `sample_before_first_step = true`"),
     ],
 )
