@@ -44,8 +44,11 @@ class Format(Protocol):
     ) -> torch.Tensor:
         """The weight (O, I) that the codes mean, rounded to `dtype` once."""
 
-    def check(self) -> None:
+    def check(self, option: str) -> None:
         """Whether it can be used here.
+
+        Args:
+            option: the key that asks for it.
 
         Raises:
             UserError: a library is missing.
@@ -93,7 +96,7 @@ class RowScaled:
         # float32 copy of the weight on a GPU.
         return codes.view(self.number).to(dtype).mul_(scale)
 
-    def check(self) -> None:
+    def check(self, option: str) -> None:
         pass
 
 
@@ -132,11 +135,10 @@ class NormalFloat4:
         state = QuantState(absmax=scale, shape=rows, dtype=dtype, blocksize=self.block, quant_type="nf4")
         return dequantize_4bit(codes, state).flatten()[: math.prod(shape)].view(shape)
 
-    def check(self) -> None:
+    def check(self, option: str) -> None:
         if importlib.util.find_spec("bitsandbytes") is None:
             raise UserError.of(
-                '"nf4" needs bitsandbytes, which is not installed: pip install bitsandbytes',
-                where="[model] transformer_dtype",
+                '"nf4" needs bitsandbytes, which is not installed: pip install bitsandbytes', where=option
             )
 
 
@@ -147,4 +149,9 @@ FORMATS: Mapping[str, Format] = {
     "int8": RowScaled(torch.int8),
     "nf4": NormalFloat4(),
 }
-"""The formats by their names in `[model] transformer_dtype`."""
+"""The formats by their names in `[model] transformer_dtype` and `text_encoder_dtype`."""
+
+
+def unaliased(name: str) -> str:
+    """The name of a format, the same for all names that mean it."""
+    return {form: own for own, form in FORMATS.items()}[FORMATS[name]]

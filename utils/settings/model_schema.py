@@ -80,6 +80,12 @@ class ModelSettings(SettingsTable):
     latents: Literal["sample", "mode", "distribution"] = "sample"
     """What is cached of the VAE's distribution: a sample, its mode, or the whole distribution, from which each epoch
     draws another sample."""
+    text_encoder_dtype: KeptType | None = None
+    """Type in which text encoders are kept while captions are encoded; default: `dtype`. The first three are also the
+    type of the computation and of the cached features. The last five are those of `transformer_dtype`, for the Linears
+    of the encoders' repeated blocks, which are quantised one by one as they are read; all else stays in `dtype`. So
+    T5-XXL and encoders of 8 billion parameters fit a GPU of 12 GB. Each type has features of its own in the cache. Not
+    for text encoders that are trained."""
     text_encoders: list[TextEncoderFile] = []
     """Text encoders read from elsewhere; those not listed come from `diffusers_path`."""
     preset_adapters: list[PresetAdapter] = []

@@ -97,8 +97,8 @@ def test_numbers_of_a_row_do_not_depend_on_other_rows() -> None:
 
 
 def test_a_missing_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    FORMATS["nf4"].check()
+    FORMATS["nf4"].check("[model] transformer_dtype")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"\[model\] transformer_dtype.*pip install bitsandbytes"):
-        FORMATS["nf4"].check()
-    FORMATS["float8"].check()
+        FORMATS["nf4"].check("[model] transformer_dtype")
+    FORMATS["float8"].check("[model] transformer_dtype")
