@@ -57,7 +57,7 @@ class HiDreamOptions(ModelSettings):
     """Folder of Llama 3.1 8B Instruct, with its tokenizer; default: `text_encoder_4` and `tokenizer_4` of
     `diffusers_path`, which HiDream's own folder lacks."""
     llama3_4bit: bool = False
-    """Keep Llama in 4 bits while captions are encoded: 6 GB instead of 16. The same as `text_encoder_dtype = "nf4"` for
+    """Keep Llama in 4 bits while captions are encoded: 5 GB instead of 15. The same as `text_encoder_dtype = "nf4"` for
     Llama alone, whatever `text_encoder_dtype` says of the others."""
     max_sequence_length: Count = 128
     """Number of tokens of T5 and of Llama that the model sees, including padding."""

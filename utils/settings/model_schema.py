@@ -69,7 +69,8 @@ class ModelSettings(SettingsTable):
     diffusers_path: UserPath | None = None
     """Folder in diffusers' layout, from which all parts without a path of their own are read."""
     transformer_path: UserPath | None = None
-    """File or folder of the denoiser's weights (transformer or UNet); default: from `diffusers_path`."""
+    """File or folder of the denoiser's weights (transformer or UNet); default: from `diffusers_path`. A .gguf file is
+    decoded as it is read, and kept as `transformer_dtype` says."""
     transformer_dtype: KeptType | None = None
     """Type in which the denoiser's weights are kept; default: `dtype`. The last five are for adapters, and for the
     Linears of the repeated blocks alone, all else stays in `dtype`: 8 bits with a scale for each row, where "float8"

@@ -109,7 +109,7 @@ def check_diffusers_folder(options: ModelSettings, denoiser: str, text_parts: Se
     checks: list[Callable[[], object]] = [partial(read_json, folder / part / _config_name(part)) for part in present]
     for part, (override, option) in weights.items():
         if override is not None:
-            checks.append(partial(read_header, override))
+            checks.append(partial(read_header, override, with_gguf=part == denoiser))
         elif part in present and any((folder / part).glob("*.safetensors*")):
             checks.append(partial(read_header, folder / part))
         elif part in present:

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from models.foundation.checkpoints.gguf_files import GgufFile, is_gguf
 from models.foundation.checkpoints.headers import read_header
 from models.foundation.checkpoints.key_layouts import KeyLayout, Piece, swap_halves
 from models.foundation.checkpoints.storage import StorageRules
@@ -35,14 +36,14 @@ class Weights:
     """The tensors of a model under our names, read on demand.
 
     Args:
-        path: a .safetensors file, or a folder with one or its shards.
+        path: a .safetensors file, a folder with one or its shards, or a .gguf file.
         module: the model (on the meta device will do), for names and shapes.
         layout: the table by which another program names them; None if the files use our names.
     """
 
     def __init__(self, path: Path, module: nn.Module, layout: KeyLayout | None = None):
         self.path = path
-        header = read_header(path)
+        header = read_header(path, with_gguf=True)
         shapes = {name: tuple(parameter.shape) for name, parameter in module.state_dict().items()}
         try:
             self.pieces = layout.pieces(shapes, header.files) if layout else {name: Piece(name) for name in shapes}
@@ -79,7 +80,7 @@ class Weights:
             )
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, in the type of the file; float32 if the file stores it scaled."""
+        """One tensor, on the CPU, in the type of the file; float32 if the file stores it scaled or in codes."""
         piece = self.pieces[name]
         stored = self._slice(piece.key)
         tensor = stored[piece.rows[0] : piece.rows[1]] if piece.rows else stored[...]
@@ -90,7 +91,7 @@ class Weights:
     def _slice(self, key: str) -> Any:
         file = self.header.files[key]
         if file not in self._opened:
-            self._opened[file] = safe_open(file, framework="pt")
+            self._opened[file] = GgufFile(file) if is_gguf(file) else safe_open(file, framework="pt")
         return self._opened[file].get_slice(key)
 
 
