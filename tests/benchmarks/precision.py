@@ -24,7 +24,7 @@ from models.flux import FluxOptions, FluxPipeline
 from tests.benchmarks.setting import MINI_FLUX, ROOT, write_run
 
 STEPS, PICTURES, TEXT_TOKENS = 60, 48, 16
-PRECISIONS = ("float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2", "nf4")
+PRECISIONS = ("float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2", "nf4", "int4")
 
 
 def measure() -> Iterator[str]:

@@ -33,7 +33,7 @@ from utils.quantised.formats import FORMATS
 from utils.quantised.linear import QuantisedLinear
 
 CAPTIONS = ["a hiker on a ridge", "two motorcycles"]
-BOUNDS = {"int8": 0.03, "float8": 0.16, "nf4": 0.6}
+BOUNDS = {"int8": 0.03, "float8": 0.16, "nf4": 0.6, "int4": 0.6}
 """How far features may be from those of the whole encoder, as a share of their norm. The tiny encoders have random
 weights and tens of features, over which errors do not average out as in large ones."""
 CPU = torch.device("cpu")
@@ -187,7 +187,8 @@ def test_the_scale_of_a_file_is_in_what_is_quantised(deep: Path, tmp_path: Path)
 def test_cached_items_are_told_apart_and_old_ones_are_known() -> None:
     """Without the option the keys are those of caches that were made before there was one."""
     assert t5(MINI_FLUX).fingerprint == "bededec700013601bb4a74f66b5dd1b5"
-    prints = [t5(MINI_FLUX, kept=kept).fingerprint for kept in (None, "float8", "float8_e5m2", "int8", "nf4")]
+    formats = (None, "float8", "float8_e5m2", "int8", "nf4", "int4")
+    prints = [t5(MINI_FLUX, kept=kept).fingerprint for kept in formats]
     assert len(set(prints)) == len(prints)
     assert t5(MINI_FLUX, kept="float8_e4m3fn").fingerprint == prints[1]
     options = [{}, {"text_encoder_dtype": "bfloat16"}, {"text_encoder_dtype": "float32"}]
