@@ -48,7 +48,8 @@ where OWNER/NAME are those below or another of the same architecture; some want 
 keys or the publisher's, which ComfyUI's files have too. Of a GGUF all kinds are decoded that the `gguf` package knows:
 F32, F16, BF16, Q8_0, the Q4 to Q6 with and without K, and smaller ones. None of the files that are offered on the hub
 has been at hand: what is tested are files that the package wrote from small models of all these types, and random codes
-of the kinds with a K, which it only reads. GGUF files of text encoders and VAEs are not read."""
+of the kinds with a K, which it only reads. T5 and UMT5 are
+read from GGUF too, by llama.cpp's names, as entries of `text_encoders`; other text encoders and VAEs are not."""
 
 sys.path.insert(0, str(DOCS.parent))
 

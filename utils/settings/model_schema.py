@@ -38,7 +38,7 @@ class TextEncoderFile(SettingsTable):
     type: str
     """Which of the model's text encoders this is, by the name that the model gives it."""
     path: UserPath
-    """File or folder of the weights."""
+    """File or folder of the weights; for T5 and UMT5 it may be a .gguf file."""
 
 
 class PresetAdapter(SettingsTable):

@@ -1,4 +1,5 @@
 """GGUF files: the container of llama.cpp, in which ComfyUI-GGUF has quantised denoisers under their publishers' names.
+llama.cpp itself renames the tensors of a T5.
 
 Read by the package `gguf` of the same authors. A tensor is decoded when it is asked for, and then has the form of any
 other: in which one it is kept in memory is another question.
@@ -6,6 +7,7 @@ other: in which one it is kept in memory is another question.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,18 @@ and it is stored in others."""
 OTHERS = "give one of another kind, such as Q8_0, Q6_K, Q5_K_M, Q4_K_S or Q4_0"
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Kinds that are no codes: their numbers are taken as they are."""
+
+T5_NAMES = {"token_embd": "shared", "enc.output_norm": "encoder.final_layer_norm"}
+T5_BLOCK = {
+    "attn_norm": "layer.0.layer_norm",
+    **{f"attn_{part}": f"layer.0.SelfAttention.{part}" for part in "qkvo"},
+    "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
+    "ffn_norm": "layer.1.layer_norm",
+    "ffn_gate": "layer.1.DenseReluDense.wi_0",
+    "ffn_up": "layer.1.DenseReluDense.wi_1",
+    "ffn_down": "layer.1.DenseReluDense.wo",
+}
+"""llama.cpp's names of the modules of a gated T5 and of one of its blocks, and those of transformers."""
 
 
 def is_gguf(path: Path) -> bool:
@@ -134,3 +148,30 @@ def _check_kinds(path: Path, tensors: dict[str, GgufTensor]) -> None:
             raise UserError.of(
                 f"'{name}' is of the kind {kind.name}, which cannot be decoded; {OTHERS}", str(path)
             ) from error
+
+
+def t5_tensors(path: Path) -> dict[str, GgufTensor]:
+    """The tensors of a GGUF file of T5 or UMT5 under the names of transformers.
+
+    Raises:
+        UserError: it cannot be read, or is of something else.
+    """
+    file = GgufFile(path)
+    named = {_t5_name(name): tensor for name, tensor in file.tensors.items()}
+    if None in named or not named:
+        other = next((name for name in file.tensors if _t5_name(name) is None), "")
+        raise UserError.of(
+            f"is a GGUF file of '{file.architecture}', and '{other}' is no tensor of T5 or UMT5, the only "
+            "text encoders that are read from one; give a safetensors file",
+            str(path),
+        )
+    return named
+
+
+def _t5_name(name: str) -> str | None:
+    """transformers' name of one of llama.cpp's; None if T5 has no such tensor."""
+    module, _, own = name.rpartition(".")
+    if module in T5_NAMES:
+        return f"{T5_NAMES[module]}.{own}"
+    block = re.fullmatch(r"enc\.blk\.(\d+)\.(\w+)", module)
+    return f"encoder.block.{block[1]}.{T5_BLOCK[block[2]]}.{own}" if block and block[2] in T5_BLOCK else None

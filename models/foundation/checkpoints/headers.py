@@ -46,8 +46,8 @@ def read_header(path: Path, *, with_gguf: bool = False) -> Header:
     if path.is_file() and is_gguf(path):
         if not with_gguf:
             raise UserError.of(
-                "is a GGUF file, and only [model] transformer_path may be one; give a safetensors file, which is kept "
-                "in 8 or 4 bits where another key asks for it",
+                "is a GGUF file, which the denoiser's may be ([model] transformer_path), and T5's and UMT5's; give a "
+                "safetensors file",
                 str(path),
             )
         tensors = GgufFile(path).tensors

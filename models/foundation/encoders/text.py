@@ -5,6 +5,7 @@ Shapes: B captions, L tokens, D features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from models.foundation.checkpoints.folders import TextPart, problems_of
+from models.foundation.checkpoints.gguf_files import is_gguf, t5_tensors
 from models.foundation.checkpoints.headers import fingerprint
 from models.foundation.checkpoints.stock import of_transformers
 from models.foundation.checkpoints.weights import check_shape, load_tensors, mapped_tensors, meta_tensors
@@ -61,6 +63,7 @@ class TextEncoder:
         kept: str | None = None,
     ):
         self.name, self.stock_class, self.names = part.name, part.stock_class, part.names
+        self.is_t5 = part.is_t5
         self.arguments = part.arguments
         self.folder, self.subfolder = part.root or folder, part.folder
         self.tokenizer_folder = self.folder / part.tokenizer
@@ -123,7 +126,7 @@ class TextEncoder:
         self.token_count("")
 
     def _check_weights(self) -> None:
-        tensors = self.names.tensors(meta_tensors, self._source, self.dtype)
+        tensors = self._tensors(meta_tensors)
         self._build(None, config=self.config(), state_dict=tensors, device_map="meta")
 
     def load(self, device: torch.device) -> None:
@@ -149,7 +152,7 @@ class TextEncoder:
         # If a folder has the file names of transformers, it reads one tensor after the other.
         if any((source / name).is_file() for name in STOCK_FILES):
             return self._build(source, config=self.config())
-        tensors = self.names.tensors(load_tensors, source, self.dtype)
+        tensors = self._tensors(load_tensors)
         return self._build(None, config=self.config(), state_dict=tensors)
 
     def _load_quantised(self, device: torch.device) -> nn.Module:
@@ -162,8 +165,19 @@ class TextEncoder:
         source, there = self._source, {"": device}
         if any((source / name).is_file() for name in STOCK_FILES):
             return self._build(source, device_map=there, **how)
-        tensors = self.names.tensors(lambda path, _, prefix: mapped_tensors(path, prefix), source, self.dtype)
+        tensors = self._tensors(lambda path, _, prefix: mapped_tensors(path, prefix))
         return self._build(None, state_dict=tensors, device_map=there, **how)
+
+    def _tensors(self, read: Callable[[Path, torch.dtype, str], dict[str, Any]]) -> dict[str, Any]:
+        """The tensors of the file or folder under the names of transformers, as `read` gives them. Those of a GGUF file
+        are decoded one by one, when transformers asks for their values."""
+        source = self._source
+        if not (self.is_t5 and source.is_file() and is_gguf(source)):
+            return self.names.tensors(read, source, self.dtype)
+        tensors = t5_tensors(source)
+        if read is not meta_tensors:
+            return tensors
+        return {name: torch.empty(one.shape, dtype=self.dtype, device="meta") for name, one in tensors.items()}
 
     def _build(self, source: Path | None, **how: Any) -> nn.Module:
         """The model with its weights. transformers knows the names of older files, which tensors are tied, and what

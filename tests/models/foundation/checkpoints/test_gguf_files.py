@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from safetensors.torch import load_file
 from torch import nn
 
 import models
@@ -21,11 +22,11 @@ from models.base import BasePipeline
 from models.foundation.checkpoints.gguf_files import GgufFile
 from models.foundation.checkpoints.headers import read_header
 from tests.models import tiny_flux
-from tests.models.tiny_folder import tiny
+from tests.models.tiny_folder import encoded, tiny
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
 from utils.quantised.formats import FORMATS
-from utils.quantised.linear import quantise
+from utils.quantised.linear import QuantisedLinear, quantise
 
 Tensors = Mapping[str, torch.Tensor]
 PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
@@ -164,11 +165,45 @@ def test_what_is_read_may_be_kept_in_another_format(
         assert torch.equal(made.get_submodule(name).weight, codes.weight), name
 
 
-def test_only_the_denoiser_is_read_from_one(flux: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+T5_FOLDER = tiny_flux.MINI_FLUX / "text_encoder_2"
+
+
+def t5_in_llamas_names(path: Path, kind: Kind) -> Path:
+    """The T5 of the miniature, by the table of the package."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, 8)
+    tensors = load_file(T5_FOLDER / "model.safetensors")
+    own = {names.get_name(name.removesuffix(".weight")): tensor for name, tensor in tensors.items()}
+    own = {f"{name}.weight": tensor for name, tensor in own.items() if name}
+    assert len(own) >= len(tensors) - 1, "but for a copy of the embeddings"
+    return write(path, own, kind, "t5encoder")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "kept", "bound"), [("F32", None, 0), ("Q8_0", None, 0.02), ("Q8_0", "int8", 0.03)])
+def test_t5_may_be_one(tmp_path: Path, kind: str, kept: str | None, bound: float) -> None:
+    path = t5_in_llamas_names(tmp_path / "t5.gguf", Kind[kind])
+    keys = {"text_encoders": [{"type": "t5", "path": path}], "text_encoder_dtype": kept}
+    made = []
+    for options in ({}, keys):
+        pipeline = tiny_flux.pipeline(tiny_flux.MINI_FLUX, **options)
+        pipeline.check()
+        encoder = pipeline.encoders()[2]
+        made.append(encoded(encoder, ["a red star", "two circles"])["t5"])
+    assert (made[0] - made[1]).norm() <= bound * made[0].norm() and torch.equal(*made) == (kind == "F32")
+    assert any(type(part) is QuantisedLinear for part in encoder.model.modules()) == (kept is not None)
+
+
+def test_a_gguf_of_another_text_encoder_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "t5.gguf", {"blk.0.attn_q.weight": torch.zeros(4, 32)}, architecture="llama")
+    with pytest.raises(UserError, match="is a GGUF file of 'llama', and 'blk.0.attn_q.weight' is no tensor of T5"):
+        tiny_flux.pipeline(tiny_flux.MINI_FLUX, text_encoders=[{"type": "t5", "path": path}]).check()
+
+
+def test_nothing_else_is_read_from_one(flux: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
     folder, _ = flux
     path = write(tmp_path / "t5.gguf", {"token_embd.weight": torch.zeros(4, 32)}, architecture="t5encoder")
-    for keys in ({"text_encoders": [{"type": "t5", "path": path}]}, {"vae_path": path}):
-        with pytest.raises(UserError, match="is a GGUF file, and only .model. transformer_path may be one"):
+    for keys in ({"text_encoders": [{"type": "clip", "path": path}]}, {"vae_path": path}):
+        with pytest.raises(UserError, match="is a GGUF file, which the denoiser's may be"):
             tiny_flux.pipeline(folder, **keys).check()
     with pytest.raises(UserError, match="is not in the file"):
         tiny_flux.pipeline(folder, transformer_path=path).check()
