@@ -42,7 +42,14 @@ This page is generated from `models/`. A model's folder, which `diffusers_path` 
     hf download OWNER/NAME --local-dir models/NAME
 
 where OWNER/NAME are those below or another of the same architecture; some want you to accept their licence on
-[Hugging Face](https://huggingface.co) first, and `hf auth login`."""
+[Hugging Face](https://huggingface.co) first, and `hf auth login`.
+
+`transformer_path` may replace the denoiser's weights by those of a single file, as safetensors or GGUF, with diffusers'
+keys or the publisher's, which ComfyUI's files have too. Of a GGUF all kinds are decoded that the `gguf` package knows:
+F32, F16, BF16, Q8_0, the Q4 to Q6 with and without K, and smaller ones. None of the files that are offered on the hub
+has been at hand: what is tested are files that the package wrote from small models of all these types, and random codes
+of the kinds with a K, which it only reads. T5 and UMT5 are
+read from GGUF too, by llama.cpp's names, as entries of `text_encoders`; other text encoders and VAEs are not."""
 
 sys.path.insert(0, str(DOCS.parent))
 

@@ -15,7 +15,7 @@ from models.assembly.fitting import Attempt, fit  # noqa: E402
 from models.assembly.memory import GIB, Planner  # noqa: E402
 from models.assembly.stage import partition  # noqa: E402
 from optimizers.adamw import AdamW8bitSettings, AdamWSettings  # noqa: E402
-from tests.models.full_size import ALL, FullSize  # noqa: E402
+from tests.models.full_size import ALL, TEXT_ENCODERS, FullSize, text_encoder_bytes  # noqa: E402
 from utils.adapters.lora import LoraSettings  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.settings.schema import Settings  # noqa: E402
@@ -50,6 +50,13 @@ weights, gradients and optimizer state of the swapped blocks take, where the pro
 or `2` divides the optimizer's state, or also the gradients, among the data ranks of a stage, and `offload_optimizer =
 true` keeps that state in the machine's memory; `--check` counts both.
 """
+TEXTS_KEPT = (None, "float8", "nf4")
+TEXTS = """## Text encoders
+
+While captions are encoded, or samples begin, one encoder is on the card at a time: the GiB of its weights in bfloat16,
+and with `[model] text_encoder_dtype`, with which it is never there in full. int8 takes what float8 does. Some hundred
+MiB more are for the captions.
+"""
 
 
 def main() -> None:
@@ -59,7 +66,17 @@ def main() -> None:
     full_cards = " | ".join(f"{card} GB" for card in FULL_CARDS)
     in_full = "\n".join(full_row(model) for model in ALL)
     in_full = f"| | AdamW | adamw8bit | {full_cards} |\n|---|---|---|{'---|' * len(FULL_CARDS)}\n{in_full}\n"
-    PAGE.write_text(f"{TOP}\n{lora}\n{FULL}\n{in_full}", encoding="utf-8")
+    PAGE.write_text(f"{TOP}\n{lora}\n{FULL}\n{in_full}\n{TEXTS}\n{texts_table()}", encoding="utf-8")
+
+
+def texts_table() -> str:
+    """What text encoders take in each format."""
+    rows = [
+        f"| {name} | {' | '.join(f'{text_encoder_bytes(name, kept) / GIB:.1f}' for kept in TEXTS_KEPT)} |"
+        for name in TEXT_ENCODERS
+    ]
+    heads = " | ".join(kept or "bfloat16" for kept in TEXTS_KEPT)
+    return "\n".join([f"| | {heads} |", f"|---|{'---|' * len(TEXTS_KEPT)}", *rows]) + "\n"
 
 
 def lora_row(model: FullSize) -> str:

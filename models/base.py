@@ -248,8 +248,16 @@ class BasePipeline(ABC):
     @cached_property
     def parts(self) -> ModelParts:
         """Denoiser and text encoders: where they are, and their configurations."""
+        asked = self.options.text_encoder_dtype
+        kept = asked if asked in FORMATS else None
         return ModelParts(
-            self.options, self.denoiser_class, self.denoiser_folder, self.config_keys, self.text_parts, self.dtype
+            self.options,
+            self.denoiser_class,
+            self.denoiser_folder,
+            self.config_keys,
+            self.text_parts,
+            dtype=self.dtype if asked is None or kept else torch_dtype(asked),
+            kept=kept,
         )
 
     # Kept, as every micro-batch asks for it.

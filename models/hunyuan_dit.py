@@ -213,7 +213,7 @@ class HunyuanDitPipeline(PicturePipeline):
             yield from self._problems_of_version()
 
     def _problems_of_version(self) -> Iterator[Problem]:
-        names = read_header(self.parts.denoiser_path).files
+        names = read_header(self.parts.denoiser_path, with_gguf=True).files
         is_hunyuan_dit, is_told_sizes = (any(name.endswith(key) for name in names) for key in (PADDING_KEY, STYLE_KEY))
         if is_hunyuan_dit and is_told_sizes != self._is_told_sizes:
             message = (

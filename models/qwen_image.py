@@ -180,7 +180,11 @@ class QwenImagePipeline(BasePipeline):
                     "them another model's?"
                 )
         override = self.options.transformer_path
-        if override and not config.get("zero_cond_t") and _is_timestep_zero(read_header(override).files):
+        if (
+            override
+            and not config.get("zero_cond_t")
+            and _is_timestep_zero(read_header(override, with_gguf=True).files)
+        ):
             message = (
                 "is a file of Qwen-Image-Edit-2511, and the configuration in diffusers_path is of another model; give "
                 "the folder of 2511"

@@ -96,7 +96,7 @@ def check_model(settings: Settings, pipeline: BasePipeline) -> StagedModel:
         UserError: lists what does not fit.
     """
     if pipeline.block_format:
-        pipeline.block_format.check()
+        pipeline.block_format.check("[model] transformer_dtype")
     pipeline.check()
     staged = partition(pipeline, settings, pipeline.weights.build_empty())
     check_layers(pipeline, staged)

@@ -197,6 +197,12 @@ class StableDiffusionPipeline(PicturePipeline):
             raise UserError(problems)
 
     def _check_rates(self) -> None:
+        if self.options.text_encoder_dtype and self.trained_texts:
+            raise UserError.of(
+                f"is for text encoders that stay as they are, and {self.trained_texts[0].lr_option} trains one, in "
+                "`dtype`; leave one of them out",
+                where="[model] text_encoder_dtype",
+            )
         if self.options.from_scratch and self.trained_texts:
             raise UserError.of(
                 "begins the UNet from random numbers, from which a text encoder would only unlearn; leave it out, or "

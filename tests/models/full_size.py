@@ -15,10 +15,13 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 
 import models
 from models.base import BasePipeline
 from utils.dataset.samples import Bucket
+from utils.quantised.formats import FORMATS
+from utils.quantised.linear import quantise
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -282,3 +285,67 @@ ALL = (
     WAN_SMALL,
     WAN,
 )
+
+
+_T5_XXL = {
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+TEXT_ENCODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "T5-XXL: Stable Diffusion 3.5, Flux, Chroma, HiDream": ("T5EncoderModel", {**_T5_XXL, "vocab_size": 32128}),
+    "UMT5-XXL: Wan": ("UMT5EncoderModel", {**_T5_XXL, "vocab_size": 256384}),
+    "mT5-XL: HunyuanDiT": (
+        "T5EncoderModel",
+        {**_T5_XXL, "vocab_size": 250112, "d_model": 2048, "d_ff": 5120, "num_heads": 32},
+    ),
+    "Llama 3.1 8B: HiDream": (
+        "LlamaModel",
+        {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_key_value_heads": 8},
+    ),
+    "Qwen2.5-VL 7B: Qwen-Image": (
+        "Qwen2_5_VLModel",
+        {
+            "text_config": {
+                "vocab_size": 152064,
+                "hidden_size": 3584,
+                "intermediate_size": 18944,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 28,
+                "num_key_value_heads": 4,
+            },
+            "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584},
+        },
+    ),
+    "Gemma 2 2B: Lumina 2": ("Gemma2Model", {}),
+    "GLM-4 9B: CogView4": ("GlmModel", {}),
+    "Qwen3 4B: Z-Image": (
+        "Qwen3Model",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+        },
+    ),
+}
+"""Text encoders and who reads them: their class, and what of the configuration is not the class's default."""
+
+
+def text_encoder_bytes(name: str, kept: str | None) -> int:
+    """Bytes of a text encoder's weights in bfloat16, or with its Linears in this format; it is built without memory."""
+    from models.foundation.encoders.quantised import linears_of_blocks
+
+    class_name, config = TEXT_ENCODERS[name]
+    stock = getattr(transformers, class_name)
+    with torch.device("meta"):
+        model = stock(stock.config_class(**config)).to(torch.bfloat16)
+    if kept:
+        quantise(model, list(linears_of_blocks(model)), FORMATS[kept])
+    return sum(part.nbytes for part in (*model.parameters(), *model.buffers()))

@@ -158,16 +158,8 @@ def test_llama_may_have_a_folder_of_its_own(tmp_path: Path) -> None:
     assert torch.equal(encoder.encode(["a ridge"])["llama3"][0], state)
 
 
-def test_four_bits_need_a_gpu(folder: Path) -> None:
-    pipeline = tiny_hidream.pipeline(folder, llama3_4bit=True)
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="llama3_4bit: needs a GPU"):
-            pipeline.check()
-
-
 @pytest.mark.parametrize("single_file", [False, True])
 def test_four_bits_are_near_the_whole(folder: Path, tmp_path: Path, single_file: bool) -> None:
-    """bitsandbytes also does it on a CPU, slowly, for layers that are not too narrow."""
     tiny_hidream.write_llama(tmp_path, tmp_path, hidden_size=64, intermediate_size=128, num_key_value_heads=4)
     file = {"type": "llama3", "path": tmp_path / "model.safetensors"}
     states, encoders = [], []

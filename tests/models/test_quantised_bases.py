@@ -31,7 +31,7 @@ from utils.ranks import Ranks
 from utils.run.export import export
 from utils.settings.schema import AdapterSettings
 
-FORMATS = ("float8", "float8_e5m2", "int8", "nf4")
+FORMATS = ("float8", "float8_e5m2", "int8", "nf4", "int4")
 LORA, LOKR = LoraSettings(type="lora", rank=4), LokrSettings(type="lokr", factor=4)
 TINY = {"flux": tiny_flux, "wan": tiny_wan}
 STEPS = 3

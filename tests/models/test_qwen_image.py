@@ -32,6 +32,7 @@ from utils.adapters.lora import LoraSettings
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
 from utils.media.writing import tensor_to_image
+from utils.quantised.linear import QuantisedLinear
 from utils.ranks import Ranks
 from utils.run.export import export
 
@@ -173,6 +174,19 @@ def test_a_sample_of_a_padded_batch_gives_what_it_gives_alone(folder: Path) -> N
 
     alone = predicted({name: feature[:1, :5] for name, feature in features.items()}, slice(0, 1))
     torch.testing.assert_close(predicted(features, slice(0, 2))[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_captions_with_pictures_may_be_read_in_8_bits(folders: dict[str, Path]) -> None:
+    made = []
+    for keys in ({}, {"text_encoder_dtype": "int8"}):
+        encoder = tiny.pipeline(folders["2509"], **keys).encoders(1)[1]
+        encoder.area = 64 * 64
+        encoder.load(CPU)
+        made.append(encoder.encode(caption=["make it night"], control=picture("control", height=32)))
+    whole, near = (features["qwen2_5_vl"][0] for features in made)
+    assert {type(block.attn.qkv) for block in encoder.model.visual.blocks} == {QuantisedLinear}
+    assert 0 < (whole - near).norm() < 0.03 * whole.norm()
 
 
 @torch.no_grad()

@@ -101,6 +101,11 @@ def randomised(module: nn.Module, seed: int) -> nn.Module:
 def encoded(encoder: Encoder, captions: Sequence[str], *, weighted_tags: bool = False) -> dict[str, Any]:
     """What a text encoder, loaded here, makes of the captions of a dataset."""
     encoder.load(torch.device("cpu"))
+    return encoded_as_loaded(encoder, captions, weighted_tags=weighted_tags)
+
+
+def encoded_as_loaded(encoder: Encoder, captions: Sequence[str], *, weighted_tags: bool = False) -> dict[str, Any]:
+    """The same of one that is loaded already."""
     rules = DirectorySettings(path=Path(), weighted_tags=weighted_tags)
     prompts = [version_of_prompt(caption, Bucket(64, 64, 1)) for caption in captions]
     shown = [replace(prompt, sample=replace(prompt.sample, rules=rules)) for prompt in prompts]

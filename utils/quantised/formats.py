@@ -1,7 +1,7 @@
 """Formats of quantised weights: from numbers to codes and scales, and back.
 
-Shapes: O outputs, I inputs of a Linear. Codes are kept as bytes (uint8), which no conversion to another floating-point
-type reaches.
+Shapes: O outputs, I inputs of a Linear; G groups of N numbers in M bytes. Codes are kept as bytes (uint8), which no
+conversion to another floating-point type reaches.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
@@ -23,7 +23,7 @@ class Codes(NamedTuple):
 
     Attributes:
         weight: the codes, bytes.
-        scale: the factors of rows or blocks, float32.
+        scale: the factors of rows or blocks, a floating-point type that no conversion changes.
     """
 
     weight: torch.Tensor
@@ -44,8 +44,11 @@ class Format(Protocol):
     ) -> torch.Tensor:
         """The weight (O, I) that the codes mean, rounded to `dtype` once."""
 
-    def check(self) -> None:
+    def check(self, option: str) -> None:
         """Whether it can be used here.
+
+        Args:
+            option: the key that asks for it.
 
         Raises:
             UserError: a library is missing.
@@ -93,7 +96,7 @@ class RowScaled:
         # float32 copy of the weight on a GPU.
         return codes.view(self.number).to(dtype).mul_(scale)
 
-    def check(self) -> None:
+    def check(self, option: str) -> None:
         pass
 
 
@@ -132,12 +135,62 @@ class NormalFloat4:
         state = QuantState(absmax=scale, shape=rows, dtype=dtype, blocksize=self.block, quant_type="nf4")
         return dequantize_4bit(codes, state).flatten()[: math.prod(shape)].view(shape)
 
-    def check(self) -> None:
+    def check(self, option: str) -> None:
         if importlib.util.find_spec("bitsandbytes") is None:
             raise UserError.of(
-                '"nf4" needs bitsandbytes, which is not installed: pip install bitsandbytes',
-                where="[model] transformer_dtype",
+                '"nf4" needs bitsandbytes, which is not installed: pip install bitsandbytes', where=option
             )
+
+
+@dataclass(frozen=True)
+class GroupedInt4:
+    """4-bit whole numbers, with a scale and a zero point for each group of numbers that lie side by side in a row:
+
+        weight = scale * (number - zero),   scale = (max - min) / 15,   zero = -min / scale
+
+    where number and zero are whole, 0 to 15, and max and min are those of the group and of 0, so that 0 stays 0. Groups
+    lie along the inputs, since these are side by side in memory: many numbers share one read scale. The scale is
+    bfloat16, whose range is that of all weights; it is rounded before it is used, and much less than numbers to 4 bits.
+    A group's bytes are its numbers, the first half in the lower four bits and the second in the upper, and its zero
+    point.
+
+    Attributes:
+        group: numbers in a group, even.
+    """
+
+    group: int = 64
+    largest: ClassVar[int] = 15
+
+    def empty(self, shape: tuple[int, int]) -> Codes:
+        groups = -(-math.prod(shape) // self.group)
+        weight = torch.empty(groups, self.group // 2 + 1, dtype=torch.uint8, device="meta")
+        return Codes(weight, torch.empty(groups, 1, dtype=torch.bfloat16, device="meta"))
+
+    def quantise(self, values_OI: torch.Tensor) -> Codes:
+        values = values_OI.flatten()
+        # Where rows are no whole groups, a group goes on in the next row.
+        values_GN = functional.pad(values, (0, -len(values) % self.group)).view(-1, self.group)
+        low_G1, high_G1 = values_GN.amin(1, keepdim=True).clamp(max=0), values_GN.amax(1, keepdim=True).clamp(min=0)
+        # A GPU would multiply by the reciprocal of a plain number. A group of zeros has a scale too.
+        steps = values.new_tensor(self.largest)
+        scale_G1 = (high_G1 / steps - low_G1 / steps).clamp(min=torch.finfo(torch.float32).tiny)
+        scale_G1 = scale_G1.bfloat16()
+        zero_G1 = (-low_G1 / scale_G1.float()).round().clamp(0, self.largest)
+        numbers_GN = ((values_GN / scale_G1.float()).round() + zero_G1).clamp(0, self.largest).to(torch.uint8)
+        lower_GM, upper_GM = numbers_GN.chunk(2, dim=1)
+        return Codes(torch.cat([lower_GM | upper_GM << 4, zero_G1.to(torch.uint8)], dim=1), scale_G1)
+
+    def dequantise(
+        self, codes: torch.Tensor, scale: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        packed_GM, zero_G1 = codes[:, :-1], codes[:, -1:]
+        numbers_GN = torch.cat([packed_GM & self.largest, packed_GM >> 4], dim=1).view(torch.int8)
+        # Whole numbers are exact in 16 bits; see `RowScaled` for the product.
+        values_GN = numbers_GN.sub_(zero_G1.view(torch.int8)).to(dtype).mul_(scale)
+        return values_GN.flatten()[: math.prod(shape)].view(shape)
+
+    def check(self, option: str) -> None:
+        pass
 
 
 FORMATS: Mapping[str, Format] = {
@@ -146,5 +199,11 @@ FORMATS: Mapping[str, Format] = {
     "float8_e5m2": RowScaled(torch.float8_e5m2),
     "int8": RowScaled(torch.int8),
     "nf4": NormalFloat4(),
+    "int4": GroupedInt4(),
 }
-"""The formats by their names in `[model] transformer_dtype`."""
+"""The formats by their names in `[model] transformer_dtype` and `text_encoder_dtype`."""
+
+
+def unaliased(name: str) -> str:
+    """The name of a format, the same for all names that mean it."""
+    return {form: own for own, form in FORMATS.items()}[FORMATS[name]]

@@ -19,6 +19,15 @@ def _text_encoder(name: str, others: str = "") -> Foreign:
     return write(f"an entry of `text_encoders` beside `diffusers_path`, as in `{example}`{others}")
 
 
+def _kept_text_encoders(form: str) -> Foreign:
+    return Foreign(
+        f"write instead: `text_encoder_dtype = '{form}'`",
+        lambda value: {"text_encoder_dtype": form},
+        harmless=lambda value: value is False,
+        why_harmless="text encoders have the type `dtype` anyway",
+    )
+
+
 def _presets(paths: Any) -> Any:
     """Paths as entries of `preset_adapters`; entries as they are."""
     if not isinstance(paths, list):
@@ -86,6 +95,8 @@ _MODEL: Mapping[str, Foreign] = {
     "self_attn_lr": Foreign(f"leave it out: {_PARTS_LR}"),
     "single_file_path": read_as("transformer_path"),
     "t5_path": _text_encoder("t5"),
+    "text_encoder_fp8": _kept_text_encoders("float8"),
+    "text_encoder_nf4": _kept_text_encoders("nf4"),
     "text_encoder_path": _text_encoder("qwen2_5_vl"),
     "v_pred": Foreign(
         "write instead: `prediction_type = 'v_prediction'` and `rescale_betas_zero_snr`",

@@ -9,6 +9,7 @@ from utils.settings.foreign import Foreign, leave_out, write
 
 _TRAINED = "`dtype`, the type of the weights that are trained, in `[adapter]`, or in `[model]` without one"
 _TEXT_ENCODER = "an entry of `text_encoders`, in `[model]`, as in `text_encoders = [{{ type = '{}', path = '...' }}]`"
+_FP8_TEXT = "`text_encoder_dtype`, in `[model]`, as in `text_encoder_dtype = 'float8'`, for all text encoders"
 _NO_FLAG = "the default is the fastest that is right on this machine; `attention` names others"
 _LOADER = "data is read ahead by a thread, from the cache"
 
@@ -142,6 +143,9 @@ _OF_RUNS: Mapping[str, str] = {
     "dynamo_backend": "`compile`",
     "fp8_base": "`transformer_dtype`, in `[model]`, as in `transformer_dtype = 'float8'`",
     "fp8_scaled": "`transformer_dtype`, in `[model]`, as in `transformer_dtype = 'float8'`",
+    "fp8_llm": _FP8_TEXT,
+    "fp8_t5": _FP8_TEXT,
+    "fp8_vl": _FP8_TEXT,
     "full_bf16": _TRAINED,
     "full_fp16": _TRAINED,
     "guidance_scale": "`guidance`, in `[model]`, or of samples in `[sampling]`",
@@ -183,6 +187,19 @@ _NEEDLESS: Mapping[str, str] = {
 }
 
 ANYWHERE: Mapping[str, Foreign] = {
+    # Of SimpleTuner.
+    "base_model_precision": write(
+        "`transformer_dtype`, in `[model]`, as in `transformer_dtype = 'int8'`", unless=("no_change",)
+    ),
+    **{
+        f"text_encoder_{number}_precision": write(
+            "`text_encoder_dtype`, in `[model]`, as in `text_encoder_dtype = 'int8'`, for all text encoders",
+            unless=("no_change",),
+        )
+        for number in range(1, 5)
+    },
+    # Of DiffSynth-Studio.
+    "fp8_models": write("`transformer_dtype` and `text_encoder_dtype`, in `[model]`"),
     **{key: write(what) for key, what in {**_OF_DATASETS, **_OF_RUNS}.items()},
     **{key: leave_out(why) for key, why in _NEEDLESS.items()},
     "cache_latents": leave_out("latents always are cached", only=(True,)),

@@ -20,7 +20,7 @@ from utils.settings.values import (
 )
 
 DType = Literal["float32", "float16", "bfloat16"]
-QuantisedType = Literal["float8", "float8_e4m3fn", "float8_e5m2", "int8", "nf4"]
+QuantisedType = Literal["float8", "float8_e4m3fn", "float8_e5m2", "int8", "nf4", "int4"]
 KeptType = Literal[DType, QuantisedType]
 
 
@@ -38,7 +38,7 @@ class TextEncoderFile(SettingsTable):
     type: str
     """Which of the model's text encoders this is, by the name that the model gives it."""
     path: UserPath
-    """File or folder of the weights."""
+    """File or folder of the weights; for T5 and UMT5 it may be a .gguf file."""
 
 
 class PresetAdapter(SettingsTable):
@@ -69,17 +69,25 @@ class ModelSettings(SettingsTable):
     diffusers_path: UserPath | None = None
     """Folder in diffusers' layout, from which all parts without a path of their own are read."""
     transformer_path: UserPath | None = None
-    """File or folder of the denoiser's weights (transformer or UNet); default: from `diffusers_path`."""
+    """File or folder of the denoiser's weights (transformer or UNet); default: from `diffusers_path`. A .gguf file is
+    decoded as it is read, and kept as `transformer_dtype` says."""
     transformer_dtype: KeptType | None = None
-    """Type in which the denoiser's weights are kept; default: `dtype`. The last five are for adapters, and for the
+    """Type in which the denoiser's weights are kept; default: `dtype`. The last six are for adapters, and for the
     Linears of the repeated blocks alone, all else stays in `dtype`: 8 bits with a scale for each row, where "float8"
-    means float8_e4m3fn and int8 is closest to the weights, or the 4 bits of bitsandbytes, nf4, with a scale for 64
-    numbers."""
+    means float8_e4m3fn and int8 is closest to the weights; or 4 bits, with a scale for 64 numbers: nf4 of bitsandbytes,
+    or int4, which needs no library, is 3% smaller, and is closer to most weights and farther from those with a few
+    large ones among many small."""
     vae_path: UserPath | None = None
     """File or folder of the VAE's weights; default: from `diffusers_path`."""
     latents: Literal["sample", "mode", "distribution"] = "sample"
     """What is cached of the VAE's distribution: a sample, its mode, or the whole distribution, from which each epoch
     draws another sample."""
+    text_encoder_dtype: KeptType | None = None
+    """Type in which text encoders are kept while captions are encoded; default: `dtype`. The first three are also the
+    type of the computation and of the cached features. The last six are those of `transformer_dtype`, for the Linears
+    of the encoders' repeated blocks, which are quantised one by one as they are read; all else stays in `dtype`. So
+    T5-XXL and encoders of 8 billion parameters fit a GPU of 12 GB. Each type has features of its own in the cache. Not
+    for text encoders that are trained."""
     text_encoders: list[TextEncoderFile] = []
     """Text encoders read from elsewhere; those not listed come from `diffusers_path`."""
     preset_adapters: list[PresetAdapter] = []

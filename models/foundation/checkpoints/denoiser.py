@@ -88,11 +88,12 @@ class DenoiserWeights:
         materialise(denoiser, names, lambda name: source.read(base_name(name)), self.storage)
 
     def _opened(self, denoiser: nn.Module) -> TensorSource:
-        layout = self.layout if self.layout and self.layout.recognises(read_header(self.path).files) else None
+        header = read_header(self.path, with_gguf=True)
+        layout = self.layout if self.layout and self.layout.recognises(header.files) else None
         try:
             return Weights(self.path, denoiser, layout)
         except UserError as error:
-            raise explained(error, read_header(self.path).shapes, self.model_type) from error
+            raise explained(error, header.shapes, self.model_type) from error
 
     def _stored(self, denoiser: nn.Module) -> nn.Module:
         for name, parameter in denoiser.named_parameters():

@@ -54,6 +54,11 @@ class TextPart:
     root: Path | None = field(default=None, kw_only=True)
 
     @property
+    def is_t5(self) -> bool:
+        """Whether it is a T5, or its multilingual descendant with names of the same kind."""
+        return self.model_class in ("T5EncoderModel", "UMT5EncoderModel")
+
+    @property
     def stock_class(self) -> type[PreTrainedModel]:
         """The class of transformers."""
         return of_transformers(self.model_class)
@@ -106,10 +111,11 @@ def check_diffusers_folder(options: ModelSettings, denoiser: str, text_parts: Se
     }
     if options.from_scratch:
         weights.pop(denoiser)
+    with_gguf = {denoiser, *(part.folder for part in text_parts if part.is_t5)}
     checks: list[Callable[[], object]] = [partial(read_json, folder / part / _config_name(part)) for part in present]
     for part, (override, option) in weights.items():
         if override is not None:
-            checks.append(partial(read_header, override))
+            checks.append(partial(read_header, override, with_gguf=part in with_gguf))
         elif part in present and any((folder / part).glob("*.safetensors*")):
             checks.append(partial(read_header, folder / part))
         elif part in present:

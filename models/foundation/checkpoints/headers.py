@@ -1,4 +1,4 @@
-"""Headers of safetensors files, and fingerprints of files."""
+"""Headers of safetensors and GGUF files, and fingerprints of files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from models.foundation.checkpoints.gguf_files import GgufFile, is_gguf
 from utils.errors import UserError
 from utils.json_files import read_json
 
@@ -23,7 +24,7 @@ FINGERPRINT_BLOCK_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class Header:
-    """The tensors of a safetensors file or of its shards: the file and the shape of each."""
+    """The tensors of a file or of its shards: the file and the shape of each."""
 
     files: dict[str, Path]
     shapes: dict[str, tuple[int, ...]]
@@ -33,12 +34,24 @@ class Header:
         return sorted(set(self.files.values()))
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, *, with_gguf: bool = False) -> Header:
     """The header of a safetensors file, or of the files in a folder that belong together.
 
+    Args:
+        with_gguf: whether it may be a GGUF file too.
+
     Raises:
-        UserError: there is no such file, or it is not a whole safetensors file.
+        UserError: there is no such file, or it is not a whole one.
     """
+    if path.is_file() and is_gguf(path):
+        if not with_gguf:
+            raise UserError.of(
+                "is a GGUF file, which the denoiser's may be ([model] transformer_path), and T5's and UMT5's; give a "
+                "safetensors file",
+                str(path),
+            )
+        tensors = GgufFile(path).tensors
+        return Header(dict.fromkeys(tensors, path), {key: tensor.shape for key, tensor in tensors.items()})
     paths = [path] if path.is_file() else _files_in(path)
     if not paths:
         raise UserError.of("no safetensors file here; give a .safetensors file or a folder with some", str(path))
@@ -50,7 +63,11 @@ def read_header(path: Path) -> Header:
                     files[key] = file
                     shapes[key] = tuple(opened.get_slice(key).get_shape())
         except (SafetensorError, OSError) as error:
-            hint = "download it again" if file.suffix in SUFFIXES else "give one; other formats are not read"
+            hint = (
+                "download it again"
+                if file.suffix in SUFFIXES
+                else "give one; of other formats only GGUF is read, for the denoiser"
+            )
             raise UserError.of(f"not a whole safetensors file ({error}); {hint}", str(file)) from error
     return Header(files, shapes)
 

@@ -176,7 +176,7 @@ def with_parts_of_checkpoint(options: ModelSettings, texts: Sequence[TextPart]) 
     path = options.transformer_path
     if path is None or path.is_dir():
         return options
-    keys = read_header(path).files
+    keys = read_header(path, with_gguf=True).files
     given = [entry.type for entry in options.text_encoders]
     found = [
         TextEncoderFile(type=part.name, path=path)

@@ -7,7 +7,7 @@ are the tensors of this process's stage read by memory map, each in the form in 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from models.foundation.checkpoints.gguf_files import GgufFile, is_gguf
 from models.foundation.checkpoints.headers import read_header
 from models.foundation.checkpoints.key_layouts import KeyLayout, Piece, swap_halves
 from models.foundation.checkpoints.storage import StorageRules
@@ -35,14 +36,14 @@ class Weights:
     """The tensors of a model under our names, read on demand.
 
     Args:
-        path: a .safetensors file, or a folder with one or its shards.
+        path: a .safetensors file, a folder with one or its shards, or a .gguf file.
         module: the model (on the meta device will do), for names and shapes.
         layout: the table by which another program names them; None if the files use our names.
     """
 
     def __init__(self, path: Path, module: nn.Module, layout: KeyLayout | None = None):
         self.path = path
-        header = read_header(path)
+        header = read_header(path, with_gguf=True)
         shapes = {name: tuple(parameter.shape) for name, parameter in module.state_dict().items()}
         try:
             self.pieces = layout.pieces(shapes, header.files) if layout else {name: Piece(name) for name in shapes}
@@ -79,7 +80,7 @@ class Weights:
             )
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, in the type of the file; float32 if the file stores it scaled."""
+        """One tensor, on the CPU, in the type of the file; float32 if the file stores it scaled or in codes."""
         piece = self.pieces[name]
         stored = self._slice(piece.key)
         tensor = stored[piece.rows[0] : piece.rows[1]] if piece.rows else stored[...]
@@ -90,7 +91,7 @@ class Weights:
     def _slice(self, key: str) -> Any:
         file = self.header.files[key]
         if file not in self._opened:
-            self._opened[file] = safe_open(file, framework="pt")
+            self._opened[file] = GgufFile(file) if is_gguf(file) else safe_open(file, framework="pt")
         return self._opened[file].get_slice(key)
 
 
@@ -137,23 +138,66 @@ def load_tensors(path: Path, dtype: torch.dtype, prefix: str = "") -> dict[str, 
     Raises:
         UserError: there is no such file, or it is not a whole safetensors file.
     """
+    mapped = mapped_tensors(path, prefix)
+    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in _each(mapped)}
+
+
+@dataclass(frozen=True)
+class ScaledTensor:
+    """A tensor stored in 8 bits, whose values `[...]` gives, in float32.
+
+    Attributes:
+        stored: the numbers of the file.
+        scale: their factor, one number.
+        key, source: the name of the scale and its file, for messages.
+    """
+
+    stored: torch.Tensor
+    scale: torch.Tensor
+    key: str
+    source: Path
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """Some of the values.
+
+        Raises:
+            UserError: there is more than one scale.
+        """
+        return unscaled(self.stored, self.scale, self.key, self.source)[index]
+
+
+def mapped_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor | ScaledTensor]:
+    """The tensors of `load_tensors`, of which `[...]` gives the values, in the type of the file; until then they lie in
+    the file, and take no memory of the process."""
     header = read_header(path)
     wanted = _part(header.files, prefix)
     tensors: dict[str, torch.Tensor] = {}
     for file in header.paths:
         with safe_open(file, framework="pt") as opened:
             tensors |= {key: opened.get_tensor(key) for key in wanted if header.files[key] == file}
-    for key in list(tensors):
-        scale = next((name for name in scale_keys(key) if name in tensors), None)
-        tensors[key] = tensors[key] if scale is None else unscaled(tensors[key], tensors[scale], scale, path)
-        tensors[key] = tensors[key].to(dtype) if tensors[key].is_floating_point() else tensors[key]
-    return tensors
+    scales = _scales(tensors)
+    return {
+        key: ScaledTensor(tensor, tensors[scales[key]], scales[key], path) if key in scales else tensor
+        for key, tensor in tensors.items()
+        if key not in scales.values()
+    }
+
+
+def _scales(keys: Collection[str]) -> dict[str, str]:
+    """The names of scaled tensors, and those of their scales, among the names of a file."""
+    return {key: name for key in keys for name in scale_keys(key) if name in keys}
+
+
+def _each(mapped: Mapping[str, torch.Tensor | ScaledTensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The values of all tensors, one after another."""
+    return ((key, tensor[...]) for key, tensor in mapped.items())
 
 
 def meta_tensors(path: Path, dtype: torch.dtype, prefix: str = "") -> dict[str, torch.Tensor]:
     """The result of `load_tensors` on the meta device, for which only headers are read."""
     shapes = read_header(path).shapes
-    return {key: torch.empty(shapes[key], dtype=dtype, device="meta") for key in _part(shapes, prefix)}
+    keys, scales = _part(shapes, prefix), _scales(shapes).values()
+    return {key: torch.empty(shapes[key], dtype=dtype, device="meta") for key in keys if key not in scales}
 
 
 def _part(keys: Iterable[str], prefix: str) -> list[str]:
@@ -245,5 +289,6 @@ class CheckpointNames:
         tensors = read(source, dtype, self.prefix)
         if not all(name.startswith(self.prefix) for name in tensors):
             return tensors
-        named = {name.removeprefix(self.prefix): tensor for name, tensor in tensors.items()}
-        return self.convert(tensors) if self.convert else named
+        if self.convert:
+            return self.convert(dict(_each(tensors)))
+        return {name.removeprefix(self.prefix): tensor for name, tensor in tensors.items()}

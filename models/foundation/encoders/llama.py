@@ -1,4 +1,4 @@
-"""Llama as a text encoder with several hidden states, in 4 bits if the GPU is small.
+"""Llama as a text encoder with several hidden states.
 
 Shapes: B captions, N states, L tokens, D features.
 """
@@ -7,17 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from models.foundation.checkpoints.headers import fingerprint
-from models.foundation.checkpoints.stock import of_transformers
 from models.foundation.encoders.text import TextEncoder, load_tokenizer
 from models.foundation.encoders.text_features import Shapes, TextFeatures
-from utils.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -44,20 +40,7 @@ class StatesFeatures(TextFeatures):
 
 
 class LlamaEncoder(TextEncoder):
-    """Llama as a `TextEncoder`.
-
-    Args:
-        four_bit: keep its weights in 4 bits (NF4 of bitsandbytes), a third of their size; needs a GPU.
-    """
-
-    def __init__(self, *source: Any, four_bit: bool = False):
-        super().__init__(*source)
-        self.four_bit = four_bit
-
-    @cached_property
-    def fingerprint(self) -> str:
-        whole = super().fingerprint
-        return fingerprint(whole, "nf4") if self.four_bit else whole
+    """Llama as a `TextEncoder`."""
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -65,15 +48,3 @@ class LlamaEncoder(TextEncoder):
         # Llama has no padding token, and the stock pipelines pad with the end token.
         tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
-
-    def check(self) -> None:
-        if self.four_bit and not torch.cuda.is_available():
-            raise UserError.of("needs a GPU, and there is none here; leave it out", where="[model] llama3_4bit")
-        super().check()
-
-    def _build(self, source: Path | None, **how: Any) -> nn.Module:
-        if self.four_bit and how.get("device_map") != "meta":
-            how["quantization_config"] = of_transformers("BitsAndBytesConfig")(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=self.dtype
-            )
-        return super()._build(source, **how)

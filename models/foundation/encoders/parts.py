@@ -26,6 +26,7 @@ class ModelParts:
         config_keys: keys that the denoiser's configuration must have.
         text_parts: the text encoders, and where a diffusers folder keeps them.
         dtype: the type in which text encoders compute.
+        kept: the format in which the Linears of text encoders are kept; None for `dtype`.
     """
 
     options: ModelSettings
@@ -34,6 +35,7 @@ class ModelParts:
     config_keys: tuple[str, ...]
     text_parts: tuple[TextPart, ...]
     dtype: torch.dtype
+    kept: str | None
 
     def check(self) -> None:
         """Whether all parts of the diffusers folder are there, or the files that replace their weights.
@@ -77,16 +79,18 @@ class ModelParts:
         return self.text_part(name).config(self.options.diffusers_path)
 
     def text_encoder(
-        self, features: TextFeatures, kind: type[TextEncoder] = TextEncoder, **further: Any
+        self, features: TextFeatures, kind: type[TextEncoder] = TextEncoder, *, kept: str | None = None, **further: Any
     ) -> TextEncoder:
         """The text encoder that gives these features, with the weights that the options name.
 
         Args:
             kind: the class of the encoder.
+            kept: the format of this encoder's Linears, if it is not that of all text encoders.
             further: arguments of this class beyond those of `TextEncoder`.
 
         Raises:
             UserError: its configuration is missing or damaged, or belongs to another model.
         """
         part, folder = self.text_part(features.encoder), self.options.diffusers_path
-        return kind(part, folder, part.override(self.options), self.dtype, features, **further)
+        file, kept = part.override(self.options), kept or self.kept
+        return kind(part, folder, file, self.dtype, features, kept=kept, **further)

@@ -109,11 +109,12 @@ class PictureTextEncoder(TextEncoder):
         controls: number of control images.
         area: of a picture, in pixels.
         caption_tokens: about how many tokens the longest captions have.
-        others: as of `TextEncoder`; the template has one `PICTURE` for each control image, and all tokens are read.
+        others, further: as of `TextEncoder`; the template has one `PICTURE` for each control image, and all tokens are
+            read.
     """
 
-    def __init__(self, *others: Any, controls: int, area: int, caption_tokens: int):
-        super().__init__(*others)
+    def __init__(self, *others: Any, controls: int, area: int, caption_tokens: int, **further: Any):
+        super().__init__(*others, **further)
         self.area, self.caption_tokens = area, caption_tokens
         self.controls = tuple(f"control_{number}" if number > 1 else "control" for number in range(1, controls + 1))
         self.reads = ("caption", *self.controls)

@@ -5,6 +5,7 @@ Shapes: B captions, L tokens, D features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,15 @@ import torch
 from torch import nn
 
 from models.foundation.checkpoints.folders import TextPart, problems_of
+from models.foundation.checkpoints.gguf_files import is_gguf, t5_tensors
 from models.foundation.checkpoints.headers import fingerprint
 from models.foundation.checkpoints.stock import of_transformers
-from models.foundation.checkpoints.weights import check_shape, load_tensors, meta_tensors
+from models.foundation.checkpoints.weights import check_shape, load_tensors, mapped_tensors, meta_tensors
 from models.foundation.encoders.text_features import EncodedText, TextFeatures
 from utils.dataset.samples import Bucket
 from utils.errors import UserError
 from utils.json_files import read_json
+from utils.quantised.formats import FORMATS, unaliased
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -42,6 +45,7 @@ class TextEncoder:
         file: a single .safetensors file, or a folder, with weights that replace those of the part.
         dtype: the type in which it computes.
         features: what the model reads from it; their repr is part of the fingerprint.
+        kept: the format in which the Linears of its blocks are kept in memory, one of `FORMATS`; None for `dtype`.
 
     Raises:
         UserError: the configuration in the diffusers folder is missing or damaged, or belongs to another model.
@@ -49,12 +53,21 @@ class TextEncoder:
 
     reads = ("caption",)
 
-    def __init__(self, part: TextPart, folder: Path, file: Path | None, dtype: torch.dtype, features: TextFeatures):
+    def __init__(
+        self,
+        part: TextPart,
+        folder: Path,
+        file: Path | None,
+        dtype: torch.dtype,
+        features: TextFeatures,
+        kept: str | None = None,
+    ):
         self.name, self.stock_class, self.names = part.name, part.stock_class, part.names
+        self.is_t5 = part.is_t5
         self.arguments = part.arguments
         self.folder, self.subfolder = part.root or folder, part.folder
         self.tokenizer_folder = self.folder / part.tokenizer
-        self.file, self.dtype, self.features = file, dtype, features
+        self.file, self.dtype, self.features, self.kept = file, dtype, features, kept
         config = self.stock_class.config_class.from_dict(part.config(folder))
         self.shapes = features.shapes(config.get_text_config())
         self.model: nn.Module | None = None
@@ -64,7 +77,8 @@ class TextEncoder:
     def fingerprint(self) -> str:
         folder = self.folder / self.subfolder
         weights = [self.file, folder / "config.json"] if self.file else [folder]
-        return fingerprint(self.name, repr(self.features), str(self.dtype), self.tokenizer_folder, *weights)
+        whole = fingerprint(self.name, repr(self.features), str(self.dtype), self.tokenizer_folder, *weights)
+        return fingerprint(whole, unaliased(self.kept)) if self.kept else whole
 
     def check(self) -> None:
         """Whether the tokenizer can be loaded, and the weights fit the configuration, from their headers alone.
@@ -72,9 +86,22 @@ class TextEncoder:
         Raises:
             UserError: they do not; reports both.
         """
-        problems = problems_of([self._check_config, self._check_tokenizer, self._check_weights])
+        problems = problems_of([self._check_format, self._check_config, self._check_tokenizer, self._check_weights])
         if problems:
             raise UserError(problems)
+
+    def _check_format(self) -> None:
+        """Whether its weights can be quantised here."""
+        if self.kept is None:
+            return
+        config = self.config()
+        if any(getattr(one, "quantization_config", None) for one in (config, config.get_text_config())):
+            raise UserError.of(
+                f'is quantised already (`quantization_config`), so it cannot be kept as "{self.kept}"; leave [model] '
+                "text_encoder_dtype out, or give the plain weights",
+                str(self._source),
+            )
+        FORMATS[self.kept].check("[model] text_encoder_dtype")
 
     def _check_config(self) -> None:
         """Whether a separate folder contains an encoder of the size that the model requires."""
@@ -99,12 +126,13 @@ class TextEncoder:
         self.token_count("")
 
     def _check_weights(self) -> None:
-        tensors = self.names.tensors(meta_tensors, self._source, self.dtype)
+        tensors = self._tensors(meta_tensors)
         self._build(None, config=self.config(), state_dict=tensors, device_map="meta")
 
     def load(self, device: torch.device) -> None:
         self.truncated = 0
-        self.model = self.load_model().to(device).eval().requires_grad_(False)
+        model = self._load_quantised(device) if self.kept else self.load_model().to(device)
+        self.model = model.eval().requires_grad_(False)
 
     @property
     def _source(self) -> Path:
@@ -119,13 +147,37 @@ class TextEncoder:
         return self.stock_class.config_class.from_pretrained(folder)
 
     def load_model(self) -> nn.Module:
-        """The model of transformers with its weights, on the CPU."""
+        """The model of transformers with its weights, on the CPU and not quantised."""
         source = self._source
         # If a folder has the file names of transformers, it reads one tensor after the other.
         if any((source / name).is_file() for name in STOCK_FILES):
             return self._build(source, config=self.config())
-        tensors = self.names.tensors(load_tensors, source, self.dtype)
+        tensors = self._tensors(load_tensors)
         return self._build(None, config=self.config(), state_dict=tensors)
+
+    def _load_quantised(self, device: torch.device) -> nn.Module:
+        """The model of transformers on a device, where its weights are quantised one by one as they are read."""
+        from models.foundation.encoders.quantised import Quantisation
+
+        # Of what is wrong with a tensor that is quantised transformers would say nothing.
+        self._check_weights()
+        how = {"config": self.config(), "quantization_config": Quantisation(FORMATS[self.kept])}
+        source, there = self._source, {"": device}
+        if any((source / name).is_file() for name in STOCK_FILES):
+            return self._build(source, device_map=there, **how)
+        tensors = self._tensors(lambda path, _, prefix: mapped_tensors(path, prefix))
+        return self._build(None, state_dict=tensors, device_map=there, **how)
+
+    def _tensors(self, read: Callable[[Path, torch.dtype, str], dict[str, Any]]) -> dict[str, Any]:
+        """The tensors of the file or folder under the names of transformers, as `read` gives them. Those of a GGUF file
+        are decoded one by one, when transformers asks for their values."""
+        source = self._source
+        if not (self.is_t5 and source.is_file() and is_gguf(source)):
+            return self.names.tensors(read, source, self.dtype)
+        tensors = t5_tensors(source)
+        if read is not meta_tensors:
+            return tensors
+        return {name: torch.empty(one.shape, dtype=self.dtype, device="meta") for name, one in tensors.items()}
 
     def _build(self, source: Path | None, **how: Any) -> nn.Module:
         """The model with its weights. transformers knows the names of older files, which tensors are tied, and what

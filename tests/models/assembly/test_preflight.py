@@ -146,7 +146,8 @@ def enlarge(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "size"), [("float32", 4), ("bfloat16", 2), ("float8", 1), ("int8", 1), ("nf4", 0.5625)]
+    ("dtype", "size"),
+    [("float32", 4), ("bfloat16", 2), ("float8", 1), ("int8", 1), ("nf4", 0.5625), ("int4", 0.546875)],
 )
 def test_a_large_model_is_planned_in_its_own_type(folder: Path, dtype: str, size: float) -> None:
     """Of the size of Flux.1, which is told without memory for it."""

@@ -65,7 +65,9 @@ def check(layer: LoraLinear, x: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("keys", [{}, {"bias": False}, {"alpha": 1.0}, {"form": "int8"}, {"form": "nf4", "alpha": 3.0}])
+@pytest.mark.parametrize(
+    "keys", [{}, {"bias": False}, {"alpha": 1.0}, {"form": "int8"}, {"form": "nf4", "alpha": 3.0}, {"form": "int4"}]
+)
 def test_it_is_the_formula(dtype: torch.dtype, keys: dict) -> None:
     layer = adapted(dtype, **keys)
     check(layer, normal((2, 3, INPUTS), 0, "x").to(dtype))

@@ -76,7 +76,7 @@ def test_compiled_blocks_do_the_same_and_share_what_is_compiled() -> None:
     assert counters["frames"]["ok"] == counters["frames"]["total"] <= 4 * 2
 
 
-@pytest.mark.parametrize(("kept", "recompute"), [("trained", False), ("float8", True), ("nf4", False)])
+@pytest.mark.parametrize(("kept", "recompute"), [("trained", False), ("float8", True), ("nf4", False), ("int4", False)])
 def test_compiled_blocks_may_be_swapped_and_quantised(kept: str, recompute: bool) -> None:
     torch.manual_seed(0)
     layers = [Middle(Block(), {"x": "x_BTD"}, ("x_BTD",)) for _ in range(4)]

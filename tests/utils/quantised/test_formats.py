@@ -58,12 +58,48 @@ def test_blocks_of_nf4_are_kept_within_half_a_gap(shape: tuple[int, int]) -> Non
     assert error.max() > 0
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_groups_of_int4_are_kept_within_half_a_step(shape: tuple[int, int]) -> None:
+    values, form = weights(shape), FORMATS["int4"]
+    codes = form.quantise(values)
+    groups = values.flatten().split(64)
+    spans = torch.stack([torch.cat([group, group.new_zeros(1)]).amax() for group in groups])
+    spans = spans - torch.stack([torch.cat([group, group.new_zeros(1)]).amin() for group in groups])
+    torch.testing.assert_close(codes.scale.flatten().float(), (spans / 15).clamp(min=1e-38), rtol=2**-8, atol=1e-38)
+    made = form.dequantise(*codes, shape, torch.float32)
+    # The last numbers are cut off where the scale was rounded down.
+    bound = (0.5 + 15 * 2**-8) * codes.scale.float().repeat_interleave(64)[: values.numel()].view(shape)
+    assert ((made - values).abs() <= bound).all() and (made != values).any()
+    assert (made[values == 0] == 0).all()
+
+
+def test_numbers_of_int4_are_where_they_are_said_to_be() -> None:
+    values = torch.arange(-3, 13).repeat(4)[None].float()
+    codes = FORMATS["int4"].quantise(values)
+    assert codes.scale.item() == 1 and codes.weight[0, -1] == 3
+    assert (codes.weight[0, :32] & 15).tolist() == list(range(16)) * 2 == (codes.weight[0, :32] >> 4).tolist()
+    assert torch.equal(FORMATS["int4"].dequantise(*codes, (1, 64), torch.float32), values)
+
+
+def test_int4_is_closer_to_weights_like_normal_numbers_and_nf4_to_long_tails() -> None:
+    """What the documentation says of the two."""
+    errors = {}
+    for name in ("nf4", "int4"):
+        for tail in (1, 3):
+            values = normal((256, 1024), 0, "weights")
+            values = values * values.abs() ** (tail - 1)
+            made = FORMATS[name].dequantise(*FORMATS[name].quantise(values), (256, 1024), torch.float32)
+            errors[name, tail] = ((made - values).norm() / values.norm()).item()
+    assert 0.08 < errors["int4", 1] < errors["nf4", 1] < 0.1
+    assert errors["nf4", 3] < 0.98 * errors["int4", 3]
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_largest_numbers_stay_finite_and_as_large(name: str) -> None:
     values = torch.tensor([[3e38, -3e38, 0.1] * 22, [1e-30, -1e-30, 0.0] * 22])
     made = FORMATS[name].dequantise(*FORMATS[name].quantise(values), (2, 66), torch.float32)
     assert made.isfinite().all()
-    torch.testing.assert_close(made[0, :2], values[0, :2])
+    torch.testing.assert_close(made[0, :2], values[0, :2], rtol=1 / 14 if name == "int4" else 1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -76,14 +112,16 @@ def test_the_product_is_rounded_once(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(made, form.dequantise(*codes, (16, 128), torch.float32).to(dtype))
 
 
-@pytest.mark.parametrize(("name", "bits"), [("float8", 8), ("float8_e5m2", 8), ("int8", 8), ("nf4", 4.5)])
+@pytest.mark.parametrize(
+    ("name", "bits"), [("float8", 8), ("float8_e5m2", 8), ("int8", 8), ("nf4", 4.5), ("int4", 4.375)]
+)
 def test_it_takes_the_bytes_that_it_is_for(name: str, bits: float) -> None:
-    """NF4's half a bit is the scale of 64 numbers."""
+    """The parts of a bit are the scales of 64 numbers, and int4's zero points."""
     shape = (64, 1024)
     codes, empty = FORMATS[name].quantise(normal(shape, 0, "weights")), FORMATS[name].empty(shape)
     for made, planned in zip(codes, empty, strict=True):
         assert planned.is_meta and (planned.shape, planned.dtype) == (made.shape, made.dtype)
-    scales = 0 if bits == 4.5 else codes.scale.nbytes
+    scales = 0 if bits < 8 else codes.scale.nbytes
     assert 8 * (sum(part.nbytes for part in codes) - scales) == bits * 64 * 1024
 
 
@@ -97,8 +135,8 @@ def test_numbers_of_a_row_do_not_depend_on_other_rows() -> None:
 
 
 def test_a_missing_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    FORMATS["nf4"].check()
+    FORMATS["nf4"].check("[model] transformer_dtype")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"\[model\] transformer_dtype.*pip install bitsandbytes"):
-        FORMATS["nf4"].check()
-    FORMATS["float8"].check()
+        FORMATS["nf4"].check("[model] transformer_dtype")
+    FORMATS["float8"].check("[model] transformer_dtype")

@@ -167,6 +167,17 @@ def test_keys_that_say_the_same_are_read(folder: Folder, caplog: pytest.LogCaptu
     assert said["[adapter] rank_dropout"].startswith("not used")
 
 
+@pytest.mark.parametrize(("key", "form"), [("text_encoder_fp8", "float8"), ("text_encoder_nf4", "nf4")])
+def test_quantised_text_encoders_are_read(
+    folder: Folder, caplog: pytest.LogCaptureFixture, key: str, form: str
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        settings = read_all(folder.run(model=f"{key} = true"), CHOICES, 1)[0]
+    assert settings.model.text_encoder_dtype == form
+    (record,) = caplog.records
+    assert f"{key}: is read as `text_encoder_dtype = '{form}'`" in record.getMessage()
+
+
 def test_a_folder_under_its_other_name_is_told_once(folder: Folder) -> None:
     path = folder.run(weights="", model="ckpt_path = 'weights'")
     with pytest.raises(UserError) as caught:
@@ -213,6 +224,8 @@ REFUSED = [
     ("model", "self_attn_lr = 1e-5", "[model] self_attn_lr", "`exclude`"),
     ("model", "pseudo_huber_c = 0.5", "[model] pseudo_huber_c", "`loss_type = 'pseudo_huber'`"),
     ("model", "cache_text_embeddings = false", "[model] cache_text_embeddings", "above all tables"),
+    ("model", "text_encoder_3_precision = 'int8-quanto'", "[model] text_encoder_3_precision", "`text_encoder_dtype`"),
+    ("model", "fp8_t5 = true", "[model] fp8_t5", "`text_encoder_dtype`"),
     ("optimizer", "gradient_release = true", "[optimizer] gradient_release", "keeps gradients"),
     ("optimizer", "stabilize = true", "[optimizer] stabilize", "limits its update"),
     ("tables", "[adapter]\ntype = 'lora'\nrank = 1\nrank_dropout = 0.1", "[adapter] rank_dropout", "`dropout`"),
@@ -243,6 +256,8 @@ HARMLESS = [
     ("top", "logging_steps = 10"),
     ("top", "max_checkpoints = 0"),
     ("model", "v_pred = false"),
+    ("model", "text_encoder_fp8 = false"),
+    ("model", "text_encoder_1_precision = 'no_change'"),
     ("model", "cfg = 1"),
     ("model", "cache_text_embeddings = true"),
     ("optimizer", "stabilize = false"),

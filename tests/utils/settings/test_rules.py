@@ -195,4 +195,4 @@ def test_rules_leave_out_what_is_broken(folder: Folder) -> None:
 def test_what_a_base_may_be_kept_in_is_told_as_one_list(folder: Folder) -> None:
     with pytest.raises(UserError) as error:
         read_settings(folder.run(model="transformer_dtype = 'fp8'"), CHOICES)
-    assert len(error.value.problems) == 1 and "'int8' or 'nf4'" in str(error.value)
+    assert len(error.value.problems) == 1 and "'nf4' or 'int4'" in str(error.value)

@@ -145,8 +145,8 @@ def test_a_damaged_index_of_shards_is_told(folder: Path, text: str, words: str) 
 
 
 def test_a_file_of_another_format_is_not_to_be_downloaded_again(folder: Path) -> None:
-    (folder / "flux.gguf").write_bytes(b"GGUF" + bytes(100))
-    assert "give one; other formats are not read" in told(folder, transformer_path=folder / "flux.gguf")
+    (folder / "flux.ckpt").write_bytes(b"PK" + bytes(100))
+    assert "give one; of other formats only GGUF" in told(folder, transformer_path=folder / "flux.ckpt")
 
 
 def test_tensors_that_do_not_fit_are_told_of_all_parts_at_once(folder: Path) -> None:
