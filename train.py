@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import models
 from utils.collector import without_collector
+from utils.run.display import guarded_streams
 from utils.run.signals import StopRequested, StopRequests
 from utils.settings import diffusion_pipe
 from utils.settings.dataset_schema import DatasetSettings
@@ -31,6 +32,7 @@ SECONDS_TO_LEAVE = 10.0
 """How long a process that was asked to stop waits for the others of the run."""
 
 
+@guarded_streams()
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line. Exit codes: 0; 1 after a mistake of the user's, told without a traceback; 128 + the signal
     after a stop that was asked for."""

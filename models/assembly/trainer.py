@@ -36,6 +36,7 @@ from utils.ranks import Ranks
 from utils.run import folder as run_folder
 from utils.run.cadence import Duty
 from utils.run.checkpoint import Checkpoint, ResumeFlags, identity_of, of_other_run, run_of
+from utils.run.display import go_on_in
 from utils.run.duties import make_duties
 from utils.run.metrics import Metrics
 from utils.run.parts import RunParts
@@ -108,6 +109,8 @@ def build_trainer(
         folder = run_folder.go_on(checkpoint.folder.parent, settings, ranks, config, progress.step)
     else:
         folder = run_folder.create(settings, ranks, config)
+    if ranks.is_main:
+        go_on_in(folder)
     metrics = Metrics.from_settings(
         folder,
         settings.monitoring,
