@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sys
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from utils.errors import UserError
 from utils.progress_bar import progress_bar
 from utils.ranks import LaunchError, Ranks, leave_together
+from utils.run.attempts import FULL
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,6 @@ PEAK_MEMORY = "train/peak_memory_gib"
 """The metric of the GPU that held most since the step before, with what was done between the steps."""
 STEPS_OF_MEAN = 100
 """One loss says little, since samples and noise levels differ; a mean of so many shows where it goes."""
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Once(logging.Filter):

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils import ranks as together
 from utils.diffusion import seeds
 from utils.diffusion.timesteps import ResolutionShift
 from utils.media.writing import tensor_to_image, write_clip
 from utils.parallel.engine import Engine
 from utils.ranks import Ranks
+from utils.run.attempts import Attempt
 from utils.run.metrics import Metrics
 from utils.settings.schema import SamplingSettings
 
@@ -71,49 +72,90 @@ def sample(
     folder: Path,
     metrics: Metrics,
     step: int,
-    raise_if_stopping: Callable[[], None] = lambda: None,
+    attempt: Attempt,
 ) -> None:
     """Draws every prompt into `folder/samples/step000100/00_<prompt>.png`, and the data ranks share the prompts. The
     PNG beside a clip (`.mp4`) is its middle frame.
 
-    `raise_if_stopping` is called before each prompt, equally often by all ranks; an exception ends the drawing.
+    Args:
+        attempt: of these samples; the ranks meet in it before each prompt.
+
+    Raises:
+        Failed, StopRequested: on every rank; see `Attempt.meet`.
     """
     samples_folder = folder / "samples" / f"step{step:06d}"
-    samples_folder.mkdir(parents=True, exist_ok=True)
+    attempt.alone(partial(samples_folder.mkdir, parents=True, exist_ok=True))
     own = range(ranks.data_rank, len(settings.prompts), ranks.data_ranks)
     latents = []
     for first in range(0, len(settings.prompts), ranks.data_ranks):
-        raise_if_stopping()
         index = first + ranks.data_rank
-        if index in own:
-            latents.append(denoise(engine, ranks, model, settings, index))
+        begun = attempt.alone(begin, ranks, model, settings, index) if index in own else None
+        attempt.meet()
+        if begun:
+            latents.append(attempt.in_pipeline(denoise, engine, ranks, model, settings, begun))
+    attempt.meet()
     if ranks.is_first_stage:
-        for index, pixels_CFHW in zip(own, model.decode(latents), strict=True):
-            _write(pixels_CFHW, model.fps, samples_folder / file_name(index, settings.prompts[index]))
-    together.barrier()
+        names = [file_name(index, settings.prompts[index]) for index in own]
+        attempt.alone(_write_all, model, latents, [samples_folder / name for name in names])
+    attempt.meet()
     if ranks.is_main:
-        for index, prompt in enumerate(settings.prompts):
-            with Image.open(samples_folder / file_name(index, prompt)) as picture:
-                metrics.picture(f"samples/{index:02d}", picture.convert("RGB"), step)
+        paths = [samples_folder / file_name(index, prompt) for index, prompt in enumerate(settings.prompts)]
+        attempt.alone(_file, metrics, paths, step)
+    attempt.meet()
+    if ranks.is_main:
         logger.info("samples: %s", samples_folder)
 
 
-def denoise(engine: Engine, ranks: Ranks, model: SampleModel, settings: SamplingSettings, index: int) -> torch.Tensor:
-    """The latents (1, ...) for the prompt at `index`, on the CPU, the same on every stage.
+def _file(metrics: Metrics, paths: Sequence[Path], step: int) -> None:
+    for index, path in enumerate(paths):
+        with Image.open(path) as picture:
+            metrics.picture(f"samples/{index:02d}", picture.convert("RGB"), step)
 
-    The noise depends only on (sampling seed, index of the prompt). The steps are those of diffusers' pipelines.
+
+@dataclass(frozen=True)
+class Begun:
+    """A sample before its first step.
+
+    Attributes:
+        index: of its prompt.
+        scheduler: with its timesteps.
+        features: for each prediction; None where no stage reads them.
+        latents: (1, ...), noise.
     """
+
+    index: int
+    scheduler: Any
+    features: Sequence[Mapping[str, torch.Tensor] | None]
+    latents: torch.Tensor
+
+
+def begin(ranks: Ranks, model: SampleModel, settings: SamplingSettings, index: int) -> Begun:
+    """What the sample for the prompt at `index` begins with; the noise depends only on (sampling seed, index)."""
     shape = model.latent_shape()
-    scheduler = model.scheduler()
-    levels = model.levels(settings.steps)
-    steps = {"num_inference_steps": settings.steps} if levels is None else {"sigmas": np.array(levels)}
-    scheduler.set_timesteps(**steps, **_shift_arguments(scheduler, model, shape))
+    scheduler = scheduler_of(model, settings.steps)
     features = model.features(index) if ranks.is_first_stage else [None] * model.predictions
     latents = seeds.normal((1, *shape), settings.seed, "sample", index)
-    # Flow-matching schedulers have neither.
-    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+    # Flow-matching schedulers have no such factor.
+    return Begun(index, scheduler, features, latents * getattr(scheduler, "init_noise_sigma", 1.0))
+
+
+def scheduler_of(model: SampleModel, steps: int) -> Any:
+    """The model's scheduler with its timesteps."""
+    scheduler = model.scheduler()
+    levels = model.levels(steps)
+    given = {"num_inference_steps": steps} if levels is None else {"sigmas": np.array(levels)}
+    scheduler.set_timesteps(**given, **_shift_arguments(scheduler, model, model.latent_shape()))
+    return scheduler
+
+
+def denoise(
+    engine: Engine, ranks: Ranks, model: SampleModel, settings: SamplingSettings, begun: Begun
+) -> torch.Tensor:
+    """The latents (1, ...) of a sample, on the CPU, the same on every stage. The steps are those of diffusers'
+    pipelines."""
+    scheduler, features, latents = begun.scheduler, begun.features, begun.latents
     as_input = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
-    noise = _noise_arguments(scheduler, settings.seed, index)
+    noise = _noise_arguments(scheduler, settings.seed, begun.index)
     for timestep in scheduler.timesteps:
         seen = as_input(latents, timestep)
         batches = None
@@ -128,6 +170,11 @@ def denoise(engine: Engine, ranks: Ranks, model: SampleModel, settings: Sampling
         output = model.for_scheduler(prediction)
         latents = scheduler.step(output, timestep, latents, return_dict=False, **noise)[0]
     return latents
+
+
+def _write_all(model: SampleModel, latents: Sequence[torch.Tensor], paths: Sequence[Path]) -> None:
+    for pixels_CFHW, path in zip(model.decode(latents), paths, strict=True):
+        _write(pixels_CFHW, model.fps, path)
 
 
 def _write(pixels_CFHW: torch.Tensor, fps: float, path: Path) -> None:
