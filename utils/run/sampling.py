@@ -30,6 +30,54 @@ SLUG_LETTERS = 60
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """How samples are stepped to.
+
+    Attributes:
+        scheduler: -> a stock scheduler of diffusers.
+        levels: number of steps -> their noise levels before a flow-matching scheduler shifts them; None for the
+            scheduler's own.
+        tokens: image tokens of a sample.
+        shift: the model's constants for a scheduler that shifts by size.
+    """
+
+    scheduler: Callable[[], Any]
+    levels: Callable[[int], Sequence[float] | None]
+    tokens: int
+    shift: ResolutionShift
+
+    def of(self, steps: int) -> Any:
+        """The scheduler with its timesteps."""
+        scheduler, levels = self.scheduler(), self.levels(steps)
+        given = {"num_inference_steps": steps} if levels is None else {"sigmas": np.array(levels)}
+        scheduler.set_timesteps(**given, **self._shift_arguments(scheduler))
+        return scheduler
+
+    def _shift_arguments(self, scheduler: Any) -> dict[str, float]:
+        """`mu` for a scheduler that shifts by size, with the constants of its own configuration."""
+        config = scheduler.config
+        if not config.get("use_dynamic_shifting") or "mu" not in inspect.signature(scheduler.set_timesteps).parameters:
+            return {}
+        named = {"base_tokens": "base_image_seq_len", "max_tokens": "max_image_seq_len"}
+        constants = {field.name: config.get(named.get(field.name, field.name)) for field in fields(self.shift)}
+        known = {name: value for name, value in constants.items() if value is not None}
+        return {"mu": replace(self.shift, **known).mu(self.tokens)}
+
+    def try_out(self, steps: int) -> None:
+        """Goes through all steps with a latent of one value.
+
+        Raises:
+            Exception: of many kinds, if the scheduler cannot be built from its configuration or cannot step so.
+        """
+        scheduler = self.of(steps)
+        latents, noise = torch.zeros(1, 1, 1, 1), _noise_arguments(scheduler, 0, 0)
+        for timestep in scheduler.timesteps:
+            as_input = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
+            seen = as_input(latents, timestep)
+            latents = scheduler.step(seen, timestep, latents, return_dict=False, **noise)[0]
+
+
+@dataclass(frozen=True)
 class SampleModel:
     """What sampling needs of a model.
 
@@ -40,13 +88,9 @@ class SampleModel:
         prepare: (features, x_t, t_B, guidance) -> inputs of the first stage.
         for_scheduler: prediction -> the scheduler's input.
         latent_shape: -> shape of a sample's latent without the batch.
-        levels: number of steps -> their noise levels before a flow-matching scheduler shifts them; None for the
-            scheduler's own.
         guided: (prediction for the prompt, prediction for the negative prompt, guidance) -> the guided prediction.
         fps: frames per second of a clip.
-        tokens: latent shape -> image tokens.
-        scheduler: -> a stock scheduler of diffusers.
-        shift: the model's constants for a scheduler that shifts by size.
+        schedule: the steps to a sample.
         decode: latents, each (1, ...) -> pixels, each (C, F, H, W) in [-1, 1].
     """
 
@@ -55,12 +99,9 @@ class SampleModel:
     prepare: Callable[[Mapping[str, torch.Tensor], torch.Tensor, torch.Tensor, float], tuple]
     for_scheduler: Callable[[torch.Tensor], torch.Tensor]
     latent_shape: Callable[[], tuple[int, ...]]
-    levels: Callable[[int], Sequence[float] | None]
     guided: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     fps: float
-    tokens: Callable[[Sequence[int]], int]
-    scheduler: Callable[[], Any]
-    shift: ResolutionShift
+    schedule: Schedule
     decode: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
 
 
@@ -132,20 +173,11 @@ class Begun:
 def begin(ranks: Ranks, model: SampleModel, settings: SamplingSettings, index: int) -> Begun:
     """What the sample for the prompt at `index` begins with; the noise depends only on (sampling seed, index)."""
     shape = model.latent_shape()
-    scheduler = scheduler_of(model, settings.steps)
+    scheduler = model.schedule.of(settings.steps)
     features = model.features(index) if ranks.is_first_stage else [None] * model.predictions
     latents = seeds.normal((1, *shape), settings.seed, "sample", index)
     # Flow-matching schedulers have no such factor.
     return Begun(index, scheduler, features, latents * getattr(scheduler, "init_noise_sigma", 1.0))
-
-
-def scheduler_of(model: SampleModel, steps: int) -> Any:
-    """The model's scheduler with its timesteps."""
-    scheduler = model.scheduler()
-    levels = model.levels(steps)
-    given = {"num_inference_steps": steps} if levels is None else {"sigmas": np.array(levels)}
-    scheduler.set_timesteps(**given, **_shift_arguments(scheduler, model, model.latent_shape()))
-    return scheduler
 
 
 def denoise(
@@ -186,17 +218,6 @@ def _write(pixels_CFHW: torch.Tensor, fps: float, path: Path) -> None:
             # The training is worth more than a clip of it.
             logger.warning("no mp4 is written, only middle frames: PyAV cannot be imported (%s)", error)
     tensor_to_image(pixels_CFHW[:, frames // 2 :]).save(path)
-
-
-def _shift_arguments(scheduler: Any, model: SampleModel, shape: Sequence[int]) -> dict[str, float]:
-    """`mu` for a scheduler that shifts by size, with the constants of its own configuration."""
-    config = scheduler.config
-    if not config.get("use_dynamic_shifting") or "mu" not in inspect.signature(scheduler.set_timesteps).parameters:
-        return {}
-    named = {"base_tokens": "base_image_seq_len", "max_tokens": "max_image_seq_len"}
-    constants = {field.name: config.get(named.get(field.name, field.name)) for field in fields(model.shift)}
-    known = {name: value for name, value in constants.items() if value is not None}
-    return {"mu": replace(model.shift, **known).mu(model.tokens(shape))}
 
 
 def _noise_arguments(scheduler: Any, seed: int, index: int) -> dict[str, torch.Generator]:
