@@ -12,6 +12,7 @@ from pathlib import Path
 
 from utils.errors import UserError
 from utils.ranks import Ranks, barrier, gather
+from utils.run.durable import write_bytes
 from utils.settings.reader import write_resolved
 from utils.settings.schema import Settings
 
@@ -68,6 +69,38 @@ def go_on(folder: Path, settings: Settings, ranks: Ranks, config: Path, step: in
         _record(record, settings, config)
         logger.info("run folder: %s; the settings from step %d on: %s", folder, step, record.name)
     return folder
+
+
+class KeptRecords:
+    """The records in a run's folder (settings and copies of the user's files), kept in memory for a folder that is
+    deleted while the run goes on."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        found = [*folder.glob("*.toml"), *folder.glob("resumed_step*/*.toml")]
+        self.records = {path: path.read_bytes() for path in found}
+        self._identity = self._seen()
+
+    def _seen(self) -> int | None:
+        try:
+            return self.folder.stat().st_ino
+        except OSError:
+            return None
+
+    def folder_is_lost(self) -> bool:
+        """Whether the folder is not there any more, or another has come to its place, as a checkpoint makes one."""
+        return self._seen() != self._identity
+
+    def make_again(self) -> None:
+        """Makes the folder, with its records.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        for path, content in self.records.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(path, content)
+        self._identity = self._seen()
 
 
 def _record(place: Path, settings: Settings, config: Path) -> None:
