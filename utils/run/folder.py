@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import tomllib
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
+
+import toml
 
 from utils.errors import UserError
 from utils.ranks import Ranks, barrier, gather
@@ -20,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 RUN_NAME = re.compile(r"\d{8}_\d{2}-\d{2}-\d{2}(_\d+)?$")
 LATEST = "latest"
+KEY = "wandb_api_key"
+OTHER_KEY = re.compile(KEY + r"""["']?\s*[=:]\s*+(?!(?:""|'')(?!["']))""")
+"""The key of an account with a value that is not empty, also in a comment."""
 REPLACED = ".replaced"
 """What a checkpoint's name ends with while another of the same step takes its place."""
 CHECKPOINT_NAME = re.compile(r"global_step(\d+)(\.replaced)?")
@@ -121,9 +128,32 @@ def _make(folder: Path) -> None:
 
 
 def _without_key(config: Path, settings: Settings) -> str:
-    """The run's file as the user wrote it, without the account's key, since run folders are shared."""
+    """The run's file as the user wrote it, without the account's key, since run folders are shared; as a table without
+    comments, if the key is written so that it cannot be cut out, or another one may be in a comment."""
     text, key = config.read_text(encoding="utf-8"), settings.monitoring.wandb_api_key
-    return text.replace(key, "") if key else text
+    if not key and not OTHER_KEY.search(text):
+        return text
+    written = tomllib.loads(text.removeprefix("\ufeff"))
+    cut = text.replace(key, "") if key else text
+    try:
+        left = tomllib.loads(cut.removeprefix("\ufeff"))
+    except tomllib.TOMLDecodeError:
+        left = {}
+    # Nothing else is changed, the key is empty, and so it is in every comment.
+    is_empty = not left.get("monitoring", {}).get(KEY) and not OTHER_KEY.search(cut)
+    if _keyless(left) == _keyless(written) and is_empty:
+        return cut
+    return f"# Written anew, without the key of the account and without comments.\n{toml.dumps(_keyless(written))}"
+
+
+
+def _keyless(table: Any) -> Any:
+    """The same without the key of an account."""
+    if isinstance(table, list):
+        return [_keyless(entry) for entry in table]
+    if not isinstance(table, dict):
+        return table
+    return {name: _keyless(entry) for name, entry in table.items() if name != KEY}
 
 
 def find_checkpoint(
