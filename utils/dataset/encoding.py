@@ -35,7 +35,7 @@ from utils.dataset.encoders import (
     shape_of,
     versions,
 )
-from utils.dataset.memory import decoding_budget
+from utils.media.memory import decoding_budget
 from utils.dataset.samples import Bucket, Sample, SampleVersion
 from utils.dataset.tensor_store import TensorStore
 from utils.progress_bar import progress_bar

@@ -149,7 +149,7 @@ def sample(
 
 def _file(metrics: Metrics, paths: Sequence[Path], step: int) -> None:
     for index, path in enumerate(paths):
-        with Image.open(path) as picture:
+        with Image.open(path, formats=["PNG"]) as picture:
             metrics.picture(f"samples/{index:02d}", picture.convert("RGB"), step)
 
 
