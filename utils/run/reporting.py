@@ -15,7 +15,7 @@ from statistics import fmean
 
 from tqdm import tqdm
 
-from utils.errors import UserError
+from utils.errors import UserError, without_controls
 from utils.progress_bar import progress_bar
 from utils.ranks import LaunchError, Ranks, leave_together
 from utils.run.attempts import FULL
@@ -73,7 +73,7 @@ class _AboveProgressBar(logging.StreamHandler):
     """Writes lines to stderr without tearing a progress bar apart."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(without_controls(self.format(record)), file=sys.stderr)
 
 
 def is_user_error(error: Exception) -> bool:
@@ -109,7 +109,7 @@ def _tell(error: Exception) -> None:
             "--resume_from_checkpoint); what was cached and saved before stays",
             str(error.filename or "the disk of output_dir, cache_dir or of temporary files"),
         )
-    sys.stderr.write(f"\nerror: {error}\n")
+    sys.stderr.write(f"\nerror: {without_controls(str(error))}\n")
     sys.stderr.flush()
 
 
