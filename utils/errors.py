@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
-
 _UNPRINTABLE = {number: f"\\x{number:02x}" for number in (*range(32), *range(127, 160))}
 _LINES = {number: _UNPRINTABLE.pop(number) for number in map(ord, "\n\t")}
 

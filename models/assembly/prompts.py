@@ -204,9 +204,7 @@ def give_back_memory(device: torch.device) -> None:
 def schedule_of(pipeline: BasePipeline, sampling: SamplingSettings) -> Schedule:
     """The steps to samples of this size."""
     shape = pipeline.latent_shape(sampling.width, sampling.height, sampling.frames)
-    return Schedule(
-        pipeline.scheduler, pipeline.sampling_levels, pipeline.tokens(shape), pipeline.resolution_shift
-    )
+    return Schedule(pipeline.scheduler, pipeline.sampling_levels, pipeline.tokens(shape), pipeline.resolution_shift)
 
 
 def sample_model(

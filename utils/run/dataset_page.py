@@ -56,7 +56,9 @@ def write_page(folder: Path, title: str, summary: str, samples: Sequence[PageEnt
 
 def _sample(seen: PageEntry) -> str:
     figures = "".join(_figure(what, file) for what, file in seen.pictures.items())
-    facts = " &middot; ".join(f"{html.escape(name)} {html.escape(printable(value))}" for name, value in seen.facts.items())
+    facts = " &middot; ".join(
+        f"{html.escape(name)} {html.escape(printable(value))}" for name, value in seen.facts.items()
+    )
     caption = html.escape(seen.caption) if seen.caption else "<i>no caption</i>"
     return (
         f'<div class="sample"><div class="media">{figures}</div><div class="caption">{caption}</div>'

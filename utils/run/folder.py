@@ -146,7 +146,6 @@ def _without_key(config: Path, settings: Settings) -> str:
     return f"# Written anew, without the key of the account and without comments.\n{toml.dumps(_keyless(written))}"
 
 
-
 def _keyless(table: Any) -> Any:
     """The same without the key of an account."""
     if isinstance(table, list):
@@ -261,7 +260,9 @@ def _newest_whole(run: Path, damage_in: Callable[[Path], str | None]) -> Path:
             return checkpoint
         damages.append(damage)
     listed = "".join(f"\n    {damage}" for damage in damages[:5])
-    raise UserError.of(f"every checkpoint is damaged; name another run, or start again. The newest first:{listed}", str(run))
+    raise UserError.of(
+        f"every checkpoint is damaged; name another run, or start again. The newest first:{listed}", str(run)
+    )
 
 
 def _whole_before(damaged: Path, damage_in: Callable[[Path], str | None]) -> str:

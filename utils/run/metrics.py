@@ -92,7 +92,9 @@ class JsonLines:
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         now = time.time()
-        lines = [json.dumps({"name": name, "value": value, "step": step, "time": now}) for name, value in values.items()]
+        lines = [
+            json.dumps({"name": name, "value": value, "step": step, "time": now}) for name, value in values.items()
+        ]
         self.waiting += "".join(f"{line}\n" for line in lines).encode()
         if not self.path.exists():
             self.begin_again()

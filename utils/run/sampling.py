@@ -180,9 +180,7 @@ def begin(ranks: Ranks, model: SampleModel, settings: SamplingSettings, index: i
     return Begun(index, scheduler, features, latents * getattr(scheduler, "init_noise_sigma", 1.0))
 
 
-def denoise(
-    engine: Engine, ranks: Ranks, model: SampleModel, settings: SamplingSettings, begun: Begun
-) -> torch.Tensor:
+def denoise(engine: Engine, ranks: Ranks, model: SampleModel, settings: SamplingSettings, begun: Begun) -> torch.Tensor:
     """The latents (1, ...) of a sample, on the CPU, the same on every stage. The steps are those of diffusers'
     pipelines."""
     scheduler, features, latents = begun.scheduler, begun.features, begun.latents

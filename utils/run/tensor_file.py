@@ -37,9 +37,7 @@ NAMES = {
 }
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> Sums:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Sums:
     """Writes a file. Returns its checksums.
 
     Raises:

@@ -276,7 +276,9 @@ class Trainer:
         if self.first_step == self.last_step and not stopped:
             epochs = self.progress.epoch
             logger.warning("nothing is left to train: %d epochs are done; set epochs or max_steps higher", epochs)
-            lacking = [replace(duty, perform=partial(_without_steps, duty)) for duty in self.duties if duty.without_steps]
+            lacking = [
+                replace(duty, perform=partial(_without_steps, duty)) for duty in self.duties if duty.without_steps
+            ]
             self._perform(lacking, self.progress, False)
         self.parts.metrics.close()
         if self.parts.ranks.is_main:

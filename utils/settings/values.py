@@ -72,7 +72,9 @@ def _minutes_of(value: Any) -> Any:
     found = re.fullmatch("".join(rf"(?:([\d.]+)\s*{unit})?\s*" for unit in _MINUTES), value.strip().lower())
     if not found or not any(found.groups()):
         raise ValueError
-    return sum(float(number) * minutes for number, minutes in zip(found.groups(), _MINUTES.values()) if number)
+    return sum(
+        float(number) * minutes for number, minutes in zip(found.groups(), _MINUTES.values(), strict=True) if number
+    )
 
 
 Count = Annotated[int, Field(ge=1)]

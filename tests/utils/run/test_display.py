@@ -137,7 +137,7 @@ def test_a_process_whose_readers_are_gone_ends_with_its_own_code(tmp_path: Path)
         "sys.exit(7)\n"
     )
     with open("/dev/full", "w") as full:
-        command = f"exec {sys.executable} -c \"$CODE\" 2>&-"
+        command = f'exec {sys.executable} -c "$CODE" 2>&-'
         done = subprocess.run(["sh", "-c", command], stdout=full, env={**os.environ, "CODE": code}, check=False)
     assert done.returncode == 7
     assert (tmp_path / "data").read_text() == "data"

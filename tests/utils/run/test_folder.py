@@ -64,7 +64,7 @@ def test_the_accounts_key_is_never_written(tmp_path: Path, spelled: str) -> None
         table = 'monitoring = { enable_wandb = true, wandb_api_key = "\\U00000030123secret" }\n'
     config.write_text(f'epochs = 3\n# mine\n{table}[[eval_datasets]]\nname = "a"\nconfig = "b.toml"\n')
     if not lines:
-        config.write_text(f"epochs = 3\n{table}eval_datasets = [{{ name = \"a\", config = \"b.toml\" }}]\n")
+        config.write_text(f'epochs = 3\n{table}eval_datasets = [{{ name = "a", config = "b.toml" }}]\n')
     dataset.write_text("# data")
     assert tomllib.loads(config.read_text())["monitoring"].get("wandb_api_key") == key
     settings = Settings(

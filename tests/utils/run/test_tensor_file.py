@@ -39,9 +39,11 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
     assert read.keys() == tensors().keys()
     for name, tensor in tensors().items():
         assert read[name].dtype == tensor.dtype and read[name].shape == tensor.shape
-        assert torch.equal(read[name].contiguous().view(torch.uint8), tensor.detach().contiguous().view(torch.uint8)) if (
-            tensor.ndim
-        ) else torch.equal(read[name], tensor)
+        assert (
+            torch.equal(read[name].contiguous().view(torch.uint8), tensor.detach().contiguous().view(torch.uint8))
+            if (tensor.ndim)
+            else torch.equal(read[name], tensor)
+        )
     with safe_open(path, framework="pt") as opened:
         assert opened.metadata() == {"text": 'a "word"\n', "format": "pt"}
 
