@@ -79,8 +79,8 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """One JSON object per line: {"name", "value", "step", "time"}. Pictures are in the run folder anyway. What cannot be
-    written is tried again with what comes next."""
+    """One JSON object per line: {"name", "value", "step", "time"}. Pictures are in the run folder anyway. What cannot
+    be written is tried again with what comes next."""
 
     tries_again = True
 
