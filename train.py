@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import models
 from utils.collector import without_collector
+from utils.run.display import guarded_streams
 from utils.run.signals import StopRequested, StopRequests
+from utils.run.time_limit import TimeLimit
 from utils.settings import diffusion_pipe
 from utils.settings.dataset_schema import DatasetSettings
 from utils.settings.reader import read_all
@@ -31,6 +33,7 @@ SECONDS_TO_LEAVE = 10.0
 """How long a process that was asked to stop waits for the others of the run."""
 
 
+@guarded_streams()
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line. Exit codes: 0; 1 after a mistake of the user's, told without a traceback; 128 + the signal
     after a stop that was asked for."""
@@ -84,6 +87,8 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
         from utils.parallel.backend import initialize_deepspeed
         from utils.run.checkpoint import ResumeFlags
 
+    if settings.time_limit:
+        stop.time = TimeLimit(60 * settings.time_limit, started)
     pipeline = models.find(settings.model.type)(settings.model, settings.seed)
     # What the model's own files settle is recorded with the rest.
     settings = settings.model_copy(update={"model": pipeline.options})
@@ -109,7 +114,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
         arguments.reset_optimizer,
         arguments.reset_optimizer_params,
     )
-    checkpoint = trainer.open_checkpoint(settings, flags, staged)
+    checkpoint = trainer.open_checkpoint(settings, flags, staged, ranks)
     cached = data.cached_data(
         settings, ranks, pipeline, sources, scan, owner=arguments.config, regenerate=arguments.regenerate_cache
     )

@@ -4,6 +4,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
+_UNPRINTABLE = {number: f"\\x{number:02x}" for number in (*range(32), *range(127, 160))}
+_LINES = {number: _UNPRINTABLE.pop(number) for number in map(ord, "\n\t")}
+
+
+def without_controls(text: str) -> str:
+    """A text whose characters that command a terminal are spelled out; line breaks and tabs stay. So are bytes of
+    names that are no UTF-8, which cannot be written to files."""
+    return text.translate(_UNPRINTABLE).encode(errors="backslashreplace").decode()
+
+
+def printable(name: object) -> str:
+    """A name from a file, as one line that commands no terminal."""
+    return without_controls(str(name)).translate(_LINES)
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -17,6 +17,7 @@ from models.base import BasePipeline
 from optimizers.ema import EMA
 from utils.errors import Problem, UserError
 from utils.ranks import Ranks
+from utils.run.attempts import Failed
 from utils.run.checkpoint import Checkpoint, ResumeFlags
 from utils.run.export import OF_AVERAGES, export_with_averages
 from utils.run.results import weights_in
@@ -60,7 +61,10 @@ def export_checkpoint(source: str, settings: Settings, pipeline: BasePipeline) -
     step = checkpoint.progress.step
     folder = checkpoint.folder.parent / f"step{step}"
     plan = export_plan(pipeline, settings, staged)
-    export_with_averages(folder, Ranks(), parameters, plan, step, ema, adds=True)
+    try:
+        export_with_averages(folder, Ranks(), parameters, plan, step, ema, adds=True)
+    except Failed as failed:
+        raise UserError.of(f"the export is not written: {failed}", str(folder), EXPORT) from failed
     made = [export for export in (folder, folder.with_name(folder.name + OF_AVERAGES)) if export.is_dir()]
     logger.info("done:\n%s", "\n".join(f"  weights:    {path}" for export in made for path in weights_in(export)))
     return folder

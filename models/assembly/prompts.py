@@ -19,7 +19,8 @@ from utils.media.decode import load_image
 from utils.media.geometry import View
 from utils.media.source import MediaError
 from utils.ranks import Ranks
-from utils.run.sampling import SampleModel
+from utils.run.attempts import reason_of
+from utils.run.sampling import SampleModel, Schedule
 from utils.settings.schema import SamplingSettings, Settings
 
 PICTURES = "[sampling] control_images"
@@ -37,6 +38,22 @@ def check_sampling(pipeline: BasePipeline, sampling: SamplingSettings) -> None:
     if sampling.prompts:
         prompt_versions(pipeline, sampling)
         _decode(sampling)
+        _step(pipeline, sampling)
+
+
+def _step(pipeline: BasePipeline, sampling: SamplingSettings) -> None:
+    """Whether the scheduler can be built and can do the steps: its configuration is read for nothing else, and would
+    only fail when samples are due."""
+    try:
+        schedule_of(pipeline, sampling).try_out(sampling.steps)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError.of(
+            f"the scheduler cannot do the {sampling.steps} steps of samples ({reason_of(error)}); download it again, "
+            "change [sampling] steps, or leave the prompts out",
+            str(pipeline.options.diffusers_path / "scheduler"),
+        ) from error
 
 
 def _decode(sampling: SamplingSettings) -> None:
@@ -184,6 +201,12 @@ def give_back_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def schedule_of(pipeline: BasePipeline, sampling: SamplingSettings) -> Schedule:
+    """The steps to samples of this size."""
+    shape = pipeline.latent_shape(sampling.width, sampling.height, sampling.frames)
+    return Schedule(pipeline.scheduler, pipeline.sampling_levels, pipeline.tokens(shape), pipeline.resolution_shift)
+
+
 def sample_model(
     pipeline: BasePipeline, encoders: Sequence[Encoder], settings: Settings, ranks: Ranks, cache_dir: Path
 ) -> SampleModel:
@@ -211,11 +234,8 @@ def sample_model(
         prepare=pipeline.prepare_inputs,
         for_scheduler=pipeline.objective.for_scheduler,
         latent_shape=partial(pipeline.latent_shape, sampling.width, sampling.height, sampling.frames),
-        levels=pipeline.sampling_levels,
         guided=pipeline.guided,
         fps=pipeline.media.fps,
-        tokens=pipeline.tokens,
-        scheduler=pipeline.scheduler,
-        shift=pipeline.resolution_shift,
+        schedule=schedule_of(pipeline, sampling),
         decode=decode,
     )

@@ -35,7 +35,8 @@ from utils.parallel.wire import map_tensors
 from utils.ranks import Ranks
 from utils.run import folder as run_folder
 from utils.run.cadence import Duty
-from utils.run.checkpoint import Checkpoint, ResumeFlags, identity_of, of_other_run, run_of
+from utils.run.checkpoint import Checkpoint, ResumeFlags, damage_in, identity_of, of_other_run, run_of
+from utils.run.display import go_on_in
 from utils.run.duties import make_duties
 from utils.run.metrics import Metrics
 from utils.run.parts import RunParts
@@ -46,15 +47,23 @@ from utils.settings.reader import resolved
 from utils.settings.schema import Settings
 
 
-def open_checkpoint(settings: Settings, flags: ResumeFlags, staged: StagedModel) -> Checkpoint | None:
-    """The checkpoint to go on from, if one is asked for, checked against the settings and what they train.
+def open_checkpoint(
+    settings: Settings, flags: ResumeFlags, staged: StagedModel, ranks: Ranks | None = None
+) -> Checkpoint | None:
+    """The checkpoint to go on from, if one is asked for, checked against its checksums, the settings and what they
+    train. All ranks call it; None stands for one that is alone.
 
     Raises:
-        UserError: there is none, or it does not fit.
+        UserError: there is none, or it is damaged or does not fit.
     """
     if flags.source is None:
         return None
-    found = run_folder.find_checkpoint(settings.output_dir, flags.source, partial(of_other_run, settings=settings))
+    found = run_folder.find_checkpoint(
+        settings.output_dir,
+        flags.source,
+        partial(of_other_run, settings=settings),
+        partial(damage_in, ranks=ranks),
+    )
     checkpoint = Checkpoint(found)
     checkpoint.warn_of_other_run(run_of(settings))
     checkpoint.check_identity(identity_of(settings))
@@ -108,6 +117,8 @@ def build_trainer(
         folder = run_folder.go_on(checkpoint.folder.parent, settings, ranks, config, progress.step)
     else:
         folder = run_folder.create(settings, ranks, config)
+    if ranks.is_main:
+        go_on_in(folder)
     metrics = Metrics.from_settings(
         folder,
         settings.monitoring,

@@ -29,7 +29,7 @@ def draw_samples(
     from utils.parallel.backend import initialize_deepspeed
     from utils.parallel.engine import Engine
     from utils.parallel.pipeline import DenoiserPipeline
-    from utils.run.sampling import denoise
+    from utils.run.sampling import begin, denoise
 
     initialize_deepspeed()
     ranks = ranks.with_stages(stages)
@@ -45,4 +45,7 @@ def draw_samples(
         for encoder in encoders_of_prompts(encoders, sampling):
             fill(encoder, prompts, job)
     model = sample_model(pipeline, encoders, settings, ranks, cache)
-    return [denoise(engine, ranks, model, sampling, index).numpy() for index in range(len(sampling.prompts))]
+    return [
+        denoise(engine, ranks, model, sampling, begin(ranks, model, sampling, index)).numpy()
+        for index in range(len(sampling.prompts))
+    ]

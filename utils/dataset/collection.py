@@ -19,7 +19,7 @@ from utils.dataset.manifest import Scan, scan
 from utils.dataset.remarks import nothing_is_weighed, remarks_on, seen_in_training, truncated
 from utils.dataset.samples import Sample, files_of
 from utils.dataset.sources import NOT_BROKEN, Rejected, Remark
-from utils.errors import Problem, UserError
+from utils.errors import Problem, UserError, printable
 from utils.ranks import Ranks, gather, sign_of_life
 from utils.settings.dataset_schema import DatasetSettings
 
@@ -227,7 +227,7 @@ def write_list(collections: Sequence[Collection], cache_dir: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["dataset", "file", "kind", "reason"])
-            writer.writerows([dataset, *asdict(fault).values()] for dataset, fault in rejected)
+            writer.writerows(map(printable, [dataset, *asdict(fault).values()]) for dataset, fault in rejected)
 
 
 def with_truncated(

@@ -35,9 +35,9 @@ from utils.dataset.encoders import (
     shape_of,
     versions,
 )
-from utils.dataset.memory import decoding_budget
 from utils.dataset.samples import Bucket, Sample, SampleVersion
 from utils.dataset.tensor_store import TensorStore
+from utils.media.memory import decoding_budget
 from utils.progress_bar import progress_bar
 from utils.ranks import PATIENCE, LaunchError, Ranks, gather, sign_of_life
 

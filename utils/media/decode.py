@@ -24,6 +24,8 @@ from utils.media.geometry import View
 from utils.media.images import (
     TimedFrame,
     alpha_of,
+    animated,
+    decoded_bytes,
     exact_mask_of,
     mask_of,
     open_image,
@@ -32,12 +34,17 @@ from utils.media.images import (
     rgba_of,
     shown_images,
 )
+from utils.media.memory import Room
 from utils.media.source import ROUNDING_SECONDS, MediaError, Probe, Source, opened
 
 IMAGE_SUFFIXES = frozenset(".avif .bmp .heic .heif .hif .jfif .jp2 .jpeg .jpg .png .tga .tif .tiff .webp".split())
 CLIP_SUFFIXES = frozenset(
     {".apng", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
 )
+
+
+ROOM = Room()
+"""Of this process."""
 
 
 class _Channels(NamedTuple):
@@ -66,7 +73,10 @@ def probe(source: Source) -> Probe:
     """
     with opened(source) as stream:
         image = open_image(stream)
-        return probe_image(image) if image else _video().probe_video(stream)
+        if not image:
+            return _video().probe_video(stream)
+        with ROOM.taken(decoded_bytes(image) if animated(image) else 0):
+            return probe_image(image)
 
 
 def load_image(source: Source, view: View) -> torch.Tensor:
@@ -156,7 +166,11 @@ def _levels(
 
 def _shown(stream: BinaryIO, start_seconds: float) -> Iterator[TimedFrame]:
     image = open_image(stream)
-    return shown_images(image) if image else _video().shown_frames(stream, start_seconds)
+    if not image:
+        yield from _video().shown_frames(stream, start_seconds)
+        return
+    with ROOM.taken(decoded_bytes(image)):
+        yield from shown_images(image)
 
 
 def _video() -> ModuleType:

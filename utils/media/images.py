@@ -18,10 +18,14 @@ from utils.media.brands import AVIF_BRANDS, image_brand
 from utils.media.png_texts import without_texts
 from utils.media.source import MAX_PIXELS, MediaError, Probe, check_pixels
 
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+"""What is opened, whatever a file is called. Pillow knows others, of which some start a program (PostScript)."""
 # Other formats with several pictures hold pages, sizes or views.
 ANIMATED = frozenset({"AVIF", "GIF", "PNG", "WEBP"})
 UNTIMED_MILLISECONDS = 100
 SIDEWAYS = (5, 6, 7, 8)
+BYTES_A_PIXEL = 17
+"""With all copies that are made of a picture, at most; measured."""
 WHITE = (255, 255, 255, 255)
 BLACK = (0, 0, 0, 255)
 # Formats that store levels as they are. The others may turn 0 into 1.
@@ -53,7 +57,7 @@ def open_image(stream: BinaryIO) -> Image.Image | None:
         MediaError: it has too many pixels, or it is a HEIF that cannot be read.
     """
     try:
-        image = Image.open(stream)
+        image = Image.open(stream, formats=FORMATS)
     except Image.UnidentifiedImageError:
         brand = image_brand(stream)
         # FFmpeg would take the first of the tiles or thumbnails of such a file for the picture.
@@ -63,12 +67,11 @@ def open_image(stream: BinaryIO) -> Image.Image | None:
         lean = without_texts(stream)
         if lean is None:
             raise
-        image = Image.open(lean)
+        image = Image.open(lean, formats=FORMATS)
     except Image.DecompressionBombError as error:
         reason = str(error).rstrip(".")
         raise MediaError(f"more than {MAX_PIXELS:,} pixels ({reason}); scale it down or remove it") from error
-    # Pillow reads nothing but the size of an MPEG video.
-    if image is None or image.format == "MPEG":
+    if image is None:
         return None
     check_pixels(*image.size)
     if image.format == "TIFF":
@@ -112,7 +115,7 @@ def probe_image(image: Image.Image) -> Probe:
     upright = image.format == "TIFF"
     orientation = 1 if upright else Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     width, height = reversed(image.size) if orientation in SIDEWAYS else image.size
-    if not _animated(image):
+    if not animated(image):
         return Probe(width, height, 1)
     ends: list[float] = []
     try:
@@ -128,7 +131,7 @@ def probe_image(image: Image.Image) -> Probe:
 
 def shown_images(image: Image.Image) -> Iterator[TimedFrame]:
     """The frames of an animation in order; a still picture lasts for ever."""
-    if not _animated(image):
+    if not animated(image):
         yield TimedFrame(math.inf, lambda: _upright(image), image.format in LOSSLESS)
         return
     milliseconds = 0.0
@@ -153,7 +156,14 @@ def _upright(image: Image.Image) -> Image.Image:
         # Pillow has no tile left to decode: what is broken, or longer than it reads, stands behind the pixels.
         if image.format != "PNG" or image.tile:
             raise
-    return ImageOps.exif_transpose(image)
+    # Another copy of a large picture is much memory.
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def decoded_bytes(image: Image.Image) -> int:
+    """The memory that a picture takes at most while it is decoded and brought to RGB or RGBA."""
+    return image.width * image.height * BYTES_A_PIXEL
 
 
 def rgb_of(image: Image.Image) -> Image.Image:
@@ -179,7 +189,7 @@ def _rgb_on(image: Image.Image, ground: tuple[int, ...], whites: Sequence[int]) 
     if image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, ground)
         image = Image.alpha_composite(canvas, image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def alpha_of(image: Image.Image) -> Image.Image:
@@ -198,7 +208,8 @@ def rgba_of(image: Image.Image) -> Image.Image:
     return canvas
 
 
-def _animated(image: Image.Image) -> bool:
+def animated(image: Image.Image) -> bool:
+    """Whether the picture has several frames."""
     if image.format not in ANIMATED:
         return False
     try:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from utils.errors import printable
+
 MAX_PIXELS = 178_956_970
 """The largest number of pixels of a picture or frame; Pillow refuses more on its own."""
 
@@ -62,7 +64,7 @@ def opened(source: Source) -> Iterator[BinaryIO]:
     # Decoders react to broken bytes with OSError, SyntaxError, ValueError, struct.error, EOFError and more.
     except Exception as error:
         name = source.name if isinstance(source, Blob) else source
-        raise MediaError(f"{name}: {_reason(error)}") from error
+        raise MediaError(f"{printable(name)}: {printable(_reason(error))}") from error
 
 
 def check_pixels(width: int, height: int) -> None:

@@ -187,14 +187,17 @@ class Engine(PipelineEngine):
         self._keep_predictions = keep_predictions
         self.total_loss = None
         self.set_dataiterator(iter(batches) if batches is not None else None)
-        with torch.no_grad():
-            self._exec_schedule(self._inference_schedule(count))
-        self._finish_sending()
-        self._keep_predictions = False
-        for buffers in self.pipe_buffers.values():
-            buffers[:] = [None] * len(buffers)
-        outputs = self.fwd_outputs
-        self.fwd_outputs = []
+        try:
+            with torch.no_grad():
+                self._exec_schedule(self._inference_schedule(count))
+            self._finish_sending()
+        finally:
+            # Also after an error, since training may go on without what failed.
+            self._keep_predictions = False
+            for buffers in self.pipe_buffers.values():
+                buffers[:] = [None] * len(buffers)
+            outputs = self.fwd_outputs
+            self.fwd_outputs = []
         return outputs
 
     def _from_last_stage(self, tensors: list[torch.Tensor], count: int) -> list[torch.Tensor]:

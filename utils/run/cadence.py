@@ -56,6 +56,7 @@ class Duty:
     """Something done between two steps: evaluation, sampling, export.
 
     Attributes:
+        name: what it is, for messages.
         perform: does the work; takes the progress, and whether an epoch has just ended.
         cadence: when it is due.
         before_first_step: whether it is also due before training.
@@ -66,6 +67,7 @@ class Duty:
             progress.
     """
 
+    name: str
     perform: Callable[[Progress, bool], None]
     cadence: Cadence
     before_first_step: bool = False

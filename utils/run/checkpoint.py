@@ -4,18 +4,16 @@
         state-0.safetensors ...   per stage: "weights/<parameter>", "optimizer/<parameter>/<key>", "ema/<parameter>"
         state-0.1.safetensors ... what further data ranks of a stage have of the latter two, where they divide them
         progress.json             the progress of the run, and settings that bind the checkpoint
+        checksums.json            of all of these files
     latest                        the name of the newest complete checkpoint
 
-A checkpoint is written under another name and renamed when all its bytes are on disk; `latest` follows. Random numbers
-and orders need no state, since they are functions of the seed and the progress.
+`saving.py` writes them. Random numbers and orders need no state, since they are functions of the seed and the progress.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -27,21 +25,20 @@ from safetensors import SafetensorError, safe_open
 from optimizers.adamw import MASTER
 from optimizers.ema import EMA
 from optimizers.kinds import State
-from utils import ranks as together
 from utils.errors import UserError
 from utils.json_files import read_json
-from utils.parallel.sharding import Shares
-from utils.ranks import Ranks
-from utils.run.folder import LATEST, checkpoints_before
+from utils.ranks import Ranks, gather
+from utils.run.checksums import damage_of, own_sum
+from utils.run.folder import checkpoints_before
 from utils.run.progress import Progress
-from utils.run.tensor_file import write_tensors
 from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 PROGRESS = "progress.json"
-REMOVED = ".removed"
+CHECKSUMS = "checksums.json"
+CHECKSUMS_KEY = "checksums"
 MADE_WITH = ("identity", "optimizer", "steps_in_epoch")
 """What a checkpoint contains about the settings with which it was made."""
 NamedParameters = Mapping[str, torch.nn.Parameter]
@@ -81,81 +78,8 @@ def run_of(settings: Settings) -> dict[str, Any]:
     return settings.telling() | {f"[model] {key}": value for key, value in settings.model.telling().items()}
 
 
-def save(
-    folder: Path,
-    ranks: Ranks,
-    progress: Progress,
-    parameters: NamedParameters,
-    optimizer: torch.optim.Optimizer,
-    made_with: Mapping[str, Any],
-    ema: EMA | None = None,
-    shares: Shares | None = None,
-) -> Path:
-    """Writes the checkpoint of this step into the run's folder; all ranks call it, and one per stage writes, or all
-    that have a share.
-
-    Args:
-        parameters: the trainable parameters of this stage by name.
-        made_with: settings that a resumed run should share, under the names in `MADE_WITH`; the user is told if they
-            differ.
-        ema: the averages of these parameters, if there are any.
-        shares: which of the parameters `optimizer` has, and `ema`; default: all of them, as they are.
-    """
-    shares = shares or Shares(parameters)
-    name = f"global_step{progress.step}"
-    unfinished = folder / f"{name}.unfinished"
-    if ranks.is_main:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    together.barrier()
-    if shares.divided or ranks.data_rank == 0:
-        weights = parameters if ranks.data_rank == 0 else {}
-        state = _state(weights, shares.stepped, optimizer, ema)
-        write_tensors(unfinished / _state_file(ranks.stage, ranks.data_rank), state)
-    together.barrier()
-    if ranks.is_main:
-        content = {
-            "format": FORMAT,
-            "stages": ranks.stages,
-            "shares": ranks.data_ranks if shares.divided else 1,
-            "progress": progress.as_dict(),
-            "made_with": dict(made_with),
-            "ema_since": ema and ema.since,
-        }
-        (unfinished / PROGRESS).write_text(json.dumps(content, indent=2))
-        shutil.rmtree(folder / name, ignore_errors=True)
-        unfinished.rename(folder / name)
-        replace_text(folder / LATEST, name)
-    together.barrier()
-    return folder / name
-
-
-def remove_older(newest: Path, keep: int, spared: Path | None) -> None:
-    """Removes older checkpoints than `newest` so that `keep` are left, except for `spared`.
-
-    Each is renamed first, so that a half-removed one does not look complete if the process is killed.
-    """
-    for leftover in newest.parent.glob(f"global_step*{REMOVED}"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    before = checkpoints_before(newest)
-    for old in before[: max(0, len(before) + 1 - keep)]:
-        if spared is None or old.resolve() != spared.resolve():
-            shutil.rmtree(old.rename(old.with_name(old.name + REMOVED)), ignore_errors=True)
-
-
-def _state_file(stage: int, share: int) -> str:
+def state_file(stage: int, share: int) -> str:
     return f"state-{stage}.{share}.safetensors" if share else f"state-{stage}.safetensors"
-
-
-def _state(
-    weights: NamedParameters, stepped: NamedParameters, optimizer: torch.optim.Optimizer, ema: EMA | None
-) -> dict[str, torch.Tensor]:
-    tensors = {f"weights/{name}": parameter.detach() for name, parameter in weights.items()}
-    tensors |= {f"ema/{name}": average for name, average in (ema.averages if ema else {}).items()}
-    for name, parameter in stepped.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer/{name}/{key}"] = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _as_kept(value: torch.Tensor, device: torch.device) -> torch.Tensor | int:
@@ -164,13 +88,6 @@ def _as_kept(value: torch.Tensor, device: torch.device) -> torch.Tensor | int:
     if value.ndim:
         return value.to(device)
     return value if value.is_floating_point() else int(value)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a small file so that it always holds either the old or the new text."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text)
-    os.replace(beside, path)
 
 
 def _of_torch(dtype: torch.dtype) -> str:
@@ -208,6 +125,49 @@ def of_other_run(folder: Path, settings: Settings) -> list[str]:
     return differing({**run_of(settings), **identity_of(settings)}, {**there, **identity})
 
 
+def damage_in(folder: Path, ranks: Ranks | None = None) -> str | None:
+    """What is damaged in a checkpoint, with the file; None if it is whole. The ranks, which all call it, share the
+    reading, and have the same answer."""
+    ranks = ranks or Ranks()
+    started, size = time.monotonic(), sum(file.stat().st_size for file in folder.glob("*"))
+    files, found = _checksums(folder)
+    for name in sorted(files)[ranks.rank :: ranks.world_size]:
+        if found is None and (damage := damage_of(folder / name, files[name])):
+            found = f"{folder / name}: {damage}"
+    if found is None:
+        try:
+            Checkpoint(folder)
+        except UserError as error:
+            found = f"{error.problems[0].file}: {error.problems[0].message}"
+    reasons = gather(ranks, f"whole/{folder}", found)
+    found = next((reason for reason in reasons if reason), None)
+    if files and found is None:
+        logger.info("%s is whole: %.2f GiB read in %.1f s", folder, size / 2**30, time.monotonic() - started)
+    return found
+
+
+def _checksums(folder: Path) -> tuple[Mapping[str, Any], str | None]:
+    """The checksums of a checkpoint's files by name, and what is wrong with them; those of an older version have
+    none."""
+    path = folder / CHECKSUMS
+    if not path.exists():
+        try:
+            says = read_json(folder / PROGRESS).get(CHECKSUMS_KEY)
+        except UserError:
+            says = None
+        if says:
+            return {}, f"{path}: is missing"
+        logger.info("%s has no checksums: it is of an earlier version", folder)
+        return {}, None
+    try:
+        content = read_json(path)
+        if content["of_these"] == own_sum(content["files"]):
+            return content["files"], None
+    except (UserError, KeyError, TypeError, AttributeError):
+        pass
+    return {}, f"{path}: is damaged"
+
+
 class Checkpoint:
     """The checkpoint in `folder`, opened for reading.
 
@@ -231,7 +191,7 @@ class Checkpoint:
             raise UserError.of(
                 f"is not whole: {error} is missing or wrong; {self._cure()}", str(folder / PROGRESS)
             ) from error
-        names = [_state_file(stage, share) for stage in range(stages) for share in range(shares)]
+        names = [state_file(stage, share) for stage in range(stages) for share in range(shares)]
         files = [self._opened(folder / name) for name in names]
         self._files = {key: file for file in files for key in file.keys()}
 

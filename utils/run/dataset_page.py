@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from utils.errors import printable, without_controls
+
 PAGE_NAME = "dataset.html"
 CLIPS = (".mp4",)
 PAGE = """<!doctype html>
@@ -47,15 +49,16 @@ def write_page(folder: Path, title: str, summary: str, samples: Sequence[PageEnt
     """Writes the page into the folder."""
     path = folder / PAGE_NAME
     shown = "\n".join(map(_sample, samples))
-    path.write_text(
-        PAGE.format(title=html.escape(title), summary=html.escape(summary), samples=shown), encoding="utf-8"
-    )
+    page = PAGE.format(title=html.escape(title), summary=html.escape(summary), samples=shown)
+    path.write_text(without_controls(page), encoding="utf-8")
     return path
 
 
 def _sample(seen: PageEntry) -> str:
     figures = "".join(_figure(what, file) for what, file in seen.pictures.items())
-    facts = " &middot; ".join(f"{html.escape(name)} {html.escape(value)}" for name, value in seen.facts.items())
+    facts = " &middot; ".join(
+        f"{html.escape(name)} {html.escape(printable(value))}" for name, value in seen.facts.items()
+    )
     caption = html.escape(seen.caption) if seen.caption else "<i>no caption</i>"
     return (
         f'<div class="sample"><div class="media">{figures}</div><div class="caption">{caption}</div>'

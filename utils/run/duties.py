@@ -8,12 +8,14 @@ from contextlib import nullcontext
 
 from utils.dataset.batches import EvaluationBatches
 from utils.ranks import gather
+from utils.run.attempts import Attempt
 from utils.run.cadence import Cadence, Duty
 from utils.run.evaluation import Prepare, evaluate
 from utils.run.export import ExportPlan, export_name, export_with_averages, exports_in
 from utils.run.parts import RunParts
 from utils.run.progress import Progress
 from utils.run.sampling import SampleModel, sample
+from utils.run.time_limit import EXPORT
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +46,8 @@ def _evaluation(run: RunParts, sets: Mapping[str, EvaluationBatches], prepare: P
     settings, ema = run.settings, run.ema
 
     def measure(progress: Progress, prefix: str = "") -> None:
-        tag = f"{prefix}{progress.step}"
-        results = evaluate(run.engine, run.ranks, sets, prepare, tag, run.raise_if_stopping, prefix)
+        attempt = Attempt(f"evaluation {prefix}{progress.step}", run.ranks, run.stop.pending)
+        results = evaluate(run.engine, run.ranks, sets, prepare, attempt, prefix)
         run.metrics.scalars(results, progress.step)
         for name in sets:
             loss = f"{name}/{prefix}loss"
@@ -58,7 +60,7 @@ def _evaluation(run: RunParts, sets: Mapping[str, EvaluationBatches], prepare: P
                 measure(progress, "ema_")
 
     cadence = Cadence(settings.eval_every_n_steps, settings.eval_every_n_epochs, settings.eval_every_n_examples)
-    return Duty(perform, cadence, before_first_step=settings.eval_before_first_step, at_end=True)
+    return Duty("evaluation", perform, cadence, before_first_step=settings.eval_before_first_step, at_end=True)
 
 
 def _sampling(run: RunParts, sampler: SampleModel) -> Duty:
@@ -66,19 +68,11 @@ def _sampling(run: RunParts, sampler: SampleModel) -> Duty:
 
     def perform(progress: Progress, epoch_ended: bool) -> None:
         with ema.swapped() if ema and ema.settings.sample else nullcontext():
-            sample(
-                run.engine,
-                run.ranks,
-                sampler,
-                settings,
-                run.folder,
-                run.metrics,
-                progress.step,
-                run.raise_if_stopping,
-            )
+            attempt = Attempt(f"samples {progress.step}", run.ranks, run.stop.pending)
+            sample(run.engine, run.ranks, sampler, settings, run.folder, run.metrics, progress.step, attempt)
 
     cadence = Cadence(settings.sample_every_n_steps, settings.sample_every_n_epochs)
-    return Duty(perform, cadence, before_first_step=settings.sample_before_first_step, at_end=True)
+    return Duty("samples", perform, cadence, before_first_step=settings.sample_before_first_step, at_end=True)
 
 
 def _export(run: RunParts, plan: ExportPlan) -> Duty:
@@ -101,6 +95,7 @@ def _export(run: RunParts, plan: ExportPlan) -> Duty:
     cadence = Cadence(settings.save_every_n_steps, settings.save_every_n_epochs, settings.save_every_n_examples)
     # A whole model takes longer than a launcher may wait for processes that were asked to stop.
     return Duty(
+        EXPORT,
         perform,
         cadence,
         at_end=True,

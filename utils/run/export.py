@@ -12,6 +12,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,9 +21,10 @@ from safetensors.torch import load_file
 
 from optimizers.ema import EMA
 from utils import adapters
-from utils import ranks as together
 from utils.adapters.kinds import AdapterFile, ExportWishes, ModelNames
 from utils.ranks import Ranks
+from utils.run.attempts import Attempt
+from utils.run.durable import sync_folder, write_bytes
 from utils.run.progress import Progress
 from utils.run.tensor_file import write_tensors
 from utils.settings.schema import AdapterSettings
@@ -173,35 +175,54 @@ def export(
 
     Args:
         adds: what an export of the same weights has left there and this one does not write stays.
+
+    Raises:
+        Failed: on every rank, if one cannot write; nothing of it is left.
     """
-    parts = folder.with_name(folder.name + ".parts")
+    parts, unfinished = (folder.with_name(folder.name + suffix) for suffix in (".parts", ".unfinished"))
+    attempt = Attempt(f"export {folder.name} {step}", ranks)
+    try:
+        if ranks.is_main:
+            attempt.alone(_make_anew, parts)
+        attempt.meet()
+        written = {**plan.frozen, **parameters}
+        if ranks.data_rank == 0 and written:
+            attempt.alone(_write_part, parts / f"{ranks.stage}.safetensors", written, plan)
+        attempt.meet()
+        if ranks.is_main:
+            attempt.alone(_join, parts, unfinished, plan, step)
+            attempt.alone(partial(_put, unfinished, folder, adds=adds))
+        attempt.meet()
+    finally:
+        if ranks.is_main:
+            shutil.rmtree(parts, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
     if ranks.is_main:
-        shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir(parents=True)
-    together.barrier()
-    written = {**plan.frozen, **parameters}
-    if ranks.data_rank == 0 and written:
-        # An adapter is rounded when it is whole, since how depends on both of its factors.
-        dtype = None if plan.adapter else plan.dtype
-        held = {name: tensor.detach().to("cpu", dtype or tensor.dtype) for name, tensor in written.items()}
-        write_tensors(parts / f"{ranks.stage}.safetensors", {name: t.contiguous() for name, t in held.items()})
-    together.barrier()
-    if ranks.is_main:
-        tensors: Tensors = {}
-        for part in sorted(parts.glob("*.safetensors")):
-            tensors |= load_file(part)
-        unfinished = folder.with_name(folder.name + ".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        metadata = {**plan.metadata, "step": str(step), "format": "pt"}
-        write = _write_adapter if plan.adapter else _write_denoiser
-        write(unfinished, tensors, plan, metadata)
-        _put(unfinished, folder, adds=adds)
-        shutil.rmtree(parts)
         logger.info("exported %s", folder)
         if plan.note:
             logger.info(plan.note)
-    together.barrier()
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_part(path: Path, written: Tensors, plan: ExportPlan) -> None:
+    # An adapter is rounded when it is whole, since how depends on both of its factors.
+    dtype = None if plan.adapter else plan.dtype
+    write_tensors(path, {name: tensor.detach().to("cpu", dtype or tensor.dtype) for name, tensor in written.items()})
+
+
+def _join(parts: Path, unfinished: Path, plan: ExportPlan, step: int) -> None:
+    """Writes the export of the parts of all stages."""
+    tensors: Tensors = {}
+    for part in sorted(parts.glob("*.safetensors")):
+        tensors |= load_file(part)
+    _make_anew(unfinished)
+    metadata = {**plan.metadata, "step": str(step), "format": "pt"}
+    write = _write_adapter if plan.adapter else _write_denoiser
+    write(unfinished, tensors, plan, metadata)
 
 
 def _put(finished: Path, folder: Path, *, adds: bool) -> None:
@@ -209,6 +230,7 @@ def _put(finished: Path, folder: Path, *, adds: bool) -> None:
     if not (adds and folder.is_dir()):
         shutil.rmtree(folder, ignore_errors=True)
         finished.rename(folder)
+        sync_folder(folder.parent)
         return
     for path in finished.iterdir():
         # A file is replaced by being renamed, a folder is not.
@@ -243,7 +265,7 @@ def further_layouts(tensors: Tensors, plan: ExportPlan) -> Iterator[tuple[str, T
 def _write_adapter(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: dict[str, str]) -> None:
     for name, file in adapter_files(tensors, plan, metadata).items():
         if isinstance(file, str):
-            (folder / name).write_text(file)
+            write_bytes(folder / name, file.encode())
         else:
             write_tensors(folder / name, file.tensors, dict(file.metadata))
 
@@ -253,7 +275,7 @@ def _write_denoiser(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: 
     for part in plan.folders if "diffusers" in plan.formats else ():
         part_folder = folder / part.name
         part_folder.mkdir()
-        (part_folder / "config.json").write_text(json.dumps(dict(part.config), indent=2))
+        write_bytes(part_folder / "config.json", json.dumps(dict(part.config), indent=2).encode())
         own = {here: tensors[name] for here, name in part.own(tensors).items()}
         _write_shards(part_folder, own, metadata, plan.shard_bytes, part.stem)
     for name, converted in further_layouts(tensors, plan):
@@ -276,4 +298,4 @@ def _write_shards(folder: Path, tensors: Tensors, metadata: dict[str, str], shar
         write_tensors(folder / file, shard, metadata)
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+    write_bytes(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True).encode())

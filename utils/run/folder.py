@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import tomllib
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
+
+import toml
 
 from utils.errors import UserError
 from utils.ranks import Ranks, barrier, gather
+from utils.run.durable import write_bytes
 from utils.settings.reader import write_resolved
 from utils.settings.schema import Settings
 
@@ -19,7 +24,12 @@ logger = logging.getLogger(__name__)
 
 RUN_NAME = re.compile(r"\d{8}_\d{2}-\d{2}-\d{2}(_\d+)?$")
 LATEST = "latest"
-CHECKPOINT_NAME = re.compile(r"global_step(\d+)")
+KEY = "wandb_api_key"
+OTHER_KEY = re.compile(KEY + r"""["']?\s*[=:]\s*+(?!(?:""|'')(?!["']))""")
+"""The key of an account with a value that is not empty, also in a comment."""
+REPLACED = ".replaced"
+"""What a checkpoint's name ends with while another of the same step takes its place."""
+CHECKPOINT_NAME = re.compile(r"global_step(\d+)(\.replaced)?")
 
 
 def new_name(output_dir: Path) -> str:
@@ -36,11 +46,11 @@ def _free_name(folder: Path, name: str) -> str:
 def checkpoints_before(checkpoint: Path) -> list[Path]:
     """The complete checkpoints in the folder of a checkpoint that were written before it, oldest first; the checkpoint
     itself may be missing."""
-    steps = {
-        int(found[1]): path
-        for path in checkpoint.parent.glob("global_step*")
-        if (found := CHECKPOINT_NAME.fullmatch(path.name))
-    }
+    steps: dict[int, Path] = {}
+    # In this order, so that one that was to be replaced counts only if the new one did not come to its place.
+    for path in sorted(checkpoint.parent.glob("global_step*"), key=lambda path: not path.name.endswith(REPLACED)):
+        if (found := CHECKPOINT_NAME.fullmatch(path.name)) and path.is_dir():
+            steps[int(found[1])] = path
     this = CHECKPOINT_NAME.fullmatch(checkpoint.name)
     return [steps[step] for step in sorted(steps) if not this or step < int(this[1])]
 
@@ -68,6 +78,38 @@ def go_on(folder: Path, settings: Settings, ranks: Ranks, config: Path, step: in
     return folder
 
 
+class KeptRecords:
+    """The records in a run's folder (settings and copies of the user's files), kept in memory for a folder that is
+    deleted while the run goes on."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        found = [*folder.glob("*.toml"), *folder.glob("resumed_step*/*.toml")]
+        self.records = {path: path.read_bytes() for path in found}
+        self._identity = self._seen()
+
+    def _seen(self) -> int | None:
+        try:
+            return self.folder.stat().st_ino
+        except OSError:
+            return None
+
+    def folder_is_lost(self) -> bool:
+        """Whether the folder is not there any more, or another has come to its place, as a checkpoint makes one."""
+        return self._seen() != self._identity
+
+    def make_again(self) -> None:
+        """Makes the folder, with its records.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        for path, content in self.records.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(path, content)
+        self._identity = self._seen()
+
+
 def _record(place: Path, settings: Settings, config: Path) -> None:
     (place / "config.toml").write_text(_without_key(config, settings), encoding="utf-8")
     shutil.copyfile(settings.dataset, place / "dataset.toml")
@@ -86,25 +128,53 @@ def _make(folder: Path) -> None:
 
 
 def _without_key(config: Path, settings: Settings) -> str:
-    """The run's file as the user wrote it, without the account's key, since run folders are shared."""
+    """The run's file as the user wrote it, without the account's key, since run folders are shared; as a table without
+    comments, if the key is written so that it cannot be cut out, or another one may be in a comment."""
     text, key = config.read_text(encoding="utf-8"), settings.monitoring.wandb_api_key
-    return text.replace(key, "") if key else text
+    if not key and not OTHER_KEY.search(text):
+        return text
+    written = tomllib.loads(text.removeprefix("\ufeff"))
+    cut = text.replace(key, "") if key else text
+    try:
+        left = tomllib.loads(cut.removeprefix("\ufeff"))
+    except tomllib.TOMLDecodeError:
+        left = {}
+    # Nothing else is changed, the key is empty, and so it is in every comment.
+    is_empty = not left.get("monitoring", {}).get(KEY) and not OTHER_KEY.search(cut)
+    if _keyless(left) == _keyless(written) and is_empty:
+        return cut
+    return f"# Written anew, without the key of the account and without comments.\n{toml.dumps(_keyless(written))}"
 
 
-def find_checkpoint(output_dir: Path, asked: str | None, of_other_run: Callable[[Path], Sequence[str]]) -> Path:
-    """The checkpoint to resume: the one that `asked` names, or the newest one of the run that it names (a path, or a
-    name in `output_dir`), or the newest one of the newest run of this config.
+def _keyless(table: Any) -> Any:
+    """The same without the key of an account."""
+    if isinstance(table, list):
+        return [_keyless(entry) for entry in table]
+    if not isinstance(table, dict):
+        return table
+    return {name: _keyless(entry) for name, entry in table.items() if name != KEY}
+
+
+def find_checkpoint(
+    output_dir: Path,
+    asked: str | None,
+    of_other_run: Callable[[Path], Sequence[str]],
+    damage_in: Callable[[Path], str | None] = lambda checkpoint: None,
+) -> Path:
+    """The checkpoint to resume: the one that `asked` names, or the newest whole one of the run that it names (a path,
+    or a name in `output_dir`), or the newest whole one of the newest run of this config. What is passed over is named.
 
     Args:
         of_other_run: checkpoint -> why it is one of another run; nothing if it is not.
+        damage_in: checkpoint -> what is damaged in it, None if it is whole.
 
     Raises:
-        UserError: there is none, or it holds no checkpoint; says what there is.
+        UserError: there is none, or it is damaged, or holds no checkpoint; says what there is.
     """
     runs = (
         sorted(p for p in output_dir.glob("*") if p.is_dir() and RUN_NAME.match(p.name)) if output_dir.is_dir() else []
     )
-    resumable = [run for run in runs if (run / LATEST).is_file()]
+    resumable = [run for run in runs if _newest_first(run)]
     known = ", ".join(run.name for run in resumable[-5:]) or "none"
     if not asked:
         if not resumable:
@@ -113,7 +183,11 @@ def find_checkpoint(output_dir: Path, asked: str | None, of_other_run: Callable[
                 "--resume_from_checkpoint",
                 str(output_dir),
             )
-        return _newest_of_this_run(resumable, of_other_run)
+        run = _newest_of_this_config(resumable, of_other_run)
+        for newer in runs[runs.index(run) + 1 :]:
+            if newer not in resumable:
+                logger.warning("passed over a newer run, which has no checkpoint: %s", newer.name)
+        return _newest_whole(run, damage_in)
     candidates = [Path(asked), output_dir / asked]
     folder = next((candidate for candidate in candidates if candidate.is_dir()), None)
     if folder is None:
@@ -122,26 +196,27 @@ def find_checkpoint(output_dir: Path, asked: str | None, of_other_run: Callable[
             where="--resume_from_checkpoint",
         )
     if folder.name.startswith("global_step"):
+        if damage := damage_in(folder):
+            raise UserError.of(f"the checkpoint is damaged. {damage}. {_whole_before(folder, damage_in)}", str(folder))
         return folder
-    if not (folder / LATEST).is_file():
+    if not _newest_first(folder):
         raise UserError.of(
-            f"'{folder}' holds no checkpoint (no file '{LATEST}'); exports are for inference only. "
+            f"'{folder}' holds no checkpoint (no folder 'global_step...'); exports are for inference only. "
             f"Runs with a checkpoint in {output_dir}: {known}",
             where="--resume_from_checkpoint",
         )
-    return _newest_of(folder)
+    return _newest_whole(folder, damage_in)
 
 
-def _newest_of_this_run(runs: Sequence[Path], of_other_run: Callable[[Path], Sequence[str]]) -> Path:
-    """The newest checkpoint of the last of `runs` that is not another's; those that are passed over are named."""
+def _newest_of_this_config(runs: Sequence[Path], of_other_run: Callable[[Path], Sequence[str]]) -> Path:
+    """The last of `runs` whose newest checkpoint is not another config's; those that are passed over are named."""
     passed = []
     for run in reversed(runs):
-        checkpoint = _newest_of(run)
-        reasons = of_other_run(checkpoint)
+        reasons = of_other_run(_newest_first(run)[0])
         if not reasons:
             for other in passed:
                 logger.warning("passed over a newer run, which is not this config's: %s", other)
-            return checkpoint
+            return run
         passed.append(f"{run.name}: {', '.join(reasons)}")
     listed = "".join(f"\n    {other}" for other in passed[:5])
     raise UserError.of(
@@ -152,12 +227,47 @@ def _newest_of_this_run(runs: Sequence[Path], of_other_run: Callable[[Path], Seq
     )
 
 
-def _newest_of(run: Path) -> Path:
-    newest = run / (run / LATEST).read_text().strip()
-    if newest.is_dir() and newest != run:
-        return newest
-    there = [str(path) for path in checkpoints_before(run / LATEST)]
+def newest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint that `latest` names, if it does."""
+    try:
+        name = (run / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    named = CHECKPOINT_NAME.fullmatch(name)
+    return run / name if named and (run / name).is_dir() else None
+
+
+def _newest_first(run: Path) -> list[Path]:
+    """The checkpoints of a run, from the one that `latest` names to the oldest; all of them if it names none."""
+    latest = newest_checkpoint(run)
+    return ([latest] if latest else []) + checkpoints_before(latest or run / LATEST)[::-1]
+
+
+def _newest_whole(run: Path, damage_in: Callable[[Path], str | None]) -> Path:
+    """The newest checkpoint of a run that is not damaged.
+
+    Raises:
+        UserError: there is none.
+    """
+    damages = []
+    for checkpoint in _newest_first(run):
+        damage = damage_in(checkpoint)
+        if damage is None:
+            for other in damages:
+                logger.warning("passed over a newer checkpoint, which is damaged. %s", other)
+            if newest_checkpoint(run) is None:
+                logger.warning("'%s' is missing or names no checkpoint; the newest is taken: %s", LATEST, checkpoint)
+            return checkpoint
+        damages.append(damage)
+    listed = "".join(f"\n    {damage}" for damage in damages[:5])
     raise UserError.of(
-        f"names no checkpoint; name one with --resume_from_checkpoint. There are: {', '.join(there) or 'none'}",
-        str(run / LATEST),
+        f"every checkpoint is damaged; name another run, or start again. The newest first:{listed}", str(run)
     )
+
+
+def _whole_before(damaged: Path, damage_in: Callable[[Path], str | None]) -> str:
+    """Names the newest whole checkpoint before a damaged one."""
+    for checkpoint in reversed(checkpoints_before(damaged)):
+        if damage_in(checkpoint) is None:
+            return f"The newest whole one before it is --resume_from_checkpoint {checkpoint}"
+    return "There is no whole one before it; name another with --resume_from_checkpoint"

@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import inf
 from netrc import NetrcParseError, netrc
 from pathlib import Path
@@ -17,6 +18,8 @@ import numpy as np
 from PIL import Image
 
 from utils.errors import UserError
+from utils.run.attempts import reason_of
+from utils.run.folder import KeptRecords
 from utils.settings.schema import MonitoringSettings
 
 logger = logging.getLogger(__name__)
@@ -61,32 +64,63 @@ def _has_key(hosts: Sequence[str]) -> bool:
 
 
 class Sink(Protocol):
-    """A destination for numbers and pictures."""
+    """A destination for numbers and pictures.
+
+    Attributes:
+        tries_again: whether it is of use after an error.
+    """
+
+    tries_again: bool
 
     def scalars(self, values: dict[str, float], step: int) -> None: ...
     def picture(self, name: str, picture: Image.Image, step: int) -> None: ...
+    def begin_again(self) -> None: ...
     def close(self) -> None: ...
 
 
 class JsonLines:
-    """One JSON object per line: {"name", "value", "step", "time"}. Pictures are in the run folder anyway."""
+    """One JSON object per line: {"name", "value", "step", "time"}. Pictures are in the run folder anyway. What cannot
+    be written is tried again with what comes next."""
+
+    tries_again = True
 
     def __init__(self, folder: Path, resumed_at: int | None = None):
-        path = folder / "metrics.jsonl"
-        if resumed_at is not None and path.exists():
-            _cut_after(path, resumed_at)
-        self.file = path.open("a", buffering=1)
+        self.path, self.waiting = folder / "metrics.jsonl", b""
+        if resumed_at is not None and self.path.exists():
+            _cut_after(self.path, resumed_at)
+        self.file = self.path.open("a+b", buffering=0)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         now = time.time()
-        for name, value in values.items():
-            self.file.write(json.dumps({"name": name, "value": value, "step": step, "time": now}) + "\n")
+        lines = [
+            json.dumps({"name": name, "value": value, "step": step, "time": now}) for name, value in values.items()
+        ]
+        self.waiting += "".join(f"{line}\n" for line in lines).encode()
+        if not self.path.exists():
+            self.begin_again()
+        self._write()
+
+    def _write(self) -> None:
+        while self.waiting:
+            # A disk that becomes full takes a part.
+            self.waiting = self.waiting[self.file.write(self.waiting) :]
 
     def picture(self, name: str, picture: Image.Image, step: int) -> None:
         pass
 
+    def begin_again(self) -> None:
+        """The file was deleted: as long as it is open, what was in it is still there."""
+        before = self.file
+        before.seek(0)
+        self.file = self.path.open("a+b", buffering=0)
+        self.waiting = before.read() + self.waiting
+        before.close()
+
     def close(self) -> None:
-        self.file.close()
+        try:
+            self._write()
+        finally:
+            self.file.close()
 
 
 def _cut_after(path: Path, step: int) -> None:
@@ -105,11 +139,14 @@ def _step_of(line: str) -> float:
 
 
 class TensorBoard:
+    tries_again = False
+
     def __init__(self, folder: Path, resumed_at: int | None = None):
         from torch.utils.tensorboard import SummaryWriter
 
         purge_step = None if resumed_at is None else resumed_at + 1
-        self.writer = SummaryWriter(str(folder / "tensorboard_logs"), purge_step=purge_step)
+        self.open = partial(SummaryWriter, str(folder / "tensorboard_logs"))
+        self.writer = self.open(purge_step=purge_step)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -118,11 +155,17 @@ class TensorBoard:
     def picture(self, name: str, picture: Image.Image, step: int) -> None:
         self.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
+    def begin_again(self) -> None:
+        # The old writer has no file to close any more.
+        self.writer = self.open()
+
     def close(self) -> None:
         self.writer.close()
 
 
 class WeightsAndBiases:
+    tries_again = False
+
     def __init__(self, folder: Path, settings: MonitoringSettings, resolved: dict[str, Any]):
         import wandb
 
@@ -145,15 +188,19 @@ class WeightsAndBiases:
     def picture(self, name: str, picture: Image.Image, step: int) -> None:
         self.run.log({name: self.wandb.Image(picture)}, step=step)
 
+    def begin_again(self) -> None:
+        """What it sends is on its way, and needs no folder."""
+
     def close(self) -> None:
         self.run.finish()
 
 
 class Metrics:
-    """All sinks of a run; ranks other than the main one have none."""
+    """All sinks of a run; ranks other than the main one have none. One that fails is told once, and the run goes on."""
 
-    def __init__(self, sinks: list[Sink]):
-        self.sinks = sinks
+    def __init__(self, sinks: list[Sink], kept: KeptRecords | None = None):
+        self.sinks, self.kept = sinks, kept
+        self._told: set[str] = set()
 
     @classmethod
     def from_settings(
@@ -180,16 +227,44 @@ class Metrics:
             sinks.append(TensorBoard(folder, resumed_at))
         if settings.enable_wandb:
             sinks.append(WeightsAndBiases(folder, settings, resolved))
-        return cls(sinks)
+        return cls(sinks, KeptRecords(folder))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        for sink in self.sinks:
-            sink.scalars(values, step)
+        if self.kept and self.kept.folder_is_lost():
+            self._make_again(self.kept)
+        self._each(lambda sink: sink.scalars(values, step))
 
     def picture(self, name: str, picture: Image.Image, step: int) -> None:
-        for sink in self.sinks:
-            sink.picture(name, picture, step)
+        self._each(lambda sink: sink.picture(name, picture, step))
 
     def close(self) -> None:
-        for sink in self.sinks:
-            sink.close()
+        self._each(lambda sink: sink.close())
+
+    def _each(self, send: Callable[[Sink], None]) -> None:
+        for sink in list(self.sinks):
+            try:
+                send(sink)
+            except Exception as error:
+                name = type(sink).__name__
+                after = "later lines are tried again" if sink.tries_again else "it gets nothing more in this run"
+                if name not in self._told:
+                    logger.error("metrics: %s failed (%s); training goes on, and %s", name, reason_of(error), after)
+                self._told.add(name)
+                if not sink.tries_again:
+                    self.sinks.remove(sink)
+
+    def _make_again(self, kept: KeptRecords) -> None:
+        """Makes the run's folder whole, which somebody has deleted."""
+        try:
+            kept.make_again()
+        except OSError as error:
+            if "folder" not in self._told:
+                self._told.add("folder")
+                logger.error("the run's folder was deleted, and cannot be made again: %s", reason_of(error))
+            return
+        self._each(lambda sink: sink.begin_again())
+        logger.error(
+            "the run's folder %s was deleted: it is made again with its settings and metrics, and training goes on; "
+            "earlier checkpoints, exports and samples are lost",
+            kept.folder,
+        )

@@ -12,9 +12,9 @@ from torch import nn
 from optimizers.ema import EMA
 from utils.parallel.engine import Engine
 from utils.parallel.sharding import Shares
-from utils.ranks import Ranks, any_rank
+from utils.ranks import Ranks
 from utils.run.metrics import Metrics
-from utils.run.signals import StopRequested, StopRequests
+from utils.run.signals import StopRequests
 from utils.settings.schema import Settings
 
 
@@ -40,13 +40,3 @@ class RunParts:
     metrics: Metrics
     stop: StopRequests
     ema: EMA | None = None
-
-    def raise_if_stopping(self) -> None:
-        """Ends what all ranks are doing, if one was asked to stop: a signal may reach one process alone.
-
-        Raises:
-            StopRequested: on every rank.
-        """
-        (stopping,) = any_rank([self.stop.pending()])
-        if stopping:
-            raise StopRequested

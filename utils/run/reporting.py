@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sys
@@ -16,9 +15,10 @@ from statistics import fmean
 
 from tqdm import tqdm
 
-from utils.errors import UserError
+from utils.errors import UserError, without_controls
 from utils.progress_bar import progress_bar
 from utils.ranks import LaunchError, Ranks, leave_together
+from utils.run.attempts import FULL
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,6 @@ PEAK_MEMORY = "train/peak_memory_gib"
 """The metric of the GPU that held most since the step before, with what was done between the steps."""
 STEPS_OF_MEAN = 100
 """One loss says little, since samples and noise levels differ; a mean of so many shows where it goes."""
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Once(logging.Filter):
@@ -74,7 +73,7 @@ class _AboveProgressBar(logging.StreamHandler):
     """Writes lines to stderr without tearing a progress bar apart."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(without_controls(self.format(record)), file=sys.stderr)
 
 
 def is_user_error(error: Exception) -> bool:
@@ -110,7 +109,7 @@ def _tell(error: Exception) -> None:
             "--resume_from_checkpoint); what was cached and saved before stays",
             str(error.filename or "the disk of output_dir, cache_dir or of temporary files"),
         )
-    sys.stderr.write(f"\nerror: {error}\n")
+    sys.stderr.write(f"\nerror: {without_controls(str(error))}\n")
     sys.stderr.flush()
 
 

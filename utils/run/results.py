@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from utils.run.export import exports_in
-from utils.run.folder import LATEST
+from utils.run.folder import newest_checkpoint
 
 
 def results(folder: Path) -> str:
@@ -27,8 +27,8 @@ def _results(folder: Path) -> Iterator[tuple[str, str]]:
             yield "weights", str(path)
     if len(exports) > len(newest):
         yield "", f"and {len(exports) - len(newest)} earlier exports beside it"
-    if (folder / LATEST).is_file():
-        yield "checkpoint", str(folder / (folder / LATEST).read_text().strip())
+    if newest := newest_checkpoint(folder):
+        yield "checkpoint", str(newest)
     if (folder / "samples").is_dir():
         yield "samples", str(folder / "samples")
     yield "metrics", str(folder / "metrics.jsonl")

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,66 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils import ranks as together
 from utils.diffusion import seeds
 from utils.diffusion.timesteps import ResolutionShift
 from utils.media.writing import tensor_to_image, write_clip
 from utils.parallel.engine import Engine
 from utils.ranks import Ranks
+from utils.run.attempts import Attempt
 from utils.run.metrics import Metrics
 from utils.settings.schema import SamplingSettings
 
 logger = logging.getLogger(__name__)
 
 SLUG_LETTERS = 60
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How samples are stepped to.
+
+    Attributes:
+        scheduler: -> a stock scheduler of diffusers.
+        levels: number of steps -> their noise levels before a flow-matching scheduler shifts them; None for the
+            scheduler's own.
+        tokens: image tokens of a sample.
+        shift: the model's constants for a scheduler that shifts by size.
+    """
+
+    scheduler: Callable[[], Any]
+    levels: Callable[[int], Sequence[float] | None]
+    tokens: int
+    shift: ResolutionShift
+
+    def of(self, steps: int) -> Any:
+        """The scheduler with its timesteps."""
+        scheduler, levels = self.scheduler(), self.levels(steps)
+        given = {"num_inference_steps": steps} if levels is None else {"sigmas": np.array(levels)}
+        scheduler.set_timesteps(**given, **self._shift_arguments(scheduler))
+        return scheduler
+
+    def _shift_arguments(self, scheduler: Any) -> dict[str, float]:
+        """`mu` for a scheduler that shifts by size, with the constants of its own configuration."""
+        config = scheduler.config
+        if not config.get("use_dynamic_shifting") or "mu" not in inspect.signature(scheduler.set_timesteps).parameters:
+            return {}
+        named = {"base_tokens": "base_image_seq_len", "max_tokens": "max_image_seq_len"}
+        constants = {field.name: config.get(named.get(field.name, field.name)) for field in fields(self.shift)}
+        known = {name: value for name, value in constants.items() if value is not None}
+        return {"mu": replace(self.shift, **known).mu(self.tokens)}
+
+    def try_out(self, steps: int) -> None:
+        """Goes through all steps with a latent of one value.
+
+        Raises:
+            Exception: of many kinds, if the scheduler cannot be built from its configuration or cannot step so.
+        """
+        scheduler = self.of(steps)
+        latents, noise = torch.zeros(1, 1, 1, 1), _noise_arguments(scheduler, 0, 0)
+        for timestep in scheduler.timesteps:
+            as_input = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
+            seen = as_input(latents, timestep)
+            latents = scheduler.step(seen, timestep, latents, return_dict=False, **noise)[0]
 
 
 @dataclass(frozen=True)
@@ -39,13 +88,9 @@ class SampleModel:
         prepare: (features, x_t, t_B, guidance) -> inputs of the first stage.
         for_scheduler: prediction -> the scheduler's input.
         latent_shape: -> shape of a sample's latent without the batch.
-        levels: number of steps -> their noise levels before a flow-matching scheduler shifts them; None for the
-            scheduler's own.
         guided: (prediction for the prompt, prediction for the negative prompt, guidance) -> the guided prediction.
         fps: frames per second of a clip.
-        tokens: latent shape -> image tokens.
-        scheduler: -> a stock scheduler of diffusers.
-        shift: the model's constants for a scheduler that shifts by size.
+        schedule: the steps to a sample.
         decode: latents, each (1, ...) -> pixels, each (C, F, H, W) in [-1, 1].
     """
 
@@ -54,12 +99,9 @@ class SampleModel:
     prepare: Callable[[Mapping[str, torch.Tensor], torch.Tensor, torch.Tensor, float], tuple]
     for_scheduler: Callable[[torch.Tensor], torch.Tensor]
     latent_shape: Callable[[], tuple[int, ...]]
-    levels: Callable[[int], Sequence[float] | None]
     guided: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     fps: float
-    tokens: Callable[[Sequence[int]], int]
-    scheduler: Callable[[], Any]
-    shift: ResolutionShift
+    schedule: Schedule
     decode: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
 
 
@@ -71,49 +113,79 @@ def sample(
     folder: Path,
     metrics: Metrics,
     step: int,
-    raise_if_stopping: Callable[[], None] = lambda: None,
+    attempt: Attempt,
 ) -> None:
     """Draws every prompt into `folder/samples/step000100/00_<prompt>.png`, and the data ranks share the prompts. The
     PNG beside a clip (`.mp4`) is its middle frame.
 
-    `raise_if_stopping` is called before each prompt, equally often by all ranks; an exception ends the drawing.
+    Args:
+        attempt: of these samples; the ranks meet in it before each prompt.
+
+    Raises:
+        Failed, StopRequested: on every rank; see `Attempt.meet`.
     """
     samples_folder = folder / "samples" / f"step{step:06d}"
-    samples_folder.mkdir(parents=True, exist_ok=True)
+    attempt.alone(partial(samples_folder.mkdir, parents=True, exist_ok=True))
     own = range(ranks.data_rank, len(settings.prompts), ranks.data_ranks)
     latents = []
     for first in range(0, len(settings.prompts), ranks.data_ranks):
-        raise_if_stopping()
         index = first + ranks.data_rank
-        if index in own:
-            latents.append(denoise(engine, ranks, model, settings, index))
+        begun = attempt.alone(begin, ranks, model, settings, index) if index in own else None
+        attempt.meet()
+        if begun:
+            latents.append(attempt.in_pipeline(denoise, engine, ranks, model, settings, begun))
+    attempt.meet()
     if ranks.is_first_stage:
-        for index, pixels_CFHW in zip(own, model.decode(latents), strict=True):
-            _write(pixels_CFHW, model.fps, samples_folder / file_name(index, settings.prompts[index]))
-    together.barrier()
+        names = [file_name(index, settings.prompts[index]) for index in own]
+        attempt.alone(_write_all, model, latents, [samples_folder / name for name in names])
+    attempt.meet()
     if ranks.is_main:
-        for index, prompt in enumerate(settings.prompts):
-            with Image.open(samples_folder / file_name(index, prompt)) as picture:
-                metrics.picture(f"samples/{index:02d}", picture.convert("RGB"), step)
+        paths = [samples_folder / file_name(index, prompt) for index, prompt in enumerate(settings.prompts)]
+        attempt.alone(_file, metrics, paths, step)
+    attempt.meet()
+    if ranks.is_main:
         logger.info("samples: %s", samples_folder)
 
 
-def denoise(engine: Engine, ranks: Ranks, model: SampleModel, settings: SamplingSettings, index: int) -> torch.Tensor:
-    """The latents (1, ...) for the prompt at `index`, on the CPU, the same on every stage.
+def _file(metrics: Metrics, paths: Sequence[Path], step: int) -> None:
+    for index, path in enumerate(paths):
+        with Image.open(path, formats=["PNG"]) as picture:
+            metrics.picture(f"samples/{index:02d}", picture.convert("RGB"), step)
 
-    The noise depends only on (sampling seed, index of the prompt). The steps are those of diffusers' pipelines.
+
+@dataclass(frozen=True)
+class Begun:
+    """A sample before its first step.
+
+    Attributes:
+        index: of its prompt.
+        scheduler: with its timesteps.
+        features: for each prediction; None where no stage reads them.
+        latents: (1, ...), noise.
     """
+
+    index: int
+    scheduler: Any
+    features: Sequence[Mapping[str, torch.Tensor] | None]
+    latents: torch.Tensor
+
+
+def begin(ranks: Ranks, model: SampleModel, settings: SamplingSettings, index: int) -> Begun:
+    """What the sample for the prompt at `index` begins with; the noise depends only on (sampling seed, index)."""
     shape = model.latent_shape()
-    scheduler = model.scheduler()
-    levels = model.levels(settings.steps)
-    steps = {"num_inference_steps": settings.steps} if levels is None else {"sigmas": np.array(levels)}
-    scheduler.set_timesteps(**steps, **_shift_arguments(scheduler, model, shape))
+    scheduler = model.schedule.of(settings.steps)
     features = model.features(index) if ranks.is_first_stage else [None] * model.predictions
     latents = seeds.normal((1, *shape), settings.seed, "sample", index)
-    # Flow-matching schedulers have neither.
-    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+    # Flow-matching schedulers have no such factor.
+    return Begun(index, scheduler, features, latents * getattr(scheduler, "init_noise_sigma", 1.0))
+
+
+def denoise(engine: Engine, ranks: Ranks, model: SampleModel, settings: SamplingSettings, begun: Begun) -> torch.Tensor:
+    """The latents (1, ...) of a sample, on the CPU, the same on every stage. The steps are those of diffusers'
+    pipelines."""
+    scheduler, features, latents = begun.scheduler, begun.features, begun.latents
     as_input = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
-    noise = _noise_arguments(scheduler, settings.seed, index)
+    noise = _noise_arguments(scheduler, settings.seed, begun.index)
     for timestep in scheduler.timesteps:
         seen = as_input(latents, timestep)
         batches = None
@@ -130,6 +202,11 @@ def denoise(engine: Engine, ranks: Ranks, model: SampleModel, settings: Sampling
     return latents
 
 
+def _write_all(model: SampleModel, latents: Sequence[torch.Tensor], paths: Sequence[Path]) -> None:
+    for pixels_CFHW, path in zip(model.decode(latents), paths, strict=True):
+        _write(pixels_CFHW, model.fps, path)
+
+
 def _write(pixels_CFHW: torch.Tensor, fps: float, path: Path) -> None:
     frames = pixels_CFHW.shape[1]
     if frames > 1:
@@ -139,17 +216,6 @@ def _write(pixels_CFHW: torch.Tensor, fps: float, path: Path) -> None:
             # The training is worth more than a clip of it.
             logger.warning("no mp4 is written, only middle frames: PyAV cannot be imported (%s)", error)
     tensor_to_image(pixels_CFHW[:, frames // 2 :]).save(path)
-
-
-def _shift_arguments(scheduler: Any, model: SampleModel, shape: Sequence[int]) -> dict[str, float]:
-    """`mu` for a scheduler that shifts by size, with the constants of its own configuration."""
-    config = scheduler.config
-    if not config.get("use_dynamic_shifting") or "mu" not in inspect.signature(scheduler.set_timesteps).parameters:
-        return {}
-    named = {"base_tokens": "base_image_seq_len", "max_tokens": "max_image_seq_len"}
-    constants = {field.name: config.get(named.get(field.name, field.name)) for field in fields(model.shift)}
-    known = {name: value for name, value in constants.items() if value is not None}
-    return {"mu": replace(model.shift, **known).mu(model.tokens(shape))}
 
 
 def _noise_arguments(scheduler: Any, seed: int, index: int) -> dict[str, torch.Generator]:

@@ -1,5 +1,5 @@
-"""Requests to stop: Ctrl-C, SIGTERM, the death of the launcher. They are noted at once and obeyed when nothing is
-lost. And requests by a file in the run's folder: `save`, `save_quit`."""
+"""Requests to stop: Ctrl-C, SIGTERM and others, the death of the launcher, the end of the run's time. They are noted at
+once and obeyed when nothing is lost. And requests by a file in the run's folder: `save`, `save_quit`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from utils.run.time_limit import TimeLimit
+
 logger = logging.getLogger(__name__)
 
 SECONDS_OF_REPEATS = 3.0
 """DeepSpeed's launcher passes on a signal that the whole process group has already received: one request, received
 twice."""
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+DEMANDS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
+"""Who sends one of these a second time wants the end at once."""
+NOTICES = (signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
+"""A terminal or ssh session that is gone, a job scheduler before the time is up, a limit of processor time: they may be
+sent again and again, and what follows them is a demand."""
 DEEPSPEED_LAUNCHER = b"deepspeed.launcher.launch"
 LAUNCHERS = (DEEPSPEED_LAUNCHER, b"torchrun", b"torch.distributed.run", b"torch.distributed.launch")
 
@@ -48,21 +54,28 @@ class StopRequested(Exception):
 
 
 class StopRequests:
-    """Listens for signals within its context. A later second signal ends the process at once.
+    """Listens for signals within its context. A later second one of `DEMANDS` ends the process at once. A signal that
+    was ignored before stays ignored, as under `nohup`.
 
     Attributes:
         by_file: whether the run ended because of a file in its folder.
+        time: the run's time, if it has a limit.
+        late: whether the run ends because of that.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.by_file = False
+        self.time: TimeLimit | None = None
+        self.late = False
+        self._demanded_at: float | None = None
         self._warned = False
         self._ancestors = _launchers()
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequests:
-        self._before = {number: signal.signal(number, self._on_signal) for number in STOPPING}
+        heard = [number for number in (*DEMANDS, *NOTICES) if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._on_signal) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,7 +86,7 @@ class StopRequests:
     def ending_at_once(self) -> Iterator[None]:
         """A context in which a signal ends the process, for waits inside of libraries: Python's handlers are not called
         as long as these last. What was asked before is for `pending` to tell."""
-        before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPPING}
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in self._before}
         try:
             yield
         finally:
@@ -81,28 +94,43 @@ class StopRequests:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
-            self.received, self.received_at = number, time.monotonic()
-        elif time.monotonic() - self.received_at > SECONDS_OF_REPEATS:
+        self.received = self.received or number
+        if number in NOTICES:
+            return
+        if self._demanded_at is None:
+            self._demanded_at = time.monotonic()
+        elif time.monotonic() - self._demanded_at > SECONDS_OF_REPEATS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal, as in shells; 0 after a file of the user's."""
-        if self.by_file and self.received is None:
+        """128 + the signal, as in shells; 0 after a file of the user's, or at the end of the run's time."""
+        if self.received is None and (self.by_file or self.late):
             return 0
         return 128 + (self.received or signal.SIGTERM)
 
     def pending(self) -> bool:
-        """Whether this process was asked to stop, or its launcher is gone: a terminated `deepspeed` and a
-        killed `torchrun` leave their processes behind, which would go on training unseen."""
-        pending = self.received is not None or _launchers() != self._ancestors
-        if pending and not self._warned:
+        """Whether this process was asked to stop, or its time is up, or its launcher is gone: a terminated `deepspeed`
+        and a killed `torchrun` leave their processes behind, which would go on training unseen."""
+        return self.asked() or self.time_is_up()
+
+    def asked(self) -> bool:
+        """The same without the time."""
+        asked = self.received is not None or _launchers() != self._ancestors
+        if asked and not self._warned:
             # Not in the handler: it may have interrupted the logging of something else.
             self._warned = True
             logger.warning("asked to stop: ending as soon as nothing is lost by it; once more ends at once")
-        return pending
+        return asked
+
+    def time_is_up(self) -> bool:
+        """Whether the run's time suffices for nothing but its end."""
+        is_up = self.time is not None and self.time.is_up()
+        if is_up and not self.late:
+            logger.warning("the time_limit is near: ending as soon as nothing is lost by it")
+        self.late = self.late or is_up
+        return is_up
 
     def raise_if_stopping(self) -> None:
         """Ends what this process is doing, if it was asked to stop.

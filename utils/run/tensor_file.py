@@ -1,24 +1,79 @@
-"""Writes safetensors files that are on disk when the call returns and that have the permissions of the umask."""
+"""Writes safetensors files that are on disk when the call returns, and the same bytes for the same content.
+
+The library's own writer puts metadata in an order of chance, makes files that only their owner can read, refuses
+tensors that share memory, and has errors that are no OSError. The format: the length of the header in 8 bytes, the
+header in JSON, the tensors one behind the other.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+
+from utils.run.checksums import PIECE, Summing, Sums
+
+ALIGNMENT = 8
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a file. After `save_file` alone, only the owner could read it; and it refuses tensors that share memory,
-    as those of bitsandbytes do on a CPU."""
-    addresses = Counter(tensor.data_ptr() for tensor in tensors.values())
-    alone = {name: t.clone() if addresses[t.data_ptr()] > 1 else t for name, t in tensors.items()}
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(alone, path, metadata and dict(metadata))
-    path.chmod(mode)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Sums:
+    """Writes a file. Returns its checksums.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
+    summing = Summing()
+    try:
+        with path.open("wb") as file:
+            for content in _contents(tensors, metadata):
+                for start in range(0, len(content), PIECE):
+                    part = content[start : start + PIECE]
+                    file.write(part)
+                    summing.add(part)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    return summing.sums()
+
+
+def _contents(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None) -> Iterator[memoryview]:
+    # Larger numbers first, so that each tensor begins at a multiple of its numbers' size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name in order:
+        begin, end = end, end + tensors[name].nbytes
+        header[name] = {
+            "dtype": NAMES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        yield memoryview(flat.view(torch.uint8).numpy())

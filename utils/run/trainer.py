@@ -6,7 +6,8 @@ import itertools
 import logging
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from utils.dataset.batches import TrainingBatches
 from utils.dataset.epochs import Epochs
 from utils.errors import UserError
 from utils.ranks import any_rank, largest
-from utils.run import checkpoint, out_of_memory
+from utils.run import checkpoint, out_of_memory, saving
+from utils.run.attempts import Failed, is_expected, reason_of
 from utils.run.cadence import Cadence, Duty
 from utils.run.folder import LATEST, checkpoints_before
 from utils.run.parts import RunParts
@@ -26,6 +28,7 @@ from utils.run.progress import Progress
 from utils.run.reporting import PEAK_MEMORY
 from utils.run.results import results
 from utils.run.signals import SAVE, SAVE_AND_QUIT, FileRequests, StopRequested
+from utils.run.time_limit import CHECKPOINT
 from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,10 @@ def last_step_of(settings: Settings, epochs: Epochs, progress: Progress) -> int:
     last = max(settings.epochs or 1, progress.epoch)
     to_end = epochs.first_step(last) - epochs.first_step(progress.epoch) - progress.step_in_epoch
     return max(progress.step, min(progress.step + to_end, limit))
+
+
+def _without_steps(duty: Duty, progress: Progress, epoch_ended: bool) -> None:
+    duty.without_steps(progress)
 
 
 @dataclass
@@ -66,6 +73,11 @@ class Trainer:
             minutes=settings.checkpoint_every_n_minutes,
         )
         self.requests = FileRequests(self.parts.folder)
+        self.lacks_export = False
+        self._since = time.monotonic()
+        if self.parts.stop.time:
+            # Weights with two moments.
+            self.parts.stop.time.state_bytes = 3 * sum(p.nbytes for p in self.parts.parameters.values())
         self.first_step = self.progress.step
         self.last_step = last_step_of(settings, self.epochs, self.progress)
 
@@ -148,48 +160,113 @@ class Trainer:
         # What filled the cache is gone.
         self._peak_memory()
         due = [duty for duty in self.duties if duty.before_first_step] if self.progress.step == 0 else []
-        return self._perform(due, self.progress, False) or any_rank([self.parts.stop.pending()])[0]
+        interrupted = self._perform(due, self.progress, False)
+        return self._vote(False) or interrupted
 
     def advance(self, done: Progress) -> bool:
-        """Does what is due after the step that led to `done`. Returns whether all ranks must stop here."""
+        """Does what is due after the step that led to `done`: what saves it comes first, then what may be interrupted
+        or fail. Returns whether all ranks must stop here."""
         before, ended, last = self.progress, self.ends_epoch(done), done.step == self.last_step
-        due = [duty for duty in self.duties if duty.cadence.due(before, done, ended) or (last and duty.at_end)]
-        interrupted = self._perform(due, done, ended)
+        due = self._due(before, done, ended)
         self.progress = done.next_epoch() if ended else done
         # A signal reaches one process, and clocks differ: the ranks have to agree, since all of them save together.
-        is_main, requests = self.parts.ranks.is_main, self.requests
-        asked, overdue, save, quit_too = any_rank(
+        is_main, requests, stop = self.parts.ranks.is_main, self.requests, self.parts.stop
+        asked, late, overdue, save, quit_too = any_rank(
             [
-                self.parts.stop.pending(),
+                stop.asked(),
+                stop.time_is_up() or (is_main and not last and self._is_out_of_time()),
                 is_main and self.checkpoints.overdue(),
                 is_main and requests.asked(SAVE),
                 is_main and requests.asked(SAVE_AND_QUIT),
             ]
         )
-        stopping = interrupted or asked or quit_too
-        ends_early = stopping and not last
-        self.parts.stop.by_file = quit_too
-        at_end = last and self.checkpoints.ever
-        if stopping or save or overdue or at_end or self.checkpoints.due(before, done, ended):
+        if late and not stop.late and is_main:
+            logger.warning("the time_limit leaves no time for another step and what is due after it")
+        stop.by_file, stop.late = quit_too, stop.late or late
+        self._perform([duty for duty in due if not duty.interruptible], done, ended)
+        # Without an export, what the last step has made is in no other place.
+        at_end = last and (self.checkpoints.ever or self.lacks_export)
+        saved = asked or late or quit_too or save or overdue or at_end or self.checkpoints.due(before, done, ended)
+        if saved:
             self.save_checkpoint()
+        looks = [duty for duty in due if duty.interruptible]
+        interrupted = asked or self._perform(looks, done, ended)
+        if looks and not asked:
+            # A stop that came meanwhile need not wait for another step.
+            interrupted = self._vote(interrupted)
+        if interrupted and not saved:
+            self.save_checkpoint()
+        ends_early = (interrupted or late or quit_too) and not last
         if ends_early:
             # After the checkpoint, without which more would be lost if a launcher does not wait.
             self._perform([duty for duty in self.duties if duty.at_stop and duty not in due], done, ended)
         if is_main and (save or quit_too):
             requests.done()
+        self._since = time.monotonic()
         return ends_early
 
+    def _vote(self, interrupted: bool) -> bool:
+        """Whether this rank was interrupted, or any was asked to stop or has no time left."""
+        stop = self.parts.stop
+        interrupted, late = any_rank([interrupted or stop.asked(), stop.time_is_up()])
+        stop.late, self._since = stop.late or late, time.monotonic()
+        return interrupted or late
+
+    def _due(self, before: Progress, done: Progress, epoch_ended: bool) -> list[Duty]:
+        """The duties after the step from `before` to `done`."""
+        last = done.step == self.last_step
+        return [duty for duty in self.duties if duty.cadence.due(before, done, epoch_ended) or (last and duty.at_end)]
+
+    def _is_out_of_time(self) -> bool:
+        """Whether the run's time does not suffice for the next step and what is due after it."""
+        limit = self.parts.stop.time
+        if limit is None:
+            return False
+        now = time.monotonic()
+        limit.step_took(now - self._since)
+        before = self.progress
+        after = before.after_step(0.0, self.epochs.examples(before.epoch, before.step_in_epoch))
+        return limit.is_up_after([duty.name for duty in self._due(before, after, self.ends_epoch(after))])
+
     def _perform(self, due: Sequence[Duty], progress: Progress, epoch_ended: bool) -> bool:
-        """Performs the duties. Returns whether a stop interrupted one; interruptible duties after it are skipped."""
-        interrupted = False
+        """Performs the duties; one that fails is told, and training goes on. Returns whether a stop interrupted one;
+        those after it are skipped."""
         for duty in due:
-            if interrupted and duty.interruptible:
-                continue
+            started = time.monotonic()
             try:
                 duty.perform(progress, epoch_ended)
             except StopRequested:
-                interrupted = True
-        return interrupted
+                return True
+            except Exception as error:
+                self._tell_failed(duty, progress, error)
+                failed = True
+            else:
+                failed = False
+                if self.parts.stop.time:
+                    self.parts.stop.time.took(duty.name, time.monotonic() - started)
+            if failed and self.parts.ranks.device.type == "cuda":
+                # What it held is free by now, also in the error's frames.
+                torch.cuda.empty_cache()
+            if not duty.interruptible:
+                self.lacks_export = failed
+        return False
+
+    def _tell_failed(self, duty: Duty, progress: Progress, error: Exception) -> None:
+        """Tells why something failed, if all ranks know that it did.
+
+        Raises:
+            Exception: the error itself, if this rank alone has met it: the others wait for this one elsewhere.
+        """
+        if isinstance(error, Failed):
+            reason = str(error)
+        elif self.parts.ranks.world_size > 1:
+            raise error
+        else:
+            reason = reason_of(error)
+            if not is_expected(error):
+                logger.error("%s after step %d:", duty.name, progress.step, exc_info=error)
+        if self.parts.ranks.is_main:
+            logger.error("%s after step %d failed, and the run goes on: %s", duty.name, progress.step, reason)
 
     def end(self, batches: Iterator[Any], stopped: bool) -> None:
         """Stops the thread that reads ahead, does what is still asked for if no step was left, closes the metrics, and
@@ -199,12 +276,19 @@ class Trainer:
         if self.first_step == self.last_step and not stopped:
             epochs = self.progress.epoch
             logger.warning("nothing is left to train: %d epochs are done; set epochs or max_steps higher", epochs)
-            for duty in self.duties:
-                if duty.without_steps:
-                    duty.without_steps(self.progress)
+            lacking = [
+                replace(duty, perform=partial(_without_steps, duty)) for duty in self.duties if duty.without_steps
+            ]
+            self._perform(lacking, self.progress, False)
         self.parts.metrics.close()
         if self.parts.ranks.is_main:
             self._tell_end(stopped)
+        if self.lacks_export and not stopped:
+            raise UserError.of(
+                f"the last export failed, as the log says why; the weights are in the checkpoint: make room, and "
+                f"--export {self.parts.folder} exports them",
+                str(self.parts.folder),
+            )
 
     def _tell_end(self, stopped: bool) -> None:
         folder, how = self.parts.folder, "done"
@@ -228,8 +312,11 @@ class Trainer:
         }
         parts = self.parts
         state = (self.progress, parts.parameters, parts.optimizer, made_with, parts.ema, parts.shares)
-        path = checkpoint.save(parts.folder, parts.ranks, *state)
+        started = time.monotonic()
+        path = saving.save(parts.folder, parts.ranks, *state, read_back=bool(parts.settings.keep_checkpoints))
+        if parts.stop.time:
+            parts.stop.time.took(CHECKPOINT, time.monotonic() - started)
         self.checkpoints.restart()
         logger.info("checkpoint: %s", path)
         if self.parts.ranks.is_main and self.parts.settings.keep_checkpoints:
-            checkpoint.remove_older(path, self.parts.settings.keep_checkpoints, self.resumed_from)
+            saving.remove_older(path, self.parts.settings.keep_checkpoints, self.resumed_from)

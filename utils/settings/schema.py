@@ -11,6 +11,7 @@ from utils.settings.deepspeed_keys import DeepSpeedConfig
 from utils.settings.model_schema import DType, ModelSettings
 from utils.settings.values import (
     Count,
+    Duration,
     MicroBatches,
     Natural,
     NotNegative,
@@ -190,6 +191,10 @@ class Settings(SettingsTable):
     """Passes over the training data; default: as many as `max_steps` takes, and one without it."""
     max_steps: Count | None = None
     """Stop after this many optimizer steps, if that comes before the end of the last epoch."""
+    time_limit: Duration | None = None
+    """How long the run may take from its start, as in "3h50m" or in minutes: it stops by itself, with a checkpoint,
+    early enough for what is done at the end, and before a step whose evaluation or samples would take too long. Exit
+    code 0; `--resume_from_checkpoint` goes on, and has as much time again."""
     micro_batch_size_per_gpu: MicroBatches = 1
     """Samples in one forward pass of one pipeline; or pairs of a resolution and a number, as in [[512, 4], [1024, 1]],
     of which the pair with the nearest resolution is used."""

@@ -1,6 +1,7 @@
 """Types of values: what the tables of the schema are made of."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -61,6 +62,21 @@ def _at_home(path: Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+_MINUTES = {"d": 24 * 60.0, "h": 60.0, "m": 1.0, "s": 1 / 60}
+
+
+def _minutes_of(value: Any) -> Any:
+    """The minutes that a text such as "3h50m" stands for; what is no text is left to other checks."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch("".join(rf"(?:([\d.]+)\s*{unit})?\s*" for unit in _MINUTES), value.strip().lower())
+    if not found or not any(found.groups()):
+        raise ValueError
+    return sum(
+        float(number) * minutes for number, minutes in zip(found.groups(), _MINUTES.values(), strict=True) if number
+    )
+
+
 Count = Annotated[int, Field(ge=1)]
 # TOML's 1e6 is a float, which stands for a very large number in other trainers' files.
 LargeCount = Annotated[
@@ -72,6 +88,12 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 OptionalRate = Annotated[float | None, Field(ge=0), AfterValidator(lambda rate: rate or None)]
 """A learning rate; 0 is none, which freezes what it is for."""
+Duration = Annotated[
+    Positive,
+    BeforeValidator(_minutes_of, json_schema_input_type=Positive | str),
+    or_else('must be a time as in "3h50m", or a number of minutes'),
+]
+"""In minutes."""
 Share = Annotated[float, Field(ge=0, lt=1)]
 Part = Annotated[float, Field(ge=0, le=1)]
 """A fraction, 1 included."""

@@ -16,7 +16,7 @@ from utils.adapters.lokr import LokrSettings
 from utils.adapters.lora import LoraSettings
 from utils.errors import UserError
 from utils.ranks import Ranks
-from utils.run import checkpoint
+from utils.run import checkpoint, saving
 from utils.run.folder import find_checkpoint, new_name
 from utils.run.progress import Progress
 from utils.settings.model_schema import ModelSettings
@@ -48,7 +48,7 @@ def step(parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optim
 
 def save(folder: Path, progress: Progress) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
     parameters, optimizer = trained()
-    checkpoint.save(folder, Ranks(), progress, parameters, optimizer, MADE_WITH)
+    saving.save(folder, Ranks(), progress, parameters, optimizer, MADE_WITH)
     return parameters, optimizer
 
 
@@ -74,7 +74,7 @@ def test_what_bitsandbytes_keeps_is_of_its_types_again(tmp_path: Path) -> None:
     parameters = {name: torch.nn.Parameter(torch.randn(64, 128, generator=draw)) for name in ("weight", "other")}
     optimizer = AdamW8bit(parameters.values(), lr=1e-2)
     step(parameters, optimizer)
-    checkpoint.save(tmp_path, Ranks(), Progress(step=1), parameters, optimizer, MADE_WITH)
+    saving.save(tmp_path, Ranks(), Progress(step=1), parameters, optimizer, MADE_WITH)
     fresh = {name: torch.nn.Parameter(parameter.detach().clone()) for name, parameter in parameters.items()}
     other = AdamW8bit(fresh.values(), lr=1e-2)
     checkpoint.Checkpoint(tmp_path / "global_step1").load_optimizer(fresh, other)
@@ -196,7 +196,7 @@ def identity(adapter: AdapterSettings | None, model: ModelSettings | None = None
 def made_with(tmp_path: Path, identity: dict[str, Any]) -> checkpoint.Checkpoint:
     parameters, optimizer = trained()
     others = {**MADE_WITH, "identity": identity}
-    checkpoint.save(tmp_path, Ranks(), Progress(step=1), parameters, optimizer, others)
+    saving.save(tmp_path, Ranks(), Progress(step=1), parameters, optimizer, others)
     return checkpoint.Checkpoint(tmp_path / "global_step1")
 
 
@@ -302,13 +302,21 @@ def test_the_newest_run_with_a_checkpoint_is_found(tmp_path: Path) -> None:
         find_checkpoint(tmp_path, "nowhere", of_this_run)
 
 
-@pytest.mark.parametrize("text", ["", "global_step9\n"])
-def test_a_newest_checkpoint_that_is_gone_is_told(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", [None, b"", b"global_step9\n", b"\xff\x00", b"../other", b"."])
+def test_without_latest_the_newest_is_taken_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: bytes | None
+) -> None:
     run = tmp_path / "20260101_00-00-00"
-    save(run, Progress(step=3))
-    (run / "latest").write_text(text)
-    with pytest.raises(UserError, match=f"latest\n.*There are: {run / 'global_step3'}"):
-        find_checkpoint(tmp_path, "", of_this_run)
+    for number in (3, 10):
+        save(run, Progress(step=number))
+    (run / "latest").unlink()
+    if text is not None:
+        (run / "latest").write_bytes(text)
+    (tmp_path / "20260102_00-00-00").mkdir()
+    for asked in ("", run.name):
+        assert find_checkpoint(tmp_path, asked, of_this_run) == run / "global_step10"
+    assert f"'latest' is missing or names no checkpoint; the newest is taken: {run / 'global_step10'}" in caplog.text
+    assert "passed over a newer run, which has no checkpoint: 20260102_00-00-00" in caplog.text
 
 
 def test_an_older_checkpoint_that_is_named_is_taken(tmp_path: Path) -> None:
@@ -343,5 +351,5 @@ def test_older_checkpoints_are_removed(tmp_path: Path, keep: int, spared: str | 
     (tmp_path / "global_step1.removed").mkdir()
     # Another way to the same folder.
     (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
-    checkpoint.remove_older(tmp_path / "global_step12", keep, spared and tmp_path / "link" / spared)
+    saving.remove_older(tmp_path / "global_step12", keep, spared and tmp_path / "link" / spared)
     assert {p.name for p in tmp_path.iterdir()} == left | others | {"link"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,44 @@ def test_files_are_kept_as_given_but_for_the_accounts_key(tmp_path: Path) -> Non
     }
     assert (folder / "config.toml").read_text() == CONFIG.replace("0123secret", "")
     assert not any("secret" in path.read_text() for path in folder.iterdir())
+
+
+KEYS = {
+    "escapes": ('wandb_api_key = "\\u0030123secret"', "0123secret"),
+    "escapes in its name": ('"wandb_api\\u005fkey" = "0123secret"', "0123secret"),
+    "several lines": ('wandb_api_key = """\\\n  0123\\\n  secret"""', "0123secret"),
+    "a comment": ('wandb_api_key = "0123secret" # or 0123secret\n# wandb_api_key = "4567secret"', "0123secret"),
+    "a comment alone": ('# wandb_api_key = "4567secret"', None),
+    "a comment without one": ('wandb_api_key = "0123secret"\n# wandb_api_key = "" # or wandb_api_key in', "0123secret"),
+    "a part of a name": ('wandb_api_key = "enable"', "enable"),
+    "a table in a line": ("", "0123secret"),
+}
+
+
+@pytest.mark.parametrize("spelled", KEYS)
+def test_the_accounts_key_is_never_written(tmp_path: Path, spelled: str) -> None:
+    lines, key = KEYS[spelled]
+    config, dataset = tmp_path / "run.toml", tmp_path / "data.toml"
+    table = f"[monitoring]\nenable_wandb = true\n{lines}\n"
+    if not lines:
+        table = 'monitoring = { enable_wandb = true, wandb_api_key = "\\U00000030123secret" }\n'
+    config.write_text(f'epochs = 3\n# mine\n{table}[[eval_datasets]]\nname = "a"\nconfig = "b.toml"\n')
+    if not lines:
+        config.write_text(f'epochs = 3\n{table}eval_datasets = [{{ name = "a", config = "b.toml" }}]\n')
+    dataset.write_text("# data")
+    assert tomllib.loads(config.read_text())["monitoring"].get("wandb_api_key") == key
+    settings = Settings(
+        output_dir=tmp_path / "runs",
+        dataset=dataset,
+        model={"type": "flux"},
+        optimizer={"type": "adamw", "lr": 1e-3},
+        monitoring={"enable_wandb": True, "wandb_api_key": key},
+    )
+    written = (create(settings, Ranks(), config) / "config.toml").read_text()
+    assert "secret" not in written and "123" not in written
+    left = {"monitoring": {"enable_wandb": True}, "eval_datasets": [{"name": "a", "config": "b.toml"}], "epochs": 3}
+    found = tomllib.loads(written)
+    assert found["monitoring"].pop("wandb_api_key", "") == "" and found == left
 
 
 def test_each_time_that_a_run_goes_on_leaves_its_settings(tmp_path: Path) -> None:

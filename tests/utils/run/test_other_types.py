@@ -14,7 +14,7 @@ from models.assembly.trainer import restore_or_start
 from optimizers.adamw import MASTER, AdamW, AdamWSettings
 from optimizers.ema import EMA
 from utils.ranks import Ranks
-from utils.run import checkpoint
+from utils.run import checkpoint, saving
 from utils.run.checkpoint import ResumeFlags
 from utils.run.progress import Progress
 from utils.settings.model_schema import ModelSettings
@@ -71,7 +71,7 @@ def test_all_goes_on_where_float32_goes(
     optimizer = optimizer_of(first)
     ema = EMA(first.items(), SETTINGS.ema, optimizer)
     train(first, optimizer, ema, range(1, 4))
-    checkpoint.save(tmp_path, Ranks(), Progress(step=3), first, optimizer, MADE_WITH, ema)
+    saving.save(tmp_path, Ranks(), Progress(step=3), first, optimizer, MADE_WITH, ema)
 
     then = {name: Parameter(torch.zeros_like(parameter, dtype=new)) for name, parameter in first.items()}
     optimizer = optimizer_of(then)
@@ -93,7 +93,7 @@ def test_with_an_optimizer_that_remembers_nothing_the_masters_are_the_weights(tm
     first = parameters(torch.bfloat16)
     optimizer = optimizer_of(first)
     train(first, optimizer, EMA(first.items(), SETTINGS.ema, optimizer), range(1, 4))
-    checkpoint.save(tmp_path, Ranks(), Progress(step=3), first, optimizer, MADE_WITH)
+    saving.save(tmp_path, Ranks(), Progress(step=3), first, optimizer, MADE_WITH)
     then = parameters(torch.float32)
     flags = ResumeFlags("", reset_optimizer=True)
     anew = optimizer_of(then)

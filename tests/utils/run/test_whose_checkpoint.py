@@ -17,7 +17,7 @@ from models.wan import WanOptions
 from utils.adapters.lora import LoraSettings
 from utils.errors import UserError
 from utils.ranks import Ranks
-from utils.run import checkpoint
+from utils.run import checkpoint, saving
 from utils.run.folder import find_checkpoint
 from utils.run.progress import Progress
 from utils.settings.model_schema import ModelSettings
@@ -41,7 +41,7 @@ def leave(folder: Path, day: int, made: Settings) -> Path:
     }
     parameters = {"weight": Parameter(torch.zeros(2))}
     optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
-    return checkpoint.save(run, Ranks(), Progress(step=1), parameters, optimizer, made_with)
+    return saving.save(run, Ranks(), Progress(step=1), parameters, optimizer, made_with)
 
 
 def newest_of(folder: Path, config: Settings) -> Path:

@@ -1,50 +1,26 @@
-"""What values a key takes: second spellings, and words that mean another key."""
+"""Values that are written in more than one way."""
 
 from __future__ import annotations
 
-import json
+from typing import Any
 
 import pytest
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
-from tests.utils.settings.conftest import CHOICES, CLASSES, Folder
-from utils.errors import UserError
-from utils.settings.document import settings_json_schema
-from utils.settings.reader import read_settings, write_resolved
-from utils.settings.values import LossType, TimestepMethod
+from utils.settings.values import Duration
+
+MINUTES = TypeAdapter(Duration)
 
 
 @pytest.mark.parametrize(
-    ("key", "written", "meant"),
-    [
-        ("loss_type", "l2", "mse"),
-        ("loss_type", "l1", "mae"),
-        ("loss_type", "huber", "huber"),
-        ("timestep_sample_method", "sigmoid", "logit_normal"),
-        ("timestep_sample_method", "sigma", "uniform"),
-        ("timestep_sample_method", "logsnr", "log_snr"),
-    ],
+    ("written", "minutes"),
+    [("3h50m", 230.0), ("90s", 1.5), ("1d 2H", 1560.0), (" 1.5h ", 90.0), ("2h 30s", 120.5), (12, 12.0), (0.5, 0.5)],
 )
-def test_second_spellings_are_settled_when_a_file_is_read(folder: Folder, key: str, written: str, meant: str) -> None:
-    settings = read_settings(folder.run(model=f"{key} = '{written}'"), CHOICES)
-    assert getattr(settings.model, key) == meant
-    write_resolved(settings, folder.root / "again.toml")
-    assert read_settings(folder.root / "again.toml", CHOICES) == settings
-    shared = json.loads(settings_json_schema(CLASSES))["$defs"]["ModelSettings"]
-    assert written in shared["properties"][key]["enum"]
+def test_a_time_is_minutes_or_a_text(written: Any, minutes: float) -> None:
+    assert MINUTES.validate_python(written, strict=True) == minutes
 
 
-@pytest.mark.parametrize("choice", [LossType, TimestepMethod])
-def test_other_words_are_not_values(choice: object) -> None:
-    for wrong in ("l3", 1, None, ["mse"]):
-        with pytest.raises(ValueError, match="Input should be"):
-            TypeAdapter(choice).validate_python(wrong)
-
-
-@pytest.mark.parametrize("word", ["uniform", "logit_normal", "mode"])
-def test_a_word_for_drawing_is_not_a_weight(folder: Folder, word: str) -> None:
-    with pytest.raises(UserError) as raised:
-        read_settings(folder.run(model=f"weighting_scheme = '{word}'"), CHOICES)
-    (problem,) = raised.value.problems
-    assert problem.where == "[model] weighting_scheme"
-    assert f'write timestep_sample_method = "{word}" instead' in problem.message
+@pytest.mark.parametrize("written", ["", "h", "230", "3x", "50m3h", "-3m", "1..2h", "0m", 0, -1, True, None, [3]])
+def test_what_is_no_time_is_told(written: Any) -> None:
+    with pytest.raises(ValidationError, match='must be a time as in "3h50m", or a number of minutes'):
+        MINUTES.validate_python(written, strict=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
+from utils.errors import printable
 from utils.media.source import Blob, Source
 
 Kind = Literal[
@@ -54,7 +55,7 @@ class Locator:
         return _located, (str(self.path), self.part, self.container)
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.part}" if self.part else str(self.path)
+        return printable(f"{self.path}: {self.part}" if self.part else self.path)
 
     def open(self) -> BinaryIO:
         """A seekable stream of the bytes, a new one at every call."""

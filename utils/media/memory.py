@@ -1,16 +1,23 @@
-"""How much host memory may be used for reading ahead."""
+"""How much host memory may be used for decoded media, and who of a process uses it at the moment."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Condition
+
+from utils.media.source import MediaError
 
 CGROUP = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
 SHARE_FOR_DECODING = 0.25
 FALLBACK_BYTES = 4 * 2**30
+LARGE = 64 * 2**20
+"""The bytes from which a picture counts; of smaller ones each thread may have one at any time."""
 
 
 def available_bytes(cgroup: Path = CGROUP, own: Path = OWN_CGROUP, meminfo: Path = MEMINFO) -> int:
@@ -27,6 +34,50 @@ def available_bytes(cgroup: Path = CGROUP, own: Path = OWN_CGROUP, meminfo: Path
 def decoding_budget(processes: int) -> int:
     """The bytes of decoded media that each process of a machine may hold."""
     return int(available_bytes() * SHARE_FOR_DECODING / processes)
+
+
+def _own_budget() -> int:
+    return decoding_budget(int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1))
+
+
+class Room:
+    """The memory for large pictures while they are decoded, which the threads of a process share: one waits until
+    there is room. A picture that is larger than all of it is decoded while no other large one is.
+
+    Args:
+        budget: -> the bytes that all may take.
+        free: -> the bytes that are free at most.
+    """
+
+    def __init__(self, budget: Callable[[], int] = _own_budget, free: Callable[[], int] = available_bytes):
+        self._budget, self._free = budget, free
+        self._changed, self._held = Condition(), 0
+
+    @contextmanager
+    def taken(self, size: int) -> Iterator[None]:
+        """A context in which `size` bytes are in use.
+
+        Raises:
+            MediaError: the machine has not so many.
+        """
+        if size < LARGE:
+            yield
+            return
+        with self._changed:
+            budget = self._budget()
+            self._changed.wait_for(lambda: not self._held or self._held + size <= budget)
+            if size > (free := self._free()):
+                raise MediaError(
+                    f"takes {size / 2**30:.1f} GiB to be decoded, and {free / 2**30:.1f} GiB of memory are free; scale "
+                    "it down, or let other programs end"
+                )
+            self._held += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= size
+                self._changed.notify_all()
 
 
 @dataclass(frozen=True)

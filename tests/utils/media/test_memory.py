@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.dataset.memory import FALLBACK_BYTES, available_bytes, decoding_budget
+from utils.media.memory import FALLBACK_BYTES, available_bytes, decoding_budget
 
 GIB = 2**30
 

@@ -1,0 +1,101 @@
+"""Work between two steps that may fail without an end of the training: all ranks learn of it and leave it together."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from utils.errors import UserError
+from utils.ranks import Ranks, any_rank, gather
+from utils.run.signals import StopRequested
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""There is no room on the disk, for this user, or for a file of this size."""
+
+
+class Failed(Exception):
+    """The work failed on some rank, and all have left it; as a string, why."""
+
+
+def reason_of(error: Exception) -> str:
+    """Why something failed, in one line as far as the error says it."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, UserError):
+        return "; ".join(": ".join(part for part in (p.file, p.where, p.message) if part) for p in error.problems)
+    if isinstance(error, torch.OutOfMemoryError):
+        return ". ".join(str(error).split(". ")[:2])
+    return f"{type(error).__name__}: {error}"
+
+
+def is_expected(error: Exception) -> bool:
+    """Whether the reason explains such an error, so that nobody needs its traceback."""
+    return isinstance(error, OSError | UserError | torch.OutOfMemoryError)
+
+
+class Attempt:
+    """Work of all ranks, in pieces between which they meet.
+
+    Args:
+        name: one that no other attempt of the run has.
+        stopping: whether this process was asked to stop.
+    """
+
+    def __init__(self, name: str, ranks: Ranks, stopping: Callable[[], bool] = lambda: False):
+        self.name, self.ranks, self.stopping = name, ranks, stopping
+        self.error: Exception | None = None
+
+    def alone(self, work: Callable[..., Result], *arguments: Any) -> Result | None:
+        """Does what waits for no other rank. An error is kept until the ranks meet, and nothing more is done."""
+        if self.error is not None:
+            return None
+        try:
+            return work(*arguments)
+        except StopRequested:
+            raise
+        except Exception as error:
+            self.error = error
+            return None
+
+    def in_pipeline(self, work: Callable[..., Result], *arguments: Any) -> Result | None:
+        """Does what the stages of a pipeline do hand in hand; they have met just before.
+
+        Raises:
+            UserError: it failed on this stage, whose neighbours wait for it, so that the run has to end.
+        """
+        if self.ranks.stages == 1:
+            return self.alone(work, *arguments)
+        try:
+            return work(*arguments)
+        except Exception as error:
+            if not is_expected(error):
+                raise
+            raise UserError.of(
+                f"{reason_of(error)}. It failed in stage {self.ranks.stage}, for which the other stages wait, so that "
+                "the run ends here. What was saved before stays: --resume_from_checkpoint goes on",
+                where=self.name,
+            ) from error
+
+    def meet(self) -> None:
+        """Waits for the other ranks.
+
+        Raises:
+            Failed: on every rank, if the work failed on one.
+            StopRequested: on every rank, if one was asked to stop.
+        """
+        failed, stopping = any_rank([self.error is not None, self.stopping()])
+        if failed:
+            if self.error is not None and not is_expected(self.error):
+                logger.error("%s failed:", self.name, exc_info=self.error)
+            reasons = gather(self.ranks, f"failed/{self.name}", self.error and reason_of(self.error))
+            rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason is not None)
+            raise Failed(f"{reason} (on rank {rank})" if self.ranks.world_size > 1 else reason) from self.error
+        if stopping:
+            raise StopRequested
