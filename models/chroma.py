@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from einops import repeat
 from torch import nn
 
 from models.base import Features, ModelEncoder
@@ -69,7 +70,7 @@ class Entry(nn.Module):
     def forward(self, inputs: ChromaInputs) -> ChromaStream:
         dtype = self.x_embedder.weight.dtype
         # t stays float32 until it is embedded: bfloat16 would round 0..1000 to steps of 4.
-        time_BME = self.time_text_embed(inputs.t_B * 1000).to(dtype)
+        time_BME = self._of_time(inputs.t_B * 1000).to(dtype)
         mask_BS = inputs.text_mask_BL
         if mask_BS is not None:
             mask_BS = torch.cat([mask_BS, mask_BS.new_ones(inputs.x_BTC.shape[:2])], dim=1)
@@ -80,6 +81,21 @@ class Entry(nn.Module):
             rope_SD=self.pos_embed(inputs.positions_S3),
             mask_BS=mask_BS,
             canvas_hw0=inputs.canvas_hw0,
+        )
+
+    def _of_time(self, t_B: torch.Tensor) -> torch.Tensor:
+        """For each modulation the embedding of the time, of a guidance of 0, and of the modulation's number
+        (B, M, E). The stock module makes the zeros on the CPU, and lets the host wait until they are copied."""
+        embed = self.time_text_embed
+        no_guidance_B = torch.zeros_like(t_B, dtype=torch.int64)
+        of_sample_BE = torch.cat([embed.time_proj(t_B), embed.guidance_proj(no_guidance_B)], dim=1)
+        number_ME = embed.mod_proj.to(of_sample_BE.dtype)
+        return torch.cat(
+            [
+                repeat(of_sample_BE, "b e -> b m e", m=len(number_ME)),
+                repeat(number_ME, "m e -> b m e", b=len(t_B)),
+            ],
+            dim=-1,
         )
 
 

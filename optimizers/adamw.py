@@ -81,7 +81,7 @@ class AdamW(torch.optim.Optimizer):
         first, second = group["betas"]
         # One kernel for all tensors on a GPU, and for all operations on a CPU, where it takes a sixth of the time. It
         # takes elements in the order in which they lie, and wants the counters beside them; a checkpoint brings these
-        # on the CPU.
+        # on the CPU, where the other kernels want them.
         fused = all(
             target.stride() == gradient.stride() == state["exp_avg"].stride()
             for target, gradient, state in zip(targets, gradients, states, strict=True)
@@ -109,7 +109,7 @@ class AdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             values = parameter.detach().float() if _is_short(parameter) else parameter
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"] = torch.zeros_like(values, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(values, memory_format=torch.preserve_format)
             if _is_short(parameter):

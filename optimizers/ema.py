@@ -58,6 +58,7 @@ class EMA:
         complete: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings = settings
+        self._on_cpu = settings.device == "cpu"
         self.since = since
         self._parameters = dict(named_parameters)
         self._optimizer = optimizer
@@ -78,10 +79,13 @@ class EMA:
         for some in in_parts(self._parameters[name] for name in self.averages):
             of_these = [names[id(parameter)] for parameter in some]
             averages = [self.averages[name] for name in of_these]
+            own = [self._value(name) for name in of_these]
             values = [
-                self._value(name).to(average.device, torch.float32)
-                for name, average in zip(of_these, averages, strict=True)
+                value.to(average.device, torch.float32, non_blocking=True)
+                for value, average in zip(own, averages, strict=True)
             ]
+            if self._on_cpu:
+                _arrived(own)
             torch._foreach_lerp_(averages, values, 1.0 - decay)
 
     @contextmanager
@@ -111,4 +115,10 @@ class EMA:
         return self._optimizer.state.get(self._stepped[name], {}).get(MASTER, self._parameters[name]).detach()
 
     def _place(self, parameter: nn.Parameter) -> torch.device:
-        return torch.device("cpu") if self.settings.device == "cpu" else parameter.device
+        return torch.device("cpu") if self._on_cpu else parameter.device
+
+
+def _arrived(tensors: Iterable[torch.Tensor]) -> None:
+    """Returns when asynchronous copies of these tensors are there for the CPU to read: one wait for all."""
+    for device in {tensor.device for tensor in tensors if tensor.device.type != "cpu"}:
+        torch.cuda.synchronize(device)

@@ -38,13 +38,17 @@ class Kept:
         zero_stage, offload = settings.zero_stage, settings.offload_optimizer
         return cls(settings.optimizer, averages, sums_in_float32(settings), zero_stage, data_ranks, offload)
 
-    def bytes_of(self, trained: Mapping[str, nn.Parameter]) -> tuple[int, int]:
-        """On the device and in the host's memory, of the rank that has most of these parameters of a stage."""
+    def bytes_of(self, trained: Mapping[str, nn.Parameter], *, gradients: bool = True) -> tuple[int, int]:
+        """On the device and in the host's memory, of the rank that has most of these parameters of a stage.
+
+        Args:
+            gradients: whether there are any, as there are in a step and not between two.
+        """
         data_ranks = self.data_ranks if self.zero_stage else 1
         owner_of = owners({name: parameter.numel() for name, parameter in trained.items()}, data_ranks)
         shares = [[p for name, p in trained.items() if owner_of[name] == rank] for rank in range(data_ranks)]
-        divides_gradients = self.zero_stage > 1 and data_ranks > 1
-        of_all = sum(map(self._gradient, trained.values()))
+        divides_gradients = gradients and self.zero_stage > 1 and data_ranks > 1
+        of_all = sum(map(self._gradient, trained.values())) if gradients else 0
         found = [
             self._share(share, self._divided_gradients(share, trained) if divides_gradients else of_all)
             for share in shares

@@ -12,7 +12,9 @@ from torch import nn
 
 from models.assembly.activations import LayerActivations, LayerRun, activations_of, peak, run_layers, storages
 from models.assembly.kept import Kept, gradient_size, weight_bytes
+from models.assembly.live_bytes import ForwardRun, run_forward
 from models.assembly.operations import LayerOperations, count_operations
+from models.assembly.phases import Phases
 from models.assembly.stage import StagedModel, bounds_of, teacher_of
 from models.base import BasePipeline
 from utils.dataset.encoders import Encoder
@@ -30,16 +32,18 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class StagePlan:
-    """The bytes that a rank of one stage holds in training.
+    """The bytes that a rank of one stage holds.
 
     Attributes:
         layers: the first and the last.
         weights: on the device, with the buffers of swapped blocks.
         state: gradients and optimizer state, as far as they are on the device; of the rank that has most.
-        activations: at the peak.
+        activations: at the peak of training.
         swap: which blocks are swapped.
         host: the bytes of the host's memory that their weights take, and what belongs to those that are trained.
         stepped: those that the optimizer takes of it for what is not swapped.
+        between: what is kept of `state` between two steps.
+        evaluation, sampling: what is held at the peak of these, at which there are no gradients; 0 if a run has none.
     """
 
     layers: tuple[int, int]
@@ -49,15 +53,23 @@ class StagePlan:
     swap: SwapPlan
     host: int
     stepped: int = 0
+    between: int = 0
+    evaluation: int = 0
+    sampling: int = 0
 
     @property
-    def total(self) -> int:
+    def training(self) -> int:
         """At the peak of a step."""
         return self.weights + self.state + self.activations
 
+    @property
+    def total(self) -> int:
+        """At the peak of a run."""
+        return max(self.training, self.evaluation, self.sampling)
+
     def __str__(self) -> str:
         told = (
-            f"(layers {self.layers[0]} to {self.layers[1]}): {self.total / GIB:.2f} GiB = weights "
+            f"(layers {self.layers[0]} to {self.layers[1]}): {self.training / GIB:.2f} GiB = weights "
             f"{self.weights / GIB:.2f} + gradients and optimizer {self.state / GIB:.2f} + "
             f"activations {self.activations / GIB:.2f}"
         )
@@ -78,6 +90,7 @@ class Planner:
         encoders: those of the run, for the shapes of their features.
         buckets: how often each size is trained on, relative to the others.
         data_ranks: among which state may be divided.
+        evaluated: the sizes of the data that is evaluated.
     """
 
     def __init__(
@@ -88,12 +101,14 @@ class Planner:
         encoders: Sequence[Encoder],
         buckets: Mapping[Bucket, float],
         data_ranks: int = 1,
+        evaluated: Collection[Bucket] = (),
     ):
         self.settings, self.staged = settings, staged
         self._kept = Kept.of(settings, data_ranks)
         self._pipeline, self._encoders = pipeline, encoders
         self._counted: dict[Hashable, list[LayerActivations]] = {}
         self._swaps: dict[tuple[int, int], SwapPlan] = {}
+        self._evaluated = evaluated
         self.bucket = max(sorted(buckets), key=lambda bucket: bucket.pixels)
         # Where most of the time goes.
         self.frequent = max(sorted(buckets), key=lambda bucket: bucket.pixels * buckets[bucket])
@@ -132,7 +147,8 @@ class Planner:
         """The plans, as text."""
         plans = self.plans(settings, self.swapped(settings))
         title = f"estimated memory per rank, bucket {self.bucket}:"
-        return "\n".join([title, *(f"  stage {stage} {plan}" for stage, plan in enumerate(plans))])
+        stages = (f"  stage {stage} {plan}" for stage, plan in enumerate(plans))
+        return "\n".join([title, *stages, *self.phases.lines(plans)])
 
     def plan_of(self, settings: Settings, stage: int, bounds: tuple[int, int], swap: SwapPlan) -> StagePlan:
         """What a stage holds that has these layers, and of them these swapped."""
@@ -141,12 +157,22 @@ class Planner:
         travelling = {id(parameter) for block in swap.trained.values() for parameter in block}
         trained = {name: parameter for part in self._trained[slice(*bounds)] for name, parameter in part.items()}
         away = {name: parameter for name, parameter in trained.items() if id(parameter) in travelling}
-        state, stepped = self._kept.bytes_of({name: p for name, p in trained.items() if name not in away})
+        staying = {name: parameter for name, parameter in trained.items() if name not in away}
+        state, stepped = self._kept.bytes_of(staying)
+        weights = weight_bytes(layers) + swap.ring_bytes - swap.tensor_bytes
+        buffers = self._gradient_buffers(swap)
+        between = self._kept.bytes_of(staying, gradients=False)[0] + buffers
+        # While the averages are in the place of the parameters, these wait beside them.
+        exchanged = sum(parameter.nbytes for parameter in staying.values()) if self._kept.averages else 0
+        evaluation, sampling = self.phases.forward(bounds, weights + between + exchanged)
         return StagePlan(
             layers=(bounds[0], bounds[1] - 1),
-            weights=weight_bytes(layers) + swap.ring_bytes - swap.tensor_bytes,
-            state=state + self._gradient_buffers(swap),
+            weights=weights,
+            state=state + buffers,
             activations=peak(self._activations(settings, bounds), in_flight),
+            between=between,
+            evaluation=evaluation,
+            sampling=sampling,
             swap=swap,
             host=swap.host_bytes + sum(self._kept.bytes_of(away)),
             stepped=stepped,
@@ -204,9 +230,37 @@ class Planner:
     def _held_storages(self) -> Collection[int]:
         return storages([*self.staged.denoiser.parameters(), *self.staged.denoiser.buffers()]).keys()
 
-    def first_stream(self, bucket: Bucket) -> Any:
-        """The first stream of a micro-batch of this size, on the meta device."""
-        batch = micro_batch_of(self.settings, bucket)
+    @cached_property
+    def phases(self) -> Phases:
+        """What a run does beside training."""
+        sampling = self.settings.sampling
+        sampled = Bucket(sampling.width, sampling.height, sampling.frames) if sampling.prompts else None
+        evaluated = max(sorted(self._evaluated), key=lambda bucket: bucket.pixels, default=None)
+        return Phases(
+            self._encoders,
+            caching=(
+                max(self.bucket, evaluated or self.bucket, key=lambda one: one.pixels),
+                self.settings.caching_batch_size,
+            ),
+            evaluated=self._forward(evaluated, micro_batch_of(self.settings, evaluated, evaluating=True))
+            if evaluated
+            else None,
+            sampled=self._forward(sampled, 1) if sampled else None,
+            latent_shape=self._pipeline.latent_shape(sampled.width, sampled.height, sampled.frames)
+            if sampled
+            else None,
+        )
+
+    def _forward(self, bucket: Bucket, batch: int) -> ForwardRun:
+        return run_forward(self.staged.layers, self.first_stream(bucket, batch))
+
+    def first_stream(self, bucket: Bucket, batch: int | None = None) -> Any:
+        """The first stream of a micro-batch of this size, on the meta device.
+
+        Args:
+            batch: its number of samples; default: as many as are trained together.
+        """
+        batch = batch or micro_batch_of(self.settings, bucket)
         # Ones, since zeros would be masks that hide all of the text.
         features = {
             name: torch.ones((batch, *shape), dtype=dtype)

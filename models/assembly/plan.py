@@ -66,7 +66,8 @@ def settled(
     chosen = {}
     if ranks.is_main:
         cached = [data.training, *data.evaluation], data.cache_dir
-        planner = Planner(settings, pipeline, staged, data.encoders, buckets_of(data.training), ranks.data_ranks)
+        trained, evaluated = buckets_of(data.training), buckets_of(*data.evaluation)
+        planner = Planner(settings, pipeline, staged, data.encoders, trained, ranks.data_ranks, evaluated)
         plan = [
             *sections(settings, ranks, pipeline, staged, *cached, checkpoint, restart_data=restart_data),
             memory_text(planner, memory),
@@ -77,10 +78,11 @@ def settled(
     return settings.model_copy(update=gather(ranks, "settled", chosen)[0])
 
 
-def buckets_of(collection: Collection) -> dict[Bucket, float]:
-    """The sizes that its samples have, in order, and how often an epoch shows them."""
-    shown = dict.fromkeys(sorted({sample.bucket for sample in collection.samples}), 0.0)
-    for sample in collection.samples:
+def buckets_of(*collections: Collection) -> dict[Bucket, float]:
+    """The sizes that their samples have, in order, and how often an epoch shows them."""
+    samples = [sample for collection in collections for sample in collection.samples]
+    shown = dict.fromkeys(sorted({sample.bucket for sample in samples}), 0.0)
+    for sample in samples:
         shown[sample.bucket] += sample.repeats
     return shown
 

@@ -174,7 +174,8 @@ def describe(
     told = shortfalls(with_truncated(collections, encoders, lambda: None))
     epochs = plan.epochs_of(settings, ranks, collections[0].samples)
     warn_of_warmup(settings, last_step_of(settings, epochs, Progress()))
-    planner = Planner(settings, pipeline, staged, encoders, plan.buckets_of(collections[0]), ranks.data_ranks)
+    trained, evaluated = plan.buckets_of(collections[0]), plan.buckets_of(*collections[1:])
+    planner = Planner(settings, pipeline, staged, encoders, trained, ranks.data_ranks, evaluated)
     cache_dir = cache_folder(settings, [collection.source for collection in collections])
     sections = [
         *plan.sections(settings, ranks, pipeline, staged, collections, cache_dir),

@@ -137,7 +137,7 @@ class Engine(PipelineEngine):
         self._finish_sending()
         if self._breakdown:
             self._breakdown.tell(step)
-        return StepResult(loss.item(), self._grad_norm.item(), self._terms_of_all())
+        return self._told(loss)
 
     def evaluate(self, batches: Iterable[MicroBatch] | None, count: int) -> list[torch.Tensor]:
         """The loss of every sample (B,) in float32, per micro-batch, on every stage of this data rank."""
@@ -149,15 +149,18 @@ class Engine(PipelineEngine):
         with self.module.swap.evaluation():
             return self._from_last_stage(self._run_forward(batches, count, keep_predictions=True), count)
 
-    def _terms_of_all(self) -> dict[str, float]:
-        """The losses that layers added, sent from the last stages to all ranks."""
-        names = self.module.loss_terms
-        if not names:
-            return {}
+    def _told(self, loss: torch.Tensor) -> StepResult:
+        """The step's numbers, read together, since the host waits for the device whenever it reads."""
+        both = torch.stack([loss.float(), self._grad_norm.to(self.device, torch.float32)])
+        loss, grad_norm, *terms = torch.cat([both, self._terms_of_all()]).tolist()
+        return StepResult(loss, grad_norm, dict(zip(self.module.loss_terms, terms, strict=True)))
+
+    def _terms_of_all(self) -> torch.Tensor:
+        """The losses that layers added (K,), sent from the last stages to all ranks."""
         shares_K = self._terms_K / (self.micro_batches * self.grid.get_data_parallel_world_size())
-        if dist.is_initialized():
+        if len(shares_K) and dist.is_initialized():
             dist.all_reduce(shares_K)
-        return dict(zip(names, shares_K.tolist(), strict=True))
+        return shares_K
 
     def _with_teacher_labels(
         self, teacher: Teacher, batches: Iterable[MicroBatch] | None

@@ -29,7 +29,9 @@ class GroupedExperts(MOEFeedForwardSwiGLU):
         count = len(self.experts)
         if chosen.is_meta:
             return [len(chosen) // count + (index < len(chosen) % count) for index in range(count)]
-        return chosen.bincount(minlength=count).tolist()
+        # `bincount` would let the host wait, too.
+        experts = torch.arange(count, device=chosen.device)
+        return (chosen.unsqueeze(1) == experts).sum(dim=0).tolist()
 
 
 def group_experts(block: nn.Module) -> list[MoEGate]:
@@ -38,4 +40,6 @@ def group_experts(block: nn.Module) -> list[MoEGate]:
     for module in block.modules():
         if type(module) is MOEFeedForwardSwiGLU:
             module.__class__ = GroupedExperts
+            # Or it would compute a loss in training that nobody asks for.
+            module.gate._force_inference_output = True
     return [module for module in block.modules() if isinstance(module, MoEGate)]

@@ -1,0 +1,223 @@
+"""The memory of what a run does beside training: caching, by each encoder on its own, and decoding samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from models.assembly.kept import weight_bytes
+from models.assembly.live_bytes import ForwardRun, most_at_once
+from models.foundation.checkpoints.weights import meta_tensors
+from models.foundation.encoders.clip import ClipTokens
+from models.foundation.encoders.first_frame import ClipVision
+from models.foundation.encoders.text import TextEncoder
+from models.foundation.encoders.vae import ImageAutoencoder
+from utils.dataset.encoders import Encoder
+from utils.dataset.samples import Bucket
+
+if TYPE_CHECKING:
+    from models.assembly.memory import StagePlan
+
+GIB = 2**30
+CHANNELS = ("in_channels", "input_channels")
+"""Keys of a VAE's configuration, of which one says how many channels a picture has."""
+SHORT_CLIPS, SHORT_LATENTS = (9, 13), (3, 4)
+"""Numbers of frames, and of those of latents, from which longer clips follow."""
+LONGEST = 512
+"""Tokens of a text, where the tokenizer knows no limit."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """The bytes that an encoder takes.
+
+    Attributes:
+        activations: at its peak; None if they could not be counted.
+    """
+
+    name: str
+    weights: int
+    activations: int | None
+
+    @property
+    def total(self) -> int:
+        """What is known of it."""
+        return self.weights + (self.activations or 0)
+
+    def __str__(self) -> str:
+        told = f"{self.name} {self.total / GIB:.2f}"
+        return told if self.activations is not None else f"{told} (weights alone: its activations cannot be counted)"
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """The bytes that it takes to decode a sample, with the VAE's weights.
+
+    Attributes:
+        whole: at once.
+        tiled: in tiles, as happens where there is no room for that.
+    """
+
+    whole: int
+    tiled: int
+
+
+@dataclass(frozen=True)
+class Phases:
+    """What a run does beside training.
+
+    Attributes:
+        encoders: all that the run has; the first is the VAE.
+        caching: the largest size, and how many samples are encoded together.
+        evaluated, sampled: a forward pass of all layers, of the largest size that is evaluated and of a sample; None if
+            the run does not do so.
+        latent_shape: of a sample.
+    """
+
+    encoders: Sequence[Encoder]
+    caching: tuple[Bucket, int]
+    evaluated: ForwardRun | None = None
+    sampled: ForwardRun | None = None
+    latent_shape: Sequence[int] | None = None
+
+    @cached_property
+    def decoding(self) -> Decoding | None:
+        """Of a sample."""
+        return decoding_need(self.encoders[0], self.latent_shape) if self.latent_shape else None
+
+    def forward(self, bounds: tuple[int, int], held: int) -> tuple[int, int]:
+        """The bytes at the peaks of evaluation and of sampling, of a stage that holds so many between two steps. The
+        first stage decodes, in tiles where it must."""
+        evaluation = held + self.evaluated.peak(bounds) if self.evaluated else 0
+        if not self.sampled:
+            return evaluation, 0
+        decoded = self.decoding.tiled if self.decoding and bounds[0] == 0 else 0
+        return evaluation, held + max(self.sampled.peak(bounds), decoded)
+
+    def lines(self, plans: Sequence[StagePlan]) -> Iterator[str]:
+        """Every phase with its peak on the rank that takes most, and which phase decides."""
+        needs = list(caching_needs(self.encoders, *self.caching))
+        peaks = {
+            "caching": max((need.total for need in needs), default=0),
+            "training": max(plan.training for plan in plans),
+            "evaluation": max(plan.evaluation for plan in plans),
+            "sampling": max(plan.sampling for plan in plans),
+        }
+        remarks = {"caching": _of_caching(needs, self.encoders), "sampling": self._of_sampling(plans)}
+        for phase, bytes_ in peaks.items():
+            if bytes_:
+                remark = remarks.get(phase)
+                yield f"  {phase}: {bytes_ / GIB:.2f} GiB{f' ({remark})' if remark else ''}"
+        yield f"  {max(peaks, key=peaks.__getitem__)} takes most"
+
+    def _of_sampling(self, plans: Sequence[StagePlan]) -> str:
+        if self.sampled is None or self.decoding is None:
+            return "without the VAE, which cannot be counted" if self.sampled else ""
+        first = plans[0]
+        beside = first.weights + first.between
+        told = f"{(beside + self.decoding.whole) / GIB:.2f} where the VAE decodes at once"
+        if self.decoding.tiled == self.decoding.whole:
+            return told
+        return f"{told}, {(beside + self.decoding.tiled) / GIB:.2f} in tiles, if there is no room for that"
+
+
+def _of_caching(needs: Sequence[Need], encoders: Sequence[Encoder]) -> str:
+    """What each encoder takes."""
+    others = [f"{name} not counted" for name in uncounted(encoders)]
+    return "; ".join([*map(str, needs), *others])
+
+
+def caching_needs(encoders: Iterable[Encoder], bucket: Bucket, batch: int) -> Iterator[Need]:
+    """What each encoder takes for this many samples of the largest size; they come one after the other."""
+    for encoder in encoders:
+        if isinstance(encoder, ImageAutoencoder):
+            vae = empty_vae(encoder)
+            channels = next((vae.config[key] for key in CHANNELS if vae.config.get(key)), 3)
+            size = (bucket.height, bucket.width)
+            if "latent_channels" in vae.config:
+                activations = _counted(partial(_encoded, vae, _empty(encoder, batch, channels, *size)))
+            else:
+                clip = partial(_encoded_clip, encoder, vae, batch, channels, size)
+                activations = _of_clip(clip, bucket.frames, SHORT_CLIPS)
+            yield Need(encoder.name, weight_bytes([vae]), activations)
+        elif isinstance(encoder, TextEncoder) and not isinstance(encoder, ClipTokens):
+            yield _of_text(encoder, batch)
+
+
+def uncounted(encoders: Iterable[Encoder]) -> list[str]:
+    """The names of encoders of which nothing is counted, though they take memory of a device."""
+    return [encoder.name for encoder in encoders if isinstance(encoder, ClipVision)]
+
+
+def decoding_need(autoencoder: Encoder, latent_shape: Sequence[int]) -> Decoding | None:
+    """What the VAE takes for one sample; None if it cannot be counted."""
+    if not isinstance(autoencoder, ImageAutoencoder):
+        return None
+    vae = empty_vae(autoencoder)
+    weights, whole = weight_bytes([vae]), _of_decoding(autoencoder, vae, latent_shape)
+    if whole is None:
+        return None
+    if not hasattr(vae, "enable_tiling"):
+        return Decoding(weights + whole, weights + whole)
+    vae.enable_tiling()
+    tiled = _of_decoding(autoencoder, vae, latent_shape)
+    return Decoding(weights + whole, weights + min(whole, whole if tiled is None else tiled))
+
+
+def empty_vae(encoder: ImageAutoencoder) -> nn.Module:
+    """The VAE of an encoder, on the meta device."""
+    return encoder.family.load(encoder.folder, encoder.file, encoder.dtype, meta_tensors).to("meta").eval()
+
+
+def _of_decoding(encoder: ImageAutoencoder, vae: nn.Module, latent_shape: Sequence[int]) -> int | None:
+    if len(latent_shape) == 3:
+        return _counted(partial(vae.decode, _empty(encoder, 1, *latent_shape)))
+    channels, frames, *size = latent_shape
+    return _of_clip(lambda count: vae.decode(_empty(encoder, 1, channels, count, *size)), frames, SHORT_LATENTS)
+
+
+def _of_clip(compute: Callable[[int], Any], frames: int, short: tuple[int, int]) -> int | None:
+    """What a clip of so many frames takes. VAEs of clips go through them part by part, so that each further part adds
+    as much as the one before: long clips follow from two short ones."""
+    few, some = short
+    if frames <= some:
+        return _counted(partial(compute, frames))
+    counted = [_counted(partial(compute, count)) for count in short]
+    if None in counted:
+        return None
+    return counted[1] + (counted[1] - counted[0]) * (frames - some) // (some - few)
+
+
+def _encoded(vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    return vae.encode(pixels).latent_dist.mode()
+
+
+def _encoded_clip(
+    encoder: ImageAutoencoder, vae: nn.Module, batch: int, channels: int, size: tuple[int, int], frames: int
+) -> torch.Tensor:
+    return _encoded(vae, _empty(encoder, batch, channels, frames, *size))
+
+
+def _empty(encoder: ImageAutoencoder, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=encoder.dtype, device="meta")
+
+
+def _of_text(encoder: TextEncoder, batch: int) -> Need:
+    with torch.device("meta"):
+        model = encoder.stock_class(encoder.config()).to(encoder.dtype).eval()
+    ids = torch.zeros((batch, min(encoder.token_limit, LONGEST)), dtype=torch.int64, device="meta")
+    activations = _counted(partial(model, input_ids=ids, output_hidden_states=True))
+    return Need(encoder.name, weight_bytes([model]), activations)
+
+
+def _counted(compute: Callable[[], Any]) -> int | None:
+    try:
+        return most_at_once(compute)
+    # What looks at values cannot run without any; libraries raise many kinds of errors then.
+    except Exception:
+        return None
