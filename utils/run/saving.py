@@ -175,4 +175,4 @@ def _state(
     for name, parameter in stepped.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{name}/{key}"] = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    return tensors
