@@ -20,8 +20,9 @@ from utils.adapters.lora import LoraSettings
 from utils.parallel import sharding
 from utils.parallel.sharding import Shares, buckets, owners
 from utils.ranks import Ranks
-from utils.run.checkpoint import Checkpoint, ResumeFlags, save
+from utils.run.checkpoint import Checkpoint, ResumeFlags
 from utils.run.progress import Progress
+from utils.run.saving import save
 from utils.settings.schema import EMASettings
 
 CLIP = 0.05

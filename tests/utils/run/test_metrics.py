@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from utils.errors import UserError
 from utils.run.metrics import Metrics, check_account
@@ -43,7 +44,9 @@ def test_without_tensorboard_there_are_no_events(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_resumed_run_measures_no_step_twice(tmp_path: Path) -> None:
+def test_a_resumed_run_measures_no_step_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Files of one second are read in the order of their names, in which number 10 of a process comes before number 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     first = Metrics.from_settings(tmp_path, MonitoringSettings(), {}, is_main=True)
     for step in (1, 2, 3, 4):
         first.scalars({"train/loss": float(step)}, step)

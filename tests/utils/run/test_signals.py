@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
 from utils.run import signals
 from utils.run.signals import DEMANDS, NOTICES, StopRequests
 from utils.run.time_limit import TimeLimit
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_ignored() -> Iterator[None]:
+    """As some signals are in the background of a shell, or under nohup."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (*DEMANDS, *NOTICES)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [*DEMANDS, *NOTICES])
