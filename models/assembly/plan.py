@@ -4,6 +4,7 @@ it; every run logs it once, before weights are loaded."""
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,12 +19,13 @@ from models.base import BasePipeline
 from models.foundation.layers.ensemble import Ensemble
 from utils import adapters
 from utils.adapters import attach
+from utils.dataset.bucket_table import format_table
 from utils.dataset.collection import Collection
-from utils.dataset.epochs import Epochs, format_table, micro_batch_of
+from utils.dataset.epochs import Epochs, micro_batch_of
 from utils.dataset.samples import Bucket, Sample
 from utils.quantised.linear import parameter_count
 from utils.ranks import Ranks, gather
-from utils.run.checkpoint import Checkpoint
+from utils.run.checkpoint import Checkpoint, StartingPoint
 from utils.run.progress import Progress
 from utils.run.trainer import last_step_of
 from utils.settings.plain import as_toml
@@ -35,10 +37,22 @@ UNITS = ("steps", "epochs", "examples", "minutes")
 """What the intervals of evaluation, samples, exports and checkpoints are counted in."""
 
 
-def epochs_of(settings: Settings, ranks: Ranks, samples: Sequence[Sample]) -> Epochs:
-    """All epochs of the run."""
+def epochs_of(settings: Settings, ranks: Ranks, pipeline: BasePipeline, samples: Sequence[Sample]) -> Epochs:
+    """All epochs of the run. The work of a sample is counted in positions of its latent and of its references'."""
     micro_batch = partial(micro_batch_of, settings)
-    return Epochs(samples, micro_batch, ranks.data_ranks, settings.gradient_accumulation_steps, settings.seed)
+    return Epochs(
+        samples,
+        micro_batch,
+        ranks.data_ranks,
+        settings.gradient_accumulation_steps,
+        settings.seed,
+        work=partial(_positions, pipeline),
+    )
+
+
+def _positions(pipeline: BasePipeline, shape: Sequence[Bucket]) -> float:
+    latents = [pipeline.latent_shape(bucket.width, bucket.height, bucket.frames) for bucket in shape]
+    return float(sum(math.prod(latent[1:]) for latent in latents))
 
 
 def settled(
@@ -104,9 +118,11 @@ def sections(
         collections: the training data, and what is evaluated.
     """
     training, *evaluated = collections
-    epochs = epochs_of(settings, ranks, training.samples)
-    progress = checkpoint.starting_point(epochs.steps_in, restart_data=restart_data) if checkpoint else Progress()
-    total = last_step_of(settings, epochs, progress)
+    epochs = epochs_of(settings, ranks, pipeline, training.samples)
+    begin = StartingPoint(Progress(), epochs)
+    if checkpoint:
+        begin = checkpoint.starting_point(epochs, restart_data=restart_data)
+    total = last_step_of(settings, begin.epochs, begin.progress)
     facts = {
         "model": f"{settings.model.type}, {pipeline.parts.denoiser_path}",
         "training": _trained(settings, pipeline, staged),
@@ -119,7 +135,8 @@ def sections(
         "run folder": str(checkpoint.folder.parent if checkpoint else settings.output_dir / "<date and time>"),
     }
     if checkpoint:
-        facts["goes on from"] = f"{checkpoint.folder.name}, at step {progress.step}, epoch {progress.epoch + 1}"
+        at = f"at step {begin.progress.step}, epoch {begin.progress.epoch + 1}"
+        facts["goes on from"] = "; ".join(filter(None, [f"{checkpoint.folder.name}, {at}", begin.remark]))
     facts |= {"cache": str(cache_dir), **dict(_outputs(pipeline, settings))}
     return [
         "\n".join(f"{name + ':':<14}{value}" for name, value in facts.items()),

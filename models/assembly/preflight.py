@@ -172,7 +172,7 @@ def describe(
     check_encoders(encoders, controls_of(collections), pipeline, settings)
     check_data(pipeline, collections)
     told = shortfalls(with_truncated(collections, encoders, lambda: None))
-    epochs = plan.epochs_of(settings, ranks, collections[0].samples)
+    epochs = plan.epochs_of(settings, ranks, pipeline, collections[0].samples)
     warn_of_warmup(settings, last_step_of(settings, epochs, Progress()))
     trained, evaluated = plan.buckets_of(collections[0]), plan.buckets_of(*collections[1:])
     planner = Planner(settings, pipeline, staged, encoders, trained, ranks.data_ranks, evaluated)

@@ -97,7 +97,7 @@ def build_trainer(
     Raises:
         UserError: a file of weights or an adapter does not fit; the folder cannot be made.
     """
-    epochs = epochs_of(settings, ranks, data.training.samples)
+    epochs = epochs_of(settings, ranks, pipeline, data.training.samples)
     staged = load_stage(pipeline, settings, ranks.stage)
     parameters = staged.trained(staged.stage_layers(ranks.stage))
     shares = Shares(
@@ -111,8 +111,11 @@ def build_trainer(
     engine = _engine(settings, ranks, pipeline, staged, optimizer, shares)
     reader = reader_of(data, ranks)
     noising = Noising(pipeline, ranks.is_first_stage, ranks.is_last_stage)
+    progress = Progress()
+    if checkpoint:
+        progress, epochs, _ = checkpoint.starting_point(epochs, restart_data=flags.reset_dataloader)
     batches = _batches(settings, ranks, data, epochs, reader, noising)
-    progress, ema = restore_or_start(settings, flags, checkpoint, epochs.steps_in, parameters, optimizer, shares)
+    ema = restore_or_start(settings, flags, checkpoint, progress, parameters, optimizer, shares)
     if checkpoint:
         folder = run_folder.go_on(checkpoint.folder.parent, settings, ranks, config, progress.step)
     else:
@@ -135,31 +138,30 @@ def restore_or_start(
     settings: Settings,
     flags: ResumeFlags,
     checkpoint: Checkpoint | None,
-    steps_in: Callable[[int], int],
+    progress: Progress,
     parameters: Mapping[str, Parameter],
     optimizer: Optimizer,
     shares: Shares | None = None,
-) -> tuple[Progress, EMA | None]:
-    """Where the run begins, and the averages if it has any; parameters and optimizer take the checkpoint's values.
+) -> EMA | None:
+    """The averages if the run has any; parameters and optimizer take the checkpoint's values.
 
     Args:
-        steps_in: epoch -> its number of steps.
+        progress: where the run begins.
         shares: which of the parameters `optimizer` has; default: all.
     """
-    progress, shares = Progress(), shares or Shares(parameters)
+    shares = shares or Shares(parameters)
     if checkpoint:
         checkpoint.load_weights(parameters)
         shares.take_values()
         if not flags.reset_optimizer:
             checkpoint.load_optimizer(shares.stepped, optimizer, optimizers.find(settings.optimizer.type).retyped)
-        progress = checkpoint.starting_point(steps_in, restart_data=flags.reset_dataloader)
     ema = None
     if settings.ema:
         held = {"stepped": shares.stepped, "complete": shares.complete}
         ema = EMA(parameters.items(), settings.ema, optimizer, since=progress.step, **held)
     if checkpoint:
         checkpoint.load_ema(ema)
-    return progress, ema
+    return ema
 
 
 def _optimizer(settings: Settings, pipeline: BasePipeline, parameters: Mapping[str, Parameter]) -> Optimizer:

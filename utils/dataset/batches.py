@@ -20,7 +20,7 @@ from utils.dataset.buckets import by_shape
 from utils.dataset.encoders import Encoder, applies_to, item_key, reads_text, text_of
 from utils.dataset.epochs import Epochs, Positions
 from utils.dataset.masks import MASK
-from utils.dataset.ordering import Slot
+from utils.dataset.ordering import MicroBatch
 from utils.dataset.samples import Bucket, Sample, SampleVersion, VersionPicker, evaluation_version
 from utils.dataset.tensor_store import CorruptItem, TensorStore
 from utils.errors import UserError
@@ -180,8 +180,8 @@ class TrainingBatches(Generic[Prepared]):
     Args:
         picker: picks the version in which a sample is trained.
         prepare: (batch, epoch) -> what training takes. The weights of a batch make each sample of a step count alike in
-            the mean over its micro-batches, whatever their sizes; samples that are repeated to fill a batch count like
-            the others.
+            the mean over its micro-batches, those of all data ranks, whatever their sizes; samples that are repeated to
+            fill a batch count like the others.
         with_empty: also give the features of the empty caption.
     """
 
@@ -201,11 +201,11 @@ class TrainingBatches(Generic[Prepared]):
 
     def step(self, epoch: int, index: int) -> list[Prepared]:
         """The prepared micro-batches of one step of an epoch, both counted from 0."""
-        slots, positions = self.epochs.step(epoch, index), self.epochs.positions(epoch, index, self._data_rank)
-        mean = sum(slot.micro_batch for slot in slots) / len(slots)
+        step, positions = self.epochs.step(epoch, index), self.epochs.positions(epoch, index)
+        mean = self.epochs.examples(epoch, index) / len(step)
         return [
-            self._prepare(self._batch(slot, own, epoch, slot.micro_batch / mean), epoch)
-            for slot, own in zip(slots, positions, strict=True)
+            self._prepare(self._batch(step[number], positions[number], epoch, len(step[number].samples) / mean), epoch)
+            for number in self.epochs.share(epoch, index, self._data_rank)
         ]
 
     def iterate(self, epoch: int, index: int) -> Iterator[list[Prepared]]:
@@ -221,8 +221,8 @@ class TrainingBatches(Generic[Prepared]):
             first = index if number == epoch else 0
             yield from ((number, step) for step in range(first, self.epochs.steps_in(number)))
 
-    def _batch(self, slot: Slot, positions: Positions, epoch: int, share: float) -> FeatureBatch:
-        appearances = self.epochs.samples_of(slot, epoch, self._data_rank)
+    def _batch(self, micro_batch: MicroBatch, positions: Positions, epoch: int, share: float) -> FeatureBatch:
+        appearances = self.epochs.samples_of(micro_batch, epoch)
         versions = [self._picker.pick(sample, epoch, number) for sample, number in appearances]
         batch = self._reader.batch(versions, [self._picker.is_masked(one, epoch) for one in versions])
         captioned = torch.tensor([self._picker.is_captioned(one) for one in versions])

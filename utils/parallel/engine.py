@@ -118,21 +118,29 @@ class Engine(PipelineEngine):
         self._grad_norm = torch.zeros(())
         self._forward_count = 0
         self._step = 0
+        self._numbers: Sequence[int] = ()
         self._keep_predictions = False
         self._description_group = dist.new_group(backend="gloo") if self.is_pipe_parallel else None
         self._sending: dict[int, list[tuple[dist.Work, torch.Tensor]]] = {}
         """By neighbouring stage; the tensors have to live as long."""
 
-    def train_step(self, batches: Iterable[MicroBatch] | None, step: int) -> StepResult:
+    def train_step(
+        self, batches: Iterable[MicroBatch] | None, step: int, numbers: Sequence[int] | None = None
+    ) -> StepResult:
         """One optimizer step over as many micro-batches as are accumulated.
 
         Args:
             batches: this data rank's micro-batches; None on a stage that is neither the first nor the last.
             step: number of the step, which seeds dropout.
+            numbers: of this data rank's micro-batches among those of all, which seed dropout too, so that it does not
+                depend on how a step is dealt; default: rank after rank.
         """
+        if numbers is None:
+            first = self.grid.get_data_parallel_rank() * self.micro_batches
+            numbers = range(first, first + self.micro_batches)
         if self.teacher is not None:
             batches = self._with_teacher_labels(self.teacher, batches)
-        self._begin(step)
+        self._begin(step, numbers)
         loss = self.train_batch(iter(batches) if batches is not None else None)
         self._finish_sending()
         if self._breakdown:
@@ -177,15 +185,16 @@ class Engine(PipelineEngine):
             for (inputs, labels, *_), output in zip(batches, outputs, strict=True)
         ]
 
-    def _begin(self, step: int) -> None:
+    def _begin(self, step: int, numbers: Sequence[int]) -> None:
         self._forward_count = 0
+        self._numbers = numbers
         self._terms_K = torch.zeros(len(self.module.loss_terms), device=self.device)
         self._step = step
         self.module.draw = None
 
     def _run_forward(self, batches: Iterable[MicroBatch] | None, count: int, *, keep_predictions: bool) -> list:
         """The outputs of the last stage for the micro-batches; nothing on other stages."""
-        self._begin(self._step)
+        self._begin(self._step, range(count))
         self.module.eval()
         self._keep_predictions = keep_predictions
         self.total_loss = None
@@ -268,7 +277,7 @@ class Engine(PipelineEngine):
         self.pipe_buffers["inputs"][buffer_id] = wire.unflatten(tensors, description)
 
     def _forward(self, buffer_id: int) -> None:
-        self.module.draw = (self._step, self.grid.get_data_parallel_rank(), self._forward_count)
+        self.module.draw = (self._step, self._numbers[self._forward_count])
         self._forward_count += 1
         outputs = self.module(self.pipe_buffers["inputs"][buffer_id])
         self.pipe_buffers["outputs"][buffer_id] = outputs

@@ -29,7 +29,7 @@ class DenoiserPipeline(PipelineModule):
         recompute: of every so many `recomputable` layers of a stage, the first keeps only its input; with 0 none.
         host: keeps these inputs in the host's memory.
         loss_terms: names of the losses that layers add; the last layer then returns an `Output`.
-        seed: the run's seed; dropout draws from (seed, step, data rank, micro-batch, layer), so that it does not depend
+        seed: the run's seed; dropout draws from (seed, step, micro-batch, layer), so that it does not depend
             on the number of stages and is the same after a resume.
         swap: the blocks of this process's stage whose weights are in the host's memory.
     """

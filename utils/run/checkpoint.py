@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,8 @@ from safetensors import SafetensorError, safe_open
 from optimizers.adamw import MASTER
 from optimizers.ema import EMA
 from optimizers.kinds import State
+from utils.dataset.epochs import Continued, Epochs
+from utils.dataset.going_on import going_on
 from utils.errors import UserError
 from utils.json_files import read_json
 from utils.ranks import Ranks, gather
@@ -60,6 +62,14 @@ class ResumeFlags:
     reset_dataloader: bool = False
     reset_optimizer: bool = False
     reset_optimizer_params: bool = False
+
+
+class StartingPoint(NamedTuple):
+    """The progress at which training goes on, the epochs from there on, and what is to be told of them."""
+
+    progress: Progress
+    epochs: Epochs
+    remark: str | None = None
 
 
 def identity_of(settings: Settings) -> dict[str, Any]:
@@ -184,6 +194,7 @@ class Checkpoint:
             self.progress = Progress(**{field.name: content["progress"][field.name] for field in fields(Progress)})
             self.made_with: dict[str, Any] = {key: content["made_with"][key] for key in MADE_WITH}
             self.run: dict[str, Any] | None = content["made_with"].get("run")
+            self.order: dict[str, Any] | None = content["made_with"].get("order")
             self.ema_since: int | None = content.get("ema_since")
             stages = int(content.get("stages", len(list(folder.glob("state-*.safetensors")))))
             shares = int(content.get("shares", 1))
@@ -249,21 +260,25 @@ class Checkpoint:
                 f"{values}; pass --reset_optimizer_params to take the config's", str(self.folder), "[optimizer]"
             )
 
-    def starting_point(self, steps_in: Callable[[int], int], *, restart_data: bool) -> Progress:
-        """The progress at which training goes on: that of the checkpoint, at the same position of the epoch if the
-        epoch now has another number of steps; with `restart_data` at the beginning of that epoch.
-
-        Args:
-            steps_in: epoch -> its number of steps.
-        """
-        progress = self.progress
+    def starting_point(self, epochs: Epochs, *, restart_data: bool) -> StartingPoint:
+        """Where training goes on: where the checkpoint was made, also with another global batch or other data (see
+        `going_on`); with `restart_data` at the beginning of its epoch."""
+        progress, remark = self.progress, None
         if restart_data:
             progress = replace(progress, step_in_epoch=0, epoch_loss_sum=0.0)
-        steps = steps_in(progress.epoch)
-        progress = progress.with_epoch_of(self.made_with["steps_in_epoch"], steps)
-        if progress.step_in_epoch >= steps:
+            epochs = epochs.continuing(Continued(progress.epoch, progress.step, 0, {}))
+        else:
+            epochs, remark = going_on(
+                epochs,
+                progress.epoch,
+                progress.step,
+                step_in_epoch=progress.step_in_epoch,
+                share=progress.step_in_epoch / self.made_with["steps_in_epoch"],
+                order=self.order,
+            )
+        if progress.step_in_epoch >= epochs.steps_in(progress.epoch):
             progress = progress.next_epoch()
-        return progress
+        return StartingPoint(progress, epochs, remark)
 
     def check_weights(self, parameters: NamedParameters) -> None:
         """Whether the checkpoint has weights for exactly the parameters that the run trains, from its headers.

@@ -36,13 +36,6 @@ class Progress:
         """The beginning of the following epoch."""
         return replace(self, epoch=self.epoch + 1, step_in_epoch=0, epoch_loss_sum=0.0)
 
-    def with_epoch_of(self, old: int, new: int) -> Progress:
-        """The same position in the epoch, with the same mean loss, if the epoch has `new` steps instead of `old`."""
-        if old == new:
-            return self
-        steps = self.step_in_epoch * new // old
-        return replace(self, step_in_epoch=steps, epoch_loss_sum=self.epoch_loss * steps)
-
     @property
     def epoch_loss(self) -> float:
         """Mean loss of this epoch's steps so far."""

@@ -106,7 +106,8 @@ class Trainer:
             group["lr"] = own
         micro_batches = next(batches)
         try:
-            result = self.parts.engine.train_step(micro_batches, step)
+            numbers = self.epochs.share(self.progress.epoch, self.progress.step_in_epoch, self.parts.ranks.data_rank)
+            result = self.parts.engine.train_step(micro_batches, step, numbers)
         except torch.OutOfMemoryError as error:
             raise out_of_memory.explained(error, self.parts.settings, self.parts.folder, step + 1) from error
         if not isfinite(result.loss) or not isfinite(result.grad_norm):
@@ -309,6 +310,7 @@ class Trainer:
             "run": checkpoint.run_of(self.parts.settings),
             "optimizer": self.parts.settings.optimizer.model_dump(mode="json"),
             "steps_in_epoch": self.epochs.steps_in(self.progress.epoch),
+            "order": self.epochs.state(self.progress.epoch, self.progress.step_in_epoch),
         }
         parts = self.parts
         state = (self.progress, parts.parameters, parts.optimizer, made_with, parts.ema, parts.shares)

@@ -233,8 +233,10 @@ def test_a_plan_says_when_and_where(folder: Path) -> None:
 def test_the_last_step_counts_from_where_a_run_goes_on(
     folder: Path, keys: dict[str, int], begun: Progress, last: int
 ) -> None:
-    settings = settings_of(tiny_flux.pipeline(folder), **keys)
-    assert last_step_of(settings, epochs_of(settings, Ranks(), collection(5).samples), begun) == last
+    pipeline = tiny_flux.pipeline(folder)
+    settings = settings_of(pipeline, **keys)
+    epochs = epochs_of(settings, Ranks(), pipeline, collection(5).samples)
+    assert last_step_of(settings, epochs, begun) == last
 
 
 def test_swapped_blocks_count_as_their_buffers(folder: Path) -> None:

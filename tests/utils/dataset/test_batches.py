@@ -76,7 +76,8 @@ def test_features_are_those_of_the_samples(cached):
     for index in range(batches.epochs.steps_in(0)):
         for number, (batch, epoch) in enumerate(batches.step(0, index)):
             assert batch.features.keys() == {"mean_BC", "size_B", "length_B"} and epoch == 0
-            assert batch.positions == batches.epochs.positions(0, index, 0)[number]
+            own = batches.epochs.share(0, index, 0)[number]
+            assert batch.positions == batches.epochs.positions(0, index)[own]
             for position, name in enumerate(batch.draws):
                 sample = by_id[name]
                 assert sample.bucket == batch.bucket
@@ -91,13 +92,13 @@ def test_all_ranks_together_follow_the_order(cached):
     samples, _ = cached
     ranks = [training(cached, rank) for rank in range(2)]
     groups = [[s for s in samples if s.bucket.width == width] for width in (64, 96)]
-    expected = list(EpochOrder([Group(7, 2), Group(4, 3)], 2, 3, seed=7, epoch=4))
+    groups_of_order = [Group(7, 2, work=64 * 64), Group(4, 3, work=96 * 32)]
+    expected = list(EpochOrder(groups_of_order, 6, seed=7, epoch=4))
     assert ranks[0].epochs.steps_in(4) == len(expected) == 1
     steps = [rank.step(4, 0) for rank in ranks]
-    for number, slot in enumerate(expected[0]):
-        ids = [name for step in steps for name in step[number][0].draws]
-        assert ids == [groups[slot.group][index].id for index in slot.samples]
-        assert all(step[number][1] == 4 for step in steps)
+    shown = sorted(batch.draws for step in steps for batch, _ in step)
+    assert shown == sorted([groups[one.group][index].id for index in one.samples] for one in expected[0])
+    assert [len(step) for step in steps] == [3, 3] and {epoch for step in steps for _, epoch in step} == {4}
     assert {name for step in steps for batch, _ in step for name in batch.draws} == {s.id for s in samples}
 
 

@@ -1,5 +1,6 @@
 """What the epochs of a run have in them, counted sample by sample."""
 
+import json
 import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.utils.dataset.conftest import plain_sample
-from utils.dataset.epochs import BucketLine, Epochs, format_table, micro_batch_of
+from utils.dataset.bucket_table import BucketLine, format_table
+from utils.dataset.epochs import Epochs, micro_batch_of
+from utils.dataset.going_on import going_on
 from utils.dataset.samples import Bucket, Take, VersionPicker
 from utils.diffusion import seeds
 from utils.errors import UserError
@@ -51,14 +54,13 @@ LAYOUT = {"ranks": st.integers(1, 4), "accumulation": st.integers(1, 4), "seed":
 LAYOUTS = st.fixed_dictionaries(LAYOUT)
 
 
-def appearances(epochs, epoch, ranks, with_fill=False):
-    """(sample's name, copy) in the order in which the ranks together show them."""
+def appearances(epochs, epoch, with_fill=False, first=0):
+    """(sample's name, copy) in the order in which an epoch shows them, from its step `first` on."""
     found = []
-    for step in range(epochs.steps_in(epoch)):
-        for slot in epochs.step(epoch, step):
-            shares = [epochs.samples_of(slot, epoch, rank) for rank in range(ranks)]
-            version = [(sample.id, copy) for share in shares for sample, copy in share]
-            found += version if with_fill else version[: len(version) - slot.fill]
+    for step in range(first, epochs.steps_in(epoch)):
+        for micro_batch in epochs.step(epoch, step):
+            shown = [(sample.id, copy) for sample, copy in epochs.samples_of(micro_batch, epoch)]
+            found += shown if with_fill else shown[: len(shown) - micro_batch.fill]
     return found
 
 
@@ -82,7 +84,7 @@ def test_every_sample_appears_as_often_as_it_is_repeated(samples, layout):
     epochs = epochs_of(samples, **layout)
     expected = counts_by_hand(samples, layout["seed"], epochs)
     for epoch in range(3):
-        found = appearances(epochs, epoch, layout["ranks"])
+        found = appearances(epochs, epoch)
         wanted = [(name, copy) for name, count in expected(epoch).items() for copy in range(count)]
         assert sorted(found) == sorted(wanted)
 
@@ -93,7 +95,7 @@ def test_curricula_by_epochs_and_by_steps(samples, layout):
     epochs = epochs_of(samples, **layout)
     expected = counts_by_hand(samples, layout["seed"], epochs)
     for epoch in (0, 3, 1, 5):
-        found = Counter(name for name, _ in appearances(epochs, epoch, layout["ranks"]))
+        found = Counter(name for name, _ in appearances(epochs, epoch))
         assert found == +Counter(expected(epoch))
 
 
@@ -101,7 +103,7 @@ def test_curricula_by_epochs_and_by_steps(samples, layout):
 @given(sample_lists(repeats=st.floats(0.05, 3.5)), st.integers(0, 99), st.integers(1, 40))
 def test_fractions_of_repeats_add_up(samples, seed, number):
     epochs = epochs_of(samples, seed=seed)
-    found = Counter(name for epoch in range(number) for name, _ in appearances(epochs, epoch, 1))
+    found = Counter(name for epoch in range(number) for name, _ in appearances(epochs, epoch))
     for sample in samples:
         assert abs(found[sample.id] - round(sample.repeats * number)) <= 1
 
@@ -110,57 +112,108 @@ def test_fractions_of_repeats_add_up(samples, seed, number):
 @given(sample_lists(), LAYOUTS, st.integers(0, 4))
 def test_places_count_the_samples_of_a_step_and_of_an_epoch(samples, layout, epoch):
     """At any layout a sample has the same place in its epoch, also where it fills a batch."""
-    alone = {copy: position for _, copy, position in placed(epochs_of(samples, seed=layout["seed"]), epoch, 1)}
+    alone = {copy: position for _, copy, position in placed(epochs_of(samples, seed=layout["seed"]), epoch)}
     assert sorted(alone.values()) == list(range(len(alone)))
     epochs = epochs_of(samples, **layout)
-    assert {copy: position for _, copy, position in placed(epochs, epoch, layout["ranks"])} == alone
+    assert {copy: position for _, copy, position in placed(epochs, epoch)} == alone
     for step in range(epochs.steps_in(epoch)):
-        of_ranks = [epochs.positions(epoch, step, rank) for rank in range(layout["ranks"])]
-        in_step = [position for slots in of_ranks for positions in slots for position in positions.in_step]
-        assert sorted(in_step) == list(range(epochs.examples(epoch, step)))
-        for positions in (positions for slots in of_ranks for positions in slots):
+        those = epochs.positions(epoch, step)
+        in_step = [position for positions in those for position in positions.in_step]
+        assert in_step == list(range(epochs.examples(epoch, step)))
+        for positions in those:
             assert (positions.step, positions.of_step, positions.of_epoch) == (step, len(in_step), len(alone))
 
 
-def placed(epochs, epoch, ranks):
+def placed(epochs, epoch):
     """(place in its step, (sample's name, copy), place in the epoch) of all that an epoch shows."""
     found = []
     for step in range(epochs.steps_in(epoch)):
-        for rank in range(ranks):
-            for slot, positions in zip(epochs.step(epoch, step), epochs.positions(epoch, step, rank), strict=True):
-                version = [(sample.id, copy) for sample, copy in epochs.samples_of(slot, epoch, rank)]
-                found += zip(positions.in_step, version, positions.in_epoch, strict=True)
+        for micro_batch, positions in zip(epochs.step(epoch, step), epochs.positions(epoch, step), strict=True):
+            shown = [(sample.id, copy) for sample, copy in epochs.samples_of(micro_batch, epoch)]
+            found += zip(positions.in_step, shown, positions.in_epoch, strict=True)
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_the_places_of_a_step_do_not_depend_on_how_it_is_shared(ranks):
-    """Of samples of one shape: two data ranks are as two accumulated micro-batches."""
-    samples = [plain_sample(str(number), SQUARE) for number in range(32)]
-    alone, shared = epochs_of(samples, 1, accumulation=ranks), epochs_of(samples, ranks)
-    assert sorted(placed(alone, 1, 1)) == sorted(placed(shared, 1, ranks))
+@given(sample_lists(), st.sampled_from([(1, 4), (2, 2), (4, 1), (1, 6), (3, 2), (6, 1)]), st.integers(0, 99))
+def test_a_step_does_not_depend_on_how_it_is_dealt(samples, layout, seed):
+    """Each micro-batch of a step goes to one data rank, as many to each."""
+    ranks, accumulation = layout
+    alone, dealt = epochs_of(samples, 1, ranks * accumulation, seed), epochs_of(samples, ranks, accumulation, seed)
+    assert alone.steps_in(1) == dealt.steps_in(1)
+    for index in range(alone.steps_in(1)):
+        assert alone.step(1, index) == dealt.step(1, index)
+        assert alone.positions(1, index) == dealt.positions(1, index)
+        shares = [dealt.share(1, index, rank) for rank in range(ranks)]
+        assert [len(share) for share in shares] == [accumulation] * ranks
+        assert sorted(sum(shares, [])) == alone.share(1, index, 0) == list(range(ranks * accumulation))
+
+
+def test_work_is_dealt_alike():
+    """Two large and two small micro-batches: one of each for each rank, as the given work says, and not the pixels."""
+    samples = [plain_sample(f"s{number}", SQUARE) for number in range(4)]
+    samples += [plain_sample(f"c{number}", CLIP) for number in range(2)]
+    work = {(SQUARE,): 1.0, (CLIP,): 6.0}
+    epochs = Epochs(samples, MICRO_BATCHES.__getitem__, 2, 2, 0, work=work.__getitem__)
+    loads = [[epochs.work_of(epochs.step(0, 0)[number]) for number in epochs.share(0, 0, rank)] for rank in range(2)]
+    assert [sorted(load) for load in loads] == [[2.0, 6.0], [2.0, 6.0]]
 
 
 @settings(max_examples=40)
-@given(sample_lists(least=12), st.integers(0, 99), st.lists(st.integers(1, 4), min_size=2, max_size=3))
-def test_within_a_group_the_order_is_the_same_for_any_number_of_data_ranks(samples, seed, ranks):
-    bucket_of = {sample.id: sample.bucket for sample in samples}
+@given(sample_lists(least=12), LAYOUTS, LAYOUTS, st.floats(0, 1))
+def test_with_another_global_batch_an_epoch_goes_on_with_what_it_has_not_had(samples, before, after, share):
+    """Its samples come as often as without the change, and the epochs after it follow as they would."""
+    seed = before["seed"]
+    old, anew = epochs_of(samples, **before), epochs_of(samples, **{**after, "seed": seed})
+    done = int(share * old.steps_in(1))
+    shown = appearances(old, 1)[: len(appearances(old, 1)) - len(appearances(old, 1, first=done))]
+    at = {"step": old.first_step(1) + done, "step_in_epoch": done, "share": done / old.steps_in(1)}
+    gone_on, remark = going_on(anew, 1, **at, order=json.loads(json.dumps(old.state(1, done))))
+    assert sorted(shown + appearances(gone_on, 1, first=done)) == sorted(appearances(old, 1))
+    assert gone_on.first_step(1) == old.first_step(1)
+    assert gone_on.first_step(3) - gone_on.first_step(2) == anew.steps_in(2)
+    assert appearances(gone_on, 2) == appearances(anew, 2)
+    if old.layout(1) == anew.layout(1):
+        assert remark is None and appearances(gone_on, 1, first=done) == appearances(old, 1, first=done)
+    else:
+        assert remark.endswith(f"goes on with the {len(appearances(old, 1)) - len(shown)} samples that it has not had")
+    # A stop in what it went on with changes nothing.
+    further = done + (gone_on.steps_in(1) - done) // 2
+    state = json.loads(json.dumps(gone_on.state(1, further)))
+    at = {"step": gone_on.first_step(1) + further, "step_in_epoch": further, "share": 0.5}
+    again, remark = going_on(anew, 1, **at, order=state)
+    assert remark is None and again.steps_in(1) == gone_on.steps_in(1)
+    assert appearances(again, 1, first=further) == appearances(gone_on, 1, first=further)
 
-    def by_bucket(count):
-        found = {}
-        for name, copy in appearances(epochs_of(samples, count, 2, seed), 1, count):
-            found.setdefault(bucket_of[name], []).append((name, copy))
-        return found
 
-    assert all(by_bucket(count) == by_bucket(1) for count in ranks)
+def test_with_other_data_the_same_share_of_an_epoch_is_done():
+    few = epochs_of([plain_sample(f"s{number}") for number in range(8)])
+    more = epochs_of([plain_sample(f"s{number}") for number in range(16)])
+    at = {"step": 7, "step_in_epoch": 3, "share": 3 / 4}
+    gone_on, remark = going_on(more, 1, **at, order=few.state(1, 3))
+    assert remark is None and gone_on.first_step(1) == 4
+    assert gone_on.steps_in(1) == 3 + 2 and len(appearances(gone_on, 1, first=3)) == 4
+    of_before, remark = going_on(few, 1, **at, order=None)
+    assert "of an earlier version" in remark and len(appearances(of_before, 1, first=3)) == 2
+    _, remark = going_on(few, 1, step=4, step_in_epoch=0, share=0, order=None)
+    assert remark is None
+
+
+def test_a_curriculum_by_steps_counts_the_steps_that_were_made():
+    """Ten steps of one micro-batch, then steps of five: what begins at step 14 begins with the fourth epoch."""
+    samples = [plain_sample(f"s{number}", WIDE) for number in range(30)]
+    samples += [plain_sample(f"l{number}", WIDE, start_step=14) for number in range(3)]
+    old, anew = epochs_of(samples), epochs_of(samples, accumulation=5)
+    gone_on, _ = going_on(anew, 1, step=10, step_in_epoch=0, share=0, order=old.state(1, 0))
+    assert [gone_on.first_step(epoch) for epoch in range(1, 5)] == [10, 12, 14, 17]
+    assert [anew.first_step(epoch) for epoch in range(1, 5)] == [2, 4, 6, 8]
 
 
 @given(sample_lists(), LAYOUTS)
 def test_all_of_a_shape_appears_before_any_of_it_appears_again(samples, layout):
     epochs, bucket_of = epochs_of(samples, **layout), {sample.id: sample.bucket for sample in samples}
-    version = appearances(epochs, 0, layout["ranks"], with_fill=True)
+    shown = appearances(epochs, 0, with_fill=True)
     for bucket in MICRO_BATCHES:
-        mine = [one for one in version if bucket_of[one[0]] == bucket]
+        mine = [one for one in shown if bucket_of[one[0]] == bucket]
         different = len(set(mine))
         assert len(set(mine[:different])) == different
 
@@ -173,7 +226,7 @@ def test_takes_are_used_alike(samples, seed):
     by_id = {sample.id: sample for sample in samples}
     used = {sample.id: Counter() for sample in samples}
     for epoch in range(12):
-        for name, copy in appearances(epochs, epoch, 1):
+        for name, copy in appearances(epochs, epoch):
             used[name][picker.pick(by_id[name], epoch, copy).take.start] += 1
     for sample in samples:
         counts = [used[sample.id][take.start] for take in sample.takes]
@@ -182,7 +235,7 @@ def test_takes_are_used_alike(samples, seed):
 
 def test_the_order_is_a_function_of_the_seed_and_new_in_each_epoch():
     samples = [plain_sample(f"s{number}") for number in range(30)]
-    orders = [appearances(epochs_of(samples, seed=seed), epoch, 1) for seed, epoch in ((1, 0), (1, 0), (1, 1), (2, 0))]
+    orders = [appearances(epochs_of(samples, seed=seed), epoch) for seed, epoch in ((1, 0), (1, 0), (1, 1), (2, 0))]
     assert orders[0] == orders[1]
     assert len({tuple(order) for order in orders}) == 3
 
@@ -190,35 +243,35 @@ def test_the_order_is_a_function_of_the_seed_and_new_in_each_epoch():
 @given(sample_lists(curricula=True), LAYOUTS)
 @settings(max_examples=40)
 def test_the_table_counts_what_the_order_does(samples, layout):
-    epochs, ranks = epochs_of(samples, **layout), layout["ranks"]
+    epochs = epochs_of(samples, **layout)
     *lines, total = epochs.table()
-    slots = [slot for step in range(epochs.steps_in(0)) for slot in epochs.step(0, step)]
-    assert total.batches == len(slots)
-    assert total.fill == sum(slot.fill for slot in slots)
-    assert total.samples == len(appearances(epochs, 0, ranks)) and total.files == len(samples)
+    every = [micro_batch for step in range(epochs.steps_in(0)) for micro_batch in epochs.step(0, step)]
+    assert total.batches == len(every)
+    assert total.fill == sum(micro_batch.fill for micro_batch in every)
+    assert total.samples == len(appearances(epochs, 0)) and total.files == len(samples)
     assert sum(epochs.examples(0, step) for step in range(epochs.steps_in(0))) == total.samples + total.fill
     assert sorted((line.name, line.frames) for line in lines) == sorted(
         (f"{bucket.width}x{bucket.height}", bucket.frames) for bucket in {sample.bucket for sample in samples}
     )
     for number, line in enumerate(lines):
-        own = [slot for slot in slots if slot.group == number and slot.fill < len(slot.samples)]
-        assert (line.batches, line.fill) == (len(own), sum(slot.fill for slot in own))
+        own = [one for one in every if one.group == number and one.fill < len(one.samples)]
+        assert (line.batches, line.fill) == (len(own), sum(one.fill for one in own))
 
 
 def test_the_table_as_text():
     samples = [plain_sample(f"s{number}", repeats=2) for number in range(5)] + [plain_sample("w", WIDE, 2)]
-    lines = epochs_of(samples, ranks=2, accumulation=3).table()
+    lines = epochs_of(samples, ranks=2, accumulation=4).table()
     assert lines == [
-        BucketLine("64x64", 1, 5, 10, 2.0, 3, 2),
-        BucketLine("128x32", 1, 1, 2, 2.0, 1, 4),
-        # Two slots more complete the second step: those that the epoch begins with.
-        BucketLine("", 0, 6, 12, 2.0, 6, lines[-1].fill),
+        BucketLine("64x64", 1, 5, 10, 2.0, 5, 0),
+        BucketLine("128x32", 1, 1, 2, 2.0, 1, 1),
+        # Two micro-batches more complete the step.
+        BucketLine("", 0, 6, 12, 2.0, 8, lines[-1].fill),
     ]
-    assert lines[-1].fill in (6 + 8, 6 + 10)
+    assert lines[-1].fill in (1 + 4, 1 + 5)
     *text, told = format_table(lines).splitlines()
     assert told.startswith("fill: how often samples are used once more")
     assert "fill:" not in format_table(epochs_of(samples[:5]).table())
-    assert text[1].split() == ["64x64", "1", "5", "10", "2", "3", "2"] and text[3].split()[0] == "total"
+    assert text[1].split() == ["64x64", "1", "5", "10", "2", "5", "0"] and text[3].split()[0] == "total"
     assert len({len(line) for line in text}) == 1
 
 
@@ -234,7 +287,7 @@ def test_steps_of_epochs_far_ahead():
     samples = [plain_sample(f"s{number}", repeats=2) for number in range(5)]
     assert epochs_of(samples).first_step(100_000) == 500_000
     halves = epochs_of([plain_sample(f"s{number}", repeats=0.5) for number in range(100)])
-    assert halves.first_step(2) == sum(math.ceil(len(appearances(halves, epoch, 1)) / 2) for epoch in (0, 1))
+    assert halves.first_step(2) == sum(math.ceil(len(appearances(halves, epoch)) / 2) for epoch in (0, 1))
 
 
 def test_reading_ahead_into_the_next_epoch_costs_no_other_one():
@@ -246,12 +299,12 @@ def test_reading_ahead_into_the_next_epoch_costs_no_other_one():
 def test_many_threads_may_ask_at_once():
     samples = [plain_sample(f"s{number}", repeats=1.5, start_step=number) for number in range(12)]
     samples.append(plain_sample("always"))
-    expected = [appearances(epochs_of(samples), epoch, 1) for epoch in range(8)]
+    expected = [appearances(epochs_of(samples), epoch) for epoch in range(8)]
     for _ in range(5):
         epochs = epochs_of(samples)
         with ThreadPoolExecutor(8) as pool:
             asked = [epoch for epoch in (0, 1, 7, 2, 6, 3, 5, 4) for _ in range(4)]
-            found = list(pool.map(partial(appearances, epochs, ranks=1), asked))
+            found = list(pool.map(partial(appearances, epochs), asked))
         assert found == [expected[epoch] for epoch in asked]
 
 

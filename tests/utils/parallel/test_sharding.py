@@ -132,8 +132,9 @@ class Training:
         settings = settings_of(self.flux, ema=AVERAGES)
         optimizer = settings.optimizer.model_copy(update={"type": self.way.optimizer})
         settings = settings.model_copy(update={"optimizer": optimizer})
-        given = settings, ResumeFlags(), checkpoint, lambda epoch: 9, self.trained, self.optimizer, self.shares
-        _, self.ema = restore_or_start(*given)
+        progress = checkpoint.progress if checkpoint else Progress()
+        given = settings, ResumeFlags(), checkpoint, progress, self.trained, self.optimizer, self.shares
+        self.ema = restore_or_start(*given)
 
     def step(self, number: int) -> list[float]:
         """Loss and norm of a step."""

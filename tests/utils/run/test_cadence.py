@@ -54,11 +54,3 @@ def test_progress_keeps_the_mean_loss_of_the_epoch() -> None:
     assert (progress.step, progress.step_in_epoch, progress.examples, progress.epoch_loss) == (2, 2, 4, 2.0)
     after = progress.next_epoch()
     assert (after.epoch, after.step_in_epoch, after.step, after.epoch_loss) == (1, 0, 2, 0.0)
-
-
-def test_progress_finds_its_place_in_an_epoch_of_another_length() -> None:
-    progress = Progress(step=10, epoch=1, step_in_epoch=6, epoch_loss_sum=3.0)
-    for new, steps in ((16, 12), (4, 3)):
-        moved = progress.with_epoch_of(8, new)
-        assert (moved.step_in_epoch, moved.epoch_loss) == (steps, 0.5)
-    assert progress.with_epoch_of(8, 8) == progress

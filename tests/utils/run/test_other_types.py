@@ -77,7 +77,7 @@ def test_all_goes_on_where_float32_goes(
     optimizer = optimizer_of(then)
     opened = checkpoint.Checkpoint(tmp_path / "global_step3")
     with caplog.at_level(logging.INFO):
-        _, ema = restore_or_start(SETTINGS, ResumeFlags(""), opened, lambda epoch: 9, then, optimizer)
+        ema = restore_or_start(SETTINGS, ResumeFlags(""), opened, opened.progress, then, optimizer)
     was, is_now = (str(dtype).removeprefix("torch.") for dtype in (old, new))
     assert f"4 of 4 weights go on in another type: 'matrix' was {was} and is {is_now}" in caplog.text
     train(then, optimizer, ema, range(4, 7))
@@ -97,7 +97,8 @@ def test_with_an_optimizer_that_remembers_nothing_the_masters_are_the_weights(tm
     then = parameters(torch.float32)
     flags = ResumeFlags("", reset_optimizer=True)
     anew = optimizer_of(then)
-    restore_or_start(SETTINGS, flags, checkpoint.Checkpoint(tmp_path / "global_step3"), lambda epoch: 9, then, anew)
+    opened = checkpoint.Checkpoint(tmp_path / "global_step3")
+    restore_or_start(SETTINGS, flags, opened, opened.progress, then, anew)
     assert not anew.state
     master = optimizer.state[first["matrix"]][MASTER]
     assert torch.equal(then["matrix"], master) and not torch.equal(master, first["matrix"].float())
