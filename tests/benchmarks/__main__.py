@@ -18,6 +18,7 @@ BENCHMARKS = (
     "cut",
     "pipeline",
     "wire",
+    "balance",
 )
 
 

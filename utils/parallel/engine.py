@@ -118,7 +118,7 @@ class Engine(PipelineEngine):
         self._grad_norm = torch.zeros(())
         self._forward_count = 0
         self._step = 0
-        self._numbers: Sequence[int] = ()
+        self._numbers: Sequence[int] = self._rank_after_rank()
         self._keep_predictions = False
         self._description_group = dist.new_group(backend="gloo") if self.is_pipe_parallel else None
         self._sending: dict[int, list[tuple[dist.Work, torch.Tensor]]] = {}
@@ -135,12 +135,9 @@ class Engine(PipelineEngine):
             numbers: of this data rank's micro-batches among those of all, which seed dropout too, so that it does not
                 depend on how a step is dealt; default: rank after rank.
         """
-        if numbers is None:
-            first = self.grid.get_data_parallel_rank() * self.micro_batches
-            numbers = range(first, first + self.micro_batches)
         if self.teacher is not None:
             batches = self._with_teacher_labels(self.teacher, batches)
-        self._begin(step, numbers)
+        self._begin(step, self._rank_after_rank() if numbers is None else numbers)
         loss = self.train_batch(iter(batches) if batches is not None else None)
         self._finish_sending()
         if self._breakdown:
@@ -184,6 +181,10 @@ class Engine(PipelineEngine):
             (inputs, teacher.teach(labels, output))
             for (inputs, labels, *_), output in zip(batches, outputs, strict=True)
         ]
+
+    def _rank_after_rank(self) -> Sequence[int]:
+        first = self.grid.get_data_parallel_rank() * self.micro_batches
+        return range(first, first + self.micro_batches)
 
     def _begin(self, step: int, numbers: Sequence[int]) -> None:
         self._forward_count = 0

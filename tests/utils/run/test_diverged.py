@@ -24,8 +24,8 @@ def test_a_diverged_run_is_led_to_a_checkpoint_only_if_there_is_one(
 ) -> None:
     train_step = Engine.train_step
 
-    def diverging(engine: Engine, micro_batches: Any, number: int) -> Any:
-        result = train_step(engine, micro_batches, number)
+    def diverging(engine: Engine, micro_batches: Any, number: int, numbers: Any) -> Any:
+        result = train_step(engine, micro_batches, number, numbers)
         return replace(result, loss=nan) if number == step else result
 
     monkeypatch.setattr(Engine, "train_step", diverging)
