@@ -62,7 +62,12 @@ def main(argv: list[str] | None = None) -> int:
         except StopRequested:
             leave_together(ranks, SECONDS_TO_LEAVE)
             finished = False
+        except RuntimeError as error:
+            if not stop.watch.explains(error):
+                raise
+            return 1
         except (ValueError, OSError) as error:
+            stop.watch.failed(error)
             if not is_user_error(error):
                 raise
             with stop.ending_at_once():
@@ -212,6 +217,7 @@ def meet(ranks: Ranks, stop: StopRequests, settings: Settings, port: int | None)
     with stop.ending_at_once():
         stop.raise_if_stopping()
         connect(ranks, port)
+    stop.watch.begin(ranks, settings.hang_timeout)
     set_kernels(settings.attention)
 
 

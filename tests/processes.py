@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
@@ -38,8 +38,9 @@ def _context() -> multiprocessing.context.BaseContext:
     return context
 
 
-def run_ranks(job: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
-    """`job(ranks, *arguments)` on `world_size` connected processes; what each returns, in the order of the ranks.
+def run_ranks(job: Callable[..., Any], world_size: int, *arguments: Any, lost: Collection[int] = ()) -> list[Any]:
+    """`job(ranks, *arguments)` on `world_size` connected processes; what each returns, in the order of the ranks, and
+    None for those that are `lost` on the way.
 
     Raises:
         RuntimeError: one of them failed; with its traceback.
@@ -48,23 +49,23 @@ def run_ranks(job: Callable[..., Any], world_size: int, *arguments: Any) -> list
     results = context.Queue()
     port = _free_port()
     processes = [
-        context.Process(target=_run, args=(job, rank, world_size, port, results, arguments), daemon=True)
+        context.Process(target=_run, args=(job, rank, world_size, port, results, arguments, not lost), daemon=True)
         for rank in range(world_size)
     ]
     for process in processes:
         process.start()
     returned: dict[int, Any] = {}
     try:
-        while len(returned) < world_size:
+        while len(returned) < world_size - len(lost):
             rank, value, error = results.get(timeout=TIMEOUT.total_seconds())
             if error:
                 raise RuntimeError(f"rank {rank} failed:\n{error}")
             returned[rank] = value
     finally:
         for process in processes:
-            process.join(timeout=10 if len(returned) == world_size else 0.1)
+            process.join(timeout=10 if len(returned) == world_size - len(lost) else 0.1)
             process.kill()
-    return [returned[rank] for rank in range(world_size)]
+    return [returned.get(rank) for rank in range(world_size)]
 
 
 def _check_server() -> None:
@@ -72,7 +73,9 @@ def _check_server() -> None:
     assert "tests.preload" in sys.modules, "run `python -m tests.preload` to see why it cannot be imported"
 
 
-def _run(job: Callable[..., Any], rank: int, world_size: int, port: int, results: Any, arguments: tuple) -> None:
+def _run(
+    job: Callable[..., Any], rank: int, world_size: int, port: int, results: Any, arguments: tuple, all_end: bool
+) -> None:
     from utils import ranks as together
 
     os.environ.update(
@@ -84,7 +87,8 @@ def _run(job: Callable[..., Any], rank: int, world_size: int, port: int, results
         ranks = together.from_environment()
         together.connect(ranks)
         value = job(ranks, *arguments)
-        together.disconnect()
+        if all_end:
+            together.disconnect()
         results.put((rank, value, None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))

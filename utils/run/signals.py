@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from utils.run.time_limit import TimeLimit
+from utils.run.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class StopRequests:
     Attributes:
         by_file: whether the run ended because of a file in its folder.
         time: the run's time, if it has a limit.
+        watch: over the other ranks.
         late: whether the run ends because of that.
     """
 
@@ -67,6 +69,7 @@ class StopRequests:
         self.received: int | None = None
         self.by_file = False
         self.time: TimeLimit | None = None
+        self.watch = Watch()
         self.late = False
         self._demanded_at: float | None = None
         self._warned = False
@@ -78,7 +81,11 @@ class StopRequests:
         self._before = {number: signal.signal(number, self._on_signal) for number in heard}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        if isinstance(error, Exception):
+            self.watch.failed(error)
+        else:
+            self.watch.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

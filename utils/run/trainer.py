@@ -29,6 +29,7 @@ from utils.run.reporting import PEAK_MEMORY
 from utils.run.results import results
 from utils.run.signals import SAVE, SAVE_AND_QUIT, FileRequests, StopRequested
 from utils.run.time_limit import CHECKPOINT
+from utils.run.watch import Work
 from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
@@ -104,10 +105,14 @@ class Trainer:
         lr, *lrs = learning_rates(step, bases, self.parts.settings, self.last_step)
         for group, own in zip(groups, lrs, strict=True):
             group["lr"] = own
+        watch = self.parts.stop.watch
+        watch.at(Work(f"step {step + 1}, waiting for its data", self._files_of_step, lambda: None))
         micro_batches = next(batches)
+        engine = self.parts.engine
+        watch.at(Work(f"step {step + 1}", self._files_of_step, lambda: engine.module.draw))
         try:
             numbers = self.epochs.share(self.progress.epoch, self.progress.step_in_epoch, self.parts.ranks.data_rank)
-            result = self.parts.engine.train_step(micro_batches, step, numbers)
+            result = engine.train_step(micro_batches, step, numbers)
         except torch.OutOfMemoryError as error:
             raise out_of_memory.explained(error, self.parts.settings, self.parts.folder, step + 1) from error
         if not isfinite(result.loss) or not isfinite(result.grad_norm):
@@ -134,6 +139,14 @@ class Trainer:
         if self.ends_epoch(done):
             values["train/epoch_loss"] = done.epoch_loss
         return done, values
+
+    def _files_of_step(self) -> list[str]:
+        """The files of this data rank's samples in the current step."""
+        epoch, index = self.progress.epoch, self.progress.step_in_epoch
+        step = self.epochs.step(epoch, index)
+        numbers = self.epochs.share(epoch, index, self.parts.ranks.data_rank)
+        samples = [sample for number in numbers for sample, _ in self.epochs.samples_of(step[number], epoch)]
+        return [str(sample.media.locator) for sample in samples]
 
     def _peak_memory(self) -> dict[str, float]:
         """The most that tensors took on one of the run's GPUs since the last call; nothing without a GPU."""
@@ -234,6 +247,7 @@ class Trainer:
         those after it are skipped."""
         for duty in due:
             started = time.monotonic()
+            self.parts.stop.watch.at(Work(f"{duty.name} after step {progress.step}"))
             try:
                 duty.perform(progress, epoch_ended)
             except StopRequested:
@@ -315,6 +329,7 @@ class Trainer:
         parts = self.parts
         state = (self.progress, parts.parameters, parts.optimizer, made_with, parts.ema, parts.shares)
         started = time.monotonic()
+        parts.stop.watch.at(Work(f"checkpoint of step {self.progress.step}"))
         path = saving.save(parts.folder, parts.ranks, *state, read_back=bool(parts.settings.keep_checkpoints))
         if parts.stop.time:
             parts.stop.time.took(CHECKPOINT, time.monotonic() - started)

@@ -195,6 +195,9 @@ class Settings(SettingsTable):
     """How long the run may take from its start, as in "3h50m" or in minutes: it stops by itself, with a checkpoint,
     early enough for what is done at the end, and before a step whose evaluation or samples would take too long. Exit
     code 0; `--resume_from_checkpoint` goes on, and has as much time again."""
+    hang_timeout: Duration = 20.0
+    """How long a step of several processes may come no further, as in "1h" or in minutes; then the run ends with exit
+    code 1, and says which process stands where. One that fails or dies ends the others within seconds."""
     micro_batch_size_per_gpu: MicroBatches = 1
     """Samples in one forward pass of one pipeline; or pairs of a resolution and a number, as in [[512, 4], [1024, 1]],
     of which the pair with the nearest resolution is used."""
