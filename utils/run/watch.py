@@ -101,7 +101,7 @@ class Watch:
         self._place, self._work = Place(), Work("preparing data or weights")
         self._since, self._last = time.monotonic(), None
         self._closed, self._told, self._lock = threading.Event(), threading.Event(), threading.Lock()
-        self._waiting = False
+        self._waiting = self._main_is_lost = False
         self._seen: dict[int, tuple[int, float]] = {}
         self._known: dict[int, Place] = {}
         self._main: Place | None = None
@@ -160,6 +160,7 @@ class Watch:
                 self._look_at_neighbours()
                 verdict = self._judged() if self.ranks.is_main else self._read_verdict()
             except dist.DistError:
+                self._main_is_lost = True
                 verdict = f"rank 0, at whose store the ranks meet, is gone. {_where(self._main)}"
             if verdict:
                 self._leave(verdict)
@@ -193,9 +194,15 @@ class Watch:
         )
 
     def _read_verdict(self) -> str | None:
-        if self._store.check(["0"]):
-            self._main = self._read(0)
-        return self._store.get("verdict").decode() if self._store.check(["verdict"]) else None
+        """The main rank's verdict, or one on the main rank itself, whose store may be its launcher's and outlive it."""
+        if self._store.check(["verdict"]):
+            return self._store.get("verdict").decode()
+        if not self._store.check(["0"]):
+            return None
+        self._main = self._read(0)
+        verdict = self._verdict_on({0: self._main})
+        self._main_is_lost = verdict is not None
+        return verdict
 
     def _read(self, rank: int) -> Place:
         return Place(**json.loads(self._store.get(str(rank))))
@@ -274,7 +281,7 @@ class Watch:
 
     def _say(self, verdict: str) -> None:
         # Where the main rank is gone, one on each machine tells.
-        if self.ranks.is_main or (self.ranks.local_rank <= 1 and "at whose store" in verdict):
+        if self.ranks.is_main or (self.ranks.local_rank <= 1 and self._main_is_lost):
             sys.stderr.write(f"\nerror: {verdict}\nThe other ranks wait for it in vain and end here; {GO_ON}\n")
         sys.stdout.flush()
         sys.stderr.flush()
