@@ -73,11 +73,10 @@ def done_since(checkpoint: Path) -> list[str]:
     if not path.exists():
         return []
     try:
-        done = read_json(path)["done"]
-    except (UserError, KeyError) as error:
+        return list(read_json(path)["done"])
+    except (UserError, KeyError, TypeError) as error:
         logger.warning("%s cannot be read, and what was due is done again: %s", path, reason_of(error))
         return []
-    return done if isinstance(done, list) else []
 
 
 def note_done(checkpoint: Path, duty: str) -> None:
