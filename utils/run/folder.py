@@ -239,9 +239,12 @@ def _saved_at(checkpoint: Path) -> float:
 
 def _measured_at(metrics: Path) -> float:
     """The time of the last number in a file of metrics, 0 if it has none."""
-    with metrics.open("rb") as file:
-        file.seek(max(0, metrics.stat().st_size - LAST_BYTES))
-        lines = file.read().splitlines()
+    try:
+        with metrics.open("rb") as file:
+            file.seek(max(0, metrics.stat().st_size - LAST_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0.0
     # The last one may have been cut by a kill.
     for line in reversed(lines[-2:]):
         try:

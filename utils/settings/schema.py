@@ -194,7 +194,7 @@ class Settings(SettingsTable):
     time_limit: Duration | None = None
     """How long the run may take from its start, as in "3h50m" or in minutes: it stops by itself, with a checkpoint,
     early enough for what is done at the end, and before a step whose evaluation or samples would take too long. Exit
-    code 0; `--resume_from_checkpoint` goes on, and has as much time again."""
+    code 0; `--resume_from_checkpoint` goes on, first with what was due and not done, and has as much time again."""
     micro_batch_size_per_gpu: MicroBatches = 1
     """Samples in one forward pass of one pipeline; or pairs of a resolution and a number, as in [[512, 4], [1024, 1]],
     of which the pair with the nearest resolution is used."""
