@@ -91,6 +91,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
         from models.assembly import checkpoint_export, data, dump, plan, preflight, trainer
         from utils.parallel.backend import initialize_deepspeed
         from utils.run.checkpoint import ResumeFlags
+        from utils.run.in_use import RunLock
 
     if settings.time_limit:
         stop.time = TimeLimit(60 * settings.time_limit, started)
@@ -113,30 +114,27 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
         dump.prepare_folder(arguments.dump_dataset)
 
     meet(ranks, stop, settings, arguments.master_port)
-    flags = ResumeFlags(
-        arguments.resume_from_checkpoint,
-        arguments.reset_dataloader,
-        arguments.reset_optimizer,
-        arguments.reset_optimizer_params,
-    )
-    checkpoint = trainer.open_checkpoint(settings, flags, staged, ranks)
-    cached = data.cached_data(
-        settings, ranks, pipeline, sources, scan, owner=arguments.config, regenerate=arguments.regenerate_cache
-    )
-    if arguments.dump_dataset and ranks.is_main:
-        dump.dump(settings, pipeline, cached, ranks, arguments.dump_dataset, stop.raise_if_stopping)
-    if looks:
-        return True
+    resets = (arguments.reset_dataloader, arguments.reset_optimizer, arguments.reset_optimizer_params)
+    flags = ResumeFlags(arguments.resume_from_checkpoint, *resets)
+    with RunLock() as in_use:
+        checkpoint = trainer.open_checkpoint(settings, flags, staged, ranks, None if looks else in_use)
+        cached = data.cached_data(
+            settings, ranks, pipeline, sources, scan, owner=arguments.config, regenerate=arguments.regenerate_cache
+        )
+        if arguments.dump_dataset and ranks.is_main:
+            dump.dump(settings, pipeline, cached, ranks, arguments.dump_dataset, stop.raise_if_stopping)
+        if looks:
+            return True
 
-    settings = plan.settled(
-        settings, ranks, pipeline, staged, cached, checkpoint, restart_data=arguments.reset_dataloader
-    )
-    initialize_deepspeed()
-    built = trainer.build_trainer(
-        settings, ranks, pipeline, cached, stop, config=arguments.config, flags=flags, checkpoint=checkpoint
-    )
-    logger.info("ready after %.1f s", time.monotonic() - started)
-    return train(built)
+        settings = plan.settled(
+            settings, ranks, pipeline, staged, cached, checkpoint, restart_data=arguments.reset_dataloader
+        )
+        initialize_deepspeed()
+        built = trainer.build_trainer(
+            settings, ranks, pipeline, cached, stop, arguments.config, flags, in_use, checkpoint=checkpoint
+        )
+        logger.info("ready after %.1f s", time.monotonic() - started)
+        return train(built)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

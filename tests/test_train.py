@@ -152,7 +152,9 @@ def test_older_checkpoints_go_but_for_the_one_that_was_resumed(write_config: Cal
     codes, log = launch(config, "--resume_from_checkpoint", str(run / "global_step2"))
     assert codes == [0], log
     assert {p.name for p in run.glob("global_step*")} == {"global_step2", "global_step5", "global_step6"}
-    assert {p.name for p in run.iterdir()} >= {"step3", "epoch2", "epoch3"}
+    # And no export goes.
+    assert {p.name for p in run.iterdir()} >= {"epoch2", "epoch3", "after_step2.set_aside"}
+    assert {p.name for p in (run / "after_step2.set_aside").glob("*step3")} == {"step3", "global_step3"}
 
 
 def test_an_export_takes_the_place_of_none_after_the_data_began_anew(write_config: Callable[..., Path]) -> None:
@@ -165,9 +167,10 @@ def test_an_export_takes_the_place_of_none_after_the_data_began_anew(write_confi
     codes, log = launch(write_config(max_steps=5, ema={}), *words)
     assert codes == [0], log
     # The second epoch, in which the checkpoint was made, begins anew: two more steps are its end.
-    names = {"epoch2", "epoch2_ema", "epoch2_step5", "epoch2_step5_ema"}
-    assert {p.name for p in run.glob("epoch*")} == names
-    again = newest_export(run)
+    aside = run / "after_step3.set_aside"
+    for place in (run, aside):
+        assert {p.name for p in place.glob("epoch*")} == {"epoch2", "epoch2_ema"}
+    again = newest_export(aside)
     assert all(torch.equal(again[name], before[name]) for name in before)
 
 

@@ -34,10 +34,12 @@ from utils.parallel.swap import BlockSwap
 from utils.parallel.wire import map_tensors
 from utils.ranks import Ranks
 from utils.run import folder as run_folder
+from utils.run.branches import begin_branch
 from utils.run.cadence import Duty
 from utils.run.checkpoint import Checkpoint, ResumeFlags, damage_in, identity_of, of_other_run, run_of
 from utils.run.display import go_on_in
 from utils.run.duties import make_duties
+from utils.run.in_use import RunLock
 from utils.run.metrics import Metrics
 from utils.run.parts import RunParts
 from utils.run.progress import Progress
@@ -48,21 +50,36 @@ from utils.settings.schema import Settings
 
 
 def open_checkpoint(
-    settings: Settings, flags: ResumeFlags, staged: StagedModel, ranks: Ranks | None = None
+    settings: Settings,
+    flags: ResumeFlags,
+    staged: StagedModel,
+    ranks: Ranks | None = None,
+    in_use: RunLock | None = None,
 ) -> Checkpoint | None:
     """The checkpoint to go on from, if one is asked for, checked against its checksums, the settings and what they
     train. All ranks call it; None stands for one that is alone.
 
+    Args:
+        in_use: takes the folder of the checkpoint's run; None where nothing is written there.
+
     Raises:
-        UserError: there is none, or it is damaged or does not fit.
+        UserError: there is none, or it is damaged or does not fit, or another run goes on in its folder.
     """
     if flags.source is None:
         return None
+    alone = ranks or Ranks()
+
+    def damage(folder: Path) -> str | None:
+        # Before it is read, which takes time, and while another run may remove it.
+        if in_use:
+            in_use.take(folder.parent, alone)
+        return damage_in(folder, alone)
+
     found = run_folder.find_checkpoint(
         settings.output_dir,
         flags.source,
         partial(of_other_run, settings=settings),
-        partial(damage_in, ranks=ranks),
+        damage,
     )
     checkpoint = Checkpoint(found)
     checkpoint.warn_of_other_run(run_of(settings))
@@ -83,15 +100,17 @@ def build_trainer(
     pipeline: BasePipeline,
     data: Data,
     stop: StopRequests,
-    *,
     config: Path,
     flags: ResumeFlags,
+    in_use: RunLock,
+    *,
     checkpoint: Checkpoint | None = None,
 ) -> Trainer:
     """Loads this stage's weights and puts the engine, the batches and the run's folder together.
 
     Args:
         config: the run's file, which is copied into its folder.
+        in_use: has the folder of the checkpoint's run, or takes that of a new one.
         checkpoint: what the run goes on from, as `flags` say.
 
     Raises:
@@ -117,9 +136,12 @@ def build_trainer(
     batches = _batches(settings, ranks, data, epochs, reader, noising)
     ema = restore_or_start(settings, flags, checkpoint, progress, parameters, optimizer, shares)
     if checkpoint:
+        if ranks.is_main:
+            begin_branch(checkpoint.folder, checkpoint.progress.step)
         folder = run_folder.go_on(checkpoint.folder.parent, settings, ranks, config, progress.step)
     else:
         folder = run_folder.create(settings, ranks, config)
+    in_use.take(folder, ranks)
     if ranks.is_main:
         go_on_in(folder)
     metrics = Metrics.from_settings(
@@ -131,7 +153,9 @@ def build_trainer(
     )
     run = RunParts(settings, ranks, engine, optimizer, parameters, shares, folder, metrics, stop, ema)
     duties = _duties(run, pipeline, data, reader, noising, staged)
-    return Trainer(run, batches, progress, duties, checkpoint and checkpoint.folder)
+    if not checkpoint:
+        return Trainer(run, batches, progress, duties)
+    return Trainer(run, batches, progress, duties, checkpoint.folder, checkpoint.still_owed())
 
 
 def restore_or_start(

@@ -1,5 +1,5 @@
-"""Locks of a cache. One run at a time fills it, and the next one is told which run that is. While any run reads it,
-nothing is deleted that this run may want."""
+"""Locks of folders. One run at a time fills a cache, or goes on in the folder of a run, and the next one is told which
+run that is. While any run reads a cache, nothing is deleted that this run may want."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class CacheBusy(UserError):
     """Another run holds the cache."""
 
 
-class CacheLock:
-    """The lock that the main process of a run holds while the run fills the cache; reading needs no lock.
+class HeldFile:
+    """A file that one process at a time holds, and that says who it is.
 
-    It is a kernel lock (flock on a file in the cache's folder) that ends with the process; the file says who holds it,
-    and stays. It works between machines if the file system passes such locks on: NFS, CephFS, GPFS, Lustre mounted
-    with `flock`. On file systems without locks, every process gets it.
+    It is a kernel lock (flock) that ends with the process; the file stays. It works between machines if the file system
+    passes such locks on: NFS, CephFS, GPFS, Lustre mounted with `flock`. On file systems without locks, every process
+    gets it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK_NAME
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> Self:
@@ -41,6 +41,41 @@ class CacheLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+    def take(self) -> bool:
+        """Takes the file, unless another process holds it. Returns whether it was taken."""
+        assert self._file is None, "taken twice"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = self.path.open("a+b", buffering=0)
+        if not lock(file, without=True):
+            file.close()
+            return False
+        self._file = file
+        now = datetime.now().astimezone().isoformat(" ", "seconds")
+        # The lock is valid without the holder's name too, if the disk is full.
+        with suppress(OSError):
+            file.truncate(0)
+            file.write(f"host {socket.gethostname()}, pid {os.getpid()}, since {now}\n".encode())
+        return True
+
+    def release(self) -> None:
+        """Lets the file go, if it is held."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.truncate(0)
+            self._file.close()
+            self._file = None
+
+    def holder(self) -> str:
+        """A description of the last holder; a process that is just taking the file has not written its own yet."""
+        return self.path.read_text(errors="replace").strip() or "a run that is just starting"
+
+
+class CacheLock(HeldFile):
+    """What the main process of a run holds while the run fills the cache; reading needs no lock."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / LOCK_NAME)
 
     def acquire(self, wait_seconds: float, on_wait: Callable[[str], None]) -> None:
         """Takes the lock, and waits for it if necessary.
@@ -51,41 +86,17 @@ class CacheLock:
         Raises:
             CacheBusy: another run still holds it after this many seconds.
         """
-        assert self._file is None, "acquired twice"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = self.path.open("a+b", buffering=0)
         deadline = time.monotonic() + wait_seconds
         told = ""
-        try:
-            while not lock(file, without=True):
-                holder = self.holder()
-                if time.monotonic() >= deadline:
-                    what = f"another run fills this cache: {holder}; wait for it or end it, or use another cache"
-                    raise CacheBusy.of(what, str(self.path))
-                if holder != told:
-                    on_wait(holder)
-                    told = holder
-                time.sleep(min(SECONDS_BETWEEN_TRIES, max(0.0, deadline - time.monotonic())))
-            now = datetime.now().astimezone().isoformat(" ", "seconds")
-            # The lock is valid without the holder's name too, if the disk is full.
-            with suppress(OSError):
-                file.truncate(0)
-                file.write(f"host {socket.gethostname()}, pid {os.getpid()}, since {now}\n".encode())
-        except BaseException:
-            file.close()
-            raise
-        self._file = file
-
-    def release(self) -> None:
-        """Releases the lock, if it is held."""
-        if self._file is not None:
-            self._file.truncate(0)
-            self._file.close()
-            self._file = None
-
-    def holder(self) -> str:
-        """A description of the last holder; a process that is just taking the lock has not written its own yet."""
-        return self.path.read_text().strip() or "a run that is just starting"
+        while not self.take():
+            holder = self.holder()
+            if time.monotonic() >= deadline:
+                what = f"another run fills this cache: {holder}; wait for it or end it, or use another cache"
+                raise CacheBusy.of(what, str(self.path))
+            if holder != told:
+                on_wait(holder)
+                told = holder
+            time.sleep(min(SECONDS_BETWEEN_TRIES, max(0.0, deadline - time.monotonic())))
 
 
 def reading(folder: Path) -> BinaryIO:

@@ -62,7 +62,9 @@ class Duty:
         before_first_step: whether it is also due before training.
         at_end: whether it is also due after the last step.
         at_stop: whether it is also due after the step at which the run is stopped.
-        interruptible: whether it is skipped or interrupted when the run is asked to stop.
+        interruptible: whether it comes after the checkpoint, and is interrupted or left when the run is asked to stop;
+            then the run owes it, and does it first when it goes on.
+        measures: name of a number -> whether the duty writes it among the metrics.
         without_steps: does what is still asked for if a run that has come to its end is started again; takes the
             progress.
     """
@@ -74,4 +76,5 @@ class Duty:
     at_end: bool = False
     at_stop: bool = False
     interruptible: bool = True
+    measures: Callable[[str], bool] = lambda name: False
     without_steps: Callable[[Progress], None] | None = None

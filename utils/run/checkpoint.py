@@ -3,8 +3,9 @@
     global_step1200/
         state-0.safetensors ...   per stage: "weights/<parameter>", "optimizer/<parameter>/<key>", "ema/<parameter>"
         state-0.1.safetensors ... what further data ranks of a stage have of the latter two, where they divide them
-        progress.json             the progress of the run, and settings that bind the checkpoint
+        progress.json             the progress of the run, what is owed, and settings that bind the checkpoint
         checksums.json            of all of these files
+        done.json                 what was owed and has been done since, see `owed.py`
     latest                        the name of the newest complete checkpoint
 
 `saving.py` writes them. Random numbers and orders need no state, since they are functions of the seed and the progress.
@@ -31,14 +32,14 @@ from utils.errors import UserError
 from utils.json_files import read_json
 from utils.ranks import Ranks, gather
 from utils.run.checksums import damage_of, own_sum
-from utils.run.folder import checkpoints_before
+from utils.run.folder import PROGRESS, checkpoints_before
+from utils.run.owed import Owed, done_since, owed_in
 from utils.run.progress import Progress
 from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-PROGRESS = "progress.json"
 CHECKSUMS = "checksums.json"
 CHECKSUMS_KEY = "checksums"
 MADE_WITH = ("identity", "optimizer", "steps_in_epoch")
@@ -196,6 +197,7 @@ class Checkpoint:
             self.run: dict[str, Any] | None = content["made_with"].get("run")
             self.order: dict[str, Any] | None = content["made_with"].get("order")
             self.ema_since: int | None = content.get("ema_since")
+            self.owed = owed_in(content, self.progress)
             stages = int(content.get("stages", len(list(folder.glob("state-*.safetensors")))))
             shares = int(content.get("shares", 1))
         except (KeyError, TypeError, ValueError) as error:
@@ -279,6 +281,13 @@ class Checkpoint:
         if progress.step_in_epoch >= epochs.steps_in(progress.epoch):
             progress = progress.next_epoch()
         return StartingPoint(progress, epochs, remark)
+
+    def still_owed(self) -> Owed:
+        """What was due after the checkpoint's step and is not done yet."""
+        owed = self.owed
+        for duty in done_since(self.folder) if owed.duties else ():
+            owed = owed.without(duty)
+        return owed
 
     def check_weights(self, parameters: NamedParameters) -> None:
         """Whether the checkpoint has weights for exactly the parameters that the run trains, from its headers.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from functools import partial
 
 from utils.dataset.batches import EvaluationBatches
 from utils.ranks import gather
@@ -18,6 +19,9 @@ from utils.run.sampling import SampleModel, sample
 from utils.run.time_limit import EXPORT
 
 logger = logging.getLogger(__name__)
+
+AVERAGED = "ema_"
+"""What the names of the averages' losses begin with."""
 
 
 def make_duties(
@@ -36,16 +40,18 @@ def make_duties(
         plan: what exports contain.
     """
     return [
-        *([_evaluation(run, sets, prepare)] if sets else []),
+        *(_evaluations(run, sets, prepare) if sets else []),
         *([_sampling(run, sampler)] if run.settings.sampling.prompts else []),
         _export(run, plan),
     ]
 
 
-def _evaluation(run: RunParts, sets: Mapping[str, EvaluationBatches], prepare: Prepare) -> Duty:
+def _evaluations(run: RunParts, sets: Mapping[str, EvaluationBatches], prepare: Prepare) -> list[Duty]:
+    """That of the weights, and that of the averages, which is one of its own: a stop between them takes neither away,
+    and neither is made twice."""
     settings, ema = run.settings, run.ema
 
-    def measure(progress: Progress, prefix: str = "") -> None:
+    def measure(progress: Progress, prefix: str) -> None:
         attempt = Attempt(f"evaluation {prefix}{progress.step}", run.ranks, run.stop.pending)
         results = evaluate(run.engine, run.ranks, sets, prepare, attempt, prefix)
         run.metrics.scalars(results, progress.step)
@@ -53,14 +59,25 @@ def _evaluation(run: RunParts, sets: Mapping[str, EvaluationBatches], prepare: P
             loss = f"{name}/{prefix}loss"
             logger.info("step %d: %s %.5f", progress.step, loss, results[loss])
 
-    def perform(progress: Progress, epoch_ended: bool) -> None:
-        measure(progress)
-        if ema and ema.settings.evaluate:
-            with ema.swapped():
-                measure(progress, "ema_")
+    def of_weights(progress: Progress, epoch_ended: bool) -> None:
+        measure(progress, "")
+
+    def of_averages(progress: Progress, epoch_ended: bool) -> None:
+        with ema.swapped():
+            measure(progress, AVERAGED)
 
     cadence = Cadence(settings.eval_every_n_steps, settings.eval_every_n_epochs, settings.eval_every_n_examples)
-    return Duty("evaluation", perform, cadence, before_first_step=settings.eval_before_first_step, at_end=True)
+    when = {"cadence": cadence, "before_first_step": settings.eval_before_first_step, "at_end": True}
+    duties = [Duty("evaluation", of_weights, measures=partial(is_loss_of, sets, ""), **when)]
+    if ema and ema.settings.evaluate:
+        measures = partial(is_loss_of, sets, AVERAGED)
+        duties.append(Duty("evaluation of averages", of_averages, measures=measures, **when))
+    return duties
+
+
+def is_loss_of(sets: Iterable[str], prefix: str, name: str) -> bool:
+    """Whether `name` is one of the numbers that an evaluation of these sets yields; see `evaluate`."""
+    return any(name == loss or name.startswith(f"{loss}_quantile_") for loss in (f"{own}/{prefix}loss" for own in sets))
 
 
 def _sampling(run: RunParts, sampler: SampleModel) -> Duty:

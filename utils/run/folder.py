@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 import toml
 
 from utils.errors import UserError
+from utils.json_files import read_json
 from utils.ranks import Ranks, barrier, gather
 from utils.run.durable import write_bytes
 from utils.settings.reader import write_resolved
@@ -29,15 +31,21 @@ OTHER_KEY = re.compile(KEY + r"""["']?\s*[=:]\s*+(?!(?:""|'')(?!["']))""")
 """The key of an account with a value that is not empty, also in a comment."""
 REPLACED = ".replaced"
 """What a checkpoint's name ends with while another of the same step takes its place."""
+PROGRESS = "progress.json"
+METRICS = "metrics.jsonl"
+LAST_BYTES = 4096
+"""A line of metrics is shorter than that."""
+SAVED_AT = "saved_at"
+"""Where a checkpoint's `progress.json` says when it was written, in seconds since 1970."""
 CHECKPOINT_NAME = re.compile(r"global_step(\d+)(\.replaced)?")
 
 
 def new_name(output_dir: Path) -> str:
     """A name for a new run: the UTC date and time, and a number if that second is taken."""
-    return _free_name(output_dir, datetime.now(UTC).strftime("%Y%m%d_%H-%M-%S"))
+    return free_name(output_dir, datetime.now(UTC).strftime("%Y%m%d_%H-%M-%S"))
 
 
-def _free_name(folder: Path, name: str) -> str:
+def free_name(folder: Path, name: str) -> str:
     """The name, or with the lowest number behind it that is not taken in the folder."""
     names = chain([name], (f"{name}_{number}" for number in count(2)))
     return next(candidate for candidate in names if not (folder / candidate).exists())
@@ -71,7 +79,7 @@ def go_on(folder: Path, settings: Settings, ranks: Ranks, config: Path, step: in
     """The folder of a run that goes on from `step`, in which this leaves a record of its own: what `create` copies, in
     `resumed_step500`, since settings may have changed."""
     if ranks.is_main:
-        record = folder / _free_name(folder, f"resumed_step{step}")
+        record = folder / free_name(folder, f"resumed_step{step}")
         _make(record)
         _record(record, settings, config)
         logger.info("run folder: %s; the settings from step %d on: %s", folder, step, record.name)
@@ -171,9 +179,7 @@ def find_checkpoint(
     Raises:
         UserError: there is none, or it is damaged, or holds no checkpoint; says what there is.
     """
-    runs = (
-        sorted(p for p in output_dir.glob("*") if p.is_dir() and RUN_NAME.match(p.name)) if output_dir.is_dir() else []
-    )
+    runs = runs_in(output_dir)
     resumable = [run for run in runs if _newest_first(run)]
     known = ", ".join(run.name for run in resumable[-5:]) or "none"
     if not asked:
@@ -206,6 +212,46 @@ def find_checkpoint(
             where="--resume_from_checkpoint",
         )
     return _newest_whole(folder, damage_in)
+
+
+def runs_in(output_dir: Path) -> list[Path]:
+    """The folders of runs, the one that has come further last at the end. When that was, is known by what is in it; a
+    name may have been given by a clock that was wrong, or by a user."""
+    named = [path for path in output_dir.glob("*") if path.is_dir() and RUN_NAME.match(path.name)]
+    return sorted(named, key=lambda run: (_active_at(run), run.name))
+
+
+def _active_at(run: Path) -> float:
+    """When a run wrote its newest checkpoint, or a number if that was later; if neither, when it began."""
+    times = [_saved_at(checkpoint) for checkpoint in _newest_first(run)[:1]]
+    times += [_measured_at(run / METRICS)] if (run / METRICS).is_file() else []
+    return max(times, default=run.stat().st_mtime)
+
+
+def _saved_at(checkpoint: Path) -> float:
+    path = checkpoint / PROGRESS
+    try:
+        return float(read_json(path)[SAVED_AT])
+    except (UserError, KeyError, TypeError, ValueError):
+        # Of an earlier version, or damaged.
+        return path.stat().st_mtime if path.is_file() else 0.0
+
+
+def _measured_at(metrics: Path) -> float:
+    """The time of the last number in a file of metrics, 0 if it has none."""
+    try:
+        with metrics.open("rb") as file:
+            file.seek(max(0, metrics.stat().st_size - LAST_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0.0
+    # The last one may have been cut by a kill.
+    for line in reversed(lines[-2:]):
+        try:
+            return float(json.loads(line)["time"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return 0.0
 
 
 def _newest_of_this_config(runs: Sequence[Path], of_other_run: Callable[[Path], Sequence[str]]) -> Path:

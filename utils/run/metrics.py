@@ -19,7 +19,7 @@ from PIL import Image
 
 from utils.errors import UserError
 from utils.run.attempts import reason_of
-from utils.run.folder import KeptRecords
+from utils.run.folder import METRICS, KeptRecords
 from utils.settings.schema import MonitoringSettings
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ class Sink(Protocol):
 
     def scalars(self, values: dict[str, float], step: int) -> None: ...
     def picture(self, name: str, picture: Image.Image, step: int) -> None: ...
+    def measured_again(self, which: Callable[[str], bool], at: int) -> None: ...
     def begin_again(self) -> None: ...
     def close(self) -> None: ...
 
@@ -85,9 +86,13 @@ class JsonLines:
     tries_again = True
 
     def __init__(self, folder: Path, resumed_at: int | None = None):
-        self.path, self.waiting = folder / "metrics.jsonl", b""
+        self.path, self.waiting = folder / METRICS, b""
         if resumed_at is not None and self.path.exists():
-            _cut_after(self.path, resumed_at)
+            removed = _cut(self.path, lambda name, step: step <= resumed_at)
+            if removed:
+                logger.info(
+                    "metrics of the steps %d to %d are cut: these steps are made again", min(removed), max(removed)
+                )
         self.file = self.path.open("a+b", buffering=0)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -108,6 +113,13 @@ class JsonLines:
     def picture(self, name: str, picture: Image.Image, step: int) -> None:
         pass
 
+    def measured_again(self, which: Callable[[str], bool], at: int) -> None:
+        self.file.close()
+        try:
+            _cut(self.path, lambda name, step: step < inf and not (step == at and which(name)))
+        finally:
+            self.file = self.path.open("a+b", buffering=0)
+
     def begin_again(self) -> None:
         """The file was deleted: as long as it is open, what was in it is still there."""
         before = self.file
@@ -123,19 +135,28 @@ class JsonLines:
             self.file.close()
 
 
-def _cut_after(path: Path, step: int) -> None:
-    """Removes everything that was measured after `step`, and an incomplete line of a killed run."""
-    beside = path.with_name(path.name + ".new")
+def _cut(path: Path, keeps: Callable[[str, float], bool]) -> list[float]:
+    """Removes all lines but those that `keeps` (name, step), and an incomplete one of a killed run. Returns the steps
+    of those that are removed."""
+    beside, removed = path.with_name(path.name + ".new"), []
     with path.open(encoding="utf-8", errors="replace") as old, beside.open("w", encoding="utf-8") as new:
-        new.writelines(line for line in old if _step_of(line) <= step)
+        for line in old:
+            name, step = _of_line(line)
+            if keeps(name, step):
+                new.write(line)
+            elif step < inf:
+                removed.append(step)
     os.replace(beside, path)
+    return removed
 
 
-def _step_of(line: str) -> float:
+def _of_line(line: str) -> tuple[str, float]:
+    """The name and the step of a number; a step after all others, if the line is not whole."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else inf
+        found = json.loads(line)
+        return (str(found["name"]), float(found["step"])) if line.endswith("\n") else ("", inf)
     except (ValueError, KeyError, TypeError):
-        return inf
+        return "", inf
 
 
 class TensorBoard:
@@ -154,6 +175,9 @@ class TensorBoard:
 
     def picture(self, name: str, picture: Image.Image, step: int) -> None:
         self.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+
+    def measured_again(self, which: Callable[[str], bool], at: int) -> None:
+        """Its files take nothing back but all of a step; it shows the number twice, which is the same."""
 
     def begin_again(self) -> None:
         # The old writer has no file to close any more.
@@ -187,6 +211,9 @@ class WeightsAndBiases:
 
     def picture(self, name: str, picture: Image.Image, step: int) -> None:
         self.run.log({name: self.wandb.Image(picture)}, step=step)
+
+    def measured_again(self, which: Callable[[str], bool], at: int) -> None:
+        """What was sent stays, and the same number comes again."""
 
     def begin_again(self) -> None:
         """What it sends is on its way, and needs no folder."""
@@ -236,6 +263,10 @@ class Metrics:
 
     def picture(self, name: str, picture: Image.Image, step: int) -> None:
         self._each(lambda sink: sink.picture(name, picture, step))
+
+    def measured_again(self, which: Callable[[str], bool], at: int) -> None:
+        """Forgets the numbers `at` a step whose names are `which`, since they are about to come again."""
+        self._each(lambda sink: sink.measured_again(which, at))
 
     def close(self) -> None:
         self._each(lambda sink: sink.close())

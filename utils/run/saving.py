@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from utils.errors import UserError
 from utils.parallel.sharding import Shares
 from utils.ranks import Ranks, gather
 from utils.run.attempts import Attempt, Failed
-from utils.run.checkpoint import CHECKSUMS, CHECKSUMS_KEY, FORMAT, PROGRESS, NamedParameters, state_file
+from utils.run.checkpoint import CHECKSUMS, CHECKSUMS_KEY, FORMAT, NamedParameters, state_file
 from utils.run.checksums import Sums, damage_of, forget_cached, own_sum, sums_of
 from utils.run.durable import replace_text, sync_folder, write_bytes
-from utils.run.folder import LATEST, REPLACED, checkpoints_before
+from utils.run.folder import LATEST, PROGRESS, REPLACED, SAVED_AT, checkpoints_before
+from utils.run.owed import OWED, Owed
 from utils.run.progress import Progress
 from utils.run.tensor_file import write_tensors
 
@@ -40,6 +42,7 @@ def save(
     ema: EMA | None = None,
     shares: Shares | None = None,
     *,
+    owed: Owed | None = None,
     read_back: bool = False,
 ) -> Path:
     """Writes the checkpoint of this step into the run's folder; all ranks call it, and one per stage writes, or all
@@ -51,6 +54,7 @@ def save(
             differ.
         ema: the averages of these parameters, if there are any.
         shares: which of the parameters `optimizer` has, and `ema`; default: all of them, as they are.
+        owed: what is still to be done after this step; default: nothing.
         read_back: reads what was written before the checkpoint counts, since older ones are to be removed.
 
     Raises:
@@ -60,15 +64,8 @@ def save(
     name = f"global_step{progress.step}"
     unfinished = folder / f"{name}{UNFINISHED}"
     attempt = Attempt(f"checkpoint {progress.step}", ranks)
-    content = {
-        "format": FORMAT,
-        "stages": ranks.stages,
-        "shares": ranks.data_ranks if shares.divided else 1,
-        "progress": progress.as_dict(),
-        "made_with": dict(made_with),
-        "ema_since": ema and ema.since,
-        CHECKSUMS_KEY: CHECKSUMS,
-    }
+    shared = ranks.data_ranks if shares.divided else 1
+    content = _content(ranks, progress, made_with, owed or Owed(progress), ema_since=ema and ema.since, shares=shared)
     try:
         if ranks.is_main:
             attempt.alone(_make_anew, unfinished)
@@ -86,10 +83,25 @@ def save(
     except Failed as failed:
         if ranks.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
-        raise UserError.of(
-            f"the checkpoint of step {progress.step} is not written: {failed}. {_newest(folder)}", str(folder)
-        ) from failed
+        why = f"the checkpoint of step {progress.step} is not written: {failed}. {_newest(folder)}"
+        raise UserError.of(why, str(folder)) from failed
     return folder / name
+
+
+def _content(
+    ranks: Ranks, progress: Progress, made_with: Mapping[str, Any], owed: Owed, **further: Any
+) -> dict[str, Any]:
+    """What `progress.json` says."""
+    return {
+        "format": FORMAT,
+        SAVED_AT: time.time(),
+        "stages": ranks.stages,
+        "progress": progress.as_dict(),
+        OWED: owed.as_dict(),
+        "made_with": dict(made_with),
+        CHECKSUMS_KEY: CHECKSUMS,
+        **further,
+    }
 
 
 def _newest(folder: Path) -> str:

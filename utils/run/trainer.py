@@ -23,6 +23,7 @@ from utils.run import checkpoint, out_of_memory, saving
 from utils.run.attempts import Failed, is_expected, reason_of
 from utils.run.cadence import Cadence, Duty
 from utils.run.folder import LATEST, checkpoints_before
+from utils.run.owed import Owed, note_done
 from utils.run.parts import RunParts
 from utils.run.progress import Progress
 from utils.run.reporting import PEAK_MEMORY
@@ -58,6 +59,7 @@ class Trainer:
         progress: advances with every step.
         duties: the work between two steps, in this order.
         resumed_from: the checkpoint from which the run went on.
+        owed: what is due after the last step and not done yet; at first, what `resumed_from` owes.
     """
 
     parts: RunParts
@@ -65,6 +67,7 @@ class Trainer:
     progress: Progress
     duties: Sequence[Duty] = ()
     resumed_from: Path | None = None
+    owed: Owed | None = None
 
     def __post_init__(self) -> None:
         settings = self.parts.settings
@@ -75,6 +78,9 @@ class Trainer:
         )
         self.requests = FileRequests(self.parts.folder)
         self.lacks_export = False
+        self.owed = self.owed or Owed(self.progress)
+        # Whether it owes anything, and then what of that is done, is noted in the checkpoint of this step.
+        self.owes, self.saved = bool(self.owed.duties), self.resumed_from
         self._since = time.monotonic()
         if self.parts.stop.time:
             # Weights with two moments.
@@ -169,50 +175,76 @@ class Trainer:
         return done.step_in_epoch == self.epochs.steps_in(done.epoch)
 
     def begin(self) -> bool:
-        """Does what is due before the first step of a run. Returns whether all ranks must stop here."""
+        """Does what the checkpoint owes from which the run goes on, or what is due before the first step of a run.
+        Returns whether all ranks must stop here."""
         warn_of_warmup(self.parts.settings, self.last_step)
         # What filled the cache is gone.
         self._peak_memory()
-        due = [duty for duty in self.duties if duty.before_first_step] if self.progress.step == 0 else []
-        interrupted = self._perform(due, self.progress, False)
+        if self.owed.duties:
+            interrupted = self._catch_up()
+        else:
+            due = [duty for duty in self.duties if duty.before_first_step] if self.progress.step == 0 else []
+            interrupted = self._perform(due, self.progress, False)
         return self._vote(False) or interrupted
+
+    def _catch_up(self) -> bool:
+        """Does what the checkpoint owes. Returns whether a stop interrupted it."""
+        owed = self.owed
+        due = [duty for duty in self.duties if duty.name in owed.duties]
+        due.sort(key=lambda duty: duty.interruptible)
+        names, step = ", ".join(duty.name for duty in due), owed.progress.step
+        if due:
+            logger.info("what was due after step %d and is not done comes first: %s", step, names)
+            # The run may have been killed after a number was written and before that was noted.
+            self.parts.metrics.measured_again(lambda name: any(duty.measures(name) for duty in due), step)
+        for name in owed.duties:
+            if name not in {duty.name for duty in due}:
+                logger.warning("%s after step %d is not done, and this config does not ask for it", name, step)
+                self._settle(name)
+        return self._perform(due, owed.progress, owed.epoch_ended)
 
     def advance(self, done: Progress) -> bool:
         """Does what is due after the step that led to `done`: what saves it comes first, then what may be interrupted
-        or fail. Returns whether all ranks must stop here."""
+        or fail. Of what a stop leaves no time for, the checkpoint says that it is owed. Returns whether all ranks must
+        stop here."""
         before, ended, last = self.progress, self.ends_epoch(done), done.step == self.last_step
         due = self._due(before, done, ended)
+        exports, looks = ([duty for duty in due if duty.interruptible == kind] for kind in (False, True))
+        self.owed, self.saved = Owed(done, ended, tuple(duty.name for duty in due)), None
         self.progress = done.next_epoch() if ended else done
         # A signal reaches one process, and clocks differ: the ranks have to agree, since all of them save together.
         is_main, requests, stop = self.parts.ranks.is_main, self.requests, self.parts.stop
-        asked, late, overdue, save, quit_too = any_rank(
+        asked, is_up, late, overdue, save, quit_too = any_rank(
             [
                 stop.asked(),
-                stop.time_is_up() or (is_main and not last and self._is_out_of_time()),
+                stop.time_is_up(),
+                is_main and not last and self._is_out_of_time(),
                 is_main and self.checkpoints.overdue(),
                 is_main and requests.asked(SAVE),
                 is_main and requests.asked(SAVE_AND_QUIT),
             ]
         )
+        late = late or is_up
         if late and not stop.late and is_main:
             logger.warning("the time_limit leaves no time for another step and what is due after it")
         stop.by_file, stop.late = quit_too, stop.late or late
-        self._perform([duty for duty in due if not duty.interruptible], done, ended)
+        if not (asked or late):
+            self._perform(exports, done, ended)
         # Without an export, what the last step has made is in no other place.
         at_end = last and (self.checkpoints.ever or self.lacks_export)
-        saved = asked or late or quit_too or save or overdue or at_end or self.checkpoints.due(before, done, ended)
-        if saved:
+        if asked or late or quit_too or save or overdue or at_end or self.checkpoints.due(before, done, ended):
             self.save_checkpoint()
-        looks = [duty for duty in due if duty.interruptible]
+        if asked or late:
+            # After the checkpoint, without which more would be lost if a launcher or a job scheduler does not wait.
+            self._perform([duty for duty in exports if duty.at_stop or not (asked or is_up)], done, ended)
         interrupted = asked or self._perform(looks, done, ended)
         if looks and not asked:
             # A stop that came meanwhile need not wait for another step.
             interrupted = self._vote(interrupted)
-        if interrupted and not saved:
+        if interrupted and not self.saved:
             self.save_checkpoint()
-        ends_early = (interrupted or late or quit_too) and not last
-        if ends_early:
-            # After the checkpoint, without which more would be lost if a launcher does not wait.
+        ends_early = (interrupted or late or quit_too) and (not last or bool(self.owed.duties))
+        if ends_early and not last:
             self._perform([duty for duty in self.duties if duty.at_stop and duty not in due], done, ended)
         if is_main and (save or quit_too):
             requests.done()
@@ -264,7 +296,16 @@ class Trainer:
                 torch.cuda.empty_cache()
             if not duty.interruptible:
                 self.lacks_export = failed
+            self._settle(duty.name)
         return False
+
+    def _settle(self, name: str) -> None:
+        """Notes that something is owed no more: it is done, or has failed, which is told."""
+        if name not in self.owed.duties:
+            return
+        self.owed = self.owed.without(name)
+        if self.saved and self.parts.ranks.is_main:
+            note_done(self.saved, name)
 
     def _tell_failed(self, duty: Duty, progress: Progress, error: Exception) -> None:
         """Tells why something failed, if all ranks know that it did.
@@ -289,8 +330,9 @@ class Trainer:
         if isinstance(batches, Generator):
             batches.close()
         if self.first_step == self.last_step and not stopped:
-            epochs = self.progress.epoch
-            logger.warning("nothing is left to train: %d epochs are done; set epochs or max_steps higher", epochs)
+            epochs, to_train = self.progress.epoch, "" if self.owes else "; set epochs or max_steps higher"
+            level = logging.INFO if self.owes else logging.WARNING
+            logger.log(level, "nothing is left to train: %d epochs are done%s", epochs, to_train)
             lacking = [
                 replace(duty, perform=partial(_without_steps, duty)) for duty in self.duties if duty.without_steps
             ]
@@ -307,13 +349,14 @@ class Trainer:
 
     def _tell_end(self, stopped: bool) -> None:
         folder, how = self.parts.folder, "done"
-        if stopped and self.progress.step == self.first_step:
+        if stopped and self.progress.step == self.first_step and not self.resumed_from:
             logger.warning("stopped before a step was made; what is cached stays cached")
             return
         if stopped:
             how = "stopped"
+            first = f", first with {', '.join(self.owed.duties)}" if self.owed.duties else ""
             weights = "" if self.parts.settings.adapter else f", and --export {folder} exports the weights"
-            logger.warning("stopped; --resume_from_checkpoint %s goes on from here%s", folder, weights)
+            logger.warning("stopped; --resume_from_checkpoint %s goes on from here%s%s", folder, first, weights)
         at = f"step {self.progress.step}, epochs completed: {self.progress.epoch}"
         logger.info("%s at %s\n%s", how, at, results(folder))
 
@@ -330,10 +373,12 @@ class Trainer:
         state = (self.progress, parts.parameters, parts.optimizer, made_with, parts.ema, parts.shares)
         started = time.monotonic()
         parts.stop.watch.at(Work(f"checkpoint of step {self.progress.step}"))
-        path = saving.save(parts.folder, parts.ranks, *state, read_back=bool(parts.settings.keep_checkpoints))
+        keep = parts.settings.keep_checkpoints
+        path = saving.save(parts.folder, parts.ranks, *state, owed=self.owed, read_back=bool(keep))
+        self.saved = path
         if parts.stop.time:
             parts.stop.time.took(CHECKPOINT, time.monotonic() - started)
         self.checkpoints.restart()
         logger.info("checkpoint: %s", path)
-        if self.parts.ranks.is_main and self.parts.settings.keep_checkpoints:
-            saving.remove_older(path, self.parts.settings.keep_checkpoints, self.resumed_from)
+        if parts.ranks.is_main and keep:
+            saving.remove_older(path, keep, self.resumed_from)

@@ -194,7 +194,7 @@ class Settings(SettingsTable):
     time_limit: Duration | None = None
     """How long the run may take from its start, as in "3h50m" or in minutes: it stops by itself, with a checkpoint,
     early enough for what is done at the end, and before a step whose evaluation or samples would take too long. Exit
-    code 0; `--resume_from_checkpoint` goes on, and has as much time again."""
+    code 0; `--resume_from_checkpoint` goes on, first with what was due and not done, and has as much time again."""
     hang_timeout: Duration = 20.0
     """How long a step of several processes may come no further, as in "1h" or in minutes; then the run ends with exit
     code 1, and says which process stands where. One that fails or dies ends the others within seconds."""
