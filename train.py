@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
         from utils.parallel.backend import initialize_deepspeed
         from utils.run.checkpoint import ResumeFlags
         from utils.run.in_use import RunLock
+        from utils.run.restarts import after_restart
 
     if settings.time_limit:
         stop.time = TimeLimit(60 * settings.time_limit, started)
@@ -115,7 +116,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
 
     meet(ranks, stop, settings, arguments.master_port)
     resets = (arguments.reset_dataloader, arguments.reset_optimizer, arguments.reset_optimizer_params)
-    flags = ResumeFlags(arguments.resume_from_checkpoint, *resets)
+    flags = after_restart(ResumeFlags(arguments.resume_from_checkpoint, *resets), settings)
     with RunLock() as in_use:
         checkpoint = trainer.open_checkpoint(settings, flags, staged, ranks, None if looks else in_use)
         cached = data.cached_data(
@@ -127,7 +128,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
             return True
 
         settings = plan.settled(
-            settings, ranks, pipeline, staged, cached, checkpoint, restart_data=arguments.reset_dataloader
+            settings, ranks, pipeline, staged, cached, checkpoint, restart_data=flags.reset_dataloader
         )
         initialize_deepspeed()
         built = trainer.build_trainer(

@@ -17,6 +17,13 @@ def machine() -> str:
     return f"{started} {os.readlink('/proc/self/ns/pid')}"
 
 
+def started_at(process: int) -> float:
+    """When a process of this machine was started, in seconds since 1970."""
+    ticks = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
+    booted = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+    return int(booted.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
+
+
 def memory_file(name: str) -> int:
     """The descriptor of a new and empty file in memory; the name is for people who look at processes."""
     return os.memfd_create(name)

@@ -88,6 +88,11 @@ def from_environment() -> Ranks:
     )
 
 
+def restarts() -> int:
+    """How many times the launcher (torchrun with --max_restarts) has started the processes of this run again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+
+
 def connect(ranks: Ranks, master_port: int | None = None) -> None:
     """Starts the process group. `MASTER_ADDR` and `MASTER_PORT` of the environment are respected; `master_port` is
     used where the environment names none, and a free port is taken by a process that runs alone.
@@ -126,6 +131,8 @@ def _meet(ranks: Ranks) -> dist.Store:
     try:
         store, *_ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=COLLECTIVE_TIMEOUT))
         store.set_timeout(COLLECTIVE_TIMEOUT)
+        # A launcher's store outlives processes that it starts again, with all that they had put there.
+        store = dist.PrefixStore(f"start{restarts()}", store)
         is_ours = ranks.world_size == 1 or store.add(f"here/{ranks.rank}", 1) == 1
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
