@@ -135,12 +135,7 @@ def build_trainer(
         progress, epochs, _ = checkpoint.starting_point(epochs, restart_data=flags.reset_dataloader)
     batches = _batches(settings, ranks, data, epochs, reader, noising)
     ema = restore_or_start(settings, flags, checkpoint, progress, parameters, optimizer, shares)
-    if checkpoint:
-        if ranks.is_main:
-            begin_branch(checkpoint.folder, checkpoint.progress.step)
-        folder = run_folder.go_on(checkpoint.folder.parent, settings, ranks, config, progress.step)
-    else:
-        folder = run_folder.create(settings, ranks, config)
+    folder = _folder(settings, ranks, config, checkpoint, progress)
     in_use.take(folder, ranks)
     if ranks.is_main:
         go_on_in(folder)
@@ -156,6 +151,15 @@ def build_trainer(
     if not checkpoint:
         return Trainer(run, batches, progress, duties)
     return Trainer(run, batches, progress, duties, checkpoint.folder, checkpoint.still_owed())
+
+
+def _folder(settings: Settings, ranks: Ranks, config: Path, checkpoint: Checkpoint | None, progress: Progress) -> Path:
+    """A new folder for the run, or that of its checkpoint."""
+    if checkpoint is None:
+        return run_folder.create(settings, ranks, config)
+    if ranks.is_main:
+        begin_branch(checkpoint.folder, checkpoint.progress.step)
+    return run_folder.go_on(checkpoint.folder.parent, settings, ranks, config, progress.step)
 
 
 def restore_or_start(
