@@ -98,7 +98,7 @@ def test_a_new_line_of_steps_lives_on_and_the_other_can_be_named(
     run = only_run(config)
     first, written = metrics(run, "train/loss"), (run / "metrics.jsonl").read_bytes()
 
-    def killed(engine: Engine, batches: Any, number: int) -> Any:
+    def killed(engine: Engine, batches: Any, number: int, numbers: Any) -> Any:
         raise Killed
 
     config = write_config(**keys, optimizer__lr=1e-4)
@@ -136,11 +136,11 @@ def test_a_run_in_use_is_refused_by_its_process(
     refused = []
     train_step = Engine.train_step
 
-    def beside(engine: Engine, batches: Any, number: int) -> Any:
+    def beside(engine: Engine, batches: Any, number: int, numbers: Any) -> Any:
         with RunLock() as other, pytest.raises(UserError) as raised:
             other.take(only_run(config), Ranks())
         refused.append(str(raised.value))
-        return train_step(engine, batches, number)
+        return train_step(engine, batches, number, numbers)
 
     # A new run, and one that goes on.
     monkeypatch.setattr(Engine, "train_step", beside)
