@@ -20,6 +20,7 @@ OBJECTIVES = {
 }
 """By its kind; None if a model's files decide."""
 HUB = {
+    "auraflow": ("fal/AuraFlow-v0.3", "purplesmartai/pony-v7-base"),
     "chroma": ("lodestones/Chroma1-HD",),
     "cogview4": ("zai-org/CogView4-6B",),
     "flux": ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Kontext-dev"),

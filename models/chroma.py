@@ -16,6 +16,7 @@ from models.flux import FluxPipeline, grid_positions, pack, unpack
 from models.foundation.checkpoints.folders import TextPart
 from models.foundation.checkpoints.layouts.chroma import CHROMA_LAYOUT
 from models.foundation.encoders.text_features import TrueLengthFeatures
+from models.foundation.layers.joining import joined, picture_of
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
@@ -45,8 +46,7 @@ class ChromaInputs(NamedTuple):
 
 
 class ChromaStream(NamedTuple):
-    """What travels from layer to layer. From the first single block on, the text precedes the image in `x_BTD`, and
-    `text_BLD` has no elements: its shape still gives the number of tokens."""
+    """What travels from layer to layer; see `foundation/layers/joining.py` for the first two."""
 
     x_BTD: torch.Tensor
     text_BLD: torch.Tensor
@@ -130,17 +130,14 @@ class Single(nn.Module):
         self.block, self.row = block, row
 
     def forward(self, stream: ChromaStream) -> ChromaStream:
-        x_BSD, text_BLD = stream.x_BTD, stream.text_BLD
-        if text_BLD.numel():
-            x_BSD = torch.cat([text_BLD, x_BSD], dim=1)
-            text_BLD = text_BLD.new_empty(*text_BLD.shape[:2], 0)
+        stream = joined(stream)
         x_BSD = self.block(
-            hidden_states=x_BSD,
+            hidden_states=stream.x_BTD,
             temb=stream.modulation_BMD[:, self.row : self.row + SINGLE_ROWS],
             image_rotary_emb=stream.rope_SD,
             attention_mask=stream.mask_BS,
         )
-        return stream._replace(x_BTD=x_BSD, text_BLD=text_BLD)
+        return stream._replace(x_BTD=x_BSD)
 
 
 class Exit(nn.Module):
@@ -152,8 +149,7 @@ class Exit(nn.Module):
         self.proj_out = denoiser.proj_out
 
     def forward(self, stream: ChromaStream) -> torch.Tensor:
-        x_BTD = stream.x_BTD[:, stream.text_BLD.shape[1] :]
-        x_BTC = self.proj_out(self.norm_out(x_BTD, stream.modulation_BMD[:, -EXIT_ROWS:]))
+        x_BTC = self.proj_out(self.norm_out(picture_of(stream), stream.modulation_BMD[:, -EXIT_ROWS:]))
         height, width, _ = stream.canvas_hw0.shape
         return unpack(x_BTC, height, width)
 

@@ -157,6 +157,12 @@ CHROMA = FullSize(
     {"transformer": {"_class_name": "ChromaTransformer2DModel"}, "vae": VAE16},
     _text("t5", 512, 4096),
 )
+AURAFLOW = FullSize(
+    "AuraFlow 0.3",
+    "auraflow",
+    {"transformer": {"_class_name": "AuraFlowTransformer2DModel", "pos_embed_max_size": 9216}, "vae": _vae(4)},
+    _text("umt5", 256, 2048, mask=False),
+)
 LUMINA2 = FullSize(
     "Lumina 2",
     "lumina2",

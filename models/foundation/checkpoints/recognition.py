@@ -57,6 +57,7 @@ OTHER_UNETS = {1024: "Stable Diffusion 2", 1280: "the refiner of Stable Diffusio
 NOT_TRAINED = "it is not trained here"
 
 FOLDERS = {
+    "AuraFlowPipeline": "auraflow",
     "ChromaPipeline": "chroma",
     "CogView4Pipeline": "cogview4",
     "FluxKontextPipeline": "flux",
@@ -79,6 +80,7 @@ FOLDERS = {
 """The `type` for each class that `model_index.json` of a diffusers folder may name."""
 
 ADAPTER_NAMES = {
+    "AuraFlow": r"joint_transformer_blocks_|(double|single)_layers_\d+_(attn_w|mlp|mod)",
     "Stable Diffusion 1.5, 2 or XL": r"(down|up|mid|input|output|middle)_blocks?_",
     "HunyuanVideo": r"individual_token_refiner|double_blocks_\d+_img_(attn_q|attn_k|mod_linear|mlp_fc)",
     "Flux.1 or Chroma": r"(double|single)_blocks_|single_transformer_blocks_",
@@ -115,6 +117,10 @@ SIGNATURES: tuple[FileSignature, ...] = (
         FileSignature(name, NOT_TRAINED, parts, size=(TEXT_WIDTH, 1, width))
         for width, name in OTHER_UNETS.items()
         for parts in (UNET, ORIGINAL_UNET)
+    ),
+    *(
+        FileSignature("AuraFlow", _type("auraflow"), ("register_tokens", part))
+        for part in ("double_layers.0.attn.w1q", "joint_transformer_blocks.0.ff_context.")
     ),
     FileSignature("Chroma", _type("chroma"), ("distilled_guidance_layer.",)),
     FileSignature("HunyuanVideo", NOT_TRAINED, ("individual_token_refiner",)),
