@@ -127,7 +127,9 @@ def test_a_new_line_of_steps_lives_on_and_the_other_can_be_named(
     aside = run / "after_step2.set_aside"
     names = {"global_step3", "global_step4", "step3", "epoch2", "latest", "metrics.jsonl"}
     assert {path.name for path in aside.iterdir()} == names
-    assert (run / "latest").read_text() == "global_step2" and "metrics of the steps 3 to 4 are cut" in caplog.text
+    assert (
+        run / "latest"
+    ).read_text() == "global_step2" and "metrics after step 2, up to step 4, are cut" in caplog.text
     assert (aside / "metrics.jsonl").read_bytes() == written
 
     # A plain resume goes on with what was begun, not with what was left.
