@@ -12,6 +12,7 @@ It can be named like a run, to go on from what is in it.
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,18 +25,25 @@ from utils.run.folder import CHECKPOINT_NAME, LATEST, METRICS, free_name, newest
 logger = logging.getLogger(__name__)
 
 SET_ASIDE = ".set_aside"
+UNFINISHED = re.compile(r"global_step\d+\.(unfinished|removed)|(epoch|step)\d+(_step\d+)?(_ema)?\.(unfinished|parts)")
+"""Checkpoints and exports of which a process that was killed had written, or removed, a part."""
 SAMPLES = "samples"
 
 
 def begin_branch(checkpoint: Path, step: int) -> None:
     """Lets a run's folder be that of a run which has come to this checkpoint and no further: `latest` names it, and if
-    there are checkpoints of later steps, these are set aside with what else is of later steps. To be called by one
-    process, when nothing is left that may be refused.
+    there are checkpoints of later steps, these are set aside with what else is of later steps. What a killed process
+    had not finished is removed. To be called by one process, which has the folder for itself, when nothing is left that
+    may be refused.
 
     Raises:
         UserError: something cannot be written or moved.
     """
     run = checkpoint.parent
+    for path in run.iterdir():
+        if UNFINISHED.fullmatch(path.name) and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+            logger.info("removed what a killed process had not finished: %s", path.name)
     latest, later = newest_checkpoint(run), list(_later_checkpoints(run, step))
     try:
         if latest != checkpoint:

@@ -90,9 +90,8 @@ class JsonLines:
         if resumed_at is not None and self.path.exists():
             removed = _cut(self.path, lambda name, step: step <= resumed_at)
             if removed:
-                logger.info(
-                    "metrics of the steps %d to %d are cut: these steps are made again", min(removed), max(removed)
-                )
+                last = max(removed)
+                logger.info("metrics after step %d, up to step %d, are cut: these steps come again", resumed_at, last)
         self.file = self.path.open("a+b", buffering=0)
 
     def scalars(self, values: dict[str, float], step: int) -> None:

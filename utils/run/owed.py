@@ -80,7 +80,7 @@ def done_since(checkpoint: Path) -> list[str]:
 
 
 def note_done(checkpoint: Path, duty: str) -> None:
-    """Notes beside a checkpoint that this duty of its step is done."""
+    """Notes beside a checkpoint that this duty of its step is done, or has failed."""
     try:
         replace_text(checkpoint / DONE, json.dumps({"done": [*done_since(checkpoint), duty]}))
     except OSError as error:

@@ -316,6 +316,9 @@ class Trainer:
         if isinstance(error, Failed):
             reason = str(error)
         elif self.parts.ranks.world_size > 1:
+            if self.saved and duty.name in self.owed.duties:
+                # It would end the run that goes on, too. The main rank may not learn of it.
+                note_done(self.saved, duty.name)
             raise error
         else:
             reason = reason_of(error)

@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> Path:
     """With three checkpoints, and what lies beside them."""
     run = tmp_path / "20260101_00-00-00"
     save(run, 1, 2, 4)
-    for name in ("global_step8.unfinished", "global_step9.removed", "epoch1", "samples/step000001", "samples/step4"):
+    for name in ("epoch1", "samples/step000001", "samples/step4"):
         (run / name).mkdir(parents=True)
     (run / "metrics.jsonl").write_text('{"name": "loss", "value": 1.0, "step": 4, "time": 0.0}\n')
     return run
@@ -66,6 +66,25 @@ def test_whoever_goes_on_from_the_newest_sets_nothing_aside(run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
     begin_branch(run / "global_step4", 4)
     assert {path: path.stat().st_mtime_ns for path in run.iterdir()} == before
+
+
+def test_what_a_killed_process_had_not_finished_goes(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    before = {path.name for path in run.iterdir()}
+    mine = {"mine.parts", "epochs.unfinished", "global_step3.replaced", "epoch3"}
+    left = {
+        "global_step8.unfinished",
+        "global_step9.removed",
+        "epoch2_ema.parts",
+        "epoch2_step5.unfinished",
+        "step7.parts",
+    }
+    for name in mine | left:
+        (run / name).mkdir()
+        (run / name / "file").write_text("")
+    begin_branch(run / "global_step4", 4)
+    assert {path.name for path in run.iterdir()} == before | mine
+    assert all(f"removed what a killed process had not finished: {name}" in caplog.text for name in left)
 
 
 def test_a_second_time_has_another_name(run: Path) -> None:
@@ -108,7 +127,9 @@ def test_a_new_line_of_steps_lives_on_and_the_other_can_be_named(
     aside = run / "after_step2.set_aside"
     names = {"global_step3", "global_step4", "step3", "epoch2", "latest", "metrics.jsonl"}
     assert {path.name for path in aside.iterdir()} == names
-    assert (run / "latest").read_text() == "global_step2" and "metrics of the steps 3 to 4 are cut" in caplog.text
+    assert (
+        run / "latest"
+    ).read_text() == "global_step2" and "metrics after step 2, up to step 4, are cut" in caplog.text
     assert (aside / "metrics.jsonl").read_bytes() == written
 
     # A plain resume goes on with what was begun, not with what was left.

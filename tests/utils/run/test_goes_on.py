@@ -22,6 +22,7 @@ from utils.parallel.pipeline import DenoiserPipeline
 from utils.ranks import Ranks, disconnect
 from utils.run import export
 from utils.run.attempts import Attempt, Failed
+from utils.run.checkpoint import Checkpoint
 from utils.run.signals import StopRequested, StopRequests
 from utils.run.time_limit import CHECKPOINT, EXPORT, TimeLimit
 from utils.run.trainer import Trainer
@@ -99,6 +100,9 @@ def test_what_fails_is_told_and_changes_no_step(
         ["samples after step 2 failed", memory],
     ]
     assert not list(run.glob("*.parts")) and not list(run.glob("*.unfinished")) and not list(run.glob("epoch1*"))
+    # What was due then, and has failed, is not owed.
+    saved = Checkpoint(run / "global_step2")
+    assert saved.owed.duties == ("evaluation", "samples") and not saved.still_owed().duties
     assert len(list((run / "samples" / "step000004").glob("*.png"))) == 2
 
 

@@ -9,13 +9,17 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.runs import only_run
 from tests.utils.run.test_goes_on import SAMPLING, run_here, with_looks
+from utils.errors import UserError
+from utils.ranks import Ranks
 from utils.run import checkpoint, evaluation, sampling, trainer
+from utils.run.cadence import Cadence, Duty
 from utils.run.owed import Owed, done_since, note_done, owed_in
 from utils.run.progress import Progress
 from utils.run.signals import StopRequests
@@ -84,21 +88,19 @@ def test_what_stops_and_kills_leave_undone_comes_first(
 ) -> None:
     caplog.set_level(logging.INFO)
     ema = {"decay": 0.5, "warmup": "none"}
-    config = with_looks(write_config, sampling=SAMPLING, ema=ema, model__dtype="bfloat16")
+    config = with_looks(write_config, sampling=SAMPLING, ema=ema, model__dtype="float32")
     measured, made = undisturbed(config)
     assert {step for name, step in measured if name == "held/ema_loss"} == {2, 4}
     run = Disturbed(config, monkeypatch)
     all_three = ("evaluation", "evaluation of averages", "samples")
 
-    # A stop in the evaluation; then, when that is done, in the samples.
     assert not run(evaluation, "_losses", 1) and run.owed(2) == all_three
-    assert run.stop.exit_code == 143
+    assert run.stop.exit_code == 143 and (only_run(config) / "latest").read_text() == "global_step2"
     assert f"goes on from here, first with {', '.join(all_three)}\n" in caplog.text
-    assert not run(sampling, "denoise", 2) and run.owed(2) == all_three[2:]
+    # A kill in the last step, when losses were written and before that is noted.
+    assert not run(trainer, "note_done", 4, kill=True) and run.owed(4) == all_three and not run.owed(2)
     assert f"what was due after step 2 and is not done comes first: {', '.join(all_three)}" in caplog.text
-    assert (only_run(config) / "latest").read_text() == "global_step2"
-    # A kill in the last step, when averages were measured and before that is noted.
-    assert not run(trainer, "note_done", 3, kill=True) and run.owed(4) == all_three[1:] and not run.owed(2)
+    assert {step for name, step in numbers(only_run(config)) if name == "held/loss"} == {2, 4}
     # No step is left, but the samples are: a stop there is one, too.
     caplog.clear()
     assert not run(sampling, "denoise", 1) and run.owed(4) == all_three[2:] and run.stop.exit_code == 143
@@ -134,6 +136,18 @@ def test_what_this_config_does_not_ask_for_is_told_and_forgotten(
     assert run_here(write_config(max_steps=2, sampling=SAMPLING), "--resume_from_checkpoint")
     assert caplog.text.count(told) == 1 and not run.owed(2)
     assert len(list(only_run(config).glob("samples/step000002/*.png"))) == 2
+
+
+def test_what_ends_the_run_is_not_owed_to_end_the_next_one(tmp_path: Path) -> None:
+    """One stage's out of memory in an evaluation, say, of which the main rank does not learn."""
+    owed = Owed(Progress(step=2), False, ("evaluation", "samples"))
+    of_rank = SimpleNamespace(parts=SimpleNamespace(ranks=Ranks(1, 2, stages=2)), owed=owed, saved=tmp_path)
+    for name in ("evaluation", "not due"):
+        with pytest.raises(UserError, match="memory"):
+            trainer.Trainer._tell_failed(
+                of_rank, Duty(name, lambda *_: None, Cadence()), owed.progress, UserError.of("memory")
+            )
+    assert done_since(tmp_path) == ["evaluation"]
 
 
 def test_a_checkpoint_says_in_which_epoch_something_was_due(tmp_path: Path) -> None:
