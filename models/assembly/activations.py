@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from models.assembly.known_operations import KnownOperations
 from utils.parallel.offload import SMALLEST
 
 Storages = Mapping[int, int]
@@ -95,7 +96,7 @@ def run_layers(layers: Sequence[nn.Module], stream: Any) -> list[LayerRun]:
         stream: the input of the first layer, on the meta device.
     """
     runs = []
-    with LightAttention():
+    with LightAttention(), KnownOperations():
         for layer in layers:
             saved: list[torch.Tensor] = []
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from models.assembly.activations import tensors_of
+from models.assembly.known_operations import KnownOperations
 
 
 class LiveBytes(TorchDispatchMode):
@@ -67,7 +68,7 @@ class _Attention(TorchFunctionMode):
 @torch.no_grad()
 def most_at_once(compute: Callable[[], Any]) -> int:
     """The bytes that a computation on the meta device takes at its peak, beside what it is given."""
-    with _Attention(), LiveBytes() as counted:
+    with _Attention(), KnownOperations(), LiveBytes() as counted:
         compute()
     return counted.peak
 
@@ -96,7 +97,7 @@ def run_forward(layers: Sequence[nn.Module], stream: Any) -> ForwardRun:
     """Runs all layers on a first stream, which is on the meta device."""
     peaks, entering = [], []
     first = sum(tensor.nbytes for tensor in tensors_of(stream))
-    with _Attention(), LiveBytes() as counted:
+    with _Attention(), KnownOperations(), LiveBytes() as counted:
         for position, layer in enumerate(layers):
             given = counted.live if position else first
             counted.peak = counted.live
