@@ -141,10 +141,10 @@ def storages(tensors: Sequence[torch.Tensor]) -> dict[int, int]:
 
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors of a stream, or of what a last layer returns."""
+    """The tensors of a stream, of what a last layer returns, or of what an operation takes and makes."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, tuple):
+    elif isinstance(value, tuple | list):
         for part in value:
             yield from tensors_of(part)
 

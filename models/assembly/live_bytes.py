@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from models.assembly.activations import tensors_of
 from models.assembly.known_operations import KnownOperations
@@ -32,11 +31,13 @@ class LiveBytes(TorchDispatchMode):
         self._seen: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        made = operation(*args, **(kwargs or {}))
-        given = {one.untyped_storage()._cdata for one in tree_iter((args, kwargs)) if isinstance(one, torch.Tensor)}
-        for tensor in tree_iter(made):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
-                self._add(tensor.untyped_storage())
+        kwargs = kwargs or {}
+        made = operation(*args, **kwargs)
+        given = {one.untyped_storage()._cdata for one in (*tensors_of(args), *tensors_of(tuple(kwargs.values())))}
+        for tensor in tensors_of(made):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given:
+                self._add(storage)
         return made
 
     def _add(self, storage: torch.UntypedStorage) -> None:
