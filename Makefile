@@ -18,10 +18,11 @@ setup: .venv/installed
 quickstart: setup
 	$(BIN)/python examples/quickstart/run.py
 
+# Files in the order of tests/conftest.py; left to itself, pytest-xdist begins with those of most tests, not of most time.
 test: setup
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check --quiet .
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks

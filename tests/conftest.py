@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -24,7 +25,8 @@ settings.load_profile("untimed")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What shares a fixture of a module is run by one process: the tests of a file, in test_models.py those of a
-    model."""
+    model. Files that start processes come first: they take long, and a long one at the end would leave a core idle."""
+    items.sort(key=lambda item: not _starts_processes(item.module))
     for item in items:
         model = item.callspec.params.get("model", "") if hasattr(item, "callspec") else ""
         item.add_marker(pytest.mark.xdist_group(f"{item.path} {model}"))
@@ -32,10 +34,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Tests of several processes find the server ready that these come from."""
-    modules = {item.module for item in session.items}
-    starting = any(hasattr(module, name) for module in modules for name in ("run_ranks", "launch"))
+    starting = any(map(_starts_processes, {item.module for item in session.items}))
     if starting and not session.config.option.collectonly:
         start_server()
+
+
+def _starts_processes(module: ModuleType) -> bool:
+    return any(hasattr(module, name) for name in ("run_ranks", "launch"))
 
 
 @pytest.fixture(scope="module")

@@ -93,9 +93,10 @@ def faults(path: str, source: str) -> list[str]:
     """What is against the architecture in a file of the house."""
     tree = ast.parse(source)
     own, (floor, folder) = module_name(path), place(module_name(path))
-    subclassed_from = {module for module, bound in imports(path, tree) if bound in bases(tree)}
+    imported, extended = list(imports(path, tree)), bases(tree)
+    subclassed_from = {module for module, bound in imported if bound in extended}
     found = []
-    for module, _ in imports(path, tree):
+    for module, _ in imported:
         if module.split(".")[0] == "deepspeed" and folder != "parallel":
             found.append(f"{path} imports deepspeed; only utils/parallel does")
         target = place(module)

@@ -22,7 +22,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 import models
-import train as train_py
 from models.assembly.exports import export_plan
 from models.assembly.prompts import prompt_encoders
 from models.assembly.stage import StagedModel, load_stage
@@ -41,7 +40,6 @@ from utils.parallel.recompute import run_layer
 from utils.parallel.swap import BlockSwap
 from utils.ranks import Ranks
 from utils.run.export import export
-from utils.run.signals import StopRequests
 from utils.settings.schema import AdapterSettings, SamplingSettings
 
 STEPS, STAGES = 3, 3
@@ -366,10 +364,8 @@ def test_swapping_blocks_changes_no_bit(model: Model) -> None:
     assert train_plainly(model, 4, swapped=True) == reference_of(model, 4)
 
 
-def test_a_folder_of_pictures_trains(
-    model: Model, write_config: Callable[..., Path], pictures: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The plan; then cache, evaluation, samples, a stop and going on, on two stages."""
+def test_a_folder_of_pictures_trains(model: Model, write_config: Callable[..., Path], pictures: Path) -> None:
+    """Plan, cache, evaluation and samples on two stages; then a stop, and going on where both are one."""
     data = getattr(model.tiny, "dataset_of", lambda pictures: {})(pictures)
     config = write_config(data=data)
     seen = config.with_name("data.toml").rename(config.with_name("seen.toml"))
@@ -381,17 +377,15 @@ def test_a_folder_of_pictures_trains(
         "eval_every_n_steps": 5,
         "eval_micro_batch_size_per_gpu": 4,
         "checkpoint_every_n_steps": 5,
-        "pipeline_stages": 2,
         "adapter": {"type": "lora", "rank": 4},
         "lr_scheduler": "constant",
     }
-    config = write_config(**keys, max_steps=5)
-    assert train_py.run(train_py.parse_arguments(["--config", str(config), "--check"]), Ranks(), StopRequests(), 0.0)
-    assert "estimated memory per rank" in capsys.readouterr().out
+    config = write_config(**keys, max_steps=5, pipeline_stages=2)
     codes, log = launch(config, processes=2)
     assert codes == [0, 0], log
-    codes, log = launch(write_config(**keys, max_steps=10), "--resume_from_checkpoint", processes=2)
-    assert codes == [0, 0], log
+    assert "estimated memory per rank" in log and "cannot be counted" not in log
+    codes, log = launch(write_config(**keys, max_steps=10, pipeline_stages=1), "--resume_from_checkpoint")
+    assert codes == [0], log
     assert "encoded=0" in log
     run = only_run(config)
     assert list(metrics(run, "train/loss")) == list(range(1, 11))

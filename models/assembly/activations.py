@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from models.assembly.known_operations import KnownOperations
 from utils.parallel.offload import SMALLEST
 
 Storages = Mapping[int, int]
@@ -95,7 +96,7 @@ def run_layers(layers: Sequence[nn.Module], stream: Any) -> list[LayerRun]:
         stream: the input of the first layer, on the meta device.
     """
     runs = []
-    with LightAttention():
+    with LightAttention(), KnownOperations():
         for layer in layers:
             saved: list[torch.Tensor] = []
 
@@ -140,10 +141,10 @@ def storages(tensors: Sequence[torch.Tensor]) -> dict[int, int]:
 
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors of a stream, or of what a last layer returns."""
+    """The tensors of a stream, of what a last layer returns, or of what an operation takes and makes."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, tuple):
+    elif isinstance(value, tuple | list):
         for part in value:
             yield from tensors_of(part)
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from models.assembly.activations import tensors_of
+from models.assembly.known_operations import KnownOperations
 
 
 class LiveBytes(TorchDispatchMode):
@@ -31,11 +31,13 @@ class LiveBytes(TorchDispatchMode):
         self._seen: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        made = operation(*args, **(kwargs or {}))
-        given = {one.untyped_storage()._cdata for one in tree_iter((args, kwargs)) if isinstance(one, torch.Tensor)}
-        for tensor in tree_iter(made):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
-                self._add(tensor.untyped_storage())
+        kwargs = kwargs or {}
+        made = operation(*args, **kwargs)
+        given = {one.untyped_storage()._cdata for one in (*tensors_of(args), *tensors_of(tuple(kwargs.values())))}
+        for tensor in tensors_of(made):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given:
+                self._add(storage)
         return made
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -67,7 +69,7 @@ class _Attention(TorchFunctionMode):
 @torch.no_grad()
 def most_at_once(compute: Callable[[], Any]) -> int:
     """The bytes that a computation on the meta device takes at its peak, beside what it is given."""
-    with _Attention(), LiveBytes() as counted:
+    with _Attention(), KnownOperations(), LiveBytes() as counted:
         compute()
     return counted.peak
 
@@ -96,7 +98,7 @@ def run_forward(layers: Sequence[nn.Module], stream: Any) -> ForwardRun:
     """Runs all layers on a first stream, which is on the meta device."""
     peaks, entering = [], []
     first = sum(tensor.nbytes for tensor in tensors_of(stream))
-    with _Attention(), LiveBytes() as counted:
+    with _Attention(), KnownOperations(), LiveBytes() as counted:
         for position, layer in enumerate(layers):
             given = counted.live if position else first
             counted.peak = counted.live

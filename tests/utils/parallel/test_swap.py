@@ -31,7 +31,7 @@ from utils.parallel.transfers import ALIGNMENT
 from utils.ranks import Ranks
 from utils.settings.schema import EMASettings
 
-STEPS, ACCUMULATION = 3, 3
+STEPS, ACCUMULATION = 2, 3
 OPTIMIZER = AdamWSettings(type="adamw", lr=1e-2)
 REGULARISING = torch.tensor([True, False])
 DOUBLE, SINGLE = 3, 5
