@@ -13,11 +13,13 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from utils.dataset.databases import explaining_errors
+from utils.errors import UserError
 
 INDEX_NAME = "index.sqlite"
+IF_DAMAGED = "remove this folder; what it held is encoded again"
 BUSY_SECONDS = 120
 SECONDS_BETWEEN_TRIES = 0.02
 KEYS_PER_QUERY = 10_000
@@ -74,11 +76,11 @@ class StoreIndex:
 
     def extent(self, key: str) -> Extent | None:
         rows = self._query(f"SELECT {_COLUMNS} FROM items WHERE key = ?", [key])
-        return Extent(*rows[0]) if rows else None
+        return self._extent(rows[0]) if rows else None
 
     def extents(self, keys: Sequence[str]) -> dict[str, Extent]:
         """The extents of those keys that exist."""
-        return {key: Extent(*extent) for key, *extent in self._by_parts(f"SELECT key, {_COLUMNS}", "key", keys)}
+        return {key: self._extent(extent) for key, *extent in self._by_parts(f"SELECT key, {_COLUMNS}", "key", keys)}
 
     def present(self, keys: Sequence[str]) -> set[str]:
         """Those keys that exist."""
@@ -91,7 +93,7 @@ class StoreIndex:
         """The items in each shard."""
         found: dict[str, dict[str, Extent]] = defaultdict(dict)
         for key, *extent in self._by_parts(f"SELECT key, {_COLUMNS}", "shard", shards):
-            found[extent[0]][key] = Extent(*extent)
+            found[extent[0]][key] = self._extent(extent)
         return found
 
     def live_bytes(self) -> dict[str, int]:
@@ -143,8 +145,21 @@ class StoreIndex:
         with self._lock, self._explaining_errors():
             return self._database.execute(statement, values).fetchall()
 
+    def _extent(self, row: Sequence[Any]) -> Extent:
+        """The extent in a row of the index.
+
+        Raises:
+            UserError: the row holds something else.
+        """
+        shard, *numbers = row
+        if not isinstance(shard, str) or not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise UserError.of(
+                f"is damaged: it has a row {tuple(row)!r:.80}; {IF_DAMAGED}", str(self._folder / INDEX_NAME)
+            )
+        return Extent(shard, *numbers)
+
     def _explaining_errors(self) -> AbstractContextManager[None]:
-        return explaining_errors(self._folder / INDEX_NAME, "remove this folder; what it held is encoded again")
+        return explaining_errors(self._folder / INDEX_NAME, IF_DAMAGED)
 
     def _by_parts(self, select: str, column: str, values: Sequence[str]) -> Iterator[tuple]:
         """Rows whose column has one of the values, in queries that each fit into one statement."""

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from utils.errors import UserError
+from utils.json_files import is_of, parsed_json
 from utils.run.attempts import reason_of
 from utils.run.folder import KeptRecords
 from utils.settings.schema import MonitoringSettings
@@ -133,9 +134,10 @@ def _cut_after(path: Path, step: int) -> None:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else inf
-    except (ValueError, KeyError, TypeError):
+        step = parsed_json(line)["step"] if line.endswith("\n") else inf
+    except (ValueError, KeyError, TypeError, IndexError):
         return inf
+    return step if is_of(step, float) else inf
 
 
 class TensorBoard:

@@ -4,7 +4,6 @@ Most of what such a file says has a key here, or would let data ranks, stages or
 than one process does. Those are refused by name.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -82,7 +81,7 @@ def _read(value: Any) -> Any:
 def _from_file(name: str) -> dict[str, Any]:
     path = Path(name).expanduser()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parsed_json(path.read_bytes())
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
     except ValueError as error:

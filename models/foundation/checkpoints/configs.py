@@ -21,6 +21,8 @@ from utils.errors import UserError
 from utils.json_files import ANEW, read_json
 
 SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
+LENGTHS = {"axes_lens": tuple[int, int, int], "max_resolution": tuple[int, int]}
+"""Lists that are taken apart here."""
 PROCESSOR_FILE = "preprocessor_config.json"
 _SIZES = int | dict[str, int] | None
 _COLOUR = tuple[float, float, float]
@@ -43,9 +45,11 @@ def kinds_of(cls: type) -> Mapping[str, Any]:
     hints = get_type_hints(cls.__init__)
     kinds = {}
     for key, parameter in parameters.items():
-        kind = hints[key] if key in hints else _kind_of(parameter.default)
+        kind = _checked(hints[key] if key in hints else _kind_of(parameter.default))
         # A default that is no value of the annotation is a value all the same.
-        kinds[key] = kind | None if parameter.default is None and _can_be_joined(kind) else _checked(kind)
+        kinds[key] = Union[kind, None] if parameter.default is None else kind  # noqa: UP007
+        if key in LENGTHS:
+            kinds[key] = LENGTHS[key]
     return kinds
 
 
@@ -58,17 +62,16 @@ def _kind_of(default: Any) -> Any:
     return float if isinstance(default, int | float) else Any
 
 
-def _can_be_joined(kind: Any) -> bool:
-    return kind in (int, float, str) or get_origin(kind) in (list, tuple)
-
-
 def _checked(kind: Any) -> Any:
     """The type, where it can be trusted: sizes are not negative; for numbers that may be missing some classes say
     `bool | None`."""
-    is_union = get_origin(kind) in (Union, types.UnionType)
+    origin, inner = get_origin(kind), get_args(kind)
     if kind is int:
         return Annotated[int, 0]
-    return Any if is_union and set(get_args(kind)) == {bool, type(None)} else kind
+    if origin in (Union, types.UnionType):
+        return Any if set(inner) == {bool, type(None)} else Union[tuple(map(_checked, inner))]  # noqa: UP007
+    # How many there are is wrong in some annotations.
+    return list[inner[0]] if origin in (list, tuple) and inner else kind
 
 
 def check_processor(folder: Path) -> None:

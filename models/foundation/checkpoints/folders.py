@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 INDEX = "model_index.json"
 INDEX_KINDS = {"_class_name": str, "boundary_ratio": float | None}
+TEXT_KINDS = {"dtype": str | None, "torch_dtype": str | None, "text_config": dict | None}
 TEXT_CONFIG_KEYS = {
     "clip_text_model": ("hidden_size", "max_position_embeddings", "projection_dim"),
     "llama": ("hidden_size", "num_hidden_layers"),
@@ -214,7 +215,8 @@ def read_config(
         raise UserError.of(f"is a configuration of {named}; one of {' or '.join(known)} belongs here", str(file))
     require(config, keys, str(file))
     # A class of transformers checks the types of its own configuration.
-    kinds = kinds_of(of_diffusers(known[0])) if is_of_diffusers(known[0]) else dict.fromkeys(keys, Annotated[int, 1])
+    of_text = {**TEXT_KINDS, **dict.fromkeys(keys, Annotated[int, 1])}
+    kinds = kinds_of(of_diffusers(known[0])) if is_of_diffusers(known[0]) else of_text
     check_types(config, kinds, str(file), ANEW)
     if unset := [key for key in keys if config[key] is None]:
         raise UserError.of(f"`{unset[0]}` is null, and has a value in this model; {ANEW}", str(file))

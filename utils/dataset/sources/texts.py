@@ -89,7 +89,7 @@ def captions_of(cell: Any) -> tuple[str, ...]:
         cell = cell.decode(errors="surrogateescape")
     if isinstance(cell, str) and cell.startswith("[") and cell.endswith("]"):
         try:
-            cell = json.loads(cell)
+            cell = parsed_json(cell)
         except ValueError:
             pass
     captions = tuple(cell) if isinstance(cell, list) else (cell,)
