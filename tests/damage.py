@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import random
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 COUNT = int(os.environ.get("PENSTOCK_FUZZ", "12"))
 """How many damages of each kind."""
@@ -25,8 +28,8 @@ OTHERS: tuple[Any, ...] = (
 
 
 def damaged_bytes(content: bytes, seed: int, count: int = COUNT) -> Iterator[tuple[str, bytes]]:
-    """The content with some bits flipped, bytes replaced, inserted, repeated or cut off, and what was done. Half of it is
-    done near the beginning, where headers are."""
+    """The content with some bits flipped, bytes replaced, inserted, repeated or cut off, and what was done. Most of it
+    is done near the beginning, where headers are."""
     draw = random.Random(seed)
     yield "empty", b""
     for _ in range(count):
@@ -118,6 +121,7 @@ def outcomes(
                 faults.append(f"{file.name}, {done}: {type(error).__name__}: {error!s:.300}{_place_of(error)}")
     finally:
         file.write_bytes(content)
+    logger.info("%s: %s", file, counts)
     return counts, faults
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,6 @@ SIZE, RANK = 32, 4
 def check(file: Path, read: Callable[[], object], damages: Damages = damaged_bytes, *, seed: int = 0) -> None:
     read()
     counts, faults = outcomes(file, read, damages, (UserError,), seed)
-    print(f"{file.name}: {counts}")
     assert not faults, "\n".join(faults)
     assert counts["told"], "no damage was noticed"
 
@@ -190,11 +190,10 @@ SETTINGS = (
     "image_encoder/config.json",
     "*processor/preprocessor_config.json",
     "scheduler/scheduler_config.json",
-    "tokenizer*/tokenizer_config.json",
-    "tokenizer*/special_tokens_map.json",
-    "tokenizer*/tokenizer.json",
+    # Each takes a while.
+    *(("tokenizer*/tokenizer_config.json", "tokenizer*/tokenizer.json") if COUNT > 100 else ()),
 )
-IN_THE_SUITE = ("flux", "sdxl", "wan_i2v")
+IN_THE_SUITE = ("sdxl", "wan_i2v")
 ALL = sorted(file.stem.removeprefix("tiny_") for file in Path(__file__).parent.glob("models/tiny_*.py"))
 
 
@@ -208,8 +207,5 @@ def test_settings_of_models(tmp_path: Path, model: str) -> None:
     read, all_faults = lambda: look_at(module.pipeline(folder)), []
     read()
     for file in sorted(file for pattern in SETTINGS for file in folder.glob(pattern)):
-        count = COUNT // 4 if COUNT < 100 else COUNT // 10
-        counts, faults = outcomes(file, read, lambda content, seed: damaged_json(content, seed, count), (UserError,))
-        print(f"{model} {file.relative_to(folder)}: {counts}")
-        all_faults += faults
+        all_faults += outcomes(file, read, partial(damaged_json, count=max(1, COUNT // 12)), (UserError,))[1]
     assert not all_faults, "\n".join(all_faults)

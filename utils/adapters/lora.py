@@ -34,8 +34,8 @@ from utils.adapters.kinds import (
     Tensors,
     without_scale,
 )
-from utils.errors import UserError
-from utils.json_files import ANEW, check_types, parsed_json, read_json, shown
+from utils.adapters.peft_settings import CONFIG_FILE, HEADER, peft_settings
+from utils.json_files import shown
 from utils.settings.schema import AdapterSettings
 from utils.settings.values import Count
 
@@ -43,14 +43,6 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 DOWN, UP, MID = "lora_A", "lora_B", "lora_mid"
 FOLDED_SCALE = "folded_scale"
 """The key of our headers for the factor that is multiplied into every `lora_A`, since ComfyUI reads no header."""
-PEFT_KINDS = {
-    "lora_alpha": float | None,
-    "use_rslora": bool | None,
-    "alpha_pattern": dict[str, float] | None,
-}
-"""The types of what is read of PEFT's settings."""
-HEADER, CONFIG_FILE = "lora_adapter_metadata", "adapter_config.json"
-"""Where diffusers and PEFT keep an adapter's settings: a key of the header, and a file beside it."""
 LOST_IN_FLOAT16 = 2.0**-9
 """The part of a factor that may be lost by rounding, which is what bfloat16 loses."""
 
@@ -296,59 +288,12 @@ def _scale(entry: Entry, rank: int) -> float:
     if FOLDED_SCALE in entry.file.metadata:
         return _folded(entry.file)
     module = entry.target.modules[0]
-    known = _peft_settings(entry.file, module)
+    known = peft_settings(entry.file, module)
     # As PEFT finds the alpha of a module that has its own.
     patterns = known.get("alpha_pattern") or {}
     own = next((alpha for name, alpha in patterns.items() if re.match(rf"(.*\.)?({name})$", module)), None)
     alpha = known.get("lora_alpha") if own is None else own
     return 1.0 if alpha is None else alpha / (math.sqrt(rank) if known.get("use_rslora") else rank)
-
-
-def _peft_settings(file: AdapterFile, module: str) -> Mapping[str, Any]:
-    """What PEFT was told about a part's adapter: from the header, where diffusers keeps it for each part, or from the
-    configuration beside the file."""
-    known = _in_header(file)
-    if not known:
-        config = file.path and file.path.with_name(CONFIG_FILE)
-        return _checked(read_json(config), str(config)) if config and config.is_file() else {}
-    parts = sorted({key.rpartition(".")[0] for key in known}, key=lambda part: part.startswith("text_encoder"))
-    # Names of modules begin with the part if several are trained; else it is the denoiser's, of whatever name.
-    part = next((part for part in parts if part and module.startswith(f"{part}.")), parts[0])
-    own = {key.rpartition(".")[2]: value for key, value in known.items() if key.rpartition(".")[0] == part}
-    return _checked(own, str(file.path or ""), f"`{HEADER}` in its header")
-
-
-def _in_header(file: AdapterFile) -> dict[str, Any]:
-    """What diffusers keeps in the header, of all parts.
-
-    Raises:
-        ValueError: it is no object of JSON.
-    """
-    try:
-        known = parsed_json(file.metadata.get(HEADER, "{}"))
-    except ValueError as error:
-        raise ValueError(f"`{HEADER}` in its header is not JSON ({error}); {ANEW}") from error
-    if not isinstance(known, dict):
-        raise ValueError(f"`{HEADER}` in its header is {shown(known)}, and an object of settings is meant; {ANEW}")
-    return known
-
-
-def _checked(known: Mapping[str, Any], file: str, where: str = "") -> Mapping[str, Any]:
-    """PEFT's settings, whose types are those of PEFT.
-
-    Raises:
-        UserError: they are not; names the key.
-    """
-    check_types(known, PEFT_KINDS, file, ANEW, where)
-    alphas = {"lora_alpha": known.get("lora_alpha") or 0.0, **(known.get("alpha_pattern") or {})}
-    for key, alpha in alphas.items():
-        if not math.isfinite(alpha):
-            raise UserError.of(f"the alpha of `{key}` is {alpha}, and a finite number is meant; {ANEW}", file, where)
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise UserError.of(f"`{key}` is no pattern of names ({error}); {ANEW}", file, where) from error
-    return known
 
 
 def _divided(

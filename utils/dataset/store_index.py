@@ -11,7 +11,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,15 +58,18 @@ class StoreIndex:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock = threading.Lock()
-        with self._explaining_errors():
+        with self._explaining_errors(), ExitStack() as if_it_fails:
             self._database = sqlite3.connect(
                 folder / INDEX_NAME, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
+            # A connection that stays open keeps its locks.
+            if_it_fails.callback(self._database.close)
             self._choose_journal()
             self._database.execute(
                 "CREATE TABLE IF NOT EXISTS items (key TEXT PRIMARY KEY, shard TEXT, offset INTEGER,"
                 " length INTEGER, crc32 INTEGER) WITHOUT ROWID"
             )
+            if_it_fails.pop_all()
 
     def __len__(self) -> int:
         return self._query("SELECT count(*) FROM items")[0][0]
@@ -98,11 +101,11 @@ class StoreIndex:
 
     def live_bytes(self) -> dict[str, int]:
         """The number of bytes of the items in each shard."""
-        return dict(self._query("SELECT shard, sum(length) FROM items GROUP BY shard"))
+        return self._numbers("SELECT shard, sum(length) FROM items GROUP BY shard")
 
     def ends(self) -> dict[str, int]:
         """The length that each shard must have at least."""
-        return dict(self._query("SELECT shard, max(offset + length) FROM items GROUP BY shard"))
+        return self._numbers("SELECT shard, max(offset + length) FROM items GROUP BY shard")
 
     def add(self, extents: Mapping[str, Extent]) -> None:
         """Adds items in one transaction, and replaces those with the same keys."""
@@ -151,12 +154,21 @@ class StoreIndex:
         Raises:
             UserError: the row holds something else.
         """
+        self._check(row)
+        return Extent(*row)
+
+    def _numbers(self, statement: str) -> dict[str, int]:
+        """A number for each shard."""
+        rows = self._query(statement)
+        for row in rows:
+            self._check(row)
+        return dict(rows)
+
+    def _check(self, row: Sequence[Any]) -> None:
         shard, *numbers = row
         if not isinstance(shard, str) or not all(isinstance(number, int) and number >= 0 for number in numbers):
-            raise UserError.of(
-                f"is damaged: it has a row {tuple(row)!r:.80}; {IF_DAMAGED}", str(self._folder / INDEX_NAME)
-            )
-        return Extent(shard, *numbers)
+            what = f"is damaged: it has a row {tuple(row)!r:.80}; {IF_DAMAGED}"
+            raise UserError.of(what, str(self._folder / INDEX_NAME))
 
     def _explaining_errors(self) -> AbstractContextManager[None]:
         return explaining_errors(self._folder / INDEX_NAME, IF_DAMAGED)

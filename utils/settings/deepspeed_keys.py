@@ -4,6 +4,7 @@ Most of what such a file says has a key here, or would let data ranks, stages or
 than one process does. Those are refused by name.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -81,10 +82,10 @@ def _read(value: Any) -> Any:
 def _from_file(name: str) -> dict[str, Any]:
     path = Path(name).expanduser()
     try:
-        content = parsed_json(path.read_bytes())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError("holds no JSON object")

@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from utils.dataset.sources.locators import Fault
+from utils.json_files import parsed_json
 from utils.settings.dataset_schema import DirectorySettings
 
 CAPTION_NAMES = (
