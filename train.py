@@ -108,6 +108,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
         dump.prepare_folder(arguments.dump_dataset)
 
     meet(ranks, stop, settings, arguments.master_port)
+    preflight.verify(settings, pipeline, scan.index.parent, ranks, stop.raise_if_stopping)
     flags = ResumeFlags(
         arguments.resume_from_checkpoint,
         arguments.reset_dataloader,

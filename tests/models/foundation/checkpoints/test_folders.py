@@ -134,8 +134,8 @@ def index(weight_map: Any) -> str:
     ("text", "words"),
     [
         ("{", "is not JSON"),
-        ("{}", "has no table `weight_map`"),
-        (index({"a": 3}), "has no table `weight_map`"),
+        ("{}", "lacks `weight_map`"),
+        (index({"a": 3}), "lacks `weight_map`"),
         (index({"a": "lost.safetensors"}), "lost.safetensors\n  not a whole safetensors file (No such file"),
     ],
 )
