@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO, Self
 
+from utils.dataset.databases import FOR_THE_GROUP
 from utils.dataset.shards import lock
 from utils.errors import UserError
 
@@ -53,7 +54,7 @@ class CacheLock:
         """
         assert self._file is None, "acquired twice"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = self.path.open("a+b", buffering=0)
+        file = _opened(self.path)
         deadline = time.monotonic() + wait_seconds
         told = ""
         try:
@@ -88,10 +89,22 @@ class CacheLock:
         return self.path.read_text().strip() or "a run that is just starting"
 
 
+def _opened(path: Path) -> BinaryIO:
+    """A file to be locked, made if it is missing. Some network file systems lock only what is open for writing.
+
+    Raises:
+        UserError: this user may not write it.
+    """
+    try:
+        return path.open("a+b", buffering=0)
+    except PermissionError as error:
+        raise UserError.of(f"cannot be used ({error.strerror}); {FOR_THE_GROUP}", str(path)) from error
+
+
 def reading(folder: Path) -> BinaryIO:
     """Marks a cache as being read until the returned file is closed or the process ends. Must be called while this run
     fills the cache, since no other run can then hold it for `unread`."""
-    file = (folder / READERS_NAME).open("a+b", buffering=0)
+    file = _opened(folder / READERS_NAME)
     lock(file, without=True, shared=True)
     return file
 
@@ -100,5 +113,5 @@ def reading(folder: Path) -> BinaryIO:
 def unread(folder: Path) -> Iterator[bool]:
     """Whether no run reads the cache; if so, no run can begin to read it within this context. False on file systems
     without locks."""
-    with (folder / READERS_NAME).open("a+b", buffering=0) as file:
+    with _opened(folder / READERS_NAME) as file:
         yield lock(file, without=False)

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.dataset.databases import explaining_errors
+from utils.dataset.databases import connected, explaining_errors
 from utils.errors import UserError
 
 INDEX_NAME = "index.sqlite"
@@ -59,7 +59,7 @@ class StoreIndex:
         self._folder = folder
         self._lock = threading.Lock()
         with self._explaining_errors(), ExitStack() as if_it_fails:
-            self._database = sqlite3.connect(
+            self._database = connected(
                 folder / INDEX_NAME, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
             # A connection that stays open keeps its locks.
