@@ -18,7 +18,7 @@ import torch
 
 from models.foundation.checkpoints.stock import of_diffusers
 from utils.errors import UserError
-from utils.json_files import ANEW, read_json
+from utils.json_files import ANEW, is_of, read_json
 
 SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
 LENGTHS = {"axes_lens": tuple[int, int, int], "max_resolution": tuple[int, int]}
@@ -46,10 +46,10 @@ def kinds_of(cls: type) -> Mapping[str, Any]:
     kinds = {}
     for key, parameter in parameters.items():
         kind = _checked(hints[key] if key in hints else _kind_of(parameter.default))
-        # A default that is no value of the annotation is a value all the same.
-        kinds[key] = Union[kind, None] if parameter.default is None else kind  # noqa: UP007
-        if key in LENGTHS:
-            kinds[key] = LENGTHS[key]
+        kind = Union[kind, None] if parameter.default is None else kind  # noqa: UP007
+        # Of a default that is no value of it, the annotation says nothing.
+        has_other = parameter.default is not parameter.empty and not is_of(parameter.default, kind)
+        kinds[key] = LENGTHS.get(key, Any if has_other else kind)
     return kinds
 
 
