@@ -139,4 +139,6 @@ def described(kind: Any) -> str:
     if origin in (list, tuple) and inner:
         of = described(inner[0])
         return f"a list ({len(inner)} of them: {of})" if len(inner) > 1 else f"a list (of them each: {of})"
+    if origin is dict and inner:
+        return f"an object (of them each: {described(inner[1])})"
     return words.get(origin or kind, "another value")

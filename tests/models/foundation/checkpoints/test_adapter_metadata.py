@@ -88,7 +88,11 @@ def test_training_goes_on_from_no_half_of_a_lokr(tmp_path: Path, names: ModelNam
         (TOLD, '{"transformer.lora_alpha": [8, 4]}', "`lora_alpha` is [8, 4], and a number or null is meant"),
         (TOLD, '{"transformer.lora_alpha": NaN}', "the alpha of `lora_alpha` is nan, and a finite number is meant"),
         (TOLD, '{"transformer.use_rslora": "false"}', '`use_rslora` is "false", and true or false or null is meant'),
-        (TOLD, '{"transformer.alpha_pattern": {"to_q": null}}', "and an object or null is meant"),
+        (
+            TOLD,
+            '{"transformer.alpha_pattern": {"to_q": null}}',
+            "and an object (of them each: a number) or null is meant",
+        ),
         (TOLD, '{"transformer.alpha_pattern": {"(to_q": 2}}', "`(to_q` is no pattern of names"),
         ("folded_scale", "half", '`folded_scale` in its header is "half", and a number above 0 is meant'),
         ("folded_scale", "0", '`folded_scale` in its header is "0", and a number above 0 is meant'),

@@ -135,8 +135,8 @@ def index(weight_map: Any) -> str:
     [
         ("{", "is not JSON"),
         ("{}", "lacks `weight_map`"),
-        (index({"a": 3}), "lacks `weight_map`"),
-        (index({"a": "lost.safetensors"}), "lost.safetensors\n  not a whole safetensors file (No such file"),
+        (index({"a": 3}), "and an object (of them each: a text) is meant"),
+        (index({"a": "lost.safetensors"}), "names 'lost.safetensors', and there is no such file"),
     ],
 )
 def test_a_damaged_index_of_shards_is_told(folder: Path, text: str, words: str) -> None:
