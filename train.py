@@ -115,6 +115,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
         dump.prepare_folder(arguments.dump_dataset)
 
     meet(ranks, stop, settings, arguments.master_port)
+    preflight.verify(settings, pipeline, scan.index.parent, ranks, stop.raise_if_stopping)
     resets = (arguments.reset_dataloader, arguments.reset_optimizer, arguments.reset_optimizer_params)
     flags = after_restart(ResumeFlags(arguments.resume_from_checkpoint, *resets), settings)
     with RunLock() as in_use:

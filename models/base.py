@@ -16,7 +16,6 @@ from torch import nn
 from models.foundation.checkpoints.denoiser import DenoiserWeights
 from models.foundation.checkpoints.folders import TextPart, all_of, problems_of
 from models.foundation.checkpoints.key_layouts import KeyLayout
-from models.foundation.checkpoints.stock import of_diffusers
 from models.foundation.checkpoints.storage import StorageRules
 from models.foundation.encoders.parts import ModelParts
 from utils.dataset.buckets import MediaFacts
@@ -164,7 +163,7 @@ class BasePipeline(ABC):
 
     def build_denoiser(self) -> nn.Module:
         """The whole diffusers module, from its configuration, with its initial weights."""
-        return of_diffusers(self.denoiser_class).from_config(self.parts.denoiser_config)
+        return self.parts.made_denoiser()
 
     @abstractmethod
     def to_layers(self, denoiser: nn.Module) -> list[nn.Module]:

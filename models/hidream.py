@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from models.base import Features, ModelEncoder
 from models.families.pictures import PicturePipeline
+from models.foundation.checkpoints.configs import SCHEDULER_FILE, stock_scheduler
 from models.foundation.checkpoints.folders import TextPart, check_folder_type
 from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
-from models.foundation.checkpoints.stock import of_diffusers
 from models.foundation.checkpoints.weights import build_empty
 from models.foundation.encoders.llama import LlamaEncoder, StatesFeatures
 from models.foundation.encoders.text_features import MaskedT5Features, ProjectedFeatures
@@ -234,7 +234,7 @@ class HiDreamPipeline(PicturePipeline):
 
     def build_denoiser(self) -> HiDreamImageTransformer2DModel:
         # With that switch neither experts nor routers would be trained.
-        return of_diffusers(self.denoiser_class).from_config(self.parts.denoiser_config, force_inference_output=False)
+        return self.parts.made_denoiser(force_inference_output=False)
 
     def to_layers(self, denoiser: HiDreamImageTransformer2DModel) -> list[nn.Module]:
         entry, *onward = routes(self.parts.denoiser_config["llama_layers"])
@@ -278,8 +278,8 @@ class HiDreamPipeline(PicturePipeline):
         return max(tokens, most) if self.options.fill_up_pictures and height != width else tokens
 
     def scheduler(self) -> Any:
-        file = self.options.diffusers_path / "scheduler" / "scheduler_config.json"
-        name = read_json(file).get("_class_name")
+        file = self.options.diffusers_path / SCHEDULER_FILE
+        name = read_json(file, kinds={"_class_name": str}).get("_class_name")
         if name not in SCHEDULERS:
             raise UserError.of(f"is of {name}, and samples are drawn with {', '.join(SCHEDULERS)}", str(file))
-        return of_diffusers(name).from_pretrained(file.parent)
+        return stock_scheduler(self.options.diffusers_path, name)

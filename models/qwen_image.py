@@ -16,11 +16,11 @@ from einops import rearrange
 from torch import nn
 
 from models.base import BasePipeline, Features, ModelEncoder
-from models.foundation.checkpoints.folders import TextPart, problems_of
+from models.foundation.checkpoints.configs import stock_scheduler
+from models.foundation.checkpoints.folders import TextPart, model_index, problems_of
 from models.foundation.checkpoints.headers import read_header
 from models.foundation.checkpoints.key_layouts import KeyLayout
 from models.foundation.checkpoints.layouts.qwen_image import QWEN_LAYOUT, TIMESTEP_ZERO, TimestepZeroLayout
-from models.foundation.checkpoints.stock import of_diffusers
 from models.foundation.encoders.qwen_image_prompts import CONTROLS, VARIANTS, Variant, caption_prompt
 from models.foundation.encoders.qwen_vl import PictureTextEncoder
 from models.foundation.encoders.text import TextEncoder
@@ -32,7 +32,6 @@ from utils.dataset.buckets import MediaFacts
 from utils.dataset.encoders import Encoder
 from utils.diffusion.timesteps import RESOLUTION_SHIFTS
 from utils.errors import Problem
-from utils.json_files import read_json
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
@@ -265,13 +264,11 @@ class QwenImagePipeline(BasePipeline):
         return latent_size(self._vae_config, width, height, frames)
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        scheduler = of_diffusers("FlowMatchEulerDiscreteScheduler")
-        return scheduler.from_pretrained(self.options.diffusers_path, subfolder="scheduler")
+        return stock_scheduler(self.options.diffusers_path, "FlowMatchEulerDiscreteScheduler")
 
     @cached_property
     def _variant(self) -> Variant:
-        index = self.options.diffusers_path / "model_index.json"
-        named = read_json(index).get("_class_name") if index.is_file() else None
+        named = model_index(self.options.diffusers_path).get("_class_name")
         return VARIANTS[self.options.variant or PIPELINES.get(named, "image")]
 
     # Kept, as every micro-batch asks for it.

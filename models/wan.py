@@ -22,9 +22,9 @@ from torch import nn
 from torch.nn import functional
 
 from models.base import BasePipeline, Features, ModelEncoder
-from models.foundation.checkpoints.folders import TextPart
+from models.foundation.checkpoints.configs import stock_scheduler
+from models.foundation.checkpoints.folders import TextPart, model_index
 from models.foundation.checkpoints.layouts.wan import WAN_LAYOUT
-from models.foundation.checkpoints.stock import of_diffusers
 from models.foundation.encoders.first_frame import ClipVision, FirstFrameAutoencoder, given_frames
 from models.foundation.encoders.text_features import TrueLengthFeatures
 from models.foundation.encoders.video_vae import WanAutoencoder, latent_size, wan_vae_config
@@ -32,7 +32,6 @@ from models.foundation.layers.chain import Middle
 from utils.dataset.buckets import MediaFacts
 from utils.dataset.samples import Sample
 from utils.errors import Problem, UserError
-from utils.json_files import read_json
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
@@ -160,9 +159,8 @@ class Exit(nn.Module):
 def boundary_of(options: WanOptions) -> float | None:
     """The noise level from which on the expert for much noise is used, and below which the other; None for a folder
     that does not say so, as those of models without experts."""
-    index = options.diffusers_path and options.diffusers_path / "model_index.json"
-    ratio = read_json(index).get("boundary_ratio") if index and index.is_file() else None
-    return float(ratio) if isinstance(ratio, int | float) and 0 < ratio < 1 else None
+    ratio = model_index(options.diffusers_path).get("boundary_ratio") if options.diffusers_path else None
+    return float(ratio) if ratio and 0 < ratio < 1 else None
 
 
 def within_expert(options: WanOptions) -> WanOptions:
@@ -344,8 +342,7 @@ class WanPipeline(BasePipeline):
         return latent_size(self._vae_config, width, height, frames)
 
     def scheduler(self) -> UniPCMultistepScheduler:
-        scheduler = of_diffusers("UniPCMultistepScheduler")
-        return scheduler.from_pretrained(self.options.diffusers_path, subfolder="scheduler")
+        return stock_scheduler(self.options.diffusers_path, "UniPCMultistepScheduler")
 
     # Kept, as every micro-batch asks for it.
     @cached_property

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import optimizers
 from models.assembly import plan
+from models.assembly.base_files import verify
 from models.assembly.data import cache_folder, check_data, choices_of, controls_of, encoders_of
 from models.assembly.exports import check_exports, check_outputs
 from models.assembly.fitting import memory_of
@@ -134,6 +135,7 @@ def plan_of(settings: Settings, ranks: Ranks, pipeline: BasePipeline, sources: S
     def check() -> None:
         nonlocal staged
         staged = check_run(settings, ranks, pipeline)
+        verify(settings, pipeline, scan.index.parent, Ranks(), scan.raise_if_stopping)
 
     def look() -> None:
         found = collect(sources, pipeline.media, scan, **choices_of(settings))

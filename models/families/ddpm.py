@@ -3,17 +3,26 @@ and from the folder's scheduler."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from models.foundation.checkpoints.configs import SCHEDULER_FILE, kinds_of, made_of
 from utils.diffusion.objectives import Epsilon, VPrediction
 from utils.diffusion.schedules import NoiseSchedule
 from utils.errors import UserError
-from utils.json_files import read_json
+from utils.json_files import ANEW, check_types, read_json, shown
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import TimestepMethod
 
-SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
+KINDS = {
+    "_class_name": str,
+    "prediction_type": str,
+    "beta_schedule": str,
+    "beta_start": float,
+    "beta_end": float,
+    "num_train_timesteps": Annotated[int, 2],
+    "rescale_betas_zero_snr": bool,
+}
+"""The types of what is read of a scheduler's configuration here."""
 OBJECTIVES = {"epsilon": Epsilon, "v_prediction": VPrediction}
 
 
@@ -64,7 +73,7 @@ def scheduler_config(options: DDPMOptions) -> dict[str, Any]:
     Raises:
         UserError: it is missing or damaged.
     """
-    config = read_json(options.diffusers_path / SCHEDULER_FILE)
+    config = read_json(options.diffusers_path / SCHEDULER_FILE, kinds=KINDS)
     if options.rescale_betas_zero_snr:
         config["rescale_betas_zero_snr"] = True
     for key in ("prediction_type", "beta_schedule"):
@@ -79,11 +88,12 @@ def ddpm_scheduler(options: DDPMOptions) -> Any:
     Raises:
         UserError: its configuration is missing or damaged, or does not describe a scheduler.
     """
-    config = scheduler_config(options)
+    config, file = scheduler_config(options), options.diffusers_path / SCHEDULER_FILE
     import diffusers
 
-    kind = getattr(diffusers, config.get("_class_name", ""), None)
-    if kind is None:
-        file = options.diffusers_path / SCHEDULER_FILE
-        raise UserError.of("`_class_name` is no scheduler of diffusers; download it again", str(file))
-    return kind.from_config(config)
+    name = config.get("_class_name", "")
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise UserError.of(f"`_class_name` is {shown(name)}, which is no scheduler of diffusers; {ANEW}", str(file))
+    check_types(config, kinds_of(kind), str(file), ANEW)
+    return made_of(name, config, file)

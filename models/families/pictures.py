@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.base import BasePipeline
-from models.foundation.checkpoints.stock import of_diffusers
+from models.foundation.checkpoints.configs import stock_scheduler
 from models.foundation.encoders.vae import ImageAutoencoder, vae_config
 from utils.dataset.buckets import MediaFacts
 
@@ -44,8 +44,7 @@ class PicturePipeline(BasePipeline, ABC):
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        scheduler = of_diffusers("FlowMatchEulerDiscreteScheduler")
-        return scheduler.from_pretrained(self.options.diffusers_path, subfolder="scheduler")
+        return stock_scheduler(self.options.diffusers_path, "FlowMatchEulerDiscreteScheduler")
 
     # Kept, as every micro-batch asks for it.
     @cached_property

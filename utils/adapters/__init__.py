@@ -10,7 +10,7 @@ from utils.adapters.kinds import AdapterKind
 from utils.declared import kinds_in
 from utils.settings.choices import Choice, type_of
 
-NOT_KINDS = ("attach", "differences", "file_names", "kinds", "peft_layers", "presets")
+NOT_KINDS = ("attach", "differences", "file_names", "kinds", "peft_layers", "peft_settings", "presets", "soundness")
 
 
 def available() -> dict[str, AdapterKind]:

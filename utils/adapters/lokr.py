@@ -225,6 +225,8 @@ class Lokr:
                 f"the LoKr of '{entry.name}' is for {len(modules)} modules of this model at once ({modules[0]} ...), "
                 "and cannot be divided among them; it can be a [[model.preset_adapters]] with `fused = true`"
             )
+        for name in (W1, W2):
+            _parts_of(entry, name)
         ratio = _scale(entry) / scale_of(modules[0])
         return {
             # In float32: float16 would lose small values.
@@ -263,11 +265,30 @@ KINDS = (Lokr(),)
 
 def _whole(entry: Entry, name: str) -> torch.Tensor:
     """A factor, which may be the product of two matrices."""
-    names = [name] if name in entry.tensors else [f"{name}_a", f"{name}_b"]
-    tensors = [entry.tensors.get(part) for part in names]
-    if any(tensor is None or tensor.ndim != 2 for tensor in tensors):
-        raise ValueError(f"the LoKr of '{entry.name}' is of another form than those of Linears, or it is not whole")
+    tensors = _parts_of(entry, name)
     return tensors[0] if len(tensors) == 1 else tensors[0].float() @ tensors[1].float()
+
+
+def _parts_of(entry: Entry, name: str) -> list[torch.Tensor]:
+    """The tensors of a factor: itself, or the two matrices whose product it is.
+
+    Raises:
+        ValueError: one is missing, there is one too many, or they do not fit each other.
+    """
+    there = [part for part in (name, f"{name}_a", f"{name}_b") if part in entry.tensors]
+    if there not in ([name], [f"{name}_a", f"{name}_b"]):
+        has = ", ".join(there) or "nothing"
+        raise ValueError(
+            f"the LoKr of '{entry.name}' has {has} of its factor {name}, and either {name} is meant or {name}_a with "
+            f"{name}_b; is the file whole?"
+        )
+    tensors = [entry.tensors[part] for part in there]
+    if any(tensor.ndim != 2 for tensor in tensors):
+        raise ValueError(f"the LoKr of '{entry.name}' is of another form than those of Linears, or it is not whole")
+    if len(tensors) == 2 and tensors[0].shape[1] != tensors[1].shape[0]:
+        shapes = " and ".join(str(list(tensor.shape)) for tensor in tensors)
+        raise ValueError(f"{name}_a and {name}_b of '{entry.name}' are {shapes}, which do not fit each other")
+    return tensors
 
 
 def _scale(entry: Entry) -> float:

@@ -34,7 +34,8 @@ from utils.adapters.kinds import (
     Tensors,
     without_scale,
 )
-from utils.json_files import read_json
+from utils.adapters.peft_settings import CONFIG_FILE, HEADER, peft_settings
+from utils.json_files import shown
 from utils.settings.schema import AdapterSettings
 from utils.settings.values import Count
 
@@ -42,8 +43,6 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 DOWN, UP, MID = "lora_A", "lora_B", "lora_mid"
 FOLDED_SCALE = "folded_scale"
 """The key of our headers for the factor that is multiplied into every `lora_A`, since ComfyUI reads no header."""
-HEADER, CONFIG_FILE = "lora_adapter_metadata", "adapter_config.json"
-"""Where diffusers and PEFT keep an adapter's settings: a key of the header, and a file beside it."""
 LOST_IN_FLOAT16 = 2.0**-9
 """The part of a factor that may be lost by rounding, which is what bfloat16 loses."""
 
@@ -246,7 +245,8 @@ def _pair(entry: Entry) -> tuple[torch.Tensor, torch.Tensor, float]:
             raise entry.lacks(part)
     down, up, mid = entry.tensors[DOWN], entry.tensors[UP], entry.tensors.get(MID)
     rank = len(down)
-    if up.ndim < 2 or down.ndim < 2 or up.shape[1] != (rank if mid is None else len(mid)):
+    fits = up.ndim >= 2 and down.ndim >= 2 and up.shape[1] == (rank if mid is None else len(mid))
+    if not fits or up[0].numel() != up.shape[1]:
         raise ValueError(f"the factors of '{entry.name}' are {list(down.shape)} and {list(up.shape)}, which is no LoRA")
     if mid is not None:
         # Tucker's form, whose core is a convolution between both.
@@ -256,9 +256,28 @@ def _pair(entry: Entry) -> tuple[torch.Tensor, torch.Tensor, float]:
     return _undone(down, entry), up, _scale(entry, rank)
 
 
+def _folded(file: AdapterFile) -> float:
+    """The scale that is in every `lora_A` of a file of ours; 1 in others.
+
+    Raises:
+        ValueError: the header has something else than such a scale.
+    """
+    said = file.metadata.get(FOLDED_SCALE, "1.0")
+    try:
+        folded = float(said)
+    except ValueError:
+        folded = 0.0
+    if not (math.isfinite(folded) and folded > 0):
+        raise ValueError(
+            f"`{FOLDED_SCALE}` in its header is {shown(said)}, and a number above 0 is meant; the file is damaged: "
+            "export it again"
+        )
+    return folded
+
+
 def _undone(down: torch.Tensor, entry: Entry) -> torch.Tensor:
     """`lora_A` as it was trained, if the file is ours and a scale is in it."""
-    folded = float(entry.file.metadata.get(FOLDED_SCALE, 1.0))
+    folded = _folded(entry.file)
     return down if folded == 1.0 else down.float() / folded
 
 
@@ -267,27 +286,14 @@ def _scale(entry: Entry, rank: int) -> float:
     if ALPHA in entry.tensors:
         return entry.tensors[ALPHA].item() / rank
     if FOLDED_SCALE in entry.file.metadata:
-        return float(entry.file.metadata[FOLDED_SCALE])
+        return _folded(entry.file)
     module = entry.target.modules[0]
-    known = _peft_settings(entry.file, module)
+    known = peft_settings(entry.file, module)
     # As PEFT finds the alpha of a module that has its own.
     patterns = known.get("alpha_pattern") or {}
     own = next((alpha for name, alpha in patterns.items() if re.match(rf"(.*\.)?({name})$", module)), None)
     alpha = known.get("lora_alpha") if own is None else own
     return 1.0 if alpha is None else alpha / (math.sqrt(rank) if known.get("use_rslora") else rank)
-
-
-def _peft_settings(file: AdapterFile, module: str) -> Mapping[str, Any]:
-    """What PEFT was told about a part's adapter: from the header, where diffusers keeps it for each part, or from the
-    configuration beside the file."""
-    known = json.loads(file.metadata.get(HEADER, "{}"))
-    if not known:
-        config = file.path and file.path.with_name(CONFIG_FILE)
-        return read_json(config) if config and config.is_file() else {}
-    parts = sorted({key.rpartition(".")[0] for key in known}, key=lambda part: part.startswith("text_encoder"))
-    # Names of modules begin with the part if several are trained; else it is the denoiser's, of whatever name.
-    part = next((part for part in parts if part and module.startswith(f"{part}.")), parts[0])
-    return {key.rpartition(".")[2]: value for key, value in known.items() if key.rpartition(".")[0] == part}
 
 
 def _divided(

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO, Self
 
+from utils.dataset.databases import FOR_THE_GROUP
 from utils.dataset.shards import lock
 from utils.errors import UserError
 
@@ -85,10 +86,11 @@ class CacheLock(HeldFile):
 
         Raises:
             CacheBusy: another run still holds it after this many seconds.
+            UserError: this user may not write it.
         """
         deadline = time.monotonic() + wait_seconds
         told = ""
-        while not self.take():
+        while not self._taken():
             holder = self.holder()
             if time.monotonic() >= deadline:
                 what = f"another run fills this cache: {holder}; wait for it or end it, or use another cache"
@@ -98,11 +100,33 @@ class CacheLock(HeldFile):
                 told = holder
             time.sleep(min(SECONDS_BETWEEN_TRIES, max(0.0, deadline - time.monotonic())))
 
+    def _taken(self) -> bool:
+        try:
+            return self.take()
+        except PermissionError as error:
+            raise _not_writable(self.path, error) from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A file to be locked, made if it is missing. Some network file systems lock only what is open for writing.
+
+    Raises:
+        UserError: this user may not write it.
+    """
+    try:
+        return path.open("a+b", buffering=0)
+    except PermissionError as error:
+        raise _not_writable(path, error) from error
+
+
+def _not_writable(path: Path, error: OSError) -> UserError:
+    return UserError.of(f"cannot be used ({error.strerror}); {FOR_THE_GROUP}", str(path))
+
 
 def reading(folder: Path) -> BinaryIO:
     """Marks a cache as being read until the returned file is closed or the process ends. Must be called while this run
     fills the cache, since no other run can then hold it for `unread`."""
-    file = (folder / READERS_NAME).open("a+b", buffering=0)
+    file = _opened(folder / READERS_NAME)
     lock(file, without=True, shared=True)
     return file
 
@@ -111,5 +135,5 @@ def reading(folder: Path) -> BinaryIO:
 def unread(folder: Path) -> Iterator[bool]:
     """Whether no run reads the cache; if so, no run can begin to read it within this context. False on file systems
     without locks."""
-    with (folder / READERS_NAME).open("a+b", buffering=0) as file:
+    with _opened(folder / READERS_NAME) as file:
         yield lock(file, without=False)

@@ -224,6 +224,8 @@ def write_list(collections: Sequence[Collection], cache_dir: Path) -> None:
     rejected = [(str(c.source.file), fault) for c in collections for fault in c.rejected]
     path = cache_dir / FAILED_NAME
     if rejected or path.exists():
+        # It may be another user's, of a group that shares the cache.
+        path.unlink(missing_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["dataset", "file", "kind", "reason"])

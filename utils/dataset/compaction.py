@@ -68,7 +68,8 @@ def _is_emptier(live: int, size: int, share: float) -> bool:
 def _locked(path: Path, locks: ExitStack) -> bool:
     """Takes the shard's lock until `locks` is closed; False if another process has it, or had it and unlinked the
     shard."""
-    with suppress(FileNotFoundError):
+    # One of another user of the group who does not share it stays.
+    with suppress(FileNotFoundError, PermissionError):
         # Opened for writing, which some network file systems require for a lock.
         file = locks.enter_context(path.open("r+b"))
         return lock(file, without=False) and path.exists()

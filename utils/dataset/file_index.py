@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.dataset.databases import explaining_errors
+from utils.dataset.databases import connected, explaining_errors
 from utils.errors import UserError
 
 BUSY_SECONDS = 60
@@ -48,7 +48,7 @@ def opened_index(path: Path) -> Iterator[sqlite3.Connection]:
         what = f"this folder for the cache cannot be made ({error.strerror}); name another in cache_dir or output_dir"
         raise UserError.of(what, str(path.parent)) from error
     if_damaged = "remove it; all files are looked at again, and nothing is encoded again"
-    with explaining_errors(path, if_damaged), closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as index:
+    with explaining_errors(path, if_damaged), closing(connected(path, timeout=BUSY_SECONDS)) as index:
         # What an older version of this program found may be wrong: it took one tile of a HEIF for the picture.
         if index.execute("PRAGMA user_version").fetchone() != (VERSION,):
             index.execute("DROP TABLE IF EXISTS media")

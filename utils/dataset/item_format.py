@@ -8,12 +8,15 @@ most of the time of a cache.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
+
+from utils.json_files import is_of, parsed_json
 
 HEADER_LENGTH_BYTES = 8
 ALIGNMENT = 8
@@ -55,7 +58,11 @@ def encoded(tensors: Mapping[str, torch.Tensor]) -> list[bytes | np.ndarray]:
 
 
 def decoded(item: np.ndarray) -> dict[str, torch.Tensor]:
-    """The tensors of an item (bytes, one-dimensional), as views of it."""
+    """The tensors of an item (bytes, one-dimensional), as views of it.
+
+    Raises:
+        ValueError: it is none.
+    """
     content = HEADER_LENGTH_BYTES + int.from_bytes(item[:HEADER_LENGTH_BYTES].tobytes(), "little")
     tensors = {}
     for entry in _layout(item[HEADER_LENGTH_BYTES:content].tobytes()):
@@ -79,7 +86,13 @@ class _Entry(NamedTuple):
 def _layout(header: bytes) -> tuple[_Entry, ...]:
     """The content of a header; samples of one bucket have the same."""
     entries = []
-    for name, told in json.loads(header).items():
-        dtype, (start, end) = DTYPES[told["dtype"]], told["data_offsets"]
-        entries.append(_Entry(name, dtype, tuple(told["shape"]), start, (end - start) // dtype.itemsize))
+    try:
+        for name, told in parsed_json(header).items():
+            dtype, (start, end), shape = DTYPES[told["dtype"]], told["data_offsets"], tuple(told["shape"])
+            entry = _Entry(name, dtype, shape, start, (end - start) // dtype.itemsize)
+            if not is_of([*shape, start], list[Annotated[int, 0]]) or math.prod(shape) * dtype.itemsize != end - start:
+                raise ValueError(f"'{name}' is {told}")
+            entries.append(entry)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"no header of an item ({error!r})") from error
     return tuple(entries)

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.dataset.databases import explaining_errors
+from utils.dataset.databases import connected, explaining_errors
 from utils.dataset.tensor_store import TensorStore
 
 NAME = "references.sqlite"
@@ -102,7 +102,7 @@ def _opened(cache_dir: Path) -> Iterator[sqlite3.Connection]:
     path = cache_dir / NAME
     cache_dir.mkdir(parents=True, exist_ok=True)
     if_damaged = "remove it; start each run that shares this cache once, so that what it wants is known again"
-    with explaining_errors(path, if_damaged), closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as index, index:
+    with explaining_errors(path, if_damaged), closing(connected(path, timeout=BUSY_SECONDS)) as index, index:
         index.execute(
             "CREATE TABLE IF NOT EXISTS owners (owner TEXT, store TEXT, digest TEXT, PRIMARY KEY (owner, store))"
         )

@@ -11,13 +11,15 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from utils.dataset.databases import explaining_errors
+from utils.dataset.databases import connected, explaining_errors
+from utils.errors import UserError
 
 INDEX_NAME = "index.sqlite"
+IF_DAMAGED = "remove this folder; what it held is encoded again"
 BUSY_SECONDS = 120
 SECONDS_BETWEEN_TRIES = 0.02
 KEYS_PER_QUERY = 10_000
@@ -56,15 +58,18 @@ class StoreIndex:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock = threading.Lock()
-        with self._explaining_errors():
-            self._database = sqlite3.connect(
+        with self._explaining_errors(), ExitStack() as if_it_fails:
+            self._database = connected(
                 folder / INDEX_NAME, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
+            # A connection that stays open keeps its locks.
+            if_it_fails.callback(self._database.close)
             self._choose_journal()
             self._database.execute(
                 "CREATE TABLE IF NOT EXISTS items (key TEXT PRIMARY KEY, shard TEXT, offset INTEGER,"
                 " length INTEGER, crc32 INTEGER) WITHOUT ROWID"
             )
+            if_it_fails.pop_all()
 
     def __len__(self) -> int:
         return self._query("SELECT count(*) FROM items")[0][0]
@@ -74,11 +79,11 @@ class StoreIndex:
 
     def extent(self, key: str) -> Extent | None:
         rows = self._query(f"SELECT {_COLUMNS} FROM items WHERE key = ?", [key])
-        return Extent(*rows[0]) if rows else None
+        return self._extent(rows[0]) if rows else None
 
     def extents(self, keys: Sequence[str]) -> dict[str, Extent]:
         """The extents of those keys that exist."""
-        return {key: Extent(*extent) for key, *extent in self._by_parts(f"SELECT key, {_COLUMNS}", "key", keys)}
+        return {key: self._extent(extent) for key, *extent in self._by_parts(f"SELECT key, {_COLUMNS}", "key", keys)}
 
     def present(self, keys: Sequence[str]) -> set[str]:
         """Those keys that exist."""
@@ -91,16 +96,16 @@ class StoreIndex:
         """The items in each shard."""
         found: dict[str, dict[str, Extent]] = defaultdict(dict)
         for key, *extent in self._by_parts(f"SELECT key, {_COLUMNS}", "shard", shards):
-            found[extent[0]][key] = Extent(*extent)
+            found[extent[0]][key] = self._extent(extent)
         return found
 
     def live_bytes(self) -> dict[str, int]:
         """The number of bytes of the items in each shard."""
-        return dict(self._query("SELECT shard, sum(length) FROM items GROUP BY shard"))
+        return self._numbers("SELECT shard, sum(length) FROM items GROUP BY shard")
 
     def ends(self) -> dict[str, int]:
         """The length that each shard must have at least."""
-        return dict(self._query("SELECT shard, max(offset + length) FROM items GROUP BY shard"))
+        return self._numbers("SELECT shard, max(offset + length) FROM items GROUP BY shard")
 
     def add(self, extents: Mapping[str, Extent]) -> None:
         """Adds items in one transaction, and replaces those with the same keys."""
@@ -143,8 +148,30 @@ class StoreIndex:
         with self._lock, self._explaining_errors():
             return self._database.execute(statement, values).fetchall()
 
+    def _extent(self, row: Sequence[Any]) -> Extent:
+        """The extent in a row of the index.
+
+        Raises:
+            UserError: the row holds something else.
+        """
+        self._check(row)
+        return Extent(*row)
+
+    def _numbers(self, statement: str) -> dict[str, int]:
+        """A number for each shard."""
+        rows = self._query(statement)
+        for row in rows:
+            self._check(row)
+        return dict(rows)
+
+    def _check(self, row: Sequence[Any]) -> None:
+        shard, *numbers = row
+        if not isinstance(shard, str) or not all(isinstance(number, int) and number >= 0 for number in numbers):
+            what = f"is damaged: it has a row {tuple(row)!r:.80}; {IF_DAMAGED}"
+            raise UserError.of(what, str(self._folder / INDEX_NAME))
+
     def _explaining_errors(self) -> AbstractContextManager[None]:
-        return explaining_errors(self._folder / INDEX_NAME, "remove this folder; what it held is encoded again")
+        return explaining_errors(self._folder / INDEX_NAME, IF_DAMAGED)
 
     def _by_parts(self, select: str, column: str, values: Sequence[str]) -> Iterator[tuple]:
         """Rows whose column has one of the values, in queries that each fit into one statement."""

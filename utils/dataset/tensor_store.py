@@ -135,7 +135,12 @@ class TensorStore:
             self.flush()
         extent = self._known.find(key)
         item = self._reader.read(*extent) if extent else None
-        return decoded(self._first_read(key) if item is None else item)
+        item = self._first_read(key) if item is None else item
+        try:
+            return decoded(item)
+        except ValueError as error:
+            extent = self._index.extent(key)
+            raise CorruptItem(key, extent, self.folder / extent.shard) from error
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """The keys without an item, in their order."""

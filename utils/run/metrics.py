@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from utils.errors import UserError
+from utils.json_files import is_of, parsed_json
 from utils.run.attempts import reason_of
 from utils.run.folder import METRICS, KeptRecords
 from utils.settings.schema import MonitoringSettings
@@ -152,10 +153,12 @@ def _cut(path: Path, keeps: Callable[[str, float], bool]) -> list[float]:
 def _of_line(line: str) -> tuple[str, float]:
     """The name and the step of a number; a step after all others, if the line is not whole."""
     try:
-        found = json.loads(line)
-        return (str(found["name"]), float(found["step"])) if line.endswith("\n") else ("", inf)
-    except (ValueError, KeyError, TypeError):
+        found = parsed_json(line)
+        name, step = found["name"], found["step"]
+    except (ValueError, KeyError, TypeError, IndexError):
         return "", inf
+    is_whole = line.endswith("\n") and is_of(name, str) and is_of(step, float)
+    return (name, step) if is_whole else ("", inf)
 
 
 class TensorBoard:

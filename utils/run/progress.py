@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Annotated, Any
+
+COUNT = Annotated[int, 0]
+KINDS = {"step": COUNT, "epoch": COUNT, "step_in_epoch": COUNT, "examples": COUNT, "epoch_loss_sum": float}
+"""The types of its values in a file; a count is at least 0."""
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,8 @@ class Trainer:
         if not isfinite(result.loss) or not isfinite(result.grad_norm):
             raise UserError.of(
                 f"loss {result.loss}, gradient norm {result.grad_norm}: training has diverged, and nothing was saved "
-                f"since. {self._way_on()} with a lower [optimizer] lr or more warmup_steps",
+                f"since. {self._way_on()} with a lower [optimizer] lr or more warmup_steps; or base files are damaged, "
+                'which [model] verify_files = "always" looks for',
                 str(self.parts.folder),
                 f"step {step + 1}",
             )

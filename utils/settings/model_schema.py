@@ -93,6 +93,11 @@ class ModelSettings(SettingsTable):
     preset_adapters: list[PresetAdapter] = []
     """Adapters that are a part of what is trained on: an adapter that is trained learns the difference to them, and
     works on top of them. They are no part of its export; fused ones are part of that of a full fine-tune."""
+    verify_files: Literal["never", "once", "always"] = "never"
+    """Read the data of the files that a run begins with, and refuse damaged ones: with another SHA-256 than a download
+    from Hugging Face has noted, with other data than when they were read last, or with values that are no numbers.
+    "once": files whose size and time of change are known are not read again. A gigabyte
+    takes one or two seconds; four with a noted SHA-256, on processors without instructions for it."""
     from_scratch: bool = False
     """Start the denoiser from random weights: only its configuration is read."""
     timestep_sample_method: TimestepMethod = "logit_normal"

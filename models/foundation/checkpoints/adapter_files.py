@@ -9,14 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from safetensors import safe_open
-
-from models.foundation.checkpoints.headers import read_header
+from models.foundation.checkpoints.headers import opened, read_header
 from models.foundation.checkpoints.recognition import owner_of_names
 from utils import adapters
 from utils.adapters.differences import differences, with_dora
 from utils.adapters.file_names import Contents, contents
 from utils.adapters.kinds import DORA_SCALE, AdapterFile, AdapterKind, Entry, ModelNames, Tensors, Update
+from utils.adapters.soundness import check_entry
 from utils.errors import UserError
 
 Item = TypeVar("Item")
@@ -100,6 +99,7 @@ def _joined(
     by: dict[str, str] = {}
     for kind, entry in found.entries:
         try:
+            check_entry(entry)
             own = read(kind, entry)
         except UserError:
             raise
@@ -169,9 +169,9 @@ def _read(path: Path) -> AdapterFile:
             f"there are {len(files)} files here, {', '.join(file.name for file in files[:3])} ...; give one of them",
             str(path),
         )
-    with safe_open(files[0], framework="pt") as opened:
-        tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-        return AdapterFile(tensors, opened.metadata() or {}, files[0])
+    with opened(files[0]) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        return AdapterFile(tensors, file.metadata() or {}, files[0])
 
 
 def _what_is_there(file: AdapterFile) -> str:

@@ -6,19 +6,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from models.foundation.checkpoints.configs import kinds_of
 from models.foundation.checkpoints.headers import read_header
 from models.foundation.checkpoints.recognition import FOLDERS
-from models.foundation.checkpoints.stock import of_transformers
+from models.foundation.checkpoints.stock import is_of_diffusers, of_diffusers, of_transformers
 from models.foundation.checkpoints.weights import CheckpointNames
 from utils.errors import Problem, UserError
-from utils.json_files import read_json
+from utils.json_files import ANEW, check_types, read_json, require
 from utils.settings.model_schema import ModelSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+INDEX = "model_index.json"
+INDEX_KINDS = {"_class_name": str, "boundary_ratio": float | None}
+TEXT_KINDS = {"dtype": str | None, "torch_dtype": str | None, "text_config": dict | None}
 TEXT_CONFIG_KEYS = {
     "clip_text_model": ("hidden_size", "max_position_embeddings", "projection_dim"),
     "llama": ("hidden_size", "num_hidden_layers"),
@@ -27,7 +31,7 @@ TEXT_CONFIG_KEYS = {
     **dict.fromkeys(("mt5", "t5", "umt5"), ("d_model",)),
 }
 """The keys that the configuration of a text encoder must have, by `model_type`, since transformers has a default for
-everything; all other configurations must have `hidden_size`."""
+everything; all other configurations must have `hidden_size`. They are whole numbers above 0."""
 
 
 @dataclass(frozen=True)
@@ -132,14 +136,22 @@ def check_folder_type(options: ModelSettings) -> None:
     Raises:
         UserError: it contains another one; says which.
     """
-    index = options.diffusers_path / "model_index.json"
-    named = read_json(index).get("_class_name") if index.is_file() else None
-    fitting = FOLDERS.get(named, options.type) if isinstance(named, str) else options.type
+    named = model_index(options.diffusers_path).get("_class_name")
+    fitting = FOLDERS.get(named, options.type)
     if fitting != options.type:
         raise UserError.of(
             f'is of {named}: set [model] type = "{fitting}", or give the folder of a model of type "{options.type}"',
-            str(index),
+            str(options.diffusers_path / INDEX),
         )
+
+
+def model_index(folder: Path) -> dict[str, Any]:
+    """What a diffusers folder's own index says; nothing if it has none.
+
+    Raises:
+        UserError: the index is damaged.
+    """
+    return read_json(folder / INDEX, kinds=INDEX_KINDS) if (folder / INDEX).is_file() else {}
 
 
 def _config_name(part: str) -> str:
@@ -201,6 +213,11 @@ def read_config(
     named = config.get("_class_name", config.get("model_type", known[0]))
     if named not in known:
         raise UserError.of(f"is a configuration of {named}; one of {' or '.join(known)} belongs here", str(file))
-    if missing := [key for key in keys if key not in config]:
-        raise UserError.of(f"lacks `{missing[0]}`; download it again", str(file))
+    require(config, keys, str(file))
+    # A class of transformers checks the types of its own configuration.
+    of_text = {**TEXT_KINDS, **dict.fromkeys(keys, Annotated[int, 1])}
+    kinds = kinds_of(of_diffusers(known[0])) if is_of_diffusers(known[0]) else of_text
+    check_types(config, kinds, str(file), ANEW)
+    if unset := [key for key in keys if config[key] is None]:
+        raise UserError.of(f"`{unset[0]}` is null, and has a value in this model; {ANEW}", str(file))
     return config

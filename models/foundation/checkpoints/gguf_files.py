@@ -102,7 +102,7 @@ class GgufFile:
         }
         self.tensors = {one.name: GgufTensor(one, own_shapes.get(one.name)) for one in reader.tensors}
         for name, tensor in self.tensors.items():
-            if np.prod(tensor.shape) != tensor.stored.n_elements:
+            if not tensor.stored.n_elements or np.prod(tensor.shape) != tensor.stored.n_elements:
                 raise UserError.of(
                     f"'{name}' has {tensor.stored.n_elements} numbers, and {list(tensor.shape)} is given as its shape; "
                     "download it again",

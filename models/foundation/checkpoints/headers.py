@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from models.foundation.checkpoints.gguf_files import GgufFile, is_gguf
-from utils.errors import UserError
-from utils.json_files import read_json
+from utils.errors import UserError, printable
+from utils.json_files import ANEW, read_json, require
 
 USUAL_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "adapter_model.safetensors")
 INDEX = ".index.json"
+WEIGHT_MAP = "weight_map"
 SUFFIXES = (".safetensors", ".sft")
 FINGERPRINT_BLOCKS = 64
 FINGERPRINT_BLOCK_BYTES = 64 * 1024
@@ -57,19 +59,26 @@ def read_header(path: Path, *, with_gguf: bool = False) -> Header:
         raise UserError.of("no safetensors file here; give a .safetensors file or a folder with some", str(path))
     files, shapes = {}, {}
     for file in paths:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():
-                    files[key] = file
-                    shapes[key] = tuple(opened.get_slice(key).get_shape())
-        except (SafetensorError, OSError) as error:
-            hint = (
-                "download it again"
-                if file.suffix in SUFFIXES
-                else "give one; of other formats only GGUF is read, for the denoiser"
-            )
-            raise UserError.of(f"not a whole safetensors file ({error}); {hint}", str(file)) from error
+        with opened(file) as one:
+            for key in one.keys():
+                files[key] = file
+                shapes[key] = tuple(one.get_slice(key).get_shape())
     return Header(files, shapes)
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A safetensors file that is read in this context.
+
+    Raises:
+        UserError: it cannot be read, is not whole, or has numbers of a type that torch does not have.
+    """
+    try:
+        with safe_open(file, framework="pt") as one:
+            yield one
+    except (SafetensorError, OSError) as error:
+        hint = ANEW if file.suffix in SUFFIXES else "give one; of other formats only GGUF is read, for the denoiser"
+        raise UserError.of(f"not a whole safetensors file ({error}); {hint}", str(file)) from error
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -86,10 +95,12 @@ def _files_in(folder: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     """The files that an index names."""
-    files = read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise UserError.of("has no table `weight_map` of file names; download it again", str(index))
-    return sorted({index.parent / name for name in files.values()})
+    content = read_json(index, kinds={WEIGHT_MAP: dict[str, str]})
+    require(content, [WEIGHT_MAP], str(index))
+    names = set(content[WEIGHT_MAP].values())
+    if lost := sorted(name for name in names if printable(name) != name or not (index.parent / name).is_file()):
+        raise UserError.of(f"names '{printable(lost[0])}', and there is no such file beside it; {ANEW}", str(index))
+    return sorted(index.parent / name for name in names)
 
 
 def fingerprint(*parts: Path | str | Mapping[str, Any]) -> str:

@@ -16,6 +16,11 @@ def of_diffusers(name: str) -> Any:
     return _named("diffusers", name)
 
 
+def is_of_diffusers(name: str) -> bool:
+    """Whether diffusers has a class of this name."""
+    return hasattr(import_module("diffusers"), name)
+
+
 def of_transformers(name: str) -> Any:
     """The class of this name in transformers."""
     return _named("transformers", name)

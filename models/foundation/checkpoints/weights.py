@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import nn
 
 from models.foundation.checkpoints.gguf_files import GgufFile, is_gguf
-from models.foundation.checkpoints.headers import read_header
+from models.foundation.checkpoints.headers import opened, read_header
 from models.foundation.checkpoints.key_layouts import KeyLayout, Piece, swap_halves
 from models.foundation.checkpoints.storage import StorageRules
 from utils.errors import UserError
@@ -173,8 +173,8 @@ def mapped_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor | Sca
     wanted = _part(header.files, prefix)
     tensors: dict[str, torch.Tensor] = {}
     for file in header.paths:
-        with safe_open(file, framework="pt") as opened:
-            tensors |= {key: opened.get_tensor(key) for key in wanted if header.files[key] == file}
+        with opened(file) as one:
+            tensors |= {key: one.get_tensor(key) for key in wanted if header.files[key] == file}
     scales = _scales(tensors)
     return {
         key: ScaledTensor(tensor, tensors[scales[key]], scales[key], path) if key in scales else tensor

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
+from models.foundation.checkpoints.configs import check_processor, explained
 from models.foundation.checkpoints.folders import read_config
 from models.foundation.checkpoints.headers import fingerprint, read_header
 from models.foundation.checkpoints.stock import of_transformers
 from models.foundation.encoders.video_vae import WanAutoencoder
 from utils.dataset.samples import Bucket
-from utils.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel
@@ -79,13 +79,9 @@ class ClipVision:
         """
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-        try:
+        check_processor(self.folder / PROCESSOR)
+        with explained(self.folder / PROCESSOR, "image processor"):
             return CLIPImageProcessorPil.from_pretrained(self.folder / PROCESSOR, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UserError.of(
-                "the settings of the image processor cannot be read; download the model's whole folder",
-                str(self.folder / PROCESSOR),
-            ) from error
 
     def check(self) -> None:
         """Whether its files are there, from their headers.
@@ -98,7 +94,8 @@ class ClipVision:
 
     def load(self, device: torch.device) -> None:
         stock = of_transformers("CLIPVisionModel")
-        model = stock.from_pretrained(self.folder / PART, dtype=self.dtype, local_files_only=True)
+        with explained(self.folder / PART, "CLIPVisionModel"):
+            model = stock.from_pretrained(self.folder / PART, dtype=self.dtype, local_files_only=True)
         self.model = model.to(device).eval().requires_grad_(False)
 
     def unload(self) -> None:

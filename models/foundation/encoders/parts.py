@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from models.foundation.checkpoints.configs import made_of
 from models.foundation.checkpoints.folders import TextPart, check_diffusers_folder, read_config
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.text_features import TextFeatures
@@ -57,6 +59,17 @@ class ModelParts:
             self.options.diffusers_path, self.denoiser_folder, model=self.denoiser_class, keys=self.config_keys
         )
 
+    def made_denoiser(self, **further: Any) -> nn.Module:
+        """The denoiser that its class of diffusers makes of the configuration.
+
+        Args:
+            further: arguments beside the configuration.
+
+        Raises:
+            UserError: it makes none of it.
+        """
+        return made_of(self.denoiser_class, self.denoiser_config, self._denoiser_config_file, **further)
+
     @property
     def denoiser_path(self) -> Path:
         """File or folder of the denoiser's weights."""
@@ -64,7 +77,11 @@ class ModelParts:
 
     def misfit(self, message: str) -> Problem:
         """A problem of the denoiser's configuration."""
-        return Problem(str(self.options.diffusers_path / self.denoiser_folder / "config.json"), "", message)
+        return Problem(str(self._denoiser_config_file), "", message)
+
+    @property
+    def _denoiser_config_file(self) -> Path:
+        return self.options.diffusers_path / self.denoiser_folder / "config.json"
 
     def text_part(self, name: str) -> TextPart:
         """The text encoder of this name."""

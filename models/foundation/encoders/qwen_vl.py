@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from models.foundation.checkpoints.configs import PROCESSOR_FILE, check_processor, explained
 from models.foundation.checkpoints.headers import fingerprint
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.text_features import EncodedText, Shapes, TextFeatures
@@ -91,14 +92,15 @@ def image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
     """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    try:
-        return Qwen2VLImageProcessorPil.from_pretrained(folder / PROCESSOR, local_files_only=True)
-    except (OSError, ValueError) as error:
+    if not (folder / PROCESSOR / PROCESSOR_FILE).is_file():
         raise UserError.of(
-            "the settings of the image processor cannot be read; they lie in the folder of an Edit model: copy its "
+            "the settings of the image processor are missing; they lie in the folder of an Edit model: copy its "
             f"`{PROCESSOR}` here",
             str(folder / PROCESSOR),
-        ) from error
+        )
+    check_processor(folder / PROCESSOR)
+    with explained(folder / PROCESSOR / PROCESSOR_FILE, "image processor"):
+        return Qwen2VLImageProcessorPil.from_pretrained(folder / PROCESSOR, local_files_only=True)
 
 
 class PictureTextEncoder(TextEncoder):

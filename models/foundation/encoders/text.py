@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from models.foundation.checkpoints.configs import explained
 from models.foundation.checkpoints.folders import TextPart, problems_of
 from models.foundation.checkpoints.gguf_files import is_gguf, t5_tensors
 from models.foundation.checkpoints.headers import fingerprint
@@ -68,7 +69,8 @@ class TextEncoder:
         self.folder, self.subfolder = part.root or folder, part.folder
         self.tokenizer_folder = self.folder / part.tokenizer
         self.file, self.dtype, self.features, self.kept = file, dtype, features, kept
-        config = self.stock_class.config_class.from_dict(part.config(folder))
+        with explained(self.folder / self.subfolder / "config.json", self.stock_class.config_class.__name__):
+            config = self.stock_class.config_class.from_dict(part.config(folder))
         self.shapes = features.shapes(config.get_text_config())
         self.model: nn.Module | None = None
         self.truncated = 0
@@ -144,7 +146,8 @@ class TextEncoder:
         return self._config_in(self._source if own else self.folder / self.subfolder)
 
     def _config_in(self, folder: Path) -> PretrainedConfig:
-        return self.stock_class.config_class.from_pretrained(folder)
+        with explained(folder / "config.json", self.stock_class.config_class.__name__):
+            return self.stock_class.config_class.from_pretrained(folder)
 
     def load_model(self) -> nn.Module:
         """The model of transformers with its weights, on the CPU and not quantised."""
@@ -185,9 +188,9 @@ class TextEncoder:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        model, report = self.stock_class.from_pretrained(
-            source, dtype=self.dtype, ignore_mismatched_sizes=True, output_loading_info=True, **self.arguments, **how
-        )
+        how |= {"ignore_mismatched_sizes": True, "output_loading_info": True, **self.arguments}
+        with explained(self._source, self.stock_class.__name__):
+            model, report = self.stock_class.from_pretrained(source, dtype=self.dtype, **how)
         for name in sorted(report["missing_keys"]):
             check_shape(name, None, (), self._source)
         for name, stored, asked in report["mismatched_keys"]:

@@ -17,9 +17,9 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from models.foundation.checkpoints.configs import made_of
 from models.foundation.checkpoints.folders import read_config
 from models.foundation.checkpoints.headers import fingerprint
-from models.foundation.checkpoints.stock import of_diffusers
 from models.foundation.checkpoints.weights import assign, build_empty, load_tensors, meta_tensors
 from utils.dataset.samples import Bucket
 from utils.diffusion import seeds
@@ -60,8 +60,11 @@ class Family:
         Raises:
             UserError: it is missing, damaged, or belongs to another model.
         """
-        own = file is not None and (file / "config.json").is_file()
-        return read_config(file if own else folder / "vae", model=self.model_class, keys=self.keys)
+        return read_config(self._config_folder(folder, file), model=self.model_class, keys=self.keys)
+
+    @staticmethod
+    def _config_folder(folder: Path, file: Path | None) -> Path:
+        return file if file is not None and (file / "config.json").is_file() else folder / "vae"
 
     def load(
         self,
@@ -81,7 +84,7 @@ class Family:
             UserError: the file contains no VAE that fits the configuration.
         """
         config = self.config(folder, file)
-        vae = build_empty(lambda: of_diffusers(self.model_class).from_config(config))
+        vae = build_empty(lambda: made_of(self.model_class, config, self._config_folder(folder, file) / "config.json"))
         source = file or folder / "vae"
         tensors = read(source, dtype, self.prefix)
         if not any(self.own_name in name for name in tensors):

@@ -149,9 +149,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda folder: (folder / "progress.json").write_text("{"), "progress.json\n  is not JSON"),
     "no object": (lambda folder: (folder / "progress.json").write_text("3"), "progress.json\n  holds no JSON object"),
     "no progress.json": (lambda folder: (folder / "progress.json").unlink(), "progress.json\n  cannot be read"),
-    "no epoch": (rewrite(lambda content: content["progress"].pop("epoch")), "'epoch' is missing"),
-    "no progress": (rewrite(lambda content: content.pop("progress")), "'progress' is missing"),
-    "no identity": (rewrite(lambda content: content["made_with"].pop("identity")), "'identity' is missing"),
+    "no epoch": (rewrite(lambda content: content["progress"].pop("epoch")), "lacks `epoch`"),
+    "no progress": (rewrite(lambda content: content.pop("progress")), "lacks `progress`"),
+    "no identity": (rewrite(lambda content: content["made_with"].pop("identity")), "lacks `identity`"),
     "a truncated state": (
         lambda folder: os.truncate(folder / "state-0.safetensors", 100),
         "state-0.safetensors\n  not a whole safetensors file",

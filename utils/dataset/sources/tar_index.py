@@ -7,6 +7,7 @@ import io
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import BinaryIO
 
 from utils.dataset.sources.locators import Kind, SourceProblem
 from utils.dataset.sources.texts import is_utf8
+from utils.json_files import parsed_json
 
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _MEMBERS_BETWEEN_HEEDS = 1024
@@ -87,19 +89,25 @@ def index_tar(path: Path, raise_if_stopping: Callable[[], None], remember: Path 
         kept.parent.mkdir(parents=True, exist_ok=True)
         # Renamed into place: several processes may write it at once.
         new = kept.with_suffix(f".{os.getpid()}")
-        new.write_text(json.dumps({"stamp": stamp, "members": index.members, "faults": index.faults}))
+        found = {"members": index.members, "faults": index.faults}
+        new.write_text(json.dumps({"stamp": stamp, **found, "sum": _sum(found)}))
         new.replace(kept)
     return index
 
 
 def _recalled(path: Path, kept: Path, stamp: list[int]) -> TarIndex | None:
     try:
-        content = json.loads(kept.read_bytes())
-        if content["stamp"] != stamp:
-            return None
-        return TarIndex(path, content["members"], content["faults"])
-    except (OSError, ValueError, KeyError):
+        content = parsed_json(kept.read_bytes())
+        found = {key: content[key] for key in ("members", "faults")}
+        is_known = content["stamp"] == stamp and content["sum"] == _sum(found)
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
+    return TarIndex(path, **found) if is_known else None
+
+
+def _sum(found: dict[str, object]) -> int:
+    """A checksum, since what is lost of an index would be lost of the tar without a word."""
+    return zlib.crc32(json.dumps(found).encode())
 
 
 def _walked(path: Path, raise_if_stopping: Callable[[], None]) -> TarIndex:

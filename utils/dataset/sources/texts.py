@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from utils.dataset.sources.locators import Fault
+from utils.json_files import parsed_json
 from utils.settings.dataset_schema import DirectorySettings
 
 CAPTION_NAMES = (
@@ -89,7 +90,7 @@ def captions_of(cell: Any) -> tuple[str, ...]:
         cell = cell.decode(errors="surrogateescape")
     if isinstance(cell, str) and cell.startswith("[") and cell.endswith("]"):
         try:
-            cell = json.loads(cell)
+            cell = parsed_json(cell)
         except ValueError:
             pass
     captions = tuple(cell) if isinstance(cell, list) else (cell,)

@@ -134,9 +134,9 @@ def index(weight_map: Any) -> str:
     ("text", "words"),
     [
         ("{", "is not JSON"),
-        ("{}", "has no table `weight_map`"),
-        (index({"a": 3}), "has no table `weight_map`"),
-        (index({"a": "lost.safetensors"}), "lost.safetensors\n  not a whole safetensors file (No such file"),
+        ("{}", "lacks `weight_map`"),
+        (index({"a": 3}), "and an object (of them each: a text) is meant"),
+        (index({"a": "lost.safetensors"}), "names 'lost.safetensors', and there is no such file"),
     ],
 )
 def test_a_damaged_index_of_shards_is_told(folder: Path, text: str, words: str) -> None:
