@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from utils.dataset.epochs import Continued, Epochs
 
+COUNT = Annotated[int, 0]
+TAKEN = dict[str, COUNT]
+ORDER_KINDS = {
+    "micro_batches_per_step": Annotated[int, 1],
+    "shapes": dict[str, tuple[COUNT, Annotated[int, 1]]],
+    "taken": TAKEN,
+    "continued": dict | None,
+}
+CONTINUED_KINDS = {"epoch": COUNT, "begins": COUNT, "steps": COUNT, "taken": TAKEN}
+"""The types of the values of `Epochs.state` and of its `continued`."""
 OF_AN_EARLIER_VERSION = (
     "the checkpoint is of an earlier version, whose steps were made otherwise where there are several data ranks or "
     "micro-batches: the epoch goes on at its share, and some of its samples may come twice and others not at all"

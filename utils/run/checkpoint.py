@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,41 +27,19 @@ from optimizers.adamw import MASTER
 from optimizers.ema import EMA
 from optimizers.kinds import State
 from utils.dataset.epochs import Continued, Epochs
-from utils.dataset.going_on import CONTINUED_KINDS, ORDER_KINDS, going_on
+from utils.dataset.going_on import going_on
 from utils.errors import UserError
-from utils.json_files import ANEW, check_types, read_json, require
+from utils.json_files import ANEW, read_json
 from utils.ranks import Ranks, gather
 from utils.run.checksums import damage_of, own_sum
 from utils.run.folder import PROGRESS, checkpoints_before
-from utils.run.owed import KINDS as OWED_KINDS
-from utils.run.owed import OWED, Owed, done_since, owed_in
-from utils.run.progress import KINDS as PROGRESS_KINDS
+from utils.run.owed import Owed, done_since, owed_in
 from utils.run.progress import Progress
+from utils.run.progress_file import CHECKSUMS, CHECKSUMS_KEY, MADE_WITH, read_progress
 from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-CHECKSUMS = "checksums.json"
-CHECKSUMS_KEY = "checksums"
-MADE_WITH = ("identity", "optimizer", "steps_in_epoch")
-"""What a checkpoint contains about the settings with which it was made."""
-KINDS = {
-    "progress": dict,
-    "made_with": dict,
-    "ema_since": Annotated[int, 0] | None,
-    "stages": Annotated[int, 1],
-    "shares": Annotated[int, 1],
-    OWED: dict | None,
-}
-MADE_WITH_KINDS = {
-    "identity": dict,
-    "optimizer": dict,
-    "steps_in_epoch": Annotated[int, 1],
-    "run": dict | None,
-    "order": dict | None,
-}
-"""The types of the values in `progress.json` and its table `made_with`; `PROGRESS_KINDS` has those of `progress`."""
 NamedParameters = Mapping[str, torch.nn.Parameter]
 Retyped = Callable[[torch.Tensor, torch.Tensor, State], State]
 
@@ -144,7 +122,7 @@ def of_other_run(folder: Path, settings: Settings) -> list[str]:
     """By which settings the checkpoint in `folder` is one of another run than `settings` describe; empty if it is of
     that run, or so damaged that `Checkpoint` refuses it."""
     try:
-        made_with = _read_progress(folder, ANEW)["made_with"]
+        made_with = read_progress(folder, ANEW)["made_with"]
     except UserError:
         return []
     there, identity = made_with.get("run"), made_with["identity"]
@@ -197,37 +175,6 @@ def _checksums(folder: Path) -> tuple[Mapping[str, Any], str | None]:
     return files, None
 
 
-def _read_progress(folder: Path, cure: str) -> dict[str, Any]:
-    """What `progress.json` of a checkpoint says, with values of the right types.
-
-    Args:
-        cure: what the user can do if it is damaged.
-
-    Raises:
-        UserError: it is damaged, or of another version.
-    """
-    file = str(folder / PROGRESS)
-    content = read_json(folder / PROGRESS, cure)
-    if content.get("format") != FORMAT:
-        raise UserError.of("the checkpoint is of another version of penstock", str(folder))
-
-    def check(table: Mapping[str, Any], kinds: Mapping[str, Any], keys: Iterable[str], where: str = "") -> None:
-        require(table, keys, file, cure, where)
-        check_types(table, kinds, file, cure, where)
-
-    check(content, KINDS, ("progress", "made_with"))
-    made_with = content["made_with"]
-    check(content["progress"], PROGRESS_KINDS, PROGRESS_KINDS, "progress")
-    check(made_with, MADE_WITH_KINDS, MADE_WITH, "made_with")
-    if content.get(OWED) is not None:
-        check(content[OWED], OWED_KINDS, OWED_KINDS, OWED)
-    if made_with.get("order") is not None:
-        check(made_with["order"], ORDER_KINDS, ORDER_KINDS, "order")
-        if made_with["order"]["continued"] is not None:
-            check(made_with["order"]["continued"], CONTINUED_KINDS, CONTINUED_KINDS, "continued")
-    return content
-
-
 class Checkpoint:
     """The checkpoint in `folder`, opened for reading.
 
@@ -237,7 +184,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        content = _read_progress(folder, self._cure())
+        content = read_progress(folder, self._cure())
         self.progress = Progress(**{field.name: content["progress"][field.name] for field in fields(Progress)})
         self.made_with: dict[str, Any] = {key: content["made_with"][key] for key in MADE_WITH}
         self.run: dict[str, Any] | None = content["made_with"].get("run")

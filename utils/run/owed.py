@@ -23,6 +23,8 @@ from utils.run.progress import Progress
 logger = logging.getLogger(__name__)
 
 OWED = "owed"
+KINDS = {"duties": list[str], "epoch_ended": bool}
+"""The types of what `Owed.as_dict` says."""
 DONE = "done.json"
 
 
@@ -51,19 +53,14 @@ def owed_in(content: Mapping[str, Any], progress: Progress) -> Owed:
     """What a checkpoint owed when it was written.
 
     Args:
-        content: of `progress.json`; that of an earlier version says nothing, and nothing is owed.
+        content: of `progress.json`, its types checked; that of an earlier version says nothing, and nothing is owed.
         progress: of the checkpoint, which may be at the beginning of an epoch.
-
-    Raises:
-        KeyError, TypeError: it is of the wrong form.
     """
     says = content.get(OWED)
     if says is None:
         return Owed(progress)
-    duties, ended = says["duties"], says["epoch_ended"]
-    if not isinstance(duties, list) or not all(isinstance(duty, str) for duty in duties) or not isinstance(ended, bool):
-        raise TypeError(f"'{OWED}'")
-    return Owed(replace(progress, epoch=progress.epoch - ended), ended, tuple(duties))
+    ended = says["epoch_ended"]
+    return Owed(replace(progress, epoch=progress.epoch - ended), ended, tuple(says["duties"]))
 
 
 def done_since(checkpoint: Path) -> list[str]:
@@ -73,8 +70,8 @@ def done_since(checkpoint: Path) -> list[str]:
     if not path.exists():
         return []
     try:
-        return list(read_json(path)["done"])
-    except (UserError, KeyError, TypeError) as error:
+        return read_json(path, kinds={"done": list[str]})["done"]
+    except (UserError, KeyError) as error:
         logger.warning("%s cannot be read, and what was due is done again: %s", path, reason_of(error))
         return []
 

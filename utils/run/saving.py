@@ -20,12 +20,13 @@ from utils.errors import UserError
 from utils.parallel.sharding import Shares
 from utils.ranks import Ranks, gather
 from utils.run.attempts import Attempt, Failed
-from utils.run.checkpoint import CHECKSUMS, CHECKSUMS_KEY, FORMAT, NamedParameters, state_file
+from utils.run.checkpoint import NamedParameters, state_file
 from utils.run.checksums import Sums, damage_of, forget_cached, own_sum, sums_of
 from utils.run.durable import replace_text, sync_folder, write_bytes
 from utils.run.folder import LATEST, PROGRESS, REPLACED, SAVED_AT, checkpoints_before
 from utils.run.owed import OWED, Owed
 from utils.run.progress import Progress
+from utils.run.progress_file import CHECKSUMS, CHECKSUMS_KEY, FORMAT
 from utils.run.tensor_file import write_tensors
 
 REMOVED = ".removed"
