@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import struct
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow
@@ -176,3 +177,17 @@ def test_pictures_that_nothing_reads_are_offered_as_controls_once(tmp_path):
     ]
     read_too = read(tmp_path, image_column="image", data_file_keys=["depth"], filter="width > 10")
     assert read_too.remarks == [] and len(read_too.entries[0].controls) == 1
+
+
+def test_places_outside_of_the_file_are_told(tmp_path):
+    """pyarrow would read them, or end the process."""
+    path, cells = tmp_path / "a.arrow", [b"x" * 100, b"y" * 50]
+    table = pyarrow.table({"image": cells, "caption": ["one", "two"]})
+    with pyarrow.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+    content, places = path.read_bytes(), struct.pack("<3i", 0, 100, 150)
+    assert content.count(places) == 1
+    path.write_bytes(content.replace(places, struct.pack("<3i", 0, 2**30, 150)))
+    listing = read(path)
+    assert not listing.entries
+    assert any("cannot be read behind row 0" in problem for problem in listing.problems)
