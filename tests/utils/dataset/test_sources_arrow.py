@@ -13,6 +13,7 @@ from PIL import Image
 from tests.utils.dataset.test_sources_folders import captions, read, told, write
 from utils.dataset.sources.arrow_tables import ArrowTable, Recent
 from utils.media.decode import probe
+from utils.media.source import MediaError
 
 
 def png(number):
@@ -179,15 +180,21 @@ def test_pictures_that_nothing_reads_are_offered_as_controls_once(tmp_path):
     assert read_too.remarks == [] and len(read_too.entries[0].controls) == 1
 
 
-def test_places_outside_of_the_file_are_told(tmp_path):
+@pytest.mark.parametrize("column", ["caption", "image"])
+def test_places_outside_of_the_file_are_told(tmp_path, column):
     """pyarrow would read them, or end the process."""
-    path, cells = tmp_path / "a.arrow", [b"x" * 100, b"y" * 50]
-    table = pyarrow.table({"image": cells, "caption": ["one", "two"]})
+    path = tmp_path / "a.arrow"
+    table = pyarrow.table({"image": [b"x" * 100, b"y" * 50], "caption": ["one", "three"]})
     with pyarrow.ipc.new_file(path, table.schema) as writer:
         writer.write_table(table)
-    content, places = path.read_bytes(), struct.pack("<3i", 0, 100, 150)
+    first, last = {"image": (100, 150), "caption": (3, 8)}[column]
+    content, places = path.read_bytes(), struct.pack("<3i", 0, first, last)
     assert content.count(places) == 1
-    path.write_bytes(content.replace(places, struct.pack("<3i", 0, 2**30, 150)))
+    path.write_bytes(content.replace(places, struct.pack("<3i", 0, 2**30, last)))
     listing = read(path)
-    assert not listing.entries
-    assert any("cannot be read behind row 0" in problem for problem in listing.problems)
+    if column == "caption":
+        assert not listing.entries and "cannot be read behind row 0" in listing.problems[0]
+    else:
+        # Pictures are looked at when they are wanted.
+        with pytest.raises(MediaError, match="row 1, column image: cannot be read"):
+            probe(listing.entries[0].media.source)
