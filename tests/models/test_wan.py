@@ -236,7 +236,7 @@ def test_an_expert_is_trained_where_it_is_used(case: str, tmp_path: Path) -> Non
     assert (BEYOND in remark) == (case in ("all, as asked", "all of low", "the other's"))
 
 
-@pytest.mark.parametrize("ratio", [None, 0, 1.5, "0.9"])
+@pytest.mark.parametrize("ratio", [None, 0, 1.5])
 def test_a_folder_of_two_experts_without_a_boundary_is_told(ratio: object, tmp_path: Path) -> None:
     wan = a14b(tmp_path, ratio)
     assert (wan.options.min_t, wan.options.max_t) == ALL
@@ -244,6 +244,11 @@ def test_a_folder_of_two_experts_without_a_boundary_is_told(ratio: object, tmp_p
     assert "from 0 to 1; from where to where it is used is not known, since model_index.json has no boundary" in remark
     (tmp_path / "transformer_2").rmdir()
     assert not list(tiny_wan.pipeline(tmp_path).remarks())
+
+
+def test_a_boundary_that_is_no_number_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r'`boundary_ratio` is "0.9", and a number or null is meant'):
+        a14b(tmp_path, "0.9").check_folder()
 
 
 def test_the_range_of_an_expert_is_in_the_log_and_in_the_record(

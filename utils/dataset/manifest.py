@@ -31,6 +31,13 @@ _SCALE_IT = "bring it to the picture's proportions"
 _CONTROL_FIT = f'{_SCALE_IT}, or, if it is a view of its own, set control_fit = "crop", "stretch" or "pad"'
 COPY_BYTES = 2**20
 COLUMNS = "path, part, size, mtime_ns, digest, width, height, frames, rate, fault"
+SOUND = (
+    "typeof(path) = 'text' AND typeof(part) = 'text' AND typeof(size) = 'integer' AND typeof(mtime_ns) = 'integer'"
+    " AND typeof(digest) = 'text' AND typeof(width) = 'integer' AND typeof(height) = 'integer'"
+    " AND typeof(frames) = 'integer' AND typeof(rate) = 'real' AND typeof(fault) = 'text'"
+    " AND (fault != '' OR (width > 0 AND height > 0 AND frames > 0 AND rate >= 0))"
+)
+"""Rows of the index that something else has damaged are not known: their files are looked at again."""
 PLACES = ", ".join("?" for _ in COLUMNS.split(","))
 
 
@@ -185,7 +192,7 @@ def _row(
 def _identify_all(locators: Sequence[Locator], how: Scan) -> dict[Locator, MediaFile | MediaError]:
     locators = list(dict.fromkeys(locators))
     with opened_index(how.index) as index, ThreadPoolExecutor(READERS) as pool:
-        rows = index.execute(f"SELECT {COLUMNS} FROM media")
+        rows = index.execute(f"SELECT {COLUMNS} FROM media WHERE {SOUND}")
         known = {(record[0], record[1]): _Record(*record) for record in rows}
         stamps = {} if how.trust else _stamps(list({locator.path for locator in locators}), pool)
         found: dict[Locator, _Record | MediaError] = {}

@@ -16,6 +16,8 @@ READERS = 8
 SIDE = 64
 FRAMES = 8
 """Frames of a clip that are looked at, evenly spread."""
+SOUND = "typeof(digest) = 'text' AND typeof(mean) = 'real' AND mean BETWEEN 0 AND 1"
+"""Rows that nothing has damaged."""
 
 
 def mask_means(masks: Sequence[Mask], how: Scan) -> dict[tuple[str, bool], float | MediaError]:
@@ -30,7 +32,7 @@ def mask_means(masks: Sequence[Mask], how: Scan) -> dict[tuple[str, bool], float
         return {}
     found: dict[tuple[str, bool], float | MediaError] = {}
     with opened_index(how.index) as index, ThreadPoolExecutor(READERS) as pool:
-        for digest, is_alpha, mean in index.execute("SELECT digest, is_alpha, mean FROM masks"):
+        for digest, is_alpha, mean in index.execute(f"SELECT digest, is_alpha, mean FROM masks WHERE {SOUND}"):
             if (digest, bool(is_alpha)) in wanted:
                 found[digest, bool(is_alpha)] = mean
         missing = [key for key in wanted if key not in found]

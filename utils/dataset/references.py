@@ -12,6 +12,7 @@ from pathlib import Path
 
 from utils.dataset.databases import connected, explaining_errors
 from utils.dataset.tensor_store import TensorStore
+from utils.errors import UserError
 
 NAME = "references.sqlite"
 BUSY_SECONDS = 120
@@ -114,4 +115,7 @@ def _opened(cache_dir: Path) -> Iterator[sqlite3.Connection]:
             "CREATE TABLE IF NOT EXISTS released (store TEXT, key TEXT, time REAL, PRIMARY KEY (store, key))"
             " WITHOUT ROWID"
         )
+        other = "SELECT count(*) FROM owners WHERE typeof(owner) != 'text' OR typeof(store) != 'text'"
+        if index.execute(other).fetchone() != (0,):
+            raise UserError.of(f"is damaged: it has names that are no texts; {if_damaged}", str(path))
         yield index

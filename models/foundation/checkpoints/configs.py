@@ -7,6 +7,7 @@ Without this a text where a number belongs is an error from deep within a librar
 from __future__ import annotations
 
 import inspect
+import logging
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,9 @@ import torch
 
 from models.foundation.checkpoints.stock import of_diffusers
 from utils.errors import UserError
-from utils.json_files import ANEW, is_of, read_json
+from utils.json_files import ANEW, is_of, read_json, shown
+
+logger = logging.getLogger(__name__)
 
 SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
 LENGTHS = {"axes_lens": tuple[int, int, int], "max_resolution": tuple[int, int]}
@@ -113,6 +116,10 @@ def made_of(class_name: str, config: Mapping[str, Any], file: Path, **further: A
         UserError: it can make nothing of it.
     """
     cls = of_diffusers(class_name)
+    # A scheduler's has those of other schedulers, for which it may be exchanged.
+    unused = [] if file.name == SCHEDULER_FILE.name else [key for key in config if key not in kinds_of(cls)]
+    if unused := [key for key in unused if not key.startswith("_")]:
+        logger.warning("%s: %s has no use for %s: is a key misspelt?", file, class_name, ", ".join(map(shown, unused)))
     with explained(file, class_name):
         return cls.from_config(config, **further)
 

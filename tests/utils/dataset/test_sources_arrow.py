@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import struct
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow
@@ -12,6 +13,7 @@ from PIL import Image
 from tests.utils.dataset.test_sources_folders import captions, read, told, write
 from utils.dataset.sources.arrow_tables import ArrowTable, Recent
 from utils.media.decode import probe
+from utils.media.source import MediaError
 
 
 def png(number):
@@ -176,3 +178,23 @@ def test_pictures_that_nothing_reads_are_offered_as_controls_once(tmp_path):
     ]
     read_too = read(tmp_path, image_column="image", data_file_keys=["depth"], filter="width > 10")
     assert read_too.remarks == [] and len(read_too.entries[0].controls) == 1
+
+
+@pytest.mark.parametrize("column", ["caption", "image"])
+def test_places_outside_of_the_file_are_told(tmp_path, column):
+    """pyarrow would read them, or end the process."""
+    path = tmp_path / "a.arrow"
+    table = pyarrow.table({"image": [b"x" * 100, b"y" * 50], "caption": ["one", "three"]})
+    with pyarrow.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+    first, last = {"image": (100, 150), "caption": (3, 8)}[column]
+    content, places = path.read_bytes(), struct.pack("<3i", 0, first, last)
+    assert content.count(places) == 1
+    path.write_bytes(content.replace(places, struct.pack("<3i", 0, 2**30, last)))
+    listing = read(path)
+    if column == "caption":
+        assert not listing.entries and "cannot be read behind row 0" in listing.problems[0]
+    else:
+        # Pictures are looked at when they are wanted.
+        with pytest.raises(MediaError, match="row 1, column image: cannot be read"):
+            probe(listing.entries[0].media.source)

@@ -163,7 +163,23 @@ class _Arrow:
         else:
             batches = islice(reader, first, None)
         for batch in batches:
+            for column in batch.columns:
+                _validate(column)
             yield self._pyarrow.Table.from_batches([batch])
+
+
+def _validate(column: pyarrow.Array) -> None:
+    """Whether all places in a column that was mapped from a file are within it; to read others would end the process.
+    Texts that are no UTF-8 are told where they are read.
+
+    Raises:
+        ValueError: they are not.
+    """
+    try:
+        column.validate(full=True)
+    except ValueError as error:
+        if "UTF8" not in str(error):
+            raise
 
 
 _FORMATS: dict[str, Callable[[Path], _Format]] = {".parquet": _Parquet, ".arrow": _Arrow}

@@ -60,6 +60,16 @@ def test_values_are_told(change: Callable[..., Path], file: str, values: dict[st
     assert f"{Path(file)}\n" in str(raised.value) and words in str(raised.value)
 
 
+def test_keys_that_the_class_does_not_know_are_told(
+    change: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = tiny_flux.pipeline(change("transformer/config.json", num_lbyers=3, _note="mine"))
+    pipeline.weights.build_empty()
+    assert (
+        'transformer/config.json: FluxTransformer2DModel has no use for "num_lbyers": is a key misspelt?' in caplog.text
+    )
+
+
 @pytest.mark.parametrize(
     "name, config",
     [
