@@ -20,10 +20,19 @@ from PIL import Image
 
 import models
 from tests.damage import COUNT, Damages, damaged_bytes, damaged_json, damaged_safetensors, outcomes
-from tests.utils.dataset.conftest import MeanEncoder, dataset_of, draw_pictures, filled, samples_of, scanned
+from tests.utils.dataset.conftest import (
+    MeanEncoder,
+    dataset_of,
+    draw_pictures,
+    filled,
+    plain_sample,
+    samples_of,
+    scanned,
+)
 from tests.utils.dataset.stored import item
 from tests.utils.dataset.test_sources_tars import pack
 from utils.dataset import references
+from utils.dataset.epochs import Continued, Epochs
 from utils.dataset.sources import read_source
 from utils.dataset.tensor_store import TensorStore
 from utils.errors import UserError
@@ -34,7 +43,8 @@ from utils.run import saving
 from utils.run.checkpoint import Checkpoint, damage_in, of_other_run
 from utils.run.export import _metadata_of
 from utils.run.folder import find_checkpoint
-from utils.run.metrics import _cut_after
+from utils.run.metrics import _cut
+from utils.run.owed import Owed
 from utils.run.progress import Progress
 from utils.settings.dataset_schema import DirectorySettings
 from utils.settings.reader import read_all
@@ -202,12 +212,15 @@ def test_the_headers_of_items(tmp_path: Path) -> None:
     assert shard.read_bytes() == content
 
 
+EPOCHS = Epochs([plain_sample(f"s{number}") for number in range(4)], lambda bucket: 1, 1, 1, 0)
 MADE_WITH = {
     "identity": {"seed": 0, "[adapter] rank": 4},
     "run": {"dataset": "a.toml"},
     "optimizer": {"type": "adamw", "lr": 1e-3, "betas": [0.9, 0.99]},
     "steps_in_epoch": 4,
+    "order": {**EPOCHS.state(1, 2), "continued": Continued(1, 0, 1, {"64x64x1": 1}).as_dict()},
 }
+OWED = Owed(Progress(), False, ("samples",))
 
 
 @pytest.mark.parametrize("name", ["progress.json", "checksums.json", "state-0.safetensors", "latest"])
@@ -220,7 +233,7 @@ def test_checkpoints(tmp_path: Path, name: str, summed: bool) -> None:
     optimizer.step()
     for step in (1, 2):
         progress = Progress(step=step, epoch=1, step_in_epoch=2, examples=8, epoch_loss_sum=0.5)
-        saving.save(run, Ranks(), progress, parameters, optimizer, MADE_WITH)
+        saving.save(run, Ranks(), progress, parameters, optimizer, MADE_WITH, owed=OWED)
     newest = run / "global_step2"
     if not summed:
         # As by an older version.
@@ -241,7 +254,7 @@ def test_checkpoints(tmp_path: Path, name: str, summed: bool) -> None:
         opened.check_weights(parameters)
         opened.load_weights(parameters)
         opened.load_optimizer(parameters, torch.optim.AdamW(parameters.values()))
-        assert opened.starting_point(lambda epoch: 5, restart_data=False).step >= 0
+        assert opened.starting_point(EPOCHS, restart_data=False).progress.step >= 0
         if summed and name != "latest":
             assert found.name == "global_step1" or name == "checksums.json" or opened.progress.step == 2
 
@@ -251,11 +264,13 @@ def test_checkpoints(tmp_path: Path, name: str, summed: bool) -> None:
 
 def test_metrics_and_exports_of_before(tmp_path: Path) -> None:
     metrics, kept = tmp_path / "metrics.jsonl", tmp_path / "kept"
-    metrics.write_text("".join(json.dumps({"step": step, "train/loss": 0.5}) + "\n" for step in range(5)))
+    metrics.write_text(
+        "".join(json.dumps({"name": "train/loss", "step": step, "value": 0.5}) + "\n" for step in range(5))
+    )
 
     def read() -> None:
         kept.write_bytes(metrics.read_bytes())
-        _cut_after(kept, 3)
+        _cut(kept, lambda name, step: step <= 3)
 
     check(metrics, read, of_rows)
     from safetensors.torch import save_file

@@ -9,11 +9,15 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from utils.run.time_limit import TimeLimit
-from utils.run.watch import Watch
+
+if TYPE_CHECKING:
+    from utils.run.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +65,6 @@ class StopRequests:
     Attributes:
         by_file: whether the run ended because of a file in its folder.
         time: the run's time, if it has a limit.
-        watch: over the other ranks.
         late: whether the run ends because of that.
     """
 
@@ -69,12 +72,19 @@ class StopRequests:
         self.received: int | None = None
         self.by_file = False
         self.time: TimeLimit | None = None
-        self.watch = Watch()
         self.late = False
         self._demanded_at: float | None = None
         self._warned = False
         self._ancestors = _launchers()
         self._before: dict[int, object] = {}
+
+    @cached_property
+    def watch(self) -> Watch:
+        """Over the other ranks."""
+        # It needs torch, for which the command line does not wait.
+        from utils.run.watch import Watch
+
+        return Watch()
 
     def __enter__(self) -> StopRequests:
         heard = [number for number in (*DEMANDS, *NOTICES) if signal.getsignal(number) != signal.SIG_IGN]

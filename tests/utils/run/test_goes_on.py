@@ -188,10 +188,14 @@ def test_a_scheduler_that_cannot_step_is_told_before_anything_is_loaded(
     config = write_config(model__diffusers_path=str(folder), sampling=SAMPLING)
     assert run_here(config, "--check")
     file = folder / "scheduler" / "scheduler_config.json"
-    for change in ({"num_train_timesteps": "many"}, {"shift": "much"}):
+    of_steps = r"flux/scheduler\n  the scheduler cannot do the 2 steps of samples"
+    for change, said in (
+        ({"num_train_timesteps": "many"}, r"`num_train_timesteps` is \"many\", and a whole number"),
+        ({"use_karras_sigmas": True, "use_exponential_sigmas": True}, of_steps),
+    ):
         content = {**json.loads((MINI_FLUX / "scheduler" / file.name).read_text()), **change}
         file.write_text(json.dumps(content))
-        with pytest.raises(UserError, match=r"flux/scheduler\n  the scheduler cannot do the 2 steps of samples"):
+        with pytest.raises(UserError, match=said):
             run_here(config, "--check")
     unused = toml.loads(config.read_text())
     del unused["sampling"]

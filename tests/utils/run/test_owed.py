@@ -8,6 +8,7 @@ import logging
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from utils.run import checkpoint, evaluation, sampling, trainer
 from utils.run.cadence import Cadence, Duty
 from utils.run.owed import Owed, done_since, note_done, owed_in
 from utils.run.progress import Progress
+from utils.run.progress_file import FORMAT, read_progress
 from utils.run.signals import StopRequests
 
 
@@ -160,9 +162,13 @@ def test_a_checkpoint_says_in_which_epoch_something_was_due(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("says", [{}, [], {"duties": "export", "epoch_ended": True}, {"duties": [], "epoch_ended": 1}])
-def test_what_is_owed_is_of_the_right_form(says: Any) -> None:
-    with pytest.raises((KeyError, TypeError)):
-        owed_in({"owed": says}, Progress())
+def test_what_is_owed_is_of_the_right_form(tmp_path: Path, says: Any) -> None:
+    made_with = {"identity": {}, "optimizer": {}, "steps_in_epoch": 1}
+    content = {"format": FORMAT, "progress": Progress().as_dict(), "made_with": made_with}
+    for owed in ({"duties": ["export"], "epoch_ended": True}, says):
+        (tmp_path / "progress.json").write_text(json.dumps({**content, "owed": owed}))
+        with nullcontext() if owed is not says else pytest.raises(UserError, match="owed|duties|epoch_ended"):
+            read_progress(tmp_path, "cure")
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b'{"done": 3}', b"\xff", b'{"dome": ["samples"]}'])
