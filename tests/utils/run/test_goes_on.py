@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import toml
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 import train as train_py
 from tests.processes import run_ranks
@@ -181,22 +182,31 @@ def test_one_stage_that_fails_among_others_ends_the_run_with_the_reason() -> Non
 
 
 def test_a_scheduler_that_cannot_step_is_told_before_anything_is_loaded(
-    write_config: Callable[..., Path], tmp_path: Path
+    write_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "flux"
     shutil.copytree(MINI_FLUX, folder, symlinks=True)
     config = write_config(model__diffusers_path=str(folder), sampling=SAMPLING)
     assert run_here(config, "--check")
     file = folder / "scheduler" / "scheduler_config.json"
-    of_steps = r"flux/scheduler\n  the scheduler cannot do the 2 steps of samples"
     for change, said in (
         ({"num_train_timesteps": "many"}, r"`num_train_timesteps` is \"many\", and a whole number"),
-        ({"use_karras_sigmas": True, "use_exponential_sigmas": True}, of_steps),
+        ({"use_karras_sigmas": True, "use_exponential_sigmas": True}, "Scheduler can be made of this"),
     ):
         content = {**json.loads((MINI_FLUX / "scheduler" / file.name).read_text()), **change}
         file.write_text(json.dumps(content))
         with pytest.raises(UserError, match=said):
             run_here(config, "--check")
+    file.write_text((MINI_FLUX / "scheduler" / file.name).read_text())
+
+    def without_sigmas(*_: Any, **__: Any) -> None:
+        raise ValueError("no sigmas")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FlowMatchEulerDiscreteScheduler, "set_timesteps", without_sigmas)
+        with pytest.raises(UserError, match=r"flux/scheduler\n  the scheduler cannot do the 2 steps of samples"):
+            run_here(config, "--check")
+    file.write_text(json.dumps(content))
     unused = toml.loads(config.read_text())
     del unused["sampling"]
     config.write_text(toml.dumps(unused))
