@@ -49,7 +49,9 @@ def kinds_of(cls: type) -> Mapping[str, Any]:
     kinds = {}
     for key, parameter in parameters.items():
         kind = _checked(hints[key] if key in hints else _kind_of(parameter.default))
-        kind = Union[kind, None] if parameter.default is None else kind  # noqa: UP007
+        # Published configurations have null for what is off, such as the `upcast_attention` of SDXL.
+        may_be_null = parameter.default is None or kind is bool
+        kind = Union[kind, None] if may_be_null else kind  # noqa: UP007
         # Of a default that is no value of it, the annotation says nothing.
         has_other = parameter.default is not parameter.empty and not is_of(parameter.default, kind)
         kinds[key] = LENGTHS.get(key, Any if has_other else kind)

@@ -39,7 +39,7 @@ def change(tmp_path: Path, made: Path) -> Callable[..., Path]:
     "file, values, words",
     [
         ("transformer/config.json", {"num_layers": "2"}, '`num_layers` is "2", and a whole number of at least 0 is'),
-        ("transformer/config.json", {"guidance_embeds": "false"}, '`guidance_embeds` is "false", and true or false is'),
+        ("transformer/config.json", {"guidance_embeds": "false"}, '`guidance_embeds` is "false", and true or false or null is'),
         ("transformer/config.json", {"axes_dims_rope": [4, "4", 8]}, '`axes_dims_rope` is [4, "4", 8], and a list'),
         ("vae/config.json", {"scaling_factor": None}, "`scaling_factor` is null, and a number is meant"),
         ("vae/config.json", {"down_block_types": ["x"]}, "no AutoencoderKL can be made of this"),
@@ -77,6 +77,7 @@ def test_keys_that_the_class_does_not_know_are_told(
         ("HiDreamImageTransformer2DModel", {"axes_dims_rope": [64, 32, 32], "max_resolution": [128, 128]}),
         ("UNet2DConditionModel", {"attention_head_dim": [5, 10, 20], "transformer_layers_per_block": [1, 2, 10]}),
         ("UNet2DConditionModel", {"mid_block_only_cross_attention": None, "norm_eps": 1e-5, "dropout": 0}),
+        ("UNet2DConditionModel", {"upcast_attention": None, "time_embedding_dim": None, "dropout": 0.0}),
         ("FlowMatchEulerDiscreteScheduler", {"shift_terminal": None, "shift": 3, "max_shift": 1.15}),
         ("UniPCMultistepScheduler", {"sigma_max": 80.0, "disable_corrector": [], "solver_p": None}),
         ("AutoencoderKL", {"block_out_channels": [128, 256, 512, 512], "latents_mean": None, "shift_factor": 0.1}),
