@@ -24,6 +24,7 @@ HUB = {
     "chroma": ("lodestones/Chroma1-HD",),
     "cogview4": ("zai-org/CogView4-6B",),
     "flux": ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Kontext-dev"),
+    "flux2": ("black-forest-labs/FLUX.2-dev", "black-forest-labs/FLUX.2-klein-base-4B"),
     "hidream": ("HiDream-ai/HiDream-I1-Full",),
     "hunyuan_dit": ("Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers",),
     "lumina2": ("Alpha-VLLM/Lumina-Image-2.0",),

@@ -115,7 +115,7 @@ class RootShift(ResolutionShift):
     def factor(self, tokens: int) -> float:
         return self.base_shift + self.max_shift * math.sqrt(tokens / self.base_tokens)
 
-    def mu(self, tokens: int) -> float:
+    def mu(self, tokens: int, steps: int = 50) -> float:
         """s itself, which a scheduler with a linear `time_shift_type` takes."""
         return self.factor(tokens)
 

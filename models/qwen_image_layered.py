@@ -87,7 +87,7 @@ class LayeredShift(ResolutionShift):
 
     fitted_to = None
 
-    def mu(self, tokens: int) -> float:
+    def mu(self, tokens: int, steps: int = 50) -> float:
         return math.sqrt(tokens / BASE_TOKENS)
 
 

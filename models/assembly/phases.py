@@ -176,7 +176,7 @@ def empty_vae(encoder: ImageAutoencoder) -> nn.Module:
 
 def _of_decoding(encoder: ImageAutoencoder, vae: nn.Module, latent_shape: Sequence[int]) -> int | None:
     if len(latent_shape) == 3:
-        return _counted(partial(vae.decode, _empty(encoder, 1, *latent_shape)))
+        return _counted(partial(vae.decode, encoder.cells_of(_empty(encoder, 1, *latent_shape))))
     channels, frames, *size = latent_shape
     return _of_clip(lambda count: vae.decode(_empty(encoder, 1, channels, count, *size)), frames, SHORT_LATENTS)
 

@@ -151,6 +151,29 @@ FLUX = FullSize(
     {"transformer": {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True}, "vae": VAE16},
     {**_text("t5", 512, 4096, mask=False), **_pooled(clip_pooled=768)},
 )
+FLUX2_VAE = {"_class_name": "AutoencoderKLFlux2"}
+FLUX2 = FullSize(
+    "Flux.2 dev",
+    "flux2",
+    {"transformer": {"_class_name": "Flux2Transformer2DModel"}, "vae": FLUX2_VAE},
+    _text("mistral3", 512, 15360, mask=False),
+)
+FLUX2_KLEIN = FullSize(
+    "Flux.2 Klein 4B",
+    "flux2",
+    {
+        "transformer": {
+            "_class_name": "Flux2Transformer2DModel",
+            "num_layers": 5,
+            "num_single_layers": 20,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 7680,
+            "guidance_embeds": False,
+        },
+        "vae": FLUX2_VAE,
+    },
+    _text("qwen3", 512, 7680, mask=False),
+)
 CHROMA = FullSize(
     "Chroma",
     "chroma",
@@ -281,7 +304,10 @@ ALL = (
     SDXL,
     SD3,
     FLUX,
+    FLUX2,
+    FLUX2_KLEIN,
     CHROMA,
+    AURAFLOW,
     LUMINA2,
     COGVIEW4,
     HUNYUAN_DIT,

@@ -53,6 +53,7 @@ OF_OTHER_INPUTS = (
     "test_all_weights_are_read_from_what_was_exported",
 )
 VARIANTS = {
+    "flux2_dev": OF_ANY_DENOISER,
     "sdxl_texts": OF_ANY_DENOISER,
     "wan_i2v": (
         *OF_OTHER_INPUTS,

@@ -35,8 +35,8 @@ class ResolutionShift:
         """The smallest and the largest number of tokens that the rule was made for; None if that is not known."""
         return self.base_tokens, self.max_tokens
 
-    def mu(self, tokens: int) -> float:
-        """What a stock scheduler of the model takes: log s."""
+    def mu(self, tokens: int, steps: int = 50) -> float:
+        """What a stock scheduler of the model takes: log s. Of some models it depends on the number of steps too."""
         slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
         return self.base_shift + slope * (tokens - self.base_tokens)
 

@@ -50,10 +50,10 @@ class Schedule:
         """The scheduler with its timesteps."""
         scheduler, levels = self.scheduler(), self.levels(steps)
         given = {"num_inference_steps": steps} if levels is None else {"sigmas": np.array(levels)}
-        scheduler.set_timesteps(**given, **self._shift_arguments(scheduler))
+        scheduler.set_timesteps(**given, **self._shift_arguments(scheduler, steps))
         return scheduler
 
-    def _shift_arguments(self, scheduler: Any) -> dict[str, float]:
+    def _shift_arguments(self, scheduler: Any, steps: int) -> dict[str, float]:
         """`mu` for a scheduler that shifts by size, with the constants of its own configuration."""
         config = scheduler.config
         if not config.get("use_dynamic_shifting") or "mu" not in inspect.signature(scheduler.set_timesteps).parameters:
@@ -61,7 +61,7 @@ class Schedule:
         named = {"base_tokens": "base_image_seq_len", "max_tokens": "max_image_seq_len"}
         constants = {field.name: config.get(named.get(field.name, field.name)) for field in fields(self.shift)}
         known = {name: value for name, value in constants.items() if value is not None}
-        return {"mu": replace(self.shift, **known).mu(self.tokens)}
+        return {"mu": replace(self.shift, **known).mu(self.tokens, steps)}
 
     def try_out(self, steps: int) -> None:
         """Goes through all steps with a latent of one value.

@@ -26,7 +26,8 @@ TEXT_KINDS = {"dtype": str | None, "torch_dtype": str | None, "text_config": dic
 TEXT_CONFIG_KEYS = {
     "clip_text_model": ("hidden_size", "max_position_embeddings", "projection_dim"),
     "llama": ("hidden_size", "num_hidden_layers"),
-    # The keys of its text model are in a table of their own, except in older files.
+    # The keys of their text models are in a table of their own, except in older files.
+    "mistral3": (),
     "qwen2_5_vl": (),
     **dict.fromkeys(("mt5", "t5", "umt5"), ("d_model",)),
 }

@@ -60,6 +60,8 @@ FOLDERS = {
     "AuraFlowPipeline": "auraflow",
     "ChromaPipeline": "chroma",
     "CogView4Pipeline": "cogview4",
+    "Flux2KleinPipeline": "flux2",
+    "Flux2Pipeline": "flux2",
     "FluxKontextPipeline": "flux",
     "FluxPipeline": "flux",
     "HiDreamImagePipeline": "hidream",
@@ -123,6 +125,7 @@ SIGNATURES: tuple[FileSignature, ...] = (
         for part in ("double_layers.0.attn.w1q", "joint_transformer_blocks.0.ff_context.")
     ),
     FileSignature("Chroma", _type("chroma"), ("distilled_guidance_layer.",)),
+    FileSignature("Flux.2", _type("flux2"), ("double_stream_modulation_img.", "single_stream_modulation.")),
     FileSignature("HunyuanVideo", NOT_TRAINED, ("individual_token_refiner",)),
     FileSignature("HunyuanVideo", NOT_TRAINED, ("context_embedder.token_refiner",)),
     FileSignature("Flux.1 dev", _type("flux"), ("double_blocks.0.img_attn.qkv", "guidance_in.")),

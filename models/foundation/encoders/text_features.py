@@ -9,7 +9,7 @@ Shapes: B captions, L tokens, D features.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -184,6 +184,21 @@ class PaddedFeatures(MaskedHiddenStates):
         return {self.name: hidden_BLD, f"{self.name}_mask": tokens.attention_mask.bool()}
 
 
+def chat(tokenizer: Any, messages: Sequence[tuple[str, Any]], **further: Any) -> str:
+    """Messages, each (role, content), in the chat template of a tokenizer.
+
+    Args:
+        further: variables of the template.
+
+    Raises:
+        UserError: the tokenizer has none.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError.of("has no chat template; download this folder again", str(tokenizer.name_or_path))
+    written = [{"role": role, "content": content} for role, content in messages]
+    return tokenizer.apply_chat_template(written, tokenize=False, **further)
+
+
 @dataclass(frozen=True)
 class ChatFeatures(MaskedHiddenStates):
     """A hidden state of a chat model that reads the caption as a user's message: for each caption with the template
@@ -200,17 +215,7 @@ class ChatFeatures(MaskedHiddenStates):
     thinking: bool = True
 
     def written(self, tokenizer: Any, caption: str) -> str:
-        """The caption in the chat template.
-
-        Raises:
-            UserError: the tokenizer has none.
-        """
-        if tokenizer.chat_template is None:
-            raise UserError.of("has no chat template; download this folder again", str(tokenizer.name_or_path))
-        message = {"role": "user", "content": caption}
-        return tokenizer.apply_chat_template(
-            [message], tokenize=False, add_generation_prompt=True, enable_thinking=self.thinking
-        )
+        return chat(tokenizer, [("user", caption)], add_generation_prompt=True, enable_thinking=self.thinking)
 
     def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, list[torch.Tensor]]:
         chats = [self.written(tokenizer, caption) for caption in captions]

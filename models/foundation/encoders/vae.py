@@ -172,6 +172,11 @@ class ImageAutoencoder:
         yielded = [(latents - shift) * scale, posterior.std * scale]
         return dict(zip(self.outputs, yielded, strict=False))
 
+    @staticmethod
+    def cells_of(latents: torch.Tensor) -> torch.Tensor:
+        """Latents in the form that the VAE itself has them."""
+        return latents
+
     @torch.no_grad()
     def decode(self, latents_BChw: torch.Tensor) -> torch.Tensor:
         """Pixels (B, C, 1, H, W) in [-1, 1]."""

@@ -39,7 +39,11 @@ def change(tmp_path: Path, made: Path) -> Callable[..., Path]:
     "file, values, words",
     [
         ("transformer/config.json", {"num_layers": "2"}, '`num_layers` is "2", and a whole number of at least 0 is'),
-        ("transformer/config.json", {"guidance_embeds": "false"}, '`guidance_embeds` is "false", and true or false or null is'),
+        (
+            "transformer/config.json",
+            {"guidance_embeds": "false"},
+            '`guidance_embeds` is "false", and true or false or',
+        ),
         ("transformer/config.json", {"axes_dims_rope": [4, "4", 8]}, '`axes_dims_rope` is [4, "4", 8], and a list'),
         ("vae/config.json", {"scaling_factor": None}, "`scaling_factor` is null, and a number is meant"),
         ("vae/config.json", {"down_block_types": ["x"]}, "no AutoencoderKL can be made of this"),
