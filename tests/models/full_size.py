@@ -209,6 +209,22 @@ COGVIEW4 = FullSize(
     },
     _text("glm", 256, 4096),
 )
+ERNIE_IMAGE = FullSize(
+    "ERNIE-Image",
+    "ernie_image",
+    {
+        "transformer": {
+            "_class_name": "ErnieImageTransformer2DModel",
+            "hidden_size": 4096,
+            "num_attention_heads": 32,
+            "num_layers": 36,
+            "ffn_hidden_size": 12288,
+            "text_in_dim": 3072,
+        },
+        "vae": FLUX2_VAE,
+    },
+    _text("mistral3", 256, 3072),
+)
 HUNYUAN_DIT = FullSize(
     "HunyuanDiT 1.2",
     "hunyuan_dit",
@@ -310,6 +326,7 @@ ALL = (
     AURAFLOW,
     LUMINA2,
     COGVIEW4,
+    ERNIE_IMAGE,
     HUNYUAN_DIT,
     Z_IMAGE,
     QWEN_IMAGE,

@@ -94,6 +94,7 @@ class StopRequests:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         if isinstance(error, Exception):
             self.watch.failed(error)
+            self.watch.linger()
         else:
             self.watch.close()
         for number, handler in self._before.items():

@@ -134,6 +134,11 @@ class Watch:
         reason = " ".join(str(error).split())
         self._note(failed=f"{type(error).__name__}: {reason}".removesuffix(": "))
 
+    def linger(self) -> None:
+        """Lets the other ranks read what this one has told, if the store may end with this process."""
+        if self._thread is not None and self.ranks.is_main:
+            time.sleep(2 * self._beat)
+
     def explains(self, error: BaseException) -> bool:
         """Whether a collective failed because another rank is lost, and the watch has told of that rank."""
         if self._thread is None or not _is_loss(error):

@@ -60,6 +60,7 @@ FOLDERS = {
     "AuraFlowPipeline": "auraflow",
     "ChromaPipeline": "chroma",
     "CogView4Pipeline": "cogview4",
+    "ErnieImagePipeline": "ernie_image",
     "Flux2KleinPipeline": "flux2",
     "Flux2Pipeline": "flux2",
     "FluxKontextPipeline": "flux",
@@ -125,6 +126,7 @@ SIGNATURES: tuple[FileSignature, ...] = (
         for part in ("double_layers.0.attn.w1q", "joint_transformer_blocks.0.ff_context.")
     ),
     FileSignature("Chroma", _type("chroma"), ("distilled_guidance_layer.",)),
+    FileSignature("ERNIE-Image", _type("ernie_image"), ("adaLN_modulation.1.", "layers.0.adaLN_sa_ln.")),
     FileSignature("Flux.2", _type("flux2"), ("double_stream_modulation_img.", "single_stream_modulation.")),
     FileSignature("HunyuanVideo", NOT_TRAINED, ("individual_token_refiner",)),
     FileSignature("HunyuanVideo", NOT_TRAINED, ("context_embedder.token_refiner",)),

@@ -5,11 +5,13 @@ Shapes: B batch, C channels, h w cells of the VAE, H W pixels.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
 
+from models.foundation.checkpoints.headers import fingerprint
 from models.foundation.encoders.vae import Family, ImageAutoencoder, Tensors, in_the_room_there_is, picture_noise
 from models.foundation.layers.patches import SIDES
 from utils.dataset.samples import Bucket
@@ -36,9 +38,19 @@ FLUX2_VAE = Family(
 
 
 class Flux2Autoencoder(ImageAutoencoder):
-    """Pixels -> latents (B, 4C, h/2, w/2)."""
+    """Pixels -> latents (B, 4C, h/2, w/2).
+
+    Attributes:
+        epsilon: is added to the variances; None for what the configuration says.
+    """
 
     family: ClassVar[Family] = FLUX2_VAE
+    epsilon: ClassVar[float | None] = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        whole = super().fingerprint
+        return whole if self.epsilon is None else fingerprint(whole, str(self.epsilon))
 
     @staticmethod
     def cells_of(latents: torch.Tensor) -> torch.Tensor:
@@ -70,7 +82,7 @@ class Flux2Autoencoder(ImageAutoencoder):
 
     def _statistics(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the patches (1, 4C, 1, 1)."""
-        norm, epsilon = self.vae.bn, self.vae.config.batch_norm_eps
+        norm, epsilon = self.vae.bn, self.epsilon or self.vae.config.batch_norm_eps
         mean, variance = (rearrange(one, "c -> 1 c 1 1") for one in (norm.running_mean, norm.running_var))
         return mean.to(like), torch.sqrt(variance + epsilon).to(like)
 
