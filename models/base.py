@@ -186,10 +186,10 @@ class BasePipeline(ABC):
     @abstractmethod
     def tokens(self, latent_shape: Sequence[int]) -> int:
         """The number of image tokens of one frame of a latent of this shape (without the batch), by which the shift
-        follows the size.
+        follows the size; of all frames if the model's rule was made for clips, as LTX-Video's.
 
-        The rules were made for pictures, and diffusion-pipe counts one frame for Wan too: with 21 of them the shift of
-        Flux's rule would be 404 at 480 x 832, which leaves nothing but noise to train.
+        The other rules were made for pictures, and diffusion-pipe counts one frame for Wan too: with 21 of them the
+        shift of Flux's rule would be 404 at 480 x 832, which leaves nothing but noise to train.
         """
 
     @abstractmethod
@@ -235,10 +235,14 @@ class BasePipeline(ABC):
         """(option, what follows from it) for what the user may not expect, though it is allowed."""
         return remarks(self.options)
 
-    def loss_weight_map(self, latent_shape: Sequence[int]) -> torch.Tensor | None:
-        """The weight of each cell of a latent (C, ...) in the loss, 1 on average, to multiply (B, C, ...); None if all
-        count alike."""
-        return None
+    def given_frames(self, latent_shape: Sequence[int], quantile: float) -> int:
+        """How many of the first frames of a clip's latent (C, f, h, w) the model is trained to go on from: it receives
+        them without noise, as `given_frames` among the features of `prepare_inputs`, and they do not count in the loss.
+
+        Args:
+            quantile: a number in [0, 1), drawn for the sample.
+        """
+        return 0
 
     def learning_rate(self, name: str) -> float | None:
         """The learning rate of a parameter that has its own; None for that of `[optimizer]`."""

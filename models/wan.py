@@ -29,6 +29,7 @@ from models.foundation.encoders.first_frame import ClipVision, FirstFrameAutoenc
 from models.foundation.encoders.text_features import TrueLengthFeatures
 from models.foundation.encoders.video_vae import WanAutoencoder, latent_size, wan_vae_config
 from models.foundation.layers.chain import Middle
+from models.foundation.layers.given import row_of_token, with_given_frames
 from utils.dataset.buckets import MediaFacts
 from utils.dataset.samples import Sample
 from utils.errors import Problem, UserError
@@ -67,8 +68,8 @@ class WanOptions(ModelSettings):
 
 
 class WanInputs(NamedTuple):
-    """The inputs of the entry. `text_BLD` is only padded to the longest caption of the batch. A second row of time
-    belongs to the first frame."""
+    """The inputs of the entry. `text_BLD` is only padded to the longest caption of the batch. Time has a row for each
+    frame if some are given."""
 
     x_BCfhw: torch.Tensor
     text_BLD: torch.Tensor
@@ -77,9 +78,9 @@ class WanInputs(NamedTuple):
 
 
 class WanStream(NamedTuple):
-    """What travels from layer to layer. `canvas_fhw0` has no elements: its shape carries the tokens' grid. With two
-    rows of time, `row_T` has the row of each token: each layer looks up the modulations, since those of all tokens
-    would take a gigabyte."""
+    """What travels from layer to layer. `canvas_fhw0` has no elements: its shape carries the tokens' grid. With rows
+    of time for the frames, `row_T` has the row of each token: each layer looks up the modulations, since those of all
+    tokens would take a gigabyte."""
 
     x_BTD: torch.Tensor
     text_BLD: torch.Tensor
@@ -121,13 +122,12 @@ class Entry(nn.Module):
         patches_BDfhw = self.patch_embedding(x_BCfhw)
         x_BTD = rearrange(patches_BDfhw, "b d f h w -> b (f h w) d").contiguous()
         rows = inputs.t_BR.shape[1]
-        is_first_T = torch.arange(x_BTD.shape[1], device=weight.device) < patches_BDfhw[0, 0, 0].numel()
         return WanStream(
             x_BTD=x_BTD,
             text_BLD=text_BLD,
             modulation_BR6D=rearrange(modulation_EM, "(b r) (m d) -> b r m d", r=rows, m=6),
             time_BRD=rearrange(time_ED, "(b r) d -> b r d", r=rows),
-            row_T=is_first_T.long() if rows > 1 else None,
+            row_T=row_of_token(rows, patches_BDfhw[0, 0, 0].numel(), weight.device),
             rope_1T1D=self.rope(x_BCfhw),
             canvas_fhw0=torch.empty(*patches_BDfhw.shape[2:], 0, device=weight.device),
         )
@@ -314,25 +314,14 @@ class WanPipeline(BasePipeline):
     def prepare_inputs(
         self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
     ) -> WanInputs:
-        t_BR = t_B.unsqueeze(1)
+        x_t, t_BR = with_given_frames(features, x_t, t_B)
         if self.starts_from_picture:
             condition = features["first_frame_latents"].to(x_t)
             x_t = torch.cat([x_t, given_frames(condition, self.media.temporal), condition], dim=1)
-        elif self._first_frame_is_given(x_t.shape) and "latents" in features:
-            x_t = torch.cat([features["latents"][:, :, :1].to(x_t), x_t[:, :, 1:]], dim=2)
-            t_BR = torch.stack([t_B, torch.zeros_like(t_B)], dim=1)
         return WanInputs(x_t, features["umt5"], t_BR, features.get("clip_vision"))
 
-    def _first_frame_is_given(self, shape: Sequence[int]) -> bool:
-        return self.options.from_first_frame and shape[-3] > 1
-
-    def loss_weight_map(self, latent_shape: Sequence[int]) -> torch.Tensor | None:
-        if not self._first_frame_is_given(latent_shape):
-            return None
-        frames = latent_shape[-3]
-        weight_fhw = torch.full((frames, 1, 1), frames / (frames - 1))
-        weight_fhw[0] = 0.0
-        return weight_fhw
+    def given_frames(self, latent_shape: Sequence[int], quantile: float) -> int:
+        return int(self.options.from_first_frame and latent_shape[-3] > 1)
 
     def tokens(self, latent_shape: Sequence[int]) -> int:
         *_, height, width = latent_shape

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from models.base import BasePipeline, Features
+from models.foundation.layers.given import loss_weights
 from utils.dataset.batches import FeatureBatch
 from utils.diffusion import seeds, strata
 from utils.diffusion.losses import Labels
@@ -38,13 +39,14 @@ class Draws:
 
     Attributes:
         quantiles: the quantile of the noise level for each sample.
-        noise, latents: names of the draws, which the names of the samples complete.
+        noise, latents, given: names of the draws, which the names of the samples complete.
     """
 
     seed: int
     quantiles: Sequence[float]
     noise: tuple[object, ...]
     latents: tuple[object, ...]
+    given: tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Noising:
         """Each sample with a noise level and with noise that are drawn for this epoch."""
         pipeline = self.pipeline
         quantiles = QUANTILES[pipeline.options.stratified_timesteps](pipeline.seed, epoch, batch)
-        draws = Draws(pipeline.seed, quantiles, ("noise", epoch), ("latents", epoch))
+        draws = Draws(pipeline.seed, quantiles, ("noise", epoch), ("latents", epoch), ("given frames", epoch))
         maths = pipeline.maths
         return self._noised(batch, draws, maths.noise, maths.weighting, with_variance=maths.variational_weight > 0)
 
@@ -76,7 +78,8 @@ class Noising:
         only help training, and with weights a few quantiles would dominate the mean. Masks and `loss_weight` of the
         evaluated data do count. The variational term of models that learn the variance of a step does not.
         """
-        draws = Draws(0, [quantile] * len(batch.draws), ("evaluation", set_name, quantile), ("latents", set_name))
+        names = ("evaluation", set_name, quantile), ("latents", set_name), ("given frames", set_name)
+        draws = Draws(0, [quantile] * len(batch.draws), *names)
         return self._noised(batch, draws, NoiseOptions(), LossWeighting(), with_variance=False)
 
     def _noised(
@@ -90,25 +93,33 @@ class Noising:
         noise = _each(lambda one, name: sample_noise(one, options, draws.seed, *draws.noise, name), clean, batch.draws)
         sampler, tokens = maths.timesteps, pipeline.tokens(clean.shape[1:])
         t_B = torch.tensor([sampler.timestep(quantile, tokens) for quantile in draws.quantiles], dtype=torch.float32)
+        given_B = self._given(clean, draws, batch.draws)
         inputs = labels = empty = x_t = None
         if self.wants_inputs or with_variance:
             seen = _each(lambda one, name: perturbed(one, options, draws.seed, *draws.noise, name), noise, batch.draws)
             x_t = objective.noised(clean, seen, t_B)
         if self.wants_inputs:
             features = {**batch.features, "latents": clean}
+            if given_B is not None:
+                features["given_frames"] = given_B
             inputs = pipeline.prepare_inputs(features, x_t, t_B)
             if batch.empty is not None:
                 empty = pipeline.prepare_inputs({**features, **batch.empty}, x_t, t_B)
         if self.wants_labels:
             weight = batch.weight * over_sample(weighting.weight(objective, t_B), batch.weight)
-            positions = pipeline.loss_weight_map(clean.shape[1:])
-            weight = weight if positions is None else weight * positions
+            weight = weight if given_B is None else weight * loss_weights(given_B, clean.shape[2])
             delta_B = maths.distance.delta(t_B, objective.snr(t_B))
             delta = None if delta_B is None else over_sample(delta_B, clean)
             variational = (clean, x_t, t_B) if with_variance else None
             target = objective.target(clean, noise, t_B)
             labels = Labels(target, weight, delta, batch.regularising, batch.captioned, variational)
         return NoisedBatch(inputs, labels, empty)
+
+    def _given(self, clean: torch.Tensor, draws: Draws, names: Sequence[object]) -> torch.Tensor | None:
+        """How many frames of each sample are given (B,); None if none is."""
+        quantiles = [seeds.uniform(draws.seed, *draws.given, name) for name in names]
+        given_B = torch.tensor([self.pipeline.given_frames(clean.shape[1:], quantile) for quantile in quantiles])
+        return given_B if given_B.any() else None
 
 
 def clean_latents(features: Features, draw: Callable[[torch.Size], torch.Tensor]) -> torch.Tensor:

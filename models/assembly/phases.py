@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 GIB = 2**30
 CHANNELS = ("in_channels", "input_channels")
 """Keys of a VAE's configuration, of which one says how many channels a picture has."""
-SHORT_CLIPS, SHORT_LATENTS = (9, 13), (3, 4)
-"""Numbers of frames, and of those of latents, from which longer clips follow."""
+SHORT_LATENTS = (3, 4)
+"""Numbers of a latent's frames from which longer clips follow."""
 LONGEST = 512
 """Tokens of a text, where the tokenizer knows no limit."""
 
@@ -138,12 +138,14 @@ def caching_needs(encoders: Iterable[Encoder], bucket: Bucket, batch: int) -> It
         if isinstance(encoder, ImageAutoencoder):
             vae = empty_vae(encoder)
             channels = next((vae.config[key] for key in CHANNELS if vae.config.get(key)), 3)
-            size = (bucket.height, bucket.width)
-            if "latent_channels" in vae.config:
+            size, (latent_shape, _) = (bucket.height, bucket.width), next(iter(encoder.feature_shapes(bucket).values()))
+            if len(latent_shape) == 3:
                 activations = _counted(partial(_encoded, vae, _empty(encoder, batch, channels, *size)))
             else:
                 clip = partial(_encoded_clip, encoder, vae, batch, channels, size)
-                activations = _of_clip(clip, bucket.frames, SHORT_CLIPS)
+                group = (bucket.frames - 1) // max(latent_shape[1] - 1, 1)
+                few, some = (1 + group * (count - 1) for count in SHORT_LATENTS)
+                activations = _of_clip(clip, bucket.frames, (few, some))
             yield Need(encoder.name, weight_bytes([vae]), activations)
         elif isinstance(encoder, TextEncoder) and not isinstance(encoder, ClipTokens):
             yield _of_text(encoder, batch)
@@ -175,10 +177,14 @@ def empty_vae(encoder: ImageAutoencoder) -> nn.Module:
 
 
 def _of_decoding(encoder: ImageAutoencoder, vae: nn.Module, latent_shape: Sequence[int]) -> int | None:
+    def decoded(*shape: int) -> Any:
+        latents = encoder.cells_of(_empty(encoder, 1, *shape))
+        return vae.decode(latents, *encoder.told(vae, latents))
+
     if len(latent_shape) == 3:
-        return _counted(partial(vae.decode, encoder.cells_of(_empty(encoder, 1, *latent_shape))))
+        return _counted(partial(decoded, *latent_shape))
     channels, frames, *size = latent_shape
-    return _of_clip(lambda count: vae.decode(_empty(encoder, 1, channels, count, *size)), frames, SHORT_LATENTS)
+    return _of_clip(lambda count: decoded(channels, count, *size), frames, SHORT_LATENTS)
 
 
 def _of_clip(compute: Callable[[int], Any], frames: int, short: tuple[int, int]) -> int | None:

@@ -314,6 +314,33 @@ WAN = FullSize(
     WAN_TEXT,
     (832, 480, 49),
 )
+LTX_VAE = {
+    "_class_name": "AutoencoderKLLTXVideo",
+    "spatial_compression_ratio": 32,
+    "temporal_compression_ratio": 8,
+}
+LTX_VIDEO = FullSize(
+    "LTX-Video 2B",
+    "ltx_video",
+    {"transformer": {"_class_name": "LTXVideoTransformer3DModel"}, "vae": LTX_VAE},
+    _text("t5", 128, 4096),
+    (704, 480, 97),
+)
+LTX_VIDEO_13B = FullSize(
+    "LTX-Video 13B",
+    "ltx_video",
+    {
+        "transformer": {
+            "_class_name": "LTXVideoTransformer3DModel",
+            "num_layers": 48,
+            "attention_head_dim": 128,
+            "cross_attention_dim": 4096,
+        },
+        "vae": LTX_VAE,
+    },
+    _text("t5", 128, 4096),
+    (704, 480, 97),
+)
 
 ALL = (
     SD15,
@@ -333,6 +360,8 @@ ALL = (
     HIDREAM,
     WAN_SMALL,
     WAN,
+    LTX_VIDEO,
+    LTX_VIDEO_13B,
 )
 
 
@@ -345,7 +374,10 @@ _T5_XXL = {
     "feed_forward_proj": "gated-gelu",
 }
 TEXT_ENCODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "T5-XXL: Stable Diffusion 3.5, Flux, Chroma, HiDream": ("T5EncoderModel", {**_T5_XXL, "vocab_size": 32128}),
+    "T5-XXL: Stable Diffusion 3.5, Flux, Chroma, HiDream, LTX-Video": (
+        "T5EncoderModel",
+        {**_T5_XXL, "vocab_size": 32128},
+    ),
     "UMT5-XXL: Wan": ("UMT5EncoderModel", {**_T5_XXL, "vocab_size": 256384}),
     "mT5-XL: HunyuanDiT": (
         "T5EncoderModel",

@@ -14,6 +14,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 
 from models.assembly.stage import load_stage
 from models.foundation.encoders.first_frame import given_frames
+from models.foundation.layers.given import loss_weights
 from models.wan import WAN_LAYOUT, WanPipeline
 from tests import test_models as generic
 from tests.models import tiny_wan
@@ -165,12 +166,13 @@ def test_ti2v_gives_each_token_its_time(ti2v_folder: Path, given: bool) -> None:
     shape = (2, 12, 3, 4, 6)
     x_t, clean, weights = (normal(shape, 0, name) for name in ("x", "clean", "weights"))
     t_B = torch.tensor([0.2513, 0.913])
-    features = {**tiny_wan.features((5, 11)), "latents": clean}
+    given_B = torch.tensor([wan.given_frames(shape[1:], 0.0)] * 2)
+    features = {**tiny_wan.features((5, 11)), "latents": clean, **({"given_frames": given_B} if given else {})}
     stream = wan.prepare_inputs(features, x_t, t_B)
     for layer in staged.layers:
         stream = layer(stream)
-    places = wan.loss_weight_map(shape[1:])
-    (stream * weights * (1.0 if places is None else places)).sum().backward()
+    assert given_B.tolist() == [given, given]
+    (stream * weights * loss_weights(given_B, 3)).sum().backward()
     gradients = {name: parameter.grad for name, parameter in staged.denoiser.named_parameters()}
 
     reference = generic.loaded(wan).denoiser

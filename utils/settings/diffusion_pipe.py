@@ -77,7 +77,12 @@ _MODEL: Mapping[str, Foreign] = {
     ),
     "clip_path": _text_encoder("clip"),
     "cross_attn_lr": Foreign(f"leave it out: {_PARTS_LR}"),
-    "first_frame_conditioning_p": write("`from_first_frame`, of Wan's TI2V-5B", unless=(0, 0.0)),
+    "first_frame_conditioning_p": Foreign(
+        "write instead: `first_frame_share`, of LTX-Video, or `from_first_frame`, of Wan's TI2V-5B",
+        lambda value: {"first_frame_share": value},
+        harmless=lambda value: value == 0,
+        why_harmless="it changes nothing with this value",
+    ),
     "freeze_llm_adapter": leave_out(_PARTS_LR, only=(False,)),
     "image_shift": write("`shift`, which is that of pictures and clips alike"),
     "llm_adapter_lr": Foreign(f"leave it out: {_PARTS_LR}"),

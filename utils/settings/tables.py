@@ -144,9 +144,9 @@ def adopt(table: Table, known: Collection[str]) -> None:
         if foreign.harmless(value):
             del table.keys[key]
             table.remark(where(*location), foreign.warning)
-        elif foreign.keys is not None:
+        # A key that only some classes have is refused in the others, with the advice.
+        elif foreign.keys is not None and (meant := foreign.keys(value)).keys() <= {*known}:
             del table.keys[key]
-            meant = foreign.keys(value)
             for own, own_value in meant.items():
                 table.add(own, own_value, *location)
             said = ", ".join(f"`{own} = {as_toml(own_value)}`" for own, own_value in meant.items())

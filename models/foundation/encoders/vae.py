@@ -186,6 +186,10 @@ class ImageAutoencoder:
             in_the_room_there_is(self.vae, "decode", latents).sample.float(), "b c h w -> b c 1 h w"
         ).clamp(-1, 1)
 
+    def told(self, vae: nn.Module, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the VAE is told beside the latents that it decodes."""
+        return ()
+
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         config = self.family.config(self.folder, self.file)
         cell = 2 ** (len(config["block_out_channels"]) - 1)
@@ -193,7 +197,7 @@ class ImageAutoencoder:
         return dict.fromkeys(self.outputs, (shape, self.dtype))
 
 
-def in_the_room_there_is(vae: nn.Module, method: str, values: torch.Tensor) -> Any:
+def in_the_room_there_is(vae: nn.Module, method: str, values: torch.Tensor, *further: Any) -> Any:
     """What a VAE makes of pictures or latents. Where the GPU has no memory for that, it is made in overlapping tiles,
     from then on.
 
@@ -201,7 +205,7 @@ def in_the_room_there_is(vae: nn.Module, method: str, values: torch.Tensor) -> A
         torch.OutOfMemoryError: there is none for tiles either, or the VAE makes none.
     """
     try:
-        return getattr(vae, method)(values)
+        return getattr(vae, method)(values, *further)
     except torch.OutOfMemoryError:
         if getattr(vae, "use_tiling", False) or not hasattr(vae, "enable_tiling"):
             raise
@@ -215,7 +219,7 @@ def in_the_room_there_is(vae: nn.Module, method: str, values: torch.Tensor) -> A
     )
     torch.cuda.empty_cache()
     vae.enable_tiling()
-    return getattr(vae, method)(values)
+    return getattr(vae, method)(values, *further)
 
 
 def picture_noise(pixels_BCFHW: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ Shapes: B batch, C channels, F frames, H W pixels, f h w latent cells.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 
@@ -35,9 +36,14 @@ def latent_size(config: dict, width: int, height: int, frames: int) -> tuple[int
 
 
 class WanAutoencoder(ImageAutoencoder):
-    """Wan's VAE as an `Encoder`: pixels of pictures and clips -> latents (z - mean) / std, per channel."""
+    """Wan's VAE as an `Encoder`: pixels of pictures and clips -> latents (z - mean) / std, per channel.
+
+    Attributes:
+        latent_size: (configuration, width, height, frames) -> the shape of a latent.
+    """
 
     family = WAN
+    latent_size: ClassVar[Callable[..., tuple[int, ...]]] = staticmethod(latent_size)
 
     @torch.no_grad()
     def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -57,11 +63,13 @@ class WanAutoencoder(ImageAutoencoder):
         """Pixels (B, C, F, H, W) in [-1, 1]."""
         mean, std = self._statistics()
         latents = latents_BCfhw.to(self.device, self.dtype) * std + mean
-        return in_the_room_there_is(self.vae, "decode", latents).sample.float().clamp(-1, 1)
+        return (
+            in_the_room_there_is(self.vae, "decode", latents, *self.told(self.vae, latents)).sample.float().clamp(-1, 1)
+        )
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         config = self.family.config(self.folder, self.file)
-        shape = latent_size(config, bucket.width, bucket.height, bucket.frames)
+        shape = self.latent_size(config, bucket.width, bucket.height, bucket.frames)
         return dict.fromkeys(self.outputs, (shape, self.dtype))
 
     def _statistics(self) -> tuple[torch.Tensor, torch.Tensor]:

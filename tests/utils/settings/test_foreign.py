@@ -202,6 +202,14 @@ def test_a_model_is_known_by_its_letters(folder: Folder, caplog: pytest.LogCaptu
     assert settings.model.flux_shift is True
 
 
+def test_a_key_that_one_model_has_is_read_there(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    model = "[model]\ntype = 'ltx-video'\ndiffusers_path = 'weights'\nfirst_frame_conditioning_p = 0.5\n"
+    text = USUAL[: USUAL.index("[model]")] + model + USUAL[USUAL.index("[adapter]") :]
+    settings, _, _ = read(folder.write("run.toml", text), caplog)
+    assert settings.model.type == "ltx_video"
+    assert settings.model.first_frame_share == 0.5
+
+
 REFUSED = [
     ("top", "pseudo_huber_c = 0.5", "key `pseudo_huber_c`", "`loss_type = 'pseudo_huber'`"),
     ("top", "huber_delta = 0.5", "key `huber_delta`", "`loss_type = 'huber'`"),

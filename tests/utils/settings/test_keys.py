@@ -28,6 +28,7 @@ DATASET = known_keys("dataset", DatasetSettings) | known_keys("directory", Direc
 OF_MODELS = {
     "bypass_guidance_embedding",
     "expert",
+    "first_frame_share",
     "from_first_frame",
     "guidance",
     "llama3_4bit",

@@ -1,0 +1,52 @@
+"""Latent frames that a model of clips receives without noise, and from which it goes on: the first ones of a clip.
+
+Each frame has a time of its own then. Times and what is made of them have a row for each frame, or one row for all.
+
+Shapes: B batch, C channels, f h w latent frames, height and width, T tokens, the frames outermost, R rows of time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+
+def with_given_frames(
+    features: Mapping[str, torch.Tensor], x_t: torch.Tensor, t_B: torch.Tensor, time: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The latents (B, C, f, h, w) with the frames in place that are given, and the times (B, R): one row if none is.
+
+    Args:
+        features: `latents`, and how many frames of each are given, `given_frames` (B,); without that, none is.
+        x_t: noised latents.
+        t_B: noise levels.
+        time: what the model is told as the time of a given frame.
+    """
+    if "given_frames" not in features:
+        return x_t, t_B.unsqueeze(1)
+    is_given_Bf = is_given(features["given_frames"], x_t.shape[2])
+    x_t = torch.where(is_given_Bf[:, None, :, None, None], features["latents"].to(x_t), x_t)
+    return x_t, torch.where(is_given_Bf, time, t_B.unsqueeze(1))
+
+
+def is_given(given_B: torch.Tensor, frames: int) -> torch.Tensor:
+    """Which frames are given, (B, f), when so many of each clip are."""
+    return torch.arange(frames, device=given_B.device) < given_B.unsqueeze(1)
+
+
+def loss_weights(given_B: torch.Tensor, frames: int) -> torch.Tensor:
+    """The weights of the frames in the loss (B, 1, f, 1, 1): 0 for those that are given, as the model need not predict
+    them, and 1 on average."""
+    counts_Bf = (~is_given(given_B, frames)).float()
+    return (counts_Bf / counts_Bf.mean(dim=1, keepdim=True))[:, None, :, None, None]
+
+
+def row_of_token(rows: int, frame_tokens: int, device: torch.device) -> torch.Tensor | None:
+    """The row of time of each token, (T,); None if there is one row for all."""
+    return torch.arange(rows, device=device).repeat_interleave(frame_tokens) if rows > 1 else None
+
+
+def of_tokens(rows_BR: torch.Tensor, row_T: torch.Tensor | None) -> torch.Tensor:
+    """What each token has of (B, R, ...): (B, T, ...), or (B, 1, ...) if that is the same for all."""
+    return rows_BR if row_T is None else rows_BR[:, row_T]
