@@ -17,6 +17,7 @@ from models.foundation.encoders.clip import ClipTokens
 from models.foundation.encoders.first_frame import ClipVision
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.vae import ImageAutoencoder
+from models.foundation.encoders.video_vae import WanAutoencoder
 from utils.dataset.encoders import Encoder
 from utils.dataset.samples import Bucket
 
@@ -139,11 +140,11 @@ def caching_needs(encoders: Iterable[Encoder], bucket: Bucket, batch: int) -> It
             vae = empty_vae(encoder)
             channels = next((vae.config[key] for key in CHANNELS if vae.config.get(key)), 3)
             size = (bucket.height, bucket.width)
-            if "latent_channels" in vae.config:
-                activations = _counted(partial(_encoded, vae, _empty(encoder, batch, channels, *size)))
-            else:
+            if isinstance(encoder, WanAutoencoder):
                 clip = partial(_encoded_clip, encoder, vae, batch, channels, size)
                 activations = _of_clip(clip, bucket.frames, SHORT_CLIPS)
+            else:
+                activations = _counted(partial(_encoded, vae, _empty(encoder, batch, channels, *size)))
             yield Need(encoder.name, weight_bytes([vae]), activations)
         elif isinstance(encoder, TextEncoder) and not isinstance(encoder, ClipTokens):
             yield _of_text(encoder, batch)

@@ -275,6 +275,16 @@ WAN = FullSize(
     WAN_TEXT,
     (832, 480, 49),
 )
+HUNYUAN_VIDEO = FullSize(
+    "HunyuanVideo",
+    "hunyuan_video",
+    {
+        "transformer": {"_class_name": "HunyuanVideoTransformer3DModel"},
+        "vae": {"_class_name": "AutoencoderKLHunyuanVideo"},
+    },
+    {**_text("llama", 256, 4096), **_pooled(clip_pooled=768)},
+    (832, 480, 49),
+)
 
 ALL = (
     SD15,
@@ -290,6 +300,7 @@ ALL = (
     HIDREAM,
     WAN_SMALL,
     WAN,
+    HUNYUAN_VIDEO,
 )
 
 
@@ -308,7 +319,7 @@ TEXT_ENCODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "T5EncoderModel",
         {**_T5_XXL, "vocab_size": 250112, "d_model": 2048, "d_ff": 5120, "num_heads": 32},
     ),
-    "Llama 3.1 8B: HiDream": (
+    "Llama 3 8B: HiDream, HunyuanVideo": (
         "LlamaModel",
         {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_key_value_heads": 8},
     ),

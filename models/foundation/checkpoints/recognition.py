@@ -64,6 +64,7 @@ FOLDERS = {
     "FluxPipeline": "flux",
     "HiDreamImagePipeline": "hidream",
     "HunyuanDiTPipeline": "hunyuan_dit",
+    "HunyuanVideoPipeline": "hunyuan_video",
     "Lumina2Pipeline": "lumina2",
     "Lumina2Text2ImgPipeline": "lumina2",
     "QwenImageEditPipeline": "qwen_image",
@@ -95,6 +96,12 @@ ADAPTER_NAMES = {
 }
 """What modules of a model are called in adapters, with _ for dots. The first one that matches counts."""
 
+HUNYUAN_VIDEO = (
+    ("txt_in.individual_token_refiner", "img_in.proj.weight"),
+    ("context_embedder.token_refiner", "x_embedder.proj.weight"),
+)
+"""Of Tencent's, and of diffusers: what only this family has, and what takes the latents."""
+
 GUESS = "; is it another model's?"
 
 # The first one that matches counts.
@@ -123,8 +130,14 @@ SIGNATURES: tuple[FileSignature, ...] = (
         for part in ("double_layers.0.attn.w1q", "joint_transformer_blocks.0.ff_context.")
     ),
     FileSignature("Chroma", _type("chroma"), ("distilled_guidance_layer.",)),
-    FileSignature("HunyuanVideo", NOT_TRAINED, ("individual_token_refiner",)),
-    FileSignature("HunyuanVideo", NOT_TRAINED, ("context_embedder.token_refiner",)),
+    *(FileSignature("HunyuanVideo 1.5", NOT_TRAINED, (refiner, "cond_type_embed")) for refiner, _ in HUNYUAN_VIDEO),
+    FileSignature("HunyuanImage 2.1", NOT_TRAINED, ("txt_in.individual_token_refiner",), lacks=("vector_in.",)),
+    FileSignature("HunyuanImage 2.1", NOT_TRAINED, ("context_embedder.token_refiner", "time_guidance_embed.")),
+    *(
+        FileSignature("SkyReels of picture to video", NOT_TRAINED, (refiner,), size=(first, 1, 32))
+        for refiner, first in HUNYUAN_VIDEO
+    ),
+    *(FileSignature("HunyuanVideo", _type("hunyuan_video"), (refiner,)) for refiner, _ in HUNYUAN_VIDEO),
     FileSignature("Flux.1 dev", _type("flux"), ("double_blocks.0.img_attn.qkv", "guidance_in.")),
     FileSignature(
         "Flux.1 schnell", _type("flux") + " with schnell's folder", ("double_blocks.0.img_attn.qkv", "vector_in.")
