@@ -341,6 +341,16 @@ LTX_VIDEO_13B = FullSize(
     _text("t5", 128, 4096),
     (704, 480, 97),
 )
+HUNYUAN_VIDEO = FullSize(
+    "HunyuanVideo",
+    "hunyuan_video",
+    {
+        "transformer": {"_class_name": "HunyuanVideoTransformer3DModel"},
+        "vae": {"_class_name": "AutoencoderKLHunyuanVideo"},
+    },
+    {**_text("llama", 256, 4096), **_pooled(clip_pooled=768)},
+    (832, 480, 49),
+)
 
 ALL = (
     SD15,
@@ -362,6 +372,7 @@ ALL = (
     WAN,
     LTX_VIDEO,
     LTX_VIDEO_13B,
+    HUNYUAN_VIDEO,
 )
 
 
@@ -383,7 +394,7 @@ TEXT_ENCODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "T5EncoderModel",
         {**_T5_XXL, "vocab_size": 250112, "d_model": 2048, "d_ff": 5120, "num_heads": 32},
     ),
-    "Llama 3.1 8B: HiDream": (
+    "Llama 3 8B: HiDream, HunyuanVideo": (
         "LlamaModel",
         {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_key_value_heads": 8},
     ),

@@ -67,6 +67,7 @@ FOLDERS = {
     "FluxPipeline": "flux",
     "HiDreamImagePipeline": "hidream",
     "HunyuanDiTPipeline": "hunyuan_dit",
+    "HunyuanVideoPipeline": "hunyuan_video",
     "LTXConditionPipeline": "ltx_video",
     "LTXImageToVideoPipeline": "ltx_video",
     "LTXPipeline": "ltx_video",
@@ -101,6 +102,12 @@ ADAPTER_NAMES = {
 }
 """What modules of a model are called in adapters, with _ for dots. The first one that matches counts."""
 
+HUNYUAN_VIDEO = (
+    ("txt_in.individual_token_refiner", "img_in.proj.weight"),
+    ("context_embedder.token_refiner", "x_embedder.proj.weight"),
+)
+"""Of Tencent's, and of diffusers: what only this family has, and what takes the latents."""
+
 GUESS = "; is it another model's?"
 
 # The first one that matches counts.
@@ -131,8 +138,14 @@ SIGNATURES: tuple[FileSignature, ...] = (
     FileSignature("Chroma", _type("chroma"), ("distilled_guidance_layer.",)),
     FileSignature("ERNIE-Image", _type("ernie_image"), ("adaLN_modulation.1.", "layers.0.adaLN_sa_ln.")),
     FileSignature("Flux.2", _type("flux2"), ("double_stream_modulation_img.", "single_stream_modulation.")),
-    FileSignature("HunyuanVideo", NOT_TRAINED, ("individual_token_refiner",)),
-    FileSignature("HunyuanVideo", NOT_TRAINED, ("context_embedder.token_refiner",)),
+    *(FileSignature("HunyuanVideo 1.5", NOT_TRAINED, (refiner, "cond_type_embed")) for refiner, _ in HUNYUAN_VIDEO),
+    FileSignature("HunyuanImage 2.1", NOT_TRAINED, ("txt_in.individual_token_refiner",), lacks=("vector_in.",)),
+    FileSignature("HunyuanImage 2.1", NOT_TRAINED, ("context_embedder.token_refiner", "time_guidance_embed.")),
+    *(
+        FileSignature("SkyReels of picture to video", NOT_TRAINED, (refiner,), size=(first, 1, 32))
+        for refiner, first in HUNYUAN_VIDEO
+    ),
+    *(FileSignature("HunyuanVideo", _type("hunyuan_video"), (refiner,)) for refiner, _ in HUNYUAN_VIDEO),
     FileSignature("Flux.1 dev", _type("flux"), ("double_blocks.0.img_attn.qkv", "guidance_in.")),
     FileSignature(
         "Flux.1 schnell", _type("flux") + " with schnell's folder", ("double_blocks.0.img_attn.qkv", "vector_in.")

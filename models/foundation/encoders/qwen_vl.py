@@ -77,11 +77,16 @@ class Prompt(TextFeatures):
             # Without it transformers numbers the tokens of a picture like words; the model has learned rows and
             # columns.
             pictures["mm_token_type_ids"] = (tokens.input_ids == text_encoder.config.image_token_id).int()
-        hidden_BLD = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask, **pictures).last_hidden_state
+        asked = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+        hidden_BLD = self.state(text_encoder, **asked, **pictures)
         lengths = tokens.attention_mask.sum(1).tolist()
         features = [hidden[self.skipped : length] for hidden, length in zip(hidden_BLD, lengths, strict=True)]
         masks = [torch.ones(len(hidden), dtype=torch.bool) for hidden in features]
         return {self.name: features, f"{self.name}_mask": masks}
+
+    def state(self, text_encoder: nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
+        """The hidden state that is read (B, L, D)."""
+        return text_encoder(**inputs).last_hidden_state
 
 
 def image_processor(folder: Path) -> Qwen2VLImageProcessorPil:

@@ -1,0 +1,46 @@
+"""Tencent's VAEs as encoders for the cache, and as decoders for samples: their latents are z * scale.
+
+Shapes: B batch, C channels, F frames, H W pixels, f h w latent cells.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from models.foundation.encoders.vae import Family, Tensors
+from models.foundation.encoders.video_vae import WanAutoencoder
+from utils.dataset.samples import Bucket
+
+SIZES = ("latent_channels", "scaling_factor", "spatial_compression_ratio", "temporal_compression_ratio")
+
+
+def _same(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    """Tencent's names are those of diffusers."""
+    return tensors
+
+
+HUNYUAN_VIDEO = Family("AutoencoderKLHunyuanVideo", SIZES, "down_blocks.", _same)
+
+
+def hunyuan_latent_size(config: dict, width: int, height: int, frames: int) -> tuple[int, int, int, int]:
+    """The shape (C, f, h, w) of a latent: its first frame is the clip's, each of the others covers several."""
+    cell, group = config["spatial_compression_ratio"], config["temporal_compression_ratio"]
+    return config["latent_channels"], (frames - 1) // group + 1, height // cell, width // cell
+
+
+class HunyuanVideoAutoencoder(WanAutoencoder):
+    """HunyuanVideo's VAE as an `Encoder`: pixels of pictures and clips -> latents z * scale. From 17 frames on it
+    encodes and decodes pieces that overlap in time, as in the stock pipeline."""
+
+    family = HUNYUAN_VIDEO
+
+    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        config = self.family.config(self.folder, self.file)
+        shape = hunyuan_latent_size(config, bucket.width, bucket.height, bucket.frames)
+        return dict.fromkeys(self.outputs, (shape, self.dtype))
+
+    def _statistics(self) -> tuple[float, float]:
+        # Numbers and not tensors: bfloat16 would round the scale by up to 0.2 %.
+        return 0.0, 1.0 / self.vae.config.scaling_factor
