@@ -5,88 +5,18 @@ Shapes: a feature by name, without the batch.
 
 from __future__ import annotations
 
-import inspect
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Mapping
 from typing import Any
 
-import diffusers
 import torch
 import transformers
 
-import models
-from models.base import BasePipeline
-from utils.dataset.samples import Bucket
+from tests.models.full_size_clips import HUNYUAN_VIDEO, LTX_VIDEO, LTX_VIDEO_13B, WAN, WAN_SMALL
+from tests.models.sized import FullSize, pooled_of, text_of, vae_of, video_vae_of
 from utils.quantised.formats import FORMATS
 from utils.quantised.linear import quantise
 
-Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-
-
-@dataclass(frozen=True)
-class FullSize:
-    """A model in a size that people train.
-
-    Attributes:
-        configs: folder of a part -> its configuration, where it differs from the class's defaults.
-        size: width, height, frames.
-    """
-
-    name: str
-    type: str
-    configs: Mapping[str, Mapping[str, Any]]
-    features: Shapes
-    size: tuple[int, int, int] = (1024, 1024, 1)
-
-    def pipeline(self, folder: Path, kind: type | None = None, **keys: Any) -> BasePipeline:
-        """The model's pipeline, or one of the class `kind`, with further keys of [model]."""
-        for part, config in self.configs.items():
-            (folder / part).mkdir(parents=True, exist_ok=True)
-            name = "scheduler_config.json" if part == "scheduler" else "config.json"
-            (folder / part / name).write_text(json.dumps({**_defaults(config["_class_name"]), **config}))
-        kind = kind or models.find(self.type)
-        return kind(kind.Options(**{"type": self.type, "diffusers_path": folder, "dtype": "bfloat16", **keys}), 0)
-
-    @property
-    def encoders(self) -> Sequence[Any]:
-        """What the plan asks encoders for."""
-        return [SimpleNamespace(feature_shapes=lambda bucket: self.features)]
-
-    @property
-    def bucket(self) -> Bucket:
-        return Bucket(*self.size)
-
-
-def _defaults(name: str) -> dict[str, Any]:
-    """Those of a class of diffusers."""
-    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
-    return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
-
-
-def _text(name: str, tokens: int, width: int, *, mask: bool = True) -> Shapes:
-    feature = {name: ((tokens, width), torch.bfloat16)}
-    return {**feature, f"{name}_mask": ((tokens,), torch.bool)} if mask else feature
-
-
-def _pooled(**widths: int) -> Shapes:
-    return {name: ((width,), torch.bfloat16) for name, width in widths.items()}
-
-
-def _vae(channels: int, **more: Any) -> dict[str, Any]:
-    blocks = {"block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4}
-    return {"_class_name": "AutoencoderKL", "latent_channels": channels, "scaling_factor": 0.5, **blocks, **more}
-
-
-def _video_vae(kind: str, **more: Any) -> dict[str, Any]:
-    return {"_class_name": kind, "z_dim": 16, "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16, **more}
-
-
-VAE16 = _vae(16, shift_factor=0.1)
-WAN_VAE = _video_vae("AutoencoderKLWan", scale_factor_temporal=4, scale_factor_spatial=8)
-WAN_TEXT = _text("umt5", 512, 4096)
+VAE16 = vae_of(16, shift_factor=0.1)
 CLIPS = {"clip_l": ((77, 768), torch.bfloat16), "clip_g": ((77, 1280), torch.bfloat16)}
 UNET = {"_class_name": "UNet2DConditionModel", "sample_size": 64}
 EPSILON = {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
@@ -97,7 +27,7 @@ SD15 = FullSize(
     "sd15",
     {
         "unet": {**UNET, "cross_attention_dim": 768, "attention_head_dim": 8},
-        "vae": _vae(4),
+        "vae": vae_of(4),
         "scheduler": EPSILON,
     },
     {"clip_l": ((77, 768), torch.bfloat16)},
@@ -121,10 +51,10 @@ SDXL = FullSize(
             "projection_class_embeddings_input_dim": 2816,
             "use_linear_projection": True,
         },
-        "vae": _vae(4),
+        "vae": vae_of(4),
         "scheduler": EPSILON,
     },
-    {**CLIPS, **_pooled(clip_g_pooled=1280), "size_ids": ((6,), torch.float32)},
+    {**CLIPS, **pooled_of(clip_g_pooled=1280), "size_ids": ((6,), torch.float32)},
 )
 SD3 = FullSize(
     "Stable Diffusion 3.5 Large",
@@ -143,20 +73,20 @@ SD3 = FullSize(
         },
         "vae": VAE16,
     },
-    {**CLIPS, **_pooled(clip_l_pooled=768, clip_g_pooled=1280), **_text("t5", 256, 4096, mask=False)},
+    {**CLIPS, **pooled_of(clip_l_pooled=768, clip_g_pooled=1280), **text_of("t5", 256, 4096, mask=False)},
 )
 FLUX = FullSize(
     "Flux.1 dev",
     "flux",
     {"transformer": {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True}, "vae": VAE16},
-    {**_text("t5", 512, 4096, mask=False), **_pooled(clip_pooled=768)},
+    {**text_of("t5", 512, 4096, mask=False), **pooled_of(clip_pooled=768)},
 )
 FLUX2_VAE = {"_class_name": "AutoencoderKLFlux2"}
 FLUX2 = FullSize(
     "Flux.2 dev",
     "flux2",
     {"transformer": {"_class_name": "Flux2Transformer2DModel"}, "vae": FLUX2_VAE},
-    _text("mistral3", 512, 15360, mask=False),
+    text_of("mistral3", 512, 15360, mask=False),
 )
 FLUX2_KLEIN = FullSize(
     "Flux.2 Klein 4B",
@@ -172,25 +102,25 @@ FLUX2_KLEIN = FullSize(
         },
         "vae": FLUX2_VAE,
     },
-    _text("qwen3", 512, 7680, mask=False),
+    text_of("qwen3", 512, 7680, mask=False),
 )
 CHROMA = FullSize(
     "Chroma",
     "chroma",
     {"transformer": {"_class_name": "ChromaTransformer2DModel"}, "vae": VAE16},
-    _text("t5", 512, 4096),
+    text_of("t5", 512, 4096),
 )
 AURAFLOW = FullSize(
     "AuraFlow 0.3",
     "auraflow",
-    {"transformer": {"_class_name": "AuraFlowTransformer2DModel", "pos_embed_max_size": 9216}, "vae": _vae(4)},
-    _text("umt5", 256, 2048, mask=False),
+    {"transformer": {"_class_name": "AuraFlowTransformer2DModel", "pos_embed_max_size": 9216}, "vae": vae_of(4)},
+    text_of("umt5", 256, 2048, mask=False),
 )
 LUMINA2 = FullSize(
     "Lumina 2",
     "lumina2",
     {"transformer": {"_class_name": "Lumina2Transformer2DModel", "cap_feat_dim": 2304}, "vae": VAE16},
-    _text("gemma2", 256, 2304),
+    text_of("gemma2", 256, 2304),
 )
 COGVIEW4 = FullSize(
     "CogView4 6B",
@@ -207,7 +137,7 @@ COGVIEW4 = FullSize(
         "vae": VAE16,
         "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
     },
-    _text("glm", 256, 4096),
+    text_of("glm", 256, 4096),
 )
 ERNIE_IMAGE = FullSize(
     "ERNIE-Image",
@@ -223,7 +153,7 @@ ERNIE_IMAGE = FullSize(
         },
         "vae": FLUX2_VAE,
     },
-    _text("mistral3", 256, 3072),
+    text_of("mistral3", 256, 3072),
 )
 HUNYUAN_DIT = FullSize(
     "HunyuanDiT 1.2",
@@ -242,25 +172,25 @@ HUNYUAN_DIT = FullSize(
             "sample_size": 128,
             "use_style_cond_and_image_meta_size": False,
         },
-        "vae": _vae(4),
+        "vae": vae_of(4),
         "scheduler": V_PREDICTION,
     },
-    {**_text("bert", 77, 1024), **_text("mt5", 256, 2048)},
+    {**text_of("bert", 77, 1024), **text_of("mt5", 256, 2048)},
 )
 Z_IMAGE = FullSize(
     "Z-Image",
     "z_image",
     {"transformer": {"_class_name": "ZImageTransformer2DModel"}, "vae": VAE16},
-    _text("qwen3", 512, 2560),
+    text_of("qwen3", 512, 2560),
 )
 QWEN_IMAGE = FullSize(
     "Qwen-Image",
     "qwen_image",
     {
         "transformer": {"_class_name": "QwenImageTransformer2DModel"},
-        "vae": _video_vae("AutoencoderKLQwenImage"),
+        "vae": video_vae_of("AutoencoderKLQwenImage"),
     },
-    _text("qwen2_5_vl", 512, 3584),
+    text_of("qwen2_5_vl", 512, 3584),
 )
 HIDREAM = FullSize(
     "HiDream-I1",
@@ -286,72 +216,11 @@ HIDREAM = FullSize(
         "vae": VAE16,
     },
     {
-        **_pooled(clip_l_pooled=768, clip_g_pooled=1280),
-        **_text("t5", 128, 4096, mask=False),
+        **pooled_of(clip_l_pooled=768, clip_g_pooled=1280),
+        **text_of("t5", 128, 4096, mask=False),
         "llama3": ((32, 128, 4096), torch.bfloat16),
     },
 )
-WAN_SMALL = FullSize(
-    "Wan 2.1 1.3B",
-    "wan",
-    {
-        "transformer": {
-            "_class_name": "WanTransformer3DModel",
-            "in_channels": 16,
-            "num_layers": 30,
-            "num_attention_heads": 12,
-            "ffn_dim": 8960,
-        },
-        "vae": WAN_VAE,
-    },
-    WAN_TEXT,
-    (832, 480, 81),
-)
-WAN = FullSize(
-    "Wan 14B",
-    "wan",
-    {"transformer": {"_class_name": "WanTransformer3DModel", "in_channels": 16}, "vae": WAN_VAE},
-    WAN_TEXT,
-    (832, 480, 49),
-)
-LTX_VAE = {
-    "_class_name": "AutoencoderKLLTXVideo",
-    "spatial_compression_ratio": 32,
-    "temporal_compression_ratio": 8,
-}
-LTX_VIDEO = FullSize(
-    "LTX-Video 2B",
-    "ltx_video",
-    {"transformer": {"_class_name": "LTXVideoTransformer3DModel"}, "vae": LTX_VAE},
-    _text("t5", 128, 4096),
-    (704, 480, 97),
-)
-LTX_VIDEO_13B = FullSize(
-    "LTX-Video 13B",
-    "ltx_video",
-    {
-        "transformer": {
-            "_class_name": "LTXVideoTransformer3DModel",
-            "num_layers": 48,
-            "attention_head_dim": 128,
-            "cross_attention_dim": 4096,
-        },
-        "vae": LTX_VAE,
-    },
-    _text("t5", 128, 4096),
-    (704, 480, 97),
-)
-HUNYUAN_VIDEO = FullSize(
-    "HunyuanVideo",
-    "hunyuan_video",
-    {
-        "transformer": {"_class_name": "HunyuanVideoTransformer3DModel"},
-        "vae": {"_class_name": "AutoencoderKLHunyuanVideo"},
-    },
-    {**_text("llama", 256, 4096), **_pooled(clip_pooled=768)},
-    (832, 480, 49),
-)
-
 ALL = (
     SD15,
     SDXL,

@@ -105,7 +105,8 @@ def _trainer(keys: dict[str, Any], folder: Path) -> dict[str, Any]:
     from models.assembly.stage import load_stage, partition
     from optimizers.adamw import AdamWSettings
     from tests.benchmarks.gpu.random_models import micro_batch, random_pipeline
-    from tests.models.full_size import FLUX, WAN
+    from tests.models.full_size import FLUX
+    from tests.models.full_size_clips import WAN
     from utils.adapters.lora import LoraSettings
     from utils.parallel.attention import set_kernels
     from utils.parallel.backend import initialize_deepspeed

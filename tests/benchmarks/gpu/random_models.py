@@ -16,7 +16,7 @@ from torch import nn
 import models
 from models.base import BasePipeline
 from models.foundation.checkpoints.denoiser import DenoiserWeights
-from tests.models.full_size import FullSize
+from tests.models.sized import FullSize
 from utils.adapters.attach import base_name
 from utils.diffusion.losses import Labels
 

@@ -1,0 +1,68 @@
+"""Models of clips at the sizes that people train."""
+
+from __future__ import annotations
+
+from tests.models.sized import FullSize, pooled_of, text_of, video_vae_of
+
+WAN_VAE = video_vae_of("AutoencoderKLWan", scale_factor_temporal=4, scale_factor_spatial=8)
+WAN_TEXT = text_of("umt5", 512, 4096)
+WAN_SMALL = FullSize(
+    "Wan 2.1 1.3B",
+    "wan",
+    {
+        "transformer": {
+            "_class_name": "WanTransformer3DModel",
+            "in_channels": 16,
+            "num_layers": 30,
+            "num_attention_heads": 12,
+            "ffn_dim": 8960,
+        },
+        "vae": WAN_VAE,
+    },
+    WAN_TEXT,
+    (832, 480, 81),
+)
+WAN = FullSize(
+    "Wan 14B",
+    "wan",
+    {"transformer": {"_class_name": "WanTransformer3DModel", "in_channels": 16}, "vae": WAN_VAE},
+    WAN_TEXT,
+    (832, 480, 49),
+)
+LTX_VAE = {
+    "_class_name": "AutoencoderKLLTXVideo",
+    "spatial_compression_ratio": 32,
+    "temporal_compression_ratio": 8,
+}
+LTX_VIDEO = FullSize(
+    "LTX-Video 2B",
+    "ltx_video",
+    {"transformer": {"_class_name": "LTXVideoTransformer3DModel"}, "vae": LTX_VAE},
+    text_of("t5", 128, 4096),
+    (704, 480, 97),
+)
+LTX_VIDEO_13B = FullSize(
+    "LTX-Video 13B",
+    "ltx_video",
+    {
+        "transformer": {
+            "_class_name": "LTXVideoTransformer3DModel",
+            "num_layers": 48,
+            "attention_head_dim": 128,
+            "cross_attention_dim": 4096,
+        },
+        "vae": LTX_VAE,
+    },
+    text_of("t5", 128, 4096),
+    (704, 480, 97),
+)
+HUNYUAN_VIDEO = FullSize(
+    "HunyuanVideo",
+    "hunyuan_video",
+    {
+        "transformer": {"_class_name": "HunyuanVideoTransformer3DModel"},
+        "vae": {"_class_name": "AutoencoderKLHunyuanVideo"},
+    },
+    {**text_of("llama", 256, 4096), **pooled_of(clip_pooled=768)},
+    (832, 480, 49),
+)
