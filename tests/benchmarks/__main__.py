@@ -19,6 +19,7 @@ BENCHMARKS = (
     "pipeline",
     "wire",
     "balance",
+    "checkpoint",
 )
 
 

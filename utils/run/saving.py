@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +35,9 @@ REMOVED = ".removed"
 UNFINISHED = ".unfinished"
 
 
-def save(
-    folder: Path,
-    ranks: Ranks,
-    progress: Progress,
-    parameters: NamedParameters,
-    optimizer: torch.optim.Optimizer,
-    made_with: Mapping[str, Any],
-    ema: EMA | None = None,
-    shares: Shares | None = None,
-    *,
-    owed: Owed | None = None,
-    read_back: bool = False,
-) -> Path:
-    """Writes the checkpoint of this step into the run's folder; all ranks call it, and one per stage writes, or all
-    that have a share.
+class Saving:
+    """Writes the checkpoint of a step into the run's folder; all ranks make one, and one per stage writes, or all that
+    have a share. It counts when `complete` has returned.
 
     Args:
         parameters: the trainable parameters of this stage by name.
@@ -57,36 +47,100 @@ def save(
         shares: which of the parameters `optimizer` has, and `ema`; default: all of them, as they are.
         owed: what is still to be done after this step; default: nothing.
         read_back: reads what was written before the checkpoint counts, since older ones are to be removed.
+        background: the state is copied, and a thread writes the copy, while the state may change; otherwise it is
+            written at once.
+
+    Attributes:
+        seconds: that the thread took.
 
     Raises:
         UserError: on every rank, if one cannot write; nothing of it is left, and older ones stay.
     """
-    shares = shares or Shares(parameters)
-    name = f"global_step{progress.step}"
-    unfinished = folder / f"{name}{UNFINISHED}"
-    attempt = Attempt(f"checkpoint {progress.step}", ranks)
-    shared = ranks.data_ranks if shares.divided else 1
-    content = _content(ranks, progress, made_with, owed or Owed(progress), ema_since=ema and ema.since, shares=shared)
-    try:
-        if ranks.is_main:
-            attempt.alone(_make_anew, unfinished)
-        attempt.meet()
-        sums: dict[str, Sums] | None = {}
-        if shares.divided or ranks.data_rank == 0:
-            weights = parameters if ranks.data_rank == 0 else {}
-            path = unfinished / state_file(ranks.stage, ranks.data_rank)
-            sums = attempt.alone(_write_state, path, weights, shares.stepped, optimizer, ema, read_back)
-        attempt.meet()
-        gathered = gather(ranks, attempt.name, sums)
-        if ranks.is_main:
-            attempt.alone(_finish, unfinished, folder / name, content, gathered, read_back)
-        attempt.meet()
-    except Failed as failed:
-        if ranks.is_main:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        why = f"the checkpoint of step {progress.step} is not written: {failed}. {_newest(folder)}"
-        raise UserError.of(why, str(folder)) from failed
-    return folder / name
+
+    def __init__(
+        self,
+        folder: Path,
+        ranks: Ranks,
+        progress: Progress,
+        parameters: NamedParameters,
+        optimizer: torch.optim.Optimizer,
+        made_with: Mapping[str, Any],
+        ema: EMA | None = None,
+        shares: Shares | None = None,
+        *,
+        owed: Owed | None = None,
+        read_back: bool = False,
+        background: bool = False,
+    ) -> None:
+        shares = shares or Shares(parameters)
+        self._folder, self._ranks, self._progress, self._read_back = folder, ranks, progress, read_back
+        self._unfinished = folder / f"{self._name}{UNFINISHED}"
+        self._attempt = Attempt(f"checkpoint {progress.step}", ranks)
+        shared = ranks.data_ranks if shares.divided else 1
+        since = ema and ema.since
+        self._content = _content(ranks, progress, made_with, owed or Owed(progress), ema_since=since, shares=shared)
+        self._sums: dict[str, Sums] | None = {}
+        self._thread: threading.Thread | None = None
+        self.seconds = 0.0
+        with self._told():
+            if ranks.is_main:
+                self._attempt.alone(_make_anew, self._unfinished)
+            self._attempt.meet()
+        state = state_of(ranks, parameters, optimizer, ema, shares)
+        if state is not None:
+            self._begin(state, background)
+
+    @property
+    def _name(self) -> str:
+        return f"global_step{self._progress.step}"
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank has not written its part yet."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def _begin(self, state: dict[str, torch.Tensor], background: bool) -> None:
+        path = self._unfinished / state_file(self._ranks.stage, self._ranks.data_rank)
+        if not background:
+            self._write(path, state)
+            return
+        # Tensors of a device are copied by that; those of the host would change with the next step.
+        copied = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+        self._thread = threading.Thread(target=self._write, args=(path, copied), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _write(self, path: Path, state: dict[str, torch.Tensor]) -> None:
+        started = time.monotonic()
+        self._sums = self._attempt.alone(_write_state, path, state, self._read_back)
+        self.seconds = time.monotonic() - started if self._thread else 0.0
+
+    def complete(self) -> Path:
+        """Waits until all ranks have written, and gives the checkpoint its place. Returns its folder."""
+        if self._thread:
+            self._thread.join()
+        with self._told():
+            self._attempt.meet()
+            gathered = gather(self._ranks, self._attempt.name, self._sums)
+            finished = self._folder / self._name
+            if self._ranks.is_main:
+                self._attempt.alone(_finish, self._unfinished, finished, self._content, gathered, self._read_back)
+            self._attempt.meet()
+        return finished
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Failed as failed:
+            if self._ranks.is_main:
+                shutil.rmtree(self._unfinished, ignore_errors=True)
+            why = f"the checkpoint of step {self._progress.step} is not written: {failed}. {_newest(self._folder)}"
+            raise UserError.of(why, str(self._folder)) from failed
+
+
+def save(*state: Any, **how: Any) -> Path:
+    """Writes a checkpoint at once, as `Saving` describes. Returns its folder."""
+    return Saving(*state, **how).complete()
 
 
 def _content(
@@ -117,15 +171,8 @@ def _make_anew(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _write_state(
-    path: Path,
-    weights: NamedParameters,
-    stepped: NamedParameters,
-    optimizer: torch.optim.Optimizer,
-    ema: EMA | None,
-    read_back: bool,
-) -> dict[str, Sums]:
-    sums = write_tensors(path, _state(weights, stepped, optimizer, ema))
+def _write_state(path: Path, state: Mapping[str, torch.Tensor], read_back: bool) -> dict[str, Sums]:
+    sums = write_tensors(path, state)
     if read_back:
         _read_back(path, sums)
     return {path.name: sums}
@@ -180,12 +227,19 @@ def remove_older(newest: Path, keep: int, spared: Path | None) -> None:
             shutil.rmtree(old.rename(old.with_name(old.name + REMOVED)), ignore_errors=True)
 
 
-def _state(
-    weights: NamedParameters, stepped: NamedParameters, optimizer: torch.optim.Optimizer, ema: EMA | None
-) -> dict[str, torch.Tensor]:
-    tensors = {f"weights/{name}": parameter.detach() for name, parameter in weights.items()}
+def state_of(
+    ranks: Ranks,
+    parameters: NamedParameters,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA | None,
+    shares: Shares,
+) -> dict[str, torch.Tensor] | None:
+    """What this rank writes, by the names that the tensors have in its file; None if another rank has the same."""
+    if ranks.data_rank and not shares.divided:
+        return None
+    tensors = {f"weights/{name}": parameter.detach() for name, parameter in parameters.items() if not ranks.data_rank}
     tensors |= {f"ema/{name}": average for name, average in (ema.averages if ema else {}).items()}
-    for name, parameter in stepped.items():
+    for name, parameter in shares.stepped.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{name}/{key}"] = value if isinstance(value, torch.Tensor) else torch.tensor(value)
     return tensors

@@ -19,9 +19,10 @@ from utils.dataset.batches import TrainingBatches
 from utils.dataset.epochs import Epochs
 from utils.errors import UserError
 from utils.ranks import any_rank, largest
-from utils.run import checkpoint, out_of_memory, saving
+from utils.run import out_of_memory
 from utils.run.attempts import Failed, is_expected, reason_of
-from utils.run.cadence import Cadence, Duty
+from utils.run.cadence import Duty
+from utils.run.checkpointing import Checkpoints
 from utils.run.folder import LATEST, checkpoints_before
 from utils.run.owed import Owed, note_done
 from utils.run.parts import RunParts
@@ -29,7 +30,6 @@ from utils.run.progress import Progress
 from utils.run.reporting import PEAK_MEMORY
 from utils.run.results import results
 from utils.run.signals import SAVE, SAVE_AND_QUIT, FileRequests, StopRequested
-from utils.run.time_limit import CHECKPOINT
 from utils.run.watch import Work
 from utils.settings.schema import Settings
 
@@ -71,11 +71,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         settings = self.parts.settings
-        self.checkpoints = Cadence(
-            settings.checkpoint_every_n_steps,
-            settings.checkpoint_every_n_epochs,
-            minutes=settings.checkpoint_every_n_minutes,
-        )
+        self.checkpoints = Checkpoints(self.parts, self.epochs, self.resumed_from)
         self.requests = FileRequests(self.parts.folder)
         self.lacks_export = False
         self.owed = self.owed or Owed(self.progress)
@@ -215,16 +211,19 @@ class Trainer:
         self.progress = done.next_epoch() if ended else done
         # A signal reaches one process, and clocks differ: the ranks have to agree, since all of them save together.
         is_main, requests, stop = self.parts.ranks.is_main, self.requests, self.parts.stop
-        asked, is_up, late, overdue, save, quit_too = any_rank(
+        asked, is_up, late, overdue, save, quit_too, writing = any_rank(
             [
                 stop.asked(),
                 stop.time_is_up(),
                 is_main and not last and self._is_out_of_time(),
-                is_main and self.checkpoints.overdue(),
+                is_main and self.checkpoints.cadence.overdue(),
                 is_main and requests.asked(SAVE),
                 is_main and requests.asked(SAVE_AND_QUIT),
+                self.checkpoints.is_writing,
             ]
         )
+        if not writing:
+            self.checkpoints.complete()
         late = late or is_up
         if late and not stop.late and is_main:
             logger.warning("the time_limit leaves no time for another step and what is due after it")
@@ -232,9 +231,11 @@ class Trainer:
         if not (asked or late):
             self._perform(exports, done, ended)
         # Without an export, what the last step has made is in no other place.
-        at_end = last and (self.checkpoints.ever or self.lacks_export)
-        if asked or late or quit_too or save or overdue or at_end or self.checkpoints.due(before, done, ended):
-            self.save_checkpoint()
+        at_end = last and (self.checkpoints.cadence.ever or self.lacks_export)
+        at_once = asked or late or quit_too or save or at_end
+        if at_once or overdue or self.checkpoints.cadence.due(before, done, ended):
+            # What follows may take longer than the writing, and a kill in it should lose nothing.
+            self.save_checkpoint(background=not (at_once or looks or last))
         if asked or late:
             # After the checkpoint, without which more would be lost if a launcher or a job scheduler does not wait.
             self._perform([duty for duty in exports if duty.at_stop or not (asked or is_up)], done, ended)
@@ -341,6 +342,7 @@ class Trainer:
                 replace(duty, perform=partial(_without_steps, duty)) for duty in self.duties if duty.without_steps
             ]
             self._perform(lacking, self.progress, False)
+        self.checkpoints.complete()
         self.parts.metrics.close()
         if self.parts.ranks.is_main:
             self._tell_end(stopped)
@@ -364,25 +366,6 @@ class Trainer:
         at = f"step {self.progress.step}, epochs completed: {self.progress.epoch}"
         logger.info("%s at %s\n%s", how, at, results(folder))
 
-    def save_checkpoint(self) -> None:
-        """Writes the state to resume from."""
-        made_with = {
-            "identity": checkpoint.identity_of(self.parts.settings),
-            "run": checkpoint.run_of(self.parts.settings),
-            "optimizer": self.parts.settings.optimizer.model_dump(mode="json"),
-            "steps_in_epoch": self.epochs.steps_in(self.progress.epoch),
-            "order": self.epochs.state(self.progress.epoch, self.progress.step_in_epoch),
-        }
-        parts = self.parts
-        state = (self.progress, parts.parameters, parts.optimizer, made_with, parts.ema, parts.shares)
-        started = time.monotonic()
-        parts.stop.watch.at(Work(f"checkpoint of step {self.progress.step}"))
-        keep = parts.settings.keep_checkpoints
-        path = saving.save(parts.folder, parts.ranks, *state, owed=self.owed, read_back=bool(keep))
-        self.saved = path
-        if parts.stop.time:
-            parts.stop.time.took(CHECKPOINT, time.monotonic() - started)
-        self.checkpoints.restart()
-        logger.info("checkpoint: %s", path)
-        if parts.ranks.is_main and keep:
-            saving.remove_older(path, keep, self.resumed_from)
+    def save_checkpoint(self, *, background: bool = False) -> None:
+        """Writes the state to resume from; in the background, it has its place some steps later."""
+        self.saved = self.checkpoints.save(self.progress, self.owed, background=background)
