@@ -19,10 +19,11 @@ quickstart: setup
 	$(BIN)/python examples/quickstart/run.py
 
 # Files in the order of tests/conftest.py; left to itself, pytest-xdist begins with those of most tests, not of most time.
+# Compiled modules are kept whatever the environment says: pytest rewrites those of tests, seconds in every process.
 test: setup
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check --quiet .
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 
 # Set before torch starts: the machine's cores are shared with the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Until all tests are collected: imports and items are objects by the million, all of which stay.
+gc.disable()
 
 from hypothesis import settings  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -33,7 +37,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Tests of several processes find the server ready that these come from."""
+    """Tests of several processes find the server ready that these come from; and the collector looks at what tests
+    make, not at all that is imported."""
+    gc.freeze()
+    gc.enable()
     starting = any(map(_starts_processes, {item.module for item in session.items}))
     if starting and not session.config.option.collectonly:
         start_server()

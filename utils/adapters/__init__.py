@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
+from types import MappingProxyType
 
 from torch import nn
 
@@ -13,9 +15,15 @@ from utils.settings.choices import Choice, type_of
 NOT_KINDS = ("attach", "differences", "file_names", "kinds", "peft_layers", "peft_settings", "presets", "soundness")
 
 
-def available() -> dict[str, AdapterKind]:
+def available() -> Mapping[str, AdapterKind]:
     """All kinds of adapters, by `type`."""
-    return {type_of(kind.settings): kind for kind in kinds_in(__name__, __path__, NOT_KINDS)}
+    return _by_type(kinds_in(__name__, __path__, NOT_KINDS))
+
+
+@cache
+def _by_type(kinds: tuple[AdapterKind, ...]) -> Mapping[str, AdapterKind]:
+    """Made once: every module of a model is asked for its kind."""
+    return MappingProxyType({type_of(kind.settings): kind for kind in kinds})
 
 
 def find(adapter_type: str) -> AdapterKind:

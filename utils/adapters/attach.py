@@ -109,7 +109,7 @@ def initialise(denoiser: nn.Module, layers: Iterable[nn.Module], settings: Adapt
     for name, (kind, module) in adapted(denoiser).items():
         if id(module) in held:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seeds.derive(seed, "adapter", name))
+                seeds.seed_devices(seeds.derive(seed, "adapter", name))
                 kind.reset(module, dtype)
 
 

@@ -35,6 +35,7 @@ from utils.adapters.kinds import (
     without_scale,
 )
 from utils.adapters.peft_settings import CONFIG_FILE, HEADER, peft_settings
+from utils.first_values import none_without_memory
 from utils.json_files import shown
 from utils.settings.schema import AdapterSettings
 from utils.settings.values import Count
@@ -128,7 +129,8 @@ class Lora:
             target_modules=pattern,
         )
         config._register_custom_module(LAYERS)
-        inject_adapter_in_model(config, denoiser, low_cpu_mem_usage=True)
+        with none_without_memory():
+            inject_adapter_in_model(config, denoiser, low_cpu_mem_usage=True)
 
     def base_of(self, module: nn.Module) -> nn.Module | None:
         """The module in PEFT's layer."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from utils.diffusion import seeds
 from utils.parallel import wire
 from utils.parallel.attention import kernels_for
 from utils.parallel.offload import HostInputs
@@ -27,7 +28,7 @@ def recomputed_positions(layers: Sequence[nn.Module], every: int) -> list[int]:
 def run_layer(layer: Callable[[Any], Any], stream: Any, *, seed: int | None = None) -> Any:
     """What a layer makes of a stream. If it draws random numbers (dropout), `seed` says which."""
     if seed is not None:
-        torch.manual_seed(seed)
+        seeds.seed_devices(seed)
     with kernels_for(stream):
         return layer(stream)
 

@@ -61,7 +61,7 @@ class DenoiserWeights:
         if self.seed is None:
             return self.build_empty()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeds.derive(self.seed, "denoiser"))
+            seeds.seed_devices(seeds.derive(self.seed, "denoiser"))
             return self._stored(self.factory())
 
     def build_empty(self) -> nn.Module:

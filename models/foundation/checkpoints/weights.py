@@ -22,6 +22,7 @@ from models.foundation.checkpoints.headers import opened, read_header
 from models.foundation.checkpoints.key_layouts import KeyLayout, Piece, swap_halves
 from models.foundation.checkpoints.storage import StorageRules
 from utils.errors import UserError
+from utils.first_values import none_without_memory
 from utils.quantised.linear import QuantisedLinear
 
 logger = logging.getLogger(__name__)
@@ -223,7 +224,7 @@ def build_empty(factory: Callable[[], nn.Module]) -> nn.Module:
     computed when it is built and are not in files."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
+    with none_without_memory(), init_empty_weights(include_buffers=False):
         return factory()
 
 

@@ -29,6 +29,20 @@ def test_another_process_draws_the_same() -> None:
     assert int(printed) == seeds.derive(5, "noise", 2, "a.png")
 
 
+def test_devices_are_seeded_as_torch_does_without_a_note_for_those_that_nobody_uses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+
+    def refuse(*_: object) -> list[str]:
+        raise AssertionError("the stack is told")
+
+    monkeypatch.setattr("traceback.format_stack", refuse)
+    seeds.seed_devices(3)
+    assert torch.equal(torch.rand(2), expected)
+
+
 def test_drawing_leaves_the_global_random_state() -> None:
     torch.manual_seed(1)
     expected = torch.rand(2)

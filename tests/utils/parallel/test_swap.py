@@ -31,7 +31,9 @@ from utils.parallel.transfers import ALIGNMENT
 from utils.ranks import Ranks
 from utils.settings.schema import EMASettings
 
-STEPS, ACCUMULATION = 2, 3
+STEPS = 2
+ACCUMULATION = {1: 2, 2: 3}
+"""Micro-batches by the number of stages, so many that the first runs forward and backward in turn."""
 OPTIMIZER = AdamWSettings(type="adamw", lr=1e-2)
 REGULARISING = torch.tensor([True, False])
 DOUBLE, SINGLE = 3, 5
@@ -103,12 +105,17 @@ def engine_of(
     optimizer = optimizers.build(groups, OPTIMIZER) if trained else optimizer_for_frozen_stage()
     given = Teacher(partial(switched_off, denoiser), flux.maths.with_teacher_target) if teacher else None
     return Engine(
-        module, optimizer, accumulation=ACCUMULATION, clip_norm=0.05, teacher=given, float32_gradients=bfloat16
+        module,
+        optimizer,
+        accumulation=ACCUMULATION[ranks.stages],
+        clip_norm=0.05,
+        teacher=given,
+        float32_gradients=bfloat16,
     )
 
 
 def batches_of(ranks: Ranks, flux: Any, step: int) -> list:
-    made = [toy_flux.micro_batch(flux, step, ranks.data_rank, index) for index in range(ACCUMULATION)]
+    made = [toy_flux.micro_batch(flux, step, ranks.data_rank, index) for index in range(ACCUMULATION[ranks.stages])]
     return [(inputs, labels._replace(regularising=REGULARISING)) for inputs, labels in made]
 
 
@@ -116,15 +123,16 @@ def check_residency(engine: Any) -> None:
     """From now on a swapped block asserts that its weights, all but an adapter's, are in the ring when it runs."""
     swap = engine.module.swap
 
-    def check(module: nn.Module, _: tuple) -> None:
-        swapped = [p for p in module.parameters() if swap._gradients is not None or not p.requires_grad]
+    def check(_: nn.Module, __: tuple, swapped: list[nn.Parameter]) -> None:
         assert swapped and all(swap._ring.slot_of(p) is not None for p in swapped)
 
     for position in swap._numbers:
         for module in engine.module.forward_funcs[position].modules():
             # A Linear with a hook is left to itself by its LoRA, with another order of sums.
             if next(module.children(), None) is not None:
-                module.register_forward_pre_hook(check)
+                # Listed once: swapped weights change their memory, and stay the same objects.
+                swapped = [p for p in module.parameters() if swap._gradients is not None or not p.requires_grad]
+                module.register_forward_pre_hook(partial(check, swapped=swapped))
 
 
 def results_of(ranks: Ranks, flux: Any, engine: Any) -> dict[str, Any]:
@@ -139,13 +147,13 @@ def results_of(ranks: Ranks, flux: Any, engine: Any) -> dict[str, Any]:
     engine.optimizer.register_step_pre_hook(keep)
     trained = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
     ema = EMA(trained.items(), EMASettings(decay=0.5), engine.basic_optimizer)
-    evaluated = [engine.evaluate(batches_of(ranks, flux, 7), ACCUMULATION)]
+    evaluated = [engine.evaluate(batches_of(ranks, flux, 7), ACCUMULATION[ranks.stages])]
     steps = [engine.train_step(batches_of(ranks, flux, step), step) for step in range(STEPS)]
-    evaluated.append(engine.evaluate(batches_of(ranks, flux, 7), ACCUMULATION))
+    evaluated.append(engine.evaluate(batches_of(ranks, flux, 7), ACCUMULATION[ranks.stages]))
     ema.update(1)
     with ema.swapped():
-        evaluated.append(engine.evaluate(batches_of(ranks, flux, 7), ACCUMULATION))
-    predicted = engine.predict(batches_of(ranks, flux, 8), ACCUMULATION)
+        evaluated.append(engine.evaluate(batches_of(ranks, flux, 7), ACCUMULATION[ranks.stages]))
+    predicted = engine.predict(batches_of(ranks, flux, 8), ACCUMULATION[ranks.stages])
     steps.append(engine.train_step(batches_of(ranks, flux, STEPS), STEPS))
     return {
         "losses": [(step.loss, step.grad_norm) for step in steps],
