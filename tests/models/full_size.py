@@ -275,32 +275,28 @@ WAN = FullSize(
     WAN_TEXT,
     (832, 480, 49),
 )
-LTX_VAE = {
-    "_class_name": "AutoencoderKLLTXVideo",
-    "spatial_compression_ratio": 32,
-    "temporal_compression_ratio": 8,
-}
+LTX_VAE = {"_class_name": "AutoencoderKLLTXVideo", "spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
+LTX = {"_class_name": "LTXVideoTransformer3DModel"}
 LTX_VIDEO = FullSize(
-    "LTX-Video 2B",
-    "ltx_video",
-    {"transformer": {"_class_name": "LTXVideoTransformer3DModel"}, "vae": LTX_VAE},
-    _text("t5", 128, 4096),
-    (704, 480, 97),
+    "LTX-Video 2B", "ltx_video", {"transformer": LTX, "vae": LTX_VAE}, _text("t5", 128, 4096), (704, 480, 97)
 )
+LTX_LARGE = {**LTX, "num_layers": 48, "attention_head_dim": 128, "cross_attention_dim": 4096}
 LTX_VIDEO_13B = FullSize(
-    "LTX-Video 13B",
-    "ltx_video",
-    {
-        "transformer": {
-            "_class_name": "LTXVideoTransformer3DModel",
-            "num_layers": 48,
-            "attention_head_dim": 128,
-            "cross_attention_dim": 4096,
-        },
-        "vae": LTX_VAE,
-    },
-    _text("t5", 128, 4096),
-    (704, 480, 97),
+    "LTX-Video 13B", "ltx_video", {"transformer": LTX_LARGE, "vae": LTX_VAE}, _text("t5", 128, 4096), (704, 480, 97)
+)
+COSMOS = {"_class_name": "CosmosTransformer3DModel", "extra_pos_embed_type": None}
+COSMOS_PREDICT2 = FullSize(
+    "Cosmos-Predict2 2B, text to image",
+    "cosmos_predict2",
+    {"transformer": {**COSMOS, "num_attention_heads": 16}, "vae": WAN_VAE},
+    _text("t5", 512, 1024),
+)
+COSMOS_PREDICT2_14B = FullSize(
+    "Cosmos-Predict2 14B, video to world",
+    "cosmos_predict2",
+    {"transformer": {**COSMOS, "in_channels": 17, "num_attention_heads": 40, "num_layers": 36}, "vae": WAN_VAE},
+    {**_text("t5", 512, 1024), "first_frame_latents": ((16, 1, 60, 104), torch.bfloat16)},
+    (832, 480, 49),
 )
 
 ALL = (
@@ -319,6 +315,8 @@ ALL = (
     WAN,
     LTX_VIDEO,
     LTX_VIDEO_13B,
+    COSMOS_PREDICT2,
+    COSMOS_PREDICT2_14B,
 )
 
 
@@ -334,6 +332,10 @@ TEXT_ENCODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "T5-XXL: Stable Diffusion 3.5, Flux, Chroma, HiDream, LTX-Video": (
         "T5EncoderModel",
         {**_T5_XXL, "vocab_size": 32128},
+    ),
+    "T5-11B: Cosmos-Predict2": (
+        "T5EncoderModel",
+        {"vocab_size": 32128, "d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_layers": 24, "num_heads": 128},
     ),
     "UMT5-XXL: Wan": ("UMT5EncoderModel", {**_T5_XXL, "vocab_size": 256384}),
     "mT5-XL: HunyuanDiT": (
