@@ -164,7 +164,6 @@ class LTXVideoPipeline(BasePipeline):
     resolution_shift = RESOLUTION_SHIFTS["ltx"]
     original_layout = LTX_VIDEO_LAYOUT
     guided_by_second_prediction = True
-    keep_in_high_precision = ("scale_shift_table",)
 
     def __init__(self, options: LTXVideoOptions, seed: int = 0):
         super().__init__(options, seed)
