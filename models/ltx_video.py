@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import nn
 
 from models.base import BasePipeline, Features, ModelEncoder
+from models.families.clips import problems_of_rates
 from models.foundation.checkpoints.configs import stock_scheduler
 from models.foundation.checkpoints.folders import TextPart
 from models.foundation.checkpoints.layouts.ltx_video import LTX_VIDEO_LAYOUT
@@ -163,7 +164,6 @@ class LTXVideoPipeline(BasePipeline):
     resolution_shift = RESOLUTION_SHIFTS["ltx"]
     original_layout = LTX_VIDEO_LAYOUT
     guided_by_second_prediction = True
-    keep_in_high_precision = ("scale_shift_table",)
 
     def __init__(self, options: LTXVideoOptions, seed: int = 0):
         super().__init__(options, seed)
@@ -190,15 +190,7 @@ class LTXVideoPipeline(BasePipeline):
             )
 
     def problems_of_data(self, samples: Sequence[Sample]) -> list[Problem]:
-        told = self.media.fps
-        other = next((sample for sample in samples if sample.bucket.frames > 1 and sample.fps != told), None)
-        if other is None:
-            return []
-        message = (
-            f"is {other.fps:g} for {other.media.locator}, and the model is told that clips have {told:g} frames per "
-            "second; leave it out, or set [model] frame_rate to the same"
-        )
-        return [Problem("", "[[directory]] framerate", message)]
+        return problems_of_rates(samples, self.media.fps)
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         options = self.options

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 import transformers
 
-from tests.models.full_size_clips import HUNYUAN_VIDEO, LTX_VIDEO, LTX_VIDEO_13B, WAN, WAN_SMALL
+from tests.models.full_size_clips import (
+    COSMOS_PREDICT2,
+    COSMOS_PREDICT2_14B,
+    HUNYUAN_VIDEO,
+    LTX_VIDEO,
+    LTX_VIDEO_13B,
+    WAN,
+    WAN_SMALL,
+)
 from tests.models.sized import FullSize, pooled_of, text_of, vae_of, video_vae_of
 from utils.quantised.formats import FORMATS
 from utils.quantised.linear import quantise
@@ -242,6 +250,8 @@ ALL = (
     LTX_VIDEO,
     LTX_VIDEO_13B,
     HUNYUAN_VIDEO,
+    COSMOS_PREDICT2,
+    COSMOS_PREDICT2_14B,
 )
 
 
@@ -257,6 +267,10 @@ TEXT_ENCODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "T5-XXL: Stable Diffusion 3.5, Flux, Chroma, HiDream, LTX-Video": (
         "T5EncoderModel",
         {**_T5_XXL, "vocab_size": 32128},
+    ),
+    "T5-11B: Cosmos-Predict2": (
+        "T5EncoderModel",
+        {"vocab_size": 32128, "d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_layers": 24, "num_heads": 128},
     ),
     "UMT5-XXL: Wan": ("UMT5EncoderModel", {**_T5_XXL, "vocab_size": 256384}),
     "mT5-XL: HunyuanDiT": (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from tests.models.sized import FullSize, pooled_of, text_of, video_vae_of
 
 WAN_VAE = video_vae_of("AutoencoderKLWan", scale_factor_temporal=4, scale_factor_spatial=8)
@@ -64,5 +66,19 @@ HUNYUAN_VIDEO = FullSize(
         "vae": {"_class_name": "AutoencoderKLHunyuanVideo"},
     },
     {**text_of("llama", 256, 4096), **pooled_of(clip_pooled=768)},
+    (832, 480, 49),
+)
+COSMOS = {"_class_name": "CosmosTransformer3DModel", "extra_pos_embed_type": None}
+COSMOS_PREDICT2 = FullSize(
+    "Cosmos-Predict2 2B, text to image",
+    "cosmos_predict2",
+    {"transformer": {**COSMOS, "num_attention_heads": 16}, "vae": WAN_VAE},
+    text_of("t5", 512, 1024),
+)
+COSMOS_PREDICT2_14B = FullSize(
+    "Cosmos-Predict2 14B, video to world",
+    "cosmos_predict2",
+    {"transformer": {**COSMOS, "in_channels": 17, "num_attention_heads": 40, "num_layers": 36}, "vae": WAN_VAE},
+    {**text_of("t5", 512, 1024), "first_frame_latents": ((16, 1, 60, 104), torch.bfloat16)},
     (832, 480, 49),
 )

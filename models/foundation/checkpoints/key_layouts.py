@@ -16,7 +16,7 @@ import torch
 
 from utils.adapters.kinds import Target
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "net.", "")
 KOHYA, LYCORIS = "lora_unet_", "lycoris_"
 OWN_NAME = ""
 """The parameter of a rule that names a parameter instead of a module."""

@@ -60,6 +60,8 @@ FOLDERS = {
     "AuraFlowPipeline": "auraflow",
     "ChromaPipeline": "chroma",
     "CogView4Pipeline": "cogview4",
+    "Cosmos2TextToImagePipeline": "cosmos_predict2",
+    "Cosmos2VideoToWorldPipeline": "cosmos_predict2",
     "ErnieImagePipeline": "ernie_image",
     "Flux2KleinPipeline": "flux2",
     "Flux2Pipeline": "flux2",
@@ -96,6 +98,7 @@ ADAPTER_NAMES = {
     "Qwen-Image": r"transformer_blocks_\d+_(img|txt)_(mod|mlp)",
     "Z-Image or Lumina Image 2": r"(noise|context)_refiner_|(^|_)layers_\d+_(attention|attn|feed_forward|adaLN)",
     "HunyuanDiT": r"blocks_\d+_(attn1_Wqkv|attn2_kv_proj|skip_linear|default_modulation)",
+    "Cosmos-Predict2": r"transformer_blocks_\d+_norm\d_linear|blocks_\d+_((self|cross)_attn_\w+_proj|adaln_|mlp_layer)",
     "LTX-Video": r"transformer_blocks_\d+_(audio_)?attn[12]_to_",
     "Wan": r"(^|_)blocks_\d+_(self_attn|cross_attn|ffn|attn1_to|attn2_to)_",
     "another transformer of diffusers, such as SD3, CogView4 or Qwen-Image": r"transformer_blocks_\d+_",
@@ -172,6 +175,17 @@ SIGNATURES: tuple[FileSignature, ...] = (
         _type("ltx_video"),
         ("time_embed.emb.timestep_embedder.", "caption_projection.linear_1.", "attn1.norm_q."),
         lacks=("patch_embed.",),
+    ),
+    FileSignature("Cosmos 1.0", NOT_TRAINED, ("blocks.block0.blocks.0.block.attn.to_q.0.",)),
+    FileSignature("Cosmos 1.0", NOT_TRAINED, ("learnable_pos_embed.pos_emb_t", "time_embed.t_embedder.")),
+    *(
+        FileSignature(what, fits, (block, *part))
+        for what, fits, part in (
+            ("Anima", NOT_TRAINED, ("llm_adapter.",)),
+            ("Cosmos-Predict2.5", NOT_TRAINED, ("crossattn_proj.0.",)),
+            ("Cosmos-Predict2", _type("cosmos_predict2"), ()),
+        )
+        for block in ("blocks.0.adaln_modulation_self_attn.1.", "transformer_blocks.0.norm1.linear_1.")
     ),
     FileSignature("Z-Image", _type("z_image"), ("noise_refiner.0.", "x_pad_token")),
     FileSignature("OmniGen 2", NOT_TRAINED, ("noise_refiner.0.", "ref_image_refiner.0.")),

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, F frames, H W pixels, f h w latent cells, L tokens,
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,22 @@ class FirstFrameAutoencoder(WanAutoencoder):
         alone_BCFHW = torch.zeros_like(pixels)
         alone_BCFHW[:, :, 0] = pixels[:, :, 0]
         return super().encode(pixels=alone_BCFHW)
+
+
+class LoneFrameAutoencoder(WanAutoencoder):
+    """Wan's VAE as an `Encoder` of a clip's first frame by itself: `first_frame_latents`, one latent frame, the mode of
+    their distribution."""
+
+    def __init__(self, folder: Path, file: Path | None, dtype: torch.dtype):
+        super().__init__(folder, file, dtype, draw="mode")
+        self.name, self.outputs = "vae_lone_frame", ["first_frame_latents"]
+
+    def encode(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Latents (B, C, 1, h, w) of the first frames of `pixels_BCFHW` in [-1, 1]."""
+        return super().encode(pixels=pixels[:, :, :1])
+
+    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return super().feature_shapes(replace(bucket, frames=1))
 
 
 class ClipVision:

@@ -11,7 +11,7 @@ import torch
 
 from models.assembly.noising import Noising
 from models.flux import FluxPipeline, unpack
-from tests.models import tiny_flux
+from tests.models import tiny_flux, tiny_ltx_video
 from utils.dataset.batches import FeatureBatch
 from utils.dataset.epochs import Positions
 from utils.dataset.samples import Bucket
@@ -98,6 +98,49 @@ def test_evaluation_is_the_same_in_every_run(folder: Path) -> None:
     assert torch.equal(first.x_BTC[1], again.x_BTC[0]) and torch.equal(labels.target[1], other_labels.target[0])
     another_set, _, _ = Noising(flux(folder)).evaluation(batch("b"), "other", 0.3)
     assert not torch.equal(another_set.x_BTC, again.x_BTC)
+
+
+@pytest.fixture(scope="module")
+def ltx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_ltx_video.write_folder(tmp_path_factory.mktemp("ltx_video"))
+
+
+def of_clips(*samples: str) -> FeatureBatch:
+    clean = torch.stack([normal((4, 3, 4, 6), 0, "latents", sample) for sample in samples])
+    text = tiny_ltx_video.ragged("t5", (5,) * len(samples), tiny_ltx_video.TEXT_WIDTH)
+    weight = torch.ones(len(samples), 1, 1, 1, 1)
+    return FeatureBatch({"latents": clean, **text}, list(samples), Bucket(48, 32, 5), weight)
+
+
+def test_frames_are_given_by_a_draw_for_each_sample(ltx_folder: Path) -> None:
+    """The first stage gives those that the last does not count, in any company; about as many as asked."""
+    names = [f"sample {number}" for number in range(60)]
+    batch = of_clips(*names)
+    ltx = tiny_ltx_video.pipeline(ltx_folder, first_frame_share=0.3)
+    inputs = Noising(ltx, wants_labels=False).training(batch, epoch=2).inputs
+    weight = Noising(ltx, wants_inputs=False).training(batch, epoch=2).labels.weight
+    assert weight.shape == (60, 1, 3, 1, 1)
+    is_given = weight[:, 0, 0, 0, 0] == 0
+    assert 10 <= is_given.sum() <= 26
+    assert torch.equal(is_given, inputs.t_BR[:, 0] == 0) and not (inputs.t_BR[:, 1:] == 0).any()
+    first_BTC = batch.features["latents"][:, :, 0].flatten(2).transpose(1, 2)
+    assert torch.equal((inputs.x_BTC[:, : 4 * 6] == first_BTC).all(2).all(1), is_given)
+    torch.testing.assert_close(weight.mean(dim=(1, 2, 3, 4)), torch.ones(60))
+    number = is_given.int().argmax().item()
+    alone = Noising(ltx).training(of_clips(names[number]), epoch=2)
+    assert torch.equal(alone.labels.weight[0], weight[number])
+    assert Noising(ltx).training(of_clips(names[(~is_given).int().argmax()]), epoch=2).inputs.t_BR.shape == (1, 1)
+
+
+def test_evaluation_gives_the_same_frames_in_every_run_at_every_noise_level(ltx_folder: Path) -> None:
+    names = [f"sample {number}" for number in range(20)]
+    weights = []
+    for seed, quantile in ((1, 0.2), (2, 0.2), (2, 0.7)):
+        ltx = tiny_ltx_video.pipeline(ltx_folder, first_frame_share=0.5)
+        ltx.seed = seed
+        weights.append(Noising(ltx).evaluation(of_clips(*names), "held out", quantile).labels.weight)
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
+    assert 0 < (weights[0] == 0).sum() < 20
 
 
 OPTIONS = [
