@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from models.base import BasePipeline, Features, ModelEncoder
+from models.families.clips import problems_of_stills, without_first_frame
 from models.foundation.checkpoints.configs import stock_scheduler
 from models.foundation.checkpoints.folders import TextPart, model_index
 from models.foundation.checkpoints.layouts.wan import WAN_LAYOUT
@@ -277,14 +278,7 @@ class WanPipeline(BasePipeline):
             yield Problem("", "[model] from_first_frame", message)
 
     def problems_of_data(self, samples: Sequence[Sample]) -> list[Problem]:
-        stills = [sample for sample in samples if sample.bucket.frames == 1]
-        if not (self.starts_from_picture and stills):
-            return []
-        message = (
-            f"{len(stills)} of the samples are still pictures, the first is {stills[0].media.locator}: to a model that "
-            "makes clips of a first frame they teach nothing; leave them out, or set frame_buckets without 1"
-        )
-        return [Problem("", "[[directory]]", message)]
+        return problems_of_stills(samples) if self.starts_from_picture else []
 
     @property
     def places(self) -> tuple[int, int]:
@@ -327,12 +321,7 @@ class WanPipeline(BasePipeline):
         return self.options.from_first_frame and shape[-3] > 1
 
     def loss_weight_map(self, latent_shape: Sequence[int]) -> torch.Tensor | None:
-        if not self._first_frame_is_given(latent_shape):
-            return None
-        frames = latent_shape[-3]
-        weight_fhw = torch.full((frames, 1, 1), frames / (frames - 1))
-        weight_fhw[0] = 0.0
-        return weight_fhw
+        return without_first_frame(latent_shape[-3]) if self._first_frame_is_given(latent_shape) else None
 
     def tokens(self, latent_shape: Sequence[int]) -> int:
         *_, height, width = latent_shape

@@ -53,6 +53,8 @@ OF_OTHER_INPUTS = (
     "test_all_weights_are_read_from_what_was_exported",
 )
 VARIANTS = {
+    "hunyuan_video_i2v": OF_OTHER_INPUTS[:-1],
+    "hunyuan_video_i2v_33": (OF_OTHER_INPUTS[0], "test_samples_are_those_of_the_stock_pipeline"),
     "sdxl_texts": OF_ANY_DENOISER,
     "wan_i2v": (
         *OF_OTHER_INPUTS,

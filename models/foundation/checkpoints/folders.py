@@ -28,6 +28,7 @@ TEXT_CONFIG_KEYS = {
     "llama": ("hidden_size", "num_hidden_layers"),
     # The keys of its text model are in a table of their own, except in older files.
     "qwen2_5_vl": (),
+    "llava": (),
     **dict.fromkeys(("mt5", "t5", "umt5"), ("d_model",)),
 }
 """The keys that the configuration of a text encoder must have, by `model_type`, since transformers has a default for

@@ -64,6 +64,7 @@ FOLDERS = {
     "FluxPipeline": "flux",
     "HiDreamImagePipeline": "hidream",
     "HunyuanDiTPipeline": "hunyuan_dit",
+    "HunyuanVideoImageToVideoPipeline": "hunyuan_video",
     "HunyuanVideoPipeline": "hunyuan_video",
     "Lumina2Pipeline": "lumina2",
     "Lumina2Text2ImgPipeline": "lumina2",

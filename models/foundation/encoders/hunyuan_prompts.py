@@ -27,17 +27,24 @@ class StatePrompt(Prompt):
         return text_encoder(**inputs, output_hidden_states=True).hidden_states[self.state_read]
 
 
-OF_A_VIDEO = (
-    "<|start_header_id|>system<|end_header_id|>\n\nDescribe the video by detailing the following aspects: "
+ASPECTS = (
     "1. The main content and theme of the video."
     "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
     "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects."
     "4. background environment, light, style and atmosphere."
     "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
-    "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
 )
-OF_A_VIDEO_TOKENS = 95
-"""The number of template tokens before the caption, which the model does not see."""
+SYSTEM, USER = (
+    "<|start_header_id|>system<|end_header_id|>\n\n",
+    "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
+)
+OF_A_VIDEO = f"{SYSTEM}Describe the video by detailing the following aspects: {ASPECTS}{USER}"
+OF_A_PICTURE = (
+    f"{SYSTEM}<image>\nDescribe the video by detailing the following aspects according to the reference image: "
+    f"{ASPECTS}\n\n{USER}<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+OF_A_VIDEO_TOKENS, OF_A_PICTURE_TOKENS = 95, 103
+"""The number of template tokens before the caption, which the model does not see; a picture counts as one."""
 
 
 def video_prompt(name: str, length: int) -> StatePrompt:

@@ -5,6 +5,8 @@ Shapes: B batch, C channels, F frames, H W pixels, f h w latent cells.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,3 +46,19 @@ class HunyuanVideoAutoencoder(WanAutoencoder):
     def _statistics(self) -> tuple[float, float]:
         # Numbers and not tensors: bfloat16 would round the scale by up to 0.2 %.
         return 0.0, 1.0 / self.vae.config.scaling_factor
+
+
+class HunyuanFirstFrame(HunyuanVideoAutoencoder):
+    """The same of a clip's first frame alone, which is the first frame of the clip's latent too. Yields
+    `first_frame_latents` (B, C, 1, h, w), the mode of their distribution."""
+
+    def __init__(self, folder: Path, file: Path | None, dtype: torch.dtype):
+        super().__init__(folder, file, dtype, draw="mode")
+        self.name, self.outputs = "vae_first_frame", ["first_frame_latents"]
+
+    def encode(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Latents of `pixels_BCFHW` in [-1, 1]."""
+        return super().encode(pixels=pixels[:, :, :1])
+
+    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return super().feature_shapes(replace(bucket, frames=1))
