@@ -26,6 +26,7 @@ HUB = {
     "flux": ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Kontext-dev"),
     "hidream": ("HiDream-ai/HiDream-I1-Full",),
     "hunyuan_dit": ("Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers",),
+    "hunyuan_image": ("hunyuanvideo-community/HunyuanImage-2.1-Diffusers",),
     "hunyuan_video": ("hunyuanvideo-community/HunyuanVideo", "hunyuanvideo-community/HunyuanVideo-I2V"),
     "lumina2": ("Alpha-VLLM/Lumina-Image-2.0",),
     "qwen_image": ("Qwen/Qwen-Image", "Qwen/Qwen-Image-Edit"),

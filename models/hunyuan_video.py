@@ -35,6 +35,7 @@ from models.foundation.encoders.llava import LlavaEncoder, PicturePrompt
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.text_features import ClipPooled
 from models.foundation.layers.chain import Middle
+from models.foundation.layers.padding import mask_behind
 from utils.dataset.buckets import MediaFacts
 from utils.dataset.samples import Sample
 from utils.diffusion.objectives import FlowMatching
@@ -116,19 +117,12 @@ class Entry(nn.Module):
         return HunyuanVideoStream(
             x_BTD=x_BTD,
             text_BLD=self.context_embedder(inputs.text_BLD.to(dtype), inputs.t_B, mask_BL),
-            mask_B11S=None if mask_BL is None else mask_of_both(mask_BL, x_BTD.shape[1]),
+            mask_B11S=None if mask_BL is None else mask_behind(mask_BL, x_BTD.shape[1]),
             time_BD=time_BD,
             first_time_BD=first_time_BD,
             rope_TD=self.rope(x_BCfhw),
             canvas_fhw0=torch.empty(*grid, 0, device=x_BTD.device),
         )
-
-
-def mask_of_both(text_mask_BL: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The mask (B, 1, 1, S) of a sequence of `tokens` tokens of video, all of which are seen, and of the text behind
-    them."""
-    mask_BS = torch.cat([text_mask_BL.new_ones(len(text_mask_BL), tokens), text_mask_BL], dim=1)
-    return rearrange(mask_BS, "b s -> b 1 1 s")
 
 
 class Exit(nn.Module):

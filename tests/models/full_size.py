@@ -285,6 +285,21 @@ HUNYUAN_VIDEO = FullSize(
     {**_text("llama", 256, 4096), **_pooled(clip_pooled=768)},
     (832, 480, 49),
 )
+HUNYUAN_IMAGE = FullSize(
+    "HunyuanImage 2.1",
+    "hunyuan_image",
+    {
+        "transformer": {"_class_name": "HunyuanImageTransformer2DModel", "text_embed_2_dim": 1472},
+        "vae": {
+            "_class_name": "AutoencoderKLHunyuanImage",
+            "latent_channels": 64,
+            "block_out_channels": [128, 256, 512, 512, 1024, 1024],
+            "scaling_factor": 0.75289,
+        },
+    },
+    {**_text("qwen2_5_vl", 1000, 3584), **_text("byt5", 128, 1472)},
+    (2048, 2048, 1),
+)
 
 ALL = (
     SD15,
@@ -301,6 +316,7 @@ ALL = (
     WAN_SMALL,
     WAN,
     HUNYUAN_VIDEO,
+    HUNYUAN_IMAGE,
 )
 
 
@@ -323,7 +339,7 @@ TEXT_ENCODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "LlamaModel",
         {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_key_value_heads": 8},
     ),
-    "Qwen2.5-VL 7B: Qwen-Image": (
+    "Qwen2.5-VL 7B: Qwen-Image, HunyuanImage": (
         "Qwen2_5_VLModel",
         {
             "text_config": {

@@ -127,7 +127,11 @@ def test_parts_that_do_not_belong_together(tmp_path: Path, changes: dict[str, An
     ("names", "what"),
     [
         ({"txt_in.individual_token_refiner.blocks.0.norm1.weight": (8,), "cond_type_embedding.weight": (3, 8)}, "1.5"),
-        ({"txt_in.individual_token_refiner.blocks.0.norm1.weight": (8,), "byt5_in.fc1.weight": (8, 4)}, "Image 2.1"),
+        (
+            {"txt_in.individual_token_refiner.blocks.0.norm1.weight": (8,), "time_r_in.mlp.0.weight": (8, 4)},
+            "the distilled HunyuanImage",
+        ),
+        ({"txt_in.individual_token_refiner.blocks.0.norm1.weight": (8,)}, "the refiner of HunyuanImage"),
         (
             {
                 "txt_in.individual_token_refiner.blocks.0.norm1.weight": (8,),

@@ -15,7 +15,8 @@ show something of it. The names are:
 - SAMPLING, draw(stock, sampling, noise): the latents that it draws for the first prompt;
 - optional: SIZES of (width, height, frames) that are tried; features_of_pictures(latent_shape): random features of a
   batch that do not come from text; PIXELS, channels and number of the pictures that a latent is made of, which are
-  decoded side by side; dataset_of(pictures): keys of the dataset that it is trained on, of a folder of pictures.
+  decoded side by side; CUT, keys of a run by which each stage gets a block; dataset_of(pictures): keys of the dataset
+  that it is trained on, of a folder of pictures.
 """
 
 from __future__ import annotations

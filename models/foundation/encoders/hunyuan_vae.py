@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from models.foundation.encoders.vae import Family, Tensors
+from models.foundation.encoders.vae import Family, ImageAutoencoder, Tensors
 from models.foundation.encoders.video_vae import WanAutoencoder
 from utils.dataset.samples import Bucket
 
@@ -24,6 +24,9 @@ def _same(tensors: Tensors, config: dict[str, Any]) -> Tensors:
 
 
 HUNYUAN_VIDEO = Family("AutoencoderKLHunyuanVideo", SIZES, "down_blocks.", _same)
+HUNYUAN_IMAGE = Family(
+    "AutoencoderKLHunyuanImage", ("block_out_channels", "latent_channels", "scaling_factor"), "down_blocks.", _same
+)
 
 
 def hunyuan_latent_size(config: dict, width: int, height: int, frames: int) -> tuple[int, int, int, int]:
@@ -62,3 +65,9 @@ class HunyuanFirstFrame(HunyuanVideoAutoencoder):
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return super().feature_shapes(replace(bucket, frames=1))
+
+
+class HunyuanImageAutoencoder(ImageAutoencoder):
+    """HunyuanImage's VAE as an `Encoder`: pixels of a picture -> latents z * scale, of cells of 32 x 32 pixels."""
+
+    family = HUNYUAN_IMAGE
