@@ -212,6 +212,15 @@ class BasePipeline(ABC):
         prompt. Ho and Salimans 2022, in the form of diffusers."""
         return negative + guidance * (prompted - negative)
 
+    def before_steps(self, noise: torch.Tensor, features: Features) -> torch.Tensor:
+        """The latents (1, ...) with which the steps of a sample begin. Only models that start from a picture are given
+        the features of the prompt on every stage."""
+        return noise
+
+    def after_steps(self, latents: torch.Tensor, features: Features) -> torch.Tensor:
+        """The latents (1, ...) of a sample after its last step; `features` as in `before_steps`."""
+        return latents
+
     def problems_of_data(self, samples: Sequence[Sample]) -> list[Problem]:
         """Why the model cannot be trained on these samples."""
         return []

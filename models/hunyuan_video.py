@@ -1,6 +1,8 @@
 """HunyuanVideo: blocks with two streams, then blocks in which video and text are one sequence.
 
-Models of text to video are trained on pictures and clips together.
+Models of text to video are trained on pictures and clips together. Models of picture to video see the first frame
+through LLaVA beside the caption, and have it as the first frame of the latent: either in place of the noisy one, with a
+time of its own (`token_replace`), or as further channels (`latent_concat`).
 
 Shapes: B batch, C latent channels, f h w latent frames, height and width, T video tokens, L text tokens, S = T + L,
 D width of the transformer.
@@ -9,6 +11,7 @@ D width of the transformer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,16 +20,27 @@ from einops import rearrange
 from torch import nn
 
 from models.base import BasePipeline, Features, ModelEncoder
+from models.families.clips import problems_of_stills
 from models.foundation.checkpoints.configs import stock_scheduler
 from models.foundation.checkpoints.folders import TextPart
 from models.foundation.checkpoints.layouts.hunyuan_video import HUNYUAN_VIDEO_LAYOUT
-from models.foundation.encoders.hunyuan_prompts import video_prompt
-from models.foundation.encoders.hunyuan_vae import HUNYUAN_VIDEO, HunyuanVideoAutoencoder, hunyuan_latent_size
+from models.foundation.encoders.hunyuan_prompts import OF_A_PICTURE, OF_A_PICTURE_TOKENS, video_prompt
+from models.foundation.encoders.hunyuan_vae import (
+    HUNYUAN_VIDEO,
+    HunyuanFirstFrame,
+    HunyuanVideoAutoencoder,
+    hunyuan_latent_size,
+)
+from models.foundation.encoders.llava import LlavaEncoder, PicturePrompt
+from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.text_features import ClipPooled
 from models.foundation.layers.chain import Middle
+from models.foundation.layers.padding import mask_behind
 from utils.dataset.buckets import MediaFacts
+from utils.dataset.samples import Sample
 from utils.diffusion.objectives import FlowMatching
-from utils.errors import Problem
+from utils.errors import Problem, UserError
+from utils.json_files import read_json
 from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
@@ -35,6 +49,12 @@ if TYPE_CHECKING:
 
 PATCH = 2
 TRAIN_STEPS = 1000
+REPLACED, CONCATENATED = "token_replace", "latent_concat"
+STRIDES = {REPLACED: 4, CONCATENATED: 2}
+"""How the first frame is given (`image_condition_type`) -> which of its tokens the model sees: every so manieth."""
+PICTURE_IN_NOISE = 0.001
+"""The part of the first frame in all frames of the noise with which a sample of picture to video begins."""
+CLIP = TextPart("clip", "CLIPTextModel", "text_encoder_2", "tokenizer_2")
 
 
 class HunyuanVideoOptions(ModelSettings):
@@ -58,14 +78,22 @@ class HunyuanVideoInputs(NamedTuple):
 
 
 class HunyuanVideoStream(NamedTuple):
-    """What travels from layer to layer. `canvas_fhw0` has no elements: its shape carries the tokens' grid."""
+    """What travels from layer to layer. `canvas_fhw0` has no elements: its shape carries the tokens' grid. A first
+    frame that is in place of the noisy one has a time of its own."""
 
     x_BTD: torch.Tensor
     text_BLD: torch.Tensor
     mask_B11S: torch.Tensor | None
     time_BD: torch.Tensor
+    first_time_BD: torch.Tensor | None
     rope_TD: tuple[torch.Tensor, torch.Tensor]
     canvas_fhw0: torch.Tensor
+
+    @property
+    def tokens_of_first(self) -> int:
+        """The number of tokens of the first frame."""
+        _, height, width, _ = self.canvas_fhw0.shape
+        return height * width
 
 
 class Entry(nn.Module):
@@ -84,23 +112,17 @@ class Entry(nn.Module):
         x_BCfhw, mask_BL = inputs.x_BCfhw.to(dtype), inputs.text_mask_BL
         x_BTD = self.x_embedder(x_BCfhw)
         # Time and guidance stay float32 until they are embedded: bfloat16 would round 0..1000 to steps of 4.
-        time_BD, _ = self.time_text_embed(inputs.t_B, inputs.pooled_BD.to(dtype), inputs.guidance_B)
+        time_BD, first_time_BD = self.time_text_embed(inputs.t_B, inputs.pooled_BD.to(dtype), inputs.guidance_B)
         grid = [side // patch for side, patch in zip(x_BCfhw.shape[2:], self.patch, strict=True)]
         return HunyuanVideoStream(
             x_BTD=x_BTD,
             text_BLD=self.context_embedder(inputs.text_BLD.to(dtype), inputs.t_B, mask_BL),
-            mask_B11S=None if mask_BL is None else mask_of_both(mask_BL, x_BTD.shape[1]),
+            mask_B11S=None if mask_BL is None else mask_behind(mask_BL, x_BTD.shape[1]),
             time_BD=time_BD,
+            first_time_BD=first_time_BD,
             rope_TD=self.rope(x_BCfhw),
             canvas_fhw0=torch.empty(*grid, 0, device=x_BTD.device),
         )
-
-
-def mask_of_both(text_mask_BL: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The mask (B, 1, 1, S) of a sequence of `tokens` tokens of video, all of which are seen, and of the text behind
-    them."""
-    mask_BS = torch.cat([text_mask_BL.new_ones(len(text_mask_BL), tokens), text_mask_BL], dim=1)
-    return rearrange(mask_BS, "b s -> b 1 1 s")
 
 
 class Exit(nn.Module):
@@ -123,47 +145,74 @@ class Exit(nn.Module):
 
 
 class HunyuanVideoPipeline(BasePipeline):
-    """HunyuanVideo of Tencent: text to video."""
+    """HunyuanVideo of Tencent: text to video, and both models of picture to video. Samples of the one with 33 channels
+    keep the first four frames, which inference cuts off."""
 
     Options = HunyuanVideoOptions
     denoiser_class = "HunyuanVideoTransformer3DModel"
     config_keys = ("in_channels", "pooled_projection_dim", "text_embed_dim")
-    text_parts = (
-        TextPart("llama", "LlamaModel"),
-        TextPart("clip", "CLIPTextModel", "text_encoder_2", "tokenizer_2"),
-    )
     media = MediaFacts(spatial=16, temporal=4, max_frames=257, fps=24.0)
     objective = FlowMatching(time_scale=TRAIN_STEPS)
     blocks = ("transformer_blocks", "single_transformer_blocks")
     stream_type = HunyuanVideoStream
     original_layout = HUNYUAN_VIDEO_LAYOUT
 
+    @cached_property
+    def _condition(self) -> str | None:
+        """How the first frame is given; None for a model of text to video."""
+        # `check` reports a damaged configuration.
+        with suppress(UserError):
+            config = read_json(self.options.diffusers_path / self.denoiser_folder / "config.json")
+            return config.get("image_condition_type")
+        return None
+
+    @property
+    def starts_from_picture(self) -> bool:
+        return self._condition is not None
+
+    @property
+    def text_parts(self) -> tuple[TextPart, ...]:
+        return TextPart("llama", "LlavaModel" if self.starts_from_picture else "LlamaModel"), CLIP
+
     def problems_of_parts(self) -> Iterator[Problem]:
-        config, made = self.parts.denoiser_config, self._vae_config["latent_channels"]
-        if config.get("image_condition_type") is not None or config["in_channels"] == 2 * made + 1:
+        config, made, condition = self.parts.denoiser_config, self._vae_config["latent_channels"], self._condition
+        if condition not in (None, *STRIDES):
+            yield self.parts.misfit(f"has `image_condition_type` {condition}; known are {', '.join(STRIDES)}, and none")
+            return
+        takes = 2 * made + 1 if condition == CONCATENATED else made
+        if config["in_channels"] != takes:
             yield self.parts.misfit(
-                "is of picture to video, which is not trained here; give HunyuanVideo of text to video"
+                f"takes {config['in_channels']} channels, and the VAE makes {made}, of which a model with "
+                f"`image_condition_type` {condition or 'null'} takes {takes}; give HunyuanVideo of Tencent, with its "
+                "own VAE"
             )
-        elif config["in_channels"] != made:
-            yield self.parts.misfit(
-                f"takes {config['in_channels']} channels, and the VAE makes {made}; give HunyuanVideo of text to "
-                "video, with its own VAE"
-            )
-        for key, name, what in (
-            ("text_embed_dim", "llama", "the Llama of LLaVA-Llama-3-8B"),
-            ("pooled_projection_dim", "clip", "CLIP-L"),
-        ):
-            width = self.parts.text_config(name)["hidden_size"]
+        _, read = self._text_encoder().shapes["llama"]
+        widths = {"text_embed_dim": read, "pooled_projection_dim": self.parts.text_config("clip")["hidden_size"]}
+        for (key, width), what in zip(widths.items(), ("LLaVA-Llama-3-8B", "CLIP-L"), strict=True):
             if config[key] != width:
-                yield self.parts.misfit(f"takes text of {config[key]} features and `{name}` makes {width}; give {what}")
+                yield self.parts.misfit(f"has `{key}` {config[key]}, and its text encoder makes {width}; give {what}")
+
+    def problems_of_data(self, samples: Sequence[Sample]) -> list[Problem]:
+        return problems_of_stills(samples) if self.starts_from_picture else []
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         options = self.options
+        vae = (options.diffusers_path, options.vae_path, self.dtype)
         return [
-            HunyuanVideoAutoencoder(options.diffusers_path, options.vae_path, self.dtype, draw=options.latents),
-            self.parts.text_encoder(video_prompt("llama", options.max_sequence_length)),
+            HunyuanVideoAutoencoder(*vae, draw=options.latents),
+            self._text_encoder(),
             self.parts.text_encoder(ClipPooled()),
+            *([HunyuanFirstFrame(*vae)] if self.starts_from_picture else []),
         ]
+
+    def _text_encoder(self) -> TextEncoder:
+        """What reads the caption, of picture to video together with the first frame."""
+        length, condition = self.options.max_sequence_length, self._condition
+        if condition is None:
+            return self.parts.text_encoder(video_prompt("llama", length))
+        skipped = OF_A_PICTURE_TOKENS
+        prompt = PicturePrompt("llama", OF_A_PICTURE, skipped, skipped + length, stride=STRIDES.get(condition, 1))
+        return self.parts.text_encoder(prompt, LlavaEncoder)
 
     def to_layers(self, denoiser: HunyuanVideoTransformer3DModel) -> list[nn.Module]:
         reads = {
@@ -171,6 +220,9 @@ class HunyuanVideoPipeline(BasePipeline):
             "encoder_hidden_states": "text_BLD",
             "temb": "time_BD",
             "attention_mask": "mask_B11S",
+            # Blocks of models without such a frame pass over these.
+            "token_replace_emb": "first_time_BD",
+            "num_tokens": "tokens_of_first",
         }
         lists = {"freqs_cis": denoiser.transformer_blocks, "image_rotary_emb": denoiser.single_transformer_blocks}
         middles = [
@@ -186,7 +238,7 @@ class HunyuanVideoPipeline(BasePipeline):
         mask_BL, embeds = features["llama_mask"].bool(), self.parts.denoiser_config.get("guidance_embeds", True)
         strength = self.options.guidance if guidance is None else guidance
         return HunyuanVideoInputs(
-            x_BCfhw=x_t,
+            x_BCfhw=self._with_first_frame(x_t, features),
             text_BLD=features["llama"],
             # With a mask, even of ones, attention is slower.
             text_mask_BL=None if mask_BL.all() else mask_BL,
@@ -194,6 +246,30 @@ class HunyuanVideoPipeline(BasePipeline):
             t_B=self.objective.model_time(t_B),
             guidance_B=torch.full((len(x_t),), strength * TRAIN_STEPS) if embeds else None,
         )
+
+    def _with_first_frame(self, x_t: torch.Tensor, features: Features) -> torch.Tensor:
+        """What the model sees of a noised latent (B, C, f, h, w)."""
+        if not self.starts_from_picture:
+            return x_t
+        first = features["first_frame_latents"].to(x_t)
+        if self._condition == REPLACED:
+            return torch.cat([first, x_t[:, :, 1:]], dim=2)
+        # The frame's latent and a mask of ones, with zeros for the frames behind it.
+        given = torch.cat([first, torch.ones_like(first[:, :1])], dim=1)
+        behind = given.new_zeros(*given.shape[:2], x_t.shape[2] - 1, *given.shape[3:])
+        return torch.cat([x_t, torch.cat([given, behind], dim=2)], dim=1)
+
+    def before_steps(self, noise: torch.Tensor, features: Features) -> torch.Tensor:
+        if not self.starts_from_picture:
+            return noise
+        return torch.lerp(noise, features["first_frame_latents"].to(noise).expand_as(noise), PICTURE_IN_NOISE)
+
+    def after_steps(self, latents: torch.Tensor, features: Features) -> torch.Tensor:
+        # Its own first frame has never been seen.
+        return self._with_first_frame(latents, features) if self._condition == REPLACED else latents
+
+    def given_frames(self, latent_shape: Sequence[int], quantile: float) -> int:
+        return int(self._condition == REPLACED)
 
     def tokens(self, latent_shape: Sequence[int]) -> int:
         *_, height, width = latent_shape

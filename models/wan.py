@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from models.base import BasePipeline, Features, ModelEncoder
+from models.families.clips import problems_of_stills
 from models.foundation.checkpoints.configs import stock_scheduler
 from models.foundation.checkpoints.folders import TextPart, model_index
 from models.foundation.checkpoints.layouts.wan import WAN_LAYOUT
@@ -277,14 +278,7 @@ class WanPipeline(BasePipeline):
             yield Problem("", "[model] from_first_frame", message)
 
     def problems_of_data(self, samples: Sequence[Sample]) -> list[Problem]:
-        stills = [sample for sample in samples if sample.bucket.frames == 1]
-        if not (self.starts_from_picture and stills):
-            return []
-        message = (
-            f"{len(stills)} of the samples are still pictures, the first is {stills[0].media.locator}: to a model that "
-            "makes clips of a first frame they teach nothing; leave them out, or set frame_buckets without 1"
-        )
-        return [Problem("", "[[directory]]", message)]
+        return problems_of_stills(samples) if self.starts_from_picture else []
 
     @property
     def places(self) -> tuple[int, int]:

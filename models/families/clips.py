@@ -1,4 +1,5 @@
-"""What models of clips share whose positions depend on time: they are told how many frames there are per second."""
+"""What models of clips share: those that are told how many frames there are per second, and those that are made from a
+first frame."""
 
 from __future__ import annotations
 
@@ -19,3 +20,15 @@ def problems_of_rates(samples: Sequence[Sample], told: float) -> list[Problem]:
         "second; leave it out, or set [model] frame_rate to the same"
     )
     return [Problem("", "[[directory]] framerate", message)]
+
+
+def problems_of_stills(samples: Sequence[Sample]) -> list[Problem]:
+    """Why a model that makes clips of a first frame is not trained on still pictures among these samples."""
+    stills = [sample for sample in samples if sample.bucket.frames == 1]
+    if not stills:
+        return []
+    message = (
+        f"{len(stills)} of the samples are still pictures, the first is {stills[0].media.locator}: to a model that "
+        "makes clips of a first frame they teach nothing; leave them out, or set frame_buckets without 1"
+    )
+    return [Problem("", "[[directory]]", message)]

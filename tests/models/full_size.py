@@ -185,6 +185,21 @@ HUNYUAN_DIT = FullSize(
     },
     {**text_of("bert", 77, 1024), **text_of("mt5", 256, 2048)},
 )
+HUNYUAN_IMAGE = FullSize(
+    "HunyuanImage 2.1",
+    "hunyuan_image",
+    {
+        "transformer": {"_class_name": "HunyuanImageTransformer2DModel", "text_embed_2_dim": 1472},
+        "vae": {
+            "_class_name": "AutoencoderKLHunyuanImage",
+            "latent_channels": 64,
+            "block_out_channels": [128, 256, 512, 512, 1024, 1024],
+            "scaling_factor": 0.75289,
+        },
+    },
+    {**text_of("qwen2_5_vl", 1000, 3584), **text_of("byt5", 128, 1472)},
+    (2048, 2048, 1),
+)
 Z_IMAGE = FullSize(
     "Z-Image",
     "z_image",
@@ -252,6 +267,7 @@ ALL = (
     HUNYUAN_VIDEO,
     COSMOS_PREDICT2,
     COSMOS_PREDICT2_14B,
+    HUNYUAN_IMAGE,
 )
 
 
@@ -281,7 +297,7 @@ TEXT_ENCODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "LlamaModel",
         {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_key_value_heads": 8},
     ),
-    "Qwen2.5-VL 7B: Qwen-Image": (
+    "Qwen2.5-VL 7B: Qwen-Image, HunyuanImage": (
         "Qwen2_5_VLModel",
         {
             "text_config": {

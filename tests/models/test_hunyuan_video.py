@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,13 @@ from safetensors.torch import save_file
 from models.assembly.stage import load_stage
 from models.foundation.checkpoints.layouts.hunyuan_video import HUNYUAN_VIDEO_LAYOUT
 from models.foundation.checkpoints.recognition import recognised
+from tests import test_models as generic
 from tests.models import tiny_hunyuan_video
-from tests.models.tiny_folder import settings_of
+from tests.models.tiny_folder import settings_of, tiny
+from utils.dataset.samples import Bucket
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
+from utils.media.writing import tensor_to_image
 
 WIDTH = 3072
 """That of the published model, by which the stock converter takes fused weights apart."""
@@ -107,9 +111,10 @@ def test_the_guidance_of_training_is_an_input(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"in_channels": 8}, "takes 8 channels, and the VAE makes 4; give HunyuanVideo of text to video"),
-        ({"text_embed_dim": 8}, "takes text of 8 features and `llama` makes 16; give the Llama of LLaVA"),
-        ({"pooled_projection_dim": 8}, "takes text of 8 features and `clip` makes 32; give CLIP-L"),
+        ({"in_channels": 8}, "takes 8 channels, and the VAE makes 4, of which a model with .* null takes 4; give Hun"),
+        ({"text_embed_dim": 8}, "has `text_embed_dim` 8, and its text encoder makes 16; give LLaVA-Llama-3-8B"),
+        ({"pooled_projection_dim": 8}, "has `pooled_projection_dim` 8, and its text encoder makes 32; give CLIP-L"),
+        ({"image_condition_type": "token_replace"}, "is a configuration of llama; one of llava belongs here"),
     ],
 )
 def test_parts_that_do_not_belong_together(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -122,7 +127,11 @@ def test_parts_that_do_not_belong_together(tmp_path: Path, changes: dict[str, An
     ("names", "what"),
     [
         ({"txt_in.individual_token_refiner.blocks.0.norm1.weight": (8,), "cond_type_embedding.weight": (3, 8)}, "1.5"),
-        ({"txt_in.individual_token_refiner.blocks.0.norm1.weight": (8,), "byt5_in.fc1.weight": (8, 4)}, "Image 2.1"),
+        (
+            {"txt_in.individual_token_refiner.blocks.0.norm1.weight": (8,), "time_r_in.mlp.0.weight": (8, 4)},
+            "the distilled HunyuanImage",
+        ),
+        ({"txt_in.individual_token_refiner.blocks.0.norm1.weight": (8,)}, "the refiner of HunyuanImage"),
         (
             {
                 "txt_in.individual_token_refiner.blocks.0.norm1.weight": (8,),
@@ -136,3 +145,56 @@ def test_parts_that_do_not_belong_together(tmp_path: Path, changes: dict[str, An
 def test_files_of_its_relatives_are_told_apart(names: dict[str, tuple[int, ...]], what: str) -> None:
     found = recognised(names)
     assert what in found.what and "not trained here" in found.fits
+
+
+@pytest.fixture(scope="module", params=["hunyuan_video_i2v", "hunyuan_video_i2v_33"])
+def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> generic.Model:
+    module = tiny(request.param)
+    return generic.Model(request.param, module.write_folder(tmp_path_factory.mktemp(request.param)), module)
+
+
+@torch.no_grad()
+def test_captions_are_read_with_the_first_frame_as_the_stock_pipeline_reads_them(variant: generic.Model) -> None:
+    """Together as one after the other, and where they are cut."""
+    captions = ["a hiker on a ridge", "", "two motorcycles and a dog " * 5]
+    pixels = normal((3, 3, 5, 32, 48), 0, "clips").clamp(-1, 1)
+    pipeline, stock = variant.pipeline(), variant.stock()
+    stride = {"token_replace": 4, "latent_concat": 2}[stock.transformer.config.image_condition_type]
+    encoder = pipeline.encoders()[1]
+    encoder.check()
+    encoder.load(torch.device("cpu"))
+    made = encoder.encode(caption=captions, pixels=pixels)
+    assert encoder.truncated == 1
+    for number, caption in enumerate(captions):
+        how = {"image_embed_interleave": stride, "max_sequence_length": tiny_hunyuan_video.TEXT_TOKENS}
+        picture = tensor_to_image(pixels[number][:, :1])
+        ((text_LD,), _, (mask_L,)) = stock.encode_prompt(
+            picture, [caption], prompt_template=variant.tiny.TEMPLATE, **how
+        )
+        torch.testing.assert_close(made["llama"][number], text_LD[mask_L.bool()], rtol=1e-4, atol=1e-5)
+        assert len(made["llama_mask"][number]) == mask_L.sum()
+    (longest, _), _ = encoder.feature_shapes(Bucket(48, 32, 5))["llama"]
+    assert longest >= max(map(len, made["llama"]))
+
+
+def test_a_first_frame_in_place_of_the_noisy_one_does_not_count(variant: generic.Model) -> None:
+    """One that is given as further channels is made again, and counts."""
+    weights = variant.pipeline().loss_weight_map((4, 3, 4, 6))
+    expected = [0.0, 1.5, 1.5] if variant.name == "hunyuan_video_i2v" else None
+    assert (weights is None) if expected is None else weights.flatten().tolist() == expected
+
+
+def test_still_pictures_teach_a_model_of_clips_nothing(variant: generic.Model, folder: Path) -> None:
+    still = SimpleNamespace(bucket=Bucket(48, 32, 1), media=SimpleNamespace(locator="fox.png"))
+    clip = SimpleNamespace(bucket=Bucket(48, 32, 5))
+    (problem,) = variant.pipeline().problems_of_data([clip, still])
+    assert problem.message.startswith("1 of the samples are still pictures, the first is fox.png")
+    assert not variant.pipeline().problems_of_data([clip])
+    assert not tiny_hunyuan_video.pipeline(folder).problems_of_data([clip, still])
+
+
+def test_a_tokenizer_without_the_picture_is_refused(tmp_path: Path) -> None:
+    place = tiny("hunyuan_video_i2v").write_folder(tmp_path)
+    tiny_hunyuan_video.tokenizer().save_pretrained(place / "tokenizer")
+    with pytest.raises(UserError, match="this tokenizer knows another <image> than the encoder in text_encoder"):
+        tiny_hunyuan_video.pipeline(place).check()

@@ -16,7 +16,8 @@ show something of it. The names are:
 - optional: SIZES of (width, height, frames) that are tried; features_of_pictures(latent_shape): random features of a
   batch that do not come from text; PIXELS, channels and number of the pictures that a latent is made of, which are
   decoded side by side; SUMMED_OTHERWISE, beginnings of the names of parameters whose gradients are summed in another
-  order than in the stock module, and why; dataset_of(pictures): keys of the dataset that it is trained on, of a folder
+  order than in the stock module, and why; CUT, keys of
+  a run by which each stage gets a block; dataset_of(pictures): keys of the dataset that it is trained on, of a folder
   of pictures.
 """
 
@@ -58,6 +59,8 @@ VARIANTS = {
     # Its layers equal the whole module within rounding alone, which tests/models/test_cosmos_predict2.py shows.
     "cosmos_predict2_v2w": OF_OTHER_INPUTS[1:],
     "flux2_dev": OF_ANY_DENOISER,
+    "hunyuan_video_i2v": OF_OTHER_INPUTS[:-1],
+    "hunyuan_video_i2v_33": (OF_OTHER_INPUTS[0], "test_samples_are_those_of_the_stock_pipeline"),
     "sdxl_texts": OF_ANY_DENOISER,
     "wan_i2v": (
         *OF_OTHER_INPUTS,

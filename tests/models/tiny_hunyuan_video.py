@@ -63,9 +63,9 @@ def tokenizer(template: str = DEFAULT_PROMPT_TEMPLATE["template"], further: tupl
     letters = sorted(ByteLevel.alphabet())
     made = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
     made.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    words = re.findall(r" ?\w+ ?", re.sub(r"<[^>]*>|{}", "", template))
+    words = set(re.findall(r"\n\n| ?\w+ ?", re.sub(r"<[^>]*>|{}", "", template))) - {"theme "}
     made.add_special_tokens([*MARKS, *further])
-    made.add_tokens(sorted(set(words)))
+    made.add_tokens(sorted(words))
     begin = (MARKS[0], made.token_to_id(MARKS[0]))
     made.post_processor = TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=MARKS[0], eos_token=MARKS[1], pad_token=MARKS[-1])

@@ -59,14 +59,14 @@ def tokenizer() -> Qwen2Tokenizer:
     return made
 
 
-def text_encoder() -> Qwen2_5_VLForConditionalGeneration:
+def text_encoder(layers: int = 2) -> Qwen2_5_VLForConditionalGeneration:
     number = tokenizer().convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": 300,
             "hidden_size": TEXT_WIDTH,
             "intermediate_size": 32,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": layers,
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
             "bos_token_id": 0,

@@ -89,6 +89,8 @@ class SampleModel:
         for_scheduler: prediction -> the scheduler's input.
         latent_shape: -> shape of a sample's latent without the batch.
         guided: (prediction for the prompt, prediction for the negative prompt, guidance) -> the guided prediction.
+        before, after: (latents, features of the prompt) -> the latents with which the steps begin, or that are decoded.
+        features_everywhere: whether these two need the features, which else the first stage alone reads.
         fps: frames per second of a clip.
         schedule: the steps to a sample.
         decode: latents, each (1, ...) -> pixels, each (C, F, H, W) in [-1, 1].
@@ -100,6 +102,9 @@ class SampleModel:
     for_scheduler: Callable[[torch.Tensor], torch.Tensor]
     latent_shape: Callable[[], tuple[int, ...]]
     guided: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    before: Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]
+    after: Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]
+    features_everywhere: bool
     fps: float
     schedule: Schedule
     decode: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
@@ -161,7 +166,7 @@ class Begun:
         index: of its prompt.
         scheduler: with its timesteps.
         features: for each prediction; None where no stage reads them.
-        latents: (1, ...), noise.
+        latents: (1, ...), noise, or what `SampleModel.before` makes of it.
     """
 
     index: int
@@ -174,10 +179,12 @@ def begin(ranks: Ranks, model: SampleModel, settings: SamplingSettings, index: i
     """What the sample for the prompt at `index` begins with; the noise depends only on (sampling seed, index)."""
     shape = model.latent_shape()
     scheduler = model.schedule.of(settings.steps)
-    features = model.features(index) if ranks.is_first_stage else [None] * model.predictions
+    read = ranks.is_first_stage or model.features_everywhere
+    features = model.features(index) if read else [None] * model.predictions
     latents = seeds.normal((1, *shape), settings.seed, "sample", index)
     # Flow-matching schedulers have no such factor.
-    return Begun(index, scheduler, features, latents * getattr(scheduler, "init_noise_sigma", 1.0))
+    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+    return Begun(index, scheduler, features, model.before(latents, features[0]))
 
 
 def denoise(engine: Engine, ranks: Ranks, model: SampleModel, settings: SamplingSettings, begun: Begun) -> torch.Tensor:
@@ -199,7 +206,7 @@ def denoise(engine: Engine, ranks: Ranks, model: SampleModel, settings: Sampling
         prediction = model.guided(*predictions, settings.guidance) if len(predictions) > 1 else predictions[0]
         output = model.for_scheduler(prediction)
         latents = scheduler.step(output, timestep, latents, return_dict=False, **noise)[0]
-    return latents
+    return model.after(latents, features[0])
 
 
 def _write_all(model: SampleModel, latents: Sequence[torch.Tensor], paths: Sequence[Path]) -> None:

@@ -29,6 +29,7 @@ TEXT_CONFIG_KEYS = {
     # The keys of their text models are in a table of their own, except in older files.
     "mistral3": (),
     "qwen2_5_vl": (),
+    "llava": (),
     **dict.fromkeys(("mt5", "t5", "umt5"), ("d_model",)),
 }
 """The keys that the configuration of a text encoder must have, by `model_type`, since transformers has a default for

@@ -69,6 +69,8 @@ FOLDERS = {
     "FluxPipeline": "flux",
     "HiDreamImagePipeline": "hidream",
     "HunyuanDiTPipeline": "hunyuan_dit",
+    "HunyuanImagePipeline": "hunyuan_image",
+    "HunyuanVideoImageToVideoPipeline": "hunyuan_video",
     "HunyuanVideoPipeline": "hunyuan_video",
     "LTXConditionPipeline": "ltx_video",
     "LTXImageToVideoPipeline": "ltx_video",
@@ -142,8 +144,22 @@ SIGNATURES: tuple[FileSignature, ...] = (
     FileSignature("ERNIE-Image", _type("ernie_image"), ("adaLN_modulation.1.", "layers.0.adaLN_sa_ln.")),
     FileSignature("Flux.2", _type("flux2"), ("double_stream_modulation_img.", "single_stream_modulation.")),
     *(FileSignature("HunyuanVideo 1.5", NOT_TRAINED, (refiner, "cond_type_embed")) for refiner, _ in HUNYUAN_VIDEO),
-    FileSignature("HunyuanImage 2.1", NOT_TRAINED, ("txt_in.individual_token_refiner",), lacks=("vector_in.",)),
-    FileSignature("HunyuanImage 2.1", NOT_TRAINED, ("context_embedder.token_refiner", "time_guidance_embed.")),
+    *(
+        FileSignature("the distilled HunyuanImage 2.1", "it is not trained here; give the plain one", (refiner, part))
+        for refiner, part in zip((one for one, _ in HUNYUAN_VIDEO), ("time_r_in.", "timestep_embedder_r."), strict=True)
+    ),
+    FileSignature("HunyuanImage 2.1", _type("hunyuan_image"), ("txt_in.individual_token_refiner", "byt5_in.fc1.")),
+    FileSignature(
+        "HunyuanImage 2.1",
+        _type("hunyuan_image"),
+        ("context_embedder.token_refiner", "time_guidance_embed.", "context_embedder_2."),
+    ),
+    FileSignature(
+        "the refiner of HunyuanImage 2.1", NOT_TRAINED, ("txt_in.individual_token_refiner",), lacks=("vector_in.",)
+    ),
+    FileSignature(
+        "the refiner of HunyuanImage 2.1", NOT_TRAINED, ("context_embedder.token_refiner", "time_guidance_embed.")
+    ),
     *(
         FileSignature("SkyReels of picture to video", NOT_TRAINED, (refiner,), size=(first, 1, 32))
         for refiner, first in HUNYUAN_VIDEO

@@ -28,6 +28,25 @@ PART, PROCESSOR = "image_encoder", "image_processor"
 CONFIG_KEYS = ("hidden_size", "image_size", "patch_size")
 
 
+def clip_processor(folder: Path) -> CLIPImageProcessorPil:
+    """The processor of a diffusers folder that turns pictures into CLIP's input.
+
+    Raises:
+        UserError: its settings are missing or damaged.
+    """
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    check_processor(folder / PROCESSOR)
+    with explained(folder / PROCESSOR, "image processor"):
+        return CLIPImageProcessorPil.from_pretrained(folder / PROCESSOR, local_files_only=True)
+
+
+def first_pictures(pixels_BCFHW: torch.Tensor) -> list[Image.Image]:
+    """The first frames of clips in [-1, 1], as pictures."""
+    levels_BHWC = ((pixels_BCFHW[:, :, 0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return [Image.fromarray(levels_HWC.cpu().numpy()) for levels_HWC in levels_BHWC]
+
+
 class FirstFrameAutoencoder(WanAutoencoder):
     """Wan's VAE as an `Encoder` of a clip whose first frame is kept and whose other frames are grey, as models that
     make clips from pictures see it. Yields `first_frame_latents`, the mode of their distribution."""
@@ -94,11 +113,7 @@ class ClipVision:
         Raises:
             UserError: its settings are missing or damaged.
         """
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-        check_processor(self.folder / PROCESSOR)
-        with explained(self.folder / PROCESSOR, "image processor"):
-            return CLIPImageProcessorPil.from_pretrained(self.folder / PROCESSOR, local_files_only=True)
+        return clip_processor(self.folder)
 
     def check(self) -> None:
         """Whether its files are there, from their headers.
@@ -121,9 +136,7 @@ class ClipVision:
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Features (B, L, D) of the first frames of `pixels_BCFHW` in [-1, 1]."""
-        levels_BHWC = ((pixels[:, :, 0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-        pictures = [Image.fromarray(levels_HWC.cpu().numpy()) for levels_HWC in levels_BHWC]
-        inputs = self.processor(images=pictures, return_tensors="pt").pixel_values
+        inputs = self.processor(images=first_pictures(pixels), return_tensors="pt").pixel_values
         output = self.model(inputs.to(self.model.device, self.dtype), output_hidden_states=True)
         return {self.name: output.hidden_states[-2]}
 

@@ -5,11 +5,13 @@ Shapes: B batch, C channels, F frames, H W pixels, f h w latent cells.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from models.foundation.encoders.vae import Family, Tensors
+from models.foundation.encoders.vae import Family, ImageAutoencoder, Tensors
 from models.foundation.encoders.video_vae import WanAutoencoder
 from utils.dataset.samples import Bucket
 
@@ -22,6 +24,9 @@ def _same(tensors: Tensors, config: dict[str, Any]) -> Tensors:
 
 
 HUNYUAN_VIDEO = Family("AutoencoderKLHunyuanVideo", SIZES, "down_blocks.", _same)
+HUNYUAN_IMAGE = Family(
+    "AutoencoderKLHunyuanImage", ("block_out_channels", "latent_channels", "scaling_factor"), "down_blocks.", _same
+)
 
 
 def hunyuan_latent_size(config: dict, width: int, height: int, frames: int) -> tuple[int, int, int, int]:
@@ -44,3 +49,25 @@ class HunyuanVideoAutoencoder(WanAutoencoder):
     def _statistics(self) -> tuple[float, float]:
         # Numbers and not tensors: bfloat16 would round the scale by up to 0.2 %.
         return 0.0, 1.0 / self.vae.config.scaling_factor
+
+
+class HunyuanFirstFrame(HunyuanVideoAutoencoder):
+    """The same of a clip's first frame alone, which is the first frame of the clip's latent too. Yields
+    `first_frame_latents` (B, C, 1, h, w), the mode of their distribution."""
+
+    def __init__(self, folder: Path, file: Path | None, dtype: torch.dtype):
+        super().__init__(folder, file, dtype, draw="mode")
+        self.name, self.outputs = "vae_first_frame", ["first_frame_latents"]
+
+    def encode(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Latents of `pixels_BCFHW` in [-1, 1]."""
+        return super().encode(pixels=pixels[:, :, :1])
+
+    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return super().feature_shapes(replace(bucket, frames=1))
+
+
+class HunyuanImageAutoencoder(ImageAutoencoder):
+    """HunyuanImage's VAE as an `Encoder`: pixels of a picture -> latents z * scale, of cells of 32 x 32 pixels."""
+
+    family = HUNYUAN_IMAGE

@@ -233,8 +233,10 @@ def load_tokenizer(folder: Path, *, names_padding: bool = True) -> Any:
     """
     for file in sorted(folder.glob("*.json")):
         read_json(file)
-    # Without its vocabulary a tokenizer would load all the same, and know no words.
-    if not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
+    # Without its vocabulary a tokenizer would load all the same, and know no words. ByT5's words are the bytes.
+    settings = folder / "tokenizer_config.json"
+    needs_none = settings.is_file() and read_json(settings).get("tokenizer_class") == "ByT5Tokenizer"
+    if not needs_none and not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
         raise UserError.of(
             f"the tokenizer's words are missing ({' or '.join(' and '.join(names) for names in VOCABULARIES)}); "
             "download this folder again",

@@ -165,7 +165,7 @@ class ImageAutoencoder:
         (pixels_BCFHW,) = inputs.values()
         pixels_BCHW = rearrange(pixels_BCFHW, "b c 1 h w -> b c h w").to(self.device, self.dtype)
         posterior = in_the_room_there_is(self.vae, "encode", pixels_BCHW).latent_dist
-        shift, scale = self.vae.config.shift_factor or 0.0, self.vae.config.scaling_factor
+        shift, scale = self.vae.config.get("shift_factor") or 0.0, self.vae.config.scaling_factor
         latents = posterior.mode()
         if self.draw == "sample":
             latents = latents + posterior.std * picture_noise(pixels_BCFHW, latents)
@@ -181,7 +181,7 @@ class ImageAutoencoder:
     def decode(self, latents_BChw: torch.Tensor) -> torch.Tensor:
         """Pixels (B, C, 1, H, W) in [-1, 1]."""
         config = self.vae.config
-        latents = latents_BChw.to(self.device, self.dtype) / config.scaling_factor + (config.shift_factor or 0.0)
+        latents = latents_BChw.to(self.device, self.dtype) / config.scaling_factor + (config.get("shift_factor") or 0.0)
         return rearrange(
             in_the_room_there_is(self.vae, "decode", latents).sample.float(), "b c h w -> b c 1 h w"
         ).clamp(-1, 1)

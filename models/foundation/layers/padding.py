@@ -1,6 +1,6 @@
-"""Pads sequences of tokens to multiples of a number.
+"""Pads sequences of tokens to multiples of a number, and masks padding.
 
-Shapes: B batch, L tokens, C channels.
+Shapes: B batch, L tokens, C channels, S tokens of a sequence that text ends.
 """
 
 from __future__ import annotations
@@ -21,3 +21,10 @@ def filled_length(length: Length, multiple: int) -> Length:
 def lengthened(row_BLC: torch.Tensor, length: int) -> torch.Tensor:
     """The sequence padded with zeros at its end to `length` tokens."""
     return functional.pad(row_BLC, (0, 0, 0, length - row_BLC.shape[1]))
+
+
+def mask_behind(text_mask_BL: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The mask (B, 1, 1, S) of attention in a sequence of `tokens` tokens, all of which are seen, and of the text
+    behind them."""
+    mask_BS = functional.pad(text_mask_BL, (tokens, 0), value=True)
+    return mask_BS[:, None, None]

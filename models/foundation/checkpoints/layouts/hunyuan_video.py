@@ -147,28 +147,31 @@ ENDS = [
 
 
 class TencentLayout(KeyLayout):
-    """Tencent's names, in which whole models are exported; ComfyUI's own are read too, and are those of kohya's LoRAs.
+    """The names of the first of some layouts, in which whole models are exported; files of the others are read too.
 
     Args:
-        rules: spelling -> the rules of the model.
+        layouts: first rules identify a file.
+        own: ComfyUI's, one of the layouts, in which kohya's LoRAs are written.
     """
 
-    def __init__(self, rules: Callable[[Spelling], list[KeyRule]]):
-        super().__init__(rules(TENCENT))
-        self.own = KeyLayout(rules(COMFYUI))
+    def __init__(self, *layouts: KeyLayout, own: KeyLayout):
+        super().__init__(layouts[0].rules)
+        self.layouts, self.own = layouts, own
 
     def prefix(self, keys: Iterable[str]) -> str | None:
         keys = list(keys)
-        found = super().prefix(keys)
-        return self.own.prefix(keys) if found is None else found
+        return next((found for one in self.layouts if (found := one.prefix(keys)) is not None), None)
 
     def pieces(self, shapes: Mapping[str, Sequence[int]], keys: Iterable[str]) -> dict[str, Piece]:
         keys = set(keys)
-        return super().pieces(shapes, keys) if super().prefix(keys) is not None else self.own.pieces(shapes, keys)
+        fitting = next(one for one in self.layouts if one.recognises(keys))
+        return fitting.pieces(shapes, keys)
 
     def targets(self, names: Iterable[str]) -> Iterator[tuple[str, Target]]:
-        names = set(names)
-        yield from (dict(super().targets(names)) | dict(self.own.targets(names))).items()
+        names, found = set(names), {}
+        for layout in self.layouts:
+            found |= dict(layout.targets(names))
+        yield from found.items()
 
     def comfyui_names(self, modules: Iterable[str]) -> dict[str, str]:
         return self.own.comfyui_names(modules)
@@ -179,16 +182,19 @@ class TencentLayout(KeyLayout):
         return self.own.lora_to_kohya(factors, scale, rows_of)
 
 
-def _hunyuan_video(spelling: Spelling) -> list[KeyRule]:
-    return [
-        *refiner_rules(spelling),
-        *double_rules(spelling),
-        *single_rules(spelling),
-        *embedder_rules(spelling, "time_in", "time_text_embed.timestep_embedder"),
-        *embedder_rules(spelling, "guidance_in", "time_text_embed.guidance_embedder"),
-        *_pairs("vector_in", ("in_layer", "out_layer"), "time_text_embed.text_embedder"),
-        *ENDS,
-    ]
+def _hunyuan_video(spelling: Spelling) -> KeyLayout:
+    return KeyLayout(
+        [
+            *refiner_rules(spelling),
+            *double_rules(spelling),
+            *single_rules(spelling),
+            *embedder_rules(spelling, "time_in", "time_text_embed.timestep_embedder"),
+            *embedder_rules(spelling, "guidance_in", "time_text_embed.guidance_embedder"),
+            *_pairs("vector_in", ("in_layer", "out_layer"), "time_text_embed.text_embedder"),
+            *ENDS,
+        ]
+    )
 
 
-HUNYUAN_VIDEO_LAYOUT = TencentLayout(_hunyuan_video)
+OWN_OF_VIDEO = _hunyuan_video(COMFYUI)
+HUNYUAN_VIDEO_LAYOUT = TencentLayout(_hunyuan_video(TENCENT), OWN_OF_VIDEO, own=OWN_OF_VIDEO)

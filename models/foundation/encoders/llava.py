@@ -1,0 +1,131 @@
+"""LLaVA as a text encoder that reads a caption together with the first frame of its clip.
+
+Shapes: B samples, L tokens, D features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from models.foundation.checkpoints.headers import fingerprint
+from models.foundation.encoders.first_frame import PROCESSOR, clip_processor, first_pictures
+from models.foundation.encoders.hunyuan_prompts import StatePrompt
+from models.foundation.encoders.text import TextEncoder
+from models.foundation.encoders.text_features import EncodedText
+from utils.dataset.samples import Bucket
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import LlavaConfig
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+PICTURE = "<image>"
+END_OF_HEADER = "<|end_header_id|>"
+HEADERS = 3
+"""Of the system, the user and the assistant."""
+HEADER_TOKENS = 4
+"""The end of the user's turn and the three tokens of the assistant's header, which the model does not see."""
+
+
+@dataclass(frozen=True)
+class PicturePrompt(StatePrompt):
+    """A `StatePrompt` with one `PICTURE` before the caption, and with an assistant's header behind it, whose tokens are
+    left out. Of the picture's tokens every `stride`-th precedes the caption's.
+
+    Attributes:
+        stride: 2, 4 and so on.
+    """
+
+    stride: int = 1
+
+    def features(
+        self, text_encoder: nn.Module, tokenizer: Any, texts: list[str], **pictures: torch.Tensor
+    ) -> EncodedText:
+        tokens = tokenizer(
+            texts, padding="longest", padding_side="right", max_length=self.length, truncation=True, return_tensors="pt"
+        )
+        config = text_encoder.config
+        count = picture_tokens(config)
+        mask_BL, end = tokens.attention_mask.bool(), tokenizer.convert_tokens_to_ids(END_OF_HEADER)
+        rows = [ids[mask] for ids, mask in zip(tokens.input_ids, mask_BL, strict=True)]
+        at = [(row == config.image_token_index).nonzero()[0].item() for row in rows]
+        wide = [
+            torch.cat([row[:place], row.new_full((count,), config.image_token_index), row[place + 1 :]])
+            for row, place in zip(rows, at, strict=True)
+        ]
+        ids_BL = nn.utils.rnn.pad_sequence(wide, batch_first=True, padding_value=tokenizer.pad_token_id)
+        seen_BL = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in wide], batch_first=True)
+        device = text_encoder.device
+        states_BLD = self.state(
+            text_encoder, input_ids=ids_BL.to(device), attention_mask=seen_BL.to(device), **pictures
+        )
+        features = [
+            torch.cat([states[place : place + count : self.stride], states[count - 1 :][self._seen(row, end)]])
+            for states, row, place in zip(states_BLD, rows, at, strict=True)
+        ]
+        return {self.name: features, f"{self.name}_mask": [torch.ones(len(one), dtype=torch.bool) for one in features]}
+
+    def _seen(self, row_L: torch.Tensor, end: int) -> torch.Tensor:
+        """The places of the tokens that the model sees, in a row with one token for the picture. Where the caption is
+        so long that the header is cut off, the last tokens go in its place, as in the stock pipeline."""
+        ends = (row_L == end).nonzero()
+        last = ends[-1].item() if len(ends) >= HEADERS else len(row_L) - 1
+        places = torch.arange(self.skipped, len(row_L))
+        return places[(places <= last - HEADER_TOKENS) | (places > last)]
+
+
+def picture_tokens(config: LlavaConfig) -> int:
+    """The number of tokens that a picture has."""
+    vision = config.vision_config
+    return (vision.image_size // vision.patch_size) ** 2
+
+
+class LlavaEncoder(TextEncoder):
+    """LLaVA as an `Encoder` of a caption and of the first frame of its clip, with the settings in the folder's
+    `image_processor`. As for `ClipVision`, it sees the frame at the size of the clip."""
+
+    reads = ("caption", "pixels")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(super().fingerprint, self.folder / PROCESSOR)
+
+    @cached_property
+    def processor(self) -> CLIPImageProcessorPil:
+        """The processor that turns a picture into the encoder's input.
+
+        Raises:
+            UserError: its settings are missing or damaged.
+        """
+        return clip_processor(self.folder)
+
+    def check(self) -> None:
+        super().check()
+        assert self.processor
+        for token, known in ((PICTURE, self.config().image_token_index), (END_OF_HEADER, None)):
+            number = self.tokenizer.convert_tokens_to_ids(token)
+            if number in (None, self.tokenizer.unk_token_id) or number != (known or number):
+                raise UserError.of(
+                    f"this tokenizer knows another {token} than the encoder in {self.subfolder}, or none; take the "
+                    "model's own",
+                    str(self.tokenizer_folder),
+                )
+
+    @torch.no_grad()
+    def encode(self, caption: list[str], pixels: torch.Tensor) -> EncodedText:
+        self.truncated += sum(self.token_count(text) > self.token_limit for text in caption)
+        seen = self.processor(images=first_pictures(pixels), return_tensors="pt").pixel_values
+        texts = [self.features.written(self.tokenizer, one) for one in caption]
+        pictures = {"pixel_values": seen.to(self.model.device, self.dtype)}
+        return self.features.features(self.model, self.tokenizer, texts, **pictures)
+
+    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        name = self.features.name
+        tokens, width = self.shapes[name]
+        tokens += -(-picture_tokens(self.config()) // self.features.stride)
+        return {name: ((tokens, width), self.dtype), f"{name}_mask": ((tokens,), torch.bool)}
