@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from models.assembly.stage import load_stage
 from models.foundation.checkpoints.layouts.hunyuan_video import HUNYUAN_VIDEO_LAYOUT
 from models.foundation.checkpoints.recognition import recognised
+from models.foundation.layers.given import loss_weights
 from tests import test_models as generic
 from tests.models import tiny_hunyuan_video
 from tests.models.tiny_folder import settings_of, tiny
@@ -179,9 +180,9 @@ def test_captions_are_read_with_the_first_frame_as_the_stock_pipeline_reads_them
 
 def test_a_first_frame_in_place_of_the_noisy_one_does_not_count(variant: generic.Model) -> None:
     """One that is given as further channels is made again, and counts."""
-    weights = variant.pipeline().loss_weight_map((4, 3, 4, 6))
-    expected = [0.0, 1.5, 1.5] if variant.name == "hunyuan_video_i2v" else None
-    assert (weights is None) if expected is None else weights.flatten().tolist() == expected
+    given = variant.pipeline().given_frames((4, 3, 4, 6), 0.9)
+    assert given == (variant.name == "hunyuan_video_i2v")
+    assert loss_weights(torch.tensor([given]), 3).flatten().tolist() == ([0.0, 1.5, 1.5] if given else [1.0] * 3)
 
 
 def test_still_pictures_teach_a_model_of_clips_nothing(variant: generic.Model, folder: Path) -> None:
