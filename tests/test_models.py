@@ -181,19 +181,6 @@ def test_layers_equal_the_whole_module(model: Model, number: int) -> None:
             assert torch.equal(gradients[name], parameter.grad), name
 
 
-def test_it_computes_in_bfloat16(model: Model) -> None:
-    """Within its rounding, and with gradients: parameters that stay float32 must not meet others unconverted."""
-    pipeline = model.pipeline()
-    batch = batch_of(model, pipeline, sizes_of(model)[0])
-    with torch.no_grad():
-        expected = output(pipeline, loaded(pipeline).layers, batch)
-    rounded = model.pipeline(dtype="bfloat16")
-    result = output(rounded, loaded(rounded).layers, batch)
-    assert result.dtype == torch.bfloat16
-    result.sum().backward()
-    assert (result - expected).norm() < 0.1 * expected.norm()
-
-
 def test_layers_hold_every_parameter_once(model: Model) -> None:
     pipeline = model.pipeline()
     denoiser = pipeline.weights.build()

@@ -1,0 +1,26 @@
+"""Every model computes in the type in which people train it, in which its tiny folders are used nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+from tests import test_models as generic
+from tests.models.tiny_folder import tiny
+
+
+@pytest.mark.parametrize("name", models.available())
+def test_it_computes_in_bfloat16(name: str, tmp_path: Path) -> None:
+    """Within its rounding, and with gradients: parameters that stay float32 must not meet others unconverted."""
+    model = generic.Model(name, tiny(name).write_folder(tmp_path), tiny(name))
+    exact, rounded = model.pipeline(), model.pipeline(dtype="bfloat16")
+    batch = generic.batch_of(model, exact, generic.sizes_of(model)[0])
+    with torch.no_grad():
+        expected = generic.output(exact, generic.loaded(exact).layers, batch)
+    result = generic.output(rounded, generic.loaded(rounded).layers, batch)
+    assert result.dtype == torch.bfloat16
+    result.sum().backward()
+    assert (result - expected).norm() < 0.1 * expected.norm()
