@@ -166,7 +166,7 @@ def test_what_is_exported_does_elsewhere_what_it_does_here(
         (settings(), {"lycoris_x.lokr_w1": torch.ones(2)}, "1 of its 1 modules are not .*, the first is 'lycoris_x'"),
         (
             settings(factor=2),
-            {"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": torch.ones(4, 4)},
+            {f"lycoris_transformer_blocks_0_attn_to_q.lokr_w{part}": torch.ones(4, 4) for part in (1, 2)},
             "'transformer_blocks.0.attn.to_q.lokr_w1' is .4, 4., this run's is .2, 2.",
         ),
     ],
