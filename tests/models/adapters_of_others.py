@@ -32,7 +32,12 @@ ENDINGS = {
     "processors": ("_lora.down.weight", "_lora.up.weight"),
     "linear_layer": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
 }
-SHARED_NAMES = [{"flux", "chroma"}, {"qwen_image", "qwen_image_layered"}, {"sd15", "sdxl"}]
+SHARED_NAMES = [
+    {"flux", "chroma"},
+    {"hunyuan_image", "hunyuan_video"},
+    {"qwen_image", "qwen_image_layered"},
+    {"sd15", "sdxl"},
+]
 """Types whose modules are called alike, and in these tiny models may be of the same size."""
 
 

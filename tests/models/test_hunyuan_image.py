@@ -53,7 +53,7 @@ def test_files_of_all_spellings_are_read(
     moved = {name: tensor + 1 for name, tensor in tensors.items()}
     original = layout.to_original(moved)
     assert set(names) <= set(original)
-    assert torch.equal(original["final_layer.adaLN_modulation.1.bias"].roll(32), moved["norm_out.linear.bias"])
+    assert torch.equal(original["final_layer.adaLN_modulation.1.bias"].roll(48), moved["norm_out.linear.bias"])
     save_file({prefix + name: tensor.contiguous() for name, tensor in original.items()}, tmp_path / "file.safetensors")
     read = tensors_of(model, transformer_path=tmp_path / "file.safetensors")
     assert all(torch.equal(read[name], moved[name]) for name in tensors)
@@ -101,7 +101,7 @@ def test_padding_that_no_caption_needs_is_left_out(model: generic.Model, quoting
     [
         ({"use_meanflow": True}, "is the distilled model"),
         ({"guidance_embeds": True}, "is the distilled model"),
-        ({"patch_size": (1, 1, 1), "rope_axes_dim": (4, 6, 6)}, "is the refiner, which is not trained here"),
+        ({"patch_size": (1, 1, 1), "rope_axes_dim": (8, 8, 8)}, "is the refiner, which is not trained here"),
         ({"in_channels": 8}, "takes latents of 8 channels and the VAE makes 4; give HunyuanImage's own"),
         ({"text_embed_dim": 8}, "has `text_embed_dim` 8, and its text encoder makes 16; give Qwen2.5-VL 7B"),
         ({"text_embed_2_dim": 4}, "has `text_embed_2_dim` 4, and its text encoder makes 8; give Glyph-ByT5"),

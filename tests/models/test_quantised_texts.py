@@ -33,6 +33,8 @@ from utils.quantised.formats import FORMATS
 from utils.quantised.linear import QuantisedLinear
 
 CAPTIONS = ["a hiker on a ridge", "two motorcycles"]
+QUOTING = ['a hiker on a "ridge"', "two 'motorcycles'"]
+"""For an encoder that reads quoted texts alone."""
 BOUNDS = {"int8": 0.03, "float8": 0.16, "nf4": 0.6, "int4": 0.6}
 """How far features may be from those of the whole encoder, as a share of their norm. The tiny encoders have random
 weights and tens of features, over which errors do not average out as in large ones."""
@@ -56,15 +58,15 @@ def numbers(features: dict[str, Any]) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 @pytest.mark.parametrize("name", models.available())
 def test_every_text_encoder_has_the_features_of_what_its_codes_mean(name: str, tmp_path: Path) -> None:
-    module = tiny(name)
+    module, captions = tiny(name), QUOTING if name == "hunyuan_image" else CAPTIONS
     folder = module.write_folder(tmp_path)
     plain = text_encoders(module.pipeline(folder))
-    whole = [numbers(encoded(encoder, CAPTIONS)) for encoder in plain]
+    whole = [numbers(encoded(encoder, captions)) for encoder in plain]
     weights = [{key: tensor.clone() for key, tensor in encoder.model.state_dict().items()} for encoder in plain]
     for kept, bound in BOUNDS.items():
         made = text_encoders(module.pipeline(folder, text_encoder_dtype=kept))
         for encoder, reference, expected, read in zip(made, plain, whole, weights, strict=True):
-            features = numbers(encoded(encoder, CAPTIONS))
+            features = numbers(encoded(encoder, captions))
             distances = {key: (features[key] - expected[key]).norm() / expected[key].norm() for key in expected}
             assert max(distances.values()) < bound and (kept == "int8" or max(distances.values()) > 0), distances
             linears = quantised(encoder.model)
@@ -72,7 +74,7 @@ def test_every_text_encoder_has_the_features_of_what_its_codes_mean(name: str, t
                 codes = FORMATS[kept].quantise(read[f"{path}.weight"])
                 assert torch.equal(linear.weight, codes.weight) and torch.equal(linear.scale, codes.scale), path
                 reference.model.get_parameter(f"{path}.weight").copy_(linear.dequantised(torch.float32))
-            assert equal(features, numbers(encoded_as_loaded(reference, CAPTIONS)))
+            assert equal(features, numbers(encoded_as_loaded(reference, captions)))
             reference.model.load_state_dict(read)
             check_places(encoder.model, reference.model, linears)
 

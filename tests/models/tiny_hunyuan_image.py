@@ -37,13 +37,13 @@ TRANSFORMER = {
     "in_channels": CHANNELS,
     "out_channels": CHANNELS,
     "num_attention_heads": 2,
-    "attention_head_dim": 16,
+    "attention_head_dim": 24,
     "num_layers": 2,
     "num_single_layers": 2,
     "num_refiner_layers": 2,
     "text_embed_dim": TEXT_WIDTH,
     "text_embed_2_dim": GLYPH_WIDTH,
-    "rope_axes_dim": (8, 8),
+    "rope_axes_dim": (12, 12),
 }
 VAE = {
     "in_channels": 3,
