@@ -34,6 +34,8 @@ ENDINGS = {
 }
 SHARED_NAMES = [
     {"flux", "chroma"},
+    {"flux", "hunyuan_video"},
+    {"chroma", "hunyuan_video"},
     {"hunyuan_image", "hunyuan_video"},
     {"qwen_image", "qwen_image_layered"},
     {"sd15", "sdxl"},

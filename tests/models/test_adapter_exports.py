@@ -24,7 +24,7 @@ from models.flux import FluxPipeline
 from models.foundation.checkpoints.adapter_files import read_factors, read_updates
 from models.foundation.checkpoints.key_layouts import KeyLayout
 from tests.models import tiny_flux, tiny_sd15, tiny_wan_i2v
-from tests.models.tiny_folder import settings_of, tiny
+from tests.models.tiny_folder import UNKNOWN_TO_COMFYUI, settings_of, tiny
 from utils import adapters
 from utils.adapters import attach, presets
 from utils.adapters.kinds import ADAPTER_FILE, COMFYUI_FILE
@@ -39,7 +39,7 @@ from utils.settings.schema import AdapterSettings
 Tensors = dict[str, torch.Tensor]
 LORA = LoraSettings(type="lora", rank=4, alpha=1.5)
 LOKR = LokrSettings(type="lokr", factor=4, rank=2, alpha=1.0)
-KNOWS_OURS = ("chroma", "flux", "hidream", "qwen_image", "qwen_image_layered", "sd3", "z_image")
+KNOWS_OURS = ("chroma", "flux", "flux2", "hidream", "qwen_image", "qwen_image_layered", "sd3", "z_image")
 """Types of which ComfyUI knows `lycoris_` with diffusers' names, and slices of fused weights by them."""
 
 
@@ -149,7 +149,7 @@ def weights_of(staged: StagedModel) -> Tensors:
     return {name: normal(shape, 0, "weight", name) for name, shape in shapes.items()}
 
 
-DENOISERS = [name for name in models.available() if name not in ("cogview4", "sd15", "sdxl")]
+DENOISERS = [name for name in models.available() if name not in (*UNKNOWN_TO_COMFYUI, "sd15", "sdxl")]
 each_denoiser = pytest.mark.parametrize("model", DENOISERS)
 each_kind = pytest.mark.parametrize("adapter", [LORA, LOKR], ids=["lora", "lokr"])
 
@@ -206,7 +206,7 @@ def test_zeros_are_gone_on_from(
     staged, factors = exported(pipeline, tmp_path / "out", adapter, zeros=True)
     names, kind = model_names(pipeline, staged.denoiser), adapters.find(adapter.type)
     files = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
-    assert files == ({ADAPTER_FILE} if model == "cogview4" else {ADAPTER_FILE, COMFYUI_FILE})
+    assert files == ({ADAPTER_FILE} if model in UNKNOWN_TO_COMFYUI else {ADAPTER_FILE, COMFYUI_FILE})
     for file in files:
         path = tmp_path / "out" / file
         if file == COMFYUI_FILE and any(key.endswith(".diff") for key in load_file(path)):

@@ -24,7 +24,7 @@ TRANSFORMER = {
     "num_layers": 2,
     "num_single_layers": 2,
     "attention_head_dim": 16,
-    "num_attention_heads": 2,
+    "num_attention_heads": 3,
     "joint_attention_dim": 3 * TEXT_WIDTH,
     "timestep_guidance_channels": 32,
     "axes_dims_rope": (4, 4, 4, 4),

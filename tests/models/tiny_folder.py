@@ -44,6 +44,8 @@ from utils.diffusion.seeds import normal
 from utils.settings.dataset_schema import DirectorySettings
 from utils.settings.schema import AdapterSettings, SamplingSettings, Settings
 
+UNKNOWN_TO_COMFYUI = ("cogview4", "ernie_image")
+"""Types that ComfyUI has no model of, so that nothing is exported by its names."""
 OF_ANY_DENOISER = (
     "test_layers_equal_the_whole_module",
     "test_layers_hold_every_parameter_once",
