@@ -29,6 +29,7 @@ class Checkpoints:
 
     Attributes:
         cadence: when a checkpoint is due.
+        is_lost: whether the last one was removed before it counted, so that another is due at once.
     """
 
     def __init__(self, parts: RunParts, epochs: Epochs, resumed_from: Path | None) -> None:
@@ -40,6 +41,7 @@ class Checkpoints:
         )
         self._parts, self._epochs, self._resumed_from = parts, epochs, resumed_from
         self._pending: saving.Saving | None = None
+        self.is_lost = False
         self._seconds = 0.0
 
     @property
@@ -56,6 +58,7 @@ class Checkpoints:
             background: write it while training goes on, if all ranks have room for a copy.
         """
         self.complete()
+        self.is_lost = False
         parts, settings = self._parts, self._parts.settings
         parts.stop.watch.at(Work(f"checkpoint of step {progress.step}"))
         made_with = {
@@ -102,7 +105,15 @@ class Checkpoints:
         if pending is None:
             return None
         parts, started = self._parts, time.monotonic()
-        path = pending.complete()
+        try:
+            path = pending.complete()
+        except saving.Lost as lost:
+            if not pending.is_behind:
+                raise
+            # The folder was removed while training went on, which makes it again.
+            logger.warning("%s; it is written anew at once", lost.problems[0].message)
+            self.is_lost = True
+            return None
         if parts.stop.time:
             parts.stop.time.took(CHECKPOINT, self._seconds + pending.seconds + time.monotonic() - started)
         logger.info("checkpoint: %s", path)

@@ -20,7 +20,7 @@ import torch
 from optimizers.ema import EMA
 from utils.errors import UserError
 from utils.parallel.sharding import Shares
-from utils.ranks import Ranks, gather
+from utils.ranks import Ranks, any_rank, gather
 from utils.run.attempts import Attempt, Failed
 from utils.run.checkpoint import NamedParameters, state_file
 from utils.run.checksums import Sums, damage_of, forget_cached, own_sum, sums_of
@@ -33,6 +33,10 @@ from utils.run.tensor_file import write_tensors
 
 REMOVED = ".removed"
 UNFINISHED = ".unfinished"
+
+
+class Lost(UserError):
+    """What was written of a checkpoint is gone, with the run's folder or without."""
 
 
 class Saving:
@@ -54,7 +58,8 @@ class Saving:
         seconds: that the thread took.
 
     Raises:
-        UserError: on every rank, if one cannot write; nothing of it is left, and older ones stay.
+        UserError: on every rank, if one cannot write; nothing of it is left, and older ones stay. `Lost`, if somebody
+            has removed it.
     """
 
     def __init__(
@@ -99,6 +104,11 @@ class Saving:
         """Whether this rank has not written its part yet."""
         return self._thread is not None and self._thread.is_alive()
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether training has gone on since it was begun."""
+        return self._thread is not None
+
     def _begin(self, state: dict[str, torch.Tensor], background: bool) -> None:
         path = self._unfinished / state_file(self._ranks.stage, self._ranks.data_rank)
         if not background:
@@ -132,10 +142,11 @@ class Saving:
         try:
             yield
         except Failed as failed:
+            (is_lost,) = any_rank([self._ranks.is_main and not self._unfinished.exists()])
             if self._ranks.is_main:
                 shutil.rmtree(self._unfinished, ignore_errors=True)
             why = f"the checkpoint of step {self._progress.step} is not written: {failed}. {_newest(self._folder)}"
-            raise UserError.of(why, str(self._folder)) from failed
+            raise (Lost if is_lost else UserError).of(why, str(self._folder)) from failed
 
 
 def save(*state: Any, **how: Any) -> Path:

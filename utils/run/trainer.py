@@ -118,6 +118,8 @@ class Trainer:
         except torch.OutOfMemoryError as error:
             raise out_of_memory.explained(error, self.parts.settings, self.parts.folder, step + 1) from error
         if not isfinite(result.loss) or not isfinite(result.grad_norm):
+            # All ranks have the same numbers.
+            self.checkpoints.complete()
             raise UserError.of(
                 f"loss {result.loss}, gradient norm {result.grad_norm}: training has diverged, and nothing was saved "
                 f"since. {self._way_on()} with a lower [optimizer] lr or more warmup_steps; or base files are damaged, "
@@ -232,7 +234,7 @@ class Trainer:
             self._perform(exports, done, ended)
         # Without an export, what the last step has made is in no other place.
         at_end = last and (self.checkpoints.cadence.ever or self.lacks_export)
-        at_once = asked or late or quit_too or save or at_end
+        at_once = asked or late or quit_too or save or at_end or self.checkpoints.is_lost
         if at_once or overdue or self.checkpoints.cadence.due(before, done, ended):
             # What follows may take longer than the writing, and a kill in it should lose nothing.
             self.save_checkpoint(background=not (at_once or looks or last))
