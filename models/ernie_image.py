@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from models.base import Features, ModelEncoder
-from models.families.pictures import PicturePipeline
+from models.families.patched_pictures import PatchedPicturePipeline
 from models.foundation.checkpoints.folders import TextPart
-from models.foundation.encoders.flux2_vae import FLUX2_VAE, Flux2Autoencoder, latent_shape
+from models.foundation.encoders.flux2_vae import Flux2Autoencoder
 from models.foundation.encoders.text_features import MaskedHiddenStates
 from utils.diffusion.objectives import FlowMatching
 from utils.errors import Problem
@@ -145,7 +145,7 @@ class Exit(nn.Module):
         return rearrange(self.final_linear(x_SBD)[: height * width], "(h w) b c -> b c h w", h=height)
 
 
-class ErnieImagePipeline(PicturePipeline):
+class ErnieImagePipeline(PatchedPicturePipeline):
     """ERNIE-Image of Baidu."""
 
     Options = ErnieImageOptions
@@ -164,7 +164,7 @@ class ErnieImagePipeline(PicturePipeline):
     blocks = ("layers",)
     stream_type = ErnieImageStream
     guided_by_second_prediction = True
-    patch = 1
+    autoencoder_class = ErnieAutoencoder
 
     def problems_of_parts(self) -> Iterator[Problem]:
         config, made = self.parts.denoiser_config, 4 * self.vae_config["latent_channels"]
@@ -179,21 +179,6 @@ class ErnieImagePipeline(PicturePipeline):
             yield self.parts.misfit(
                 f"takes text of {config['text_in_dim']} features and Mistral makes {width}; give Ministral 3 3B"
             )
-
-    def autoencoder(self) -> ErnieAutoencoder:
-        options = self.options
-        return ErnieAutoencoder(options.diffusers_path, options.vae_path, self.dtype, draw=options.latents)
-
-    @cached_property
-    def vae_config(self) -> dict[str, Any]:
-        return FLUX2_VAE.config(self.options.diffusers_path, self.options.vae_path)
-
-    def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
-        return latent_shape(self.vae_config, width, height)
-
-    @property
-    def cell(self) -> int:
-        return 2 * super().cell
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         return [self.autoencoder(), self.parts.text_encoder(MistralFeatures(self.options.max_sequence_length))]

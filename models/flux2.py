@@ -17,10 +17,10 @@ from einops import rearrange
 from torch import nn
 
 from models.base import Features, ModelEncoder
-from models.families.pictures import PicturePipeline
+from models.families.patched_pictures import PatchedPicturePipeline
 from models.foundation.checkpoints.folders import TextPart, read_config
 from models.foundation.checkpoints.layouts.flux2 import FLUX2_LAYOUT
-from models.foundation.encoders.flux2_vae import FLUX2_VAE, Flux2Autoencoder, latent_shape
+from models.foundation.encoders.flux2_vae import Flux2Autoencoder
 from models.foundation.encoders.text_features import HiddenStates, Shapes, chat
 from models.foundation.layers.chain import Middle
 from models.foundation.layers.joining import joined, picture_of
@@ -210,7 +210,7 @@ class Exit(nn.Module):
         return rearrange(x_BTC[:, : height * width], "b (h w) c -> b c h w", h=height)
 
 
-class Flux2Pipeline(PicturePipeline):
+class Flux2Pipeline(PatchedPicturePipeline):
     """Flux.2 dev and Klein of Black Forest Labs."""
 
     Options = Flux2Options
@@ -220,7 +220,6 @@ class Flux2Pipeline(PicturePipeline):
     stream_type = Flux2Stream
     original_layout = FLUX2_LAYOUT
     resolution_shift = EmpiricalShift()
-    patch = 1
     max_controls = len(REFERENCES)
 
     @property
@@ -251,21 +250,6 @@ class Flux2Pipeline(PicturePipeline):
                 f"takes text of {config['joint_attention_dim']} features and the text encoder makes {width}; give its "
                 "own (Mistral Small 3 for dev, Qwen3 4B for Klein 4B, Qwen3 8B for Klein 9B)"
             )
-
-    def autoencoder(self) -> Flux2Autoencoder:
-        options = self.options
-        return Flux2Autoencoder(options.diffusers_path, options.vae_path, self.dtype, draw=options.latents)
-
-    @cached_property
-    def vae_config(self) -> dict[str, Any]:
-        return FLUX2_VAE.config(self.options.diffusers_path, self.options.vae_path)
-
-    def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
-        return latent_shape(self.vae_config, width, height)
-
-    @property
-    def cell(self) -> int:
-        return 2 * super().cell
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         options = self.options
