@@ -96,9 +96,9 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
 
     if settings.time_limit:
         stop.time = TimeLimit(60 * settings.time_limit, started)
-    pipeline = models.find(settings.model.type)(settings.model, settings.seed)
+    pipeline = models.build(settings.model, settings.seed)
     # What the model's own files settle is recorded with the rest.
-    settings = settings.model_copy(update={"model": pipeline.options})
+    settings = settings.model_copy(update={"model": pipeline.options.as_given()})
     preflight.check_training(pipeline, str(arguments.config))
     sources = data.sources_of(settings, datasets)
     scan = data.scan_of(settings, sources, stop.raise_if_stopping, trust=arguments.trust_cache)

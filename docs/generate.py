@@ -51,12 +51,13 @@ This page is generated from `models/`. A model's folder, which `diffusers_path` 
 where OWNER/NAME are those below or another of the same architecture; some want you to accept their licence on
 [Hugging Face](https://huggingface.co) first, and `hf auth login`.
 
-`transformer_path` may replace the denoiser's weights by those of a single file, as safetensors or GGUF, with diffusers'
-keys or the publisher's, which ComfyUI's files have too. Of a GGUF all kinds are decoded that the `gguf` package knows:
-F32, F16, BF16, Q8_0, the Q4 to Q6 with and without K, and smaller ones. None of the files that are offered on the hub
-has been at hand: what is tested are files that the package wrote from small models of all these types, and random codes
-of the kinds with a K, which it only reads. T5 and UMT5 are
-read from GGUF too, by llama.cpp's names, as entries of `text_encoders`; other text encoders and VAEs are not."""
+`transformer_path` may replace the denoiser's weights by those of a single file, or several options all parts of a
+folder ([single files](single_files.md)). A denoiser's file may be safetensors or GGUF, with diffusers' keys or the
+publisher's, which ComfyUI's files have too. Of a GGUF all kinds are decoded that the `gguf` package knows: F32, F16,
+BF16, Q8_0, the Q4 to Q6 with and without K, and smaller ones. None of the files that are offered on the hub has been at
+hand: what is tested are files that the package wrote from small models of all these types, and random codes of the
+kinds with a K, which it only reads. T5 and UMT5 are read from GGUF too, by llama.cpp's names, as entries of
+`text_encoders`; other text encoders and VAEs are not."""
 
 sys.path.insert(0, str(DOCS.parent))
 
@@ -99,11 +100,21 @@ def section(name: str, pipeline: type) -> str:
         "Trains as": ", ".join([*(kind.name for kind in adapters.available().values()), "or in full"]),
         **({"To be had as": ", ".join(f"`{folder}`" for folder in HUB[name])} if name in HUB else {}),
         "Weights from": "a diffusers folder" + (", or a single file with the publisher's keys" if known else ""),
+        **_single_files(name, pipeline),
         "Exports for": "diffusers" + (", ComfyUI" if known else ""),
         "Blocks that are adapted and recomputed": ", ".join(f"`{block}`" for block in pipeline.blocks),
     }
     rows = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
     return f"## `{name}`\n\n{pipeline.__doc__}\n\n| | |\n|---|---|\n{rows}\n\nIts own keys: [settings](settings.md)."
+
+
+def _single_files(name: str, pipeline: type) -> dict[str, str]:
+    from models.foundation.checkpoints.published import architectures
+
+    known = [f"`{one.name}`" for one in architectures(name)]
+    texts = pipeline.text_parts if isinstance(pipeline.text_parts, tuple) else ()
+    encoders = f"; text encoders: {', '.join(f'`{part.name}`' for part in texts)}" if texts else ""
+    return {"Without a folder": f"architectures: {', '.join(known)}{encoders}"} if known else {}
 
 
 def main() -> int:

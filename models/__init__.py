@@ -11,6 +11,7 @@ from utils.settings.choices import Choice, Choices
 if TYPE_CHECKING:
     # Names are listed, and unknown ones refused, before torch is imported.
     from models.base import BasePipeline
+    from utils.settings.model_schema import ModelSettings
 
 NOT_MODELS = {"__init__", "base"}
 
@@ -48,6 +49,19 @@ def find(model_type: str) -> type[BasePipeline]:
     ]
     assert len(pipelines) == 1, f"models/{name}.py must define exactly one pipeline class"
     return pipelines[0]
+
+
+def build(options: ModelSettings, seed: int = 0) -> BasePipeline:
+    """The pipeline that trains the model of these options.
+
+    Raises:
+        UserError: they name single files without a diffusers folder, of which no configurations are known or fit.
+    """
+    kind = find(options.type)
+    if options.diffusers_path is None:
+        published = importlib.import_module("models.foundation.checkpoints.published")
+        options = published.without_folder(options, kind)
+    return kind(options, seed)
 
 
 def choices() -> Choices:

@@ -86,7 +86,7 @@ def export_plan(pipeline: BasePipeline, settings: Settings, staged: StagedModel)
             "model_type": settings.model.type,
             "base_model": Path(pipeline.parts.denoiser_path).name
             if settings.model.transformer_path
-            else settings.model.diffusers_path.resolve().name,
+            else settings.model.architecture or settings.model.diffusers_path.resolve().name,
             SETTINGS_HASH: settings_hash(settings),
         },
         frozen=frozen,

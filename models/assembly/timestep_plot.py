@@ -52,7 +52,7 @@ def checked_pipeline(config: Path) -> BasePipeline:
     ]
     if problems:
         raise UserError(problems)
-    pipeline = models.find(settings.model.type)(settings.model, settings.seed)
+    pipeline = models.build(settings.model, settings.seed)
     check_training(pipeline, str(config))
     return pipeline
 

@@ -57,7 +57,7 @@ def measure() -> Iterator[str]:
 def _trainer(folder: Path) -> Trainer:
     config, ranks = write_run(folder), from_environment()
     settings, datasets = train.read_settings(config, ranks.world_size)
-    pipeline = models.find(settings.model.type)(settings.model, settings.seed)
+    pipeline = models.build(settings.model, settings.seed)
     connect(ranks)
     sources, stop = sources_of(settings, datasets), StopRequests()
     scan = scan_of(settings, sources, stop.raise_if_stopping)

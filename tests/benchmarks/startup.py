@@ -59,7 +59,7 @@ def parts(config: str) -> Iterator[tuple[str, float]]:
     from models.assembly import data, preflight, trainer
     from utils.run.checkpoint import ResumeFlags
 
-    pipeline = models.find(settings.model.type)(settings.model, settings.seed)
+    pipeline = models.build(settings.model, settings.seed)
     preflight.check_run(settings, ranks, pipeline)
     yield "import of diffusers, and what is checked before the data", since()
     of_run.connect(ranks)

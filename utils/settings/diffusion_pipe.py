@@ -16,7 +16,7 @@ _PARTS_LR = (
 
 def _text_encoder(name: str, others: str = "") -> Foreign:
     example = f"text_encoders = [{{ type = '{name}', path = '...' }}]"
-    return write(f"an entry of `text_encoders` beside `diffusers_path`, as in `{example}`{others}")
+    return write(f"an entry of `text_encoders`, as in `{example}`{others}")
 
 
 def _kept_text_encoders(form: str) -> Foreign:

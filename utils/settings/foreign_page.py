@@ -12,8 +12,8 @@ Its TOML files can be given to `train.py` as they are. A line that changes nothi
 one that says the same in other words is read, and one that cannot be read is refused with what to write instead, all
 in one message and before anything is loaded. This page is generated from the tables by which that is done.
 
-A model is read from a folder in diffusers' layout, which `diffusers_path` names, since single files have neither
-configurations nor tokenizers; single files of the publisher or of ComfyUI replace its weights. Data lies as it does
+A model is read from a folder in diffusers' layout, which `diffusers_path` names, or from the single files of ComfyUI's
+users ([single files](single_files.md)). Data lies as it does
 there; the cache is made anew, in a folder of its own.
 
 In the tables, *the same* is a key of the same name and meaning, *read* one in whose place ours is used, *not needed*

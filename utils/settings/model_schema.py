@@ -3,7 +3,7 @@
 The documentation and the JSON schemas are generated from the strings under the keys.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -60,14 +60,22 @@ class ModelSettings(SettingsTable):
     """
 
     binds_checkpoint: ClassVar[tuple[str, ...]] = ("type", "preset_adapters", "rescale_betas_zero_snr")
-    tells_apart: ClassVar[tuple[str, ...]] = ("diffusers_path", "transformer_path", "from_scratch")
+    tells_apart: ClassVar[tuple[str, ...]] = ("diffusers_path", "architecture", "transformer_path", "from_scratch")
 
     type: str
     """Name of the model: a file name under `models/`, without `.py`."""
     dtype: DType = "bfloat16"
     """Type of the weights and of the computation, unless another key says otherwise."""
     diffusers_path: UserPath | None = None
-    """Folder in diffusers' layout, from which all parts without a path of their own are read."""
+    """Folder in diffusers' layout, from which all parts without a path of their own are read. Without it
+    `transformer_path`, `vae_path` and `text_encoders` name single files, for types that are in `configs/`."""
+    architecture: str | None = None
+    """Which of the models of this type single files are without a folder, by the name of its file in `configs/<type>/`;
+    default: the one whose tensors the files have, if it is one alone."""
+    tokenizer_path: UserPath | None = None
+    """Folder with the tokenizers for single files, each in a folder that is called as in diffusers' layout, or as its
+    text encoder in `text_encoders`; the only one may lie there itself. Default: what lies beside the text encoders'
+    files, or in them."""
     transformer_path: UserPath | None = None
     """File or folder of the denoiser's weights (transformer or UNet); default: from `diffusers_path`. A .gguf file is
     decoded as it is read, and kept as `transformer_dtype` says."""
@@ -169,3 +177,7 @@ class ModelSettings(SettingsTable):
         # Not where an adapter lies, nor whether it is fused: that changes nothing of what the weights mean.
         presets = [[preset.path.name, preset.weight] for preset in self.preset_adapters]
         return {**super().binding(), "preset_adapters": presets}
+
+    def as_given(self) -> Self:
+        """Without the folder that was made for single files, so that they can be given again."""
+        return self.model_copy(update={"diffusers_path": None}) if self.architecture else self

@@ -148,14 +148,19 @@ def _one_shift(settings: Settings, _: int) -> Iterator[Problem]:
 def _model_has_a_folder(settings: Settings, _: int) -> Iterator[Problem]:
     model = settings.model
     if model.diffusers_path is None:
-        path = model.transformer_path
-        yield _at(
-            "[model] diffusers_path",
-            f"is required{' beside transformer_path' if path else ''}: single files hold neither configurations nor "
-            "tokenizers. Give the model's folder in diffusers' layout; weights may be left out of it where another "
-            "path gives them",
-        )
-    elif os.path.isfile(model.diffusers_path):
+        if model.transformer_path is None and not (model.from_scratch and model.architecture):
+            yield _at(
+                "[model] diffusers_path",
+                "is required: give the model's folder in diffusers' layout. Without one, transformer_path, vae_path "
+                "and text_encoders name single files",
+            )
+        return
+    for key in ("architecture", "tokenizer_path"):
+        if getattr(model, key) is not None:
+            yield _at(
+                f"[model] {key}", "is for single files without a folder, and diffusers_path gives one; leave it out"
+            )
+    if os.path.isfile(model.diffusers_path):
         yield _at(
             "[model] diffusers_path",
             f"{model.diffusers_path} is a file, and the model's folder in diffusers' layout is needed; a file with the "
@@ -337,10 +342,18 @@ _RULES = (
     SettingsRule(("output_dir",), _output_can_be_written),
     # Of a model that is unknown, and of one whose folder has diffusion-pipe's name, that is told already.
     SettingsRule(
-        ("model.type", "model.ckpt_path", "model.diffusers_path", "model.transformer_path"), _model_has_a_folder
+        (
+            "model.type",
+            "model.ckpt_path",
+            "model.diffusers_path",
+            "model.transformer_path",
+            "model.architecture",
+            "model.tokenizer_path",
+        ),
+        _model_has_a_folder,
     ),
     *(_one_batch_a_resolution(key) for key in BATCH_KEYS),
-    *(_model_path_exists(key) for key in ("diffusers_path", "transformer_path", "vae_path")),
+    *(_model_path_exists(key) for key in ("diffusers_path", "transformer_path", "vae_path", "tokenizer_path")),
     SettingsRule(("model.text_encoders",), _text_encoder_paths_exist),
     SettingsRule(("adapter.init_from_existing",), _adapter_path_exists),
     SettingsRule(("model.preset_adapters",), _preset_paths_exist),

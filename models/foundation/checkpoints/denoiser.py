@@ -87,13 +87,31 @@ class DenoiserWeights:
         ]
         materialise(denoiser, names, lambda name: source.read(base_name(name)), self.storage)
 
+    def check_fit(self) -> None:
+        """Whether the file has all tensors of this denoiser, and no others.
+
+        Raises:
+            UserError: it has not.
+        """
+        if unused := self._weights(self._read_part(self.build_empty())).unused:
+            raise UserError.of(f"'{unused[0]}' is no tensor of this model", str(self.path))
+
     def _opened(self, denoiser: nn.Module) -> TensorSource:
+        weights = self._weights(self._read_part(denoiser))
+        weights.tell_unused()
+        return weights
+
+    def _weights(self, module: nn.Module) -> Weights:
         header = read_header(self.path, with_gguf=True)
         layout = self.layout if self.layout and self.layout.recognises(header.files) else None
         try:
-            return Weights(self.path, denoiser, layout)
+            return Weights(self.path, module, layout)
         except UserError as error:
             raise explained(error, header.shapes, self.model_type) from error
+
+    def _read_part(self, denoiser: nn.Module) -> nn.Module:
+        """What is read from `path`."""
+        return denoiser
 
     def _stored(self, denoiser: nn.Module) -> nn.Module:
         for name, parameter in denoiser.named_parameters():
@@ -114,4 +132,7 @@ class EnsembleDenoiserWeights(DenoiserWeights):
     loaders: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict)
 
     def _opened(self, denoiser: nn.Module) -> TensorSource:
-        return EnsembleWeights({self.part: super()._opened(denoiser.get_submodule(self.part))}, self.loaders)
+        return EnsembleWeights({self.part: super()._opened(denoiser)}, self.loaders)
+
+    def _read_part(self, denoiser: nn.Module) -> nn.Module:
+        return denoiser.get_submodule(self.part)

@@ -35,6 +35,9 @@ TEXT_CONFIG_KEYS = {
 """The keys that the configuration of a text encoder must have, by `model_type`, since transformers has a default for
 everything; all other configurations must have `hidden_size`. They are whole numbers above 0."""
 
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("spiece.model",))
+"""Files with a tokenizer's vocabulary; any of these sets is enough."""
+
 
 @dataclass(frozen=True)
 class TextPart:
@@ -105,11 +108,7 @@ def check_diffusers_folder(options: ModelSettings, denoiser: str, text_parts: Se
     texts, tokenizers = [part.folder for part in inside], [part.tokenizer for part in inside]
     parts = ["scheduler", *texts, *tokenizers, denoiser, "vae"]
     present = [part for part in parts if (folder / part).is_dir()]
-    problems = [
-        Problem(str(folder), part, "this part is missing; download the whole diffusers folder")
-        for part in parts
-        if part not in present
-    ]
+    problems = [_missing(options, part, inside) for part in parts if part not in present]
     weights = {
         denoiser: (options.transformer_path, "[model] transformer_path"),
         "vae": (options.vae_path, "[model] vae_path"),
@@ -118,15 +117,14 @@ def check_diffusers_folder(options: ModelSettings, denoiser: str, text_parts: Se
     if options.from_scratch:
         weights.pop(denoiser)
     with_gguf = {denoiser, *(part.folder for part in text_parts if part.is_t5)}
-    checks: list[Callable[[], object]] = [partial(read_json, folder / part / _config_name(part)) for part in present]
+    checks: list[Callable[[], object]] = [partial(read_json, folder / part / config_name(part)) for part in present]
     for part, (override, option) in weights.items():
         if override is not None:
             checks.append(partial(read_header, override, with_gguf=part in with_gguf))
         elif part in present and any((folder / part).glob("*.safetensors*")):
             checks.append(partial(read_header, folder / part))
         elif part in present:
-            hint = f"no .safetensors here; download them, or name a file with {option}"
-            problems.append(Problem(str(folder / part), "weights", hint))
+            problems.append(_without_weights(options, part, option, inside))
     problems += problems_of(checks)
     if problems:
         raise UserError(problems)
@@ -156,9 +154,43 @@ def model_index(folder: Path) -> dict[str, Any]:
     return read_json(folder / INDEX, kinds=INDEX_KINDS) if (folder / INDEX).is_file() else {}
 
 
-def _config_name(part: str) -> str:
+def _missing(options: ModelSettings, part: str, text_parts: Sequence[TextPart]) -> Problem:
+    """The problem of a folder without a part."""
+    if options.architecture is None:
+        return Problem(str(options.diffusers_path), part, "this part is missing; download the whole diffusers folder")
+    encoder = next((one for one in text_parts if one.tokenizer == part), None)
+    if encoder is None:
+        return Problem("[model] architecture", "", f"configs/ has no {part} of it; give diffusers_path")
+    file, names = encoder.override(options), " or ".join(" and ".join(names) for names in VOCABULARIES)
+    beside = f", or put that folder beside {file}" if file else ""
+    return Problem(
+        "[model] tokenizer_path",
+        "",
+        f"the tokenizer of the text encoder '{encoder.name}' is missing: give a folder with a folder `{part}` or "
+        f"`{encoder.name}` in it, in which its words are ({names}){beside}",
+    )
+
+
+def _without_weights(options: ModelSettings, part: str, option: str, text_parts: Sequence[TextPart]) -> Problem:
+    """The problem of a part without weights."""
+    if options.architecture is None:
+        hint = f"no .safetensors here; download them, or name a file with {option}"
+        return Problem(str(options.diffusers_path / part), "weights", hint)
+    encoder = next((one for one in text_parts if one.folder == part), None)
+    entry = f', as an entry {{ type = "{encoder.name}", path = ... }}' if encoder else ""
+    return Problem(option, "", f"the weights of the part {part} are needed{entry}")
+
+
+def config_name(part: str) -> str:
+    """What the file with the configuration of a part of a diffusers folder is called."""
     kinds = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
-    return kinds.get(part.split("_")[0], "config.json")
+    processor = "preprocessor_config.json" if part.endswith("processor") else "config.json"
+    return kinds.get(part.split("_")[0], processor)
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a tokenizer's words are in a folder."""
+    return any(all((folder / name).is_file() for name in names) for names in VOCABULARIES)
 
 
 def problems_of(checks: Iterable[Callable[[], object]]) -> list[Problem]:

@@ -40,6 +40,9 @@ class Weights:
         path: a .safetensors file, a folder with one or its shards, or a .gguf file.
         module: the model (on the meta device will do), for names and shapes.
         layout: the table by which another program names them; None if the files use our names.
+
+    Attributes:
+        unused: names of tensors in the files that the model does not have.
     """
 
     def __init__(self, path: Path, module: nn.Module, layout: KeyLayout | None = None):
@@ -51,10 +54,12 @@ class Weights:
         except ValueError as error:
             raise UserError.of(f"{error}: this file does not fit the model's configuration", str(path)) from error
         self.header = header
-        self._check(shapes, layout.prefix(header.files) if layout else "", layout.unused if layout else ())
+        self.unused = self._checked(
+            shapes, layout.prefix(header.files) if layout else "", layout.unused if layout else ()
+        )
         self._opened: dict[Path, Any] = {}
 
-    def _check(self, shapes: Mapping[str, tuple[int, ...]], prefix: str, known: Sequence[str]) -> None:
+    def _checked(self, shapes: Mapping[str, tuple[int, ...]], prefix: str, known: Sequence[str]) -> list[str]:
         asked: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes.items():
             piece = self.pieces.get(name, Piece(name))
@@ -63,7 +68,7 @@ class Weights:
             asked[piece.key] = max(whole, asked.get(piece.key, whole))
         for key, shape in asked.items():
             check_shape(key, self.header.shapes.get(key), shape, self.path)
-        unused = [
+        return [
             key
             for key in self.header.files
             if key.startswith(prefix)
@@ -71,13 +76,16 @@ class Weights:
             and key.endswith(("weight", "bias", "scale"))
             and key.removeprefix(prefix) not in known
         ]
-        if unused:
+
+    def tell_unused(self) -> None:
+        """Says that some of the tensors are not used, if this is so."""
+        if self.unused:
             logger.warning(
                 "%s: the model's configuration has no use for %d of the tensors, the first is '%s'; is it "
                 "another model's?",
                 self.path,
-                len(unused),
-                unused[0],
+                len(self.unused),
+                self.unused[0],
             )
 
     def read(self, name: str) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from models.foundation.checkpoints.configs import explained
-from models.foundation.checkpoints.folders import TextPart, problems_of
+from models.foundation.checkpoints.folders import VOCABULARIES, TextPart, has_vocabulary, problems_of
 from models.foundation.checkpoints.gguf_files import is_gguf, t5_tensors
 from models.foundation.checkpoints.headers import fingerprint
 from models.foundation.checkpoints.stock import of_transformers
@@ -32,8 +32,6 @@ SIZES = ("hidden_size", "num_hidden_layers")
 """Keys of a text encoder's configuration that determine the shape of features, or which layers exist."""
 STOCK_FILES = ("model.safetensors", "model.safetensors.index.json")
 """What transformers calls files of weights."""
-VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("spiece.model",))
-"""Files with a tokenizer's vocabulary; any of these sets is enough."""
 
 
 class TextEncoder:
@@ -236,7 +234,7 @@ def load_tokenizer(folder: Path, *, names_padding: bool = True) -> Any:
     # Without its vocabulary a tokenizer would load all the same, and know no words. ByT5's words are the bytes.
     settings = folder / "tokenizer_config.json"
     needs_none = settings.is_file() and read_json(settings).get("tokenizer_class") == "ByT5Tokenizer"
-    if not needs_none and not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
+    if not needs_none and not has_vocabulary(folder):
         raise UserError.of(
             f"the tokenizer's words are missing ({' or '.join(' and '.join(names) for names in VOCABULARIES)}); "
             "download this folder again",
