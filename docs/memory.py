@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from models.assembly.fitting import Attempt, fit  # noqa: E402
+from models.assembly.kept import weight_bytes  # noqa: E402
 from models.assembly.memory import GIB, Planner  # noqa: E402
+from models.assembly.phases import encoding_bytes  # noqa: E402
 from models.assembly.stage import partition  # noqa: E402
+from models.base import BasePipeline  # noqa: E402
+from models.foundation.checkpoints.configs import made_of  # noqa: E402
+from models.foundation.checkpoints.weights import build_empty  # noqa: E402
 from optimizers.adamw import AdamW8bitSettings, AdamWSettings  # noqa: E402
 from tests.models.full_size import ALL, TEXT_ENCODERS, FullSize, text_encoder_bytes  # noqa: E402
 from utils.adapters.lora import LoraSettings  # noqa: E402
+from utils.dataset.samples import Bucket  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.settings.schema import Settings  # noqa: E402
 
@@ -59,6 +67,31 @@ MiB more are for the captions.
 """
 
 
+CLIPS = (
+    ("wan", "2.1_t2v_1.3b"),
+    ("wan", "2.1_t2v_14b"),
+    ("wan", "2.2_i2v_a14b"),
+    ("wan", "2.2_ti2v_5b"),
+    ("hunyuan_video", "t2v"),
+    ("ltx_video", "2b_0.9.5"),
+    ("ltx_video", "13b"),
+    ("cosmos_predict2", "2b_v2w"),
+    ("cosmos_predict2", "14b_v2w"),
+)
+"""Models of clips: type and architecture."""
+CLIP_SIZES = ((832, 480, 81), (1280, 720, 121))
+CLIP_CARDS = (24, 80)
+OF_CLIPS = f"""## Clips
+
+Of one clip: the tokens of its latents, the MiB that it takes in the cache (latents and the longest caption), the GiB
+with which the VAE encodes it at once, and in tiles, as it does where the card has no room for that: neighbouring tiles
+are blended, and differ a little from the whole. Wan's VAE goes through a clip part by part and remembers what it needs
+of the frames before, HunyuanVideo's blends pieces of 16 frames as its stock pipeline does; all others see the whole
+clip. Then what a LoRA of rank {RANK} needs on a card, as above. Sides are multiples of what the model asks for, so that
+720 lines may be 704, and clips are cut to the frames that it was made for.
+"""
+
+
 def main() -> None:
     adapted = "\n".join(lora_row(model) for model in ALL)
     cards = " | ".join(f"{card} GB" for card in CARDS)
@@ -66,7 +99,44 @@ def main() -> None:
     full_cards = " | ".join(f"{card} GB" for card in FULL_CARDS)
     in_full = "\n".join(full_row(model) for model in ALL)
     in_full = f"| | AdamW | adamw8bit | {full_cards} |\n|---|---|---|{'---|' * len(FULL_CARDS)}\n{in_full}\n"
-    PAGE.write_text(f"{TOP}\n{lora}\n{FULL}\n{in_full}\n{TEXTS}\n{texts_table()}", encoding="utf-8")
+    clips = "\n".join(clip_row(*model, *size) for model in CLIPS for size in CLIP_SIZES)
+    of_cards = " | ".join(f"{card} GB" for card in CLIP_CARDS)
+    rule = f"|---|---|---|---|---|{'---|' * len(CLIP_CARDS)}"
+    clips = f"| | tokens | cache | VAE | in tiles | {of_cards} |\n{rule}\n{clips}\n"
+    parts = (TOP, lora, FULL, in_full, OF_CLIPS, clips, TEXTS, texts_table())
+    PAGE.write_text("\n".join(parts), encoding="utf-8")
+
+
+def clip_row(model_type: str, architecture: str, width: int, height: int, frames: int) -> str:
+    """What a clip of this size takes of a published model."""
+    import models
+
+    options = models.find(model_type).Options(type=model_type, architecture=architecture, from_scratch=True)
+
+    def published(_: Path, **keys: Any) -> BasePipeline:
+        return models.build(options.model_copy(update={"transformer_dtype": keys["transformer_dtype"]}))
+
+    pipeline = models.build(options)
+    media, encoders = pipeline.media, pipeline.encoders()
+    sides = [side // media.spatial * media.spatial for side in (width, height)]
+    frames = min(frames, media.max_frames)
+    bucket = Bucket(*sides, (frames - 1) // media.temporal * media.temporal + 1)
+    latent = pipeline.latent_shape(bucket.width, bucket.height, bucket.frames)
+    cached = [one for encoder in encoders for one in encoder.feature_shapes(bucket).values()]
+    vae = encoders[0]
+    config, file = vae.family.config(vae.folder, vae.file), vae.folder / "vae" / "config.json"
+    empty = build_empty(lambda: made_of(vae.family.model_class, config, file)).to(vae.dtype).to("meta").eval()
+    needs = encoding_bytes(vae, empty, bucket, 1)
+    model = SimpleNamespace(pipeline=published, encoders=encoders, bucket=bucket)
+    channels, latent_frames, *cells_hw = latent
+    cells = (
+        f"{model_type} {architecture}, {bucket.width} x {bucket.height} x {bucket.frames}",
+        f"{pipeline.tokens((channels, 1, *cells_hw)) * latent_frames:,}",
+        f"{sum(math.prod(shape) * dtype.itemsize for shape, dtype in cached) / 2**20:.1f}",
+        *("-" if need is None else f"{(need + weight_bytes([empty])) / GIB:.1f}" for need in needs),
+        *_choices(model, CLIP_CARDS),
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def texts_table() -> str:
@@ -83,12 +153,12 @@ def lora_row(model: FullSize) -> str:
     """The choices for a model on all cards."""
     width, height, frames = model.size
     size = f"{width} x {height}" + (f" x {frames}" if frames > 1 else "")
-    return f"| {model.name}, {size} | {' | '.join(_choices(model))} |"
+    return f"| {model.name}, {size} | {' | '.join(_choices(model, CARDS))} |"
 
 
-def _choices(model: FullSize) -> Iterator[str]:
+def _choices(model: FullSize, cards: Sequence[int]) -> Iterator[str]:
     planners: dict[str, Planner] = {}
-    for card in CARDS:
+    for card in cards:
         for base in BASES:
             if base not in planners:
                 adapter = LoraSettings(type="lora", rank=RANK)

@@ -28,6 +28,8 @@ CHANNELS = ("in_channels", "input_channels")
 """Keys of a VAE's configuration, of which one says how many channels a picture has."""
 SHORT_LATENTS = (3, 4)
 """Numbers of a latent's frames from which longer clips follow."""
+RGB, RGBA = 3, 4
+LARGE = 2**20
 LONGEST = 512
 """Tokens of a text, where the tokenizer knows no limit."""
 
@@ -38,19 +40,28 @@ class Need:
 
     Attributes:
         activations: at its peak; None if they could not be counted.
+        tiled: the same in tiles, as happens where there is no room for that; None if it makes none.
     """
 
     name: str
     weights: int
     activations: int | None
+    tiled: int | None = None
 
     @property
     def total(self) -> int:
         """What is known of it."""
         return self.weights + (self.activations or 0)
 
+    @property
+    def least(self) -> int:
+        """What it takes where there is little room."""
+        return min(self.total, self.total if self.tiled is None else self.weights + self.tiled)
+
     def __str__(self) -> str:
         told = f"{self.name} {self.total / GIB:.2f}"
+        if self.least < self.total:
+            return f"{told} at once, {self.least / GIB:.2f} in tiles, if there is no room for that"
         return told if self.activations is not None else f"{told} (weights alone: its activations cannot be counted)"
 
 
@@ -103,7 +114,7 @@ class Phases:
         """Every phase with its peak on the rank that takes most, and which phase decides."""
         needs = list(caching_needs(self.encoders, *self.caching))
         peaks = {
-            "caching": max((need.total for need in needs), default=0),
+            "caching": max((need.least for need in needs), default=0),
             "training": max(plan.training for plan in plans),
             "evaluation": max(plan.evaluation for plan in plans),
             "sampling": max(plan.sampling for plan in plans),
@@ -137,18 +148,56 @@ def caching_needs(encoders: Iterable[Encoder], bucket: Bucket, batch: int) -> It
     for encoder in encoders:
         if isinstance(encoder, ImageAutoencoder):
             vae = empty_vae(encoder)
-            channels = next((vae.config[key] for key in CHANNELS if vae.config.get(key)), 3)
-            size, (latent_shape, _) = (bucket.height, bucket.width), next(iter(encoder.feature_shapes(bucket).values()))
-            if len(latent_shape) == 3:
-                activations = _counted(partial(_encoded, vae, _empty(encoder, batch, channels, *size)))
-            else:
-                clip = partial(_encoded_clip, encoder, vae, batch, channels, size)
-                group = (bucket.frames - 1) // max(latent_shape[1] - 1, 1)
-                few, some = (1 + group * (count - 1) for count in SHORT_LATENTS)
-                activations = _of_clip(clip, bucket.frames, (few, some))
-            yield Need(encoder.name, weight_bytes([vae]), activations)
+            yield Need(encoder.name, weight_bytes([vae]), *encoding_bytes(encoder, vae, bucket, batch))
         elif isinstance(encoder, TextEncoder) and not isinstance(encoder, ClipTokens):
             yield _of_text(encoder, batch)
+
+
+def encoding_bytes(
+    encoder: ImageAutoencoder, vae: nn.Module, bucket: Bucket, batch: int
+) -> tuple[int | None, int | None]:
+    """What a VAE on the meta device takes beside its weights to encode so many samples of a size: at once, and in
+    tiles. None for what cannot be counted, or not be done."""
+    channels = _channels(vae)
+    (latent_shape, _) = next(iter(encoder.feature_shapes(bucket).values()))
+    if len(latent_shape) == 3:
+
+        def encoded(frames: int, height: int, width: int) -> Any:
+            return _encoded(vae, _empty(encoder, batch, channels, height, width))
+
+        group = 1
+    else:
+
+        def encoded(frames: int, height: int, width: int) -> Any:
+            return _encoded(vae, _empty(encoder, batch, channels, frames, height, width))
+
+        group = (bucket.frames - 1) // max(latent_shape[1] - 1, 1)
+    few, some = (1 + group * (count - 1) for count in SHORT_LATENTS)
+    size = bucket.height, bucket.width
+    whole = _of_clip(vae, lambda frames: encoded(frames, *size), bucket.frames, (few, some))
+    if not hasattr(vae, "enable_tiling"):
+        return whole, None
+    vae.enable_tiling()
+    # Tiles are made one after the other: four of them, and two parts of a clip, take as much as all. What grows is
+    # the input.
+    canvas = [min(side, 2 * _tile_of(vae, name)) for side, name in zip(size, ("height", "width"), strict=True)]
+    in_pieces = getattr(vae, "use_framewise_encoding", False)
+    frames = min(bucket.frames, 2 * _tile_of(vae, "num_frames") + 1 if in_pieces else LARGE)
+    tiled = _of_clip(vae, lambda count: encoded(count, *canvas), frames, (few, some))
+    left_out = batch * channels * (bucket.pixels - frames * canvas[0] * canvas[1]) * encoder.dtype.itemsize
+    return whole, None if tiled is None else tiled + left_out
+
+
+def _channels(vae: nn.Module) -> int:
+    """The number of channels of a picture. The configuration of Wan 2.2's VAE counts them after it has been cut into
+    patches."""
+    told = next((vae.config[key] for key in CHANNELS if vae.config.get(key)), RGB)
+    return told // vae.config["patch_size"] ** 2 if told > RGBA else told
+
+
+def _tile_of(vae: nn.Module, side: str) -> int:
+    """The size of a tile, in pixels or in frames."""
+    return getattr(vae, f"tile_sample_min_{side}", getattr(vae, "tile_sample_min_size", LARGE))
 
 
 def uncounted(encoders: Iterable[Encoder]) -> list[str]:
@@ -184,14 +233,14 @@ def _of_decoding(encoder: ImageAutoencoder, vae: nn.Module, latent_shape: Sequen
     if len(latent_shape) == 3:
         return _counted(partial(decoded, *latent_shape))
     channels, frames, *size = latent_shape
-    return _of_clip(lambda count: decoded(channels, count, *size), frames, SHORT_LATENTS)
+    return _of_clip(vae, lambda count: decoded(channels, count, *size), frames, SHORT_LATENTS)
 
 
-def _of_clip(compute: Callable[[int], Any], frames: int, short: tuple[int, int]) -> int | None:
-    """What a clip of so many frames takes. VAEs of clips go through them part by part, so that each further part adds
-    as much as the one before: long clips follow from two short ones."""
+def _of_clip(vae: nn.Module, compute: Callable[[int], Any], frames: int, short: tuple[int, int]) -> int | None:
+    """What a clip of so many frames takes. VAEs with a memory of frames, as Wan's, go through clips part by part, so
+    that each further part adds as much as the one before: long clips follow from two short ones."""
     few, some = short
-    if frames <= some:
+    if frames <= some or not hasattr(vae, "clear_cache"):
         return _counted(partial(compute, frames))
     counted = [_counted(partial(compute, count)) for count in short]
     if None in counted:
@@ -201,12 +250,6 @@ def _of_clip(compute: Callable[[int], Any], frames: int, short: tuple[int, int])
 
 def _encoded(vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     return vae.encode(pixels).latent_dist.mode()
-
-
-def _encoded_clip(
-    encoder: ImageAutoencoder, vae: nn.Module, batch: int, channels: int, size: tuple[int, int], frames: int
-) -> torch.Tensor:
-    return _encoded(vae, _empty(encoder, batch, channels, frames, *size))
 
 
 def _empty(encoder: ImageAutoencoder, *shape: int) -> torch.Tensor:

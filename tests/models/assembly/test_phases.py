@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -14,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from models.assembly.fitting import MARGIN, SHARE, fit
 from models.assembly.live_bytes import most_at_once
 from models.assembly.memory import GIB, Planner
-from models.assembly.phases import Need, caching_needs, decoding_need
+from models.assembly.phases import Need, caching_needs, decoding_need, encoding_bytes
 from models.assembly.stage import partition
 from tests.models import tiny_flux, tiny_wan
 from tests.models.tiny_folder import settings_of
@@ -81,6 +84,49 @@ def test_long_clips_follow_from_short_ones(tmp_path: Path) -> None:
     shape = wan.latent_shape(clip.width, clip.height, clip.frames)
     whole = most_at_once(lambda: module.decode(torch.empty(1, *shape, device="meta")))
     assert decoding_need(vae, shape).whole == need.weights + whole
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "bucket"),
+    [
+        ("AutoencoderKLHunyuanVideo", 4, Bucket(576, 448, 45)),
+        ("AutoencoderKLLTXVideo", 8, Bucket(1024, 576, 41)),
+    ],
+)
+def test_clips_are_encoded_at_once_or_in_tiles(name: str, group: int, bucket: Bucket) -> None:
+    """What is counted follows from a part of the tiles. HunyuanVideo's VAE goes through more than 16 frames in pieces
+    anyway, so that nothing follows from shorter clips."""
+    with torch.device("meta"):
+        vae = getattr(diffusers, name)().bfloat16().eval()
+    latent = 1, (bucket.frames - 1) // group + 1, 1, 1
+    encoder = SimpleNamespace(dtype=torch.bfloat16, feature_shapes=lambda _: {"latents": (latent, torch.bfloat16)})
+    pixels = partial(torch.empty, 1, 3, bucket.frames, bucket.height, bucket.width, dtype=torch.bfloat16, device="meta")
+
+    def taken() -> int:
+        return most_at_once(lambda: vae.encode(pixels()).latent_dist.mode())
+
+    at_once = taken()
+    whole, tiled = encoding_bytes(encoder, vae, bucket, 1)
+    assert whole == at_once
+    vae.enable_tiling()
+    assert tiled == pytest.approx(taken(), rel=0.1) and tiled < 0.7 * whole
+
+
+def test_wans_vae_of_patches_is_counted() -> None:
+    """Its configuration has the channels of patches; a picture has three."""
+    config = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "base_dim": 8, "z_dim": 4}
+    with torch.device("meta"):
+        vae = diffusers.AutoencoderKLWan(**config, latents_mean=[0.0] * 4, latents_std=[1.0] * 4).eval()
+    encoder = SimpleNamespace(dtype=torch.float32, feature_shapes=lambda _: {"latents": ((4, 1, 1, 1), torch.float32)})
+    whole, tiled = encoding_bytes(encoder, vae, Bucket(64, 64, 1), 1)
+    assert whole == most_at_once(lambda: vae.encode(torch.empty(1, 3, 1, 64, 64, device="meta")).latent_dist.mode())
+    assert tiled is not None
+
+
+def test_an_encoder_is_told_with_what_it_takes_in_tiles() -> None:
+    need = Need("vae", GIB, 8 * GIB, 2 * GIB)
+    assert need.least == 3 * GIB and str(need) == "vae 9.00 at once, 3.00 in tiles, if there is no room for that"
+    assert str(Need("vae", GIB, GIB, 2 * GIB)) == "vae 2.00"
 
 
 def test_what_looks_at_values_counts_with_its_weights_alone() -> None:
