@@ -31,6 +31,10 @@ HUB = {
     "hunyuan_dit": ("Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers",),
     "hunyuan_image": ("hunyuanvideo-community/HunyuanImage-2.1-Diffusers",),
     "hunyuan_video": ("hunyuanvideo-community/HunyuanVideo", "hunyuanvideo-community/HunyuanVideo-I2V"),
+    "hunyuan_video_15": (
+        "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v",
+        "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v",
+    ),
     "ltx_video": ("Lightricks/LTX-Video", "Lightricks/LTX-Video-0.9.7-dev"),
     "lumina2": ("Alpha-VLLM/Lumina-Image-2.0",),
     "qwen_image": ("Qwen/Qwen-Image", "Qwen/Qwen-Image-Edit"),

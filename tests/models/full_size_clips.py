@@ -68,6 +68,16 @@ HUNYUAN_VIDEO = FullSize(
     {**text_of("llama", 256, 4096), **pooled_of(clip_pooled=768)},
     (832, 480, 49),
 )
+HUNYUAN_VIDEO_15 = FullSize(
+    "HunyuanVideo 1.5",
+    "hunyuan_video_15",
+    {
+        "transformer": {"_class_name": "HunyuanVideo15Transformer3DModel"},
+        "vae": {"_class_name": "AutoencoderKLHunyuanVideo15"},
+    },
+    {**text_of("qwen2_5_vl", 1000, 3584), **text_of("byt5", 256, 1472)},
+    (832, 480, 49),
+)
 COSMOS = {"_class_name": "CosmosTransformer3DModel", "extra_pos_embed_type": None}
 COSMOS_PREDICT2 = FullSize(
     "Cosmos-Predict2 2B, text to image",

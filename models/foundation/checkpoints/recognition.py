@@ -70,6 +70,8 @@ FOLDERS = {
     "HiDreamImagePipeline": "hidream",
     "HunyuanDiTPipeline": "hunyuan_dit",
     "HunyuanImagePipeline": "hunyuan_image",
+    "HunyuanVideo15ImageToVideoPipeline": "hunyuan_video_15",
+    "HunyuanVideo15Pipeline": "hunyuan_video_15",
     "HunyuanVideoImageToVideoPipeline": "hunyuan_video",
     "HunyuanVideoPipeline": "hunyuan_video",
     "LTXConditionPipeline": "ltx_video",
@@ -112,6 +114,8 @@ HUNYUAN_VIDEO = (
     ("context_embedder.token_refiner", "x_embedder.proj.weight"),
 )
 """Of Tencent's, and of diffusers: what only this family has, and what takes the latents."""
+STEPS_OF_ITS_OWN = ("time_r_in.", "timestep_embedder_r.")
+"""Of both, what only models have that were distilled to fewer steps."""
 
 GUESS = "; is it another model's?"
 
@@ -143,10 +147,21 @@ SIGNATURES: tuple[FileSignature, ...] = (
     FileSignature("Chroma", _type("chroma"), ("distilled_guidance_layer.",)),
     FileSignature("ERNIE-Image", _type("ernie_image"), ("adaLN_modulation.1.", "layers.0.adaLN_sa_ln.")),
     FileSignature("Flux.2", _type("flux2"), ("double_stream_modulation_img.", "single_stream_modulation.")),
-    *(FileSignature("HunyuanVideo 1.5", NOT_TRAINED, (refiner, "cond_type_embed")) for refiner, _ in HUNYUAN_VIDEO),
+    *(
+        FileSignature(
+            "the step-distilled HunyuanVideo 1.5",
+            "it is not trained here; give the plain one",
+            (refiner, "cond_type_embed", part),
+        )
+        for (refiner, _), part in zip(HUNYUAN_VIDEO, STEPS_OF_ITS_OWN, strict=True)
+    ),
+    *(
+        FileSignature("HunyuanVideo 1.5", _type("hunyuan_video_15"), (refiner, "cond_type_embed"))
+        for refiner, _ in HUNYUAN_VIDEO
+    ),
     *(
         FileSignature("the distilled HunyuanImage 2.1", "it is not trained here; give the plain one", (refiner, part))
-        for refiner, part in zip((one for one, _ in HUNYUAN_VIDEO), ("time_r_in.", "timestep_embedder_r."), strict=True)
+        for (refiner, _), part in zip(HUNYUAN_VIDEO, STEPS_OF_ITS_OWN, strict=True)
     ),
     FileSignature("HunyuanImage 2.1", _type("hunyuan_image"), ("txt_in.individual_token_refiner", "byt5_in.fc1.")),
     FileSignature(
