@@ -23,6 +23,7 @@ HUB = {
     "auraflow": ("fal/AuraFlow-v0.3", "purplesmartai/pony-v7-base"),
     "chroma": ("lodestones/Chroma1-HD",),
     "cogview4": ("zai-org/CogView4-6B",),
+    "cosmos": ("nvidia/Cosmos-1.0-Diffusion-7B-Text2World", "nvidia/Cosmos-1.0-Diffusion-7B-Video2World"),
     "cosmos_predict2": ("nvidia/Cosmos-Predict2-2B-Text2Image", "nvidia/Cosmos-Predict2-2B-Video2World"),
     "ernie_image": ("baidu/ERNIE-Image",),
     "flux": ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Kontext-dev"),

@@ -33,6 +33,7 @@ ENDINGS = {
     "linear_layer": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
 }
 SHARED_NAMES = [
+    {"cosmos", "cosmos_predict2"},
     {"flux", "chroma"},
     {"flux", "hunyuan_video"},
     {"chroma", "hunyuan_video"},

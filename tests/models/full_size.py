@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from tests.models.full_size_clips import (
+    COSMOS_1,
     COSMOS_PREDICT2,
     COSMOS_PREDICT2_14B,
     HUNYUAN_VIDEO,
@@ -267,6 +268,7 @@ ALL = (
     LTX_VIDEO_13B,
     HUNYUAN_VIDEO,
     HUNYUAN_VIDEO_15,
+    COSMOS_1,
     COSMOS_PREDICT2,
     COSMOS_PREDICT2_14B,
     HUNYUAN_IMAGE,
@@ -286,7 +288,7 @@ TEXT_ENCODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "T5EncoderModel",
         {**_T5_XXL, "vocab_size": 32128},
     ),
-    "T5-11B: Cosmos-Predict2": (
+    "T5-11B: Cosmos 1.0, Cosmos-Predict2": (
         "T5EncoderModel",
         {"vocab_size": 32128, "d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_layers": 24, "num_heads": 128},
     ),

@@ -92,3 +92,18 @@ COSMOS_PREDICT2_14B = FullSize(
     {**text_of("t5", 512, 1024), "first_frame_latents": ((16, 1, 60, 104), torch.bfloat16)},
     (832, 480, 49),
 )
+COSMOS_1 = FullSize(
+    "Cosmos 1.0 7B, text to world",
+    "cosmos",
+    {
+        "transformer": {"_class_name": "CosmosTransformer3DModel"},
+        "vae": {
+            "_class_name": "AutoencoderKLCosmos",
+            "latent_channels": 16,
+            "spatial_compression_ratio": 8,
+            "temporal_compression_ratio": 8,
+        },
+    },
+    text_of("t5", 512, 1024),
+    (832, 480, 49),
+)

@@ -70,6 +70,7 @@ OF_OTHER_INPUTS = (
     "test_all_weights_are_read_from_what_was_exported",
 )
 VARIANTS = {
+    "cosmos_v2w": OF_OTHER_INPUTS[:-1],
     # Its layers equal the whole module within rounding alone, which tests/models/test_cosmos_predict2.py shows.
     "cosmos_predict2_v2w": OF_OTHER_INPUTS[1:],
     "flux2_dev": OF_ANY_DENOISER,

@@ -62,6 +62,8 @@ FOLDERS = {
     "CogView4Pipeline": "cogview4",
     "Cosmos2TextToImagePipeline": "cosmos_predict2",
     "Cosmos2VideoToWorldPipeline": "cosmos_predict2",
+    "CosmosTextToWorldPipeline": "cosmos",
+    "CosmosVideoToWorldPipeline": "cosmos",
     "ErnieImagePipeline": "ernie_image",
     "Flux2KleinPipeline": "flux2",
     "Flux2Pipeline": "flux2",
@@ -102,6 +104,7 @@ ADAPTER_NAMES = {
     "Qwen-Image": r"transformer_blocks_\d+_(img|txt)_(mod|mlp)",
     "Z-Image or Lumina Image 2": r"(noise|context)_refiner_|(^|_)layers_\d+_(attention|attn|feed_forward|adaLN)",
     "HunyuanDiT": r"blocks_\d+_(attn1_Wqkv|attn2_kv_proj|skip_linear|default_modulation)",
+    "Cosmos 1.0": r"blocks_block\d+_blocks_\d_block_",
     "Cosmos-Predict2": r"transformer_blocks_\d+_norm\d_linear|blocks_\d+_((self|cross)_attn_\w+_proj|adaln_|mlp_layer)",
     "LTX-Video": r"transformer_blocks_\d+_(audio_)?attn[12]_to_",
     "Wan": r"(^|_)blocks_\d+_(self_attn|cross_attn|ffn|attn1_to|attn2_to)_",
@@ -207,8 +210,8 @@ SIGNATURES: tuple[FileSignature, ...] = (
         ("time_embed.emb.timestep_embedder.", "caption_projection.linear_1.", "attn1.norm_q."),
         lacks=("patch_embed.",),
     ),
-    FileSignature("Cosmos 1.0", NOT_TRAINED, ("blocks.block0.blocks.0.block.attn.to_q.0.",)),
-    FileSignature("Cosmos 1.0", NOT_TRAINED, ("learnable_pos_embed.pos_emb_t", "time_embed.t_embedder.")),
+    FileSignature("Cosmos 1.0", _type("cosmos"), ("blocks.block0.blocks.0.block.attn.to_q.0.",)),
+    FileSignature("Cosmos 1.0", _type("cosmos"), ("learnable_pos_embed.pos_emb_t", "time_embed.t_embedder.")),
     *(
         FileSignature(what, fits, (block, *part))
         for what, fits, part in (

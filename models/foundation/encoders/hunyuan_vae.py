@@ -70,7 +70,7 @@ class HunyuanVideoAutoencoder(WanAutoencoder):
         shape = hunyuan_latent_size(config, bucket.width, bucket.height, bucket.frames)
         return dict.fromkeys(self.outputs, (shape, self.dtype))
 
-    def _statistics(self) -> tuple[float, float]:
+    def _statistics(self, frames: int) -> tuple[float, float]:
         # Numbers and not tensors: bfloat16 would round the scale by up to 0.2 %.
         return 0.0, 1.0 / self.vae.config.scaling_factor
 
