@@ -25,6 +25,7 @@ HUB = {
     "cogview4": ("zai-org/CogView4-6B",),
     "cosmos": ("nvidia/Cosmos-1.0-Diffusion-7B-Text2World", "nvidia/Cosmos-1.0-Diffusion-7B-Video2World"),
     "cosmos_predict2": ("nvidia/Cosmos-Predict2-2B-Text2Image", "nvidia/Cosmos-Predict2-2B-Video2World"),
+    "cosmos_predict25": ("nvidia/Cosmos-Predict2.5-2B",),
     "ernie_image": ("baidu/ERNIE-Image",),
     "flux": ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Kontext-dev"),
     "flux2": ("black-forest-labs/FLUX.2-dev", "black-forest-labs/FLUX.2-klein-base-4B"),

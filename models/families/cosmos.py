@@ -37,7 +37,7 @@ def kind_of(config: Mapping[str, Any]) -> tuple[str, str | None]:
     if any(config.get(key) for key in TRANSFER):
         return "Cosmos-Transfer2.5", None
     if config.get("use_crossattn_projection"):
-        return "Cosmos-Predict2.5", None
+        return "Cosmos-Predict2.5", "cosmos_predict25"
     if config.get("extra_pos_embed_type", "learnable") == "learnable":
         return "Cosmos 1.0", "cosmos"
     return "Cosmos-Predict2", "cosmos_predict2"

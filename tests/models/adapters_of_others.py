@@ -34,6 +34,8 @@ ENDINGS = {
 }
 SHARED_NAMES = [
     {"cosmos", "cosmos_predict2"},
+    {"cosmos", "cosmos_predict25"},
+    {"cosmos_predict2", "cosmos_predict25"},
     {"flux", "chroma"},
     {"flux", "hunyuan_video"},
     {"chroma", "hunyuan_video"},

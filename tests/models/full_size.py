@@ -15,6 +15,7 @@ from tests.models.full_size_clips import (
     COSMOS_1,
     COSMOS_PREDICT2,
     COSMOS_PREDICT2_14B,
+    COSMOS_PREDICT25,
     HUNYUAN_VIDEO,
     HUNYUAN_VIDEO_15,
     LTX_VIDEO,
@@ -271,6 +272,7 @@ ALL = (
     COSMOS_1,
     COSMOS_PREDICT2,
     COSMOS_PREDICT2_14B,
+    COSMOS_PREDICT25,
     HUNYUAN_IMAGE,
 )
 
@@ -301,7 +303,7 @@ TEXT_ENCODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "LlamaModel",
         {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_key_value_heads": 8},
     ),
-    "Qwen2.5-VL 7B: Qwen-Image, HunyuanImage, HunyuanVideo 1.5": (
+    "Qwen2.5-VL 7B: Qwen-Image, HunyuanImage, HunyuanVideo 1.5, Cosmos-Predict2.5": (
         "Qwen2_5_VLModel",
         {
             "text_config": {

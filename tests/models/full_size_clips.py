@@ -107,3 +107,19 @@ COSMOS_1 = FullSize(
     text_of("t5", 512, 1024),
     (832, 480, 49),
 )
+COSMOS_PREDICT25 = FullSize(
+    "Cosmos-Predict2.5 2B",
+    "cosmos_predict25",
+    {
+        "transformer": {
+            **COSMOS,
+            "in_channels": 17,
+            "num_attention_heads": 16,
+            "use_crossattn_projection": True,
+            "crossattn_proj_in_channels": 100352,
+        },
+        "vae": WAN_VAE,
+    },
+    {"qwen2_5_vl": ((512, 100352), torch.bfloat16)},
+    (832, 480, 49),
+)

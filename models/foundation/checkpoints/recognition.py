@@ -60,6 +60,7 @@ FOLDERS = {
     "AuraFlowPipeline": "auraflow",
     "ChromaPipeline": "chroma",
     "CogView4Pipeline": "cogview4",
+    "Cosmos2_5_PredictBasePipeline": "cosmos_predict25",
     "Cosmos2TextToImagePipeline": "cosmos_predict2",
     "Cosmos2VideoToWorldPipeline": "cosmos_predict2",
     "CosmosTextToWorldPipeline": "cosmos",
@@ -216,7 +217,7 @@ SIGNATURES: tuple[FileSignature, ...] = (
         FileSignature(what, fits, (block, *part))
         for what, fits, part in (
             ("Anima", NOT_TRAINED, ("llm_adapter.",)),
-            ("Cosmos-Predict2.5", NOT_TRAINED, ("crossattn_proj.0.",)),
+            ("Cosmos-Predict2.5", _type("cosmos_predict25"), ("crossattn_proj.0.",)),
             ("Cosmos-Predict2", _type("cosmos_predict2"), ()),
         )
         for block in ("blocks.0.adaln_modulation_self_attn.1.", "transformer_blocks.0.norm1.linear_1.")
