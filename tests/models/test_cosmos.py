@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_cosmos_transformer_checkpoint_to_diffusers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from models.foundation.checkpoints.layouts.cosmos import COSMOS_LAYOUT
 from models.foundation.checkpoints.recognition import owner_of_names, recognised
@@ -155,3 +156,37 @@ def test_the_scheduler_of_another_model_is_told(tmp_path: Path) -> None:
     tiny_cosmos.EDMEulerScheduler(sigma_data=1.0).save_pretrained(place / "scheduler")
     with pytest.raises(UserError, match="sigma_data: is 1.0, and Cosmos 1.0 has 0.5"):
         tiny_cosmos.pipeline(place).check()
+
+
+def as_nvidia_names_it(name: str) -> str:
+    """A tensor of diffusers' tokenizer in the publisher's file; it has three blocks up."""
+    name = re.sub(r"up_blocks\.(\d)", lambda number: f"up.{2 - int(number[1])}", name)
+    for here, there in (
+        (r"down_blocks\.", "down."),
+        (r"mid_block\.resnets\.(\d)", lambda number: f"mid.block_{int(number[1]) + 1}"),
+        (r"mid_block\.attentions\.0", "mid.attn_1.0"),
+        (r"mid_block\.temp_attentions\.0", "mid.attn_1.1"),
+        (r"\.resnets\.", ".block."),
+        (r"(down|up)samplers\.0\.(conv\d)", r"\1sample.\2.conv3d"),
+        (r"to_([qkv])", r"\1.conv3d"),
+        (r"to_out\.0", "proj_out.conv3d"),
+        (r"conv_s\b", "0.conv3d"),
+        (r"conv_t\b", "1.conv3d"),
+        (r"conv_shortcut", "nin_shortcut.conv3d"),
+        (r"quant_conv", "quant_conv.conv3d"),
+    ):
+        name = re.sub(here, there, name)
+    return name
+
+
+def test_the_publishers_tokenizer_is_read(folder: Path, tmp_path: Path) -> None:
+    tensors = {name: one + 1 for name, one in load_file(next((folder / "vae").glob("*.safetensors"))).items()}
+    theirs = {as_nvidia_names_it(name): tensor for name, tensor in tensors.items()}
+    known = ("encoder.conv_in.0.conv3d.weight", "decoder.mid.attn_1.1.q.conv3d.bias", "post_quant_conv.conv3d.bias")
+    assert {*known, "encoder.down.0.block.0.conv1.1.conv3d.weight"} <= theirs.keys()
+    save_file({**theirs, "encoder.patcher3d.wavelets": torch.ones(2)}, tmp_path / "vae.safetensors")
+    autoencoder = tiny_cosmos.pipeline(folder, vae_path=tmp_path / "vae.safetensors").encoders()[0]
+    autoencoder.check()
+    autoencoder.load(torch.device("cpu"))
+    read = autoencoder.vae.state_dict()
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)

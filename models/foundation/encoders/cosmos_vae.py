@@ -5,6 +5,7 @@ Shapes: B batch, C channels, F frames, H W pixels, f h w latent cells.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,48 @@ from utils.dataset.samples import Bucket
 
 SIGMA_DATA = 0.5
 """The standard deviation of the latents that the model is trained on."""
+LEVELS = (256, 512, 512, 512)
+"""The channels of the decoder, for which diffusers has a default."""
 
 
-def _same(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    """Of files with other names it is told which tensor they lack."""
-    return tensors
+RENAMED = (
+    (r"\.(down|up)\.(\d+)\.", r".\1_blocks.\2."),
+    (r"\.block\.", ".resnets."),
+    (r"\.(down|up)sample\.", r".\1samplers.0."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.0\.", ".mid_block.attentions.0."),
+    (r"\.mid\.attn_1\.1\.", ".mid_block.temp_attentions.0."),
+    (r"\.([qkv])\.conv3d\.", r".to_\1."),
+    (r"\.proj_out\.conv3d\.", ".to_out.0."),
+    (r"\.0\.conv3d\.", ".conv_s."),
+    (r"\.1\.conv3d\.", ".conv_t."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.conv3d\.", "."),
+)
+"""Patterns of names in the publisher's file -> diffusers' names."""
+COMPUTED = ("wavelets", "_arange", "patch_size_buffer", "latent_mean", "latent_std")
+"""Ends of the names of what diffusers computes, or has in its configuration."""
+
+
+def _from_nvidia(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    """Tensors with NVIDIA's names, under diffusers' names. There the decoder's blocks are counted from the last."""
+    last = len(config.get("decode_block_out_channels", LEVELS)) - 2
+    renamed = {}
+    for name, tensor in tensors.items():
+        if name.endswith(COMPUTED):
+            continue
+        for there, here in RENAMED:
+            name = re.sub(there, here, name)
+        renamed[re.sub(r"(?<=\.up_blocks\.)\d+", lambda number: str(last - int(number[0])), name)] = tensor
+    return renamed
 
 
 COSMOS = Family(
     "AutoencoderKLCosmos",
     ("latent_channels", "spatial_compression_ratio", "temporal_compression_ratio"),
     "down_blocks.",
-    _same,
+    _from_nvidia,
 )
 
 
