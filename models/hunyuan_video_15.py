@@ -23,6 +23,7 @@ from models.families.clips import problems_of_stills
 from models.foundation.checkpoints.configs import stock_scheduler
 from models.foundation.checkpoints.folders import TextPart, model_index
 from models.foundation.checkpoints.layouts.hunyuan_video_15 import HUNYUAN_VIDEO_15_LAYOUT
+from models.foundation.checkpoints.weights import CheckpointNames
 from models.foundation.encoders.first_frame import SiglipVision
 from models.foundation.encoders.hunyuan_prompts import VideoGlyphFeatures, assisted_prompt
 from models.foundation.encoders.hunyuan_vae import (
@@ -88,8 +89,8 @@ class HunyuanVideo15Stream(NamedTuple):
 class TextMaskAttention:
     """Calls HunyuanVideo's attention processor with the mask of the text (B, L), or without any.
 
-    The model's own makes a mask of all pairs of tokens, gigabytes for a clip, in which padding sees nothing either. What
-    padding sees has no effect."""
+    The model's own makes a mask of all pairs of tokens, gigabytes for a clip, in which padding sees nothing either; what
+    it sees has no effect."""
 
     def __init__(self, processor: Any):
         self.processor = processor
@@ -185,7 +186,8 @@ class HunyuanVideo15Pipeline(BasePipeline):
     denoiser_class = "HunyuanVideo15Transformer3DModel"
     config_keys = ("image_embed_dim", "in_channels", "text_embed_2_dim", "text_embed_dim")
     text_parts = (
-        TextPart(TEXT, "Qwen2_5_VLTextModel"),
+        # Files of the whole Qwen2.5-VL have its vision too.
+        TextPart(TEXT, "Qwen2_5_VLTextModel", names=CheckpointNames("model.language_model.")),
         TextPart(GLYPHS, "T5EncoderModel", "text_encoder_2", "tokenizer_2"),
     )
     media = MediaFacts(spatial=16, temporal=4, max_frames=241, fps=24.0)

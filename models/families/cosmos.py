@@ -80,8 +80,7 @@ class CosmosStream(NamedTuple):
 
 
 class Entry(nn.Module):
-    """Embeds patches, time and positions, for which some models have learned tables too, and projects the text of some.
-    """
+    """Embeds patches, time and positions, for which some models have learned tables too; projects the text of some."""
 
     def __init__(self, denoiser: CosmosTransformer3DModel, fps: float | None):
         super().__init__()

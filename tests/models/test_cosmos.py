@@ -137,7 +137,11 @@ def test_sizes_beyond_the_positions_are_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "options", "said"),
     [
-        ({"in_channels": 16}, {}, "takes 16 channels, and the VAE makes 4; text to world takes 4, video to world takes 5"),
+        (
+            {"in_channels": 16},
+            {},
+            "takes 16 channels, and the VAE makes 4; text to world takes 4, video to world takes 5",
+        ),
         ({"text_embed_dim": 8}, {}, "takes text of 8 features and T5 makes 64; give T5-11B"),
         ({"extra_pos_embed_type": None}, {}, 'is of Cosmos-Predict2: set .model. type = "cosmos_predict2"'),
         ({"use_crossattn_projection": True}, {}, 'is of Cosmos-Predict2.5: set .model. type = "cosmos_predict25"'),

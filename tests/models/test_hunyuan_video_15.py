@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from models.foundation.checkpoints.layouts.hunyuan_video_15 import APART, FUSED,
 from models.foundation.checkpoints.recognition import recognised
 from models.foundation.encoders.hunyuan_prompts import ASSISTED
 from tests import test_models as generic
-from tests.models import tiny_hunyuan_video_15, tiny_hunyuan_video_15_i2v
+from tests.models import tiny_hunyuan_video_15, tiny_hunyuan_video_15_i2v, tiny_qwen_image
 from tests.models.tiny_folder import encoded_as_loaded
 from utils.dataset.samples import Bucket
 from utils.diffusion.seeds import normal
@@ -105,6 +106,25 @@ def test_the_publishers_vae_is_read(model: generic.Model, tmp_path: Path) -> Non
     autoencoder.load(torch.device("cpu"))
     read = autoencoder.vae.state_dict()
     assert read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("older", [False, True])
+def test_the_text_model_is_read_from_a_file_of_the_whole(model: generic.Model, tmp_path: Path, older: bool) -> None:
+    """With transformers' names, and with the older ones of the publisher's and ComfyUI's files."""
+    whole = {name: tensor.clone() for name, tensor in tiny_qwen_image.text_encoder(layers=4).state_dict().items()}
+    if older:
+        shorter = (("model.language_model.", "model."), ("model.visual.", "visual."))
+        names = {name: reduce(lambda known, pair: known.replace(*pair), shorter, name) for name in whole}
+        whole = {names[name]: tensor for name, tensor in whole.items()}
+    save_file(whole, tmp_path / "qwen.safetensors")
+    texts = [{"type": "qwen2_5_vl", "path": tmp_path / "qwen.safetensors"}]
+    encoder = model.pipeline(text_encoders=texts).encoders()[1]
+    encoder.check()
+    encoder.load(torch.device("cpu"))
+    beginning = "model." if older else "model.language_model."
+    for name, tensor in encoder.model.state_dict().items():
+        assert torch.equal(tensor, whole[beginning + name]), name
 
 
 def test_the_prompt_is_that_of_the_stock_pipeline(model: generic.Model) -> None:

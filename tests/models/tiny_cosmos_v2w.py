@@ -10,7 +10,6 @@ from diffusers import CosmosTransformer3DModel, CosmosVideoToWorldPipeline
 
 from models.cosmos import CosmosPipeline
 from tests.models import tiny_cosmos, tiny_cosmos_predict2_v2w
-from tests.models.tiny_cosmos import features, pipeline, prompt_features, stock_latents  # noqa: F401
 from tests.models.tiny_cosmos_predict2 import NothingToJudge
 from tests.models.tiny_cosmos_predict2_v2w import PICTURE
 from utils.media.decode import load_image
@@ -31,6 +30,10 @@ class StockPipeline(CosmosVideoToWorldPipeline):
 STOCK = StockPipeline
 SIZES = [(48, 32, 17), (32, 64, 9)]
 SAMPLING = {**tiny_cosmos.SAMPLING, "control_images": [str(PICTURE)]}
+features = tiny_cosmos.features
+pipeline = tiny_cosmos.pipeline
+prompt_features = tiny_cosmos.prompt_features
+stock_latents = tiny_cosmos.stock_latents
 features_of_pictures = tiny_cosmos_predict2_v2w.features_of_pictures
 
 

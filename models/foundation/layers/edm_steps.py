@@ -1,7 +1,8 @@
 """Stock schedulers with noise levels t in [0, 1] as timesteps.
 
-The samples of those of Karras et al. 2022, "Elucidating the design space", are x_s = x_0 + s n, with t = s / (1 + s). A model of rectified flow sees x_t = (1 - t) x_0 + t n, which
-is x_s / (1 + s), and predicts n - x_0; the paper's own sees c_in x_s, and predicts F.
+The samples of those of Karras et al. 2022, "Elucidating the design space", are x_s = x_0 + s n, with t = s / (1 + s). A
+model of rectified flow sees x_t = (1 - t) x_0 + t n, which is x_s / (1 + s), and predicts n - x_0; the paper's own sees
+c_in x_s, and predicts F.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 
 
 class EdmSteps:
-    """For a model of rectified flow. Has the interface of a scheduler of diffusers; its timesteps are those of the model, t times 1000.
+    """For a model of rectified flow. Has the interface of a scheduler of diffusers; its timesteps are those of the model,
+    t times 1000.
 
     Args:
         stock: the scheduler, `FlowMatchEulerDiscreteScheduler` of diffusers. It is changed, to the sigmas of the stock
@@ -50,8 +52,8 @@ class EdmSteps:
 
 
 class LevelSteps:
-    """A scheduler whose sigmas are noise levels t: its timesteps are these times 1000, of which the stock one's may have
-    lost the fractions. Has the interface of a scheduler of diffusers.
+    """A scheduler whose sigmas are noise levels t: its timesteps are these times 1000, of which those of the stock one
+    may have lost the fractions. Has the interface of a scheduler of diffusers.
 
     Args:
         stock: the scheduler.
@@ -70,7 +72,9 @@ class LevelSteps:
         """t for the scheduler's sigmas."""
         return sigmas
 
-    def step(self, prediction: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor, *, return_dict: bool) -> Any:
+    def step(
+        self, prediction: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor, *, return_dict: bool
+    ) -> Any:
         """The latents of the next step, for what the model gives."""
         return self.stock.step(prediction, self._told(timestep), latents, return_dict=return_dict)
 
