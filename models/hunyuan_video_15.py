@@ -89,8 +89,8 @@ class HunyuanVideo15Stream(NamedTuple):
 class TextMaskAttention:
     """Calls HunyuanVideo's attention processor with the mask of the text (B, L), or without any.
 
-    The model's own makes a mask of all pairs of tokens, gigabytes for a clip, in which padding sees nothing either; what
-    it sees has no effect."""
+    The model's own makes a mask of all pairs of tokens, gigabytes for a clip, in which padding sees nothing either.
+    What it sees has no effect."""
 
     def __init__(self, processor: Any):
         self.processor = processor

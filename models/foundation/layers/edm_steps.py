@@ -15,8 +15,8 @@ SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 
 
 class EdmSteps:
-    """For a model of rectified flow. Has the interface of a scheduler of diffusers; its timesteps are those of the model,
-    t times 1000.
+    """For a model of rectified flow. Has the interface of a scheduler of diffusers; its timesteps are the model's, t
+    times 1000.
 
     Args:
         stock: the scheduler, `FlowMatchEulerDiscreteScheduler` of diffusers. It is changed, to the sigmas of the stock
