@@ -10,10 +10,12 @@ import torch
 from diffusers.loaders.single_file_utils import convert_cosmos_transformer_checkpoint_to_diffusers
 from safetensors.torch import save_file
 
+from models.assembly.exports import export_plan
 from models.foundation.checkpoints.layouts.cosmos_predict2 import COSMOS_PREDICT2_LAYOUT
 from models.foundation.checkpoints.recognition import recognised
 from tests import test_models as generic
 from tests.models import tiny_cosmos_predict25
+from tests.models.tiny_folder import settings_of
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
 
@@ -76,6 +78,14 @@ def test_what_captions_take_in_the_cache_is_told(folder: Path) -> None:
     said = dict(tiny_cosmos_predict25.pipeline(folder, max_sequence_length=2**17).remarks())
     # 2 x 16 features of 4 bytes for each of the tokens.
     assert said["max_sequence_length"].startswith("each caption takes 16 MiB in the cache")
+
+
+def test_who_reads_its_exports_is_told(folder: Path) -> None:
+    cosmos = tiny_cosmos_predict25.pipeline(folder)
+    for save_format, is_told in (("both", True), ("diffusers", False)):
+        settings = settings_of(cosmos, save_format=save_format)
+        note = export_plan(cosmos, settings, generic.loaded(cosmos)).note
+        assert (note is not None and "not known to have a model of Cosmos-Predict2.5" in note) == is_told
 
 
 @pytest.mark.parametrize(
