@@ -97,8 +97,7 @@ class CosmosPredict25Pipeline(CosmosModel):
     media = MediaFacts(spatial=16, temporal=4, max_frames=93, fps=16.0)
     original_layout = COSMOS_PREDICT2_LAYOUT
     comfyui_note = (
-        "ComfyUI is not known to have a model of Cosmos-Predict2.5; the file has NVIDIA's names, for what reads "
-        "these"
+        "ComfyUI is not known to have a model of Cosmos-Predict2.5; the file has NVIDIA's names, for what reads these"
     )
     starts_from_picture = False
     told_rate = None
