@@ -22,7 +22,7 @@ from models.foundation.encoders.hunyuan_prompts import GlyphFeatures, image_prom
 from models.foundation.encoders.hunyuan_vae import HUNYUAN_IMAGE, HunyuanImageAutoencoder
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.layers.chain import Middle
-from models.foundation.layers.padding import mask_behind
+from models.foundation.layers.padding import mask_behind, seen_first
 from utils.dataset.buckets import MediaFacts
 from utils.diffusion.objectives import FlowMatching
 from utils.errors import Problem
@@ -177,10 +177,8 @@ class HunyuanImagePipeline(PicturePipeline):
         self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
     ) -> HunyuanImageInputs:
         text_mask_BL, glyph_mask_BL = (features[f"{name}_mask"].bool() for name in (TEXT, GLYPHS))
-        both_BL = torch.cat([glyph_mask_BL, text_mask_BL], dim=1)
-        # Seen tokens first, those of quoted texts before the others; padding that no sample needs is left out.
-        order_BL = torch.argsort(~both_BL, dim=1, stable=True)[:, : both_BL.sum(1).max()]
-        mask_BL = both_BL.gather(1, order_BL)
+        # Those of quoted texts before the others.
+        order_BL, both_mask_BL = seen_first(glyph_mask_BL, text_mask_BL)
         return HunyuanImageInputs(
             x_BChw=x_t,
             text_BLD=features[TEXT],
@@ -188,7 +186,7 @@ class HunyuanImagePipeline(PicturePipeline):
             text_mask_BL=None if text_mask_BL.all() else text_mask_BL,
             glyphs_BLD=features[GLYPHS],
             order_BL=order_BL,
-            both_mask_BL=None if mask_BL.all() else mask_BL,
+            both_mask_BL=both_mask_BL,
             t_B=self.objective.model_time(t_B),
         )
 

@@ -35,6 +35,7 @@ from models.foundation.encoders.llava import LlavaEncoder, PicturePrompt
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.text_features import ClipPooled
 from models.foundation.layers.chain import Middle
+from models.foundation.layers.given import beside_first_frame
 from models.foundation.layers.padding import mask_behind
 from utils.dataset.buckets import MediaFacts
 from utils.dataset.samples import Sample
@@ -254,10 +255,7 @@ class HunyuanVideoPipeline(BasePipeline):
         first = features["first_frame_latents"].to(x_t)
         if self._condition == REPLACED:
             return torch.cat([first, x_t[:, :, 1:]], dim=2)
-        # The frame's latent and a mask of ones, with zeros for the frames behind it.
-        given = torch.cat([first, torch.ones_like(first[:, :1])], dim=1)
-        behind = given.new_zeros(*given.shape[:2], x_t.shape[2] - 1, *given.shape[3:])
-        return torch.cat([x_t, torch.cat([given, behind], dim=2)], dim=1)
+        return beside_first_frame(x_t, first)
 
     def before_steps(self, noise: torch.Tensor, features: Features) -> torch.Tensor:
         if not self.starts_from_picture:

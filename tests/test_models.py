@@ -26,7 +26,7 @@ from models.assembly.prompts import prompt_encoders
 from models.assembly.stage import StagedModel, load_stage
 from models.base import BasePipeline
 from tests.models.drawn_samples import draw_samples
-from tests.models.tiny_folder import VARIANTS, encoded, settings_of, tiny
+from tests.models.tiny_folder import MASKED, VARIANTS, encoded, settings_of, tiny
 from tests.processes import run_ranks
 from tests.runs import launch, metrics, only_run
 from utils.adapters.lora import LoraSettings
@@ -45,9 +45,6 @@ STEPS, STAGES = 3, 3
 LEARNING_RATE, CLIP_NORM = 1e-2, 1.0
 LENGTHS = (5, 11)
 SIZES = [(32, 48, 1), (64, 32, 1)]
-MASKED = ("chroma", "ernie_image", "hunyuan_image", "hunyuan_video", "ltx_video", "lumina2", "qwen_image")
-"""Types that mask the padding of the shorter of these captions in attention. Z-Image fills captions of these lengths
-to the same; the others mask nothing."""
 CAPTIONS = ["a hiker on a ridge", "", "two motorcycles and a dog " * 20]
 LORA_FILE, LORA_COMFYUI, DENOISER_COMFYUI = (
     "adapter_model.safetensors",

@@ -33,6 +33,9 @@ ENDINGS = {
     "linear_layer": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
 }
 SHARED_NAMES = [
+    {"cosmos", "cosmos_predict2"},
+    {"cosmos", "cosmos_predict25"},
+    {"cosmos_predict2", "cosmos_predict25"},
     {"flux", "chroma"},
     {"flux", "hunyuan_video"},
     {"chroma", "hunyuan_video"},

@@ -12,9 +12,12 @@ import torch
 import transformers
 
 from tests.models.full_size_clips import (
+    COSMOS_1,
     COSMOS_PREDICT2,
     COSMOS_PREDICT2_14B,
+    COSMOS_PREDICT25,
     HUNYUAN_VIDEO,
+    HUNYUAN_VIDEO_15,
     LTX_VIDEO,
     LTX_VIDEO_13B,
     WAN,
@@ -265,8 +268,11 @@ ALL = (
     LTX_VIDEO,
     LTX_VIDEO_13B,
     HUNYUAN_VIDEO,
+    HUNYUAN_VIDEO_15,
+    COSMOS_1,
     COSMOS_PREDICT2,
     COSMOS_PREDICT2_14B,
+    COSMOS_PREDICT25,
     HUNYUAN_IMAGE,
 )
 
@@ -284,7 +290,7 @@ TEXT_ENCODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "T5EncoderModel",
         {**_T5_XXL, "vocab_size": 32128},
     ),
-    "T5-11B: Cosmos-Predict2": (
+    "T5-11B: Cosmos 1.0, Cosmos-Predict2": (
         "T5EncoderModel",
         {"vocab_size": 32128, "d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_layers": 24, "num_heads": 128},
     ),
@@ -297,7 +303,7 @@ TEXT_ENCODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "LlamaModel",
         {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_key_value_heads": 8},
     ),
-    "Qwen2.5-VL 7B: Qwen-Image, HunyuanImage": (
+    "Qwen2.5-VL 7B: Qwen-Image, HunyuanImage, HunyuanVideo 1.5, Cosmos-Predict2.5": (
         "Qwen2_5_VLModel",
         {
             "text_config": {

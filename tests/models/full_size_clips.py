@@ -68,6 +68,16 @@ HUNYUAN_VIDEO = FullSize(
     {**text_of("llama", 256, 4096), **pooled_of(clip_pooled=768)},
     (832, 480, 49),
 )
+HUNYUAN_VIDEO_15 = FullSize(
+    "HunyuanVideo 1.5",
+    "hunyuan_video_15",
+    {
+        "transformer": {"_class_name": "HunyuanVideo15Transformer3DModel"},
+        "vae": {"_class_name": "AutoencoderKLHunyuanVideo15"},
+    },
+    {**text_of("qwen2_5_vl", 1000, 3584), **text_of("byt5", 256, 1472)},
+    (832, 480, 49),
+)
 COSMOS = {"_class_name": "CosmosTransformer3DModel", "extra_pos_embed_type": None}
 COSMOS_PREDICT2 = FullSize(
     "Cosmos-Predict2 2B, text to image",
@@ -80,5 +90,36 @@ COSMOS_PREDICT2_14B = FullSize(
     "cosmos_predict2",
     {"transformer": {**COSMOS, "in_channels": 17, "num_attention_heads": 40, "num_layers": 36}, "vae": WAN_VAE},
     {**text_of("t5", 512, 1024), "first_frame_latents": ((16, 1, 60, 104), torch.bfloat16)},
+    (832, 480, 49),
+)
+COSMOS_1 = FullSize(
+    "Cosmos 1.0 7B, text to world",
+    "cosmos",
+    {
+        "transformer": {"_class_name": "CosmosTransformer3DModel"},
+        "vae": {
+            "_class_name": "AutoencoderKLCosmos",
+            "latent_channels": 16,
+            "spatial_compression_ratio": 8,
+            "temporal_compression_ratio": 8,
+        },
+    },
+    text_of("t5", 512, 1024),
+    (832, 480, 49),
+)
+COSMOS_PREDICT25 = FullSize(
+    "Cosmos-Predict2.5 2B",
+    "cosmos_predict25",
+    {
+        "transformer": {
+            **COSMOS,
+            "in_channels": 17,
+            "num_attention_heads": 16,
+            "use_crossattn_projection": True,
+            "crossattn_proj_in_channels": 100352,
+        },
+        "vae": WAN_VAE,
+    },
+    {"qwen2_5_vl": ((512, 100352), torch.bfloat16)},
     (832, 480, 49),
 )

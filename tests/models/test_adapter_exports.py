@@ -210,7 +210,13 @@ def test_zeros_are_gone_on_from(
     for file in files:
         path = tmp_path / "out" / file
         if file == COMFYUI_FILE and any(key.endswith(".diff") for key in load_file(path)):
-            assert adapter is LOKR and model in ("hunyuan_dit", "hunyuan_image", "hunyuan_video", "lumina2")
+            assert adapter is LOKR and model in (
+                "hunyuan_dit",
+                "hunyuan_image",
+                "hunyuan_video",
+                "hunyuan_video_15",
+                "lumina2",
+            )
             with pytest.raises(UserError, match="have something else than LoKr factors"):
                 read_factors(path, kind, names, attach.scales(staged.denoiser))
             assert read_updates(path, names).keys() >= {

@@ -136,10 +136,14 @@ def test_sizes_beyond_the_positions_are_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "options", "said"),
     [
-        ({"in_channels": 16}, {}, "takes 16 channels, and the VAE makes 4; text to image takes 4, video to world 5"),
+        (
+            {"in_channels": 16},
+            {},
+            "takes 16 channels, and the VAE makes 4; text to image takes 4, video to world takes 5",
+        ),
         ({"text_embed_dim": 8}, {}, "takes text of 8 features and T5 makes 64; give T5-11B"),
-        ({"extra_pos_embed_type": "learnable"}, {}, "is of Cosmos 1.0, which is not trained here; give Cosmos-Pre"),
-        ({"use_crossattn_projection": True}, {}, "is of Cosmos-Predict2.5, which is not trained here"),
+        ({"extra_pos_embed_type": "learnable"}, {}, 'is of Cosmos 1.0: set .model. type = "cosmos"'),
+        ({"use_crossattn_projection": True}, {}, 'is of Cosmos-Predict2.5: set .model. type = "cosmos_predict25"'),
         ({}, {"second_frame_share": 0.1}, "second_frame_share: is for video to world alone"),
     ],
 )

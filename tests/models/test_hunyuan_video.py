@@ -127,7 +127,6 @@ def test_parts_that_do_not_belong_together(tmp_path: Path, changes: dict[str, An
 @pytest.mark.parametrize(
     ("names", "what"),
     [
-        ({"txt_in.individual_token_refiner.blocks.0.norm1.weight": (8,), "cond_type_embedding.weight": (3, 8)}, "1.5"),
         (
             {"txt_in.individual_token_refiner.blocks.0.norm1.weight": (8,), "time_r_in.mlp.0.weight": (8, 4)},
             "the distilled HunyuanImage",

@@ -191,6 +191,11 @@ class EDM:
         # In the paper's form, x_0 - c_skip x is a small difference of large numbers at a small sigma.
         return (sigma * clean - self.sigma_data**2 * noise) / (self.sigma_data * self._norm(sigma))
 
+    def prediction_of(self, clean: torch.Tensor, x_t: torch.Tensor, t_B: torch.Tensor) -> torch.Tensor:
+        """The F for which D(x) is `clean` (B, ...), where the denoiser takes x_t = c_in x."""
+        sigma = over_sample(self.sigma(t_B), clean)
+        return (self._norm(sigma) * clean - self.sigma_data**2 * x_t) / (sigma * self.sigma_data)
+
     def compared(self, output: torch.Tensor) -> torch.Tensor:
         """All of it."""
         return output

@@ -60,8 +60,11 @@ FOLDERS = {
     "AuraFlowPipeline": "auraflow",
     "ChromaPipeline": "chroma",
     "CogView4Pipeline": "cogview4",
+    "Cosmos2_5_PredictBasePipeline": "cosmos_predict25",
     "Cosmos2TextToImagePipeline": "cosmos_predict2",
     "Cosmos2VideoToWorldPipeline": "cosmos_predict2",
+    "CosmosTextToWorldPipeline": "cosmos",
+    "CosmosVideoToWorldPipeline": "cosmos",
     "ErnieImagePipeline": "ernie_image",
     "Flux2KleinPipeline": "flux2",
     "Flux2Pipeline": "flux2",
@@ -70,6 +73,8 @@ FOLDERS = {
     "HiDreamImagePipeline": "hidream",
     "HunyuanDiTPipeline": "hunyuan_dit",
     "HunyuanImagePipeline": "hunyuan_image",
+    "HunyuanVideo15ImageToVideoPipeline": "hunyuan_video_15",
+    "HunyuanVideo15Pipeline": "hunyuan_video_15",
     "HunyuanVideoImageToVideoPipeline": "hunyuan_video",
     "HunyuanVideoPipeline": "hunyuan_video",
     "LTXConditionPipeline": "ltx_video",
@@ -100,6 +105,7 @@ ADAPTER_NAMES = {
     "Qwen-Image": r"transformer_blocks_\d+_(img|txt)_(mod|mlp)",
     "Z-Image or Lumina Image 2": r"(noise|context)_refiner_|(^|_)layers_\d+_(attention|attn|feed_forward|adaLN)",
     "HunyuanDiT": r"blocks_\d+_(attn1_Wqkv|attn2_kv_proj|skip_linear|default_modulation)",
+    "Cosmos 1.0": r"blocks_block\d+_blocks_\d_block_",
     "Cosmos-Predict2": r"transformer_blocks_\d+_norm\d_linear|blocks_\d+_((self|cross)_attn_\w+_proj|adaln_|mlp_layer)",
     "LTX-Video": r"transformer_blocks_\d+_(audio_)?attn[12]_to_",
     "Wan": r"(^|_)blocks_\d+_(self_attn|cross_attn|ffn|attn1_to|attn2_to)_",
@@ -112,6 +118,8 @@ HUNYUAN_VIDEO = (
     ("context_embedder.token_refiner", "x_embedder.proj.weight"),
 )
 """Of Tencent's, and of diffusers: what only this family has, and what takes the latents."""
+STEPS_OF_ITS_OWN = ("time_r_in.", "timestep_embedder_r.")
+"""Of both, what only models have that were distilled to fewer steps."""
 
 GUESS = "; is it another model's?"
 
@@ -143,10 +151,21 @@ SIGNATURES: tuple[FileSignature, ...] = (
     FileSignature("Chroma", _type("chroma"), ("distilled_guidance_layer.",)),
     FileSignature("ERNIE-Image", _type("ernie_image"), ("adaLN_modulation.1.", "layers.0.adaLN_sa_ln.")),
     FileSignature("Flux.2", _type("flux2"), ("double_stream_modulation_img.", "single_stream_modulation.")),
-    *(FileSignature("HunyuanVideo 1.5", NOT_TRAINED, (refiner, "cond_type_embed")) for refiner, _ in HUNYUAN_VIDEO),
+    *(
+        FileSignature(
+            "the step-distilled HunyuanVideo 1.5",
+            "it is not trained here; give the plain one",
+            (refiner, "cond_type_embed", part),
+        )
+        for (refiner, _), part in zip(HUNYUAN_VIDEO, STEPS_OF_ITS_OWN, strict=True)
+    ),
+    *(
+        FileSignature("HunyuanVideo 1.5", _type("hunyuan_video_15"), (refiner, "cond_type_embed"))
+        for refiner, _ in HUNYUAN_VIDEO
+    ),
     *(
         FileSignature("the distilled HunyuanImage 2.1", "it is not trained here; give the plain one", (refiner, part))
-        for refiner, part in zip((one for one, _ in HUNYUAN_VIDEO), ("time_r_in.", "timestep_embedder_r."), strict=True)
+        for (refiner, _), part in zip(HUNYUAN_VIDEO, STEPS_OF_ITS_OWN, strict=True)
     ),
     FileSignature("HunyuanImage 2.1", _type("hunyuan_image"), ("txt_in.individual_token_refiner", "byt5_in.fc1.")),
     FileSignature(
@@ -192,13 +211,13 @@ SIGNATURES: tuple[FileSignature, ...] = (
         ("time_embed.emb.timestep_embedder.", "caption_projection.linear_1.", "attn1.norm_q."),
         lacks=("patch_embed.",),
     ),
-    FileSignature("Cosmos 1.0", NOT_TRAINED, ("blocks.block0.blocks.0.block.attn.to_q.0.",)),
-    FileSignature("Cosmos 1.0", NOT_TRAINED, ("learnable_pos_embed.pos_emb_t", "time_embed.t_embedder.")),
+    FileSignature("Cosmos 1.0", _type("cosmos"), ("blocks.block0.blocks.0.block.attn.to_q.0.",)),
+    FileSignature("Cosmos 1.0", _type("cosmos"), ("learnable_pos_embed.pos_emb_t", "time_embed.t_embedder.")),
     *(
         FileSignature(what, fits, (block, *part))
         for what, fits, part in (
             ("Anima", NOT_TRAINED, ("llm_adapter.",)),
-            ("Cosmos-Predict2.5", NOT_TRAINED, ("crossattn_proj.0.",)),
+            ("Cosmos-Predict2.5", _type("cosmos_predict25"), ("crossattn_proj.0.",)),
             ("Cosmos-Predict2", _type("cosmos_predict2"), ()),
         )
         for block in ("blocks.0.adaln_modulation_self_attn.1.", "transformer_blocks.0.norm1.linear_1.")

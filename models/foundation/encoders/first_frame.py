@@ -1,4 +1,4 @@
-"""The first frame of a clip as a condition: encoded by the clip's VAE, and seen by CLIP.
+"""The first frame of a clip as a condition: encoded by the clip's VAE, and seen by CLIP or SigLIP.
 
 Shapes: B batch, C channels, F frames, H W pixels, f h w latent cells, L tokens, D features.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from PIL import Image
+from torch import nn
 
 from models.foundation.checkpoints.configs import check_processor, explained
 from models.foundation.checkpoints.folders import read_config
@@ -21,10 +22,10 @@ from models.foundation.encoders.video_vae import WanAutoencoder
 from utils.dataset.samples import Bucket
 
 if TYPE_CHECKING:
-    from transformers import CLIPVisionModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 PART, PROCESSOR = "image_encoder", "image_processor"
+Processor = TypeVar("Processor")
 CONFIG_KEYS = ("hidden_size", "image_size", "patch_size")
 
 
@@ -36,9 +37,18 @@ def clip_processor(folder: Path) -> CLIPImageProcessorPil:
     """
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    check_processor(folder / PROCESSOR)
-    with explained(folder / PROCESSOR, "image processor"):
-        return CLIPImageProcessorPil.from_pretrained(folder / PROCESSOR, local_files_only=True)
+    return processor_of(folder / PROCESSOR, CLIPImageProcessorPil)
+
+
+def processor_of(folder: Path, stock: type[Processor]) -> Processor:
+    """The processor of this class of transformers with the settings in `folder`.
+
+    Raises:
+        UserError: they are missing or damaged.
+    """
+    check_processor(folder)
+    with explained(folder, "image processor"):
+        return stock.from_pretrained(folder, local_files_only=True)
 
 
 def first_pictures(pixels_BCFHW: torch.Tensor) -> list[Image.Image]:
@@ -84,18 +94,28 @@ class ClipVision:
 
     In inference CLIP sees the picture that the user gives; here it sees the picture at the size of the clip, without
     what was cropped to get the clip's shape.
+
+    Attributes:
+        name: of the encoder and of its features.
+        stock_class, model_type: of transformers.
+        processor_part: the part of the diffusers folder with the settings of the processor.
+        further_tokens: how many tokens there are beside those of the patches.
     """
 
     name = "clip_vision"
     reads = ("pixels",)
+    stock_class: ClassVar[str] = "CLIPVisionModel"
+    model_type: ClassVar[str] = "clip_vision_model"
+    processor_part: ClassVar[str] = PROCESSOR
+    further_tokens: ClassVar[int] = 1
 
     def __init__(self, folder: Path, dtype: torch.dtype):
         self.folder, self.dtype = folder, dtype
-        self.model: CLIPVisionModel | None = None
+        self.model: nn.Module | None = None
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint(self.name, str(self.dtype), self.folder / PART, self.folder / PROCESSOR)
+        return fingerprint(self.name, str(self.dtype), self.folder / PART, self.folder / self.processor_part)
 
     @cached_property
     def config(self) -> dict:
@@ -104,10 +124,10 @@ class ClipVision:
         Raises:
             UserError: it is missing, damaged, or belongs to another model.
         """
-        return read_config(self.folder, PART, model="clip_vision_model", keys=CONFIG_KEYS)
+        return read_config(self.folder, PART, model=self.model_type, keys=CONFIG_KEYS)
 
     @cached_property
-    def processor(self) -> CLIPImageProcessorPil:
+    def processor(self) -> Any:
         """The processor that turns a picture into the encoder's input.
 
         Raises:
@@ -125,8 +145,8 @@ class ClipVision:
         assert self.config and self.processor
 
     def load(self, device: torch.device) -> None:
-        stock = of_transformers("CLIPVisionModel")
-        with explained(self.folder / PART, "CLIPVisionModel"):
+        stock = of_transformers(self.stock_class)
+        with explained(self.folder / PART, self.stock_class):
             model = stock.from_pretrained(self.folder / PART, dtype=self.dtype, local_files_only=True)
         self.model = model.to(device).eval().requires_grad_(False)
 
@@ -137,13 +157,35 @@ class ClipVision:
     def encode(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Features (B, L, D) of the first frames of `pixels_BCFHW` in [-1, 1]."""
         inputs = self.processor(images=first_pictures(pixels), return_tensors="pt").pixel_values
-        output = self.model(inputs.to(self.model.device, self.dtype), output_hidden_states=True)
-        return {self.name: output.hidden_states[-2]}
+        return {self.name: self.state(inputs.to(self.model.device, self.dtype))}
+
+    def state(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The hidden state that is read (B, L, D)."""
+        return self.model(inputs, output_hidden_states=True).hidden_states[-2]
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         config = self.config
-        tokens = (config["image_size"] // config["patch_size"]) ** 2 + 1
+        tokens = (config["image_size"] // config["patch_size"]) ** 2 + self.further_tokens
         return {self.name: ((tokens, config["hidden_size"]), self.dtype)}
+
+
+class SiglipVision(ClipVision):
+    """SigLIP's picture encoder as an `Encoder` of the first frame: `siglip_vision`, the last hidden state (L, D)."""
+
+    name = "siglip_vision"
+    stock_class = "SiglipVisionModel"
+    model_type = "siglip_vision_model"
+    processor_part = "feature_extractor"
+    further_tokens = 0
+
+    @cached_property
+    def processor(self) -> Any:
+        from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+        return processor_of(self.folder / self.processor_part, SiglipImageProcessorPil)
+
+    def state(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.model(inputs).last_hidden_state
 
 
 def given_frames(latents: torch.Tensor, group: int) -> torch.Tensor:

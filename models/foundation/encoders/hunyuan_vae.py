@@ -5,6 +5,7 @@ Shapes: B batch, C channels, F frames, H W pixels, f h w latent cells.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,30 @@ def _same(tensors: Tensors, config: dict[str, Any]) -> Tensors:
     return tensors
 
 
+RENAMED = (
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
+    (r"\.(down|up)\.(\d+)\.(down|up)sample\.", r".\1_blocks.\2.\3samplers.0."),
+)
+"""Patterns of names in the file of HunyuanVideo 1.5's VAE -> diffusers' names."""
+
+
+def _from_tencent(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    """Tensors with Tencent's names of HunyuanVideo 1.5's VAE, under diffusers' names."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        for there, here in RENAMED:
+            name = re.sub(there, here, name)
+        renamed[name] = tensor
+    return renamed
+
+
 HUNYUAN_VIDEO = Family("AutoencoderKLHunyuanVideo", SIZES, "down_blocks.", _same)
+# The mask of its attention has no dimension for heads, so that one of several clips fits no query.
+HUNYUAN_VIDEO_15 = Family("AutoencoderKLHunyuanVideo15", SIZES, "down_blocks.", _from_tencent, one_by_one=True)
 HUNYUAN_IMAGE = Family(
     "AutoencoderKLHunyuanImage", ("block_out_channels", "latent_channels", "scaling_factor"), "down_blocks.", _same
 )
@@ -46,7 +70,7 @@ class HunyuanVideoAutoencoder(WanAutoencoder):
         shape = hunyuan_latent_size(config, bucket.width, bucket.height, bucket.frames)
         return dict.fromkeys(self.outputs, (shape, self.dtype))
 
-    def _statistics(self) -> tuple[float, float]:
+    def _statistics(self, frames: int) -> tuple[float, float]:
         # Numbers and not tensors: bfloat16 would round the scale by up to 0.2 %.
         return 0.0, 1.0 / self.vae.config.scaling_factor
 
@@ -65,6 +89,19 @@ class HunyuanFirstFrame(HunyuanVideoAutoencoder):
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return super().feature_shapes(replace(bucket, frames=1))
+
+
+class HunyuanVideo15Autoencoder(HunyuanVideoAutoencoder):
+    """HunyuanVideo 1.5's VAE as an `Encoder`, which takes a clip in one piece: pixels of pictures and clips -> latents
+    z * scale."""
+
+    family = HUNYUAN_VIDEO_15
+
+
+class HunyuanVideo15FirstFrame(HunyuanFirstFrame):
+    """`HunyuanFirstFrame` of HunyuanVideo 1.5."""
+
+    family = HUNYUAN_VIDEO_15
 
 
 class HunyuanImageAutoencoder(ImageAutoencoder):

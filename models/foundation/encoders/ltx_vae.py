@@ -59,7 +59,7 @@ class LTXAutoencoder(WanAutoencoder):
         """Decoders that are told a time, as they also denoise, are told 0, as in the stock pipeline."""
         return (latents.new_zeros(len(latents)),) if vae.config.timestep_conditioning else ()
 
-    def _statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _statistics(self, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
         values = (self.vae.latents_mean, self.vae.latents_std / self.vae.config.scaling_factor)
         mean, std = (value.to(self.device, self.dtype).view(-1, 1, 1, 1) for value in values)
         return mean, std

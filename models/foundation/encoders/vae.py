@@ -45,6 +45,7 @@ class Family:
         convert: (tensors of another program, configuration) -> tensors under diffusers' names.
         prefix: of its tensors in checkpoints with other parts.
         older: (part of a name in files of older diffusers, the current name).
+        one_by_one: whether its class can only make one picture or clip at a time.
     """
 
     model_class: str
@@ -53,6 +54,7 @@ class Family:
     convert: Callable[[Tensors, dict[str, Any]], Tensors]
     prefix: str = ""
     older: tuple[tuple[str, str], ...] = ()
+    one_by_one: bool = False
 
     def config(self, folder: Path, file: Path | None) -> dict[str, Any]:
         """The configuration: that of a diffusers folder, unless `file` is a folder with its own.
@@ -92,6 +94,8 @@ class Family:
         for old, new in self.older:
             tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
         assign(vae, tensors, source)
+        if self.one_by_one:
+            vae.enable_slicing()
         return vae
 
 

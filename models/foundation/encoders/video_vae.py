@@ -51,17 +51,17 @@ class WanAutoencoder(ImageAutoencoder):
         (pixels_BCFHW,) = inputs.values()
         pixels = pixels_BCFHW.to(self.device, self.dtype)
         posterior = in_the_room_there_is(self.vae, "encode", pixels).latent_dist
-        mean, std = self._statistics()
-        latents = posterior.mode()
+        latents, spread = posterior.mode(), self._spread(posterior)
+        mean, std = self._statistics(latents.shape[2])
         if self.draw == "sample":
-            latents = latents + posterior.std * picture_noise(pixels_BCFHW, latents)
-        yielded = [(latents - mean) / std, posterior.std / std]
+            latents = latents + spread * picture_noise(pixels_BCFHW, latents)
+        yielded = [(latents - mean) / std, spread / std]
         return dict(zip(self.outputs, yielded, strict=False))
 
     @torch.no_grad()
     def decode(self, latents_BCfhw: torch.Tensor) -> torch.Tensor:
         """Pixels (B, C, F, H, W) in [-1, 1]."""
-        mean, std = self._statistics()
+        mean, std = self._statistics(latents_BCfhw.shape[2])
         latents = latents_BCfhw.to(self.device, self.dtype) * std + mean
         return (
             in_the_room_there_is(self.vae, "decode", latents, *self.told(self.vae, latents)).sample.float().clamp(-1, 1)
@@ -72,8 +72,12 @@ class WanAutoencoder(ImageAutoencoder):
         shape = self.latent_size(config, bucket.width, bucket.height, bucket.frames)
         return dict.fromkeys(self.outputs, (shape, self.dtype))
 
-    def _statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of each channel, (C, 1, 1, 1)."""
+    def _spread(self, posterior: Any) -> torch.Tensor:
+        """The standard deviation of a distribution of latents."""
+        return posterior.std
+
+    def _statistics(self, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of each channel, (C, 1, 1, 1), or of each of this many latent frames too."""
         config = self.vae.config
         values = (torch.tensor(config[name]) for name in ("latents_mean", "latents_std"))
         mean, std = (value.to(self.device, self.dtype).view(-1, 1, 1, 1) for value in values)

@@ -30,6 +30,17 @@ def with_given_frames(
     return x_t, torch.where(is_given_Bf, time, t_B.unsqueeze(1))
 
 
+def beside_first_frame(x_t: torch.Tensor, first_BC1hw: torch.Tensor | None) -> torch.Tensor:
+    """The latents (B, 2 C + 1, f, h, w) with the first frame as further channels: its latent and a mask of ones, with
+    zeros for the frames behind it; all zeros if there is none."""
+    if first_BC1hw is None:
+        given = x_t.new_zeros(len(x_t), x_t.shape[1] + 1, 0, *x_t.shape[3:])
+    else:
+        given = torch.cat([first_BC1hw, torch.ones_like(first_BC1hw[:, :1])], dim=1).to(x_t)
+    behind = given.new_zeros(*given.shape[:2], x_t.shape[2] - given.shape[2], *given.shape[3:])
+    return torch.cat([x_t, torch.cat([given, behind], dim=2)], dim=1)
+
+
 def is_given(given_B: torch.Tensor, frames: int) -> torch.Tensor:
     """Which frames are given, (B, f), when so many of each clip are."""
     return torch.arange(frames, device=given_B.device) < given_B.unsqueeze(1)

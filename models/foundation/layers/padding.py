@@ -28,3 +28,14 @@ def mask_behind(text_mask_BL: torch.Tensor, tokens: int) -> torch.Tensor:
     behind them."""
     mask_BS = functional.pad(text_mask_BL, (tokens, 0), value=True)
     return mask_BS[:, None, None]
+
+
+def seen_first(*masks_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The places, among several texts one after the other, of the tokens in the order in which they are seen: those
+    that the masks leave in, then padding up to the longest of the batch; and their mask, None if there is no padding.
+    """
+    all_BL = torch.cat(masks_BL, dim=1)
+    order_BL = torch.argsort(~all_BL, dim=1, stable=True)[:, : all_BL.sum(1).max()]
+    mask_BL = all_BL.gather(1, order_BL)
+    # With a mask, even of ones, attention is slower.
+    return order_BL, None if mask_BL.all() else mask_BL

@@ -123,6 +123,9 @@ def test_edm_is_the_schedulers(shape: tuple[int, ...]) -> None:
     target = objective.target(clean, noise, t_B)
     torch.testing.assert_close(scheduler.precondition_outputs(x, target, sigma), clean)
     assert torch.equal(objective.for_scheduler(output), output)
+    # So is what is predicted of given latents.
+    prediction = objective.prediction_of(output, objective.noised(clean, noise, t_B), t_B)
+    torch.testing.assert_close(scheduler.precondition_outputs(x, prediction, sigma), output, rtol=1e-4, atol=1e-5)
 
 
 def test_the_plain_loss_of_edm_is_weighted_as_the_paper_has_it() -> None:

@@ -1,4 +1,4 @@
-"""NVIDIA's names of Cosmos-Predict2, which are also ComfyUI's."""
+"""NVIDIA's names of Cosmos-Predict2 and 2.5, which are also ComfyUI's."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ COSMOS_PREDICT2_LAYOUT = KeyLayout(
     [
         *(KeyRule(f"{BLOCKS[0]}.{there}", (f"{BLOCKS[1]}.{here}",)) for there, here in PARTS.items()),
         KeyRule("x_embedder.proj.1", ("patch_embed.proj",)),
+        # Of 2.5 alone.
+        KeyRule("crossattn_proj.0", ("crossattn_proj.0",)),
         KeyRule("t_embedder.1.linear_1", ("time_embed.t_embedder.linear_1",)),
         KeyRule("t_embedder.1.linear_2", ("time_embed.t_embedder.linear_2",)),
         KeyRule("t_embedding_norm", ("time_embed.norm",)),

@@ -17,10 +17,11 @@ from models.foundation.checkpoints.layouts.hunyuan_video import (
     single_rules,
 )
 
-BYT5 = {"layernorm": "norm", "fc1": "linear_1", "fc2": "linear_2", "fc3": "linear_3"}
+BYT5_PARTS = {"layernorm": "norm", "fc1": "linear_1", "fc2": "linear_2", "fc3": "linear_3"}
+BYT5 = [KeyRule(f"byt5_in.{there}", (f"context_embedder_2.{here}",)) for there, here in BYT5_PARTS.items()]
 
 
-def _apart(rules: list[KeyRule]) -> list[KeyRule]:
+def apart_of(rules: list[KeyRule]) -> list[KeyRule]:
     """The rules of blocks, where what is fused in them is not. The first one is of a module without a norm, whose name
     would begin in the same way, so that it identifies a file."""
     found = []
@@ -42,10 +43,10 @@ def _layout(spelling: Spelling, *, apart: bool = False) -> KeyLayout:
     blocks = [*double_rules(spelling), *single_rules(spelling)]
     return KeyLayout(
         [
-            *(_apart(blocks) if apart else blocks),
+            *(apart_of(blocks) if apart else blocks),
             *refiner_rules(spelling),
             *embedder_rules(spelling, "time_in", "time_guidance_embed.timestep_embedder"),
-            *(KeyRule(f"byt5_in.{there}", (f"context_embedder_2.{here}",)) for there, here in BYT5.items()),
+            *BYT5,
             *ENDS,
         ]
     )
