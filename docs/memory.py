@@ -73,8 +73,10 @@ CLIPS = (
     ("wan", "2.2_i2v_a14b"),
     ("wan", "2.2_ti2v_5b"),
     ("hunyuan_video", "t2v"),
+    ("hunyuan_video_15", "720p_t2v"),
     ("ltx_video", "2b_0.9.5"),
     ("ltx_video", "13b"),
+    ("cosmos", "7b_v2w"),
     ("cosmos_predict2", "2b_v2w"),
     ("cosmos_predict2", "14b_v2w"),
 )

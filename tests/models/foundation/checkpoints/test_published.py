@@ -32,6 +32,10 @@ BILLIONS = {
     "auraflow/0.1": 6.83,
     "auraflow/0.3": 6.86,
     "chroma/chroma1": 8.90,
+    "cosmos/14b_t2w": 14.27,
+    "cosmos/14b_v2w": 14.27,
+    "cosmos/7b_t2w": 7.24,
+    "cosmos/7b_v2w": 7.24,
     "cosmos_predict2/14b_t2i": 14.27,
     "cosmos_predict2/14b_v2w": 14.27,
     "cosmos_predict2/2b_t2i": 1.96,
@@ -45,6 +49,8 @@ BILLIONS = {
     "hunyuan_dit/1.2": 1.50,
     "hunyuan_image/2.1": 17.43,
     "hunyuan_video/t2v": 12.82,
+    "hunyuan_video_15/480p_t2v": 8.33,
+    "hunyuan_video_15/720p_t2v": 8.33,
     "ltx_video/13b": 13.04,
     "ltx_video/2b_0.9.0": 1.92,
     "ltx_video/2b_0.9.1": 1.92,
@@ -79,6 +85,7 @@ TEXT_MILLIONS = {
     "mt5_xl": 1670,
     "pile_t5_xl": 1224,
     "qwen2_5_vl_7b": 8292,
+    "qwen2_5_vl_7b_text": 7071,
     "qwen3_4b": 4022,
     "qwen3_8b": 7568,
     "t5_11b": 4865,
@@ -87,6 +94,7 @@ TEXT_MILLIONS = {
 }
 """Parameters of the published text encoders, tied ones once."""
 SAME_TENSORS = [
+    {"hunyuan_video_15/480p_t2v", "hunyuan_video_15/720p_t2v"},
     {"ltx_video/2b_0.9.0", "ltx_video/2b_0.9.1", "ltx_video/2b_0.9.5"},
     {"qwen_image/20b", "qwen_image/edit_2511"},
     {"wan/2.1_t2v_14b", "wan/2.2_t2v_a14b"},
@@ -99,6 +107,7 @@ TEXT_CLASSES = {
     "llama": "LlamaModel",
     "mt5": "MT5EncoderModel",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen2_5_vl_text": "Qwen2_5_VLTextModel",
     "qwen3": "Qwen3Model",
     "t5": "T5EncoderModel",
     "umt5": "UMT5EncoderModel",
