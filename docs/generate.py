@@ -33,6 +33,7 @@ HUB = {
     "hunyuan_video": ("hunyuanvideo-community/HunyuanVideo", "hunyuanvideo-community/HunyuanVideo-I2V"),
     "ltx_video": ("Lightricks/LTX-Video", "Lightricks/LTX-Video-0.9.7-dev"),
     "lumina2": ("Alpha-VLLM/Lumina-Image-2.0",),
+    "omnigen2": ("OmniGen2/OmniGen2",),
     "qwen_image": ("Qwen/Qwen-Image", "Qwen/Qwen-Image-Edit"),
     "qwen_image_layered": ("Qwen/Qwen-Image-Layered",),
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5",),

@@ -54,6 +54,7 @@ class BasePipeline(ABC):
         convolutional_blocks: further lists of blocks, which are adapted with `convolutions` of `[adapter]`.
         stream_type: the NamedTuple that travels between layers.
         resolution_shift: the constants by which the timestep shift follows the picture's size.
+        sampling_shift: the same of its scheduler, for models that are sampled with another shift than they are trained.
         keep_in_high_precision: parts of the names of parameters that stay float32 regardless of `dtype`.
         original_layout: names of the publisher's single-file checkpoint, if they differ from diffusers' names.
         comfyui_note: what one must do in ComfyUI to use an export, beyond loading it.
@@ -82,6 +83,7 @@ class BasePipeline(ABC):
     convolutional_blocks: ClassVar[tuple[str, ...]] = ()
     stream_type: ClassVar[Callable[..., tuple]]
     resolution_shift: ClassVar[ResolutionShift] = ResolutionShift()
+    sampling_shift: ClassVar[ResolutionShift | None] = None
     keep_in_high_precision: ClassVar[tuple[str, ...]] = ()
     original_layout: ClassVar[KeyLayout | None] = None
     comfyui_note: ClassVar[str | None] = None
@@ -212,6 +214,11 @@ class BasePipeline(ABC):
         prompt. Ho and Salimans 2022, in the form of diffusers."""
         return negative + guidance * (prompted - negative)
 
+    def contrasts(self, controls: int) -> Sequence[bool]:
+        """Of each prediction for the negative prompt, by which a sample with this many control images is guided:
+        whether it sees these. Further ones than the first are further arguments of `guided`."""
+        return (True,)
+
     def before_steps(self, noise: torch.Tensor, features: Features) -> torch.Tensor:
         """The latents (1, ...) with which the steps of a sample begin. Only models that start from a picture are given
         the features of the prompt on every stage."""
@@ -223,6 +230,10 @@ class BasePipeline(ABC):
 
     def problems_of_data(self, samples: Sequence[Sample]) -> list[Problem]:
         """Why the model cannot be trained on these samples."""
+        return []
+
+    def problems_of_samples(self, controls: int) -> Iterable[Problem]:
+        """What of `[model]` is said for samples in vain: each of those of this run has so many control images."""
         return []
 
     @property

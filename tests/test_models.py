@@ -45,7 +45,7 @@ STEPS, STAGES = 3, 3
 LEARNING_RATE, CLIP_NORM = 1e-2, 1.0
 LENGTHS = (5, 11)
 SIZES = [(32, 48, 1), (64, 32, 1)]
-MASKED = ("chroma", "ernie_image", "hunyuan_image", "hunyuan_video", "ltx_video", "lumina2", "qwen_image")
+MASKED = ("chroma", "ernie_image", "hunyuan_image", "hunyuan_video", "ltx_video", "lumina2", "omnigen2", "qwen_image")
 """Types that mask the padding of the shorter of these captions in attention. Z-Image fills captions of these lengths
 to the same; the others mask nothing."""
 CAPTIONS = ["a hiker on a ridge", "", "two motorcycles and a dog " * 20]

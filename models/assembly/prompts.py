@@ -32,7 +32,11 @@ def check_sampling(pipeline: BasePipeline, sampling: SamplingSettings) -> None:
     Raises:
         UserError: it cannot.
     """
-    problems = [*_problems_of_guidance(pipeline, sampling), *_problems_of_pictures(pipeline, sampling)]
+    problems = [
+        *_problems_of_guidance(pipeline, sampling),
+        *_problems_of_pictures(pipeline, sampling),
+        *pipeline.problems_of_samples(_pictures_a_prompt(sampling)),
+    ]
     if problems:
         raise UserError(problems)
     if sampling.prompts:
@@ -204,7 +208,8 @@ def give_back_memory(device: torch.device) -> None:
 def schedule_of(pipeline: BasePipeline, sampling: SamplingSettings) -> Schedule:
     """The steps to samples of this size."""
     shape = pipeline.latent_shape(sampling.width, sampling.height, sampling.frames)
-    return Schedule(pipeline.scheduler, pipeline.sampling_levels, pipeline.tokens(shape), pipeline.resolution_shift)
+    shift = pipeline.sampling_shift or pipeline.resolution_shift
+    return Schedule(pipeline.scheduler, pipeline.sampling_levels, pipeline.tokens(shape), shift)
 
 
 def sample_model(
@@ -213,10 +218,14 @@ def sample_model(
     """How to draw this model's samples; the prompts must be in the cache."""
     autoencoder, sampling = encoders[0], settings.sampling
     prompts = prompt_versions(pipeline, sampling)
+    contrasts = pipeline.contrasts(_pictures_a_prompt(sampling)) if is_guided(pipeline, sampling) else ()
     reader = SampleReader(encoders_of_prompts(encoders, sampling), cache_dir)
+    blind = SampleReader(prompt_encoders(encoders), cache_dir)
 
     def features(index: int) -> list[Mapping[str, torch.Tensor]]:
-        return [reader.batch([version]).features for version in prompts[index]]
+        prompt, *negative = prompts[index]
+        asked = [(prompt, True), *((*negative, sees) for sees in contrasts)]
+        return [(reader if sees else blind).batch([version]).features for version, sees in asked]
 
     def decode(latents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         # The VAE comes beside the training's state: it gets the room that the allocator keeps, and gives it back.
@@ -230,7 +239,7 @@ def sample_model(
 
     return SampleModel(
         features=features,
-        predictions=2 if is_guided(pipeline, sampling) else 1,
+        predictions=1 + len(contrasts),
         prepare=pipeline.prepare_inputs,
         for_scheduler=pipeline.objective.for_scheduler,
         latent_shape=partial(pipeline.latent_shape, sampling.width, sampling.height, sampling.frames),

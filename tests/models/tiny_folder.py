@@ -63,6 +63,7 @@ VARIANTS = {
     "flux2_dev": OF_ANY_DENOISER,
     "hunyuan_video_i2v": OF_OTHER_INPUTS[:-1],
     "hunyuan_video_i2v_33": (OF_OTHER_INPUTS[0], "test_samples_are_those_of_the_stock_pipeline"),
+    "omnigen2_edit": (*OF_ANY_DENOISER, "test_samples_are_those_of_the_stock_pipeline"),
     "sdxl_texts": OF_ANY_DENOISER,
     "wan_i2v": (
         *OF_OTHER_INPUTS,

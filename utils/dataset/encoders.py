@@ -151,6 +151,11 @@ def bucket_read(input_name: str, sample: Sample) -> Bucket:
     return _control(sample, input_name).bucket if _is_control(input_name) else sample.bucket
 
 
+def control_names(count: int) -> tuple[str, ...]:
+    """The inputs that are a sample's first control images, as many as `count`."""
+    return tuple(f"control_{number}" if number > 1 else "control" for number in range(1, count + 1))
+
+
 def _is_control(input_name: str) -> bool:
     return input_name.startswith("control")
 

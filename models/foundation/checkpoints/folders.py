@@ -157,7 +157,8 @@ def model_index(folder: Path) -> dict[str, Any]:
 
 
 def _config_name(part: str) -> str:
-    kinds = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
+    # A processor of captions and pictures has the tokenizer in it.
+    kinds = dict.fromkeys(("tokenizer", "processor"), "tokenizer_config.json") | {"scheduler": "scheduler_config.json"}
     return kinds.get(part.split("_")[0], "config.json")
 
 
