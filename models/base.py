@@ -73,6 +73,8 @@ class BasePipeline(ABC):
         block_format: the format of the Linears of the repeated blocks, if they are quantised.
         starts_from_picture: whether it makes clips, or layers, from a picture, which in training is the sample's own; a
             property if the model's files decide.
+        ends_in_picture: whether clips that start from a picture also end in one, the second of a prompt, which in
+            training is the clip's last frame; a property if files or options decide.
         max_controls: the largest number of control images with which it is conditioned.
     """
 
@@ -97,6 +99,7 @@ class BasePipeline(ABC):
     loss_terms: ClassVar[tuple[str, ...]] = ()
     variational_weight: float = 0.0
     starts_from_picture: bool = False
+    ends_in_picture: bool = False
     max_controls: ClassVar[int] = 0
 
     def __init__(self, options: ModelSettings, seed: int = 0):

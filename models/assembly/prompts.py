@@ -85,7 +85,7 @@ def _problems_of_guidance(pipeline: BasePipeline, sampling: SamplingSettings) ->
 
 def _problems_of_pictures(pipeline: BasePipeline, sampling: SamplingSettings) -> Iterator[Problem]:
     given, prompts = sampling.control_images, len(sampling.prompts)
-    most = 1 if pipeline.starts_from_picture else pipeline.max_controls
+    most = 1 + pipeline.ends_in_picture if pipeline.starts_from_picture else pipeline.max_controls
     if pipeline.starts_from_picture and prompts and not given:
         yield Problem("", PICTURES, "this model makes what it makes of a picture: give one for each prompt")
     if pipeline.starts_from_picture and prompts and sampling.frames == 1 < pipeline.media.max_frames:
@@ -98,6 +98,8 @@ def _problems_of_pictures(pipeline: BasePipeline, sampling: SamplingSettings) ->
         yield Problem(
             "", PICTURES, f"has {len(given)} entries for {prompts} prompts; give one for each, or one for all"
         )
+    elif pipeline.ends_in_picture and any(len(pictures) != most for pictures in given):
+        yield Problem("", PICTURES, "this model makes clips from a first frame to a last: give both with each prompt")
     elif any(len(pictures) > most for pictures in given):
         yield Problem("", PICTURES, f"this model is shown at most {most} with a prompt; give fewer")
     elif len({len(pictures) for pictures in given}) > 1:

@@ -20,6 +20,7 @@ from utils.media.source import MediaError
 
 TRANSFORM = "3"
 """Part of every key; to be changed when the same view of a file would give other pixels."""
+ENDS = "ends"
 BYTES_PER_PIXEL = 3 * 4
 """Bytes of a decoded colour pixel in float32."""
 
@@ -30,8 +31,8 @@ class Encoder(Protocol):
     name: str
     """The name of its store's folder."""
     reads: tuple[str, ...]
-    """The inputs of `encode`: some of "pixels", "rgba", "layers", "size_and_crop", "mask", "control" ("control_2" ...
-    for further ones), "caption" and "weighted_caption"."""
+    """The inputs of `encode`: some of "pixels", "ends", "rgba", "layers", "size_and_crop", "mask", "control"
+    ("control_2" ... for further ones), "caption" and "weighted_caption"."""
     fingerprint: str
     """A text that changes whenever its output would change."""
 
@@ -44,10 +45,11 @@ class Encoder(Protocol):
     def encode(self, **inputs: Any) -> dict[str, torch.Tensor | list[torch.Tensor]]:
         """Features of a batch under names that no other encoder of the model uses, each a tensor batched in dimension
         0 or a list of B tensors of different lengths. Pixels, controls and masks come as BCFHW on the CPU. So do
-        "rgba", pictures with their opacity in [-1, 1] as a fourth channel, and "layers", where the control images, at
-        the size of the picture, follow it as further frames. "size_and_crop" comes as (B, 6) pixels: height and width
-        of the file, top and left of the crop in the scaled picture, height and width of the pixels. Captions come as a
-        list of B strings, weighted captions as a list of B lists of (text, weight)."""
+        "ends", clips whose last frame is a prompt's second picture, if it has one, "rgba", pictures with their opacity
+        in [-1, 1] as a fourth channel, and "layers", where the control images, at the size of the picture, follow it
+        as further frames. "size_and_crop" comes as (B, 6) pixels: height and width of the file, top and left of the
+        crop in the scaled picture, height and width of the pixels. Captions come as a list of B strings, weighted
+        captions as a list of B lists of (text, weight)."""
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape (without the batch) and type of each feature of a sample; loads nothing."""
@@ -249,6 +251,19 @@ def _control_pixels(version: SampleVersion, name: str, input_name: str) -> torch
     return _load(control.media, load_image, version.control_view(control))
 
 
+def _ends_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
+    lasts = (control.media.digest for control in version.sample.controls)
+    return [ENDS, *_pixels_identity(version, name, input_name), *lasts]
+
+
+def _ends(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
+    pixels_CFHW = _pixels(version, name, input_name)
+    for control in version.sample.controls:
+        # In its own shape, cropped to that of the clip as the first picture is.
+        pixels_CFHW[:, -1:] = _load(control.media, load_image, version.take.view(control.bucket))
+    return pixels_CFHW
+
+
 def _rgba_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
     return [TRANSFORM, "rgba", version.sample.media.digest, *version.take.view(version.sample.bucket).identity]
 
@@ -287,6 +302,7 @@ def _weights_identity(version: SampleVersion, name: str, input_name: str) -> str
 TEXT = frozenset({"caption", "weighted_caption"})
 _READERS: dict[str, _Reader] = {
     "pixels": _Reader(_pixels_identity, _pixels),
+    ENDS: _Reader(_ends_identity, _ends),
     "rgba": _Reader(_rgba_identity, _rgba),
     "layers": _Reader(_layers_identity, _layers),
     "size": _Reader(_size_and_crop_numbers, _size_and_crop),

@@ -171,11 +171,11 @@ def version_of_prompt(
     Args:
         bucket: the size of the picture or clip to draw, to which the control images are scaled too.
         pictures: control images; with `clip_fps` the first is instead the sample's own picture, repeated for all
-            frames of the clip.
+            frames of the clip, and what follows it is for the clip's end.
     """
     rules = DirectorySettings(path=Path())
     media = None if clip_fps is None else pictures[0]
-    controls = tuple(Control(picture, bucket) for picture in pictures) if media is None else ()
+    controls = tuple(Control(picture, bucket) for picture in (pictures if media is None else pictures[1:]))
     sample = Sample(prompt, media, bucket, (Take(),), (prompt,), controls, None, clip_fps or 0.0, 1, rules)
     return evaluation_version(sample)
 

@@ -22,6 +22,7 @@ WAN_LAYOUT = KeyLayout(
             KeyRule(f"img_emb.proj.{number}", (f"condition_embedder.image_embedder.{here}",))
             for number, here in PICTURE_EMBEDDING.items()
         ),
+        KeyRule("img_emb.emb_pos", ("condition_embedder.image_embedder.pos_embed",)),
         KeyRule("blocks.{}.norm3", ("blocks.{}.norm2",)),
         KeyRule("blocks.{}.ffn.0", ("blocks.{}.ffn.net.0.proj",)),
         KeyRule("blocks.{}.ffn.2", ("blocks.{}.ffn.net.2",)),
