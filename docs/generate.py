@@ -40,6 +40,7 @@ HUB = {
     "sd3": ("stabilityai/stable-diffusion-3.5-medium",),
     "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
     "wan": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"),
+    "wan_vace": ("Wan-AI/Wan2.1-VACE-1.3B-diffusers", "Wan-AI/Wan2.1-VACE-14B-diffusers"),
     "z_image": ("Tongyi-MAI/Z-Image-Turbo",),
 }
 """By model: names of diffusers folders on Hugging Face."""

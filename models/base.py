@@ -27,6 +27,7 @@ from utils.diffusion.training import TrainingMaths, remarks
 from utils.errors import Problem, UserError
 from utils.quantised.formats import FORMATS, Format
 from utils.settings.model_schema import ModelSettings, torch_dtype
+from utils.settings.schema import SamplingSettings
 
 Features = Mapping[str, torch.Tensor]
 
@@ -75,6 +76,7 @@ class BasePipeline(ABC):
             property if the model's files decide.
         ends_in_picture: whether clips that start from a picture also end in one, the second of a prompt, which in
             training is the clip's last frame; a property if files or options decide.
+        follows_clip: whether its first control image may be a clip, as long as the sample's.
         max_controls: the largest number of control images with which it is conditioned.
     """
 
@@ -100,6 +102,7 @@ class BasePipeline(ABC):
     variational_weight: float = 0.0
     starts_from_picture: bool = False
     ends_in_picture: bool = False
+    follows_clip: ClassVar[bool] = False
     max_controls: ClassVar[int] = 0
 
     def __init__(self, options: ModelSettings, seed: int = 0):
@@ -235,8 +238,8 @@ class BasePipeline(ABC):
         """Why the model cannot be trained on these samples."""
         return []
 
-    def problems_of_samples(self, controls: int) -> Iterable[Problem]:
-        """What of `[model]` is said for samples in vain: each of those of this run has so many control images."""
+    def problems_of_samples(self, sampling: SamplingSettings) -> Iterable[Problem]:
+        """What of `[model]` is said in vain for the samples of this run, and what these lack for the model."""
         return []
 
     @property

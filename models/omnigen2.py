@@ -42,6 +42,7 @@ from utils.diffusion.timesteps import RESOLUTION_SHIFTS, ResolutionShift
 from utils.errors import Problem
 from utils.json_files import read_json
 from utils.settings.model_schema import ModelSettings
+from utils.settings.schema import SamplingSettings
 from utils.settings.values import Count, Positive
 
 if TYPE_CHECKING:
@@ -277,8 +278,8 @@ class OmniGen2Pipeline(PicturePipeline):
                 return [Problem("", "[[directory]]", message)]
         return []
 
-    def problems_of_samples(self, controls: int) -> Iterator[Problem]:
-        if not controls and "image_guidance" in self.options.model_fields_set:
+    def problems_of_samples(self, sampling: SamplingSettings) -> Iterator[Problem]:
+        if not sampling.control_images and "image_guidance" in self.options.model_fields_set:
             message = "is for samples with control images, and there are none; leave it out, or give some"
             yield Problem("", "[model] image_guidance", message)
 

@@ -15,7 +15,7 @@ from utils.dataset.encoders import Encoder, reads_mask, reads_media, reads_text
 from utils.dataset.manifest import media_file
 from utils.dataset.samples import Bucket, SampleVersion, version_of_prompt
 from utils.errors import Problem, UserError
-from utils.media.decode import load_image
+from utils.media.decode import load_clip, load_image
 from utils.media.geometry import View
 from utils.media.source import MediaError
 from utils.ranks import Ranks
@@ -35,13 +35,13 @@ def check_sampling(pipeline: BasePipeline, sampling: SamplingSettings) -> None:
     problems = [
         *_problems_of_guidance(pipeline, sampling),
         *_problems_of_pictures(pipeline, sampling),
-        *pipeline.problems_of_samples(_pictures_a_prompt(sampling)),
+        *pipeline.problems_of_samples(sampling),
     ]
     if problems:
         raise UserError(problems)
     if sampling.prompts:
         prompt_versions(pipeline, sampling)
-        _decode(sampling)
+        _decode(pipeline, sampling)
         _step(pipeline, sampling)
 
 
@@ -60,11 +60,15 @@ def _step(pipeline: BasePipeline, sampling: SamplingSettings) -> None:
         ) from error
 
 
-def _decode(sampling: SamplingSettings) -> None:
+def _decode(pipeline: BasePipeline, sampling: SamplingSettings) -> None:
     """Reads the pictures completely: a truncated one has a good header, and would only fail when it is needed."""
+    view = View(sampling.width, sampling.height)
     for file in dict.fromkeys(chain(*sampling.control_images)):
         try:
-            load_image(file, View(sampling.width, sampling.height))
+            if pipeline.follows_clip:
+                load_clip(file, view, 0.0, sampling.frames, pipeline.media.fps)
+            else:
+                load_image(file, view)
         except MediaError as error:
             raise UserError.of(str(error), where=PICTURES) from error
 
@@ -180,11 +184,10 @@ def prompt_versions(pipeline: BasePipeline, sampling: SamplingSettings) -> list[
     pictures = [_pictures(files) for files in sampling.control_images] or [()]
     pictures *= len(sampling.prompts) if len(pictures) == 1 else 1
     others = [sampling.negative_prompt] if is_guided(pipeline, sampling) else []
+    rate = pipeline.media.fps
+    how = {"clip_fps": rate} if pipeline.starts_from_picture else {"control_fps": rate if sampling.frames > 1 else 0.0}
     return [
-        [
-            version_of_prompt(text, bucket, version, pipeline.media.fps if pipeline.starts_from_picture else None)
-            for text in (prompt, *others)
-        ]
+        [version_of_prompt(text, bucket, version, **how) for text in (prompt, *others)]
         for prompt, version in zip(sampling.prompts, pictures, strict=False)
     ]
 

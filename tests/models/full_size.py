@@ -19,6 +19,7 @@ from tests.models.full_size_clips import (
     LTX_VIDEO_13B,
     WAN,
     WAN_SMALL,
+    WAN_VACE,
 )
 from tests.models.sized import FullSize, pooled_of, text_of, vae_of, video_vae_of
 from utils.quantised.formats import FORMATS
@@ -269,6 +270,7 @@ ALL = (
     HIDREAM,
     WAN_SMALL,
     WAN,
+    WAN_VACE,
     LTX_VIDEO,
     LTX_VIDEO_13B,
     HUNYUAN_VIDEO,

@@ -94,9 +94,10 @@ def test_what_guides_follows_from_the_references(folder: Path) -> None:
     pictured, plain = (tiny_omnigen2.pipeline(folder, image_guidance=q) for q in (2.5, 1.0))
     assert [one.contrasts(2) for one in (pictured, plain)] == [(True, False), (False,)]
     assert pictured.contrasts(0) == (True,)
-    (problem,) = pictured.problems_of_samples(0)
+    plainly, shown = SamplingSettings(), SamplingSettings(prompts=["a"], control_images=["fox.png"])
+    (problem,) = pictured.problems_of_samples(plainly)
     assert "is for samples with control images, and there are none" in problem.message
-    assert not [*pictured.problems_of_samples(1), *tiny_omnigen2.pipeline(folder).problems_of_samples(0)]
+    assert not [*pictured.problems_of_samples(shown), *tiny_omnigen2.pipeline(folder).problems_of_samples(plainly)]
     p, n, b = (torch.tensor([value]) for value in (5.0, 3.0, 2.0))
     assert pictured.guided(p, n, 4.0, b) == 2 + 2.5 * (3 - 2) + 4 * (5 - 3)
     assert plain.guided(p, b, 4.0) == 2 + 4 * (5 - 2)

@@ -164,7 +164,12 @@ class SampleVersion:
 
 
 def version_of_prompt(
-    prompt: str, bucket: Bucket, pictures: Sequence[MediaFile] = (), clip_fps: float | None = None
+    prompt: str,
+    bucket: Bucket,
+    pictures: Sequence[MediaFile] = (),
+    clip_fps: float | None = None,
+    *,
+    control_fps: float = 0.0,
 ) -> SampleVersion:
     """A prompt in the form of a sample that encoders can read.
 
@@ -172,11 +177,12 @@ def version_of_prompt(
         bucket: the size of the picture or clip to draw, to which the control images are scaled too.
         pictures: control images; with `clip_fps` the first is instead the sample's own picture, repeated for all
             frames of the clip, and what follows it is for the clip's end.
+        control_fps: the frames per second at which control clips are read.
     """
     rules = DirectorySettings(path=Path())
     media = None if clip_fps is None else pictures[0]
     controls = tuple(Control(picture, bucket) for picture in (pictures if media is None else pictures[1:]))
-    sample = Sample(prompt, media, bucket, (Take(),), (prompt,), controls, None, clip_fps or 0.0, 1, rules)
+    sample = Sample(prompt, media, bucket, (Take(),), (prompt,), controls, None, clip_fps or control_fps, 1, rules)
     return evaluation_version(sample)
 
 

@@ -87,6 +87,7 @@ FOLDERS = {
     "StableDiffusionXLPipeline": "sdxl",
     "WanImageToVideoPipeline": "wan",
     "WanPipeline": "wan",
+    "WanVACEPipeline": "wan_vace",
     "ZImagePipeline": "z_image",
 }
 """The `type` for each class that `model_index.json` of a diffusers folder may name."""
@@ -207,6 +208,7 @@ SIGNATURES: tuple[FileSignature, ...] = (
     FileSignature("Z-Image", _type("z_image"), ("noise_refiner.0.", "x_pad_token")),
     FileSignature("OmniGen2", _type("omnigen2"), ("noise_refiner.0.", "ref_image_refiner.0.")),
     FileSignature("Lumina Image 2", _type("lumina2"), ("noise_refiner.0.", "context_refiner.0.")),
+    FileSignature("Wan VACE", _type("wan_vace"), ("vace_patch_embedding.", "vace_blocks.0.")),
     *(
         FileSignature(f"Wan {variant}", _type("wan"), (part,), size=("patch_embedding.weight", 1, channels))
         for part in ("blocks.0.self_attn.q.", "blocks.0.attn1.to_q.")

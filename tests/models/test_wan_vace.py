@@ -1,0 +1,136 @@
+"""Wan VACE where it is special: the clip that is followed, the publisher's names, and what is told of misfits.
+
+Shapes: B batch, C channels, F frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+from models.assembly.prompts import check_sampling, prompt_versions
+from models.assembly.stage import load_stage
+from models.wan_vace import VACE_LAYOUT
+from tests.models import tiny_wan_vace
+from tests.models.drawn_samples import draw_samples
+from tests.models.tiny_folder import drawn, settings_of
+from tests.processes import run_ranks
+from utils.dataset.encoders import GUIDE, inputs_of, item_key
+from utils.dataset.samples import Take
+from utils.diffusion.seeds import normal
+from utils.errors import UserError
+from utils.media.decode import load_clip
+from utils.media.geometry import View
+from utils.media.writing import tensor_to_image, write_clip
+from utils.settings.schema import SamplingSettings
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_wan_vace.write_folder(tmp_path_factory.mktemp("wan_vace"))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clip of 24 frames, 16 a second, in the shape of samples."""
+    file = tmp_path_factory.mktemp("clip") / "guide.mp4"
+    pixels = normal((3, 1, 4, 6), 0, "clip").repeat_interleave(8, 2).repeat_interleave(8, 3).clamp(-1, 1)
+    write_clip(torch.cat([pixels.roll(shift, 3) for shift in range(24)], dim=1), 16, file)
+    return file
+
+
+def sampling_of(clip: Path, **keys: Any) -> SamplingSettings:
+    keys = {**tiny_wan_vace.SAMPLING, "control_images": [str(clip)], **keys}
+    return SamplingSettings(prompts=["a hiker"], sample_every_n_steps=1, steps=2, seed=7, **keys)
+
+
+def test_a_sample_follows_its_clip_as_in_the_stock_pipeline(folder: Path, clip: Path, tmp_path: Path) -> None:
+    sampling = sampling_of(clip)
+    check_sampling(tiny_wan_vace.pipeline(folder), sampling)
+    (painted,) = run_ranks(draw_samples, 1, tiny_wan_vace.pipeline, folder, tmp_path / "cache", 1, sampling)
+    guide_CFHW = load_clip(clip, View(sampling.width, sampling.height, "center"), 0.0, sampling.frames, 16.0)
+    assert (guide_CFHW[:, 0] - guide_CFHW[:, -1]).abs().mean() > 0.1
+    frames = [tensor_to_image(guide_CFHW[:, [frame]]) for frame in range(sampling.frames)]
+    noise = normal((1, tiny_wan_vace.CHANNELS, 3, 4, 6), 7, "sample", 0)
+    how = {"num_frames": sampling.frames, "max_sequence_length": tiny_wan_vace.TEXT_TOKENS, "video": frames}
+    expected = drawn(tiny_wan_vace.STOCK.from_pretrained(folder), sampling, noise, **how).frames
+    torch.testing.assert_close(torch.from_numpy(painted[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_followed_lies_on_its_clip_in_time(folder: Path, clip: Path) -> None:
+    ((version, _),) = prompt_versions(tiny_wan_vace.pipeline(folder), sampling_of(clip))
+    late = replace(version, take=Take(start=0.5))
+    encoder = SimpleNamespace(name="vae_guide", fingerprint="", reads=(GUIDE,))
+    expected = load_clip(clip, View(48, 32, "center"), 0.5, 9, 16.0)
+    assert torch.equal(inputs_of(encoder, late)[GUIDE], expected)
+    assert item_key(encoder, late) != item_key(encoder, version)
+
+
+@torch.no_grad()
+def test_it_is_encoded_as_the_stock_pipeline_does(folder: Path) -> None:
+    pixels_BCFHW = normal((2, 3, 9, 32, 48), 0, "guide").clamp(-1, 1)
+    encoder = tiny_wan_vace.pipeline(folder).encoders_for(1)[2]
+    encoder.load(torch.device("cpu"))
+    made = encoder.encode(**{GUIDE: pixels_BCFHW})["guide_latents"]
+    stock, mask = tiny_wan_vace.STOCK.from_pretrained(folder), torch.ones(1, 3, 9, 32, 48)
+    expected = [stock.prepare_video_latents(one[None], mask, [[]], None, "cpu") for one in pixels_BCFHW]
+    torch.testing.assert_close(made, torch.cat(expected), rtol=1e-4, atol=1e-5)
+    assert stock.prepare_masks(mask, [[]]).eq(1).all()
+
+
+def test_the_publishers_names_are_those_that_the_stock_converter_reads(folder: Path) -> None:
+    wan = tiny_wan_vace.pipeline(folder)
+    denoiser = load_stage(wan, settings_of(wan), stage=0).denoiser
+    tensors = {name: parameter.detach() for name, parameter in denoiser.named_parameters()}
+    original = VACE_LAYOUT.to_original(tensors)
+    again = convert_wan_transformer_to_diffusers({f"model.diffusion_model.{n}": t for n, t in original.items()})
+    assert again.keys() == tensors.keys() and all(torch.equal(again[name], tensors[name]) for name in tensors)
+
+
+def test_the_second_chain_ends_with_its_last_hint(folder: Path) -> None:
+    """What no later block reads does not travel on."""
+    wan = tiny_wan_vace.pipeline(folder)
+    layers = load_stage(wan, settings_of(wan), stage=0).layers
+    shape = (2, *wan.latent_shape(48, 32, 9))
+    features = tiny_wan_vace.features((5, 11)) | tiny_wan_vace.features_of_pictures(shape[1:])
+    stream, carried = wan.prepare_inputs(features, normal(shape, 0, "x"), torch.tensor([0.2, 0.9])), []
+    for layer in layers[:-1]:
+        stream = layer(stream)
+        carried.append((stream.control_BTD is not None, stream.hint_BTD is not None))
+    # Hints for the first block and the third.
+    assert carried == [(True, False), (True, True), (True, False), (True, False), (False, True), (False, False)]
+
+
+def test_what_is_to_be_followed_must_be_there(folder: Path, clip: Path) -> None:
+    wan = tiny_wan_vace.pipeline(folder)
+    with pytest.raises(UserError, match="follows clips, and the samples have none: name their folder in control_path"):
+        wan.encoders_for(0)
+    with pytest.raises(UserError, match="follows a clip: give one, or a still picture, for each prompt"):
+        check_sampling(wan, sampling_of(clip, control_images=[]))
+    with pytest.raises(UserError, match="control_images"):
+        check_sampling(wan, sampling_of(clip, frames=33))
+    rules = [SimpleNamespace(control_resolution=side) for side in (None, 512)]
+    samples = [SimpleNamespace(rules=one, media=SimpleNamespace(locator="fox.mp4")) for one in rules]
+    assert wan.problems_of_data(samples[:1]) == []
+    (problem,) = wan.problems_of_data(samples)
+    assert "at their own size, as that of fox.mp4; leave it out" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"in_channels": 16}, "takes 16 channels, and the VAE makes 4"),
+        ({"vace_in_channels": 96}, "takes 96 channels of what it follows, and the VAE makes 72 with the mask"),
+        ({"image_dim": 16}, "sees a first frame by CLIP"),
+        ({"vace_layers": [2, 0]}, "`vace_layers` must be in ascending order"),
+    ],
+)
+def test_what_does_not_fit_is_told(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        tiny_wan_vace.pipeline(tiny_wan_vace.write_folder(tmp_path, **changes)).check()
