@@ -26,6 +26,7 @@ from utils.diffusion.timesteps import ResolutionShift
 from utils.diffusion.training import TrainingMaths, remarks
 from utils.errors import Problem, UserError
 from utils.quantised.formats import FORMATS, Format
+from utils.settings.dataset_schema import ControlFit
 from utils.settings.model_schema import ModelSettings, torch_dtype
 from utils.settings.schema import SamplingSettings
 
@@ -77,6 +78,8 @@ class BasePipeline(ABC):
         ends_in_picture: whether clips that start from a picture also end in one, the second of a prompt, which in
             training is the clip's last frame; a property if files or options decide.
         follows_clip: whether its first control image may be a clip, as long as the sample's.
+        control_fit: how the control images of prompts are brought to the sample's shape, as in a dataset; a property if
+            options decide.
         max_controls: the largest number of control images with which it is conditioned.
     """
 
@@ -103,6 +106,7 @@ class BasePipeline(ABC):
     starts_from_picture: bool = False
     ends_in_picture: bool = False
     follows_clip: ClassVar[bool] = False
+    control_fit: ControlFit = None
     max_controls: ClassVar[int] = 0
 
     def __init__(self, options: ModelSettings, seed: int = 0):

@@ -19,15 +19,16 @@ from torch import nn
 
 from models.base import Features, ModelEncoder
 from models.foundation.checkpoints.layouts.wan import VACE_LAYOUT
-from models.foundation.encoders.guide import GuideAutoencoder
+from models.foundation.encoders.guide import GuideAutoencoder, LedAutoencoder
 from models.foundation.layers.chain import Middle
 from models.wan import Entry, Exit, WanPipeline, WanStream
-from utils.dataset.encoders import Encoder
+from utils.dataset.encoders import Encoder, control_names
 from utils.dataset.samples import Sample
 from utils.errors import Problem, UserError
+from utils.settings.dataset_schema import ControlFit
 from utils.settings.model_schema import ModelSettings
 from utils.settings.schema import SamplingSettings
-from utils.settings.values import Count
+from utils.settings.values import Count, Natural
 
 if TYPE_CHECKING:
     from diffusers import WanVACETransformer3DModel
@@ -36,9 +37,9 @@ if TYPE_CHECKING:
 class WanVaceOptions(ModelSettings):
     """`[model]` of `type = "wan_vace"`.
 
-    The control images of the dataset, one `control_path`, are what is followed: a clip for each clip, as long and in
-    the same shape (depth, poses, lines, the clip without colours ...), or a still, which lasts for all of it. All of
-    the clip is made anew: masks of what is kept, and reference pictures, are not trained.
+    The first control image of each sample, in the first folder of `control_path`, is what is followed: a clip for each
+    clip, as long and in the same shape (depth, poses, lines, the clip without colours ...), or a still, which lasts for
+    all of it; a grey one says nothing. All of the clip is made anew: masks of what is kept are not trained.
     """
 
     tells_apart: ClassVar[tuple[str, ...]] = (*ModelSettings.tells_apart, "expert")
@@ -48,6 +49,9 @@ class WanVaceOptions(ModelSettings):
     the folder of the high one."""
     max_sequence_length: Count = 512
     """Number of UMT5 tokens that the model sees, including padding."""
+    references: Natural = 0
+    """How many reference pictures each sample has behind what it follows, in further folders of `control_path`. In
+    inference they are fitted whole into the clip's shape, on white: `control_fit = "pad"`."""
 
 
 class WanVaceInputs(NamedTuple):
@@ -113,7 +117,7 @@ class Hinted(Middle):
 
 class WanVacePipeline(WanPipeline):
     """Wan VACE of Alibaba: clips that follow others, in their depth, poses, lines or whatever the dataset's
-    `control_path` shows of each clip."""
+    `control_path` shows of each clip, and show what is on reference pictures."""
 
     Options = WanVaceOptions
     denoiser_class = "WanVACETransformer3DModel"
@@ -124,7 +128,14 @@ class WanVacePipeline(WanPipeline):
     starts_from_picture = False
     ends_in_picture = False
     follows_clip = True
-    max_controls = 1
+
+    @property
+    def max_controls(self) -> int:
+        return 1 + self.options.references
+
+    @property
+    def control_fit(self) -> ControlFit:
+        return "pad" if self.options.references else None
 
     def problems_of_parts(self) -> Iterator[Problem]:
         config, made = self.parts.denoiser_config, self._vae_config["z_dim"]
@@ -149,30 +160,54 @@ class WanVacePipeline(WanPipeline):
         return self._vae_config.get("scale_factor_spatial", 8)
 
     def problems_of_data(self, samples: Sequence[Sample]) -> list[Problem]:
-        resized = next((one for one in samples if one.rules.control_resolution is not None), None)
-        if resized is None:
-            return []
-        message = f"clips are followed at their own size, as that of {resized.media.locator}; leave it out"
-        return [Problem("", "[[directory]] control_resolution", message)]
+        reasons = {
+            "control_resolution": ("clips are followed at their own size", lambda one: one.rules.control_resolution),
+            "mask_path": (
+                "masks do not say what they mean for reference pictures",
+                lambda one: one.mask is not None and self.options.references,
+            ),
+        }
+        found = [
+            (key, reason, next((one for one in samples if is_wrong(one)), None))
+            for key, (reason, is_wrong) in reasons.items()
+        ]
+        return [
+            Problem("", f"[[directory]] {key}", f"{reason}, and {one.media.locator} is one with it; leave it out")
+            for key, reason, one in found
+            if one is not None
+        ]
 
     def problems_of_samples(self, sampling: SamplingSettings) -> Iterator[Problem]:
-        if sampling.prompts and not sampling.control_images:
-            message = "this model follows a clip: give one, or a still picture, for each prompt"
+        asked = 1 + self.options.references
+        if sampling.prompts and any(len(given) != asked for given in sampling.control_images or [()]):
+            message = (
+                "this model follows a clip: give one, or a still picture, for each prompt"
+                + f", and behind it as many references as [model] has, {asked - 1}" * (asked > 1)
+            )
             yield Problem("", "[sampling] control_images", message)
 
     def encoders_for(self, controls: int) -> list[Encoder]:
-        if not controls:
+        references = self.options.references
+        if controls != 1 + references:
             raise UserError.of(
-                "this model follows clips, and the samples have none: name their folder in control_path; for text to "
-                'video alone give a model of type "wan"',
+                f"this model follows clips, and is shown {references} reference pictures: the samples have {controls} "
+                f"files beside them, and need {1 + references}; name their folders in control_path, first that of what "
+                'is followed, and set [model] references; for text to video alone give a model of type "wan"',
                 where="[[directory]]",
             )
-        return super().encoders_for(controls)
+        return self.encoders(controls)
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         options = self.options
-        guides = [GuideAutoencoder(options.diffusers_path, options.vae_path, self.dtype)] if controls else []
-        return [*super().encoders(), *guides]
+        vae = (options.diffusers_path, options.vae_path, self.dtype)
+        references = control_names(1 + options.references)[1:]
+        plain, text = super().encoders()
+        led = LedAutoencoder(*vae, draw=options.latents, references=references) if references else plain
+        return [led, text, *([GuideAutoencoder(*vae, references=references)] if controls else [])]
+
+    def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
+        channels, own, *size = super().latent_shape(width, height, frames)
+        return channels, own + self.options.references, *size
 
     def to_layers(self, denoiser: WanVACETransformer3DModel) -> list[nn.Module]:
         reads = {
@@ -194,8 +229,9 @@ class WanVacePipeline(WanPipeline):
         self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
     ) -> WanVaceInputs:
         guide_BCfhw = features["guide_latents"].to(x_t)
-        # The mask of what is made anew, whose cells' pixels are channels: everything.
+        # The mask of what is made anew, whose cells' pixels are channels: everything but the references.
         mask_BCfhw = x_t.new_ones(len(x_t), self._cell**2, *x_t.shape[2:])
+        mask_BCfhw[:, :, : self.options.references] = 0.0
         return WanVaceInputs(
             x_BCfhw=x_t,
             text_BLD=features["umt5"],

@@ -143,7 +143,7 @@ def caching_needs(encoders: Iterable[Encoder], bucket: Bucket, batch: int) -> It
                 activations = _counted(partial(_encoded, vae, _empty(encoder, batch, channels, *size)))
             else:
                 clip = partial(_encoded_clip, encoder, vae, batch, channels, size)
-                group = (bucket.frames - 1) // max(latent_shape[1] - 1, 1)
+                group = (bucket.frames - 1) // max(latent_shape[1] - encoder.leading - 1, 1)
                 few, some = (1 + group * (count - 1) for count in SHORT_LATENTS)
                 activations = _of_clip(clip, bucket.frames, (few, some))
             yield Need(encoder.name, weight_bytes([vae]), activations)

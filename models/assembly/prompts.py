@@ -186,6 +186,7 @@ def prompt_versions(pipeline: BasePipeline, sampling: SamplingSettings) -> list[
     others = [sampling.negative_prompt] if is_guided(pipeline, sampling) else []
     rate = pipeline.media.fps
     how = {"clip_fps": rate} if pipeline.starts_from_picture else {"control_fps": rate if sampling.frames > 1 else 0.0}
+    how["control_fit"] = pipeline.control_fit
     return [
         [version_of_prompt(text, bucket, version, **how) for text in (prompt, *others)]
         for prompt, version in zip(sampling.prompts, pictures, strict=False)

@@ -6,6 +6,7 @@ Shapes: B batch, C channels, F frames, H W pixels.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from tests.models.drawn_samples import draw_samples
 from tests.models.tiny_folder import drawn, settings_of
 from tests.processes import run_ranks
 from utils.dataset.encoders import GUIDE, inputs_of, item_key
-from utils.dataset.samples import Take
+from utils.dataset.samples import Bucket, Take
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
 from utils.media.decode import load_clip
@@ -50,17 +51,50 @@ def sampling_of(clip: Path, **keys: Any) -> SamplingSettings:
     return SamplingSettings(prompts=["a hiker"], sample_every_n_steps=1, steps=2, seed=7, **keys)
 
 
-def test_a_sample_follows_its_clip_as_in_the_stock_pipeline(folder: Path, clip: Path, tmp_path: Path) -> None:
-    sampling = sampling_of(clip)
-    check_sampling(tiny_wan_vace.pipeline(folder), sampling)
-    (painted,) = run_ranks(draw_samples, 1, tiny_wan_vace.pipeline, folder, tmp_path / "cache", 1, sampling)
-    guide_CFHW = load_clip(clip, View(sampling.width, sampling.height, "center"), 0.0, sampling.frames, 16.0)
+@pytest.mark.parametrize("references", [0, 2])
+def test_a_sample_follows_its_clip_as_in_the_stock_pipeline(
+    folder: Path, clip: Path, tmp_path: Path, references: int
+) -> None:
+    """And shows what is on its references, which are as large as the sample here: where they are scaled, the stock
+    pipeline has other filters."""
+    size, shown = (48, 32), []
+    for number in range(references):
+        pixels = normal((3, 1, 4, 6), number, "reference").repeat_interleave(8, 2).repeat_interleave(8, 3).clamp(-1, 1)
+        shown.append(tensor_to_image(pixels))
+        shown[-1].save(tmp_path / f"{number}.png")
+    files = [str(clip), *(str(tmp_path / f"{number}.png") for number in range(references))]
+    sampling = sampling_of(clip, control_images=[files])
+    check_sampling(tiny_wan_vace.pipeline(folder, references=references), sampling)
+    pipeline_of = partial(tiny_wan_vace.pipeline, references=references)
+    (painted,) = run_ranks(draw_samples, 1, pipeline_of, folder, tmp_path / "cache", 1, sampling)
+    guide_CFHW = load_clip(clip, View(*size, "center"), 0.0, sampling.frames, 16.0)
     assert (guide_CFHW[:, 0] - guide_CFHW[:, -1]).abs().mean() > 0.1
     frames = [tensor_to_image(guide_CFHW[:, [frame]]) for frame in range(sampling.frames)]
-    noise = normal((1, tiny_wan_vace.CHANNELS, 3, 4, 6), 7, "sample", 0)
+    noise = normal((1, tiny_wan_vace.CHANNELS, 3 + references, 4, 6), 7, "sample", 0)
     how = {"num_frames": sampling.frames, "max_sequence_length": tiny_wan_vace.TEXT_TOKENS, "video": frames}
-    expected = drawn(tiny_wan_vace.STOCK.from_pretrained(folder), sampling, noise, **how).frames
+    stock = tiny_wan_vace.STOCK.from_pretrained(folder)
+    expected = drawn(stock, sampling, noise, reference_images=shown or None, **how).frames
     torch.testing.assert_close(torch.from_numpy(painted[0]), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_references_lead_the_clip_that_is_made(folder: Path) -> None:
+    """The last one first. They are made with it, and left out of what is shown."""
+    wan = tiny_wan_vace.pipeline(folder, references=2, latents="mode")
+    encoder, plain = wan.encoders_for(3)[0], tiny_wan_vace.pipeline(folder, latents="mode").encoders()[0]
+    for one in (encoder, plain):
+        one.load(torch.device("cpu"))
+    inputs = {
+        name: normal((2, 3, frames, 32, 48), 0, name).clamp(-1, 1)
+        for name, frames in (("pixels", 9), ("control_2", 1), ("control_3", 1))
+    }
+    latents = encoder.encode(**inputs)["latents"]
+    parts = [plain.encode(pixels=inputs[name])["latents"] for name in ("control_3", "control_2", "pixels")]
+    assert torch.equal(latents, torch.cat(parts, dim=2)) and wan.latent_shape(48, 32, 9) == tuple(latents.shape[1:])
+    assert encoder.feature_shapes(Bucket(48, 32, 9))["latents"][0] == tuple(latents.shape[1:])
+    assert torch.equal(encoder.decode(latents), plain.decode(parts[2]))
+    guides = wan.encoders_for(3)[2].feature_shapes(Bucket(48, 32, 9))["guide_latents"][0]
+    assert guides == (2 * latents.shape[1], *latents.shape[2:])
 
 
 def test_what_is_followed_lies_on_its_clip_in_time(folder: Path, clip: Path) -> None:
@@ -109,17 +143,30 @@ def test_the_second_chain_ends_with_its_last_hint(folder: Path) -> None:
 
 def test_what_is_to_be_followed_must_be_there(folder: Path, clip: Path) -> None:
     wan = tiny_wan_vace.pipeline(folder)
-    with pytest.raises(UserError, match="follows clips, and the samples have none: name their folder in control_path"):
+    with pytest.raises(
+        UserError, match="is shown 0 reference pictures: the samples have 0 files beside them, and need 1"
+    ):
         wan.encoders_for(0)
     with pytest.raises(UserError, match="follows a clip: give one, or a still picture, for each prompt"):
         check_sampling(wan, sampling_of(clip, control_images=[]))
+    with pytest.raises(UserError, match="and behind it as many references as .* has, 2"):
+        check_sampling(tiny_wan_vace.pipeline(folder, references=2), sampling_of(clip))
     with pytest.raises(UserError, match="control_images"):
         check_sampling(wan, sampling_of(clip, frames=33))
-    rules = [SimpleNamespace(control_resolution=side) for side in (None, 512)]
-    samples = [SimpleNamespace(rules=one, media=SimpleNamespace(locator="fox.mp4")) for one in rules]
-    assert wan.problems_of_data(samples[:1]) == []
-    (problem,) = wan.problems_of_data(samples)
-    assert "at their own size, as that of fox.mp4; leave it out" in problem.message
+
+
+def sample(side: int | None = None, mask: str | None = None) -> Any:
+    rules = SimpleNamespace(control_resolution=side)
+    return SimpleNamespace(rules=rules, mask=mask, media=SimpleNamespace(locator="fox.mp4"))
+
+
+def test_what_does_not_go_with_what_is_followed_is_told(folder: Path) -> None:
+    plain, led = (tiny_wan_vace.pipeline(folder, references=references) for references in (0, 1))
+    assert plain.problems_of_data([sample(), sample(mask="mask.png")]) == []
+    (problem,) = plain.problems_of_data([sample(), sample(512)])
+    assert "clips are followed at their own size, and fox.mp4 is one with it" in problem.message
+    (problem,) = led.problems_of_data([sample(), sample(mask="mask.png")])
+    assert "masks do not say what they mean for reference pictures" in problem.message
 
 
 @pytest.mark.parametrize(
