@@ -23,8 +23,9 @@ from models.foundation.encoders.guide import GuideAutoencoder, LedAutoencoder
 from models.foundation.layers.chain import Middle
 from models.wan import Entry, Exit, WanPipeline, WanStream
 from utils.dataset.encoders import Encoder, control_names
-from utils.dataset.samples import Sample
+from utils.dataset.samples import MediaFile, Sample
 from utils.errors import Problem, UserError
+from utils.media.geometry import same_shape
 from utils.settings.dataset_schema import ControlFit
 from utils.settings.model_schema import ModelSettings
 from utils.settings.schema import SamplingSettings
@@ -175,7 +176,7 @@ class WanVacePipeline(WanPipeline):
             Problem("", f"[[directory]] {key}", f"{reason}, and {one.media.locator} is one with it; leave it out")
             for key, reason, one in found
             if one is not None
-        ]
+        ] + [*_problems_of_guides(samples)]
 
     def problems_of_samples(self, sampling: SamplingSettings) -> Iterator[Problem]:
         asked = 1 + self.options.references
@@ -242,3 +243,38 @@ class WanVacePipeline(WanPipeline):
 
     def given_frames(self, latent_shape: Sequence[int], quantile: float) -> int:
         return 0
+
+
+def _problems_of_guides(samples: Sequence[Sample]) -> Iterator[Problem]:
+    """Clips to follow that do not lie on the clips that follow them, in place or in time."""
+    guided = [(one, one.controls[0].media) for one in samples if one.controls]
+    turned = [(one.media, guide) for one, guide in guided if not same_shape(_size(guide), _size(one.media))]
+    short = [(one.media, guide) for one, guide in guided if _is_too_short(one, guide)]
+    if turned:
+        media, guide = turned[0]
+        sizes = f"{guide.width} x {guide.height} and {media.width} x {media.height}"
+        message = (
+            f"{len(turned)} of the samples have another shape than what they follow, so that neither lies on the "
+            f"other: the first are {guide.locator} and {media.locator}, {sizes}; scale one to the shape of the other"
+        )
+        yield Problem("", "[[directory]] control_path", message)
+    if short:
+        media, guide = short[0]
+        message = (
+            f"{len(short)} of the samples go on where what they follow has ended: the first is {media.locator}, and "
+            f"{guide.locator} has {guide.frames} frames, {guide.fps:g} per second; use shorter clips, or replace those "
+            "files"
+        )
+        yield Problem("", "[[directory]] control_path", message)
+
+
+def _size(media: MediaFile) -> tuple[int, int]:
+    return media.width, media.height
+
+
+def _is_too_short(sample: Sample, guide: MediaFile) -> bool:
+    # A still lasts for ever.
+    if guide.frames == 1 or sample.bucket.frames == 1:
+        return False
+    last = (sample.bucket.frames - 1) / sample.fps
+    return any(take.start + last >= guide.frames / guide.fps for take in sample.takes)

@@ -23,7 +23,7 @@ from tests.models.drawn_samples import draw_samples
 from tests.models.tiny_folder import drawn, settings_of
 from tests.processes import run_ranks
 from utils.dataset.encoders import GUIDE, inputs_of, item_key
-from utils.dataset.samples import Bucket, Take
+from utils.dataset.samples import Bucket, Control, Take
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
 from utils.media.decode import load_clip
@@ -97,13 +97,17 @@ def test_references_lead_the_clip_that_is_made(folder: Path) -> None:
     assert guides == (2 * latents.shape[1], *latents.shape[2:])
 
 
-def test_what_is_followed_lies_on_its_clip_in_time(folder: Path, clip: Path) -> None:
-    ((version, _),) = prompt_versions(tiny_wan_vace.pipeline(folder), sampling_of(clip))
-    late = replace(version, take=Take(start=0.5))
+def test_what_is_followed_lies_on_its_clip_in_place_and_time(folder: Path, clip: Path) -> None:
+    """Also where references are fitted whole into the clip's shape."""
+    ((version, _),) = prompt_versions(tiny_wan_vace.pipeline(folder, references=1), sampling_of(clip))
+    own = replace(version.sample, media=version.sample.controls[0].media)
+    controls = (replace(own.controls[0], bucket=Bucket(32, 32, 1)),)
+    late = replace(version, sample=replace(own, controls=controls), take=Take(crop=(1.0, 0.0), start=0.5))
+    assert late.sample.rules.control_fit == "pad"
     encoder = SimpleNamespace(name="vae_guide", fingerprint="", reads=(GUIDE,))
-    expected = load_clip(clip, View(48, 32, "center"), 0.5, 9, 16.0)
+    expected = load_clip(clip, View(32, 32, (1.0, 0.0)), 0.5, 9, 16.0)
     assert torch.equal(inputs_of(encoder, late)[GUIDE], expected)
-    assert item_key(encoder, late) != item_key(encoder, version)
+    assert item_key(encoder, late) != item_key(encoder, replace(late, take=Take(crop=(1.0, 0.0))))
 
 
 @torch.no_grad()
@@ -155,18 +159,37 @@ def test_what_is_to_be_followed_must_be_there(folder: Path, clip: Path) -> None:
         check_sampling(wan, sampling_of(clip, frames=33))
 
 
-def sample(side: int | None = None, mask: str | None = None) -> Any:
-    rules = SimpleNamespace(control_resolution=side)
-    return SimpleNamespace(rules=rules, mask=mask, media=SimpleNamespace(locator="fox.mp4"))
+def sample(
+    side: int | None = None, mask: str | None = None, guide: int = 1, start: float = 0.0, width: int = 24
+) -> Any:
+    """One of nine frames, 16 a second, with so many frames to follow at 8 a second."""
+    followed = SimpleNamespace(frames=guide, fps=8.0, locator="pose.mp4", width=width, height=16)
+    return SimpleNamespace(
+        rules=SimpleNamespace(control_resolution=side),
+        mask=mask,
+        media=SimpleNamespace(locator="fox.mp4", width=48, height=32),
+        bucket=Bucket(48, 32, 9),
+        fps=16.0,
+        takes=(Take(start=start),),
+        controls=(Control(followed, Bucket(48, 32, 1)),),
+    )
 
 
 def test_what_does_not_go_with_what_is_followed_is_told(folder: Path) -> None:
+    """A still may be followed for ever; the last of nine frames is shown half a second after the first."""
     plain, led = (tiny_wan_vace.pipeline(folder, references=references) for references in (0, 1))
-    assert plain.problems_of_data([sample(), sample(mask="mask.png")]) == []
+    assert (
+        plain.problems_of_data([sample(), sample(mask="mask.png"), sample(guide=5), sample(guide=6, start=0.2)]) == []
+    )
     (problem,) = plain.problems_of_data([sample(), sample(512)])
     assert "clips are followed at their own size, and fox.mp4 is one with it" in problem.message
     (problem,) = led.problems_of_data([sample(), sample(mask="mask.png")])
     assert "masks do not say what they mean for reference pictures" in problem.message
+    (problem,) = plain.problems_of_data([sample(guide=4), sample(guide=5, start=0.2), sample(guide=5)])
+    assert "2 of the samples go on where what they follow has ended: the first is fox.mp4" in problem.message
+    assert "pose.mp4 has 4 frames, 8 per second" in problem.message
+    (problem,) = plain.problems_of_data([sample(), sample(width=32)])
+    assert "first are pose.mp4 and fox.mp4, 32 x 16 and 48 x 32; scale one to the shape" in problem.message
 
 
 @pytest.mark.parametrize(

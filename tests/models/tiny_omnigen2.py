@@ -130,6 +130,11 @@ def pipeline(folder: Path, **options: Any) -> OmniGen2Pipeline:
     return OmniGen2Pipeline(OmniGen2Options(type="omnigen2", diffusers_path=folder, **options), seed=0)
 
 
+def dataset_of(pictures: Path) -> dict[str, Any]:
+    """Each picture is its own reference."""
+    return {"directory": [{"path": str(pictures), "control_path": str(pictures)}]}
+
+
 def features(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """Random text features of these many tokens each."""
     return ragged("qwen2_5_vl", lengths, TEXT_WIDTH)

@@ -16,6 +16,7 @@ import torch
 from utils.dataset.captions import weighted, without_weights
 from utils.dataset.samples import Bucket, Control, MediaFile, Sample, SampleVersion, may_lack_caption
 from utils.media.decode import load_alpha, load_clip, load_image, load_mask, load_rgba
+from utils.media.geometry import View
 from utils.media.source import MediaError
 
 TRANSFORM = "3"
@@ -269,16 +270,21 @@ def _ends(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
     return pixels_CFHW
 
 
+def _guide_view(version: SampleVersion) -> View:
+    """Where the sample's clip is cropped, whatever is done to other control images."""
+    control = _control(version.sample, "control")
+    return version.take.plain_view(control.bucket, control.media, version.sample.media)
+
+
 def _guide_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
-    sample = version.sample
+    sample, digest = version.sample, _control(version.sample, "control").media.digest
     time_ = [sample.bucket.frames, version.take.start, sample.fps] if sample.fps else []
-    return [GUIDE, *_control_identity(version, name, "control"), *time_]
+    return [TRANSFORM, GUIDE, digest, *_guide_view(version).identity, *time_]
 
 
 def _guide(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
-    sample, control = version.sample, _control(version.sample, "control")
-    how = version.control_view(control), version.take.start, sample.bucket.frames, sample.fps or 1.0
-    return _load(control.media, load_clip, *how)
+    sample, media = version.sample, _control(version.sample, "control").media
+    return _load(media, load_clip, _guide_view(version), version.take.start, sample.bucket.frames, sample.fps or 1.0)
 
 
 def _rgba_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
