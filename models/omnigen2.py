@@ -254,8 +254,11 @@ class OmniGen2Pipeline(PicturePipeline):
             yield self.parts.misfit(
                 f"takes text of {config['text_feat_dim']} features and Qwen2.5-VL makes {read}; give that of 3B"
             )
-        if turned != width:
-            yield self.parts.misfit(f"`axes_dim_rope` add up to {turned}, and a head has {width} channels")
+        if turned != width or any(axis % 2 for axis in config["axes_dim_rope"]):
+            yield self.parts.misfit(
+                f"`axes_dim_rope` must be even and add up to the {width} channels of a head, and are "
+                f"{config['axes_dim_rope']}"
+            )
         # Text has the places from 0 on, and the picture the one after it.
         if length >= config["axes_lens"][0]:
             message = (

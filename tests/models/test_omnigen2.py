@@ -6,6 +6,7 @@ Shapes: B batch, D features, L tokens.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,6 +135,18 @@ def test_references_that_leave_no_places_for_text_are_told(folder: Path) -> None
 def test_what_does_not_fit_is_told(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         tiny_omnigen2.pipeline(tiny_omnigen2.write_folder(tmp_path, **changes)).check()
+
+
+@pytest.mark.parametrize(
+    ("axes", "told"),
+    [([4, 4, 6], "must be even and add up to the 12 channels"), ([5, 1, 6], "must be even"), ([6, 6], "axes_dim_rope")],
+)
+def test_rotary_axes_that_do_not_fill_a_head_are_told(tmp_path: Path, axes: list[int], told: str) -> None:
+    folder = tiny_omnigen2.write_folder(tmp_path)
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "axes_dim_rope": axes}))
+    with pytest.raises(UserError, match=told):
+        tiny_omnigen2.pipeline(folder).check()
 
 
 def test_a_folder_without_its_processor_is_told(tmp_path: Path) -> None:
