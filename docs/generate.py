@@ -39,12 +39,14 @@ HUB = {
     ),
     "ltx_video": ("Lightricks/LTX-Video", "Lightricks/LTX-Video-0.9.7-dev"),
     "lumina2": ("Alpha-VLLM/Lumina-Image-2.0",),
+    "omnigen2": ("OmniGen2/OmniGen2",),
     "qwen_image": ("Qwen/Qwen-Image", "Qwen/Qwen-Image-Edit"),
     "qwen_image_layered": ("Qwen/Qwen-Image-Layered",),
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5",),
     "sd3": ("stabilityai/stable-diffusion-3.5-medium",),
     "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
     "wan": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"),
+    "wan_vace": ("Wan-AI/Wan2.1-VACE-1.3B-diffusers", "Wan-AI/Wan2.1-VACE-14B-diffusers"),
     "z_image": ("Tongyi-MAI/Z-Image-Turbo",),
 }
 """By model: names of diffusers folders on Hugging Face."""

@@ -26,7 +26,9 @@ from utils.diffusion.timesteps import ResolutionShift
 from utils.diffusion.training import TrainingMaths, remarks
 from utils.errors import Problem, UserError
 from utils.quantised.formats import FORMATS, Format
+from utils.settings.dataset_schema import ControlFit
 from utils.settings.model_schema import ModelSettings, torch_dtype
+from utils.settings.schema import SamplingSettings
 
 Features = Mapping[str, torch.Tensor]
 
@@ -54,6 +56,7 @@ class BasePipeline(ABC):
         convolutional_blocks: further lists of blocks, which are adapted with `convolutions` of `[adapter]`.
         stream_type: the NamedTuple that travels between layers.
         resolution_shift: the constants by which the timestep shift follows the picture's size.
+        sampling_shift: the same of its scheduler, for models that are sampled with another shift than they are trained.
         keep_in_high_precision: parts of the names of parameters that stay float32 regardless of `dtype`.
         original_layout: names of the publisher's single-file checkpoint, if they differ from diffusers' names.
         comfyui_note: what one must do in ComfyUI to use an export, beyond loading it.
@@ -72,6 +75,11 @@ class BasePipeline(ABC):
         block_format: the format of the Linears of the repeated blocks, if they are quantised.
         starts_from_picture: whether it makes clips, or layers, from a picture, which in training is the sample's own; a
             property if the model's files decide.
+        ends_in_picture: whether clips that start from a picture also end in one, the second of a prompt, which in
+            training is the clip's last frame; a property if files or options decide.
+        follows_clip: whether its first control image may be a clip, as long as the sample's.
+        control_fit: how the control images of prompts are brought to the sample's shape, as in a dataset; a property if
+            options decide.
         max_controls: the largest number of control images with which it is conditioned.
     """
 
@@ -82,6 +90,7 @@ class BasePipeline(ABC):
     convolutional_blocks: ClassVar[tuple[str, ...]] = ()
     stream_type: ClassVar[Callable[..., tuple]]
     resolution_shift: ClassVar[ResolutionShift] = ResolutionShift()
+    sampling_shift: ClassVar[ResolutionShift | None] = None
     keep_in_high_precision: ClassVar[tuple[str, ...]] = ()
     original_layout: ClassVar[KeyLayout | None] = None
     comfyui_note: ClassVar[str | None] = None
@@ -95,6 +104,9 @@ class BasePipeline(ABC):
     loss_terms: ClassVar[tuple[str, ...]] = ()
     variational_weight: float = 0.0
     starts_from_picture: bool = False
+    ends_in_picture: bool = False
+    follows_clip: ClassVar[bool] = False
+    control_fit: ControlFit = None
     max_controls: ClassVar[int] = 0
 
     def __init__(self, options: ModelSettings, seed: int = 0):
@@ -212,6 +224,11 @@ class BasePipeline(ABC):
         prompt. Ho and Salimans 2022, in the form of diffusers."""
         return negative + guidance * (prompted - negative)
 
+    def contrasts(self, controls: int) -> Sequence[bool]:
+        """Of each prediction for the negative prompt, by which a sample with this many control images is guided:
+        whether it sees these. Further ones than the first are further arguments of `guided`."""
+        return (True,)
+
     def before_steps(self, noise: torch.Tensor, features: Features) -> torch.Tensor:
         """The latents (1, ...) with which the steps of a sample begin. Only models that start from a picture are given
         the features of the prompt on every stage."""
@@ -223,6 +240,10 @@ class BasePipeline(ABC):
 
     def problems_of_data(self, samples: Sequence[Sample]) -> list[Problem]:
         """Why the model cannot be trained on these samples."""
+        return []
+
+    def problems_of_samples(self, sampling: SamplingSettings) -> Iterable[Problem]:
+        """What of `[model]` is said in vain for the samples of this run, and what these lack for the model."""
         return []
 
     @property

@@ -2,7 +2,7 @@
 
 It covers both sizes of 2.1, each of the two experts of 2.2 A14B, and TI2V-5B. Models of text to video are trained on
 pictures and clips together; models of picture to video (i2v) receive the first frame as further channels and, in 2.1,
-through CLIP.
+through CLIP, and that of first and last frames (FLF2V) both frames.
 
 Shapes: B batch, C latent channels, f h w latent frames, height and width, T video tokens, L text tokens (those of CLIP
 before them), R rows of time, D width of the transformer.
@@ -66,6 +66,9 @@ class WanOptions(ModelSettings):
     from_first_frame: bool = False
     """Train TI2V-5B on clips from their first frame, which the model receives without noise and does not have to
     predict; pictures are still trained from text."""
+    to_last_frame: bool = False
+    """Train picture to video of Wan 2.2 A14B on clips from their first frame to their last, and give samples two
+    pictures. The model of Wan 2.1 for a first and a last frame (FLF2V) always is trained so."""
 
 
 class WanInputs(NamedTuple):
@@ -106,6 +109,8 @@ class Entry(nn.Module):
         self.patch_embedding = denoiser.patch_embedding
         self.condition_embedder = denoiser.condition_embedder
         self.text_tokens = text_tokens
+        # A model with places for the tokens of two pictures takes these as if they were of two samples.
+        self.sees_last = denoiser.config.pos_embed_seq_len is not None
 
     def forward(self, inputs: WanInputs) -> WanStream:
         weight = self.patch_embedding.weight
@@ -114,6 +119,8 @@ class Entry(nn.Module):
         first_frame_BLD = inputs.first_frame_BLD
         if first_frame_BLD is not None:
             first_frame_BLD = first_frame_BLD.to(weight.dtype)
+            if self.sees_last:
+                first_frame_BLD = rearrange(first_frame_BLD, "b (n l) d -> (b n) l d", n=2)
         # The time stays float32 until it is embedded.
         time_ED, modulation_EM, text_BLD, first_frame_BLD = self.condition_embedder(
             inputs.t_BR.flatten() * TRAIN_STEPS, text_BLD.to(weight.dtype), first_frame_BLD
@@ -189,7 +196,7 @@ class CleanedFeatures(TrueLengthFeatures):
 
 
 class WanPipeline(BasePipeline):
-    """Wan of Alibaba: text to video, and picture to video."""
+    """Wan of Alibaba: text to video, and picture to video, from a first frame or from a first to a last one."""
 
     Options = WanOptions
     denoiser_class = "WanTransformer3DModel"
@@ -224,6 +231,21 @@ class WanPipeline(BasePipeline):
     def _sees_first_frame(self) -> bool:
         """Whether it also sees the first frame through CLIP."""
         return self.parts.denoiser_config.get("image_dim") is not None
+
+    @property
+    def ends_in_picture(self) -> bool:
+        return self.options.to_last_frame or self._sees_last_frame
+
+    @property
+    def _sees_last_frame(self) -> bool:
+        """Whether it sees the last frame too through CLIP."""
+        return self.parts.denoiser_config.get("pos_embed_seq_len") is not None
+
+    @property
+    def _clip_tokens(self) -> int:
+        """The number of tokens that CLIP makes of what it sees."""
+        seen = ClipVision(self.options.diffusers_path, self.dtype, to_last=self.ends_in_picture)
+        return seen.tokens
 
     @property
     def denoiser_folder(self) -> str:
@@ -262,11 +284,20 @@ class WanPipeline(BasePipeline):
                 f"takes {channels} channels, and the VAE makes {made}; text to video takes {made}, picture to video "
                 f"{2 * made + self.media.temporal}: give the model's own VAE, or another model"
             )
-        if self.parts.denoiser_config.get("pos_embed_seq_len") is not None:
+        if self._sees_last_frame and not (self._sees_first_frame and self.starts_from_picture):
             yield self.parts.misfit(
-                "is of Wan 2.1 for a first and a last frame (FLF2V), which is not trained here; give a model of text "
-                "to video, or of picture to video from the first frame alone"
+                "has `pos_embed_seq_len`, as Wan 2.1 for a first and a last frame (FLF2V), but not the channels and "
+                "`image_dim` for these; download it again"
             )
+        elif self._sees_last_frame and self.parts.denoiser_config["pos_embed_seq_len"] != self._clip_tokens:
+            yield self.parts.misfit(
+                f"has places for {self.parts.denoiser_config['pos_embed_seq_len']} tokens of two pictures, and the "
+                f"image_encoder beside it makes {self._clip_tokens}; give the model's own"
+            )
+        if options.to_last_frame and (self._sees_first_frame or not self.starts_from_picture):
+            known = "always goes" if self._sees_last_frame else "does not go"
+            message = f"is for picture to video of Wan 2.2 A14B; this model {known} to a last frame: leave it out"
+            yield Problem("", "[model] to_last_frame", message)
         if self._sees_first_frame and options.max_sequence_length != BLIND_TOKENS:
             message = f"must be {BLIND_TOKENS} for a model that sees the first frame by CLIP; leave it out"
             yield Problem("", "[model] max_sequence_length", message)
@@ -287,12 +318,13 @@ class WanPipeline(BasePipeline):
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         options, folder = self.options, self.options.diffusers_path
-        first_frame = FirstFrameAutoencoder(folder, options.vae_path, self.dtype)
+        to_last = {"to_last": self.ends_in_picture}
+        first_frame = FirstFrameAutoencoder(folder, options.vae_path, self.dtype, **to_last)
         return [
             WanAutoencoder(folder, options.vae_path, self.dtype, draw=options.latents),
             self.parts.text_encoder(CleanedFeatures("umt5", options.max_sequence_length)),
             *([first_frame] if self.starts_from_picture else []),
-            *([ClipVision(folder, self.dtype)] if self._sees_first_frame else []),
+            *([ClipVision(folder, self.dtype, **to_last)] if self._sees_first_frame else []),
         ]
 
     def to_layers(self, denoiser: WanTransformer3DModel) -> list[nn.Module]:
@@ -311,7 +343,8 @@ class WanPipeline(BasePipeline):
         x_t, t_BR = with_given_frames(features, x_t, t_B)
         if self.starts_from_picture:
             condition = features["first_frame_latents"].to(x_t)
-            x_t = torch.cat([x_t, given_frames(condition, self.media.temporal), condition], dim=1)
+            mask = given_frames(condition, self.media.temporal, to_last=self.ends_in_picture)
+            x_t = torch.cat([x_t, mask, condition], dim=1)
         return WanInputs(x_t, features["umt5"], t_BR, features.get("clip_vision"))
 
     def given_frames(self, latent_shape: Sequence[int], quantile: float) -> int:

@@ -27,6 +27,7 @@ FLOORS = {
     "models.foundation.checkpoints": (4, "checkpoints"),
     "models.foundation.layers": (4, "layers"),
     "models.foundation": (4, "foundation"),
+    "models.foundation.denoisers": (3, "denoisers"),
     "utils.run": (3, "run"),
     "utils.dataset": (2, "dataset"),
     "utils.parallel": (2, "parallel"),

@@ -171,7 +171,7 @@ def encoding_bytes(
         def encoded(frames: int, height: int, width: int) -> Any:
             return _encoded(vae, _empty(encoder, batch, channels, frames, height, width))
 
-        group = (bucket.frames - 1) // max(latent_shape[1] - 1, 1)
+        group = (bucket.frames - 1) // max(latent_shape[1] - encoder.leading - 1, 1)
     few, some = (1 + group * (count - 1) for count in SHORT_LATENTS)
     size = bucket.height, bucket.width
     whole = _of_clip(vae, lambda frames: encoded(frames, *size), bucket.frames, (few, some))

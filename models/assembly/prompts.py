@@ -15,7 +15,7 @@ from utils.dataset.encoders import Encoder, reads_mask, reads_media, reads_text
 from utils.dataset.manifest import media_file
 from utils.dataset.samples import Bucket, SampleVersion, version_of_prompt
 from utils.errors import Problem, UserError
-from utils.media.decode import load_image
+from utils.media.decode import load_clip, load_image
 from utils.media.geometry import View
 from utils.media.source import MediaError
 from utils.ranks import Ranks
@@ -32,12 +32,16 @@ def check_sampling(pipeline: BasePipeline, sampling: SamplingSettings) -> None:
     Raises:
         UserError: it cannot.
     """
-    problems = [*_problems_of_guidance(pipeline, sampling), *_problems_of_pictures(pipeline, sampling)]
+    problems = [
+        *_problems_of_guidance(pipeline, sampling),
+        *_problems_of_pictures(pipeline, sampling),
+        *pipeline.problems_of_samples(sampling),
+    ]
     if problems:
         raise UserError(problems)
     if sampling.prompts:
         prompt_versions(pipeline, sampling)
-        _decode(sampling)
+        _decode(pipeline, sampling)
         _step(pipeline, sampling)
 
 
@@ -56,11 +60,15 @@ def _step(pipeline: BasePipeline, sampling: SamplingSettings) -> None:
         ) from error
 
 
-def _decode(sampling: SamplingSettings) -> None:
+def _decode(pipeline: BasePipeline, sampling: SamplingSettings) -> None:
     """Reads the pictures completely: a truncated one has a good header, and would only fail when it is needed."""
+    view = View(sampling.width, sampling.height)
     for file in dict.fromkeys(chain(*sampling.control_images)):
         try:
-            load_image(file, View(sampling.width, sampling.height))
+            if pipeline.follows_clip:
+                load_clip(file, view, 0.0, sampling.frames, pipeline.media.fps)
+            else:
+                load_image(file, view)
         except MediaError as error:
             raise UserError.of(str(error), where=PICTURES) from error
 
@@ -81,7 +89,7 @@ def _problems_of_guidance(pipeline: BasePipeline, sampling: SamplingSettings) ->
 
 def _problems_of_pictures(pipeline: BasePipeline, sampling: SamplingSettings) -> Iterator[Problem]:
     given, prompts = sampling.control_images, len(sampling.prompts)
-    most = 1 if pipeline.starts_from_picture else pipeline.max_controls
+    most = 1 + pipeline.ends_in_picture if pipeline.starts_from_picture else pipeline.max_controls
     if pipeline.starts_from_picture and prompts and not given:
         yield Problem("", PICTURES, "this model makes what it makes of a picture: give one for each prompt")
     if pipeline.starts_from_picture and prompts and sampling.frames == 1 < pipeline.media.max_frames:
@@ -94,6 +102,8 @@ def _problems_of_pictures(pipeline: BasePipeline, sampling: SamplingSettings) ->
         yield Problem(
             "", PICTURES, f"has {len(given)} entries for {prompts} prompts; give one for each, or one for all"
         )
+    elif pipeline.ends_in_picture and any(len(pictures) != most for pictures in given):
+        yield Problem("", PICTURES, "this model makes clips from a first frame to a last: give both with each prompt")
     elif any(len(pictures) > most for pictures in given):
         yield Problem("", PICTURES, f"this model is shown at most {most} with a prompt; give fewer")
     elif len({len(pictures) for pictures in given}) > 1:
@@ -174,11 +184,11 @@ def prompt_versions(pipeline: BasePipeline, sampling: SamplingSettings) -> list[
     pictures = [_pictures(files) for files in sampling.control_images] or [()]
     pictures *= len(sampling.prompts) if len(pictures) == 1 else 1
     others = [sampling.negative_prompt] if is_guided(pipeline, sampling) else []
+    rate = pipeline.media.fps
+    how = {"clip_fps": rate} if pipeline.starts_from_picture else {"control_fps": rate if sampling.frames > 1 else 0.0}
+    how["control_fit"] = pipeline.control_fit
     return [
-        [
-            version_of_prompt(text, bucket, version, pipeline.media.fps if pipeline.starts_from_picture else None)
-            for text in (prompt, *others)
-        ]
+        [version_of_prompt(text, bucket, version, **how) for text in (prompt, *others)]
         for prompt, version in zip(sampling.prompts, pictures, strict=False)
     ]
 
@@ -204,7 +214,8 @@ def give_back_memory(device: torch.device) -> None:
 def schedule_of(pipeline: BasePipeline, sampling: SamplingSettings) -> Schedule:
     """The steps to samples of this size."""
     shape = pipeline.latent_shape(sampling.width, sampling.height, sampling.frames)
-    return Schedule(pipeline.scheduler, pipeline.sampling_levels, pipeline.tokens(shape), pipeline.resolution_shift)
+    shift = pipeline.sampling_shift or pipeline.resolution_shift
+    return Schedule(pipeline.scheduler, pipeline.sampling_levels, pipeline.tokens(shape), shift)
 
 
 def sample_model(
@@ -213,10 +224,14 @@ def sample_model(
     """How to draw this model's samples; the prompts must be in the cache."""
     autoencoder, sampling = encoders[0], settings.sampling
     prompts = prompt_versions(pipeline, sampling)
+    contrasts = pipeline.contrasts(_pictures_a_prompt(sampling)) if is_guided(pipeline, sampling) else ()
     reader = SampleReader(encoders_of_prompts(encoders, sampling), cache_dir)
+    blind = SampleReader(prompt_encoders(encoders), cache_dir)
 
     def features(index: int) -> list[Mapping[str, torch.Tensor]]:
-        return [reader.batch([version]).features for version in prompts[index]]
+        prompt, *negative = prompts[index]
+        asked = [(prompt, True), *((*negative, sees) for sees in contrasts)]
+        return [(reader if sees else blind).batch([version]).features for version, sees in asked]
 
     def decode(latents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         # The VAE comes beside the training's state: it gets the room that the allocator keeps, and gives it back.
@@ -230,7 +245,7 @@ def sample_model(
 
     return SampleModel(
         features=features,
-        predictions=2 if is_guided(pipeline, sampling) else 1,
+        predictions=1 + len(contrasts),
         prepare=pipeline.prepare_inputs,
         for_scheduler=pipeline.objective.for_scheduler,
         latent_shape=partial(pipeline.latent_shape, sampling.width, sampling.height, sampling.frames),

@@ -22,6 +22,7 @@ from tests.models.full_size_clips import (
     LTX_VIDEO_13B,
     WAN,
     WAN_SMALL,
+    WAN_VACE,
 )
 from tests.models.sized import FullSize, pooled_of, text_of, vae_of, video_vae_of
 from utils.quantised.formats import FORMATS
@@ -132,6 +133,12 @@ LUMINA2 = FullSize(
     "lumina2",
     {"transformer": {"_class_name": "Lumina2Transformer2DModel", "cap_feat_dim": 2304}, "vae": VAE16},
     text_of("gemma2", 256, 2304),
+)
+OMNIGEN2 = FullSize(
+    "OmniGen2",
+    "omnigen2",
+    {"transformer": {"_class_name": "OmniGen2Transformer2DModel"}, "vae": VAE16},
+    text_of("qwen2_5_vl", 888, 2048),
 )
 COGVIEW4 = FullSize(
     "CogView4 6B",
@@ -257,6 +264,7 @@ ALL = (
     CHROMA,
     AURAFLOW,
     LUMINA2,
+    OMNIGEN2,
     COGVIEW4,
     ERNIE_IMAGE,
     HUNYUAN_DIT,
@@ -265,6 +273,7 @@ ALL = (
     HIDREAM,
     WAN_SMALL,
     WAN,
+    WAN_VACE,
     LTX_VIDEO,
     LTX_VIDEO_13B,
     HUNYUAN_VIDEO,
@@ -315,6 +324,20 @@ TEXT_ENCODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
                 "num_key_value_heads": 4,
             },
             "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584},
+        },
+    ),
+    "Qwen2.5-VL 3B: OmniGen2": (
+        "Qwen2_5_VLModel",
+        {
+            "text_config": {
+                "vocab_size": 151936,
+                "hidden_size": 2048,
+                "intermediate_size": 11008,
+                "num_hidden_layers": 36,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 2,
+            },
+            "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 2048},
         },
     ),
     "Gemma 2 2B: Lumina 2": ("Gemma2Model", {}),

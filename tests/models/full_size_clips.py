@@ -31,6 +31,22 @@ WAN = FullSize(
     WAN_TEXT,
     (832, 480, 49),
 )
+WAN_VACE = FullSize(
+    "Wan VACE 1.3B",
+    "wan_vace",
+    {
+        "transformer": {
+            "_class_name": "WanVACETransformer3DModel",
+            "num_layers": 30,
+            "num_attention_heads": 12,
+            "ffn_dim": 8960,
+            "vace_layers": [*range(0, 30, 2)],
+        },
+        "vae": WAN_VAE,
+    },
+    {**WAN_TEXT, "guide_latents": ((32, 21, 60, 104), torch.bfloat16)},
+    (832, 480, 81),
+)
 LTX_VAE = {
     "_class_name": "AutoencoderKLLTXVideo",
     "spatial_compression_ratio": 32,

@@ -13,11 +13,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import torch
 
 import models
 from models.base import BasePipeline
+from models.foundation.checkpoints.stock import of_diffusers
 from utils.dataset.samples import Bucket
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -59,7 +59,7 @@ class FullSize:
 
 def _defaults(name: str) -> dict[str, Any]:
     """Those of a class of diffusers."""
-    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
+    parameters = inspect.signature(of_diffusers(name).__init__).parameters.values()
     return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
 
 

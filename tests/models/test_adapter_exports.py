@@ -23,7 +23,7 @@ from models.base import BasePipeline
 from models.flux import FluxPipeline
 from models.foundation.checkpoints.adapter_files import read_factors, read_updates
 from models.foundation.checkpoints.key_layouts import KeyLayout
-from tests.models import tiny_flux, tiny_sd15, tiny_wan_i2v
+from tests.models import tiny_flux, tiny_sd15
 from tests.models.tiny_folder import UNKNOWN_TO_COMFYUI, settings_of, tiny
 from utils import adapters
 from utils.adapters import attach, presets
@@ -307,15 +307,6 @@ def test_every_model_has_names_for_all_that_is_trained(
         staged = partition(pipeline, settings, pipeline.weights.build_empty())
         check_layers(pipeline, staged)
         check_exports(pipeline, settings, staged)
-
-
-def test_a_wan_of_first_and_last_frames_is_refused(tmp_path: Path) -> None:
-    folder = tiny_wan_i2v.write_folder(tmp_path)
-    tiny_wan_i2v.pipeline(folder).check()
-    config = folder / "transformer" / "config.json"
-    config.write_text(config.read_text().replace('"pos_embed_seq_len": null', '"pos_embed_seq_len": 514'))
-    with pytest.raises(UserError, match=r"config\.json\n  is of Wan 2.1 for a first and a last frame"):
-        tiny_wan_i2v.pipeline(folder).check()
 
 
 def test_what_no_layer_holds_is_told(pipelines: Callable[[str], BasePipeline]) -> None:

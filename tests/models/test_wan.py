@@ -6,12 +6,14 @@ import json
 import shutil
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
+from models.assembly.prompts import check_sampling
 from models.assembly.stage import load_stage
 from models.foundation.encoders.first_frame import given_frames
 from models.foundation.layers.given import loss_weights
@@ -19,11 +21,14 @@ from models.wan import WAN_LAYOUT, WanPipeline
 from tests import test_models as generic
 from tests.models import tiny_wan
 from tests.models.drawn_samples import draw_samples
-from tests.models.tiny_folder import settings_of, tiny
+from tests.models.tiny_folder import drawn, settings_of, tiny
 from tests.processes import run_ranks
 from tests.runs import launch, metrics, only_run
+from utils.dataset.encoders import ENDS
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
+from utils.media.decode import load_image
+from utils.media.geometry import View
 from utils.media.writing import tensor_to_image, write_clip
 from utils.settings.schema import SamplingSettings
 
@@ -79,6 +84,67 @@ def test_the_first_frame_is_seen_as_the_stock_pipeline_sees_it(variant: generic.
         torch.testing.assert_close(made["clip_vision"], stock.encode_image(pictures, "cpu"), rtol=1e-4, atol=1e-5)
     else:
         assert "clip_vision" not in made
+
+
+@pytest.fixture(scope="module", params=["wan_flf", "wan_i2v_blind"])
+def between(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> generic.Model:
+    """Of a first and a last frame: in 2.1 a model of its own, in 2.2 the same as of a first frame alone."""
+    module = tiny(request.param)
+    return generic.Model(request.param, module.write_folder(tmp_path_factory.mktemp(request.param)), module)
+
+
+def between_options(between: generic.Model) -> dict[str, bool]:
+    return {"to_last_frame": True} if between.name == "wan_i2v_blind" else {}
+
+
+@torch.no_grad()
+def test_first_and_last_frame_are_seen_as_the_stock_pipeline_sees_them(between: generic.Model) -> None:
+    height, width, frames = 32, 48, 9
+    wan, pixels = between.pipeline(**between_options(between)), normal((2, 3, frames, height, width), 0, "clip")
+    wan.check()
+    pixels, made = pixels.clamp(-1, 1), {}
+    for encoder in wan.encoders()[2:]:
+        encoder.load(torch.device("cpu"))
+        made |= encoder.encode(**{name: pixels for name in encoder.reads})
+    assert wan.starts_from_picture and wan.ends_in_picture and all(e.reads == (ENDS,) for e in wan.encoders()[2:])
+    stock, noise = between.stock(), torch.zeros(2, tiny_wan.CHANNELS, 3, 4, 6)
+    how = {"height": height, "width": width, "num_frames": frames, "latents": noise, "dtype": torch.float32}
+    expected = [
+        stock.prepare_latents(
+            clip[None, :, 0], 1, tiny_wan.CHANNELS, device="cpu", last_image=clip[None, :, -1], **how
+        )[1]
+        for clip in pixels
+    ]
+    torch.testing.assert_close(made["first_frame_latents"], torch.cat(expected)[:, 4:], rtol=1e-4, atol=1e-5)
+    assert torch.equal(given_frames(noise[:1], 4, to_last=True), expected[0][:, :4])
+    if stock.image_encoder is None:
+        assert "clip_vision" not in made
+        return
+    pictures = [tensor_to_image(clip[:, [frame]]) for clip in pixels for frame in (0, -1)]
+    seen = stock.encode_image(pictures, "cpu").unflatten(0, (2, 2)).flatten(1, 2)
+    torch.testing.assert_close(made["clip_vision"], seen, rtol=1e-4, atol=1e-5)
+
+
+def test_samples_go_from_one_picture_to_another(between: generic.Model, tmp_path: Path) -> None:
+    """The second is cropped to the clip's shape by itself."""
+    last = tensor_to_image(normal((3, 1, 8, 8), 0, "last").repeat_interleave(8, 2).repeat_interleave(8, 3).clamp(-1, 1))
+    last.save(tmp_path / "last.png")
+    pictures = [[str(tiny("wan_i2v").PICTURE), str(tmp_path / "last.png")]]
+    keys = {**tiny_wan.SAMPLING, "control_images": pictures}
+    sampling = SamplingSettings(prompts=["a hiker"], sample_every_n_steps=1, steps=2, seed=7, **keys)
+    wan = between.pipeline(**between_options(between))
+    check_sampling(wan, sampling)
+    with pytest.raises(UserError, match="from a first frame to a last: give both with each prompt"):
+        check_sampling(wan, sampling.model_copy(update={"control_images": [sampling.control_images[0][:1]]}))
+    pipeline_of = partial(tiny("wan_i2v").pipeline, **between_options(between))
+    (painted,) = run_ranks(draw_samples, 1, pipeline_of, between.folder, tmp_path / "cache", 1, sampling)
+    noise = normal((1, tiny_wan.CHANNELS, 3, 4, 6), 7, "sample", 0)
+    first, last = (
+        tensor_to_image(load_image(Path(file), View(sampling.width, sampling.height, "center"))) for file in pictures[0]
+    )
+    how = {"num_frames": sampling.frames, "max_sequence_length": 512, "image": first, "last_image": last}
+    expected = drawn(between.stock(), sampling, noise, **how).frames
+    torch.testing.assert_close(torch.from_numpy(painted[0]), expected, rtol=1e-4, atol=1e-4)
 
 
 def write_clips(folder: Path) -> Path:
@@ -197,12 +263,30 @@ def test_ti2v_gives_each_token_its_time(ti2v_folder: Path, given: bool) -> None:
         ({"in_channels": 9}, {}, "takes 9 channels, and the VAE makes 4; text to video takes 4, picture to video 12"),
         ({"in_channels": 12, "image_dim": 16, "added_kv_proj_dim": 24}, {}, "must be 512"),
         ({}, {"from_first_frame": True}, "is for TI2V-5B alone"),
+        (
+            {},
+            {"to_last_frame": True},
+            "is for picture to video of Wan 2.2 A14B; this model does not go to a last frame",
+        ),
+        (
+            {"in_channels": 12, "pos_embed_seq_len": 10},
+            {},
+            "has `pos_embed_seq_len`, as Wan 2.1 for a first and a last",
+        ),
         ({}, {"expert": "low"}, r"\[model\] expert: there is no .*transformer_2"),
     ],
 )
 def test_what_does_not_fit_is_told(tmp_path: Path, changes: dict, options: dict, told: str) -> None:
     with pytest.raises(UserError, match=told):
         tiny_wan.pipeline(tiny_wan.write_folder(tmp_path, **changes), **options).check()
+
+
+def test_the_clip_of_another_size_is_told(tmp_path: Path) -> None:
+    folder = tiny("wan_flf").write_folder(tmp_path, pos_embed_seq_len=514)
+    with pytest.raises(UserError, match="has places for 514 tokens of two pictures, and the image_encoder .* makes 10"):
+        tiny("wan_flf").pipeline(folder).check()
+    with pytest.raises(UserError, match="this model always goes to a last frame: leave it out"):
+        tiny("wan_flf").pipeline(folder, to_last_frame=True).check()
 
 
 def a14b(place: Path, ratio: object = 0.875, **options: object) -> WanPipeline:

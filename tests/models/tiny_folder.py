@@ -54,6 +54,7 @@ MASKED = (
     "hunyuan_video_15",
     "ltx_video",
     "lumina2",
+    "omnigen2",
     "qwen_image",
 )
 """Types that mask the padding of the shorter of the generic tests' captions in attention. Z-Image fills
@@ -77,7 +78,9 @@ VARIANTS = {
     "hunyuan_video_15_i2v": OF_OTHER_INPUTS[:-1],
     "hunyuan_video_i2v": OF_OTHER_INPUTS[:-1],
     "hunyuan_video_i2v_33": (OF_OTHER_INPUTS[0], "test_samples_are_those_of_the_stock_pipeline"),
+    "omnigen2_edit": (*OF_ANY_DENOISER, "test_samples_are_those_of_the_stock_pipeline"),
     "sdxl_texts": OF_ANY_DENOISER,
+    "wan_flf": (*OF_ANY_DENOISER, "test_all_weights_are_read_from_what_was_exported"),
     "wan_i2v": (
         *OF_OTHER_INPUTS,
         "test_text_is_that_of_the_stock_pipeline",

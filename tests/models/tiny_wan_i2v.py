@@ -1,4 +1,5 @@
-"""A whole tiny Wan 2.1 of picture to video in diffusers' layout; `tiny_wan_i2v_blind` is that of 2.2, without CLIP."""
+"""A whole tiny Wan 2.1 of picture to video in diffusers' layout; `tiny_wan_i2v_blind` is that of 2.2, without CLIP, and
+`tiny_wan_flf` that of a first and a last frame."""
 
 from __future__ import annotations
 
@@ -51,8 +52,9 @@ TEXT_TOKENS = 512
 CHANNELS = 2 * tiny_wan.CHANNELS + 4
 
 
-def write_folder(folder: Path, *, seen: bool = True) -> Path:
-    tiny_wan.write_folder(folder, in_channels=CHANNELS, **(SEEN if seen else {}))
+def write_folder(folder: Path, *, seen: bool = True, **changes: Any) -> Path:
+    """`changes` are the transformer's."""
+    tiny_wan.write_folder(folder, in_channels=CHANNELS, **(SEEN if seen else {}), **changes)
     parts = {
         "tokenizer": PreTrainedTokenizerFast,
         "text_encoder": UMT5EncoderModel,

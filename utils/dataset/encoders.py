@@ -16,10 +16,12 @@ import torch
 from utils.dataset.captions import weighted, without_weights
 from utils.dataset.samples import Bucket, Control, MediaFile, Sample, SampleVersion, may_lack_caption
 from utils.media.decode import load_alpha, load_clip, load_image, load_mask, load_rgba
+from utils.media.geometry import View
 from utils.media.source import MediaError
 
 TRANSFORM = "3"
 """Part of every key; to be changed when the same view of a file would give other pixels."""
+ENDS, GUIDE = "ends", "guide"
 BYTES_PER_PIXEL = 3 * 4
 """Bytes of a decoded colour pixel in float32."""
 
@@ -30,8 +32,8 @@ class Encoder(Protocol):
     name: str
     """The name of its store's folder."""
     reads: tuple[str, ...]
-    """The inputs of `encode`: some of "pixels", "rgba", "layers", "size_and_crop", "mask", "control" ("control_2" ...
-    for further ones), "caption" and "weighted_caption"."""
+    """The inputs of `encode`: some of "pixels", "ends", "guide", "rgba", "layers", "size_and_crop", "mask",
+    "control" ("control_2" ... for further ones), "caption" and "weighted_caption"."""
     fingerprint: str
     """A text that changes whenever its output would change."""
 
@@ -44,10 +46,12 @@ class Encoder(Protocol):
     def encode(self, **inputs: Any) -> dict[str, torch.Tensor | list[torch.Tensor]]:
         """Features of a batch under names that no other encoder of the model uses, each a tensor batched in dimension
         0 or a list of B tensors of different lengths. Pixels, controls and masks come as BCFHW on the CPU. So do
-        "rgba", pictures with their opacity in [-1, 1] as a fourth channel, and "layers", where the control images, at
-        the size of the picture, follow it as further frames. "size_and_crop" comes as (B, 6) pixels: height and width
-        of the file, top and left of the crop in the scaled picture, height and width of the pixels. Captions come as a
-        list of B strings, weighted captions as a list of B lists of (text, weight)."""
+        "ends", clips whose last frame is a prompt's second picture, if it has one, "guide", the first control as a clip
+        as long as the sample's, which lies on it in place and time, "rgba", pictures with their opacity
+        in [-1, 1] as a fourth channel, and "layers", where the control images, at the size of the picture, follow it
+        as further frames. "size_and_crop" comes as (B, 6) pixels: height and width of the file, top and left of the
+        crop in the scaled picture, height and width of the pixels. Captions come as a list of B strings, weighted
+        captions as a list of B lists of (text, weight)."""
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape (without the batch) and type of each feature of a sample; loads nothing."""
@@ -128,10 +132,7 @@ def items_wanted(encoder: Encoder, samples: Iterable[Sample]) -> list[tuple[str,
 def decoded_bytes(encoder: Encoder, version: SampleVersion) -> int:
     """The memory that decoding an item takes: its pixels as numbers, and one picture at the size of its file."""
     input_names = [input_name for input_name in encoder.reads if input_name not in TEXT]
-    files = [
-        _control(version.sample, input_name).media if _is_control(input_name) else version.sample.media
-        for input_name in input_names
-    ]
+    files = [file_read(input_name, version.sample) for input_name in input_names]
     pixels = sum(bucket.pixels for bucket in shape_of(encoder, version))
     return BYTES_PER_PIXEL * (pixels + max((file.width * file.height for file in files), default=0))
 
@@ -149,6 +150,18 @@ def shape_of(encoder: Encoder, version: SampleVersion) -> tuple[Bucket, ...]:
 def bucket_read(input_name: str, sample: Sample) -> Bucket:
     """The size at which an encoder reads one of its inputs."""
     return _control(sample, input_name).bucket if _is_control(input_name) else sample.bucket
+
+
+def file_read(input_name: str, sample: Sample) -> MediaFile:
+    """The file of which an encoder reads one of its inputs."""
+    if input_name == GUIDE:
+        return _control(sample, "control").media
+    return _control(sample, input_name).media if _is_control(input_name) else sample.media
+
+
+def control_names(count: int) -> tuple[str, ...]:
+    """The inputs that are a sample's first control images, as many as `count`."""
+    return tuple(f"control_{number}" if number > 1 else "control" for number in range(1, count + 1))
 
 
 def _is_control(input_name: str) -> bool:
@@ -244,6 +257,36 @@ def _control_pixels(version: SampleVersion, name: str, input_name: str) -> torch
     return _load(control.media, load_image, version.control_view(control))
 
 
+def _ends_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
+    lasts = (control.media.digest for control in version.sample.controls)
+    return [ENDS, *_pixels_identity(version, name, input_name), *lasts]
+
+
+def _ends(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
+    pixels_CFHW = _pixels(version, name, input_name)
+    for control in version.sample.controls:
+        # In its own shape, cropped to that of the clip as the first picture is.
+        pixels_CFHW[:, -1:] = _load(control.media, load_image, version.take.view(control.bucket))
+    return pixels_CFHW
+
+
+def _guide_view(version: SampleVersion) -> View:
+    """Where the sample's clip is cropped, whatever is done to other control images."""
+    control = _control(version.sample, "control")
+    return version.take.plain_view(control.bucket, control.media, version.sample.media)
+
+
+def _guide_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
+    sample, digest = version.sample, _control(version.sample, "control").media.digest
+    time_ = [sample.bucket.frames, version.take.start, sample.fps] if sample.fps else []
+    return [TRANSFORM, GUIDE, digest, *_guide_view(version).identity, *time_]
+
+
+def _guide(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
+    sample, media = version.sample, _control(version.sample, "control").media
+    return _load(media, load_clip, _guide_view(version), version.take.start, sample.bucket.frames, sample.fps or 1.0)
+
+
 def _rgba_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
     return [TRANSFORM, "rgba", version.sample.media.digest, *version.take.view(version.sample.bucket).identity]
 
@@ -282,6 +325,8 @@ def _weights_identity(version: SampleVersion, name: str, input_name: str) -> str
 TEXT = frozenset({"caption", "weighted_caption"})
 _READERS: dict[str, _Reader] = {
     "pixels": _Reader(_pixels_identity, _pixels),
+    ENDS: _Reader(_ends_identity, _ends),
+    GUIDE: _Reader(_guide_identity, _guide),
     "rgba": _Reader(_rgba_identity, _rgba),
     "layers": _Reader(_layers_identity, _layers),
     "size": _Reader(_size_and_crop_numbers, _size_and_crop),

@@ -15,7 +15,7 @@ from utils.dataset.sources import Locator
 from utils.diffusion import seeds
 from utils.media.colour import Jitter
 from utils.media.geometry import View
-from utils.settings.dataset_schema import DirectorySettings
+from utils.settings.dataset_schema import ControlFit, DirectorySettings
 
 Numbers = float | np.ndarray
 _FITS = {"stretch": "none", "pad": "pad"}
@@ -164,19 +164,27 @@ class SampleVersion:
 
 
 def version_of_prompt(
-    prompt: str, bucket: Bucket, pictures: Sequence[MediaFile] = (), clip_fps: float | None = None
+    prompt: str,
+    bucket: Bucket,
+    pictures: Sequence[MediaFile] = (),
+    clip_fps: float | None = None,
+    *,
+    control_fps: float = 0.0,
+    control_fit: ControlFit = None,
 ) -> SampleVersion:
     """A prompt in the form of a sample that encoders can read.
 
     Args:
         bucket: the size of the picture or clip to draw, to which the control images are scaled too.
         pictures: control images; with `clip_fps` the first is instead the sample's own picture, repeated for all
-            frames of the clip.
+            frames of the clip, and what follows it is for the clip's end.
+        control_fps: the frames per second at which control clips are read.
+        control_fit: how control images are brought to this size.
     """
-    rules = DirectorySettings(path=Path())
+    rules = DirectorySettings(path=Path(), control_fit=control_fit)
     media = None if clip_fps is None else pictures[0]
-    controls = tuple(Control(picture, bucket) for picture in pictures) if media is None else ()
-    sample = Sample(prompt, media, bucket, (Take(),), (prompt,), controls, None, clip_fps or 0.0, 1, rules)
+    controls = tuple(Control(picture, bucket) for picture in (pictures if media is None else pictures[1:]))
+    sample = Sample(prompt, media, bucket, (Take(),), (prompt,), controls, None, clip_fps or control_fps, 1, rules)
     return evaluation_version(sample)
 
 

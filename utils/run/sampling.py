@@ -83,12 +83,13 @@ class SampleModel:
 
     Attributes:
         features: index of a prompt -> the features for each of its predictions, each (1, ...), on the CPU: those of the
-            prompt and, if there are two predictions, those of the negative prompt.
+            prompt and, if there are further predictions, those of the negative prompt.
         predictions: number of predictions per prompt.
         prepare: (features, x_t, t_B, guidance) -> inputs of the first stage.
         for_scheduler: prediction -> the scheduler's input.
         latent_shape: -> shape of a sample's latent without the batch.
-        guided: (prediction for the prompt, prediction for the negative prompt, guidance) -> the guided prediction.
+        guided: (prediction for the prompt, prediction for the negative prompt, guidance, further ones for the negative
+            prompt) -> the guided prediction.
         before, after: (latents, features of the prompt) -> the latents with which the steps begin, or that are decoded.
         features_everywhere: whether these two need the features, which else the first stage alone reads.
         fps: frames per second of a clip.
@@ -101,7 +102,7 @@ class SampleModel:
     prepare: Callable[[Mapping[str, torch.Tensor], torch.Tensor, torch.Tensor, float], tuple]
     for_scheduler: Callable[[torch.Tensor], torch.Tensor]
     latent_shape: Callable[[], tuple[int, ...]]
-    guided: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    guided: Callable[..., torch.Tensor]
     before: Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]
     after: Callable[[torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]
     features_everywhere: bool
@@ -203,7 +204,9 @@ def denoise(engine: Engine, ranks: Ranks, model: SampleModel, settings: Sampling
                 for one in features
             ]
         predictions = [prediction.float().cpu() for prediction in engine.predict(batches, model.predictions)]
-        prediction = model.guided(*predictions, settings.guidance) if len(predictions) > 1 else predictions[0]
+        prediction, *negative = predictions
+        if negative:
+            prediction = model.guided(prediction, negative[0], settings.guidance, *negative[1:])
         output = model.for_scheduler(prediction)
         latents = scheduler.step(output, timestep, latents, return_dict=False, **noise)[0]
     return model.after(latents, features[0])

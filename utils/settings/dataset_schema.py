@@ -23,6 +23,7 @@ from utils.settings.values import (
     or_else,
 )
 
+ControlFit = Literal["crop", "stretch", "pad"] | None
 ControlPaths = Annotated[
     UserPath | Annotated[list[UserPath], Field(min_length=1)],
     or_else("must be a path in quotes, or an array of paths"),
@@ -134,7 +135,7 @@ class DataKeys(SettingsTable):
     control_resolution: Count | None = None
     """Side of the square whose area control images are brought to, in the shape of their target; default: the size of
     the target."""
-    control_fit: Literal["crop", "stretch", "pad"] | None = None
+    control_fit: ControlFit = None
     """How control images that are views of their own are brought to the shape of their target: cropped on their own,
     scaled regardless of their proportions, or whole on white. Default: they lie on their target, are cropped where it
     is, and must have its proportions."""

@@ -24,7 +24,7 @@ from utils.json_files import ANEW, is_of, read_json, shown
 logger = logging.getLogger(__name__)
 
 SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
-LENGTHS = {"axes_lens": tuple[int, int, int], "max_resolution": tuple[int, int]}
+LENGTHS = {**dict.fromkeys(("axes_dim_rope", "axes_lens"), tuple[int, int, int]), "max_resolution": tuple[int, int]}
 """Lists that are taken apart here."""
 PROCESSOR_FILE = "preprocessor_config.json"
 _SIZES = int | dict[str, int] | None

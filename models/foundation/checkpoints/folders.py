@@ -183,9 +183,9 @@ def _without_weights(options: ModelSettings, part: str, option: str, text_parts:
 
 def config_name(part: str) -> str:
     """What the file with the configuration of a part of a diffusers folder is called."""
-    kinds = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
-    processor = "preprocessor_config.json" if part.endswith("processor") else "config.json"
-    return kinds.get(part.split("_")[0], processor)
+    # A processor of captions and pictures has the tokenizer in it.
+    kinds = dict.fromkeys(("tokenizer", "processor"), "tokenizer_config.json") | {"scheduler": "scheduler_config.json"}
+    return kinds.get(part.split("_")[0], "config.json")
 
 
 def has_vocabulary(folder: Path) -> bool:

@@ -20,7 +20,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from models.foundation.checkpoints.configs import explained
+from models.foundation.checkpoints.configs import PROCESSOR_FILE, explained
 from models.foundation.checkpoints.folders import INDEX, TextPart, config_name, has_vocabulary, problems_of
 from models.foundation.checkpoints.gguf_files import is_gguf
 from models.foundation.checkpoints.headers import opened, read_header
@@ -89,13 +89,17 @@ class Architecture:
             tokenizers: the files of the tokenizers that there are, by the name of their folder.
         """
         folder = _new_folder(f"{self.file.parent.name}-{self.name}-")
-        parts = {part: {config_name(part): _json(config)} for part, config in self.configs.items()}
+        parts = {part: {_file_of(part): _json(config)} for part, config in self.configs.items()}
         without = {part: files for part, files in parts.items() if not part.startswith("tokenizer")}
         for part, files in {**without, **tokenizers, ".": {INDEX: _json(self._content.get(INDEX_KEY, {}))}}.items():
             (folder / part).mkdir(exist_ok=True)
             for name, write in files.items():
                 write(folder / part / name)
         return folder
+
+
+def _file_of(part: str) -> str:
+    return PROCESSOR_FILE if part.endswith("processor") else config_name(part)
 
 
 def architectures(model_type: str) -> list[Architecture]:

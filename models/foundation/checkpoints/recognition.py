@@ -82,6 +82,7 @@ FOLDERS = {
     "LTXPipeline": "ltx_video",
     "Lumina2Pipeline": "lumina2",
     "Lumina2Text2ImgPipeline": "lumina2",
+    "OmniGen2Pipeline": "omnigen2",
     "QwenImageEditPipeline": "qwen_image",
     "QwenImageEditPlusPipeline": "qwen_image",
     "QwenImageLayeredPipeline": "qwen_image_layered",
@@ -91,6 +92,7 @@ FOLDERS = {
     "StableDiffusionXLPipeline": "sdxl",
     "WanImageToVideoPipeline": "wan",
     "WanPipeline": "wan",
+    "WanVACEPipeline": "wan_vace",
     "ZImagePipeline": "z_image",
 }
 """The `type` for each class that `model_index.json` of a diffusers folder may name."""
@@ -103,7 +105,7 @@ ADAPTER_NAMES = {
     "HiDream": r"(double|single)_stream_blocks_",
     "Stable Diffusion 3": r"joint_blocks_|transformer_blocks_\d+_(ff_context|norm1_context|attn2_add)",
     "Qwen-Image": r"transformer_blocks_\d+_(img|txt)_(mod|mlp)",
-    "Z-Image or Lumina Image 2": r"(noise|context)_refiner_|(^|_)layers_\d+_(attention|attn|feed_forward|adaLN)",
+    "Z-Image, Lumina 2 or OmniGen2": r"(noise|context)_refiner_|(^|_)layers_\d+_(attention|attn|feed_forward|adaLN)",
     "HunyuanDiT": r"blocks_\d+_(attn1_Wqkv|attn2_kv_proj|skip_linear|default_modulation)",
     "Cosmos 1.0": r"blocks_block\d+_blocks_\d_block_",
     "Cosmos-Predict2": r"transformer_blocks_\d+_norm\d_linear|blocks_\d+_((self|cross)_attn_\w+_proj|adaln_|mlp_layer)",
@@ -223,8 +225,9 @@ SIGNATURES: tuple[FileSignature, ...] = (
         for block in ("blocks.0.adaln_modulation_self_attn.1.", "transformer_blocks.0.norm1.linear_1.")
     ),
     FileSignature("Z-Image", _type("z_image"), ("noise_refiner.0.", "x_pad_token")),
-    FileSignature("OmniGen 2", NOT_TRAINED, ("noise_refiner.0.", "ref_image_refiner.0.")),
+    FileSignature("OmniGen2", _type("omnigen2"), ("noise_refiner.0.", "ref_image_refiner.0.")),
     FileSignature("Lumina Image 2", _type("lumina2"), ("noise_refiner.0.", "context_refiner.0.")),
+    FileSignature("Wan VACE", _type("wan_vace"), ("vace_patch_embedding.", "vace_blocks.0.")),
     *(
         FileSignature(f"Wan {variant}", _type("wan"), (part,), size=("patch_embedding.weight", 1, channels))
         for part in ("blocks.0.self_attn.q.", "blocks.0.attn1.to_q.")

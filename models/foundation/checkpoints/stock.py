@@ -1,4 +1,5 @@
-"""Classes of diffusers and transformers by name, as facts about models have them.
+"""Classes of diffusers and transformers by name, as facts about models have them; and denoisers in diffusers' form that
+it lacks.
 
 To import these libraries takes seconds, in which a mistake in a config should long be told: nothing that is imported to
 read a config may import them when it is itself imported. Names of their classes in annotations stand behind
@@ -10,15 +11,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+OWN = {"OmniGen2Transformer2DModel": "models.foundation.denoisers.omnigen2"}
+"""Denoisers that diffusers lacks, and the modules that have them."""
+
 
 def of_diffusers(name: str) -> Any:
-    """The class of this name in diffusers."""
-    return _named("diffusers", name)
+    """The class of this name in diffusers, or of ours in its place."""
+    return _named(OWN.get(name, "diffusers"), name)
 
 
 def is_of_diffusers(name: str) -> bool:
-    """Whether diffusers has a class of this name."""
-    return hasattr(import_module("diffusers"), name)
+    """Whether diffusers has a class of this name, or ours are in its place."""
+    return name in OWN or hasattr(import_module("diffusers"), name)
 
 
 def of_transformers(name: str) -> Any:

@@ -1,4 +1,5 @@
-"""The first frame of a clip as a condition: encoded by the clip's VAE, and seen by CLIP or SigLIP.
+"""The first frame of a clip as a condition, for some models together with the last one: encoded by the clip's VAE, and
+seen by CLIP or SigLIP.
 
 Shapes: B batch, C channels, F frames, H W pixels, f h w latent cells, L tokens, D features.
 """
@@ -19,6 +20,7 @@ from models.foundation.checkpoints.folders import read_config
 from models.foundation.checkpoints.headers import fingerprint, read_header
 from models.foundation.checkpoints.stock import of_transformers
 from models.foundation.encoders.video_vae import WanAutoencoder
+from utils.dataset.encoders import ENDS
 from utils.dataset.samples import Bucket
 
 if TYPE_CHECKING:
@@ -51,24 +53,33 @@ def processor_of(folder: Path, stock: type[Processor]) -> Processor:
         return stock.from_pretrained(folder, local_files_only=True)
 
 
-def first_pictures(pixels_BCFHW: torch.Tensor) -> list[Image.Image]:
-    """The first frames of clips in [-1, 1], as pictures."""
-    levels_BHWC = ((pixels_BCFHW[:, :, 0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+def first_pictures(pixels_BCFHW: torch.Tensor, frame: int = 0) -> list[Image.Image]:
+    """The first frames of clips in [-1, 1], or others, as pictures."""
+    levels_BHWC = ((pixels_BCFHW[:, :, frame] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     return [Image.fromarray(levels_HWC.cpu().numpy()) for levels_HWC in levels_BHWC]
 
 
 class FirstFrameAutoencoder(WanAutoencoder):
     """Wan's VAE as an `Encoder` of a clip whose first frame is kept and whose other frames are grey, as models that
-    make clips from pictures see it. Yields `first_frame_latents`, the mode of their distribution."""
+    make clips from pictures see it. Yields `first_frame_latents`, the mode of their distribution.
 
-    def __init__(self, folder: Path, file: Path | None, dtype: torch.dtype):
+    Args:
+        to_last: the last frame is kept too, which in samples is a second picture.
+    """
+
+    def __init__(self, folder: Path, file: Path | None, dtype: torch.dtype, *, to_last: bool = False):
         super().__init__(folder, file, dtype, draw="mode")
-        self.name, self.outputs = "vae_first_frame", ["first_frame_latents"]
+        self.kept = (0, -1) if to_last else (0,)
+        self.reads = (ENDS,) if to_last else ("pixels",)
+        self.name = "vae_first_and_last_frame" if to_last else "vae_first_frame"
+        self.outputs = ["first_frame_latents"]
 
-    def encode(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Latents (B, C, f, h, w) of `pixels_BCFHW` in [-1, 1]."""
-        alone_BCFHW = torch.zeros_like(pixels)
-        alone_BCFHW[:, :, 0] = pixels[:, :, 0]
+        (pixels_BCFHW,) = inputs.values()
+        alone_BCFHW = torch.zeros_like(pixels_BCFHW)
+        for frame in self.kept:
+            alone_BCFHW[:, :, frame] = pixels_BCFHW[:, :, frame]
         return super().encode(pixels=alone_BCFHW)
 
 
@@ -100,17 +111,21 @@ class ClipVision:
         stock_class, model_type: of transformers.
         processor_part: the part of the diffusers folder with the settings of the processor.
         further_tokens: how many tokens there are beside those of the patches.
+
+    Args:
+        to_last: the tokens of the last frame follow those of the first.
     """
 
     name = "clip_vision"
-    reads = ("pixels",)
     stock_class: ClassVar[str] = "CLIPVisionModel"
     model_type: ClassVar[str] = "clip_vision_model"
     processor_part: ClassVar[str] = PROCESSOR
     further_tokens: ClassVar[int] = 1
 
-    def __init__(self, folder: Path, dtype: torch.dtype):
+    def __init__(self, folder: Path, dtype: torch.dtype, *, to_last: bool = False):
         self.folder, self.dtype = folder, dtype
+        self.frames = (0, -1) if to_last else (0,)
+        self.reads = (ENDS,) if to_last else ("pixels",)
         self.model: nn.Module | None = None
 
     @cached_property
@@ -154,19 +169,27 @@ class ClipVision:
         self.model = None
 
     @torch.no_grad()
-    def encode(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Features (B, L, D) of the first frames of `pixels_BCFHW` in [-1, 1]."""
-        inputs = self.processor(images=first_pictures(pixels), return_tensors="pt").pixel_values
-        return {self.name: self.state(inputs.to(self.model.device, self.dtype))}
+    def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Features (B, L, D) of the first frames of `pixels_BCFHW` in [-1, 1], and of the last ones."""
+        (pixels_BCFHW,) = inputs.values()
+        return {self.name: torch.cat([self._seen(pixels_BCFHW, frame) for frame in self.frames], dim=1)}
+
+    def _seen(self, pixels_BCFHW: torch.Tensor, frame: int) -> torch.Tensor:
+        inputs = self.processor(images=first_pictures(pixels_BCFHW, frame), return_tensors="pt").pixel_values
+        return self.state(inputs.to(self.model.device, self.dtype))
 
     def state(self, inputs: torch.Tensor) -> torch.Tensor:
         """The hidden state that is read (B, L, D)."""
         return self.model(inputs, output_hidden_states=True).hidden_states[-2]
 
+    @property
+    def tokens(self) -> int:
+        """L."""
+        of_patches = (self.config["image_size"] // self.config["patch_size"]) ** 2
+        return len(self.frames) * (of_patches + self.further_tokens)
+
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        config = self.config
-        tokens = (config["image_size"] // config["patch_size"]) ** 2 + self.further_tokens
-        return {self.name: ((tokens, config["hidden_size"]), self.dtype)}
+        return {self.name: ((self.tokens, self.config["hidden_size"]), self.dtype)}
 
 
 class SiglipVision(ClipVision):
@@ -188,9 +211,12 @@ class SiglipVision(ClipVision):
         return self.model(inputs).last_hidden_state
 
 
-def given_frames(latents: torch.Tensor, group: int) -> torch.Tensor:
-    """The mask channels for such a clip's latents (B, C, f, h, w): (B, group, f, h, w), ones for the given first frame.
-    Each latent frame covers `group` frames; the first covers a single one, which counts `group` times."""
+def given_frames(latents: torch.Tensor, group: int, *, to_last: bool = False) -> torch.Tensor:
+    """The mask channels for such a clip's latents (B, C, f, h, w): (B, group, f, h, w), ones for the given first frame
+    and perhaps the last. Each latent frame covers `group` frames; the first covers a single one, which counts `group`
+    times."""
     mask = latents.new_zeros(len(latents), group, *latents.shape[2:])
     mask[:, :, 0] = 1.0
+    if to_last:
+        mask[:, -1, -1] = 1.0
     return mask

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from models.foundation.encoders.qwen_vl import PICTURE, Prompt
+from utils.dataset.encoders import control_names
 
-CONTROLS = ("control", "control_2", "control_3")
+CONTROLS = control_names(3)
 
 CHAT = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 DESCRIBE = (

@@ -20,6 +20,7 @@ from models.foundation.checkpoints.configs import PROCESSOR_FILE, check_processo
 from models.foundation.checkpoints.headers import fingerprint
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.text_features import EncodedText, Shapes, TextFeatures
+from utils.dataset.encoders import control_names
 from utils.dataset.samples import Bucket
 from utils.errors import UserError
 from utils.media.writing import tensor_to_image
@@ -123,7 +124,7 @@ class PictureTextEncoder(TextEncoder):
     def __init__(self, *others: Any, controls: int, area: int, caption_tokens: int, **further: Any):
         super().__init__(*others, **further)
         self.area, self.caption_tokens = area, caption_tokens
-        self.controls = tuple(f"control_{number}" if number > 1 else "control" for number in range(1, controls + 1))
+        self.controls = control_names(controls)
         self.reads = ("caption", *self.controls)
 
     @cached_property

@@ -130,6 +130,8 @@ class ImageAutoencoder:
     """
 
     family: ClassVar[Family] = AUTOENCODER_KL
+    leading: int = 0
+    """How many latent frames, each of a picture by itself, come before those of the clip."""
 
     def __init__(
         self, folder: Path, file: Path | None, dtype: torch.dtype, *, reads: str = "pixels", draw: Draw = "sample"

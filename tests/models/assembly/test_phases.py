@@ -99,7 +99,9 @@ def test_clips_are_encoded_at_once_or_in_tiles(name: str, group: int, bucket: Bu
     with torch.device("meta"):
         vae = getattr(diffusers, name)().bfloat16().eval()
     latent = 1, (bucket.frames - 1) // group + 1, 1, 1
-    encoder = SimpleNamespace(dtype=torch.bfloat16, feature_shapes=lambda _: {"latents": (latent, torch.bfloat16)})
+    encoder = SimpleNamespace(
+        leading=0, dtype=torch.bfloat16, feature_shapes=lambda _: {"latents": (latent, torch.bfloat16)}
+    )
     pixels = partial(torch.empty, 1, 3, bucket.frames, bucket.height, bucket.width, dtype=torch.bfloat16, device="meta")
 
     def taken() -> int:
@@ -117,7 +119,9 @@ def test_wans_vae_of_patches_is_counted() -> None:
     config = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "base_dim": 8, "z_dim": 4}
     with torch.device("meta"):
         vae = diffusers.AutoencoderKLWan(**config, latents_mean=[0.0] * 4, latents_std=[1.0] * 4).eval()
-    encoder = SimpleNamespace(dtype=torch.float32, feature_shapes=lambda _: {"latents": ((4, 1, 1, 1), torch.float32)})
+    encoder = SimpleNamespace(
+        leading=0, dtype=torch.float32, feature_shapes=lambda _: {"latents": ((4, 1, 1, 1), torch.float32)}
+    )
     whole, tiled = encoding_bytes(encoder, vae, Bucket(64, 64, 1), 1)
     assert whole == most_at_once(lambda: vae.encode(torch.empty(1, 3, 1, 64, 64, device="meta")).latent_dist.mode())
     assert tiled is not None

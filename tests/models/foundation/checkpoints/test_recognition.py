@@ -73,7 +73,7 @@ def test_other_files_are_told_from_models(tmp_path: Path) -> None:
     assert recognised({"transformer.blocks.0.attn1.to_q.lora_A.weight": (4, 8)}).what == "an adapter"
     assert recognised({"something.weight": (4, 8)}) is None
     refiners = {f"{name}_refiner.0.norm2.weight": (96,) for name in ("noise", "context", "ref_image")}
-    assert recognised(refiners).what == "OmniGen 2"
+    assert recognised(refiners).what == "OmniGen2"
 
 
 def test_a_wrong_file_is_told_with_what_would_fit(tmp_path: Path) -> None:
