@@ -367,8 +367,8 @@ def test_swapping_blocks_changes_no_bit(model: Model) -> None:
 
 
 def test_a_folder_of_pictures_trains(model: Model, write_config: Callable[..., Path], pictures: Path) -> None:
-    """Plan, cache, evaluation and samples on two stages; then a stop, and going on where both are one. What is evaluated
-    has one shape, and is one micro-batch."""
+    """Plan, cache, evaluation and samples on two stages; then a stop, and going on where both are one. All that is
+    evaluated has one shape, and is one micro-batch."""
     data = getattr(model.tiny, "dataset_of", lambda pictures: {})(pictures)
     config = write_config(data={**data, "enable_ar_bucket": False})
     seen = config.with_name("data.toml").rename(config.with_name("seen.toml"))
