@@ -20,7 +20,7 @@ from hypothesis import settings  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from tests.processes import start_server  # noqa: E402
-from tests.runs import COLOURS, config_writer  # noqa: E402
+from tests.runs import COLOURS, config_writer, write_short_flux  # noqa: E402
 
 # How long an example takes says nothing on a machine that others use too.
 settings.register_profile("untimed", deadline=None)
@@ -61,6 +61,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def short_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_short_flux(tmp_path_factory.mktemp("flux"))
+
+
 @pytest.fixture
-def write_config(tmp_path: Path, pictures: Path) -> Callable[..., Path]:
-    return config_writer(tmp_path, pictures)
+def write_config(tmp_path: Path, pictures: Path, short_flux: Path) -> Callable[..., Path]:
+    return config_writer(tmp_path, pictures, short_flux)

@@ -31,7 +31,7 @@ import utils.parallel.engine  # noqa: E402, F401
 from models.assembly.stage import load_stage  # noqa: E402
 from tests.models import tiny_flux  # noqa: E402
 from tests.models.tiny_folder import settings_of  # noqa: E402
-from tests.runs import config_writer  # noqa: E402
+from tests.runs import config_writer, write_short_flux  # noqa: E402
 from utils.adapters.lora import LoraSettings  # noqa: E402
 from utils.ranks import Ranks  # noqa: E402
 from utils.run.signals import StopRequests  # noqa: E402
@@ -49,12 +49,13 @@ flux.check()
 load_stage(flux, settings_of(flux, LoraSettings(type="lora", rank=1)), stage=0)
 # What the planner finds out of operations holds in all runs of the miniature Flux.
 with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-    pictures = Path(folder) / "pictures"
+    pictures, short_flux = Path(folder) / "pictures", Path(folder) / "flux"
     pictures.mkdir()
+    short_flux.mkdir()
     for number, size in enumerate([(96, 48), (64, 64), (64, 64)]):
         Image.new("RGB", size).save(pictures / f"{number}.png")
         (pictures / f"{number}.txt").write_text("a picture")
-    config = config_writer(Path(folder), pictures)()
+    config = config_writer(Path(folder), pictures, write_short_flux(short_flux))()
     train.run(train.parse_arguments(["--config", str(config), "--check"]), Ranks(), StopRequests(), 0.0)
 # Forked processes would have its thread without its running.
 if tqdm.monitor is not None:

@@ -12,16 +12,35 @@ from typing import Any
 
 import toml
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.processes import run_command
 
 ROOT = Path(__file__).parents[1]
 MINI_FLUX = ROOT / "examples" / "mini_flux"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+BLOCKS = {"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"}
+"""Key of the transformer's configuration -> the list of blocks that it counts."""
 COLOURS = ("red", "green", "blue", "yellow", "white", "black", "purple")
 
 
-def config_writer(tmp_path: Path, pictures: Path) -> Callable[..., Path]:
+def write_short_flux(folder: Path) -> Path:
+    """The miniature Flux with half of its blocks, for what holds for any number of them."""
+    for part in MINI_FLUX.iterdir():
+        if part.name != "transformer":
+            (folder / part.name).symlink_to(part)
+    own, whole = folder / "transformer", MINI_FLUX / "transformer"
+    own.mkdir()
+    config = json.loads((whole / "config.json").read_text())
+    left = {count: config[count] // 2 for count in BLOCKS}
+    (own / "config.json").write_text(json.dumps({**config, **left}))
+    beginnings = tuple(f"{BLOCKS[count]}.{number}." for count in BLOCKS for number in range(left[count], config[count]))
+    weights = load_file(whole / WEIGHTS)
+    save_file({name: tensor for name, tensor in weights.items() if not name.startswith(beginnings)}, own / WEIGHTS)
+    return folder
+
+
+def config_writer(tmp_path: Path, pictures: Path, flux: Path) -> Callable[..., Path]:
     """Writes a run's TOML; keys given as `section__key` change one key, None leaves it out."""
 
     def write(directory: Path = pictures, data: Mapping[str, Any] | None = None, **changes: Any) -> Path:
@@ -41,7 +60,7 @@ def config_writer(tmp_path: Path, pictures: Path) -> Callable[..., Path]:
             "warmup_steps": 2,
             "lr_scheduler": "cosine",
             "checkpoint_every_n_steps": 3,
-            "model": {"type": "flux", "dtype": "float32", "diffusers_path": str(MINI_FLUX), "max_sequence_length": 16},
+            "model": {"type": "flux", "dtype": "float32", "diffusers_path": str(flux), "max_sequence_length": 16},
             "adapter": {"type": "lora", "rank": 4, "dropout": 0.2},
             "optimizer": {"type": "adamw", "lr": 1e-2},
         }

@@ -1,9 +1,10 @@
-"""All ways of saving memory together, on the miniature Flux: each combination trains as without any of them."""
+"""All ways of saving memory together, on a tiny Flux: each combination trains as without any of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,6 +23,9 @@ from utils.ranks import Ranks
 
 STEPS, ACCUMULATION = 2, 2
 LORA = LoraSettings(type="lora", rank=4)
+SWAPPED = 2
+BLOCKS = {"num_layers": 1, "num_single_layers": 4}
+"""One of two stages has as many as are swapped, and the other one more."""
 TOLERANCES = {"float32": 2e-6, "bfloat16": 1e-2, "float8": 2e-6}
 """Of losses and gradient norms, relative, by what the blocks are kept in; in bfloat16 all is computed in it, and in
 float32 otherwise. Recomputed blocks add up in another order what a tensor gets from each of them."""
@@ -52,25 +56,29 @@ def combinations() -> Iterator[Combination]:
             yield Combination(*one)
 
 
-def train(ranks: Ranks, chosen: list[Combination]) -> dict[Combination, list[float]]:
+def train(ranks: Ranks, flux: Path, chosen: list[Combination]) -> dict[Combination, list[float]]:
     """Job of a rank, which is a stage: losses and gradient norms of the chosen combinations."""
     from utils.parallel.backend import initialize_deepspeed
 
     initialize_deepspeed()
     ranks = ranks.with_stages(ranks.world_size)
-    return {one: numbers_of(ranks, one) for one in chosen}
+    return {one: numbers_of(ranks, flux, one) for one in chosen}
 
 
-def numbers_of(ranks: Ranks, one: Combination) -> list[float]:
+def numbers_of(ranks: Ranks, folder: Path, one: Combination) -> list[float]:
     from utils.parallel.engine import Engine
     from utils.parallel.pipeline import DenoiserPipeline
 
     dtype = "bfloat16" if one.base == "bfloat16" else "float32"
-    flux = tiny_flux.pipeline(tiny_flux.MINI_FLUX, dtype=dtype, transformer_dtype=one.base)
-    blocks = 2 if one.swapped else 0
-    settings = settings_of(
-        flux, LORA if one.adapted else None, pipeline_stages=ranks.stages, blocks_to_swap=blocks, max_steps=STEPS
-    )
+    flux = tiny_flux.pipeline(folder, dtype=dtype, transformer_dtype=one.base)
+    blocks = SWAPPED if one.swapped else 0
+    keys = {
+        "pipeline_stages": ranks.stages,
+        "partition_method": "uniform",
+        "blocks_to_swap": blocks,
+        "max_steps": STEPS,
+    }
+    settings = settings_of(flux, LORA if one.adapted else None, **keys)
     staged = load_stage(flux, settings, ranks.stage)
     module = DenoiserPipeline(
         staged.layers,
@@ -100,17 +108,18 @@ def micro_batch(flux: Any, step: int, index: int) -> tuple[Any, Labels]:
     return inputs, Labels(target, torch.ones(2, 1, 1, 1))
 
 
-def test_memory_is_saved_and_nothing_else_changes() -> None:
+def test_memory_is_saved_and_nothing_else_changes(tmp_path: Path) -> None:
     """Each combination on two stages; in one process those of nothing and those of everything, since a stage saves its
     memory by itself."""
     every = list(combinations())
     plain = [one for one in every if not one.swapped and one.recompute == "off"]
-    (alone,) = run_ranks(train, 1, plain + [one for one in every if one.swapped and one.recompute == "offload"])
+    flux = tiny_flux.write_folder(tmp_path, **BLOCKS)
+    (alone,) = run_ranks(train, 1, flux, plain + [one for one in every if one.swapped and one.recompute == "offload"])
     assert len({str(alone[one]) for one in plain}) == len(plain) == len(TOLERANCES) + 2, (
         "adapters, full training and what the blocks are kept in make a difference"
     )
     assert all(len(set(numbers)) == 2 * STEPS for numbers in alone.values())
-    stages = run_ranks(train, 2, every)
+    stages = run_ranks(train, 2, flux, every)
     assert all(list(rank) == every for rank in stages)
     for rank in (alone, *stages):
         for one, numbers in rank.items():

@@ -37,11 +37,11 @@ def test_resuming_as_another_run_is_refused(
 
 
 @pytest.fixture(scope="module")
-def stopped(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def stopped(pictures: Path, short_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A run with a checkpoint, and the keys that it was made with."""
     folder = tmp_path_factory.mktemp("stopped")
     keys: dict[str, Any] = {"max_steps": 1, "checkpoint_every_n_steps": 1}
-    config = config_writer(folder, pictures)(**keys)
+    config = config_writer(folder, pictures, short_flux)(**keys)
     assert launch(config)[0] == [0]
     return only_run(config), keys
 
@@ -79,7 +79,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str], int, str]] = {
         {"pipeline_stages": 2, "partition_method": "manual", "partition_split": [50]},
         [],
         2,
-        r"partition_split.*8 layers",
+        r"partition_split.*5 layers",
     ),
     "no checkpoint": ({}, ["--resume_from_checkpoint"], 2, r"no run with a checkpoint"),
     "no such checkpoint": ({}, ["--resume_from_checkpoint", "/nowhere"], 1, r"no such folder '/nowhere'"),

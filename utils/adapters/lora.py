@@ -113,24 +113,21 @@ class Lora:
     endings = ENDINGS
 
     def put(self, denoiser: nn.Module, names: Sequence[str], settings: LoraSettings) -> None:
-        """As PEFT does, with layers of ours."""
+        """PEFT's layers, as ours correct them. `inject_adapter_in_model` would put the same in several times as long:
+        it looks at all modules, and asks for each target how seven libraries quantise."""
         # PEFT is imported here, since reading settings does not need it.
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoraConfig
 
         from utils.adapters.peft_layers import LAYERS
 
-        # A pattern must match the whole name; with a list, PEFT also adapts modules whose names end with an entry.
-        pattern = "|".join(map(re.escape, names))
-        config = LoraConfig(
-            r=settings.rank,
-            lora_alpha=_alpha(settings),
-            lora_dropout=settings.dropout,
-            bias="none",
-            target_modules=pattern,
-        )
-        config._register_custom_module(LAYERS)
-        with none_without_memory():
-            inject_adapter_in_model(config, denoiser, low_cpu_mem_usage=True)
+        config = LoraConfig(r=settings.rank, lora_alpha=_alpha(settings), lora_dropout=settings.dropout, bias="none")
+        with none_without_memory(), torch.device("meta"):
+            for name in names:
+                parent, _, own = name.rpartition(".")
+                target = denoiser.get_submodule(name)
+                adapted = next(layer for kind, layer in LAYERS.items() if isinstance(target, kind))
+                layer = adapted(target, ADAPTER, config=config, r=config.r, lora_alpha=config.lora_alpha)
+                setattr(denoiser.get_submodule(parent), own, layer)
 
     def base_of(self, module: nn.Module) -> nn.Module | None:
         """The module in PEFT's layer."""

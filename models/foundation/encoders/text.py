@@ -22,6 +22,7 @@ from models.foundation.checkpoints.weights import check_shape, load_tensors, map
 from models.foundation.encoders.text_features import EncodedText, TextFeatures
 from utils.dataset.samples import Bucket
 from utils.errors import UserError
+from utils.first_values import none_without_memory
 from utils.json_files import read_json
 from utils.quantised.formats import FORMATS, unaliased
 
@@ -105,6 +106,8 @@ class TextEncoder:
 
     def _check_config(self) -> None:
         """Whether a separate folder contains an encoder of the size that the model requires."""
+        if self._source == self.folder / self.subfolder:
+            return
         asked, own = self._config_in(self.folder / self.subfolder), self.config()
         for name in SIZES:
             sizes = [getattr(config.get_text_config(), name) for config in (own, asked)]
@@ -127,7 +130,8 @@ class TextEncoder:
 
     def _check_weights(self) -> None:
         tensors = self._tensors(meta_tensors)
-        self._build(None, config=self.config(), state_dict=tensors, device_map="meta")
+        with none_without_memory():
+            self._build(None, config=self.config(), state_dict=tensors, device_map="meta")
 
     def load(self, device: torch.device) -> None:
         self.truncated = 0

@@ -21,6 +21,7 @@ from optimizers.adamw import AdamW8bitSettings
 from optimizers.parameter_groups import groups_of
 from tests.models import tiny_flux, tiny_sdxl_texts
 from tests.models.tiny_folder import settings_of
+from utils.adapters.attach import is_within
 from utils.adapters.lora import LoraSettings
 from utils.dataset.collection import Collection, Source
 from utils.dataset.samples import Bucket, MediaFile, Sample, Take
@@ -137,10 +138,10 @@ def test_what_does_not_train_needs_no_account(folder: Path, tmp_path: Path, monk
     assert check_run(settings, Ranks(), flux, trains=False).denoiser
 
 
-def enlarge(folder: Path) -> None:
-    """Gives a tiny Flux the size of Flux.1."""
+def enlarge(folder: Path, double: int = 19, single: int = 38) -> None:
+    """Gives a tiny Flux the size of Flux.1, or its width and these numbers of blocks."""
     file = folder / "transformer" / "config.json"
-    large = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128}
+    large = {"num_layers": double, "num_single_layers": single, "num_attention_heads": 24, "attention_head_dim": 128}
     config = {**json.loads(file.read_text()), **large, "axes_dims_rope": [16, 56, 56]}
     file.write_text(json.dumps(config))
 
@@ -150,17 +151,19 @@ def enlarge(folder: Path) -> None:
     [("float32", 4), ("bfloat16", 2), ("float8", 1), ("int8", 1), ("nf4", 0.5625), ("int4", 0.546875)],
 )
 def test_a_large_model_is_planned_in_its_own_type(folder: Path, dtype: str, size: float) -> None:
-    """Of the size of Flux.1, which is told without memory for it."""
-    enlarge(folder)
+    """Of billions of weights, which is told without memory for them."""
+    enlarge(folder, double=5, single=9)
     flux = tiny_flux.pipeline(folder, dtype="bfloat16", transformer_dtype=dtype, from_scratch=True)
     settings = settings_of(flux, LoraSettings(type="lora", rank=1), epochs=2, gradient_accumulation_steps=2)
-    text = describe(settings, Ranks(), flux, check_run(settings, Ranks(), flux), [collection(5)])
+    staged = check_run(settings, Ranks(), flux)
+    text = describe(settings, Ranks(), flux, staged, [collection(5)])
     total, trained = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:in all,|trained)", text))
     weights = float(re.search(r"weights ([\d.]+)", text)[1])
-    # The adapter's own weights are float32.
-    # What does not lie in blocks is a hundredth of the model; scales of rows are a thousandth.
-    assert weights == pytest.approx(((total - trained) * size + trained * 4) / 2**30, abs=0.01 if size > 1 else 0.2)
-    assert weights > 10 * size
+    outside = sum(p.numel() for name, p in staged.denoiser.named_parameters() if not is_within(name, flux.blocks))
+    # The adapter's own weights are float32; scales of rows are a thousandth.
+    expected = (total - trained - outside) * size + outside * max(size, 2) + trained * 4
+    assert weights == pytest.approx(expected / 2**30, abs=0.01)
+    assert weights > 2.5 * size
     assert "3 per epoch, 6 in all" in text
 
 

@@ -61,6 +61,10 @@ def test_equals_a_model_adapted_by_peft() -> None:
     attach.load(adapted, [adapted], drawn, "a test")
     reference = get_peft_model(denoiser(), LoraConfig(r=3, lora_alpha=1.5, target_modules=ALL))
     theirs = {attach.base_name(name.removeprefix("base_model.model.")): p for name, p in reference.named_parameters()}
+    ours = {attach.base_name(name): p for name, p in adapted.named_parameters()}
+    assert {name: (p.shape, p.requires_grad) for name, p in ours.items()} == {
+        name: (p.shape, p.requires_grad) for name, p in theirs.items()
+    }
     with torch.no_grad():
         for name, tensor in drawn.items():
             theirs[name].copy_(tensor)

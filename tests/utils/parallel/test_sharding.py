@@ -71,7 +71,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_flux.write_folder(tmp_path_factory.mktemp("flux"))
+    return toy_flux.write_folder(tmp_path_factory.mktemp("flux"), num_layers=1)
 
 
 def train(ranks: Ranks, folder: Path, stages: int) -> dict[Way, dict[str, Any]]:

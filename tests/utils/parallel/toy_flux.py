@@ -32,10 +32,10 @@ LEARNING_RATE = 1e-3
 MICRO_BATCH = 2
 
 
-def write_folder(folder: Path) -> Path:
-    """The transformer's part of a diffusers folder."""
+def write_folder(folder: Path, **changes: Any) -> Path:
+    """The transformer's part of a diffusers folder, with changes of its configuration."""
     torch.manual_seed(0)
-    FluxTransformer2DModel(**CONFIG).save_pretrained(folder / "transformer")
+    FluxTransformer2DModel(**{**CONFIG, **changes}).save_pretrained(folder / "transformer")
     return folder
 
 
