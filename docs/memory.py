@@ -70,8 +70,10 @@ MiB more are for the captions.
 CLIPS = (
     ("wan", "2.1_t2v_1.3b"),
     ("wan", "2.1_t2v_14b"),
+    ("wan", "2.1_i2v_14b"),
     ("wan", "2.2_i2v_a14b"),
     ("wan", "2.2_ti2v_5b"),
+    ("wan_vace", "2.1_14b"),
     ("hunyuan_video", "t2v"),
     ("hunyuan_video_15", "720p_t2v"),
     ("ltx_video", "2b_0.9.5"),

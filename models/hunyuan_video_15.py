@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import nn
 
 from models.base import BasePipeline, Features, ModelEncoder
-from models.families.clips import problems_of_stills
+from models.families.clips import SeesFrames, problems_of_image_encoder, problems_of_stills
 from models.foundation.checkpoints.configs import stock_scheduler
 from models.foundation.checkpoints.folders import TextPart, model_index
 from models.foundation.checkpoints.layouts.hunyuan_video_15 import HUNYUAN_VIDEO_15_LAYOUT
@@ -40,7 +40,6 @@ from utils.dataset.buckets import MediaFacts
 from utils.dataset.samples import Sample
 from utils.diffusion.objectives import FlowMatching
 from utils.errors import Problem, UserError
-from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ OF_TEXT, OF_GLYPHS, OF_PICTURE = range(3)
 FROM_PICTURE = "HunyuanVideo15ImageToVideoPipeline"
 
 
-class HunyuanVideo15Options(ModelSettings):
+class HunyuanVideo15Options(SeesFrames):
     """`[model]` of `type = "hunyuan_video_15"`."""
 
     max_sequence_length: Count = 1000
@@ -206,6 +205,7 @@ class HunyuanVideo15Pipeline(BasePipeline):
 
     def problems_of_parts(self) -> Iterator[Problem]:
         config, made = self.parts.denoiser_config, self._vae_config["latent_channels"]
+        yield from problems_of_image_encoder(self.options, sees=self.starts_from_picture)
         if config.get("use_meanflow"):
             yield self.parts.misfit(
                 "is the step-distilled model, which learns steps of its own and is not trained here; give HunyuanVideo "
@@ -238,7 +238,7 @@ class HunyuanVideo15Pipeline(BasePipeline):
         return [self.parts.text_encoder(features) for features in kinds]
 
     def _siglip(self) -> SiglipVision:
-        return SiglipVision(self.options.diffusers_path, self.dtype)
+        return SiglipVision(self.options.diffusers_path, self.options.image_encoder_path, self.dtype)
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         options = self.options

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 from models.base import BasePipeline, Features, ModelEncoder
-from models.families.clips import problems_of_stills
+from models.families.clips import SeesFrames, problems_of_image_encoder, problems_of_stills
 from models.foundation.checkpoints.configs import stock_scheduler
 from models.foundation.checkpoints.folders import TextPart, model_index
 from models.foundation.checkpoints.layouts.wan import WAN_LAYOUT
@@ -52,7 +52,7 @@ FPS_5B = 24.0
 """Frames per second of TI2V-5B (`sample_fps` of its publisher's configuration)."""
 
 
-class WanOptions(ModelSettings):
+class WanOptions(SeesFrames):
     """`[model]` of `type = "wan"`."""
 
     tells_apart: ClassVar[tuple[str, ...]] = (*ModelSettings.tells_apart, "expert")
@@ -244,8 +244,11 @@ class WanPipeline(BasePipeline):
     @property
     def _clip_tokens(self) -> int:
         """The number of tokens that CLIP makes of what it sees."""
-        seen = ClipVision(self.options.diffusers_path, self.dtype, to_last=self.ends_in_picture)
-        return seen.tokens
+        return self._clip().tokens
+
+    def _clip(self) -> ClipVision:
+        options = self.options
+        return ClipVision(options.diffusers_path, options.image_encoder_path, self.dtype, to_last=self.ends_in_picture)
 
     @property
     def denoiser_folder(self) -> str:
@@ -279,6 +282,7 @@ class WanPipeline(BasePipeline):
 
     def problems_of_parts(self) -> Iterator[Problem]:
         channels, made, options = self.parts.denoiser_config["in_channels"], self._vae_config["z_dim"], self.options
+        yield from problems_of_image_encoder(options, sees=self._sees_first_frame)
         if channels not in (made, 2 * made + self.media.temporal):
             yield self.parts.misfit(
                 f"takes {channels} channels, and the VAE makes {made}; text to video takes {made}, picture to video "
@@ -318,13 +322,12 @@ class WanPipeline(BasePipeline):
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         options, folder = self.options, self.options.diffusers_path
-        to_last = {"to_last": self.ends_in_picture}
-        first_frame = FirstFrameAutoencoder(folder, options.vae_path, self.dtype, **to_last)
+        first_frame = FirstFrameAutoencoder(folder, options.vae_path, self.dtype, to_last=self.ends_in_picture)
         return [
             WanAutoencoder(folder, options.vae_path, self.dtype, draw=options.latents),
             self.parts.text_encoder(CleanedFeatures("umt5", options.max_sequence_length)),
             *([first_frame] if self.starts_from_picture else []),
-            *([ClipVision(folder, self.dtype, **to_last)] if self._sees_first_frame else []),
+            *([self._clip()] if self._sees_first_frame else []),
         ]
 
     def to_layers(self, denoiser: WanTransformer3DModel) -> list[nn.Module]:

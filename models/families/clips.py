@@ -3,10 +3,34 @@ first frame."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from utils.dataset.samples import Sample
 from utils.errors import Problem
+from utils.settings.model_schema import ModelSettings
+from utils.settings.paths import missing
+from utils.settings.values import UserPath
+
+
+class SeesFrames(ModelSettings):
+    """The keys of models of which some see frames through an image encoder."""
+
+    image_encoder_path: UserPath | None = None
+    """File or folder of the weights of the image encoder, which sees the first frame in some models of picture to
+    video; default: from `diffusers_path`."""
+
+
+def problems_of_image_encoder(options: SeesFrames, *, sees: bool) -> Iterator[Problem]:
+    """Why the option does not fit a model that sees frames, or does not."""
+    path, place = options.image_encoder_path, "[model] image_encoder_path"
+    if path is not None and not sees:
+        yield Problem("", place, "is for models that see the first frame through an image encoder; leave it out")
+    elif path is not None:
+        yield from missing(place, path)
+    elif sees and options.architecture is not None:
+        yield Problem(
+            "", place, "the weights of the image encoder are needed, by which this model sees the first frame"
+        )
 
 
 def problems_of_rates(samples: Sequence[Sample], told: float) -> list[Problem]:

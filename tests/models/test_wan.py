@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from safetensors.torch import load_file, save_file
 
 from models.assembly.prompts import check_sampling
 from models.assembly.stage import load_stage
@@ -279,6 +280,34 @@ def test_ti2v_gives_each_token_its_time(ti2v_folder: Path, given: bool) -> None:
 def test_what_does_not_fit_is_told(tmp_path: Path, changes: dict, options: dict, told: str) -> None:
     with pytest.raises(UserError, match=told):
         tiny_wan.pipeline(tiny_wan.write_folder(tmp_path, **changes), **options).check()
+
+
+def test_the_image_encoder_may_lie_elsewhere(tmp_path: Path) -> None:
+    i2v, file = tiny("wan_i2v"), tmp_path / "clip_vision_h.safetensors"
+    for name in ("picture", "text"):
+        (tmp_path / name).mkdir()
+    folder = i2v.write_folder(tmp_path / "picture")
+    shutil.copy(folder / "image_encoder" / "model.safetensors", file)
+    pixels, made = torch.rand(1, 3, 5, 32, 32) * 2 - 1, []
+    for options in ({}, {"image_encoder_path": file}):
+        pipeline = i2v.pipeline(folder, **options)
+        pipeline.check()
+        *_, clip = pipeline.encoders()
+        clip.load(torch.device("cpu"))
+        made.append(clip.encode(pixels=pixels)["clip_vision"])
+    assert torch.equal(*made)
+    tensors = load_file(file)
+    lacks = next(name for name in sorted(tensors) if name.endswith("q_proj.weight"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != lacks}, file)
+    for options, told in (
+        ({}, "q_proj.weight' of the model is not in the file"),
+        ({"image_encoder_path": tmp_path / "none"}, "there is no"),
+    ):
+        with pytest.raises(UserError, match=told):
+            i2v.pipeline(folder, **{"image_encoder_path": file, **options}).check()
+    blind = tiny_wan.write_folder(tmp_path / "text")
+    with pytest.raises(UserError, match="is for models that see the first frame through an image encoder"):
+        tiny_wan.pipeline(blind, image_encoder_path=file).check()
 
 
 def test_the_clip_of_another_size_is_told(tmp_path: Path) -> None:

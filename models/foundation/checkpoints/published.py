@@ -36,6 +36,8 @@ INDEX_KEY = "model_index"
 NOTES = (INDEX_KEY, "marked_by", "note")
 """Keys of an architecture that are no parts."""
 OF_SENTENCEPIECE = ("T5Tokenizer", "GemmaTokenizer")
+OF_PICTURES = ("processor", "feature_extractor")
+"""Ends of the names of parts that prepare pictures for an encoder."""
 SETTINGS = "tokenizer_config.json"
 OF_TOKENIZERS = (".json", ".txt", ".model", ".jinja")
 VOCABULARY_TENSOR = "spiece_model"
@@ -99,7 +101,7 @@ class Architecture:
 
 
 def _file_of(part: str) -> str:
-    return PROCESSOR_FILE if part.endswith("processor") else config_name(part)
+    return PROCESSOR_FILE if part.endswith(OF_PICTURES) else config_name(part)
 
 
 def architectures(model_type: str) -> list[Architecture]:

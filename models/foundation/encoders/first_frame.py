@@ -6,6 +6,7 @@ Shapes: B batch, C channels, F frames, H W pixels, f h w latent cells, L tokens,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +18,14 @@ from torch import nn
 
 from models.foundation.checkpoints.configs import check_processor, explained
 from models.foundation.checkpoints.folders import read_config
-from models.foundation.checkpoints.headers import fingerprint, read_header
+from models.foundation.checkpoints.headers import fingerprint
+from models.foundation.checkpoints.loading import loaded
 from models.foundation.checkpoints.stock import of_transformers
+from models.foundation.checkpoints.weights import load_tensors, meta_tensors
 from models.foundation.encoders.video_vae import WanAutoencoder
 from utils.dataset.encoders import ENDS
 from utils.dataset.samples import Bucket
+from utils.first_values import none_without_memory
 
 if TYPE_CHECKING:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -113,6 +117,7 @@ class ClipVision:
         further_tokens: how many tokens there are beside those of the patches.
 
     Args:
+        file: file or folder of weights that replace those in the diffusers folder.
         to_last: the tokens of the last frame follow those of the first.
     """
 
@@ -122,15 +127,17 @@ class ClipVision:
     processor_part: ClassVar[str] = PROCESSOR
     further_tokens: ClassVar[int] = 1
 
-    def __init__(self, folder: Path, dtype: torch.dtype, *, to_last: bool = False):
-        self.folder, self.dtype = folder, dtype
+    def __init__(self, folder: Path, file: Path | None, dtype: torch.dtype, *, to_last: bool = False):
+        self.folder, self.file, self.dtype = folder, file, dtype
         self.frames = (0, -1) if to_last else (0,)
         self.reads = (ENDS,) if to_last else ("pixels",)
         self.model: nn.Module | None = None
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint(self.name, str(self.dtype), self.folder / PART, self.folder / self.processor_part)
+        part = self.folder / PART
+        weights = [self.file, part / "config.json"] if self.file else [part]
+        return fingerprint(self.name, str(self.dtype), *weights, self.folder / self.processor_part)
 
     @cached_property
     def config(self) -> dict:
@@ -151,19 +158,25 @@ class ClipVision:
         return clip_processor(self.folder)
 
     def check(self) -> None:
-        """Whether its files are there, from their headers.
+        """Whether its files are there and fit one another, from their headers.
 
         Raises:
-            UserError: they are not.
+            UserError: they are not, or do not.
         """
-        read_header(self.folder / PART)
         assert self.config and self.processor
+        with none_without_memory():
+            self._build(meta_tensors, device_map="meta")
 
     def load(self, device: torch.device) -> None:
-        stock = of_transformers(self.stock_class)
-        with explained(self.folder / PART, self.stock_class):
-            model = stock.from_pretrained(self.folder / PART, dtype=self.dtype, local_files_only=True)
-        self.model = model.to(device).eval().requires_grad_(False)
+        self.model = self._build(load_tensors).to(device).eval().requires_grad_(False)
+
+    def _build(self, read: Callable[[Path, torch.dtype, str], dict[str, torch.Tensor]], **how: Any) -> nn.Module:
+        """The model with the tensors that `read` gives."""
+        stock, source = of_transformers(self.stock_class), self.file or self.folder / PART
+        with explained(self.folder / PART / "config.json", self.stock_class):
+            config = stock.config_class.from_pretrained(self.folder / PART)
+        tensors = read(source, self.dtype, "")
+        return loaded(stock, None, source, config=config, state_dict=tensors, dtype=self.dtype, **how)
 
     def unload(self) -> None:
         self.model = None

@@ -17,8 +17,9 @@ from models.foundation.checkpoints.configs import explained
 from models.foundation.checkpoints.folders import VOCABULARIES, TextPart, has_vocabulary, problems_of
 from models.foundation.checkpoints.gguf_files import is_gguf, t5_tensors
 from models.foundation.checkpoints.headers import fingerprint
+from models.foundation.checkpoints.loading import loaded
 from models.foundation.checkpoints.stock import of_transformers
-from models.foundation.checkpoints.weights import check_shape, load_tensors, mapped_tensors, meta_tensors
+from models.foundation.checkpoints.weights import load_tensors, mapped_tensors, meta_tensors
 from models.foundation.encoders.text_features import EncodedText, TextFeatures
 from utils.dataset.samples import Bucket
 from utils.errors import UserError
@@ -184,20 +185,9 @@ class TextEncoder:
             return tensors
         return {name: torch.empty(one.shape, dtype=self.dtype, device="meta") for name, one in tensors.items()}
 
-    def _build(self, source: Path | None, **how: Any) -> nn.Module:
-        """The model with its weights. transformers knows the names of older files, which tensors are tied, and what
-        must stay in float32. It fills missing tensors with random numbers, so its report must be checked."""
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
-        how |= {"ignore_mismatched_sizes": True, "output_loading_info": True, **self.arguments}
-        with explained(self._source, self.stock_class.__name__):
-            model, report = self.stock_class.from_pretrained(source, dtype=self.dtype, **how)
-        for name in sorted(report["missing_keys"]):
-            check_shape(name, None, (), self._source)
-        for name, stored, asked in report["mismatched_keys"]:
-            check_shape(name, stored, asked, self._source)
-        return model
+    def _build(self, folder: Path | None, **how: Any) -> nn.Module:
+        """The model with its weights; see `loaded`."""
+        return loaded(self.stock_class, folder, self._source, dtype=self.dtype, **self.arguments, **how)
 
     def unload(self) -> None:
         self.model = None

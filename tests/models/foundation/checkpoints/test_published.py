@@ -25,6 +25,7 @@ from models.foundation.checkpoints.stock import of_transformers
 from tests.models import tiny_flux
 from tests.models.foundation.checkpoints.test_gguf_files import finished
 from utils.errors import UserError
+from utils.first_values import none_without_memory
 from utils.settings.model_schema import TextEncoderFile
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -50,12 +51,15 @@ BILLIONS = {
     "hunyuan_image/2.1": 17.43,
     "hunyuan_video/t2v": 12.82,
     "hunyuan_video_15/480p_t2v": 8.33,
+    "hunyuan_video_15/480p_i2v": 8.33,
+    "hunyuan_video_15/720p_i2v": 8.33,
     "hunyuan_video_15/720p_t2v": 8.33,
     "ltx_video/13b": 13.04,
     "ltx_video/2b_0.9.0": 1.92,
     "ltx_video/2b_0.9.1": 1.92,
     "ltx_video/2b_0.9.5": 1.92,
     "lumina2/2b": 2.61,
+    "omnigen2/4b": 3.97,
     "qwen_image/20b": 20.43,
     "qwen_image/edit_2511": 20.43,
     "qwen_image_layered/20b": 20.43,
@@ -65,17 +69,22 @@ BILLIONS = {
     "sd3/3_medium": 2.08,
     "sdxl/base": 2.57,
     "wan/2.1_t2v_1.3b": 1.42,
+    "wan/2.1_flf2v_14b": 16.40,
+    "wan/2.1_i2v_14b": 16.39,
     "wan/2.1_t2v_14b": 14.29,
     "wan/2.2_i2v_a14b": 14.29,
     "wan/2.2_t2v_a14b": 14.29,
     "wan/2.2_ti2v_5b": 5.00,
+    "wan_vace/2.1_1.3b": 2.15,
+    "wan_vace/2.1_14b": 17.34,
     "z_image/6b": 6.15,
 }
 """Parameters of the published denoisers."""
-TEXT_MILLIONS = {
+MILLIONS = {
     "byt5_small_glyph": 219,
     "bert_chinese_large": 352,
     "clip_g": 695,
+    "clip_vit_h": 631,
     "clip_l": 124,
     "gemma2_2b": 2614,
     "llama3_8b_llava": 7505,
@@ -84,31 +93,35 @@ TEXT_MILLIONS = {
     "long_clip_l": 124,
     "mt5_xl": 1670,
     "pile_t5_xl": 1224,
+    "qwen2_5_vl_3b": 3755,
     "qwen2_5_vl_7b": 8292,
     "qwen2_5_vl_7b_text": 7071,
     "qwen3_4b": 4022,
     "qwen3_8b": 7568,
+    "siglip_so400m_384": 428,
     "t5_11b": 4865,
     "t5_xxl": 4762,
     "umt5_xxl": 5681,
 }
-"""Parameters of the published text encoders, tied ones once."""
+"""Parameters of the published encoders of texts and pictures, tied ones once."""
 SAME_TENSORS = [
-    {"hunyuan_video_15/480p_t2v", "hunyuan_video_15/720p_t2v"},
+    {f"hunyuan_video_15/{size}p_{task}" for size in (480, 720) for task in ("i2v", "t2v")},
     {"ltx_video/2b_0.9.0", "ltx_video/2b_0.9.1", "ltx_video/2b_0.9.5"},
     {"qwen_image/20b", "qwen_image/edit_2511"},
     {"wan/2.1_t2v_14b", "wan/2.2_t2v_a14b"},
 ]
 """Architectures that the denoiser's tensors do not tell apart."""
-TEXT_CLASSES = {
+CLASSES = {
     "bert": "BertModel",
     "clip_text_model": "CLIPTextModelWithProjection",
+    "clip_vision_model": "CLIPVisionModel",
     "gemma2": "Gemma2Model",
     "llama": "LlamaModel",
     "mt5": "MT5EncoderModel",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen2_5_vl_text": "Qwen2_5_VLTextModel",
     "qwen3": "Qwen3Model",
+    "siglip_vision_model": "SiglipVisionModel",
     "t5": "T5EncoderModel",
     "umt5": "UMT5EncoderModel",
 }
@@ -140,14 +153,16 @@ def test_what_the_denoisers_tensors_do_not_tell_is_known(shapes: dict[str, froze
     assert [names for names in alike.values() if len(names) > 1] == SAME_TENSORS
 
 
-@pytest.mark.parametrize("name", sorted(TEXT_MILLIONS))
-def test_published_text_encoders_have_their_size(name: str) -> None:
-    config = json.loads((CONFIGS / "shared" / "text_encoder" / f"{name}.json").read_text())
-    cls = of_transformers(TEXT_CLASSES[config["model_type"]])
-    with init_empty_weights():
+@pytest.mark.parametrize("name", sorted(MILLIONS))
+def test_published_encoders_have_their_size(name: str) -> None:
+    (file,) = (CONFIGS / "shared").glob(f"*_encoder/{name}.json")
+    config = json.loads(file.read_text())
+    cls = of_transformers(CLASSES[config["model_type"]])
+    with none_without_memory(), init_empty_weights():
         encoder = cls(cls.config_class.from_dict(config))
-    own = {key: value for key, value in encoder.named_parameters() if key != "encoder.embed_tokens.weight"}
-    assert round(sum(value.numel() for value in own.values()) / 1e6) == TEXT_MILLIONS[name]
+    tied = ["encoder.embed_tokens.weight", *(["lm_head.weight"] if config.get("tie_word_embeddings") else [])]
+    own = {key: value for key, value in encoder.named_parameters() if key not in tied}
+    assert round(sum(value.numel() for value in own.values()) / 1e6) == MILLIONS[name]
 
 
 def test_each_shared_configuration_is_used() -> None:
