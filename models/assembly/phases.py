@@ -259,7 +259,7 @@ def _empty(encoder: ImageAutoencoder, *shape: int) -> torch.Tensor:
 
 def _of_text(encoder: TextEncoder, batch: int) -> Need:
     with none_without_memory(), torch.device("meta"):
-        model = encoder.stock_class(encoder.config()).to(encoder.dtype).eval()
+        model = encoder.stock_class(encoder.needed()).to(encoder.dtype).eval()
     ids = torch.zeros((batch, min(encoder.token_limit, LONGEST)), dtype=torch.int64, device="meta")
     activations = _counted(partial(model, input_ids=ids, output_hidden_states=True))
     return Need(encoder.name, weight_bytes([model]), activations)

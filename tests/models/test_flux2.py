@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from diffusers import Flux2Pipeline as StockDev
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, Mistral3Model
+from transformers import AutoTokenizer, Mistral3Model, Qwen3Config, Qwen3ForCausalLM
 
 from models.assembly.stage import load_stage
 from models.flux2 import FLUX2_LAYOUT, Flux2Pipeline
@@ -56,6 +57,44 @@ def test_devs_text_is_that_of_the_stock_pipeline(dev: Path) -> None:
         expected = StockDev._get_mistral_3_small_prompt_embeds(model, words, CAPTIONS, max_sequence_length=DEV_TOKENS)
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
     assert features.shape == (2, DEV_TOKENS, 3 * tiny_flux2.TEXT_WIDTH)
+
+
+def test_devs_text_model_may_come_without_vision_and_without_the_layers_behind(dev: Path, tmp_path: Path) -> None:
+    """As ComfyUI has it: Mistral's names, no vision, and perhaps cut to the layers whose states are read."""
+    tensors = load_file(dev / "text_encoder" / "model.safetensors")
+    text = {
+        name.replace("language_model.", "model."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("language_model.") and ".layers.30." not in name
+    }
+    save_file({**text, "tekken_model": torch.zeros(4, dtype=torch.uint8)}, tmp_path / "mistral.safetensors")
+    assert len(text) < len(tensors)
+    given = [{"type": "mistral3", "path": tmp_path / "mistral.safetensors"}]
+    made = []
+    for options in ({}, {"text_encoders": given}):
+        pipeline = tiny_flux2.pipeline(dev, max_sequence_length=DEV_TOKENS, **options)
+        pipeline.check()
+        made.append(encoded(pipeline.encoders()[1], CAPTIONS)["mistral3"])
+    assert torch.equal(*made)
+    lacks = {name: tensor for name, tensor in text.items() if ".layers.7." not in name}
+    save_file(lacks, tmp_path / "mistral.safetensors")
+    with pytest.raises(UserError, match="layers.7.* is not in the file"):
+        pipeline.check()
+
+
+def test_layers_that_nothing_is_read_of_are_not_loaded(tmp_path: Path) -> None:
+    """The text is that of the stock pipeline all the same, as tests/test_models.py shows."""
+    folder = tiny_flux2.write_folder(tmp_path)
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    deeper = Qwen3ForCausalLM(Qwen3Config(**{**config, "num_hidden_layers": 30, "layer_types": None}))
+    deeper.save_pretrained(folder / "text_encoder")
+    _, text = tiny_flux2.pipeline(folder).encoders()
+    text.load(torch.device("cpu"))
+    assert len(text.model.layers) == 28 and text.needed().num_hidden_layers == 28
+    (tmp_path / "dev").mkdir()
+    _, text = tiny_flux2.pipeline(tiny_flux2_dev.write_folder(tmp_path / "dev")).encoders()
+    text.load(torch.device("cpu"))
+    assert len(text.model.language_model.layers) == 31 and not text.model.vision_tower.transformer.layers
 
 
 @pytest.mark.parametrize("tokens", [64, 4096, 4300, 4301, 9000])

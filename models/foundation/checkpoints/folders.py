@@ -50,6 +50,8 @@ class TextPart:
         names: its names in the publisher's checkpoints.
         model_types: the values that `model_type` may have in its configuration; default: that of its class.
         arguments: of the class, beside the configuration.
+        vision: parts of the names of tensors with which it sees pictures, for an encoder that is asked for captions
+            alone and of which there are files without them.
         root: the folder that contains the parts, if it is not the diffusers folder.
     """
 
@@ -60,6 +62,7 @@ class TextPart:
     names: CheckpointNames = field(default_factory=CheckpointNames, kw_only=True)
     model_types: tuple[str, ...] = field(default=(), kw_only=True)
     arguments: Mapping[str, Any] = field(default_factory=dict, kw_only=True, hash=False)
+    vision: tuple[str, ...] = field(default=(), kw_only=True)
     root: Path | None = field(default=None, kw_only=True)
 
     @property

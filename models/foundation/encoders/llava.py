@@ -90,6 +90,7 @@ class LlavaEncoder(TextEncoder):
     `image_processor`. As for `ClipVision`, it sees the frame at the size of the clip."""
 
     reads = ("caption", "pixels")
+    sees_pictures = True
 
     @cached_property
     def fingerprint(self) -> str:

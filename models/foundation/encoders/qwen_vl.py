@@ -121,6 +121,8 @@ class PictureTextEncoder(TextEncoder):
             read.
     """
 
+    sees_pictures = True
+
     def __init__(self, *others: Any, controls: int, area: int, caption_tokens: int, **further: Any):
         super().__init__(*others, **further)
         self.area, self.caption_tokens = area, caption_tokens

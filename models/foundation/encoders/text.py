@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 SIZES = ("hidden_size", "num_hidden_layers")
 """Keys of a text encoder's configuration that determine the shape of features, or which layers exist."""
+VISION_LAYERS = ("num_hidden_layers", "depth")
+"""What the number of layers is called in the configuration of the part that sees pictures."""
 STOCK_FILES = ("model.safetensors", "model.safetensors.index.json")
 """What transformers calls files of weights."""
 
@@ -53,6 +55,7 @@ class TextEncoder:
     """
 
     reads = ("caption",)
+    sees_pictures: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -63,7 +66,7 @@ class TextEncoder:
         features: TextFeatures,
         kept: str | None = None,
     ):
-        self.name, self.stock_class, self.names = part.name, part.stock_class, part.names
+        self.part, self.name, self.stock_class, self.names = part, part.name, part.stock_class, part.names
         self.is_t5 = part.is_t5
         self.arguments = part.arguments
         self.folder, self.subfolder = part.root or folder, part.folder
@@ -132,7 +135,7 @@ class TextEncoder:
     def _check_weights(self) -> None:
         tensors = self._tensors(meta_tensors)
         with none_without_memory():
-            self._build(None, config=self.config(), state_dict=tensors, device_map="meta")
+            self._build(None, config=self.needed(), state_dict=tensors, device_map="meta")
 
     def load(self, device: torch.device) -> None:
         self.truncated = 0
@@ -148,6 +151,28 @@ class TextEncoder:
         own = (self._source / "config.json").is_file()
         return self._config_in(self._source if own else self.folder / self.subfolder)
 
+    def needed(self) -> PretrainedConfig:
+        """The configuration without the layers that nothing is read of: those behind the last hidden state that is
+        read, and those that see pictures if there are none."""
+        config, states = self.config(), self.features.states
+        text = config.get_text_config()
+        if states is not None and states < text.num_hidden_layers:
+            # The last layer is followed by a norm, so that one more is there than there are states behind embeddings.
+            text.num_hidden_layers = states
+            if getattr(text, "layer_types", None):
+                text.layer_types = text.layer_types[:states]
+        vision = None if self.sees_pictures else getattr(config, "vision_config", None)
+        for key in VISION_LAYERS if vision is not None else ():
+            if hasattr(vision, key):
+                setattr(vision, key, 0)
+        return config
+
+    @property
+    def _unused(self) -> list[str]:
+        """Parts of the names of tensors that may be missing."""
+        last = [] if self.features.states is None else [f"layers.{self.features.states - 1}."]
+        return [*last, *(() if self.sees_pictures else self.part.vision)]
+
     def _config_in(self, folder: Path) -> PretrainedConfig:
         with explained(folder / "config.json", self.stock_class.config_class.__name__):
             return self.stock_class.config_class.from_pretrained(folder)
@@ -157,9 +182,9 @@ class TextEncoder:
         source = self._source
         # If a folder has the file names of transformers, it reads one tensor after the other.
         if any((source / name).is_file() for name in STOCK_FILES):
-            return self._build(source, config=self.config())
+            return self._build(source, config=self.needed())
         tensors = self._tensors(load_tensors)
-        return self._build(None, config=self.config(), state_dict=tensors)
+        return self._build(None, config=self.needed(), state_dict=tensors)
 
     def _load_quantised(self, device: torch.device) -> nn.Module:
         """The model of transformers on a device, where its weights are quantised one by one as they are read."""
@@ -167,7 +192,7 @@ class TextEncoder:
 
         # Of what is wrong with a tensor that is quantised transformers would say nothing.
         self._check_weights()
-        how = {"config": self.config(), "quantization_config": Quantisation(FORMATS[self.kept])}
+        how = {"config": self.needed(), "quantization_config": Quantisation(FORMATS[self.kept])}
         source, there = self._source, {"": device}
         if any((source / name).is_file() for name in STOCK_FILES):
             return self._build(source, device_map=there, **how)
@@ -187,7 +212,8 @@ class TextEncoder:
 
     def _build(self, folder: Path | None, **how: Any) -> nn.Module:
         """The model with its weights; see `loaded`."""
-        return loaded(self.stock_class, folder, self._source, dtype=self.dtype, **self.arguments, **how)
+        how |= {"unused": self._unused, "dtype": self.dtype, **self.arguments}
+        return loaded(self.stock_class, folder, self._source, **how)
 
     def unload(self) -> None:
         self.model = None
