@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 DOCS = Path(__file__).parent
 PAGES = (
     "coming_from_diffusion_pipe.md",
     "dataset.schema.json",
+    "model_checks.md",
     "settings.md",
     "settings.schema.json",
     "supported_models.md",
@@ -85,6 +87,7 @@ def pages() -> dict[str, str]:
         "settings.schema.json": settings_json_schema(classes),
         "dataset.schema.json": dataset_json_schema(),
         "supported_models.md": supported_models(pipelines),
+        "model_checks.md": model_checks(pipelines),
     }
 
 
@@ -114,6 +117,55 @@ def section(name: str, pipeline: type) -> str:
     }
     rows = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
     return f"## `{name}`\n\n{pipeline.__doc__}\n\n| | |\n|---|---|\n{rows}\n\nIts own keys: [settings](settings.md)."
+
+
+CHECKS = {
+    "test_layers_equal_the_whole_module": "layers",
+    "test_stages_and_recomputing_change_nothing": "stages",
+    "test_text_is_that_of_the_stock_pipeline": "text",
+    "test_latents_are_those_of_the_stock_pipeline": "latents",
+    "test_samples_are_those_of_the_stock_pipeline": "samples",
+    "test_an_adapter_is_loaded_by_the_stock_pipeline_and_gone_on_from": "adapter",
+    "test_all_weights_are_read_from_what_was_exported": "export",
+    "test_swapping_blocks_changes_no_bit": "swapping",
+    "test_a_folder_of_pictures_trains": "run",
+}
+"""The tests of `tests/test_models.py` that compare a model, and their columns."""
+_CHECKS_HEAD = """# What is checked of each model
+
+This page is generated from the tests. Each model, small and with random weights, is compared with the stock library:
+
+- *layers*: outputs and all gradients are those of the stock module, bit for bit unless its test says why not;
+- *stages*: three recomputed stages of pipeline parallelism train as one process does, in full and as a LoRA;
+- *text*, *latents*, *samples*: what the stock pipeline encodes and draws;
+- *adapter*: the stock pipeline loads an exported LoRA, and training goes on from it;
+- *export*: what a full fine-tune exports is read again, in every layout;
+- *swapping*: blocks in the machine's memory change no bit;
+- *run*: `train.py` on two processes, from pictures to exports, and on from a checkpoint.
+
+Rows with an indented name are variants, with the checks that show something beyond those of the type; where there is
+none, a file of tests of the model's own has what is left. *Publisher's files* are read and written by its own names, or
+ComfyUI's; *single files* is how many architectures are known [without a folder](single_files.md).
+"""
+
+
+def model_checks(pipelines: dict[str, type]) -> str:
+    """A row for each type and each of its variants, a column for each generic test."""
+    from models.foundation.checkpoints.published import architectures
+    from tests.models.tiny_folder import VARIANTS
+
+    def row(name: str, tests: Collection[str], *further: str) -> str:
+        return f"| {' | '.join([name, *('yes' if test in tests else '' for test in CHECKS), *further])} |"
+
+    rows = []
+    for name, pipeline in pipelines.items():
+        known = "yes" if pipeline.original_layout is not None else ""
+        rows.append(row(f"`{name}`", CHECKS, known, str(len(architectures(name)) or "")))
+        # The longest name of a type that a variant's begins with is that of its type.
+        own = [one for one in VARIANTS if max((n for n in pipelines if one.startswith(n)), key=len) == name]
+        rows += [row(f"&nbsp;&nbsp;{variant}", VARIANTS[variant], "", "") for variant in own]
+    heads = ["", *CHECKS.values(), "publisher's files", "single files"]
+    return "\n".join([_CHECKS_HEAD, f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *rows]) + "\n"
 
 
 def _single_files(name: str, pipeline: type) -> dict[str, str]:
