@@ -39,7 +39,7 @@ class DDPMOptions(ModelSettings):
     """Distribution from which training timesteps t are drawn, 0 being the clean picture and 1 noise: step t * 1000 of
     DDPM."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the denoiser predicts; default: what the folder's scheduler says."""
+    """What the denoiser predicts; default: what the folder's scheduler says, or a checkpoint by the mark `v_pred`."""
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = None
     """How noise grows over the steps; default: what the folder's scheduler says."""
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import models
 from models.assembly.stage import load_stage
+from models.foundation.checkpoints import published
 from tests import test_models as generic
 from tests.models import tiny_sd15, tiny_sdxl, tiny_sdxl_texts
 from tests.models.tiny_folder import settings_of
@@ -121,6 +123,36 @@ def test_what_the_model_predicts_is_told_in_its_checkpoint(folders: dict[str, Pa
     moved(tiny_sdxl.pipeline(folders["sdxl"]), tmp_path / "epsilon", None)
     written = [load_file(tmp_path / name / generic.DENOISER_COMFYUI).keys() for name in ("v", "epsilon")]
     assert [{"v_pred", "ztsnr"} & keys for keys in written] == [{"v_pred", "ztsnr"}, set()]
+    # It is read of a checkpoint too, unless the config says otherwise.
+    of_v, of_epsilon = (tmp_path / name / generic.DENOISER_COMFYUI for name in ("v", "epsilon"))
+    read = tiny_sdxl.pipeline(folders["sdxl"], transformer_path=of_v)
+    assert read.objective.kind == "v" and read.objective.schedule.zero_terminal_snr
+    assert tiny_sdxl.pipeline(folders["sdxl"], transformer_path=of_epsilon).objective.kind == "epsilon"
+    meant = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+    assert tiny_sdxl.pipeline(folders["sdxl"], transformer_path=of_v, **meant).objective.kind == "epsilon"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_checkpoint_is_enough(
+    name: str, folders: dict[str, Path], checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a folder, but for the tokenizers."""
+    folder, tokenizers = folders[name], tmp_path / "tokenizers"
+    for place in folder.glob("tokenizer*"):
+        shutil.copytree(place, tokenizers / place.name)
+    configs = {
+        part: json.loads(next((folder / part).glob("*config.json")).read_text()) for part in (*PARTS[name], "scheduler")
+    }
+    monkeypatch.setattr(published, "CONFIGS", tmp_path)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "tiny.json").write_text(json.dumps(configs))
+    keys = {"type": name, "dtype": "float32", "transformer_path": checkpoints[name], "tokenizer_path": tokenizers}
+    single, own = models.build(models.find(name).Options(**keys)), TINY[name].pipeline(folder)
+    single.check()
+    ours, theirs = parameters_of(single), parameters_of(own)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    ours, theirs = features_of(single, CAPTIONS), features_of(own, CAPTIONS)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 # LoRA files of other programs

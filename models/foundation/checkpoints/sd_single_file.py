@@ -23,6 +23,8 @@ Tensors = dict[str, torch.Tensor]
 
 UNET = "unet"
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
+MARKS = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
+"""Names of tensors without a meaning of their own, by which checkpoints say what the UNet predicts: option, value."""
 PROJECTION = "text_projection.weight"
 LAYERS = "text_model.encoder.layers.{}"
 OPEN_CLIP = KeyLayout(
@@ -168,7 +170,7 @@ def part_of(tensors: Mapping[str, torch.Tensor], part: str) -> Tensors:
 
 def with_parts_of_checkpoint(options: ModelSettings, texts: Sequence[TextPart]) -> ModelSettings:
     """The options, where the VAE and the text encoders of a checkpoint in `transformer_path` replace those of the
-    folder, unless options name these too.
+    folder, and its marks say what it predicts, unless options say so too.
 
     Raises:
         UserError: the file cannot be read.
@@ -184,5 +186,8 @@ def with_parts_of_checkpoint(options: ModelSettings, texts: Sequence[TextPart]) 
         if part.name not in given and any(key.startswith(part.names.prefix) for key in keys)
     ]
     has_vae = options.vae_path is None and any(key.startswith(VAE_PREFIX) for key in keys)
-    parts = {"vae_path": path} if has_vae else {}
+    parts: dict[str, Any] = {"vae_path": path} if has_vae else {}
+    for mark, (option, value) in MARKS.items():
+        if mark in keys and option not in options.model_fields_set:
+            parts[option] = value
     return options.model_copy(update={**parts, "text_encoders": [*options.text_encoders, *found]})
