@@ -31,6 +31,8 @@ SHORT_LATENTS = (3, 4)
 """Numbers of a latent's frames from which longer clips follow."""
 RGB, RGBA = 3, 4
 LARGE = 2**20
+LITTLE = 2**28
+"""Bytes that every card has room for."""
 LONGEST = 512
 """Tokens of a text, where the tokenizer knows no limit."""
 
@@ -176,7 +178,7 @@ def encoding_bytes(
     few, some = (1 + group * (count - 1) for count in SHORT_LATENTS)
     size = bucket.height, bucket.width
     whole = _of_clip(vae, lambda frames: encoded(frames, *size), bucket.frames, (few, some))
-    if not hasattr(vae, "enable_tiling"):
+    if not hasattr(vae, "enable_tiling") or _is_little(whole):
         return whole, None
     vae.enable_tiling()
     # Tiles are made one after the other: four of them, and two parts of a clip, take as much as all. What grows is
@@ -194,6 +196,11 @@ def _channels(vae: nn.Module) -> int:
     patches."""
     told = next((vae.config[key] for key in CHANNELS if vae.config.get(key)), RGB)
     return told // vae.config["patch_size"] ** 2 if told > RGBA else told
+
+
+def _is_little(activations: int | None) -> bool:
+    """Whether every card has room for them, so that tiles are never made."""
+    return activations is not None and activations < LITTLE
 
 
 def _tile_of(vae: nn.Module, side: str) -> int:
@@ -214,7 +221,7 @@ def decoding_need(autoencoder: Encoder, latent_shape: Sequence[int]) -> Decoding
     weights, whole = weight_bytes([vae]), _of_decoding(autoencoder, vae, latent_shape)
     if whole is None:
         return None
-    if not hasattr(vae, "enable_tiling"):
+    if not hasattr(vae, "enable_tiling") or _is_little(whole):
         return Decoding(weights + whole, weights + whole)
     vae.enable_tiling()
     tiled = _of_decoding(autoencoder, vae, latent_shape)

@@ -14,10 +14,11 @@ import torch
 from diffusers import AutoencoderKL
 from torch.profiler import ProfilerActivity, profile
 
+from models.assembly import phases
 from models.assembly.fitting import MARGIN, SHARE, fit
 from models.assembly.live_bytes import most_at_once
 from models.assembly.memory import GIB, Planner
-from models.assembly.phases import Need, caching_needs, decoding_need, encoding_bytes
+from models.assembly.phases import Decoding, Need, caching_needs, decoding_need, encoding_bytes
 from models.assembly.stage import partition
 from tests.models import tiny_flux, tiny_wan
 from tests.models.tiny_folder import settings_of
@@ -45,7 +46,8 @@ def really_taken(compute: Callable[[], Any]) -> int:
     return highest
 
 
-def test_encoders_take_what_is_counted(folder: Path) -> None:
+def test_encoders_take_what_is_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phases, "LITTLE", 0)
     flux = tiny_flux.pipeline(folder)
     encoders = flux.encoders()
     needs = {need.name: need for need in caching_needs(encoders, Bucket(SIZE, SIZE, 1), BATCH)}
@@ -69,6 +71,9 @@ def test_encoders_take_what_is_counted(folder: Path) -> None:
     weights, taken = needs["vae"].weights, really_taken(lambda: vae.vae.decode(latent))
     assert 0.8 * taken < decoding.whole - weights <= taken
     assert decoding.tiled < decoding.whole
+    # Where all cards have room, tiles are not counted.
+    monkeypatch.undo()
+    assert decoding_need(vae, latent.shape[1:]) == Decoding(decoding.whole, decoding.whole)
 
 
 def test_long_clips_follow_from_short_ones(tmp_path: Path) -> None:
@@ -114,7 +119,7 @@ def test_clips_are_encoded_at_once_or_in_tiles(name: str, group: int, bucket: Bu
     assert tiled == pytest.approx(taken(), rel=0.1) and tiled < 0.7 * whole
 
 
-def test_wans_vae_of_patches_is_counted() -> None:
+def test_wans_vae_of_patches_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its configuration has the channels of patches; a picture has three."""
     config = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "base_dim": 8, "z_dim": 4}
     with torch.device("meta"):
@@ -122,6 +127,7 @@ def test_wans_vae_of_patches_is_counted() -> None:
     encoder = SimpleNamespace(
         leading=0, dtype=torch.float32, feature_shapes=lambda _: {"latents": ((4, 1, 1, 1), torch.float32)}
     )
+    monkeypatch.setattr(phases, "LITTLE", 0)
     whole, tiled = encoding_bytes(encoder, vae, Bucket(64, 64, 1), 1)
     assert whole == most_at_once(lambda: vae.encode(torch.empty(1, 3, 1, 64, 64, device="meta")).latent_dist.mode())
     assert tiled is not None
