@@ -45,6 +45,8 @@ BILLIONS = {
     "hunyuan_dit/1.2": 1.50,
     "hunyuan_image/2.1": 17.43,
     "hunyuan_video/t2v": 12.82,
+    "krea2/raw": 12.82,
+    "krea2/turbo": 12.82,
     "ltx_video/13b": 13.04,
     "ltx_video/2b_0.9.0": 1.92,
     "ltx_video/2b_0.9.1": 1.92,
@@ -81,12 +83,14 @@ TEXT_MILLIONS = {
     "qwen2_5_vl_7b": 8292,
     "qwen3_4b": 4022,
     "qwen3_8b": 7568,
+    "qwen3_vl_4b": 4438,
     "t5_11b": 4865,
     "t5_xxl": 4762,
     "umt5_xxl": 5681,
 }
 """Parameters of the published text encoders, tied ones once."""
 SAME_TENSORS = [
+    {"krea2/raw", "krea2/turbo"},
     {"ltx_video/2b_0.9.0", "ltx_video/2b_0.9.1", "ltx_video/2b_0.9.5"},
     {"qwen_image/20b", "qwen_image/edit_2511"},
     {"wan/2.1_t2v_14b", "wan/2.2_t2v_a14b"},
@@ -100,6 +104,7 @@ TEXT_CLASSES = {
     "mt5": "MT5EncoderModel",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3": "Qwen3Model",
+    "qwen3_vl": "Qwen3VLModel",
     "t5": "T5EncoderModel",
     "umt5": "UMT5EncoderModel",
 }
