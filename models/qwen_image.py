@@ -7,16 +7,15 @@ D width, E rows of time embedding, h w latent cells.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from einops import rearrange
 from torch import nn
 
-from models.base import BasePipeline, Features, ModelEncoder
-from models.foundation.checkpoints.configs import stock_scheduler
+from models.base import Features, ModelEncoder
+from models.families.qwen_pictures import QwenPicturePipeline, pack, unpack
 from models.foundation.checkpoints.folders import TextPart, model_index, problems_of
 from models.foundation.checkpoints.headers import read_header
 from models.foundation.checkpoints.key_layouts import KeyLayout
@@ -24,11 +23,8 @@ from models.foundation.checkpoints.layouts.qwen_image import QWEN_LAYOUT, TIMEST
 from models.foundation.encoders.qwen_image_prompts import CONTROLS, VARIANTS, Variant, caption_prompt
 from models.foundation.encoders.qwen_vl import PictureTextEncoder
 from models.foundation.encoders.text import TextEncoder
-from models.foundation.encoders.video_vae import QWEN_IMAGE, QwenImageAutoencoder, latent_size
-from models.foundation.layers import patches
 from models.foundation.layers.chain import Middle
 from models.foundation.layers.patches import PATCH
-from utils.dataset.buckets import MediaFacts
 from utils.dataset.encoders import Encoder
 from utils.diffusion.timesteps import RESOLUTION_SHIFTS
 from utils.errors import Problem
@@ -36,7 +32,7 @@ from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
 if TYPE_CHECKING:
-    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+    from diffusers import QwenImageTransformer2DModel
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +133,7 @@ class Exit(nn.Module):
         return unpack(x_BTC[:, : self.pictures * (height // PATCH) * (width // PATCH)], height, width)
 
 
-class QwenImagePipeline(BasePipeline):
+class QwenImagePipeline(QwenPicturePipeline):
     """Qwen-Image of Alibaba. Control images are encoded at the size that the dataset gives them (inference scales those
     of
     2509 and 2511 to the area of 1024 x 1024: `control_resolution = 1024`); the text encoder sees them at the same size
@@ -146,7 +142,6 @@ class QwenImagePipeline(BasePipeline):
     Options = QwenImageOptions
     denoiser_class = "QwenImageTransformer2DModel"
     text_parts = (TextPart(TEXT, "Qwen2_5_VLModel"),)
-    media = MediaFacts(spatial=16, temporal=1, max_frames=1)
     blocks = ("transformer_blocks",)
     stream_type = QwenImageStream
     resolution_shift = RESOLUTION_SHIFTS["qwen"]
@@ -201,12 +196,10 @@ class QwenImagePipeline(BasePipeline):
         return super().encoders_for(controls)
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
-        options, folder = self.options, self.options.diffusers_path
-        vae = (folder, options.vae_path, self.dtype)
         return [
-            QwenImageAutoencoder(*vae, draw=options.latents),
+            self.autoencoder(),
             self._text_encoder(controls),
-            *(QwenImageAutoencoder(*vae, reads=control, draw="mode") for control in CONTROLS[:controls]),
+            *(self.autoencoder(reads=control, draw="mode") for control in CONTROLS[:controls]),
         ]
 
     def _text_encoder(self, controls: int) -> TextEncoder:
@@ -256,38 +249,11 @@ class QwenImagePipeline(BasePipeline):
         scale_BT1 = pack(prompted).norm(dim=-1, keepdim=True) / moved_BTC.norm(dim=-1, keepdim=True)
         return unpack(moved_BTC * scale_BT1, height, width)
 
-    def tokens(self, latent_shape: Sequence[int]) -> int:
-        *_, height, width = latent_shape
-        return (height // PATCH) * (width // PATCH)
-
-    def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
-        return latent_size(self._vae_config, width, height, frames)
-
-    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        return stock_scheduler(self.options.diffusers_path, "FlowMatchEulerDiscreteScheduler")
-
     @cached_property
     def _variant(self) -> Variant:
         named = model_index(self.options.diffusers_path).get("_class_name")
         return VARIANTS[self.options.variant or PIPELINES.get(named, "image")]
 
-    # Kept, as every micro-batch asks for it.
-    @cached_property
-    def _vae_config(self) -> dict[str, Any]:
-        return QWEN_IMAGE.config(self.options.diffusers_path, self.options.vae_path)
-
 
 def _is_timestep_zero(keys: Iterable[str]) -> bool:
     return any(key.endswith(TIMESTEP_ZERO) for key in keys)
-
-
-def pack(x_BC1hw: torch.Tensor) -> torch.Tensor:
-    """A latent of one frame as tokens of 2x2 cells (B, T, 4C)."""
-    return patches.pack(x_BC1hw.squeeze(2))
-
-
-def unpack(x_BTC: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The inverse of `pack`, for a latent of `height` x `width` cells; several pictures follow one another, (B, C, f,
-    h, w)."""
-    x_BfTC = rearrange(x_BTC, "b (f t) c -> b f t c", t=(height // PATCH) * (width // PATCH))
-    return torch.stack([patches.unpack(one_BTC, height, width) for one_BTC in x_BfTC.unbind(1)], dim=2)

@@ -225,6 +225,15 @@ QWEN_IMAGE = FullSize(
     },
     text_of("qwen2_5_vl", 512, 3584),
 )
+KREA2 = FullSize(
+    "Krea 2",
+    "krea2",
+    {
+        "transformer": {"_class_name": "Krea2Transformer2DModel"},
+        "vae": video_vae_of("AutoencoderKLQwenImage"),
+    },
+    text_of("qwen3_vl", 512, 12 * 2560),
+)
 HIDREAM = FullSize(
     "HiDream-I1",
     "hidream",
@@ -270,6 +279,7 @@ ALL = (
     HUNYUAN_DIT,
     Z_IMAGE,
     QWEN_IMAGE,
+    KREA2,
     HIDREAM,
     WAN_SMALL,
     WAN,
@@ -342,6 +352,26 @@ TEXT_ENCODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "Gemma 2 2B: Lumina 2": ("Gemma2Model", {}),
     "GLM-4 9B: CogView4": ("GlmModel", {}),
+    "Qwen3-VL 4B: Krea 2": (
+        "Qwen3VLModel",
+        {
+            "text_config": {
+                "vocab_size": 151936,
+                "hidden_size": 2560,
+                "intermediate_size": 9728,
+                "num_hidden_layers": 36,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+            },
+            "vision_config": {
+                "depth": 24,
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "out_hidden_size": 2560,
+                "deepstack_visual_indexes": [5, 11, 17],
+            },
+        },
+    ),
     "Qwen3 4B: Z-Image": (
         "Qwen3Model",
         {

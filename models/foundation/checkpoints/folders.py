@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 INDEX = "model_index.json"
-INDEX_KINDS = {"_class_name": str, "boundary_ratio": float | None}
+INDEX_KINDS = {
+    "_class_name": str,
+    "boundary_ratio": float | None,
+    "is_distilled": bool | None,
+    "text_encoder_select_layers": list[Annotated[int, 0]] | None,
+}
 TEXT_KINDS = {"dtype": str | None, "torch_dtype": str | None, "text_config": dict | None}
 TEXT_CONFIG_KEYS = {
     "clip_text_model": ("hidden_size", "max_position_embeddings", "projection_dim"),
@@ -29,6 +34,7 @@ TEXT_CONFIG_KEYS = {
     # The keys of their text models are in a table of their own, except in older files.
     "mistral3": (),
     "qwen2_5_vl": (),
+    "qwen3_vl": (),
     "llava": (),
     **dict.fromkeys(("mt5", "t5", "umt5"), ("d_model",)),
 }

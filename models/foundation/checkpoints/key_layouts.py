@@ -26,12 +26,14 @@ BLOCK_NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 
 @dataclass(frozen=True)
 class KeyRule:
-    """The module `there` is cat(`here`); its weight may have another name there (`scale` for `weight`)."""
+    """The module `there` is cat(`here`); its weight may have another name there (`scale` for `weight`). With `flat`, a
+    parameter of several dimensions here is a single row there."""
 
     there: str
     here: tuple[str, ...]
     swap_halves: bool = False
     weight_there: str = "weight"
+    flat: bool = False
 
     def parameter_there(self, parameter: str) -> str:
         return self.weight_there if parameter == "weight" else parameter
@@ -39,11 +41,13 @@ class KeyRule:
 
 @dataclass(frozen=True)
 class Piece:
-    """The location of a tensor of ours in a file: rows [start, stop) of `key`; None for all rows."""
+    """The location of a tensor of ours in a file: rows [start, stop) of `key`; None for all rows. It has a shape if the
+    file has its numbers in a single row."""
 
     key: str
     rows: tuple[int, int] | None = None
     swap_halves: bool = False
+    shape: tuple[int, ...] | None = None
 
 
 def swap_halves(tensor: torch.Tensor) -> torch.Tensor:
@@ -102,7 +106,7 @@ class KeyLayout:
                 key = prefix + _named(there, rule.parameter_there(parameter))
                 if key not in keys:
                     raise ValueError(f"the tensor '{key}' is missing")
-                found |= _rows_of(key, names, shapes, rule.swap_halves)
+                found |= _rows_of(key, names, shapes, rule)
         return found
 
     def to_original(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -118,6 +122,7 @@ class KeyLayout:
                 if all(name in tensors for name in names):
                     joined = torch.cat([tensors[name] for name in names]) if len(names) > 1 else tensors[names[0]]
                     key = _named(there, rule.parameter_there(parameter))
+                    joined = joined.flatten() if rule.flat else joined
                     converted[key] = swap_halves(joined) if rule.swap_halves else joined
                     used.update(names)
         left = sorted(set(tensors) - used)
@@ -126,8 +131,9 @@ class KeyLayout:
         return converted
 
     def from_original(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The inverse of `to_original`, for layouts whose fused modules are equally large; tensors that do not
-        occur in the table are left out."""
+        """The inverse of `to_original`, for layouts whose fused modules are equally large and of which no rule is flat;
+        tensors that do not occur in the table are left out."""
+        assert not any(rule.flat for rule in self.rules)
         numbers = range(1 + max([0, *(int(number) for name in tensors for number in BLOCK_NUMBER.findall(name))]))
         found = {}
         for rule in self.rules:
@@ -221,9 +227,10 @@ def _named(module: str, parameter: str) -> str:
     return f"{module}.{parameter}" if parameter else module
 
 
-def _rows_of(key: str, names: list[str], shapes: Mapping[str, Sequence[int]], swap: bool) -> dict[str, Piece]:
+def _rows_of(key: str, names: list[str], shapes: Mapping[str, Sequence[int]], rule: KeyRule) -> dict[str, Piece]:
+    swap = rule.swap_halves
     if len(names) == 1:
-        return {names[0]: Piece(key, None, swap)}
+        return {names[0]: Piece(key, None, swap, tuple(shapes[names[0]]) if rule.flat else None)}
     pieces, start = {}, 0
     for name in names:
         stop = start + shapes[name][0]

@@ -7,6 +7,7 @@ are the tensors of this process's stage read by memory map, each in the form in 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -65,6 +66,7 @@ class Weights:
             piece = self.pieces.get(name, Piece(name))
             # A fused tensor ends with its last piece.
             whole = (piece.rows[1], *shape[1:]) if piece.rows else shape
+            whole = (math.prod(whole),) if piece.shape else whole
             asked[piece.key] = max(whole, asked.get(piece.key, whole))
         for key, shape in asked.items():
             check_shape(key, self.header.shapes.get(key), shape, self.path)
@@ -95,7 +97,8 @@ class Weights:
         tensor = stored[piece.rows[0] : piece.rows[1]] if piece.rows else stored[...]
         scale = next((key for key in scale_keys(piece.key) if key in self.header.files), None)
         tensor = tensor if scale is None else unscaled(tensor, self._slice(scale)[...], scale, self.path)
-        return swap_halves(tensor) if piece.swap_halves else tensor
+        tensor = swap_halves(tensor) if piece.swap_halves else tensor
+        return tensor if piece.shape is None else tensor.reshape(piece.shape)
 
     def _slice(self, key: str) -> Any:
         file = self.header.files[key]

@@ -55,6 +55,8 @@ BILLIONS = {
     "hunyuan_video_15/480p_i2v": 8.33,
     "hunyuan_video_15/720p_i2v": 8.33,
     "hunyuan_video_15/720p_t2v": 8.33,
+    "krea2/raw": 12.82,
+    "krea2/turbo": 12.82,
     "ltx_video/13b": 13.04,
     "ltx_video/2b_0.9.0": 1.92,
     "ltx_video/2b_0.9.1": 1.92,
@@ -100,6 +102,7 @@ MILLIONS = {
     "qwen2_5_vl_7b_text": 7071,
     "qwen3_4b": 4022,
     "qwen3_8b": 7568,
+    "qwen3_vl_4b": 4438,
     "siglip_so400m_384": 428,
     "t5_11b": 4865,
     "t5_xxl": 4762,
@@ -108,6 +111,7 @@ MILLIONS = {
 """Parameters of the published encoders of texts and pictures, tied ones once."""
 SAME_TENSORS = [
     {f"hunyuan_video_15/{size}p_{task}" for size in (480, 720) for task in ("i2v", "t2v")},
+    {"krea2/raw", "krea2/turbo"},
     {"ltx_video/2b_0.9.0", "ltx_video/2b_0.9.1", "ltx_video/2b_0.9.5"},
     {"qwen_image/20b", "qwen_image/edit_2511"},
     {"wan/2.1_t2v_14b", "wan/2.2_t2v_a14b"},
@@ -124,6 +128,7 @@ CLASSES = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen2_5_vl_text": "Qwen2_5_VLTextModel",
     "qwen3": "Qwen3Model",
+    "qwen3_vl": "Qwen3VLModel",
     "siglip_vision_model": "SiglipVisionModel",
     "t5": "T5EncoderModel",
     "umt5": "UMT5EncoderModel",
