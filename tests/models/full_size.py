@@ -218,6 +218,16 @@ QWEN_IMAGE = FullSize(
     },
     text_of("qwen2_5_vl", 512, 3584),
 )
+QWEN_IMAGE_21 = FullSize(
+    "Qwen-Image 2.1",
+    "qwen_image_21",
+    {
+        "transformer": {"_class_name": "QwenImage21Transformer2DModel"},
+        "vae": {"_class_name": "AutoencoderKLQwenImage21"},
+        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
+    },
+    text_of("qwen3_vl", 1024, 4096),
+)
 HIDREAM = FullSize(
     "HiDream-I1",
     "hidream",
@@ -262,6 +272,7 @@ ALL = (
     HUNYUAN_DIT,
     Z_IMAGE,
     QWEN_IMAGE,
+    QWEN_IMAGE_21,
     HIDREAM,
     WAN_SMALL,
     WAN,
@@ -315,6 +326,20 @@ TEXT_ENCODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
                 "num_key_value_heads": 4,
             },
             "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584},
+        },
+    ),
+    "Qwen3-VL 8B: Qwen-Image 2.1": (
+        "Qwen3VLModel",
+        {
+            "text_config": {
+                "vocab_size": 151936,
+                "hidden_size": 4096,
+                "intermediate_size": 12288,
+                "num_hidden_layers": 36,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+            },
+            "vision_config": {"out_hidden_size": 4096},
         },
     ),
     "Gemma 2 2B: Lumina 2": ("Gemma2Model", {}),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 INDEX = "model_index.json"
-INDEX_KINDS = {"_class_name": str, "boundary_ratio": float | None}
+INDEX_KINDS = {"_class_name": str, "boundary_ratio": float | None, "sample_sigmas": list[float] | None}
 TEXT_KINDS = {"dtype": str | None, "torch_dtype": str | None, "text_config": dict | None}
 TEXT_CONFIG_KEYS = {
     "clip_text_model": ("hidden_size", "max_position_embeddings", "projection_dim"),
@@ -29,6 +29,7 @@ TEXT_CONFIG_KEYS = {
     # The keys of their text models are in a table of their own, except in older files.
     "mistral3": (),
     "qwen2_5_vl": (),
+    "qwen3_vl": (),
     "llava": (),
     **dict.fromkeys(("mt5", "t5", "umt5"), ("d_model",)),
 }
@@ -117,7 +118,9 @@ def check_diffusers_folder(options: ModelSettings, denoiser: str, text_parts: Se
     if options.from_scratch:
         weights.pop(denoiser)
     with_gguf = {denoiser, *(part.folder for part in text_parts if part.is_t5)}
-    checks: list[Callable[[], object]] = [partial(read_json, folder / part / config_name(part)) for part in present]
+    # A tokenizer may lie in the folder of a processor.
+    names = {part: config_name("tokenizer" if part in tokenizers else part) for part in present}
+    checks: list[Callable[[], object]] = [partial(read_json, folder / part / names[part]) for part in present]
     for part, (override, option) in weights.items():
         if override is not None:
             checks.append(partial(read_header, override, with_gguf=part in with_gguf))
