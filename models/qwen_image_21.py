@@ -7,6 +7,7 @@ of time embedding, h w latent cells.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +21,7 @@ from models.foundation.checkpoints.folders import TextPart, model_index
 from models.foundation.checkpoints.layouts.qwen_image_21 import QWEN_21_LAYOUT
 from models.foundation.encoders.qwen3_vl import Qwen3VLStates
 from models.foundation.encoders.video_vae import QWEN_IMAGE_21, QwenImage21Autoencoder, latent_size
+from models.foundation.layers.chain import capture_outputs
 from utils.dataset.buckets import MediaFacts
 from utils.diffusion.timesteps import ResolutionShift
 from utils.errors import Problem
@@ -51,11 +53,34 @@ class QwenImage21Options(ModelSettings):
     """Number of tokens that are read of a caption with the words around it; inference reads all."""
 
 
+@dataclass(frozen=True)
 class Caption(Qwen3VLStates):
-    """A caption in the model's template; an empty one is a space, as in the stock pipeline."""
+    """What the last layer gives for the tokens of a caption in the model's template, and the mask; without those of the
+    system message, and before the text model's last norm, which the last of transformers' hidden states have behind
+    them. An empty caption is a space, as in the stock pipeline; of one that is too long the last words are left out,
+    not what stands behind it."""
+
+    layers: tuple[int, ...] = (-1,)
 
     def written(self, tokenizer: Any, caption: str) -> str:
-        return super().written(tokenizer, caption or " ")
+        return f"{SYSTEM}{USER}{caption or ' '}{ASSISTANT}"
+
+    def row(self, tokenizer: Any, caption: str) -> list[int]:
+        row = tokenizer(self.written(tokenizer, caption)).input_ids
+        behind = len(tokenizer(ASSISTANT).input_ids)
+        return row if len(row) <= self.length else row[: self.length - behind] + row[-behind:]
+
+    def states(self, text_encoder: nn.Module, tokens_BL: torch.Tensor) -> Sequence[torch.Tensor]:
+        last = text_encoder.language_model.layers[-1]
+        with capture_outputs([last], lambda module, given, made: made) as captured:
+            text_encoder(tokens_BL, use_cache=False)
+        return captured
+
+    def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, list[torch.Tensor]]:
+        # As many as the tokenizer makes of it; it ends with a token of its own.
+        skipped = len(tokenizer(SYSTEM).input_ids)
+        made = super().__call__(text_encoder, tokenizer, captions)
+        return {name: [row[skipped:] for row in rows] for name, rows in made.items()}
 
 
 class QwenImage21Inputs(NamedTuple):
@@ -241,7 +266,7 @@ class QwenImage21Pipeline(BasePipeline):
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         options = self.options
-        features = Caption(TEXT, SYSTEM + USER, ASSISTANT, SYSTEM, options.max_sequence_length)
+        features = Caption(TEXT, options.max_sequence_length)
         vae = QwenImage21Autoencoder(options.diffusers_path, options.vae_path, self.dtype, draw=options.latents)
         return [vae, self.parts.text_encoder(features)]
 

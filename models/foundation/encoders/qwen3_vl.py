@@ -1,6 +1,6 @@
-"""Qwen3-VL as a text encoder for captions in a model's template.
+"""Qwen3-VL as a text encoder for captions alone, of which models read the states of several layers.
 
-Shapes: B captions, L tokens, D features.
+Shapes: B captions, L tokens, K layers, D features.
 """
 
 from __future__ import annotations
@@ -10,64 +10,50 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
-from models.foundation.encoders.text_features import EncodedText, Shapes, TextFeatures
-from models.foundation.layers.chain import capture_outputs
+from models.foundation.encoders.text_features import Shapes, TextFeatures
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-LAST = -1
-"""The last layer, in `layers`."""
-
 
 @dataclass(frozen=True)
 class Qwen3VLStates(TextFeatures):
-    """What layers of Qwen3-VL's text model give for the tokens of a caption in a template: for each caption (l, N D)
-    for N layers, side by side, and a mask (l,) of ones. They are as the layers give them: the text model's last norm,
-    which transformers applies to the last of its hidden states, is left out.
+    """Hidden states of Qwen3-VL one after the other for the tokens of each caption (l, K D), with l up to
+    `length` - `skipped`, and a mask (l,) of ones.
 
     Attributes:
-        name: of the features.
-        before, after: the template around the caption.
-        skipped: the beginning of `before`, up to a special token, whose tokens are not features.
-        length: number of tokens that are read, including those of the template. What a longer caption loses are its
-            last words, not what stands after it.
-        layers: the numbers of the layers, from 1.
+        layers: which hidden states; 0 are the embeddings.
+        skipped: number of tokens at the beginning that are not features.
     """
 
     name: str
-    before: str
-    after: str
-    skipped: str
     length: int
-    layers: tuple[int, ...] = (LAST,)
+    layers: tuple[int, ...]
+    skipped: int = 0
 
     def shapes(self, config: PretrainedConfig) -> Shapes:
-        width = len(self.layers) * config.hidden_size
-        return {self.name: (self.length, width), f"{self.name}_mask": (self.length,)}
+        tokens = self.length - self.skipped
+        return {self.name: (tokens, len(self.layers) * config.hidden_size), f"{self.name}_mask": (tokens,)}
 
-    def written(self, tokenizer: Any, caption: str) -> str:
-        return self.before + caption + self.after
+    def row(self, tokenizer: Any, caption: str) -> list[int]:
+        """The tokens that are read for a caption."""
+        return tokenizer(self.written(tokenizer, caption), max_length=self.length, truncation=True).input_ids
 
-    def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> EncodedText:
-        skipped, ending = (len(tokenizer(text).input_ids) for text in (self.skipped, self.after))
-        rows = [tokenizer(self.written(tokenizer, caption)).input_ids for caption in captions]
-        rows = [row if len(row) <= self.length else row[: self.length - ending] + row[-ending:] for row in rows]
-        # Padding on the right changes nothing, since no token looks ahead.
-        tokens = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt").to(text_encoder.device)
-        asked = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
-        hidden_BLD = torch.cat(states(text_encoder, self.layers, **asked), dim=-1)
-        features = [hidden[skipped : len(row)] for hidden, row in zip(hidden_BLD, rows, strict=True)]
-        masks = [torch.ones(len(hidden), dtype=torch.bool) for hidden in features]
-        return {self.name: features, f"{self.name}_mask": masks}
+    def states(self, text_encoder: nn.Module, tokens_BL: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The states of `layers`, each (B, L, D)."""
+        states = text_encoder(tokens_BL, output_hidden_states=True, use_cache=False).hidden_states
+        return [states[layer] for layer in self.layers]
 
-
-def states(text_encoder: nn.Module, layers: Sequence[int], **inputs: torch.Tensor) -> list[torch.Tensor]:
-    """What these layers of Qwen3-VL's text model, numbered from 1, give (B, L, D)."""
-    all_of_them = text_encoder.language_model.layers
-    read = [all_of_them[layer if layer < 0 else layer - 1] for layer in layers]
-    with capture_outputs(read, lambda module, given, made: made) as captured:
-        text_encoder(**inputs, use_cache=False)
-    return captured
+    def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, list[torch.Tensor]]:
+        rows = [self.row(tokenizer, caption) for caption in captions]
+        # It is causal, so padding behind a caption does not change it.
+        tokens_BL = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(text_encoder.device)
+        states_BLF = rearrange(list(self.states(text_encoder, tokens_BL)), "k b l d -> b l (k d)")
+        return {
+            self.name: [states[self.skipped : len(row)] for states, row in zip(states_BLF, rows, strict=True)],
+            f"{self.name}_mask": [torch.ones(len(row) - self.skipped, dtype=torch.bool) for row in rows],
+        }
