@@ -44,6 +44,7 @@ HUB = {
     "lumina2": ("Alpha-VLLM/Lumina-Image-2.0",),
     "omnigen2": ("OmniGen2/OmniGen2",),
     "qwen_image": ("Qwen/Qwen-Image", "Qwen/Qwen-Image-Edit"),
+    "qwen_image_21": ("Qwen/Qwen-Image-2.1",),
     "qwen_image_layered": ("Qwen/Qwen-Image-Layered",),
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5",),
     "sd3": ("stabilityai/stable-diffusion-3.5-medium",),

@@ -95,7 +95,8 @@ class LayeredChat(HiddenStates):
     has_system: bool = False
 
     @property
-    def states(self) -> int:
+    def layers_kept(self) -> int:
+        # One more than is read, since a norm follows the last.
         return max(self.layers) + 1
 
     def shapes(self, config: PretrainedConfig) -> Shapes:

@@ -17,7 +17,7 @@ from models.base import BasePipeline, Features, ModelEncoder
 from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
 from models.foundation.checkpoints.layouts.qwen_image import QWEN_LAYOUT
 from models.foundation.encoders.qwen_image_prompts import Variant
-from models.foundation.encoders.video_vae import QwenImageAutoencoder
+from models.foundation.encoders.video_vae import QwenImageAutoencoder, on_grey
 from models.qwen_image import Entry, Exit, QwenImagePipeline
 from utils.dataset.encoders import Encoder
 from utils.dataset.samples import Bucket, Control, Sample
@@ -65,9 +65,7 @@ class LayersAutoencoder(QwenImageAutoencoder):
     def decode(self, latents_BCPhw: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, 1, H, P W) in [-1, 1]: the pictures side by side, on grey."""
         decode = super().decode
-        pixels_B41HW = torch.cat([decode(one_BC1hw) for one_BC1hw in latents_BCPhw.split(1, dim=2)], dim=-1)
-        colours, opacity = pixels_B41HW.split([CHANNELS - 1, 1], dim=1)
-        return colours * (opacity + 1) / 2
+        return on_grey(torch.cat([decode(one_BC1hw) for one_BC1hw in latents_BCPhw.split(1, dim=2)], dim=-1))
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         shapes = super().feature_shapes(bucket)

@@ -216,6 +216,7 @@ def test_zeros_are_gone_on_from(
                 "hunyuan_video",
                 "hunyuan_video_15",
                 "lumina2",
+                "qwen_image_21",
             )
             with pytest.raises(UserError, match="have something else than LoKr factors"):
                 read_factors(path, kind, names, attach.scales(staged.denoiser))

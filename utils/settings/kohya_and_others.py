@@ -88,7 +88,7 @@ _OF_RUNS: Mapping[str, str] = {
     "unet_lr": "`lr`, in `[optimizer]`",
     "optimizer_type": "`type`, in `[optimizer]`",
     "optimizer_args": "its keys in `[optimizer]`",
-    "pretrained_model_name_or_path": "`diffusers_path` for a folder, `transformer_path` for a single file, in `[model]`",
+    "pretrained_model_name_or_path": "`diffusers_path`, or `transformer_path` for a single file, in `[model]`",
     "model_type": "`type`, in `[model]`",
     "model_family": "`type`, in `[model]`",
     "mixed_precision": "`dtype`, in `[model]`",

@@ -25,6 +25,7 @@ INDEX_KINDS = {
     "_class_name": str,
     "boundary_ratio": float | None,
     "is_distilled": bool | None,
+    "sample_sigmas": list[float] | None,
     "text_encoder_select_layers": list[Annotated[int, 0]] | None,
 }
 TEXT_KINDS = {"dtype": str | None, "torch_dtype": str | None, "text_config": dict | None}
@@ -126,7 +127,9 @@ def check_diffusers_folder(options: ModelSettings, denoiser: str, text_parts: Se
     if options.from_scratch:
         weights.pop(denoiser)
     with_gguf = {denoiser, *(part.folder for part in text_parts if part.is_t5)}
-    checks: list[Callable[[], object]] = [partial(read_json, folder / part / config_name(part)) for part in present]
+    # A tokenizer may lie in the folder of a processor.
+    names = {part: config_name("tokenizer" if part in tokenizers else part) for part in present}
+    checks: list[Callable[[], object]] = [partial(read_json, folder / part / names[part]) for part in present]
     for part, (override, option) in weights.items():
         if override is not None:
             checks.append(partial(read_header, override, with_gguf=part in with_gguf))

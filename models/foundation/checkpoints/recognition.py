@@ -84,6 +84,7 @@ FOLDERS = {
     "Lumina2Pipeline": "lumina2",
     "Lumina2Text2ImgPipeline": "lumina2",
     "OmniGen2Pipeline": "omnigen2",
+    "QwenImage21Pipeline": "qwen_image_21",
     "QwenImageEditPipeline": "qwen_image",
     "QwenImageEditPlusPipeline": "qwen_image",
     "QwenImageLayeredPipeline": "qwen_image_layered",
@@ -106,6 +107,7 @@ ADAPTER_NAMES = {
     "HiDream": r"(double|single)_stream_blocks_",
     "Stable Diffusion 3": r"joint_blocks_|transformer_blocks_\d+_(ff_context|norm1_context|attn2_add)",
     "Krea 2": r"txtfusion_|text_fusion_|blocks_\d+_(attn_(w[qkvo]|(to_)?gate)$|(mlp|ff)_(gate|up|down)$)",
+    "Qwen-Image 2.1": r"transformer_blocks_\d+_img_mlp_(gate|proj|out)",
     "Qwen-Image": r"transformer_blocks_\d+_(img|txt)_(mod|mlp)",
     "Z-Image, Lumina 2 or OmniGen2": r"(noise|context)_refiner_|(^|_)layers_\d+_(attention|attn|feed_forward|adaLN)",
     "HunyuanDiT": r"blocks_\d+_(attn1_Wqkv|attn2_kv_proj|skip_linear|default_modulation)",
@@ -204,6 +206,7 @@ SIGNATURES: tuple[FileSignature, ...] = (
         "Qwen-Image-Layered", _type("qwen_image_layered"), ("transformer_blocks.0.img_mod.1.", "addition_t_embedding.")
     ),
     FileSignature("Qwen-Image", _type("qwen_image"), ("transformer_blocks.0.img_mod.1.", "txt_in.")),
+    FileSignature("Qwen-Image 2.1", _type("qwen_image_21"), ("transformer_blocks.0.img_mlp.", "txt_in.text_norm.")),
     FileSignature("HiDream", _type("hidream"), ("double_stream_blocks.0.block.", "caption_projection.0.")),
     FileSignature("HunyuanDiT", _type("hunyuan_dit"), ("text_embedding_padding",)),
     *(FileSignature("Krea 2", _type("krea2"), (part,)) for part in ("txtfusion.projector.", "text_fusion.projector.")),

@@ -154,13 +154,12 @@ class TextEncoder:
     def needed(self) -> PretrainedConfig:
         """The configuration without the layers that nothing is read of: those behind the last hidden state that is
         read, and those that see pictures if there are none."""
-        config, states = self.config(), self.features.states
+        config, kept = self.config(), self.features.layers_kept
         text = config.get_text_config()
-        if states is not None and states < text.num_hidden_layers:
-            # The last layer is followed by a norm, so that one more is there than there are states behind embeddings.
-            text.num_hidden_layers = states
+        if kept is not None and kept < text.num_hidden_layers:
+            text.num_hidden_layers = kept
             if getattr(text, "layer_types", None):
-                text.layer_types = text.layer_types[:states]
+                text.layer_types = text.layer_types[:kept]
         vision = None if self.sees_pictures else getattr(config, "vision_config", None)
         for key in VISION_LAYERS if vision is not None else ():
             if hasattr(vision, key):
@@ -170,7 +169,7 @@ class TextEncoder:
     @property
     def _unused(self) -> list[str]:
         """Parts of the names of tensors that may be missing."""
-        last = [] if self.features.states is None else [f"layers.{self.features.states - 1}."]
+        last = [] if self.features.layers_kept is None else [f"layers.{self.features.layers_kept - 1}."]
         return [*last, *(() if self.sees_pictures else self.part.vision)]
 
     def _config_in(self, folder: Path) -> PretrainedConfig:

@@ -32,15 +32,15 @@ class TextFeatures(ABC):
         name: of the features, and of the encoder unless `encoder` says otherwise.
         length: number of tokens of a caption that are read, including those that `written` adds; None for as many as
             the tokenizer says.
-        states: how many hidden states are read, from the embeddings on: the layers behind them are not needed. None for
-            all of them, and for those that are counted from the last.
+        layers_kept: so many layers of the encoder are built, those behind the last hidden state that is read are not
+            needed; None for all of them.
     """
 
     name: str
     length: int | None
 
     @property
-    def states(self) -> int | None:
+    def layers_kept(self) -> int | None:
         return None
 
     @property

@@ -26,6 +26,7 @@ def _from_wan(tensors: Tensors, config: dict[str, Any]) -> Tensors:
 WAN = Family("AutoencoderKLWan", STATISTICS, "up_blocks.", _from_wan)
 # Qwen-Image's VAE is Wan's VAE with further training.
 QWEN_IMAGE = Family("AutoencoderKLQwenImage", STATISTICS, "up_blocks.", _from_wan)
+QWEN_IMAGE_21 = Family("AutoencoderKLQwenImage21", STATISTICS, "up_blocks.", lambda tensors, config: tensors)
 wan_vae_config = WAN.config
 
 
@@ -88,3 +89,24 @@ class QwenImageAutoencoder(WanAutoencoder):
     """Qwen-Image's VAE as an `Encoder`: like Wan's, with latents (B, C, 1, h, w) for a picture."""
 
     family = QWEN_IMAGE
+
+
+class QwenImage21Autoencoder(WanAutoencoder):
+    """Qwen-Image 2.1's VAE as an `Encoder` of pictures with their opacity (B, 4, 1, H, W), in latents (B, C, 1, h, w)
+    of cells of 16 x 16 pixels."""
+
+    family = QWEN_IMAGE_21
+
+    def __init__(self, *others: Any, **named: Any):
+        super().__init__(*others, **named)
+        self.reads = ("rgba",)
+
+    def decode(self, latents_BC1hw: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, 1, H, W) in [-1, 1], on grey."""
+        return on_grey(super().decode(latents_BC1hw))
+
+
+def on_grey(pixels_B4FHW: torch.Tensor) -> torch.Tensor:
+    """The colours (B, 3, F, H, W) in [-1, 1] of pixels with their opacity, before a grey ground."""
+    colours, opacity = pixels_B4FHW.split([3, 1], dim=1)
+    return colours * (opacity + 1) / 2
