@@ -227,6 +227,12 @@ KREA2 = FullSize(
     },
     text_of("qwen3_vl", 512, 12 * 2560),
 )
+IDEOGRAM4 = FullSize(
+    "Ideogram 4",
+    "ideogram4",
+    {"transformer": {"_class_name": "Ideogram4Transformer2DModel"}, "vae": FLUX2_VAE},
+    text_of("qwen3_vl", 512, 13 * 4096),
+)
 HIDREAM = FullSize(
     "HiDream-I1",
     "hidream",
@@ -272,6 +278,7 @@ ALL = (
     Z_IMAGE,
     QWEN_IMAGE,
     KREA2,
+    IDEOGRAM4,
     HIDREAM,
     WAN_SMALL,
     WAN,
@@ -347,6 +354,20 @@ TEXT_ENCODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
                 "out_hidden_size": 2560,
                 "deepstack_visual_indexes": [5, 11, 17],
             },
+        },
+    ),
+    "Qwen3-VL 8B: Ideogram 4": (
+        "Qwen3VLModel",
+        {
+            "text_config": {
+                "vocab_size": 151936,
+                "hidden_size": 4096,
+                "intermediate_size": 12288,
+                "num_hidden_layers": 36,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+            },
+            "vision_config": {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "out_hidden_size": 4096},
         },
     ),
     "Qwen3 4B: Z-Image": (
