@@ -39,6 +39,7 @@ HUB = {
         "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v",
         "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v",
     ),
+    "ideogram4": ("ideogram-ai/ideogram-4-fp8",),
     "krea2": ("krea/Krea-2-Raw", "krea/Krea-2-Turbo"),
     "ltx_video": ("Lightricks/LTX-Video", "Lightricks/LTX-Video-0.9.7-dev"),
     "lumina2": ("Alpha-VLLM/Lumina-Image-2.0",),

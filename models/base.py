@@ -68,6 +68,7 @@ class BasePipeline(ABC):
         scheduler_sets_levels: whether sampling uses the scheduler's own noise levels instead of `sampling_levels`.
         guided_by_second_prediction: whether samples are guided by a second prediction for the negative prompt
             (classifier-free guidance); otherwise guidance, if the model has any, is one of its inputs.
+        unguided: why samples cannot be guided, for a model that is guided by what a run does not have.
         no_guidance: the `guidance` for which `guided` gives the prediction for the prompt, so that one is enough.
         loss_terms: names of the losses that layers add; see `utils.diffusion.auxiliary.Output`.
         variational_weight: the weight of the variational term, for models that learn the variance of a step; a property
@@ -100,6 +101,7 @@ class BasePipeline(ABC):
     text_parts: tuple[TextPart, ...] = ()
     scheduler_sets_levels: ClassVar[bool] = False
     guided_by_second_prediction: ClassVar[bool] = False
+    unguided: ClassVar[str | None] = None
     no_guidance: ClassVar[float] = 1.0
     loss_terms: ClassVar[tuple[str, ...]] = ()
     variational_weight: float = 0.0

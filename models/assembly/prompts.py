@@ -74,9 +74,13 @@ def _decode(pipeline: BasePipeline, sampling: SamplingSettings) -> None:
 
 
 def _problems_of_guidance(pipeline: BasePipeline, sampling: SamplingSettings) -> Iterator[Problem]:
+    if sampling.prompts and pipeline.unguided and sampling.guidance != pipeline.no_guidance:
+        yield Problem("", "[sampling] guidance", pipeline.unguided)
     if not sampling.negative_prompt:
         return
-    if not pipeline.guided_by_second_prediction:
+    if pipeline.unguided:
+        reason = "samples of this model are drawn without guidance; leave it out"
+    elif not pipeline.guided_by_second_prediction:
         reason = "guidance is an input of this model; leave it out"
     elif sampling.guidance == pipeline.no_guidance:
         reason = (

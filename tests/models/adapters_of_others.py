@@ -42,6 +42,8 @@ SHARED_NAMES = [
     {"hunyuan_image", "hunyuan_video"},
     {"qwen_image", "qwen_image_layered"},
     {"sd15", "sdxl"},
+    # A LoRA of Wan is for the blocks that VACE has too.
+    {"wan", "wan_vace"},
 ]
 """Types whose modules are called alike, and in these tiny models may be of the same size."""
 

@@ -238,6 +238,12 @@ KREA2 = FullSize(
     },
     text_of("qwen3_vl", 512, 12 * 2560),
 )
+IDEOGRAM4 = FullSize(
+    "Ideogram 4",
+    "ideogram4",
+    {"transformer": {"_class_name": "Ideogram4Transformer2DModel"}, "vae": FLUX2_VAE},
+    text_of("qwen3_vl", 512, 13 * 4096),
+)
 HIDREAM = FullSize(
     "HiDream-I1",
     "hidream",
@@ -285,6 +291,7 @@ ALL = (
     QWEN_IMAGE,
     QWEN_IMAGE_21,
     KREA2,
+    IDEOGRAM4,
     HIDREAM,
     WAN_SMALL,
     WAN,

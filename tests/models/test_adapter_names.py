@@ -141,7 +141,7 @@ def test_the_look_of_names_is_told(known: Callable[[str], Known], tmp_path: Path
         "lora_unet_input_blocks_4_1_proj_in": "Stable Diffusion 1.5, 2 or XL",
         "transformer.transformer_blocks.0.img_mlp.net.2": "Qwen-Image",
         "lora_unet_joint_blocks_1_x_block_mlp_fc1": "Stable Diffusion 3",
-        "diffusion_model.layers.3.attention.qkv": "Z-Image, Lumina 2 or OmniGen2",
+        "diffusion_model.layers.3.attention.qkv": "Z-Image, Lumina 2, OmniGen2 or Ideogram 4",
         "transformer.transformer_blocks.1.attn1.to_q": "LTX-Video",
     }.items():
         with pytest.raises(UserError, match=f"1 of its 1 modules are not this model's, .*look like names of {told}"):

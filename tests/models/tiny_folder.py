@@ -52,6 +52,7 @@ MASKED = (
     "hunyuan_image",
     "hunyuan_video",
     "hunyuan_video_15",
+    "ideogram4",
     "krea2",
     "ltx_video",
     "lumina2",

@@ -77,6 +77,7 @@ FOLDERS = {
     "HunyuanVideo15Pipeline": "hunyuan_video_15",
     "HunyuanVideoImageToVideoPipeline": "hunyuan_video",
     "HunyuanVideoPipeline": "hunyuan_video",
+    "Ideogram4Pipeline": "ideogram4",
     "Krea2Pipeline": "krea2",
     "LTXConditionPipeline": "ltx_video",
     "LTXImageToVideoPipeline": "ltx_video",
@@ -109,7 +110,9 @@ ADAPTER_NAMES = {
     "Krea 2": r"txtfusion_|text_fusion_|blocks_\d+_(attn_(w[qkvo]|(to_)?gate)$|(mlp|ff)_(gate|up|down)$)",
     "Qwen-Image 2.1": r"transformer_blocks_\d+_img_mlp_(gate|proj|out)",
     "Qwen-Image": r"transformer_blocks_\d+_(img|txt)_(mod|mlp)",
-    "Z-Image, Lumina 2 or OmniGen2": r"(noise|context)_refiner_|(^|_)layers_\d+_(attention|attn|feed_forward|adaLN)",
+    "Z-Image, Lumina 2, OmniGen2 or Ideogram 4": (
+        r"(noise|context)_refiner_|(^|_)layers_\d+_(attention|attn|feed_forward|adaLN|adaln_modulation)"
+    ),
     "HunyuanDiT": r"blocks_\d+_(attn1_Wqkv|attn2_kv_proj|skip_linear|default_modulation)",
     "Cosmos 1.0": r"blocks_block\d+_blocks_\d_block_",
     "Cosmos-Predict2": r"transformer_blocks_\d+_norm\d_linear|blocks_\d+_((self|cross)_attn_\w+_proj|adaln_|mlp_layer)",
@@ -210,6 +213,7 @@ SIGNATURES: tuple[FileSignature, ...] = (
     FileSignature("HiDream", _type("hidream"), ("double_stream_blocks.0.block.", "caption_projection.0.")),
     FileSignature("HunyuanDiT", _type("hunyuan_dit"), ("text_embedding_padding",)),
     *(FileSignature("Krea 2", _type("krea2"), (part,)) for part in ("txtfusion.projector.", "text_fusion.projector.")),
+    FileSignature("Ideogram 4", _type("ideogram4"), ("llm_cond_norm.", "embed_image_indicator.")),
     FileSignature("CogView4", _type("cogview4"), ("patch_embed.text_proj.", "time_condition_embed.")),
     *(FileSignature("LTX-2", NOT_TRAINED, (part,)) for part in ("audio_patchify_proj.", "audio_proj_in.")),
     FileSignature("LTX-Video", _type("ltx_video"), ("patchify_proj.",)),

@@ -70,11 +70,13 @@ class Weights:
             asked[piece.key] = max(whole, asked.get(piece.key, whole))
         for key, shape in asked.items():
             check_shape(key, self.header.shapes.get(key), shape, self.path)
+        scales = {name for key in asked for name in scale_keys(key)}
         return [
             key
             for key in self.header.files
             if key.startswith(prefix)
             and key not in asked
+            and key not in scales
             and key.endswith(("weight", "bias", "scale"))
             and key.removeprefix(prefix) not in known
         ]
@@ -96,7 +98,8 @@ class Weights:
         stored = self._slice(piece.key)
         tensor = stored[piece.rows[0] : piece.rows[1]] if piece.rows else stored[...]
         scale = next((key for key in scale_keys(piece.key) if key in self.header.files), None)
-        tensor = tensor if scale is None else unscaled(tensor, self._slice(scale)[...], scale, self.path)
+        if scale is not None:
+            tensor = unscaled(tensor, self._slice(scale)[...], scale, self.path, piece.rows)
         tensor = swap_halves(tensor) if piece.swap_halves else tensor
         return tensor if piece.shape is None else tensor.reshape(piece.shape)
 
@@ -127,18 +130,28 @@ def scale_keys(key: str) -> list[str]:
     return [key.removesuffix("weight") + name for name in SCALE_NAMES if key.endswith(".weight")]
 
 
-def unscaled(tensor: torch.Tensor, scale: torch.Tensor, key: str, source: Path) -> torch.Tensor:
+def unscaled(
+    tensor: torch.Tensor, scale: torch.Tensor, key: str, source: Path, rows: tuple[int, int] | None = None
+) -> torch.Tensor:
     """The values of a tensor stored in 8 bits, in float32.
 
+    Args:
+        scale: of all of the tensor in the file, one or one for each row.
+        rows: which of its rows these are, from the first to before the last; None for all.
+
     Raises:
-        UserError: it has more than one scale.
+        UserError: there is another number of scales.
     """
-    if scale.numel() != 1:
+    if scale.numel() == 1:
+        return tensor.float() * scale.float().reshape(())
+    own = scale if rows is None else scale[slice(*rows)]
+    if tensor.ndim != 2 or tuple(own.shape) not in ((len(tensor),), (len(tensor), 1)):
         raise UserError.of(
-            f"'{key}' has {scale.numel()} scales for one tensor; give a file in bfloat16, or in fp8 with one scale",
+            f"'{key}' has {scale.numel()} scales for one tensor; give a file in bfloat16, or in fp8 with one scale for "
+            "a tensor or for each of its rows",
             str(source),
         )
-    return tensor.float() * scale.float().reshape(())
+    return tensor.float() * own.float().reshape(-1, 1)
 
 
 def load_tensors(path: Path, dtype: torch.dtype, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -160,7 +173,7 @@ class ScaledTensor:
 
     Attributes:
         stored: the numbers of the file.
-        scale: their factor, one number.
+        scale: their factor, one number or one for each row.
         key, source: the name of the scale and its file, for messages.
     """
 
@@ -173,7 +186,7 @@ class ScaledTensor:
         """Some of the values.
 
         Raises:
-            UserError: there is more than one scale.
+            UserError: there is more than one scale, and not one for each row.
         """
         return unscaled(self.stored, self.scale, self.key, self.source)[index]
 

@@ -42,20 +42,29 @@ class Flux2Autoencoder(ImageAutoencoder):
 
     Attributes:
         epsilon: is added to the variances; None for what the configuration says.
+        order: of the channels of a patch, c of the VAE and p q the places of cells in it.
     """
 
     family: ClassVar[Family] = FLUX2_VAE
     epsilon: ClassVar[float | None] = None
+    order: ClassVar[str] = "(c p q)"
 
     @cached_property
     def fingerprint(self) -> str:
         whole = super().fingerprint
-        return whole if self.epsilon is None else fingerprint(whole, str(self.epsilon))
+        others = [str(self.epsilon)] if self.epsilon is not None else []
+        others += [self.order] if self.order != Flux2Autoencoder.order else []
+        return fingerprint(whole, *others) if others else whole
 
-    @staticmethod
-    def cells_of(latents: torch.Tensor) -> torch.Tensor:
+    @classmethod
+    def cells_of(cls, latents: torch.Tensor) -> torch.Tensor:
         """The inverse of `patched`."""
-        return rearrange(latents, "b (c p q) h w -> b c (h p) (w q)", **SIDES)
+        return rearrange(latents, f"b {cls.order} h w -> b c (h p) (w q)", **SIDES)
+
+    @classmethod
+    def patched(cls, cells_BChw: torch.Tensor) -> torch.Tensor:
+        """Patches of 2 x 2 cells as one cell with four times the channels."""
+        return rearrange(cells_BChw, f"b c (h p) (w q) -> b {cls.order} h w", **SIDES)
 
     @torch.no_grad()
     def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -66,7 +75,7 @@ class Flux2Autoencoder(ImageAutoencoder):
         if self.draw == "sample":
             latents = latents + posterior.std * picture_noise(pixels_BCFHW, latents)
         mean, std = self._statistics(latents)
-        yielded = [(patched(latents) - mean) / std, patched(posterior.std) / std]
+        yielded = [(self.patched(latents) - mean) / std, self.patched(posterior.std) / std]
         return dict(zip(self.outputs, yielded, strict=False))
 
     @torch.no_grad()
@@ -91,8 +100,3 @@ def latent_shape(config: dict[str, Any], width: int, height: int) -> tuple[int, 
     """The shape of a picture's latent, without the batch."""
     side = 2 ** len(config["block_out_channels"])
     return 4 * config["latent_channels"], height // side, width // side
-
-
-def patched(cells_BChw: torch.Tensor) -> torch.Tensor:
-    """Patches of 2 x 2 cells as one cell with four times the channels."""
-    return rearrange(cells_BChw, "b c (h p) (w q) -> b (c p q) h w", **SIDES)

@@ -158,8 +158,8 @@ def test_scaled_8_bit_files_are_multiplied_out(
 
 def test_several_scales_of_a_tensor_are_refused(folder: Path, tmp_path: Path, stock: FluxTransformer2DModel) -> None:
     original = BFL_LAYOUT.to_original(stock.state_dict())
-    save_file({**original, QKV.replace("weight", "weight_scale"): torch.ones(96)}, tmp_path / "flux.safetensors")
-    with pytest.raises(UserError, match="has 96 scales"):
+    save_file({**original, QKV.replace("weight", "weight_scale"): torch.ones(96, 2)}, tmp_path / "flux.safetensors")
+    with pytest.raises(UserError, match="has 192 scales"):
         filled(tiny_flux.pipeline(folder, transformer_path=tmp_path / "flux.safetensors"))
 
 
