@@ -115,6 +115,12 @@ FLUX2_KLEIN = FullSize(
     },
     text_of("qwen3", 512, 7680, mask=False),
 )
+FLUX3 = FullSize(
+    "Flux.3 Klein",
+    "flux3",
+    {"transformer": {"_class_name": "Flux3Transformer2DModel"}, "vae": FLUX2_VAE},
+    text_of("qwen3_vl", 640, 20480),
+)
 CHROMA = FullSize(
     "Chroma",
     "chroma",
@@ -264,6 +270,7 @@ ALL = (
     FLUX,
     FLUX2,
     FLUX2_KLEIN,
+    FLUX3,
     CHROMA,
     AURAFLOW,
     LUMINA2,
@@ -326,6 +333,20 @@ TEXT_ENCODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
                 "num_key_value_heads": 4,
             },
             "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584},
+        },
+    ),
+    "Qwen3-VL 4B: Flux.3": (
+        "Qwen3VLModel",
+        {
+            "text_config": {
+                "vocab_size": 151936,
+                "hidden_size": 2560,
+                "intermediate_size": 9728,
+                "num_hidden_layers": 36,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+            },
+            "vision_config": {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2560},
         },
     ),
     "Qwen3-VL 8B: Qwen-Image 2.1": (
