@@ -31,6 +31,7 @@ HUB = {
     "ernie_image": ("baidu/ERNIE-Image",),
     "flux": ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Kontext-dev"),
     "flux2": ("black-forest-labs/FLUX.2-dev", "black-forest-labs/FLUX.2-klein-base-4B"),
+    "flux3": ("black-forest-labs/flux-3-image-klein-base",),
     "hidream": ("HiDream-ai/HiDream-I1-Full",),
     "hunyuan_dit": ("Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers",),
     "hunyuan_image": ("hunyuanvideo-community/HunyuanImage-2.1-Diffusers",),

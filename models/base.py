@@ -65,6 +65,7 @@ class BasePipeline(ABC):
         config_keys: keys that the denoiser's configuration must have.
         text_parts: the text encoders, and where a diffusers folder keeps them; a property if options or the folder
             decide which ones exist.
+        folder_has_scheduler: whether a diffusers folder has a scheduler; otherwise inference makes it.
         scheduler_sets_levels: whether sampling uses the scheduler's own noise levels instead of `sampling_levels`.
         guided_by_second_prediction: whether samples are guided by a second prediction for the negative prompt
             (classifier-free guidance); otherwise guidance, if the model has any, is one of its inputs.
@@ -99,6 +100,7 @@ class BasePipeline(ABC):
     denoiser_folder: str = "transformer"
     config_keys: ClassVar[tuple[str, ...]] = ()
     text_parts: tuple[TextPart, ...] = ()
+    folder_has_scheduler: ClassVar[bool] = True
     scheduler_sets_levels: ClassVar[bool] = False
     guided_by_second_prediction: ClassVar[bool] = False
     unguided: ClassVar[str | None] = None
@@ -293,6 +295,7 @@ class BasePipeline(ABC):
             self.text_parts,
             dtype=self.dtype if asked is None or kept else torch_dtype(asked),
             kept=kept,
+            with_scheduler=self.folder_has_scheduler,
         )
 
     # Kept, as every micro-batch asks for it.

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import nn
 
 from models.base import Features, ModelEncoder
-from models.families.patched_pictures import PatchedPicturePipeline
+from models.families.patched_pictures import REFERENCES, PatchedPicturePipeline, text_positions
 from models.foundation.checkpoints.folders import TextPart, read_config
 from models.foundation.checkpoints.layouts.flux2 import FLUX2_LAYOUT
 from models.foundation.checkpoints.weights import CheckpointNames
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 MOST_TOKENS_OF_TWO_LINES = 4300
 """Beyond it the shift is that of 200 steps, for any number of steps."""
-REFERENCES = tuple(f"control_{number}" if number > 1 else "control" for number in range(1, 5))
 REFERENCE_DISTANCE = 10
 """Between a picture, its first reference, the second ... on the first axis of positions."""
 
@@ -307,11 +306,6 @@ class Flux2Pipeline(PatchedPicturePipeline):
             positions_S4=torch.cat([text_positions(text_BLD.shape[1]), *places]),
             canvas_hw0=torch.empty(*x_t.shape[2:], 0),
         )
-
-
-def text_positions(length: int) -> torch.Tensor:
-    """(0, 0, 0, number) of every text token (L, 4)."""
-    return torch.stack([*[torch.zeros(length)] * 3, torch.arange(length).float()], dim=-1)
 
 
 def grid_positions(height: int, width: int, picture: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ from models.foundation.checkpoints.layouts.qwen_image_21 import QWEN_21_LAYOUT
 from models.foundation.encoders.qwen3_vl import Qwen3VLStates
 from models.foundation.encoders.video_vae import QWEN_IMAGE_21, QwenImage21Autoencoder, latent_size
 from models.foundation.layers.chain import capture_outputs
+from models.foundation.layers.padding import without
 from utils.dataset.buckets import MediaFacts
 from utils.diffusion.timesteps import ResolutionShift
 from utils.errors import Problem
@@ -160,11 +161,6 @@ def turned(rows_BSHE: torch.Tensor, rope_BSE: torch.Tensor) -> torch.Tensor:
     """Queries or keys at their places."""
     pairs = torch.view_as_complex(rows_BSHE.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rope_BSE.unsqueeze(2)).flatten(3).type_as(rows_BSHE)
-
-
-def without(rows_BSHE: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """The sequence without what is in [start, stop)."""
-    return torch.cat([rows_BSHE[:, :start], rows_BSHE[:, stop:]], dim=1)
 
 
 class Entry(nn.Module):

@@ -110,6 +110,12 @@ FLUX2_KLEIN = FullSize(
     },
     text_of("qwen3", 512, 7680, mask=False),
 )
+FLUX3 = FullSize(
+    "Flux.3 Klein",
+    "flux3",
+    {"transformer": {"_class_name": "Flux3Transformer2DModel"}, "vae": FLUX2_VAE},
+    text_of("qwen3_vl", 640, 20480),
+)
 CHROMA = FullSize(
     "Chroma",
     "chroma",
@@ -280,6 +286,7 @@ ALL = (
     FLUX,
     FLUX2,
     FLUX2_KLEIN,
+    FLUX3,
     CHROMA,
     AURAFLOW,
     LUMINA2,

@@ -50,7 +50,7 @@ TEXT_ENCODERS: Mapping[str, Published] = {
         "Qwen2_5_VLModel", "qwen2_5_vl_7b"
     ),
     "Qwen2.5-VL 3B: OmniGen2": Published("Qwen2_5_VLModel", "qwen2_5_vl_3b"),
-    "Qwen3-VL 4B: Krea 2": Published("Qwen3VLModel", "qwen3_vl_4b"),
+    "Qwen3-VL 4B: Krea 2, Flux.3": Published("Qwen3VLModel", "qwen3_vl_4b"),
     "Qwen3-VL 8B: Qwen-Image 2.1, Ideogram 4": Published("Qwen3VLModel", QWEN3_VL_8B),
     "Gemma 2 2B: Lumina 2": Published("Gemma2Model", "gemma2_2b"),
     "GLM-4 9B: CogView4": Published("GlmModel", {}),

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 INDEX = "model_index.json"
+MODULAR_INDEX = "modular_model_index.json"
+"""Of a folder whose stock pipeline is put together of blocks."""
 INDEX_KINDS = {
     "_class_name": str,
     "boundary_ratio": float | None,
@@ -97,7 +99,9 @@ class TextPart:
         return read_config(self.root or diffusers_folder, self.folder, model=model_types, keys=keys)
 
 
-def check_diffusers_folder(options: ModelSettings, denoiser: str, text_parts: Sequence[TextPart]) -> None:
+def check_diffusers_folder(
+    options: ModelSettings, denoiser: str, text_parts: Sequence[TextPart], *, with_scheduler: bool = True
+) -> None:
     """Whether `diffusers_path` is a diffusers folder with all parts, and whether their configurations and the headers
     of their weights can be read.
 
@@ -106,6 +110,7 @@ def check_diffusers_folder(options: ModelSettings, denoiser: str, text_parts: Se
     Args:
         denoiser: the part that needs no weights with `from_scratch`.
         text_parts: the model's text encoders; for those with a `root`, only the given weights are checked.
+        with_scheduler: whether the folder has a scheduler.
 
     Raises:
         UserError: lists everything that is missing or damaged.
@@ -116,7 +121,7 @@ def check_diffusers_folder(options: ModelSettings, denoiser: str, text_parts: Se
     check_text_encoder_types(options, [part.name for part in text_parts])
     inside = [part for part in text_parts if part.root is None]
     texts, tokenizers = [part.folder for part in inside], [part.tokenizer for part in inside]
-    parts = ["scheduler", *texts, *tokenizers, denoiser, "vae"]
+    parts = [*(["scheduler"] if with_scheduler else []), *texts, *tokenizers, denoiser, "vae"]
     present = [part for part in parts if (folder / part).is_dir()]
     problems = [_missing(options, part, inside) for part in parts if part not in present]
     weights = {
@@ -148,12 +153,13 @@ def check_folder_type(options: ModelSettings) -> None:
     Raises:
         UserError: it contains another one; says which.
     """
+    file = index_file(options.diffusers_path)
     named = model_index(options.diffusers_path).get("_class_name")
     fitting = FOLDERS.get(named, options.type)
     if fitting != options.type:
         raise UserError.of(
             f'is of {named}: set [model] type = "{fitting}", or give the folder of a model of type "{options.type}"',
-            str(options.diffusers_path / INDEX),
+            str(file),
         )
 
 
@@ -163,13 +169,20 @@ def model_index(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the index is damaged.
     """
-    return read_json(folder / INDEX, kinds=INDEX_KINDS) if (folder / INDEX).is_file() else {}
+    file = index_file(folder)
+    return read_json(file, kinds=INDEX_KINDS) if file.is_file() else {}
+
+
+def index_file(folder: Path) -> Path:
+    """Where a diffusers folder's own index is, if it has one."""
+    return next((folder / name for name in (INDEX, MODULAR_INDEX) if (folder / name).is_file()), folder / INDEX)
 
 
 def _missing(options: ModelSettings, part: str, text_parts: Sequence[TextPart]) -> Problem:
     """The problem of a folder without a part."""
     if options.architecture is None:
-        return Problem(str(options.diffusers_path), part, "this part is missing; download the whole diffusers folder")
+        hint = _address(options.diffusers_path, part) or "download the whole diffusers folder"
+        return Problem(str(options.diffusers_path), part, f"this part is missing; {hint}")
     encoder = next((one for one in text_parts if one.tokenizer == part), None)
     if encoder is None:
         return Problem("[model] architecture", "", f"configs/ has no {part} of it; give diffusers_path")
@@ -181,6 +194,17 @@ def _missing(options: ModelSettings, part: str, text_parts: Sequence[TextPart]) 
         f"the tokenizer of the text encoder '{encoder.name}' is missing: give a folder with a folder `{part}` or "
         f"`{encoder.name}` in it, in which its words are ({names}){beside}",
     )
+
+
+def _address(folder: Path, part: str) -> str | None:
+    """Where a part is to be had, if the folder's index of blocks names another place."""
+    entry = model_index(folder).get(part)
+    source = entry[-1] if isinstance(entry, list) and entry else None
+    named = source.get("pretrained_model_name_or_path") if isinstance(source, dict) else None
+    if not named:
+        return None
+    inside = f", its folder `{source['subfolder']}`," if source.get("subfolder") else ""
+    return f"it is of {named}{inside} by {index_file(folder).name}: download it here, as `{part}`"
 
 
 def _without_weights(options: ModelSettings, part: str, option: str, text_parts: Sequence[TextPart]) -> Problem:

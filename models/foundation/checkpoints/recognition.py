@@ -68,6 +68,7 @@ FOLDERS = {
     "ErnieImagePipeline": "ernie_image",
     "Flux2KleinPipeline": "flux2",
     "Flux2Pipeline": "flux2",
+    "Flux3ModularPipeline": "flux3",
     "FluxKontextPipeline": "flux",
     "FluxPipeline": "flux",
     "HiDreamImagePipeline": "hidream",
@@ -104,6 +105,8 @@ ADAPTER_NAMES = {
     "AuraFlow": r"joint_transformer_blocks_|(double|single)_layers_\d+_(attn_w|mlp|mod)",
     "Stable Diffusion 1.5, 2 or XL": r"(down|up|mid|input|output|middle)_blocks?_",
     "HunyuanVideo": r"individual_token_refiner|double_blocks_\d+_img_(attn_q|attn_k|mod_linear|mlp_fc)",
+    "Flux.3": r"mode_blocks_|single_blocks_\d+_([qkv]_proj|attn_out|mlp_(in|out))$"
+    r"|single_transformer_blocks_\d+_(attn_to_out_0|ff_linear)",
     "Flux.1 or Chroma": r"(double|single)_blocks_|single_transformer_blocks_",
     "HiDream": r"(double|single)_stream_blocks_",
     "Stable Diffusion 3": r"joint_blocks_|transformer_blocks_\d+_(ff_context|norm1_context|attn2_add)",
@@ -160,6 +163,15 @@ SIGNATURES: tuple[FileSignature, ...] = (
     FileSignature("Chroma", _type("chroma"), ("distilled_guidance_layer.",)),
     FileSignature("ERNIE-Image", _type("ernie_image"), ("adaLN_modulation.1.", "layers.0.adaLN_sa_ln.")),
     FileSignature("Flux.2", _type("flux2"), ("double_stream_modulation_img.", "single_stream_modulation.")),
+    *(
+        FileSignature(
+            "the step-distilled Flux.3",
+            "it is not trained here; give flux-3-image-klein-base",
+            ("early_stream_modulations.image.", part),
+        )
+        for part in ("ref_time_in.", "target_timestep_embedder.")
+    ),
+    FileSignature("Flux.3", _type("flux3"), ("early_stream_modulations.image.", "single_stream_modulations.")),
     *(
         FileSignature(
             "the step-distilled HunyuanVideo 1.5",

@@ -29,6 +29,7 @@ class ModelParts:
         text_parts: the text encoders, and where a diffusers folder keeps them.
         dtype: the type in which text encoders compute.
         kept: the format in which the Linears of text encoders are kept; None for `dtype`.
+        with_scheduler: whether a diffusers folder has a scheduler.
     """
 
     options: ModelSettings
@@ -38,6 +39,7 @@ class ModelParts:
     text_parts: tuple[TextPart, ...]
     dtype: torch.dtype
     kept: str | None
+    with_scheduler: bool = True
 
     def check(self) -> None:
         """Whether all parts of the diffusers folder are there, or the files that replace their weights.
@@ -45,7 +47,7 @@ class ModelParts:
         Raises:
             UserError: lists everything that is missing or damaged.
         """
-        check_diffusers_folder(self.options, self.denoiser_folder, self.text_parts)
+        check_diffusers_folder(self.options, self.denoiser_folder, self.text_parts, with_scheduler=self.with_scheduler)
 
     # Kept, as every micro-batch asks for it.
     @cached_property

@@ -23,6 +23,11 @@ def lengthened(row_BLC: torch.Tensor, length: int) -> torch.Tensor:
     return functional.pad(row_BLC, (0, 0, 0, length - row_BLC.shape[1]))
 
 
+def without(rows_BLC: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """The sequence without what is in [start, stop), such as the padding of a text before a picture."""
+    return torch.cat([rows_BLC[:, :start], rows_BLC[:, stop:]], dim=1)
+
+
 def mask_behind(text_mask_BL: torch.Tensor, tokens: int) -> torch.Tensor:
     """The mask (B, 1, 1, S) of attention in a sequence of `tokens` tokens, all of which are seen, and of the text
     behind them."""

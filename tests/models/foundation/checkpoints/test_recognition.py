@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from safetensors.torch import save_file
 
 import models
 from models.assembly.stage import load_stage
+from models.foundation.checkpoints.folders import model_index
 from models.foundation.checkpoints.headers import read_header
 from models.foundation.checkpoints.recognition import FOLDERS, recognised
 from tests.models.tiny_folder import settings_of, tiny
@@ -24,7 +24,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def test_every_folder_is_known_by_its_index(folder: tuple[str, Path]) -> None:
     name, place = folder
-    assert FOLDERS[json.loads((place / "model_index.json").read_text())["_class_name"]] == name
+    assert FOLDERS[model_index(place)["_class_name"]] == name
 
 
 UNETS = {"sdxl": 2048, "sd15": 768}
