@@ -37,6 +37,7 @@ HUB = {
         "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v",
         "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v",
     ),
+    "ltx2": ("Lightricks/LTX-2",),
     "ltx_video": ("Lightricks/LTX-Video", "Lightricks/LTX-Video-0.9.7-dev"),
     "lumina2": ("Alpha-VLLM/Lumina-Image-2.0",),
     "omnigen2": ("OmniGen2/OmniGen2",),

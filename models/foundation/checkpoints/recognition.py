@@ -77,6 +77,9 @@ FOLDERS = {
     "HunyuanVideo15Pipeline": "hunyuan_video_15",
     "HunyuanVideoImageToVideoPipeline": "hunyuan_video",
     "HunyuanVideoPipeline": "hunyuan_video",
+    "LTX2ConditionPipeline": "ltx2",
+    "LTX2ImageToVideoPipeline": "ltx2",
+    "LTX2Pipeline": "ltx2",
     "LTXConditionPipeline": "ltx_video",
     "LTXImageToVideoPipeline": "ltx_video",
     "LTXPipeline": "ltx_video",
@@ -205,7 +208,7 @@ SIGNATURES: tuple[FileSignature, ...] = (
     FileSignature("HiDream", _type("hidream"), ("double_stream_blocks.0.block.", "caption_projection.0.")),
     FileSignature("HunyuanDiT", _type("hunyuan_dit"), ("text_embedding_padding",)),
     FileSignature("CogView4", _type("cogview4"), ("patch_embed.text_proj.", "time_condition_embed.")),
-    *(FileSignature("LTX-2", NOT_TRAINED, (part,)) for part in ("audio_patchify_proj.", "audio_proj_in.")),
+    *(FileSignature("LTX-2", _type("ltx2"), (part,)) for part in ("audio_patchify_proj.", "audio_proj_in.")),
     FileSignature("LTX-Video", _type("ltx_video"), ("patchify_proj.",)),
     FileSignature(
         "LTX-Video",

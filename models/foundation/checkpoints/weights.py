@@ -74,7 +74,7 @@ class Weights:
             if key.startswith(prefix)
             and key not in asked
             and key.endswith(("weight", "bias", "scale"))
-            and key.removeprefix(prefix) not in known
+            and not key.removeprefix(prefix).startswith(tuple(known))
         ]
 
     def tell_unused(self) -> None:

@@ -199,6 +199,11 @@ class TextEncoder:
             check_shape(name, stored, asked, self._source)
         return model
 
+    def empty(self) -> nn.Module:
+        """What `load` makes, without memory and not quantised."""
+        with none_without_memory(), torch.device("meta"):
+            return self.stock_class(self.config()).to(self.dtype).eval()
+
     def unload(self) -> None:
         self.model = None
 
