@@ -17,6 +17,7 @@ from models.foundation.layers.given import loss_weights
 from models.ltx2 import OF_SOUND
 from tests import test_models as generic
 from tests.models import tiny_ltx2, tiny_ltx2_3
+from tests.models.tiny_folder import encoded
 from utils.adapters.lora import LoraSettings
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
@@ -195,6 +196,25 @@ def test_parts_that_do_not_belong_together(
     ltx = tiny_ltx2.pipeline(tiny_ltx2.write_folder(tmp_path, **changes), **options)
     with pytest.raises(UserError, match=said):
         ltx.check()
+
+
+def test_a_file_of_gemma_may_have_the_tensors_for_text_alone(plain: Path, tmp_path: Path) -> None:
+    """As ComfyUI's is named. Those for pictures are not kept anyway."""
+    whole, own = load_file(plain / "text_encoder" / "model.safetensors"), "language_model."
+    text = {name.removeprefix(own): tensor for name, tensor in whole.items() if name.startswith(own)}
+    beside = {"spiece_model": torch.zeros(3, dtype=torch.uint8), "vision_model.weight": torch.zeros(1)}
+    file = {name: tensor.clone() for name, tensor in text.items()} | beside
+    save_file(file, tmp_path / "gemma.safetensors")
+    given = [{"type": "gemma3", "path": tmp_path / "gemma.safetensors"}]
+    own, other = (tiny_ltx2.pipeline(plain, **keys).encoders()[1] for keys in ({}, {"text_encoders": given}))
+    other.check()
+    expected, found = (encoded(one, ["a fox", ""])["gemma3"] for one in (own, other))
+    assert text and torch.equal(found, expected)
+    assert not any("vision" in name for name in dict(own.model.named_parameters()))
+    (tmp_path / "gemma.safetensors").unlink()
+    save_file({"model.norm.weight": text["model.norm.weight"].clone()}, tmp_path / "gemma.safetensors")
+    with pytest.raises(UserError, match="the tensor 'language_model.embed_tokens.weight' of the model is not in"):
+        other.check()
 
 
 def test_connectors_that_read_another_gemma_are_refused(tmp_path: Path) -> None:

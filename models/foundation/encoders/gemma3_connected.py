@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 CONNECTORS = "connectors"
 CLASS = "LTX2TextConnectors"
+FOR_PICTURES = ("vision_tower", "multi_modal_projector")
+"""The parts of Gemma by which it sees pictures, which it is not shown."""
+FOR_TEXT, OF_ONE_FILE = "language_model.", "model."
+"""With what the names of its other tensors begin, and those of files for text alone."""
 KEYS = ("caption_channels", "text_proj_in_factor", "video_connector_num_attention_heads")
 
 
@@ -46,10 +50,12 @@ def text_width(config: dict[str, Any]) -> int:
 
 
 class Connected(nn.Module):
-    """A text encoder and connectors."""
+    """Gemma, which loses the parts for pictures, and connectors."""
 
     def __init__(self, gemma: nn.Module, connectors: nn.Module):
         super().__init__()
+        for part in FOR_PICTURES:
+            delattr(gemma, part)
         self.gemma, self.connectors = gemma, connectors
 
     @property
@@ -92,7 +98,8 @@ class ConnectedFeatures(HiddenStates):
 
 
 class ConnectedGemma(TextEncoder):
-    """Gemma 3 with the connectors of the diffusers folder as an `Encoder`."""
+    """Gemma 3 with the connectors of the diffusers folder as an `Encoder`. A single file of Gemma may have the tensors
+    for text alone."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -114,6 +121,19 @@ class ConnectedGemma(TextEncoder):
 
     def empty(self) -> nn.Module:
         return Connected(super().empty(), self._connectors(meta_tensors).to("meta").eval())
+
+    def _tensors(self, read: Callable[[Path, torch.dtype, str], dict[str, Any]]) -> dict[str, Any]:
+        tensors = super()._tensors(read)
+        if not any(FOR_TEXT in name for name in tensors):
+            own = {name.removeprefix(OF_ONE_FILE): one for name, one in tensors.items() if name.startswith(OF_ONE_FILE)}
+            tensors = {f"{FOR_TEXT}{name}": one for name, one in own.items()}
+        if any(part in name for name in tensors for part in FOR_PICTURES):
+            return tensors
+        # transformers wants some, which take no memory.
+        device = "meta" if read is meta_tensors else "cpu"
+        zero = torch.zeros(1, dtype=self.dtype, device=device)
+        asked = super().empty().named_parameters()
+        return tensors | {name: zero.expand(one.shape) for name, one in asked if name.startswith(FOR_PICTURES)}
 
     def _connectors(self, read: Callable[[Path, torch.dtype], dict[str, torch.Tensor]]) -> nn.Module:
         place, config = self.folder / CONNECTORS, connectors_config(self.folder)
