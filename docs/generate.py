@@ -42,6 +42,7 @@ HUB = {
     ),
     "ideogram4": ("ideogram-ai/ideogram-4-fp8",),
     "krea2": ("krea/Krea-2-Raw", "krea/Krea-2-Turbo"),
+    "ltx2": ("Lightricks/LTX-2",),
     "ltx_video": ("Lightricks/LTX-Video", "Lightricks/LTX-Video-0.9.7-dev"),
     "lumina2": ("Alpha-VLLM/Lumina-Image-2.0",),
     "omnigen2": ("OmniGen2/OmniGen2",),

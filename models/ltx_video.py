@@ -21,7 +21,7 @@ from models.families.clips import problems_of_rates
 from models.foundation.checkpoints.configs import stock_scheduler
 from models.foundation.checkpoints.folders import TextPart
 from models.foundation.checkpoints.layouts.ltx_video import LTX_VIDEO_LAYOUT
-from models.foundation.encoders.ltx_vae import LTXAutoencoder, compression_of, ltx_latent_size, ltx_vae_config
+from models.foundation.encoders.ltx_vae import LTXAutoencoder, compression_of, ltx_latent_size
 from models.foundation.encoders.text_features import EncodedText, MaskedHiddenStates
 from models.foundation.layers.chain import Middle
 from models.foundation.layers.given import of_tokens, row_of_token, with_given_frames
@@ -164,6 +164,7 @@ class LTXVideoPipeline(BasePipeline):
     resolution_shift = RESOLUTION_SHIFTS["ltx"]
     original_layout = LTX_VIDEO_LAYOUT
     guided_by_second_prediction = True
+    autoencoder_class = LTXAutoencoder
 
     def __init__(self, options: LTXVideoOptions, seed: int = 0):
         super().__init__(options, seed)
@@ -182,6 +183,11 @@ class LTXVideoPipeline(BasePipeline):
             )
         if width != read:
             yield self.parts.misfit(f"takes text of {width} features and T5 makes {read}; give T5-XXL 1.1")
+        yield from self.problems_of_patches()
+
+    def problems_of_patches(self) -> Iterator[Problem]:
+        """Why its tokens are not those of published models."""
+        config = self.parts.denoiser_config
         sides = [config.get(name, 1) for name in ("patch_size", "patch_size_t")]
         if sides != [1, 1]:
             yield self.parts.misfit(
@@ -193,11 +199,15 @@ class LTXVideoPipeline(BasePipeline):
         return problems_of_rates(samples, self.media.fps)
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
-        options = self.options
         return [
-            LTXAutoencoder(options.diffusers_path, options.vae_path, self.dtype, draw=options.latents),
-            self.parts.text_encoder(PaddedThenCutFeatures("t5", options.max_sequence_length)),
+            self.autoencoder(),
+            self.parts.text_encoder(PaddedThenCutFeatures("t5", self.options.max_sequence_length)),
         ]
+
+    def autoencoder(self) -> LTXAutoencoder:
+        """The VAE."""
+        options = self.options
+        return self.autoencoder_class(options.diffusers_path, options.vae_path, self.dtype, draw=options.latents)
 
     def to_layers(self, denoiser: LTXVideoTransformer3DModel) -> list[nn.Module]:
         reads = {
@@ -241,4 +251,4 @@ class LTXVideoPipeline(BasePipeline):
     # Kept, as every micro-batch asks for it.
     @cached_property
     def _vae_config(self) -> dict[str, Any]:
-        return ltx_vae_config(self.options.diffusers_path, self.options.vae_path)
+        return self.autoencoder_class.family.config(self.options.diffusers_path, self.options.vae_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from models.assembly.prompts import check_sampling
@@ -48,7 +49,8 @@ def check_exports(pipeline: BasePipeline, settings: Settings, staged: StagedMode
             adapter_files(tensors, replace(plan, dtype=None), {})
         else:
             frozen = {name: p.to("meta") for name, p in staged.denoiser.named_parameters() if not p.requires_grad}
-            for _ in further_layouts({**frozen, **tensors}, plan):
+            beside = {name: torch.empty(0, device="meta") for name in pipeline.weights.beside()}
+            for _ in further_layouts({**beside, **frozen, **tensors}, plan):
                 pass
     except UserError:
         raise
@@ -90,8 +92,15 @@ def export_plan(pipeline: BasePipeline, settings: Settings, staged: StagedModel)
             SETTINGS_HASH: settings_hash(settings),
         },
         frozen=frozen,
+        # Of all processes one writes it.
+        beside=pipeline.weights.beside() if not adapter and _holds_first(staged) else {},
         note=pipeline.comfyui_note if COMFYUI in formats else None,
     )
+
+
+def _holds_first(staged: StagedModel) -> bool:
+    """Whether this process has the weights of the first stage."""
+    return not any(parameter.is_meta for parameter in staged.layers[0].parameters())
 
 
 def _folders(pipeline: BasePipeline, denoiser: nn.Module) -> tuple[PartFolder, ...]:

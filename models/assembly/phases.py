@@ -19,7 +19,6 @@ from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.vae import ImageAutoencoder
 from utils.dataset.encoders import Encoder
 from utils.dataset.samples import Bucket
-from utils.first_values import none_without_memory
 
 if TYPE_CHECKING:
     from models.assembly.memory import StagePlan
@@ -265,8 +264,7 @@ def _empty(encoder: ImageAutoencoder, *shape: int) -> torch.Tensor:
 
 
 def _of_text(encoder: TextEncoder, batch: int) -> Need:
-    with none_without_memory(), torch.device("meta"):
-        model = encoder.stock_class(encoder.needed()).to(encoder.dtype).eval()
+    model = encoder.empty()
     ids = torch.zeros((batch, min(encoder.token_limit, LONGEST)), dtype=torch.int64, device="meta")
     activations = _counted(partial(model, input_ids=ids, output_hidden_states=True))
     return Need(encoder.name, weight_bytes([model]), activations)

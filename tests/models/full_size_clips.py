@@ -74,6 +74,16 @@ LTX_VIDEO_13B = FullSize(
     text_of("t5", 128, 4096),
     (704, 480, 97),
 )
+LTX2 = FullSize(
+    "LTX-2",
+    "ltx2",
+    {
+        "transformer": {"_class_name": "LTX2VideoTransformer3DModel", "rope_type": "split"},
+        "vae": {**LTX_VAE, "_class_name": "AutoencoderKLLTX2Video"},
+    },
+    text_of("gemma3", 1024, 3840, mask=False),
+    (704, 480, 97),
+)
 HUNYUAN_VIDEO = FullSize(
     "HunyuanVideo",
     "hunyuan_video",

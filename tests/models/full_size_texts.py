@@ -40,6 +40,24 @@ QWEN3_VL_8B = {
     },
     "vision_config": {"out_hidden_size": 4096},
 }
+GEMMA3_12B = {
+    "text_config": {
+        "vocab_size": 262208,
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+    },
+    "vision_config": {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_attention_heads": 16,
+        "image_size": 896,
+        "patch_size": 14,
+    },
+}
 TEXT_ENCODERS: Mapping[str, Published] = {
     "T5-XXL: Stable Diffusion 3.5, Flux, Chroma, HiDream, LTX-Video": Published("T5EncoderModel", "t5_xxl"),
     "T5-11B: Cosmos 1.0, Cosmos-Predict2": Published("T5EncoderModel", "t5_11b"),
@@ -53,6 +71,7 @@ TEXT_ENCODERS: Mapping[str, Published] = {
     "Qwen3-VL 4B: Krea 2, Flux.3": Published("Qwen3VLModel", "qwen3_vl_4b"),
     "Qwen3-VL 8B: Qwen-Image 2.1, Ideogram 4": Published("Qwen3VLModel", QWEN3_VL_8B),
     "Gemma 2 2B: Lumina 2": Published("Gemma2Model", "gemma2_2b"),
+    "Gemma 3 12B: LTX-2, whose connectors are 3 GB more": Published("Gemma3Model", GEMMA3_12B),
     "GLM-4 9B: CogView4": Published("GlmModel", {}),
     "Qwen3 4B: Z-Image": Published("Qwen3Model", "qwen3_4b"),
     "Qwen3 4B: Flux.2 Klein 4B": Published("Qwen3Model", "qwen3_4b", 28),

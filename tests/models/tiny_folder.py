@@ -80,6 +80,11 @@ VARIANTS = {
     "hunyuan_video_15_i2v": OF_OTHER_INPUTS[:-1],
     "hunyuan_video_i2v": OF_OTHER_INPUTS[:-1],
     "hunyuan_video_i2v_33": (OF_OTHER_INPUTS[0], "test_samples_are_those_of_the_stock_pipeline"),
+    "ltx2_3": (
+        *OF_ANY_DENOISER,
+        "test_text_is_that_of_the_stock_pipeline",
+        "test_all_weights_are_read_from_what_was_exported",
+    ),
     "omnigen2_edit": (*OF_ANY_DENOISER, "test_samples_are_those_of_the_stock_pipeline"),
     "sdxl_texts": OF_ANY_DENOISER,
     "wan_flf": (*OF_ANY_DENOISER, "test_all_weights_are_read_from_what_was_exported"),

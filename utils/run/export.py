@@ -76,6 +76,7 @@ class ExportPlan:
         folders: the modules that are trained, as parts of a diffusers folder.
         metadata: about the run, written into every file.
         frozen: the untrained tensors of the denoiser that this process holds, which a whole denoiser needs too.
+        beside: what reads each tensor that a whole model needs beside its denoiser, for the process that writes them.
         note: what one must know to use an export, told with each.
         shard_bytes: size of the largest file of a denoiser in diffusers' layout.
     """
@@ -88,6 +89,7 @@ class ExportPlan:
     folders: tuple[PartFolder, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
     frozen: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    beside: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
     note: str | None = None
     shard_bytes: int = SHARD_BYTES
 
@@ -185,9 +187,8 @@ def export(
         if ranks.is_main:
             attempt.alone(_make_anew, parts)
         attempt.meet()
-        written = {**plan.frozen, **parameters}
-        if ranks.data_rank == 0 and written:
-            attempt.alone(_write_part, parts / f"{ranks.stage}.safetensors", written, plan)
+        if ranks.data_rank == 0 and (parameters or plan.frozen or plan.beside):
+            attempt.alone(_write_part, parts / f"{ranks.stage}.safetensors", parameters, plan)
         attempt.meet()
         if ranks.is_main:
             attempt.alone(_join, parts, unfinished, plan, step)
@@ -208,7 +209,8 @@ def _make_anew(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _write_part(path: Path, written: Tensors, plan: ExportPlan) -> None:
+def _write_part(path: Path, parameters: Mapping[str, torch.Tensor], plan: ExportPlan) -> None:
+    written = {**{name: read() for name, read in plan.beside.items()}, **plan.frozen, **parameters}
     # An adapter is rounded when it is whole, since how depends on both of its factors.
     dtype = None if plan.adapter else plan.dtype
     write_tensors(path, {name: tensor.detach().to("cpu", dtype or tensor.dtype) for name, tensor in written.items()})

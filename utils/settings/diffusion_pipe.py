@@ -78,7 +78,7 @@ _MODEL: Mapping[str, Foreign] = {
     "clip_path": _text_encoder("clip"),
     "cross_attn_lr": Foreign(f"leave it out: {_PARTS_LR}"),
     "first_frame_conditioning_p": Foreign(
-        "write instead: `first_frame_share`, of LTX-Video, or `from_first_frame`, of Wan's TI2V-5B",
+        "write instead: `first_frame_share`, of LTX-Video and LTX-2, or `from_first_frame`, of Wan's TI2V-5B",
         lambda value: {"first_frame_share": value},
         harmless=lambda value: value == 0,
         why_harmless="it changes nothing with this value",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -58,11 +59,7 @@ class DenoiserWeights:
     def build(self) -> nn.Module:
         """The whole denoiser: on the meta device until `fill` reads what a stage needs, or with random weights that
         depend only on the seed."""
-        if self.seed is None:
-            return self.build_empty()
-        with torch.random.fork_rng(devices=[]):
-            seeds.seed_devices(seeds.derive(self.seed, "denoiser"))
-            return self._stored(self.factory())
+        return self.build_empty() if self.seed is None else self._stored(self._drawn(self.factory))
 
     def build_empty(self) -> nn.Module:
         """The whole denoiser without memory, each parameter in its form."""
@@ -75,7 +72,7 @@ class DenoiserWeights:
         Raises:
             UserError: a tensor is missing or has another shape; says what the file looks like.
         """
-        return Built(dict(denoiser.named_parameters())) if self.seed is not None else self._opened(denoiser)
+        return self._opened(denoiser) if self.seed is None else Built(dict(denoiser.named_parameters()))
 
     def fill(self, denoiser: nn.Module, source: TensorSource, layers: Sequence[nn.Module]) -> None:
         """Reads those base weights of `layers`, which are some of the layers of `denoiser`, that have no values."""
@@ -86,6 +83,10 @@ class DenoiserWeights:
             if id(parameter) in wanted and parameter.is_meta and not is_factor(name)
         ]
         materialise(denoiser, names, lambda name: source.read(base_name(name)), self.storage)
+
+    def beside(self) -> Mapping[str, Callable[[], torch.Tensor]]:
+        """What reads each tensor that a whole model needs and that is no part of the denoiser, by name."""
+        return {}
 
     def check_fit(self) -> None:
         """Whether the file has all tensors of this denoiser, and no others.
@@ -113,6 +114,12 @@ class DenoiserWeights:
         """What is read from `path`."""
         return denoiser
 
+    def _drawn(self, factory: Callable[[], nn.Module]) -> nn.Module:
+        """What `factory` makes, with random weights that depend only on the seed."""
+        with torch.random.fork_rng(devices=[]):
+            seeds.seed_devices(seeds.derive(self.seed, "denoiser"))
+            return factory()
+
     def _stored(self, denoiser: nn.Module) -> nn.Module:
         for name, parameter in denoiser.named_parameters():
             parameter.data = self.storage.of(name).keep(parameter.data)
@@ -136,3 +143,31 @@ class EnsembleDenoiserWeights(DenoiserWeights):
 
     def _read_part(self, denoiser: nn.Module) -> nn.Module:
         return denoiser.get_submodule(self.part)
+
+
+@dataclass(frozen=True)
+class PartialDenoiserWeights(DenoiserWeights):
+    """The same for a denoiser that is a part of what its file holds, and its exports hold.
+
+    Attributes:
+        whole: builds all of it, by the same names. What `factory` builds is a part of that, drawn alike.
+    """
+
+    whole: Callable[[], nn.Module] = field(kw_only=True)
+
+    def beside(self) -> Mapping[str, Callable[[], torch.Tensor]]:
+        own = dict(self.build_empty().named_parameters())
+        names = [name for name, _ in build_empty(self.whole).named_parameters() if name not in own]
+        source = cache(self._source)
+        return {name: partial(self._beside, source, name) for name in names}
+
+    def _source(self) -> TensorSource:
+        if self.seed is None:
+            return self._opened(build_empty(self.whole))
+        return Built(dict(self._drawn(self.whole).named_parameters()))
+
+    def _beside(self, source: Callable[[], TensorSource], name: str) -> torch.Tensor:
+        return self.storage.of(name).keep(source().read(name))
+
+    def _read_part(self, denoiser: nn.Module) -> nn.Module:
+        return build_empty(self.whole)

@@ -35,6 +35,7 @@ TEXT_CONFIG_KEYS = {
     "clip_text_model": ("hidden_size", "max_position_embeddings", "projection_dim"),
     "llama": ("hidden_size", "num_hidden_layers"),
     # The keys of their text models are in a table of their own, except in older files.
+    "gemma3": (),
     "mistral3": (),
     "qwen2_5_vl": (),
     "qwen3_vl": (),

@@ -59,7 +59,8 @@ class KeyLayout:
     """The renaming table of a model family, for weights and for LoRA factors.
 
     Args:
-        unused: tensors of the other program's files that have no effect there either.
+        unused: tensors of the other program's files that have no effect there either, or that belong to another part of
+            the model; or beginnings of their names.
         further: modules of other programs' LoRAs that stand in no file of weights.
         parts_are_known: whether ComfyUI knows the parts of fused modules, by our names, in files of adapters.
     """

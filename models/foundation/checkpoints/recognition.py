@@ -80,6 +80,9 @@ FOLDERS = {
     "HunyuanVideoPipeline": "hunyuan_video",
     "Ideogram4Pipeline": "ideogram4",
     "Krea2Pipeline": "krea2",
+    "LTX2ConditionPipeline": "ltx2",
+    "LTX2ImageToVideoPipeline": "ltx2",
+    "LTX2Pipeline": "ltx2",
     "LTXConditionPipeline": "ltx_video",
     "LTXImageToVideoPipeline": "ltx_video",
     "LTXPipeline": "ltx_video",
@@ -227,7 +230,7 @@ SIGNATURES: tuple[FileSignature, ...] = (
     *(FileSignature("Krea 2", _type("krea2"), (part,)) for part in ("txtfusion.projector.", "text_fusion.projector.")),
     FileSignature("Ideogram 4", _type("ideogram4"), ("llm_cond_norm.", "embed_image_indicator.")),
     FileSignature("CogView4", _type("cogview4"), ("patch_embed.text_proj.", "time_condition_embed.")),
-    *(FileSignature("LTX-2", NOT_TRAINED, (part,)) for part in ("audio_patchify_proj.", "audio_proj_in.")),
+    *(FileSignature("LTX-2", _type("ltx2"), (part,)) for part in ("audio_patchify_proj.", "audio_proj_in.")),
     FileSignature("LTX-Video", _type("ltx_video"), ("patchify_proj.",)),
     FileSignature(
         "LTX-Video",

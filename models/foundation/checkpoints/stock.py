@@ -11,18 +11,21 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-OWN = {"OmniGen2Transformer2DModel": "models.foundation.denoisers.omnigen2"}
-"""Denoisers that diffusers lacks, and the modules that have them."""
+ELSEWHERE = {
+    "LTX2TextConnectors": "diffusers.pipelines.ltx2",
+    "OmniGen2Transformer2DModel": "models.foundation.denoisers.omnigen2",
+}
+"""Classes that diffusers has inside of a pipeline, and denoisers that it lacks, with the modules that have them."""
 
 
 def of_diffusers(name: str) -> Any:
     """The class of this name in diffusers, or of ours in its place."""
-    return _named(OWN.get(name, "diffusers"), name)
+    return _named(ELSEWHERE.get(name, "diffusers"), name)
 
 
 def is_of_diffusers(name: str) -> bool:
     """Whether diffusers has a class of this name, or ours are in its place."""
-    return name in OWN or hasattr(import_module("diffusers"), name)
+    return name in ELSEWHERE or hasattr(import_module("diffusers"), name)
 
 
 def of_transformers(name: str) -> Any:

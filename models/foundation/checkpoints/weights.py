@@ -78,7 +78,7 @@ class Weights:
             and key not in asked
             and key not in scales
             and key.endswith(("weight", "bias", "scale"))
-            and key.removeprefix(prefix) not in known
+            and not key.removeprefix(prefix).startswith(tuple(known))
         ]
 
     def tell_unused(self) -> None:

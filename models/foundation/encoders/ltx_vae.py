@@ -1,4 +1,4 @@
-"""LTX-Video's VAE as an encoder for the cache, and as a decoder for samples.
+"""The VAEs of LTX-Video and LTX-2 as encoders for the cache, and as decoders for samples.
 
 Shapes: B batch, C channels, F frames, H W pixels, f h w latent cells.
 """
@@ -26,14 +26,16 @@ def _from_ltx(tensors: Tensors, config: dict[str, Any]) -> Tensors:
     )
 
 
-LTX = Family(
-    "AutoencoderKLLTXVideo",
-    ("latent_channels", "patch_size", "spatio_temporal_scaling", "timestep_conditioning"),
-    ".mid_block.",
-    _from_ltx,
-    prefix=PREFIX,
-)
-ltx_vae_config = LTX.config
+def _from_ltx2(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    """The same of LTX-2."""
+    from diffusers.loaders.single_file_utils import convert_ltx2_vae_to_diffusers
+
+    return convert_ltx2_vae_to_diffusers(tensors)
+
+
+KEYS = ("latent_channels", "patch_size", "spatio_temporal_scaling", "timestep_conditioning")
+LTX = Family("AutoencoderKLLTXVideo", KEYS, ".mid_block.", _from_ltx, prefix=PREFIX)
+LTX2 = Family("AutoencoderKLLTX2Video", KEYS, ".mid_block.", _from_ltx2, prefix=PREFIX)
 
 
 def compression_of(config: dict[str, Any]) -> tuple[int, int]:
@@ -63,3 +65,9 @@ class LTXAutoencoder(WanAutoencoder):
         values = (self.vae.latents_mean, self.vae.latents_std / self.vae.config.scaling_factor)
         mean, std = (value.to(self.device, self.dtype).view(-1, 1, 1, 1) for value in values)
         return mean, std
+
+
+class LTX2Autoencoder(LTXAutoencoder):
+    """LTX-2's VAE as an `Encoder`, like LTX-Video's."""
+
+    family = LTX2

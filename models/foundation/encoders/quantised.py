@@ -61,11 +61,20 @@ class _Quantiser(HfQuantizer):
         return _Fill()
 
 
-def linears_of_blocks(model: PreTrainedModel) -> Iterator[str]:
+def quantise_blocks(module: nn.Module, form: Format) -> None:
+    """Quantises the Linears in the repeated blocks of a module that has its weights."""
+    weights = {name: module.get_submodule(name).weight for name in linears_of_blocks(module)}
+    quantise(module, weights, form)
+    for name, weight in weights.items():
+        module.get_submodule(name).fill(weight)
+
+
+def linears_of_blocks(model: nn.Module) -> Iterator[str]:
     """The names of the Linears in the repeated blocks of a text encoder, which have nearly all of its weights, but for
     embeddings. Those that transformers keeps in float32 where it can (T5's `wo`, whose inputs are very large) are none
     of them: transformers looks at the types of their weights, too."""
-    precise = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    kept_precise = (getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
+    precise = {name for names in kept_precise for name in names or ()}
     lists = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     for name, module in model.named_modules():
         if type(module) is nn.Linear and name.startswith(lists) and not precise & set(name.split(".")):

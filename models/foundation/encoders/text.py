@@ -214,6 +214,11 @@ class TextEncoder:
         how |= {"unused": self._unused, "dtype": self.dtype, **self.arguments}
         return loaded(self.stock_class, folder, self._source, **how)
 
+    def empty(self) -> nn.Module:
+        """What `load` makes, without memory and not quantised."""
+        with none_without_memory(), torch.device("meta"):
+            return self.stock_class(self.needed()).to(self.dtype).eval()
+
     def unload(self) -> None:
         self.model = None
 

@@ -87,7 +87,8 @@ def test_every_model_is_read_from_its_publishers_names(name: str, tmp_path: Path
     folder = module.write_folder(tmp_path / "model")
     pipeline = module.pipeline(folder)
     weights = {key: tensor.detach() for key, tensor in filled(pipeline).named_parameters()}
-    path = write(tmp_path / "model.gguf", named_by_publisher(pipeline, weights))
+    beside = {key: read() for key, read in pipeline.weights.beside().items()}
+    path = write(tmp_path / "model.gguf", named_by_publisher(pipeline, weights | beside))
     again = module.pipeline(folder, transformer_path=path)
     again.check()
     read = dict(filled(again).named_parameters())

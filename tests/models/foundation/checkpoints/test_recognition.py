@@ -38,6 +38,7 @@ def test_every_model_is_known_in_all_its_layouts(folder: tuple[str, Path], tmp_p
     pipeline = tiny(name).pipeline(place)
     denoiser = load_stage(pipeline, settings_of(pipeline), stage=0).denoiser
     tensors = {key: parameter.detach() for key, parameter in denoiser.named_parameters()}
+    tensors |= {key: read() for key, read in pipeline.weights.beside().items()}
     layouts = [tensors]
     if pipeline.original_layout:
         original = pipeline.original_layout.to_original(tensors)
