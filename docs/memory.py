@@ -22,7 +22,8 @@ from models.base import BasePipeline  # noqa: E402
 from models.foundation.checkpoints.configs import made_of  # noqa: E402
 from models.foundation.checkpoints.weights import build_empty  # noqa: E402
 from optimizers.adamw import AdamW8bitSettings, AdamWSettings  # noqa: E402
-from tests.models.full_size import ALL, TEXT_ENCODERS, FullSize, text_encoder_bytes  # noqa: E402
+from tests.models.full_size import ALL, FullSize  # noqa: E402
+from tests.models.full_size_texts import TEXT_ENCODERS, text_encoder_bytes  # noqa: E402
 from utils.adapters.lora import LoraSettings  # noqa: E402
 from utils.dataset.samples import Bucket  # noqa: E402
 from utils.errors import UserError  # noqa: E402

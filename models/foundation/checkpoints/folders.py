@@ -20,7 +20,7 @@ from utils.settings.model_schema import ModelSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-INDEX = "model_index.json"
+INDEX, MODULAR_INDEX = "model_index.json", "modular_model_index.json"
 INDEX_KINDS = {
     "_class_name": str,
     "boundary_ratio": float | None,
@@ -56,6 +56,8 @@ class TextPart:
         names: its names in the publisher's checkpoints.
         model_types: the values that `model_type` may have in its configuration; default: that of its class.
         arguments: of the class, beside the configuration.
+        further_tokenizers: parts of the diffusers folder with other encoders' tokenizers, of which the model reads the
+            tokens alone.
         root: the folder that contains the parts, if it is not the diffusers folder.
     """
 
@@ -66,6 +68,7 @@ class TextPart:
     names: CheckpointNames = field(default_factory=CheckpointNames, kw_only=True)
     model_types: tuple[str, ...] = field(default=(), kw_only=True)
     arguments: Mapping[str, Any] = field(default_factory=dict, kw_only=True, hash=False)
+    further_tokenizers: tuple[str, ...] = field(default=(), kw_only=True)
     root: Path | None = field(default=None, kw_only=True)
 
     @property
@@ -157,7 +160,8 @@ def model_index(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the index is damaged.
     """
-    return read_json(folder / INDEX, kinds=INDEX_KINDS) if (folder / INDEX).is_file() else {}
+    file = next((folder / name for name in (INDEX, MODULAR_INDEX) if (folder / name).is_file()), None)
+    return read_json(file, kinds=INDEX_KINDS) if file else {}
 
 
 def _missing(options: ModelSettings, part: str, text_parts: Sequence[TextPart]) -> Problem:

@@ -29,6 +29,7 @@ from utils.settings.model_schema import TextEncoderFile
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 BILLIONS = {
+    "anima/2b": 2.09,
     "auraflow/0.1": 6.83,
     "auraflow/0.3": 6.86,
     "chroma/chroma1": 8.90,
@@ -81,6 +82,7 @@ TEXT_MILLIONS = {
     "mt5_xl": 1670,
     "pile_t5_xl": 1224,
     "qwen2_5_vl_7b": 8292,
+    "qwen3_0.6b": 596,
     "qwen3_4b": 4022,
     "qwen3_8b": 7568,
     "qwen3_vl_4b": 4438,
