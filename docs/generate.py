@@ -22,6 +22,7 @@ OBJECTIVES = {
 }
 """By its kind; None if a model's files decide."""
 HUB = {
+    "anima": ("circlestone-labs/Anima-Base-v1.0-Diffusers",),
     "auraflow": ("fal/AuraFlow-v0.3", "purplesmartai/pony-v7-base"),
     "chroma": ("lodestones/Chroma1-HD",),
     "cogview4": ("zai-org/CogView4-6B",),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from models.base import Features, ModelEncoder
-from models.families.cosmos import CosmosInputs, CosmosModel, with_first_frame
+from models.families.cosmos import CosmosInputs, CosmosModel, places_of, with_first_frame
 from models.foundation.checkpoints.configs import stock_scheduler
 from models.foundation.checkpoints.layouts.cosmos_predict2 import COSMOS_PREDICT2_LAYOUT
 from models.foundation.encoders.first_frame import LoneFrameAutoencoder
@@ -70,10 +70,7 @@ class CosmosPredict2Pipeline(CosmosModel):
 
     @property
     def places(self) -> tuple[int, int]:
-        config = self.parts.denoiser_config
-        # One row of numbers serves all three axes.
-        side = max(size // patch for size, patch in zip(config["max_size"], self.patch, strict=True))
-        return side, side
+        return places_of(self.parts.denoiser_config)
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         options, folder = self.options, self.options.diffusers_path

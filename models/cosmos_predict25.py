@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from models.base import Features, ModelEncoder
-from models.families.cosmos import CosmosInputs, CosmosModel
+from models.families.cosmos import CosmosInputs, CosmosModel, places_of
 from models.foundation.checkpoints.configs import stock_scheduler
 from models.foundation.checkpoints.folders import TextPart
 from models.foundation.checkpoints.layouts.cosmos_predict2 import COSMOS_PREDICT2_LAYOUT
@@ -126,10 +126,7 @@ class CosmosPredict25Pipeline(CosmosModel):
 
     @property
     def places(self) -> tuple[int, int]:
-        config = self.parts.denoiser_config
-        # One row of numbers serves all three axes.
-        side = max(size // patch for size, patch in zip(config["max_size"], self.patch, strict=True))
-        return side, side
+        return places_of(self.parts.denoiser_config)
 
     def _text_encoder(self) -> TextEncoder:
         return self.parts.text_encoder(AllStates(TEXT, self.options.max_sequence_length))

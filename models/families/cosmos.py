@@ -139,6 +139,27 @@ class Exit(nn.Module):
         return x_BCfhw if given_BC1hw is None else torch.cat([given_BC1hw.to(x_BCfhw), x_BCfhw[:, :, 1:]], dim=2)
 
 
+def places_of(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of the transformer's table of positions: one row of numbers serves all three axes."""
+    patch = config.get("patch_size", (1, 2, 2))
+    side = max(size // side for size, side in zip(config["max_size"], patch, strict=True))
+    return side, side
+
+
+def chain_of(entry: nn.Module, denoiser: CosmosTransformer3DModel) -> list[nn.Module]:
+    """The transformer in layers behind an entry that gives a `CosmosStream`."""
+    reads = {
+        "hidden_states": "x_BTD",
+        "encoder_hidden_states": "text_BLD",
+        "embedded_timestep": "time",
+        "temb": "modulation",
+        "image_rotary_emb": "rope_TE",
+        "extra_pos_emb": "places_BTD",
+    }
+    middles = [Middle(block, reads, writes=("x_BTD",)) for block in denoiser.transformer_blocks]
+    return [entry, *middles, Exit(denoiser)]
+
+
 class CosmosModel(BasePipeline):
     """A model of NVIDIA's Cosmos.
 
@@ -225,16 +246,7 @@ class CosmosModel(BasePipeline):
         return self.parts.denoiser_config.get("patch_size", (1, 2, 2))
 
     def to_layers(self, denoiser: CosmosTransformer3DModel) -> list[nn.Module]:
-        reads = {
-            "hidden_states": "x_BTD",
-            "encoder_hidden_states": "text_BLD",
-            "embedded_timestep": "time",
-            "temb": "modulation",
-            "image_rotary_emb": "rope_TE",
-            "extra_pos_emb": "places_BTD",
-        }
-        middles = [Middle(block, reads, writes=("x_BTD",)) for block in denoiser.transformer_blocks]
-        return [Entry(denoiser, self.told_rate), *middles, Exit(denoiser)]
+        return chain_of(Entry(denoiser, self.told_rate), denoiser)
 
     def inputs_of(
         self, features: Features, x_BCfhw: torch.Tensor, t_BR: torch.Tensor, given_BC1hw: torch.Tensor | None = None

@@ -251,6 +251,16 @@ IDEOGRAM4 = FullSize(
     {"transformer": {"_class_name": "Ideogram4Transformer2DModel"}, "vae": FLUX2_VAE},
     text_of("qwen3_vl", 512, 13 * 4096),
 )
+ANIMA = FullSize(
+    "Anima",
+    "anima",
+    {
+        "transformer": COSMOS_PREDICT2.configs["transformer"],
+        "text_conditioner": {"_class_name": "AnimaTextConditioner"},
+        "vae": video_vae_of("AutoencoderKLQwenImage"),
+    },
+    {**text_of("qwen3", 512, 1024), "t5_tokens": ((512,), torch.int64), "t5_tokens_mask": ((512,), torch.bool)},
+)
 HIDREAM = FullSize(
     "HiDream-I1",
     "hidream",
@@ -290,6 +300,7 @@ ALL = (
     FLUX3,
     CHROMA,
     AURAFLOW,
+    ANIMA,
     LUMINA2,
     OMNIGEN2,
     COGVIEW4,

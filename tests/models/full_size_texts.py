@@ -73,6 +73,7 @@ TEXT_ENCODERS: Mapping[str, Published] = {
     "Gemma 2 2B: Lumina 2": Published("Gemma2Model", "gemma2_2b"),
     "Gemma 3 12B: LTX-2, whose connectors are 3 GB more": Published("Gemma3Model", GEMMA3_12B),
     "GLM-4 9B: CogView4": Published("GlmModel", {}),
+    "Qwen3 0.6B: Anima": Published("Qwen3Model", "qwen3_0.6b"),
     "Qwen3 4B: Z-Image": Published("Qwen3Model", "qwen3_4b"),
     "Qwen3 4B: Flux.2 Klein 4B": Published("Qwen3Model", "qwen3_4b", 28),
     "Qwen3 8B: Flux.2 Klein 9B": Published("Qwen3Model", "qwen3_8b", 28),

@@ -47,6 +47,7 @@ from utils.settings.schema import AdapterSettings, SamplingSettings, Settings
 UNKNOWN_TO_COMFYUI = ("cogview4", "ernie_image")
 """Types that ComfyUI has no model of, so that nothing is exported by its names."""
 MASKED = (
+    "anima",
     "chroma",
     "ernie_image",
     "hunyuan_image",

@@ -20,9 +20,7 @@ from utils.settings.model_schema import ModelSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-INDEX = "model_index.json"
-MODULAR_INDEX = "modular_model_index.json"
-"""Of a folder whose stock pipeline is put together of blocks."""
+INDEX, MODULAR_INDEX = "model_index.json", "modular_model_index.json"
 INDEX_KINDS = {
     "_class_name": str,
     "boundary_ratio": float | None,
@@ -62,6 +60,8 @@ class TextPart:
         arguments: of the class, beside the configuration.
         vision: parts of the names of tensors with which it sees pictures, for an encoder that is asked for captions
             alone and of which there are files without them.
+        further_tokenizers: parts of the diffusers folder with other encoders' tokenizers, of which the model reads the
+            tokens alone.
         root: the folder that contains the parts, if it is not the diffusers folder.
     """
 
@@ -73,6 +73,7 @@ class TextPart:
     model_types: tuple[str, ...] = field(default=(), kw_only=True)
     arguments: Mapping[str, Any] = field(default_factory=dict, kw_only=True, hash=False)
     vision: tuple[str, ...] = field(default=(), kw_only=True)
+    further_tokenizers: tuple[str, ...] = field(default=(), kw_only=True)
     root: Path | None = field(default=None, kw_only=True)
 
     @property

@@ -120,7 +120,9 @@ def without_folder(options: ModelSettings, pipeline_of: Callable[[ModelSettings]
     """
     chosen = _chosen(options, pipeline_of)
     bare = pipeline_of(_within(options, chosen, {}))
-    tokenizers = {part.tokenizer: _tokenizer(part, bare, chosen) for part in bare.text_parts if part.root is None}
+    inside = [part for part in bare.text_parts if part.root is None]
+    tokenizers = {part.tokenizer: _tokenizer(part, bare, chosen) for part in inside}
+    tokenizers |= {name: _further(name, part, bare, chosen) for part in inside for name in part.further_tokenizers}
     logger.info("the files are taken as `%s` of configs/%s", chosen.name, options.type)
     if chosen.note:
         logger.warning("[model] architecture: %s", chosen.note)
@@ -184,14 +186,30 @@ def _tokenizer(part: TextPart, pipeline: Any, architecture: Architecture) -> Fil
     """The files of a text encoder's tokenizer; none if there is no vocabulary."""
     settings = architecture.configs.get(part.tokenizer, {})
     files = _vocabulary(part, pipeline, may_be_inside=settings.get("tokenizer_class") in OF_SENTENCEPIECE)
+    return _with_settings(files, settings)
+
+
+def _with_settings(files: Files, settings: Mapping[str, Any]) -> Files:
     return {**files, SETTINGS: _json(settings)} if files and settings and SETTINGS not in files else files
+
+
+def _further(name: str, part: TextPart, pipeline: Any, architecture: Architecture) -> Files:
+    """The files of a tokenizer that has no encoder, from the folder of this name where the other's may be."""
+    weights, given = part.override(pipeline.options), pipeline.options.tokenizer_path
+    places = [place / name for place in (given, weights and _folder_of(weights)) if place]
+    files = next((_linked(folder) for folder in places if has_vocabulary(folder)), {})
+    return _with_settings(files, architecture.configs.get(name, {}))
+
+
+def _linked(folder: Path) -> Files:
+    return {file.name: _link(file) for file in sorted(folder.iterdir()) if file.suffix in OF_TOKENIZERS}
 
 
 def _vocabulary(part: TextPart, pipeline: Any, *, may_be_inside: bool) -> Files:
     weights = {one.name: one.override(pipeline.options) for one in pipeline.text_parts}
     for folder in _places(part, pipeline.options.tokenizer_path, weights):
         if has_vocabulary(folder):
-            return {file.name: _link(file) for file in sorted(folder.iterdir()) if file.suffix in OF_TOKENIZERS}
+            return _linked(folder)
     file = weights[part.name]
     if file is None or not file.is_file():
         return {}

@@ -57,6 +57,7 @@ OTHER_UNETS = {1024: "Stable Diffusion 2", 1280: "the refiner of Stable Diffusio
 NOT_TRAINED = "it is not trained here"
 
 FOLDERS = {
+    "AnimaModularPipeline": "anima",
     "AuraFlowPipeline": "auraflow",
     "ChromaPipeline": "chroma",
     "CogView4Pipeline": "cogview4",
@@ -243,7 +244,8 @@ SIGNATURES: tuple[FileSignature, ...] = (
     *(
         FileSignature(what, fits, (block, *part))
         for what, fits, part in (
-            ("Anima", NOT_TRAINED, ("llm_adapter.",)),
+            ("Anima", _type("anima"), ("llm_adapter.",)),
+            ("Anima", _type("anima"), ("text_conditioner.",)),
             ("Cosmos-Predict2.5", _type("cosmos_predict25"), ("crossattn_proj.0.",)),
             ("Cosmos-Predict2", _type("cosmos_predict2"), ()),
         )

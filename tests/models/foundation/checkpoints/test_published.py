@@ -30,6 +30,7 @@ from utils.settings.model_schema import TextEncoderFile
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 BILLIONS = {
+    "anima/2b": 2.09,
     "auraflow/0.1": 6.83,
     "auraflow/0.3": 6.86,
     "chroma/chroma1": 8.90,
@@ -100,6 +101,7 @@ MILLIONS = {
     "qwen2_5_vl_3b": 3755,
     "qwen2_5_vl_7b": 8292,
     "qwen2_5_vl_7b_text": 7071,
+    "qwen3_0.6b": 596,
     "qwen3_4b": 4022,
     "qwen3_8b": 7568,
     "qwen3_vl_4b": 4438,
