@@ -23,6 +23,7 @@ from tests.models.full_size_clips import (
     WAN,
     WAN_SMALL,
 )
+from tests.models.full_size_pictures import FLUX2_VAE, FLUX3, QWEN_IMAGE_21, SANA
 from tests.models.sized import FullSize, pooled_of, text_of, vae_of, video_vae_of
 from utils.quantised.formats import FORMATS
 from utils.quantised.linear import quantise
@@ -92,7 +93,6 @@ FLUX = FullSize(
     {"transformer": {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True}, "vae": VAE16},
     {**text_of("t5", 512, 4096, mask=False), **pooled_of(clip_pooled=768)},
 )
-FLUX2_VAE = {"_class_name": "AutoencoderKLFlux2"}
 FLUX2 = FullSize(
     "Flux.2 dev",
     "flux2",
@@ -114,12 +114,6 @@ FLUX2_KLEIN = FullSize(
         "vae": FLUX2_VAE,
     },
     text_of("qwen3", 512, 7680, mask=False),
-)
-FLUX3 = FullSize(
-    "Flux.3 Klein",
-    "flux3",
-    {"transformer": {"_class_name": "Flux3Transformer2DModel"}, "vae": FLUX2_VAE},
-    text_of("qwen3_vl", 640, 20480),
 )
 CHROMA = FullSize(
     "Chroma",
@@ -224,16 +218,6 @@ QWEN_IMAGE = FullSize(
     },
     text_of("qwen2_5_vl", 512, 3584),
 )
-QWEN_IMAGE_21 = FullSize(
-    "Qwen-Image 2.1",
-    "qwen_image_21",
-    {
-        "transformer": {"_class_name": "QwenImage21Transformer2DModel"},
-        "vae": {"_class_name": "AutoencoderKLQwenImage21"},
-        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
-    },
-    text_of("qwen3_vl", 1024, 4096),
-)
 HIDREAM = FullSize(
     "HiDream-I1",
     "hidream",
@@ -281,6 +265,7 @@ ALL = (
     QWEN_IMAGE,
     QWEN_IMAGE_21,
     HIDREAM,
+    SANA,
     WAN_SMALL,
     WAN,
     LTX_VIDEO,
@@ -363,7 +348,7 @@ TEXT_ENCODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "vision_config": {"out_hidden_size": 4096},
         },
     ),
-    "Gemma 2 2B: Lumina 2": ("Gemma2Model", {}),
+    "Gemma 2 2B: Lumina 2, Sana": ("Gemma2Model", {}),
     "GLM-4 9B: CogView4": ("GlmModel", {}),
     "Qwen3 4B: Z-Image": (
         "Qwen3Model",
