@@ -178,14 +178,11 @@ class SanaPipeline(PicturePipeline):
     text_parts = (TextPart(TEXT, "Gemma2Model"),)
     media = MediaFacts(spatial=32)
     patch = 1
+    objective = FlowMatching(time_scale=TRAIN_STEPS)
     scheduler_sets_levels = True
     blocks = ("transformer_blocks",)
     stream_type = SanaStream
     guided_by_second_prediction = True
-
-    @property
-    def objective(self) -> FlowMatching:
-        return FlowMatching(time_scale=TRAIN_STEPS * self.parts.denoiser_config.get("timestep_scale", 1.0))
 
     def problems_of_parts(self) -> Iterator[Problem]:
         config, made = self.parts.denoiser_config, self.vae_config["latent_channels"]
@@ -220,8 +217,13 @@ class SanaPipeline(PicturePipeline):
         self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
     ) -> SanaInputs:
         mask_BL = features[f"{TEXT}_mask"].bool()
-        # With a mask, even of ones, attention is slower.
-        return SanaInputs(x_t, features[TEXT], None if mask_BL.all() else mask_BL, self.objective.model_time(t_B))
+        return SanaInputs(
+            x_BChw=x_t,
+            text_BLD=features[TEXT],
+            # With a mask, even of ones, attention is slower.
+            mask_BL=None if mask_BL.all() else mask_BL,
+            time_B=self.objective.model_time(t_B) * self.parts.denoiser_config.get("timestep_scale", 1.0),
+        )
 
     def scheduler(self) -> Any:
         """Of the class that the folder names."""
