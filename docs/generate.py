@@ -50,6 +50,10 @@ HUB = {
     "qwen_image": ("Qwen/Qwen-Image", "Qwen/Qwen-Image-Edit"),
     "qwen_image_21": ("Qwen/Qwen-Image-2.1",),
     "qwen_image_layered": ("Qwen/Qwen-Image-Layered",),
+    "sana": (
+        "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
+        "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
+    ),
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5",),
     "sd3": ("stabilityai/stable-diffusion-3.5-medium",),
     "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),

@@ -16,7 +16,7 @@ from models.foundation.checkpoints.weights import meta_tensors
 from models.foundation.encoders.clip import ClipTokens
 from models.foundation.encoders.first_frame import ClipVision
 from models.foundation.encoders.text import TextEncoder
-from models.foundation.encoders.vae import ImageAutoencoder
+from models.foundation.encoders.vae import ImageAutoencoder, distribution_of
 from utils.dataset.encoders import Encoder
 from utils.dataset.samples import Bucket
 
@@ -256,7 +256,7 @@ def _of_clip(vae: nn.Module, compute: Callable[[int], Any], frames: int, short: 
 
 
 def _encoded(vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    return vae.encode(pixels).latent_dist.mode()
+    return distribution_of(vae.encode(pixels)).mode()
 
 
 def _empty(encoder: ImageAutoencoder, *shape: int) -> torch.Tensor:

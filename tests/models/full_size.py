@@ -21,6 +21,7 @@ from tests.models.full_size_clips import (
     WAN_SMALL,
     WAN_VACE,
 )
+from tests.models.full_size_pictures import FLUX2_VAE, FLUX3, QWEN_IMAGE_21, SANA
 from tests.models.sized import FullSize, pooled_of, text_of, vae_of, video_vae_of
 
 VAE16 = vae_of(16, shift_factor=0.1)
@@ -88,7 +89,6 @@ FLUX = FullSize(
     {"transformer": {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True}, "vae": VAE16},
     {**text_of("t5", 512, 4096, mask=False), **pooled_of(clip_pooled=768)},
 )
-FLUX2_VAE = {"_class_name": "AutoencoderKLFlux2"}
 FLUX2 = FullSize(
     "Flux.2 dev",
     "flux2",
@@ -110,12 +110,6 @@ FLUX2_KLEIN = FullSize(
         "vae": FLUX2_VAE,
     },
     text_of("qwen3", 512, 7680, mask=False),
-)
-FLUX3 = FullSize(
-    "Flux.3 Klein",
-    "flux3",
-    {"transformer": {"_class_name": "Flux3Transformer2DModel"}, "vae": FLUX2_VAE},
-    text_of("qwen3_vl", 640, 20480),
 )
 CHROMA = FullSize(
     "Chroma",
@@ -226,16 +220,6 @@ QWEN_IMAGE = FullSize(
     },
     text_of("qwen2_5_vl", 512, 3584),
 )
-QWEN_IMAGE_21 = FullSize(
-    "Qwen-Image 2.1",
-    "qwen_image_21",
-    {
-        "transformer": {"_class_name": "QwenImage21Transformer2DModel"},
-        "vae": {"_class_name": "AutoencoderKLQwenImage21"},
-        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
-    },
-    text_of("qwen3_vl", 1024, 4096),
-)
 KREA2 = FullSize(
     "Krea 2",
     "krea2",
@@ -312,6 +296,7 @@ ALL = (
     KREA2,
     IDEOGRAM4,
     HIDREAM,
+    SANA,
     WAN_SMALL,
     WAN,
     WAN_VACE,

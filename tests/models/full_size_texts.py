@@ -70,7 +70,7 @@ TEXT_ENCODERS: Mapping[str, Published] = {
     "Qwen2.5-VL 3B: OmniGen2": Published("Qwen2_5_VLModel", "qwen2_5_vl_3b"),
     "Qwen3-VL 4B: Krea 2, Flux.3": Published("Qwen3VLModel", "qwen3_vl_4b"),
     "Qwen3-VL 8B: Qwen-Image 2.1, Ideogram 4": Published("Qwen3VLModel", QWEN3_VL_8B),
-    "Gemma 2 2B: Lumina 2": Published("Gemma2Model", "gemma2_2b"),
+    "Gemma 2 2B: Lumina 2, Sana": Published("Gemma2Model", "gemma2_2b"),
     "Gemma 3 12B: LTX-2, whose connectors are 3 GB more": Published("Gemma3Model", GEMMA3_12B),
     "GLM-4 9B: CogView4": Published("GlmModel", {}),
     "Qwen3 0.6B: Anima": Published("Qwen3Model", "qwen3_0.6b"),

@@ -38,6 +38,9 @@ LORA, LOKR = LoraSettings(type="lora", rank=4), LokrSettings(type="lokr", rank=4
 SAMPLES = 2
 EXPERTS = {"hidream": "grouped_experts"}
 """Types of which the blocks ask for the number of tokens of each expert, once in every run of a block's experts."""
+IN_FLOAT32 = {"sana": "float32 [8, 9, "}
+"""Types whose stock attention multiplies in float32 on purpose, and what: Sana's is linear, it sums over all tokens
+what keys and values of a head (of 8 channels, and one that counts) make together, which costs little."""
 
 
 class Case(NamedTuple):
@@ -133,7 +136,8 @@ def test_nothing_is_on_another_device_or_wider_than_it_should_be(name: str, tmp_
     for case in (OF_ALL, TURNS[name]):
         device = PretendedDevice(SAMPLES)
         staged = train_on(device, name, folder, case)
-        assert not device.faults, (case, device.faults)
+        faults = [line for line in device.faults if IN_FLOAT32.get(name, "nothing") not in line]
+        assert not faults, (case, faults)
         own = [line for line in device.waits if EXPERTS.get(name, "nothing") not in line]
         assert not own, (case, own)
         if name in EXPERTS:

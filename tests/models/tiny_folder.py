@@ -44,7 +44,7 @@ from utils.diffusion.seeds import normal
 from utils.settings.dataset_schema import DirectorySettings
 from utils.settings.schema import AdapterSettings, SamplingSettings, Settings
 
-UNKNOWN_TO_COMFYUI = ("cogview4", "ernie_image")
+UNKNOWN_TO_COMFYUI = ("cogview4", "ernie_image", "sana")
 """Types that ComfyUI has no model of, so that nothing is exported by its names."""
 MASKED = (
     "anima",
@@ -59,6 +59,7 @@ MASKED = (
     "lumina2",
     "omnigen2",
     "qwen_image",
+    "sana",
 )
 """Types that mask the padding of the shorter of the generic tests' captions in attention. Z-Image fills
 captions of their lengths to the same; the others mask nothing."""

@@ -95,6 +95,7 @@ FOLDERS = {
     "QwenImageEditPlusPipeline": "qwen_image",
     "QwenImageLayeredPipeline": "qwen_image_layered",
     "QwenImagePipeline": "qwen_image",
+    "SanaPipeline": "sana",
     "StableDiffusion3Pipeline": "sd3",
     "StableDiffusionPipeline": "sd15",
     "StableDiffusionXLPipeline": "sdxl",
@@ -124,6 +125,7 @@ ADAPTER_NAMES = {
     "Cosmos 1.0": r"blocks_block\d+_blocks_\d_block_",
     "Cosmos-Predict2": r"transformer_blocks_\d+_norm\d_linear|blocks_\d+_((self|cross)_attn_\w+_proj|adaln_|mlp_layer)",
     "LTX-Video": r"transformer_blocks_\d+_(audio_)?attn[12]_to_",
+    "Sana": r"transformer_blocks_\d+_(attn[12]_to_|ff_conv_)",
     "Wan": r"(^|_)blocks_\d+_(self_attn|cross_attn|ffn|attn1_to|attn2_to)_",
     "another transformer of diffusers, such as SD3, CogView4 or Qwen-Image": r"transformer_blocks_\d+_",
 }
@@ -230,6 +232,12 @@ SIGNATURES: tuple[FileSignature, ...] = (
     FileSignature("HunyuanDiT", _type("hunyuan_dit"), ("text_embedding_padding",)),
     *(FileSignature("Krea 2", _type("krea2"), (part,)) for part in ("txtfusion.projector.", "text_fusion.projector.")),
     FileSignature("Ideogram 4", _type("ideogram4"), ("llm_cond_norm.", "embed_image_indicator.")),
+    FileSignature("Sana", _type("sana"), ("caption_norm.", "transformer_blocks.0.ff.conv_depth.")),
+    FileSignature(
+        "Sana with its publisher's names",
+        "they are not read; give the folder that is called diffusers",
+        ("blocks.0.mlp.depth_conv.", "attention_y_norm."),
+    ),
     FileSignature("CogView4", _type("cogview4"), ("patch_embed.text_proj.", "time_condition_embed.")),
     *(FileSignature("LTX-2", _type("ltx2"), (part,)) for part in ("audio_patchify_proj.", "audio_proj_in.")),
     FileSignature("LTX-Video", _type("ltx_video"), ("patchify_proj.",)),

@@ -170,7 +170,7 @@ class ImageAutoencoder:
         """Latents (B, C, h, w) of `pixels_BCFHW` or `control_BCFHW` in [-1, 1], F = 1, as `draw` says."""
         (pixels_BCFHW,) = inputs.values()
         pixels_BCHW = rearrange(pixels_BCFHW, "b c 1 h w -> b c h w").to(self.device, self.dtype)
-        posterior = in_the_room_there_is(self.vae, "encode", pixels_BCHW).latent_dist
+        posterior = distribution_of(in_the_room_there_is(self.vae, "encode", pixels_BCHW))
         shift, scale = self.vae.config.get("shift_factor") or 0.0, self.vae.config.scaling_factor
         latents = posterior.mode()
         if self.draw == "sample":
@@ -201,6 +201,25 @@ class ImageAutoencoder:
         cell = 2 ** (len(config["block_out_channels"]) - 1)
         shape = (config["latent_channels"], bucket.height // cell, bucket.width // cell)
         return dict.fromkeys(self.outputs, (shape, self.dtype))
+
+
+@dataclass(frozen=True)
+class Certain:
+    """Latents as a distribution of no width, as `DiagonalGaussianDistribution` of diffusers is of some."""
+
+    latents: torch.Tensor
+
+    def mode(self) -> torch.Tensor:
+        return self.latents
+
+    @property
+    def std(self) -> torch.Tensor:
+        return torch.zeros_like(self.latents)
+
+
+def distribution_of(encoded: Any) -> Any:
+    """The distribution of the latents that the class of a VAE has encoded."""
+    return encoded.latent_dist if hasattr(encoded, "latent_dist") else Certain(encoded.latent)
 
 
 def in_the_room_there_is(vae: nn.Module, method: str, values: torch.Tensor, *further: Any) -> Any:

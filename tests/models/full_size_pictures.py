@@ -1,0 +1,34 @@
+"""Further denoisers of pictures at the sizes that people train."""
+
+from __future__ import annotations
+
+from tests.models.sized import FullSize, text_of
+
+FLUX2_VAE = {"_class_name": "AutoencoderKLFlux2"}
+
+FLUX3 = FullSize(
+    "Flux.3 Klein",
+    "flux3",
+    {"transformer": {"_class_name": "Flux3Transformer2DModel"}, "vae": FLUX2_VAE},
+    text_of("qwen3_vl", 640, 20480),
+)
+QWEN_IMAGE_21 = FullSize(
+    "Qwen-Image 2.1",
+    "qwen_image_21",
+    {
+        "transformer": {"_class_name": "QwenImage21Transformer2DModel"},
+        "vae": {"_class_name": "AutoencoderKLQwenImage21"},
+        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
+    },
+    text_of("qwen3_vl", 1024, 4096),
+)
+SANA = FullSize(
+    "Sana 1.6B",
+    "sana",
+    {
+        "transformer": {"_class_name": "SanaTransformer2DModel"},
+        "vae": {"_class_name": "AutoencoderDC"},
+        "scheduler": {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True},
+    },
+    text_of("gemma2", 300, 2304),
+)
