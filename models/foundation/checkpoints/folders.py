@@ -20,9 +20,7 @@ from utils.settings.model_schema import ModelSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-INDEX = "model_index.json"
-MODULAR_INDEX = "modular_model_index.json"
-"""Of a folder whose stock pipeline is put together of blocks."""
+INDEX, MODULAR_INDEX = "model_index.json", "modular_model_index.json"
 INDEX_KINDS = {"_class_name": str, "boundary_ratio": float | None, "sample_sigmas": list[float] | None}
 TEXT_KINDS = {"dtype": str | None, "torch_dtype": str | None, "text_config": dict | None}
 TEXT_CONFIG_KEYS = {
@@ -165,7 +163,8 @@ def model_index(folder: Path) -> dict[str, Any]:
 
 
 def index_file(folder: Path) -> Path:
-    """Where a diffusers folder's own index is, if it has one."""
+    """Where a diffusers folder's own index is, if it has one; the second is of a pipeline that is put together of
+    blocks."""
     return next((folder / name for name in (INDEX, MODULAR_INDEX) if (folder / name).is_file()), folder / INDEX)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Qwen3VLStates(TextFeatures):
-    """Hidden states of Qwen3-VL one after the other for the tokens of each caption (l, K D), with l up to
+    """Hidden states of Qwen3-VL side by side for the tokens of each caption (l, K D), with l up to
     `length` - `skipped`, and a mask (l,) of ones.
 
     Attributes:
@@ -48,11 +48,15 @@ class Qwen3VLStates(TextFeatures):
         states = text_encoder(tokens_BL, output_hidden_states=True, use_cache=False).hidden_states
         return [states[layer] for layer in self.layers]
 
+    def joined(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The features (B, L, K D) of these states."""
+        return rearrange(list(states), "k b l d -> b l (k d)")
+
     def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, list[torch.Tensor]]:
         rows = [self.row(tokenizer, caption) for caption in captions]
         # It is causal, so padding behind a caption does not change it.
         tokens_BL = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(text_encoder.device)
-        states_BLF = rearrange(list(self.states(text_encoder, tokens_BL)), "k b l d -> b l (k d)")
+        states_BLF = self.joined(self.states(text_encoder, tokens_BL))
         return {
             self.name: [states[self.skipped : len(row)] for states, row in zip(states_BLF, rows, strict=True)],
             f"{self.name}_mask": [torch.ones(len(row) - self.skipped, dtype=torch.bool) for row in rows],
