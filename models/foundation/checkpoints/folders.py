@@ -176,7 +176,8 @@ def model_index(folder: Path) -> dict[str, Any]:
 
 
 def index_file(folder: Path) -> Path:
-    """Where a diffusers folder's own index is, if it has one."""
+    """Where a diffusers folder's own index is, if it has one; the second is of a pipeline that is put together of
+    blocks."""
     return next((folder / name for name in (INDEX, MODULAR_INDEX) if (folder / name).is_file()), folder / INDEX)
 
 
