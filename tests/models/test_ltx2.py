@@ -155,6 +155,41 @@ def test_what_belongs_to_sound_is_neither_held_nor_adapted(tiny: ModuleType, fol
     assert staged.trained(staged.layers) and not any(map(OF_SOUND.search, dict(staged.denoiser.named_parameters())))
 
 
+@pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model."])
+def test_of_an_adapter_for_both_streams_the_videos_part_is_read(
+    plain: Path, tmp_path: Path, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a preset, and to go on from; one for sound alone is refused."""
+    file = tmp_path / "both.safetensors"
+    modules = ("transformer_blocks.0.attn1.to_q", "transformer_blocks.0.audio_attn1.to_q")
+    sizes = (tiny_ltx2.TRANSFORMER["cross_attention_dim"], tiny_ltx2.TRANSFORMER["audio_cross_attention_dim"])
+    factors = {
+        f"{prefix}{module}.lora_{part}.weight": normal(shape, 0, module, part)
+        for module, size in zip(modules, sizes, strict=True)
+        for part, shape in (("A", (2, size)), ("B", (size, 2)))
+    }
+    save_file(factors, file)
+    given = [{"path": file, "weight": 1.0, "fused": True}]
+    bare, preset = (
+        dict(generic.loaded(tiny_ltx2.pipeline(plain, **keys)).denoiser.named_parameters())
+        for keys in ({}, {"preset_adapters": given})
+    )
+    changed = {name for name in bare if not torch.equal(bare[name], preset[name])}
+    assert changed == {f"{modules[0]}.weight"}
+    up, down = (factors[f"{prefix}{modules[0]}.lora_{part}.weight"] for part in ("B", "A"))
+    torch.testing.assert_close(preset[f"{modules[0]}.weight"], bare[f"{modules[0]}.weight"] + up @ down)
+    said = f"1 of its 2 modules are for what is not loaded of this model, the first is '{prefix}{modules[1]}'"
+    assert f"{said}; they are left out" in caplog.text
+
+    adapter = LoraSettings(type="lora", rank=2, include=[modules[0]], init_from_existing=file)
+    staged = generic.loaded(tiny_ltx2.pipeline(plain), adapter)
+    assert torch.equal(staged.trained(staged.layers)[f"{modules[0]}.lora_B.weight"], up)
+
+    save_file({name: factor for name, factor in factors.items() if "audio" in name}, file)
+    with pytest.raises(UserError, match="1 of its 1 modules are for what is not loaded .*give an adapter of what is"):
+        generic.loaded(tiny_ltx2.pipeline(plain, preset_adapters=given))
+
+
 def test_a_mask_of_ones_changes_nothing(plain: Path) -> None:
     """The stock pipeline gives one, as the connectors leave nothing masked; here there is none."""
     ltx = tiny_ltx2.pipeline(plain)
