@@ -178,10 +178,10 @@ class LTX2Pipeline(LTXVideoPipeline):
     """LTX-2 and LTX-2.3 of Lightricks: text to video, and from a first frame. Sound is neither read nor made. What is
     trained, and what samples are drawn with, is the video's stream alone, as the stock model has it with
     `isolate_modalities`: the two streams do not look at each other. What belongs to sound, a third of the weights, is
-    not loaded; in the export of a full fine-tune it is as it was, and adapters have no part in it, so that an adapter
-    which others have made for sound too is refused. An export makes video with sound as the base does; the video has
-    been trained without looking at it. Of the stock pipeline's kinds of guidance samples have the one by the negative
-    prompt."""
+    not loaded. In the export of a full fine-tune it is as it was, and adapters have no part in it; of those that others
+    have made for both streams that part is left out, with a word. An export makes video with sound as the base does;
+    the video has been trained without looking at it. Of the stock pipeline's kinds of guidance samples have the one by
+    the negative prompt."""
 
     Options = LTX2Options
     denoiser_class = "LTX2VideoTransformer3DModel"

@@ -185,8 +185,8 @@ def apply_presets(given: Sequence[Preset], staged: StagedModel, layers: list[nn.
 
 def model_names(pipeline: BasePipeline, denoiser: nn.Module) -> ModelNames:
     """What the denoiser's modules are called, here and in the files of adapters."""
-    shapes = presets.base_shapes(denoiser)
-    return ModelNames(pipeline.denoiser_folder, attach.adaptable(denoiser), pipeline.original_layout, shapes)
+    shapes, beside = presets.base_shapes(denoiser), pipeline.weights.shapes_beside()
+    return ModelNames(pipeline.denoiser_folder, attach.adaptable(denoiser), pipeline.original_layout, shapes, beside)
 
 
 def teacher_of(pipeline: BasePipeline, settings: Settings, staged: StagedModel) -> Teacher | None:

@@ -12,12 +12,14 @@ from diffusers import LTX2VideoTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_ltx2_transformer_to_diffusers
 from safetensors.torch import load_file, save_file
 
+from models.assembly.exports import export_plan
+from models.assembly.stage import load_stage
 from models.foundation.checkpoints.layouts.ltx2 import LTX2_LAYOUT
 from models.foundation.layers.given import loss_weights
 from models.ltx2 import OF_SOUND
 from tests import test_models as generic
 from tests.models import tiny_ltx2, tiny_ltx2_3
-from tests.models.tiny_folder import encoded
+from tests.models.tiny_folder import encoded, settings_of
 from utils.adapters.lora import LoraSettings
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
@@ -138,6 +140,15 @@ def test_the_export_of_a_full_fine_tune_has_what_belongs_to_sound(plain: Path, t
     assert comfyui.keys() == LTX2_LAYOUT.to_original(found).keys()
 
 
+def test_one_stage_alone_exports_what_belongs_to_sound(plain: Path) -> None:
+    ltx = tiny_ltx2.pipeline(plain)
+    settings = settings_of(ltx, pipeline_stages=2)
+    plans = [export_plan(ltx, settings, load_stage(ltx, settings, stage)) for stage in (0, 1)]
+    assert [bool(plan.beside) for plan in plans] == [True, False]
+    adapted = settings_of(ltx, LoraSettings(type="lora", rank=2))
+    assert not export_plan(ltx, adapted, load_stage(ltx, adapted, 0)).beside
+
+
 def test_from_scratch_what_belongs_to_sound_is_drawn_with_the_rest(plain: Path) -> None:
     ltx = tiny_ltx2.pipeline(plain, from_scratch=True)
     torch.manual_seed(1)
@@ -155,6 +166,41 @@ def test_what_belongs_to_sound_is_neither_held_nor_adapted(tiny: ModuleType, fol
     assert staged.trained(staged.layers) and not any(map(OF_SOUND.search, dict(staged.denoiser.named_parameters())))
 
 
+@pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model."])
+def test_of_an_adapter_for_both_streams_the_videos_part_is_read(
+    plain: Path, tmp_path: Path, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a preset, and to go on from; one for sound alone is refused."""
+    file = tmp_path / "both.safetensors"
+    modules = ("transformer_blocks.0.attn1.to_q", "transformer_blocks.0.audio_attn1.to_q")
+    sizes = (tiny_ltx2.TRANSFORMER["cross_attention_dim"], tiny_ltx2.TRANSFORMER["audio_cross_attention_dim"])
+    factors = {
+        f"{prefix}{module}.lora_{part}.weight": normal(shape, 0, module, part)
+        for module, size in zip(modules, sizes, strict=True)
+        for part, shape in (("A", (2, size)), ("B", (size, 2)))
+    }
+    save_file(factors, file)
+    given = [{"path": file, "weight": 1.0, "fused": True}]
+    bare, preset = (
+        dict(generic.loaded(tiny_ltx2.pipeline(plain, **keys)).denoiser.named_parameters())
+        for keys in ({}, {"preset_adapters": given})
+    )
+    changed = {name for name in bare if not torch.equal(bare[name], preset[name])}
+    assert changed == {f"{modules[0]}.weight"}
+    up, down = (factors[f"{prefix}{modules[0]}.lora_{part}.weight"] for part in ("B", "A"))
+    torch.testing.assert_close(preset[f"{modules[0]}.weight"], bare[f"{modules[0]}.weight"] + up @ down)
+    said = f"1 of its 2 modules are for what is not loaded of this model, the first is '{prefix}{modules[1]}'"
+    assert f"{said}; they are left out" in caplog.text
+
+    adapter = LoraSettings(type="lora", rank=2, include=[modules[0]], init_from_existing=file)
+    staged = generic.loaded(tiny_ltx2.pipeline(plain), adapter)
+    assert torch.equal(staged.trained(staged.layers)[f"{modules[0]}.lora_B.weight"], up)
+
+    save_file({name: factor for name, factor in factors.items() if "audio" in name}, file)
+    with pytest.raises(UserError, match="1 of its 1 modules are for what is not loaded .*give an adapter of what is"):
+        generic.loaded(tiny_ltx2.pipeline(plain, preset_adapters=given))
+
+
 def test_a_mask_of_ones_changes_nothing(plain: Path) -> None:
     """The stock pipeline gives one, as the connectors leave nothing masked; here there is none."""
     ltx = tiny_ltx2.pipeline(plain)
@@ -165,6 +211,16 @@ def test_a_mask_of_ones_changes_nothing(plain: Path) -> None:
     masks = {name: mask_BL for name in ("encoder_attention_mask", "audio_encoder_attention_mask")}
     denoiser.register_forward_pre_hook(lambda module, args, keys: (args, {**keys, **masks}), with_kwargs=True)
     torch.testing.assert_close(tiny_ltx2.whole(denoiser, ltx, features, x_t, t_B), bare, rtol=1e-4, atol=1e-5)
+
+
+def test_rotary_tables_may_be_interleaved(tmp_path: Path) -> None:
+    """The default of the stock class, which published models do not have."""
+    ltx = tiny_ltx2.pipeline(tiny_ltx2.write_folder(tmp_path, rope_type="interleaved"))
+    shape, features = (2, *ltx.latent_shape(32, 64, 5)), tiny_ltx2.features((5, 11))
+    batch = generic.Batch(features, normal(shape, 0, "x"), torch.tensor([0.2, 0.9]))
+    staged = generic.loaded(ltx)
+    found = generic.output(ltx, staged.layers, batch)
+    assert torch.equal(found, tiny_ltx2.whole(staged.denoiser, ltx, features, batch.x_t, batch.t_B))
 
 
 def test_the_model_is_told_the_frames_per_second_of_its_clips(plain: Path) -> None:

@@ -30,11 +30,13 @@ class Contents:
 
     Attributes:
         entries: of modules that the model has, each with its kind; None for whole differences of weights.
+        beside: names of modules that it has and that are not loaded.
         strangers: names of modules that it does not have.
         unread: names of tensors that belong to no kind of adapter that is known here.
     """
 
     entries: list[tuple[AdapterKind | None, Entry]] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)
     strangers: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
 
@@ -45,11 +47,13 @@ def contents(file: AdapterFile, names: ModelNames) -> Contents:
     spellings = Spellings(names)
     # Modules that diffusers and the publisher call by each other's names have those of the file's other modules.
     publishers = spellings.are_publishers(module for module, _ in tensors)
-    found = Contents(unread=unread)
+    found, beside = Contents(unread=unread), set(_modules_and_parameters(names.beside))
     for (module, kind), own in tensors.items():
         target = spellings.find(module, publishers)
         if target is None:
             found.strangers.append(module)
+        elif beside.issuperset(target.modules):
+            found.beside.append(module)
         else:
             found.entries.append((kind, Entry(module, target, own, file)))
     return found
@@ -96,9 +100,10 @@ class Spellings:
         self.with_dots: dict[str, list[Target | None]] = {}
         self.with_lines: dict[str, list[Target | None]] = {}
         self.whole: dict[str, Target] = {}
-        for name in _modules_and_parameters(names.shapes):
+        shapes = {**names.shapes, **names.beside}
+        for name in _modules_and_parameters(shapes):
             self._add_own(name)
-        for there, target in names.layout.targets(names.shapes) if names.layout else ():
+        for there, target in names.layout.targets(shapes) if names.layout else ():
             self._add(there, target, column=1)
 
     def find(self, name: str, publishers: bool) -> Target | None:

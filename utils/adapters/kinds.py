@@ -84,12 +84,14 @@ class ModelNames:
         modules: the modules that can be adapted or are adapted, by name.
         layout: their names in the publisher's files, which ComfyUI reads; None if they are not known.
         shapes: of all parameters, without those of an adapter, by name.
+        beside: the same of those that the model has and that are not loaded, as nothing that is trained needs them.
     """
 
     folder: str
     modules: Mapping[str, nn.Module]
     layout: FileLayout | None
     shapes: Mapping[str, tuple[int, ...]]
+    beside: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def has_parts(self) -> bool:

@@ -1,10 +1,11 @@
 """Reads adapter files of other programs and of earlier runs: as the factors of this run, or as updates of weights.
 
-Every tensor of a file is used, or named in an error.
+Every tensor of a file is used, or told: in an error, or in a warning if it is for what is not loaded of the model.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +18,8 @@ from utils.adapters.file_names import Contents, contents
 from utils.adapters.kinds import DORA_SCALE, AdapterFile, AdapterKind, Entry, ModelNames, Tensors, Update
 from utils.adapters.soundness import check_entry
 from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 OTHER_MARKS = {
@@ -69,7 +72,7 @@ def read_updates(path: Path, names: ModelNames) -> Mapping[str, Update]:
     """
     file = _read(path)
     found = contents(file, names)
-    if not (found.entries or found.strangers):
+    if not (found.entries or found.strangers or found.beside):
         known = ", ".join(kind.name for kind in adapters.available().values())
         raise UserError.of(
             f"no factors of an adapter that is known here ({known}) in this file, {_what_is_there(file)}", str(path)
@@ -148,11 +151,16 @@ def _checked(found: Contents, file: AdapterFile, path: Path) -> Contents:
             f"{_first(found.unread)}; leave them out of the file, or give another",
             str(path),
         )
+    if found.beside:
+        said = f"{_count(found.beside, found)} are for what is not loaded of this model, {_first(found.beside)}"
+        if not found.entries:
+            raise UserError.of(f"{said}; give an adapter of what is trained", str(path))
+        logger.warning("%s: %s; they are left out", path, said)
     return found
 
 
 def _count(names: Sequence[str], found: Contents) -> str:
-    modules = {*found.strangers, *(entry.name for _, entry in found.entries)}
+    modules = {*found.strangers, *found.beside, *(entry.name for _, entry in found.entries)}
     return f"{len(set(names))} of its {len(modules)} modules"
 
 

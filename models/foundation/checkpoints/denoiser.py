@@ -88,6 +88,10 @@ class DenoiserWeights:
         """What reads each tensor that a whole model needs and that is no part of the denoiser, by name."""
         return {}
 
+    def shapes_beside(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of these tensors."""
+        return {}
+
     def check_fit(self) -> None:
         """Whether the file has all tensors of this denoiser, and no others.
 
@@ -156,10 +160,12 @@ class PartialDenoiserWeights(DenoiserWeights):
     whole: Callable[[], nn.Module] = field(kw_only=True)
 
     def beside(self) -> Mapping[str, Callable[[], torch.Tensor]]:
-        own = dict(self.build_empty().named_parameters())
-        names = [name for name, _ in build_empty(self.whole).named_parameters() if name not in own]
         source = cache(self._source)
-        return {name: partial(self._beside, source, name) for name in names}
+        return {name: partial(self._beside, source, name) for name in self.shapes_beside()}
+
+    def shapes_beside(self) -> Mapping[str, tuple[int, ...]]:
+        own, whole = (dict(build_empty(one).named_parameters()) for one in (self.factory, self.whole))
+        return {name: tuple(parameter.shape) for name, parameter in whole.items() if name not in own}
 
     def _source(self) -> TensorSource:
         if self.seed is None:
