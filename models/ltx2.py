@@ -23,6 +23,7 @@ from models.foundation.checkpoints.denoiser import PartialDenoiserWeights
 from models.foundation.checkpoints.folders import TextPart
 from models.foundation.checkpoints.layouts.ltx2 import LTX2_LAYOUT
 from models.foundation.encoders.gemma3_connected import (
+    FOR_PICTURES,
     ConnectedFeatures,
     ConnectedGemma,
     connectors_config,
@@ -186,7 +187,7 @@ class LTX2Pipeline(LTXVideoPipeline):
     Options = LTX2Options
     denoiser_class = "LTX2VideoTransformer3DModel"
     config_keys = ("in_channels", "num_attention_heads", "attention_head_dim")
-    text_parts = (TextPart("gemma3", "Gemma3Model"),)
+    text_parts = (TextPart("gemma3", "Gemma3Model", vision=FOR_PICTURES),)
     media = MediaFacts(spatial=32, temporal=8, max_frames=481, fps=24.0)
     stream_type = LTX2Stream
     original_layout = LTX2_LAYOUT

@@ -127,13 +127,7 @@ class ConnectedGemma(TextEncoder):
         if not any(FOR_TEXT in name for name in tensors):
             own = {name.removeprefix(OF_ONE_FILE): one for name, one in tensors.items() if name.startswith(OF_ONE_FILE)}
             tensors = {f"{FOR_TEXT}{name}": one for name, one in own.items()}
-        if any(part in name for name in tensors for part in FOR_PICTURES):
-            return tensors
-        # transformers wants some, which take no memory.
-        device = "meta" if read is meta_tensors else "cpu"
-        zero = torch.zeros(1, dtype=self.dtype, device=device)
-        asked = super().empty().named_parameters()
-        return tensors | {name: zero.expand(one.shape) for name, one in asked if name.startswith(FOR_PICTURES)}
+        return tensors
 
     def _connectors(self, read: Callable[[Path, torch.dtype], dict[str, torch.Tensor]]) -> nn.Module:
         place, config = self.folder / CONNECTORS, connectors_config(self.folder)
