@@ -74,7 +74,6 @@ CLIPS = (
     ("wan", "2.1_i2v_14b"),
     ("wan", "2.2_i2v_a14b"),
     ("wan", "2.2_ti2v_5b"),
-    ("wan_vace", "2.1_14b"),
     ("hunyuan_video", "t2v"),
     ("hunyuan_video_15", "720p_t2v"),
     ("ltx_video", "2b_0.9.5"),

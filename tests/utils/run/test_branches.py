@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from tests.runs import metrics, only_run
 from tests.utils.run.test_damage import flip, none_of_other_run, save
@@ -111,6 +112,8 @@ def test_a_new_line_of_steps_lives_on_and_the_other_can_be_named(
     write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
+    # Files of one second are read in the order of their numbers as texts, in which 10 comes before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     keys = {"max_steps": 4, "checkpoint_every_n_steps": 1, "save_every_n_steps": 1}
     config = write_config(**keys)
     assert run_here(config)
