@@ -151,7 +151,7 @@ This page is generated from the tests. Each model, small and with random weights
 - *adapter*: the stock pipeline loads an exported LoRA, and training goes on from it;
 - *export*: what a full fine-tune exports is read again, in every layout;
 - *swapping*: blocks in the machine's memory change no bit;
-- *run*: `train.py` on two processes, from pictures to exports, and on from a checkpoint.
+- *run*: `train.py` on two processes, from pictures to exports and a checkpoint, which some types go on from.
 
 Rows with an indented name are variants, with the checks that show something beyond those of the type; where there is
 none, a file of tests of the model's own has what is left. *Publisher's files* are read and written by its own names, or

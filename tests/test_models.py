@@ -46,6 +46,9 @@ STEPS, STAGES = 2, 3
 LEARNING_RATE, CLIP_NORM = 1e-2, 1.0
 LENGTHS = (5, 11)
 SIZES = [(32, 48, 1), (64, 32, 1)]
+GONE_ON = ("anima", "flux3", "hidream", "ltx2", "sdxl", "wan")
+"""Types whose runs are gone on with: ensembles, losses of layers, parts that are not loaded, clips, and a plain one.
+All share the code of checkpoints, and of every type it is tested that adapters and weights are read again."""
 CAPTIONS = ["a hiker on a ridge", "", "two motorcycles and a dog " * 20]
 LORA_FILE, LORA_COMFYUI, DENOISER_COMFYUI = (
     "adapter_model.safetensors",
@@ -365,8 +368,8 @@ def test_swapping_blocks_changes_no_bit(model: Model) -> None:
 
 
 def test_a_folder_of_pictures_trains(model: Model, write_config: Callable[..., Path], pictures: Path) -> None:
-    """Plan, cache, evaluation and samples on two stages; then a stop, and going on where both are one. All that is
-    evaluated has one shape, and is one micro-batch."""
+    """Plan, cache, evaluation and samples on two stages; then a stop, and for some types going on where both are one.
+    All that is evaluated has one shape, and is one micro-batch."""
     data = getattr(model.tiny, "dataset_of", lambda pictures: {})(pictures)
     config = write_config(data={**data, "enable_ar_bucket": False})
     seen = config.with_name("data.toml").rename(config.with_name("seen.toml"))
@@ -386,11 +389,15 @@ def test_a_folder_of_pictures_trains(model: Model, write_config: Callable[..., P
     codes, log = launch(config, processes=2)
     assert codes == [0, 0], log
     assert "estimated memory per rank" in log and "cannot be counted" not in log
-    codes, log = launch(write_config(**keys, max_steps=6, pipeline_stages=1), "--resume_from_checkpoint")
-    assert codes == [0], log
-    assert "encoded=0" in log
+    steps = 3
+    if model.name in GONE_ON:
+        steps = 6
+        codes, log = launch(write_config(**keys, max_steps=steps, pipeline_stages=1), "--resume_from_checkpoint")
+        assert codes == [0], log
+        assert "encoded=0" in log
     run = only_run(config)
-    assert list(metrics(run, "train/loss")) == list(range(1, 7))
+    assert list(metrics(run, "train/loss")) == list(range(1, steps + 1))
     losses = metrics(run, "seen/loss")
-    assert list(losses) == [0, 3, 6] and losses[6] < losses[0]
-    assert len(list((run / "samples" / "step000006").iterdir())) >= 1
+    assert list(losses) == list(range(0, steps + 1, 3)) and losses[steps] < losses[0]
+    assert len(list((run / "samples" / f"step{steps:06}").iterdir())) >= 1
+    assert (run / "global_step3").is_dir()

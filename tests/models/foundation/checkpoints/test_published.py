@@ -151,11 +151,13 @@ def shapes() -> dict[str, frozenset]:
     return found
 
 
+@pytest.mark.xdist_group("published")
 def test_published_denoisers_have_their_size(shapes: dict[str, frozenset]) -> None:
     counted = {name: round(sum(shape.numel() for _, shape in one) / 1e9, 2) for name, one in shapes.items()}
     assert counted == BILLIONS
 
 
+@pytest.mark.xdist_group("published")
 def test_what_the_denoisers_tensors_do_not_tell_is_known(shapes: dict[str, frozenset]) -> None:
     alike: dict[frozenset, set[str]] = {}
     for name, one in shapes.items():
