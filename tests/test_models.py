@@ -26,13 +26,13 @@ from models.assembly.prompts import prompt_encoders
 from models.assembly.stage import StagedModel, load_stage
 from models.base import BasePipeline
 from models.foundation.encoders.vae import distribution_of
+from tests.models.batches import Batch, batch_of, micro_batches, sizes_of
 from tests.models.drawn_samples import draw_samples
 from tests.models.tiny_folder import MASKED, VARIANTS, encoded, settings_of, tiny
 from tests.processes import run_ranks
 from tests.runs import COLOURS, launch, metrics, only_run
 from utils.adapters.lora import LoraSettings
 from utils.diffusion.auxiliary import Output
-from utils.diffusion.losses import Labels
 from utils.diffusion.seeds import normal
 from utils.parallel.attention import set_kernels
 from utils.parallel.partition import repeated_blocks
@@ -44,8 +44,8 @@ from utils.settings.schema import AdapterSettings, SamplingSettings
 
 STEPS, STAGES = 2, 3
 LEARNING_RATE, CLIP_NORM = 1e-2, 1.0
-LENGTHS = (5, 11)
-SIZES = [(32, 48, 1), (64, 32, 1)]
+RANKS = (None, 4)
+"""A model is trained in full, and as a LoRA of a rank."""
 GONE_ON = ("anima", "flux3", "hidream", "ltx2", "sdxl", "wan")
 """Types whose runs are gone on with: ensembles, losses of layers, parts that are not loaded, clips, and a plain one.
 All share the code of checkpoints, and of every type it is tested that adapters and weights are read again."""
@@ -90,26 +90,6 @@ def loaded(pipeline: BasePipeline, adapter: AdapterSettings | None = None) -> St
     return load_stage(pipeline, settings_of(pipeline, adapter), stage=0)
 
 
-class Batch(NamedTuple):
-    """Two noised latents with texts of unequal lengths."""
-
-    features: dict[str, torch.Tensor]
-    x_t: torch.Tensor
-    t_B: torch.Tensor
-
-
-def batch_of(model: Model, pipeline: BasePipeline, size: tuple[int, int, int]) -> Batch:
-    shape = (2, *pipeline.latent_shape(*size))
-    t_B = torch.tensor([0.2513, 0.913])
-    return Batch(features_of(model.tiny, shape), normal(shape, 0, "x"), t_B)
-
-
-def features_of(tiny: ModuleType, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Random features of a batch of latents of this shape, with texts of unequal lengths."""
-    of_pictures = getattr(tiny, "features_of_pictures", lambda latent_shape: {})
-    return tiny.features(LENGTHS) | of_pictures(shape[1:])
-
-
 def output(pipeline: BasePipeline, layers: list[nn.Module], batch: Batch) -> torch.Tensor:
     """What the layers in a row give in evaluation."""
     stream = pipeline.prepare_inputs(batch.features, batch.x_t, batch.t_B)
@@ -144,10 +124,6 @@ def test_no_mask_meets_cudnns_attention(model: Model) -> None:
             stream = run_layer(layer.eval(), stream)
     assert True not in masks.allowed
     assert masks.allowed or model.name not in MASKED
-
-
-def sizes_of(model: Model) -> list[tuple[int, int, int]]:
-    return getattr(model.tiny, "SIZES", SIZES)
 
 
 @pytest.mark.parametrize("number", range(2))
@@ -290,30 +266,24 @@ def test_all_weights_are_read_from_what_was_exported(model: Model, tmp_path: Pat
             assert torch.equal(parameter, other), (source.name, name)
 
 
-def micro_batches(model: Model, pipeline: BasePipeline, step: int) -> list[tuple[Any, Labels]]:
-    """What a step trains: two shapes, and texts of unequal lengths."""
-    batches = []
-    for size in sizes_of(model):
-        shape = (2, *pipeline.latent_shape(*size))
-        x_t, target = normal(shape, step, "x", *size), normal(shape, step, "target", *size)
-        t_B = torch.tensor([0.2 + 0.1 * step, 0.9])
-        inputs = pipeline.prepare_inputs(features_of(model.tiny, shape), x_t, t_B)
-        batches.append((inputs, Labels(target, torch.ones(2, *[1] * (len(shape) - 1)))))
-    return batches
-
-
 def adapter_of(rank: int | None) -> AdapterSettings | None:
     return LoraSettings(type="lora", rank=rank) if rank else None
 
 
-def train(ranks: Ranks, name: str, folder: Path, rank: int | None) -> list[float]:
-    """Job of a rank: losses and gradient norms of some steps; each rank is a stage, in which blocks are recomputed."""
+def train(ranks: Ranks, name: str, folder: Path) -> list[list[float]]:
+    """Job of a rank, which is a stage, in which blocks are recomputed: what `steps_of` gives, in full and as a LoRA."""
     from utils.parallel.backend import initialize_deepspeed
-    from utils.parallel.engine import Engine
-    from utils.parallel.pipeline import DenoiserPipeline
 
     initialize_deepspeed()
     ranks, model = ranks.with_stages(ranks.world_size), Model(name, folder, tiny(name))
+    return [steps_of(ranks, model, rank) for rank in RANKS]
+
+
+def steps_of(ranks: Ranks, model: Model, rank: int | None) -> list[float]:
+    """Losses and gradient norms of some steps."""
+    from utils.parallel.engine import Engine
+    from utils.parallel.pipeline import DenoiserPipeline
+
     pipeline = model.pipeline()
     cut = {"pipeline_stages": ranks.stages, **getattr(model.tiny, "CUT", {})}
     staged = load_stage(pipeline, settings_of(pipeline, adapter_of(rank), **cut), ranks.stage)
@@ -355,16 +325,17 @@ def train_plainly(model: Model, rank: int | None, *, swapped: bool = False) -> l
     return numbers
 
 
-@pytest.mark.parametrize("rank", [None, 4], ids=["full", "lora"])
-def test_stages_and_recomputing_change_nothing(model: Model, rank: int | None) -> None:
-    reference = reference_of(model, rank)
-    assert len({round(number, 5) for number in reference}) == 2 * STEPS, "a model that learns nothing shows nothing"
-    for numbers in run_ranks(train, STAGES, model.name, model.folder, rank):
-        assert numbers == pytest.approx(reference, rel=2e-5)
+def test_stages_and_recomputing_change_nothing(model: Model) -> None:
+    for made in run_ranks(train, STAGES, model.name, model.folder):
+        for numbers, rank in zip(made, RANKS, strict=True):
+            reference = reference_of(model, rank)
+            assert len({round(one, 5) for one in reference}) == 2 * STEPS, "a model that learns nothing shows nothing"
+            assert numbers == pytest.approx(reference, rel=2e-5), "in full" if rank is None else "as a LoRA"
 
 
 def test_swapping_blocks_changes_no_bit(model: Model) -> None:
-    assert train_plainly(model, 4, swapped=True) == reference_of(model, 4)
+    _, rank = RANKS
+    assert train_plainly(model, rank, swapped=True) == reference_of(model, rank)
 
 
 def test_a_folder_of_pictures_trains(model: Model, write_config: Callable[..., Path], pictures: Path) -> None:

@@ -70,7 +70,10 @@ class Known(NamedTuple):
 
     def read(self, tensors: Tensors, place: Path, metadata: Mapping[str, str] | None = None) -> Mapping[str, Update]:
         save_file(tensors, place / "adapter.safetensors", dict(metadata or {}))
-        updates = read_updates(place / "adapter.safetensors", self.names)
+        return self.read_file(place / "adapter.safetensors")
+
+    def read_file(self, file: Path) -> Mapping[str, Update]:
+        updates = read_updates(file, self.names)
         presets.check_fits(self.denoiser, updates, "")
         return updates
 

@@ -90,10 +90,11 @@ def test_an_adapter_of_another_model_is_refused(known: Callable[[str], Known], m
             tensors |= lora(
                 spelled(prefix, chosen.own(module)), chosen.names.shapes[f"{module}.weight"], ENDINGS["peft"]
             )
+        save_file(tensors, tmp_path / "adapter.safetensors")
         for other in models.available():
             if other != model and {model, other} not in SHARED_NAMES:
                 with pytest.raises(UserError, match="of its .* modules are not this model's|of [0-9]+ fit"):
-                    known(other).read(tensors, tmp_path)
+                    known(other).read_file(tmp_path / "adapter.safetensors")
 
 
 @each_model

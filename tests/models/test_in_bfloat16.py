@@ -9,6 +9,7 @@ import torch
 
 import models
 from tests import test_models as generic
+from tests.models.batches import batch_of, sizes_of
 from tests.models.tiny_folder import tiny
 
 
@@ -17,7 +18,7 @@ def test_it_computes_in_bfloat16(name: str, tmp_path: Path) -> None:
     """Within its rounding, and with gradients: parameters that stay float32 must not meet others unconverted."""
     model = generic.Model(name, tiny(name).write_folder(tmp_path), tiny(name))
     exact, rounded = model.pipeline(), model.pipeline(dtype="bfloat16")
-    batch = generic.batch_of(model, exact, generic.sizes_of(model)[0])
+    batch = batch_of(model, exact, sizes_of(model)[0])
     with torch.no_grad():
         expected = generic.output(exact, generic.loaded(exact).layers, batch)
     result = generic.output(rounded, generic.loaded(rounded).layers, batch)

@@ -19,6 +19,7 @@ from models.foundation.layers.given import loss_weights
 from models.ltx2 import OF_SOUND
 from tests import test_models as generic
 from tests.models import tiny_ltx2, tiny_ltx2_3
+from tests.models.batches import Batch
 from tests.models.tiny_folder import encoded, settings_of
 from utils.adapters.lora import LoraSettings
 from utils.diffusion.seeds import normal
@@ -217,7 +218,7 @@ def test_rotary_tables_may_be_interleaved(tmp_path: Path) -> None:
     """The default of the stock class, which published models do not have."""
     ltx = tiny_ltx2.pipeline(tiny_ltx2.write_folder(tmp_path, rope_type="interleaved"))
     shape, features = (2, *ltx.latent_shape(32, 64, 5)), tiny_ltx2.features((5, 11))
-    batch = generic.Batch(features, normal(shape, 0, "x"), torch.tensor([0.2, 0.9]))
+    batch = Batch(features, normal(shape, 0, "x"), torch.tensor([0.2, 0.9]))
     staged = generic.loaded(ltx)
     found = generic.output(ltx, staged.layers, batch)
     assert torch.equal(found, tiny_ltx2.whole(staged.denoiser, ltx, features, batch.x_t, batch.t_B))

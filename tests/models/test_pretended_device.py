@@ -20,9 +20,9 @@ from torch.nn import functional
 import models
 from models.assembly.stage import StagedModel, load_stage
 from models.base import BasePipeline
+from tests.models.batches import SIZES, features_of
 from tests.models.tiny_folder import VARIANTS, settings_of, tiny
 from tests.pretended_device import DEVICE, PretendedDevice, PretendedTransfers
-from tests.test_models import SIZES, features_of
 from utils.adapters.lokr import LokrSettings
 from utils.adapters.lora import LoraSettings
 from utils.diffusion.auxiliary import Output

@@ -18,9 +18,10 @@ from models.assembly.kept import weight_bytes
 from models.assembly.stage import StagedModel, load_stage, partition
 from models.base import BasePipeline
 from tests.models import tiny_flux, tiny_wan
+from tests.models.batches import batch_of, micro_batches, sizes_of
 from tests.models.tiny_folder import settings_of, tiny
 from tests.processes import run_ranks
-from tests.test_models import Model, batch_of, micro_batches, output, sizes_of
+from tests.test_models import Model, output
 from utils.adapters import attach
 from utils.adapters.lokr import LokrSettings
 from utils.adapters.lora import LoraSettings

@@ -15,6 +15,7 @@ from torch import nn
 from optimizers.parameter_groups import groups_of
 from tests import test_models as generic
 from tests.models import tiny_sd15, tiny_sdxl, tiny_sdxl_texts
+from tests.models.batches import batch_of
 from tests.models.unet_models import (
     CAPTIONS,
     STOCK,
@@ -98,7 +99,7 @@ def test_an_adapter_of_all_parts_is_loaded_by_the_stock_pipeline(
     texts_model: generic.Model, tmp_path: Path, convolutions: bool, file: str
 ) -> None:
     pipeline, adapter = texts_model.pipeline(), lora(convolutions=convolutions)
-    batch = generic.batch_of(texts_model, pipeline, (64, 64, 1))
+    batch = batch_of(texts_model, pipeline, (64, 64, 1))
     staged = moved(pipeline, tmp_path, adapter)
     expected = generic.output(pipeline, staged.layers, batch)
     stock = texts_model.stock()

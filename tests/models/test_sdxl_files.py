@@ -16,6 +16,7 @@ from models.assembly.stage import load_stage
 from models.foundation.checkpoints import published
 from tests import test_models as generic
 from tests.models import tiny_sd15, tiny_sdxl, tiny_sdxl_texts
+from tests.models.batches import batch_of
 from tests.models.tiny_folder import settings_of
 from tests.models.unet_models import (
     CAPTIONS,
@@ -176,7 +177,7 @@ def test_the_publishers_names_in_a_lora_are_read(folders: dict[str, Path], tmp_p
     stock = STOCK["sdxl"].from_pretrained(folders["sdxl"])
     stock.load_lora_weights(tmp_path, weight_name="publishers.safetensors")
     again = loaded(pipeline, lora(convolutions=True, init_from_existing=tmp_path / "publishers.safetensors"))
-    batch = generic.batch_of(generic.Model("sdxl", folders["sdxl"], tiny_sdxl), pipeline, (64, 64, 1))
+    batch = batch_of(generic.Model("sdxl", folders["sdxl"], tiny_sdxl), pipeline, (64, 64, 1))
     expected = tiny_sdxl.whole(stock.unet.eval(), pipeline, batch.features, batch.x_t, batch.t_B)
     torch.testing.assert_close(generic.output(pipeline, again.layers, batch), expected, rtol=1e-4, atol=1e-5)
 
@@ -187,7 +188,7 @@ def test_an_adapter_is_fused_as_a_preset(folders: dict[str, Path], tmp_path: Pat
     """Convolutions too, which are not adapted in the run that fuses them."""
     model = generic.Model("sdxl", folders["sdxl"], tiny_sdxl)
     pipeline = model.pipeline()
-    batch = generic.batch_of(model, pipeline, (64, 64, 1))
+    batch = batch_of(model, pipeline, (64, 64, 1))
     staged = moved(pipeline, tmp_path, lora(convolutions=True))
     expected = generic.output(pipeline, staged.layers, batch)
     fused = loaded(model.pipeline(preset_adapters=[{"path": tmp_path / file, "fused": True}]))

@@ -14,8 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from models.assembly.operations import LayerOperations, count_operations, counter
 from models.assembly.stage import load_stage
+from tests.models.batches import batch_of
 from tests.models.tiny_folder import settings_of, tiny
-from tests.test_models import Model, batch_of
+from tests.test_models import Model
 from utils.adapters.lora import LoraSettings
 from utils.diffusion.auxiliary import Output
 from utils.parallel.wire import map_tensors
