@@ -23,6 +23,7 @@ from models.foundation.checkpoints.folders import (
     problems_of,
 )
 from models.foundation.checkpoints.sd_single_file import (
+    MARKS,
     UNET,
     CheckpointLayout,
     open_clip_to_original,
@@ -170,6 +171,7 @@ class StableDiffusionPipeline(PicturePipeline):
     def __init__(self, options: StableDiffusionOptions, seed: int = 0):
         # Done here, so that everything else only has to ask the options where a part is.
         super().__init__(with_parts_of_checkpoint(options, self.text_parts), seed)
+        self._given = options.model_fields_set
 
     def text_features(self) -> dict[str, Any]:
         """The fields of `ClipFeatures` that differ from their defaults."""
@@ -269,6 +271,9 @@ class StableDiffusionPipeline(PicturePipeline):
 
     def remarks(self) -> Iterator[tuple[str, str]]:
         yield from super().remarks()
+        for mark, (option, value) in MARKS.items():
+            if option not in self._given and getattr(self.options, option) == value:
+                yield option, f"taken as {str(value).lower()}: the checkpoint has the mark `{mark}`"
         frozen = [part.lr_option for part in self.text_parts if part not in self.trained_texts]
         if unsaid := [option for option in frozen if option not in self.options.model_fields_set]:
             yield (

@@ -128,6 +128,7 @@ def test_what_the_model_predicts_is_told_in_its_checkpoint(folders: dict[str, Pa
     of_v, of_epsilon = (tmp_path / name / generic.DENOISER_COMFYUI for name in ("v", "epsilon"))
     read = tiny_sdxl.pipeline(folders["sdxl"], transformer_path=of_v)
     assert read.objective.kind == "v" and read.objective.schedule.zero_terminal_snr
+    assert ("prediction_type", "taken as v_prediction: the checkpoint has the mark `v_pred`") in list(read.remarks())
     assert tiny_sdxl.pipeline(folders["sdxl"], transformer_path=of_epsilon).objective.kind == "epsilon"
     meant = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
     assert tiny_sdxl.pipeline(folders["sdxl"], transformer_path=of_v, **meant).objective.kind == "epsilon"

@@ -38,6 +38,7 @@ NOTES = (INDEX_KEY, "marked_by", "note")
 OF_SENTENCEPIECE = ("T5Tokenizer", "GemmaTokenizer")
 OF_PICTURES = ("processor", "feature_extractor")
 """Ends of the names of parts that prepare pictures for an encoder."""
+TOKENIZERS = "[model] tokenizer_path"
 SETTINGS = "tokenizer_config.json"
 OF_TOKENIZERS = (".json", ".txt", ".model", ".jinja")
 VOCABULARY_TENSOR = "spiece_model"
@@ -123,6 +124,11 @@ def without_folder(options: ModelSettings, pipeline_of: Callable[[ModelSettings]
     inside = [part for part in bare.text_parts if part.root is None]
     tokenizers = {part.tokenizer: _tokenizer(part, bare, chosen) for part in inside}
     tokenizers |= {name: _further(name, part, bare, chosen) for part in inside for name in part.further_tokenizers}
+    given = options.tokenizer_path
+    if given is not None and not any(has_vocabulary(folder) for folder in (given, *given.glob("*/"))):
+        raise UserError.of(
+            f"{given} has no tokenizer in it: name the folder with the tokenizers' folders", where=TOKENIZERS
+        )
     logger.info("the files are taken as `%s` of configs/%s", chosen.name, options.type)
     if chosen.note:
         logger.warning("[model] architecture: %s", chosen.note)

@@ -313,6 +313,9 @@ def test_tokenizers_lie_where_users_have_them(files: Path, tmp_path: Path) -> No
         return built(files, **keys).encoders()[2].tokenizer.get_vocab()
 
     asked = words()
+    # A folder that gives nothing is not passed over for what lies beside the files.
+    (tmp_path / "none").mkdir()
+    assert "none has no tokenizer in it" in told(files, tokenizer_path=tmp_path / "none")
     given, beside = tmp_path / "given", files / "text_encoder_2"
     shutil.copytree(files / "tokenizer", given / "clip")
     shutil.move(files / "tokenizer_2", given / "t5")
