@@ -192,7 +192,9 @@ def _optimizer(settings: Settings, pipeline: BasePipeline, staged: StagedModel) 
     own = [pipeline.learning_rate(name) for name in staged.trained(staged.layers)]
     rates = [f"{rate:g}" for rate in dict.fromkeys(given if rate is None else rate for rate in own)]
     by_part = " by part" if len(rates) > 1 else ""
-    warm_up = f", after {settings.warmup_steps} steps of warm-up" if settings.warmup_steps else ""
+    warmup = settings.warmup_steps
+    length = f"{100 * warmup:g} % of the" if isinstance(warmup, float) else warmup
+    warm_up = f", after {length} steps of warm-up" if warmup else ""
     return f"{name}, lr {', '.join(rates)}{by_part}, {settings.lr_scheduler}{warm_up}"
 
 

@@ -18,7 +18,7 @@ from models.assembly.prompts import check_encoders
 from models.assembly.stage import StagedModel, load_existing_adapter, partition, read_presets
 from models.base import BasePipeline
 from models.foundation.checkpoints.folders import problems_of
-from optimizers.schedules import warn_of_warmup
+from optimizers import schedules
 from utils.collector import without_collector
 from utils.dataset.collection import (
     Collection,
@@ -75,7 +75,7 @@ def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline, trains: 
 
 
 def check_optimizer(settings: Settings, ranks: Ranks) -> None:
-    """Whether the optimizer can run where it is to run.
+    """Whether the optimizer can run where it is to run, and its rates follow a schedule that there is.
 
     Raises:
         UserError: it cannot; says why, and what to do.
@@ -86,6 +86,7 @@ def check_optimizer(settings: Settings, ranks: Ranks) -> None:
         reason = "the processor takes the steps of swapped blocks of a full fine-tune: "
         optimizers.check(settings.optimizer, "cpu", reason)
     optimizers.check(settings.optimizer, ranks.device.type)
+    schedules.check(settings)
 
 
 @without_collector()
@@ -175,7 +176,7 @@ def describe(
     check_data(pipeline, collections)
     told = shortfalls(with_truncated(collections, encoders, lambda: None))
     epochs = plan.epochs_of(settings, ranks, pipeline, collections[0].samples)
-    warn_of_warmup(settings, last_step_of(settings, epochs, Progress()))
+    schedules.warn_of_warmup(settings, last_step_of(settings, epochs, Progress()))
     trained, evaluated = plan.buckets_of(collections[0]), plan.buckets_of(*collections[1:])
     planner = Planner(settings, pipeline, staged, encoders, trained, ranks.data_ranks, evaluated)
     cache_dir = cache_folder(settings, [collection.source for collection in collections])

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from optimizers.schedules import learning_rates, warn_of_warmup
+from optimizers.schedules import Schedule, warn_of_warmup
 from utils.dataset.batches import TrainingBatches
 from utils.dataset.epochs import Epochs
 from utils.errors import UserError
@@ -83,6 +83,7 @@ class Trainer:
             self.parts.stop.time.state_bytes = 3 * sum(p.nbytes for p in self.parts.parameters.values())
         self.first_step = self.progress.step
         self.last_step = last_step_of(settings, self.epochs, self.progress)
+        self._schedule = Schedule(settings, self.last_step)
 
     @property
     def epochs(self) -> Epochs:
@@ -104,7 +105,7 @@ class Trainer:
         started = time.monotonic()
         step, groups = self.progress.step, self.parts.optimizer.param_groups
         bases = [self.parts.settings.optimizer.lr, *(group["initial_lr"] for group in groups)]
-        lr, *lrs = learning_rates(step, bases, self.parts.settings, self.last_step)
+        lr, *lrs = self._schedule.learning_rates(step, bases)
         for group, own in zip(groups, lrs, strict=True):
             group["lr"] = own
         watch = self.parts.stop.watch

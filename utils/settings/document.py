@@ -222,7 +222,7 @@ def _type_words(annotation: Any, several: bool = False) -> str:
         return f"array{'s' if several else ''} of {_type_words(inner[0], several=True)}"
     if origin is tuple:
         return f"[{', '.join(map(_type_words, inner))}]"
-    if origin is dict:
+    if origin is dict and inner[1] is not Any:
         return f"{_TABLE[several]} of {_type_words(inner[1], several=True)}"
     return _TYPES.get(annotation, _TABLE)[several]
 

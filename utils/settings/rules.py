@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from utils.errors import Problem
+from utils.settings.lr_schedules import NEEDED_BY, OTHERS, USED_BY, name_of
 from utils.settings.model_schema import QuantisedType
 from utils.settings.paths import missing, unwritable
 from utils.settings.schema import Settings
@@ -294,6 +295,20 @@ def _is_used(key: str, chooser: str, values: tuple[str, ...]) -> SettingsRule:
     return SettingsRule((f"model.{key}", f"model.{chooser}"), check)
 
 
+def _schedule_uses(key: str) -> SettingsRule:
+    """A key with its default value is allowed anywhere, because resolved settings contain every key."""
+
+    def check(settings: Settings, _: int) -> Iterator[Problem]:
+        value, users, name = getattr(settings, key), USED_BY[key], name_of(settings.lr_scheduler)
+        if value != Settings.model_fields[key].default and name not in users:
+            fitting = " or ".join(user if user == OTHERS else f'"{user}"' for user in users)
+            yield _at(f"key `{key}`", f"is for lr_scheduler = {fitting} only; set that, or leave this out")
+        if value is None and name in NEEDED_BY.get(key, ()):
+            yield _at(f"key `{key}`", f'is needed by lr_scheduler = "{name}"; add it')
+
+    return SettingsRule((key, "lr_scheduler"), check)
+
+
 def _discount_has_levels(settings: Settings, _: int) -> Iterator[Problem]:
     if _is_changed(settings, "multires_noise_discount") and not settings.model.multires_noise_iterations:
         yield _at(
@@ -336,6 +351,7 @@ _RULES = (
     SettingsRule(("model.transformer_dtype", "adapter"), _quantised_base_has_adapter),
     SettingsRule(("model.shift", "model.flux_shift"), _one_shift),
     *(_is_used(key, *chosen) for keys, chosen in USED_WITH.items() for key in keys),
+    *(_schedule_uses(key) for key in USED_BY),
     SettingsRule(("model.multires_noise_discount", "model.multires_noise_iterations"), _discount_has_levels),
     SettingsRule(("regularisation_target", "adapter"), _parent_is_kept),
     SettingsRule(("regularisation_target", "model.folded_guidance"), _one_teacher),

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationInfo, field_validator
 
 from utils.settings.deepspeed_keys import DeepSpeedConfig
+from utils.settings.lr_schedules import LrScheduler
 from utils.settings.model_schema import DType, ModelSettings
 from utils.settings.values import (
     Count,
@@ -19,6 +20,7 @@ from utils.settings.values import (
     Positive,
     SettingsTable,
     Share,
+    Steps,
     SwappedBlocks,
     UserPath,
     ZeroStage,
@@ -209,10 +211,27 @@ class Settings(SettingsTable):
     """Micro-batches of one optimizer step."""
     gradient_clipping: NotNegative = 1.0
     """Largest norm of the gradient of the whole model; 0 for no limit."""
-    warmup_steps: Natural = 0
-    """Steps in which the learning rate rises to its full value."""
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after warm-up: constant, or falling to 0 at the last step."""
+    warmup_steps: Steps = 0
+    """Steps in which the learning rate rises to its full value; below 1 the fraction of all steps, as in 0.05."""
+    lr_scheduler: LrScheduler = "constant"
+    """Learning rate after warm-up: constant, or falling until the last step of the run; in steps of the optimizer,
+    however many GPUs there are. "wsd" is constant and falls at the end alone. Also the dotted path of a schedule of
+    torch, or of one with its interface, which begins after warm-up."""
+    lr_min_ratio: Share = 0.0
+    """Fraction of the learning rate to which a schedule falls at most."""
+    lr_num_cycles: Count = 1
+    """Times that "cosine_with_restarts" falls."""
+    lr_power: Positive = 1.0
+    """The power of "polynomial": 1 is "linear"."""
+    lr_decay_steps: Steps | None = None
+    """Steps at the end in which "wsd" falls; below 1 the fraction of the steps after warm-up."""
+    lr_step_size: Count | None = None
+    """Steps after which "step" multiplies the learning rate by `lr_gamma`, each time."""
+    lr_gamma: Positive | None = None
+    """Factor of "step", and of "exponential" at every step, as in 0.999."""
+    lr_scheduler_args: dict[str, Any] = {}
+    """Arguments of a schedule that is given by its path. The number of steps (`T_max`, `total_steps` or
+    `num_training_steps`) is filled in where it is not given."""
     force_constant_lr: Positive | None = None
     """Use this learning rate at every step, instead of warm-up, schedule and the checkpoint's value."""
     eval_datasets: Annotated[

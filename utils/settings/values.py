@@ -97,6 +97,10 @@ Duration = Annotated[
 Share = Annotated[float, Field(ge=0, lt=1)]
 Part = Annotated[float, Field(ge=0, le=1)]
 """A fraction, 1 included."""
+Steps = Annotated[
+    Natural | Annotated[float, Field(gt=0, lt=1)],
+    or_else("must be a number of steps as in 100, or a fraction of them as in 0.05"),
+]
 # TOML has neither paths nor tuples: these two alone are converted, from a text and from an array.
 UserPath = Annotated[Path, Field(strict=False), AfterValidator(_at_home)]
 Pair = Annotated[tuple[Count, Count], Field(strict=False)]
