@@ -52,10 +52,15 @@ class AdamW(torch.optim.Optimizer):
     Args:
         params: parameters, or groups of them.
         lr, betas, eps, weight_decay: as torch's.
+
+    Attributes:
+        found_inf: with a 1 in it, a step changes nothing; see torch's GradScaler.
     """
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._step_supports_amp_scaling = True
+        self.found_inf: torch.Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
@@ -86,6 +91,8 @@ class AdamW(torch.optim.Optimizer):
             target.stride() == gradient.stride() == state["exp_avg"].stride()
             for target, gradient, state in zip(targets, gradients, states, strict=True)
         )
+        if not fused and self.found_inf is not None and self.found_inf.item():
+            return
         for state, target in zip(states, targets, strict=True):
             state["step"] = state["step"].to(target.device) if fused else state["step"].cpu()
         adamw(
@@ -103,6 +110,7 @@ class AdamW(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
             fused=fused,
+            found_inf=self.found_inf if fused else None,
         )
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:

@@ -227,6 +227,7 @@ def _engine(
         optimizer,
         accumulation=settings.gradient_accumulation_steps,
         clip_norm=settings.gradient_clipping,
+        clip_by=settings.gradient_clipping_by,
         teacher=teacher_of(pipeline, settings, staged),
         float32_gradients=sums_in_float32(settings),
         shares=shares,

@@ -82,3 +82,28 @@ def test_small_steps_are_not_lost() -> None:
         moved[name] = (1 - weight.float()).mean().item()
     assert moved["torchs"] == 0
     assert 0.003 < moved["ours"] < 0.007
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_with_found_inf_changes_nothing(dtype: torch.dtype, fused: bool) -> None:
+    """As torch's GradScaler asks of its optimizers. The fused kernel takes no gradient that lies in another order."""
+    torch.manual_seed(0)
+    parameters = {skips: torch.nn.Parameter(torch.ones(4, 6).t().to(dtype)) for skips in (True, False)}
+    optimizers = {
+        skips: AdamW([parameter], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+        for skips, parameter in parameters.items()
+    }
+    for step in range(3):
+        gradient = torch.randn(6, 4).to(dtype)
+        for skips, parameter in parameters.items():
+            if step == 1 and not skips:
+                continue
+            laid = torch.empty_like(parameter) if fused else torch.empty(6, 4, dtype=dtype)
+            parameter.grad = laid.copy_(gradient if step != 1 else torch.nan)
+            optimizers[skips].found_inf = torch.tensor(float(step == 1))
+            optimizers[skips].step()
+    assert torch.equal(parameters[True], parameters[False]) and not torch.equal(parameters[True], torch.ones(6, 4))
+    states = [optimizers[skips].state[parameter] for skips, parameter in parameters.items()]
+    assert states[0].keys() == states[1].keys() and states[0]["step"] == 2
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])

@@ -6,7 +6,7 @@ What differs from `deepspeed.runtime.pipe.engine.PipelineEngine` of 0.19.8, each
 - every received tensor gets a buffer of its own type and shape (the stock pool confuses types from three stages on);
 - the stream may change its shape from micro-batch to micro-batch; only tensors that require a gradient get one
   (`wire.py`);
-- the gradient norm covers all stages, not only the first;
+- the gradient norm covers all stages, not only the first, and a step is left out whose norm is not finite;
 - a stage without trainable parameters trains;
 - gradients of 16-bit parameters may be summed in float32;
 - a stage does not wait until what it sends has arrived, nor for one tensor after another;
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import torch
@@ -33,10 +34,12 @@ from utils.diffusion.auxiliary import Output
 from utils.parallel import wire
 from utils.parallel.backend import told
 from utils.parallel.breakdown import Breakdown
+from utils.parallel.clipping import Clipping, gradient_norms
 from utils.parallel.pipeline import DenoiserPipeline
 from utils.parallel.sharding import Shares
 from utils.parallel.teacher import Teacher
 from utils.settings.deepspeed_keys import DeepSpeedSettings
+from utils.settings.values import ClipBy
 
 NEVER = 10**9
 MicroBatch = tuple[Any, ...]
@@ -46,7 +49,8 @@ for a teacher."""
 
 @dataclass(frozen=True)
 class StepResult:
-    """Means over the micro-batches and data ranks, and the norm of the gradient before clipping.
+    """Means over the micro-batches and data ranks, and the norm of the gradient before clipping. If the norm is no
+    finite number, the step was not taken.
 
     Attributes:
         loss: of the prediction.
@@ -62,6 +66,7 @@ class Engine(PipelineEngine):
     """Trains, evaluates and predicts with one stage of a `DenoiserPipeline`; see the module for what it corrects.
 
     Args:
+        clip_norm, clip_by: see `Clipping`.
         float32_gradients: sum the gradients of 16-bit parameters in float32, since in their own type what later
             micro-batches add to a large sum is lost. The optimizer must take them so.
         shares: which of the parameters `optimizer` steps; default: all that the stage trains.
@@ -75,6 +80,7 @@ class Engine(PipelineEngine):
         *,
         accumulation: int,
         clip_norm: float,
+        clip_by: ClipBy = "norm",
         teacher: Teacher | None = None,
         float32_gradients: bool = False,
         shares: Shares | None = None,
@@ -113,7 +119,7 @@ class Engine(PipelineEngine):
         if deepspeed.wall_clock_breakdown:
             self._breakdown = Breakdown(self.device, None if self.grid.get_data_parallel_rank() else self.stage_id)
             self._INSTRUCTION_MAP = self._breakdown.timed(self._INSTRUCTION_MAP)
-        self.clip_norm = clip_norm
+        self._clipping = Clipping(clip_norm, clip_by)
         self.teacher = teacher
         self._grad_norm = torch.zeros(())
         self._forward_count = 0
@@ -349,31 +355,27 @@ class Engine(PipelineEngine):
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         self._grad_norm = self._clip()
-        self._shares.before_step()
-        super()._take_model_step(lr_kwargs)
-        self._shares.after_step()
+        # One number that is none would make all weights and moments so. All ranks have the same norm, which optimizers
+        # take on the device as torch's GradScaler has it; for others the host has to wait.
+        waits = not getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        if not waits:
+            self.optimizer.found_inf = self._grad_norm.isfinite().logical_not().float()
+        if not waits or isfinite(self._grad_norm.item()):
+            self._shares.before_step()
+            super()._take_model_step(lr_kwargs)
+            self._shares.after_step()
+        else:
+            self.zero_grad()
 
     def _clip(self) -> torch.Tensor:
-        """The norm of the gradient over all stages; scales the gradient down to `clip_norm` unless that is 0."""
-        parameters = [parameter for parameter in self._trained if parameter.grad is not None]
-        square = self._norms(parameters).square().sum()
+        """The norm of the gradient over all stages; scales the gradient down."""
+        norms_P = self._reduced.norms_of_all() if self._reduced else gradient_norms(self._trained, self.device)
+        square = norms_P.square().sum()
         if self.is_pipe_parallel:
             dist.all_reduce(square, group=self.grid.get_pipe_parallel_group())
         norm = square.sqrt()
-        if self.clip_norm > 0 and parameters:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        self._clipping.apply(self._trained, norms_P, norm, self.module.forward_funcs)
         return norm
-
-    def _norms(self, parameters: list[nn.Parameter]) -> torch.Tensor:
-        """Those of the gradients of this stage (P,), in float32 for gradients of any type: bfloat16 would leave a norm
-        two digits."""
-        if self._reduced:
-            return self._reduced.norms_of_all()
-        if not parameters:
-            return torch.zeros(0, device=self.device)
-        norms = torch._foreach_norm([p.grad for p in parameters], 2, dtype=torch.float32)
-        # Those of swapped blocks are in the host's memory.
-        return torch.stack([norm.to(self.device) for norm in norms])
 
     _INSTRUCTION_MAP = {
         **PipelineEngine._INSTRUCTION_MAP,

@@ -132,7 +132,7 @@ class StepReporter:
     def step(self, done: int, epoch: int, values: Mapping[str, float]) -> None:
         """Reports a step; `done` counts steps since the beginning of the run."""
         self.bar.update(1)
-        self.losses.append(values["train/loss"])
+        self.losses.extend(values[name] for name in ("train/loss",) if name in values)
         self.memory = max(self.memory, values.get(PEAK_MEMORY, 0.0))
         if self.active and (done % self.every == 0 or done == self.total):
             logger.info("%s", self._line(done, epoch, values))
@@ -143,14 +143,17 @@ class StepReporter:
         told = [
             f"step {done}/{self.total}",
             f"epoch {epoch + 1}",
-            f"loss {values['train/loss']:.4f} (mean of {len(self.losses)}: {fmean(self.losses):.4f})",
-            f"norm {values['train/grad_norm']:.3f}",
+            *(self._measured(values) if "train/loss" in values else ["not finite"]),
             f"lr {values['train/lr']:.2e}",
             f"{values['train/step_time_sec']:.3f} s/step",
             *([f"memory {self.memory:.2f} GiB"] if self.memory else []),
             f"left {timedelta(seconds=round(pace * (self.total - done)))}",
         ]
         return "  ".join(told)
+
+    def _measured(self, values: Mapping[str, float]) -> list[str]:
+        mean = f"mean of {len(self.losses)}: {fmean(self.losses):.4f}"
+        return [f"loss {values['train/loss']:.4f} ({mean})", f"norm {values['train/grad_norm']:.3f}"]
 
     def close(self) -> None:
         self.bar.close()

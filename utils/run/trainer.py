@@ -8,7 +8,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import inf, isfinite
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from optimizers.schedules import Schedule, warn_of_warmup
 from utils.dataset.batches import TrainingBatches
 from utils.dataset.epochs import Epochs
 from utils.errors import UserError
+from utils.parallel.engine import StepResult
 from utils.ranks import any_rank, largest
 from utils.run import out_of_memory
 from utils.run.attempts import Failed, is_expected, reason_of
 from utils.run.cadence import Duty
 from utils.run.checkpointing import Checkpoints
 from utils.run.folder import LATEST, checkpoints_before
+from utils.run.nonfinite import NonFiniteSteps
 from utils.run.owed import Owed, note_done
 from utils.run.parts import RunParts
 from utils.run.progress import Progress
@@ -72,6 +74,7 @@ class Trainer:
     def __post_init__(self) -> None:
         settings = self.parts.settings
         self.checkpoints = Checkpoints(self.parts, self.epochs, self.resumed_from)
+        self.nonfinite = NonFiniteSteps(settings.max_nonfinite_steps)
         self.requests = FileRequests(self.parts.folder)
         self.lacks_export = False
         self.owed = self.owed or Owed(self.progress)
@@ -118,40 +121,50 @@ class Trainer:
             result = engine.train_step(micro_batches, step, numbers)
         except torch.OutOfMemoryError as error:
             raise out_of_memory.explained(error, self.parts.settings, self.parts.folder, step + 1) from error
-        if not isfinite(result.loss) or not isfinite(result.grad_norm):
-            # All ranks have the same numbers.
-            self.checkpoints.complete()
-            raise UserError.of(
-                f"loss {result.loss}, gradient norm {result.grad_norm}: training has diverged, and nothing was saved "
-                f"since. {self._way_on()} with a lower [optimizer] lr or more warmup_steps; or base files are damaged, "
-                'which [model] verify_files = "always" looks for',
-                str(self.parts.folder),
-                f"step {step + 1}",
-            )
+        # All ranks have the same numbers.
+        finite = self.nonfinite.follow(step + 1, result, partial(self._files_of_step, everywhere=True))
+        if self.nonfinite.are_too_many:
+            raise self._diverged(result)
         if self.parts.ema:
             self.parts.ema.update(step + 1)
         seconds = time.monotonic() - started
         examples = self.epochs.examples(self.progress.epoch, self.progress.step_in_epoch)
-        done = self.progress.after_step(result.loss, examples)
+        done = self.progress.after_step(result.loss if finite else self.progress.epoch_loss, examples)
+        measured = {"train/loss": result.loss, "train/grad_norm": result.grad_norm}
         values = {
-            "train/loss": result.loss,
-            "train/grad_norm": result.grad_norm,
+            **(measured if finite else {"train/nonfinite_steps": self.nonfinite.in_all}),
             "train/lr": lr,
             "train/step_time_sec": seconds,
             "train/samples_per_sec": examples / seconds,
-            **{f"train/{name}": value for name, value in result.terms.items()},
+            **{f"train/{name}": value for name, value in result.terms.items() if finite},
             **self._peak_memory(),
         }
         if self.ends_epoch(done):
             values["train/epoch_loss"] = done.epoch_loss
         return done, values
 
-    def _files_of_step(self) -> list[str]:
-        """The files of this data rank's samples in the current step."""
+    def _diverged(self, result: StepResult) -> UserError:
+        """The error of a run that cannot go on. Its weights are saved, unless a step has spoilt them."""
+        spoilt = any_rank([not all(p.isfinite().all() for p in self.parts.parameters.values())])[0]
+        saved = "nothing was saved since"
+        if self.progress.step > self.first_step and not spoilt:
+            self.save_checkpoint()
+            saved = "what the steps before had made of the weights is saved"
+        self.checkpoints.complete()
+        return UserError.of(
+            f"loss {result.loss}, gradient norm {result.grad_norm}: training has diverged, and {saved}. "
+            f"{self._way_on()} with a lower [optimizer] lr or more warmup_steps; or base files are damaged, which "
+            '[model] verify_files = "always" looks for',
+            str(self.parts.folder),
+            f"step {self.progress.step + 1}",
+        )
+
+    def _files_of_step(self, *, everywhere: bool = False) -> list[str]:
+        """The files of the samples in the current step, of this data rank or of all."""
         epoch, index = self.progress.epoch, self.progress.step_in_epoch
         step = self.epochs.step(epoch, index)
-        numbers = self.epochs.share(epoch, index, self.parts.ranks.data_rank)
-        samples = [sample for number in numbers for sample, _ in self.epochs.samples_of(step[number], epoch)]
+        own = range(len(step)) if everywhere else self.epochs.share(epoch, index, self.parts.ranks.data_rank)
+        samples = [sample for number in own for sample, _ in self.epochs.samples_of(step[number], epoch)]
         return [str(sample.media.locator) for sample in samples]
 
     def _peak_memory(self) -> dict[str, float]:

@@ -11,6 +11,7 @@ from utils.settings.deepspeed_keys import DeepSpeedConfig
 from utils.settings.lr_schedules import LrScheduler
 from utils.settings.model_schema import DType, ModelSettings
 from utils.settings.values import (
+    ClipBy,
     Count,
     Duration,
     MicroBatches,
@@ -210,7 +211,13 @@ class Settings(SettingsTable):
     gradient_accumulation_steps: Count = 1
     """Micro-batches of one optimizer step."""
     gradient_clipping: NotNegative = 1.0
-    """Largest norm of the gradient of the whole model; 0 for no limit."""
+    """How large the gradient of a step may be, as `gradient_clipping_by` says; 0 for no limit."""
+    gradient_clipping_by: ClipBy = "norm"
+    """What is limited, by scaling it down: the norm of the gradient of the whole model; "layer": that of each of its
+    layers, most of which are a block; "value": each number by itself, which changes the gradient's direction."""
+    max_nonfinite_steps: Count = 10
+    """A step is left out whose loss or gradient is not a finite number, and the files of its samples are told; after so
+    many in a row the run ends."""
     warmup_steps: Steps = 0
     """Steps in which the learning rate rises to its full value; below 1 the fraction of all steps, as in 0.05."""
     lr_scheduler: LrScheduler = "constant"

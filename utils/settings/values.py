@@ -97,6 +97,7 @@ Duration = Annotated[
 Share = Annotated[float, Field(ge=0, lt=1)]
 Part = Annotated[float, Field(ge=0, le=1)]
 """A fraction, 1 included."""
+ClipBy = Literal["norm", "layer", "value"]
 Steps = Annotated[
     Natural | Annotated[float, Field(gt=0, lt=1)],
     or_else("must be a number of steps as in 100, or a fraction of them as in 0.05"),

@@ -27,7 +27,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy_flux.write_folder(tmp_path_factory.mktemp("flux"))
 
 
-def engine_of(ranks: Ranks, flux: Any, settings: Any, accumulation: int, clip: float, recompute: bool = False) -> tuple:
+def engine_of(
+    ranks: Ranks,
+    flux: Any,
+    settings: Any,
+    accumulation: int,
+    clip: float,
+    recompute: bool = False,
+    *,
+    clip_by: str = "norm",
+    optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW,
+) -> tuple:
     """An engine on this rank's stage, and its trainable parameters by name."""
     from utils.parallel.backend import initialize_deepspeed
     from utils.parallel.engine import Engine, optimizer_for_frozen_stage
@@ -41,10 +51,8 @@ def engine_of(ranks: Ranks, flux: Any, settings: Any, accumulation: int, clip: f
     module = DenoiserPipeline(layers, bounds, flux.stream_type, flux.maths.loss, recompute=recompute)
     held = {id(p) for p in module.parameters()}
     trained = {base_name(name): p for name, p in denoiser.named_parameters() if p.requires_grad and id(p) in held}
-    optimizer = (
-        torch.optim.AdamW(trained.values(), lr=toy_flux.LEARNING_RATE) if trained else optimizer_for_frozen_stage()
-    )
-    return Engine(module, optimizer, accumulation=accumulation, clip_norm=clip), trained
+    steps = optimizer(trained.values(), lr=toy_flux.LEARNING_RATE) if trained else optimizer_for_frozen_stage()
+    return Engine(module, steps, accumulation=accumulation, clip_norm=clip, clip_by=clip_by), trained
 
 
 def batches_of(ranks: Ranks, flux: Any, step: int, accumulation: int) -> list | None:
@@ -114,6 +122,65 @@ def test_a_stage_without_trainable_parameters_trains(folder: Path) -> None:
     for result in (first, last):
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+
+
+def step_and_skip(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Job: what one step of plain descent takes off the weights, for each way to limit the gradient; and whether a step
+    without finite numbers leaves weights and moments as they are."""
+    ranks = ranks.with_stages(2)
+    flux = toy_flux.pipeline(folder)
+    taken = {}
+    for way in ("norm", "layer", "value"):
+        engine, trained = engine_of(ranks, flux, None, 1, CLIPS[way], clip_by=way, optimizer=torch.optim.SGD)
+        before = {name: p.detach().clone() for name, p in trained.items()}
+        engine.train_step(batches_of(ranks, flux, 0, 1), 0)
+        taken[way] = {name: (before[name] - p.detach()).numpy() for name, p in trained.items()}
+    engine, trained = engine_of(ranks, flux, None, 2, CLIP)
+    engine.train_step(batches_of(ranks, flux, 0, 2), 0)
+    before = {name: (p.detach().clone(), engine.optimizer.state[p]["exp_avg"].clone()) for name, p in trained.items()}
+    good, (stream, labels) = batches_of(ranks, flux, 1, 2)
+    bad = stream, labels._replace(target=torch.full_like(labels.target, torch.nan))
+    skipped = engine.train_step([good, bad], 1)
+    kept = all(
+        torch.equal(p, before[name][0]) and torch.equal(engine.optimizer.state[p]["exp_avg"], before[name][1])
+        for name, p in trained.items()
+    )
+    result = engine.train_step(batches_of(ranks, flux, 1, 2), 1)
+    return {"taken": taken, "skipped": skipped.grad_norm, "kept": kept, "then": (result.loss, result.grad_norm)}
+
+
+CLIPS = {"norm": 0.05, "layer": 0.02, "value": 1e-4}
+
+
+def test_gradients_are_limited_as_a_whole_by_layer_and_by_value_and_not_stepped_if_not_finite(folder: Path) -> None:
+    flux = toy_flux.pipeline(folder)
+    denoiser, layers = toy_flux.denoiser_and_layers(flux, None)
+    stream, labels = toy_flux.micro_batch(flux, 0, 0, 0)
+    for layer in layers:
+        stream = layer(stream)
+    flux.maths.loss(stream, labels).mean().backward()
+    gradients = {name: p.grad for name, p in denoiser.named_parameters()}
+    names = {id(p): name for name, p in denoiser.named_parameters()}
+    expected: dict[str, dict[str, torch.Tensor]] = {"norm": {}, "layer": {}, "value": {}}
+    whole = torch.stack([g.norm() for g in gradients.values()]).norm()
+    assert whole > CLIPS["norm"]
+    for layer in layers:
+        own = {names[id(p)]: p.grad for p in layer.parameters()}
+        norm = torch.stack([g.norm() for g in own.values()]).norm()
+        for name, gradient in own.items():
+            expected["norm"][name] = gradient * CLIPS["norm"] / whole
+            expected["layer"][name] = gradient * min(1.0, CLIPS["layer"] / norm)
+            expected["value"][name] = gradient.clamp(-CLIPS["value"], CLIPS["value"])
+    ranks = run_ranks(step_and_skip, 2, folder)
+    for way, values in expected.items():
+        taken = {name: torch.from_numpy(off) for rank in ranks for name, off in rank["taken"][way].items()}
+        assert taken.keys() == values.keys()
+        for name, value in values.items():
+            torch.testing.assert_close(taken[name], toy_flux.LEARNING_RATE * value, rtol=1e-3, atol=1e-7)
+    plain = toy_flux.train_plainly(folder, None, 1, 2, STEPS, CLIP)
+    for rank in ranks:
+        assert rank["kept"] and torch.tensor(rank["skipped"]).isnan()
+        assert rank["then"] == pytest.approx((plain["losses"][1], plain["norms"][1]), rel=1e-4)
 
 
 def train_with_dropout(ranks: Ranks, folder: Path, stages: int, recompute: bool) -> list[float]:

@@ -1,0 +1,65 @@
+"""Steps whose loss or gradient is not a finite number."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from math import isfinite
+
+from utils.parallel.engine import StepResult
+
+logger = logging.getLogger(__name__)
+
+FILES_TOLD = 20
+
+
+class NonFiniteSteps:
+    """Counts them, and tells what they were made of.
+
+    Args:
+        most: so many in a row are too many.
+
+    Attributes:
+        in_all: since the start.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._in_a_row = 0
+        self.in_all = 0
+
+    @property
+    def are_too_many(self) -> bool:
+        """Whether training cannot go on."""
+        return self._in_a_row >= self._most
+
+    def follow(self, step: int, result: StepResult, files: Callable[[], Sequence[str]]) -> bool:
+        """Whether a step was finite; tells it if it was not.
+
+        Args:
+            step: its number, the first being 1.
+            files: those of its samples, over all data ranks.
+        """
+        if is_finite(result):
+            self._in_a_row = 0
+            return True
+        self._in_a_row += 1
+        self.in_all += 1
+        names = list(dict.fromkeys(files()))
+        more = f", and {len(names) - FILES_TOLD} more" if len(names) > FILES_TOLD else ""
+        kept = "the weights have moved" if isfinite(result.grad_norm) else "the weights stay as they were"
+        logger.warning(
+            "step %d: loss %g, gradient norm %g: %s. Its samples: %s%s",
+            step,
+            result.loss,
+            result.grad_norm,
+            kept,
+            ", ".join(names[:FILES_TOLD]),
+            more,
+        )
+        return False
+
+
+def is_finite(result: StepResult) -> bool:
+    """Whether loss and gradient are finite numbers."""
+    return isfinite(result.loss) and isfinite(result.grad_norm)
