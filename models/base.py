@@ -28,7 +28,7 @@ from utils.errors import Problem, UserError
 from utils.quantised.formats import FORMATS, Format
 from utils.settings.dataset_schema import ControlFit
 from utils.settings.model_schema import ModelSettings, torch_dtype
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 Features = Mapping[str, torch.Tensor]
 
@@ -54,6 +54,7 @@ class BasePipeline(ABC):
         blocks: names of the denoiser's lists of repeated blocks, or patterns of such names; adapters adapt these.
             Layers that are `recomputable` are recomputed.
         convolutional_blocks: further lists of blocks, which are adapted with `convolutions` of `[adapter]`.
+        cross_attention: names, in a block, of the modules that attend to the text alone.
         stream_type: the NamedTuple that travels between layers.
         resolution_shift: the constants by which the timestep shift follows the picture's size.
         sampling_shift: the same of its scheduler, for models that are sampled with another shift than they are trained.
@@ -90,6 +91,7 @@ class BasePipeline(ABC):
     objective: Objective = FlowMatching()
     blocks: ClassVar[tuple[str, ...]]
     convolutional_blocks: ClassVar[tuple[str, ...]] = ()
+    cross_attention: ClassVar[tuple[str, ...]] = ("attn2", "cross_attn")
     stream_type: ClassVar[Callable[..., tuple]]
     resolution_shift: ClassVar[ResolutionShift] = ResolutionShift()
     sampling_shift: ClassVar[ResolutionShift | None] = None

@@ -42,7 +42,7 @@ from utils.diffusion.timesteps import RESOLUTION_SHIFTS, ResolutionShift
 from utils.errors import Problem
 from utils.json_files import read_json
 from utils.settings.model_schema import ModelSettings
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 from utils.settings.values import Count, Positive
 
 if TYPE_CHECKING:

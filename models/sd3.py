@@ -114,6 +114,8 @@ class Sd3Pipeline(PicturePipeline):
     denoiser_class = "SD3Transformer2DModel"
     config_keys = ("in_channels", "pooled_projection_dim", "joint_attention_dim", "num_layers")
     scheduler_sets_levels = True
+    # Its second attention is of the image alone.
+    cross_attention = ()
     blocks = ("transformer_blocks",)
     stream_type = Sd3Stream
     keep_in_high_precision = (POSITIONS,)

@@ -28,7 +28,7 @@ from utils.errors import Problem, UserError
 from utils.media.geometry import same_shape
 from utils.settings.dataset_schema import ControlFit
 from utils.settings.model_schema import ModelSettings
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 from utils.settings.values import Count, Natural
 
 if TYPE_CHECKING:

@@ -44,7 +44,7 @@ def build(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
     check(settings, "cuda" if torch.cuda.is_available() else "cpu")
     kind = find(settings.type)
     assert isinstance(settings, kind.settings), type(settings)
-    return kind.build(groups, **settings.model_dump(exclude={"type"}))
+    return kind.build(groups, **settings.arguments())
 
 
 def check(settings: OptimizerSettings, device_type: str, reason: str = "") -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from optimizers.adamw import MASTER, in_parts
-from utils.settings.schema import EMASettings
+from utils.settings.run_tables import EMASettings
 
 # By name: the decay after n updates and with `power`, before it is limited to the requested decay.
 _WARM_UPS: Mapping[str, Callable[[int, float], float]] = {

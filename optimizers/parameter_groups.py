@@ -12,6 +12,7 @@ def groups_of(
     lr: float,
     weight_decay: float,
     own_lr: Callable[[str], float | None] = lambda name: None,
+    own_decay: Callable[[str], float | None] = lambda name: None,
 ) -> list[dict[str, Any]]:
     """The trainable parameters of `named_parameters`, in groups with `params`, `names`, `lr`, `initial_lr` and
     `weight_decay`; schedules multiply `initial_lr`.
@@ -21,12 +22,14 @@ def groups_of(
 
     Args:
         own_lr: name -> the learning rate of a parameter that has its own.
+        own_decay: name -> the weight decay of a parameter that has its own.
     """
     groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
-            own = own_lr(name)
-            key = lr if own is None else own, weight_decay if parameter.ndim > 1 else 0.0
+            rate, decay = own_lr(name), own_decay(name)
+            of_all = weight_decay if parameter.ndim > 1 else 0.0
+            key = lr if rate is None else rate, of_all if decay is None else decay
             groups.setdefault(key, []).append((name, parameter))
     return [
         {

@@ -40,7 +40,8 @@ from utils.parallel.recompute import run_layer
 from utils.parallel.swap import BlockSwap
 from utils.ranks import Ranks
 from utils.run.export import export
-from utils.settings.schema import AdapterSettings, SamplingSettings
+from utils.settings.run_tables import SamplingSettings
+from utils.settings.schema import AdapterSettings
 
 STEPS, STAGES = 2, 3
 LEARNING_RATE, CLIP_NORM = 1e-2, 1.0

@@ -19,7 +19,7 @@ from models.assembly.stage import load_stage
 from tests.optimizers.test_ema import coefficients
 from tests.runs import launch, metrics, only_run
 from utils.settings.reader import read_all
-from utils.settings.schema import EMASettings
+from utils.settings.run_tables import EMASettings
 
 Tensors = dict[str, torch.Tensor]
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from tests.runs import launch, only_run
 from tests.test_train_ema import assert_averages, state, weights_at_start
-from utils.settings.schema import EMASettings
+from utils.settings.run_tables import EMASettings
 
 EMA = {"decay": 0.5, "warmup": "none"}
 KEYS = {"checkpoint_every_n_steps": 1, "save_every_n_steps": 1, "save_format": "diffusers", "ema": EMA}

@@ -14,6 +14,7 @@ from models.assembly.data import Data
 from models.assembly.exports import formats_of
 from models.assembly.fitting import KEYS, fit, memory_of
 from models.assembly.memory import Planner
+from models.assembly.rates import Rates
 from models.assembly.stage import StagedModel
 from models.base import BasePipeline
 from models.foundation.layers.ensemble import Ensemble
@@ -188,9 +189,8 @@ def _optimizer(settings: Settings, pipeline: BasePipeline, staged: StagedModel) 
     name = settings.optimizer.type + (" in the machine's memory" if settings.offload_optimizer else "")
     if settings.force_constant_lr is not None:
         return f"{name}, lr {settings.force_constant_lr:g} at every step"
-    given = settings.optimizer.lr
-    own = [pipeline.learning_rate(name) for name in staged.trained(staged.layers)]
-    rates = [f"{rate:g}" for rate in dict.fromkeys(given if rate is None else rate for rate in own)]
+    rates_of = Rates(settings, pipeline, staged.denoiser)
+    rates = [f"{rate:g}" for rate in dict.fromkeys(map(rates_of.lr, staged.trained(staged.layers)))]
     by_part = " by part" if len(rates) > 1 else ""
     warmup = settings.warmup_steps
     length = f"{100 * warmup:g} % of the" if isinstance(warmup, float) else warmup

@@ -21,7 +21,8 @@ from utils.media.source import MediaError
 from utils.ranks import Ranks
 from utils.run.attempts import reason_of
 from utils.run.sampling import SampleModel, Schedule
-from utils.settings.schema import SamplingSettings, Settings
+from utils.settings.run_tables import SamplingSettings
+from utils.settings.schema import Settings
 
 PICTURES = "[sampling] control_images"
 

@@ -10,6 +10,7 @@ from functools import partial
 
 from torch import nn
 
+from models.assembly.rates import Rates, freeze
 from models.base import BasePipeline
 from models.foundation.checkpoints.adapter_files import read_factors, read_updates
 from utils import adapters
@@ -59,16 +60,20 @@ class StagedModel:
 
 
 def partition(pipeline: BasePipeline, settings: Settings, denoiser: nn.Module) -> StagedModel:
-    """Puts quantised Linears into the blocks if the settings ask for them, attaches the adapter and cuts the denoiser.
+    """Puts quantised Linears into the blocks if the settings ask for them, attaches the adapter, freezes what has no
+    learning rate and cuts the denoiser.
 
     Raises:
-        UserError: the adapter's patterns leave nothing, the stages do not fit the layers, or a stage has fewer blocks
-            than are to be swapped.
+        UserError: the adapter's patterns leave nothing, a rule for rates is not used, the stages do not fit the layers,
+            or a stage has fewer blocks than are to be swapped.
     """
     if pipeline.block_format:
         quantise(denoiser, quantised_linears(pipeline, denoiser), pipeline.block_format)
     if settings.adapter:
         attach.attach(denoiser, adapted_blocks(pipeline, settings.adapter), settings.adapter)
+    rates = Rates(settings, pipeline, denoiser)
+    rates.check(denoiser)
+    freeze(denoiser, rates)
     layers = pipeline.to_layers(denoiser)
     bounds = bounds_of(settings, layers)
     try:

@@ -17,6 +17,7 @@ from models.assembly.kept import sums_in_float32
 from models.assembly.noising import NoisedBatch, Noising
 from models.assembly.plan import epochs_of
 from models.assembly.prompts import sample_model
+from models.assembly.rates import Rates
 from models.assembly.stage import StagedModel, load_stage, teacher_of
 from models.base import BasePipeline
 from optimizers.ema import EMA
@@ -126,7 +127,7 @@ def build_trainer(
         offload=settings.offload_optimizer,
         pinned=ranks.device.type == "cuda",
     )
-    optimizer = _optimizer(settings, pipeline, shares.stepped)
+    optimizer = _optimizer(settings, Rates(settings, pipeline, staged.denoiser), shares.stepped)
     engine = _engine(settings, ranks, pipeline, staged, optimizer, shares)
     reader = reader_of(data, ranks)
     noising = Noising(pipeline, ranks.is_first_stage, ranks.is_last_stage)
@@ -192,10 +193,14 @@ def restore_or_start(
     return ema
 
 
-def _optimizer(settings: Settings, pipeline: BasePipeline, parameters: Mapping[str, Parameter]) -> Optimizer:
+def _optimizer(settings: Settings, rates: Rates, parameters: Mapping[str, Parameter]) -> Optimizer:
     chosen = settings.optimizer
     groups = groups_of(
-        parameters.items(), lr=chosen.lr, weight_decay=chosen.weight_decay, own_lr=pipeline.learning_rate
+        parameters.items(),
+        lr=chosen.lr,
+        weight_decay=chosen.weight_decay,
+        own_lr=rates.lr,
+        own_decay=rates.weight_decay,
     )
     return optimizers.build(groups, chosen) if groups else optimizer_for_frozen_stage()
 

@@ -13,7 +13,7 @@ from models.base import BasePipeline
 from tests.models.tiny_folder import settings_of
 from utils.dataset.encoding import CacheJob, fill
 from utils.ranks import Ranks
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 
 def draw_samples(

@@ -23,7 +23,7 @@ from tests.models.drawn_samples import draw_samples
 from tests.models.tiny_folder import settings_of
 from tests.processes import run_ranks
 from utils.diffusion.seeds import generator, normal
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 CELL = 8
 DEV, SCHNELL = {"guidance_embeds": True}, {"guidance_embeds": False}

@@ -31,7 +31,7 @@ from utils.diffusion.auxiliary import Output
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
 from utils.parallel.recompute import run_layer, run_recomputed
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 WEIGHT = 0.5
 STOCK_WEIGHT = 0.01

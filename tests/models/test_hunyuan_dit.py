@@ -33,7 +33,7 @@ from utils.dataset.batches import FeatureBatch
 from utils.dataset.samples import Bucket
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 Tensors = dict[str, torch.Tensor]
 SHAPE = (4, 8, 12)

@@ -19,7 +19,7 @@ from tests.models import tiny_ideogram4
 from tests.models.tiny_folder import settings_of
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 
 @pytest.fixture(scope="module")

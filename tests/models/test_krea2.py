@@ -16,7 +16,7 @@ from models.krea2 import KREA2_LAYOUT
 from tests.models import tiny_krea2
 from tests.models.tiny_folder import settings_of
 from utils.errors import UserError
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from tests.models.tiny_folder import settings_of
 from tests.models.tiny_omnigen2 import TEXT_TOKENS
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 T_B = torch.tensor([0.2513, 0.913])
 

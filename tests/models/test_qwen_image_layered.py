@@ -32,7 +32,7 @@ from utils.errors import UserError
 from utils.media.colour import Jitter
 from utils.media.decode import load_rgba
 from utils.media.geometry import View
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 CPU = torch.device("cpu")
 

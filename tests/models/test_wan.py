@@ -31,7 +31,7 @@ from utils.errors import UserError
 from utils.media.decode import load_image
 from utils.media.geometry import View
 from utils.media.writing import tensor_to_image, write_clip
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,8 @@ from utils.diffusion.seeds import normal
 from utils.errors import UserError
 from utils.ranks import Ranks
 from utils.run.export import export
-from utils.settings.schema import AdapterSettings, SamplingSettings
+from utils.settings.run_tables import SamplingSettings
+from utils.settings.schema import AdapterSettings
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from tests.models import tiny_cosmos_predict2, tiny_qwen_image, tiny_z_image
 from tests.models.tiny_flux import MINI_FLUX
 from tests.models.tiny_folder import of_true_length, ragged, randomised, write_index
 from utils.dataset.batches import pad_ragged
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 SAMPLING = {"width": 96, "height": 64, "guidance": 3.0, "negative_prompt": "blurred"}
 TEXT_TOKENS, CHANNELS = 40, tiny_qwen_image.CHANNELS

@@ -17,7 +17,7 @@ from tests.models.tiny_folder import drawn, of_true_length, randomised, write_in
 from tests.models.tiny_sd15 import write_vae
 from utils.dataset.batches import pad_ragged
 from utils.diffusion.seeds import normal
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
 SAMPLING = {"width": 96, "height": 64, "guidance": 3.0, "negative_prompt": "blurred"}

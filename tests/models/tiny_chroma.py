@@ -14,7 +14,7 @@ from models.chroma import ChromaOptions, ChromaPipeline
 from tests.models import tiny_flux
 from tests.models.tiny_flux import MINI_FLUX
 from tests.models.tiny_folder import of_true_length, ragged, randomised, write_index
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
 SAMPLING = {"width": 96, "height": 64, "guidance": 4.0, "negative_prompt": "blurred"}

@@ -18,7 +18,7 @@ from models.cogview4 import CogView4Options, CogView4Pipeline, attending_to_own_
 from tests.models import tiny_flux
 from tests.models.tiny_flux import MINI_FLUX
 from tests.models.tiny_folder import drawn, ragged, randomised, write_index
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
 SAMPLING = {"width": 96, "height": 64, "guidance": 3.0, "negative_prompt": "blurred"}

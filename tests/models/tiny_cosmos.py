@@ -13,7 +13,7 @@ from models.cosmos import CosmosOptions, CosmosPipeline
 from tests.models import tiny_cosmos_predict2
 from tests.models.tiny_cosmos_predict2 import MINI_FLUX, TEXT_TOKENS, NothingToJudge
 from tests.models.tiny_folder import drawn, randomised, write_index
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 
 class StockPipeline(CosmosTextToWorldPipeline):

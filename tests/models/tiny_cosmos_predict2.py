@@ -24,7 +24,7 @@ from tests.models.tiny_flux import MINI_FLUX
 from tests.models.tiny_folder import drawn, of_true_length, randomised, write_index
 from utils.dataset.batches import pad_ragged
 from utils.diffusion.seeds import normal
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 if not hasattr(transformer_cosmos, "transforms"):
     # Of torchvision, which need not be installed, the stock module uses this alone.

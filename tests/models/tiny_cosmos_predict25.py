@@ -19,7 +19,7 @@ from tests.models import tiny_cosmos_predict2, tiny_qwen_image, tiny_wan
 from tests.models.tiny_cosmos_predict2 import CHANNELS, NothingToJudge
 from tests.models.tiny_folder import drawn, randomised, write_index
 from utils.diffusion.seeds import normal
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 
 class StockPipeline(Cosmos2_5_PredictBasePipeline):

@@ -18,7 +18,7 @@ from utils.diffusion.seeds import normal
 from utils.media.decode import load_image
 from utils.media.geometry import View
 from utils.media.writing import tensor_to_image
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 
 class StockPipeline(Cosmos2VideoToWorldPipeline):

@@ -15,7 +15,7 @@ from tests.models.tiny_cosmos_predict2_v2w import PICTURE
 from utils.media.decode import load_image
 from utils.media.geometry import View
 from utils.media.writing import tensor_to_image
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 
 class StockPipeline(CosmosVideoToWorldPipeline):

@@ -13,7 +13,7 @@ from transformers import Mistral3Config, Mistral3Model, Qwen2Tokenizer
 from models.ernie_image import ErnieImageOptions, ErnieImagePipeline
 from tests.models import tiny_flux2, tiny_flux2_dev, tiny_z_image
 from tests.models.tiny_folder import drawn, ragged, randomised, write_index
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
 SAMPLING = {"width": 96, "height": 64, "guidance": 3.0, "negative_prompt": "blurred"}

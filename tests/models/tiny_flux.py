@@ -12,7 +12,7 @@ from diffusers import FluxPipeline as StockPipeline
 from models.flux import FluxOptions, FluxPipeline
 from tests.models.tiny_folder import drawn
 from utils.diffusion.seeds import normal
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
 SAMPLING = {"width": 96, "height": 64, "guidance": 2.5}

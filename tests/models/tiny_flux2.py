@@ -14,7 +14,7 @@ from models.flux2 import Flux2Options, Flux2Pipeline
 from tests.models import tiny_z_image
 from tests.models.tiny_folder import drawn, randomised, write_index
 from utils.diffusion.seeds import normal
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
 SAMPLING = {"width": 96, "height": 64, "guidance": 3.0}

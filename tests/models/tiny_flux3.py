@@ -24,7 +24,7 @@ from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
 from models.flux3 import LAYERS, Flux3Options, Flux3Pipeline, OwnTextAttention, Places
 from tests.models import tiny_flux2, tiny_qwen_image, tiny_qwen_image_21, tiny_z_image
 from tests.models.tiny_folder import ragged, randomised
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 SAMPLING = {"width": 96, "height": 64, "guidance": 3.0, "negative_prompt": "blurred"}
 TEXT_TOKENS, TEXT_WIDTH = 160, tiny_qwen_image_21.TEXT_WIDTH

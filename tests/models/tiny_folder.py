@@ -42,7 +42,8 @@ from utils.dataset.encoders import Encoder, text_of
 from utils.dataset.samples import Bucket, version_of_prompt
 from utils.diffusion.seeds import normal
 from utils.settings.dataset_schema import DirectorySettings
-from utils.settings.schema import AdapterSettings, SamplingSettings, Settings
+from utils.settings.run_tables import SamplingSettings
+from utils.settings.schema import AdapterSettings, Settings
 
 UNKNOWN_TO_COMFYUI = ("cogview4", "ernie_image", "sana")
 """Types that ComfyUI has no model of, so that nothing is exported by its names."""

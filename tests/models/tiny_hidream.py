@@ -27,7 +27,7 @@ from tests.models.tiny_flux import MINI_FLUX
 from tests.models.tiny_folder import drawn, randomised, write_index
 from tests.models.tiny_sd3 import clip_config
 from utils.diffusion.seeds import normal
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
 SIZES = [(32, 48, 1), (64, 64, 1)]

@@ -19,7 +19,7 @@ from transformers import ByT5Tokenizer, Qwen2_5_VLForConditionalGeneration, Qwen
 from models.hunyuan_image import HunyuanImageOptions, HunyuanImagePipeline
 from tests.models import tiny_qwen_image
 from tests.models.tiny_folder import ragged, randomised, write_index
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
 SIZES = [(64, 96, 1), (128, 64, 1)]

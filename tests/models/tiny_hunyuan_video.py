@@ -20,7 +20,7 @@ from models.hunyuan_video import HunyuanVideoOptions, HunyuanVideoPipeline
 from tests.models.tiny_flux import MINI_FLUX
 from tests.models.tiny_folder import drawn, of_true_length, ragged, randomised, write_index
 from utils.diffusion.seeds import normal
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
 SIZES = [(48, 32, 1), (32, 64, 9)]

@@ -22,7 +22,7 @@ from models.hunyuan_video_15 import HunyuanVideo15Options, HunyuanVideo15Pipelin
 from tests.models import tiny_qwen_image
 from tests.models.tiny_folder import ragged, randomised, write_index
 from tests.models.tiny_hunyuan_image import BYT5, GLYPH_WIDTH
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
 SIZES = [(64, 32, 1), (32, 48, 9)]

@@ -21,7 +21,7 @@ from utils.diffusion.seeds import normal
 from utils.media.decode import load_image
 from utils.media.geometry import View
 from utils.media.writing import tensor_to_image
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
 SIZES = [(48, 32, 9), (32, 64, 5)]

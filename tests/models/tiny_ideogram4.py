@@ -14,7 +14,7 @@ from transformers import Qwen2Tokenizer, Qwen3VLModel
 from models.ideogram4 import LAYERS, Ideogram4Options, Ideogram4Pipeline
 from tests.models import tiny_flux2, tiny_krea2, tiny_qwen_image
 from tests.models.tiny_folder import of_true_length, ragged, randomised, write_index
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
 SAMPLING = {"width": 96, "height": 64, "guidance": 1.0}

@@ -14,7 +14,7 @@ from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLModel
 from models.krea2 import Krea2Options, Krea2Pipeline
 from tests.models import tiny_qwen_image
 from tests.models.tiny_folder import drawn, of_true_length, ragged, randomised, write_index
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
 SAMPLING = {"width": 96, "height": 64, "guidance": 2.0, "negative_prompt": "blurred"}

@@ -23,7 +23,7 @@ from models.ltx2 import LTX2Options, LTX2Pipeline
 from tests.models.tiny_folder import drawn, randomised, write_index
 from tests.models.tiny_lumina2 import TEXT, tokenizer
 from utils.diffusion.seeds import normal
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
 SIZES = [(48, 32, 1), (32, 64, 5)]

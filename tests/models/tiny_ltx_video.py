@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, T5EncoderModel
 from models.ltx_video import LTXVideoOptions, LTXVideoPipeline
 from tests.models.tiny_flux import MINI_FLUX
 from tests.models.tiny_folder import drawn, of_true_length, ragged, randomised, write_index
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
 SIZES = [(48, 32, 1), (32, 64, 5)]

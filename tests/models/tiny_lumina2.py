@@ -15,7 +15,7 @@ from models.lumina2 import Lumina2Options, Lumina2Pipeline
 from tests.models import tiny_flux
 from tests.models.tiny_flux import MINI_FLUX
 from tests.models.tiny_folder import drawn, of_true_length, ragged, randomised, write_index
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
 SAMPLING = {"width": 96, "height": 64, "guidance": 3.0}

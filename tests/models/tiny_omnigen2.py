@@ -21,7 +21,7 @@ from models.omnigen2 import OmniGen2Options, OmniGen2Pipeline
 from tests.models import tiny_flux, tiny_qwen_image
 from tests.models.tiny_flux import MINI_FLUX
 from tests.models.tiny_folder import ragged, randomised, write_index
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 SAMPLING = {"width": 96, "height": 64, "guidance": 3.0, "negative_prompt": "blurred"}
 # Every byte is one; the template has some 110 of them.

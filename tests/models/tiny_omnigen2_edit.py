@@ -10,7 +10,7 @@ from tests.models.tiny_wan_i2v import PICTURE
 from utils.diffusion.seeds import normal
 from utils.media.decode import load_image
 from utils.media.geometry import View
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 STOCK, write_folder, pipeline = tiny_omnigen2.STOCK, tiny_omnigen2.write_folder, tiny_omnigen2.pipeline
 features, whole = tiny_omnigen2.features, tiny_omnigen2.whole

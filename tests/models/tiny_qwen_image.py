@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from models.qwen_image import QwenImageOptions, QwenImagePipeline
 from tests.models.tiny_folder import drawn, ragged, randomised, write_index
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
 SAMPLING = {"width": 96, "height": 64, "guidance": 3.0, "negative_prompt": "blurred"}

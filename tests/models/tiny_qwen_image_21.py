@@ -15,7 +15,7 @@ from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGen
 from models.qwen_image_21 import QwenImage21Options, QwenImage21Pipeline
 from tests.models import tiny_cosmos_predict25, tiny_qwen_image
 from tests.models.tiny_folder import ragged, randomised, write_index
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 
 class TextProcessor:

@@ -20,7 +20,7 @@ from tests.models.tiny_folder import randomised
 from utils.diffusion.seeds import normal
 from utils.media.decode import load_rgba
 from utils.media.geometry import View
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 
 class StockPipeline(QwenImageLayeredPipeline):

@@ -14,7 +14,7 @@ from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 from models.sana import SanaOptions, SanaPipeline
 from tests.models import tiny_lumina2
 from tests.models.tiny_folder import drawn, of_true_length, ragged, randomised, write_index
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
 SIZES = [(32, 64, 1), (64, 32, 1)]

@@ -23,7 +23,7 @@ from tests.models import tiny_flux
 from tests.models.tiny_flux import MINI_FLUX
 from tests.models.tiny_folder import drawn, randomised, write_index
 from utils.diffusion.seeds import normal
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
 SAMPLING = {"width": 96, "height": 64, "guidance": 4.0, "negative_prompt": "blurred"}

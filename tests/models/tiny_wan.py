@@ -16,7 +16,7 @@ from tests.models.tiny_flux import MINI_FLUX
 from tests.models.tiny_folder import drawn, of_true_length, randomised, write_index
 from utils.dataset.batches import pad_ragged
 from utils.diffusion.seeds import normal
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
 SIZES = [(48, 32, 1), (32, 64, 9)]

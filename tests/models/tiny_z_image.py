@@ -15,7 +15,7 @@ from models.z_image import ZImageOptions, ZImagePipeline
 from tests.models import tiny_flux
 from tests.models.tiny_flux import MINI_FLUX
 from tests.models.tiny_folder import drawn, ragged, randomised, write_index
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
 SAMPLING = {"width": 96, "height": 64, "guidance": 3.0, "negative_prompt": "blurred"}

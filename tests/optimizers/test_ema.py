@@ -12,7 +12,7 @@ from torch import nn
 from optimizers.adamw import MASTER, AdamW
 from optimizers.ema import EMA
 from utils.diffusion.seeds import normal
-from utils.settings.schema import EMASettings
+from utils.settings.run_tables import EMASettings
 
 STEPS = 12
 

@@ -70,7 +70,7 @@ def test_state_takes_what_is_said(name: str, keys: dict[str, Any], dtype: torch.
     settings = kind.settings(type=name, lr=1e-2, **keys)
     parameters = [nn.Parameter(torch.ones(shape, dtype=dtype, device=DEVICE)) for shape in SHAPES]
     # Also where it is not offered: bitsandbytes takes steps on a CPU too.
-    optimizer = kind.build([{"params": parameters}], **settings.model_dump(exclude={"type"}))
+    optimizer = kind.build([{"params": parameters}], **settings.arguments())
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 0.5)
     optimizer.step()
@@ -93,7 +93,7 @@ def test_state_follows_the_type_of_its_parameter(
 
     def stepped(dtype: torch.dtype) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
         parameters = [nn.Parameter(torch.ones(shape, dtype=dtype, device=DEVICE)) for shape in SHAPES]
-        optimizer = kind.build([{"params": parameters}], **settings.model_dump(exclude={"type"}))
+        optimizer = kind.build([{"params": parameters}], **settings.arguments())
         step(optimizer, parameters)
         return optimizer, parameters
 

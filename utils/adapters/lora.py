@@ -38,7 +38,7 @@ from utils.adapters.peft_settings import CONFIG_FILE, HEADER, peft_settings
 from utils.first_values import none_without_memory
 from utils.json_files import shown
 from utils.settings.schema import AdapterSettings
-from utils.settings.values import Count
+from utils.settings.values import Count, Positive
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 DOWN, UP, MID = "lora_A", "lora_B", "lora_mid"
@@ -70,6 +70,9 @@ class LoraSettings(AdapterSettings, LowRankKeys):
     """Kind of adapter."""
     rank: Count
     """Rank of the update of each adapted layer."""
+    loraplus_lr_ratio: Positive | None = None
+    """The second factors, which begin at zero, learn so many times as fast as the first: "LoRA+", whose authors take
+    16; default: as fast."""
 
 
 class LowRankUpdate(NamedTuple):

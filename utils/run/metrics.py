@@ -21,7 +21,7 @@ from utils.errors import UserError
 from utils.json_files import is_of, parsed_json
 from utils.run.attempts import reason_of
 from utils.run.folder import METRICS, KeptRecords
-from utils.settings.schema import MonitoringSettings
+from utils.settings.run_tables import MonitoringSettings
 
 logger = logging.getLogger(__name__)
 

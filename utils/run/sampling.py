@@ -22,7 +22,7 @@ from utils.parallel.engine import Engine
 from utils.ranks import Ranks
 from utils.run.attempts import Attempt
 from utils.run.metrics import Metrics
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 logger = logging.getLogger(__name__)
 

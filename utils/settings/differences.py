@@ -15,7 +15,7 @@ class Difference:
     """A key of a run's file, or of a dataset file, that has another meaning here.
 
     Attributes:
-        place: "run", "model", "adapter", "dataset" or "directory".
+        place: "run", "model", "adapter", "optimizer", "dataset" or "directory".
         key: its name there.
         here: what it means here, and what it means in diffusion-pipe.
         matters: whether it makes a difference to a run, or to a directory of a dataset, that is not told anyway.
@@ -55,6 +55,12 @@ DIFFERENCES = (
             lambda settings: False,
         )
         for key in ("min_t", "max_t")
+    ),
+    Difference(
+        "optimizer",
+        "weight_decay",
+        "norms, biases, embeddings and tables do not decay; there all that is trained does",
+        lambda settings: settings.adapter is None and settings.optimizer.weight_decay > 0,
     ),
     Difference(
         "adapter",

@@ -9,9 +9,7 @@ from typing import Any
 
 from utils.settings.foreign import Foreign, ForeignType, Keys, leave_out, read_as, write
 
-_PARTS_LR = (
-    "all parts have the `lr` of `[optimizer]`; those that are not to be trained go into `exclude` of `[adapter]`"
-)
+_LLM_ADAPTER = "a rule, `[[optimizer.rules]]`, with `pattern = 'text_conditioner'`"
 
 
 def _text_encoder(name: str, others: str = "") -> Foreign:
@@ -76,16 +74,16 @@ _MODEL: Mapping[str, Foreign] = {
         "both), and `transformer_path` for a single file with the publisher's weights"
     ),
     "clip_path": _text_encoder("clip"),
-    "cross_attn_lr": Foreign(f"leave it out: {_PARTS_LR}"),
+    "cross_attn_lr": write("`cross_attn_lr`, in `[optimizer]`"),
     "first_frame_conditioning_p": Foreign(
         "write instead: `first_frame_share`, of LTX-Video and LTX-2, or `from_first_frame`, of Wan's TI2V-5B",
         lambda value: {"first_frame_share": value},
         harmless=lambda value: value == 0,
         why_harmless="it changes nothing with this value",
     ),
-    "freeze_llm_adapter": leave_out(_PARTS_LR, only=(False,)),
+    "freeze_llm_adapter": write(f"{_LLM_ADAPTER}, `lr = 0`; with an adapter an entry of `exclude`", unless=(False,)),
     "image_shift": write("`shift`, which is that of pictures and clips alike"),
-    "llm_adapter_lr": Foreign(f"leave it out: {_PARTS_LR}"),
+    "llm_adapter_lr": write(f"{_LLM_ADAPTER} and this `lr`"),
     "llm_path": _text_encoder("umt5", " for Wan; gemma2 is Lumina's"),
     "load_to_cuda": leave_out("a process reads the weights of its own stage alone"),
     "lumina_shift": read_as("flux_shift"),
@@ -94,10 +92,10 @@ _MODEL: Mapping[str, Foreign] = {
     ),
     "merge_adapters": read_as("preset_adapters", _presets),
     "fuse_adapters": read_as("preset_adapters", _presets),
-    "mlp_lr": Foreign(f"leave it out: {_PARTS_LR}"),
-    "mod_lr": Foreign(f"leave it out: {_PARTS_LR}"),
+    "mlp_lr": write("`mlp_lr`, in `[optimizer]`"),
+    "mod_lr": write("`mod_lr`, in `[optimizer]`"),
     "qwen_path": _text_encoder("qwen3"),
-    "self_attn_lr": Foreign(f"leave it out: {_PARTS_LR}"),
+    "self_attn_lr": write("`self_attn_lr`, in `[optimizer]`"),
     "single_file_path": read_as("transformer_path"),
     "t5_path": _text_encoder("t5"),
     "text_encoder_fp8": _kept_text_encoders("float8"),

@@ -47,6 +47,8 @@ listed here is refused, unless it is one of another trainer's that says the same
 
 Write them at the top of the file, above all tables, or in tables that only group them: {groups}.
 """
+# Table -> its keys that are arrays of tables.
+ENTRIES: Mapping[str, tuple[str, ...]] = {"model": ("text_encoders", "preset_adapters"), "optimizer": ("rules",)}
 # Tables whose `type` may have any capitals -> what may stand between its letters.
 ANY_CAPITALS: Mapping[str, str] = {"optimizer": "", "model": "[-_]*"}
 NO_KEYS = "No keys of its own.\n"
@@ -69,8 +71,8 @@ def settings_page(classes: Mapping[str, Classes]) -> str:
     parts.append(_section("### `[deepspeed_config]`", DeepSpeedSettings))
     for name, cls in SECTIONS.items():
         parts.append(_section(f"## `[{name}]`", cls, name))
-        if name == "model":
-            parts.append(_section("### Entries of `text_encoders`", NESTED["text_encoders"]))
+        for key in ENTRIES.get(name, ()):
+            parts.append(_section(f"### Entries of `{key}`", NESTED[key]))
         parts += [_of_type(name, kind, one) for kind, one in (classes[name] if name in CHOSEN else {}).items()]
     parts.append(_section("## The dataset file", DatasetSettings, "dataset", only=_own_keys(DatasetSettings)))
     directory = _own_keys(DirectorySettings)

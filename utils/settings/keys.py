@@ -10,16 +10,9 @@ from utils.settings import diffusion_pipe, kohya_and_others
 from utils.settings.choices import Choices, Classes
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 from utils.settings.foreign import Foreign
-from utils.settings.model_schema import ModelSettings, TextEncoderFile
-from utils.settings.schema import (
-    AdapterSettings,
-    EMASettings,
-    EvalDataset,
-    MonitoringSettings,
-    OptimizerSettings,
-    SamplingSettings,
-    Settings,
-)
+from utils.settings.model_schema import ModelSettings, PresetAdapter, TextEncoderFile
+from utils.settings.run_tables import EMASettings, EvalDataset, MonitoringSettings, SamplingSettings
+from utils.settings.schema import AdapterSettings, OptimizerSettings, ParameterRule, Settings
 from utils.settings.values import SettingsTable
 
 # Tables that only group: the run's own keys are accepted at the top of the file and in each of these.
@@ -68,7 +61,9 @@ SPELLINGS: Mapping[str, Mapping[str, str]] = {
 NESTED: Mapping[str, type[BaseModel]] = {
     "eval_datasets": EvalDataset,
     "text_encoders": TextEncoderFile,
+    "preset_adapters": PresetAdapter,
     "directory": DirectorySettings,
+    "rules": ParameterRule,
 }
 
 

@@ -5,11 +5,12 @@ The documentation and the JSON schemas are generated from the strings under the 
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny
 
 from utils.settings.deepspeed_keys import DeepSpeedConfig
 from utils.settings.lr_schedules import LrScheduler
 from utils.settings.model_schema import DType, ModelSettings
+from utils.settings.run_tables import EMASettings, EvalDataset, MonitoringSettings, SamplingSettings, named_sets
 from utils.settings.values import (
     ClipBy,
     Count,
@@ -29,6 +30,19 @@ from utils.settings.values import (
 
 PLANNED = ("time", "memory")
 """Values of `partition_method` for which the data's sizes have to be known."""
+
+
+class ParameterRule(SettingsTable):
+    """`[[optimizer.rules]]`: how some of the trained parameters differ from the others. For each parameter the first
+    rule counts that matches it."""
+
+    pattern: Annotated[str, Field(min_length=1)]
+    """Glob pattern that may match anywhere in a parameter's name."""
+    lr: NotNegative | None = None
+    """Their learning rate, after warm-up; default: that of their part, or of all. 0 freezes what a full fine-tune would
+    train."""
+    weight_decay: NotNegative | None = None
+    """Their weight decay; default: that of all."""
 
 
 class AdapterSettings(SettingsTable):
@@ -67,117 +81,27 @@ class OptimizerSettings(SettingsTable):
     lr: Positive
     """Learning rate, after warm-up."""
     weight_decay: NotNegative = 0.01
-    """Decay of the weights per step, times the learning rate."""
+    """Decay of the weights per step, times the learning rate. Not for biases, norms, embeddings, tables of positions or
+    modulation, and other vectors."""
+    rules: list[ParameterRule] = []
+    """Parameters with a learning rate or a decay of their own."""
+    self_attn_lr: NotNegative | None = None
+    """Learning rate of the blocks' self-attention, also of image and text together; as `lr` in a rule after all
+    `rules`."""
+    cross_attn_lr: NotNegative | None = None
+    """The same for their attention to the text, where that is a part of its own."""
+    mlp_lr: NotNegative | None = None
+    """The same for their feed-forward parts."""
+    mod_lr: NotNegative | None = None
+    """The same for their modulation by the timestep."""
+
+    def arguments(self) -> dict[str, Any]:
+        """The keys of the algorithm itself."""
+        return self.model_dump(exclude={"type", *GROUP_KEYS})
 
 
-def as_list(value: Any) -> Any:
-    """One thing as a list of one."""
-    return value if isinstance(value, list) else [value]
-
-
-ControlImages = Annotated[
-    list[UserPath],
-    BeforeValidator(as_list, json_schema_input_type=UserPath | Annotated[list[UserPath], Field(min_length=1)]),
-    Field(min_length=1),
-]
-
-
-class EMASettings(SettingsTable):
-    """`[ema]`: an exponential moving average of what is trained. Without this table: none."""
-
-    decay: Share = 0.9999
-    """Fraction of the average that an update keeps; the weights give the rest."""
-    warmup: Literal["none", "ratio", "power"] = "power"
-    """How the decay rises to this value after n updates: not at all, as (1 + n) / (10 + n), or as 1 - (1 +
-    n)^-power."""
-    power: Positive = 2 / 3
-    """The power for `warmup = "power"`; with 1 the average is the plain mean until `decay` is reached."""
-    update_interval: Count = 1
-    """Steps from one update to the next."""
-    device: Literal["cpu", "gpu"] = "gpu"
-    """Where the averages are kept in float32: in the machine's memory, or on the GPU beside the weights."""
-    export: Literal["beside", "instead"] = "beside"
-    """Export the averages beside the weights, as `epoch5_ema`, or instead of them, as `epoch5`."""
-    evaluate: bool = True
-    """Also evaluate the averages, as `name/ema_loss`, which takes the same time again."""
-    sample: bool = True
-    """Draw samples with the averages instead of the weights."""
-
-    @field_validator("power")
-    @classmethod
-    def _power_is_used(cls, power: float, read: ValidationInfo) -> float:
-        if read.data.get("warmup", "power") != "power":
-            raise ValueError(f'is of use with warmup = "power" alone, and that is "{read.data["warmup"]}"')
-        return power
-
-
-# An empty text is no text: files that are copied have them where nothing is meant.
-NotEmpty = Annotated[str | None, AfterValidator(lambda text: text or None)]
-
-
-class MonitoringSettings(SettingsTable):
-    """`[monitoring]`: where metrics go, besides the run folder's `metrics.jsonl`."""
-
-    enable_tensorboard: bool = True
-    """Write TensorBoard events into the run folder."""
-    enable_wandb: bool = False
-    """Send metrics to Weights & Biases."""
-    wandb_api_key: Annotated[NotEmpty, Field(repr=False)] = None
-    """Key of the account; default: what `wandb login` or WANDB_API_KEY set. Never written to a run folder."""
-    wandb_tracker_name: NotEmpty = None
-    """Project that the run is filed under; default: penstock."""
-    wandb_run_name: NotEmpty = None
-    """Name of the run; default: that of its folder."""
-
-
-class SamplingSettings(SettingsTable):
-    """`[sampling]`: pictures drawn during the run, from fixed prompts and seeds."""
-
-    prompts: list[str] = []
-    """Prompts to draw; empty: none."""
-    negative_prompt: str = ""
-    """Prompt from which guidance leads away, in models that are guided by a second prediction."""
-    control_images: list[ControlImages] = []
-    """The control image for each prompt, or a list of several for each; a single entry serves all prompts. For models
-    that edit pictures (Kontext, Edit), and as the first frame for models that make a clip from it, or as its first and
-    its last. Models that follow a clip (VACE) take one. It is cropped to the shape of the sample."""
-    sample_every_n_steps: Count | None = None
-    """Draw after every n steps."""
-    sample_every_n_epochs: Count | None = None
-    """Draw after every n epochs."""
-    sample_before_first_step: bool = False
-    """Draw before training, to compare with."""
-    steps: Count = 20
-    """Denoising steps of a picture."""
-    width: Count = 1024
-    """Width, in pixels."""
-    height: Count = 1024
-    """Height, in pixels."""
-    frames: Count = 1
-    """Number of frames: 1 for a picture; a clip is written as mp4."""
-    seed: Natural = 0
-    """Seed of the initial noise, the same every time."""
-    guidance: NotNegative = 3.5
-    """Strength of guidance by the prompt."""
-
-
-def _named(entries: Any) -> Any:
-    """Paths of evaluation sets with names of their own."""
-    if not isinstance(entries, list):
-        return entries
-    return [
-        {"name": f"eval{number}", "config": entry} if isinstance(entry, str) else entry
-        for number, entry in enumerate(entries)
-    ]
-
-
-class EvalDataset(SettingsTable):
-    """Data whose loss is measured."""
-
-    name: Annotated[str, Field(min_length=1)]
-    """Name in the metrics: `name/loss`."""
-    config: UserPath
-    """Dataset file, written as for training."""
+GROUP_KEYS = frozenset(OptimizerSettings.model_fields) - {"type", "lr", "weight_decay"}
+"""The keys of `[optimizer]` that say what differs among parameters."""
 
 
 class Settings(SettingsTable):
@@ -242,7 +166,7 @@ class Settings(SettingsTable):
     force_constant_lr: Positive | None = None
     """Use this learning rate at every step, instead of warm-up, schedule and the checkpoint's value."""
     eval_datasets: Annotated[
-        list[EvalDataset], BeforeValidator(_named, json_schema_input_type=list[EvalDataset | str])
+        list[EvalDataset], BeforeValidator(named_sets, json_schema_input_type=list[EvalDataset | str])
     ] = []
     """Data that is evaluated and not trained on: tables of `name` and `config`, or dataset files alone, which are then
     called eval0, eval1 and so on."""

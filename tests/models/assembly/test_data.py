@@ -16,7 +16,7 @@ from utils.dataset.collection import Collection, Source
 from utils.errors import UserError
 from utils.ranks import Ranks
 from utils.settings.dataset_schema import DatasetSettings
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 
 def collected(samples):

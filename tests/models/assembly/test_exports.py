@@ -29,7 +29,8 @@ from utils.errors import UserError
 from utils.media.writing import tensor_to_image
 from utils.ranks import Ranks
 from utils.run.export import export
-from utils.settings.schema import AdapterSettings, SamplingSettings
+from utils.settings.run_tables import SamplingSettings
+from utils.settings.schema import AdapterSettings
 
 STEP = 7
 LORA_FILE, LORA_COMFYUI, DENOISER_COMFYUI = (

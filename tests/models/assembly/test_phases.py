@@ -24,7 +24,7 @@ from tests.models import tiny_flux, tiny_wan
 from tests.models.tiny_folder import settings_of
 from utils.adapters.lora import LoraSettings
 from utils.dataset.samples import Bucket
-from utils.settings.schema import SamplingSettings
+from utils.settings.run_tables import SamplingSettings
 
 BATCH, SIZE = 2, 128
 

@@ -32,7 +32,8 @@ from utils.ranks import Ranks
 from utils.run.progress import Progress
 from utils.run.trainer import last_step_of
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
-from utils.settings.schema import AdapterSettings, EMASettings
+from utils.settings.run_tables import EMASettings
+from utils.settings.schema import AdapterSettings
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from utils.ranks import Ranks
 from utils.run.checkpoint import Checkpoint, ResumeFlags
 from utils.run.progress import Progress
 from utils.run.saving import save
-from utils.settings.schema import EMASettings
+from utils.settings.run_tables import EMASettings
 
 CLIP = 0.05
 SINGLE_BLOCKS_ONLY = LoraSettings(type="lora", rank=4, include=["single_transformer_blocks.1"])

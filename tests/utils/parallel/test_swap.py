@@ -28,7 +28,7 @@ from utils.parallel.swap import BlockSwap
 from utils.parallel.swap_plan import BUFFERS, SwapPlan, counts, spread
 from utils.parallel.transfers import ALIGNMENT
 from utils.ranks import Ranks
-from utils.settings.schema import EMASettings
+from utils.settings.run_tables import EMASettings
 
 STEPS = 2
 ACCUMULATION = {1: 2, 2: 3}

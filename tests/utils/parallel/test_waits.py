@@ -14,7 +14,7 @@ from tests.pretended_device import DEVICE, PretendedDevice
 from tests.processes import run_ranks
 from tests.utils.parallel import toy_flux
 from utils.ranks import Ranks
-from utils.settings.schema import EMASettings
+from utils.settings.run_tables import EMASettings
 
 STEPS, ACCUMULATION = 2, 2
 TYPES = (torch.float32, torch.bfloat16)

@@ -13,7 +13,7 @@ from tensorboard.summary.writer import event_file_writer
 
 from utils.errors import UserError
 from utils.run.metrics import Metrics, check_account
-from utils.settings.schema import MonitoringSettings
+from utils.settings.run_tables import MonitoringSettings
 
 
 def test_scalars_and_pictures(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from utils.run.checkpoint import damage_in
 from utils.run.metrics import Metrics
 from utils.run.signals import StopRequests
 from utils.run.trainer import Trainer
-from utils.settings.schema import MonitoringSettings
+from utils.settings.run_tables import MonitoringSettings
 
 JSON_ALONE = MonitoringSettings(enable_tensorboard=False)
 

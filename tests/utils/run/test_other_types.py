@@ -18,7 +18,8 @@ from utils.run import checkpoint, saving
 from utils.run.checkpoint import ResumeFlags
 from utils.run.progress import Progress
 from utils.settings.model_schema import ModelSettings
-from utils.settings.schema import EMASettings, Settings
+from utils.settings.run_tables import EMASettings
+from utils.settings.schema import Settings
 
 SETTINGS = Settings(
     output_dir=Path("runs"),
@@ -41,7 +42,7 @@ def parameters(dtype: torch.dtype) -> Named:
 
 
 def optimizer_of(named: Named) -> AdamW:
-    chosen = SETTINGS.optimizer.model_dump(exclude={"type"})
+    chosen = SETTINGS.optimizer.arguments()
     return AdamW(named.values(), **chosen)
 
 

@@ -16,7 +16,8 @@ from utils.settings.deepspeed_keys import DeepSpeedSettings
 from utils.settings.document import data_groups, dataset_json_schema, settings_json_schema, settings_page
 from utils.settings.keys import CHOSEN, GROUPS, NESTED, SECTIONS, known_keys, run_keys
 from utils.settings.model_schema import ModelSettings
-from utils.settings.schema import SamplingSettings, Settings
+from utils.settings.run_tables import SamplingSettings
+from utils.settings.schema import Settings
 
 TABLES = [Settings, DatasetSettings, DeepSpeedSettings, *NESTED.values(), *SECTIONS.values()]
 TABLES += [cls for section in CHOSEN for cls in CLASSES[section].values()]
