@@ -60,7 +60,7 @@ DIFFERENCES = (
         "optimizer",
         "weight_decay",
         "norms, biases, embeddings and tables do not decay; there all that is trained does",
-        lambda settings: settings.adapter is None and settings.optimizer.weight_decay > 0,
+        lambda settings: settings.adapter is None and "weight_decay" in settings.optimizer.model_fields_set,
     ),
     Difference(
         "adapter",

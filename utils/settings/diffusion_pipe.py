@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.settings.foreign import Foreign, ForeignType, Keys, leave_out, read_as, write
 
-_LLM_ADAPTER = "a rule, `[[optimizer.rules]]`, with `pattern = 'text_conditioner'`"
+_LLM_ADAPTER = "one of the `rules` of `[optimizer]`, as in `rules = [{ pattern = 'text_conditioner', lr = 1e-5 }]`"
 
 
 def _text_encoder(name: str, others: str = "") -> Foreign:
@@ -81,9 +81,11 @@ _MODEL: Mapping[str, Foreign] = {
         harmless=lambda value: value == 0,
         why_harmless="it changes nothing with this value",
     ),
-    "freeze_llm_adapter": write(f"{_LLM_ADAPTER}, `lr = 0`; with an adapter an entry of `exclude`", unless=(False,)),
+    "freeze_llm_adapter": write(
+        f"{_LLM_ADAPTER}, whose `lr = 0` freezes it; with an adapter an entry of `exclude`", unless=(False,)
+    ),
     "image_shift": write("`shift`, which is that of pictures and clips alike"),
-    "llm_adapter_lr": write(f"{_LLM_ADAPTER} and this `lr`"),
+    "llm_adapter_lr": write(_LLM_ADAPTER),
     "llm_path": _text_encoder("umt5", " for Wan; gemma2 is Lumina's"),
     "load_to_cuda": leave_out("a process reads the weights of its own stage alone"),
     "lumina_shift": read_as("flux_shift"),

@@ -229,7 +229,7 @@ REFUSED = [
     ("model", "image_shift = 1", "[model] image_shift", "`shift`"),
     ("model", "cfg = 4", "[model] cfg", "`folded_guidance`"),
     ("model", "first_frame_conditioning_p = 0.5", "[model] first_frame_conditioning_p", "`from_first_frame`"),
-    ("model", "self_attn_lr = 1e-5", "[model] self_attn_lr", "`exclude`"),
+    ("model", "self_attn_lr = 1e-5", "[model] self_attn_lr", "`self_attn_lr`, in `[optimizer]`"),
     ("model", "pseudo_huber_c = 0.5", "[model] pseudo_huber_c", "`loss_type = 'pseudo_huber'`"),
     ("model", "cache_text_embeddings = false", "[model] cache_text_embeddings", "above all tables"),
     ("model", "text_encoder_3_precision = 'int8-quanto'", "[model] text_encoder_3_precision", "`text_encoder_dtype`"),
