@@ -22,6 +22,7 @@ class Kept:
         float32_gradients: whether gradients are summed in float32.
         zero_stage, data_ranks: what is divided, and among how many.
         offload: whether the optimizer works in the host's memory.
+        releases: whether a layer's gradients are let go before those of the next one come.
     """
 
     optimizer: OptimizerSettings
@@ -30,13 +31,15 @@ class Kept:
     zero_stage: int = 0
     data_ranks: int = 1
     offload: bool = False
+    releases: bool = False
 
     @classmethod
     def of(cls, settings: Settings, data_ranks: int) -> Kept:
         """As a run keeps it."""
         averages = settings.ema is not None and settings.ema.device == "gpu"
         zero_stage, offload = settings.zero_stage, settings.offload_optimizer
-        return cls(settings.optimizer, averages, sums_in_float32(settings), zero_stage, data_ranks, offload)
+        releases = settings.optimizer.gradient_release
+        return cls(settings.optimizer, averages, sums_in_float32(settings), zero_stage, data_ranks, offload, releases)
 
     def bytes_of(self, trained: Mapping[str, nn.Parameter], *, gradients: bool = True) -> tuple[int, int]:
         """On the device and in the host's memory, of the rank that has most of these parameters of a stage.
@@ -48,7 +51,7 @@ class Kept:
         owner_of = owners({name: parameter.numel() for name, parameter in trained.items()}, data_ranks)
         shares = [[p for name, p in trained.items() if owner_of[name] == rank] for rank in range(data_ranks)]
         divides_gradients = gradients and self.zero_stage > 1 and data_ranks > 1
-        of_all = sum(map(self._gradient, trained.values())) if gradients else 0
+        of_all = sum(map(self.gradient, trained.values())) if gradients else 0
         found = [
             self._share(share, self._divided_gradients(share, trained) if divides_gradients else of_all)
             for share in shares
@@ -61,9 +64,10 @@ class Kept:
         device = gradients + (4 * sum(parameter.numel() for parameter in share) if self.averages else 0)
         if not self.offload:
             return device + state, 0
-        return device, state + sum(parameter.nbytes + self._gradient(parameter) for parameter in share)
+        return device, state + sum(parameter.nbytes + self.gradient(parameter) for parameter in share)
 
-    def _gradient(self, parameter: nn.Parameter) -> int:
+    def gradient(self, parameter: nn.Parameter) -> int:
+        """The bytes of a parameter's gradient."""
         return gradient_size(parameter, float32=self.float32_gradients)
 
     def _divided_gradients(self, share: Sequence[nn.Parameter], trained: Mapping[str, nn.Parameter]) -> int:

@@ -158,7 +158,9 @@ class Planner:
         trained = {name: parameter for part in self._trained[slice(*bounds)] for name, parameter in part.items()}
         away = {name: parameter for name, parameter in trained.items() if id(parameter) in travelling}
         staying = {name: parameter for name, parameter in trained.items() if name not in away}
-        state, stepped = self._kept.bytes_of(staying)
+        state, stepped = self._kept.bytes_of(staying, gradients=not self._kept.releases)
+        if self._kept.releases:
+            state += max(sum(map(self._kept.gradient, part.values())) for part in self._trained[slice(*bounds)])
         weights = weight_bytes(layers) + swap.ring_bytes - swap.tensor_bytes
         buffers = self._gradient_buffers(swap)
         between = self._kept.bytes_of(staying, gradients=False)[0] + buffers

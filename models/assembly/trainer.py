@@ -233,6 +233,7 @@ def _engine(
         accumulation=settings.gradient_accumulation_steps,
         clip_norm=settings.gradient_clipping,
         clip_by=settings.gradient_clipping_by,
+        release=settings.optimizer.gradient_release,
         teacher=teacher_of(pipeline, settings, staged),
         float32_gradients=sums_in_float32(settings),
         shares=shares,

@@ -43,7 +43,7 @@ class Clipping:
             _scale(trained, self.limit, total)
         else:
             positions = {parameter: position for position, parameter in enumerate(trained)}
-            for layer in _by_layer(trained, layers):
+            for layer in by_layer(trained, layers):
                 _scale(layer, self.limit, norms_P[[positions[parameter] for parameter in layer]].norm())
 
 
@@ -62,7 +62,7 @@ def _scale(parameters: Iterable[nn.Parameter], limit: float, norm: torch.Tensor)
         torch.nn.utils.clip_grads_with_norm_(held, limit, norm)
 
 
-def _by_layer(trained: Iterable[nn.Parameter], layers: Sequence[nn.Module]) -> list[list[nn.Parameter]]:
+def by_layer(trained: Iterable[nn.Parameter], layers: Sequence[nn.Module]) -> list[list[nn.Parameter]]:
     """The trained parameters of every layer that has some; those of several layers are in the first."""
     left, found = set(trained), []
     for layer in layers:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Any
 
 import torch
@@ -35,7 +34,9 @@ from utils.parallel import wire
 from utils.parallel.backend import told
 from utils.parallel.breakdown import Breakdown
 from utils.parallel.clipping import Clipping, gradient_norms
+from utils.parallel.mail import StageMail
 from utils.parallel.pipeline import DenoiserPipeline
+from utils.parallel.release import GradientRelease, may_step
 from utils.parallel.sharding import Shares
 from utils.parallel.teacher import Teacher
 from utils.settings.deepspeed_keys import DeepSpeedSettings
@@ -67,6 +68,8 @@ class Engine(PipelineEngine):
 
     Args:
         clip_norm, clip_by: see `Clipping`.
+        release: see `GradientRelease`; then one micro-batch is a step, without a limit of the whole gradient's norm,
+            with all of the stage's parameters in `shares`.
         float32_gradients: sum the gradients of 16-bit parameters in float32, since in their own type what later
             micro-batches add to a large sum is lost. The optimizer must take them so.
         shares: which of the parameters `optimizer` steps; default: all that the stage trains.
@@ -81,22 +84,14 @@ class Engine(PipelineEngine):
         accumulation: int,
         clip_norm: float,
         clip_by: ClipBy = "norm",
+        release: bool = False,
         teacher: Teacher | None = None,
         float32_gradients: bool = False,
         shares: Shares | None = None,
         deepspeed: DeepSpeedSettings | None = None,
     ):
         deepspeed = deepspeed or DeepSpeedSettings()
-        config = {
-            # Not used: micro-batches may differ in size.
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": 0.0,
-            "steps_per_print": NEVER,
-            "zero_allow_untested_optimizer": True,
-            **told(deepspeed),
-        }
-        mpu = module.mpu()
+        config, mpu = _config(accumulation, deepspeed), module.mpu()
         super().__init__(
             args=None,
             model=module,
@@ -120,15 +115,19 @@ class Engine(PipelineEngine):
             self._breakdown = Breakdown(self.device, None if self.grid.get_data_parallel_rank() else self.stage_id)
             self._INSTRUCTION_MAP = self._breakdown.timed(self._INSTRUCTION_MAP)
         self._clipping = Clipping(clip_norm, clip_by)
+        self._released = None
+        if release:
+            mean = self._mean_over_data_ranks if self.grid.get_data_parallel_world_size() > 1 else None
+            parts = module.forward_funcs, self._trained, optimizer, mean, self._clipping
+            self._released = GradientRelease(*parts)
         self.teacher = teacher
         self._grad_norm = torch.zeros(())
         self._forward_count = 0
         self._step = 0
         self._numbers: Sequence[int] = self._rank_after_rank()
         self._keep_predictions = False
-        self._description_group = dist.new_group(backend="gloo") if self.is_pipe_parallel else None
-        self._sending: dict[int, list[tuple[dist.Work, torch.Tensor]]] = {}
-        """By neighbouring stage; the tensors have to live as long."""
+        descriptions = dist.new_group(backend="gloo") if self.is_pipe_parallel else None
+        self._mail = StageMail(self.grid, self.device, descriptions)
 
     def train_step(
         self, batches: Iterable[MicroBatch] | None, step: int, numbers: Sequence[int] | None = None
@@ -145,7 +144,7 @@ class Engine(PipelineEngine):
             batches = self._with_teacher_labels(self.teacher, batches)
         self._begin(step, self._rank_after_rank() if numbers is None else numbers)
         loss = self.train_batch(iter(batches) if batches is not None else None)
-        self._finish_sending()
+        self._mail.finish()
         if self._breakdown:
             self._breakdown.tell(step)
         return self._told(loss)
@@ -209,7 +208,7 @@ class Engine(PipelineEngine):
         try:
             with torch.no_grad():
                 self._exec_schedule(self._inference_schedule(count))
-            self._finish_sending()
+            self._mail.finish()
         finally:
             # Also after an error, since training may go on without what failed.
             self._keep_predictions = False
@@ -220,49 +219,7 @@ class Engine(PipelineEngine):
         return outputs
 
     def _from_last_stage(self, tensors: list[torch.Tensor], count: int) -> list[torch.Tensor]:
-        """Sends the last stage's tensors to the other stages of the same pipeline."""
-        if not self.is_pipe_parallel:
-            return tensors
-        group, source = self.grid.get_pipe_parallel_group(), self._loss_stage_global_rank()
-        received = []
-        for index in range(count):
-            if self.is_last_stage():
-                _, description = wire.flatten((tensors[index],))
-                numbers = wire.encode(description).to(self.device)
-            else:
-                numbers = torch.empty(wire.DESCRIPTION_NUMBERS, dtype=torch.int64, device=self.device)
-            dist.broadcast(numbers, source, group=group)
-            (expected,) = wire.decode(numbers.cpu()).tensors
-            tensor = tensors[index].contiguous() if self.is_last_stage() else self._buffer(expected)
-            dist.broadcast(tensor, source, group=group)
-            received.append(tensor)
-        return received
-
-    def _buffer(self, expected: wire.TensorDescription) -> torch.Tensor:
-        return torch.empty(expected.shape, dtype=expected.dtype, device=self.device)
-
-    def _send(self, tensors: Sequence[torch.Tensor], stage: int, description: wire.Description | None = None) -> None:
-        """Begins to send tensors, and what describes them, to a neighbouring stage; what was sent to it before has
-        arrived."""
-        self._finish_sending(stage)
-        rank, described = self.grid.stage_to_global(stage), []
-        if description is not None:
-            numbers = wire.encode(description)
-            described = [(dist.isend(numbers, rank, group=self._description_group), numbers)]
-        whole = [tensor.detach().contiguous() for tensor in tensors if tensor.numel()]
-        self._sending[stage] = [*described, *((dist.isend(tensor, rank), tensor) for tensor in whole)]
-
-    def _finish_sending(self, stage: int | None = None) -> None:
-        """Waits until what is on its way to a stage, or to all, has arrived."""
-        for receiver in [stage] if stage is not None else list(self._sending):
-            for work, _ in self._sending.pop(receiver, ()):
-                work.wait()
-
-    def _receive(self, tensors: Sequence[torch.Tensor], stage: int) -> None:
-        """Fills tensors with what a neighbouring stage sends."""
-        rank = self.grid.stage_to_global(stage)
-        for work in [dist.irecv(tensor, rank) for tensor in tensors if tensor.numel()]:
-            work.wait()
+        return self._mail.from_last_stage(tensors, count, is_last=self.is_last_stage())
 
     # The instructions of the schedule, in the order in which a micro-batch goes through them.
 
@@ -274,11 +231,9 @@ class Engine(PipelineEngine):
             self.pipe_buffers["labels"][buffer_id] = _to_device(labels, self.device)
 
     def _receive_activations(self, buffer_id: int) -> None:
-        numbers = torch.empty(wire.DESCRIPTION_NUMBERS, dtype=torch.int64)
-        dist.recv(numbers, self.grid.stage_to_global(self.prev_stage), group=self._description_group)
-        description = wire.decode(numbers)
-        tensors = [self._buffer(expected) for expected in description.tensors]
-        self._receive(tensors, self.prev_stage)
+        description = self._mail.description(self.prev_stage)
+        tensors = [self._mail.buffer(expected) for expected in description.tensors]
+        self._mail.receive(tensors, self.prev_stage)
         for tensor, expected in zip(tensors, description.tensors, strict=True):
             tensor.requires_grad_(expected.requires_grad and torch.is_grad_enabled())
         self.pipe_buffers["inputs"][buffer_id] = wire.unflatten(tensors, description)
@@ -304,12 +259,12 @@ class Engine(PipelineEngine):
 
     def _send_activations(self, buffer_id: int) -> None:
         tensors, description = wire.flatten(self.pipe_buffers["outputs"][buffer_id])
-        self._send(tensors, self.next_stage, description)
+        self._mail.send(tensors, self.next_stage, description)
 
     def _receive_gradients(self, buffer_id: int) -> None:
         _, description = wire.flatten(self.pipe_buffers["outputs"][buffer_id])
-        self.grad_layer = [self._buffer(expected) for expected in description.tensors if expected.requires_grad]
-        self._receive(self.grad_layer, self.next_stage)
+        self.grad_layer = [self._mail.buffer(expected) for expected in description.tensors if expected.requires_grad]
+        self._mail.receive(self.grad_layer, self.next_stage)
 
     def _backward(self, buffer_id: int) -> None:
         if self.is_last_stage():
@@ -328,12 +283,14 @@ class Engine(PipelineEngine):
     def _send_gradients(self, buffer_id: int) -> None:
         tensors, _ = wire.flatten(self.pipe_buffers["inputs"][buffer_id])
         wanted = [tensor for tensor in tensors if tensor.requires_grad]
-        self._send([t.grad if t.grad is not None else torch.zeros_like(t) for t in wanted], self.prev_stage)
+        self._mail.send([t.grad if t.grad is not None else torch.zeros_like(t) for t in wanted], self.prev_stage)
         self.pipe_buffers["inputs"][buffer_id] = None
 
     def _reduce_gradients(self) -> None:
         """The means of the gradients over the data ranks; those that are missing are zeros, as on other ranks."""
         self.module.swap.settle()
+        if self._released:
+            return
         if self._reduced:
             self._reduced.hand_over()
             return
@@ -354,28 +311,31 @@ class Engine(PipelineEngine):
             parameter.grad = None
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
-        self._grad_norm = self._clip()
-        # One number that is none would make all weights and moments so. All ranks have the same norm, which optimizers
-        # take on the device as torch's GradScaler has it; for others the host has to wait.
-        waits = not getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        if not waits:
-            self.optimizer.found_inf = self._grad_norm.isfinite().logical_not().float()
-        if not waits or isfinite(self._grad_norm.item()):
-            self._shares.before_step()
-            super()._take_model_step(lr_kwargs)
-            self._shares.after_step()
+        if self._released:
+            self._grad_norm = self._norm_over_stages(self._released.finish(self.device))
         else:
-            self.zero_grad()
+            norms_P = self._reduced.norms_of_all() if self._reduced else gradient_norms(self._trained, self.device)
+            self._grad_norm = self._norm_over_stages(norms_P)
+            self._clipping.apply(self._trained, norms_P, self._grad_norm, self.module.forward_funcs)
+            # All ranks have the same norm.
+            if may_step(self.optimizer, self._grad_norm):
+                self._shares.before_step()
+                self.optimizer.step()
+                self._shares.after_step()
+        self.zero_grad()
+        self.global_steps += 1
 
-    def _clip(self) -> torch.Tensor:
-        """The norm of the gradient over all stages; scales the gradient down."""
-        norms_P = self._reduced.norms_of_all() if self._reduced else gradient_norms(self._trained, self.device)
-        square = norms_P.square().sum()
+    def _norm_over_stages(self, norms: torch.Tensor) -> torch.Tensor:
+        """The norm of the gradient of the whole model, of which this stage's parts have these."""
+        square = norms.square().sum()
         if self.is_pipe_parallel:
             dist.all_reduce(square, group=self.grid.get_pipe_parallel_group())
-        norm = square.sqrt()
-        self._clipping.apply(self._trained, norms_P, norm, self.module.forward_funcs)
-        return norm
+        return square.sqrt()
+
+    def _mean_over_data_ranks(self, gradients: Sequence[torch.Tensor]) -> None:
+        for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+            own = [gradient for gradient in gradients if gradient.dtype == dtype]
+            self.allreduce_and_copy(own, self.grid.get_data_parallel_group())
 
     _INSTRUCTION_MAP = {
         **PipelineEngine._INSTRUCTION_MAP,
@@ -387,6 +347,19 @@ class Engine(PipelineEngine):
         schedule.BackwardPass: _backward,
         schedule.SendGrad: _send_gradients,
         schedule.ReduceGrads: _reduce_gradients,
+    }
+
+
+def _config(accumulation: int, deepspeed: DeepSpeedSettings) -> dict[str, Any]:
+    """What DeepSpeed is told."""
+    return {
+        # Not used: micro-batches may differ in size.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0,
+        "steps_per_print": NEVER,
+        "zero_allow_untested_optimizer": True,
+        **told(deepspeed),
     }
 
 

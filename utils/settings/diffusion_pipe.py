@@ -124,10 +124,6 @@ _ADAPTER: Mapping[str, Foreign] = {
 }
 _OPTIMIZER: Mapping[str, Foreign] = {
     "beta2_half_life": write("`betas`, of which the second is 0.5^(samples of a step / half-life)"),
-    "gradient_release": leave_out(
-        "this version keeps gradients until the step; `pipeline_stages` and `blocks_to_swap` save memory",
-        only=(False,),
-    ),
     "stabilize": leave_out("no optimizer of this version limits its update by its size", only=(False,)),
 }
 _DATASET: Mapping[str, Foreign] = {
@@ -245,7 +241,7 @@ SAME: Mapping[str, tuple[str, ...]] = {
         "text_encoder_2_lr",
     ),
     "adapter": ("type", "rank", "alpha", "dropout", "dtype", "init_from_existing"),
-    "optimizer": ("type", "lr", "betas", "weight_decay", "eps", "momentum"),
+    "optimizer": ("type", "lr", "betas", "weight_decay", "eps", "momentum", "gradient_release"),
     "monitoring": ("enable_wandb", "wandb_api_key", "wandb_tracker_name", "wandb_run_name"),
     "dataset": (
         "resolutions",

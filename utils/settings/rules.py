@@ -2,17 +2,18 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
 from utils.errors import Problem
-from utils.settings.lr_schedules import NEEDED_BY, OTHERS, USED_BY, name_of
 from utils.settings.model_schema import QuantisedType
 from utils.settings.paths import missing, unwritable
+from utils.settings.rule import SettingsRule, at
 from utils.settings.schema import Settings
+from utils.settings.step_rules import STEP_RULES
 
 EVAL_KEYS = (
     "eval_every_n_steps",
@@ -60,62 +61,39 @@ def remarks_on_run(settings: Settings, file: str = "") -> list[Problem]:
     return [replace(remark, file=file) for rule in _HARMLESS for remark in rule(settings)]
 
 
-@dataclass(frozen=True)
-class SettingsRule:
-    """A check, and the keys that it reads."""
-
-    keys: tuple[str, ...]
-    check: Callable[[Settings, int], Iterable[Problem]]
-
-
-def _at(place: str, message: str) -> Problem:
-    return Problem("", place, message)
-
-
 def _split_fits_method(settings: Settings, _: int) -> Iterator[Problem]:
     split, stages, place = settings.partition_split, settings.pipeline_stages, "key `partition_split`"
     if settings.partition_method != "manual":
         if split is not None:
-            yield _at(place, 'is for partition_method = "manual" only; set that, or leave this out')
+            yield at(place, 'is for partition_method = "manual" only; set that, or leave this out')
     elif split is None:
-        yield _at(place, f'is required by partition_method = "manual": {stages - 1} layer numbers')
+        yield at(place, f'is required by partition_method = "manual": {stages - 1} layer numbers')
     elif len(split) != stages - 1:
-        yield _at(place, f"needs {stages - 1} layer numbers for pipeline_stages = {stages}; given: {split}")
+        yield at(place, f"needs {stages - 1} layer numbers for pipeline_stages = {stages}; given: {split}")
     elif any(first >= second for first, second in pairwise(split)):
-        yield _at(place, f"must rise from each number to the next; given: {split}")
+        yield at(place, f"must rise from each number to the next; given: {split}")
 
 
 def _weights_fit_stages(settings: Settings, _: int) -> Iterator[Problem]:
     weights, stages, place = settings.stage_weights, settings.pipeline_stages, "key `stage_weights`"
     if weights and settings.partition_method == "manual":
-        yield _at(place, "is not used beside partition_split, which says where stages begin; leave out one of them")
+        yield at(place, "is not used beside partition_split, which says where stages begin; leave out one of them")
     elif weights and len(weights) != stages:
-        yield _at(place, f"has {len(weights)} numbers for pipeline_stages = {stages}; write one for each stage")
+        yield at(place, f"has {len(weights)} numbers for pipeline_stages = {stages}; write one for each stage")
 
 
 def _swap_fits_stages(settings: Settings, _: int) -> Iterator[Problem]:
     swapped, stages = settings.blocks_to_swap, settings.pipeline_stages
     if isinstance(swapped, list) and len(swapped) != stages:
-        yield _at(
+        yield at(
             "key `blocks_to_swap`",
             f"has {len(swapped)} numbers for pipeline_stages = {stages}; write one for each stage, or one for all",
         )
 
 
-def _trained_blocks_step_at_home(settings: Settings, _: int) -> Iterator[Problem]:
-    if settings.swaps_trained and settings.blocks_to_swap != "auto":
-        for key in ("zero_stage", "offload_optimizer"):
-            if getattr(settings, key):
-                message = (
-                    "is not for swapped blocks of a full fine-tune, whose optimizer state is in the machine's memory "
-                    "anyway; leave it out and swap more blocks, or leave out blocks_to_swap"
-                )
-                yield _at(f"key `{key}`", message)
-
-
 def _recomputed_blocks_are_asked_for(settings: Settings, _: int) -> Iterator[Problem]:
     if settings.activation_checkpointing_every_n_blocks > 1 and not settings.activation_checkpointing:
-        yield _at(
+        yield at(
             "key `activation_checkpointing_every_n_blocks`",
             "is for activation_checkpointing only; set that, or leave this out",
         )
@@ -123,7 +101,7 @@ def _recomputed_blocks_are_asked_for(settings: Settings, _: int) -> Iterator[Pro
 
 def _budget_is_used(settings: Settings, _: int) -> Iterator[Problem]:
     if settings.memory_budget_gb and "auto" not in (settings.activation_checkpointing, settings.blocks_to_swap):
-        yield _at(
+        yield at(
             "key `memory_budget_gb`",
             'is for "auto" only; set activation_checkpointing = "auto", blocks_to_swap = "auto" or both, or leave this '
             "out",
@@ -134,7 +112,7 @@ def _stages_divide_world(settings: Settings, world_size: int | None) -> Iterator
     stages = settings.pipeline_stages
     if world_size is not None and world_size % stages:
         fitting = [str(count) for count in range(1, world_size + 1) if world_size % count == 0]
-        yield _at(
+        yield at(
             "key `pipeline_stages`",
             f"{stages} does not divide the {world_size} processes of this launch; launch a multiple of "
             f"{stages} (deepspeed --num_gpus={stages} train.py ...), or set it to {' or '.join(fitting)}",
@@ -143,14 +121,14 @@ def _stages_divide_world(settings: Settings, world_size: int | None) -> Iterator
 
 def _one_shift(settings: Settings, _: int) -> Iterator[Problem]:
     if settings.model.flux_shift and settings.model.shift is not None:
-        yield _at("[model] shift", "excludes flux_shift = true; leave out one of them")
+        yield at("[model] shift", "excludes flux_shift = true; leave out one of them")
 
 
 def _model_has_a_folder(settings: Settings, _: int) -> Iterator[Problem]:
     model = settings.model
     if model.diffusers_path is None:
         if model.transformer_path is None and not (model.from_scratch and model.architecture):
-            yield _at(
+            yield at(
                 "[model] diffusers_path",
                 "is required: give the model's folder in diffusers' layout. Without one, transformer_path, vae_path "
                 "and text_encoders name single files",
@@ -158,11 +136,11 @@ def _model_has_a_folder(settings: Settings, _: int) -> Iterator[Problem]:
         return
     for key in ("architecture", "tokenizer_path"):
         if getattr(model, key) is not None:
-            yield _at(
+            yield at(
                 f"[model] {key}", "is for single files without a folder, and diffusers_path gives one; leave it out"
             )
     if os.path.isfile(model.diffusers_path):
-        yield _at(
+        yield at(
             "[model] diffusers_path",
             f"{model.diffusers_path} is a file, and the model's folder in diffusers' layout is needed; a file with the "
             "denoiser's weights goes into transformer_path, beside it",
@@ -172,13 +150,13 @@ def _model_has_a_folder(settings: Settings, _: int) -> Iterator[Problem]:
 def _parent_is_kept(settings: Settings, _: int) -> Iterator[Problem]:
     if settings.regularisation_target == "parent" and settings.adapter is None:
         message = '"parent" needs [adapter]: a full fine-tune does not keep the model that it began with'
-        yield _at("key `regularisation_target`", message)
+        yield at("key `regularisation_target`", message)
 
 
 def _one_teacher(settings: Settings, _: int) -> Iterator[Problem]:
     if settings.regularisation_target == "parent" and settings.model.folded_guidance is not None:
         message = 'moves every target, and regularisation_target = "parent" gives other ones; leave out one of them'
-        yield _at("[model] folded_guidance", message)
+        yield at("[model] folded_guidance", message)
 
 
 def _output_can_be_written(settings: Settings, _: int) -> Iterator[Problem]:
@@ -233,7 +211,7 @@ def _float16_is_not_trained(settings: Settings, _: int) -> Iterator[Problem]:
     for table, chosen in tables.items():
         for key in ("dtype", "transformer_dtype"):
             if getattr(chosen, key, None) == "float16":
-                yield _at(
+                yield at(
                     f"{table} {key}", "float16 overflows in training without loss scaling; use bfloat16 or float32"
                 )
 
@@ -241,7 +219,7 @@ def _float16_is_not_trained(settings: Settings, _: int) -> Iterator[Problem]:
 def _quantised_base_has_adapter(settings: Settings, _: int) -> Iterator[Problem]:
     chosen = settings.model.transformer_dtype
     if chosen in get_args(QuantisedType) and settings.adapter is None:
-        yield _at(
+        yield at(
             "[model] transformer_dtype",
             f'"{chosen}" is for a base that stays as it is, under an [adapter]; add one, or use bfloat16 or float32 '
             "for a full fine-tune",
@@ -252,16 +230,16 @@ def _eval_names_differ(settings: Settings, _: int) -> Iterator[Problem]:
     names = [entry.name for entry in settings.eval_datasets]
     for number, name in enumerate(names):
         if name == TRAINING_NAME:
-            yield _at(f"key `eval_datasets[{number}].name`", f'"{name}" is what the training set is called')
+            yield at(f"key `eval_datasets[{number}].name`", f'"{name}" is what the training set is called')
         if name in names[:number]:
-            yield _at(f"key `eval_datasets[{number}].name`", f'"{name}" names an entry above too')
+            yield at(f"key `eval_datasets[{number}].name`", f'"{name}" names an entry above too')
 
 
 def _eval_keys_have_data(settings: Settings) -> Iterator[Problem]:
     if not settings.eval_datasets:
         for key in EVAL_KEYS:
             if getattr(settings, key) is not None:
-                yield _at(f"key `{key}`", "not used: there is nothing to evaluate without eval_datasets")
+                yield at(f"key `{key}`", "not used: there is nothing to evaluate without eval_datasets")
 
 
 def _one_batch_a_resolution(key: str) -> SettingsRule:
@@ -269,7 +247,7 @@ def _one_batch_a_resolution(key: str) -> SettingsRule:
         sizes = getattr(settings, key)
         sides = [side for side, _ in sizes] if isinstance(sizes, list) else []
         if twice := next((side for side in sides if sides.count(side) > 1), None):
-            yield _at(f"key `{key}`", f"has the resolution {twice} twice; keep one of them")
+            yield at(f"key `{key}`", f"has the resolution {twice} twice; keep one of them")
 
     return SettingsRule((key,), check)
 
@@ -278,9 +256,9 @@ def _prompts_have_a_cadence(settings: Settings, _: int) -> Iterator[Problem]:
     sampling = settings.sampling
     given = [key for key in SAMPLE_CADENCES if getattr(sampling, key)]
     if sampling.prompts and not given:
-        yield _at("[sampling] prompts", f"are drawn at no time; set one of {', '.join(SAMPLE_CADENCES)}")
+        yield at("[sampling] prompts", f"are drawn at no time; set one of {', '.join(SAMPLE_CADENCES)}")
     if given and not sampling.prompts:
-        yield _at(f"[sampling] {given[0]}", "there is nothing to draw; add prompts, or leave it out")
+        yield at(f"[sampling] {given[0]}", "there is nothing to draw; add prompts, or leave it out")
 
 
 def _is_used(key: str, chooser: str, values: tuple[str, ...]) -> SettingsRule:
@@ -290,28 +268,14 @@ def _is_used(key: str, chooser: str, values: tuple[str, ...]) -> SettingsRule:
         model = settings.model
         if _is_changed(settings, key) and getattr(model, chooser) not in values:
             fitting = " or ".join(f'"{value}"' for value in values)
-            yield _at(f"[model] {key}", f"is for {chooser} = {fitting} only; set that, or leave this out")
+            yield at(f"[model] {key}", f"is for {chooser} = {fitting} only; set that, or leave this out")
 
     return SettingsRule((f"model.{key}", f"model.{chooser}"), check)
 
 
-def _schedule_uses(key: str) -> SettingsRule:
-    """A key with its default value is allowed anywhere, because resolved settings contain every key."""
-
-    def check(settings: Settings, _: int) -> Iterator[Problem]:
-        value, users, name = getattr(settings, key), USED_BY[key], name_of(settings.lr_scheduler)
-        if value != Settings.model_fields[key].default and name not in users:
-            fitting = " or ".join(user if user == OTHERS else f'"{user}"' for user in users)
-            yield _at(f"key `{key}`", f"is for lr_scheduler = {fitting} only; set that, or leave this out")
-        if value is None and name in NEEDED_BY.get(key, ()):
-            yield _at(f"key `{key}`", f'is needed by lr_scheduler = "{name}"; add it')
-
-    return SettingsRule((key, "lr_scheduler"), check)
-
-
 def _discount_has_levels(settings: Settings, _: int) -> Iterator[Problem]:
     if _is_changed(settings, "multires_noise_discount") and not settings.model.multires_noise_iterations:
-        yield _at(
+        yield at(
             "[model] multires_noise_discount", "is for multires_noise_iterations only; set that, or leave this out"
         )
 
@@ -325,12 +289,12 @@ def _wandb_is_enabled(settings: Settings) -> Iterator[Problem]:
     monitoring = settings.monitoring
     for key in WANDB_KEYS:
         if not monitoring.enable_wandb and getattr(monitoring, key) is not None:
-            yield _at(f"[monitoring] {key}", "not used without enable_wandb = true")
+            yield at(f"[monitoring] {key}", "not used without enable_wandb = true")
 
 
 def _blocks_are_swapped(settings: Settings) -> Iterator[Problem]:
     if settings.disable_block_swap_for_eval and not settings.swaps:
-        yield _at("key `disable_block_swap_for_eval`", "not used without blocks_to_swap")
+        yield at("key `disable_block_swap_for_eval`", "not used without blocks_to_swap")
 
 
 _HARMLESS = (_eval_keys_have_data, _wandb_is_enabled, _blocks_are_swapped)
@@ -339,7 +303,7 @@ _RULES = (
     SettingsRule(("pipeline_stages",), _stages_divide_world),
     SettingsRule(("stage_weights", "partition_method", "pipeline_stages"), _weights_fit_stages),
     SettingsRule(("blocks_to_swap", "pipeline_stages"), _swap_fits_stages),
-    SettingsRule(("blocks_to_swap", "adapter", "zero_stage", "offload_optimizer"), _trained_blocks_step_at_home),
+    *STEP_RULES,
     SettingsRule(
         ("activation_checkpointing", "activation_checkpointing_every_n_blocks"), _recomputed_blocks_are_asked_for
     ),
@@ -351,7 +315,6 @@ _RULES = (
     SettingsRule(("model.transformer_dtype", "adapter"), _quantised_base_has_adapter),
     SettingsRule(("model.shift", "model.flux_shift"), _one_shift),
     *(_is_used(key, *chosen) for keys, chosen in USED_WITH.items() for key in keys),
-    *(_schedule_uses(key) for key in USED_BY),
     SettingsRule(("model.multires_noise_discount", "model.multires_noise_iterations"), _discount_has_levels),
     SettingsRule(("regularisation_target", "adapter"), _parent_is_kept),
     SettingsRule(("regularisation_target", "model.folded_guidance"), _one_teacher),

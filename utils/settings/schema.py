@@ -94,6 +94,10 @@ class OptimizerSettings(SettingsTable):
     """The same for their feed-forward parts."""
     mod_lr: NotNegative | None = None
     """The same for their modulation by the timestep."""
+    gradient_release: bool = False
+    """Step each layer within the backward pass, as soon as its gradients are there, and let them go: saves the memory
+    of all other gradients. For one micro-batch in a step, without a limit of the whole gradient's norm
+    (`gradient_clipping`), and for optimizers that step each parameter by itself."""
 
     def arguments(self) -> dict[str, Any]:
         """The keys of the algorithm itself."""
@@ -101,7 +105,7 @@ class OptimizerSettings(SettingsTable):
 
 
 GROUP_KEYS = frozenset(OptimizerSettings.model_fields) - {"type", "lr", "weight_decay"}
-"""The keys of `[optimizer]` that say what differs among parameters."""
+"""The keys of `[optimizer]` that are none of the algorithm's."""
 
 
 class Settings(SettingsTable):

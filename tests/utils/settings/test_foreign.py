@@ -234,7 +234,6 @@ REFUSED = [
     ("model", "cache_text_embeddings = false", "[model] cache_text_embeddings", "above all tables"),
     ("model", "text_encoder_3_precision = 'int8-quanto'", "[model] text_encoder_3_precision", "`text_encoder_dtype`"),
     ("model", "fp8_t5 = true", "[model] fp8_t5", "`text_encoder_dtype`"),
-    ("optimizer", "gradient_release = true", "[optimizer] gradient_release", "keeps gradients"),
     ("optimizer", "stabilize = true", "[optimizer] stabilize", "limits its update"),
     ("tables", "[adapter]\ntype = 'lora'\nrank = 1\nrank_dropout = 0.1", "[adapter] rank_dropout", "`dropout`"),
     (
@@ -269,7 +268,6 @@ HARMLESS = [
     ("model", "cfg = 1"),
     ("model", "cache_text_embeddings = true"),
     ("optimizer", "stabilize = false"),
-    ("optimizer", "gradient_release = false"),
     ("top", "sdpa = true"),
 ]
 

@@ -1,0 +1,78 @@
+"""What the stages of a pipeline send one another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from utils.parallel import wire
+
+
+class StageMail:
+    """Sends and receives the tensors of one stage.
+
+    Args:
+        grid: DeepSpeed's, of all processes.
+        device: where tensors are received.
+        description_group: through which descriptions of tensors go, on the CPU; None in a pipeline of one stage.
+    """
+
+    def __init__(self, grid: Any, device: torch.device, description_group: dist.ProcessGroup | None):
+        self._grid, self._device, self._description_group = grid, device, description_group
+        self._sending: dict[int, list[tuple[dist.Work, torch.Tensor]]] = {}
+        """By neighbouring stage; the tensors have to live as long."""
+
+    def buffer(self, expected: wire.TensorDescription) -> torch.Tensor:
+        """Room for a tensor that is to come."""
+        return torch.empty(expected.shape, dtype=expected.dtype, device=self._device)
+
+    def send(self, tensors: Sequence[torch.Tensor], stage: int, description: wire.Description | None = None) -> None:
+        """Begins to send tensors, and what describes them, to a neighbouring stage; what was sent to it before has
+        arrived."""
+        self.finish(stage)
+        rank, described = self._grid.stage_to_global(stage), []
+        if description is not None:
+            numbers = wire.encode(description)
+            described = [(dist.isend(numbers, rank, group=self._description_group), numbers)]
+        whole = [tensor.detach().contiguous() for tensor in tensors if tensor.numel()]
+        self._sending[stage] = [*described, *((dist.isend(tensor, rank), tensor) for tensor in whole)]
+
+    def finish(self, stage: int | None = None) -> None:
+        """Waits until what is on its way to a stage, or to all, has arrived."""
+        for receiver in [stage] if stage is not None else list(self._sending):
+            for work, _ in self._sending.pop(receiver, ()):
+                work.wait()
+
+    def description(self, stage: int) -> wire.Description:
+        """That of the tensors that a neighbouring stage sends next."""
+        numbers = torch.empty(wire.DESCRIPTION_NUMBERS, dtype=torch.int64)
+        dist.recv(numbers, self._grid.stage_to_global(stage), group=self._description_group)
+        return wire.decode(numbers)
+
+    def receive(self, tensors: Sequence[torch.Tensor], stage: int) -> None:
+        """Fills tensors with what a neighbouring stage sends."""
+        rank = self._grid.stage_to_global(stage)
+        for work in [dist.irecv(tensor, rank) for tensor in tensors if tensor.numel()]:
+            work.wait()
+
+    def from_last_stage(self, tensors: Sequence[torch.Tensor], count: int, *, is_last: bool) -> list[torch.Tensor]:
+        """The last stage's tensors, on all stages of its pipeline."""
+        group, stages = self._grid.get_pipe_parallel_group(), self._grid.get_pipe_parallel_world_size()
+        if stages == 1:
+            return list(tensors)
+        source, received = self._grid.stage_to_global(stages - 1), []
+        for index in range(count):
+            if is_last:
+                _, description = wire.flatten((tensors[index],))
+                numbers = wire.encode(description).to(self._device)
+            else:
+                numbers = torch.empty(wire.DESCRIPTION_NUMBERS, dtype=torch.int64, device=self._device)
+            dist.broadcast(numbers, source, group=group)
+            (expected,) = wire.decode(numbers.cpu()).tensors
+            tensor = tensors[index].contiguous() if is_last else self.buffer(expected)
+            dist.broadcast(tensor, source, group=group)
+            received.append(tensor)
+        return received

@@ -1,0 +1,71 @@
+"""Rules about the keys that say how weights are stepped: the optimizer's and those of its learning rate."""
+
+from collections.abc import Iterator
+
+from utils.errors import Problem
+from utils.settings.lr_schedules import NEEDED_BY, OTHERS, USED_BY, name_of
+from utils.settings.rule import SettingsRule, at
+from utils.settings.schema import Settings
+
+
+def _trained_blocks_step_at_home(settings: Settings, _: int) -> Iterator[Problem]:
+    if settings.swaps_trained and settings.blocks_to_swap != "auto":
+        for key in ("zero_stage", "offload_optimizer"):
+            if getattr(settings, key):
+                message = (
+                    "is not for swapped blocks of a full fine-tune, whose optimizer state is in the machine's memory "
+                    "anyway; leave it out and swap more blocks, or leave out blocks_to_swap"
+                )
+                yield at(f"key `{key}`", message)
+
+
+def _released_gradients_are_not_needed(settings: Settings, _: int) -> Iterator[Problem]:
+    """A step within the backward pass would be another one with these keys."""
+    if not settings.optimizer.gradient_release:
+        return
+    place = "[optimizer] gradient_release"
+    if settings.gradient_accumulation_steps > 1:
+        yield at(place, "steps with each micro-batch; set gradient_accumulation_steps = 1, or leave it out")
+    if settings.gradient_clipping and settings.gradient_clipping_by == "norm":
+        yield at(
+            place,
+            "steps before the norm of the whole gradient is known; set gradient_clipping = 0, or gradient_clipping_by "
+            '= "layer" or "value", or leave it out',
+        )
+    for key in ("zero_stage", "offload_optimizer", "swaps_trained"):
+        if getattr(settings, key):
+            name = "blocks_to_swap of a full fine-tune" if key == "swaps_trained" else key
+            yield at(place, f"is not for {name}, which has other ways for gradients; leave out one of them")
+
+
+def _schedule_uses(key: str) -> SettingsRule:
+    """A key with its default value is allowed anywhere, because resolved settings contain every key."""
+
+    def check(settings: Settings, _: int) -> Iterator[Problem]:
+        value, users, name = getattr(settings, key), USED_BY[key], name_of(settings.lr_scheduler)
+        if value != Settings.model_fields[key].default and name not in users:
+            fitting = " or ".join(user if user == OTHERS else f'"{user}"' for user in users)
+            yield at(f"key `{key}`", f"is for lr_scheduler = {fitting} only; set that, or leave this out")
+        if value is None and name in NEEDED_BY.get(key, ()):
+            yield at(f"key `{key}`", f'is needed by lr_scheduler = "{name}"; add it')
+
+    return SettingsRule((key, "lr_scheduler"), check)
+
+
+STEP_RULES = (
+    SettingsRule(("blocks_to_swap", "adapter", "zero_stage", "offload_optimizer"), _trained_blocks_step_at_home),
+    SettingsRule(
+        (
+            "optimizer.gradient_release",
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+            "gradient_clipping_by",
+            "zero_stage",
+            "offload_optimizer",
+            "blocks_to_swap",
+            "adapter",
+        ),
+        _released_gradients_are_not_needed,
+    ),
+    *(_schedule_uses(key) for key in USED_BY),
+)
