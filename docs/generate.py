@@ -46,6 +46,7 @@ HUB = {
     "ltx2": ("Lightricks/LTX-2",),
     "ltx_video": ("Lightricks/LTX-Video", "Lightricks/LTX-Video-0.9.7-dev"),
     "lumina2": ("Alpha-VLLM/Lumina-Image-2.0",),
+    "minimax_h3": ("MiniMaxAI/MiniMax-H3",),
     "omnigen2": ("OmniGen2/OmniGen2",),
     "qwen_image": ("Qwen/Qwen-Image", "Qwen/Qwen-Image-Edit"),
     "qwen_image_21": ("Qwen/Qwen-Image-2.1",),

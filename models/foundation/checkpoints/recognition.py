@@ -89,6 +89,7 @@ FOLDERS = {
     "LTXPipeline": "ltx_video",
     "Lumina2Pipeline": "lumina2",
     "Lumina2Text2ImgPipeline": "lumina2",
+    "MiniMaxH3ModularPipeline": "minimax_h3",
     "OmniGen2Pipeline": "omnigen2",
     "QwenImage21Pipeline": "qwen_image_21",
     "QwenImageEditPipeline": "qwen_image",
@@ -114,6 +115,10 @@ ADAPTER_NAMES = {
     r"|single_transformer_blocks_\d+_(attn_to_out_0|ff_linear)",
     "Flux.1 or Chroma": r"(double|single)_blocks_|single_transformer_blocks_",
     "HiDream": r"(double|single)_stream_blocks_",
+    "MiniMax-H3": (
+        r"(^|_)blocks_\d+_(attn_(qkv_proj|out_proj)|mlp_fc[12]|adaln_proj_linear)$"
+        r"|token_refiner_(refiner_)?blocks_\d+_|transformer_blocks_\d+_adaln_proj_linear$"
+    ),
     "Stable Diffusion 3": r"joint_blocks_|transformer_blocks_\d+_(ff_context|norm1_context|attn2_add)",
     "Krea 2": r"txtfusion_|text_fusion_|blocks_\d+_(attn_(w[qkvo]|(to_)?gate)$|(mlp|ff)_(gate|up|down)$)",
     "Qwen-Image 2.1": r"transformer_blocks_\d+_img_mlp_(gate|proj|out)",
@@ -239,6 +244,15 @@ SIGNATURES: tuple[FileSignature, ...] = (
         ("blocks.0.mlp.depth_conv.", "attention_y_norm."),
     ),
     FileSignature("CogView4", _type("cogview4"), ("patch_embed.text_proj.", "time_condition_embed.")),
+    FileSignature(
+        "MiniMax-H3 with a table in place of what embeds the time, as it is pruned for ComfyUI",
+        "it is not trained here; give a file that has `time_embedder`, or leave it out",
+        ("adaln_t_table", "condition_proj."),
+    ),
+    *(
+        FileSignature("MiniMax-H3", _type("minimax_h3"), (part, "audio_p"))
+        for part in ("token_refiner.blocks.0.attn.qkv_proj.", "token_refiner.refiner_blocks.0.attn.to_q.")
+    ),
     *(FileSignature("LTX-2", _type("ltx2"), (part,)) for part in ("audio_patchify_proj.", "audio_proj_in.")),
     FileSignature("LTX-Video", _type("ltx_video"), ("patchify_proj.",)),
     FileSignature(
