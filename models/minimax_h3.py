@@ -5,15 +5,16 @@ The samples of a micro-batch are parts of one sequence, one after the other, eac
 attention is within each part. So texts of any lengths are beside each other without padding, and each sample has a time
 of its own.
 
-Shapes: B batch, C latent channels, f h w latent frames, height and width, U text tokens and V video tokens of all
-samples, P = U + V tokens of the sequence, N numbers of a token, D width, F text features, E rotary angles.
+Shapes: B batch, C latent channels, f h w latent frames, height and width, K key frames, U text tokens and V video
+tokens of all samples, of which W are no key frames, P = U + V tokens of the sequence, R times, N numbers of a token, D
+width, F text features, E rotary angles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,20 +24,25 @@ from torch import nn
 from torch.nn import functional
 
 from models.base import BasePipeline, Features, ModelEncoder
+from models.families.clips import problems_of_stills
 from models.foundation.checkpoints.configs import stock_scheduler
 from models.foundation.checkpoints.folders import TextPart
 from models.foundation.checkpoints.layouts.minimax_h3 import MINIMAX_H3_LAYOUT
+from models.foundation.encoders.minimax_h3_text import LAYER, BareStates, KeyFrameEncoder
 from models.foundation.encoders.minimax_h3_vae import (
     MINIMAX_H3,
     MiniMaxH3Autoencoder,
+    MiniMaxH3KeyFrames,
     cell_of,
     minimax_h3_latent_size,
     pieces_of,
 )
-from models.foundation.encoders.qwen3_vl import Qwen3VLStates
 from models.foundation.layers.chain import Middle
 from models.foundation.layers.data_ward_steps import DataWardSteps
+from models.foundation.layers.minimax_h3_layout import KINDS, OF_TEXT, PATCH, layout
+from models.foundation.layers.parts_attention import PartsAttention, Places
 from utils.dataset.buckets import MediaFacts
+from utils.dataset.samples import Sample
 from utils.diffusion.objectives import FlowMatching
 from utils.errors import Problem, UserError
 from utils.settings.model_schema import ModelSettings
@@ -47,13 +53,8 @@ if TYPE_CHECKING:
     from diffusers import MiniMaxH3Transformer3DModel
 
 TEXT = "qwen3_vl"
-LAYER = 50
-"""The hidden state that the model reads."""
-PATCH = 2
-OF_VIDEO, OF_TEXT, OF_SOUND = range(3)
-"""What kind of token it is, as the model is told: it has a modulation for each."""
-KINDS = 3
-SOUND_CHANNELS = 2
+KEY_FRAME_TIME = 0.999
+"""The time of key frames, in the model's measure, until the sample's own is later: they have a little noise."""
 
 
 class MiniMaxH3Options(ModelSettings):
@@ -65,22 +66,28 @@ class MiniMaxH3Options(ModelSettings):
     """
 
     max_sequence_length: Count = 1024
-    """Number of Qwen3-VL tokens of a caption that are read. The cache takes 10 KB for a token."""
+    """Number of Qwen3-VL tokens of a caption that are read, beside those of key frames. The cache takes 10 KB for a
+    token."""
+    from_first_frame: bool = False
+    """Train clips from their first frame, and give samples a picture. The model sees it as further tokens, and its text
+    encoder sees it before the caption, with the settings in the folder's `processor`."""
+    to_last_frame: bool = False
+    """Train clips from their first frame to their last, and give samples two pictures."""
 
 
 class MiniMaxH3Inputs(NamedTuple):
-    """The inputs of the entry. `video_V` and `text_U` are the places of these tokens in the sequence, `sample_P` is the
-    number of the sample of each token, and `kind_P` what kind it is. `parts` and `texts` are tensors without elements,
-    whose lengths are the numbers of tokens of each sample, and of its text. `canvas_fhw0` has no elements: its shape
+    """The inputs of the entry; those that `Layout` has too are described there. Samples have a time, or two with that
+    of key frames, and `time_P` is the number of the time of each token. `canvas_fhw0` has no elements: its shape
     carries the latent's."""
 
     x_1VN: torch.Tensor
     text_1UF: torch.Tensor
-    t_B: torch.Tensor
+    t_R: torch.Tensor
     positions_P3: torch.Tensor
     video_V: torch.Tensor
+    noisy_W: torch.Tensor
     text_U: torch.Tensor
-    sample_P: torch.Tensor
+    time_P: torch.Tensor
     kind_P: torch.Tensor
     parts: tuple[torch.Tensor, ...]
     texts: tuple[torch.Tensor, ...]
@@ -90,17 +97,17 @@ class MiniMaxH3Inputs(NamedTuple):
 class MiniMaxH3Stream(NamedTuple):
     """What travels from layer to layer. Where the texts come into the sequence is empty until they are refined, and
     with that their fields end. `modulation_P` is the row of each token in a table of modulations, which has one for
-    each sample and kind."""
+    each time and kind."""
 
     x_1PD: torch.Tensor
     text_1UD: torch.Tensor | None
     text_U: torch.Tensor | None
     texts: tuple[torch.Tensor, ...] | None
-    time_BD: torch.Tensor
+    time_RD: torch.Tensor
     modulation_P: torch.Tensor
-    sample_P: torch.Tensor
+    time_P: torch.Tensor
     rope_PE: tuple[torch.Tensor, torch.Tensor]
-    video_V: torch.Tensor
+    noisy_W: torch.Tensor
     parts: tuple[torch.Tensor, ...]
     canvas_fhw0: torch.Tensor
 
@@ -108,40 +115,6 @@ class MiniMaxH3Stream(NamedTuple):
     def places(self) -> Places:
         """What attention is told."""
         return Places(self.rope_PE, self.parts)
-
-
-class Places(NamedTuple):
-    """What attention is told of its sequence: the angles of tokens, if these have places, and the parts within which
-    they see each other, as tensors of these lengths."""
-
-    rope_PE: tuple[torch.Tensor, torch.Tensor] | None
-    parts: tuple[torch.Tensor, ...]
-
-
-class PartsAttention:
-    """The stock attention within each part of a sequence.
-
-    Args:
-        stock: the stock processor.
-    """
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __init__(self, stock: Callable[..., torch.Tensor]):
-        self.stock = stock
-
-    def __call__(
-        self, attn: nn.Module, hidden_states: torch.Tensor, rotary_emb: Places, attention_mask: None = None
-    ) -> torch.Tensor:
-        """A sequence (1, P, D)."""
-        lengths = [len(part) for part in rotary_emb.parts]
-        ropes = [None] * len(lengths)
-        if rotary_emb.rope_PE is not None:
-            ropes = zip(*(table.split(lengths) for table in rotary_emb.rope_PE), strict=True)
-        parts = zip(hidden_states.split(lengths, dim=1), ropes, strict=True)
-        # Of no tokens some kernels make nothing.
-        return torch.cat([self.stock(attn, part, rope, None) if part.shape[1] else part for part, rope in parts], dim=1)
 
 
 class Modulation(nn.Module):
@@ -152,9 +125,9 @@ class Modulation(nn.Module):
         super().__init__()
         self.linear, self.width = stock.linear, stock.hidden_size
 
-    def forward(self, time_BD: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Six tables with a row for each sample and kind."""
-        rows = self.linear(functional.silu(time_BD).to(self.linear.bias.dtype))
+    def forward(self, time_RD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Six tables with a row for each time and kind."""
+        rows = self.linear(functional.silu(time_RD).to(self.linear.bias.dtype))
         return rows.view(-1, 6 * self.width).chunk(6, dim=-1)
 
 
@@ -172,17 +145,17 @@ class Entry(nn.Module):
     def forward(self, inputs: MiniMaxH3Inputs) -> MiniMaxH3Stream:
         dtype, time = self.context_embedder.weight.dtype, self.time_embedder
         x_1VD = self.proj_in(inputs.x_1VN.to(self.proj_in.weight.dtype)).to(dtype)
-        sequence_1PD = x_1VD.new_zeros(1, len(inputs.sample_P), x_1VD.shape[2])
+        sequence_1PD = x_1VD.new_zeros(1, len(inputs.time_P), x_1VD.shape[2])
         return MiniMaxH3Stream(
             x_1PD=sequence_1PD.index_copy(1, inputs.video_V, x_1VD),
             text_1UD=self.context_embedder(inputs.text_1UF.to(dtype)),
             text_U=inputs.text_U,
             texts=inputs.texts,
-            time_BD=time(self.time_proj(inputs.t_B).to(time.linear_1.weight.dtype)),
-            modulation_P=inputs.sample_P * KINDS + inputs.kind_P,
-            sample_P=inputs.sample_P,
+            time_RD=time(self.time_proj(inputs.t_R).to(time.linear_1.weight.dtype)),
+            modulation_P=inputs.time_P * KINDS + inputs.kind_P,
+            time_P=inputs.time_P,
             rope_PE=self.rope(inputs.positions_P3),
-            video_V=inputs.video_V,
+            noisy_W=inputs.noisy_W,
             parts=inputs.parts,
             canvas_fhw0=inputs.canvas_fhw0,
         )
@@ -218,10 +191,10 @@ class Exit(nn.Module):
         self.audio_proj_out = denoiser.audio_proj_out
 
     def forward(self, stream: MiniMaxH3Stream) -> torch.Tensor:
-        x_1PD = self.norm_out(stream.x_1PD, stream.time_BD, stream.sample_P).to(self.proj_out.weight.dtype)
+        x_1PD = self.norm_out(stream.x_1PD, stream.time_RD, stream.time_P).to(self.proj_out.weight.dtype)
         frames, height, width, _ = stream.canvas_fhw0.shape
         return rearrange(
-            self.proj_out(x_1PD).index_select(1, stream.video_V).to(stream.x_1PD.dtype),
+            self.proj_out(x_1PD).index_select(1, stream.noisy_W).to(stream.x_1PD.dtype),
             "1 (b f h w) (c p q) -> b c f (h p) (w q)",
             f=frames,
             h=height // PATCH,
@@ -231,40 +204,14 @@ class Exit(nn.Module):
         )
 
 
-@dataclass(frozen=True)
-class BareStates(Qwen3VLStates):
-    """`Qwen3VLStates` of captions without anything around them, of which an empty one has no token."""
-
-    layers: tuple[int, ...] = (LAYER,)
-
-    @property
-    def layers_kept(self) -> int:
-        # One more than is read, since a norm follows the last.
-        return max(self.layers) + 1
-
-    def row(self, tokenizer: Any, caption: str) -> list[int]:
-        return tokenizer(caption, max_length=self.length, truncation=True, add_special_tokens=False).input_ids
-
-    def __call__(self, text_encoder: nn.Module, tokenizer: Any, captions: list[str]) -> dict[str, list[torch.Tensor]]:
-        is_read = [bool(self.row(tokenizer, caption)) for caption in captions]
-        written = [caption for caption, read in zip(captions, is_read, strict=True) if read]
-        made = super().__call__(text_encoder, tokenizer, written) if written else {}
-        features = {}
-        for name, (_, *width) in self.shapes(text_encoder.config.get_text_config()).items():
-            rows, dtype = iter(made.get(name, ())), torch.bool if name.endswith("_mask") else text_encoder.dtype
-            empty = torch.empty(0, *width, dtype=dtype)
-            features[name] = [next(rows) if read else empty for read in is_read]
-        return features
-
-
 class MiniMaxH3Pipeline(BasePipeline):
-    """MiniMax-H3: text to video, of its transformer for text and key frames (`transformer`; `transformer_ref` has the
-    same tensors and is for references). Sound is neither read nor made, as the stock module has it for a sequence
-    without sound; an export makes video with sound as the base does. Pictures are trained as clips of one frame, and
-    drawn by a decoder that was made for clips, so that samples of one frame look worse than what the model knows. As
-    in inference, `steps` of `[sampling]` are one more than there are predictions. Of single files Comfy-Org's are
-    read; files of MiniMax's own with the publisher's names have the rows of queries, keys and values in another order,
-    which no file tells, and must not be given."""
+    """MiniMax-H3: text to video, and video from key frames, of the transformer for these (`transformer`;
+    `transformer_ref` has the same tensors and is for references). Sound is neither read nor made, as the stock module
+    has it for a sequence without sound; an export makes video with sound as the base does. Pictures are trained as
+    clips of one frame, and drawn by a decoder that was made for clips, so that samples of one frame look worse than
+    what the model knows. As in inference, `steps` of `[sampling]` are one more than there are predictions. Of single
+    files Comfy-Org's are read; files of MiniMax's own with the publisher's names have the rows of queries, keys and
+    values in another order, which no file tells, and must not be given."""
 
     Options = MiniMaxH3Options
     denoiser_class = "MiniMaxH3Transformer3DModel"
@@ -314,12 +261,25 @@ class MiniMaxH3Pipeline(BasePipeline):
             )
             yield Problem("", "[sampling] guidance", message)
 
+    @property
+    def starts_from_picture(self) -> bool:
+        return self.options.from_first_frame or self.options.to_last_frame
+
+    @property
+    def ends_in_picture(self) -> bool:
+        return self.options.to_last_frame
+
+    def problems_of_data(self, samples: Sequence[Sample]) -> list[Problem]:
+        return problems_of_stills(samples) if self.starts_from_picture else []
+
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
-        options = self.options
-        return [
-            MiniMaxH3Autoencoder(options.diffusers_path, options.vae_path, self.dtype, draw=options.latents),
-            self.parts.text_encoder(BareStates(TEXT, options.max_sequence_length)),
-        ]
+        options, features = self.options, BareStates(TEXT, self.options.max_sequence_length)
+        vae = options.diffusers_path, options.vae_path, self.dtype
+        latents = MiniMaxH3Autoencoder(*vae, draw=options.latents)
+        if not self.starts_from_picture:
+            return [latents, self.parts.text_encoder(features)]
+        text = self.parts.text_encoder(features, KeyFrameEncoder, to_last=self.ends_in_picture)
+        return [latents, text, MiniMaxH3KeyFrames(*vae, to_last=self.ends_in_picture)]
 
     def build_denoiser(self) -> MiniMaxH3Transformer3DModel:
         denoiser = super().build_denoiser()
@@ -333,7 +293,7 @@ class MiniMaxH3Pipeline(BasePipeline):
     def to_layers(self, denoiser: MiniMaxH3Transformer3DModel) -> list[nn.Module]:
         reads = {
             "hidden_states": "x_1PD",
-            "temb": "time_BD",
+            "temb": "time_RD",
             "adaln_indices": "modulation_P",
             "rotary_emb": "places",
         }
@@ -345,31 +305,29 @@ class MiniMaxH3Pipeline(BasePipeline):
     def prepare_inputs(
         self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
     ) -> MiniMaxH3Inputs:
-        from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3PrepareLayoutStep
-
         mask_BL = features[f"{TEXT}_mask"].bool()
-        texts, size = mask_BL.sum(dim=1).tolist(), tuple(x_t.shape[2:])
-        layouts = [
-            MiniMaxH3PrepareLayoutStep.build_packed_sequence(
-                torch.full((length,), OF_TEXT), *size, 0, (1, PATCH, PATCH), SOUND_CHANNELS, OF_SOUND, OF_VIDEO
-            )
-            for length in texts
-        ]
-        positions, kinds, videos, _, of_texts, *_ = zip(*layouts, strict=True)
-        parts = [len(kind_S) for kind_S in kinds]
-        starts = torch.tensor([0, *parts[:-1]]).cumsum(dim=0)
+        kinds_BL = features.get(f"{TEXT}_kinds", torch.full(mask_BL.shape, OF_TEXT))
+        keys_BCKhw = features["key_frame_latents"].to(x_t) if self.starts_from_picture else x_t[:, :, :0]
+        kinds = [kind_L[mask_L] for kind_L, mask_L in zip(kinds_BL, mask_BL, strict=True)]
+        placed = layout(kinds, x_t.shape[2:], keys_BCKhw.shape[2])
+        times = [self.objective.model_time(t_B)]
+        if keys_BCKhw.shape[2]:
+            times.append(times[0].clamp(min=KEY_FRAME_TIME))
         return MiniMaxH3Inputs(
-            x_1VN=rearrange(x_t, "b c f (h p) (w q) -> 1 (b f h w) (c p q)", p=PATCH, q=PATCH),
+            x_1VN=rearrange(
+                torch.cat([keys_BCKhw, x_t], dim=2), "b c f (h p) (w q) -> 1 (b f h w) (c p q)", p=PATCH, q=PATCH
+            ),
             text_1UF=features[TEXT][mask_BL].unsqueeze(0),
-            t_B=self.objective.model_time(t_B),
-            positions_P3=torch.cat(positions).float(),
-            video_V=torch.cat([start + place for start, place in zip(starts, videos, strict=True)]),
-            text_U=torch.cat([start + place for start, place in zip(starts, of_texts, strict=True)]),
-            sample_P=torch.arange(len(parts)).repeat_interleave(torch.tensor(parts)),
-            kind_P=torch.cat(kinds),
-            parts=tuple(torch.empty(length, 0) for length in parts),
-            texts=tuple(torch.empty(length, 0) for length in texts),
-            canvas_fhw0=torch.empty(*size, 0),
+            t_R=torch.stack(times, dim=1).flatten(),
+            positions_P3=placed.positions_P3,
+            video_V=placed.video_V,
+            noisy_W=placed.noisy_W,
+            text_U=placed.text_U,
+            time_P=len(times) * placed.sample_P + placed.is_key_P,
+            kind_P=placed.kind_P,
+            parts=placed.parts,
+            texts=placed.texts,
+            canvas_fhw0=torch.empty(*x_t.shape[2:], 0),
         )
 
     def tokens(self, latent_shape: Sequence[int]) -> int:

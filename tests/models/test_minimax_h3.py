@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,12 +12,16 @@ import torch
 from diffusers import AutoencoderKLMiniMaxH3, MiniMaxH3Transformer3DModel
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_minimax_h3_lora_to_diffusers
 from diffusers.loaders.single_file_utils import convert_minimax_h3_transformer_checkpoint_to_diffusers
+from diffusers.modular_pipelines import PipelineState
 from diffusers.modular_pipelines.minimax_h3.before_denoise import patchify_video_latents
+from diffusers.modular_pipelines.minimax_h3.encoders import MiniMaxH3FL2VATextEncoderStep, encode_vae_condition
 from einops import rearrange
+from PIL import Image
 from safetensors.torch import save_file
 
 from models.assembly.prompts import check_sampling
 from models.foundation.checkpoints.layouts.minimax_h3 import MINIMAX_H3_LAYOUT
+from models.foundation.encoders.vae import picture_noise
 from models.minimax_h3 import MiniMaxH3Pipeline
 from tests import test_models as generic
 from tests.models import tiny_minimax_h3 as tiny
@@ -43,7 +49,7 @@ def alone(
     stock: MiniMaxH3Transformer3DModel, text_LF: torch.Tensor, x_Cfhw: torch.Tensor, t: torch.Tensor
 ) -> torch.Tensor:
     """What the stock module makes of one sample, as its pipeline has it."""
-    ids, tags, videos, sounds, lines, *_ = tiny.layout(len(text_LF), x_Cfhw[None])
+    ids, tags, videos, sounds, lines, *_ = tiny.layout(torch.ones(len(text_LF)), x_Cfhw[None])
     output_1VN, _ = stock(
         hidden_states=patchify_video_latents(x_Cfhw[None], (1, 2, 2))[None],
         audio_hidden_states=torch.empty(1, 0, tiny.SOUND),
@@ -127,6 +133,59 @@ def test_the_lengths_of_clips(folder: Path) -> None:
     assert published.describe_frames() == "1, 22, 39 ... up to 345 frames"
     media = tiny.pipeline(folder).media
     assert (media.spatial, [media.frames(count) for count in (1, 7, 8, 12, 13)]) == (8, [1, 1, 8, 8, 13])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [(0,), (0, -1)])
+def test_key_frames_are_read_as_by_the_stock_pipeline(folder: Path, kept: tuple[int, ...]) -> None:
+    """Of clips whose last frame is another than the first: labels and pictures before the caption, and latents."""
+    h3 = tiny.pipeline(folder, from_first_frame=True, to_last_frame=len(kept) > 1)
+    _, text, vae = h3.encoders()
+    levels_BCFHW = (normal((2, 3, 8, 32, 48), 0, "clips").clamp(-1, 1) * 127 + 128).to(torch.uint8)
+    pixels_BCFHW, levels_BFHWC = levels_BCFHW / 127.5 - 1, levels_BCFHW.permute(0, 2, 3, 4, 1)
+    captions, clips = ["a fox", ""], dict.fromkeys(text.reads[1:], pixels_BCFHW)
+    for encoder in (text, vae):
+        encoder.load(torch.device("cpu"))
+    read, drawn = text.encode(caption=captions, **clips), vae.encode(**clips)["key_frame_latents"]
+    stock = tiny.STOCK.from_pretrained(folder)
+    plain = AutoencoderKLMiniMaxH3.from_pretrained(folder / "vae")
+    for number, caption in enumerate(captions):
+        pictures = [Image.fromarray(levels_BFHWC[number, frame].numpy()) for frame in kept]
+        state = PipelineState()
+        state.set("prompt", caption)
+        state.set("keyframes", pictures)
+        _, state = MiniMaxH3FL2VATextEncoderStep()(stock, state)
+        torch.testing.assert_close(read["qwen3_vl"][number], state.get("prompt_embeds")[0], rtol=1e-4, atol=1e-5)
+        assert torch.equal(read["qwen3_vl_kinds"][number], state.get("text_token_tags"))
+        for place, frame in enumerate(kept):
+            levels = levels_BCFHW[number, None, :, [frame]]
+            units = stock.pixel_mean, stock.pixel_std, stock.keyframe_encode_seed
+            clean = encode_vae_condition(plain, levels, *units)[0, :, 0]
+            noise = picture_noise(pixels_BCFHW[number, None, :, [frame]], clean[None, :, None])[0, :, 0]
+            # On average, since one of many numbers may be rounded to another one of float16.
+            assert (drawn[number, :, place] - torch.lerp(clean, noise, 0.001)).abs().mean() < 1e-5
+    shapes = {name: shape for one in (text, vae) for name, (shape, _) in one.feature_shapes(Bucket(48, 32, 8)).items()}
+    assert shapes["key_frame_latents"] == tuple(drawn.shape[1:])
+    assert shapes["qwen3_vl"] >= tuple(read["qwen3_vl"][0].shape)
+
+
+def test_clips_from_key_frames_are_not_made_of_stills(folder: Path) -> None:
+    h3, keys = tiny.pipeline(folder, from_first_frame=True), {"prompts": ["a fox"], "guidance": 1.0, "frames": 8}
+    still = SimpleNamespace(bucket=Bucket(48, 32, 1), media=SimpleNamespace(locator="still.png"))
+    (problem,) = h3.problems_of_data([still])
+    assert "1 of the samples are still pictures" in problem.message and not tiny.pipeline(folder).problems_of_data(
+        [still]
+    )
+    with pytest.raises(UserError, match="this model makes what it makes of a picture: give one for each prompt"):
+        check_sampling(h3, SamplingSettings(**keys, width=48, height=32))
+
+
+def test_the_settings_of_the_processor_are_asked_for(tmp_path: Path) -> None:
+    folder = tiny.write_folder(tmp_path)
+    shutil.rmtree(folder / "processor")
+    tiny.pipeline(folder).check()
+    with pytest.raises(UserError, match="processor"):
+        tiny.pipeline(folder, from_first_frame=True).check()
 
 
 def test_the_publishers_names_are_those_that_the_stock_converter_reads(

@@ -24,8 +24,11 @@ from diffusers.modular_pipelines.minimax_h3.encoders import get_qwen3vl_prompt_e
 from einops import rearrange
 from torch import nn
 from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from models.minimax_h3 import LAYER, MiniMaxH3Options, MiniMaxH3Pipeline, PartsAttention, Places
+from models.foundation.encoders.minimax_h3_text import LAYER
+from models.foundation.layers.parts_attention import PartsAttention, Places
+from models.minimax_h3 import MiniMaxH3Options, MiniMaxH3Pipeline
 from tests.models import tiny_qwen_image, tiny_qwen_image_21
 from tests.models.tiny_folder import of_true_length, ragged, randomised
 from utils.settings.schema import SamplingSettings
@@ -69,12 +72,19 @@ VAE = {
 """5 n + 3 frames are 3 n + 2 latent frames."""
 
 
-class TextProcessor:
-    """What the stock pipeline asks of its processor, which needs torchvision."""
+class Processor:
+    """What the stock pipeline asks of its processor, which needs torchvision.
 
-    @staticmethod
-    def create_mm_token_type_ids(rows: list[list[int]]) -> list[list[int]]:
-        return [[0] * len(row) for row in rows]
+    Args:
+        picture: the number of the token of a picture.
+    """
+
+    def __init__(self, folder: Path, picture: int):
+        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        self.picture = picture
+
+    def create_mm_token_type_ids(self, rows: list[list[int]]) -> list[list[int]]:
+        return [[int(token == self.picture) for token in row] for row in rows]
 
 
 class PixelVae(AutoencoderKLMiniMaxH3):
@@ -106,10 +116,11 @@ class StockPipeline(MiniMaxH3ModularPipeline):
         blocks.sub_blocks.pop("decode")
         made = cls(blocks=blocks)
         scheduler = MiniMaxH3Scheduler.from_pretrained(folder / "scheduler")
+        text_encoder = Qwen3VLForConditionalGeneration.from_pretrained(folder / "text_encoder")
         made.update_components(
-            text_encoder=Qwen3VLForConditionalGeneration.from_pretrained(folder / "text_encoder"),
+            text_encoder=text_encoder,
             tokenizer=Qwen2Tokenizer.from_pretrained(folder / "tokenizer"),
-            processor=TextProcessor(),
+            processor=Processor(folder / "processor", text_encoder.config.image_token_id),
             transformer=MiniMaxH3Transformer3DModel.from_pretrained(folder / "transformer"),
             vae=PixelVae.from_pretrained(folder / "vae"),
             scheduler=scheduler,
@@ -125,6 +136,7 @@ def write_folder(folder: Path, *, layers: int = LAYER + 2, vae: dict[str, Any] |
     """`layers` are the text encoder's, `vae` are changes of the VAE, `changes` the transformer's."""
     torch.manual_seed(0)
     tiny_qwen_image.tokenizer().save_pretrained(folder / "tokenizer")
+    Qwen2VLImageProcessorPil(patch_size=16, min_pixels=1024, max_pixels=2**20).save_pretrained(folder / "processor")
     randomised(AutoencoderKLMiniMaxH3(**{**VAE, **(vae or {})}), 2).save_pretrained(folder / "vae")
     transformer = MiniMaxH3Transformer3DModel(**{**TRANSFORMER, **changes})
     randomised(transformer, 1).save_pretrained(folder / "transformer")
@@ -166,28 +178,29 @@ def whole(
     t_B: torch.Tensor,
 ) -> torch.Tensor:
     """All samples in one sequence, with our attention, as the stock one would see all of it: its pipeline has one
-    sample alone, which tests/models/test_minimax_h3.py compares with."""
-    texts = features["qwen3_vl_mask"].sum(dim=1).tolist()
-    video = before_denoise.patchify_video_latents(x_t, (1, 2, 2))
-    tokens = len(video) // len(x_t)
-    of_text, of_video, ids, tags = [], [], [], []
-    for number, length in enumerate(texts):
-        start = sum(texts[:number]) + number * tokens
-        ids_S3, tags_S, videos, _, lines, *_ = layout(length, x_t)
-        ids, tags = [*ids, ids_S3], [*tags, tags_S]
+    sample alone, which tests/models/test_minimax_h3.py compares with. Key frames are before the clip of each sample."""
+    keys = features.get("key_frame_latents", x_t[:, :, :0])
+    mask_BL, count = features["qwen3_vl_mask"], keys.shape[2]
+    kinds_BL = features.get("qwen3_vl_kinds", torch.ones_like(mask_BL, dtype=torch.long))
+    ids, tags, of_text, of_video, of_clip, times, parts = [], [], [], [], [], [], []
+    for number, (kind_L, mask_L) in enumerate(zip(kinds_BL, mask_BL, strict=True)):
+        ids_S3, tags_S, videos, _, lines, given, _ = layout(kind_L[mask_L], x_t, ("first", "last")[:count])
+        start, time_S = sum(parts), torch.full((len(tags_S),), number * (1 + bool(count)))
+        time_S[videos[:given]] += 1
+        ids, tags, times, parts = [*ids, ids_S3], [*tags, tags_S], [*times, time_S], [*parts, len(tags_S)]
         of_text, of_video = [*of_text, lines + start], [*of_video, videos + start]
-    parts = [length + tokens for length in texts]
+        of_clip.append(torch.arange(len(videos))[given:] + number * len(videos))
+    texts = mask_BL.sum(dim=1).tolist()
     for name, module in denoiser.named_modules():
         if hasattr(module, "set_processor"):
             module.set_processor(WithinParts(texts if name.startswith("token_refiner.") else parts))
+    told = torch.stack([1 - t_B, (1 - t_B).clamp(min=0.999)], dim=1) if count else 1 - t_B
     output_1VN, _ = denoiser(
-        hidden_states=video[None],
+        hidden_states=before_denoise.patchify_video_latents(torch.cat([keys, x_t], dim=2), (1, 2, 2))[None],
         audio_hidden_states=torch.empty(1, 0, SOUND),
-        encoder_hidden_states=torch.cat(
-            [text_LF[:length] for text_LF, length in zip(features["qwen3_vl"], texts, strict=True)]
-        )[None],
-        timestep=1 - t_B,
-        timestep_indices=torch.arange(len(parts)).repeat_interleave(torch.tensor(parts)),
+        encoder_hidden_states=features["qwen3_vl"][mask_BL][None],
+        timestep=told.flatten(),
+        timestep_indices=torch.cat(times),
         token_tags=torch.cat(tags),
         position_ids=torch.cat(ids),
         video_indices=torch.cat(of_video),
@@ -197,17 +210,16 @@ def whole(
     )
     _, _, frames, height, width = x_t.shape
     return rearrange(
-        output_1VN,
+        output_1VN[:, torch.cat(of_clip)],
         "1 (b f h w) (c p q) -> b c f (h p) (w q)",
         **dict(zip("fhwpq", (frames, height // 2, width // 2, 2, 2), strict=True)),
     )
 
 
-def layout(text_tokens: int, x_t: torch.Tensor) -> tuple[Any, ...]:
-    """How the stock pipeline lays a text of so many tokens and a clip out, without sound."""
-    tags = torch.full((text_tokens,), 1)
+def layout(kind_L: torch.Tensor, x_t: torch.Tensor, anchors: tuple[str, ...] = ()) -> tuple[Any, ...]:
+    """How the stock pipeline lays out a text of such tokens, key frames and a clip, without sound."""
     build = before_denoise.MiniMaxH3PrepareLayoutStep.build_packed_sequence
-    return build(tags, *x_t.shape[2:], 0, (1, 2, 2), 2, 2, 0)
+    return build(kind_L, *x_t.shape[2:], 0, (1, 2, 2), 2, 2, 0, anchors)
 
 
 def prompt_features(stock: StockPipeline, captions: list[str]) -> list[dict[str, torch.Tensor]]:
@@ -227,7 +239,7 @@ def stock_latents(stock: StockPipeline, pixels_BCFHW: torch.Tensor) -> torch.Ten
     return (stock.vae.encode(pixels_BCFHW).latent_dist.mode() - mean) / std
 
 
-def draw(stock: StockPipeline, sampling: SamplingSettings, noise: torch.Tensor) -> torch.Tensor:
+def draw(stock: StockPipeline, sampling: SamplingSettings, noise: torch.Tensor, **keys: Any) -> torch.Tensor:
     """Without sound."""
     with mock.patch.object(before_denoise, "audio_latent_num_frames", lambda frames: 0):
         return stock(
@@ -238,4 +250,5 @@ def draw(stock: StockPipeline, sampling: SamplingSettings, noise: torch.Tensor) 
             num_inference_steps=sampling.steps,
             latents=noise,
             output="latents",
+            **keys,
         )

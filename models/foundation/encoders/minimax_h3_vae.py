@@ -3,7 +3,7 @@
 It goes through clips in pieces, of which the last latent frames of each one but the first overlap with the next piece:
 17 n + 5 frames are 5 n + 2 latent frames, and a picture is one.
 
-Shapes: B batch, C channels, F frames, H W pixels, f h w latent cells.
+Shapes: B batch, C channels, F frames, K key frames, H W pixels, f h w latent cells.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from typing import Any
 
 import torch
 
-from models.foundation.encoders.vae import Family, Tensors, in_the_room_there_is
+from models.foundation.encoders.vae import Family, Tensors, in_the_room_there_is, picture_noise
 from models.foundation.encoders.video_vae import WanAutoencoder
+from utils.dataset.encoders import ENDS
+from utils.dataset.samples import Bucket
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of red, green and blue in [0, 1], as in ImageNet: the VAE takes and gives pixels in these units."""
+KEY_FRAME_SEED, KEY_FRAME_NOISE = 42, 0.001
+"""The seed by which the stock pipeline draws all key frames, and their part of noise."""
 
 
 def _same(tensors: Tensors, config: dict[str, Any]) -> Tensors:
@@ -76,8 +80,7 @@ class MiniMaxH3Autoencoder(WanAutoencoder):
 
     def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Latents (B, C, f, h, w) of `pixels_BCFHW` in [-1, 1], as `draw` says."""
-        mean, std = self._of_pixels(torch.device("cpu"))
-        return super().encode(**{name: ((pixels + 1) / 2 - mean) / std for name, pixels in inputs.items()})
+        return super().encode(**{name: self._units(pixels_BCFHW) for name, pixels_BCFHW in inputs.items()})
 
     @torch.no_grad()
     def decode(self, latents_BCfhw: torch.Tensor) -> torch.Tensor:
@@ -87,5 +90,48 @@ class MiniMaxH3Autoencoder(WanAutoencoder):
         mean, std = self._of_pixels(self.device)
         return ((pixels * std + mean) * 2 - 1).clamp(-1, 1)
 
+    def _units(self, pixels_BCFHW: torch.Tensor) -> torch.Tensor:
+        """Pixels in [-1, 1] as the VAE takes them."""
+        mean, std = self._of_pixels(pixels_BCFHW.device)
+        return ((pixels_BCFHW + 1) / 2 - mean) / std
+
     def _of_pixels(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         return tuple(torch.tensor(values, device=device).view(-1, 1, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+
+
+class MiniMaxH3KeyFrames(MiniMaxH3Autoencoder):
+    """The same of a clip's first frame, and of its last, each as a picture by itself: `key_frame_latents` (B, C, K, h,
+    w). They are drawn from their distribution and rounded to float16 as in the stock pipeline, by the same numbers for
+    all, and have as little noise as the model has learned to see in them, which is always the same for a picture.
+
+    Args:
+        to_last: the last frame too, which in samples is a second picture.
+    """
+
+    def __init__(self, folder: Path, file: Path | None, dtype: torch.dtype, *, to_last: bool):
+        super().__init__(folder, file, dtype)
+        self.kept = (0, -1) if to_last else (0,)
+        self.reads = (ENDS,) if to_last else ("pixels",)
+        self.name = "vae_first_and_last_frame" if to_last else "vae_first_frame"
+        self.outputs = ["key_frame_latents"]
+
+    @torch.no_grad()
+    def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Latents of the frames of `pixels_BCFHW` in [-1, 1]."""
+        (pixels_BCFHW,) = inputs.values()
+        frames = [pixels_BCFHW[:, :, [frame]] for frame in self.kept]
+        latents = [
+            torch.cat([self._of_picture(one_1C1HW) for one_1C1HW in frame_BC1HW.split(1)]) for frame_BC1HW in frames
+        ]
+        return {"key_frame_latents": torch.cat(latents, dim=2)}
+
+    def _of_picture(self, pixels_1C1HW: torch.Tensor) -> torch.Tensor:
+        posterior = self.vae.encode(self._units(pixels_1C1HW).to(self.device, self.dtype)).latent_dist
+        drawn = posterior.sample(torch.Generator().manual_seed(KEY_FRAME_SEED)).to(torch.float16).to(self.dtype)
+        mean, std = self._statistics(1)
+        latents = (drawn - mean) / std
+        return torch.lerp(latents, picture_noise(pixels_1C1HW, latents), KEY_FRAME_NOISE)
+
+    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        ((channels, _, *cells), dtype) = super().feature_shapes(bucket)["key_frame_latents"]
+        return {"key_frame_latents": ((channels, len(self.kept), *cells), dtype)}
