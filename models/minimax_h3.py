@@ -34,6 +34,7 @@ from models.foundation.encoders.minimax_h3_vae import (
     MiniMaxH3Autoencoder,
     MiniMaxH3KeyFrames,
     cell_of,
+    frame_groups,
     minimax_h3_latent_size,
     pieces_of,
 )
@@ -336,6 +337,9 @@ class MiniMaxH3Pipeline(BasePipeline):
 
     def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
         return minimax_h3_latent_size(self._vae_config, width, height, frames)
+
+    def frame_groups(self, frames: int) -> list[int]:
+        return frame_groups(self._vae_config, frames)
 
     def scheduler(self) -> DataWardSteps:
         return DataWardSteps(stock_scheduler(self.options.diffusers_path, "MiniMaxH3Scheduler"))

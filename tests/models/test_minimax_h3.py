@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from models.assembly.prompts import check_sampling
 from models.foundation.checkpoints.layouts.minimax_h3 import MINIMAX_H3_LAYOUT
+from models.foundation.encoders.minimax_h3_vae import frame_groups, minimax_h3_latent_size
 from models.foundation.encoders.vae import picture_noise
 from models.minimax_h3 import MiniMaxH3Pipeline
 from tests import test_models as generic
@@ -131,7 +132,13 @@ def test_the_lengths_of_clips(folder: Path) -> None:
     published = MiniMaxH3Pipeline.media
     assert [published.frames(count) for count in (1, 21, 22, 38, 39, 124, 400)] == [1, 1, 22, 22, 39, 124, 345]
     assert published.describe_frames() == "1, 22, 39 ... up to 345 frames"
-    media = tiny.pipeline(folder).media
+    h3, of_vae = tiny.pipeline(folder), {"clip_length": 17, "token_drop": 3, "latent_channels": 24}
+    of_vae |= {"spatial_downsample_factors": (2, 2, 2, 2, 1, 1), "temporal_downsample_factors": (1, 2, 2, 1, 1, 1)}
+    # Every 17 frames the groups begin anew.
+    assert frame_groups(of_vae, 39) == [1, 4, 4, 4, 4] * 2 + [1, 4] and frame_groups(of_vae, 1) == [1]
+    assert minimax_h3_latent_size(of_vae, 64, 32, 39) == (24, 12, 2, 4)
+    assert h3.frame_groups(13) == [1, 2, 2] * 2 + [1, 2]
+    media = h3.media
     assert (media.spatial, [media.frames(count) for count in (1, 7, 8, 12, 13)]) == (8, [1, 1, 8, 8, 13])
 
 

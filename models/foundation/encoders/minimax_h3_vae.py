@@ -9,6 +9,7 @@ Shapes: B batch, C channels, F frames, K key frames, H W pixels, f h w latent ce
 from __future__ import annotations
 
 import math
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,14 @@ def pieces_of(config: dict[str, Any]) -> tuple[int, int]:
     missing = -frames % group
     kept = -config["token_drop"] % ((frames + missing) // group)
     return frames, max(kept * group - missing, 0)
+
+
+def frame_groups(config: dict[str, Any], frames: int) -> list[int]:
+    """How many frames each latent frame covers: the first one of a piece covers what its groups leave of the piece."""
+    piece, group = config["clip_length"], math.prod(config["temporal_downsample_factors"])
+    groups = [piece - piece // group * group or group, *[group] * ((piece - 1) // group)]
+    covered = list(islice(cycle(groups), minimax_h3_latent_size(config, 0, 0, frames)[1]))
+    return covered if frames > 1 else [1]
 
 
 def minimax_h3_latent_size(config: dict[str, Any], width: int, height: int, frames: int) -> tuple[int, int, int, int]:
