@@ -48,6 +48,7 @@ HUB = {
     "lumina2": ("Alpha-VLLM/Lumina-Image-2.0",),
     "minimax_h3": ("MiniMaxAI/MiniMax-H3",),
     "omnigen2": ("OmniGen2/OmniGen2",),
+    "pixart": ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "PixArt-alpha/PixArt-XL-2-1024-MS"),
     "qwen_image": ("Qwen/Qwen-Image", "Qwen/Qwen-Image-Edit"),
     "qwen_image_21": ("Qwen/Qwen-Image-2.1",),
     "qwen_image_layered": ("Qwen/Qwen-Image-Layered",),

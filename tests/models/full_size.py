@@ -22,7 +22,7 @@ from tests.models.full_size_clips import (
     WAN_SMALL,
     WAN_VACE,
 )
-from tests.models.full_size_pictures import FLUX2_VAE, FLUX3, QWEN_IMAGE_21, SANA
+from tests.models.full_size_pictures import FLUX2_VAE, FLUX3, PIXART, QWEN_IMAGE_21, SANA
 from tests.models.sized import FullSize, pooled_of, text_of, vae_of, video_vae_of
 
 VAE16 = vae_of(16, shift_factor=0.1)
@@ -297,6 +297,7 @@ ALL = (
     KREA2,
     IDEOGRAM4,
     HIDREAM,
+    PIXART,
     SANA,
     WAN_SMALL,
     WAN,

@@ -220,6 +220,7 @@ def test_zeros_are_gone_on_from(
                 "ideogram4",
                 "lumina2",
                 "minimax_h3",
+                "pixart",
                 "qwen_image_21",
             )
             with pytest.raises(UserError, match="have something else than LoKr factors"):

@@ -91,6 +91,8 @@ FOLDERS = {
     "Lumina2Text2ImgPipeline": "lumina2",
     "MiniMaxH3ModularPipeline": "minimax_h3",
     "OmniGen2Pipeline": "omnigen2",
+    "PixArtAlphaPipeline": "pixart",
+    "PixArtSigmaPipeline": "pixart",
     "QwenImage21Pipeline": "qwen_image_21",
     "QwenImageEditPipeline": "qwen_image",
     "QwenImageEditPlusPipeline": "qwen_image",
@@ -127,9 +129,10 @@ ADAPTER_NAMES = {
         r"(noise|context)_refiner_|(^|_)layers_\d+_(attention|attn|feed_forward|adaLN|adaln_modulation)"
     ),
     "HunyuanDiT": r"blocks_\d+_(attn1_Wqkv|attn2_kv_proj|skip_linear|default_modulation)",
+    "PixArt": r"(^|_)blocks_\d+_(attn_(qkv|proj)|cross_attn_(q_linear|kv_linear|proj)|mlp_fc[12])$",
     "Cosmos 1.0": r"blocks_block\d+_blocks_\d_block_",
     "Cosmos-Predict2": r"transformer_blocks_\d+_norm\d_linear|blocks_\d+_((self|cross)_attn_\w+_proj|adaln_|mlp_layer)",
-    "LTX-Video": r"transformer_blocks_\d+_(audio_)?attn[12]_to_",
+    "LTX-Video or PixArt": r"transformer_blocks_\d+_(audio_)?attn[12]_to_",
     "Sana": r"transformer_blocks_\d+_(attn[12]_to_|ff_conv_)",
     "Wan": r"(^|_)blocks_\d+_(self_attn|cross_attn|ffn|attn1_to|attn2_to)_",
     "another transformer of diffusers, such as SD3, CogView4 or Qwen-Image": r"transformer_blocks_\d+_",
@@ -254,6 +257,10 @@ SIGNATURES: tuple[FileSignature, ...] = (
         for part in ("token_refiner.blocks.0.attn.qkv_proj.", "token_refiner.refiner_blocks.0.attn.to_q.")
     ),
     *(FileSignature("LTX-2", _type("ltx2"), (part,)) for part in ("audio_patchify_proj.", "audio_proj_in.")),
+    *(
+        FileSignature("PixArt", _type("pixart"), parts)
+        for parts in (("t_block.1.", "y_embedder.y_proj."), ("adaln_single.emb.", "pos_embed.proj."))
+    ),
     FileSignature("LTX-Video", _type("ltx_video"), ("patchify_proj.",)),
     FileSignature(
         "LTX-Video",
