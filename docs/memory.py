@@ -123,8 +123,7 @@ def clip_row(model_type: str, architecture: str, width: int, height: int, frames
     pipeline = models.build(options)
     media, encoders = pipeline.media, pipeline.encoders()
     sides = [side // media.spatial * media.spatial for side in (width, height)]
-    frames = min(frames, media.max_frames)
-    bucket = Bucket(*sides, (frames - 1) // media.temporal * media.temporal + 1)
+    bucket = Bucket(*sides, media.frames(frames))
     latent = pipeline.latent_shape(bucket.width, bucket.height, bucket.frames)
     cached = [one for encoder in encoders for one in encoder.feature_shapes(bucket).values()]
     vae = encoders[0]

@@ -81,6 +81,8 @@ class BasePipeline(ABC):
         ends_in_picture: whether clips that start from a picture also end in one, the second of a prompt, which in
             training is the clip's last frame; a property if files or options decide.
         follows_clip: whether its first control image may be a clip, as long as the sample's.
+        frame_groups: frames of a clip -> how many of them each latent frame covers, for masks; None if the first one
+            covers the first frame alone, and each of the others as many as the next.
         control_fit: how the control images of prompts are brought to the sample's shape, as in a dataset; a property if
             options decide.
         max_controls: the largest number of control images with which it is conditioned.
@@ -112,6 +114,7 @@ class BasePipeline(ABC):
     starts_from_picture: bool = False
     ends_in_picture: bool = False
     follows_clip: ClassVar[bool] = False
+    frame_groups: Callable[[int], Sequence[int]] | None = None
     control_fit: ControlFit = None
     max_controls: ClassVar[int] = 0
 

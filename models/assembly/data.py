@@ -193,7 +193,8 @@ def encoders_of(pipeline: BasePipeline, collections: Sequence[Collection]) -> li
     """
     encoders = pipeline.encoders_for(controls_of(collections))
     check_encoder_names(collections, encoders)
-    masks = [MaskEncoder(pipeline.latent_shape)] if any(collection.has_masks for collection in collections) else []
+    encoder = MaskEncoder(pipeline.latent_shape, pipeline.frame_groups)
+    masks = [encoder] if any(collection.has_masks for collection in collections) else []
     return [*encoders, *masks]
 
 

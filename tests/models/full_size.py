@@ -17,11 +17,12 @@ from tests.models.full_size_clips import (
     LTX2,
     LTX_VIDEO,
     LTX_VIDEO_13B,
+    MINIMAX_H3,
     WAN,
     WAN_SMALL,
     WAN_VACE,
 )
-from tests.models.full_size_pictures import FLUX2_VAE, FLUX3, QWEN_IMAGE_21, SANA
+from tests.models.full_size_pictures import FLUX2_VAE, FLUX3, PIXART, QWEN_IMAGE_21, SANA
 from tests.models.sized import FullSize, pooled_of, text_of, vae_of, video_vae_of
 
 VAE16 = vae_of(16, shift_factor=0.1)
@@ -296,6 +297,7 @@ ALL = (
     KREA2,
     IDEOGRAM4,
     HIDREAM,
+    PIXART,
     SANA,
     WAN_SMALL,
     WAN,
@@ -305,6 +307,7 @@ ALL = (
     LTX2,
     HUNYUAN_VIDEO,
     HUNYUAN_VIDEO_15,
+    MINIMAX_H3,
     COSMOS_1,
     COSMOS_PREDICT2,
     COSMOS_PREDICT2_14B,

@@ -104,6 +104,16 @@ HUNYUAN_VIDEO_15 = FullSize(
     {**text_of("qwen2_5_vl", 1000, 3584), **text_of("byt5", 256, 1472)},
     (832, 480, 49),
 )
+MINIMAX_H3 = FullSize(
+    "MiniMax-H3",
+    "minimax_h3",
+    {
+        "transformer": {"_class_name": "MiniMaxH3Transformer3DModel"},
+        "vae": {"_class_name": "AutoencoderKLMiniMaxH3"},
+    },
+    text_of("qwen3_vl", 512, 5120),
+    (832, 480, 56),
+)
 COSMOS = {"_class_name": "CosmosTransformer3DModel", "extra_pos_embed_type": None}
 COSMOS_PREDICT2 = FullSize(
     "Cosmos-Predict2 2B, text to image",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.models.sized import FullSize, text_of
+from tests.models.sized import FullSize, text_of, vae_of
 
 FLUX2_VAE = {"_class_name": "AutoencoderKLFlux2"}
 
@@ -31,4 +31,20 @@ SANA = FullSize(
         "scheduler": {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True},
     },
     text_of("gemma2", 300, 2304),
+)
+PIXART = FullSize(
+    "PixArt-Sigma",
+    "pixart",
+    {
+        "transformer": {
+            "_class_name": "PixArtTransformer2DModel",
+            "sample_size": 128,
+            "caption_channels": 4096,
+            "interpolation_scale": 2,
+            "use_additional_conditions": False,
+        },
+        "vae": vae_of(4),
+        "scheduler": {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "linear"},
+    },
+    text_of("t5", 300, 4096),
 )

@@ -40,6 +40,16 @@ QWEN3_VL_8B = {
     },
     "vision_config": {"out_hidden_size": 4096},
 }
+QWEN3_VL_32B = {
+    "text_config": {
+        **QWEN3_VL_8B["text_config"],
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+    },
+    "vision_config": {"out_hidden_size": 5120},
+}
 GEMMA3_12B = {
     "text_config": {
         "vocab_size": 262208,
@@ -59,7 +69,7 @@ GEMMA3_12B = {
     },
 }
 TEXT_ENCODERS: Mapping[str, Published] = {
-    "T5-XXL: Stable Diffusion 3.5, Flux, Chroma, HiDream, LTX-Video": Published("T5EncoderModel", "t5_xxl"),
+    "T5-XXL: Stable Diffusion 3.5, Flux, Chroma, HiDream, PixArt, LTX-Video": Published("T5EncoderModel", "t5_xxl"),
     "T5-11B: Cosmos 1.0, Cosmos-Predict2": Published("T5EncoderModel", "t5_11b"),
     "UMT5-XXL: Wan": Published("UMT5EncoderModel", "umt5_xxl"),
     "mT5-XL: HunyuanDiT": Published("MT5EncoderModel", "mt5_xl"),
@@ -70,6 +80,7 @@ TEXT_ENCODERS: Mapping[str, Published] = {
     "Qwen2.5-VL 3B: OmniGen2": Published("Qwen2_5_VLModel", "qwen2_5_vl_3b"),
     "Qwen3-VL 4B: Krea 2, Flux.3": Published("Qwen3VLModel", "qwen3_vl_4b"),
     "Qwen3-VL 8B: Qwen-Image 2.1, Ideogram 4": Published("Qwen3VLModel", QWEN3_VL_8B),
+    "Qwen3-VL 32B: MiniMax-H3": Published("Qwen3VLModel", QWEN3_VL_32B, 51),
     "Gemma 2 2B: Lumina 2, Sana": Published("Gemma2Model", "gemma2_2b"),
     "Gemma 3 12B: LTX-2, whose connectors are 3 GB more": Published("Gemma3Model", GEMMA3_12B),
     "GLM-4 9B: CogView4": Published("GlmModel", {}),

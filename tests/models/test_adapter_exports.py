@@ -219,6 +219,8 @@ def test_zeros_are_gone_on_from(
                 "hunyuan_video_15",
                 "ideogram4",
                 "lumina2",
+                "minimax_h3",
+                "pixart",
                 "qwen_image_21",
             )
             with pytest.raises(UserError, match="have something else than LoKr factors"):

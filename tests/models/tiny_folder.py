@@ -59,6 +59,7 @@ MASKED = (
     "ltx_video",
     "lumina2",
     "omnigen2",
+    "pixart",
     "qwen_image",
     "sana",
 )
@@ -88,7 +89,9 @@ VARIANTS = {
         "test_text_is_that_of_the_stock_pipeline",
         "test_all_weights_are_read_from_what_was_exported",
     ),
+    "minimax_h3_fl": (OF_OTHER_INPUTS[0], "test_samples_are_those_of_the_stock_pipeline"),
     "omnigen2_edit": (*OF_ANY_DENOISER, "test_samples_are_those_of_the_stock_pipeline"),
+    "pixart_alpha": (OF_OTHER_INPUTS[0], "test_samples_are_those_of_the_stock_pipeline"),
     "sdxl_texts": OF_ANY_DENOISER,
     "wan_flf": (*OF_ANY_DENOISER, "test_all_weights_are_read_from_what_was_exported"),
     "wan_i2v": (

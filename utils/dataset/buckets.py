@@ -25,25 +25,28 @@ COLOURS = ("brightness", "contrast", "saturation", "hue")
 
 @dataclass(frozen=True)
 class MediaFacts:
-    """What a model requires of media: width and height are multiples of `spatial` pixels, the number of frames after
-    the first is a multiple of `temporal`, there are at most `max_frames` frames, and there are `fps` of them per
-    second."""
+    """What a model requires of media: width and height are multiples of `spatial` pixels, the number of frames beyond
+    `further` is a multiple of `temporal` unless there is one alone, there are at most `max_frames` frames, and there
+    are `fps` of them per second."""
 
     spatial: int
     temporal: int = 1
     max_frames: int = 1
     fps: float = 16.0
+    further: int = 1
 
     def describe_frames(self) -> str:
         """The numbers of frames that the model takes, as text."""
         if self.max_frames == 1:
             return "one frame: still pictures alone"
-        numbers = f"1, {1 + self.temporal}, {1 + 2 * self.temporal} ..." if self.temporal > 1 else "any number"
+        first, second = (self.further + count * self.temporal for count in (1, 2))
+        numbers = f"1, {first}, {second} ..." if self.temporal > 1 else "any number"
         return f"{numbers} up to {self.max_frames} frames"
 
     def frames(self, count: int) -> int:
         """The largest number of frames, up to `count`, that the model takes."""
-        return (min(count, self.max_frames) - 1) // self.temporal * self.temporal + 1
+        groups = (min(count, self.max_frames) - self.further) // self.temporal
+        return groups * self.temporal + self.further if groups > 0 else 1
 
 
 @dataclass(frozen=True)

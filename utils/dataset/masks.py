@@ -5,7 +5,7 @@ Shapes: B batch, F frames, H height, W width, f h w the same of the latent.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional
@@ -20,14 +20,20 @@ class MaskEncoder:
 
     Args:
         latent_shape: (width, height, frames) -> the shape of a latent, (C, h, w) or (C, f, h, w).
+        frame_groups: frames -> how many of them each latent frame covers; None if the first one covers the first frame
+            alone, and each of the others as many as the next.
     """
 
     name = "mask"
     reads = ("mask",)
-    fingerprint = "mean 1"
 
-    def __init__(self, latent_shape: Callable[[int, int, int], tuple[int, ...]]) -> None:
-        self._latent_shape = latent_shape
+    def __init__(
+        self,
+        latent_shape: Callable[[int, int, int], tuple[int, ...]],
+        frame_groups: Callable[[int], Sequence[int]] | None = None,
+    ) -> None:
+        self._latent_shape, self._frame_groups = latent_shape, frame_groups
+        self.fingerprint = "mean of groups 1" if frame_groups else "mean 1"
 
     def load(self, device: torch.device) -> None:
         """Nothing to load."""
@@ -36,12 +42,12 @@ class MaskEncoder:
         """Nothing to free."""
 
     def encode(self, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Means (B, 1, h, w) or (B, 1, f, h, w) of `mask_B1FHW` in [0, 1].
-
-        The first latent frame covers the first frame only, each of the others covers several.
-        """
+        """Means (B, 1, h, w) or (B, 1, f, h, w) of `mask_B1FHW` in [0, 1]."""
         frames, height, width = mask.shape[2:]
         _, *sizes = self._latent_shape(width, height, frames)
+        if self._frame_groups:
+            groups = mask.split(list(self._frame_groups(frames)), dim=2)
+            return {MASK: torch.cat([functional.adaptive_avg_pool3d(one, (1, *sizes[-2:])) for one in groups], dim=2)}
         first = functional.adaptive_avg_pool3d(mask[:, :, :1], (1, *sizes[-2:]))
         if len(sizes) == 2:
             return {MASK: first[:, :, 0]}

@@ -89,7 +89,10 @@ FOLDERS = {
     "LTXPipeline": "ltx_video",
     "Lumina2Pipeline": "lumina2",
     "Lumina2Text2ImgPipeline": "lumina2",
+    "MiniMaxH3ModularPipeline": "minimax_h3",
     "OmniGen2Pipeline": "omnigen2",
+    "PixArtAlphaPipeline": "pixart",
+    "PixArtSigmaPipeline": "pixart",
     "QwenImage21Pipeline": "qwen_image_21",
     "QwenImageEditPipeline": "qwen_image",
     "QwenImageEditPlusPipeline": "qwen_image",
@@ -114,6 +117,10 @@ ADAPTER_NAMES = {
     r"|single_transformer_blocks_\d+_(attn_to_out_0|ff_linear)",
     "Flux.1 or Chroma": r"(double|single)_blocks_|single_transformer_blocks_",
     "HiDream": r"(double|single)_stream_blocks_",
+    "MiniMax-H3": (
+        r"(^|_)blocks_\d+_(attn_(qkv_proj|out_proj)|mlp_fc[12]|adaln_proj_linear)$"
+        r"|token_refiner_(refiner_)?blocks_\d+_|transformer_blocks_\d+_adaln_proj_linear$"
+    ),
     "Stable Diffusion 3": r"joint_blocks_|transformer_blocks_\d+_(ff_context|norm1_context|attn2_add)",
     "Krea 2": r"txtfusion_|text_fusion_|blocks_\d+_(attn_(w[qkvo]|(to_)?gate)$|(mlp|ff)_(gate|up|down)$)",
     "Qwen-Image 2.1": r"transformer_blocks_\d+_img_mlp_(gate|proj|out)",
@@ -122,9 +129,10 @@ ADAPTER_NAMES = {
         r"(noise|context)_refiner_|(^|_)layers_\d+_(attention|attn|feed_forward|adaLN|adaln_modulation)"
     ),
     "HunyuanDiT": r"blocks_\d+_(attn1_Wqkv|attn2_kv_proj|skip_linear|default_modulation)",
+    "PixArt": r"(^|_)blocks_\d+_(attn_(qkv|proj)|cross_attn_(q_linear|kv_linear|proj)|mlp_fc[12])$",
     "Cosmos 1.0": r"blocks_block\d+_blocks_\d_block_",
     "Cosmos-Predict2": r"transformer_blocks_\d+_norm\d_linear|blocks_\d+_((self|cross)_attn_\w+_proj|adaln_|mlp_layer)",
-    "LTX-Video": r"transformer_blocks_\d+_(audio_)?attn[12]_to_",
+    "LTX-Video or PixArt": r"transformer_blocks_\d+_(audio_)?attn[12]_to_",
     "Sana": r"transformer_blocks_\d+_(attn[12]_to_|ff_conv_)",
     "Wan": r"(^|_)blocks_\d+_(self_attn|cross_attn|ffn|attn1_to|attn2_to)_",
     "another transformer of diffusers, such as SD3, CogView4 or Qwen-Image": r"transformer_blocks_\d+_",
@@ -239,7 +247,20 @@ SIGNATURES: tuple[FileSignature, ...] = (
         ("blocks.0.mlp.depth_conv.", "attention_y_norm."),
     ),
     FileSignature("CogView4", _type("cogview4"), ("patch_embed.text_proj.", "time_condition_embed.")),
+    FileSignature(
+        "MiniMax-H3 with a table in place of what embeds the time, as it is pruned for ComfyUI",
+        "it is not trained here; give a file that has `time_embedder`, or leave it out",
+        ("adaln_t_table", "condition_proj."),
+    ),
+    *(
+        FileSignature("MiniMax-H3", _type("minimax_h3"), (part, "audio_p"))
+        for part in ("token_refiner.blocks.0.attn.qkv_proj.", "token_refiner.refiner_blocks.0.attn.to_q.")
+    ),
     *(FileSignature("LTX-2", _type("ltx2"), (part,)) for part in ("audio_patchify_proj.", "audio_proj_in.")),
+    *(
+        FileSignature("PixArt", _type("pixart"), parts)
+        for parts in (("t_block.1.", "y_embedder.y_proj."), ("adaln_single.emb.", "pos_embed.proj."))
+    ),
     FileSignature("LTX-Video", _type("ltx_video"), ("patchify_proj.",)),
     FileSignature(
         "LTX-Video",

@@ -12,10 +12,12 @@ from importlib import import_module
 from typing import Any
 
 ELSEWHERE = {
+    "AutoencoderKLMiniMaxH3": "models.foundation.encoders.minimax_h3_pictures",
     "LTX2TextConnectors": "diffusers.pipelines.ltx2",
     "OmniGen2Transformer2DModel": "models.foundation.denoisers.omnigen2",
 }
-"""Classes that diffusers has inside of a pipeline, and denoisers that it lacks, with the modules that have them."""
+"""Classes that diffusers has inside of a pipeline, or that do less there than is needed, and denoisers that it lacks,
+with the modules that have them."""
 
 
 def of_diffusers(name: str) -> Any:

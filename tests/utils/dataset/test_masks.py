@@ -38,6 +38,16 @@ def test_the_first_frame_of_a_clip_stands_for_itself():
                 torch.testing.assert_close(found[:, :, f, y, x], block.mean((2, 3, 4)))
 
 
+def test_latent_frames_that_cover_unlike_numbers_of_frames():
+    """And are cached apart from others."""
+    mask_B1FHW, groups = torch.rand(1, 1, 6, 16, 16, generator=torch.Generator().manual_seed(0)), [1, 3, 2]
+    encoder = MaskEncoder(lambda width, height, frames: (4, 3, height // 8, width // 8), lambda frames: groups)
+    found = encoder.encode(mask=mask_B1FHW)[MASK]
+    for f, frames in enumerate(mask_B1FHW.split(groups, dim=2)):
+        torch.testing.assert_close(found[0, 0, f, 1, 0], frames[0, 0, :, 8:, :8].mean())
+    assert encoder.fingerprint != MaskEncoder(of_clips).fingerprint
+
+
 def test_a_still_in_a_model_of_clips():
     mask = torch.ones(1, 1, 1, 16, 16)
     assert torch.equal(MaskEncoder(of_clips).encode(mask=mask)[MASK], torch.ones(1, 1, 1, 2, 2))

@@ -1,0 +1,146 @@
+"""The VAE of MiniMax-H3 as an encoder for the cache, and as a decoder for samples.
+
+It goes through clips in pieces, of which the last latent frames of each one but the first overlap with the next piece:
+17 n + 5 frames are 5 n + 2 latent frames, and a picture is one.
+
+Shapes: B batch, C channels, F frames, K key frames, H W pixels, f h w latent cells.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.foundation.encoders.vae import Family, Tensors, in_the_room_there_is, picture_noise
+from models.foundation.encoders.video_vae import WanAutoencoder
+from utils.dataset.encoders import ENDS
+from utils.dataset.samples import Bucket
+
+PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of red, green and blue in [0, 1], as in ImageNet: the VAE takes and gives pixels in these units."""
+KEY_FRAME_SEED, KEY_FRAME_NOISE = 42, 0.001
+"""The seed by which the stock pipeline draws all key frames, and their part of noise."""
+
+
+def _same(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    """Other names than diffusers' are not known."""
+    return tensors
+
+
+MINIMAX_H3 = Family(
+    "AutoencoderKLMiniMaxH3",
+    (
+        "clip_length",
+        "latent_channels",
+        "latents_mean",
+        "latents_std",
+        "spatial_downsample_factors",
+        "temporal_downsample_factors",
+        "token_drop",
+    ),
+    "post_quant_conv.",
+    _same,
+)
+
+
+def cell_of(config: dict[str, Any]) -> int:
+    """How many pixels of a side a latent cell covers."""
+    return math.prod(config["spatial_downsample_factors"])
+
+
+def pieces_of(config: dict[str, Any]) -> tuple[int, int]:
+    """The frames of a piece, and how many more a clip of pieces has."""
+    group, frames = math.prod(config["temporal_downsample_factors"]), config["clip_length"]
+    missing = -frames % group
+    kept = -config["token_drop"] % ((frames + missing) // group)
+    return frames, max(kept * group - missing, 0)
+
+
+def frame_groups(config: dict[str, Any], frames: int) -> list[int]:
+    """How many frames each latent frame covers: the first one of a piece covers what its groups leave of the piece."""
+    piece, group = config["clip_length"], math.prod(config["temporal_downsample_factors"])
+    groups = [piece - piece // group * group or group, *[group] * ((piece - 1) // group)]
+    covered = list(islice(cycle(groups), minimax_h3_latent_size(config, 0, 0, frames)[1]))
+    return covered if frames > 1 else [1]
+
+
+def minimax_h3_latent_size(config: dict[str, Any], width: int, height: int, frames: int) -> tuple[int, int, int, int]:
+    """The shape (C, f, h, w) of a latent."""
+    cell, group, piece = cell_of(config), math.prod(config["temporal_downsample_factors"]), config["clip_length"]
+    latent_frames = 1
+    if frames > 1:
+        latent_frames = math.ceil(frames / piece) * math.ceil(piece / group) - config["token_drop"]
+    return config["latent_channels"], latent_frames, height // cell, width // cell
+
+
+class MiniMaxH3Autoencoder(WanAutoencoder):
+    """The VAE of MiniMax-H3 as an `Encoder`: pixels of pictures and clips -> latents (z - mean) / std, per channel. It
+    computes in float32 whatever `dtype` is, as in the stock pipeline, and in tiles of 256 x 256 pixels, in which it was
+    published: what it would make of larger ones differs."""
+
+    family, latent_size = MINIMAX_H3, staticmethod(minimax_h3_latent_size)
+
+    def __init__(self, folder: Path, file: Path | None, dtype: torch.dtype, **how: Any):
+        super().__init__(folder, file, torch.float32, **how)
+
+    def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Latents (B, C, f, h, w) of `pixels_BCFHW` in [-1, 1], as `draw` says."""
+        return super().encode(**{name: self._units(pixels_BCFHW) for name, pixels_BCFHW in inputs.items()})
+
+    @torch.no_grad()
+    def decode(self, latents_BCfhw: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, C, F, H, W) in [-1, 1]."""
+        mean, std = self._statistics(latents_BCfhw.shape[2])
+        pixels = in_the_room_there_is(self.vae, "decode", latents_BCfhw.to(self.device, self.dtype) * std + mean).sample
+        mean, std = self._of_pixels(self.device)
+        return ((pixels * std + mean) * 2 - 1).clamp(-1, 1)
+
+    def _units(self, pixels_BCFHW: torch.Tensor) -> torch.Tensor:
+        """Pixels in [-1, 1] as the VAE takes them."""
+        mean, std = self._of_pixels(pixels_BCFHW.device)
+        return ((pixels_BCFHW + 1) / 2 - mean) / std
+
+    def _of_pixels(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.tensor(values, device=device).view(-1, 1, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+
+
+class MiniMaxH3KeyFrames(MiniMaxH3Autoencoder):
+    """The same of a clip's first frame, and of its last, each as a picture by itself: `key_frame_latents` (B, C, K, h,
+    w). They are drawn from their distribution and rounded to float16 as in the stock pipeline, by the same numbers for
+    all, and have as little noise as the model has learned to see in them, which is always the same for a picture.
+
+    Args:
+        to_last: the last frame too, which in samples is a second picture.
+    """
+
+    def __init__(self, folder: Path, file: Path | None, dtype: torch.dtype, *, to_last: bool):
+        super().__init__(folder, file, dtype)
+        self.kept = (0, -1) if to_last else (0,)
+        self.reads = (ENDS,) if to_last else ("pixels",)
+        self.name = "vae_first_and_last_frame" if to_last else "vae_first_frame"
+        self.outputs = ["key_frame_latents"]
+
+    @torch.no_grad()
+    def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Latents of the frames of `pixels_BCFHW` in [-1, 1]."""
+        (pixels_BCFHW,) = inputs.values()
+        frames = [pixels_BCFHW[:, :, [frame]] for frame in self.kept]
+        latents = [
+            torch.cat([self._of_picture(one_1C1HW) for one_1C1HW in frame_BC1HW.split(1)]) for frame_BC1HW in frames
+        ]
+        return {"key_frame_latents": torch.cat(latents, dim=2)}
+
+    def _of_picture(self, pixels_1C1HW: torch.Tensor) -> torch.Tensor:
+        posterior = self.vae.encode(self._units(pixels_1C1HW).to(self.device, self.dtype)).latent_dist
+        drawn = posterior.sample(torch.Generator().manual_seed(KEY_FRAME_SEED)).to(torch.float16).to(self.dtype)
+        mean, std = self._statistics(1)
+        latents = (drawn - mean) / std
+        return torch.lerp(latents, picture_noise(pixels_1C1HW, latents), KEY_FRAME_NOISE)
+
+    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        ((channels, _, *cells), dtype) = super().feature_shapes(bucket)["key_frame_latents"]
+        return {"key_frame_latents": ((channels, len(self.kept), *cells), dtype)}

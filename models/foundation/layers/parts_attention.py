@@ -1,0 +1,46 @@
+"""Attention within the parts of a sequence, for models whose samples are one sequence, one after the other.
+
+Shapes: P tokens of the sequence, D width, E rotary angles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class Places(NamedTuple):
+    """What attention is told of its sequence: the angles of tokens, if these have places, and the parts within which
+    they see each other, as tensors of these lengths."""
+
+    rope_PE: tuple[torch.Tensor, torch.Tensor] | None
+    parts: tuple[torch.Tensor, ...]
+
+
+class PartsAttention:
+    """The stock attention within each part of a sequence.
+
+    Args:
+        stock: the stock processor.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, stock: Callable[..., torch.Tensor]):
+        self.stock = stock
+
+    def __call__(
+        self, attn: nn.Module, hidden_states: torch.Tensor, rotary_emb: Places, attention_mask: None = None
+    ) -> torch.Tensor:
+        """A sequence (1, P, D)."""
+        lengths = [len(part) for part in rotary_emb.parts]
+        ropes = [None] * len(lengths)
+        if rotary_emb.rope_PE is not None:
+            ropes = zip(*(table.split(lengths) for table in rotary_emb.rope_PE), strict=True)
+        parts = zip(hidden_states.split(lengths, dim=1), ropes, strict=True)
+        # Of no tokens some kernels make nothing.
+        return torch.cat([self.stock(attn, part, rope, None) if part.shape[1] else part for part, rope in parts], dim=1)

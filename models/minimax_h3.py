@@ -1,0 +1,350 @@
+"""MiniMax-H3: text, sound and video in one sequence, through which blocks without any attention to the text go. Sound
+is neither read nor made.
+
+The samples of a micro-batch are parts of one sequence, one after the other, each of them its text and its video, and
+attention is within each part. So texts of any lengths are beside each other without padding, and each sample has a time
+of its own.
+
+Shapes: B batch, C latent channels, f h w latent frames, height and width, K key frames, U text tokens and V video
+tokens of all samples, of which W are no key frames, P = U + V tokens of the sequence, R times, N numbers of a token, D
+width, F text features, E rotary angles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional
+
+from models.base import BasePipeline, Features, ModelEncoder
+from models.families.clips import problems_of_stills
+from models.foundation.checkpoints.configs import stock_scheduler
+from models.foundation.checkpoints.folders import TextPart
+from models.foundation.checkpoints.layouts.minimax_h3 import MINIMAX_H3_LAYOUT
+from models.foundation.encoders.minimax_h3_text import LAYER, BareStates, KeyFrameEncoder
+from models.foundation.encoders.minimax_h3_vae import (
+    MINIMAX_H3,
+    MiniMaxH3Autoencoder,
+    MiniMaxH3KeyFrames,
+    cell_of,
+    frame_groups,
+    minimax_h3_latent_size,
+    pieces_of,
+)
+from models.foundation.layers.chain import Middle
+from models.foundation.layers.data_ward_steps import DataWardSteps
+from models.foundation.layers.minimax_h3_layout import KINDS, OF_TEXT, PATCH, layout
+from models.foundation.layers.parts_attention import PartsAttention, Places
+from utils.dataset.buckets import MediaFacts
+from utils.dataset.samples import Sample
+from utils.diffusion.objectives import FlowMatching
+from utils.errors import Problem, UserError
+from utils.settings.model_schema import ModelSettings
+from utils.settings.schema import SamplingSettings
+from utils.settings.values import Count
+
+if TYPE_CHECKING:
+    from diffusers import MiniMaxH3Transformer3DModel
+
+TEXT = "qwen3_vl"
+KEY_FRAME_TIME = 0.999
+"""The time of key frames, in the model's measure, until the sample's own is later: they have a little noise."""
+
+
+class MiniMaxH3Options(ModelSettings):
+    """`[model]` of `type = "minimax_h3"`.
+
+    Inference shifts by 12 at all sizes, and takes evenly spaced noise levels before that: `shift = 12.0` with
+    `timestep_sample_method = "uniform"` trains where samples are drawn. The model is distilled to need no guidance,
+    which plain training undoes little by little: `folded_guidance` keeps it.
+    """
+
+    max_sequence_length: Count = 1024
+    """Number of Qwen3-VL tokens of a caption that are read, beside those of key frames. The cache takes 10 KB for a
+    token."""
+    from_first_frame: bool = False
+    """Train clips from their first frame, and give samples a picture. The model sees it as further tokens, and its text
+    encoder sees it before the caption, with the settings in the folder's `processor`."""
+    to_last_frame: bool = False
+    """Train clips from their first frame to their last, and give samples two pictures."""
+
+
+class MiniMaxH3Inputs(NamedTuple):
+    """The inputs of the entry; those that `Layout` has too are described there. Samples have a time, or two with that
+    of key frames, and `time_P` is the number of the time of each token. `canvas_fhw0` has no elements: its shape
+    carries the latent's."""
+
+    x_1VN: torch.Tensor
+    text_1UF: torch.Tensor
+    t_R: torch.Tensor
+    positions_P3: torch.Tensor
+    video_V: torch.Tensor
+    noisy_W: torch.Tensor
+    text_U: torch.Tensor
+    time_P: torch.Tensor
+    kind_P: torch.Tensor
+    parts: tuple[torch.Tensor, ...]
+    texts: tuple[torch.Tensor, ...]
+    canvas_fhw0: torch.Tensor
+
+
+class MiniMaxH3Stream(NamedTuple):
+    """What travels from layer to layer. Where the texts come into the sequence is empty until they are refined, and
+    with that their fields end. `modulation_P` is the row of each token in a table of modulations, which has one for
+    each time and kind."""
+
+    x_1PD: torch.Tensor
+    text_1UD: torch.Tensor | None
+    text_U: torch.Tensor | None
+    texts: tuple[torch.Tensor, ...] | None
+    time_RD: torch.Tensor
+    modulation_P: torch.Tensor
+    time_P: torch.Tensor
+    rope_PE: tuple[torch.Tensor, torch.Tensor]
+    noisy_W: torch.Tensor
+    parts: tuple[torch.Tensor, ...]
+    canvas_fhw0: torch.Tensor
+
+    @property
+    def places(self) -> Places:
+        """What attention is told."""
+        return Places(self.rope_PE, self.parts)
+
+
+class Modulation(nn.Module):
+    """The stock modulation of a block, for a Linear that may be quantised: the stock one asks for the type of its
+    weight, which is that of the codes then."""
+
+    def __init__(self, stock: nn.Module):
+        super().__init__()
+        self.linear, self.width = stock.linear, stock.hidden_size
+
+    def forward(self, time_RD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Six tables with a row for each time and kind."""
+        rows = self.linear(functional.silu(time_RD).to(self.linear.bias.dtype))
+        return rows.view(-1, 6 * self.width).chunk(6, dim=-1)
+
+
+class Entry(nn.Module):
+    """Embeds tokens, text, time and positions."""
+
+    def __init__(self, denoiser: MiniMaxH3Transformer3DModel):
+        super().__init__()
+        self.rope = denoiser.rope
+        self.proj_in, self.context_embedder = denoiser.proj_in, denoiser.context_embedder
+        # Nothing goes through it; it is trained as little as in the stock module without sound.
+        self.audio_proj_in = denoiser.audio_proj_in
+        self.time_proj, self.time_embedder = denoiser.time_proj, denoiser.time_embedder
+
+    def forward(self, inputs: MiniMaxH3Inputs) -> MiniMaxH3Stream:
+        dtype, time = self.context_embedder.weight.dtype, self.time_embedder
+        x_1VD = self.proj_in(inputs.x_1VN.to(self.proj_in.weight.dtype)).to(dtype)
+        sequence_1PD = x_1VD.new_zeros(1, len(inputs.time_P), x_1VD.shape[2])
+        return MiniMaxH3Stream(
+            x_1PD=sequence_1PD.index_copy(1, inputs.video_V, x_1VD),
+            text_1UD=self.context_embedder(inputs.text_1UF.to(dtype)),
+            text_U=inputs.text_U,
+            texts=inputs.texts,
+            time_RD=time(self.time_proj(inputs.t_R).to(time.linear_1.weight.dtype)),
+            modulation_P=inputs.time_P * KINDS + inputs.kind_P,
+            time_P=inputs.time_P,
+            rope_PE=self.rope(inputs.positions_P3),
+            noisy_W=inputs.noisy_W,
+            parts=inputs.parts,
+            canvas_fhw0=inputs.canvas_fhw0,
+        )
+
+
+class Refined(nn.Module):
+    """A block of the refiner, for each text by itself. The last one, which has the refiner's norm, puts the texts into
+    the sequence."""
+
+    recomputable = True
+
+    def __init__(self, block: nn.Module, norm: nn.Module | None):
+        super().__init__()
+        self.block, self.norm = block, norm
+
+    def forward(self, stream: MiniMaxH3Stream) -> MiniMaxH3Stream:
+        block = self.block
+        text_1UD = stream.text_1UD + block.attn(block.norm1(stream.text_1UD), Places(None, stream.texts))
+        text_1UD = text_1UD + block.ff(block.norm2(text_1UD))
+        if self.norm is None:
+            return stream._replace(text_1UD=text_1UD)
+        x_1PD = stream.x_1PD.index_copy(1, stream.text_U, self.norm(text_1UD))
+        return stream._replace(x_1PD=x_1PD, text_1UD=None, text_U=None, texts=None)
+
+
+class Exit(nn.Module):
+    """Projects the video tokens to the latent (B, C, f, h, w)."""
+
+    def __init__(self, denoiser: MiniMaxH3Transformer3DModel):
+        super().__init__()
+        self.norm_out, self.proj_out = denoiser.norm_out, denoiser.proj_out
+        # As that of the entry.
+        self.audio_proj_out = denoiser.audio_proj_out
+
+    def forward(self, stream: MiniMaxH3Stream) -> torch.Tensor:
+        x_1PD = self.norm_out(stream.x_1PD, stream.time_RD, stream.time_P).to(self.proj_out.weight.dtype)
+        frames, height, width, _ = stream.canvas_fhw0.shape
+        return rearrange(
+            self.proj_out(x_1PD).index_select(1, stream.noisy_W).to(stream.x_1PD.dtype),
+            "1 (b f h w) (c p q) -> b c f (h p) (w q)",
+            f=frames,
+            h=height // PATCH,
+            w=width // PATCH,
+            p=PATCH,
+            q=PATCH,
+        )
+
+
+class MiniMaxH3Pipeline(BasePipeline):
+    """MiniMax-H3: text to video, and video from key frames, of the transformer for these (`transformer`;
+    `transformer_ref` has the same tensors and is for references). Sound is neither read nor made, as the stock module
+    has it for a sequence without sound; an export makes video with sound as the base does. Pictures are trained as
+    clips of one frame, and drawn by a decoder that was made for clips, so that samples of one frame look worse than
+    what the model knows. As in inference, `steps` of `[sampling]` are one more than there are predictions. Of single
+    files Comfy-Org's are read; files of MiniMax's own with the publisher's names have the rows of queries, keys and
+    values in another order, which no file tells, and must not be given."""
+
+    Options = MiniMaxH3Options
+    denoiser_class = "MiniMaxH3Transformer3DModel"
+    config_keys = ("in_channels", "num_refiner_layers", "patch_size", "text_dim")
+    text_parts = (TextPart(TEXT, "Qwen3VLModel"),)
+    media = MediaFacts(spatial=32, temporal=17, max_frames=345, fps=24.0, further=5)
+    objective = FlowMatching(predicts_data_minus_noise=True, time_is_cleanness=True)
+    blocks = ("token_refiner.refiner_blocks", "transformer_blocks")
+    stream_type = MiniMaxH3Stream
+    keep_in_high_precision = ("proj_in.", "proj_out.", "time_embedder.")
+    original_layout = MINIMAX_H3_LAYOUT
+    scheduler_sets_levels = True
+    guided_by_second_prediction = True
+
+    def __init__(self, options: MiniMaxH3Options, seed: int = 0):
+        super().__init__(options, seed)
+        # `check` reports what an incomplete folder lacks.
+        with suppress(UserError):
+            piece, further = pieces_of(self._vae_config)
+            spatial = PATCH * cell_of(self._vae_config)
+            self.media = replace(self.media, spatial=spatial, temporal=piece, further=further)
+
+    def problems_of_parts(self) -> Iterator[Problem]:
+        config, made = self.parts.denoiser_config, self._vae_config["latent_channels"]
+        text = self.encoders()[1].config().get_text_config()
+        if config["in_channels"] != made:
+            yield self.parts.misfit(
+                f"takes latents of {config['in_channels']} channels and the VAE makes {made}; give MiniMax-H3's own VAE"
+            )
+        if list(config["patch_size"]) != [1, PATCH, PATCH]:
+            yield self.parts.misfit(
+                f"has `patch_size` {config['patch_size']}, and MiniMax-H3 has [1, {PATCH}, {PATCH}]; download it again"
+            )
+        if not config["num_refiner_layers"]:
+            yield self.parts.misfit("has no `num_refiner_layers`, and MiniMax-H3 has two; download it again")
+        if config["text_dim"] != text.hidden_size or text.num_hidden_layers <= LAYER:
+            yield self.parts.misfit(
+                f"takes text of {config['text_dim']} features behind layer {LAYER} of its text encoder, and that has "
+                f"{text.num_hidden_layers} layers of {text.hidden_size}; give Qwen3-VL 32B"
+            )
+
+    def problems_of_samples(self, sampling: SamplingSettings) -> Iterator[Problem]:
+        if sampling.prompts and "guidance" not in sampling.model_fields_set:
+            message = (
+                f"is {sampling.guidance:g} where it is not given, and this model is distilled to need none; set it to "
+                "1.0, or to more for a model that has lost its distillation"
+            )
+            yield Problem("", "[sampling] guidance", message)
+
+    @property
+    def starts_from_picture(self) -> bool:
+        return self.options.from_first_frame or self.options.to_last_frame
+
+    @property
+    def ends_in_picture(self) -> bool:
+        return self.options.to_last_frame
+
+    def problems_of_data(self, samples: Sequence[Sample]) -> list[Problem]:
+        return problems_of_stills(samples) if self.starts_from_picture else []
+
+    def encoders(self, controls: int = 0) -> list[ModelEncoder]:
+        options, features = self.options, BareStates(TEXT, self.options.max_sequence_length)
+        vae = options.diffusers_path, options.vae_path, self.dtype
+        latents = MiniMaxH3Autoencoder(*vae, draw=options.latents)
+        if not self.starts_from_picture:
+            return [latents, self.parts.text_encoder(features)]
+        text = self.parts.text_encoder(features, KeyFrameEncoder, to_last=self.ends_in_picture)
+        return [latents, text, MiniMaxH3KeyFrames(*vae, to_last=self.ends_in_picture)]
+
+    def build_denoiser(self) -> MiniMaxH3Transformer3DModel:
+        denoiser = super().build_denoiser()
+        for module in denoiser.modules():
+            if hasattr(module, "set_processor"):
+                module.set_processor(PartsAttention(module.processor))
+        for block in denoiser.transformer_blocks:
+            block.adaln_proj = Modulation(block.adaln_proj)
+        return denoiser
+
+    def to_layers(self, denoiser: MiniMaxH3Transformer3DModel) -> list[nn.Module]:
+        reads = {
+            "hidden_states": "x_1PD",
+            "temb": "time_RD",
+            "adaln_indices": "modulation_P",
+            "rotary_emb": "places",
+        }
+        *first, last = denoiser.token_refiner.refiner_blocks
+        refined = [*(Refined(block, None) for block in first), Refined(last, denoiser.token_refiner.final_norm)]
+        middles = [Middle(block, reads, writes=("x_1PD",)) for block in denoiser.transformer_blocks]
+        return [Entry(denoiser), *refined, *middles, Exit(denoiser)]
+
+    def prepare_inputs(
+        self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
+    ) -> MiniMaxH3Inputs:
+        mask_BL = features[f"{TEXT}_mask"].bool()
+        kinds_BL = features.get(f"{TEXT}_kinds", torch.full(mask_BL.shape, OF_TEXT))
+        keys_BCKhw = features["key_frame_latents"].to(x_t) if self.starts_from_picture else x_t[:, :, :0]
+        kinds = [kind_L[mask_L] for kind_L, mask_L in zip(kinds_BL, mask_BL, strict=True)]
+        placed = layout(kinds, x_t.shape[2:], keys_BCKhw.shape[2])
+        times = [self.objective.model_time(t_B)]
+        if keys_BCKhw.shape[2]:
+            times.append(times[0].clamp(min=KEY_FRAME_TIME))
+        return MiniMaxH3Inputs(
+            x_1VN=rearrange(
+                torch.cat([keys_BCKhw, x_t], dim=2), "b c f (h p) (w q) -> 1 (b f h w) (c p q)", p=PATCH, q=PATCH
+            ),
+            text_1UF=features[TEXT][mask_BL].unsqueeze(0),
+            t_R=torch.stack(times, dim=1).flatten(),
+            positions_P3=placed.positions_P3,
+            video_V=placed.video_V,
+            noisy_W=placed.noisy_W,
+            text_U=placed.text_U,
+            time_P=len(times) * placed.sample_P + placed.is_key_P,
+            kind_P=placed.kind_P,
+            parts=placed.parts,
+            texts=placed.texts,
+            canvas_fhw0=torch.empty(*x_t.shape[2:], 0),
+        )
+
+    def tokens(self, latent_shape: Sequence[int]) -> int:
+        *_, height, width = latent_shape
+        return (height // PATCH) * (width // PATCH)
+
+    def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
+        return minimax_h3_latent_size(self._vae_config, width, height, frames)
+
+    def frame_groups(self, frames: int) -> list[int]:
+        return frame_groups(self._vae_config, frames)
+
+    def scheduler(self) -> DataWardSteps:
+        return DataWardSteps(stock_scheduler(self.options.diffusers_path, "MiniMaxH3Scheduler"))
+
+    # Kept, as every micro-batch asks for it.
+    @cached_property
+    def _vae_config(self) -> dict[str, Any]:
+        return MINIMAX_H3.config(self.options.diffusers_path, self.options.vae_path)
