@@ -34,6 +34,7 @@ from utils.adapters.kinds import (
     ModelNames,
     Tensors,
     Update,
+    WithoutMore,
     without_scale,
 )
 from utils.settings.schema import AdapterSettings
@@ -184,7 +185,7 @@ class KroneckerUpdate(NamedTuple):
         return _product(x, *kept)
 
 
-class Lokr:
+class Lokr(WithoutMore):
     """See `AdapterKind`."""
 
     settings = LokrSettings

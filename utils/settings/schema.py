@@ -3,6 +3,7 @@
 The documentation and the JSON schemas are generated from the strings under the keys.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationInfo, field_validator
@@ -51,6 +52,10 @@ class AdapterSettings(SettingsTable):
     """Also adapt the convolutions of a UNet, and its Linears outside of attention (sd15, sdxl)."""
     init_from_existing: UserPath | None = None
     """File or folder of an adapter to continue from; default: start with no effect."""
+
+    def problems(self, model: ModelSettings) -> Iterator[tuple[str, str]]:
+        """Contradictions among the keys of this table, and with those of [model]: a key, and what is wrong with it."""
+        yield from ()
 
 
 class OptimizerSettings(SettingsTable):
