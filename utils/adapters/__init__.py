@@ -21,6 +21,7 @@ NOT_KINDS = (
     "kinds",
     "lora_factors",
     "lora_starts",
+    "lycoris",
     "magnitudes",
     "peft_layers",
     "peft_settings",

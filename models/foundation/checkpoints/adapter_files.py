@@ -23,12 +23,10 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 OTHER_MARKS = {
-    "LoHa": (".hada_",),
     "OFT": (".oft_", ".rescale"),
     "GLoRA": (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),
     "IA3": (".on_input", ".lora_ia3"),
     "VeRA": ("vera_lambda_",),
-    "DoRA of PEFT": (".lora_magnitude_vector",),
     "LoRA with biases": (".lora_B.bias", ".lora_up.bias"),
     "replacement of weights": (".set_weight", ".reshape_weight"),
     "textual inversion": ("bundle_emb", "emb_params"),

@@ -37,6 +37,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"rank": 1, "alpha": 3.0, "decompose_both": True},
         {"factor": 1, "rank": 2, "alpha": 1.0, "full_matrix": True},
     ],
+    "loha": [{"rank": 2}, {"rank": 2, "alpha": 1.0}],
     "difference": [{}],
 }
 ADDED = """
@@ -307,18 +308,11 @@ def test_a_file_of_another_kind_is_told(name: str, keys: dict[str, Any], tmp_pat
 
 
 def test_a_file_of_no_known_kind_is_told(tmp_path: Path) -> None:
-    write_tensors(tmp_path / "a.safetensors", {"x.hada_w1_a": torch.ones(2)})
+    write_tensors(tmp_path / "a.safetensors", {"x.on_input": torch.ones(2)})
     write_tensors(tmp_path / "b.safetensors", {"x.weight": torch.ones(2)})
-    for file, told in (("a", "it is a LoHa"), ("b", "its first tensor is 'x.weight'")):
+    for file, told in (("a", "it is a IA3"), ("b", "its first tensor is 'x.weight'")):
         with pytest.raises(UserError, match=told):
             read_updates(tmp_path / f"{file}.safetensors", names_of(denoiser()))
-
-
-def test_a_lokr_of_convolutions_is_told(tmp_path: Path) -> None:
-    tensors = {"lycoris_blocks_0_out.lokr_w1": torch.ones(2, 2), "lycoris_blocks_0_out.lokr_w2": torch.ones(3, 3, 1, 1)}
-    write_tensors(tmp_path / "a.safetensors", tensors)
-    with pytest.raises(UserError, match="the LoKr of 'lycoris_blocks_0_out' is of another form than those of Linears"):
-        read_updates(tmp_path / "a.safetensors", names_of(denoiser()))
 
 
 @each
@@ -328,8 +322,8 @@ def test_what_binds_a_checkpoint_is_a_key(name: str, keys: dict[str, Any]) -> No
 
 
 def test_an_unknown_type_is_told() -> None:
-    with pytest.raises(ValueError, match="no adapter is called 'loha'; known: 'difference', 'lokr', 'lora'"):
-        adapters.find("loha")
+    with pytest.raises(ValueError, match="no adapter is called 'lohx'; known: 'difference', 'loha', 'lokr', 'lora'"):
+        adapters.find("lohx")
     choice = adapters.choice()
     assert choice.find("difference") is choice.classes["difference"]
 

@@ -13,15 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from models.foundation.checkpoints.adapter_files import read_factors, read_updates
+from tests.utils.adapters.toy_unet import PREFIX, begun, exported, factors_of, inputs, moved, names_of, net
 from utils import adapters
 from utils.adapters import attach, presets
 from utils.adapters.base_weight import weight_of
-from utils.adapters.kinds import ADAPTER, AdapterFile, ExportWishes, ModelNames
+from utils.adapters.kinds import ADAPTER
 from utils.adapters.lora import LoraSettings
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
-from utils.quantised.formats import FORMATS
-from utils.quantised.linear import quantise
 from utils.run.tensor_file import write_tensors
 from utils.settings.model_schema import ModelSettings
 
@@ -35,78 +34,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "dora of another rank": {"dora": True, "conv_dim": 2, "conv_alpha": 1.0, "rslora": True},
 }
 each = pytest.mark.parametrize("keys", FORMS.values(), ids=FORMS)
-PREFIX = "transformer"
-
-
-class Net(nn.Module):
-    """A convolution of several cells, one of a single cell, and a Linear."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            [
-                nn.ModuleDict(
-                    {"conv": nn.Conv2d(6, 8, 3, padding=1), "cell": nn.Conv2d(8, 8, 1), "to_q": nn.Linear(8, 6)}
-                )
-            ]
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        block = self.blocks[0]
-        x = block["cell"](block["conv"](x).relu())
-        return block["to_q"](x.flatten(2).transpose(1, 2))
-
-
-def net() -> Net:
-    torch.manual_seed(0)
-    return Net()
 
 
 def lora(**keys: Any) -> LoraSettings:
     return LoraSettings(**{"type": "lora", "rank": 4, "alpha": 6.0, "convolutions": True, **keys})
-
-
-def begun(settings: LoraSettings, model: nn.Module | None = None) -> nn.Module:
-    model = net() if model is None else model
-    attach.attach(model, ["blocks"], settings)
-    attach.initialise(model, [model], settings, seed=0)
-    return model
-
-
-def factors_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {attach.base_name(name): p for name, p in model.named_parameters() if attach.is_factor(name)}
-
-
-def moved(settings: LoraSettings, model: nn.Module | None = None) -> nn.Module:
-    model = begun(settings, model)
-    with torch.no_grad():
-        for name, factor in factors_of(model).items():
-            factor.add_(normal(tuple(factor.shape), 0, "moved", name), alpha=0.1)
-    return model
-
-
-def names_of(model: nn.Module, base: nn.Module) -> ModelNames:
-    read = dict(base.named_parameters()).__getitem__
-    return ModelNames(
-        PREFIX, attach.adaptable(model), None, presets.base_shapes(model), read=lambda n: read(n).detach()
-    )
-
-
-def exported(model: nn.Module, settings: LoraSettings, folder: Path) -> Path:
-    tensors = {name: tensor.detach() for name, tensor in factors_of(model).items()}
-    for module, (kind, layer) in attach.adapted(model).items():
-        tensors |= {f"{module}{ending}": tensor for ending, tensor in kind.beside(layer).items()}
-    wishes = ExportWishes(("diffusers",), names_of(model, net()), {PREFIX: {name: name for name in tensors}}, {})
-    for name, file in adapters.find("lora").to_files(tensors, settings, wishes).items():
-        if isinstance(file, AdapterFile):
-            write_tensors(folder / name, file.tensors, dict(file.metadata))
-        else:
-            (folder / name).write_text(file)
-    return folder / "adapter_model.safetensors"
-
-
-def inputs() -> torch.Tensor:
-    return normal((3, 6, 5, 5), 0, "x")
 
 
 def in_peft(folder: Path) -> nn.Module:
@@ -130,14 +61,14 @@ def test_peft_computes_the_same_of_an_export(keys: dict[str, Any], tmp_path: Pat
     assert (expected - net()(x)).abs().mean() > 1e-2
     file = exported(model, settings, tmp_path)
     fused = net()
-    presets.fuse(fused, [fused], read_updates(file, names_of(fused, net())), 1.0)
+    presets.fuse(fused, [fused], read_updates(file, names_of(fused)), 1.0)
     torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-5)
 
     plain = lora(**{**keys, "init": None, "alpha": 5.0})
     if "init" in keys:
         plain = lora(rank=8, dora=settings.dora)
     again = begun(plain)
-    read = read_factors(file, adapters.find("lora"), names_of(again, net()), attach.scales(again))
+    read = read_factors(file, adapters.find("lora"), names_of(again), attach.scales(again))
     attach.load(again, [again], read, "a test")
     torch.testing.assert_close(again(x), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(in_peft(tmp_path)(x), expected, rtol=1e-4, atol=1e-5)
@@ -147,18 +78,9 @@ def test_peft_computes_the_same_of_an_export(keys: dict[str, Any], tmp_path: Pat
 @pytest.mark.parametrize("form", [None, "int8"])
 def test_a_start_has_no_effect_and_switched_off_there_is_none(keys: dict[str, Any], form: str | None) -> None:
     """On quantised weights too, which stay as they are."""
-
-    def base() -> nn.Module:
-        model = net()
-        if form:
-            values = model.blocks[0]["to_q"].weight.detach().clone()
-            quantise(model, ["blocks.0.to_q"], FORMATS[form])
-            model.blocks[0]["to_q"].fill(values)
-        return model
-
-    begins, plain, x = begun(lora(**keys), base()), base()(inputs()), inputs()
+    begins, plain, x = begun(lora(**keys), net(form)), net(form)(inputs()), inputs()
     torch.testing.assert_close(begins(x), plain, rtol=0, atol=1e-6 if "init" in keys else 0)
-    changed = moved(lora(**keys), base())
+    changed = moved(lora(**keys), net(form))
     with attach.switched_off(changed):
         assert torch.equal(changed(x), plain)
     assert (changed(x) - plain).abs().mean() > 1e-2
@@ -251,12 +173,12 @@ def test_a_plain_lora_is_gone_on_from_with_dora_and_not_the_other_way_round(tmp_
     plain = moved(lora())
     file = exported(plain, lora(), tmp_path)
     again = begun(lora(dora=True))
-    read = read_factors(file, adapters.find("lora"), names_of(again, net()), attach.scales(again))
+    read = read_factors(file, adapters.find("lora"), names_of(again), attach.scales(again))
     attach.load(again, [again], read, "a test")
     torch.testing.assert_close(again(inputs()), plain(inputs()), rtol=1e-4, atol=1e-5)
     file = exported(again, lora(dora=True), tmp_path)
     with pytest.raises(UserError, match="has a lora_magnitude_vector; set `dora = true` in .adapter. to go on from it"):
-        read_factors(file, adapters.find("lora"), names_of(plain, net()), attach.scales(plain))
+        read_factors(file, adapters.find("lora"), names_of(plain), attach.scales(plain))
 
 
 @pytest.mark.parametrize(
