@@ -284,6 +284,9 @@ class AdapterKind(Protocol):
             ValueError: they are damaged, or of an unknown form.
         """
 
+    def bias_updates(self, entry: Entry, names: ModelNames) -> Mapping[str, Update]:
+        """The same of biases."""
+
     def to_files(self, factors: Tensors, settings: Any, wishes: ExportWishes) -> dict[str, AdapterFile | str]:
         """The files of an export by name; a text is written as it is."""
 
@@ -292,6 +295,10 @@ class WithoutMore:
     """What most kinds have in common."""
 
     formats: ClassVar[tuple[str, ...]] = ("diffusers", COMFYUI)
+
+    def bias_updates(self, entry: Entry, names: ModelNames) -> Mapping[str, Update]:
+        """None."""
+        return {}
 
     def beside(self, module: nn.Module) -> Tensors:
         """Nothing."""
