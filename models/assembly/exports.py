@@ -14,6 +14,7 @@ from models.assembly.prompts import check_sampling
 from models.assembly.stage import StagedModel, model_names
 from models.base import BasePipeline
 from models.foundation.layers.ensemble import Ensemble
+from utils import adapters
 from utils.adapters import attach
 from utils.adapters.kinds import COMFYUI
 from utils.errors import UserError
@@ -33,6 +34,13 @@ def check_outputs(pipeline: BasePipeline, settings: Settings) -> None:
         raise UserError.of(
             f'"{settings.save_format}" needs the names of ComfyUI\'s files, which are not known for this model; use '
             '"diffusers"',
+            where="key `save_format`",
+        )
+    kind = settings.adapter and adapters.find(settings.adapter.type)
+    if kind and settings.save_format in (COMFYUI, "both") and COMFYUI not in kind.formats:
+        raise UserError.of(
+            f'ComfyUI does not read {kind.name}, of which "{settings.save_format}" asks for a file; use "diffusers", '
+            "or another [adapter] type",
             where="key `save_format`",
         )
     check_sampling(pipeline, settings.sampling)
@@ -69,7 +77,8 @@ def check_exports(pipeline: BasePipeline, settings: Settings, staged: StagedMode
 def formats_of(pipeline: BasePipeline, settings: Settings) -> tuple[str, ...]:
     """The names of the layouts in which the run exports."""
     asked = settings.save_format or ("both" if pipeline.original_layout else "diffusers")
-    return ("diffusers", COMFYUI) if asked == "both" else (asked,)
+    known = adapters.find(settings.adapter.type).formats if settings.adapter else ("diffusers", COMFYUI)
+    return tuple(name for name in ("diffusers", COMFYUI) if asked in (name, "both") and name in known)
 
 
 def export_plan(pipeline: BasePipeline, settings: Settings, staged: StagedModel) -> ExportPlan:

@@ -76,6 +76,7 @@ class Ia3(LycorisKind):
     endings = {f".{PART}{ending}": PART for ending in ("", ".default")}
     layer = Ia3Layer
     formats: ClassVar[tuple[str, ...]] = ("diffusers",)
+    read_by: ClassVar[str] = "diffusers itself and ComfyUI read no such adapter, PEFT applies it to diffusers' models"
 
     def rank_of(self, tensors: Tensors) -> int | None:
         """None."""

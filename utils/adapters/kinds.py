@@ -241,6 +241,7 @@ class AdapterKind(Protocol):
         mark: part of the name of every factor, and of no other tensor, here.
         endings: of the names of its tensors in files, in every spelling -> the names by which `Entry` has them.
         formats: of the layouts of `ExportWishes.formats` those that programs read of this kind.
+        read_by: who reads the file for diffusers, where that is not diffusers itself; empty where it is.
     """
 
     settings: ClassVar[type[AdapterSettings]]
@@ -248,6 +249,7 @@ class AdapterKind(Protocol):
     mark: ClassVar[str]
     endings: ClassVar[Mapping[str, str]]
     formats: ClassVar[tuple[str, ...]]
+    read_by: ClassVar[str]
 
     def put(self, denoiser: nn.Module, names: Sequence[str], settings: Any) -> None:
         """Replaces modules of the denoiser by adapted ones, whose factors are on the meta device."""
@@ -295,6 +297,7 @@ class WithoutMore:
     """What most kinds have in common."""
 
     formats: ClassVar[tuple[str, ...]] = ("diffusers", COMFYUI)
+    read_by: ClassVar[str] = ""
 
     def bias_updates(self, entry: Entry, names: ModelNames) -> Mapping[str, Update]:
         """None."""

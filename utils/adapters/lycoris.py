@@ -154,6 +154,7 @@ class LycorisKind(WithoutMore):
     """What the kinds have in common; see `AdapterKind`. A subclass has its facts, and what is not defined here."""
 
     name: ClassVar[str]
+    read_by: ClassVar[str] = "diffusers itself reads no such adapter, LyCORIS applies the file to diffusers' models"
     layer: ClassVar[type[AdaptedLayer]]
     scaled: ClassVar[tuple[str, ...]] = ()
     """Of the factors of which another scale can be a part, those that take it: the first that is there."""
