@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models.assembly.exports import export_plan
+from models.assembly.exports import beside_factors, export_plan
 from models.assembly.preflight import check_model
 from models.assembly.stage import StagedModel, load_stage
 from models.assembly.trainer import open_checkpoint
@@ -53,7 +53,7 @@ def export_checkpoint(source: str, settings: Settings, pipeline: BasePipeline) -
         checkpoint = open_checkpoint(settings, ResumeFlags(source, reset_optimizer=True), staged)
     except UserError as error:
         raise UserError(_of_export(problem) for problem in error.problems) from error
-    if not settings.adapter:
+    if not settings.adapter or beside_factors(staged, of_this_process=False):
         staged = load_stage(pipeline, settings.model_copy(update=WHOLE), stage=0)
     parameters = _parameters(staged, is_adapter=settings.adapter is not None)
     checkpoint.load_weights(parameters)
@@ -76,7 +76,7 @@ def _of_export(problem: Problem) -> Problem:
 
 
 def _parameters(staged: StagedModel, *, is_adapter: bool) -> Mapping[str, nn.Parameter]:
-    """What is trained, on the CPU. Nothing of the base is needed for an adapter, whose factors are without values."""
+    """What is trained, on the CPU. Nothing of the base is needed for most adapters, whose factors have no values."""
     trained = staged.trained(staged.layers)
     if not is_adapter:
         return trained

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +14,8 @@ from models.assembly.prompts import check_sampling
 from models.assembly.stage import StagedModel, model_names
 from models.base import BasePipeline
 from models.foundation.layers.ensemble import Ensemble
+from utils import adapters
+from utils.adapters import attach
 from utils.adapters.kinds import COMFYUI
 from utils.errors import UserError
 from utils.run.export import SETTINGS_HASH, ExportPlan, PartFolder, adapter_files, further_layouts
@@ -32,6 +36,13 @@ def check_outputs(pipeline: BasePipeline, settings: Settings) -> None:
             '"diffusers"',
             where="key `save_format`",
         )
+    kind = settings.adapter and adapters.find(settings.adapter.type)
+    if kind and settings.save_format in (COMFYUI, "both") and COMFYUI not in kind.formats:
+        raise UserError.of(
+            f'ComfyUI does not read {kind.name}, of which "{settings.save_format}" asks for a file; use "diffusers", '
+            "or another [adapter] type",
+            where="key `save_format`",
+        )
     check_sampling(pipeline, settings.sampling)
 
 
@@ -46,7 +57,9 @@ def check_exports(pipeline: BasePipeline, settings: Settings, staged: StagedMode
     tensors = {name: parameter.to("meta") for name, parameter in staged.trained(staged.layers).items()}
     try:
         if plan.adapter:
-            adapter_files(tensors, replace(plan, dtype=None), {})
+            names = replace(plan.names, read=lambda name: torch.empty(plan.names.shapes[name], device="meta"))
+            tensors |= beside_factors(staged, of_this_process=False)
+            adapter_files(tensors, replace(plan, dtype=None, names=names), {})
         else:
             frozen = {name: p.to("meta") for name, p in staged.denoiser.named_parameters() if not p.requires_grad}
             beside = {name: torch.empty(0, device="meta") for name in pipeline.weights.beside()}
@@ -64,7 +77,8 @@ def check_exports(pipeline: BasePipeline, settings: Settings, staged: StagedMode
 def formats_of(pipeline: BasePipeline, settings: Settings) -> tuple[str, ...]:
     """The names of the layouts in which the run exports."""
     asked = settings.save_format or ("both" if pipeline.original_layout else "diffusers")
-    return ("diffusers", COMFYUI) if asked == "both" else (asked,)
+    known = adapters.find(settings.adapter.type).formats if settings.adapter else ("diffusers", COMFYUI)
+    return tuple(name for name in ("diffusers", COMFYUI) if asked in (name, "both") and name in known)
 
 
 def export_plan(pipeline: BasePipeline, settings: Settings, staged: StagedModel) -> ExportPlan:
@@ -92,10 +106,33 @@ def export_plan(pipeline: BasePipeline, settings: Settings, staged: StagedModel)
             SETTINGS_HASH: settings_hash(settings),
         },
         frozen=frozen,
-        # Of all processes one writes it.
-        beside=pipeline.weights.beside() if not adapter and _holds_first(staged) else {},
+        beside=_beside(pipeline, staged, is_adapter=adapter is not None),
         note=pipeline.comfyui_note if COMFYUI in formats else None,
     )
+
+
+def _beside(pipeline: BasePipeline, staged: StagedModel, *, is_adapter: bool) -> dict[str, Callable[[], torch.Tensor]]:
+    """What this process writes beside its weights that are trained."""
+    if is_adapter:
+        return {name: partial(_same, tensor) for name, tensor in beside_factors(staged).items()}
+    # Of all processes one writes it.
+    return dict(pipeline.weights.beside()) if _holds_first(staged) else {}
+
+
+def beside_factors(staged: StagedModel, *, of_this_process: bool = True) -> dict[str, torch.Tensor]:
+    """What files need beside the trained factors of an adapter; without memory, of modules of other processes too."""
+    found = {
+        f"{module}{ending}": tensor
+        for module, (kind, layer) in attach.adapted(staged.denoiser).items()
+        for ending, tensor in kind.beside(layer).items()
+    }
+    if of_this_process:
+        return {name: tensor for name, tensor in found.items() if not tensor.is_meta}
+    return {name: tensor.to("meta") for name, tensor in found.items()}
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _holds_first(staged: StagedModel) -> bool:

@@ -223,7 +223,9 @@ def _outputs(pipeline: BasePipeline, settings: Settings) -> Iterator[tuple[str, 
     exported = [*_intervals(settings, "save"), "at the end"]
     averages = {"beside": ", and its average", "instead": "'s average"}[settings.ema.export] if settings.ema else ""
     layouts = " and ".join(formats_of(pipeline, settings))
-    yield "exports", f"{', '.join(exported)}: the {kind}{averages}, for {layouts}"
+    read_by = adapters.find(settings.adapter.type).read_by if settings.adapter else ""
+    read_by = f"; {read_by}" if read_by and "diffusers" in formats_of(pipeline, settings) else ""
+    yield "exports", f"{', '.join(exported)}: the {kind}{averages}, for {layouts}{read_by}"
     saved = _intervals(settings, "checkpoint")
     kept = f"; the newest {settings.keep_checkpoints} are kept" if settings.keep_checkpoints else ""
     yield "checkpoints", f"{', '.join([*saved, 'at the end'])}{kept}" if saved else "only if the run is stopped"

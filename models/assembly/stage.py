@@ -3,11 +3,12 @@ is adapted and cut; then this process's stage is filled with weights, presets an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
+import torch
 from torch import nn
 
 from models.assembly.rates import Rates, freeze
@@ -190,8 +191,27 @@ def apply_presets(given: Sequence[Preset], staged: StagedModel, layers: list[nn.
 
 def model_names(pipeline: BasePipeline, denoiser: nn.Module) -> ModelNames:
     """What the denoiser's modules are called, here and in the files of adapters."""
-    shapes, beside = presets.base_shapes(denoiser), pipeline.weights.shapes_beside()
-    return ModelNames(pipeline.denoiser_folder, attach.adaptable(denoiser), pipeline.original_layout, shapes, beside)
+    return ModelNames(
+        folder=pipeline.denoiser_folder,
+        modules=attach.adaptable(denoiser),
+        layout=pipeline.original_layout,
+        shapes=presets.base_shapes(denoiser),
+        beside=pipeline.weights.shapes_beside(),
+        read=_base_reader(pipeline, denoiser),
+    )
+
+
+def _base_reader(pipeline: BasePipeline, denoiser: nn.Module) -> Callable[[str], torch.Tensor]:
+    """What reads a parameter of the base as it is before training, with the presets that are fused; from its file,
+    since a stage holds its own part alone, and a swapped block's weights are not at hand."""
+
+    @cache
+    def source() -> presets.FusedSource:
+        given = read_presets(pipeline, denoiser)
+        changes = presets.changes_of((updates, preset.weight) for preset, updates in given if preset.fused)
+        return presets.FusedSource(pipeline.weights.anew(), changes)
+
+    return lambda name: source().read(name)
 
 
 def teacher_of(pipeline: BasePipeline, settings: Settings, staged: StagedModel) -> Teacher | None:

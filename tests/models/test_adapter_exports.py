@@ -25,6 +25,7 @@ from models.foundation.checkpoints.adapter_files import read_factors, read_updat
 from models.foundation.checkpoints.key_layouts import KeyLayout
 from tests.models import tiny_flux, tiny_sd15
 from tests.models.tiny_folder import UNKNOWN_TO_COMFYUI, settings_of, tiny
+from tests.utils.adapters.test_rotations import turned
 from utils import adapters
 from utils.adapters import attach, presets
 from utils.adapters.kinds import ADAPTER_FILE, COMFYUI_FILE
@@ -76,13 +77,29 @@ def exported(
     return staged, factors
 
 
+def changed_by(own: Tensors, weight: torch.Tensor) -> torch.Tensor:
+    """A weight after what a file has for its module, as ComfyUI applies it: lengths of rows are those without the
+    update, and a constraint is in alpha."""
+    if "oft_blocks" in own:
+        return turned(own["oft_blocks"], weight)
+    changed = weight + delta_of(own).view(weight.shape)
+    if "dora_scale" not in own:
+        return changed
+    assert own["dora_scale"].shape == (len(weight), *[1] * (weight.ndim - 1))
+    lengths = weight.flatten(1).norm(dim=1).view(own["dora_scale"].shape)
+    return changed * own["dora_scale"] / lengths
+
+
 def delta_of(own: Tensors) -> torch.Tensor:
     """The update by what a file has for one module."""
     if "diff" in own:
         return own["diff"].float()
+    if "hada_w1_a" in own:
+        sides = [own[f"hada_w{n}_a"].float() @ own[f"hada_w{n}_b"].float() for n in (1, 2)]
+        return sides[0] * sides[1] * own["alpha"].item() / len(own["hada_w1_b"])
     names = ("lora_up.weight", "lora_down.weight") if "lora_up.weight" in own else ("lora_B.weight", "lora_A.weight")
     if names[0] in own:
-        up, down = (own[name].float() for name in names)
+        up, down = (own[name].float().flatten(1) for name in names)
         return up @ down * (own["alpha"].item() / len(down) if "alpha" in own else 1.0)
     w1, w2 = (own[w] if w in own else own[f"{w}_a"] @ own[f"{w}_b"] for w in ("lokr_w1", "lokr_w2"))
     rank = next((len(own[name]) for name in ("lokr_w2_b", "lokr_w1_b") if name in own), None)
@@ -106,7 +123,7 @@ def merged(tensors: Tensors, weights: Tensors, layout: KeyLayout, knows_ours: bo
     ours = {f"lycoris_{own.replace('.', '_')}": name for name, own in plain.items()} if knows_ours else {}
     changed = dict(weights)
     for name in [name for name in by_name if name in ours]:
-        changed[ours[name]] = changed[ours[name]] + delta_of(by_name.pop(name))
+        changed[ours[name]] = changed_by(by_name.pop(name), changed[ours[name]])
     original = getattr(layout, "own", layout).to_original(changed)
     stems = {key.removesuffix(".weight") for key in original}
     theirs = {f"lora_unet_{stem.replace('.', '_')}": stem for stem in stems} | {
@@ -117,12 +134,14 @@ def merged(tensors: Tensors, weights: Tensors, layout: KeyLayout, knows_ours: bo
     theirs |= {f"diffusion_model.{a.removesuffix('.weight')}": b.removesuffix(".weight") for a, b in pairs}
     for name, own in by_name.items():
         key = f"{theirs[name]}.weight"
-        original[key] = original[key] + delta_of(own)
+        original[key] = changed_by(own, original[key])
     return original
 
 
 ENDS = (
-    *("lora_down.weight", "lora_up.weight", "lora_A.weight", "lora_B.weight", "alpha", "diff"),
+    *("lora_down.weight", "lora_up.weight", "lora_A.weight", "lora_B.weight", "alpha", "diff", "dora_scale"),
+    *(f"hada_w{n}_{part}" for n in (1, 2) for part in "ab"),
+    "oft_blocks",
     *(f"lokr_{w}{part}" for w in ("w1", "w2") for part in ("", "_a", "_b")),
 )
 

@@ -106,7 +106,6 @@ def test_what_is_not_read_is_named(known: Callable[[str], Known], model: str, tm
     cases = {
         f"{name}.hada_w1_a": "1 of its 3 tensors are of a form that is not read here .LoHa",
         f"{name}.oft_blocks": "OFT",
-        f"{name}.lora_magnitude_vector": "DoRA of PEFT",
         f"{name}.set_weight": "replacement of weights",
         f"{name}.weight": f"the first is '{name}.weight'",
         f"{name}.lora_B.bias": "LoRA with biases",

@@ -12,7 +12,22 @@ from utils.adapters.kinds import AdapterKind
 from utils.declared import kinds_in
 from utils.settings.choices import Choice, type_of
 
-NOT_KINDS = ("attach", "differences", "file_names", "kinds", "peft_layers", "peft_settings", "presets", "soundness")
+NOT_KINDS = (
+    "attach",
+    "base_weight",
+    "differences",
+    "dropping",
+    "file_names",
+    "kinds",
+    "lora_factors",
+    "lora_starts",
+    "lycoris",
+    "magnitudes",
+    "peft_layers",
+    "peft_settings",
+    "presets",
+    "soundness",
+)
 
 
 def available() -> Mapping[str, AdapterKind]:

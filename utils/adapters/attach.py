@@ -49,7 +49,7 @@ def targets(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSetting
     modules = [
         name for name, module in denoiser.named_modules() if isinstance(module, kinds) and is_within(name, blocks)
     ]
-    chosen = [name for name in modules if _chosen(name, settings)]
+    chosen = [name for name in modules if _chosen(denoiser, name, settings)]
     if not chosen:
         raise UserError.of(
             f"include = {settings.include}, exclude = {settings.exclude} leave nothing to adapt; the model's modules "
@@ -59,9 +59,18 @@ def targets(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSetting
     return chosen
 
 
-def _chosen(name: str, settings: AdapterSettings) -> bool:
-    included = not settings.include or any(fnmatch(name, f"*{pattern}*") for pattern in settings.include)
-    return included and not any(fnmatch(name, f"*{pattern}*") for pattern in settings.exclude)
+def _chosen(denoiser: nn.Module, name: str, settings: AdapterSettings) -> bool:
+    included = not settings.include or any(matches(denoiser, name, pattern) for pattern in settings.include)
+    return included and not any(matches(denoiser, name, pattern) for pattern in settings.exclude)
+
+
+def matches(denoiser: nn.Module, name: str, pattern: str) -> bool:
+    """Whether a glob pattern may match anywhere in a module's name, or is the class of a module around it."""
+    if fnmatch(name, f"*{pattern}*"):
+        return True
+    parts = name.split(".")
+    wholes = (denoiser.get_submodule(".".join(parts[:count])) for count in range(1, len(parts)))
+    return any(fnmatchcase(type(whole).__name__, pattern) for whole in wholes)
 
 
 def attach(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings) -> None:

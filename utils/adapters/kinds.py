@@ -6,6 +6,7 @@ has one name, without `base_layer` and without the name of the adapter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from utils.settings.schema import AdapterSettings
-from utils.settings.values import Count, Positive, SettingsTable
+from utils.settings.values import Count, Positive, SettingsTable, Share
 
 Tensors = dict[str, torch.Tensor]
 ADAPTER = "default"
@@ -39,6 +40,29 @@ class LowRankKeys(SettingsTable):
     """Rank of the update of each adapted layer."""
     alpha: Positive | None = None
     """The update is scaled by alpha / rank; default: the rank, for a scale of 1."""
+    conv_dim: Count | None = None
+    """Rank for convolutions whose kernel is larger than one cell, with `convolutions`; default: as `rank`."""
+    conv_alpha: Positive | None = None
+    """`alpha` for these convolutions; default: as `alpha`, or `conv_dim` if that is set."""
+    rank_dropout: Share = 0.0
+    """Fraction of the ranks that a sample trains without in a step; of LoHa and LoKr, of the rows of the update. What
+    is left is as much stronger."""
+    module_dropout: Share = 0.0
+    """Fraction of the adapted modules that a step trains without."""
+
+    def problems_of_sizes(self) -> Iterator[tuple[str, str]]:
+        """See `AdapterSettings.problems`."""
+        for key in ("conv_dim", "conv_alpha"):
+            if getattr(self, key) is not None and not getattr(self, "convolutions", False):
+                yield key, "is for convolutions only; set `convolutions = true` too, or leave this out"
+
+    def size_for(self, module: nn.Module) -> tuple[int | None, float | None]:
+        """Rank and alpha of a module's update, as far as they are set."""
+        is_large = isinstance(module, nn.Conv2d) and math.prod(module.kernel_size) > 1
+        if not is_large or (self.conv_dim is None and self.conv_alpha is None):
+            return self.rank, self.alpha
+        alpha = self.conv_alpha if self.conv_alpha is not None or self.conv_dim is not None else self.alpha
+        return self.conv_dim or self.rank, alpha
 
 
 class Target(NamedTuple):
@@ -71,7 +95,11 @@ class FileLayout(Protocol):
         knows only as a part of another."""
 
     def lora_to_kohya(
-        self, factors: Mapping[str, torch.Tensor], scale: float, rows_of: Callable[[str], int]
+        self,
+        factors: Mapping[str, torch.Tensor],
+        scale: float | Callable[[str], float],
+        rows_of: Callable[[str], int],
+        dora_scale: Callable[[str], torch.Tensor] | None = None,
     ) -> Tensors: ...
 
 
@@ -85,6 +113,7 @@ class ModelNames:
         layout: their names in the publisher's files, which ComfyUI reads; None if they are not known.
         shapes: of all parameters, without those of an adapter, by name.
         beside: the same of those that the model has and that are not loaded, as nothing that is trained needs them.
+        read: reads a parameter of the base by name, as it was before training, with presets that are fused.
     """
 
     folder: str
@@ -92,6 +121,17 @@ class ModelNames:
     layout: FileLayout | None
     shapes: Mapping[str, tuple[int, ...]]
     beside: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    read: Callable[[str], torch.Tensor] | None = None
+
+    def weight(self, module: str) -> torch.Tensor:
+        """The weight of a module before training, in float32, on the CPU; read from the base's files.
+
+        Raises:
+            ValueError: it cannot be read here.
+        """
+        if self.read is None:
+            raise ValueError(f"the weight of '{module}' is needed for this, and is not there")
+        return self.read(f"{module}.weight").float()
 
     @property
     def has_parts(self) -> bool:
@@ -200,12 +240,16 @@ class AdapterKind(Protocol):
         name: its name in messages.
         mark: part of the name of every factor, and of no other tensor, here.
         endings: of the names of its tensors in files, in every spelling -> the names by which `Entry` has them.
+        formats: of the layouts of `ExportWishes.formats` those that programs read of this kind.
+        read_by: who reads the file for diffusers, where that is not diffusers itself; empty where it is.
     """
 
     settings: ClassVar[type[AdapterSettings]]
     name: ClassVar[str]
     mark: ClassVar[str]
     endings: ClassVar[Mapping[str, str]]
+    formats: ClassVar[tuple[str, ...]]
+    read_by: ClassVar[str]
 
     def put(self, denoiser: nn.Module, names: Sequence[str], settings: Any) -> None:
         """Replaces modules of the denoiser by adapted ones, whose factors are on the meta device."""
@@ -219,6 +263,10 @@ class AdapterKind(Protocol):
 
     def scale_of(self, module: nn.Module) -> float:
         """The factor by which the update of an adapted module is multiplied."""
+
+    def beside(self, module: nn.Module) -> Tensors:
+        """What an export needs of an adapted module beside its trained factors, by names that go on the module's;
+        none of them is trained."""
 
     def switched_off(self, module: nn.Module) -> AbstractContextManager[None]:
         """A context in which an adapted module computes the same as its base, bit for bit."""
@@ -238,8 +286,26 @@ class AdapterKind(Protocol):
             ValueError: they are damaged, or of an unknown form.
         """
 
+    def bias_updates(self, entry: Entry, names: ModelNames) -> Mapping[str, Update]:
+        """The same of biases."""
+
     def to_files(self, factors: Tensors, settings: Any, wishes: ExportWishes) -> dict[str, AdapterFile | str]:
         """The files of an export by name; a text is written as it is."""
+
+
+class WithoutMore:
+    """What most kinds have in common."""
+
+    formats: ClassVar[tuple[str, ...]] = ("diffusers", COMFYUI)
+    read_by: ClassVar[str] = ""
+
+    def bias_updates(self, entry: Entry, names: ModelNames) -> Mapping[str, Update]:
+        """None."""
+        return {}
+
+    def beside(self, module: nn.Module) -> Tensors:
+        """Nothing."""
+        return {}
 
 
 @contextmanager

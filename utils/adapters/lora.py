@@ -9,20 +9,18 @@ Shapes: R rank, I inputs, O outputs of a layer.
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Literal, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from utils.adapters.kinds import (
     ADAPTER,
     ADAPTER_FILE,
-    ALPHA,
     COMFYUI,
     COMFYUI_FILE,
     DORA_SCALE,
@@ -32,18 +30,20 @@ from utils.adapters.kinds import (
     LowRankKeys,
     ModelNames,
     Tensors,
+    Update,
+    WithoutMore,
     without_scale,
 )
-from utils.adapters.peft_settings import CONFIG_FILE, HEADER, peft_settings
+from utils.adapters.lora_factors import DOWN, FOLDED_SCALE, FOLDED_SCALES, MID, UP, LowRankUpdate, divided, pair_of
+from utils.adapters.magnitudes import MAGNITUDE, dora_scale, magnitudes, with_magnitudes
+from utils.adapters.peft_settings import CONFIG_FILE, HEADER
 from utils.first_values import none_without_memory
-from utils.json_files import shown
+from utils.settings.model_schema import ModelSettings, torch_dtype
 from utils.settings.schema import AdapterSettings
 from utils.settings.values import Count, Positive
 
-A, B = ".lora_A.weight", ".lora_B.weight"
-DOWN, UP, MID = "lora_A", "lora_B", "lora_mid"
-FOLDED_SCALE = "folded_scale"
-"""The key of our headers for the factor that is multiplied into every `lora_A`, since ComfyUI reads no header."""
+A, B, M = ".lora_A.weight", ".lora_B.weight", f".{MAGNITUDE}.weight"
+START_A, START_B = ".lora_start_A", ".lora_start_B"
 LOST_IN_FLOAT16 = 2.0**-9
 """The part of a factor that may be lost by rounding, which is what bfloat16 loses."""
 
@@ -58,13 +58,16 @@ ENDINGS = {
         for of in (".lora.", "_lora.", ".lora_linear_layer.")
         for name, part in (("down", DOWN), ("up", UP))
     },
+    **{f".{MAGNITUDE}{ending}": MAGNITUDE for ending in ("", ".weight", ".default.weight")},
 }
 
 
 class LoraSettings(AdapterSettings, LowRankKeys):
     """`type = "lora"`: LoRA, whose update of a layer is the product of two matrices of low rank."""
 
-    binds_checkpoint: ClassVar[tuple[str, ...]] = ("type", "rank", "alpha", "include", "exclude")
+    binds_checkpoint: ClassVar[tuple[str, ...]] = (
+        *("type", "rank", "alpha", "conv_dim", "conv_alpha", "rslora", "dora", "init", "include", "exclude"),
+    )
 
     type: Literal["lora"]
     """Kind of adapter."""
@@ -73,41 +76,41 @@ class LoraSettings(AdapterSettings, LowRankKeys):
     loraplus_lr_ratio: Positive | None = None
     """The second factors, which begin at zero, learn so many times as fast as the first: "LoRA+", whose authors take
     16; default: as fast."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank, so that large ranks learn as fast as small ones (rsLoRA)."""
+    dora: bool = False
+    """Train the lengths of the weight's rows too, apart from their directions, which the low rank changes (DoRA)."""
+    init: Literal["pissa", "olora"] | None = None
+    """Start from directions of the weight: of its largest singular values ("pissa"), or its first by QR ("olora");
+    default: from random ones. An export is a LoRA of twice the rank, for the same base."""
+    dylora_unit: Count | None = None
+    """Train in each step the first ranks alone, a random multiple of this number, so that an export can be cut to any
+    of them (DyLoRA)."""
+
+    def problems(self, model: ModelSettings) -> Iterator[tuple[str, str]]:
+        """See `AdapterSettings`."""
+        if self.dora and self.dtype != "float32":
+            yield "dora", 'needs dtype = "float32": lengths of rows, rounded to 16 bits, would change the whole weight'
+        beside = [number for number, preset in enumerate(model.preset_adapters, start=1) if not preset.fused]
+        if self.dora and beside:
+            yield "dora", f"measures weights, of which preset {beside[0]} is no part; set `fused = true` there"
+        if self.init and self.init_from_existing:
+            yield (
+                "init",
+                "says where factors start, and so does init_from_existing; leave one out. An export of a run with "
+                "init has twice its rank, and is gone on from with that",
+            )
+        for key in ("rank_dropout", "dylora_unit"):
+            if self.init and getattr(self, key):
+                yield key, "would leave out a part of the weight itself beside `init`; leave one of them out"
+        if self.dylora_unit and self.dylora_unit > self.rank:
+            yield "dylora_unit", f"is above the rank, {self.rank}; set a number that divides it"
+        if self.dylora_unit and self.dora:
+            yield "dylora_unit", "would measure weights without a part of their update; leave it or `dora` out"
+        yield from self.problems_of_sizes()
 
 
-class LowRankUpdate(NamedTuple):
-    """The update of a layer's weight by a LoRA: up @ down. For a convolution they are (R, I, ...) and (O, R, 1,
-    ...)."""
-
-    down: torch.Tensor
-    up: torch.Tensor
-
-    @property
-    def fits_beside(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the weight."""
-        return len(self.up), *self.down.shape[1:]
-
-    def delta(self, base: torch.Tensor) -> torch.Tensor:
-        """The product in the shape of the weight."""
-        return (self.up.flatten(1).float() @ self.down.flatten(1).float()).view(self.shape)
-
-    def kept(self, weight: float) -> tuple[torch.Tensor, ...]:
-        """Both factors."""
-        return self.down * weight, self.up
-
-    @staticmethod
-    def applied(x: torch.Tensor, *kept: torch.Tensor) -> torch.Tensor:
-        """`x` through both factors."""
-        down, up = kept
-        return functional.linear(functional.linear(x, down), up)
-
-
-class Lora:
+class Lora(WithoutMore):
     """See `AdapterKind`."""
 
     settings = LoraSettings
@@ -121,15 +124,22 @@ class Lora:
         # PEFT is imported here, since reading settings does not need it.
         from peft import LoraConfig
 
-        from utils.adapters.peft_layers import LAYERS
+        from utils.adapters.peft_layers import LAYERS, Drawn, Magnitude, put_start
 
-        config = LoraConfig(r=settings.rank, lora_alpha=_alpha(settings), lora_dropout=settings.dropout, bias="none")
+        drawn = Drawn(settings.rank_dropout, settings.module_dropout, settings.dylora_unit, settings.rslora)
+        config = LoraConfig(lora_dropout=settings.dropout, bias="none", use_rslora=settings.rslora)
         with none_without_memory(), torch.device("meta"):
             for name in names:
                 parent, _, own = name.rpartition(".")
                 target = denoiser.get_submodule(name)
+                rank, alpha = settings.size_for(target)
                 adapted = next(layer for kind, layer in LAYERS.items() if isinstance(target, kind))
-                layer = adapted(target, ADAPTER, config=config, r=config.r, lora_alpha=config.lora_alpha)
+                layer = adapted(target, ADAPTER, config=config, r=rank, lora_alpha=rank if alpha is None else alpha)
+                layer.drawn, layer.start = drawn, settings.init
+                if settings.init:
+                    put_start(layer, torch_dtype(settings.dtype))
+                if settings.dora:
+                    layer.lora_magnitude_vector[ADAPTER] = Magnitude(target)
                 setattr(denoiser.get_submodule(parent), own, layer)
 
     def base_of(self, module: nn.Module) -> nn.Module | None:
@@ -139,14 +149,24 @@ class Lora:
         return module.get_base_layer() if isinstance(module, LoraLayer) else None
 
     def reset(self, module: nn.Module, dtype: torch.dtype) -> None:
-        """PEFT's first values."""
+        """PEFT's first values; or a start, and the lengths of rows, of the weight, which has its values."""
+        from utils.adapters.peft_layers import set_lengths, set_start
+
         for factor in (module.lora_A[ADAPTER], module.lora_B[ADAPTER]):
             factor.to_empty(device="cpu").to(dtype)
         module.reset_lora_parameters(ADAPTER, init_lora_weights=True)
+        if module.start:
+            set_start(module, dtype)
+        if module.lora_magnitude_vector:
+            set_lengths(module)
 
     def scale_of(self, module: nn.Module) -> float:
         """alpha / rank."""
         return module.scaling[ADAPTER]
+
+    def beside(self, module: nn.Module) -> Tensors:
+        """What a start has taken out of the weight."""
+        return dict(zip((START_A, START_B), module.start_at_home, strict=True)) if module.start else {}
 
     def switched_off(self, module: nn.Module) -> AbstractContextManager[None]:
         """The layers skip their factors at a scale of 0."""
@@ -154,22 +174,30 @@ class Lora:
 
     def factors(self, entry: Entry, names: ModelNames, scale_of: Callable[[str], float]) -> Tensors:
         """The factors of each of our modules, of which that of the file may be made."""
-        if DORA_SCALE in entry.tensors:
-            raise ValueError(f"'{entry.name}' has a dora_scale; training goes on from plain LoRAs alone")
-        down, up, scale = _pair(entry)
-        factors = {}
-        for module, (own_down, own_up) in _divided(down, up, entry, names).items():
+        down, up, scale = pair_of(entry)
+        pairs, factors = divided(down, up, entry, names), {}
+        trains_lengths = any(getattr(names.modules.get(module), MAGNITUDE, None) for module in pairs)
+        if not trains_lengths and (DORA_SCALE in entry.tensors or MAGNITUDE in entry.tensors):
+            what = DORA_SCALE if DORA_SCALE in entry.tensors else MAGNITUDE
+            raise ValueError(f"'{entry.name}' has a {what}; set `dora = true` in [adapter] to go on from it")
+        for module, (own_down, own_up) in pairs.items():
             ratio = scale / scale_of(module)
             factors[f"{module}{A}"] = own_down
             # In float32: float16 would lose small values.
             factors[f"{module}{B}"] = own_up if ratio == 1.0 else own_up.float() * ratio
+        if trains_lengths:
+            for module, lengths_O in magnitudes(entry, pairs, scale, names).items():
+                if module in pairs:
+                    shape = getattr(names.modules[module], MAGNITUDE)[ADAPTER].weight.shape
+                    factors[f"{module}{M}"] = lengths_O.float().view(shape)
         return factors
 
-    def updates(self, entry: Entry, names: ModelNames) -> dict[str, LowRankUpdate]:
+    def updates(self, entry: Entry, names: ModelNames) -> Mapping[str, Update]:
         """One for each of our modules."""
-        down, up, scale = _pair(entry)
+        down, up, scale = pair_of(entry)
         up = up if scale == 1.0 else up.float() * scale
-        return {module: LowRankUpdate(*pair) for module, pair in _divided(down, up, entry, names).items()}
+        updates = {module: LowRankUpdate(*pair) for module, pair in divided(down, up, entry, names).items()}
+        return with_magnitudes(updates, entry, names) if MAGNITUDE in entry.tensors else updates
 
     def to_files(self, factors: Tensors, settings: LoraSettings, wishes: ExportWishes) -> dict[str, AdapterFile | str]:
         """`adapter_model.safetensors` with keys "transformer.<module>.lora_A.weight", and PEFT's `adapter_config.json`;
@@ -179,54 +207,100 @@ class Lora:
         which diffusers would not read. So alpha is the rank in the first file, and the scale is in `lora_A`, whose
         values do not begin at zero.
         """
-        scale = _alpha(settings) / settings.rank
-        config = {
-            "peft_type": "LORA",
-            "r": settings.rank,
-            "lora_alpha": settings.rank,
-            "lora_dropout": settings.dropout,
-            "bias": "none",
-            "target_modules": sorted({name.split(self.mark)[0] for name in factors}),
-            "base_model_name_or_path": wishes.metadata.get("base_model"),
-        }
+        whole = _with_starts(factors)
+        scales = {name.removesuffix(A): self._scale(name.removesuffix(A), wishes) for name in _downs(whole)}
         files: dict[str, AdapterFile | str] = {}
         if "diffusers" in wishes.formats:
-            known_to_diffusers = json.dumps(_diffusers_metadata(wishes, config), sort_keys=True)
-            folded = _rounded(factors, scale, wishes)
-            named = {
-                f"{part}.{own}": folded[name] for part, names in wishes.parts.items() for own, name in names.items()
-            }
-            own = {"rank": str(settings.rank), "alpha": str(settings.rank), FOLDED_SCALE: repr(scale)}
-            metadata = {**wishes.metadata, **own, HEADER: known_to_diffusers}
-            files[ADAPTER_FILE] = AdapterFile(named, metadata)
-            files[CONFIG_FILE] = json.dumps(config, indent=2)
+            files |= _for_diffusers(whole, scales, settings, wishes)
         layout = wishes.names.layout
         if COMFYUI in wishes.formats and layout:
-            kohya = layout.lora_to_kohya(_rounded(factors, 1.0, wishes), scale, wishes.names.rows_of)
-            metadata = {**wishes.metadata, "rank": str(settings.rank), "alpha": str(_alpha(settings))}
+            lengths = partial(_dora_scale, whole, scales, wishes) if settings.dora else None
+            pairs = _rounded(whole, dict.fromkeys(scales, 1.0), wishes)
+            kohya = layout.lora_to_kohya(pairs, scales.__getitem__, wishes.names.rows_of, lengths)
+            rank, alpha = _rank_of_most(whole), settings.rank if settings.alpha is None else settings.alpha
+            metadata = {**wishes.metadata, "rank": str(rank), "alpha": str(alpha)}
             files[COMFYUI_FILE] = AdapterFile(kohya, metadata)
         return files
+
+    def _scale(self, module: str, wishes: ExportWishes) -> float:
+        return self.scale_of(wishes.names.modules[module])
 
 
 KINDS = (Lora(),)
 
 
-def _alpha(settings: LoraSettings) -> float:
-    return settings.rank if settings.alpha is None else settings.alpha
+def _downs(factors: Tensors) -> list[str]:
+    return [name for name in factors if name.endswith(A)]
 
 
-def _rounded(factors: Tensors, scale: float, wishes: ExportWishes) -> Tensors:
+def _with_starts(factors: Tensors) -> Tensors:
+    """Factors of twice the rank, where a start has been taken out of the weight: of what is trained less the start."""
+    whole = {name: tensor for name, tensor in factors.items() if not name.endswith((START_A, START_B))}
+    for name in [name for name in factors if name.endswith(START_A)]:
+        module = name.removesuffix(START_A)
+        down, up, start = (factors[f"{module}{part}"] for part in (A, B, START_A))
+        whole[f"{module}{A}"] = torch.cat([down, start.to(down.dtype)])
+        whole[f"{module}{B}"] = torch.cat([up, -factors[f"{module}{START_B}"].to(up.dtype)], dim=1)
+    return whole
+
+
+def _rank_of_most(factors: Tensors) -> int:
+    return Counter(len(factors[name]) for name in _downs(factors)).most_common(1)[0][0]
+
+
+def _for_diffusers(
+    factors: Tensors, scales: Mapping[str, float], settings: LoraSettings, wishes: ExportWishes
+) -> dict[str, AdapterFile | str]:
+    rank, ranks = _rank_of_most(factors), {name.removesuffix(A): len(factors[name]) for name in _downs(factors)}
+    others = {module: own for module, own in ranks.items() if own != rank}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": settings.dropout,
+        "bias": "none",
+        "target_modules": sorted(ranks),
+        # Of other ranks, with alphas for a scale of 1 too.
+        **({"rank_pattern": others, "alpha_pattern": others} if others else {}),
+        **({"use_dora": True} if settings.dora else {}),
+        "base_model_name_or_path": wishes.metadata.get("base_model"),
+    }
+    folded = _rounded(factors, scales, wishes)
+    named = {
+        f"{part}.{own.removesuffix('.weight') if own.endswith(M) else own}": folded[name]
+        for part, names in wishes.parts.items()
+        for own, name in names.items()
+        if name in folded
+    }
+    scale = Counter(scales.values()).most_common(1)[0][0]
+    own = {"rank": str(rank), "alpha": str(rank), FOLDED_SCALE: repr(scale)}
+    if different := {module: own for module, own in scales.items() if own != scale}:
+        own[FOLDED_SCALES] = json.dumps(different)
+    known_to_diffusers = json.dumps(_diffusers_metadata(wishes, config), sort_keys=True)
+    return {
+        ADAPTER_FILE: AdapterFile(named, {**wishes.metadata, **own, HEADER: known_to_diffusers}),
+        CONFIG_FILE: json.dumps(config, indent=2),
+    }
+
+
+def _dora_scale(factors: Tensors, scales: Mapping[str, float], wishes: ExportWishes, module: str) -> torch.Tensor:
+    """What ComfyUI is told of a module, which may be one without an update."""
+    pair = (factors[f"{module}{A}"], factors[f"{module}{B}"]) if module in scales else None
+    return dora_scale(wishes.names.weight(module), pair, scales.get(module, 1.0), factors.get(f"{module}{M}"))
+
+
+def _rounded(factors: Tensors, scales: Mapping[str, float], wishes: ExportWishes) -> Tensors:
     """Factors in the type of files, with a scale in each `lora_A`. What float16 would lose stays float32, together with
-    its other half."""
-    rounded = {}
-    for name in factors:
-        if name.endswith(A):
-            names = (name, f"{name.removesuffix(A)}{B}")
-            down = factors[name] if scale == 1.0 else factors[name].float() * scale
-            pair, dtype = (down, factors[names[1]]), wishes.dtype or factors[name].dtype
-            if wishes.dtype == torch.float16 and any(map(_is_lost, pair)):
-                dtype = torch.float32
-            rounded |= zip(names, [tensor.to(dtype) for tensor in pair], strict=True)
+    its other half; so do lengths of rows."""
+    rounded = {name: tensor for name, tensor in factors.items() if name.endswith(M)}
+    for name in _downs(factors):
+        scale = scales[name.removesuffix(A)]
+        names = (name, f"{name.removesuffix(A)}{B}")
+        down = factors[name] if scale == 1.0 else factors[name].float() * scale
+        pair, dtype = (down, factors[names[1]]), wishes.dtype or factors[name].dtype
+        if wishes.dtype == torch.float16 and any(map(_is_lost, pair)):
+            dtype = torch.float32
+        rounded |= zip(names, [tensor.to(dtype) for tensor in pair], strict=True)
     return rounded
 
 
@@ -236,129 +310,20 @@ def _is_lost(tensor: torch.Tensor) -> bool:
     return bool((values - values.half().float()).norm() > LOST_IN_FLOAT16 * values.norm())
 
 
-def _pair(entry: Entry) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Both factors of a file's module, (R, I, ...) and (O, R, ...), and the scale of their product.
-
-    Raises:
-        ValueError: one is missing, or they do not fit each other.
-    """
-    for part in (DOWN, UP):
-        if part not in entry.tensors:
-            raise entry.lacks(part)
-    down, up, mid = entry.tensors[DOWN], entry.tensors[UP], entry.tensors.get(MID)
-    rank = len(down)
-    fits = up.ndim >= 2 and down.ndim >= 2 and up.shape[1] == (rank if mid is None else len(mid))
-    if not fits or up[0].numel() != up.shape[1]:
-        raise ValueError(f"the factors of '{entry.name}' are {list(down.shape)} and {list(up.shape)}, which is no LoRA")
-    if mid is not None:
-        # Tucker's form, whose core is a convolution between both.
-        if mid.ndim != 4 or mid.shape[1] != rank:
-            raise ValueError(f"the lora_mid of '{entry.name}', {list(mid.shape)}, does not fit its other factors")
-        down = torch.einsum("rshw,si->rihw", mid.float(), down.flatten(1).float())
-    return _undone(down, entry), up, _scale(entry, rank)
-
-
-def _folded(file: AdapterFile) -> float:
-    """The scale that is in every `lora_A` of a file of ours; 1 in others.
-
-    Raises:
-        ValueError: the header has something else than such a scale.
-    """
-    said = file.metadata.get(FOLDED_SCALE, "1.0")
-    try:
-        folded = float(said)
-    except ValueError:
-        folded = 0.0
-    if not (math.isfinite(folded) and folded > 0):
-        raise ValueError(
-            f"`{FOLDED_SCALE}` in its header is {shown(said)}, and a number above 0 is meant; the file is damaged: "
-            "export it again"
-        )
-    return folded
-
-
-def _undone(down: torch.Tensor, entry: Entry) -> torch.Tensor:
-    """`lora_A` as it was trained, if the file is ours and a scale is in it."""
-    folded = _folded(entry.file)
-    return down if folded == 1.0 else down.float() / folded
-
-
-def _scale(entry: Entry, rank: int) -> float:
-    """The factor of the product: alpha / rank by the alpha of this module, of its part, or 1."""
-    if ALPHA in entry.tensors:
-        return entry.tensors[ALPHA].item() / rank
-    if FOLDED_SCALE in entry.file.metadata:
-        return _folded(entry.file)
-    module = entry.target.modules[0]
-    known = peft_settings(entry.file, module)
-    # As PEFT finds the alpha of a module that has its own.
-    patterns = known.get("alpha_pattern") or {}
-    own = next((alpha for name, alpha in patterns.items() if re.match(rf"(.*\.)?({name})$", module)), None)
-    alpha = known.get("lora_alpha") if own is None else own
-    return 1.0 if alpha is None else alpha / (math.sqrt(rank) if known.get("use_rslora") else rank)
-
-
-def _divided(
-    down: torch.Tensor, up: torch.Tensor, entry: Entry, names: ModelNames
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Both factors of each of our modules of which the file's is made.
-
-    A block-diagonal LoRA, as our exports have it, is split into those of its parts. If a program has trained the whole
-    module, all of its rank serves every part.
-    """
-    modules, swap = entry.target
-    up = torch.cat(list(reversed(up.chunk(2)))) if swap else up
-    down, up = _shaped(down, up, names.shapes.get(f"{modules[0]}.weight", ()))
-    if len(modules) == 1:
-        return {modules[0]: (down, up)}
-    rows = [names.rows_of(module) for module in modules]
-    if sum(rows) != len(up):
-        raise ValueError(f"'{entry.name}' adapts {len(up)} rows, and the model has {sum(rows)}")
-    pieces = dict(zip(modules, up.split(rows), strict=True))
-    columns = _columns_of(pieces, names) or {module: piece.any(dim=0) for module, piece in pieces.items()}
-    return {
-        module: (down[used].contiguous(), pieces[module][:, used].contiguous())
-        for module, used in columns.items()
-        if used.any()
-    }
-
-
-def _shaped(down: torch.Tensor, up: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors with as many dimensions as the weight has: programs take Linears for convolutions of 1 x 1 cells, and the
-    other way round."""
-    if len(shape) < 2 or down.ndim == len(shape) or math.prod(down.shape[1:]) != math.prod(shape[1:]):
-        return down, up
-    return down.reshape(len(down), *shape[1:]), up.reshape(*up.shape[:2], *[1] * (len(shape) - 2))
-
-
-def _columns_of(pieces: Mapping[str, torch.Tensor], names: ModelNames) -> dict[str, torch.Tensor] | None:
-    """Which part of the rank belongs to which module, if the file is made of the LoRAs of this run's modules: then a
-    module may have zeros alone. None if it is not."""
-    ranks = {
-        module: len(names.modules[module].lora_A[ADAPTER].weight)
-        for module in pieces
-        if hasattr(names.modules.get(module), "lora_A")
-    }
-    total, start, columns = next(iter(pieces.values())).shape[1], 0, {}
-    if sum(ranks.values()) != total:
-        return None
-    for module, rank in ranks.items():
-        columns[module] = torch.zeros(total, dtype=torch.bool)
-        columns[module][start : start + rank] = True
-        start += rank
-    nothing = torch.zeros(total, dtype=torch.bool)
-    others = (piece[:, ~columns.get(module, nothing)] for module, piece in pieces.items())
-    return None if any(piece.any() for piece in others) else columns
-
-
 def _diffusers_metadata(wishes: ExportWishes, config: Mapping[str, Any]) -> dict[str, object]:
     """The metadata of each part's adapter that diffusers reads."""
     known: dict[str, object] = {}
+    further = [key for key in ("rank_pattern", "alpha_pattern", "use_dora") if key in config]
     for part, names in wishes.parts.items():
         # Without the prefix of CLIP's files, diffusers finds them in newer and older CLIPs.
         modules = [name.removeprefix("text_model.") for name in sorted({own.split(Lora.mark)[0] for own in names})]
         values = {**config, "target_modules": modules}
+        for pattern in ("rank_pattern", "alpha_pattern"):
+            if pattern in config:
+                own = {there: name.split(Lora.mark)[0] for there, name in names.items()}
+                ranks = {there.split(Lora.mark)[0]: config[pattern].get(name) for there, name in own.items()}
+                values[pattern] = {there: rank for there, rank in ranks.items() if rank}
         if modules:
-            keys = ("r", "lora_alpha", "lora_dropout", "bias", "target_modules")
+            keys = ("r", "lora_alpha", "lora_dropout", "bias", "target_modules", *further)
             known |= {f"{part}.{key}": values[key] for key in keys}
     return known

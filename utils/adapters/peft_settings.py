@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from utils.adapters.kinds import AdapterFile
+from utils.adapters.kinds import AdapterFile, ExportWishes, Tensors
 from utils.errors import UserError
 from utils.json_files import ANEW, check_types, parsed_json, read_json, shown
 
@@ -66,3 +66,15 @@ def _checked(known: Mapping[str, Any], file: str, where: str = "") -> Mapping[st
         except re.error as error:
             raise UserError.of(f"`{key}` is no pattern of names ({error}); {ANEW}", file, where) from error
     return known
+
+
+def in_pefts_names(tensors: Tensors, wishes: ExportWishes) -> Tensors:
+    """Tensors as PEFT's files have them; where several modules are trained as one, after the name of each, since a file
+    of PEFT is for one module."""
+    several = len([part for part, names in wishes.parts.items() if names]) > 1
+    return {
+        f"{f'{part}.' if several else ''}base_model.model.{own}": tensors[name]
+        for part, names in wishes.parts.items()
+        for own, name in names.items()
+        if name in tensors
+    }

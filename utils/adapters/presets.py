@@ -6,7 +6,7 @@ Updates are known by the names of the parameters that they change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -96,18 +96,25 @@ def fuse(denoiser: nn.Module, layers: Iterable[nn.Module], updates: Mapping[str,
         parameter.copy_((base + weight * update.delta(base).to(base.device)).to(parameter.dtype))
 
 
+def changes_of(
+    given: Iterable[tuple[Mapping[str, Update], float]], names: Container[str] | None = None
+) -> dict[str, list[tuple[Update, float]]]:
+    """The updates of each tensor, with their weights; of these tensors, or of all."""
+    changes: dict[str, list[tuple[Update, float]]] = {}
+    for updates, weight in given:
+        for name, update in updates.items():
+            if names is None or name in names:
+                changes.setdefault(name, []).append((update, weight))
+    return changes
+
+
 def before_quantising(
     denoiser: nn.Module, source: TensorSource, presets: Iterable[tuple[Mapping[str, Update], float]]
 ) -> FusedSource:
     """`source` for the weights of a denoiser, with updates and their weights added to those that are quantised when
     they are read, since afterwards they cannot be changed."""
     quantised = {attach.base_name(f"{name}.weight") for name, _ in _quantised(denoiser)}
-    changes: dict[str, list[tuple[Update, float]]] = {}
-    for updates, weight in presets:
-        for name, update in updates.items():
-            if name in quantised:
-                changes.setdefault(name, []).append((update, weight))
-    return FusedSource(source, changes)
+    return FusedSource(source, changes_of(presets, quantised))
 
 
 def attach_frozen(

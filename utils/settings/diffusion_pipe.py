@@ -119,8 +119,6 @@ _ADAPTER: Mapping[str, Foreign] = {
     ),
     "exclude_modules": write("`exclude`, with glob patterns that may match anywhere in a module's name"),
     "fuse_adapters": write("`preset_adapters`, in `[model]`"),
-    "module_dropout": write("`dropout`", unless=(0, 0.0)),
-    "rank_dropout": write("`dropout`", unless=(0, 0.0)),
 }
 _OPTIMIZER: Mapping[str, Foreign] = {
     "beta2_half_life": write("`betas`, of which the second is 0.5^(samples of a step / half-life)"),

@@ -23,6 +23,8 @@ from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 from utils.settings.differences import differences
 from utils.settings.diffusion_pipe import TYPES
 from utils.settings.keys import CHOSEN, SECTIONS, is_dataset, is_run, known_keys, run_keys, unknown_tables
+from utils.settings.lycoris_config import KEY as LYCORIS_CONFIG
+from utils.settings.lycoris_config import with_lycoris_config
 from utils.settings.plain import counted, given
 from utils.settings.rules import check_rules, remarks_on_run
 from utils.settings.schema import Settings
@@ -148,6 +150,12 @@ def _read_run(path: Path, choices: Choices) -> Reading[Settings]:
 
 def _read_section(file: str, name: str, written: Any, choices: Choices) -> Reading[SettingsTable]:
     """One table, read with its class, which for some tables `type` chooses."""
+    if name == "adapter" and isinstance(written, dict) and LYCORIS_CONFIG in written:
+        written, problems, remarks = with_lycoris_config(file, written)
+        reading = _read_section(file, name, written, choices)
+        # Of a file that cannot be read, what is lacking is not told too.
+        told = problems if problems else reading.problems
+        return replace(reading, problems=told, remarks=[*remarks, *reading.remarks])
     title, shared, is_chosen = f"[{name}]", SECTIONS[name], name in CHOSEN
     nothing = {"type": ""} if is_chosen else {}
     if not isinstance(written, dict):

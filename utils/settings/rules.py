@@ -51,9 +51,15 @@ def check_rules(
     return [
         replace(problem, file=file)
         for rule in _RULES
-        if not any(key in broken or key.split(".")[0] in broken for key in rule.keys)
+        if not any(_is_broken(key, broken) for key in rule.keys)
         for problem in rule.check(settings, world_size)
     ]
+
+
+def _is_broken(key: str, broken: frozenset[str]) -> bool:
+    """Whether the value of a key, or of a key of its table, is unknown; "adapter.*" is every key of a table."""
+    table, _, own = key.partition(".")
+    return table in broken or key in broken or (own == "*" and any(name.startswith(f"{table}.") for name in broken))
 
 
 def remarks_on_run(settings: Settings, file: str = "") -> list[Problem]:
@@ -201,6 +207,12 @@ def _adapter_path_exists(settings: Settings, _: int) -> Iterator[Problem]:
         yield from missing("[adapter] init_from_existing", settings.adapter.init_from_existing)
 
 
+def _adapter_agrees(settings: Settings, _: int) -> Iterator[Problem]:
+    if settings.adapter is not None:
+        for key, problem in settings.adapter.problems(settings.model):
+            yield at(f"[adapter] {key}", problem)
+
+
 def _preset_paths_exist(settings: Settings, _: int) -> Iterator[Problem]:
     for number, preset in enumerate(settings.model.preset_adapters, start=1):
         yield from missing(f"[[model.preset_adapters]] {number} path", preset.path)
@@ -335,6 +347,7 @@ _RULES = (
     *(_model_path_exists(key) for key in ("diffusers_path", "transformer_path", "vae_path", "tokenizer_path")),
     SettingsRule(("model.text_encoders",), _text_encoder_paths_exist),
     SettingsRule(("adapter.init_from_existing",), _adapter_path_exists),
+    SettingsRule(("adapter.*", "model.preset_adapters"), _adapter_agrees),
     SettingsRule(("model.preset_adapters",), _preset_paths_exist),
     SettingsRule(("sampling.prompts", *(f"sampling.{key}" for key in SAMPLE_CADENCES)), _prompts_have_a_cadence),
 )

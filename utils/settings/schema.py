@@ -3,6 +3,7 @@
 The documentation and the JSON schemas are generated from the strings under the keys.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny
@@ -60,14 +61,21 @@ class AdapterSettings(SettingsTable):
     dtype: DType = "float32"
     """Type of the adapter's weights."""
     include: list[str] = []
-    """Glob patterns that may match anywhere in a module's name: adapt only modules that match one; empty: all Linears
-    of the blocks."""
+    """Glob patterns that may match anywhere in a module's name, or are the class of a module around it: adapt only
+    modules that match one; empty: all Linears of the blocks."""
     exclude: list[str] = []
-    """Glob patterns that may match anywhere in a module's name: do not adapt modules that match one."""
+    """Glob patterns of the same kinds: do not adapt modules that match one."""
     convolutions: bool = False
     """Also adapt the convolutions of a UNet, and its Linears outside of attention (sd15, sdxl)."""
     init_from_existing: UserPath | None = None
     """File or folder of an adapter to continue from; default: start with no effect."""
+    lycoris_config: UserPath | None = None
+    """A JSON file with LyCORIS's configuration, as SimpleTuner's users have it: its keys are read as those of this
+    table, `type` among them."""
+
+    def problems(self, model: ModelSettings) -> Iterator[tuple[str, str]]:
+        """Contradictions among the keys of this table, and with those of [model]: a key, and what is wrong with it."""
+        yield from ()
 
 
 class OptimizerSettings(SettingsTable):

@@ -23,12 +23,10 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 OTHER_MARKS = {
-    "LoHa": (".hada_",),
-    "OFT": (".oft_", ".rescale"),
+    "OFT with other lengths, or of PEFT": (".rescale", ".oft_R", ".oft_S", ".oft_diag"),
     "GLoRA": (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),
-    "IA3": (".on_input", ".lora_ia3"),
+    "IA3 of LyCORIS": (".on_input",),
     "VeRA": ("vera_lambda_",),
-    "DoRA of PEFT": (".lora_magnitude_vector",),
     "LoRA with biases": (".lora_B.bias", ".lora_up.bias"),
     "replacement of weights": (".set_weight", ".reshape_weight"),
     "textual inversion": ("bundle_emb", "emb_params"),
@@ -87,7 +85,8 @@ def _updates(kind: AdapterKind | None, entry: Entry, names: ModelNames) -> dict[
     updates = dict(kind.updates(entry, names))
     if DORA_SCALE in entry.tensors and updates:
         updates = with_dora(updates, entry.tensors[DORA_SCALE], entry)
-    return {f"{module}.weight": update for module, update in updates.items()}
+    biases = {f"{module}.bias": update for module, update in kind.bias_updates(entry, names).items()}
+    return {f"{module}.weight": update for module, update in updates.items()} | biases
 
 
 def _joined(

@@ -74,6 +74,10 @@ class DenoiserWeights:
         """
         return self._opened(denoiser) if self.seed is None else Built(dict(denoiser.named_parameters()))
 
+    def anew(self) -> TensorSource:
+        """The tensors of the whole denoiser as they are before training, once more."""
+        return self.open(self.build_empty()) if self.seed is None else Built(dict(self.build().named_parameters()))
+
     def fill(self, denoiser: nn.Module, source: TensorSource, layers: Sequence[nn.Module]) -> None:
         """Reads those base weights of `layers`, which are some of the layers of `denoiser`, that have no values."""
         wanted = {id(parameter) for layer in layers for parameter in layer.parameters()}

@@ -172,17 +172,22 @@ class KeyLayout:
         return found
 
     def lora_to_kohya(
-        self, factors: Mapping[str, torch.Tensor], scale: float, rows_of: Callable[[str], int]
+        self,
+        factors: Mapping[str, torch.Tensor],
+        scale: float | Callable[[str], float],
+        rows_of: Callable[[str], int],
+        dora_scale: Callable[[str], torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
         """LoRA factors under kohya's names, which ComfyUI, Forge and diffusers read:
-        `lora_unet_<module there, _ for .>.lora_down.weight`, `.lora_up.weight`, `.alpha`.
+        `lora_unet_<module there, _ for .>.lora_down.weight`, `.lora_up.weight`, `.alpha`, perhaps `.dora_scale`.
 
         A fused module gets one LoRA whose rank is the sum of its parts': down stacked, up block-diagonal.
 
         Args:
             factors: `<module>.lora_A.weight` (rank, in) and `<module>.lora_B.weight` (out, rank).
-            scale: alpha / rank of all of them.
+            scale: alpha / rank of all of them, or of each module.
             rows_of: module -> its number of outputs.
+            dora_scale: module, adapted or not -> the lengths (out, 1, ...) of its rows; None without DoRA.
 
         Raises:
             ValueError: a module does not occur in the table.
@@ -191,7 +196,13 @@ class KeyLayout:
         converted, used = {}, set()
         for there, parts, rule in self._modules(adapted):
             present = [part for part in parts if part in adapted]
-            down = torch.cat([factors[f"{part}.lora_A.weight"] for part in present])
+            scales = [scale(part) if callable(scale) else scale for part in present]
+            # One alpha is for all of them.
+            downs = [
+                down if own == scales[0] else down.float() * (own / scales[0])
+                for down, own in zip((factors[f"{part}.lora_A.weight"] for part in present), scales, strict=True)
+            ]
+            down = torch.cat(downs)
             blocks = [
                 factors[f"{part}.lora_B.weight"] if part in adapted else down.new_zeros(rows_of(part), 0)
                 for part in parts
@@ -201,7 +212,10 @@ class KeyLayout:
             converted[f"{name}.lora_down.weight"] = down.contiguous()
             converted[f"{name}.lora_up.weight"] = (swap_halves(up) if rule.swap_halves else up).contiguous()
             # Not multiplied into a factor, whose small values float16 would lose.
-            converted[f"{name}.alpha"] = torch.tensor(scale * down.shape[0])
+            converted[f"{name}.alpha"] = torch.tensor(scales[0] * down.shape[0])
+            if dora_scale:
+                lengths = torch.cat([dora_scale(part) for part in parts])
+                converted[f"{name}.dora_scale"] = swap_halves(lengths) if rule.swap_halves else lengths
             used.update(present)
         left = sorted(adapted - used)
         if left:

@@ -139,7 +139,11 @@ class CheckpointLayout(KeyLayout):
         return {module: self._kohya_name(module, LYCORIS) for module in modules}
 
     def lora_to_kohya(
-        self, factors: Mapping[str, torch.Tensor], scale: float, rows_of: Callable[[str], int]
+        self,
+        factors: Mapping[str, torch.Tensor],
+        scale: float | Callable[[str], float],
+        rows_of: Callable[[str], int],
+        dora_scale: Callable[[str], torch.Tensor] | None = None,
     ) -> Tensors:
         """LoRA factors under kohya's names, with diffusers' names of modules."""
         converted = {}
@@ -148,7 +152,10 @@ class CheckpointLayout(KeyLayout):
             down, up = factors[f"{module}.lora_A.weight"], factors[f"{module}.lora_B.weight"]
             converted[f"{name}.lora_down.weight"] = down
             converted[f"{name}.lora_up.weight"] = up
-            converted[f"{name}.alpha"] = torch.tensor(scale * down.shape[0])
+            own = scale(module) if callable(scale) else scale
+            converted[f"{name}.alpha"] = torch.tensor(own * down.shape[0])
+            if dora_scale:
+                converted[f"{name}.dora_scale"] = dora_scale(module)
         return converted
 
     def _kohya_name(self, module: str, of_unet: str) -> str:

@@ -30,6 +30,8 @@ ALL = [f"{block}.{part}" for block in ("first_blocks.0", "blocks.0", "blocks.1")
         ({"include": ["to_q"]}, [name for name in ALL if name.endswith("to_q")]),
         ({"include": ["blocks.?.to_*"], "exclude": ["to_k", "first_"]}, ["blocks.0.to_q", "blocks.1.to_q"]),
         ({"exclude": ["blocks.0.*"]}, [name for name in ALL if ".1." in name]),
+        ({"include": ["Block"], "exclude": ["blocks.1"]}, [name for name in ALL if ".0." in name]),
+        ({"include": ["*ock"], "exclude": ["*Linear", "out"]}, [name for name in ALL if not name.endswith("out")]),
         ({"include": ["out", "first*to_q"]}, ["first_blocks.0.to_q", *(name for name in ALL if name.endswith("out"))]),
     ],
 )

@@ -19,7 +19,7 @@ from tests.models import tiny_flux
 from tests.models.tiny_folder import settings_of
 from tests.processes import run_ranks
 from utils.adapters import attach
-from utils.adapters.lokr import LokrLinear, LokrSettings, split
+from utils.adapters.lokr import LokrLayer, LokrSettings, split
 from utils.adapters.lora import LoraSettings
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
@@ -92,7 +92,7 @@ def test_dimensions_are_split(dimension: int, factor: int | None, expected: tupl
 def test_it_is_a_kronecker_product(keys: dict[str, Any], shapes: dict[str, tuple[int, int]], scale: float) -> None:
     torch.manual_seed(0)
     base = nn.Linear(20, 12).requires_grad_(False)
-    layer = LokrLinear(base, settings(**keys), keys.get("factor"))
+    layer = LokrLayer(base, settings(**keys), keys.get("factor"))
     layer.reset(torch.float32)
     x = torch.randn(3, 5, 20)
     assert torch.equal(layer(x), base(x)), "at first it has no effect"
@@ -118,7 +118,7 @@ def test_it_is_a_kronecker_product(keys: dict[str, Any], shapes: dict[str, tuple
 
 def test_factors_by_name_and_class(folder: Path) -> None:
     modules = dict(loaded(folder, settings(**VARIANTS["by class"])).denoiser.named_modules())
-    chosen = {name: module.shapes["lokr_w1"][0] for name, module in modules.items() if isinstance(module, LokrLinear)}
+    chosen = {name: module.shapes["lokr_w1"][0] for name, module in modules.items() if isinstance(module, LokrLayer)}
     for name, side in chosen.items():
         outputs = modules[name].base_layer.out_features
         factor = 1 if ".attn." in name else 2 if "proj_mlp" in name else 4

@@ -6,8 +6,9 @@ LoRAs, since it knows no others with underscores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -176,10 +177,8 @@ class TencentLayout(KeyLayout):
     def comfyui_names(self, modules: Iterable[str]) -> dict[str, str]:
         return self.own.comfyui_names(modules)
 
-    def lora_to_kohya(
-        self, factors: Mapping[str, torch.Tensor], scale: float, rows_of: Callable[[str], int]
-    ) -> dict[str, torch.Tensor]:
-        return self.own.lora_to_kohya(factors, scale, rows_of)
+    def lora_to_kohya(self, factors: Mapping[str, torch.Tensor], *args: Any) -> dict[str, torch.Tensor]:
+        return self.own.lora_to_kohya(factors, *args)
 
 
 def _hunyuan_video(spelling: Spelling) -> KeyLayout:

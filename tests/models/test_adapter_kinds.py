@@ -1,0 +1,217 @@
+"""Every kind of adapter on Flux, SDXL and Wan: trained by a step, exported, and the same in the stock library and by
+the names of ComfyUI's modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from models.assembly.exports import check_exports, check_outputs, export_plan, formats_of
+from models.assembly.stage import StagedModel, load_stage, model_names, partition
+from models.base import BasePipeline
+from models.foundation.checkpoints.adapter_files import read_factors, read_updates
+from tests.models.batches import batch_of, sizes_of
+from tests.models.test_adapter_exports import KNOWS_OURS, changed_by, merged, taken_apart
+from tests.models.tiny_folder import settings_of, tiny
+from tests.test_models import Model
+from utils import adapters
+from utils.adapters import attach, presets
+from utils.adapters.base_weight import weight_of
+from utils.adapters.kinds import ADAPTER_FILE, COMFYUI_FILE
+from utils.diffusion.seeds import normal
+from utils.errors import UserError
+from utils.ranks import Ranks
+from utils.run.export import export
+from utils.settings.schema import AdapterSettings
+
+Tensors = dict[str, torch.Tensor]
+FORMS: dict[str, dict[str, Any]] = {
+    "dora": {"type": "lora", "rank": 2, "alpha": 3.0, "dora": True},
+    "rslora from pissa": {"type": "lora", "rank": 4, "alpha": 3.0, "rslora": True, "init": "pissa"},
+    "loha": {"type": "loha", "rank": 2, "alpha": 1.0},
+    "oft": {"type": "oft", "block_size": 4},
+    "boft": {"type": "oft", "block_size": 16, "butterfly": True},
+    "ia3": {"type": "ia3"},
+}
+MODELS = ("flux", "sdxl", "wan")
+
+
+def chosen(keys: dict[str, Any], **further: Any) -> AdapterSettings:
+    return adapters.find(keys["type"]).settings(**keys, **further)
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
+    made: dict[str, Model] = {}
+
+    def find(name: str) -> Model:
+        if name not in made:
+            module = tiny(name)
+            made[name] = Model(name, module.write_folder(tmp_path_factory.mktemp(name)), module)
+        return made[name]
+
+    return find
+
+
+def trained(model: Model, pipeline: BasePipeline, adapter: AdapterSettings) -> StagedModel:
+    """After a step that all factors take part in."""
+    staged = load_stage(pipeline, settings_of(pipeline, adapter), stage=0)
+    factors = staged.trained(staged.layers)
+    with torch.no_grad():
+        for name, factor in factors.items():
+            factor.add_(normal(tuple(factor.shape), 0, "moved", name), alpha=0.1)
+    before = {name: factor.detach().clone() for name, factor in factors.items()}
+    optimizer = torch.optim.SGD(factors.values(), lr=1e-3)
+    batch = batch_of(model, pipeline, sizes_of(model)[0])
+    predicted(pipeline, staged.layers, batch).square().sum().backward()
+    optimizer.step()
+    assert sum(not torch.equal(factor, before[name]) for name, factor in factors.items()) > 0.9 * len(factors)
+    return staged
+
+
+def predicted(pipeline: BasePipeline, layers: list[nn.Module], batch: Any) -> torch.Tensor:
+    stream = pipeline.prepare_inputs(batch.features, batch.x_t, batch.t_B)
+    for layer in layers:
+        stream = layer(stream)
+    return stream
+
+
+@torch.no_grad()
+def effective(staged: StagedModel) -> Tensors:
+    """The weights, and biases, that the adapted Linears have in effect."""
+    found = {}
+    for name, (kind, layer) in attach.adapted(staged.denoiser.eval()).items():
+        base = kind.base_of(layer)
+        origin = layer(torch.zeros(1, base.in_features))
+        found[f"{name}.weight"] = (layer(torch.eye(base.in_features)) - origin).T
+        if base.bias is not None:
+            found[f"{name}.bias"] = origin[0]
+    return found
+
+
+@pytest.mark.parametrize("keys", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_trained_adapter_is_the_same_elsewhere(
+    known: Callable[[str], Model], name: str, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    model, adapter = known(name), chosen(keys)
+    pipeline = model.pipeline()
+    staged = trained(model, pipeline, adapter)
+    settings = settings_of(pipeline, adapter)
+    export(tmp_path / "out", Ranks(), staged.trained(staged.layers), export_plan(pipeline, settings, staged), step=1)
+    made, kind = effective(staged), adapters.find(adapter.type)
+    plain = load_stage(pipeline, settings_of(pipeline), stage=0)
+    weights = {n: p.detach().clone() for n, p in plain.denoiser.named_parameters()}
+    files = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
+    assert files == {ADAPTER_FILE, *([COMFYUI_FILE] if "comfyui" in kind.formats else [])}
+    # Here, as a preset.
+    names = model_names(pipeline, plain.denoiser)
+    for file in files:
+        for parameter, update in read_updates(tmp_path / "out" / file, names).items():
+            result = weights[parameter] + update.delta(weights[parameter])
+            torch.testing.assert_close(result, made[parameter], rtol=1e-4, atol=1e-4, msg=f"{file} {parameter}")
+    # In ComfyUI.
+    if COMFYUI_FILE in files:
+        in_comfyui(pipeline, name, load_file(tmp_path / "out" / COMFYUI_FILE), weights, made)
+    # In the stock library.
+    if keys["type"] == "lora":
+        stock = model.stock()
+        stock.load_lora_weights(tmp_path / "out", weight_name=ADAPTER_FILE)
+        batch = batch_of(model, pipeline, sizes_of(model)[0])
+        theirs = getattr(stock, pipeline.denoiser_folder).eval()
+        with torch.no_grad():
+            result = model.tiny.whole(theirs, pipeline, batch.features, batch.x_t, batch.t_B)
+            expected = predicted(pipeline, [layer.eval() for layer in staged.layers], batch)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    # Training goes on from each file, of a start with its rank and scale.
+    going_on = chosen({"type": "lora", "rank": 8}) if "init" in keys else adapter
+    for file in files:
+        again = partition(pipeline, settings_of(pipeline, going_on), pipeline.weights.build_empty())
+        own = model_names(pipeline, again.denoiser)
+        read = read_factors(tmp_path / "out" / file, kind, own, attach.scales(again.denoiser))
+        if "init" not in keys:
+            for factor_name, factor in staged.trained(staged.layers).items():
+                torch.testing.assert_close(read[factor_name], factor.detach(), rtol=1e-4, atol=1e-5, msg=factor_name)
+        attach.check_fits({n: tuple(p.shape) for n, p in again.trained(again.layers).items()}, read, file)
+
+
+def in_comfyui(pipeline: BasePipeline, name: str, tensors: Tensors, weights: Tensors, made: Tensors) -> None:
+    """The weights that ComfyUI has after the file."""
+    layout = pipeline.original_layout
+    if name == "sdxl":
+        theirs = taken_apart(tensors)
+        for parameter in [parameter for parameter in made if parameter.endswith(".weight")]:
+            stem = parameter.removesuffix(".weight").removeprefix("unet.").replace(".", "_")
+            own = theirs.pop(f"lora_unet_{stem}", None) or theirs.pop(f"lycoris_{stem}")
+            torch.testing.assert_close(changed_by(own, weights[parameter]), made[parameter], rtol=1e-4, atol=1e-4)
+        assert not theirs
+        return
+    changed = merged(tensors, weights, layout, name in KNOWS_OURS)
+    expected = layout.to_original({**weights, **{n: t for n, t in made.items() if n.endswith(".weight")}})
+    for key, tensor in expected.items():
+        torch.testing.assert_close(changed[key], tensor, rtol=1e-4, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("keys", [FORMS["oft"], FORMS["dora"]], ids=["oft", "dora"])
+def test_parts_that_comfyui_does_not_know_are_whole_differences(
+    known: Callable[[str], Model], keys: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of rotated weights, which are read from the base's file; of DoRA the lengths of all parts of a module, of which
+    one is not adapted."""
+    model = known("hunyuan_dit" if keys["type"] == "oft" else "flux")
+    pipeline = model.pipeline()
+    adapter = chosen(keys, exclude=[] if keys["type"] == "oft" else ["to_k"])
+    staged = trained(model, pipeline, adapter)
+    plan = export_plan(pipeline, settings_of(pipeline, adapter), staged)
+    export(tmp_path / "out", Ranks(), staged.trained(staged.layers), plan, step=1)
+    tensors, made = load_file(tmp_path / "out" / COMFYUI_FILE), effective(staged)
+    assert any(key.endswith(".diff" if keys["type"] == "oft" else "img_attn_qkv.dora_scale") for key in tensors)
+    plain = load_stage(pipeline, settings_of(pipeline), stage=0).denoiser
+    in_comfyui(pipeline, model.name, tensors, {n: p.detach().clone() for n, p in plain.named_parameters()}, made)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_before_a_run_all_kinds_have_names_without_reading(
+    known: Callable[[str], Model], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = known(name).pipeline()
+    monkeypatch.setattr("models.foundation.checkpoints.weights.Weights.read", None)
+    for keys in FORMS.values():
+        settings = settings_of(pipeline, chosen(keys))
+        staged = partition(pipeline, settings, pipeline.weights.build_empty())
+        check_exports(pipeline, settings, staged)
+
+
+def test_what_comfyui_does_not_read_is_told_before(known: Callable[[str], Model]) -> None:
+    pipeline, adapter = known("wan").pipeline(), chosen(FORMS["ia3"])
+    assert formats_of(pipeline, settings_of(pipeline, adapter)) == ("diffusers",)
+    check_outputs(pipeline, settings_of(pipeline, adapter))
+    for asked in ("both", "comfyui"):
+        with pytest.raises(UserError, match='ComfyUI does not read IA3, .* use "diffusers", or another'):
+            check_outputs(pipeline, settings_of(pipeline, adapter, save_format=asked))
+
+
+def test_lengths_are_those_of_the_base_with_fused_presets(known: Callable[[str], Model], tmp_path: Path) -> None:
+    """DoRA's file for ComfyUI says what is to be done with the base of the preset."""
+    model, lora = known("wan"), chosen({"type": "lora", "rank": 2})
+    pipeline = model.pipeline()
+    staged = trained(model, pipeline, lora)
+    plan = export_plan(pipeline, settings_of(pipeline, lora), staged)
+    export(tmp_path / "preset", Ranks(), staged.trained(staged.layers), plan, step=1)
+    pipeline = model.pipeline(preset_adapters=[{"path": tmp_path / "preset" / ADAPTER_FILE}])
+    adapter = chosen(FORMS["dora"])
+    staged = trained(model, pipeline, adapter)
+    plan = export_plan(pipeline, settings_of(pipeline, adapter), staged)
+    export(tmp_path / "out", Ranks(), staged.trained(staged.layers), plan, step=1)
+    begun = load_stage(pipeline, settings_of(pipeline), stage=0).denoiser
+    weights = {n: p.detach().clone() for n, p in begun.named_parameters()}
+    in_comfyui(pipeline, "wan", load_file(tmp_path / "out" / COMFYUI_FILE), weights, effective(staged))
+    assert weight_of(presets.adapters.base_of(staged.denoiser.get_submodule("blocks.0.attn1.to_q"))).equal(
+        weights["blocks.0.attn1.to_q.weight"]
+    )

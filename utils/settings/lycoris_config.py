@@ -1,0 +1,171 @@
+"""LyCORIS's configuration of an adapter, a JSON file as SimpleTuner's users have it, as keys of [adapter]."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.errors import Problem
+
+KEY = "lycoris_config"
+ALGORITHMS: Mapping[str, dict[str, Any]] = {
+    "lora": {"type": "lora"},
+    "locon": {"type": "lora"},
+    "dora": {"type": "lora", "dora": True},
+    "loha": {"type": "loha"},
+    "lokr": {"type": "lokr"},
+    "oft": {"type": "oft"},
+    "diag-oft": {"type": "oft"},
+    "boft": {"type": "oft", "butterfly": True},
+}
+"""`algo` -> what it is here. IA3 is not among them: LyCORIS's multiplies weights alone, in files of its own."""
+OF_OFT = {"linear_dim": "block_size"}
+NAMES = {
+    "linear_dim": "rank",
+    "linear_alpha": "alpha",
+    "conv_dim": "conv_dim",
+    "conv_alpha": "conv_alpha",
+    "factor": "factor",
+    "full_matrix": "full_matrix",
+    "decompose_both": "decompose_both",
+    "use_tucker": "tucker",
+    "dropout": "dropout",
+    "rank_dropout": "rank_dropout",
+    "module_dropout": "module_dropout",
+    "weight_decompose": "dora",
+    "dora_wd": "dora",
+    "rs_lora": "rslora",
+    "init_lokr_norm": "init_lokr_norm",
+}
+NOTHING: Mapping[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("multiplier",), (1, 1.0)),
+    **dict.fromkeys(("constraint", "constrain"), (0, 0.0, None)),
+    **dict.fromkeys(("bypass_mode", "rescaled", "train_norm"), (False, None)),
+    **dict.fromkeys(("rank_dropout_scale", "unbalanced_factorization"), (False, None)),
+    # These are off in LyCORIS too, where their key is there and says so.
+    **dict.fromkeys(
+        ("use_tucker", "weight_decompose", "dora_wd", "rs_lora", "full_matrix", "decompose_both"), (False,)
+    ),
+    "factor": (-1, None),
+    **dict.fromkeys(("dropout", "rank_dropout", "module_dropout"), (0, 0.0, None)),
+}
+"""Key -> the values with which it changes nothing."""
+CONVOLUTIONAL = ("conv_dim", "conv_alpha")
+SCALAR = "use_scalar"
+PRESET = "apply_preset"
+BY_CLASS, BY_NAME, CLASSES, PATTERNS = "module_algo_map", "name_algo_map", "target_module", "target_name"
+
+
+def with_lycoris_config(file: str, table: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem], list[Problem]]:
+    """[adapter] with the keys that the file which `lycoris_config` names stands for, in its place; problems; and
+    remarks. Keys that are written beside it have to say the same, or be others."""
+    path = table[KEY]
+    rest = {key: value for key, value in table.items() if key != KEY}
+    if not isinstance(path, str):
+        return rest, [Problem(file, f"[adapter] {KEY}", f"must be a path in quotes; given: {_shown(path)}")], []
+    place = Path(os.path.expanduser(path))
+    config = _object_in(place)
+    if isinstance(config, str):
+        return rest, [Problem(str(place), "", f"{config}; give LyCORIS's configuration, as SimpleTuner has it")], []
+    problems: list[Problem] = []
+
+    def complain(key: str, message: str) -> None:
+        problems.append(Problem(str(place), f"key `{key}`", message))
+
+    found = _read(config, complain)
+    for key in found.keys() & rest.keys():
+        if found[key] != rest[key]:
+            message = f"is {_shown(rest[key])}, and {place} says {_shown(found[key])}; leave one of them out"
+            problems.append(Problem(file, f"[adapter] {key}", message))
+    remarks = []
+    if config.get(SCALAR):
+        what = "one factor starts from zeros, where LyCORIS starts all at random and trains a scalar from 0"
+        remarks.append(Problem(str(place), f"key `{SCALAR}`", what))
+    return {**found, **rest}, problems, remarks
+
+
+def _object_in(path: Path) -> dict[str, Any] | str:
+    """What a file says; or why it says nothing."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    except ValueError as error:
+        return f"is not JSON ({error})"
+    return content if isinstance(content, dict) else "holds no JSON object"
+
+
+def _read(config: Mapping[str, Any], complain: Callable[[str, str], None]) -> dict[str, Any]:
+    algorithm = config.get("algo", "lora")
+    if algorithm not in ALGORITHMS:
+        complain("algo", f"{_shown(algorithm)} is not trained here; known: {', '.join(ALGORITHMS)}")
+        return {}
+    found = dict(ALGORITHMS[algorithm])
+    is_oft = found["type"] == "oft"
+    for key, value in config.items():
+        if key in ("algo", SCALAR, PRESET) or value in NOTHING.get(key, ()):
+            continue
+        # An alpha of OFT is a bound, which its own key sets.
+        if is_oft and key == "linear_alpha":
+            continue
+        name = {**NAMES, **OF_OFT}.get(key) if is_oft else NAMES.get(key)
+        if name is None:
+            complain(key, f"{_shown(value)} is not known here; leave it out, or write what it is for into [adapter]")
+            continue
+        # What is a number in TOML has one type; in JSON 1 may be a float.
+        found[name] = float(value) if name.endswith(("alpha", "dropout", "norm")) and type(value) is int else value
+    if any(key in config for key in CONVOLUTIONAL):
+        found["convolutions"] = True
+    preset = config.get(PRESET) or {}
+    if not isinstance(preset, dict):
+        complain(PRESET, f"is {_shown(preset)}, and an object is meant")
+        return found
+    include, factors = _chosen_modules(preset, algorithm, complain)
+    if include:
+        found["include"] = include
+    if factors and found["type"] != "lokr":
+        complain(PRESET, "has factors of modules, which LoKr alone has; leave them out")
+    elif factors:
+        found["factors"] = factors
+    return found
+
+
+def _chosen_modules(
+    preset: Mapping[str, Any], algorithm: str, complain: Callable[[str, str], None]
+) -> tuple[list[str], dict[str, int]]:
+    """Patterns of the modules that are adapted, and the factors of some of them."""
+    include, factors = [], {}
+    for key, value in preset.items():
+        if key in (CLASSES, PATTERNS):
+            include += [_pattern(one, key) for one in value]
+        elif key in (BY_CLASS, BY_NAME):
+            if key == BY_NAME and not preset.get("use_fnmatch"):
+                complain(f"{PRESET}.{key}", 'has regular expressions; write glob patterns and `"use_fnmatch": true`')
+                continue
+            for one, own in value.items():
+                include.append(_pattern(one, key))
+                factors |= {_pattern(one, key): own["factor"]} if "factor" in own else {}
+                for other in _other_keys(own, algorithm):
+                    complain(f"{PRESET}.{key}.{one}", f"`{other}` of single modules is not read; leave it out")
+        elif key != "use_fnmatch":
+            complain(f"{PRESET}.{key}", "is not known here; leave it out, or write patterns into [adapter] include")
+    # The factors of names before those of classes, which are less exact.
+    return list(dict.fromkeys(include)), dict(sorted(factors.items(), key=lambda one: one[0].startswith("*")))
+
+
+def _pattern(name: str, key: str) -> str:
+    """A glob pattern: classes of diffusers have the model's name before what they were called once: FluxAttention."""
+    return f"*{name}" if key in (CLASSES, BY_CLASS) else name
+
+
+def _other_keys(own: Mapping[str, Any], algorithm: str) -> Iterator[str]:
+    for key, value in own.items():
+        if key != "factor" and not (key == "algo" and value == algorithm):
+            yield key
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str)
