@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import torch
 
+from optimizers.averaging import begin_training
 from optimizers.kinds import Groups, OptimizerKind
+from optimizers.saved_state import remember_groups
 from utils.declared import kinds_in
 from utils.errors import UserError
 from utils.settings.choices import Choice
-from utils.settings.schema import OptimizerSettings
+from utils.settings.schema import OptimizerSettings, Settings
 
-NOT_FAMILIES = ("ema", "kinds", "parameter_groups", "schedules")
+NOT_FAMILIES = (
+    "averaging",
+    "by_parameter",
+    "distance",
+    "eight_bits",
+    "ema",
+    "kinds",
+    "libraries",
+    "parameter_groups",
+    "saved_state",
+    "schedules",
+    "sums",
+)
 
 
 def available() -> dict[str, OptimizerKind]:
@@ -19,15 +33,20 @@ def available() -> dict[str, OptimizerKind]:
 
 
 def find(optimizer_type: str) -> OptimizerKind:
-    """The optimizer of a type; upper and lower case are alike.
+    """The optimizer of a type; upper and lower case are alike, and hyphens and underlines mean nothing.
 
     Raises:
         ValueError: there is no such optimizer; names the existing ones.
     """
-    kinds, name = available(), optimizer_type.lower()
-    if name not in kinds:
-        raise ValueError(f'no optimizer is called "{name}"; known: {", ".join(kinds)}')
-    return kinds[name]
+    kinds = available()
+    kind = {_plain(name): kind for name, kind in kinds.items()}.get(_plain(optimizer_type))
+    if kind is None:
+        raise ValueError(f'no optimizer is called "{optimizer_type}"; known: {", ".join(kinds)}')
+    return kind
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
 
 
 def choice() -> Choice:
@@ -44,7 +63,10 @@ def build(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
     check(settings, "cuda" if torch.cuda.is_available() else "cpu")
     kind = find(settings.type)
     assert isinstance(settings, kind.settings), type(settings)
-    return kind.build(groups, **settings.model_dump(exclude={"type"}))
+    optimizer = kind.build(groups, **settings.model_dump(exclude={"type"}))
+    begin_training(optimizer)
+    remember_groups(optimizer)
+    return optimizer
 
 
 def check(settings: OptimizerSettings, device_type: str, reason: str = "") -> None:
@@ -59,6 +81,20 @@ def check(settings: OptimizerSettings, device_type: str, reason: str = "") -> No
     advice = find(settings.type).not_on.get(device_type)
     if advice:
         raise UserError.of(f'{reason}"{settings.type}" {advice}', where="[optimizer] type")
+
+
+def check_schedule(settings: Settings) -> None:
+    """Whether the optimizer may have the schedule.
+
+    Raises:
+        UserError: it may not; says why, and what to do.
+    """
+    kind = find(settings.optimizer.type)
+    if kind.constant_rate and settings.lr_scheduler != "constant" and settings.force_constant_lr is None:
+        raise UserError.of(
+            f'"{kind.type}" {kind.constant_rate}: it takes lr_scheduler = "constant", with warmup_steps or without',
+            where="key `lr_scheduler`",
+        )
 
 
 def state_bytes(settings: OptimizerSettings, parameter: torch.Tensor) -> int:

@@ -75,7 +75,7 @@ def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline, trains: 
 
 
 def check_optimizer(settings: Settings, ranks: Ranks) -> None:
-    """Whether the optimizer can run where it is to run.
+    """Whether the optimizer can run where it is to run, and with the run's schedule.
 
     Raises:
         UserError: it cannot; says why, and what to do.
@@ -86,6 +86,7 @@ def check_optimizer(settings: Settings, ranks: Ranks) -> None:
         reason = "the processor takes the steps of swapped blocks of a full fine-tune: "
         optimizers.check(settings.optimizer, "cpu", reason)
     optimizers.check(settings.optimizer, ranks.device.type)
+    optimizers.check_schedule(settings)
 
 
 @without_collector()

@@ -19,6 +19,7 @@ from models.assembly.plan import epochs_of
 from models.assembly.prompts import sample_model
 from models.assembly.stage import StagedModel, load_stage, teacher_of
 from models.base import BasePipeline
+from optimizers import sums
 from optimizers.ema import EMA
 from optimizers.parameter_groups import groups_of
 from utils.collector import without_collector
@@ -31,6 +32,7 @@ from utils.parallel.offload import HostInputs
 from utils.parallel.pipeline import DenoiserPipeline
 from utils.parallel.sharding import Shares
 from utils.parallel.swap import BlockSwap
+from utils.parallel.together import groups_for_frozen_stage, numbers_of_all
 from utils.parallel.wire import map_tensors
 from utils.ranks import Ranks
 from utils.run import folder as run_folder
@@ -197,7 +199,10 @@ def _optimizer(settings: Settings, pipeline: BasePipeline, parameters: Mapping[s
     groups = groups_of(
         parameters.items(), lr=chosen.lr, weight_decay=chosen.weight_decay, own_lr=pipeline.learning_rate
     )
-    return optimizers.build(groups, chosen) if groups else optimizer_for_frozen_stage()
+    if not groups and not optimizers.find(chosen.type).sums:
+        return optimizer_for_frozen_stage()
+    # One that sums over all stages takes its steps together with them.
+    return optimizers.build(groups or groups_for_frozen_stage(chosen.lr), chosen)
 
 
 def _engine(
@@ -222,7 +227,7 @@ def _engine(
         loss_terms=pipeline.loss_terms,
         swap=swap,
     )
-    return Engine(
+    engine = Engine(
         module,
         optimizer,
         accumulation=settings.gradient_accumulation_steps,
@@ -232,6 +237,10 @@ def _engine(
         shares=shares,
         deepspeed=settings.deepspeed_config,
     )
+    if optimizers.find(settings.optimizer.type).sums:
+        group = None if shares.divided else engine.grid.get_pipe_parallel_group()
+        optimizer.total = sums.over(numbers_of_all(engine.device, group))
+    return engine
 
 
 def _batches(

@@ -128,7 +128,8 @@ class Trainer:
                 f"step {step + 1}",
             )
         if self.parts.ema:
-            self.parts.ema.update(step + 1)
+            with self.parts.weights_to_use():
+                self.parts.ema.update(step + 1)
         seconds = time.monotonic() - started
         examples = self.epochs.examples(self.progress.epoch, self.progress.step_in_epoch)
         done = self.progress.after_step(result.loss, examples)

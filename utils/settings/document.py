@@ -48,7 +48,7 @@ listed here is refused, unless it is one of another trainer's that says the same
 Write them at the top of the file, above all tables, or in tables that only group them: {groups}.
 """
 # Tables whose `type` may have any capitals -> what may stand between its letters.
-ANY_CAPITALS: Mapping[str, str] = {"optimizer": "", "model": "[-_]*"}
+ANY_CAPITALS: Mapping[str, str] = {"optimizer": "[-_]*", "model": "[-_]*"}
 NO_KEYS = "No keys of its own.\n"
 _SHARED = """### Keys of the file or of a `[[directory]]`
 
@@ -155,7 +155,7 @@ def _by_type(section: str, classes: Classes) -> tuple[dict[str, Any], list[dict[
 
 
 def _type_schema(section: str, kind: str) -> dict[str, Any]:
-    """The spellings of a type: optimizers in any capitals, models with or without hyphens too; one alone otherwise."""
+    """The spellings of a type: models and optimizers in any capitals, with or without hyphens; one alone otherwise."""
     if section not in ANY_CAPITALS:
         return {"const": kind}
     between, letters = ANY_CAPITALS[section], [letter for letter in kind if letter not in "-_"]
