@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
+from optimizers import by_path
 from optimizers.averaging import begin_training
 from optimizers.kinds import Groups, OptimizerKind
 from optimizers.saved_state import remember_groups
@@ -12,9 +15,12 @@ from utils.errors import UserError
 from utils.settings.choices import Choice
 from utils.settings.schema import OptimizerSettings, Settings
 
+logger = logging.getLogger(__name__)
+
 NOT_FAMILIES = (
     "averaging",
     "by_parameter",
+    "by_path",
     "distance",
     "eight_bits",
     "ema",
@@ -33,15 +39,20 @@ def available() -> dict[str, OptimizerKind]:
 
 
 def find(optimizer_type: str) -> OptimizerKind:
-    """The optimizer of a type; upper and lower case are alike, and hyphens and underlines mean nothing.
+    """The optimizer of a type: one of ours, for which upper and lower case are alike, and hyphens and underlines mean
+    nothing; or a class by its path, or by its name in pytorch-optimizer.
 
     Raises:
         ValueError: there is no such optimizer; names the existing ones.
     """
     kinds = available()
     kind = {_plain(name): kind for name, kind in kinds.items()}.get(_plain(optimizer_type))
+    kind = kind or by_path.kind_of(optimizer_type)
     if kind is None:
-        raise ValueError(f'no optimizer is called "{optimizer_type}"; known: {", ".join(kinds)}')
+        raise ValueError(
+            f'no optimizer is called "{optimizer_type}"; known: {", ".join(kinds)}; or those of pytorch-optimizer, by '
+            "their names, or the path of any class, as in some.module.Class"
+        )
     return kind
 
 
@@ -76,11 +87,14 @@ def check(settings: OptimizerSettings, device_type: str, reason: str = "") -> No
         reason: why it has to; begins the message.
 
     Raises:
-        UserError: it cannot; says why, and what to do.
+        UserError: it cannot; says why, and what to do. A class of which no more is known is tried.
     """
-    advice = find(settings.type).not_on.get(device_type)
+    kind = find(settings.type)
+    advice = kind.not_on.get(device_type)
     if advice:
         raise UserError.of(f'{reason}"{settings.type}" {advice}', where="[optimizer] type")
+    if kind.unknown and (device_type == "cpu" or torch.cuda.is_available()):
+        by_path.tried(settings, device=device_type)
 
 
 def check_schedule(settings: Settings) -> None:
@@ -94,6 +108,17 @@ def check_schedule(settings: Settings) -> None:
         raise UserError.of(
             f'"{kind.type}" {kind.constant_rate}: it takes lr_scheduler = "constant", with warmup_steps or without',
             where="key `lr_scheduler`",
+        )
+
+
+def warn_of_sums(settings: Settings) -> None:
+    """Tells what is not known of somebody's class where each process steps parameters of its own."""
+    divided = settings.pipeline_stages > 1 or settings.zero_stage > 0
+    if divided and find(settings.optimizer.type).unknown:
+        logger.warning(
+            '[optimizer] type: each process steps its own parameters with "%s": what it sums over parameters, such as '
+            "their norm, it sums over those of one process",
+            settings.optimizer.type,
         )
 
 

@@ -87,6 +87,7 @@ def check_optimizer(settings: Settings, ranks: Ranks) -> None:
         optimizers.check(settings.optimizer, "cpu", reason)
     optimizers.check(settings.optimizer, ranks.device.type)
     optimizers.check_schedule(settings)
+    optimizers.warn_of_sums(settings)
 
 
 @without_collector()

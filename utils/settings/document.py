@@ -49,6 +49,20 @@ Write them at the top of the file, above all tables, or in tables that only grou
 """
 # Tables whose `type` may have any capitals -> what may stand between its letters.
 ANY_CAPITALS: Mapping[str, str] = {"optimizer": "[-_]*", "model": "[-_]*"}
+# Tables whose `type` may be the path of somebody's class, whose keys are its arguments.
+BY_PATH: Mapping[str, list[dict[str, Any]]] = {
+    "optimizer": [
+        {
+            "title": "A class by its path",
+            "type": "object",
+            "properties": {
+                "type": {"type": "string", "pattern": r"\.", "examples": ["pytorch_optimizer.Adan"]},
+                "lr": {"type": "number", "exclusiveMinimum": 0},
+            },
+            "required": ["type", "lr"],
+        }
+    ]
+}
 NO_KEYS = "No keys of its own.\n"
 _SHARED = """### Keys of the file or of a `[[directory]]`
 
@@ -106,7 +120,7 @@ def settings_json_schema(classes: Mapping[str, Classes]) -> str:
         shared, kinds, further = _by_type(name, classes[name])
         definitions |= further | {SECTIONS[name].__name__: shared}
         nothing = [{"type": "null"}] if properties[name].get("default", ...) is None else []
-        sections[name] = {"anyOf": [*kinds, *nothing]}
+        sections[name] = {"anyOf": [*kinds, *BY_PATH.get(name, ()), *nothing]}
     run = {key: properties[key] for key in run_keys()}
     definitions["Run"] = {"type": "object", "properties": run, "additionalProperties": False}
     groups = {group: {"$ref": "#/$defs/Run"} for group in GROUPS}
