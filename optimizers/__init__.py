@@ -87,12 +87,16 @@ def check(settings: OptimizerSettings, device_type: str, reason: str = "") -> No
         reason: why it has to; begins the message.
 
     Raises:
-        UserError: it cannot; says why, and what to do. A class of which no more is known is tried.
+        UserError: it cannot, or keys do not go together; says why, and what to do. A class of which no more is known is
+            tried.
     """
     kind = find(settings.type)
     advice = kind.not_on.get(device_type)
     if advice:
         raise UserError.of(f'{reason}"{settings.type}" {advice}', where="[optimizer] type")
+    if problem := kind.refuses(settings):
+        key, _, says = problem.partition(": ")
+        raise UserError.of(says, where=f"[optimizer] {key}")
     if kind.unknown and (device_type == "cpu" or torch.cuda.is_available()):
         by_path.tried(settings, device=device_type)
 

@@ -70,7 +70,7 @@ def _build(groups: Groups, **keys: Any) -> torch.optim.Optimizer:
     return Scaled(groups, **keys, lr=None if keys["relative_step"] else lr)
 
 
-def _rows_and_columns(shape: torch.Size) -> int:
+def rows_and_columns(shape: torch.Size) -> int:
     """The numbers that are kept of the rows and the columns of the matrices of a tensor, or of each of its elements."""
     if len(shape) < 2:
         return prod(shape)
@@ -81,7 +81,7 @@ def _adafactor_bytes(settings: AdafactorSettings, parameter: torch.Tensor) -> in
     size = max(parameter.itemsize, torch.float32.itemsize)
     momentum = parameter.numel() if settings.beta1 is not None else 0
     # With the size of the weights, a number.
-    return size * (_rows_and_columns(parameter.shape) + momentum + 1)
+    return size * (rows_and_columns(parameter.shape) + momentum + 1)
 
 
 def _in_float32(parameter: torch.Tensor, value: torch.Tensor, state: State) -> State:
@@ -96,11 +96,24 @@ def _in_float32(parameter: torch.Tensor, value: torch.Tensor, state: State) -> S
 def _came_bytes(settings: CAMESettings, parameter: torch.Tensor) -> int:
     times = 2 if parameter.ndim > 1 else 1
     # With the size of the weights, a number.
-    return parameter.itemsize * (parameter.numel() + times * _rows_and_columns(parameter.shape) + 1)
+    return parameter.itemsize * (parameter.numel() + times * rows_and_columns(parameter.shape) + 1)
+
+
+def _refuses(settings: AdafactorSettings) -> str:
+    alone = settings.warmup_init and not settings.relative_step
+    return "warmup_init: changes how the relative step begins: write relative_step = true too" if alone else ""
 
 
 KINDS = (
-    OptimizerKind(AdafactorSettings, _build, _adafactor_bytes, not_on={}, retyped=_in_float32, library="transformers"),
+    OptimizerKind(
+        AdafactorSettings,
+        _build,
+        _adafactor_bytes,
+        not_on={},
+        retyped=_in_float32,
+        library="transformers",
+        refuses=_refuses,
+    ),
     OptimizerKind(
         CAMESettings,
         of_library("pytorch_optimizer.CAME"),

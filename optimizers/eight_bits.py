@@ -83,9 +83,9 @@ class Moment8bit:
             return torch.zeros(like.shape, device=like.device)
         if kept.dtype == torch.float32:
             return kept
-        codes, scales = kept.view(-1).long(), state[self.scale]
-        values = self._table(kept.device)[codes] * scales.repeat_interleave(BLOCK)[: codes.numel()]
-        return values.view(like.shape)
+        from bitsandbytes.functional import dequantize_blockwise
+
+        return dequantize_blockwise(kept, absmax=state[self.scale], code=self._table(kept.device), blocksize=BLOCK)
 
     def write(self, state: dict[str, Any], value: torch.Tensor) -> None:
         """Keeps a float32 value."""

@@ -32,6 +32,7 @@ class OptimizerKind:
         constant_rate: why its learning rate must be constant after warm-up; "" where any schedule does.
         sums: whether a step depends on sums over all parameters; see `optimizers/sums.py`. Other optimizers step each
             parameter by itself.
+        refuses: keys -> why they do not go together, with the key first; "" if they do.
         unknown: whether it is somebody's class of which no more is known than its signature.
     """
 
@@ -45,6 +46,7 @@ class OptimizerKind:
     averages: bool = False
     constant_rate: str = ""
     sums: bool = False
+    refuses: Callable[[Any], str] = lambda settings: ""
     unknown: bool = False
 
     @property

@@ -27,6 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KEYS: dict[str, list[dict[str, Any]]] = {
     "sgd": [{}, {"momentum": 0.9}],
     "adafactor": [{}, {"beta1": 0.9}],
+    "automagic": [{"min_lr": 0.1, "max_lr": 0.5, "lr_bump": 0.1}],
     "dadaptadagrad": [{"d0": 0.1}],
     "dadaptadam": [{"d0": 0.1}],
     "dadaptlion": [{"d0": 0.1}],
@@ -151,10 +152,22 @@ def test_state_follows_the_type_of_its_parameter(
     assert all(after < before for after, before in means)
 
 
+@pytest.mark.parametrize(
+    ("name", "keys", "says"),
+    [
+        ("automagic", {"lr": 0.1}, r"\[optimizer\] lr.*0.1 must be from min_lr, 1e-07, to max_lr, 0.001"),
+        ("adafactor", {"lr": 0.1, "warmup_init": True}, r"\[optimizer\] warmup_init.*relative_step = true"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_told(name: str, keys: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        optimizers.check(optimizers.find(name).settings(type=name, **keys), "cpu")
+
+
 @pytest.mark.parametrize("name", optimizers.available())
 def test_a_device_that_does_not_do_is_told(name: str) -> None:
     kind = optimizers.find(name)
-    settings = kind.settings(type=name, lr=1.0)
+    settings = kind.settings(type=name, lr=1e-4)
     for device in ("cpu", "cuda"):
         if device in kind.not_on:
             with pytest.raises(UserError, match=rf'\[optimizer\] type.*"{name}" {kind.not_on[device]}'):

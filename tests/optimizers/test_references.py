@@ -199,3 +199,79 @@ def test_relative_steps_are_adafactors_times_lr() -> None:
     assert all(torch.equal(found[key], weight) for key, weight in expected.items())
     half = ours("adafactor", lr=0.5, **keys)
     assert not torch.equal(half["bias"], found["bias"])
+
+
+def gradients_of(shape: tuple[int, ...], steps: int = 10) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(steps)]
+
+
+def stepped(name: str, shape: tuple[int, ...], lr: float, **keys: Any) -> torch.Tensor:
+    """A weight of ones after ten steps."""
+    settings = optimizers.find(name).settings(type=name, lr=lr, **keys)
+    weight = nn.Parameter(torch.ones(shape))
+    optimizer = optimizers.build(groups_of([("weight", weight)], lr=lr, weight_decay=settings.weight_decay), settings)
+    for gradient in gradients_of(shape):
+        weight.grad = gradient.float()
+        optimizer.step()
+    return weight.detach().double()
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 4), (9,)])
+def test_automagic_is_its_formula_in_float64(shape: tuple[int, ...]) -> None:
+    keys = {"min_lr": 0.005, "max_lr": 0.03, "lr_bump": 0.004, "beta2": 0.9, "clip_threshold": 0.8, "weight_decay": 0.1}
+    weight, rates, sign = torch.ones(shape, dtype=torch.float64), torch.full(shape, 0.01, dtype=torch.float64), None
+    rows = columns = square = 0.0
+    decay = 0.1 if len(shape) > 1 else 0.0
+    for gradient in gradients_of(shape):
+        power = gradient**2 + 1e-30
+        if len(shape) > 1:
+            rows = 0.9 * rows + 0.1 * power.mean(-1)
+            columns = 0.9 * columns + 0.1 * power.mean(-2)
+            square = rows[..., None] * columns[..., None, :] / rows.mean(-1)[..., None, None]
+        else:
+            square = 0.9 * square + 0.1 * power
+        update = gradient / square.sqrt()
+        update = update / max(1.0, float((update**2).mean().sqrt()) / 0.8)
+        if sign is not None:
+            agrees = (update > 0) == sign
+            rates = torch.where(agrees, rates + 0.004, rates - 0.004).clamp(0.005, 0.03)
+        sign = update > 0
+        weight = weight - rates * decay * weight - rates * update
+    torch.testing.assert_close(stepped("automagic", shape, 0.01, **keys), weight, rtol=1e-5, atol=1e-6)
+    assert len(rates.unique()) > 3
+
+
+@pytest.mark.parametrize("stabilize", [True, False])
+def test_adamw8bitkahan_is_adamw_where_few_elements_have_32_bits(stabilize: bool) -> None:
+    shape = (5, 7)
+    keys = {"betas": (0.5, 0.6), "eps": 1e-6, "weight_decay": 0.1, "stabilize": stabilize}
+    weight, mean, square = torch.ones(shape, dtype=torch.float64), 0.0, 0.0
+    shorter = 0
+    for step, gradient in enumerate(gradients_of(shape), 1):
+        mean, square = 0.5 * mean + 0.5 * gradient, 0.6 * square + 0.4 * gradient**2
+        unbiased = square / (1 - 0.6**step)
+        beyond = float((gradient**2 / unbiased.clamp(min=1e-12)).mean().sqrt()) if stabilize else 1.0
+        rate = 0.01 / max(1.0, beyond)
+        shorter += rate < 0.01
+        weight = weight - rate * (mean / (1 - 0.5**step) / (unbiased.sqrt() + 1e-6) + 0.1 * weight)
+    torch.testing.assert_close(stepped("adamw8bitkahan", shape, 0.01, **keys), weight, rtol=1e-5, atol=1e-6)
+    assert (shorter > 0) == stabilize
+
+
+def test_adamw8bitkahan_stays_near_adamw_and_loses_no_small_step_in_bfloat16() -> None:
+    """Of 50 steps of 1e-4, which are less than what bfloat16 tells apart."""
+    ends = {}
+    for name, dtype in (("adamw", torch.float32), ("adamw8bitkahan", torch.bfloat16)):
+        weight = nn.Parameter(torch.ones(70, 60, dtype=dtype))
+        settings = optimizers.find(name).settings(type=name, lr=1e-4, weight_decay=0.0)
+        optimizer = optimizers.build([{"params": [weight]}], settings)
+        for _ in range(50):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        ends[name] = 1 - weight.detach().float().mean()
+    # The weights are 0.995, and bfloat16 has 0.9961 and 0.9922.
+    assert ends["adamw"] == pytest.approx(0.005, rel=3e-3)
+    assert 0.0035 < ends["adamw8bitkahan"] < 0.0085
+    compensation = optimizer.state[weight]["compensation"].float()
+    assert ((1 - weight.detach().float() - compensation) - 0.005).abs().max() < 2e-4
