@@ -29,6 +29,7 @@ NOT_FAMILIES = (
     "parameter_groups",
     "saved_state",
     "schedules",
+    "subspaces",
     "sums",
 )
 
@@ -65,19 +66,36 @@ def choice() -> Choice:
     return Choice(lambda name: find(name).settings, {name: kind.settings for name, kind in available().items()})
 
 
-def build(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+def build(groups: Groups, settings: OptimizerSettings, samples_of_step: float = 1.0) -> torch.optim.Optimizer:
     """The optimizer that `settings` describe, over `groups` (see `parameter_groups.groups_of`).
 
     A group's own `weight_decay` and `lr` override those of `settings`.
     Raises UserError if the algorithm cannot run on this machine; see `check`.
+
+    Args:
+        samples_of_step: how many samples a step sees, in the mean; for what is given in samples.
     """
     check(settings, "cuda" if torch.cuda.is_available() else "cpu")
+    return made(groups, settings, samples_of_step)
+
+
+def made(groups: Groups, settings: OptimizerSettings, samples_of_step: float = 1.0) -> torch.optim.Optimizer:
+    """As `build`, also where the algorithm is not offered."""
     kind = find(settings.type)
     assert isinstance(settings, kind.settings), type(settings)
-    optimizer = kind.build(groups, **settings.model_dump(exclude={"type"}))
+    keys = settings.model_dump(exclude={"type"})
+    half_life = keys.pop("beta2_half_life", None)
+    if half_life is not None:
+        keys["betas"] = keys["betas"][0], 0.5 ** (samples_of_step / half_life)
+    optimizer = kind.build(groups, **keys)
     begin_training(optimizer)
     remember_groups(optimizer)
     return optimizer
+
+
+def counts_samples(settings: OptimizerSettings) -> bool:
+    """Whether a key is given in samples, so that `build` has to be told how many a step sees."""
+    return getattr(settings, "beta2_half_life", None) is not None
 
 
 def check(settings: OptimizerSettings, device_type: str, reason: str = "") -> None:

@@ -25,7 +25,15 @@ PART_ELEMENTS = 2**26
 """Elements of 16-bit parameters that are updated together: 256 MB of float32 gradients."""
 
 
-class AdamWSettings(OptimizerSettings):
+class HalfLifeSettings(OptimizerSettings):
+    """A key of optimizers that take it."""
+
+    beta2_half_life: Positive | None = None
+    """In place of the second of `betas`: after so many samples an old square counts half in the running mean, however
+    many samples a step has (0.5^(samples of a step / half life))."""
+
+
+class AdamWSettings(HalfLifeSettings):
     """`type = "adamw"`: AdamW, with a float32 master of each parameter that is kept in 16 bits."""
 
     type: Literal["adamw"]
@@ -36,11 +44,15 @@ class AdamWSettings(OptimizerSettings):
     """Added to the denominator of the update."""
 
 
-class AdamW8bitSettings(AdamWSettings):
+class AdamW8bitSettings(OptimizerSettings):
     """`type = "adamw8bit"`: AdamW with its state in 8 bits, of bitsandbytes. Needs a GPU."""
 
     type: Literal["adamw8bit"]
     """Algorithm; upper and lower case are alike."""
+    betas: Betas = (0.9, 0.999)
+    """Decay rates of the two running means, of the gradient and of its square."""
+    eps: Positive = 1e-8
+    """Added to the denominator of the update."""
 
 
 class PagedAdamW8bitSettings(AdamW8bitSettings):

@@ -7,17 +7,16 @@ from typing import Any, Literal
 
 import torch
 
-from optimizers.adamw import is_short
+from optimizers.adamw import HalfLifeSettings, is_short
 from optimizers.by_parameter import ByParameter
 from optimizers.eight_bits import Moment8bit, eight_bit_bytes
 from optimizers.kinds import OptimizerKind, State
-from utils.settings.schema import OptimizerSettings
 from utils.settings.values import Betas, Positive
 
 COMPENSATION = "compensation"
 
 
-class AdamW8bitKahanSettings(OptimizerSettings):
+class AdamW8bitKahanSettings(HalfLifeSettings):
     """`type = "adamw8bitkahan"`: AdamW with moments in 8 bits, which keeps what 16-bit weights lose of a step in 16
     further bits: for full fine-tunes in bfloat16 with little memory."""
 

@@ -128,7 +128,7 @@ def build_trainer(
         offload=settings.offload_optimizer,
         pinned=ranks.device.type == "cuda",
     )
-    optimizer = _optimizer(settings, pipeline, shares.stepped)
+    optimizer = _optimizer(settings, pipeline, shares.stepped, epochs)
     engine = _engine(settings, ranks, pipeline, staged, optimizer, shares)
     reader = reader_of(data, ranks)
     noising = Noising(pipeline, ranks.is_first_stage, ranks.is_last_stage)
@@ -194,7 +194,9 @@ def restore_or_start(
     return ema
 
 
-def _optimizer(settings: Settings, pipeline: BasePipeline, parameters: Mapping[str, Parameter]) -> Optimizer:
+def _optimizer(
+    settings: Settings, pipeline: BasePipeline, parameters: Mapping[str, Parameter], epochs: Epochs
+) -> Optimizer:
     chosen = settings.optimizer
     groups = groups_of(
         parameters.items(), lr=chosen.lr, weight_decay=chosen.weight_decay, own_lr=pipeline.learning_rate
@@ -202,7 +204,14 @@ def _optimizer(settings: Settings, pipeline: BasePipeline, parameters: Mapping[s
     if not groups and not optimizers.find(chosen.type).sums:
         return optimizer_for_frozen_stage()
     # One that sums over all stages takes its steps together with them.
-    return optimizers.build(groups or groups_for_frozen_stage(chosen.lr), chosen)
+    samples = samples_of_step(epochs) if optimizers.counts_samples(chosen) else 1.0
+    return optimizers.build(groups or groups_for_frozen_stage(chosen.lr), chosen, samples)
+
+
+def samples_of_step(epochs: Epochs) -> float:
+    """How many samples a step of the first epoch sees, in the mean."""
+    steps = epochs.steps_in(0)
+    return sum(epochs.examples(0, index) for index in range(steps)) / steps
 
 
 def _engine(

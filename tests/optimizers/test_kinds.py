@@ -13,10 +13,8 @@ import torch
 from torch import nn
 
 import optimizers
-from optimizers.averaging import begin_training
-from optimizers.saved_state import FORM, packed, remember_groups
+from optimizers.saved_state import FORM, packed
 from utils.errors import UserError
-from utils.settings.schema import OptimizerSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 LR = 0.3
@@ -32,6 +30,15 @@ KEYS: dict[str, list[dict[str, Any]]] = {
     "dadaptadam": [{"d0": 0.1}],
     "dadaptlion": [{"d0": 0.1}],
     "dadaptsgd": [{"d0": 10.0, "momentum": 0.5}],
+    "genericoptim": [
+        {"betas": (0.5, 0.9)},
+        {"momentum_type": "none", "second_moment_type": "muon"},
+        {"momentum_type": "none", "second_moment_type": "none"},
+        {"momentum_type": "subspace", "second_moment_type": "subset_norm", "rank": 2, "update_proj_gap": 1},
+        {"momentum_type": "subspace", "second_moment_type": "muon", "rank": 2, "proj_type": "topk"},
+        {"momentum_type": "subspace", "second_moment_type": "adam", "rank": 2, "proj_type": "uniform"},
+        {"momentum_type": "subspace", "second_moment_type": "subset_norm", "subset_size": 7, "proj_type": "srht"},
+    ],
     "prodigy": [{"d0": 0.1}, {"d0": 0.1, "slice_p": 3}],
     "prodigy_plus_schedule_free": [{"d0": 0.5}, {"d0": 0.5, "use_schedulefree": False, "factored": False}],
     "radam_schedule_free": [{"silent_sgd_phase": False}],
@@ -87,22 +94,13 @@ def takes_room(key: str, tensor: torch.Tensor) -> bool:
     return tensor.dtype != torch.int64 and key != "step" and "qmap" not in key and not key.endswith(FORM)
 
 
-def made(settings: OptimizerSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer, ready to take steps, also where it is not offered: bitsandbytes takes them on a CPU too."""
-    kind = optimizers.find(settings.type)
-    optimizer = kind.build([{"params": parameters}], **settings.model_dump(exclude={"type"}))
-    begin_training(optimizer)
-    remember_groups(optimizer)
-    return optimizer
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("name", "keys"), CASES)
 def test_state_takes_what_is_said(name: str, keys: dict[str, Any], dtype: torch.dtype) -> None:
     kind = optimizers.find(name)
     settings = kind.settings(type=name, lr=LR, **keys)
     parameters = [nn.Parameter(torch.ones(shape, dtype=dtype, device=DEVICE)) for shape in SHAPES]
-    optimizer = made(settings, parameters)
+    optimizer = optimizers.made([{"params": parameters}], settings)
     for _ in range(2):
         # SOAP's first step moves nothing.
         for parameter in parameters:
@@ -128,7 +126,7 @@ def test_state_follows_the_type_of_its_parameter(
 
     def stepped(dtype: torch.dtype) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
         parameters = [nn.Parameter(torch.ones(shape, dtype=dtype, device=DEVICE)) for shape in SHAPES]
-        optimizer = made(settings, parameters)
+        optimizer = optimizers.made([{"params": parameters}], settings)
         step(optimizer, parameters)
         return optimizer, parameters
 

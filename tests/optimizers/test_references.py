@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from zlib import crc32
 
 import pytest
 import pytorch_optimizer
@@ -18,6 +19,7 @@ from torch import nn
 import optimizers
 from optimizers.averaging import has_averages, weights_to_use
 from optimizers.parameter_groups import groups_of
+from optimizers.subspaces import PROJECTIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 Named = dict[str, nn.Parameter]
@@ -275,3 +277,102 @@ def test_adamw8bitkahan_stays_near_adamw_and_loses_no_small_step_in_bfloat16() -
     assert 0.0035 < ends["adamw8bitkahan"] < 0.0085
     compensation = optimizer.state[weight]["compensation"].float()
     assert ((1 - weight.detach().float() - compensation) - 0.005).abs().max() < 2e-4
+
+
+def projected(kind: str, gradient: torch.Tensor, rank: int, draw: torch.Generator) -> torch.Tensor:
+    """As the settings say, in float64."""
+    if kind == "svd":
+        return torch.linalg.svd(gradient).U[:, :rank].T
+    if kind == "topk":
+        return torch.eye(len(gradient), dtype=torch.float64)[gradient.norm(dim=1).argsort(descending=True)[:rank]]
+    return PROJECTIONS[kind](gradient, rank, draw)
+
+
+@pytest.mark.parametrize("tall", [False, True])
+@pytest.mark.parametrize("kind", PROJECTIONS)
+def test_momentum_in_a_subspace_is_the_papers_in_float64(kind: str, tall: bool) -> None:
+    """A step by the momentum of the part inside, and by the gradient of the part outside, over norms of rows."""
+    shape, rank = ((8, 5) if tall else (5, 8)), 2
+    weight, mean, square, projection = torch.ones(5, 8, dtype=torch.float64), 0.0, 0.0, None
+    for step, gradient in enumerate(gradients_of(shape), 1):
+        rows = gradient.T if tall else gradient
+        if step % 4 == 1:
+            draw = torch.Generator().manual_seed(crc32(b"weight") * 2**16 + step)
+            chosen = projected(kind, rows, rank, draw)
+            mean = chosen @ projection.T @ mean if projection is not None else mean
+            projection = chosen
+        inside = projection @ rows
+        mean = 0.5 * mean + 0.5 * inside
+        square = 0.9 * square + 0.1 * (rows**2).sum(1, keepdim=True)
+        update = projection.T @ mean / (1 - 0.5**step) + rows - projection.T @ inside
+        weight = weight * (1 - 0.02 * 0.1) - 0.02 * update / ((square / (1 - 0.9**step)).sqrt() + 1e-6)
+    keys = {"momentum_type": "subspace", "second_moment_type": "subset_norm", "proj_type": kind, "rank": rank}
+    keys |= {"betas": (0.5, 0.9), "eps": 1e-6, "weight_decay": 0.1, "update_proj_gap": 4}
+    found = stepped("genericoptim", shape, 0.02, **keys)
+    torch.testing.assert_close(found.T if tall else found, weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", PROJECTIONS)
+@pytest.mark.parametrize(("rows", "rank"), [(5, 2), (8, 8), (1, 1), (33, 7)])
+def test_subspaces_have_orthonormal_rows_and_follow_from_chance_alone(kind: str, rows: int, rank: int) -> None:
+    matrix = torch.randn(rows, 40, generator=torch.Generator().manual_seed(0))
+    one, same, other = (PROJECTIONS[kind](matrix, rank, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    torch.testing.assert_close(one @ one.T, torch.eye(rank), rtol=0, atol=1e-5)
+    assert torch.equal(one, same)
+    if kind in ("uniform", "srht") and rows == 33:
+        assert not torch.equal(one, other)
+
+
+def test_hadamards_rows_have_elements_of_one_size_where_none_are_left_out() -> None:
+    found = PROJECTIONS["srht"](torch.randn(16, 20), 5, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found.abs(), torch.full((5, 16), 0.25))
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (7, 3), (5,), (2, 3, 2, 2)])
+@pytest.mark.parametrize("size", [None, 4])
+def test_subset_norms_are_the_papers_in_float64(shape: tuple[int, ...], size: int | None) -> None:
+    weight, mean, square = torch.ones(shape, dtype=torch.float64), 0.0, 0.0
+    count = weight.numel()
+    decay = 0.1 if len(shape) > 1 else 0.0
+    if size:
+        subset = torch.arange(count) // size
+    elif len(shape) == 1:
+        subset = torch.zeros(count, dtype=torch.long)
+    else:
+        rows, columns = shape[0], count // shape[0]
+        places = torch.arange(count).view(rows, columns)
+        subset = (places // columns if rows <= columns else places % columns).flatten()
+    for step, gradient in enumerate(gradients_of(shape), 1):
+        mean = 0.5 * mean + 0.5 * gradient
+        norms = torch.stack([(gradient.flatten()[subset == one] ** 2).sum() for one in range(subset.max() + 1)])
+        square = 0.9 * square + 0.1 * norms
+        divided = ((square / (1 - 0.9**step)).sqrt() + 1e-6)[subset].view(shape)
+        weight = weight * (1 - 0.02 * decay) - 0.02 * mean / (1 - 0.5**step) / divided
+    keys = {"second_moment_type": "subset_norm", "subset_size": size, "betas": (0.5, 0.9), "eps": 1e-6}
+    found = stepped("genericoptim", shape, 0.02, weight_decay=0.1, **keys)
+    torch.testing.assert_close(found, weight, rtol=1e-5, atol=1e-6)
+
+
+def test_genericoptim_can_be_adamw_stableadamw_and_muon() -> None:
+    for name, keys in (("adamw", {}), ("adamw8bitkahan", {"stabilize": True})):
+        expected = stepped(name, (5, 7), 0.02, betas=(0.5, 0.9), eps=1e-6, weight_decay=0.1, **keys)
+        found = stepped("genericoptim", (5, 7), 0.02, betas=(0.5, 0.9), eps=1e-6, weight_decay=0.1, **keys)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    # Without a momentum, Muon's is one of Nesterov's that forgets all.
+    found = stepped("genericoptim", (5, 7), 0.02, momentum_type="none", second_moment_type="muon")
+    expected = stepped("muon", (5, 7), 0.02, momentum=0.0)
+    # Its iterations are in bfloat16.
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+    assert (found - 1).abs().max() > 0.02
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bitkahan", "genericoptim"])
+def test_a_half_life_is_counted_in_samples(name: str) -> None:
+    """After so many the square of a gradient has half of its part, by steps of any size."""
+    settings = optimizers.find(name).settings(type=name, lr=0.1, beta2_half_life=100)
+    assert optimizers.counts_samples(settings)
+    for samples in (1.0, 10.0, 12.5):
+        optimizer = optimizers.build([{"params": [nn.Parameter(torch.ones(3))]}], settings, samples)
+        first, second = optimizer.param_groups[0]["betas"]
+        assert first == 0.9 and second ** (100 / samples) == pytest.approx(0.5)
+    assert not optimizers.counts_samples(optimizers.find(name).settings(type=name, lr=0.1))

@@ -14,9 +14,9 @@ from torch import nn
 
 import optimizers
 from optimizers import sums
-from optimizers.averaging import begin_training, weights_to_use
+from optimizers.averaging import weights_to_use
 from optimizers.parameter_groups import groups_of
-from optimizers.saved_state import packed, remember_groups, unpacked
+from optimizers.saved_state import packed, unpacked
 from tests.optimizers.test_kinds import CASES, DEVICE
 from utils.ranks import Ranks
 from utils.run import saving
@@ -40,13 +40,8 @@ def problem(names: Sequence[str] = tuple(SHAPES)) -> Named:
 
 def optimizer_of(named: Named, name: str, keys: dict[str, Any]) -> torch.optim.Optimizer:
     """As `optimizers.build`, also where it is not offered."""
-    kind = optimizers.find(name)
-    settings = kind.settings(type=name, lr=0.01, weight_decay=0.1, **keys)
-    groups = groups_of(named.items(), lr=0.01, weight_decay=0.1)
-    optimizer = kind.build(groups, **settings.model_dump(exclude={"type"}))
-    begin_training(optimizer)
-    remember_groups(optimizer)
-    return optimizer
+    settings = optimizers.find(name).settings(type=name, lr=0.01, weight_decay=0.1, **keys)
+    return optimizers.made(groups_of(named.items(), lr=0.01, weight_decay=0.1), settings)
 
 
 def step(named: Named, optimizer: torch.optim.Optimizer, number: int) -> None:
