@@ -71,7 +71,8 @@ class GenericOptim(ByParameter):
         state["step"] = step = state.get("step", 0) + 1
         is_matrix = weight.ndim > 1
         update = self._momentum(gradient, state, group)
-        rate, second = group["lr"], group["second_moment_type"]
+        rate = decay_rate = group["lr"]
+        second = group["second_moment_type"]
         if second == "muon" and is_matrix:
             update, rate = _orthogonal(update, rate)
         elif second != "none":
@@ -82,10 +83,10 @@ class GenericOptim(ByParameter):
             kept = state.setdefault("exp_avg_sq", torch.zeros_like(square))
             unbiased = kept.lerp_(square, 1 - group["betas"][1]) / (1 - group["betas"][1] ** step)
             if group["stabilize"]:
-                rate = shortened(rate, square.sqrt(), unbiased, group["eps"])
+                rate = decay_rate = shortened(rate, square.sqrt(), unbiased, group["eps"])
             denominator = unbiased.sqrt_().add_(group["eps"])
             update = update / (_to_elements(denominator, weight, group["subset_size"]) if subsets else denominator)
-        weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update * rate)
+        weight.mul_(1 - decay_rate * group["weight_decay"]).sub_(update * rate)
 
     @staticmethod
     def _momentum(gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> torch.Tensor:

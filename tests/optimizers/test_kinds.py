@@ -17,6 +17,7 @@ from optimizers.saved_state import FORM, packed
 from utils.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+LIBRARIES = ("bitsandbytes", "optimi", "prodigyplus", "pytorch_optimizer", "schedulefree", "transformers")
 LR = 0.3
 """So much that bfloat16 shows a step that begins with a tenth of it."""
 TYPES = list(permutations([torch.float32, torch.bfloat16, torch.float16], 2))
@@ -185,7 +186,10 @@ def test_importing_all_optimizers_imports_no_third_partys() -> None:
     optimizers.available()
     for name, module in list(sys.modules.items()):
         if name.startswith("optimizers."):
-            assert not any(getattr(value, "__name__", "").startswith("bitsandbytes") for value in vars(module).values())
+            names = [
+                getattr(value, "__module__", None) or getattr(value, "__name__", "") for value in vars(module).values()
+            ]
+            assert not any(name.partition(".")[0] in LIBRARIES for name in names), name
 
 
 def test_a_file_adds_an_optimizer(added: None) -> None:
