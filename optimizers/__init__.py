@@ -15,6 +15,8 @@ from utils.errors import UserError
 from utils.settings.choices import Choice
 from utils.settings.schema import OptimizerSettings, Settings
 
+ALSO_CALLED = {"optimiadamw": "adamwoptimi", "optimilion": "lion", "optimistableadamw": "stableadamw"}
+"""Names of the same in other trainers, in small letters without hyphens."""
 logger = logging.getLogger(__name__)
 
 NOT_FAMILIES = (
@@ -47,7 +49,8 @@ def find(optimizer_type: str) -> OptimizerKind:
         ValueError: there is no such optimizer; names the existing ones.
     """
     kinds = available()
-    kind = {_plain(name): kind for name, kind in kinds.items()}.get(_plain(optimizer_type))
+    plain = _plain(optimizer_type)
+    kind = {_plain(name): kind for name, kind in kinds.items()}.get(ALSO_CALLED.get(plain, plain))
     kind = kind or by_path.kind_of(optimizer_type)
     if kind is None:
         raise ValueError(

@@ -177,6 +177,7 @@ def test_a_device_that_does_not_do_is_told(name: str) -> None:
 
 def test_types_are_found_in_any_case_and_unknown_ones_told() -> None:
     assert optimizers.find("AdamW8bit") is optimizers.find("adamw8bit")
+    assert optimizers.find("optimi-lion") is optimizers.find("lion")
     assert optimizers.find("AdamWScheduleFree") is optimizers.find("adamw_schedule_free")
     with pytest.raises(ValueError, match='no optimizer is called "AdamX"; known: .*adamw, .*sgd'):
         optimizers.find("AdamX")
