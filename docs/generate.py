@@ -11,6 +11,7 @@ PAGES = (
     "coming_from_diffusion_pipe.md",
     "dataset.schema.json",
     "model_checks.md",
+    "optimizers.md",
     "settings.md",
     "settings.schema.json",
     "supported_models.md",
@@ -87,6 +88,7 @@ sys.path.insert(0, str(DOCS.parent))
 def pages() -> dict[str, str]:
     """File name under docs/ -> content."""
     import models
+    from docs.optimizers_page import optimizers_page
     from utils.settings.document import dataset_json_schema, settings_json_schema, settings_page
     from utils.settings.foreign_page import foreign_page
 
@@ -100,6 +102,7 @@ def pages() -> dict[str, str]:
         "dataset.schema.json": dataset_json_schema(),
         "supported_models.md": supported_models(pipelines),
         "model_checks.md": model_checks(pipelines),
+        "optimizers.md": optimizers_page(),
     }
 
 

@@ -6,29 +6,34 @@ full fine-tune never change. The step updates the master, and the parameter gets
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from math import ceil
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-from optimizers.kinds import Groups, OptimizerKind, State
+from optimizers.eight_bits import eight_bit_bytes, in_eight_bits
+from optimizers.kinds import OptimizerKind, State
+from optimizers.libraries import as_it_is
 from utils.settings.schema import OptimizerSettings
 from utils.settings.values import Betas, Positive
 
 MASTER = "master"
-EIGHT_BIT_ELEMENTS = 4096
-"""Parameters with fewer elements keep their state in 32 bits (bitsandbytes' `min_8bit_size`)."""
-EIGHT_BIT_BLOCK = 256
-"""Elements of 8-bit state that share a scale in float32."""
-
 
 PART_ELEMENTS = 2**26
 """Elements of 16-bit parameters that are updated together: 256 MB of float32 gradients."""
 
 
-class AdamWSettings(OptimizerSettings):
+class HalfLifeSettings(OptimizerSettings):
+    """A key of optimizers that take it."""
+
+    beta2_half_life: Positive | None = None
+    """In place of the second of `betas`: after so many samples an old square counts half in the running mean, however
+    many samples a step has (0.5^(samples of a step / half life))."""
+
+
+class AdamWSettings(HalfLifeSettings):
     """`type = "adamw"`: AdamW, with a float32 master of each parameter that is kept in 16 bits."""
 
     type: Literal["adamw"]
@@ -39,10 +44,21 @@ class AdamWSettings(OptimizerSettings):
     """Added to the denominator of the update."""
 
 
-class AdamW8bitSettings(AdamWSettings):
+class AdamW8bitSettings(OptimizerSettings):
     """`type = "adamw8bit"`: AdamW with its state in 8 bits, of bitsandbytes. Needs a GPU."""
 
     type: Literal["adamw8bit"]
+    """Algorithm; upper and lower case are alike."""
+    betas: Betas = (0.9, 0.999)
+    """Decay rates of the two running means, of the gradient and of its square."""
+    eps: Positive = 1e-8
+    """Added to the denominator of the update."""
+
+
+class PagedAdamW8bitSettings(AdamW8bitSettings):
+    """`type = "paged_adamw8bit"`: as "adamw8bit"; state that the GPU has no room for moves to the machine's memory."""
+
+    type: Literal["paged_adamw8bit"]
     """Algorithm; upper and lower case are alike."""
 
 
@@ -71,9 +87,9 @@ class AdamW(torch.optim.Optimizer):
                 self._step_together([parameter for parameter in moved if parameter.device == device], group)
 
     def _step_together(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        self._update([parameter for parameter in parameters if not _is_short(parameter)], group)
+        self._update([parameter for parameter in parameters if not is_short(parameter)], group)
         # Some at a time, since float32 gradients of all parameters would take as much memory as the masters.
-        for some in in_parts(filter(_is_short, parameters)):
+        for some in in_parts(filter(is_short, parameters)):
             self._update(some, group)
             torch._foreach_copy_(some, [self.state[parameter][MASTER] for parameter in some])
 
@@ -116,11 +132,11 @@ class AdamW(torch.optim.Optimizer):
     def _state_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
         state = self.state[parameter]
         if not state:
-            values = parameter.detach().float() if _is_short(parameter) else parameter
+            values = parameter.detach().float() if is_short(parameter) else parameter
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"] = torch.zeros_like(values, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(values, memory_format=torch.preserve_format)
-            if _is_short(parameter):
+            if is_short(parameter):
                 state[MASTER] = values
         return state
 
@@ -138,46 +154,35 @@ def in_parts(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]
         yield part
 
 
-def _is_short(parameter: torch.Tensor) -> bool:
+def is_short(parameter: torch.Tensor) -> bool:
     return parameter.dtype.itemsize < torch.float32.itemsize
 
 
-def _retyped(parameter: torch.Tensor, value: torch.Tensor, state: State) -> State:
+def with_master(parameter: torch.Tensor, value: torch.Tensor, state: State) -> State:
     """The moments are float32 in any type; a 16-bit parameter has a master beside them, and no other has one."""
     moments = {key: kept for key, kept in state.items() if key != MASTER}
-    return {**moments, MASTER: value.float()} if _is_short(parameter) else moments
+    return {**moments, MASTER: value.float()} if is_short(parameter) else moments
 
 
 def _state_bytes(settings: AdamWSettings, parameter: torch.Tensor) -> int:
     """Two moments, and the master of a 16-bit parameter."""
     size = max(parameter.itemsize, torch.float32.itemsize)
-    return parameter.numel() * size * (3 if _is_short(parameter) else 2)
-
-
-def _build_8bit(groups: Groups, **keys: Any) -> torch.optim.Optimizer:
-    # Its import looks for CUDA libraries and takes seconds.
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(groups, **keys)
-
-
-def _state_bytes_8bit(settings: AdamW8bitSettings, parameter: torch.Tensor) -> int:
-    """Two moments, each with the scales of its blocks."""
-    count = parameter.numel()
-    if count < EIGHT_BIT_ELEMENTS:
-        return 2 * count * torch.float32.itemsize
-    return 2 * (count + ceil(count / EIGHT_BIT_BLOCK) * torch.float32.itemsize)
+    return parameter.numel() * size * (3 if is_short(parameter) else 2)
 
 
 KINDS = (
     # The keys of a settings class have the names of the arguments of its optimizer.
-    OptimizerKind(AdamWSettings, AdamW, _state_bytes, not_on={}, retyped=_retyped, float32_gradients=True),
-    OptimizerKind(
-        AdamW8bitSettings,
-        _build_8bit,
-        _state_bytes_8bit,
-        not_on={"cpu": 'runs on GPUs only; use "adamw"'},
-        # Its state has 8 bits, or 32 where there are few elements, whatever the parameter's type.
-        retyped=lambda parameter, value, state: state,
+    OptimizerKind(AdamWSettings, AdamW, _state_bytes, not_on={}, retyped=with_master, float32_gradients=True),
+    *(
+        OptimizerKind(
+            settings,
+            in_eight_bits(name),
+            partial(eight_bit_bytes, 2),
+            not_on={"cpu": 'runs on GPUs only; use "adamw"'},
+            # Its state has 8 bits, or 32 where there are few elements, whatever the parameter's type.
+            retyped=as_it_is,
+            library="bitsandbytes",
+        )
+        for settings, name in ((AdamW8bitSettings, "AdamW8bit"), (PagedAdamW8bitSettings, "PagedAdamW8bit"))
     ),
 )

@@ -27,6 +27,13 @@ class OptimizerKind:
         retyped: (parameter, its value, its state) -> the state that it has in its type, where the state was made when
             it had another. The value is the most exact that is known, on the parameter's device.
         float32_gradients: whether it takes float32 gradients of 16-bit parameters, in which micro-batches are summed.
+        library: who has it right, for the docs.
+        averages: whether the weights to use are an average of those that it trains; see `optimizers/averaging.py`.
+        constant_rate: why its learning rate must be constant after warm-up; "" where any schedule does.
+        sums: whether a step depends on sums over all parameters; see `optimizers/sums.py`. Other optimizers step each
+            parameter by itself.
+        refuses: keys -> why they do not go together, with the key first; "" if they do.
+        unknown: whether it is somebody's class of which no more is known than its signature.
     """
 
     settings: type[OptimizerSettings]
@@ -35,6 +42,12 @@ class OptimizerKind:
     not_on: Mapping[str, str]
     retyped: Callable[[torch.Tensor, torch.Tensor, State], State]
     float32_gradients: bool = False
+    library: str = "ours"
+    averages: bool = False
+    constant_rate: str = ""
+    sums: bool = False
+    refuses: Callable[[Any], str] = lambda settings: ""
+    unknown: bool = False
 
     @property
     def type(self) -> str:

@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import optimizers
 from models.assembly.exports import beside_factors, export_plan
 from models.assembly.preflight import check_model
 from models.assembly.stage import StagedModel, load_stage
 from models.assembly.trainer import open_checkpoint
 from models.base import BasePipeline
 from optimizers.ema import EMA
+from optimizers.parameter_groups import groups_of
 from utils.errors import Problem, UserError
 from utils.ranks import Ranks
 from utils.run.attempts import Failed
@@ -57,6 +59,7 @@ def export_checkpoint(source: str, settings: Settings, pipeline: BasePipeline) -
         staged = load_stage(pipeline, settings.model_copy(update=WHOLE), stage=0)
     parameters = _parameters(staged, is_adapter=settings.adapter is not None)
     checkpoint.load_weights(parameters)
+    _take_weights_to_use(settings, checkpoint, parameters)
     ema = _averages(settings, checkpoint, parameters)
     step = checkpoint.progress.step
     folder = checkpoint.folder.parent / f"step{step}"
@@ -81,6 +84,32 @@ def _parameters(staged: StagedModel, *, is_adapter: bool) -> Mapping[str, nn.Par
     if not is_adapter:
         return trained
     return {name: nn.Parameter(torch.empty_like(factor, device="cpu")) for name, factor in trained.items()}
+
+
+def _take_weights_to_use(settings: Settings, checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Gives the parameters the average that their optimizer keeps, where it keeps one and trains something else.
+
+    Raises:
+        UserError: the settings have another optimizer.
+    """
+    made_with, chosen = checkpoint.made_with["optimizer"].get("type", ""), settings.optimizer
+    try:
+        kind = optimizers.find(made_with)
+    except ValueError:
+        return
+    if not kind.averages:
+        return
+    if made_with != chosen.type:
+        raise UserError.of(
+            f"is '{chosen.type}', the checkpoint's is '{made_with}', which keeps the average that is to be exported: "
+            "export with it",
+            str(checkpoint.folder),
+            "[optimizer] type",
+        )
+    groups = groups_of(parameters.items(), lr=chosen.lr, weight_decay=chosen.weight_decay)
+    optimizer = optimizers.build(groups, chosen)
+    checkpoint.load_optimizer(parameters, optimizer, kind.retyped)
+    optimizer.eval()
 
 
 def _averages(settings: Settings, checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter]) -> EMA | None:

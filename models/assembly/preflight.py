@@ -75,7 +75,7 @@ def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline, trains: 
 
 
 def check_optimizer(settings: Settings, ranks: Ranks) -> None:
-    """Whether the optimizer can run where it is to run, and its rates follow a schedule that there is.
+    """Whether the optimizer can run where it is to run, and with the run's schedule, which there is.
 
     Raises:
         UserError: it cannot; says why, and what to do.
@@ -87,6 +87,8 @@ def check_optimizer(settings: Settings, ranks: Ranks) -> None:
         optimizers.check(settings.optimizer, "cpu", reason)
     optimizers.check(settings.optimizer, ranks.device.type)
     schedules.check(settings)
+    optimizers.check_schedule(settings)
+    optimizers.warn_of_sums(settings)
 
 
 @without_collector()

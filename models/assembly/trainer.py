@@ -20,6 +20,7 @@ from models.assembly.prompts import sample_model
 from models.assembly.rates import Rates
 from models.assembly.stage import StagedModel, load_stage, teacher_of
 from models.base import BasePipeline
+from optimizers import sums
 from optimizers.ema import EMA
 from optimizers.parameter_groups import groups_of
 from utils.collector import without_collector
@@ -32,6 +33,7 @@ from utils.parallel.offload import HostInputs
 from utils.parallel.pipeline import DenoiserPipeline
 from utils.parallel.sharding import Shares
 from utils.parallel.swap import BlockSwap
+from utils.parallel.together import groups_for_frozen_stage, numbers_of_all
 from utils.parallel.wire import map_tensors
 from utils.ranks import Ranks
 from utils.run import folder as run_folder
@@ -127,7 +129,7 @@ def build_trainer(
         offload=settings.offload_optimizer,
         pinned=ranks.device.type == "cuda",
     )
-    optimizer = _optimizer(settings, Rates(settings, pipeline, staged.denoiser), shares.stepped)
+    optimizer = _optimizer(settings, Rates(settings, pipeline, staged.denoiser), shares.stepped, epochs)
     engine = _engine(settings, ranks, pipeline, staged, optimizer, shares)
     reader = reader_of(data, ranks)
     noising = Noising(pipeline, ranks.is_first_stage, ranks.is_last_stage)
@@ -193,7 +195,7 @@ def restore_or_start(
     return ema
 
 
-def _optimizer(settings: Settings, rates: Rates, parameters: Mapping[str, Parameter]) -> Optimizer:
+def _optimizer(settings: Settings, rates: Rates, parameters: Mapping[str, Parameter], epochs: Epochs) -> Optimizer:
     chosen = settings.optimizer
     groups = groups_of(
         parameters.items(),
@@ -202,7 +204,17 @@ def _optimizer(settings: Settings, rates: Rates, parameters: Mapping[str, Parame
         own_lr=rates.lr,
         own_decay=rates.weight_decay,
     )
-    return optimizers.build(groups, chosen) if groups else optimizer_for_frozen_stage()
+    if not groups and not optimizers.find(chosen.type).sums:
+        return optimizer_for_frozen_stage()
+    # One that sums over all stages takes its steps together with them.
+    samples = samples_of_step(epochs) if optimizers.counts_samples(chosen) else 1.0
+    return optimizers.build(groups or groups_for_frozen_stage(chosen.lr), chosen, samples)
+
+
+def samples_of_step(epochs: Epochs) -> float:
+    """How many samples a step of the first epoch sees, in the mean."""
+    steps = epochs.steps_in(0)
+    return sum(epochs.examples(0, index) for index in range(steps)) / steps
 
 
 def _engine(
@@ -227,7 +239,7 @@ def _engine(
         loss_terms=pipeline.loss_terms,
         swap=swap,
     )
-    return Engine(
+    engine = Engine(
         module,
         optimizer,
         accumulation=settings.gradient_accumulation_steps,
@@ -239,6 +251,10 @@ def _engine(
         shares=shares,
         deepspeed=settings.deepspeed_config,
     )
+    if optimizers.find(settings.optimizer.type).sums:
+        group = None if shares.divided else engine.grid.get_pipe_parallel_group()
+        optimizer.total = sums.over(numbers_of_all(engine.device, group))
+    return engine
 
 
 def _batches(

@@ -15,6 +15,7 @@ BENCHMARKS = (
     "backward_calls",
     "parity",
     "precision",
+    "optimizers",
     "cut",
     "pipeline",
     "wire",

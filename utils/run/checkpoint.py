@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from optimizers.adamw import MASTER
 from optimizers.ema import EMA
 from optimizers.kinds import State
+from optimizers.saved_state import GROUP, restore_groups, unpacked
 from utils.dataset.epochs import Continued, Epochs
 from utils.dataset.going_on import going_on
 from utils.errors import UserError
@@ -87,14 +88,6 @@ def run_of(settings: Settings) -> dict[str, Any]:
 
 def state_file(stage: int, share: int) -> str:
     return f"state-{stage}.{share}.safetensors" if share else f"state-{stage}.safetensors"
-
-
-def _as_kept(value: torch.Tensor, device: torch.device) -> torch.Tensor | int:
-    """A value of an optimizer's state in the form in which the optimizer keeps it: torch counts steps in a float tensor
-    on the CPU, bitsandbytes in an int, which as a tensor would move to the GPU and be read back at every step."""
-    if value.ndim:
-        return value.to(device)
-    return value if value.is_floating_point() else int(value)
 
 
 def _of_torch(dtype: torch.dtype) -> str:
@@ -326,13 +319,16 @@ class Checkpoint:
             if entry.startswith(prefix):
                 name, _, key = entry.removeprefix(prefix).rpartition("/")
                 keys.setdefault(name, []).append(key)
+        of_groups: dict[torch.Tensor, dict[str, Any]] = {}
         for name, parameter in parameters.items():
             state = {key: self._read(f"{prefix}{name}/{key}") for key in keys.get(name, [])}
-            kept = {key: _as_kept(value, parameter.device) for key, value in state.items()}
+            kept = unpacked(state, parameter.device)
+            of_groups[parameter] = kept.pop(GROUP, {})
             if kept and self._read(f"weights/{name}", parameter.shape).dtype != parameter.dtype:
                 assert retyped, f"{name} has another type than in {self.folder}"
                 kept = retyped(parameter, self._value(name).to(parameter.device), kept)
             optimizer.state[parameter] = kept
+        restore_groups(optimizer, of_groups)
 
     def load_ema(self, ema: EMA | None) -> None:
         """Restores the values of the averages, which have just begun with the run's weights. Warns if the checkpoint or

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 from utils.dataset.batches import EvaluationBatches
 from utils.ranks import gather
@@ -60,7 +60,8 @@ def _evaluations(run: RunParts, sets: Mapping[str, EvaluationBatches], prepare: 
             logger.info("step %d: %s %.5f", progress.step, loss, results[loss])
 
     def of_weights(progress: Progress, epoch_ended: bool) -> None:
-        measure(progress, "")
+        with run.weights_to_use():
+            measure(progress, "")
 
     def of_averages(progress: Progress, epoch_ended: bool) -> None:
         with ema.swapped():
@@ -84,7 +85,7 @@ def _sampling(run: RunParts, sampler: SampleModel) -> Duty:
     settings, ema = run.settings.sampling, run.ema
 
     def perform(progress: Progress, epoch_ended: bool) -> None:
-        with ema.swapped() if ema and ema.settings.sample else nullcontext():
+        with ema.swapped() if ema and ema.settings.sample else run.weights_to_use():
             attempt = Attempt(f"samples {progress.step}", run.ranks, run.stop.pending)
             sample(run.engine, run.ranks, sampler, settings, run.folder, run.metrics, progress.step, attempt)
 
@@ -92,12 +93,18 @@ def _sampling(run: RunParts, sampler: SampleModel) -> Duty:
     return Duty("samples", perform, cadence, before_first_step=settings.sample_before_first_step, at_end=True)
 
 
+def _export_from(run: RunParts, folder: Path, plan: ExportPlan, progress: Progress, *, adds: bool = False) -> None:
+    export_with_averages(
+        folder, run.ranks, run.parameters, plan, progress.step, run.ema, adds=adds, to_use=run.weights_to_use
+    )
+
+
 def _export(run: RunParts, plan: ExportPlan) -> Duty:
     settings = run.settings
 
     def perform(progress: Progress, epoch_ended: bool) -> None:
         name = gather(run.ranks, f"export/{progress.step}", export_name(run.folder, progress, epoch_ended))[0]
-        export_with_averages(run.folder / name, run.ranks, run.parameters, plan, progress.step, run.ema)
+        _export_from(run, run.folder / name, plan, progress)
 
     def what_is_lacking(progress: Progress) -> None:
         there = [str(made.folder) for made in exports_in(run.folder) if made.is_by(plan, progress.step)]
@@ -107,7 +114,7 @@ def _export(run: RunParts, plan: ExportPlan) -> Duty:
         else:
             # Not by the name of an epoch: exports with other settings stay as they are.
             folder = run.folder / f"step{progress.step}"
-            export_with_averages(folder, run.ranks, run.parameters, plan, progress.step, run.ema, adds=True)
+            _export_from(run, folder, plan, progress, adds=True)
 
     cadence = Cadence(settings.save_every_n_steps, settings.save_every_n_epochs, settings.save_every_n_examples)
     # A whole model takes longer than a launcher may wait for processes that were asked to stop.

@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -152,11 +153,17 @@ def export_with_averages(
     ema: EMA | None = None,
     *,
     adds: bool = False,
+    to_use: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
-    """Exports the weights, and their averages, beside them or instead of them as [ema] says; see `export`."""
+    """Exports the weights, and their averages, beside them or instead of them as [ema] says; see `export`.
+
+    Args:
+        to_use: makes a context in which the parameters have the values to export.
+    """
     instead = ema is not None and ema.settings.export == "instead"
     if not instead:
-        export(folder, ranks, parameters, plan, step, adds=adds)
+        with to_use():
+            export(folder, ranks, parameters, plan, step, adds=adds)
     if ema:
         target = folder if instead else folder.with_name(folder.name + OF_AVERAGES)
         averaged = replace(plan, metadata={**plan.metadata, **AVERAGES})

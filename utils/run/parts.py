@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from optimizers.averaging import weights_to_use
 from optimizers.ema import EMA
 from utils.parallel.engine import Engine
 from utils.parallel.sharding import Shares
@@ -40,3 +42,8 @@ class RunParts:
     metrics: Metrics
     stop: StopRequests
     ema: EMA | None = None
+
+    def weights_to_use(self) -> AbstractContextManager[None]:
+        """A context in which the parameters have the values that are to be used; see `optimizers/averaging.py`. All
+        ranks enter it together."""
+        return weights_to_use(self.optimizer, self.parameters.values(), self.shares.after_step)

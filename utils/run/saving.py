@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from optimizers.ema import EMA
+from optimizers.saved_state import state_by_parameter
 from utils.errors import UserError
 from utils.parallel.sharding import Shares
 from utils.ranks import Ranks, any_rank, gather
@@ -250,7 +251,8 @@ def state_of(
         return None
     tensors = {f"weights/{name}": parameter.detach() for name, parameter in parameters.items() if not ranks.data_rank}
     tensors |= {f"ema/{name}": average for name, average in (ema.averages if ema else {}).items()}
+    of_optimizer = state_by_parameter(optimizer)
     for name, parameter in shares.stepped.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer/{name}/{key}"] = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+        for key, value in of_optimizer.get(parameter, {}).items():
+            tensors[f"optimizer/{name}/{key}"] = value
     return tensors

@@ -75,5 +75,7 @@ def _contents(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] |
     text += b" " * (-len(text) % ALIGNMENT)
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for name in order:
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        flat = tensors[name].detach().cpu().contiguous()
+        # One of a single element may have any stride.
+        flat = flat.as_strided((flat.numel(),), (1,))
         yield memoryview(flat.view(torch.uint8).numpy())

@@ -126,7 +126,8 @@ class Trainer:
         if self.nonfinite.are_too_many:
             raise self._diverged(result)
         if self.parts.ema:
-            self.parts.ema.update(step + 1)
+            with self.parts.weights_to_use():
+                self.parts.ema.update(step + 1)
         seconds = time.monotonic() - started
         examples = self.epochs.examples(self.progress.epoch, self.progress.step_in_epoch)
         done = self.progress.after_step(result.loss if finite else self.progress.epoch_loss, examples)

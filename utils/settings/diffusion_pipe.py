@@ -121,8 +121,13 @@ _ADAPTER: Mapping[str, Foreign] = {
     "fuse_adapters": write("`preset_adapters`, in `[model]`"),
 }
 _OPTIMIZER: Mapping[str, Foreign] = {
-    "beta2_half_life": write("`betas`, of which the second is 0.5^(samples of a step / half-life)"),
-    "stabilize": leave_out("no optimizer of this version limits its update by its size", only=(False,)),
+    "beta2_half_life": write(
+        "`betas`, of which the second is 0.5^(samples of a step / half-life); this key is one of "
+        'type = "adamw", "adamw8bitkahan" and "genericoptim"'
+    ),
+    "stabilize": leave_out(
+        'type = "stableadamw", "adamw8bitkahan" and "genericoptim" limit an update by its size', only=(False,)
+    ),
 }
 _DATASET: Mapping[str, Foreign] = {
     "online_captions": write("`cache_text_embeddings = false`, in the run's file", unless=(False,)),
@@ -155,12 +160,6 @@ FOREIGN: Mapping[str, Mapping[str, Foreign]] = {
 
 TYPES: Mapping[str, Mapping[str, ForeignType]] = {
     "optimizer": {
-        "adamw_optimi": ForeignType(
-            "adamw", "AdamW keeps a float32 master of 16-bit weights, for which optimi has Kahan summation"
-        ),
-        "adamw8bitkahan": ForeignType(
-            "", "take `adamw8bit` with `dtype = 'float32'` in `[adapter]`, or `adamw`, for steps that are not lost"
-        ),
         "offload": ForeignType("", "take `adamw`, and `offload_optimizer = true` above all tables"),
     },
 }

@@ -50,7 +50,21 @@ Write them at the top of the file, above all tables, or in tables that only grou
 # Table -> its keys that are arrays of tables.
 ENTRIES: Mapping[str, tuple[str, ...]] = {"model": ("text_encoders", "preset_adapters"), "optimizer": ("rules",)}
 # Tables whose `type` may have any capitals -> what may stand between its letters.
-ANY_CAPITALS: Mapping[str, str] = {"optimizer": "", "model": "[-_]*"}
+ANY_CAPITALS: Mapping[str, str] = {"optimizer": "[-_]*", "model": "[-_]*"}
+# Tables whose `type` may be the path of somebody's class, whose keys are its arguments.
+BY_PATH: Mapping[str, list[dict[str, Any]]] = {
+    "optimizer": [
+        {
+            "title": "A class by its path",
+            "type": "object",
+            "properties": {
+                "type": {"type": "string", "pattern": r"\.", "examples": ["pytorch_optimizer.Adan"]},
+                "lr": {"type": "number", "exclusiveMinimum": 0},
+            },
+            "required": ["type", "lr"],
+        }
+    ]
+}
 NO_KEYS = "No keys of its own.\n"
 _SHARED = """### Keys of the file or of a `[[directory]]`
 
@@ -108,7 +122,7 @@ def settings_json_schema(classes: Mapping[str, Classes]) -> str:
         shared, kinds, further = _by_type(name, classes[name])
         definitions |= further | {SECTIONS[name].__name__: shared}
         nothing = [{"type": "null"}] if properties[name].get("default", ...) is None else []
-        sections[name] = {"anyOf": [*kinds, *nothing]}
+        sections[name] = {"anyOf": [*kinds, *BY_PATH.get(name, ()), *nothing]}
     run = {key: properties[key] for key in run_keys()}
     definitions["Run"] = {"type": "object", "properties": run, "additionalProperties": False}
     groups = {group: {"$ref": "#/$defs/Run"} for group in GROUPS}
@@ -157,7 +171,7 @@ def _by_type(section: str, classes: Classes) -> tuple[dict[str, Any], list[dict[
 
 
 def _type_schema(section: str, kind: str) -> dict[str, Any]:
-    """The spellings of a type: optimizers in any capitals, models with or without hyphens too; one alone otherwise."""
+    """The spellings of a type: models and optimizers in any capitals, with or without hyphens; one alone otherwise."""
     if section not in ANY_CAPITALS:
         return {"const": kind}
     between, letters = ANY_CAPITALS[section], [letter for letter in kind if letter not in "-_"]

@@ -165,7 +165,12 @@ def edits(one: str, other: str) -> int:
 
 def _location_of(key: str, choices: Choices) -> str | None:
     """The table that has this very key."""
-    return next((location for location, keys in _locations(choices).items() if key in keys), None)
+    found = [location for location, keys in _locations(choices).items() if key in keys]
+    if not found:
+        return None
+    table, _, _ = found[0].partition(" with type = ")
+    types = [one.removeprefix(f"{table} with type = ") for one in found if one.startswith(f"{table} with type = ")]
+    return f"{table} with type = {' or '.join(types)}" if types and table != found[0] else found[0]
 
 
 def _locations(choices: Choices) -> dict[str, set[str]]:

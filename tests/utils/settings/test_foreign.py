@@ -99,7 +99,7 @@ def problems_of(path: Path) -> dict[str, str]:
 def test_a_usual_file_runs_as_it_is(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
     folder.write("dataset.toml", USUAL_DATA)
     settings, dataset, warnings = read(folder.write("run.toml", USUAL), caplog)
-    assert settings.optimizer.type == "adamw"
+    assert settings.optimizer.type == "adamw_optimi"
     assert settings.optimizer.betas == (0.9, 0.99)
     assert settings.monitoring.wandb_run_name is None
     assert dataset.num_ar_buckets == 7
@@ -109,7 +109,6 @@ def test_a_usual_file_runs_as_it_is(folder: Folder, caplog: pytest.LogCaptureFix
         "key `map_num_proc`",
         "key `video_clip_mode`",
         "key `x_axis_examples`",
-        "[optimizer] type",
         "key `skip_empty_caption`",
         "key `shuffle_tags`",
         "key `eval_every_n_epochs`",
@@ -231,7 +230,7 @@ REFUSED = [
     ("model", "cache_text_embeddings = false", "[model] cache_text_embeddings", "above all tables"),
     ("model", "text_encoder_3_precision = 'int8-quanto'", "[model] text_encoder_3_precision", "`text_encoder_dtype`"),
     ("model", "fp8_t5 = true", "[model] fp8_t5", "`text_encoder_dtype`"),
-    ("optimizer", "stabilize = true", "[optimizer] stabilize", "limits its update"),
+    ("optimizer", "stabilize = true", "[optimizer] stabilize", "limit an update by its size"),
     ("tables", "[adapter]\ntype = 'lora'\nrank = 1\ndora_wd = true", "[adapter] dora_wd", "`dora = true`"),
     (
         "tables",
@@ -288,8 +287,8 @@ def test_a_line_of_a_dataset_that_cannot_be_read_is_told(folder: Folder, key: st
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("AdamW8bitKahan", "take `adamw8bit`"),
-        ("automagic", "known: adamw, adamw8bit, sgd"),
+        ("offload", "take `adamw`, and `offload_optimizer = true`"),
+        ("adamx", "known: adafactor, came, adamw"),
     ],
 )
 def test_an_optimizer_that_is_not_here_is_told_with_what_to_take(folder: Folder, name: str, words: str) -> None:
@@ -297,6 +296,17 @@ def test_an_optimizer_that_is_not_here_is_told_with_what_to_take(folder: Folder,
     problems = problems_of(folder.write("run.toml", text))
     assert list(problems) == ["[optimizer] type"]
     assert words in problems["[optimizer] type"]
+
+
+@pytest.mark.parametrize("name", ["AdamW8bitKahan", "automagic", "genericoptim", "StableAdamW", "Prodigy"])
+def test_an_optimizer_of_the_same_name_is_read(folder: Folder, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    text = USUAL.replace("adamw_optimi", name)
+    text = text.replace("betas = [0.9, 0.99]\n", "") if name == "automagic" else text
+    stabilizes = name in ("AdamW8bitKahan", "genericoptim")
+    text = text.replace("eps = 1e-8", "eps = 1e-8\nstabilize = false") if stabilizes else text
+    settings, _, _ = read(folder.write("run.toml", text), caplog)
+    assert settings.optimizer.type == name.lower()
+    assert getattr(settings.optimizer, "stabilize", False) is False
 
 
 def test_a_key_of_the_other_file_is_not_led_to_a_key_that_is_refused_next(folder: Folder) -> None:
@@ -364,5 +374,5 @@ def test_the_page_says_of_every_key_what_happens() -> None:
     assert said["image_shift"].startswith("refused; write instead: `shift`")
     assert said["stabilize"].startswith("refused, unless it changes nothing; ")
     assert said["cache_shuffle_num"].startswith("the same word: an epoch uses one of the orders")
-    assert said["adamw_optimi"].startswith("read: `adamw`; ")
+    assert said["offload"].startswith("refused; take `adamw`, and `offload_optimizer = true`")
     assert said["--deepspeed_config"].startswith("refused; write instead: `deepspeed_config`")
