@@ -65,6 +65,7 @@ _RUN: Mapping[str, Foreign] = {
     "x_axis_examples": leave_out("metrics are filed by step", only=(False,)),
 }
 _MODEL: Mapping[str, Foreign] = {
+    "audio_vae": leave_out("sound is neither read nor made"),
     "byt5_path": _text_encoder("byt5"),
     "cache_text_embeddings": write("`cache_text_embeddings` above all tables", unless=(True,), since="it is so anyway"),
     "cfg": write("`folded_guidance`", unless=(1, 1.0)),
