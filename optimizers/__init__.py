@@ -136,6 +136,20 @@ def check_schedule(settings: Settings) -> None:
         )
 
 
+def check_release(settings: Settings) -> None:
+    """Whether the optimizer can step layer by layer, if the settings ask for it.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if settings.optimizer.gradient_release and not find(settings.optimizer.type).steps_alone:
+        fitting = ", ".join(name for name, kind in available().items() if kind.steps_alone)
+        raise UserError.of(
+            f'"{settings.optimizer.type}" has to step all parameters together; leave it out, or take one of {fitting}',
+            where="[optimizer] gradient_release",
+        )
+
+
 def warn_of_sums(settings: Settings) -> None:
     """Tells what is not known of somebody's class where each process steps parameters of its own."""
     divided = settings.pipeline_stages > 1 or settings.zero_stage > 0

@@ -32,6 +32,7 @@ class OptimizerKind:
         constant_rate: why its learning rate must be constant after warm-up; "" where any schedule does.
         sums: whether a step depends on sums over all parameters; see `optimizers/sums.py`. Other optimizers step each
             parameter by itself.
+        counts_steps: whether it counts steps for a whole group, whose parameters must be stepped together then.
         refuses: keys -> why they do not go together, with the key first; "" if they do.
         unknown: whether it is somebody's class of which no more is known than its signature.
     """
@@ -46,8 +47,14 @@ class OptimizerKind:
     averages: bool = False
     constant_rate: str = ""
     sums: bool = False
+    counts_steps: bool = False
     refuses: Callable[[Any], str] = lambda settings: ""
     unknown: bool = False
+
+    @property
+    def steps_alone(self) -> bool:
+        """Whether parameters may be stepped one after the other, each by itself."""
+        return not (self.sums or self.averages or self.counts_steps or self.unknown)
 
     @property
     def type(self) -> str:

@@ -87,6 +87,7 @@ KINDS = (
         not_on={},
         retyped=compensated,
         library="torch-optimi",
+        counts_steps=True,
     ),
     OptimizerKind(
         StableAdamWSettings,
@@ -95,5 +96,6 @@ KINDS = (
         not_on={},
         retyped=compensated,
         library="torch-optimi",
+        counts_steps=True,
     ),
 )

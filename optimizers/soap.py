@@ -59,5 +59,6 @@ KINDS = (
         not_on={},
         retyped=_retyped,
         library="pytorch-optimizer",
+        counts_steps=True,
     ),
 )

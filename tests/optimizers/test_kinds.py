@@ -15,6 +15,8 @@ from torch import nn
 import optimizers
 from optimizers.saved_state import FORM, packed
 from utils.errors import UserError
+from utils.settings.model_schema import ModelSettings
+from utils.settings.schema import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 LIBRARIES = ("bitsandbytes", "optimi", "prodigyplus", "pytorch_optimizer", "schedulefree", "transformers")
@@ -211,3 +213,35 @@ def test_a_file_adds_an_optimizer(added: None) -> None:
 
 def test_what_a_file_added_is_gone_with_it() -> None:
     assert "rprop" not in optimizers.available()
+
+
+@pytest.mark.parametrize(("name", "keys"), CASES)
+def test_parameters_that_are_stepped_one_by_one_go_where_they_go_together(name: str, keys: dict[str, Any]) -> None:
+    """Where `gradient_release` does so. Those that average or sum are refused without being tried."""
+    kind, ends = optimizers.find(name), []
+    for alone in (False, True):
+        draw = torch.Generator().manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(shape, generator=draw)) for shape in SHAPES]
+        optimizer = optimizers.made([{"params": parameters}], kind.settings(type=name, lr=LR, **keys))
+        for _ in range(3):
+            gradients = [torch.randn(parameter.shape, generator=draw) for parameter in parameters]
+            pairs = list(zip(parameters, gradients, strict=True))
+            for some in [[pair] for pair in pairs] if alone else [pairs]:
+                for parameter, gradient in some:
+                    parameter.grad = gradient
+                optimizer.step()
+                optimizer.zero_grad()
+        ends.append(parameters)
+    same = all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+    assert same if kind.steps_alone else not same or kind.averages or kind.sums
+
+
+def test_an_optimizer_that_steps_all_together_releases_no_gradients() -> None:
+    def settings(name: str) -> Settings:
+        optimizer = {"type": name, "lr": 1e-3, "gradient_release": True}
+        chosen = optimizers.find(name).settings(**optimizer)
+        return Settings(output_dir="a", dataset="b", model=ModelSettings(type="flux"), optimizer=chosen)
+
+    optimizers.check_release(settings("adamw"))
+    with pytest.raises(UserError, match=r"\[optimizer\] gradient_release: .soap. has to step all .* one of .*adamw, "):
+        optimizers.check_release(settings("soap"))
