@@ -16,9 +16,9 @@ HEAD = """# Optimizers
 
 This page is generated from `optimizers/`. `[optimizer] type` is one of these names, with or without capitals, hyphens
 and underlines; or the path of any class of a `torch.optim.Optimizer`, as in `type = "torch.optim.Adamax"`; or a name
-that [pytorch-optimizer](https://pytorch-optimizers.readthedocs.io) knows, as in `type = "Adan"`. The arguments that such
-a class names are its keys, and others are refused. It is tried on a small parameter before anything is loaded. What it
-keeps for each parameter and in its groups is in checkpoints; what it keeps in other places is not known.
+that [pytorch-optimizer](https://pytorch-optimizers.readthedocs.io) knows, as in `type = "Adan"`. The arguments that
+such a class names are its keys, and others are refused. It is tried on a small parameter before anything is loaded.
+What it keeps for each parameter and in its groups is in checkpoints; what it keeps in other places is not known.
 
 *Bytes* are those of state for a weight of a 4096 x 4096 matrix, whose own 4 or 2 and whose gradient come on top.
 *16 bits* says what becomes of steps that a 16-bit weight has no digits for: a *master* is a float32 copy that is
