@@ -19,6 +19,7 @@ from tests.utils.parallel import toy_flux
 from utils.adapters.lora import LoraSettings
 from utils.parallel import sharding
 from utils.parallel.sharding import Shares, buckets, owners
+from utils.parallel.together import numbers_of_all
 from utils.ranks import Ranks
 from utils.run.checkpoint import Checkpoint, ResumeFlags
 from utils.run.progress import Progress
@@ -127,6 +128,11 @@ class Training:
 
         self.engine.optimizer.step = step
 
+    def ranks_that_step_others(self, rank: int) -> list[float]:
+        """The ranks with which an optimizer adds up what it sums over all parameters."""
+        group = None if self.shares.divided else self.engine.grid.get_pipe_parallel_group()
+        return [number for (number,) in numbers_of_all(self.engine.device, group)([float(rank)])]
+
     def begin(self, checkpoint: Checkpoint | None) -> None:
         """Goes on from a checkpoint, or begins."""
         settings = settings_of(self.flux, ema=AVERAGES)
@@ -174,6 +180,7 @@ def train_in(ranks: Ranks, folder: Path, way: Way) -> dict[str, Any]:
         "averaged": averaged,
         "state": {name: numbers(first.optimizer.state[p]) for name, p in first.shares.stepped.items()},
         "gradients": first.with_gradients,
+        "added up with": first.ranks_that_step_others(ranks.rank),
         "on host": sum(p.data_ptr() != first.trained[name].data_ptr() for name, p in first.shares.stepped.items()),
     }
 
@@ -202,10 +209,13 @@ def test_what_is_divided_changes_nothing(folder: Path, stages: int, data_ranks: 
         for stage in range(stages):
             of_stage = [rank[way] for rank in returned[stage * data_ranks : (stage + 1) * data_ranks]]
             expected = returned[stage * data_ranks][way.plain]
-            for rank in of_stage:
+            for data_rank, rank in enumerate(of_stage):
                 assert rank["numbers"] == pytest.approx(expected["numbers"], rel=0 if exact else 1e-5, abs=0), way
                 for kind in ("weights", "averaged", "checkpoint"):
                     assert same(rank[kind], expected[kind], tolerance), (way, kind)
+                divided = way.zero_stage > 0
+                together = [one for one in range(len(returned)) if divided or one % data_ranks == data_rank]
+                assert rank["added up with"] == together, way
                 assert rank["on host"] == (len(rank["state"]) if way.offload else 0)
             assert bool(expected["state"]) == (not way.adapted or stage == stages - 1), "one stage has nothing to train"
             for rank in of_stage:

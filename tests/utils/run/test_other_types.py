@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
+import optimizers
 from models.assembly.trainer import restore_or_start
 from optimizers.adamw import MASTER, AdamW, AdamWSettings
 from optimizers.ema import EMA
@@ -42,8 +43,7 @@ def parameters(dtype: torch.dtype) -> Named:
 
 
 def optimizer_of(named: Named) -> AdamW:
-    chosen = SETTINGS.optimizer.arguments()
-    return AdamW(named.values(), **chosen)
+    return optimizers.made([{"params": list(named.values())}], SETTINGS.optimizer)
 
 
 def train(named: Named, optimizer: AdamW, ema: EMA, steps: range) -> None:
