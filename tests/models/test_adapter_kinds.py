@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from models.assembly.exports import check_exports, check_outputs, export_plan, formats_of
@@ -215,3 +215,35 @@ def test_lengths_are_those_of_the_base_with_fused_presets(known: Callable[[str],
     assert weight_of(presets.adapters.base_of(staged.denoiser.get_submodule("blocks.0.attn1.to_q"))).equal(
         weights["blocks.0.attn1.to_q.weight"]
     )
+
+
+def test_ranks_are_those_of_a_file(known: Callable[[str], Model], tmp_path: Path) -> None:
+    """Of each module its own, and modules that are not there are not adapted; of another alpha."""
+    pipeline = known("flux").pipeline()
+    tensors: Tensors = {}
+    for module, rank in (("img_attn_qkv", 3), ("img_mlp_0", 2)):
+        own = f"lora_unet_double_blocks_0_{module}"
+        there = {"img_attn_qkv": ("attn.to_q", 3), "img_mlp_0": ("ff.net.0.proj", 1)}[module]
+        rows, columns = pipeline.weights.build_empty().get_submodule(f"transformer_blocks.0.{there[0]}").weight.shape
+        tensors |= {
+            f"{own}.lora_down.weight": normal((rank, columns), 0, module, "down"),
+            f"{own}.lora_up.weight": normal((rows * there[1], rank), 0, module, "up"),
+            f"{own}.alpha": torch.tensor(1.5),
+        }
+    save_file(tensors, tmp_path / "a.safetensors")
+    keys = {"type": "lora", "dim_from_weights": True, "alpha": 5.0}
+    adapter = chosen(keys, init_from_existing=tmp_path / "a.safetensors")
+    staged = load_stage(pipeline, settings_of(pipeline, adapter), stage=0)
+    ranks = {name: layer.r["default"] for name, (_, layer) in attach.adapted(staged.denoiser).items()}
+    parts = {f"transformer_blocks.0.attn.to_{part}": 3 for part in "qkv"}
+    assert ranks == parts | {"transformer_blocks.0.ff.net.0.proj": 2}
+    made = effective(staged)
+    plain = load_stage(pipeline, settings_of(pipeline), stage=0).denoiser
+    weights = {n: p.detach() for n, p in plain.named_parameters()}
+    for name, update in read_updates(tmp_path / "a.safetensors", model_names(pipeline, plain)).items():
+        expected = weights[name] + update.delta(weights[name])
+        torch.testing.assert_close(made[name], expected, rtol=1e-4, atol=1e-4)
+    for further, told in (({"rank": 4}, "rank"), ({"init_from_existing": None}, "dim_from_weights")):
+        wrong = adapter.model_copy(update=further)
+        assert [key for key, _ in wrong.problems(pipeline.options)] == [told]
+    assert [key for key, _ in chosen({"type": "lora"}).problems(pipeline.options)] == ["rank"]

@@ -199,7 +199,6 @@ def test_a_wrong_key_of_the_run(folder: Folder, top: str, where: str, message: s
         ("[optimizer]\ntype = 'adamw'\nlr = 0", "[optimizer] lr", "greater than 0"),
         ("[optimizer]\ntype = 'adamw'\nlr = inf", "[optimizer] lr", "finite"),
         ("[optimizer]\ntype = 'AdamX'\nlr = 1\nbetas = 3", "[optimizer] type", "known: adamw"),
-        ("[adapter]\ntype = 'lora'", "[adapter] rank", "required"),
         ("[adapter]\ntype = 'lora'\nrank = 1\nfactor = 2", "[adapter] factor", 'in [adapter] with type = "lokr"'),
         ("[adapter]\ntype = 'lora'\nrank = 1\nmomentum = 0.5", "[adapter] momentum", 'type = "sgd"'),
         ("[adapter]\ntype = 'lohx'\nrank = 1", "[adapter] type", "'lora'"),
@@ -322,6 +321,14 @@ def test_directories_need_double_brackets(folder: Folder, title: str) -> None:
 def test_the_files_of_a_run_in_each_others_place(folder: Folder) -> None:
     assert "is a dataset's file; give the run's" in problems_of(Path("dataset.toml"))[""]
     assert "is a run's file" in problems_of(folder.run(dataset="dataset = 'run.toml'"))[""]
+
+
+def test_what_an_adapter_needs_is_told(folder: Folder) -> None:
+    """But nothing that may follow from another mistake of its table."""
+    path = folder.run(tables="[adapter]\ntype = 'lora'")
+    assert problems_of(path) == {"[adapter] rank": "is required and not given"}
+    path = folder.run(tables="[adapter]\ntype = 'lora'\nrank = 0\ndora = true\ndtype = 'bfloat16'")
+    assert list(problems_of(path)) == ["[adapter] rank"]
 
 
 def test_an_unknown_model_is_one_problem(folder: Folder) -> None:
