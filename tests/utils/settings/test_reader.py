@@ -323,14 +323,6 @@ def test_the_files_of_a_run_in_each_others_place(folder: Folder) -> None:
     assert "is a run's file" in problems_of(folder.run(dataset="dataset = 'run.toml'"))[""]
 
 
-def test_what_an_adapter_needs_is_told(folder: Folder) -> None:
-    """But nothing that may follow from another mistake of its table."""
-    path = folder.run(tables="[adapter]\ntype = 'lora'")
-    assert problems_of(path) == {"[adapter] rank": "is required and not given"}
-    path = folder.run(tables="[adapter]\ntype = 'lora'\nrank = 0\ndora = true\ndtype = 'bfloat16'")
-    assert list(problems_of(path)) == ["[adapter] rank"]
-
-
 def test_an_unknown_model_is_one_problem(folder: Folder) -> None:
     """What another model would need is not asked of it."""
     path = folder.run(weights="transformer_path = 'weights'").read_text().replace('"tiny"', '"hunyuan-video"')
