@@ -197,7 +197,10 @@ def test_what_a_base_may_be_kept_in_is_told_as_one_list(folder: Folder) -> None:
 
 def test_what_an_adapter_needs_is_told(folder: Folder) -> None:
     """But nothing that may follow from another mistake of its table."""
-    for rank, expected in (("", "is required and not given"), ("rank = 0\ndora = true\ndtype = 'bfloat16'", "greater")):
+    for rank, expected in (
+        ("", "is required and not given"),
+        ("rank = 0\ndora = true\ndtype = 'bfloat16'", "at least 1"),
+    ):
         path = folder.run(tables=f"[adapter]\ntype = 'lora'\n{rank}")
         with pytest.raises(UserError) as raised:
             read_all(path, CHOICES, 1)
