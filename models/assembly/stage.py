@@ -13,7 +13,7 @@ from torch import nn
 
 from models.assembly.rates import Rates, freeze
 from models.base import BasePipeline
-from models.foundation.checkpoints.adapter_files import read_factors, read_updates
+from models.foundation.checkpoints.adapter_files import read_factors, read_ranks, read_updates
 from utils import adapters
 from utils.adapters import attach, presets
 from utils.adapters.kinds import ModelNames, Update
@@ -71,7 +71,8 @@ def partition(pipeline: BasePipeline, settings: Settings, denoiser: nn.Module) -
     if pipeline.block_format:
         quantise(denoiser, quantised_linears(pipeline, denoiser), pipeline.block_format)
     if settings.adapter:
-        attach.attach(denoiser, adapted_blocks(pipeline, settings.adapter), settings.adapter)
+        ranks = _ranks_of_existing(pipeline, settings.adapter, denoiser)
+        attach.attach(denoiser, adapted_blocks(pipeline, settings.adapter), settings.adapter, ranks)
     rates = Rates(settings, pipeline, denoiser)
     rates.check(denoiser)
     freeze(denoiser, rates)
@@ -140,6 +141,19 @@ def adapted_blocks(pipeline: BasePipeline, adapter: AdapterSettings) -> tuple[st
     if adapter.convolutions and not pipeline.convolutional_blocks:
         raise UserError.of("this model's blocks have no convolutions; leave it out", where="[adapter] convolutions")
     return (*pipeline.blocks, *(pipeline.convolutional_blocks if adapter.convolutions else ()))
+
+
+def _ranks_of_existing(
+    pipeline: BasePipeline, adapter: AdapterSettings, denoiser: nn.Module
+) -> Mapping[str, int] | None:
+    """The rank of each module in the file of `init_from_existing`, if these are asked for.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if not getattr(adapter, "dim_from_weights", False):
+        return None
+    return read_ranks(adapter.init_from_existing, adapters.find(adapter.type), model_names(pipeline, denoiser))
 
 
 def load_stage(pipeline: BasePipeline, settings: Settings, stage: int) -> StagedModel:

@@ -103,7 +103,7 @@ def delta_of(own: Tensors) -> torch.Tensor:
         return up @ down * (own["alpha"].item() / len(down) if "alpha" in own else 1.0)
     w1, w2 = (own[w] if w in own else own[f"{w}_a"] @ own[f"{w}_b"] for w in ("lokr_w1", "lokr_w2"))
     rank = next((len(own[name]) for name in ("lokr_w2_b", "lokr_w1_b") if name in own), None)
-    return torch.kron(w1, w2) * (own["alpha"].item() / rank if rank else 1.0)
+    return torch.kron(w1.view(*w1.shape, *[1] * (w2.ndim - 2)), w2) * (own["alpha"].item() / rank if rank else 1.0)
 
 
 def taken_apart(tensors: Tensors) -> dict[str, Tensors]:

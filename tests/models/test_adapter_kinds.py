@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from models.assembly.exports import check_exports, check_outputs, export_plan, formats_of
@@ -35,6 +35,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "dora": {"type": "lora", "rank": 2, "alpha": 3.0, "dora": True},
     "rslora from pissa": {"type": "lora", "rank": 4, "alpha": 3.0, "rslora": True, "init": "pissa"},
     "loha": {"type": "loha", "rank": 2, "alpha": 1.0},
+    "lokr": {"type": "lokr", "rank": 2, "alpha": 1.0, "factor": 4},
     "oft": {"type": "oft", "block_size": 4},
     "boft": {"type": "oft", "block_size": 16, "butterfly": True},
     "ia3": {"type": "ia3"},
@@ -84,15 +85,34 @@ def predicted(pipeline: BasePipeline, layers: list[nn.Module], batch: Any) -> to
 
 @torch.no_grad()
 def effective(staged: StagedModel) -> Tensors:
-    """The weights, and biases, that the adapted Linears have in effect."""
+    """The weights, and biases, that the adapted modules have in effect, by what they make of single numbers."""
     found = {}
     for name, (kind, layer) in attach.adapted(staged.denoiser.eval()).items():
         base = kind.base_of(layer)
-        origin = layer(torch.zeros(1, base.in_features))
-        found[f"{name}.weight"] = (layer(torch.eye(base.in_features)) - origin).T
+        measure = seen_weight if isinstance(base, nn.Conv2d) else seen_matrix
+        found[f"{name}.weight"], origin = measure(layer, base)
         if base.bias is not None:
-            found[f"{name}.bias"] = origin[0]
+            found[f"{name}.bias"] = origin
     return found
+
+
+def seen_matrix(layer: nn.Module, base: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    origin = layer(torch.zeros(1, base.in_features))
+    return (layer(torch.eye(base.in_features)) - origin).T, origin[0]
+
+
+def seen_weight(layer: nn.Module, base: nn.Conv2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """By the second output, which has seen all of the kernel."""
+    inputs, (rows, columns), stride, padding = base.in_channels, base.kernel_size, base.stride[0], base.padding[0]
+    weight = torch.empty(base.out_channels, inputs, rows, columns)
+    x = torch.zeros(inputs, inputs, 2 * stride + rows, 2 * stride + columns)
+    origin = layer(x)[0, :, 1, 1]
+    for row in range(rows):
+        for column in range(columns):
+            one = x.clone()
+            one[:, :, stride + row - padding, stride + column - padding] = torch.eye(inputs)
+            weight[:, :, row, column] = (layer(one)[:, :, 1, 1] - origin).T
+    return weight, origin
 
 
 @pytest.mark.parametrize("keys", FORMS.values(), ids=FORMS)
@@ -100,7 +120,7 @@ def effective(staged: StagedModel) -> Tensors:
 def test_a_trained_adapter_is_the_same_elsewhere(
     known: Callable[[str], Model], name: str, keys: dict[str, Any], tmp_path: Path
 ) -> None:
-    model, adapter = known(name), chosen(keys)
+    model, adapter = known(name), chosen(keys, convolutions=name == "sdxl")
     pipeline = model.pipeline()
     staged = trained(model, pipeline, adapter)
     settings = settings_of(pipeline, adapter)
@@ -130,7 +150,7 @@ def test_a_trained_adapter_is_the_same_elsewhere(
             expected = predicted(pipeline, [layer.eval() for layer in staged.layers], batch)
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
     # Training goes on from each file, of a start with its rank and scale.
-    going_on = chosen({"type": "lora", "rank": 8}) if "init" in keys else adapter
+    going_on = chosen({"type": "lora", "rank": 8}, convolutions=name == "sdxl") if "init" in keys else adapter
     for file in files:
         again = partition(pipeline, settings_of(pipeline, going_on), pipeline.weights.build_empty())
         own = model_names(pipeline, again.denoiser)
@@ -176,7 +196,7 @@ def test_parts_that_comfyui_does_not_know_are_whole_differences(
     in_comfyui(pipeline, model.name, tensors, {n: p.detach().clone() for n, p in plain.named_parameters()}, made)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS[::2])
 def test_before_a_run_all_kinds_have_names_without_reading(
     known: Callable[[str], Model], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,3 +235,35 @@ def test_lengths_are_those_of_the_base_with_fused_presets(known: Callable[[str],
     assert weight_of(presets.adapters.base_of(staged.denoiser.get_submodule("blocks.0.attn1.to_q"))).equal(
         weights["blocks.0.attn1.to_q.weight"]
     )
+
+
+def test_ranks_are_those_of_a_file(known: Callable[[str], Model], tmp_path: Path) -> None:
+    """Of each module its own, and modules that are not there are not adapted; of another alpha."""
+    pipeline = known("flux").pipeline()
+    tensors: Tensors = {}
+    for module, rank in (("img_attn_qkv", 3), ("img_mlp_0", 2)):
+        own = f"lora_unet_double_blocks_0_{module}"
+        there = {"img_attn_qkv": ("attn.to_q", 3), "img_mlp_0": ("ff.net.0.proj", 1)}[module]
+        rows, columns = pipeline.weights.build_empty().get_submodule(f"transformer_blocks.0.{there[0]}").weight.shape
+        tensors |= {
+            f"{own}.lora_down.weight": normal((rank, columns), 0, module, "down"),
+            f"{own}.lora_up.weight": normal((rows * there[1], rank), 0, module, "up"),
+            f"{own}.alpha": torch.tensor(1.5),
+        }
+    save_file(tensors, tmp_path / "a.safetensors")
+    keys = {"type": "lora", "dim_from_weights": True, "alpha": 5.0}
+    adapter = chosen(keys, init_from_existing=tmp_path / "a.safetensors")
+    staged = load_stage(pipeline, settings_of(pipeline, adapter), stage=0)
+    ranks = {name: layer.r["default"] for name, (_, layer) in attach.adapted(staged.denoiser).items()}
+    parts = {f"transformer_blocks.0.attn.to_{part}": 3 for part in "qkv"}
+    assert ranks == parts | {"transformer_blocks.0.ff.net.0.proj": 2}
+    made = effective(staged)
+    plain = load_stage(pipeline, settings_of(pipeline), stage=0).denoiser
+    weights = {n: p.detach() for n, p in plain.named_parameters()}
+    for name, update in read_updates(tmp_path / "a.safetensors", model_names(pipeline, plain)).items():
+        expected = weights[name] + update.delta(weights[name])
+        torch.testing.assert_close(made[name], expected, rtol=1e-4, atol=1e-4)
+    for further, told in (({"rank": 4}, "rank"), ({"init_from_existing": None}, "dim_from_weights")):
+        wrong = adapter.model_copy(update=further)
+        assert [key for key, _ in wrong.problems(pipeline.options)] == [told]
+    assert [key for key, _ in chosen({"type": "lora"}).problems(pipeline.options)] == ["rank"]

@@ -73,11 +73,23 @@ def matches(denoiser: nn.Module, name: str, pattern: str) -> bool:
     return any(fnmatchcase(type(whole).__name__, pattern) for whole in wholes)
 
 
-def attach(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings) -> None:
-    """Freezes the denoiser and adds factors to its target modules, still without values (on the meta device)."""
+def attach(
+    denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings, ranks: Mapping[str, int] | None = None
+) -> None:
+    """Freezes the denoiser and adds factors to its target modules, still without values (on the meta device).
+
+    Args:
+        ranks: module -> the rank of its update; modules without one are not adapted. Default: all targets, with the
+            rank of the settings.
+    """
     names = targets(denoiser, blocks, settings)
     denoiser.requires_grad_(False)
-    adapters.find(settings.type).put(denoiser, names, settings)
+    kind = adapters.find(settings.type)
+    if ranks is None:
+        kind.put(denoiser, names, settings)
+    for rank in sorted(set((ranks or {}).values())):
+        own = [name for name in names if ranks.get(name) == rank]
+        kind.put(denoiser, own, settings.model_copy(update={"rank": rank}))
     # In their own type already, so that what they take can be counted.
     for name, parameter in denoiser.named_parameters():
         if is_factor(name):

@@ -81,7 +81,7 @@ class DoraUpdate:
         dimension = 0 if len(self.scale) == len(base) else 1
         measured = base if dimension == 0 else changed
         others = [number for number in range(base.ndim) if number != dimension]
-        length = measured.norm(dim=others, keepdim=True) + torch.finfo(torch.float32).eps
+        length = torch.linalg.vector_norm(measured, dim=others, keepdim=True) + torch.finfo(torch.float32).eps
         return changed * (self.scale.float().to(base.device) / length) - base
 
 

@@ -66,13 +66,16 @@ class LoraSettings(AdapterSettings, LowRankKeys):
     """`type = "lora"`: LoRA, whose update of a layer is the product of two matrices of low rank."""
 
     binds_checkpoint: ClassVar[tuple[str, ...]] = (
-        *("type", "rank", "alpha", "conv_dim", "conv_alpha", "rslora", "dora", "init", "include", "exclude"),
+        *("type", "rank", "alpha", "conv_dim", "conv_alpha", "rslora", "dora", "init"),
+        *("dim_from_weights", "include", "exclude"),
     )
 
     type: Literal["lora"]
     """Kind of adapter."""
-    rank: Count
-    """Rank of the update of each adapted layer."""
+    rank: Count | None = None
+    """Rank of the update of each adapted layer; required, unless `dim_from_weights` gives each its own."""
+    dim_from_weights: bool = False
+    """Take the rank of each module from the file of `init_from_existing`, and adapt no others."""
     loraplus_lr_ratio: Positive | None = None
     """The second factors, which begin at zero, learn so many times as fast as the first: "LoRA+", whose authors take
     16; default: as fast."""
@@ -89,6 +92,7 @@ class LoraSettings(AdapterSettings, LowRankKeys):
 
     def problems(self, model: ModelSettings) -> Iterator[tuple[str, str]]:
         """See `AdapterSettings`."""
+        yield from self._problems_of_ranks()
         if self.dora and self.dtype != "float32":
             yield "dora", 'needs dtype = "float32": lengths of rows, rounded to 16 bits, would change the whole weight'
         beside = [number for number, preset in enumerate(model.preset_adapters, start=1) if not preset.fused]
@@ -103,11 +107,21 @@ class LoraSettings(AdapterSettings, LowRankKeys):
         for key in ("rank_dropout", "dylora_unit"):
             if self.init and getattr(self, key):
                 yield key, "would leave out a part of the weight itself beside `init`; leave one of them out"
-        if self.dylora_unit and self.dylora_unit > self.rank:
-            yield "dylora_unit", f"is above the rank, {self.rank}; set a number that divides it"
         if self.dylora_unit and self.dora:
             yield "dylora_unit", "would measure weights without a part of their update; leave it or `dora` out"
         yield from self.problems_of_sizes()
+
+    def _problems_of_ranks(self) -> Iterator[tuple[str, str]]:
+        if self.rank is None and not self.dim_from_weights:
+            yield "rank", "is required and not given"
+        if self.dim_from_weights:
+            for key in ("rank", "conv_dim"):
+                if getattr(self, key) is not None:
+                    yield key, "is not used with dim_from_weights; leave one of them out"
+            if self.init_from_existing is None:
+                yield "dim_from_weights", "needs the file of an adapter: set `init_from_existing`"
+        if self.dylora_unit and self.rank and self.dylora_unit > self.rank:
+            yield "dylora_unit", f"is above the rank, {self.rank}; set a number that divides it"
 
 
 class Lora(WithoutMore):
@@ -192,6 +206,11 @@ class Lora(WithoutMore):
                     factors[f"{module}{M}"] = lengths_O.float().view(shape)
         return factors
 
+    def ranks(self, entry: Entry, names: ModelNames) -> dict[str, int]:
+        """The rank that a file has for each of our modules."""
+        down, up, _ = pair_of(entry)
+        return {module: len(own) for module, (own, _) in divided(down, up, entry, names).items()}
+
     def updates(self, entry: Entry, names: ModelNames) -> Mapping[str, Update]:
         """One for each of our modules."""
         down, up, scale = pair_of(entry)
@@ -217,7 +236,8 @@ class Lora(WithoutMore):
             lengths = partial(_dora_scale, whole, scales, wishes) if settings.dora else None
             pairs = _rounded(whole, dict.fromkeys(scales, 1.0), wishes)
             kohya = layout.lora_to_kohya(pairs, scales.__getitem__, wishes.names.rows_of, lengths)
-            rank, alpha = _rank_of_most(whole), settings.rank if settings.alpha is None else settings.alpha
+            rank = _rank_of_most(whole)
+            alpha = (settings.rank or rank) if settings.alpha is None else settings.alpha
             metadata = {**wishes.metadata, "rank": str(rank), "alpha": str(alpha)}
             files[COMFYUI_FILE] = AdapterFile(kohya, metadata)
         return files

@@ -62,6 +62,22 @@ def read_factors(path: Path, kind: AdapterKind, names: ModelNames, scales: Mappi
     return _joined(found, path, lambda _, entry: kind.factors(entry, names, lambda module: scales.get(module, 1.0)))
 
 
+def read_ranks(path: Path, kind: AdapterKind, names: ModelNames) -> Mapping[str, int]:
+    """The rank that a file or folder has for each of our modules.
+
+    Raises:
+        UserError: it contains none of this kind, or they cannot be read.
+    """
+    file = _read(path)
+    found = _checked(contents(file, names), file, path)
+    ranks = _joined(found, path, lambda own, entry: kind.ranks(entry, names) if own is kind else {})
+    if not ranks:
+        raise UserError.of(
+            f"no {kind.name} factors in this file, {_what_is_there(file)}; give a {kind.name}", str(path)
+        )
+    return ranks
+
+
 def read_updates(path: Path, names: ModelNames) -> Mapping[str, Update]:
     """The updates of parameters by the adapter in a file or folder, by the parameter's name.
 

@@ -153,7 +153,7 @@ GUESS = "; is it another model's?"
 SIGNATURES: tuple[FileSignature, ...] = (
     *(
         FileSignature("an adapter", ADAPTER, (part,))
-        for part in (".lora_down", ".lora_A", ".lora.down", ".lokr_w", ".hada_w")
+        for part in (".lora_down", ".lora_A", ".lora.down", ".lokr_w", ".hada_w", ".oft_blocks", ".ia3_l")
     ),
     *(
         FileSignature(f"an inpainting model of {name}", "give the plain one", parts, size=(first, 1, 9))

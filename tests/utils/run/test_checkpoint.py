@@ -236,7 +236,8 @@ def test_each_table_says_what_binds_it(tmp_path: Path) -> None:
     ddpm = identity(None, DDPMOptions(type="sdxl", prediction_type="v_prediction"))
     assert ddpm["[model] prediction_type"] == "v_prediction" and ddpm["[model] beta_schedule"] is None
     keys = {key.removeprefix("[adapter] ") for key in identity(lora()) if key.startswith("[adapter]")}
-    assert keys == {"type", "rank", "alpha", "include", "exclude"}
+    sizes = {"rank", "alpha", "conv_dim", "conv_alpha", "dim_from_weights"}
+    assert keys == {"type", "include", "exclude", "rslora", "dora", "init"} | sizes
     assert identity(LokrSettings(type="lokr", factor=8))["[adapter] factor"] == 8
 
 

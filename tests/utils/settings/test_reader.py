@@ -199,7 +199,6 @@ def test_a_wrong_key_of_the_run(folder: Folder, top: str, where: str, message: s
         ("[optimizer]\ntype = 'adamw'\nlr = 0", "[optimizer] lr", "greater than 0"),
         ("[optimizer]\ntype = 'adamw'\nlr = inf", "[optimizer] lr", "finite"),
         ("[optimizer]\ntype = 'AdamX'\nlr = 1\nbetas = 3", "[optimizer] type", "known: adafactor"),
-        ("[adapter]\ntype = 'lora'", "[adapter] rank", "required"),
         ("[adapter]\ntype = 'lora'\nrank = 1\nfactor = 2", "[adapter] factor", 'in [adapter] with type = "lokr"'),
         ("[adapter]\ntype = 'lora'\nrank = 1\nmomentum = 0.5", "[adapter] momentum", ' or "sgd" or '),
         ("[adapter]\ntype = 'lohx'\nrank = 1", "[adapter] type", "'lora'"),

@@ -6,7 +6,7 @@ import pytest
 
 from tests.utils.settings.conftest import CHOICES, Folder
 from utils.errors import UserError
-from utils.settings.reader import read_settings
+from utils.settings.reader import read_all, read_settings
 from utils.settings.rules import WANDB_KEYS, check_rules, remarks_on_run
 
 EVAL = 'eval_datasets = [{name = "a", config = "dataset.toml"}, {name = "a", config = "dataset.toml"}]'
@@ -193,3 +193,16 @@ def test_what_a_base_may_be_kept_in_is_told_as_one_list(folder: Folder) -> None:
     with pytest.raises(UserError) as error:
         read_settings(folder.run(model="transformer_dtype = 'fp8'"), CHOICES)
     assert len(error.value.problems) == 1 and "'nf4' or 'int4'" in str(error.value)
+
+
+def test_what_an_adapter_needs_is_told(folder: Folder) -> None:
+    """But nothing that may follow from another mistake of its table."""
+    for rank, expected in (
+        ("", "is required and not given"),
+        ("rank = 0\ndora = true\ndtype = 'bfloat16'", "at least 1"),
+    ):
+        path = folder.run(tables=f"[adapter]\ntype = 'lora'\n{rank}")
+        with pytest.raises(UserError) as raised:
+            read_all(path, CHOICES, 1)
+        (problem,) = raised.value.problems
+        assert problem.where == "[adapter] rank" and expected in problem.message
