@@ -107,6 +107,8 @@ def _form_of(value: Any, tensors: list[torch.Tensor]) -> Any:
             return {name: [_form_of(one, tensors) for one in value]}
     if isinstance(value, deque):
         return {"deque": [value.maxlen, [_form_of(one, tensors) for one in value]]}
+    if isinstance(value, torch.dtype):
+        return {"type": str(value).removeprefix("torch.")}
     if value is None or isinstance(value, bool | int | float | str):
         return {"plain": value}
     raise TypeError(f"an optimizer's {type(value).__name__} cannot be saved in a checkpoint")
@@ -121,6 +123,8 @@ def _value_of(form: Any, key: str, tensors: Mapping[str, torch.Tensor], device: 
         return {name: _value_of(one, key, tensors, device) for name, one in content}
     if kind == "plain":
         return content
+    if kind == "type":
+        return getattr(torch, content)
     if kind == "deque":
         most, content = content
         return deque((_value_of(one, key, tensors, device) for one in content), most)

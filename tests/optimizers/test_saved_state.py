@@ -179,6 +179,7 @@ def test_what_is_used_is_not_what_is_trained_and_looking_changes_nothing(name: s
         [[], [torch.arange(3.0)], None],
         {"a": torch.ones(2, dtype=torch.bfloat16)},
         deque([1, 2], 4),
+        torch.bfloat16,
         torch.tensor(2.5),
         torch.tensor(2, dtype=torch.int32),
     ],
