@@ -23,9 +23,9 @@ TABLE = re.compile(r"emb|table|token")
 class Rates:
     """Rates and decays by the settings, for parameters of a denoiser with its adapter, if it has one.
 
-    The first that applies counts: a rule of `[optimizer]`, the rate of a part of the blocks, that of a part of the
-    model (`unet_lr`), that of all. With `loraplus_lr_ratio` the second factors of a LoRA have a multiple of it (Hayou
-    et al. 2024, "LoRA+").
+    The first that applies counts: a rule of `[optimizer]`, a rule of `[adapter]`, the rate of a part of the blocks,
+    that of a part of the model (`unet_lr`), that of all. With `loraplus_lr_ratio` the second factors of a LoRA have a
+    multiple of it (Hayou et al. 2024, "LoRA+").
     """
 
     def __init__(self, settings: Settings, pipeline: BasePipeline, denoiser: nn.Module) -> None:
@@ -33,6 +33,8 @@ class Rates:
         self._pipeline = pipeline
         self._part_rates = {key: rate for key in PARTS if (rate := getattr(settings.optimizer, key)) is not None}
         self._factor_of_second = getattr(settings.adapter, "loraplus_lr_ratio", None) or 1.0
+        adapter = settings.adapter
+        self._by_module = attach.rates_by_rule(denoiser, adapter) if adapter and adapter.rules else {}
         self._undecayed = frozenset(undecayed(denoiser))
 
     def lr(self, name: str) -> float:
@@ -44,6 +46,8 @@ class Rates:
         rule = self._rule(name)
         if rule is not None and rule.lr is not None:
             return rule.lr
+        if name in self._by_module:
+            return self._by_module[name]
         for key, rate in self._part_rates.items():
             if PARTS[key](self._pipeline, name):
                 return rate

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatch, fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from utils.adapters.kinds import ADAPTER, AdapterKind
 from utils.diffusion import seeds
 from utils.errors import UserError
 from utils.settings.model_schema import torch_dtype
-from utils.settings.schema import AdapterSettings
+from utils.settings.schema import AdapterRule, AdapterSettings
 
 
 def base_name(name: str) -> str:
@@ -85,15 +86,63 @@ def attach(
     names = targets(denoiser, blocks, settings)
     denoiser.requires_grad_(False)
     kind = adapters.find(settings.type)
-    if ranks is None:
-        kind.put(denoiser, names, settings)
-    for rank in sorted(set((ranks or {}).values())):
-        own = [name for name in names if ranks.get(name) == rank]
-        kind.put(denoiser, own, settings.model_copy(update={"rank": rank}))
+    for own, chosen in by_rule(denoiser, names, settings):
+        if ranks is None:
+            kind.put(denoiser, own, chosen)
+            continue
+        for rank in sorted(set(ranks.values())):
+            of_rank = [name for name in own if ranks.get(name) == rank]
+            kind.put(denoiser, of_rank, chosen.model_copy(update={"rank": rank}))
     # In their own type already, so that what they take can be counted.
     for name, parameter in denoiser.named_parameters():
         if is_factor(name):
             parameter.data = parameter.data.to(torch_dtype(settings.dtype))
+
+
+def by_rule(
+    denoiser: nn.Module, names: Sequence[str], settings: AdapterSettings
+) -> list[tuple[list[str], AdapterSettings]]:
+    """Modules that are adapted alike, each with the settings of its rule.
+
+    Raises:
+        UserError: a rule matches nothing, or nothing that no rule before it matches; or the rules leave nothing.
+    """
+    taken: list[list[str]] = [[] for _ in settings.rules]
+    others, matched = [], set()
+    for name in names:
+        numbers = [number for number, rule in enumerate(settings.rules) if matches(denoiser, name, rule.pattern)]
+        matched.update(numbers)
+        (taken[numbers[0]] if numbers else others).append(name)
+    for number, (rule, own) in enumerate(zip(settings.rules, taken, strict=True)):
+        if not own:
+            nothing = f"matches nothing; modules are called like {names[0]}"
+            why = "matches only what rules above it match" if number in matched else nothing
+            raise UserError.of(f'pattern "{rule.pattern}" {why}', where=f"[[adapter.rules]] {number + 1}")
+    ruled = [
+        (own, settings.model_copy(update=_changes(rule)))
+        for rule, own in zip(settings.rules, taken, strict=True)
+        if rule.rank != 0
+    ]
+    found = [(own, chosen) for own, chosen in [*ruled, (others, settings)] if own]
+    if not found:
+        raise UserError.of("the ranks of 0 leave nothing to adapt", where="[[adapter.rules]]")
+    return found
+
+
+def _changes(rule: AdapterRule) -> dict[str, Any]:
+    """What a rule changes of the settings. Its rank is also that of convolutions."""
+    of_all = {"conv_dim": None, "conv_alpha": None} if rule.rank else {}
+    return {**of_all, **rule.sizes}
+
+
+def rates_by_rule(denoiser: nn.Module, settings: AdapterSettings) -> dict[str, float]:
+    """The learning rates of the parameters for which a rule has one, by name."""
+    rates = {}
+    for name, (_, module) in adapted(denoiser).items():
+        rule = next((rule for rule in settings.rules if matches(denoiser, name, rule.pattern)), None)
+        if rule is not None and rule.lr is not None:
+            rates |= {base_name(f"{name}.{own}"): rule.lr for own, _ in module.named_parameters()}
+    return rates
 
 
 def adapted(denoiser: nn.Module) -> dict[str, tuple[AdapterKind, nn.Module]]:

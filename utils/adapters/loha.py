@@ -46,6 +46,7 @@ class LohaSettings(AdapterSettings, LowRankKeys):
 
     def problems(self, model: ModelSettings) -> Iterator[tuple[str, str]]:
         """See `AdapterSettings`."""
+        yield from super().problems(model)
         yield from self.problems_of_sizes()
         if self.tucker and not self.convolutions:
             yield "tucker", "is for convolutions only; set `convolutions = true` too, or leave this out"

@@ -60,7 +60,14 @@ class LokrSettings(AdapterSettings, LowRankKeys):
 
     def problems(self, model: ModelSettings) -> Iterator[tuple[str, str]]:
         """See `AdapterSettings`."""
+        yield from super().problems(model)
         yield from self.problems_of_sizes()
+        for number, rule in enumerate(self.rules, start=1):
+            if self.full_matrix and (rule.rank or rule.alpha):
+                yield (
+                    f"rules[{number}]",
+                    "has a rank or an alpha, which full_matrix leaves no use for; leave one out",
+                )
         if self.tucker and not self.convolutions:
             yield "tucker", "is for convolutions only; set `convolutions = true` too, or leave this out"
 

@@ -92,6 +92,7 @@ class LoraSettings(AdapterSettings, LowRankKeys):
 
     def problems(self, model: ModelSettings) -> Iterator[tuple[str, str]]:
         """See `AdapterSettings`."""
+        yield from super().problems(model)
         yield from self._problems_of_ranks()
         if self.dora and self.dtype != "float32":
             yield "dora", 'needs dtype = "float32": lengths of rows, rounded to 16 bits, would change the whole weight'
@@ -120,8 +121,9 @@ class LoraSettings(AdapterSettings, LowRankKeys):
                     yield key, "is not used with dim_from_weights; leave one of them out"
             if self.init_from_existing is None:
                 yield "dim_from_weights", "needs the file of an adapter: set `init_from_existing`"
-        if self.dylora_unit and self.rank and self.dylora_unit > self.rank:
-            yield "dylora_unit", f"is above the rank, {self.rank}; set a number that divides it"
+        ranks = [rank for rank in (self.rank, *(rule.rank for rule in self.rules)) if rank]
+        if self.dylora_unit and ranks and self.dylora_unit > min(ranks):
+            yield "dylora_unit", f"is above the rank, {min(ranks)}; set a number that divides it"
 
 
 class Lora(WithoutMore):

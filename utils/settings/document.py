@@ -48,7 +48,11 @@ listed here is refused, unless it is one of another trainer's that says the same
 Write them at the top of the file, above all tables, or in tables that only group them: {groups}.
 """
 # Table -> its keys that are arrays of tables.
-ENTRIES: Mapping[str, tuple[str, ...]] = {"model": ("text_encoders", "preset_adapters"), "optimizer": ("rules",)}
+ENTRIES: Mapping[str, tuple[str, ...]] = {
+    "model": ("text_encoders", "preset_adapters"),
+    "adapter": ("adapter.rules",),
+    "optimizer": ("rules",),
+}
 # Tables whose `type` may have any capitals -> what may stand between its letters.
 ANY_CAPITALS: Mapping[str, str] = {"optimizer": "[-_]*", "model": "[-_]*"}
 # Tables whose `type` may be the path of somebody's class, whose keys are its arguments.
@@ -86,7 +90,7 @@ def settings_page(classes: Mapping[str, Classes]) -> str:
     for name, cls in SECTIONS.items():
         parts.append(_section(f"## `[{name}]`", cls, name))
         for key in ENTRIES.get(name, ()):
-            parts.append(_section(f"### Entries of `{key}`", NESTED[key]))
+            parts.append(_section(f"### Entries of `{key.rpartition('.')[2]}`", NESTED[key]))
         parts += [_of_type(name, kind, one) for kind, one in (classes[name] if name in CHOSEN else {}).items()]
     parts.append(_section("## The dataset file", DatasetSettings, "dataset", only=_own_keys(DatasetSettings)))
     directory = _own_keys(DirectorySettings)

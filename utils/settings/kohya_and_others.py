@@ -10,6 +10,7 @@ from utils.settings.foreign import Foreign, leave_out, write
 _TRAINED = "`dtype`, the type of the weights that are trained, in `[adapter]`, or in `[model]` without one"
 _TEXT_ENCODER = "an entry of `text_encoders`, in `[model]`, as in `text_encoders = [{{ type = '{}', path = '...' }}]`"
 _FP8_TEXT = "`text_encoder_dtype`, in `[model]`, as in `text_encoder_dtype = 'float8'`, for all text encoders"
+_RULES = "`rules`, in `[adapter]`, as in `rules = [{ pattern = 'down_blocks.1.*', rank = 8, alpha = 4.0, lr = 1e-5 }]`"
 _NO_FLAG = "the default is the fastest that is right on this machine; `attention` names others"
 _LOADER = "data is read ahead by a thread, from the cache"
 
@@ -134,6 +135,15 @@ _OF_RUNS: Mapping[str, str] = {
     "ae": "`vae_path`, in `[model]`",
     "base_weights": "`preset_adapters`, in `[model]`",
     "base_weights_multiplier": "the weight of each of the `preset_adapters`, in `[model]`",
+    "block_dims": _RULES,
+    "block_alphas": _RULES,
+    "conv_block_dims": _RULES,
+    "conv_block_alphas": _RULES,
+    "down_lr_weight": _RULES,
+    "mid_lr_weight": _RULES,
+    "up_lr_weight": _RULES,
+    "network_reg_dims": _RULES,
+    "network_reg_lrs": _RULES,
     "clip_g": _TEXT_ENCODER.format("clip_g"),
     "clip_l": _TEXT_ENCODER.format("clip_l"),
     "algo": "`type`, in `[adapter]`; BOFT is `type = 'oft'` with `butterfly = true`",

@@ -46,6 +46,27 @@ class ParameterRule(SettingsTable):
     """Their weight decay; default: that of all."""
 
 
+class AdapterRule(SettingsTable):
+    """`[[adapter.rules]]`: how the adapter of some modules differs from that of the others. For each module the first
+    rule counts that matches it."""
+
+    pattern: Annotated[str, Field(min_length=1)]
+    """Glob pattern that may match anywhere in a module's name, or is the class of a module around it."""
+    rank: Natural | None = None
+    """Rank of their updates, whatever their kernels; 0 adapts none of them; default: that of all."""
+    alpha: Positive | None = None
+    """Their alpha; default: that of all."""
+    dropout: Share | None = None
+    """Fraction of their inputs that is dropped in training; default: that of all."""
+    lr: Positive | None = None
+    """Their learning rate; default: that of all. A rule of `[optimizer]` comes before it."""
+
+    @property
+    def sizes(self) -> dict[str, float]:
+        """The keys of the adapter itself that it sets."""
+        return self.model_dump(exclude={"pattern", "lr"}, exclude_none=True)
+
+
 class AdapterSettings(SettingsTable):
     """`[adapter]`: train an adapter instead of the model itself. Without this table: full fine-tuning.
 
@@ -73,9 +94,26 @@ class AdapterSettings(SettingsTable):
     """A JSON file with LyCORIS's configuration, as SimpleTuner's users have it: its keys are read as those of this
     table, `type` among them."""
 
+    rules: list[AdapterRule] = []
+    """Modules whose adapter has another rank, alpha, dropout or learning rate."""
+
     def problems(self, model: ModelSettings) -> Iterator[tuple[str, str]]:
         """Contradictions among the keys of this table, and with those of [model]: a key, and what is wrong with it."""
-        yield from ()
+        for number, rule in enumerate(self.rules, start=1):
+            if not rule.sizes and rule.lr is None:
+                yield f"rules[{number}]", "says nothing; give it rank, alpha, dropout or lr"
+            if unknown := [key for key in rule.sizes if key not in type(self).model_fields]:
+                yield (
+                    f"rules[{number}].{unknown[0]}",
+                    f'is for adapters that have a {unknown[0]}, and not "{self.type}"',
+                )
+            if rule.rank is not None and getattr(self, "dim_from_weights", False):
+                yield f"rules[{number}].rank", "is set by the file, with dim_from_weights; leave one of them out"
+
+    def binding(self) -> dict[str, Any]:
+        """The rules have no place in what checkpoints without rules hold."""
+        rules = [[rule.pattern, rule.rank, rule.alpha] for rule in self.rules if rule.sizes]
+        return {**super().binding(), **({"rules": rules} if rules else {})}
 
 
 class OptimizerSettings(SettingsTable):

@@ -172,7 +172,7 @@ def check(cls: type[T], table: Table, known: Iterable[str], choices: Choices) ->
     for error in errors:
         loc = error["loc"]
         if error["type"] == "extra_forbidden":
-            nested = str(loc[0])
+            nested = f"{table.place}.{loc[0]}" if f"{table.place}.{loc[0]}" in NESTED else str(loc[0])
             place, here = (nested, known_keys(nested, NESTED[nested])) if len(loc) > 1 else (table.place, known)
             message = unknown_key(str(loc[-1]), place, here, choices)
         elif error["type"] == "list_type" and isinstance(error["input"], dict):
