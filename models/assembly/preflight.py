@@ -15,6 +15,7 @@ from models.assembly.exports import check_exports, check_outputs
 from models.assembly.fitting import memory_of
 from models.assembly.memory import Planner
 from models.assembly.prompts import check_encoders
+from models.assembly.rates import Rates
 from models.assembly.stage import StagedModel, load_existing_adapter, partition, read_presets
 from models.base import BasePipeline
 from models.foundation.checkpoints.folders import problems_of
@@ -68,6 +69,9 @@ def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline, trains: 
         check_account(settings.monitoring)
     check_optimizer(settings, ranks)
     staged = check_model(settings, pipeline)
+    if optimizers.find(settings.optimizer.type).sums:
+        rates = Rates(settings, pipeline, staged.denoiser)
+        rates.check_alike(staged.trained(staged.layers), settings.optimizer.type)
     check_kernels(settings.attention, staged.denoiser, ranks.device.type)
     for option, remark in pipeline.remarks():
         logger.warning("[model] %s: %s", option, remark)

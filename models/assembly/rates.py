@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 
 from torch import nn
@@ -73,6 +73,21 @@ class Rates:
         problems = list(self._problems([attach.base_name(name) for name in _trained(denoiser)]))
         if problems:
             raise UserError(problems)
+
+    def check_alike(self, names: Iterable[str], optimizer_type: str) -> None:
+        """Whether these parameters all have the same rate, as optimizers need it that find one for all.
+
+        Raises:
+            UserError: they do not; names one that differs.
+        """
+        rates = {name: self.lr(name) for name in names}
+        other = next((name for name, rate in rates.items() if rate != self._settings.lr), None)
+        if other is not None:
+            raise UserError.of(
+                f'"{optimizer_type}" finds one learning rate for all, and {other} has its own, {rates[other]:g}: leave '
+                "that out, or take another optimizer",
+                where="[optimizer] type",
+            )
 
     def _problems(self, names: list[str]) -> Iterator[Problem]:
         taken = {id(self._rule(name)) for name in names}

@@ -148,6 +148,14 @@ def test_a_rule_that_is_not_used_is_refused(folder_of: Callable[[str], Path], ke
         rates_of(folder_of("flux"), "flux", LoraSettings(type="lora", rank=2), **keys)
 
 
+def test_an_optimizer_that_finds_one_rate_is_told_of_another(folder_of: Callable[[str], Path]) -> None:
+    alike, denoiser = rates_of(folder_of("flux"), "flux")
+    alike.check_alike(dict(denoiser.named_parameters()), "prodigy")
+    differ, _ = rates_of(folder_of("flux"), "flux", mlp_lr=2.0)
+    with pytest.raises(UserError, match=r'type: "prodigy" finds one .*, and transformer_blocks.0.ff.* its own, 2:'):
+        differ.check_alike(dict(denoiser.named_parameters()), "prodigy")
+
+
 def test_rates_of_0_freeze_but_not_all(folder_of: Callable[[str], Path]) -> None:
     rules = [{"pattern": "single_transformer_blocks", "lr": 0.0}]
     _, denoiser = rates_of(folder_of("flux"), "flux", rules=rules)
