@@ -43,6 +43,21 @@ training goes on from.
 
 `beta2_half_life` of "adamw", "adamw8bitkahan" and "genericoptim" says in samples how long squares of gradients count.
 
+## Weights of 16 bits
+
+`rounding` of "adamw" says what keeps the steps for which a bfloat16 weight has no digits. After 1,000 steps of 1e-5 on
+weights of about 1, the movement of the same steps in float32 is missing by this share in the mean, and each weight is
+off by this share of its movement:
+
+| `rounding` | bytes beside the moments | missing | off |
+|---|---|---|---|
+| `"master"` | 4 | 0.0 % | 0.0 % |
+| `"kahan"` | 2 | 3.2 % | 15 % |
+| `"stochastic"` | 0 | 0.3 % | 75 % |
+| `"nearest"` | 0 | 99.8 % | 100 % |
+
+Steps that are larger beside their weights miss less. An adapter in float32, the default, needs none of this.
+
 ## The quickstart with other optimizers
 
 Loss of the quickstart's held-out stars, after so many of its 800 steps of 16 pictures, at one stage, without weight

@@ -29,6 +29,7 @@ NOT_FAMILIES = (
     "kinds",
     "libraries",
     "parameter_groups",
+    "rounding",
     "saved_state",
     "schedules",
     "subspaces",

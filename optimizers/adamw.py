@@ -1,11 +1,11 @@
-"""AdamW of torch, with a float32 master of every parameter that is kept in 16 bits.
+"""AdamW of torch, with a float32 master of every parameter that is kept in 16 bits, or with another way of rounding.
 
 A step of 1e-5 on a weight of 1 is lost in bfloat16, whose next number is 0.8 % away: without a master most weights of a
 full fine-tune never change. The step updates the master, and the parameter gets its rounded value (Micikevicius et al.
-2018, "Mixed Precision Training", section 3.1).
+2018, "Mixed Precision Training", section 3.1). `rounding.py` has the other ways.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -16,10 +16,9 @@ from torch.optim.adamw import adamw
 from optimizers.eight_bits import eight_bit_bytes, in_eight_bits
 from optimizers.kinds import OptimizerKind, State
 from optimizers.libraries import as_it_is
+from optimizers.rounding import COMPENSATION, DRAWS, MASTER, Rounding, is_short, round_into, values_to_step
 from utils.settings.schema import OptimizerSettings
 from utils.settings.values import Betas, Positive
-
-MASTER = "master"
 
 PART_ELEMENTS = 2**26
 """Elements of 16-bit parameters that are updated together: 256 MB of float32 gradients."""
@@ -42,6 +41,9 @@ class AdamWSettings(HalfLifeSettings):
     """Decay rates of the two running means, of the gradient and of its square."""
     eps: Positive = 1e-8
     """Added to the denominator of the update."""
+    rounding: Rounding = "master"
+    """What keeps small steps of a bfloat16 weight: a float32 "master" of it; "kahan": 16 further bits; "stochastic":
+    rounding up or down by chance, which takes no memory; with "nearest" they are lost."""
 
 
 class AdamW8bitSettings(OptimizerSettings):
@@ -68,12 +70,22 @@ class AdamW(torch.optim.Optimizer):
     Args:
         params: parameters, or groups of them.
         lr, betas, eps, weight_decay: as torch's.
+        rounding: what 16-bit parameters have in place of a master; see `AdamWSettings`.
 
     Attributes:
         found_inf: with a 1 in it, a step changes nothing; see torch's GradScaler.
     """
 
-    def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        rounding: Rounding = "master",
+    ) -> None:
+        self._rounding = rounding
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._step_supports_amp_scaling = True
         self.found_inf: torch.Tensor | None = None
@@ -82,22 +94,31 @@ class AdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         for group in self.param_groups:
             moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+            keys = group.get("names", range(len(group["params"])))
+            names = dict(zip(map(id, group["params"]), keys, strict=True))
             # Those of swapped blocks are in the host's memory.
             for device in dict.fromkeys(parameter.device for parameter in moved):
-                self._step_together([parameter for parameter in moved if parameter.device == device], group)
+                self._step_together([parameter for parameter in moved if parameter.device == device], group, names)
 
-    def _step_together(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def _step_together(
+        self, parameters: list[nn.Parameter], group: dict[str, Any], names: Mapping[int, object]
+    ) -> None:
         self._update([parameter for parameter in parameters if not is_short(parameter)], group)
         # Some at a time, since float32 gradients of all parameters would take as much memory as the masters.
         for some in in_parts(filter(is_short, parameters)):
-            self._update(some, group)
-            torch._foreach_copy_(some, [self.state[parameter][MASTER] for parameter in some])
+            values = self._update(some, group)
+            states = [self.state[parameter] for parameter in some]
+            round_into(some, values, states, [names[id(parameter)] for parameter in some], self._rounding)
 
-    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> list[torch.Tensor]:
+        """Steps the parameters, or float32 values of 16-bit ones, which are returned."""
         if not parameters:
-            return
+            return []
         states = [self._state_of(parameter) for parameter in parameters]
-        targets = [state.get(MASTER, parameter) for state, parameter in zip(states, parameters, strict=True)]
+        targets = [
+            values_to_step(parameter, state, self._rounding) if is_short(parameter) else parameter
+            for state, parameter in zip(states, parameters, strict=True)
+        ]
         gradients = [parameter.grad.to(target.dtype) for parameter, target in zip(parameters, targets, strict=True)]
         first, second = group["betas"]
         # One kernel for all tensors on a GPU, and for all operations on a CPU, where it takes a sixth of the time. It
@@ -108,7 +129,7 @@ class AdamW(torch.optim.Optimizer):
             for target, gradient, state in zip(targets, gradients, states, strict=True)
         )
         if not fused and self.found_inf is not None and self.found_inf.item():
-            return
+            return targets
         for state, target in zip(states, targets, strict=True):
             state["step"] = state["step"].to(target.device) if fused else state["step"].cpu()
         adamw(
@@ -128,16 +149,15 @@ class AdamW(torch.optim.Optimizer):
             fused=fused,
             found_inf=self.found_inf if fused else None,
         )
+        return targets
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
         state = self.state[parameter]
         if not state:
-            values = parameter.detach().float() if is_short(parameter) else parameter
+            dtype = torch.float32 if is_short(parameter) else parameter.dtype
             state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(values, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(values, memory_format=torch.preserve_format)
-            if is_short(parameter):
-                state[MASTER] = values
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[moment] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
         return state
 
 
@@ -154,20 +174,17 @@ def in_parts(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]
         yield part
 
 
-def is_short(parameter: torch.Tensor) -> bool:
-    return parameter.dtype.itemsize < torch.float32.itemsize
-
-
 def with_master(parameter: torch.Tensor, value: torch.Tensor, state: State) -> State:
     """The moments are float32 in any type; a 16-bit parameter has a master beside them, and no other has one."""
-    moments = {key: kept for key, kept in state.items() if key != MASTER}
+    moments = {key: kept for key, kept in state.items() if key not in (MASTER, COMPENSATION, DRAWS)}
     return {**moments, MASTER: value.float()} if is_short(parameter) else moments
 
 
 def _state_bytes(settings: AdamWSettings, parameter: torch.Tensor) -> int:
-    """Two moments, and the master of a 16-bit parameter."""
-    size = max(parameter.itemsize, torch.float32.itemsize)
-    return parameter.numel() * size * (3 if is_short(parameter) else 2)
+    """Two moments, and what keeps the small steps of a 16-bit parameter."""
+    further = {"master": torch.float32.itemsize, "kahan": parameter.itemsize}.get(settings.rounding, 0)
+    moments = 2 * max(parameter.itemsize, torch.float32.itemsize)
+    return parameter.numel() * (moments + (further if is_short(parameter) else 0))
 
 
 KINDS = (

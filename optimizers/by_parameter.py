@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimizers.adamw import MASTER, is_short
+from optimizers.rounding import MASTER, is_short
 
 
 class ByParameter(torch.optim.Optimizer):

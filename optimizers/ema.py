@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from optimizers.adamw import MASTER, in_parts
+from optimizers.adamw import in_parts
+from optimizers.rounding import MASTER
 from utils.settings.run_tables import EMASettings
 
 # By name: the decay after n updates and with `power`, before it is limited to the requested decay.

@@ -9,8 +9,9 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from optimizers.adamw import MASTER, AdamW
+from optimizers.adamw import AdamW
 from optimizers.ema import EMA
+from optimizers.rounding import MASTER
 from utils.diffusion.seeds import normal
 from utils.settings.run_tables import EMASettings
 

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from optimizers.adamw import MASTER
 from optimizers.ema import EMA
 from optimizers.kinds import State
+from optimizers.rounding import MASTER
 from optimizers.saved_state import GROUP, restore_groups, unpacked
 from utils.dataset.epochs import Continued, Epochs
 from utils.dataset.going_on import going_on
