@@ -137,12 +137,18 @@ def check_schedule(settings: Settings) -> None:
         )
 
 
-def check_release(settings: Settings) -> None:
-    """Whether the optimizer can step layer by layer, if the settings ask for it.
+def check_steps(settings: Settings) -> None:
+    """Whether the optimizer can step layer by layer, or let weights be changed after its steps, if the settings ask for
+    it.
 
     Raises:
         UserError: it cannot.
     """
+    if find(settings.optimizer.type).averages and getattr(settings.adapter, "scale_weight_norms", None):
+        raise UserError.of(
+            f'does not go with "{settings.optimizer.type}", which trains other weights than those to be used',
+            where="[adapter] scale_weight_norms",
+        )
     if settings.optimizer.gradient_release and not find(settings.optimizer.type).steps_alone:
         fitting = ", ".join(name for name, kind in available().items() if kind.steps_alone)
         raise UserError.of(

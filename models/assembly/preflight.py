@@ -92,7 +92,7 @@ def check_optimizer(settings: Settings, ranks: Ranks) -> None:
     optimizers.check(settings.optimizer, ranks.device.type)
     schedules.check(settings)
     optimizers.check_schedule(settings)
-    optimizers.check_release(settings)
+    optimizers.check_steps(settings)
     optimizers.warn_of_sums(settings)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 import optimizers
@@ -23,6 +23,7 @@ from models.base import BasePipeline
 from optimizers import sums
 from optimizers.ema import EMA
 from optimizers.parameter_groups import groups_of
+from utils.adapters.norms import factors_in, limit_norms
 from utils.collector import without_collector
 from utils.dataset.batches import EvaluationBatches, FeatureBatch, SampleReader, TrainingBatches
 from utils.dataset.encoders import reads_text
@@ -246,6 +247,7 @@ def _engine(
         clip_norm=settings.gradient_clipping,
         clip_by=settings.gradient_clipping_by,
         release=settings.optimizer.gradient_release,
+        after_step=_limit_of_norms(settings, staged.stage_layers(ranks.stage)),
         teacher=teacher_of(pipeline, settings, staged),
         float32_gradients=sums_in_float32(settings),
         shares=shares,
@@ -255,6 +257,11 @@ def _engine(
         group = None if shares.divided else engine.grid.get_pipe_parallel_group()
         optimizer.total = sums.over(numbers_of_all(engine.device, group))
     return engine
+
+
+def _limit_of_norms(settings: Settings, layers: Sequence[Module]) -> Callable[[], None] | None:
+    limit = getattr(settings.adapter, "scale_weight_norms", None)
+    return partial(limit_norms, factors_in(layers), limit) if limit else None
 
 
 def _batches(

@@ -244,6 +244,6 @@ def test_an_optimizer_that_steps_all_together_releases_no_gradients() -> None:
         chosen = optimizers.find(name).settings(**optimizer)
         return Settings(output_dir="a", dataset="b", model=ModelSettings(type="flux"), optimizer=chosen)
 
-    optimizers.check_release(settings("adamw"))
+    optimizers.check_steps(settings("adamw"))
     with pytest.raises(UserError, match=r"\[optimizer\] gradient_release: .soap. has to step all .* one of .*adamw, "):
-        optimizers.check_release(settings("soap"))
+        optimizers.check_steps(settings("soap"))

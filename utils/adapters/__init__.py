@@ -23,6 +23,7 @@ NOT_KINDS = (
     "lora_starts",
     "lycoris",
     "magnitudes",
+    "norms",
     "peft_layers",
     "peft_settings",
     "presets",

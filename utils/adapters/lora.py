@@ -79,6 +79,9 @@ class LoraSettings(AdapterSettings, LowRankKeys):
     loraplus_lr_ratio: Positive | None = None
     """The second factors, which begin at zero, learn so many times as fast as the first: "LoRA+", whose authors take
     16; default: as fast."""
+    scale_weight_norms: Positive | None = None
+    """Largest norm of the update of a module: both factors of a larger one are made smaller after each step; kohya's
+    users take 1; default: no limit."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank, so that large ranks learn as fast as small ones (rsLoRA)."""
     dora: bool = False
@@ -99,6 +102,10 @@ class LoraSettings(AdapterSettings, LowRankKeys):
         beside = [number for number, preset in enumerate(model.preset_adapters, start=1) if not preset.fused]
         if self.dora and beside:
             yield "dora", f"measures weights, of which preset {beside[0]} is no part; set `fused = true` there"
+        if self.scale_weight_norms and (self.init or self.dtype != "float32"):
+            start = "limits updates, and a start of `init` is none; leave one of them out"
+            short = 'needs dtype = "float32": the optimizer would keep what 16 bits lose of larger factors'
+            yield "scale_weight_norms", start if self.init else short
         if self.init and self.init_from_existing:
             yield (
                 "init",

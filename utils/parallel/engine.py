@@ -17,7 +17,7 @@ What differs from `deepspeed.runtime.pipe.engine.PipelineEngine` of 0.19.8, each
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,7 @@ class Engine(PipelineEngine):
         clip_norm, clip_by: see `Clipping`.
         release: see `GradientRelease`; then one micro-batch is a step, without a limit of the whole gradient's norm,
             with all of the stage's parameters in `shares`.
+        after_step: changes parameters after each step, the same ones on all data ranks.
         float32_gradients: sum the gradients of 16-bit parameters in float32, since in their own type what later
             micro-batches add to a large sum is lost. The optimizer must take them so.
         shares: which of the parameters `optimizer` steps; default: all that the stage trains.
@@ -85,6 +86,7 @@ class Engine(PipelineEngine):
         clip_norm: float,
         clip_by: ClipBy = "norm",
         release: bool = False,
+        after_step: Callable[[], None] | None = None,
         teacher: Teacher | None = None,
         float32_gradients: bool = False,
         shares: Shares | None = None,
@@ -121,6 +123,7 @@ class Engine(PipelineEngine):
             parts = module.forward_funcs, self._trained, optimizer, mean, self._clipping
             self._released = GradientRelease(*parts)
         self.teacher = teacher
+        self._after_step = after_step
         self._grad_norm = torch.zeros(())
         self._forward_count = 0
         self._step = 0
@@ -322,6 +325,8 @@ class Engine(PipelineEngine):
                 self._shares.before_step()
                 self.optimizer.step()
                 self._shares.after_step()
+        if self._after_step:
+            self._after_step()
         self.zero_grad()
         self.global_steps += 1
 

@@ -224,7 +224,6 @@ ANYWHERE: Mapping[str, Foreign] = {
     **{key: leave_out(why) for key, why in _NEEDLESS.items()},
     "cache_latents": leave_out("latents always are cached", only=(True,)),
     "fused_backward_pass": write("`gradient_release`, in `[optimizer]`", unless=(False,)),
-    "scale_weight_norms": leave_out("this version does not bound the norm of an adapter", only=(0, 0.0)),
     "noise_offset_random_strength": leave_out("this version adds the whole of noise_offset", only=(False,)),
     "lr_scheduler_num_cycles": write("`lr_num_cycles`", unless=(1,)),
     "lr_scheduler_power": write("`lr_power`", unless=(1, 1.0)),

@@ -52,7 +52,16 @@ def _schedule_uses(key: str) -> SettingsRule:
     return SettingsRule((key, "lr_scheduler"), check)
 
 
+def _limited_norms_stay(settings: Settings, _: int) -> Iterator[Problem]:
+    if getattr(settings.adapter, "scale_weight_norms", None) and settings.offload_optimizer:
+        yield at(
+            "[adapter] scale_weight_norms",
+            "limits factors on the GPU, and offload_optimizer steps copies of them; leave out one of them",
+        )
+
+
 STEP_RULES = (
+    SettingsRule(("adapter.*", "offload_optimizer"), _limited_norms_stay),
     SettingsRule(("blocks_to_swap", "adapter", "zero_stage", "offload_optimizer"), _trained_blocks_step_at_home),
     SettingsRule(
         (
