@@ -10,6 +10,7 @@ from torch import nn
 
 from models.base import BasePipeline
 from utils.adapters import attach
+from utils.adapters.magnitudes import MAGNITUDE
 from utils.errors import Problem, UserError
 from utils.settings.schema import ParameterRule, Settings
 
@@ -130,7 +131,8 @@ def undecayed(denoiser: nn.Module) -> Iterator[str]:
         for leaf, parameter in module.named_parameters(recurse=False):
             name = f"{prefix}.{leaf}" if prefix else leaf
             is_table = leaf != "weight" and not attach.is_factor(name) and TABLE.search(leaf)
-            if of_vectors or parameter.ndim < 2 or is_table:
+            # The lengths of a convolution's rows have its dimensions.
+            if of_vectors or parameter.ndim < 2 or is_table or MAGNITUDE in name:
                 yield attach.base_name(name)
 
 

@@ -15,6 +15,7 @@ from models.assembly.rates import Rates, undecayed
 from models.assembly.stage import partition
 from tests.models.tiny_folder import settings_of, tiny
 from tests.runs import only_run
+from utils.adapters.attach import base_name
 from utils.adapters.lora import LoraSettings
 from utils.errors import UserError
 from utils.ranks import Ranks, disconnect
@@ -185,6 +186,15 @@ def test_tables_embeddings_norms_and_vectors_do_not_decay(
     assert linears and not linears & without, "a matrix in a norm of diffusers is one of modulation, and decays"
     vectors = {name for name, parameter in denoiser.named_parameters() if parameter.ndim < 2}
     assert vectors <= without
+
+
+def test_lengths_of_rows_do_not_decay(folder_of: Callable[[str], Path]) -> None:
+    adapter = LoraSettings(type="lora", rank=2, dora=True, convolutions=True)
+    rates, denoiser = rates_of(folder_of("sdxl"), "sdxl", adapter, weight_decay=0.1)
+    trained = {base_name(name): p for name, p in denoiser.named_parameters() if p.requires_grad}
+    lengths = {name: p.ndim for name, p in trained.items() if "magnitude" in name}
+    assert set(lengths.values()) == {1, 4} and {rates.weight_decay(name) for name in lengths} == {0.0}
+    assert {rates.weight_decay(name) for name in trained if name not in lengths} == {0.1}
 
 
 def test_what_is_frozen_is_exported_as_it_was(write_config: Callable[..., Path], short_flux: Path) -> None:
