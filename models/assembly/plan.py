@@ -174,7 +174,8 @@ def _trained(settings: Settings, pipeline: BasePipeline, staged: StagedModel) ->
     if adapter is None:
         return f"full fine-tune of {parts}, since there is no [adapter]"
     rank = adapter.model_dump().get("rank")
-    of_rank = f" of rank {rank}" if rank else ""
+    by_rules = ", or as the rules say," if any(rule.rank for rule in adapter.rules) else ""
+    of_rank = f" of rank {rank}{by_rules}" if rank else ""
     begins = f", which begins as {adapter.init_from_existing}" if adapter.init_from_existing else ""
     name, count = adapters.find(adapter.type).name, len(attach.adapted(denoiser))
     return f"{name}{of_rank} on {count} modules of {parts}{begins}"

@@ -41,7 +41,7 @@ class ParameterRule(SettingsTable):
     """Glob pattern that may match anywhere in a parameter's name."""
     lr: NotNegative | None = None
     """Their learning rate, after warm-up; default: that of their part, or of all. 0 freezes what a full fine-tune would
-    train."""
+    train: after others, a rule with pattern "*" and lr 0 leaves only what they match."""
     weight_decay: NotNegative | None = None
     """Their weight decay; default: that of all."""
 
