@@ -7,6 +7,7 @@ header in JSON, the tensors one behind the other.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -79,3 +80,13 @@ def _contents(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] |
         # One of a single element may have any stride.
         flat = flat.as_strided((flat.numel(),), (1,))
         yield memoryview(flat.view(torch.uint8).numpy())
+
+
+def sha256_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The SHA-256 of what `write_tensors` writes behind the header, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    contents = _contents(tensors, None)
+    next(contents)
+    for content in contents:
+        digest.update(content)
+    return digest.hexdigest()

@@ -15,7 +15,7 @@ from models.foundation.checkpoints.recognition import owner_of_names
 from utils import adapters
 from utils.adapters.differences import differences, with_dora
 from utils.adapters.file_names import Contents, contents
-from utils.adapters.kinds import DORA_SCALE, AdapterFile, AdapterKind, Entry, ModelNames, Tensors, Update
+from utils.adapters.kinds import DORA_SCALE, LAYOUT, AdapterFile, AdapterKind, Entry, ModelNames, Tensors, Update
 from utils.adapters.soundness import check_entry
 from utils.errors import UserError
 
@@ -172,6 +172,9 @@ def _read(path: Path) -> AdapterFile:
     if not files:
         raise UserError.of("this file is empty; download it again", str(path))
     if len(files) > 1:
+        # An export of ours with names of its own has a file for each program.
+        files = [file for file in files if _layout_of(file) == "diffusers"] or files
+    if len(files) > 1:
         raise UserError.of(
             f"there are {len(files)} files here, {', '.join(file.name for file in files[:3])} ...; give one of them",
             str(path),
@@ -179,6 +182,12 @@ def _read(path: Path) -> AdapterFile:
     with opened(files[0]) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         return AdapterFile(tensors, file.metadata() or {}, files[0])
+
+
+def _layout_of(path: Path) -> str | None:
+    """The layout that the header of a file of ours names."""
+    with opened(path) as file:
+        return (file.metadata() or {}).get(LAYOUT)
 
 
 def _what_is_there(file: AdapterFile) -> str:
