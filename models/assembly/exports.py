@@ -116,7 +116,7 @@ def export_plan(
         dtype=torch_dtype(settings.save_dtype) if settings.save_dtype else None,
         formats=formats,
         layouts={COMFYUI: layout.to_original} if layout and not adapter else {},
-        folders=_folders(pipeline, staged.denoiser),
+        folders=part_folders(pipeline, staged.denoiser),
         metadata={
             **(about or {}),
             "trained_with": "penstock",
@@ -138,13 +138,18 @@ def _base_name(pipeline: BasePipeline) -> str:
     return options.architecture or options.diffusers_path.resolve().name
 
 
+def architecture_of(pipeline: BasePipeline) -> str:
+    """What ModelSpec calls the model."""
+    return pipeline.spec_architecture or pipeline.options.type.replace("_", "-")
+
+
 def about_run(pipeline: BasePipeline, settings: Settings, of_data: Mapping[str, str]) -> dict[str, str]:
     """What the headers of a run's exports say of it.
 
     Args:
         of_data: what they say of its data.
     """
-    architecture = pipeline.spec_architecture or settings.model.type.replace("_", "-")
+    architecture = architecture_of(pipeline)
     kinds = {VPrediction: "v", Epsilon: "epsilon"}
     predicts = next((name for kind, name in kinds.items() if isinstance(pipeline.objective, kind)), None)
     about = {
@@ -198,7 +203,7 @@ def _holds_first(staged: StagedModel) -> bool:
     return not any(parameter.is_meta for parameter in staged.layers[0].parameters())
 
 
-def _folders(pipeline: BasePipeline, denoiser: nn.Module) -> tuple[PartFolder, ...]:
+def part_folders(pipeline: BasePipeline, denoiser: nn.Module) -> tuple[PartFolder, ...]:
     """The trained modules as parts of a diffusers folder."""
     if not isinstance(denoiser, Ensemble):
         return (PartFolder(pipeline.denoiser_folder, dict(denoiser.config)),)

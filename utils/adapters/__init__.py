@@ -27,6 +27,7 @@ NOT_KINDS = (
     "peft_settings",
     "presets",
     "soundness",
+    "tools",
 )
 
 

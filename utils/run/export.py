@@ -255,10 +255,14 @@ def _join(parts: Path, unfinished: Path, plan: ExportPlan, step: int, name: str)
     for part in sorted(parts.glob("*.safetensors")):
         tensors |= load_file(part)
     _make_anew(unfinished)
-    metadata = {**plan.metadata, "step": str(step), "format": "pt"}
-    place = _Place(unfinished, name, plan.files)
+    write_files(unfinished, tensors, plan, {**plan.metadata, "step": str(step)}, name)
+
+
+def write_files(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: Mapping[str, str], name: str) -> None:
+    """Writes the files of an export into a folder; `name` is that of the export, for theirs."""
+    place = _Place(folder, name, plan.files)
     write = _write_adapter if plan.adapter else _write_denoiser
-    write(place, tensors, plan, metadata)
+    write(place, tensors, plan, {**metadata, "format": "pt"})
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ SPEC = "1.0.1"
 IMPLEMENTATIONS = {COMFYUI: "https://github.com/comfyanonymous/ComfyUI", "diffusers": "diffusers"}
 ABOUT = "about.json"
 """The file in a run's folder with what its exports say of the run."""
-STARTED = "ss_training_started_at"
+STARTED, FINISHED = "ss_training_started_at", "ss_training_finished_at"
 MOST_TAGS, LONGEST_TAG = 500, 100
 """Of each directory so many tags are counted in a header, of at most so many letters: captions may be prose."""
 PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
@@ -40,27 +40,26 @@ def of_file(
 
     Args:
         metadata: what all files of the export say.
-        layout: "diffusers" or "comfyui".
+        layout: "diffusers", "comfyui" or that of another program.
         title: of the export.
         stem: the name of the file, without its ending.
     """
     digest, now = sha256_of(tensors), datetime.now(UTC)
-    # What a file has may be twice the rank that was trained.
+    # Where no settings say it, as of what tools make.
     pairs = (("ss_network_dim", "rank"), ("ss_network_alpha", "alpha"))
     own = {key: metadata[said] for key, said in pairs if said in metadata}
     return {
-        **metadata,
         **own,
+        **metadata,
         LAYOUT: layout,
         "modelspec.sai_model_spec": SPEC,
-        "modelspec.implementation": IMPLEMENTATIONS[layout],
+        "modelspec.implementation": IMPLEMENTATIONS.get(layout, layout),
         "modelspec.title": metadata.get("modelspec.title", title),
         "modelspec.date": now.strftime("%Y-%m-%dT%H:%M:%S"),
         "modelspec.hash_sha256": f"0x{digest}",
         "sshs_model_hash": digest,
         "ss_output_name": stem,
-        "ss_steps": metadata.get("step", "0"),
-        "ss_training_finished_at": repr(now.timestamp()),
+        **({"ss_steps": metadata["step"], FINISHED: repr(now.timestamp())} if "step" in metadata else {}),
     }
 
 
