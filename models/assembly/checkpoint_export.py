@@ -23,6 +23,7 @@ from utils.run import export_metadata
 from utils.run.attempts import Failed
 from utils.run.checkpoint import Checkpoint, ResumeFlags
 from utils.run.export import OF_AVERAGES, export_with_averages
+from utils.run.folder import saved_at
 from utils.run.results import weights_in
 from utils.settings.schema import Settings
 
@@ -66,6 +67,7 @@ def export_checkpoint(source: str, settings: Settings, pipeline: BasePipeline) -
     folder = checkpoint.folder.parent / f"step{step}"
     about = about_run(pipeline, settings, _of_data(checkpoint.folder.parent))
     about |= export_metadata.of_progress(checkpoint.progress)
+    about[export_metadata.FINISHED] = repr(saved_at(checkpoint.folder))
     plan = export_plan(pipeline, settings, staged, about)
     try:
         export_with_averages(folder, Ranks(), parameters, plan, step, ema, adds=True)

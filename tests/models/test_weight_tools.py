@@ -196,6 +196,11 @@ def test_a_lora_in_every_layout(base: Path, adapters: Callable[..., Path], tmp_p
     assert_close(stock_with(base, tmp_path / "diffusers", ADAPTER_FILE), expected)
     assert_close(in_comfyui(base, tmp_path / "comfyui" / COMFYUI_FILE), BFL_LAYOUT.to_original(expected))
     assert_close(in_comfyui(base, tmp_path / "lycoris" / ADAPTER_FILE), BFL_LAYOUT.to_original(expected))
+    # What is said of the training stays, and what is said of the file is its own.
+    first, again = header_of(source), header_of(tmp_path / "lycoris" / ADAPTER_FILE)
+    for key in ("base_model", "step", "ss_steps", "ss_training_finished_at"):
+        assert again[key] == first[key]
+    assert again["layout"] == "lycoris" and again["sshs_model_hash"] != first["sshs_model_hash"]
     stock = FluxTransformer2DModel.from_pretrained(base / "transformer")
     wrapped = PeftModel.from_pretrained(stock, tmp_path / "peft")
     assert_close(dict(wrapped.merge_and_unload().state_dict()), expected)

@@ -27,7 +27,7 @@ from utils.adapters.kinds import COMFYUI, COMFYUI_FILE, AdapterFile, ExportWishe
 from utils.ranks import Ranks
 from utils.run.attempts import Attempt
 from utils.run.durable import sync_folder, write_bytes
-from utils.run.export_metadata import of_file
+from utils.run.export_metadata import of_file, of_training
 from utils.run.file_names import DENOISER_COMFYUI, FileNames
 from utils.run.progress import Progress
 from utils.run.tensor_file import write_tensors
@@ -285,6 +285,7 @@ class _Place:
         layout = COMFYUI if usual in (COMFYUI_FILE, DENOISER_COMFYUI) else "diffusers"
         title = self.files.title(self.export)
         header = of_file(metadata, tensors, layout=layout, title=title, stem=Path(name).stem)
+        header |= of_training(metadata) if "step" in metadata else {}
         write_tensors(self.folder / name, tensors, header)
 
 

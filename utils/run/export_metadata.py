@@ -59,8 +59,13 @@ def of_file(
         "modelspec.hash_sha256": f"0x{digest}",
         "sshs_model_hash": digest,
         "ss_output_name": stem,
-        **({"ss_steps": metadata["step"], FINISHED: repr(now.timestamp())} if "step" in metadata else {}),
     }
+
+
+def of_training(metadata: Mapping[str, str]) -> dict[str, str]:
+    """How far training had come at an export, and when, if that is not said already."""
+    now = repr(datetime.now(UTC).timestamp())
+    return {"ss_steps": metadata.get("step", "0"), FINISHED: metadata.get(FINISHED, now)}
 
 
 def of_settings(settings: Settings) -> dict[str, str]:

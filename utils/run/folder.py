@@ -240,12 +240,13 @@ def _is_of_a_run(folder: Path) -> bool:
 
 def _active_at(run: Path) -> float:
     """When a run wrote its newest checkpoint, or a number if that was later; if neither, when it began."""
-    times = [_saved_at(checkpoint) for checkpoint in _newest_first(run)[:1]]
+    times = [saved_at(checkpoint) for checkpoint in _newest_first(run)[:1]]
     times += [_measured_at(run / METRICS)] if (run / METRICS).is_file() else []
     return max(times, default=run.stat().st_mtime)
 
 
-def _saved_at(checkpoint: Path) -> float:
+def saved_at(checkpoint: Path) -> float:
+    """When a checkpoint was written, in seconds since 1970; 0 if that is not known."""
     path = checkpoint / PROGRESS
     try:
         return float(read_json(path)[SAVED_AT])

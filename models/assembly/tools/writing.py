@@ -30,7 +30,7 @@ OTHER_NAMES = {"kohya": COMFYUI}
 """What else a layout is called: ComfyUI reads kohya's names."""
 ENDING = ".safetensors"
 OF_ONE_FILE = frozenset(
-    {HEADER, FOLDED_SCALE, FOLDED_SCALES, LAYOUT, FINISHED, "rank", "alpha", "format", "weights", "ss_output_name"}
+    {HEADER, FOLDED_SCALE, FOLDED_SCALES, LAYOUT, "rank", "alpha", "format", "weights", "ss_output_name"}
     | {f"ss_network_{key}" for key in ("dim", "alpha", "args", "module")}
     | {
         "modelspec.hash_sha256",
@@ -42,6 +42,8 @@ OF_ONE_FILE = frozenset(
     | {"sshs_model_hash", "sshs_legacy_hash"}
 )
 """Keys of headers that say something of a file which is not so of what is made of it."""
+OF_ONE_TRAINING = frozenset({"step", "ss_steps", "ss_epoch", FINISHED})
+"""Keys that say nothing of what is made of several."""
 
 
 @dataclass(frozen=True)
@@ -193,10 +195,11 @@ def inherited(headers: Iterable[Mapping[str, str]], model: Model) -> dict[str, s
         raise UserError.of(
             f"the headers say that they are of different types: {', '.join(sorted(types))}", where="files"
         )
+    left_out = OF_ONE_FILE | (OF_ONE_TRAINING if len(headers) > 1 else frozenset())
     same = {
         key: text
         for key, text in (headers[0] if headers else {}).items()
-        if key not in OF_ONE_FILE and all(header.get(key) == text for header in headers)
+        if key not in left_out and all(header.get(key) == text for header in headers)
     }
     merged = (
         [header["modelspec.title"] for header in headers if header.get("modelspec.title")] if len(headers) > 1 else []
