@@ -111,6 +111,7 @@ def test_a_named_run_keeps_its_newest_exports_and_says_what_it_is(
     run(config)
     folder = only_run(config)
     assert folder.name.endswith("_fox")
+    assert "for diffusers and comfyui; those of the newest 2 steps are kept" in caplog.text
     assert "removed an older export, as keep_exports = 2 asks: step1" in caplog.text
     exports = {path.name for path in folder.iterdir() if path.name.startswith(("step", "epoch"))}
     assert exports == {"epoch1", "epoch1_ema", "step3", "step3_ema"}

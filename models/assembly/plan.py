@@ -225,7 +225,8 @@ def _outputs(pipeline: BasePipeline, settings: Settings) -> Iterator[tuple[str, 
     layouts = " and ".join(formats_of(pipeline, settings))
     read_by = adapters.find(settings.adapter.type).read_by if settings.adapter else ""
     read_by = f"; {read_by}" if read_by and "diffusers" in formats_of(pipeline, settings) else ""
-    yield "exports", f"{', '.join(exported)}: the {kind}{averages}, for {layouts}{read_by}"
+    kept = f"; those of the newest {settings.keep_exports} steps are kept" if settings.keep_exports else ""
+    yield "exports", f"{', '.join(exported)}: the {kind}{averages}, for {layouts}{read_by}{kept}"
     saved = _intervals(settings, "checkpoint")
     kept = f"; the newest {settings.keep_checkpoints} are kept" if settings.keep_checkpoints else ""
     yield "checkpoints", f"{', '.join([*saved, 'at the end'])}{kept}" if saved else "only if the run is stopped"

@@ -250,9 +250,12 @@ def test_an_adapter_is_extracted_from_two_checkpoints(base: Path, tmp_path: Path
     (tmp_path / "epoch1" / "transformer").mkdir(parents=True)
     save_file(tuned, tmp_path / "epoch1" / "transformer" / "diffusion_pytorch_model.safetensors")
     save_file(BFL_LAYOUT.to_original(tuned), tmp_path / "model_comfyui.safetensors")
+    (tmp_path / "epoch1" / "text_encoder").mkdir()
     for number, given in enumerate(("epoch1", "model_comfyui.safetensors")):
+        caplog.clear()
         words = ("--energy", 0.9999, "--type", "flux", "--base", base)
         run("extract", tmp_path / given, *words, "--out", tmp_path / f"out{number}")
+        assert ("transformer is compared; not text_encoder" in caplog.text) == (given == "epoch1")
         assert "1 parameters differ that a LoRA does not change" in caplog.text and "proj_out.bias" in caplog.text
         made = read_updates(tmp_path / f"out{number}", names_of(base))
         assert {len(update.down) for update in made.values()} == {3}

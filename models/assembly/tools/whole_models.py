@@ -59,6 +59,8 @@ def merge_into_base(model: Model, given: Given, place: Place) -> None:
     finally:
         shutil.rmtree(parts, ignore_errors=True)
     logger.info("written: %s (%d of %d tensors are changed)", place.path, len(changes), len(tensors))
+    if layout and model.pipeline.comfyui_note:
+        logger.info(model.pipeline.comfyui_note)
 
 
 def _changed(model: Model, changes: Changes, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -96,7 +98,10 @@ def extract(model: Model, tuned: Path, place: Place, cut: Cut) -> None:
     Raises:
         UserError: the weights are no ones of this model, or are the same.
     """
-    after = model.with_weights(tuned)
+    after, folder = model.with_weights(tuned), model.pipeline.denoiser_folder
+    parts = [path.name for path in tuned.iterdir() if path.is_dir()] if (tuned / folder).is_dir() else []
+    if beside := sorted(set(parts) - {folder}):
+        logger.warning("only %s is compared; not %s", tuned / folder, ", ".join(beside))
     pairs, kept, total, others = {}, 0.0, 0.0, []
     for name in model.names.shapes:
         difference = after.weight(name) - model.weight(name)
