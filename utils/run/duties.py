@@ -95,8 +95,16 @@ def _sampling(run: RunParts, sampler: SampleModel) -> Duty:
     return Duty("samples", perform, cadence, before_first_step=settings.sample_before_first_step, at_end=True)
 
 
-def _export_from(run: RunParts, folder: Path, plan: ExportPlan, progress: Progress, *, adds: bool = False) -> None:
-    plan = replace(plan, metadata={**plan.metadata, **of_progress(progress)})
+def _export_from(
+    run: RunParts,
+    folder: Path,
+    plan: ExportPlan,
+    progress: Progress,
+    *,
+    epoch_ended: bool = False,
+    adds: bool = False,
+) -> None:
+    plan = replace(plan, metadata={**plan.metadata, **of_progress(progress, epoch_ended=epoch_ended)})
     export_with_averages(
         folder, run.ranks, run.parameters, plan, progress.step, run.ema, adds=adds, to_use=run.weights_to_use
     )
@@ -107,7 +115,7 @@ def _export(run: RunParts, plan: ExportPlan) -> Duty:
 
     def perform(progress: Progress, epoch_ended: bool) -> None:
         name = gather(run.ranks, f"export/{progress.step}", export_name(run.folder, progress, epoch_ended))[0]
-        _export_from(run, run.folder / name, plan, progress)
+        _export_from(run, run.folder / name, plan, progress, epoch_ended=epoch_ended)
         if settings.keep_exports and run.ranks.is_main:
             remove_older_exports(run.folder, settings.keep_exports)
 

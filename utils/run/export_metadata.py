@@ -108,9 +108,13 @@ def of_settings(settings: Settings) -> dict[str, str]:
     return {key: str(value) for key, value in words.items() if value is not None}
 
 
-def of_progress(progress: Progress) -> dict[str, str]:
-    """How far training had come: the epoch that it is in, or that it has just completed."""
-    return {"ss_epoch": str(progress.epoch + (progress.step_in_epoch > 0))}
+def of_progress(progress: Progress, *, epoch_ended: bool = False) -> dict[str, str]:
+    """How far training had come: the epoch that it is in, or that it has just completed, counted from 1.
+
+    Args:
+        epoch_ended: whether the step was the last of the progress's epoch, of which an owed export knows no more.
+    """
+    return {"ss_epoch": str(progress.epoch + (epoch_ended or progress.step_in_epoch > 0))}
 
 
 def of_samples(samples: Iterable[Sample]) -> dict[str, str]:

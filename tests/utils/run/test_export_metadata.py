@@ -31,7 +31,7 @@ def sample(path: str, digest: str, caption: str, bucket: tuple[int, int, int] = 
 
 
 def test_hashes_are_those_of_what_lies_behind_the_header(tmp_path: Path) -> None:
-    header = of_file({"step": "7"}, TENSORS, layout="comfyui", title="fox step7", stem="fox-step000007")
+    header = of_file({"rank": "4"}, TENSORS, layout="comfyui", title="fox step7", stem="fox-step000007")
     file = tmp_path / "fox.safetensors"
     write_tensors(file, TENSORS, header)
     content = file.read_bytes()
@@ -39,7 +39,11 @@ def test_hashes_are_those_of_what_lies_behind_the_header(tmp_path: Path) -> None
     with safe_open(file, framework="pt") as opened:
         said = opened.metadata()
     assert (said["modelspec.hash_sha256"], said["sshs_model_hash"]) == (f"0x{digest}", digest)
-    assert (said["modelspec.title"], said["ss_output_name"], said["ss_steps"]) == ("fox step7", "fox-step000007", "7")
+    assert (said["modelspec.title"], said["ss_output_name"], said["ss_network_dim"]) == (
+        "fox step7",
+        "fox-step000007",
+        "4",
+    )
     assert said["modelspec.implementation"].endswith("ComfyUI") and said["modelspec.sai_model_spec"] == "1.0.1"
 
 
