@@ -60,6 +60,8 @@ class BasePipeline(ABC):
         sampling_shift: the same of its scheduler, for models that are sampled with another shift than they are trained.
         keep_in_high_precision: parts of the names of parameters that stay float32 regardless of `dtype`.
         original_layout: names of the publisher's single-file checkpoint, if they differ from diffusers' names.
+        spec_architecture: what ModelSpec, in the headers of weights, calls the model; default: its type with hyphens; a
+            property if the model's files decide.
         comfyui_note: what one must do in ComfyUI to use an export, beyond loading it.
         denoiser_class: name of the stock class of diffusers.
         denoiser_folder: the denoiser's part of a diffusers folder; a property if an option chooses it.
@@ -99,6 +101,7 @@ class BasePipeline(ABC):
     sampling_shift: ClassVar[ResolutionShift | None] = None
     keep_in_high_precision: ClassVar[tuple[str, ...]] = ()
     original_layout: ClassVar[KeyLayout | None] = None
+    spec_architecture: str | None = None
     comfyui_note: ClassVar[str | None] = None
     denoiser_class: ClassVar[str]
     denoiser_folder: str = "transformer"

@@ -158,6 +158,7 @@ class ChromaPipeline(FluxPipeline):
     """Chroma of Lodestone Rock: Flux.1 schnell, made smaller."""
 
     Options = ChromaOptions
+    spec_architecture = "chroma"
     denoiser_class = "ChromaTransformer2DModel"
     text_parts = (TextPart("t5", "T5EncoderModel"),)
     stream_type = ChromaStream

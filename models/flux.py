@@ -119,6 +119,11 @@ class FluxPipeline(PicturePipeline):
     original_layout = BFL_LAYOUT
     max_controls = 1
 
+    @property
+    def spec_architecture(self) -> str:
+        """Of two models: one is guided by an input, the other not at all."""
+        return "flux-1-dev" if self.parts.denoiser_config.get("guidance_embeds") else "flux-1-schnell"
+
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
         options, folder = self.options, self.options.diffusers_path
         control_vae = ImageAutoencoder(folder, options.vae_path, self.dtype, reads="control", draw="mode")

@@ -116,6 +116,7 @@ class HunyuanImagePipeline(PicturePipeline):
     steps; in inference another law (adaptive projected guidance) follows from the seventh step on."""
 
     Options = HunyuanImageOptions
+    spec_architecture = "hunyuan-image-2.1"
     denoiser_class = "HunyuanImageTransformer2DModel"
     config_keys = ("in_channels", "text_embed_2_dim", "text_embed_dim")
     text_parts = (

@@ -156,6 +156,7 @@ class Lumina2Pipeline(PicturePipeline):
     """Lumina Image 2.0 of Alpha-VLLM."""
 
     Options = Lumina2Options
+    spec_architecture = "lumina-2"
     denoiser_class = "Lumina2Transformer2DModel"
     config_keys = ("axes_dim_rope", "axes_lens", "cap_feat_dim", "in_channels", "patch_size")
     text_parts = (TextPart("gemma2", "Gemma2Model"),)

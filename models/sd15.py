@@ -23,6 +23,7 @@ class Sd15Pipeline(StableDiffusionPipeline):
     """Stable Diffusion 1.5 of Runway, and its many descendants."""
 
     Options = Sd15Options
+    spec_architecture = "stable-diffusion-v1"
     text_parts = (
         ClipPart(
             "clip_l",

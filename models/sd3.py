@@ -111,6 +111,7 @@ class Sd3Pipeline(PicturePipeline):
     """Stable Diffusion 3 medium and 3.5 medium, large and turbo, of Stability AI."""
 
     Options = Sd3Options
+    spec_architecture = "stable-diffusion-3"
     denoiser_class = "SD3Transformer2DModel"
     config_keys = ("in_channels", "pooled_projection_dim", "joint_attention_dim", "num_layers")
     scheduler_sets_levels = True

@@ -27,6 +27,7 @@ class SdxlPipeline(StableDiffusionPipeline):
     """Stable Diffusion XL of Stability AI, and its descendants: Pony, Illustrious, NoobAI."""
 
     Options = SdxlOptions
+    spec_architecture = "stable-diffusion-xl-v1-base"
     text_parts = (
         ClipPart(
             "clip_l",

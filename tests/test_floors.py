@@ -19,8 +19,9 @@ FLOORS = {
     "train": (9, "train"),
     "models": (8, "models"),
     "models.assembly": (7, "assembly"),
-    # A command, as train.py is.
+    # Commands, as train.py is.
     "models.assembly.timestep_plot": (9, "timestep_plot"),
+    "models.assembly.tools": (9, "tools"),
     "models.families": (7, "families"),
     "models.base": (6, "base"),
     "models.foundation.encoders": (5, "encoders"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train as train_py
@@ -96,3 +98,54 @@ def test_a_finished_run_exports_what_is_lacking(
     assert set(exported) == {"adapter_model.safetensors", "adapter_model_comfyui.safetensors"}
     again = exported["adapter_model.safetensors"]
     assert all(torch.equal(again[name], tensor) for name, tensor in weights["adapter_model.safetensors"].items())
+
+
+def test_a_named_run_keeps_its_newest_exports_and_says_what_it_is(
+    write_config: Callable[..., Path], pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    keys = {"run_name": "fox", "max_steps": 3, "checkpoint_every_n_steps": 1, "save_every_n_steps": 1}
+    data = {"directory": [{"path": str(pictures), "trigger_word": "sks"}]}
+    count = len(list(pictures.glob("*.png")))
+    config = write_config(data=data, **keys, keep_exports=2, ema=EMA)
+    run(config)
+    folder = only_run(config)
+    assert folder.name.endswith("_fox")
+    assert "for diffusers and comfyui; those of the newest 2 steps are kept" in caplog.text
+    assert "removed an older export, as keep_exports = 2 asks: step1" in caplog.text
+    exports = {path.name for path in folder.iterdir() if path.name.startswith(("step", "epoch"))}
+    assert exports == {"epoch1", "epoch1_ema", "step3", "step3_ema"}
+    files = {
+        "step3": {"fox-step000003.safetensors", "fox-step000003_comfyui.safetensors"},
+        "step3_ema": {"fox-step000003_ema.safetensors", "fox-step000003_ema_comfyui.safetensors"},
+    }
+    headers = {}
+    for name, expected in files.items():
+        assert files_of(folder / name).keys() == expected
+        for file in expected:
+            headers[file] = header_of(folder / name / file)
+    for file, header in headers.items():
+        assert header["modelspec.architecture"] == "flux-1-schnell/lora" and header["ss_epoch"] == "2"
+        assert (header["ss_network_dim"], header["ss_seed"], header["ss_steps"]) == ("4", "0", "3")
+        assert (header["modelspec.trigger_phrase"], header["ss_num_train_images"]) == ("sks", str(count))
+        assert json.loads(header["ss_dataset_dirs"]) == {pictures.name: {"n_repeats": 1.0, "img_count": count}}
+        assert header["ss_output_name"] == file.removesuffix(".safetensors")
+        assert not any(str(config.parent) in text or str(pictures.parent) in text for text in header.values())
+    # An export of a checkpoint afterwards says the same, and a run in a folder of that name is found again.
+    shutil.rmtree(folder / "step3")
+    run(config, "--export", str(folder / "global_step3"))
+    assert files_of(folder / "step3").keys() == files["step3"]
+    for file in files["step3"]:
+        again = header_of(folder / "step3" / file)
+        times = {"modelspec.date", "ss_training_finished_at"}
+        assert {key: again[key] for key in again if key not in times} == {
+            key: text for key, text in headers[file].items() if key not in times
+        }
+    caplog.clear()
+    run(config, "--resume_from_checkpoint")
+    assert "what is asked for has been exported" in caplog.text
+
+
+def header_of(file: Path) -> dict[str, str]:
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import optimizers
-from models.assembly.exports import beside_factors, export_plan
+from models.assembly.exports import about_run, beside_factors, export_plan
 from models.assembly.preflight import check_model
 from models.assembly.stage import StagedModel, load_stage
 from models.assembly.trainer import open_checkpoint
@@ -19,9 +19,11 @@ from optimizers.ema import EMA
 from optimizers.parameter_groups import groups_of
 from utils.errors import Problem, UserError
 from utils.ranks import Ranks
+from utils.run import export_metadata
 from utils.run.attempts import Failed
 from utils.run.checkpoint import Checkpoint, ResumeFlags
 from utils.run.export import OF_AVERAGES, export_with_averages
+from utils.run.folder import saved_at
 from utils.run.results import weights_in
 from utils.settings.schema import Settings
 
@@ -63,7 +65,10 @@ def export_checkpoint(source: str, settings: Settings, pipeline: BasePipeline) -
     ema = _averages(settings, checkpoint, parameters)
     step = checkpoint.progress.step
     folder = checkpoint.folder.parent / f"step{step}"
-    plan = export_plan(pipeline, settings, staged)
+    about = about_run(pipeline, settings, _of_data(checkpoint.folder.parent))
+    about |= export_metadata.of_progress(checkpoint.progress)
+    about[export_metadata.FINISHED] = repr(saved_at(checkpoint.folder))
+    plan = export_plan(pipeline, settings, staged, about)
     try:
         export_with_averages(folder, Ranks(), parameters, plan, step, ema, adds=True)
     except Failed as failed:
@@ -71,6 +76,14 @@ def export_checkpoint(source: str, settings: Settings, pipeline: BasePipeline) -
     made = [export for export in (folder, folder.with_name(folder.name + OF_AVERAGES)) if export.is_dir()]
     logger.info("done:\n%s", "\n".join(f"  weights:    {path}" for export in made for path in weights_in(export)))
     return folder
+
+
+def _of_data(run: Path) -> dict[str, str]:
+    """What the run has left about its data, for the headers."""
+    found = export_metadata.kept(run)
+    if not found:
+        logger.warning("the export's header says nothing of the data: %s is not there", run / export_metadata.ABOUT)
+    return found
 
 
 def _of_export(problem: Problem) -> Problem:

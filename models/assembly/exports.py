@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,18 +10,32 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from models.assembly.base_files import published_sum
 from models.assembly.prompts import check_sampling
 from models.assembly.stage import StagedModel, model_names
 from models.base import BasePipeline
+from models.foundation.checkpoints.headers import read_header
 from models.foundation.layers.ensemble import Ensemble
 from utils import adapters
 from utils.adapters import attach
 from utils.adapters.kinds import COMFYUI
+from utils.diffusion.objectives import Epsilon, VPrediction
 from utils.errors import UserError
+from utils.run import export_metadata
 from utils.run.export import SETTINGS_HASH, ExportPlan, PartFolder, adapter_files, further_layouts
+from utils.run.file_names import FileNames
 from utils.settings.model_schema import torch_dtype
 from utils.settings.reader import settings_hash
 from utils.settings.schema import Settings
+
+KOHYA_VERSIONS = {
+    "stable-diffusion-v1": "sd_1.5",
+    "stable-diffusion-xl-v1-base": "sdxl_base_v1-0",
+    "stable-diffusion-3": "sd3",
+    "flux-1-dev": "flux1",
+    "flux-1-schnell": "flux1",
+}
+"""What `ss_base_model_version` says of an architecture, where kohya's scripts have a name of their own."""
 
 
 def check_outputs(pipeline: BasePipeline, settings: Settings) -> None:
@@ -81,8 +95,14 @@ def formats_of(pipeline: BasePipeline, settings: Settings) -> tuple[str, ...]:
     return tuple(name for name in ("diffusers", COMFYUI) if asked in (name, "both") and name in known)
 
 
-def export_plan(pipeline: BasePipeline, settings: Settings, staged: StagedModel) -> ExportPlan:
-    """What the exports of this run contain."""
+def export_plan(
+    pipeline: BasePipeline, settings: Settings, staged: StagedModel, about: Mapping[str, str] | None = None
+) -> ExportPlan:
+    """What the exports of this run contain.
+
+    Args:
+        about: what their headers say of the run, see `about_run`; on the main rank, which writes them.
+    """
     layout, adapter = pipeline.original_layout, settings.adapter
     formats = formats_of(pipeline, settings)
     frozen = {
@@ -96,19 +116,62 @@ def export_plan(pipeline: BasePipeline, settings: Settings, staged: StagedModel)
         dtype=torch_dtype(settings.save_dtype) if settings.save_dtype else None,
         formats=formats,
         layouts={COMFYUI: layout.to_original} if layout and not adapter else {},
-        folders=_folders(pipeline, staged.denoiser),
+        folders=part_folders(pipeline, staged.denoiser),
         metadata={
+            **(about or {}),
             "trained_with": "penstock",
             "model_type": settings.model.type,
-            "base_model": Path(pipeline.parts.denoiser_path).name
-            if settings.model.transformer_path
-            else settings.model.architecture or settings.model.diffusers_path.resolve().name,
+            "base_model": _base_name(pipeline),
             SETTINGS_HASH: settings_hash(settings),
         },
+        files=FileNames.of(settings),
         frozen=frozen,
         beside=_beside(pipeline, staged, is_adapter=adapter is not None),
         note=pipeline.comfyui_note if COMFYUI in formats else None,
     )
+
+
+def _base_name(pipeline: BasePipeline) -> str:
+    options = pipeline.options
+    if options.transformer_path:
+        return Path(pipeline.parts.denoiser_path).name
+    return options.architecture or options.diffusers_path.resolve().name
+
+
+def architecture_of(pipeline: BasePipeline) -> str:
+    """What ModelSpec calls the model."""
+    return pipeline.spec_architecture or pipeline.options.type.replace("_", "-")
+
+
+def about_run(pipeline: BasePipeline, settings: Settings, of_data: Mapping[str, str]) -> dict[str, str]:
+    """What the headers of a run's exports say of it.
+
+    Args:
+        of_data: what they say of its data.
+    """
+    architecture = architecture_of(pipeline)
+    kinds = {VPrediction: "v", Epsilon: "epsilon"}
+    predicts = next((name for kind, name in kinds.items() if isinstance(pipeline.objective, kind)), None)
+    about = {
+        **of_data,
+        **export_metadata.of_settings(settings),
+        # Programs tell adapters by this ending, whatever their kind.
+        "modelspec.architecture": f"{architecture}/lora" if settings.adapter else architecture,
+        "ss_base_model_version": KOHYA_VERSIONS.get(architecture, architecture),
+        "ss_v2": "False",
+        "ss_sd_model_name": _base_name(pipeline),
+        **({"modelspec.prediction_type": predicts} if predicts else {}),
+    }
+    return about if settings.model.from_scratch else {**about, **_base_hashes(pipeline)}
+
+
+def _base_hashes(pipeline: BasePipeline) -> dict[str, str]:
+    """The hashes of the base's weights, of the first of several files: the short one, and the whole one if a download
+    has left it, since to compute it would read the file."""
+    path = Path(pipeline.parts.denoiser_path)
+    file = read_header(path, with_gguf=True).paths[0]
+    hashes = {"ss_sd_model_hash": export_metadata.legacy_hash(file), "ss_new_sd_model_hash": published_sum(file)}
+    return {key: value for key, value in hashes.items() if value}
 
 
 def _beside(pipeline: BasePipeline, staged: StagedModel, *, is_adapter: bool) -> dict[str, Callable[[], torch.Tensor]]:
@@ -140,7 +203,7 @@ def _holds_first(staged: StagedModel) -> bool:
     return not any(parameter.is_meta for parameter in staged.layers[0].parameters())
 
 
-def _folders(pipeline: BasePipeline, denoiser: nn.Module) -> tuple[PartFolder, ...]:
+def part_folders(pipeline: BasePipeline, denoiser: nn.Module) -> tuple[PartFolder, ...]:
     """The trained modules as parts of a diffusers folder."""
     if not isinstance(denoiser, Ensemble):
         return (PartFolder(pipeline.denoiser_folder, dict(denoiser.config)),)

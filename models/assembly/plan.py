@@ -221,12 +221,13 @@ def _global_batch(settings: Settings, ranks: Ranks, training: Collection) -> str
 def _outputs(pipeline: BasePipeline, settings: Settings) -> Iterator[tuple[str, str]]:
     """What the run leaves, and when."""
     kind, sampling = "adapter" if settings.adapter else "model", settings.sampling
-    exported = [*_intervals(settings, "save"), "at the end"]
+    exported = [*_intervals(settings, "save", epochs=settings.export_epochs), "at the end"]
     averages = {"beside": ", and its average", "instead": "'s average"}[settings.ema.export] if settings.ema else ""
     layouts = " and ".join(formats_of(pipeline, settings))
     read_by = adapters.find(settings.adapter.type).read_by if settings.adapter else ""
     read_by = f"; {read_by}" if read_by and "diffusers" in formats_of(pipeline, settings) else ""
-    yield "exports", f"{', '.join(exported)}: the {kind}{averages}, for {layouts}{read_by}"
+    kept = f"; those of the newest {settings.keep_exports} steps are kept" if settings.keep_exports else ""
+    yield "exports", f"{', '.join(exported)}: the {kind}{averages}, for {layouts}{read_by}{kept}"
     saved = _intervals(settings, "checkpoint")
     kept = f"; the newest {settings.keep_checkpoints} are kept" if settings.keep_checkpoints else ""
     yield "checkpoints", f"{', '.join([*saved, 'at the end'])}{kept}" if saved else "only if the run is stopped"
@@ -239,7 +240,7 @@ def _outputs(pipeline: BasePipeline, settings: Settings) -> Iterator[tuple[str, 
         yield "samples", f"{when}: {len(sampling.prompts)} of {sampling.width} x {sampling.height}"
 
 
-def _intervals(table: object, prefix: str) -> list[str]:
-    """The intervals that a table of settings gives, as in "every 100 steps"."""
-    given = {unit: getattr(table, f"{prefix}_every_n_{unit}", None) for unit in UNITS}
+def _intervals(table: object, prefix: str, **settled: int | None) -> list[str]:
+    """The intervals that a table of settings gives, or that follow from it, as in "every 100 steps"."""
+    given = {unit: getattr(table, f"{prefix}_every_n_{unit}", None) for unit in UNITS} | settled
     return [f"every {unit[:-1]}" if n == 1 else f"every {n:g} {unit}" for unit, n in given.items() if n]

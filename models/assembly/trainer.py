@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 
 import optimizers
 from models.assembly.data import Data, reader_of
-from models.assembly.exports import export_plan
+from models.assembly.exports import about_run, export_plan
 from models.assembly.kept import sums_in_float32
 from models.assembly.noising import NoisedBatch, Noising
 from models.assembly.plan import epochs_of
@@ -37,12 +38,14 @@ from utils.parallel.swap import BlockSwap
 from utils.parallel.together import groups_for_frozen_stage, numbers_of_all
 from utils.parallel.wire import map_tensors
 from utils.ranks import Ranks
+from utils.run import export_metadata
 from utils.run import folder as run_folder
 from utils.run.branches import begin_branch
 from utils.run.cadence import Duty
 from utils.run.checkpoint import Checkpoint, ResumeFlags, damage_in, identity_of, of_other_run, run_of
 from utils.run.display import go_on_in
 from utils.run.duties import make_duties
+from utils.run.export_metadata import STARTED
 from utils.run.in_use import RunLock
 from utils.run.metrics import Metrics
 from utils.run.parts import RunParts
@@ -298,4 +301,14 @@ def _duties(
         for collection in data.evaluation
     }
     sampler = sample_model(pipeline, data.encoders, settings, ranks, data.cache_dir)
-    return make_duties(run, sets, noising.evaluation, sampler, export_plan(pipeline, settings, staged))
+    # The main rank writes exports.
+    about = _about(run, pipeline, data) if ranks.is_main else {}
+    return make_duties(run, sets, noising.evaluation, sampler, export_plan(pipeline, settings, staged, about))
+
+
+def _about(run: RunParts, pipeline: BasePipeline, data: Data) -> dict[str, str]:
+    """What headers of exports say of the run; that of its data is kept in its folder too."""
+    began = export_metadata.kept(run.folder).get(STARTED, repr(time.time()))
+    of_data = export_metadata.of_samples(data.training.samples) | {STARTED: began}
+    export_metadata.keep(run.folder, of_data)
+    return about_run(pipeline, run.settings, of_data)

@@ -28,6 +28,7 @@ NOT_KINDS = (
     "peft_settings",
     "presets",
     "soundness",
+    "tools",
 )
 
 

@@ -25,6 +25,8 @@ ADAPTER = "default"
 ADAPTER_FILE = "adapter_model.safetensors"
 COMFYUI = "comfyui"
 COMFYUI_FILE = f"adapter_model_{COMFYUI}.safetensors"
+LAYOUT = "layout"
+"""Where the header of a file of ours says in which layout it is, "diffusers" or "comfyui"."""
 ALPHA, DORA_SCALE = "alpha", "dora_scale"
 SHARED = {f".{name}": name for name in (ALPHA, DORA_SCALE)}
 """Endings of tensors that several kinds of adapters have."""

@@ -25,7 +25,9 @@ from utils.run.folder import CHECKPOINT_NAME, LATEST, METRICS, free_name, newest
 logger = logging.getLogger(__name__)
 
 SET_ASIDE = ".set_aside"
-UNFINISHED = re.compile(r"global_step\d+\.(unfinished|removed)|(epoch|step)\d+(_step\d+)?(_ema)?\.(unfinished|parts)")
+UNFINISHED = re.compile(
+    r"global_step\d+\.(unfinished|removed)|(epoch|step)\d+(_step\d+)?(_ema)?\.(unfinished|parts|removed)"
+)
 """Checkpoints and exports of which a process that was killed had written, or removed, a part."""
 SAMPLES = "samples"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from utils.ranks import gather
 from utils.run.attempts import Attempt
 from utils.run.cadence import Cadence, Duty
 from utils.run.evaluation import Prepare, evaluate
-from utils.run.export import ExportPlan, export_name, export_with_averages, exports_in
+from utils.run.export import ExportPlan, export_name, export_with_averages, exports_in, remove_older_exports
+from utils.run.export_metadata import of_progress
 from utils.run.parts import RunParts
 from utils.run.progress import Progress
 from utils.run.sampling import SampleModel, sample
@@ -93,7 +95,16 @@ def _sampling(run: RunParts, sampler: SampleModel) -> Duty:
     return Duty("samples", perform, cadence, before_first_step=settings.sample_before_first_step, at_end=True)
 
 
-def _export_from(run: RunParts, folder: Path, plan: ExportPlan, progress: Progress, *, adds: bool = False) -> None:
+def _export_from(
+    run: RunParts,
+    folder: Path,
+    plan: ExportPlan,
+    progress: Progress,
+    *,
+    epoch_ended: bool = False,
+    adds: bool = False,
+) -> None:
+    plan = replace(plan, metadata={**plan.metadata, **of_progress(progress, epoch_ended=epoch_ended)})
     export_with_averages(
         folder, run.ranks, run.parameters, plan, progress.step, run.ema, adds=adds, to_use=run.weights_to_use
     )
@@ -104,7 +115,9 @@ def _export(run: RunParts, plan: ExportPlan) -> Duty:
 
     def perform(progress: Progress, epoch_ended: bool) -> None:
         name = gather(run.ranks, f"export/{progress.step}", export_name(run.folder, progress, epoch_ended))[0]
-        _export_from(run, run.folder / name, plan, progress)
+        _export_from(run, run.folder / name, plan, progress, epoch_ended=epoch_ended)
+        if settings.keep_exports and run.ranks.is_main:
+            remove_older_exports(run.folder, settings.keep_exports)
 
     def what_is_lacking(progress: Progress) -> None:
         there = [str(made.folder) for made in exports_in(run.folder) if made.is_by(plan, progress.step)]
@@ -116,7 +129,7 @@ def _export(run: RunParts, plan: ExportPlan) -> Duty:
             folder = run.folder / f"step{progress.step}"
             _export_from(run, folder, plan, progress, adds=True)
 
-    cadence = Cadence(settings.save_every_n_steps, settings.save_every_n_epochs, settings.save_every_n_examples)
+    cadence = Cadence(settings.save_every_n_steps, settings.export_epochs, settings.save_every_n_examples)
     # A whole model takes longer than a launcher may wait for processes that were asked to stop.
     return Duty(
         EXPORT,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -22,10 +23,12 @@ from safetensors.torch import load_file
 
 from optimizers.ema import EMA
 from utils import adapters
-from utils.adapters.kinds import AdapterFile, ExportWishes, ModelNames
+from utils.adapters.kinds import COMFYUI, COMFYUI_FILE, AdapterFile, ExportWishes, ModelNames
 from utils.ranks import Ranks
 from utils.run.attempts import Attempt
 from utils.run.durable import sync_folder, write_bytes
+from utils.run.export_metadata import of_file, of_training
+from utils.run.file_names import DENOISER_COMFYUI, FileNames
 from utils.run.progress import Progress
 from utils.run.tensor_file import write_tensors
 from utils.settings.schema import AdapterSettings
@@ -79,6 +82,7 @@ class ExportPlan:
         frozen: the untrained tensors of the denoiser that this process holds, which a whole denoiser needs too.
         beside: what reads each tensor that a whole model needs beside its denoiser, for the process that writes them.
         note: what one must know to use an export, told with each.
+        files: what the files are called.
         shard_bytes: size of the largest file of a denoiser in diffusers' layout.
     """
 
@@ -92,6 +96,7 @@ class ExportPlan:
     frozen: Mapping[str, torch.Tensor] = field(default_factory=dict)
     beside: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
     note: str | None = None
+    files: FileNames = FileNames()
     shard_bytes: int = SHARD_BYTES
 
 
@@ -104,6 +109,27 @@ def export_name(run: Path, progress: Progress, epoch_ended: bool) -> str:
     name = f"epoch{progress.epoch + 1}"
     there = {_step_of(run / taken) for taken in (name, name + OF_AVERAGES)}
     return name if there <= {None, str(progress.step)} else f"{name}_{step}"
+
+
+EXPORT_NAME = re.compile(r"(epoch\d+(_step\d+)?|step\d+)(_ema)?")
+"""The names that exports are given."""
+
+
+def remove_older_exports(run: Path, keep: int) -> None:
+    """Removes the exports of a run's earliest steps so that those of `keep` steps are left, and tells which. What has
+    another name than an export is given stays. That one cannot be removed is told, and no error."""
+    by_step: dict[int, list[Path]] = {}
+    for made in exports_in(run):
+        if EXPORT_NAME.fullmatch(made.folder.name) and made.metadata["step"].isdigit():
+            by_step.setdefault(int(made.metadata["step"]), []).append(made.folder)
+    for folder in [folder for step in sorted(by_step)[:-keep] for folder in by_step[step]]:
+        try:
+            # Renamed first, so that a half-removed one does not look whole if the process is killed.
+            shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.removed")))
+        except OSError as error:
+            logger.warning("an older export cannot be removed: %s (%s)", folder, error.strerror)
+        else:
+            logger.info("removed an older export, as keep_exports = %d asks: %s", keep, folder.name)
 
 
 def _step_of(folder: Path) -> str | None:
@@ -198,7 +224,7 @@ def export(
             attempt.alone(_write_part, parts / f"{ranks.stage}.safetensors", parameters, plan)
         attempt.meet()
         if ranks.is_main:
-            attempt.alone(_join, parts, unfinished, plan, step)
+            attempt.alone(_join, parts, unfinished, plan, step, folder.name)
             attempt.alone(partial(_put, unfinished, folder, adds=adds))
         attempt.meet()
     finally:
@@ -223,15 +249,44 @@ def _write_part(path: Path, parameters: Mapping[str, torch.Tensor], plan: Export
     write_tensors(path, {name: tensor.detach().to("cpu", dtype or tensor.dtype) for name, tensor in written.items()})
 
 
-def _join(parts: Path, unfinished: Path, plan: ExportPlan, step: int) -> None:
-    """Writes the export of the parts of all stages."""
+def _join(parts: Path, unfinished: Path, plan: ExportPlan, step: int, name: str) -> None:
+    """Writes the export of the parts of all stages, whose name says of which step or epoch it is."""
     tensors: Tensors = {}
     for part in sorted(parts.glob("*.safetensors")):
         tensors |= load_file(part)
     _make_anew(unfinished)
-    metadata = {**plan.metadata, "step": str(step), "format": "pt"}
+    write_files(unfinished, tensors, plan, {**plan.metadata, "step": str(step)}, name)
+
+
+def write_files(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: Mapping[str, str], name: str) -> None:
+    """Writes the files of an export into a folder; `name` is that of the export, for theirs."""
+    place = _Place(folder, name, plan.files)
     write = _write_adapter if plan.adapter else _write_denoiser
-    write(unfinished, tensors, plan, metadata)
+    write(place, tensors, plan, {**metadata, "format": "pt"})
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the files of an export are written.
+
+    Attributes:
+        folder: which gets its name when all is written.
+        export: that name.
+        files: what the files are called.
+    """
+
+    folder: Path
+    export: str
+    files: FileNames
+
+    def write(self, usual: str, tensors: Tensors, metadata: Mapping[str, str]) -> None:
+        """A file with this usual name."""
+        name = self.files.of_file(usual, self.export)
+        layout = COMFYUI if usual in (COMFYUI_FILE, DENOISER_COMFYUI) else "diffusers"
+        title = self.files.title(self.export)
+        header = of_file(metadata, tensors, layout=layout, title=title, stem=Path(name).stem)
+        header |= of_training(metadata) if "step" in metadata else {}
+        write_tensors(self.folder / name, tensors, header)
 
 
 def _put(finished: Path, folder: Path, *, adds: bool) -> None:
@@ -268,30 +323,30 @@ def further_layouts(tensors: Tensors, plan: ExportPlan) -> Iterator[tuple[str, T
     """
     for name, convert in plan.layouts.items():
         if name in plan.formats:
-            yield f"model_{name}.safetensors", convert(tensors)
+            yield DENOISER_COMFYUI if name == COMFYUI else f"model_{name}.safetensors", convert(tensors)
 
 
-def _write_adapter(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: dict[str, str]) -> None:
+def _write_adapter(place: _Place, tensors: Tensors, plan: ExportPlan, metadata: dict[str, str]) -> None:
     for name, file in adapter_files(tensors, plan, metadata).items():
         if isinstance(file, str):
-            write_bytes(folder / name, file.encode())
+            write_bytes(place.folder / name, file.encode())
         else:
-            write_tensors(folder / name, file.tensors, dict(file.metadata))
+            place.write(name, file.tensors, file.metadata)
 
 
-def _write_denoiser(folder: Path, tensors: Tensors, plan: ExportPlan, metadata: dict[str, str]) -> None:
+def _write_denoiser(place: _Place, tensors: Tensors, plan: ExportPlan, metadata: dict[str, str]) -> None:
     """`<denoiser>/` as diffusers loads it, in shards, and one file per further layout."""
     for part in plan.folders if "diffusers" in plan.formats else ():
-        part_folder = folder / part.name
-        part_folder.mkdir()
-        write_bytes(part_folder / "config.json", json.dumps(dict(part.config), indent=2).encode())
+        part_place = replace(place, folder=place.folder / part.name)
+        part_place.folder.mkdir()
+        write_bytes(part_place.folder / "config.json", json.dumps(dict(part.config), indent=2).encode())
         own = {here: tensors[name] for here, name in part.own(tensors).items()}
-        _write_shards(part_folder, own, metadata, plan.shard_bytes, part.stem)
+        _write_shards(part_place, own, metadata, plan.shard_bytes, part.stem)
     for name, converted in further_layouts(tensors, plan):
-        write_tensors(folder / name, converted, metadata)
+        place.write(name, converted, metadata)
 
 
-def _write_shards(folder: Path, tensors: Tensors, metadata: dict[str, str], shard_bytes: int, stem: str) -> None:
+def _write_shards(place: _Place, tensors: Tensors, metadata: dict[str, str], shard_bytes: int, stem: str) -> None:
     shards: list[Tensors] = [{}]
     for name, tensor in sorted(tensors.items()):
         size = sum(t.nbytes for t in shards[-1].values())
@@ -299,12 +354,12 @@ def _write_shards(folder: Path, tensors: Tensors, metadata: dict[str, str], shar
             shards.append({})
         shards[-1][name] = tensor
     if len(shards) == 1:
-        write_tensors(folder / f"{stem}.safetensors", shards[0], metadata)
+        place.write(f"{stem}.safetensors", shards[0], metadata)
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(folder / file, shard, metadata)
+        place.write(file, shard, metadata)
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
-    write_bytes(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True).encode())
+    write_bytes(place.folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True).encode())

@@ -24,7 +24,10 @@ from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
 
-RUN_NAME = re.compile(r"\d{8}_\d{2}-\d{2}-\d{2}(_\d+)?$")
+RUN_NAME = re.compile(r"\d{8}_\d{2}-\d{2}-\d{2}(?:_(?P<own>.+?))??(_\d+)?$")
+"""Date, time, the run's own name, and a number if that was taken."""
+BEGAN = len("20260101_12-00-00")
+SETTINGS = "settings.toml"
 LATEST = "latest"
 KEY = "wandb_api_key"
 OTHER_KEY = re.compile(KEY + r"""["']?\s*[=:]\s*+(?!(?:""|'')(?!["']))""")
@@ -40,9 +43,10 @@ SAVED_AT = "saved_at"
 CHECKPOINT_NAME = re.compile(r"global_step(\d+)(\.replaced)?")
 
 
-def new_name(output_dir: Path) -> str:
-    """A name for a new run: the UTC date and time, and a number if that second is taken."""
-    return free_name(output_dir, datetime.now(UTC).strftime("%Y%m%d_%H-%M-%S"))
+def new_name(output_dir: Path, run_name: str | None = None) -> str:
+    """A name for a new run: the UTC date and time, its own name, and a number if that is taken."""
+    began = datetime.now(UTC).strftime("%Y%m%d_%H-%M-%S")
+    return free_name(output_dir, f"{began}_{run_name}" if run_name else began)
 
 
 def free_name(folder: Path, name: str) -> str:
@@ -66,7 +70,7 @@ def checkpoints_before(checkpoint: Path) -> list[Path]:
 def create(settings: Settings, ranks: Ranks, config: Path) -> Path:
     """Makes a folder for this run, the same on every rank, with copies of the user's files and the resolved
     settings."""
-    folder = settings.output_dir / gather(ranks, "run folder", new_name(settings.output_dir))[0]
+    folder = settings.output_dir / gather(ranks, "run folder", new_name(settings.output_dir, settings.run_name))[0]
     if ranks.is_main:
         _make(folder)
         _record(folder, settings, config)
@@ -123,7 +127,7 @@ def _record(place: Path, settings: Settings, config: Path) -> None:
     shutil.copyfile(settings.dataset, place / "dataset.toml")
     for entry in settings.eval_datasets:
         shutil.copyfile(entry.config, place / f"dataset_{entry.name.replace('/', '_')}.toml")
-    write_resolved(settings, place / "settings.toml")
+    write_resolved(settings, place / SETTINGS)
 
 
 def _make(folder: Path) -> None:
@@ -217,18 +221,32 @@ def find_checkpoint(
 def runs_in(output_dir: Path) -> list[Path]:
     """The folders of runs, the one that has come further last at the end. When that was, is known by what is in it; a
     name may have been given by a clock that was wrong, or by a user."""
-    named = [path for path in output_dir.glob("*") if path.is_dir() and RUN_NAME.match(path.name)]
+    named = [path for path in output_dir.glob("*") if path.is_dir() and _is_of_a_run(path)]
     return sorted(named, key=lambda run: (_active_at(run), run.name))
+
+
+def _is_of_a_run(folder: Path) -> bool:
+    """Whether a folder has the name that its run was given, and not one that a user gave to a copy."""
+    named = RUN_NAME.match(folder.name)
+    if not named or named["own"] is None:
+        return named is not None
+    try:
+        own = tomllib.loads((folder / SETTINGS).read_text(encoding="utf-8")).get("run_name")
+    except (OSError, ValueError):
+        return False
+    began = folder.name[:BEGAN]
+    return own is not None and bool(re.fullmatch(rf"{re.escape(began)}_{re.escape(own)}(_\d+)?", folder.name))
 
 
 def _active_at(run: Path) -> float:
     """When a run wrote its newest checkpoint, or a number if that was later; if neither, when it began."""
-    times = [_saved_at(checkpoint) for checkpoint in _newest_first(run)[:1]]
+    times = [saved_at(checkpoint) for checkpoint in _newest_first(run)[:1]]
     times += [_measured_at(run / METRICS)] if (run / METRICS).is_file() else []
     return max(times, default=run.stat().st_mtime)
 
 
-def _saved_at(checkpoint: Path) -> float:
+def saved_at(checkpoint: Path) -> float:
+    """When a checkpoint was written, in seconds since 1970; 0 if that is not known."""
     path = checkpoint / PROGRESS
     try:
         return float(read_json(path)[SAVED_AT])

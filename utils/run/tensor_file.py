@@ -7,9 +7,12 @@ header in JSON, the tensors one behind the other.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,7 +40,38 @@ NAMES = {
 }
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Sums:
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor that is made when it is written, so that one after the other is in memory.
+
+    Attributes:
+        shape, dtype: those that it will have.
+        make: makes it; called more than once if a hash is asked for too.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+    def element_size(self) -> int:
+        """Bytes of one number."""
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def detach(self) -> torch.Tensor:
+        """The tensor."""
+        made = self.make()
+        assert (tuple(made.shape), made.dtype) == (tuple(self.shape), self.dtype)
+        return made
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor | Deferred], metadata: Mapping[str, str] | None = None
+) -> Sums:
     """Writes a file. Returns its checksums.
 
     Raises:
@@ -59,7 +93,9 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     return summing.sums()
 
 
-def _contents(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None) -> Iterator[memoryview]:
+def _contents(
+    tensors: Mapping[str, torch.Tensor | Deferred], metadata: Mapping[str, str] | None
+) -> Iterator[memoryview]:
     # Larger numbers first, so that each tensor begins at a multiple of its numbers' size.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -79,3 +115,13 @@ def _contents(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] |
         # One of a single element may have any stride.
         flat = flat.as_strided((flat.numel(),), (1,))
         yield memoryview(flat.view(torch.uint8).numpy())
+
+
+def sha256_of(tensors: Mapping[str, torch.Tensor | Deferred]) -> str:
+    """The SHA-256 of what `write_tensors` writes behind the header, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    contents = _contents(tensors, None)
+    next(contents)
+    for content in contents:
+        digest.update(content)
+    return digest.hexdigest()

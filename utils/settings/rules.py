@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from utils.errors import Problem
+from utils.settings.export_rules import EXPORT_RULES, names_are_used
 from utils.settings.model_schema import QuantisedType
 from utils.settings.paths import missing, unwritable
 from utils.settings.rule import SettingsRule, at
@@ -309,13 +310,14 @@ def _blocks_are_swapped(settings: Settings) -> Iterator[Problem]:
         yield at("key `disable_block_swap_for_eval`", "not used without blocks_to_swap")
 
 
-_HARMLESS = (_eval_keys_have_data, _wandb_is_enabled, _blocks_are_swapped)
+_HARMLESS = (_eval_keys_have_data, _wandb_is_enabled, _blocks_are_swapped, names_are_used)
 _RULES = (
     SettingsRule(("partition_split", "partition_method", "pipeline_stages"), _split_fits_method),
     SettingsRule(("pipeline_stages",), _stages_divide_world),
     SettingsRule(("stage_weights", "partition_method", "pipeline_stages"), _weights_fit_stages),
     SettingsRule(("blocks_to_swap", "pipeline_stages"), _swap_fits_stages),
     *STEP_RULES,
+    *EXPORT_RULES,
     SettingsRule(
         ("activation_checkpointing", "activation_checkpointing_every_n_blocks"), _recomputed_blocks_are_asked_for
     ),

@@ -16,6 +16,7 @@ from utils.settings.values import (
     ClipBy,
     Count,
     Duration,
+    FileName,
     MicroBatches,
     Natural,
     NotNegative,
@@ -161,7 +162,11 @@ class Settings(SettingsTable):
     tells_apart: ClassVar[tuple[str, ...]] = ("dataset",)
 
     output_dir: UserPath
-    """Folder in which every run makes its own folder, named by date and time."""
+    """Folder in which every run makes its own folder, named by date and time, and by `run_name`."""
+    run_name: FileName | None = None
+    """Name of the run: `run_name = "fox"` gives a folder `20260101_12-00-00_fox`, and in it files of weights such as
+    `step500/fox-step000500.safetensors` and `step500/fox-step000500_comfyui.safetensors`; default: the folder has date
+    and time alone, and the files are called `adapter_model.safetensors` and `adapter_model_comfyui.safetensors`."""
     dataset: UserPath
     """Dataset file of the training data."""
     epochs: Count | None = None
@@ -238,6 +243,19 @@ class Settings(SettingsTable):
     """Export weights after every n epochs."""
     save_every_n_examples: Count | None = None
     """Export weights after every n training samples."""
+    save_n_epoch_ratio: Count | None = None
+    """Export weights so many times, evenly over the `epochs`: in place of `save_every_n_epochs`, which it sets to
+    epochs / n, rounded down."""
+    keep_exports: Count | None = None
+    """Number of newest exports to keep; older ones of the run are removed after each new one, and told. One with a name
+    that was given by hand stays, as do all of other runs. Default: keep all."""
+    file_name: FileName | None = None
+    """Name of an adapter's file, without its ending: `{name}` stands for `run_name`, `{at}` for the step or epoch of
+    the export; default: "{name}-{at}" with `run_name`, else "adapter_model". The parts of a full fine-tune's diffusers
+    folder are called as diffusers finds them."""
+    file_name_comfyui: FileName | None = None
+    """The same of the file for ComfyUI, of a full fine-tune too; default: "{name}-{at}_comfyui" with `run_name`, else
+    "adapter_model_comfyui", or "model_comfyui" of a full fine-tune."""
     save_dtype: DType | None = None
     """Type of exported weights; default: the type in which they are trained."""
     save_format: Literal["diffusers", "comfyui", "both"] | None = None
@@ -331,6 +349,13 @@ class Settings(SettingsTable):
     def cut_is_planned(self) -> bool:
         """Whether the cut waits for the data, and is found with the plan of the run."""
         return self.pipeline_stages > 1 and self.partition_method in PLANNED
+
+    @property
+    def export_epochs(self) -> int | None:
+        """After how many epochs weights are exported; None for never."""
+        if self.save_n_epoch_ratio and self.epochs:
+            return max(1, self.epochs // self.save_n_epoch_ratio)
+        return self.save_every_n_epochs
 
     @property
     def recomputed_every(self) -> int:

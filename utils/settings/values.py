@@ -135,6 +135,25 @@ TimestepMethod = also_called(
 LossType = also_called(Literal["mse", "mae", "huber", "smooth_l1", "pseudo_huber"], l2="mse", l1="mae")
 
 
+NOT_IN_NAMES = '<>:"/\\|?*'
+"""What names of files cannot have on some system."""
+
+
+def _file_name(name: str) -> str:
+    wrong = next((letter for letter in name if letter in NOT_IN_NAMES or not letter.isprintable()), None)
+    if wrong:
+        raise ValueError(f"is to be a part of names of files, and {wrong!r} cannot be in one; leave it out")
+    if not name.strip(" .") or name != name.strip(" ") or name[0] in ".-" or name[-1] == "." or len(name) > 100:
+        raise ValueError(
+            "is to be a part of names of files: 1 to 100 letters, without spaces or dots at its ends, or a hyphen first"
+        )
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_file_name)]
+"""A part of the name of a file or folder."""
+
+
 def _only_weighs(value: Any) -> Any:
     """Other trainers use one key for how timesteps are drawn and for how their losses are weighted."""
     if value in ("uniform", "logit_normal", "mode"):

@@ -15,7 +15,7 @@ from models.foundation.checkpoints.recognition import owner_of_names
 from utils import adapters
 from utils.adapters.differences import differences, with_dora
 from utils.adapters.file_names import Contents, contents
-from utils.adapters.kinds import DORA_SCALE, AdapterFile, AdapterKind, Entry, ModelNames, Tensors, Update
+from utils.adapters.kinds import DORA_SCALE, LAYOUT, AdapterFile, AdapterKind, Entry, ModelNames, Tensors, Update
 from utils.adapters.soundness import check_entry
 from utils.errors import UserError
 
@@ -84,6 +84,16 @@ def read_updates(path: Path, names: ModelNames) -> Mapping[str, Update]:
     Raises:
         UserError: it contains no adapter of a known kind, something else too, or one that cannot be read.
     """
+    found = read_entries(path, names)
+    return _joined(found, path, lambda kind, entry: _updates(kind, entry, names))
+
+
+def read_entries(path: Path, names: ModelNames) -> Contents:
+    """What the adapter in a file or folder has for which module, all of which can be used.
+
+    Raises:
+        UserError: as `read_updates`.
+    """
     file = _read(path)
     found = contents(file, names)
     if not (found.entries or found.strangers or found.beside):
@@ -91,7 +101,7 @@ def read_updates(path: Path, names: ModelNames) -> Mapping[str, Update]:
         raise UserError.of(
             f"no factors of an adapter that is known here ({known}) in this file, {_what_is_there(file)}", str(path)
         )
-    return _joined(_checked(found, file, path), path, lambda kind, entry: _updates(kind, entry, names))
+    return _checked(found, file, path)
 
 
 def _updates(kind: AdapterKind | None, entry: Entry, names: ModelNames) -> dict[str, Update]:
@@ -183,18 +193,36 @@ def _first(names: Sequence[str]) -> str:
     return f"the first is '{names[0]}'"
 
 
-def _read(path: Path) -> AdapterFile:
+def file_in(path: Path) -> Path:
+    """The file of an adapter: the path itself, or the one in the folder that it names.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
     files = read_header(path).paths
     if not files:
         raise UserError.of("this file is empty; download it again", str(path))
+    if len(files) > 1:
+        # An export of ours with names of its own has a file for each program.
+        files = [file for file in files if header_of(file).get(LAYOUT) == "diffusers"] or files
     if len(files) > 1:
         raise UserError.of(
             f"there are {len(files)} files here, {', '.join(file.name for file in files[:3])} ...; give one of them",
             str(path),
         )
-    with opened(files[0]) as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-        return AdapterFile(tensors, file.metadata() or {}, files[0])
+    return files[0]
+
+
+def header_of(file: Path) -> Mapping[str, str]:
+    """The metadata in a file's header."""
+    with opened(file) as opened_file:
+        return opened_file.metadata() or {}
+
+
+def _read(path: Path) -> AdapterFile:
+    path = file_in(path)
+    with opened(path) as file:
+        return AdapterFile({key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}, path)
 
 
 def _what_is_there(file: AdapterFile) -> str:

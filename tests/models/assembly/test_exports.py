@@ -106,6 +106,18 @@ def test_adapter_loads_in_the_stock_pipeline(folder: Path, tmp_path: Path, keys:
     torch.testing.assert_close(theirs, output(flux, layers), rtol=1e-4, atol=1e-5)
 
 
+def test_a_named_adapter_loads_in_the_stock_pipeline_and_is_gone_on_from(folder: Path, tmp_path: Path) -> None:
+    layers = exported(folder, tmp_path / "epoch1", lora(), run_name="fox")
+    stock = StockPipeline.from_pretrained(folder, vae=None, text_encoder=None, text_encoder_2=None)
+    flux = tiny_flux.pipeline(folder)
+    stock.load_lora_weights(tmp_path / "epoch1", weight_name="fox-epoch000001.safetensors")
+    expected = output(flux, layers)
+    torch.testing.assert_close(output(flux, flux.to_layers(stock.transformer)), expected, rtol=1e-4, atol=1e-5)
+    # Of both files in the folder, the one for diffusers.
+    again = loaded(flux, lora(init_from_existing=tmp_path / "epoch1"))
+    torch.testing.assert_close(output(flux, again), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("file", [LORA_FILE, LORA_COMFYUI])
 @pytest.mark.parametrize("keys", [{}, {"alpha": 10.0, "include": ["to_q", "proj_mlp", "mlp.0"]}])
 def test_adapter_is_gone_on_from(folder: Path, tmp_path: Path, file: str, keys: dict) -> None:

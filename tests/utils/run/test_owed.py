@@ -21,6 +21,7 @@ from utils.errors import UserError
 from utils.ranks import Ranks
 from utils.run import checkpoint, evaluation, sampling, trainer
 from utils.run.cadence import Cadence, Duty
+from utils.run.export_metadata import FINISHED, STARTED
 from utils.run.owed import Owed, done_since, note_done, owed_in
 from utils.run.progress import Progress
 from utils.run.progress_file import FORMAT, read_progress
@@ -75,7 +76,18 @@ def numbers(run: Path) -> dict[tuple[str, int], float]:
 def files(run: Path) -> dict[str, bytes]:
     """The samples and exports that an undisturbed run leaves."""
     found = [*run.glob("samples/*/*.png"), *run.glob("epoch*/**/*.safetensors")]
-    return {str(path.relative_to(run)): path.read_bytes() for path in found}
+    return {str(path.relative_to(run)): without_times(path.read_bytes(), path.suffix) for path in found}
+
+
+def without_times(content: bytes, suffix: str) -> bytes:
+    """A file without what its header says of when it was made."""
+    if suffix != ".safetensors":
+        return content
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    for key in ("modelspec.date", STARTED, FINISHED):
+        del header["__metadata__"][key]
+    return json.dumps(header).encode() + content[end:]
 
 
 def undisturbed(config: Path) -> tuple[dict[tuple[str, int], float], dict[str, bytes]]:
