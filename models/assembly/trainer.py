@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 
 import optimizers
 from models.assembly.data import Data, reader_of
+from models.assembly.drawings import sample_model
 from models.assembly.exports import export_plan
 from models.assembly.kept import sums_in_float32
 from models.assembly.noising import NoisedBatch, Noising
 from models.assembly.plan import epochs_of
-from models.assembly.prompts import sample_model
 from models.assembly.rates import Rates
 from models.assembly.stage import StagedModel, load_stage, teacher_of
 from models.base import BasePipeline
@@ -290,5 +290,6 @@ def _duties(
         )
         for collection in data.evaluation
     }
-    sampler = sample_model(pipeline, data.encoders, settings, ranks, data.cache_dir)
+    loaded = data.live if ranks.is_first_stage else ()
+    sampler = sample_model(pipeline, data.encoders, settings, ranks, data.cache_dir, loaded=loaded)
     return make_duties(run, sets, noising.evaluation, sampler, export_plan(pipeline, settings, staged))

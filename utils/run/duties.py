@@ -41,7 +41,7 @@ def make_duties(
     """
     return [
         *(_evaluations(run, sets, prepare) if sets else []),
-        *([_sampling(run, sampler)] if run.settings.sampling.prompts else []),
+        *([_sampling(run, sampler)] if run.settings.sampling.asks else []),
         _export(run, plan),
     ]
 
@@ -87,7 +87,7 @@ def _sampling(run: RunParts, sampler: SampleModel) -> Duty:
     def perform(progress: Progress, epoch_ended: bool) -> None:
         with ema.swapped() if ema and ema.settings.sample else run.weights_to_use():
             attempt = Attempt(f"samples {progress.step}", run.ranks, run.stop.pending)
-            sample(run.engine, run.ranks, sampler, settings, run.folder, run.metrics, progress.step, attempt)
+            sample(run.engine, run.ranks, sampler, run.folder, run.metrics, progress.step, attempt)
 
     cadence = Cadence(settings.sample_every_n_steps, settings.sample_every_n_epochs)
     return Duty("samples", perform, cadence, before_first_step=settings.sample_before_first_step, at_end=True)

@@ -48,7 +48,11 @@ listed here is refused, unless it is one of another trainer's that says the same
 Write them at the top of the file, above all tables, or in tables that only group them: {groups}.
 """
 # Table -> its keys that are arrays of tables.
-ENTRIES: Mapping[str, tuple[str, ...]] = {"model": ("text_encoders", "preset_adapters"), "optimizer": ("rules",)}
+ENTRIES: Mapping[str, tuple[str, ...]] = {
+    "model": ("text_encoders", "preset_adapters"),
+    "optimizer": ("rules",),
+    "sampling": ("samples",),
+}
 # Tables whose `type` may have any capitals -> what may stand between its letters.
 ANY_CAPITALS: Mapping[str, str] = {"optimizer": "[-_]*", "model": "[-_]*"}
 # Tables whose `type` may be the path of somebody's class, whose keys are its arguments.

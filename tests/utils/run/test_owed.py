@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.runs import only_run
 from tests.utils.run.test_goes_on import SAMPLING, run_here, with_looks
@@ -73,9 +74,10 @@ def numbers(run: Path) -> dict[tuple[str, int], float]:
 
 
 def files(run: Path) -> dict[str, bytes]:
-    """The samples and exports that an undisturbed run leaves."""
-    found = [*run.glob("samples/*/*.png"), *run.glob("epoch*/**/*.safetensors")]
-    return {str(path.relative_to(run)): path.read_bytes() for path in found}
+    """The samples and exports that an undisturbed run leaves; of pictures not their texts, which name the run."""
+    exports = {path: path.read_bytes() for path in run.glob("epoch*/**/*.safetensors")}
+    samples = {path: Image.open(path).tobytes() for path in run.glob("samples/*/*.png")}
+    return {str(path.relative_to(run)): content for path, content in {**samples, **exports}.items()}
 
 
 def undisturbed(config: Path) -> tuple[dict[tuple[str, int], float], dict[str, bytes]]:
