@@ -13,6 +13,7 @@ from utils.run.attempts import Attempt
 from utils.run.cadence import Cadence, Duty
 from utils.run.evaluation import Prepare, evaluate
 from utils.run.export import ExportPlan, export_name, export_with_averages, exports_in
+from utils.run.file_requests import EVALUATE, SAMPLE, STOP
 from utils.run.parts import RunParts
 from utils.run.progress import Progress
 from utils.run.sampling import SampleModel, sample
@@ -68,7 +69,7 @@ def _evaluations(run: RunParts, sets: Mapping[str, EvaluationBatches], prepare: 
             measure(progress, AVERAGED)
 
     cadence = Cadence(settings.eval_every_n_steps, settings.eval_every_n_epochs, settings.eval_every_n_examples)
-    when = {"cadence": cadence, "before_first_step": settings.eval_before_first_step, "at_end": True}
+    when = {"cadence": cadence, "before_first_step": settings.eval_before_first_step, "at_end": True, "file": EVALUATE}
     duties = [Duty("evaluation", of_weights, measures=partial(is_loss_of, sets, ""), **when)]
     if ema and ema.settings.evaluate:
         measures = partial(is_loss_of, sets, AVERAGED)
@@ -90,7 +91,9 @@ def _sampling(run: RunParts, sampler: SampleModel) -> Duty:
             sample(run.engine, run.ranks, sampler, run.folder, run.metrics, progress.step, attempt)
 
     cadence = Cadence(settings.sample_every_n_steps, settings.sample_every_n_epochs)
-    return Duty("samples", perform, cadence, before_first_step=settings.sample_before_first_step, at_end=True)
+    return Duty(
+        "samples", perform, cadence, before_first_step=settings.sample_before_first_step, at_end=True, file=SAMPLE
+    )
 
 
 def _export_from(run: RunParts, folder: Path, plan: ExportPlan, progress: Progress, *, adds: bool = False) -> None:
@@ -123,6 +126,7 @@ def _export(run: RunParts, plan: ExportPlan) -> Duty:
         perform,
         cadence,
         at_end=True,
+        file=STOP,
         at_stop=plan.adapter is not None,
         interruptible=False,
         without_steps=what_is_lacking,

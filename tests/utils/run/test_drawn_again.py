@@ -1,0 +1,91 @@
+"""Samples with values of their own, prompts that change while a run goes on, and what is drawn beside a run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.runs import metrics, only_run
+from tests.utils.run.test_goes_on import run_here
+from utils.run.trainer import Trainer
+
+
+def picture(file: Path) -> np.ndarray:
+    return np.asarray(Image.open(file)).astype(int)
+
+
+def test_samples_with_values_of_their_own_and_a_file_that_changes(
+    write_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file is good, changes, is spoilt, and is gone; training goes on, and what was good is drawn."""
+    caplog.set_level(logging.INFO)
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red picture --w 32 --s 3 --d 5\n")
+    later = {
+        1: "a red picture --w 32 --s 3 --d 5\na blue picture --h 32 --ss euler\n",
+        2: "a blue picture --h 33\n",
+        3: None,
+    }
+    step = Trainer.step
+
+    def stepped(trainer: Trainer, batches: object) -> object:
+        done, values = step(trainer, batches)
+        text = later[done.step]
+        file.unlink() if text is None else file.write_text(text)
+        return done, values
+
+    monkeypatch.setattr(Trainer, "step", stepped)
+    sampling = {
+        "prompts": ["a green picture"],
+        "samples": [{"prompt": "a green picture", "adapter_scale": 0.0}, {"prompt": "a red picture", "seed": 5}],
+        "prompt_file": str(file),
+        "sample_every_n_steps": 1,
+        "sample_before_first_step": True,
+        "width": 64,
+        "height": 64,
+        "steps": 2,
+    }
+    assert run_here(write_config(max_steps=3, checkpoint_every_n_steps=None, sampling=sampling))
+    run = only_run(write_config()) / "samples"
+    at_first = ["00_a_green_picture", "01_a_green_picture", "02_a_red_picture", "03_a_red_picture"]
+    names = {path.name: [file.stem for file in sorted(path.glob("*.png"))] for path in run.glob("step*")}
+    assert names["step000000"] == at_first
+    assert names["step000001"] == names["step000002"] == names["step000003"] == [*at_first, "04_a_blue_picture"]
+    sizes = [Image.open(one).size for one in sorted((run / "step000003").glob("*.png"))]
+    assert sizes == [(64, 64)] * 3 + [(32, 64), (64, 32)]
+
+    # Without the adapter nothing changes, though it is trained.
+    moved = [np.abs(picture(run / "step000000" / f"{n}.png") - picture(run / "step000003" / f"{n}.png")).max()
+             for n in at_first]  # fmt: skip
+    assert moved[1] == 0 and moved[0] > 0 and moved[2] > 0
+    said = caplog.text
+    assert f"prompts are read anew from {file}: there are 5 samples now" in said
+    assert "line 2 --ss: is not used: it is a sampler" in said
+    assert said.count(f"{file} cannot be used, and the samples stay those before: {file}: line 1 width, height: ") == 1
+    assert "multiples of 16; set 64 x 32 instead of 64 x 33" in said
+    assert f"before: {file}: cannot be read: No such file or directory" in said
+
+    text = Image.open(run / "step000003" / "03_a_red_picture.png").info["parameters"]
+    prompt, line = text.splitlines()
+    assert prompt == "a red picture"
+    for part in ("Steps: 3", "CFG scale: 3.5", "Seed: 5, Size: 32x64", "Training step: 3", f"Run: {run.parent.name}"):
+        assert part in line, line
+    assert "Place: 0" in Image.open(run / "step000003" / "00_a_green_picture.png").info["parameters"]
+    assert Image.open(run / "sheet.png").size[0] > 4 * 32
+
+
+def test_a_score_that_cannot_be_measured_is_told_once(
+    write_config: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    sampling = {"prompts": ["a"], "sample_every_n_steps": 1, "width": 32, "height": 32, "steps": 1}
+    config = write_config(max_steps=2, checkpoint_every_n_steps=None, sampling={**sampling, "clip_path": str(clip)})
+    assert run_here(config)
+    assert caplog.text.count("no samples/clip_score is measured") == 1
+    assert not metrics(only_run(config), "samples/clip_score")
