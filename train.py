@@ -9,11 +9,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import models
 from utils.collector import without_collector
 from utils.run.display import guarded_streams
+from utils.run.flags import ALONE, FLAGS
 from utils.run.signals import StopRequested, StopRequests
 from utils.run.time_limit import TimeLimit
 from utils.settings import diffusion_pipe
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("penstock")
 
-NEWEST_RUN = ""
-"""What --resume_from_checkpoint holds when it names no folder."""
 SECONDS_TO_LEAVE = 10.0
 """How long a process that was asked to stop waits for the others of the run."""
 
@@ -88,7 +87,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
         ranks = replace(ranks, world_size=world_size or settings.pipeline_stages).with_stages(settings.pipeline_stages)
 
         # The settings are sound: diffusers and the rest are imported from here on.
-        from models.assembly import checkpoint_export, data, dump, plan, preflight, trainer
+        from models.assembly import checkpoint_export, data, dump, plan, preflight, sample_only, trainer
         from utils.parallel.backend import initialize_deepspeed
         from utils.run.checkpoint import ResumeFlags
         from utils.run.in_use import RunLock
@@ -100,6 +99,10 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
     # What the model's own files settle is recorded with the rest.
     settings = settings.model_copy(update={"model": pipeline.options.as_given()})
     preflight.check_training(pipeline, str(arguments.config))
+    if arguments.sample_only:
+        meet(ranks, stop, settings, arguments.master_port)
+        sample_only.draw_checkpoint(arguments.sample_only, settings, ranks, pipeline, stop)
+        return True
     sources = data.sources_of(settings, datasets)
     scan = data.scan_of(settings, sources, stop.raise_if_stopping, trust=arguments.trust_cache)
     if arguments.check:
@@ -157,47 +160,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     resets = [name for name in FLAGS if name.startswith("reset_") and getattr(arguments, name)]
     if resets and arguments.resume_from_checkpoint is None:
         parser.error(f"--{resets[0]} says how to resume; give --resume_from_checkpoint with it")
-    others = [name for name in NOT_WITH_EXPORT if getattr(arguments, name) not in (None, False)]
-    if arguments.export is not None and others:
-        parser.error(f"--export does nothing else; leave --{others[0]} out, or --export")
-    if arguments.export == "":
-        parser.error("--export: name a checkpoint, or a run's folder")
+    for flag in [flag for flag in ALONE if getattr(arguments, flag) is not None]:
+        if others := [name for name in ALONE[flag] if getattr(arguments, name) not in (None, False)]:
+            parser.error(f"--{flag} does nothing else; leave --{others[0]} out, or --{flag}")
+        if getattr(arguments, flag) == "":
+            parser.error(f"--{flag}: name a checkpoint, or a run's folder")
     return arguments
-
-
-NOT_WITH_EXPORT = ("resume_from_checkpoint", "cache_only", "regenerate_cache", "dump_dataset", "check")
-"""Flags that ask for something that an export does not do."""
-FLAGS: dict[str, dict[str, Any]] = {
-    "config": {"type": Path, "required": True, "help": "TOML file of the run"},
-    "resume_from_checkpoint": {
-        "nargs": "?",
-        "const": NEWEST_RUN,
-        "metavar": "FOLDER",
-        "help": "go on from this checkpoint, or the newest of this run folder, or of the newest run of this config",
-    },
-    "export": {
-        "metavar": "CHECKPOINT",
-        "help": "export the weights of this checkpoint, or of the newest of this run folder, as the config asks for, "
-        "and end",
-    },
-    "cache_only": {"action": "store_true", "help": "encode the datasets and end"},
-    "regenerate_cache": {"action": "store_true", "help": "encode everything again"},
-    "trust_cache": {"action": "store_true", "help": "take files seen before as unchanged, without looking at them"},
-    "reset_dataloader": {"action": "store_true", "help": "on resuming, begin the epoch's data from the start"},
-    "reset_optimizer": {"action": "store_true", "help": "on resuming, begin with an optimizer that remembers nothing"},
-    "reset_optimizer_params": {
-        "action": "store_true",
-        "help": "on resuming, take the keys of [optimizer] from the config where they differ from the checkpoint's",
-    },
-    "dump_dataset": {
-        "type": Path,
-        "metavar": "FOLDER",
-        "help": "write what the trainer sees of the data, decoded, with a page to look through, and end",
-    },
-    "check": {"action": "store_true", "help": "check config, datasets and folders, print the plan, and end"},
-    "master_port": {"type": int, "help": "port at which the processes meet, where the launcher names none"},
-    "local_rank": {"type": int, "help": "given by launchers; the environment's LOCAL_RANK is what counts"},
-}
 
 
 def read_settings(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -59,9 +60,13 @@ class PromptFeatures:
         loaded: Sequence[Encoder] = (),
     ) -> None:
         self.encoders, self.device, self.loaded = encoders, device, loaded
-        self._reader = SampleReader(encoders, cache_dir)
+        self._cache_dir = cache_dir
         self._cached = {self._key(version) for version in cached}
         self._kept: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+
+    @cached_property
+    def _reader(self) -> SampleReader:
+        return SampleReader(self.encoders, self._cache_dir)
 
     def of(self, version: SampleVersion) -> Mapping[str, torch.Tensor]:
         """Those of a version, each (1, ...), on the CPU."""

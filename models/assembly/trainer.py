@@ -220,14 +220,6 @@ def samples_of_step(epochs: Epochs) -> float:
 def _engine(
     settings: Settings, ranks: Ranks, pipeline: BasePipeline, staged: StagedModel, optimizer: Optimizer, shares: Shares
 ) -> Engine:
-    swap = BlockSwap(
-        staged.stage_layers(ranks.stage),
-        staged.swapped[ranks.stage],
-        pinned=ranks.device.type == "cuda",
-        trained=settings.adapter is None,
-        resident_in_evaluation=settings.disable_block_swap_for_eval,
-        ranks=ranks if ranks.data_ranks > 1 and any(staged.swapped) else None,
-    )
     module = DenoiserPipeline(
         staged.layers,
         staged.bounds,
@@ -237,7 +229,7 @@ def _engine(
         host=HostInputs() if settings.offloads else None,
         seed=settings.seed,
         loss_terms=pipeline.loss_terms,
-        swap=swap,
+        swap=block_swap(settings, ranks, staged, trained=settings.adapter is None),
     )
     engine = Engine(
         module,
@@ -255,6 +247,18 @@ def _engine(
         group = None if shares.divided else engine.grid.get_pipe_parallel_group()
         optimizer.total = sums.over(numbers_of_all(engine.device, group))
     return engine
+
+
+def block_swap(settings: Settings, ranks: Ranks, staged: StagedModel, *, trained: bool) -> BlockSwap:
+    """Which blocks of this stage wait in the machine's memory; whether they are `trained` there."""
+    return BlockSwap(
+        staged.stage_layers(ranks.stage),
+        staged.swapped[ranks.stage],
+        pinned=ranks.device.type == "cuda",
+        trained=trained,
+        resident_in_evaluation=settings.disable_block_swap_for_eval,
+        ranks=ranks if ranks.data_ranks > 1 and any(staged.swapped) else None,
+    )
 
 
 def _batches(

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import FluxPipeline
 from PIL import Image
 
 from tests.runs import metrics, only_run
 from tests.utils.run.test_goes_on import run_here
+from utils.errors import UserError
 from utils.run.trainer import Trainer
 
 
@@ -89,3 +92,35 @@ def test_a_score_that_cannot_be_measured_is_told_once(
     assert run_here(config)
     assert caplog.text.count("no samples/clip_score is measured") == 1
     assert not metrics(only_run(config), "samples/clip_score")
+
+
+def test_a_checkpoints_samples_are_those_of_the_run_and_of_the_stock_pipeline(
+    write_config: Callable[..., Path], short_flux: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the averages, which the samples of this run have, and the seed of a sample."""
+    keys = {"sample_every_n_steps": 100, "width": 64, "height": 32, "steps": 2, "guidance": 2.0}
+    asked = {"prompts": ["a red picture"], "samples": [{"prompt": "a blue picture", "seed": 5, "steps": 3}], **keys}
+    config = write_config(max_steps=2, sampling=asked, ema={"decay": 0.5, "warmup": "none"}, optimizer__lr=0.1)
+    assert run_here(config)
+    run = only_run(config)
+    of_run = {file.name: file.read_bytes() for file in (run / "samples" / "step000002").iterdir()}
+    assert run_here(config, "--sample_only", str(run))
+    assert {file.name: file.read_bytes() for file in (run / "samples_only" / "step000002").iterdir()} == of_run
+
+    stock = FluxPipeline.from_pretrained(short_flux)
+    stock.set_progress_bar_config(disable=True)
+    call = {"prompt": "a blue picture", "width": 64, "height": 32, "num_inference_steps": 3, "guidance_scale": 2.0}
+    call |= {"max_sequence_length": 16, "output_type": "np"}
+    plain = stock(**call, generator=torch.Generator().manual_seed(5)).images[0] * 255
+    stock.load_lora_weights(run / "epoch1_ema", weight_name="adapter_model.safetensors")
+    # PEFT's layers come ready for training, with the dropout of this run.
+    stock.transformer.eval()
+    expected = stock(**call, generator=torch.Generator().manual_seed(5)).images[0] * 255
+    drawn = picture(run / "samples_only" / "step000002" / "01_a_blue_picture.png")
+    assert np.abs(drawn - expected).max() < 1.0 < np.abs(drawn - plain).max()
+
+    with pytest.raises(SystemExit):
+        run_here(config, "--sample_only", str(run), "--export", str(run))
+    assert "--export does nothing else; leave --sample_only out" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"\[sampling\]: there is nothing to draw for --sample_only"):
+        run_here(write_config(ema={}), "--sample_only", str(run))
