@@ -48,7 +48,6 @@ class PromptFeatures:
     Args:
         encoders: those that read prompts.
         cached: versions of prompts that the cache has.
-        loaded: encoders that are loaded already, and stay so.
     """
 
     def __init__(
@@ -57,9 +56,8 @@ class PromptFeatures:
         cache_dir: Path,
         device: torch.device,
         cached: Iterable[SampleVersion] = (),
-        loaded: Sequence[Encoder] = (),
     ) -> None:
-        self.encoders, self.device, self.loaded = encoders, device, loaded
+        self.encoders, self.device = encoders, device
         self._cache_dir = cache_dir
         self._cached = {self._key(version) for version in cached}
         self._kept: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
@@ -89,17 +87,14 @@ class PromptFeatures:
         self._kept = kept | made
 
     def _encode(self, encoder: Encoder, wanted: Mapping, made: Mapping) -> None:
-        stays = encoder in self.loaded
         try:
-            if not stays:
-                encoder.load(self.device)
+            encoder.load(self.device)
             with torch.no_grad():
                 for key, version in wanted.items():
                     made[key].update(features_of({"": inputs_of(encoder, version)}, encoder)[""])
         finally:
-            if not stays:
-                encoder.unload()
-                give_back_memory(self.device)
+            encoder.unload()
+            give_back_memory(self.device)
 
     def _key(self, version: SampleVersion) -> tuple[str, ...]:
         return tuple(item_key(encoder, version) for encoder in self.encoders if applies_to(encoder, version.sample))
@@ -109,8 +104,7 @@ class Drawings:
     """The samples that a run draws, which a file of prompts may change between two times.
 
     Args:
-        encoders: of the model.
-        loaded: those that stay loaded on this process.
+        encoders: of the model, which nothing else uses at the same time.
         in_cache: whether the cache has the features of the prompts with which the run begins.
     """
 
@@ -122,7 +116,6 @@ class Drawings:
         ranks: Ranks,
         cache_dir: Path,
         *,
-        loaded: Sequence[Encoder] = (),
         in_cache: bool = True,
     ) -> None:
         self.pipeline, self.settings, self.ranks = pipeline, settings, ranks
@@ -134,7 +127,7 @@ class Drawings:
         asked = self._asked(requests)
         self._features = {
             sees: PromptFeatures(
-                reader, cache_dir, ranks.device, [v for v, of in asked if of == sees] if in_cache else (), loaded
+                reader, cache_dir, ranks.device, [v for v, of in asked if of == sees] if in_cache else ()
             )
             for sees, reader in readers.items()
         }
@@ -229,12 +222,11 @@ def sample_model(
     ranks: Ranks,
     cache_dir: Path,
     *,
-    loaded: Sequence[Encoder] = (),
     in_cache: bool = True,
 ) -> SampleModel:
     """How to draw this model's samples; see `Drawings`."""
     autoencoder = encoders[0]
-    drawings = Drawings(pipeline, encoders, settings, ranks, cache_dir, loaded=loaded, in_cache=in_cache)
+    drawings = Drawings(pipeline, encoders, settings, ranks, cache_dir, in_cache=in_cache)
 
     def decode(latents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         # The VAE comes beside the training's state: it gets the room that the allocator keeps, and gives it back.

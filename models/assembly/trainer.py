@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 import optimizers
-from models.assembly.data import Data, reader_of
+from models.assembly.data import Data, controls_of, reader_of
 from models.assembly.drawings import sample_model
 from models.assembly.exports import export_plan
 from models.assembly.kept import sums_in_float32
@@ -294,6 +294,7 @@ def _duties(
         )
         for collection in data.evaluation
     }
-    loaded = data.live if ranks.is_first_stage else ()
-    sampler = sample_model(pipeline, data.encoders, settings, ranks, data.cache_dir, loaded=loaded)
+    # Those that stay loaded are used by the threads that read ahead: new prompts have others.
+    encoders = pipeline.encoders_for(controls_of([data.training, *data.evaluation])) if data.live else data.encoders
+    sampler = sample_model(pipeline, encoders, settings, ranks, data.cache_dir)
     return make_duties(run, sets, noising.evaluation, sampler, export_plan(pipeline, settings, staged))

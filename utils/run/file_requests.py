@@ -82,8 +82,8 @@ class FileRequests:
                 (self.folder / name).unlink(missing_ok=True)
             except OSError as error:
                 self._stuck.add(name)
-                logger.warning("what %s asks for is done once, since the file cannot be removed: %s", name,
-                               reason_of(error))  # fmt: skip
+                reason = reason_of(error)
+                logger.warning("what %s asks for is done once, since the file cannot be removed: %s", name, reason)
 
 
 def agreed(own: Sequence[bool], requests: FileRequests | None) -> Votes:

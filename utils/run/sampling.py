@@ -32,6 +32,8 @@ from utils.settings.sample_requests import SampleRequest
 logger = logging.getLogger(__name__)
 
 SLUG_LETTERS = 60
+CLIP_SCORE = "samples/clip_score"
+"""The name of its metric."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def _score(model: SampleModel, metrics: Metrics, drawings: Sequence[Drawing], pa
         return
     value = model.score.of(paths, [drawing.request.prompt for drawing in drawings])
     if value is not None:
-        metrics.scalars({"samples/clip_score": value}, step)
+        metrics.scalars({CLIP_SCORE: value}, step)
 
 
 def _show_together(folder: Path) -> None:

@@ -63,8 +63,8 @@ def test_samples_with_values_of_their_own_and_a_file_that_changes(
     assert sizes == [(64, 64)] * 3 + [(32, 64), (64, 32)]
 
     # Without the adapter nothing changes, though it is trained.
-    moved = [np.abs(picture(run / "step000000" / f"{n}.png") - picture(run / "step000003" / f"{n}.png")).max()
-             for n in at_first]  # fmt: skip
+    changes = [picture(run / "step000000" / f"{n}.png") - picture(run / "step000003" / f"{n}.png") for n in at_first]
+    moved = [np.abs(change).max() for change in changes]
     assert moved[1] == 0 and moved[0] > 0 and moved[2] > 0
     said = caplog.text
     assert f"prompts are read anew from {file}: there are 5 samples now" in said
