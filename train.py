@@ -9,11 +9,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import models
 from utils.collector import without_collector
 from utils.run.display import guarded_streams
+from utils.run.flags import ALONE, FLAGS
 from utils.run.signals import StopRequested, StopRequests
 from utils.run.time_limit import TimeLimit
 from utils.settings import diffusion_pipe
@@ -22,13 +23,12 @@ from utils.settings.reader import read_all
 from utils.settings.schema import Settings
 
 if TYPE_CHECKING:
+    from models.base import BasePipeline
     from utils.ranks import Ranks
     from utils.run.trainer import Trainer
 
 logger = logging.getLogger("penstock")
 
-NEWEST_RUN = ""
-"""What --resume_from_checkpoint holds when it names no folder."""
 SECONDS_TO_LEAVE = 10.0
 """How long a process that was asked to stop waits for the others of the run."""
 
@@ -94,12 +94,13 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
         from utils.run.in_use import RunLock
         from utils.run.restarts import after_restart
 
-    if settings.time_limit:
-        stop.time = TimeLimit(60 * settings.time_limit, started)
+    stop.time = TimeLimit(60 * settings.time_limit, started) if settings.time_limit else None
     pipeline = models.build(settings.model, settings.seed)
     # What the model's own files settle is recorded with the rest.
     settings = settings.model_copy(update={"model": pipeline.options.as_given()})
     preflight.check_training(pipeline, str(arguments.config))
+    if arguments.sample_only:
+        return draw(arguments, settings, ranks, pipeline, stop)
     sources = data.sources_of(settings, datasets)
     scan = data.scan_of(settings, sources, stop.raise_if_stopping, trust=arguments.trust_cache)
     if arguments.check:
@@ -157,47 +158,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     resets = [name for name in FLAGS if name.startswith("reset_") and getattr(arguments, name)]
     if resets and arguments.resume_from_checkpoint is None:
         parser.error(f"--{resets[0]} says how to resume; give --resume_from_checkpoint with it")
-    others = [name for name in NOT_WITH_EXPORT if getattr(arguments, name) not in (None, False)]
-    if arguments.export is not None and others:
-        parser.error(f"--export does nothing else; leave --{others[0]} out, or --export")
-    if arguments.export == "":
-        parser.error("--export: name a checkpoint, or a run's folder")
+    for flag in [flag for flag in ALONE if getattr(arguments, flag) is not None]:
+        if others := [name for name in ALONE[flag] if getattr(arguments, name) not in (None, False)]:
+            parser.error(f"--{flag} does nothing else; leave --{others[0]} out, or --{flag}")
+        if getattr(arguments, flag) == "":
+            parser.error(f"--{flag}: name a checkpoint, or a run's folder")
     return arguments
-
-
-NOT_WITH_EXPORT = ("resume_from_checkpoint", "cache_only", "regenerate_cache", "dump_dataset", "check")
-"""Flags that ask for something that an export does not do."""
-FLAGS: dict[str, dict[str, Any]] = {
-    "config": {"type": Path, "required": True, "help": "TOML file of the run"},
-    "resume_from_checkpoint": {
-        "nargs": "?",
-        "const": NEWEST_RUN,
-        "metavar": "FOLDER",
-        "help": "go on from this checkpoint, or the newest of this run folder, or of the newest run of this config",
-    },
-    "export": {
-        "metavar": "CHECKPOINT",
-        "help": "export the weights of this checkpoint, or of the newest of this run folder, as the config asks for, "
-        "and end",
-    },
-    "cache_only": {"action": "store_true", "help": "encode the datasets and end"},
-    "regenerate_cache": {"action": "store_true", "help": "encode everything again"},
-    "trust_cache": {"action": "store_true", "help": "take files seen before as unchanged, without looking at them"},
-    "reset_dataloader": {"action": "store_true", "help": "on resuming, begin the epoch's data from the start"},
-    "reset_optimizer": {"action": "store_true", "help": "on resuming, begin with an optimizer that remembers nothing"},
-    "reset_optimizer_params": {
-        "action": "store_true",
-        "help": "on resuming, take the keys of [optimizer] from the config where they differ from the checkpoint's",
-    },
-    "dump_dataset": {
-        "type": Path,
-        "metavar": "FOLDER",
-        "help": "write what the trainer sees of the data, decoded, with a page to look through, and end",
-    },
-    "check": {"action": "store_true", "help": "check config, datasets and folders, print the plan, and end"},
-    "master_port": {"type": int, "help": "port at which the processes meet, where the launcher names none"},
-    "local_rank": {"type": int, "help": "given by launchers; the environment's LOCAL_RANK is what counts"},
-}
 
 
 def read_settings(
@@ -207,6 +173,18 @@ def read_settings(
     number of processes is meant. See `read_all`."""
     settings, training, evaluation = read_all(config, models.choices(), world_size, from_diffusion_pipe)
     return settings, {"train": training, **evaluation}
+
+
+def draw(
+    arguments: argparse.Namespace, settings: Settings, ranks: Ranks, pipeline: BasePipeline, stop: StopRequests
+) -> bool:
+    """Draws samples with the weights of a checkpoint, which is all that the run does. Returns that it came to its
+    end."""
+    from models.assembly.sample_only import draw_checkpoint
+
+    meet(ranks, stop, settings, arguments.master_port)
+    draw_checkpoint(arguments.sample_only, settings, ranks, pipeline, stop)
+    return True
 
 
 def meet(ranks: Ranks, stop: StopRequests, settings: Settings, port: int | None) -> None:

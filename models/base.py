@@ -72,6 +72,8 @@ class BasePipeline(ABC):
         scheduler_sets_levels: whether sampling uses the scheduler's own noise levels instead of `sampling_levels`.
         guided_by_second_prediction: whether samples are guided by a second prediction for the negative prompt
             (classifier-free guidance); otherwise guidance, if the model has any, is one of its inputs.
+        noise_in_float32: whether the model's stock pipeline draws its noise in float32 whatever the type of the rest;
+            a sample with a seed of its own begins with the same.
         unguided: why samples cannot be guided, for a model that is guided by what a run does not have.
         no_guidance: the `guidance` for which `guided` gives the prediction for the prompt, so that one is enough.
         loss_terms: names of the losses that layers add; see `utils.diffusion.auxiliary.Output`.
@@ -110,6 +112,7 @@ class BasePipeline(ABC):
     folder_has_scheduler: ClassVar[bool] = True
     scheduler_sets_levels: ClassVar[bool] = False
     guided_by_second_prediction: ClassVar[bool] = False
+    noise_in_float32: ClassVar[bool] = False
     unguided: ClassVar[str | None] = None
     no_guidance: ClassVar[float] = 1.0
     loss_terms: ClassVar[tuple[str, ...]] = ()

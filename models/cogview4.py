@@ -200,6 +200,7 @@ class CogView4Pipeline(PicturePipeline):
     blocks = ("transformer_blocks",)
     stream_type = CogView4Stream
     guided_by_second_prediction = True
+    noise_in_float32 = True
 
     # Kept, as every micro-batch asks for it.
     @cached_property

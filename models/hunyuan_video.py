@@ -151,6 +151,7 @@ class HunyuanVideoPipeline(BasePipeline):
 
     Options = HunyuanVideoOptions
     denoiser_class = "HunyuanVideoTransformer3DModel"
+    noise_in_float32 = True
     config_keys = ("in_channels", "pooled_projection_dim", "text_embed_dim")
     media = MediaFacts(spatial=16, temporal=4, max_frames=257, fps=24.0)
     objective = FlowMatching(time_scale=TRAIN_STEPS)

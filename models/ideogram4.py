@@ -176,6 +176,7 @@ class Ideogram4Pipeline(PatchedPicturePipeline):
 
     Options = Ideogram4Options
     denoiser_class = "Ideogram4Transformer2DModel"
+    noise_in_float32 = True
     config_keys = ("attention_head_dim", "in_channels", "llm_features_dim", "mrope_section", "rope_theta")
     text_parts = (TextPart(TEXT, "Qwen3VLModel"),)
     objective = FlowMatching(predicts_data_minus_noise=True, time_is_cleanness=True)

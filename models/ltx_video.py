@@ -164,6 +164,7 @@ class LTXVideoPipeline(BasePipeline):
     resolution_shift = RESOLUTION_SHIFTS["ltx"]
     original_layout = LTX_VIDEO_LAYOUT
     guided_by_second_prediction = True
+    noise_in_float32 = True
     autoencoder_class = LTXAutoencoder
 
     def __init__(self, options: LTXVideoOptions, seed: int = 0):

@@ -183,6 +183,7 @@ class SanaPipeline(PicturePipeline):
     blocks = ("transformer_blocks",)
     stream_type = SanaStream
     guided_by_second_prediction = True
+    noise_in_float32 = True
 
     def problems_of_parts(self) -> Iterator[Problem]:
         config, made = self.parts.denoiser_config, self.vae_config["latent_channels"]

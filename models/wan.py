@@ -208,6 +208,7 @@ class WanPipeline(BasePipeline):
     stream_type = WanStream
     original_layout = WAN_LAYOUT
     guided_by_second_prediction = True
+    noise_in_float32 = True
     keep_in_high_precision = ("time_embedder", "scale_shift_table", "norm1", "norm2")
 
     def __init__(self, options: WanOptions, seed: int = 0):

@@ -159,6 +159,7 @@ class ZImagePipeline(PicturePipeline):
     stream_type = ZImageStream
     original_layout = COMFYUI_LAYOUT
     guided_by_second_prediction = True
+    noise_in_float32 = True
     no_guidance = 0.0
 
     def problems_of_parts(self) -> Iterator[Problem]:

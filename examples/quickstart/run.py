@@ -89,7 +89,7 @@ def first_and_last(metrics: Path, name: str) -> tuple[float, float]:
 
 def before_and_after(samples: Path) -> list[tuple[str, list[Path]]]:
     """A label and the sampled pictures, in the order of the prompts, for the first and the last step."""
-    folders = sorted(samples.iterdir())
+    folders = sorted(samples.glob("step*"))
     return [(label, sorted(folder.glob("*.png"))) for label, folder in (("before", folders[0]), ("after", folders[-1]))]
 
 

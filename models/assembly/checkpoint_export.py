@@ -56,13 +56,13 @@ def export_checkpoint(source: str, settings: Settings, pipeline: BasePipeline) -
         # The optimizer's state is not read.
         checkpoint = open_checkpoint(settings, ResumeFlags(source, reset_optimizer=True), staged)
     except UserError as error:
-        raise UserError(_of_export(problem) for problem in error.problems) from error
+        raise in_words_of(EXPORT, error) from error
     if not settings.adapter or beside_factors(staged, of_this_process=False):
         staged = load_stage(pipeline, settings.model_copy(update=WHOLE), stage=0)
     parameters = _parameters(staged, is_adapter=settings.adapter is not None)
     checkpoint.load_weights(parameters)
-    _take_weights_to_use(settings, checkpoint, parameters)
-    ema = _averages(settings, checkpoint, parameters)
+    take_weights_to_use(settings, checkpoint, parameters)
+    ema = averages_in(settings, checkpoint, parameters)
     step = checkpoint.progress.step
     folder = checkpoint.folder.parent / f"step{step}"
     about = about_run(pipeline, settings, _of_data(checkpoint.folder.parent))
@@ -86,9 +86,11 @@ def _of_data(run: Path) -> dict[str, str]:
     return found
 
 
-def _of_export(problem: Problem) -> Problem:
-    """A problem of finding a checkpoint, in the words of the flag that was given."""
-    return Problem(problem.file, problem.where.replace(RESUME, EXPORT), problem.message.replace(RESUME, EXPORT))
+def in_words_of(flag: str, error: UserError) -> UserError:
+    """The problems of finding a checkpoint, in the words of the flag that was given."""
+    return UserError(
+        Problem(one.file, one.where.replace(RESUME, flag), one.message.replace(RESUME, flag)) for one in error.problems
+    )
 
 
 def _parameters(staged: StagedModel, *, is_adapter: bool) -> Mapping[str, nn.Parameter]:
@@ -99,7 +101,7 @@ def _parameters(staged: StagedModel, *, is_adapter: bool) -> Mapping[str, nn.Par
     return {name: nn.Parameter(torch.empty_like(factor, device="cpu")) for name, factor in trained.items()}
 
 
-def _take_weights_to_use(settings: Settings, checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter]) -> None:
+def take_weights_to_use(settings: Settings, checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter]) -> None:
     """Gives the parameters the average that their optimizer keeps, where it keeps one and trains something else.
 
     Raises:
@@ -125,14 +127,16 @@ def _take_weights_to_use(settings: Settings, checkpoint: Checkpoint, parameters:
     optimizer.eval()
 
 
-def _averages(settings: Settings, checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter]) -> EMA | None:
-    """The checkpoint's moving averages of the parameters, if the settings have some."""
+def averages_in(
+    settings: Settings, checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], use: str = "exported"
+) -> EMA | None:
+    """The checkpoint's moving averages of the parameters, if the settings have some; `use` says what for."""
     if settings.ema is None:
         if checkpoint.ema_since is not None:
-            logger.warning("the moving averages of %s are not exported: the config has no [ema]", checkpoint.folder)
+            logger.warning("the moving averages of %s are not %s: the config has no [ema]", checkpoint.folder, use)
         return None
     if checkpoint.ema_since is None:
-        logger.warning("%s has no moving averages: its weights alone are exported", checkpoint.folder)
+        logger.warning("%s has no moving averages: its weights alone are %s", checkpoint.folder, use)
         return None
     # The averages are read; an optimizer is where they would begin.
     ema = EMA(parameters.items(), settings.ema, torch.optim.SGD(parameters.values()))

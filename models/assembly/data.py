@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from models.assembly.prompts import check_encoders, encoders_of_prompts, prompt_encoders, prompt_versions
+from models.assembly.prompts import encoders_of_prompts, prompt_encoders, prompt_versions
+from models.assembly.sample_checks import check_encoders
 from models.base import BasePipeline
 from utils.dataset.batches import SampleReader
 from utils.dataset.buckets import rules_of
@@ -36,6 +37,7 @@ from utils.errors import Problem, UserError
 from utils.ranks import Ranks
 from utils.run.reporting import timed
 from utils.settings.dataset_schema import DatasetSettings
+from utils.settings.sample_requests import requests_of
 from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
@@ -66,10 +68,11 @@ def load_data(settings: Settings, pipeline: BasePipeline, sources: Sequence[Sour
     check_encoders(encoders, controls_of(collections), pipeline, settings)
     check_data(pipeline, collections)
     check_epochs(settings, ranks, collections[0].samples)
-    of_prompts = encoders_of_prompts(encoders, settings.sampling)
+    requests = requests_of(settings.sampling, pipeline.guided_by_second_prediction)
+    of_prompts = encoders_of_prompts(encoders, requests)
     live = [] if cached_texts else prompt_encoders(encoders)
     samples = [sample for collection in collections for sample in collection.samples]
-    prompts = [version.sample for both in prompt_versions(pipeline, settings.sampling) for version in both]
+    prompts = [version.sample for one in requests for version in prompt_versions(pipeline, one.settings)]
     if settings.model.folded_guidance is not None:
         samples += [replace(sample, captions=("",)) for sample in collections[0].samples]
     wanted = {

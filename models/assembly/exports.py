@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from models.assembly.base_files import published_sum
-from models.assembly.prompts import check_sampling
+from models.assembly.sample_checks import check_sampling
 from models.assembly.stage import StagedModel, model_names
 from models.base import BasePipeline
 from models.foundation.checkpoints.headers import read_header
@@ -39,7 +39,7 @@ KOHYA_VERSIONS = {
 
 
 def check_outputs(pipeline: BasePipeline, settings: Settings) -> None:
-    """Whether the model supports the requested outputs: exports in this layout, samples of this size.
+    """Whether the model supports the requested outputs: exports in this layout, samples of these sizes.
 
     Raises:
         UserError: it does not support them.
@@ -57,7 +57,7 @@ def check_outputs(pipeline: BasePipeline, settings: Settings) -> None:
             "or another [adapter] type",
             where="key `save_format`",
         )
-    check_sampling(pipeline, settings.sampling)
+    check_sampling(pipeline, settings.sampling, has_adapter=settings.adapter is not None)
 
 
 def check_exports(pipeline: BasePipeline, settings: Settings, staged: StagedModel) -> None:

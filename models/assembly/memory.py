@@ -15,6 +15,7 @@ from models.assembly.kept import Kept, gradient_size, weight_bytes
 from models.assembly.live_bytes import ForwardRun, run_forward
 from models.assembly.operations import LayerOperations, count_operations
 from models.assembly.phases import Phases
+from models.assembly.prompts import sample_bucket
 from models.assembly.stage import StagedModel, bounds_of, teacher_of
 from models.base import BasePipeline
 from utils.dataset.encoders import Encoder
@@ -25,6 +26,7 @@ from utils.parallel.recompute import recomputed_positions
 from utils.parallel.swap_plan import BUFFERS, SwapPlan, counts
 from utils.parallel.transfers import aligned
 from utils.parallel.wire import map_tensors
+from utils.settings.sample_requests import requests_of
 from utils.settings.schema import Settings
 
 GIB = 2**30
@@ -235,8 +237,9 @@ class Planner:
     @cached_property
     def phases(self) -> Phases:
         """What a run does beside training."""
-        sampling = self.settings.sampling
-        sampled = Bucket(sampling.width, sampling.height, sampling.frames) if sampling.prompts else None
+        requests = requests_of(self.settings.sampling, self._pipeline.guided_by_second_prediction)
+        sizes = [sample_bucket(self._pipeline, request.settings) for request in requests]
+        sampled = max(sizes, key=lambda bucket: bucket.pixels, default=None)
         evaluated = max(sorted(self._evaluated), key=lambda bucket: bucket.pixels, default=None)
         return Phases(
             self._encoders,

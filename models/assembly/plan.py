@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from models.assembly.data import Data
 from models.assembly.exports import formats_of
 from models.assembly.fitting import KEYS, fit, memory_of
 from models.assembly.memory import Planner
+from models.assembly.prompts import sample_bucket
 from models.assembly.rates import Rates
 from models.assembly.stage import StagedModel
 from models.base import BasePipeline
@@ -30,6 +32,7 @@ from utils.run.checkpoint import Checkpoint, StartingPoint
 from utils.run.progress import Progress
 from utils.run.trainer import last_step_of
 from utils.settings.plain import as_toml
+from utils.settings.sample_requests import requests_of
 from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
@@ -234,10 +237,16 @@ def _outputs(pipeline: BasePipeline, settings: Settings) -> Iterator[tuple[str, 
     if settings.eval_datasets:
         before = ["before the first step"] if settings.eval_before_first_step else []
         yield "evaluation", ", ".join([*before, *_intervals(settings, "eval"), "at the end"])
-    if sampling.prompts:
+    if requests := requests_of(sampling, pipeline.guided_by_second_prediction):
         before = ["before the first step"] if sampling.sample_before_first_step else []
         when = ", ".join([*before, *_intervals(sampling, "sample"), "at the end"])
-        yield "samples", f"{when}: {len(sampling.prompts)} of {sampling.width} x {sampling.height}"
+        sizes = Counter(_size(sample_bucket(pipeline, one.settings)) for one in requests)
+        yield "samples", f"{when}: {', '.join(f'{count} of {size}' for size, count in sizes.items())}"
+
+
+def _size(bucket: Bucket) -> str:
+    size = f"{bucket.width} x {bucket.height}"
+    return size if bucket.frames == 1 else f"{size} x {bucket.frames}"
 
 
 def _intervals(table: object, prefix: str, **settled: int | None) -> list[str]:

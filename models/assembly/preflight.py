@@ -14,8 +14,8 @@ from models.assembly.data import cache_folder, check_data, choices_of, controls_
 from models.assembly.exports import check_exports, check_outputs
 from models.assembly.fitting import memory_of
 from models.assembly.memory import Planner
-from models.assembly.prompts import check_encoders
 from models.assembly.rates import Rates
+from models.assembly.sample_checks import check_encoders
 from models.assembly.stage import StagedModel, load_existing_adapter, partition, read_presets
 from models.base import BasePipeline
 from models.foundation.checkpoints.folders import problems_of

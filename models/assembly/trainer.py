@@ -12,12 +12,12 @@ from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 import optimizers
-from models.assembly.data import Data, reader_of
+from models.assembly.data import Data, controls_of, reader_of
+from models.assembly.drawings import sample_model
 from models.assembly.exports import about_run, export_plan
 from models.assembly.kept import sums_in_float32
 from models.assembly.noising import NoisedBatch, Noising
 from models.assembly.plan import epochs_of
-from models.assembly.prompts import sample_model
 from models.assembly.rates import Rates
 from models.assembly.stage import StagedModel, load_stage, teacher_of
 from models.base import BasePipeline
@@ -224,14 +224,6 @@ def samples_of_step(epochs: Epochs) -> float:
 def _engine(
     settings: Settings, ranks: Ranks, pipeline: BasePipeline, staged: StagedModel, optimizer: Optimizer, shares: Shares
 ) -> Engine:
-    swap = BlockSwap(
-        staged.stage_layers(ranks.stage),
-        staged.swapped[ranks.stage],
-        pinned=ranks.device.type == "cuda",
-        trained=settings.adapter is None,
-        resident_in_evaluation=settings.disable_block_swap_for_eval,
-        ranks=ranks if ranks.data_ranks > 1 and any(staged.swapped) else None,
-    )
     module = DenoiserPipeline(
         staged.layers,
         staged.bounds,
@@ -241,7 +233,7 @@ def _engine(
         host=HostInputs() if settings.offloads else None,
         seed=settings.seed,
         loss_terms=pipeline.loss_terms,
-        swap=swap,
+        swap=block_swap(settings, ranks, staged, trained=settings.adapter is None),
     )
     engine = Engine(
         module,
@@ -265,6 +257,18 @@ def _engine(
 def _limit_of_norms(settings: Settings, layers: Sequence[Module]) -> Callable[[], None] | None:
     limit = getattr(settings.adapter, "scale_weight_norms", None)
     return partial(limit_norms, factors_in(layers), limit) if limit else None
+
+
+def block_swap(settings: Settings, ranks: Ranks, staged: StagedModel, *, trained: bool) -> BlockSwap:
+    """Which blocks of this stage wait in the machine's memory; whether they are `trained` there."""
+    return BlockSwap(
+        staged.stage_layers(ranks.stage),
+        staged.swapped[ranks.stage],
+        pinned=ranks.device.type == "cuda",
+        trained=trained,
+        resident_in_evaluation=settings.disable_block_swap_for_eval,
+        ranks=ranks if ranks.data_ranks > 1 and any(staged.swapped) else None,
+    )
 
 
 def _batches(
@@ -300,7 +304,9 @@ def _duties(
         )
         for collection in data.evaluation
     }
-    sampler = sample_model(pipeline, data.encoders, settings, ranks, data.cache_dir)
+    # Those that stay loaded are used by the threads that read ahead: new prompts have others.
+    encoders = pipeline.encoders_for(controls_of([data.training, *data.evaluation])) if data.live else data.encoders
+    sampler = sample_model(pipeline, encoders, settings, ranks, data.cache_dir)
     # The main rank writes exports.
     about = _about(run, pipeline, data) if ranks.is_main else {}
     return make_duties(run, sets, noising.evaluation, sampler, export_plan(pipeline, settings, staged, about))

@@ -181,6 +181,7 @@ class CosmosModel(BasePipeline):
     blocks = ("transformer_blocks",)
     stream_type = CosmosStream
     guided_by_second_prediction = True
+    noise_in_float32 = True
     no_guidance = 0.0
 
     def __init__(self, options: ModelSettings, seed: int = 0):

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.assembly.prompts import encoders_of_prompts, prompt_versions, sample_model
+from models.assembly.drawings import sample_model
+from models.assembly.prompts import encoders_of_prompts, prompt_versions
 from models.base import BasePipeline
 from tests.models.tiny_folder import settings_of
 from utils.dataset.encoding import CacheJob, fill
 from utils.ranks import Ranks
 from utils.settings.run_tables import SamplingSettings
+from utils.settings.sample_requests import requests_of
 
 
 def draw_samples(
@@ -38,14 +40,12 @@ def draw_samples(
     staged = load_stage(pipeline, settings, ranks.stage)
     module = DenoiserPipeline(staged.layers, staged.bounds, pipeline.stream_type, pipeline.maths.loss)
     engine = Engine(module, torch.optim.SGD(module.parameters(), lr=0.0), accumulation=1, clip_norm=0.0)
-    prompts = [version.sample for both in prompt_versions(pipeline, settings.sampling) for version in both]
+    requests = requests_of(settings.sampling, pipeline.guided_by_second_prediction)
+    prompts = [version.sample for one in requests for version in prompt_versions(pipeline, one.settings)]
     encoders = pipeline.encoders(0 if pipeline.starts_from_picture else len(prompts[0].controls))
     job = CacheJob(cache, folder, ranks)
     with job.alone():
-        for encoder in encoders_of_prompts(encoders, sampling):
+        for encoder in encoders_of_prompts(encoders, requests):
             fill(encoder, prompts, job)
     model = sample_model(pipeline, encoders, settings, ranks, cache)
-    return [
-        denoise(engine, ranks, model, sampling, begin(ranks, model, sampling, index)).numpy()
-        for index in range(len(sampling.prompts))
-    ]
+    return [denoise(engine, ranks, model, begin(ranks, model, drawing)).numpy() for drawing in model.drawings()]

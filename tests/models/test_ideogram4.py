@@ -11,7 +11,8 @@ from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_ideog
 from diffusers.pipelines.ideogram4.pipeline_ideogram4 import _logit_normal_sigmas, _resolution_aware_mu
 from safetensors.torch import save_file
 
-from models.assembly.prompts import check_sampling, schedule_of
+from models.assembly.prompts import schedule_of
+from models.assembly.sample_checks import check_sampling
 from models.assembly.stage import load_stage
 from models.foundation.encoders.flux2_vae import Flux2Autoencoder
 from models.ideogram4 import IDEOGRAM4_LAYOUT, IdeogramAutoencoder

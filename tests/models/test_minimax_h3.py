@@ -19,7 +19,7 @@ from einops import rearrange
 from PIL import Image
 from safetensors.torch import save_file
 
-from models.assembly.prompts import check_sampling
+from models.assembly.sample_checks import check_sampling
 from models.foundation.checkpoints.layouts.minimax_h3 import MINIMAX_H3_LAYOUT
 from models.foundation.encoders.minimax_h3_vae import frame_groups, minimax_h3_latent_size
 from models.foundation.encoders.vae import picture_noise

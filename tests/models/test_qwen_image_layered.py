@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLQwenImage
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from models.assembly.prompts import check_sampling
+from models.assembly.sample_checks import check_sampling
 from models.assembly.stage import load_stage
 from tests.models import tiny_qwen_image as plain
 from tests.models import tiny_qwen_image_layered as tiny

@@ -14,7 +14,7 @@ import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file, save_file
 
-from models.assembly.prompts import check_sampling
+from models.assembly.sample_checks import check_sampling
 from models.assembly.stage import load_stage
 from models.foundation.encoders.first_frame import given_frames
 from models.foundation.layers.given import loss_weights

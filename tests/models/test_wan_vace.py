@@ -15,7 +15,8 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-from models.assembly.prompts import check_sampling, prompt_versions
+from models.assembly.prompts import prompt_versions
+from models.assembly.sample_checks import check_sampling
 from models.assembly.stage import load_stage
 from models.wan_vace import VACE_LAYOUT
 from tests.models import tiny_wan_vace
@@ -99,7 +100,7 @@ def test_references_lead_the_clip_that_is_made(folder: Path) -> None:
 
 def test_what_is_followed_lies_on_its_clip_in_place_and_time(folder: Path, clip: Path) -> None:
     """Also where references are fitted whole into the clip's shape."""
-    ((version, _),) = prompt_versions(tiny_wan_vace.pipeline(folder, references=1), sampling_of(clip))
+    version, _ = prompt_versions(tiny_wan_vace.pipeline(folder, references=1), sampling_of(clip))
     own = replace(version.sample, media=version.sample.controls[0].media)
     controls = (replace(own.controls[0], bucket=Bucket(32, 32, 1)),)
     late = replace(version, sample=replace(own, controls=controls), take=Take(crop=(1.0, 0.0), start=0.5))

@@ -171,6 +171,16 @@ def switched_off(denoiser: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def at_strength(denoiser: nn.Module, strength: float) -> Iterator[None]:
+    """A context in which what the adapter changes is multiplied by `strength`: 1 is as it is trained, and 0 the same as
+    without it, bit for bit."""
+    with ExitStack() as changed:
+        for kind, module in adapted(denoiser).values() if strength != 1.0 else ():
+            changed.enter_context(kind.at_strength(module, strength) if strength else kind.switched_off(module))
+        yield
+
+
 def initialise(denoiser: nn.Module, layers: Iterable[nn.Module], settings: AdapterSettings, seed: int) -> None:
     """Gives the factors in `layers` their first values, drawn from (seed, module name), so that they do
     not depend on how the denoiser is cut."""

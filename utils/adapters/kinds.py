@@ -273,6 +273,9 @@ class AdapterKind(Protocol):
     def switched_off(self, module: nn.Module) -> AbstractContextManager[None]:
         """A context in which an adapted module computes the same as its base, bit for bit."""
 
+    def at_strength(self, module: nn.Module, strength: float) -> AbstractContextManager[None]:
+        """A context in which an adapted module's update is multiplied by a `strength` other than 0."""
+
     def factors(self, entry: Entry, names: ModelNames, scale_of: Callable[[str], float]) -> Tensors:
         """A file's factors of a module under our names. With the scale of each module they have the same effect as the
         file has in the program that wrote it.
@@ -310,11 +313,16 @@ class WithoutMore:
         return {}
 
 
-@contextmanager
-def without_scale(module: nn.Module) -> Iterator[None]:
+def without_scale(module: nn.Module) -> AbstractContextManager[None]:
     """`switched_off` for modules that skip their factors if their `scaling` is 0."""
+    return with_scale(module, 0.0)
+
+
+@contextmanager
+def with_scale(module: nn.Module, strength: float) -> Iterator[None]:
+    """A context in which a module's `scaling` is multiplied by `strength`."""
     scale = module.scaling[ADAPTER]
-    module.scaling[ADAPTER] = 0.0
+    module.scaling[ADAPTER] = scale * strength
     try:
         yield
     finally:

@@ -32,6 +32,7 @@ from utils.adapters.kinds import (
     Tensors,
     Update,
     WithoutMore,
+    with_scale,
     without_scale,
 )
 from utils.adapters.lora_factors import DOWN, FOLDED_SCALE, FOLDED_SCALES, MID, UP, LowRankUpdate, divided, pair_of
@@ -194,6 +195,10 @@ class Lora(WithoutMore):
     def switched_off(self, module: nn.Module) -> AbstractContextManager[None]:
         """The layers skip their factors at a scale of 0."""
         return without_scale(module)
+
+    def at_strength(self, module: nn.Module, strength: float) -> AbstractContextManager[None]:
+        """See `AdapterKind`. With DoRA, the trained lengths stay those of the rows, as PEFT has it."""
+        return with_scale(module, strength)
 
     def factors(self, entry: Entry, names: ModelNames, scale_of: Callable[[str], float]) -> Tensors:
         """The factors of each of our modules, of which that of the file may be made."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -47,6 +47,7 @@ class AdaptedLayer(nn.Module):
     Attributes:
         shapes: of the factors, by name.
         scaling: the scale by name of the adapter, as in PEFT's layers.
+        strength: by which its change is multiplied in addition, for a while.
     """
 
     def __init__(self, base_layer: nn.Module, settings: AdapterSettings, shapes: Mapping[str, tuple[int, ...]]):
@@ -58,6 +59,7 @@ class AdaptedLayer(nn.Module):
         for name, shape in self.shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
         self.scaling = {ADAPTER: 1.0}
+        self.strength = 1.0
 
     def reset(self, dtype: torch.dtype) -> None:
         """Gives the factors their first values, which have no effect yet, on the CPU."""
@@ -93,6 +95,8 @@ class AdaptedLayer(nn.Module):
         if self.scaling[ADAPTER] == 0:
             return result
         change = self.change(x, result).to(result.dtype)
+        if self.strength != 1.0:
+            change = change * self.strength
         if self.training and self.of_rows:
             kept = (torch.rand(self.out_features, device=x.device) >= self.of_rows).to(x.dtype) / (1 - self.of_rows)
             change = change * (kept[:, None, None] if self.is_convolution else kept)
@@ -184,6 +188,15 @@ class LycorisKind(WithoutMore):
     def switched_off(self, module: AdaptedLayer) -> AbstractContextManager[None]:
         """A layer does nothing at a scale of 0."""
         return without_scale(module)
+
+    @contextmanager
+    def at_strength(self, module: AdaptedLayer, strength: float) -> Iterator[None]:
+        """See `AdapterKind`."""
+        module.strength = strength
+        try:
+            yield
+        finally:
+            module.strength = 1.0
 
     def update_from(self, tensors: Tensors, scale: float, shape: tuple[int, ...], name: str) -> Update:
         """The update by a module's tensors, for a weight of this shape.

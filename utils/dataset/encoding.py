@@ -273,7 +273,7 @@ def _encode(
             waited += time.monotonic() - before
             if inputs:
                 # On a thread of its own, so that the next batch is encoded while the disk is busy.
-                written.append(writer.submit(_write, store, _features(inputs, encoder)))
+                written.append(writer.submit(_write, store, features_of(inputs, encoder)))
             # None of it may stay in memory while others are decoded.
             inputs.clear()
             while len(written) > BATCHES_TO_WRITE or (written and written[0].done()):
@@ -307,7 +307,7 @@ def _results(batch: dict[str, Future[dict[str, Any]]]) -> tuple[dict[str, dict[s
     return inputs, failures
 
 
-def _features(inputs: dict[str, dict[str, Any]], encoder: Encoder) -> dict[str, dict[str, torch.Tensor]]:
+def features_of(inputs: dict[str, dict[str, Any]], encoder: Encoder) -> dict[str, dict[str, torch.Tensor]]:
     """The encoder's output for a batch, by item."""
     columns = {input_name: [item[input_name] for item in inputs.values()] for input_name in encoder.reads}
     stacked = {

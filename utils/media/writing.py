@@ -25,10 +25,13 @@ def tensor_to_image(pixels_CFHW: torch.Tensor) -> Image.Image:
     return Image.fromarray(_levels_FHWC(pixels_CFHW[:, :1])[0].numpy())
 
 
-def write_clip(pixels_CFHW: torch.Tensor, fps: float, path: Path) -> None:
+def write_clip(pixels_CFHW: torch.Tensor, fps: float, path: Path, comment: str = "") -> None:
     """Writes a clip of `fps` frames per second as H.264 in MP4, which plays nearly everywhere.
 
     H.264 halves the resolution of colours, so sizes must be even: the last row or column of an odd size is repeated.
+
+    Args:
+        comment: a text in the file's metadata.
 
     Raises:
         ImportError: PyAV is not installed.
@@ -44,6 +47,8 @@ def write_clip(pixels_CFHW: torch.Tensor, fps: float, path: Path) -> None:
     levels_FHWC = _levels_FHWC(torch.nn.functional.pad(pixels_CFHW.float(), pad, mode="replicate"))
     # The format is given, since the file may first have another name.
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        if comment:
+            container.metadata["comment"] = comment
         exact_fps = Fraction(fps).limit_denominator(1001)
         stream = container.add_stream("libx264", rate=exact_fps, options=QUALITY)
         stream.width, stream.height, stream.pix_fmt = width + pad[1], height + pad[3], "yuv420p"

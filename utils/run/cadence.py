@@ -61,6 +61,7 @@ class Duty:
         cadence: when it is due.
         before_first_step: whether it is also due before training.
         at_end: whether it is also due after the last step.
+        file: name of the file in the run's folder that asks for it at any step.
         at_stop: whether it is also due after the step at which the run is stopped.
         interruptible: whether it comes after the checkpoint, and is interrupted or left when the run is asked to stop;
             then the run owes it, and does it first when it goes on.
@@ -74,6 +75,7 @@ class Duty:
     cadence: Cadence
     before_first_step: bool = False
     at_end: bool = False
+    file: str = ""
     at_stop: bool = False
     interruptible: bool = True
     measures: Callable[[str], bool] = lambda name: False

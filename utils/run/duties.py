@@ -15,6 +15,7 @@ from utils.run.cadence import Cadence, Duty
 from utils.run.evaluation import Prepare, evaluate
 from utils.run.export import ExportPlan, export_name, export_with_averages, exports_in, remove_older_exports
 from utils.run.export_metadata import of_progress
+from utils.run.file_requests import EVALUATE, SAMPLE, STOP
 from utils.run.parts import RunParts
 from utils.run.progress import Progress
 from utils.run.sampling import SampleModel, sample
@@ -43,7 +44,7 @@ def make_duties(
     """
     return [
         *(_evaluations(run, sets, prepare) if sets else []),
-        *([_sampling(run, sampler)] if run.settings.sampling.prompts else []),
+        *([_sampling(run, sampler)] if run.settings.sampling.asks else []),
         _export(run, plan),
     ]
 
@@ -70,7 +71,7 @@ def _evaluations(run: RunParts, sets: Mapping[str, EvaluationBatches], prepare: 
             measure(progress, AVERAGED)
 
     cadence = Cadence(settings.eval_every_n_steps, settings.eval_every_n_epochs, settings.eval_every_n_examples)
-    when = {"cadence": cadence, "before_first_step": settings.eval_before_first_step, "at_end": True}
+    when = {"cadence": cadence, "before_first_step": settings.eval_before_first_step, "at_end": True, "file": EVALUATE}
     duties = [Duty("evaluation", of_weights, measures=partial(is_loss_of, sets, ""), **when)]
     if ema and ema.settings.evaluate:
         measures = partial(is_loss_of, sets, AVERAGED)
@@ -89,10 +90,12 @@ def _sampling(run: RunParts, sampler: SampleModel) -> Duty:
     def perform(progress: Progress, epoch_ended: bool) -> None:
         with ema.swapped() if ema and ema.settings.sample else run.weights_to_use():
             attempt = Attempt(f"samples {progress.step}", run.ranks, run.stop.pending)
-            sample(run.engine, run.ranks, sampler, settings, run.folder, run.metrics, progress.step, attempt)
+            sample(run.engine, run.ranks, sampler, run.folder, run.metrics, progress.step, attempt)
 
     cadence = Cadence(settings.sample_every_n_steps, settings.sample_every_n_epochs)
-    return Duty("samples", perform, cadence, before_first_step=settings.sample_before_first_step, at_end=True)
+    return Duty(
+        "samples", perform, cadence, before_first_step=settings.sample_before_first_step, at_end=True, file=SAMPLE
+    )
 
 
 def _export_from(
@@ -136,6 +139,7 @@ def _export(run: RunParts, plan: ExportPlan) -> Duty:
         perform,
         cadence,
         at_end=True,
+        file=STOP,
         at_stop=plan.adapter is not None,
         interruptible=False,
         without_steps=what_is_lacking,

@@ -1,5 +1,5 @@
 """Requests to stop: Ctrl-C, SIGTERM and others, the death of the launcher, the end of the run's time. They are noted at
-once and obeyed when nothing is lost. And requests by a file in the run's folder: `save`, `save_quit`."""
+once and obeyed when nothing is lost."""
 
 from __future__ import annotations
 
@@ -31,27 +31,6 @@ NOTICES = (signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
 sent again and again, and what follows them is a demand."""
 DEEPSPEED_LAUNCHER = b"deepspeed.launcher.launch"
 LAUNCHERS = (DEEPSPEED_LAUNCHER, b"torchrun", b"torch.distributed.run", b"torch.distributed.launch")
-
-
-SAVE, SAVE_AND_QUIT = "save", "save_quit"
-"""Files that the user puts into the run's folder, for a checkpoint after the current step, and for the end of the run
-too."""
-
-
-class FileRequests:
-    """Looks for files by which the user asks for something; one process has to do it for all."""
-
-    def __init__(self, folder: Path) -> None:
-        self.files = {name: folder / name for name in (SAVE, SAVE_AND_QUIT)}
-
-    def asked(self, name: str) -> bool:
-        """Whether there is such a file."""
-        return self.files[name].is_file()
-
-    def done(self) -> None:
-        """Removes the files, which tells the user that it is done."""
-        for file in self.files.values():
-            file.unlink(missing_ok=True)
 
 
 class StopRequested(Exception):

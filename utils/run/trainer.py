@@ -24,6 +24,7 @@ from utils.run import out_of_memory
 from utils.run.attempts import Failed, is_expected, reason_of
 from utils.run.cadence import Duty
 from utils.run.checkpointing import Checkpoints
+from utils.run.file_requests import SAVE, FileRequests, Votes, agreed
 from utils.run.folder import LATEST, checkpoints_before
 from utils.run.nonfinite import NonFiniteSteps
 from utils.run.owed import Owed, note_done
@@ -31,7 +32,7 @@ from utils.run.parts import RunParts
 from utils.run.progress import Progress
 from utils.run.reporting import PEAK_MEMORY
 from utils.run.results import results
-from utils.run.signals import SAVE, SAVE_AND_QUIT, FileRequests, StopRequested
+from utils.run.signals import StopRequested
 from utils.run.watch import Work
 from utils.settings.schema import Settings
 
@@ -76,7 +77,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.parts, self.epochs, self.resumed_from)
         self.nonfinite = NonFiniteSteps(settings.max_nonfinite_steps)
         self.requests = FileRequests(self.parts.folder)
-        self.lacks_export = False
+        self.lacks_export, self.exported = False, None
         self.owed = self.owed or Owed(self.progress)
         # Whether it owes anything, and then what of that is done, is noted in the checkpoint of this step.
         self.owes, self.saved = bool(self.owed.duties), self.resumed_from
@@ -222,53 +223,57 @@ class Trainer:
         or fail. Of what a stop leaves no time for, the checkpoint says that it is owed. Returns whether all ranks must
         stop here."""
         before, ended, last = self.progress, self.ends_epoch(done), done.step == self.last_step
-        due = self._due(before, done, ended)
+        self.progress = done.next_epoch() if ended else done
+        votes, stop = self._votes(last), self.parts.stop
+        due = self._due(before, done, ended, votes.files)
         exports, looks = ([duty for duty in due if duty.interruptible == kind] for kind in (False, True))
         self.owed, self.saved = Owed(done, ended, tuple(duty.name for duty in due)), None
-        self.progress = done.next_epoch() if ended else done
-        # A signal reaches one process, and clocks differ: the ranks have to agree, since all of them save together.
-        is_main, requests, stop = self.parts.ranks.is_main, self.requests, self.parts.stop
-        asked, is_up, late, overdue, save, quit_too, writing = any_rank(
-            [
-                stop.asked(),
-                stop.time_is_up(),
-                is_main and not last and self._is_out_of_time(),
-                is_main and self.checkpoints.cadence.overdue(),
-                is_main and requests.asked(SAVE),
-                is_main and requests.asked(SAVE_AND_QUIT),
-                self.checkpoints.is_writing,
-            ]
-        )
-        if not writing:
+        if not votes.writing:
             self.checkpoints.complete()
-        late = late or is_up
+        late, is_main = votes.late or votes.is_up, self.parts.ranks.is_main
         if late and not stop.late and is_main:
             logger.warning("the time_limit leaves no time for another step and what is due after it")
-        stop.by_file, stop.late = quit_too, stop.late or late
+        asked, quits = votes.asked, votes.quits
+        stop.by_file, stop.late = quits, stop.late or late
+        if is_main:
+            self.requests.tell(votes.files, done.step, due)
         if not (asked or late):
             self._perform(exports, done, ended)
         # Without an export, what the last step has made is in no other place.
         at_end = last and (self.checkpoints.cadence.ever or self.lacks_export)
-        at_once = asked or late or quit_too or save or at_end or self.checkpoints.is_lost
-        if at_once or overdue or self.checkpoints.cadence.due(before, done, ended):
+        at_once = asked or late or quits or SAVE in votes.files or at_end or self.checkpoints.is_lost
+        if at_once or votes.overdue or self.checkpoints.cadence.due(before, done, ended):
             # What follows may take longer than the writing, and a kill in it should lose nothing.
             self.save_checkpoint(background=not (at_once or looks or last))
         if asked or late:
             # After the checkpoint, without which more would be lost if a launcher or a job scheduler does not wait.
-            self._perform([duty for duty in exports if duty.at_stop or not (asked or is_up)], done, ended)
+            self._perform([duty for duty in exports if duty.at_stop or not (asked or votes.is_up)], done, ended)
         interrupted = asked or self._perform(looks, done, ended)
         if looks and not asked:
             # A stop that came meanwhile need not wait for another step.
             interrupted = self._vote(interrupted)
         if interrupted and not self.saved:
             self.save_checkpoint()
-        ends_early = (interrupted or late or quit_too) and (not last or bool(self.owed.duties))
+        ends_early = (interrupted or late or quits) and (not last or bool(self.owed.duties))
         if ends_early and not last:
             self._perform([duty for duty in self.duties if duty.at_stop and duty not in due], done, ended)
-        if is_main and (save or quit_too):
-            requests.done()
+        if is_main:
+            self.requests.done(votes.files)
         self._since = time.monotonic()
         return ends_early
+
+    def _votes(self, last: bool) -> Votes:
+        is_main, stop = self.parts.ranks.is_main, self.parts.stop
+        return agreed(
+            [
+                stop.asked(),
+                stop.time_is_up(),
+                is_main and not last and self._is_out_of_time(),
+                is_main and self.checkpoints.cadence.overdue(),
+                self.checkpoints.is_writing,
+            ],
+            self.requests if is_main else None,
+        )
 
     def _vote(self, interrupted: bool) -> bool:
         """Whether this rank was interrupted, or any was asked to stop or has no time left."""
@@ -277,10 +282,14 @@ class Trainer:
         stop.late, self._since = stop.late or late, time.monotonic()
         return interrupted or late
 
-    def _due(self, before: Progress, done: Progress, epoch_ended: bool) -> list[Duty]:
-        """The duties after the step from `before` to `done`."""
+    def _due(self, before: Progress, done: Progress, epoch_ended: bool, files: Sequence[str] = ()) -> list[Duty]:
+        """The duties after the step from `before` to `done`, at which `files` ask for some."""
         last = done.step == self.last_step
-        return [duty for duty in self.duties if duty.cadence.due(before, done, epoch_ended) or (last and duty.at_end)]
+        return [
+            duty
+            for duty in self.duties
+            if duty.file in files or duty.cadence.due(before, done, epoch_ended) or (last and duty.at_end)
+        ]
 
     def _is_out_of_time(self) -> bool:
         """Whether the run's time does not suffice for the next step and what is due after it."""
@@ -314,7 +323,7 @@ class Trainer:
                 # What it held is free by now, also in the error's frames.
                 torch.cuda.empty_cache()
             if not duty.interruptible:
-                self.lacks_export = failed
+                self.lacks_export, self.exported = failed, None if failed else progress.step
             self._settle(duty.name)
         return False
 
@@ -378,7 +387,8 @@ class Trainer:
         if stopped:
             how = "stopped"
             first = f", first with {', '.join(self.owed.duties)}" if self.owed.duties else ""
-            weights = "" if self.parts.settings.adapter else f", and --export {folder} exports the weights"
+            is_exported = self.parts.settings.adapter or self.exported == self.progress.step
+            weights = "" if is_exported else f", and --export {folder} exports the weights"
             logger.warning("stopped; --resume_from_checkpoint %s goes on from here%s%s", folder, first, weights)
         at = f"step {self.progress.step}, epochs completed: {self.progress.epoch}"
         logger.info("%s at %s\n%s", how, at, results(folder))

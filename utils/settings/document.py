@@ -52,6 +52,7 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     "model": ("text_encoders", "preset_adapters"),
     "adapter": ("adapter.rules",),
     "optimizer": ("rules",),
+    "sampling": ("samples",),
 }
 # Tables whose `type` may have any capitals -> what may stand between its letters.
 ANY_CAPITALS: Mapping[str, str] = {"optimizer": "[-_]*", "model": "[-_]*"}

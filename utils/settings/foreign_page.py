@@ -32,7 +32,7 @@ _TITLES: Mapping[str, str] = {
 _FILES = """## Files in a run's folder
 
 `save` and `save_quit` do what they do there: after the current step a checkpoint is written, and with `save_quit` the
-run ends. The file is removed when that is done.
+run ends. The file is removed when that is done. `sample`, `eval` and `stop` ask for [more](samples.md).
 """
 
 

@@ -11,7 +11,7 @@ from utils.settings.choices import Choices, Classes
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 from utils.settings.foreign import Foreign
 from utils.settings.model_schema import ModelSettings, PresetAdapter, TextEncoderFile
-from utils.settings.run_tables import EMASettings, EvalDataset, MonitoringSettings, SamplingSettings
+from utils.settings.run_tables import EMASettings, EvalDataset, MonitoringSettings, SampleSettings, SamplingSettings
 from utils.settings.schema import AdapterRule, AdapterSettings, OptimizerSettings, ParameterRule, Settings
 from utils.settings.values import SettingsTable
 
@@ -65,6 +65,7 @@ NESTED: Mapping[str, type[BaseModel]] = {
     "directory": DirectorySettings,
     "rules": ParameterRule,
     "adapter.rules": AdapterRule,
+    "samples": SampleSettings,
 }
 
 

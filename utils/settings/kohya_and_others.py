@@ -125,7 +125,13 @@ _OF_RUNS: Mapping[str, str] = {
     "log_with": "`enable_tensorboard` or `enable_wandb`, in `[monitoring]`",
     "report_to": "`enable_tensorboard` or `enable_wandb`, in `[monitoring]`",
     "log_tracker_name": "`wandb_tracker_name`, in `[monitoring]`",
-    "sample_prompts": "`prompts`, in `[sampling]`",
+    "sample_prompts": "`prompt_file`, in `[sampling]`, which reads such files",
+    "user_prompt_library": "`prompt_file`, in `[sampling]`, which reads such files",
+    "validation_prompt_library": "`prompt_file`, in `[sampling]`, a file of your own prompts",
+    "validation_negative_prompt": "`negative_prompt`, in `[sampling]`",
+    "validation_resolution": "`width` and `height`, in `[sampling]` or a `[[sampling.samples]]`",
+    "validation_num_video_frames": "`frames`, in `[sampling]` or a `[[sampling.samples]]`",
+    "sample_definition_file_name": "`prompt_file`, in `[sampling]`, or a `[[sampling.samples]]` for each",
     "validation_prompt": "`prompts`, in `[sampling]`",
     "validation_step_interval": "`sample_every_n_steps`, in `[sampling]`",
     "validation_num_inference_steps": "`steps`, in `[sampling]`",
@@ -203,6 +209,7 @@ _NEEDLESS: Mapping[str, str] = {
     "attn_mode": _NO_FLAG,
     "split_attn": _NO_FLAG,
     "no_half_vae": "the VAE encodes in `dtype`, and in float32 where float16 would overflow",
+    "sample_sampler": "samples are drawn with the model's own scheduler",
     "training_comment": "exports hold the settings of their run",
 }
 

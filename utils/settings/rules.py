@@ -24,6 +24,7 @@ EVAL_KEYS = (
     "eval_image_micro_batch_size_per_gpu",
 )
 SAMPLE_CADENCES = ("sample_every_n_steps", "sample_every_n_epochs", "sample_before_first_step")
+SAMPLE_SOURCES = ("prompts", "samples", "prompt_file")
 TRAINING_NAME = "train"
 BATCH_KEYS = (
     "micro_batch_size_per_gpu",
@@ -268,10 +269,18 @@ def _one_batch_a_resolution(key: str) -> SettingsRule:
 def _prompts_have_a_cadence(settings: Settings, _: int) -> Iterator[Problem]:
     sampling = settings.sampling
     given = [key for key in SAMPLE_CADENCES if getattr(sampling, key)]
-    if sampling.prompts and not given:
-        yield at("[sampling] prompts", f"are drawn at no time; set one of {', '.join(SAMPLE_CADENCES)}")
-    if given and not sampling.prompts:
+    sources = [key for key in SAMPLE_SOURCES if getattr(sampling, key)]
+    if sources and not given:
+        yield at(f"[sampling] {sources[0]}", f"are drawn at no time; set one of {', '.join(SAMPLE_CADENCES)}")
+    if given and not sources:
         yield at(f"[sampling] {given[0]}", "there is nothing to draw; add prompts, or leave it out")
+    if sampling.clip_path and not sources:
+        yield at("[sampling] clip_path", "there is nothing to score; add prompts, or leave it out")
+
+
+def _sampling_paths_exist(settings: Settings, _: int) -> Iterator[Problem]:
+    for key in ("prompt_file", "clip_path"):
+        yield from missing(f"[sampling] {key}", getattr(settings.sampling, key))
 
 
 def _is_used(key: str, chooser: str, values: tuple[str, ...]) -> SettingsRule:
@@ -351,5 +360,6 @@ _RULES = (
     SettingsRule(("adapter.init_from_existing",), _adapter_path_exists),
     SettingsRule(("adapter.*", "model.preset_adapters"), _adapter_agrees),
     SettingsRule(("model.preset_adapters",), _preset_paths_exist),
-    SettingsRule(("sampling.prompts", *(f"sampling.{key}" for key in SAMPLE_CADENCES)), _prompts_have_a_cadence),
+    SettingsRule(tuple(f"sampling.{key}" for key in (*SAMPLE_SOURCES, *SAMPLE_CADENCES)), _prompts_have_a_cadence),
+    SettingsRule(("sampling.prompt_file", "sampling.clip_path"), _sampling_paths_exist),
 )

@@ -1,10 +1,14 @@
 """The tables of a run that every model has alike: moving averages, monitoring, sampling, evaluation."""
 
-from typing import Annotated, Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from utils.settings.values import Count, Natural, NotNegative, Positive, SettingsTable, Share, UserPath
+
+if TYPE_CHECKING:
+    from utils.settings.prompt_files import PromptFile
 
 
 def as_list(value: Any) -> Any:
@@ -67,11 +71,44 @@ class MonitoringSettings(SettingsTable):
     """Name of the run; default: that of its folder."""
 
 
+class SampleSettings(SettingsTable):
+    """A sample with values of its own; what is not given is as `[sampling]` says for all."""
+
+    prompt: str
+    """Prompt to draw."""
+    negative_prompt: str | None = None
+    """Prompt from which guidance leads away."""
+    control_images: ControlImages | None = None
+    """The control image of this prompt, or a list of several."""
+    steps: Count | None = None
+    """Denoising steps."""
+    width: Count | None = None
+    """Width, in pixels."""
+    height: Count | None = None
+    """Height, in pixels."""
+    frames: Count | None = None
+    """Number of frames."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """Seed of this sample's own noise, which is that of the model's stock pipeline for a generator of this seed on the
+    processor. Without one, the noise follows from `seed` of `[sampling]` and the sample's place among all."""
+    guidance: NotNegative | None = None
+    """Strength of guidance by the prompt."""
+    adapter_scale: float | None = None
+    """Strength of the trained adapter in this sample: 0 draws without it."""
+
+
 class SamplingSettings(SettingsTable):
     """`[sampling]`: pictures drawn during the run, from fixed prompts and seeds."""
 
     prompts: list[str] = []
-    """Prompts to draw; empty: none."""
+    """Prompts to draw; empty: none, unless `samples` or `prompt_file` has some."""
+    samples: list[SampleSettings] = []
+    """Further samples, each a `[[sampling.samples]]` with values of its own."""
+    prompt_file: UserPath | None = None
+    """File with further samples, read again before each time that samples are drawn: a text with a prompt a line, and
+    behind it what is its own as in `a red fox --w 512 --h 768 --d 42 --s 28 --g 3.5 --n blurred` (`--f` frames, `--ci`
+    control image, `--l` guidance by a second prediction, `--am` strength of the adapter); or `.json` or `.toml`, a list
+    of `samples`."""
     negative_prompt: str = ""
     """Prompt from which guidance leads away, in models that are guided by a second prediction."""
     control_images: list[ControlImages] = []
@@ -96,6 +133,28 @@ class SamplingSettings(SettingsTable):
     """Seed of the initial noise, the same every time."""
     guidance: NotNegative = 3.5
     """Strength of guidance by the prompt."""
+    adapter_scale: float = 1.0
+    """Strength of the trained adapter in samples: 0 draws without it."""
+    clip_path: UserPath | None = None
+    """Folder of a CLIP of transformers, with its tokenizer, for `samples/clip_score`: the mean over the samples of 100
+    times the cosine between picture and prompt, of which CLIP reads the first 77 tokens."""
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is something to draw."""
+        return bool(self.prompts or self.samples or self.prompt_file)
+
+    @cached_property
+    def from_file(self) -> "PromptFile | None":
+        """What `prompt_file` says when it is first asked for, so that a run begins with the prompts that were checked.
+
+        Raises:
+            UserError: it cannot be read, or something in it is wrong.
+        """
+        # Files of prompts are read by this table's own classes.
+        from utils.settings.prompt_files import read_prompts
+
+        return read_prompts(self.prompt_file) if self.prompt_file else None
 
 
 def named_sets(entries: Any) -> Any:

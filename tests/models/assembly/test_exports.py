@@ -15,8 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from models.assembly import sample_checks
 from models.assembly.exports import check_outputs, export_plan
 from models.assembly.prompts import sample_bucket
+from models.assembly.sample_checks import tell_long_prompts
 from models.assembly.stage import load_stage
 from models.flux import BFL_LAYOUT, FluxPipeline
 from tests.models import tiny_chroma, tiny_flux
@@ -30,6 +32,7 @@ from utils.media.writing import tensor_to_image
 from utils.ranks import Ranks
 from utils.run.export import export
 from utils.settings.run_tables import SamplingSettings
+from utils.settings.sample_requests import requests_of
 from utils.settings.schema import AdapterSettings
 
 STEP = 7
@@ -223,6 +226,34 @@ def test_samples_have_a_size_that_the_model_makes(folder: Path) -> None:
     assert sample_bucket(flux, SamplingSettings(width=96, height=64)) == Bucket(96, 64, 1)
     with pytest.raises(UserError, match="multiples of 16; set 992 x 16 instead of 1000 x 4"):
         sample_bucket(flux, SamplingSettings(width=1000, height=4))
+
+
+def test_what_is_wrong_with_samples_is_told_of_all_where_each_is_written(folder: Path, tmp_path: Path) -> None:
+    flux, file = tiny_flux.pipeline(folder), tmp_path / "prompts.txt"
+    file.write_text("a --w 64\nb --n dark --w 65\nc --am 0.5\n")
+    own = [{"prompt": "d"}, {"prompt": "e", "height": 40}]
+    asked = {"prompts": ["f"], "samples": own, "prompt_file": file, "width": 64, "height": 64}
+    with pytest.raises(UserError) as raised:
+        check_outputs(flux, settings_of(flux, sampling=asked))
+    told = {(one.file, one.where): one.message for one in raised.value.problems}
+    assert told.keys() == {
+        ("", "[[sampling.samples]] 2 width, height"),
+        (str(file), "line 2 negative_prompt"),
+        (str(file), "line 3 adapter_scale"),
+    }
+    assert "set 64 x 32 instead of 64 x 40" in told["", "[[sampling.samples]] 2 width, height"]
+    assert "there is no [adapter]" in told[str(file), "line 3 adapter_scale"]
+    lora = LoraSettings(type="lora", rank=4)
+    file.write_text("a --w 64 --am 0.5")
+    check_outputs(flux, settings_of(flux, lora, sampling={**asked, "samples": own[:1]}))
+
+
+def test_a_prompt_that_is_too_long_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    flux = tiny_flux.pipeline(folder)
+    sampling = SamplingSettings(prompts=["a"], samples=[{"prompt": "a star " * 200}], width=64, height=64)
+    tell_long_prompts(flux.encoders(), requests_of(sampling, False), flux)
+    told = [record.getMessage() for record in caplog.records if record.name == sample_checks.__name__]
+    assert told and all(one.startswith("[[sampling.samples]] 1: the prompt is too long: ") for one in told)
 
 
 def test_a_negative_prompt_that_leads_nowhere_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tests.utils.adapters.toy_denoiser import BLOCKS, Block, denoiser, factors, initialised
+from utils import adapters
 from utils.adapters import attach
 from utils.adapters.lora import LoraSettings
 from utils.errors import UserError
@@ -89,6 +90,25 @@ def test_switched_off_it_has_no_effect_and_comes_back() -> None:
     with pytest.raises(KeyError), attach.switched_off(adapted):
         assert torch.equal(adapted(x_BD), denoiser()(x_BD))
         raise KeyError
+    assert torch.equal(adapted(x_BD), effect) and not torch.equal(effect, denoiser()(x_BD))
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
+def test_a_strength_multiplies_the_update(kind: str) -> None:
+    adapted, x_BD = (
+        initialised(lora() if kind == "lora" else adapters.find(kind).settings(type=kind, rank=2)),
+        torch.randn(5, 4),
+    )
+    for tensor in factors(adapted).values():
+        torch.nn.init.normal_(tensor)
+    _, (_, module) = next(iter(attach.adapted(adapted).items()))
+    seen, effect = torch.randn(5, module.base_layer.in_features), adapted(x_BD)
+    plain, whole = module.base_layer(seen), module(seen)
+    with pytest.raises(KeyError), attach.at_strength(adapted, -0.5):
+        torch.testing.assert_close(module(seen) - plain, -0.5 * (whole - plain), rtol=1e-4, atol=1e-5)
+        raise KeyError
+    with attach.at_strength(adapted, 0.0):
+        assert torch.equal(adapted(x_BD), denoiser()(x_BD))
     assert torch.equal(adapted(x_BD), effect) and not torch.equal(effect, denoiser()(x_BD))
 
 

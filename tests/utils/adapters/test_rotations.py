@@ -110,6 +110,21 @@ def test_at_first_and_switched_off_there_is_no_effect(keys: dict[str, Any], form
 
 
 @each
+def test_a_strength_multiplies_what_the_adapter_changes(keys: dict[str, Any]) -> None:
+    """Of one module, to which the effect of others is not added."""
+    x, changed = inputs(), moved(chosen(keys))
+    ((kind, module), *_) = attach.adapted(changed).values()
+    is_convolution = isinstance(module.base_layer, torch.nn.Conv2d)
+    x = x if is_convolution else torch.randn(3, module.base_layer.in_features)
+    plain, whole = module.base_layer(x), module(x)
+    with attach.at_strength(changed, 0.5):
+        torch.testing.assert_close(module(x) - plain, 0.5 * (whole - plain))
+    with attach.at_strength(changed, 0.0):
+        assert torch.equal(module(x), plain)
+    assert torch.equal(module(x), whole) and not torch.equal(whole, plain)
+
+
+@each
 def test_parts_are_left_out_in_training_alone(keys: dict[str, Any]) -> None:
     for key in ("dropout", "module_dropout"):
         model, x = moved(chosen(keys, **{key: 0.5})), inputs()
