@@ -66,6 +66,8 @@ def test_a_run_leaves_what_is_promised(write_config: Callable[..., Path]) -> Non
     for name in ("train/loss", "train/grad_norm", "train/lr", "train/step_time_sec", "train/samples_per_sec"):
         assert sorted(metrics(run, name)) == [1, 2, 3, 4, 5, 6]
     assert sorted(metrics(run, "train/epoch_loss")) == [2, 4, 6]
+    levels = [metrics(run, f"train_deciles/loss_{level / 20:.2f}") for level in range(1, 20, 2)]
+    assert {step for own in levels for step in own} == {1, 2, 3, 4, 5, 6}
     assert sorted(metrics(run, "seen/loss")) == [0, 2, 4, 6]
     quantiles = [metrics(run, f"seen/loss_quantile_{q / 10:.2f}")[6] for q in range(1, 10)]
     assert metrics(run, "seen/loss")[6] == pytest.approx(sum(quantiles) / 9)
@@ -73,6 +75,11 @@ def test_a_run_leaves_what_is_promised(write_config: Callable[..., Path]) -> Non
         assert picture.size == (64, 64)
     assert (run / "epoch3" / "adapter_model_comfyui.safetensors").is_file()
     assert re.search(r"cache vae: wanted=7 reused=0 encoded=7 failed=0", log)
+    page = (run / "run.html").read_text()
+    # Its state, its evaluation, its warnings, its pictures, its data and its plan.
+    for text in ("6 of 6", "seen/loss at step 6", "in both sets: ", "data:image/jpeg", "64 x 64", "global batch:"):
+        assert text in page, text
+    assert page.count("data:image/jpeg") == 2
 
 
 @pytest.mark.parametrize(

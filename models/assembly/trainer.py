@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 import optimizers
 from models.assembly.data import Data, reader_of
+from models.assembly.described import described
 from models.assembly.exports import export_plan
 from models.assembly.kept import sums_in_float32
 from models.assembly.noising import NoisedBatch, Noising
@@ -44,8 +45,10 @@ from utils.run.display import go_on_in
 from utils.run.duties import make_duties
 from utils.run.in_use import RunLock
 from utils.run.metrics import Metrics
+from utils.run.notes import kept_notes
 from utils.run.parts import RunParts
 from utils.run.progress import Progress
+from utils.run.report import RunPage
 from utils.run.signals import StopRequests
 from utils.run.trainer import Trainer
 from utils.settings.reader import resolved
@@ -149,7 +152,8 @@ def build_trainer(
         ranks.is_main,
         resumed_at=progress.step if checkpoint else None,
     )
-    run = RunParts(settings, ranks, engine, optimizer, parameters, shares, folder, metrics, stop, ema)
+    page = _page(folder, data, resumed=checkpoint is not None) if ranks.is_main else RunPage()
+    run = RunParts(settings, ranks, engine, optimizer, parameters, shares, folder, metrics, stop, ema, page)
     duties = _duties(run, pipeline, data, reader, noising, staged)
     if not checkpoint:
         return Trainer(run, batches, progress, duties)
@@ -163,6 +167,15 @@ def _folder(settings: Settings, ranks: Ranks, config: Path, checkpoint: Checkpoi
     if ranks.is_main:
         begin_branch(checkpoint.folder, checkpoint.progress.step)
     return run_folder.go_on(checkpoint.folder.parent, settings, ranks, config, progress.step)
+
+
+def _page(folder: Path, data: Data, *, resumed: bool) -> RunPage:
+    """The page of the run, with what the log has said until now."""
+    notes = kept_notes()
+    if resumed:
+        notes.go_on(folder)
+    notes.data = described([data.training, *data.evaluation])
+    return RunPage(folder, notes)
 
 
 def restore_or_start(

@@ -50,6 +50,7 @@ class FeatureBatch:
         captioned: whether each sample comes with its caption (B,).
         empty: the text encoders' features of the empty caption, if they are requested.
         positions: in training, where the samples stand in their step and epoch.
+        share: what is in `weight` so that samples of micro-batches of other sizes count alike.
     """
 
     features: dict[str, torch.Tensor]
@@ -60,6 +61,7 @@ class FeatureBatch:
     captioned: torch.Tensor | None = None
     empty: dict[str, torch.Tensor] | None = None
     positions: Positions | None = None
+    share: float = 1.0
 
 
 class SampleReader:
@@ -227,7 +229,8 @@ class TrainingBatches(Generic[Prepared]):
         batch = self._reader.batch(versions, [self._picker.is_masked(one, epoch) for one in versions])
         captioned = torch.tensor([self._picker.is_captioned(one) for one in versions])
         empty = self._reader.without_captions(versions) if self._with_empty else None
-        return replace(batch, weight=share * batch.weight, positions=positions, captioned=captioned, empty=empty)
+        weight = share * batch.weight
+        return replace(batch, weight=weight, positions=positions, captioned=captioned, empty=empty, share=share)
 
 
 class EvaluationBatches:

@@ -58,6 +58,7 @@ def _evaluations(run: RunParts, sets: Mapping[str, EvaluationBatches], prepare: 
         for name in sets:
             loss = f"{name}/{prefix}loss"
             logger.info("step %d: %s %.5f", progress.step, loss, results[loss])
+        run.page.write()
 
     def of_weights(progress: Progress, epoch_ended: bool) -> None:
         with run.weights_to_use():
@@ -88,6 +89,7 @@ def _sampling(run: RunParts, sampler: SampleModel) -> Duty:
         with ema.swapped() if ema and ema.settings.sample else run.weights_to_use():
             attempt = Attempt(f"samples {progress.step}", run.ranks, run.stop.pending)
             sample(run.engine, run.ranks, sampler, settings, run.folder, run.metrics, progress.step, attempt)
+        run.page.write()
 
     cadence = Cadence(settings.sample_every_n_steps, settings.sample_every_n_epochs)
     return Duty("samples", perform, cadence, before_first_step=settings.sample_before_first_step, at_end=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from utils.parallel.engine import Engine
 from utils.parallel.sharding import Shares
 from utils.ranks import Ranks
 from utils.run.metrics import Metrics
+from utils.run.report import RunPage
 from utils.run.signals import StopRequests
 from utils.settings.schema import Settings
 
@@ -30,6 +31,7 @@ class RunParts:
         folder: of the run.
         stop: whether this process was asked to stop; the ranks agree on it among themselves.
         ema: the averages of the parameters, if the run has any.
+        page: which is written anew when there is something to look at.
     """
 
     settings: Settings
@@ -42,6 +44,7 @@ class RunParts:
     metrics: Metrics
     stop: StopRequests
     ema: EMA | None = None
+    page: RunPage = field(default_factory=RunPage)
 
     def weights_to_use(self) -> AbstractContextManager[None]:
         """A context in which the parameters have the values that are to be used; see `optimizers/averaging.py`. All

@@ -26,6 +26,7 @@ from utils.run.cadence import Duty
 from utils.run.checkpointing import Checkpoints
 from utils.run.folder import LATEST, checkpoints_before
 from utils.run.nonfinite import NonFiniteSteps
+from utils.run.numbers import DECILES
 from utils.run.owed import Owed, note_done
 from utils.run.parts import RunParts
 from utils.run.progress import Progress
@@ -87,6 +88,7 @@ class Trainer:
         self.first_step = self.progress.step
         self.last_step = last_step_of(settings, self.epochs, self.progress)
         self._schedule = Schedule(settings, self.last_step)
+        self.parts.page.last_step = self.last_step
 
     @property
     def epochs(self) -> Epochs:
@@ -138,6 +140,7 @@ class Trainer:
             "train/step_time_sec": seconds,
             "train/samples_per_sec": examples / seconds,
             **{f"train/{name}": value for name, value in result.terms.items() if finite},
+            **{f"{DECILES}{level:.2f}": loss for level, loss in result.deciles.items() if finite},
             **self._peak_memory(),
         }
         if self.ends_epoch(done):
@@ -361,6 +364,7 @@ class Trainer:
             self._perform(lacking, self.progress, False)
         self.checkpoints.complete()
         self.parts.metrics.close()
+        self.parts.page.write()
         if self.parts.ranks.is_main:
             self._tell_end(stopped)
         if self.lacks_export and not stopped:
