@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from utils.collector import without_collector
 from utils.dataset.batches import EvaluationBatches, FeatureBatch, SampleReader, TrainingBatches
 from utils.dataset.encoders import reads_text
 from utils.dataset.epochs import Epochs, micro_batch_of
-from utils.dataset.samples import VersionPicker
+from utils.dataset.samples import Bucket, VersionPicker
 from utils.parallel.engine import Engine, optimizer_for_frozen_stage
 from utils.parallel.offload import HostInputs
 from utils.parallel.pipeline import DenoiserPipeline
@@ -51,8 +51,12 @@ from utils.run.progress import Progress
 from utils.run.report import RunPage
 from utils.run.signals import StopRequests
 from utils.run.trainer import Trainer
+from utils.run.webhook import Webhook
 from utils.settings.reader import resolved
 from utils.settings.schema import Settings
+
+CLIP_DIMENSIONS = 4
+"""Of a clip's latent: channels, frames, rows, columns."""
 
 
 def open_checkpoint(
@@ -153,7 +157,9 @@ def build_trainer(
         resumed_at=progress.step if checkpoint else None,
     )
     page = _page(folder, data, resumed=checkpoint is not None) if ranks.is_main else RunPage()
-    run = RunParts(settings, ranks, engine, optimizer, parameters, shares, folder, metrics, stop, ema, page)
+    webhook = Webhook(settings.monitoring.webhook if ranks.is_main else None, folder)
+    told = {"tokens": cache(partial(_tokens, pipeline)), "webhook": webhook, "page": page}
+    run = RunParts(settings, ranks, engine, optimizer, parameters, shares, folder, metrics, stop, ema, **told)
     duties = _duties(run, pipeline, data, reader, noising, staged)
     if not checkpoint:
         return Trainer(run, batches, progress, duties)
@@ -167,6 +173,16 @@ def _folder(settings: Settings, ranks: Ranks, config: Path, checkpoint: Checkpoi
     if ranks.is_main:
         begin_branch(checkpoint.folder, checkpoint.progress.step)
     return run_folder.go_on(checkpoint.folder.parent, settings, ranks, config, progress.step)
+
+
+def _tokens(pipeline: BasePipeline, shape: Sequence[Bucket]) -> int:
+    """The image tokens of a sample and of its references."""
+    latents = [pipeline.latent_shape(bucket.width, bucket.height, bucket.frames) for bucket in shape]
+    # Some models count one frame of a clip, others all.
+    clips = [latent for latent in latents if len(latent) == CLIP_DIMENSIONS]
+    stills = [latent for latent in latents if len(latent) != CLIP_DIMENSIONS]
+    of_clips = (frames * pipeline.tokens((channels, 1, *size)) for channels, frames, *size in clips)
+    return sum(map(pipeline.tokens, stills)) + sum(of_clips)
 
 
 def _page(folder: Path, data: Data, *, resumed: bool) -> RunPage:

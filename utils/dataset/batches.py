@@ -235,8 +235,12 @@ class TrainingBatches(Generic[Prepared]):
 
 class EvaluationBatches:
     """A data rank's share of all samples, always in the same order; over all ranks each sample comes once. The last
-    batch
-    of a bucket may be smaller, and ranks may differ by one batch: `rounds` is the largest number that a rank has."""
+    batch of a bucket may be smaller, and ranks may differ by one batch.
+
+    Attributes:
+        samples: all, of all ranks.
+        rounds: the largest number of batches that a rank has.
+    """
 
     def __init__(
         self,
@@ -252,9 +256,15 @@ class EvaluationBatches:
             for size in [micro_batch(group[0].bucket)]
             for start in range(0, len(group), size)
         ]
+        self.samples = samples
         self.rounds = math.ceil(len(batches) / data_ranks)
         self._batches = batches[data_rank::data_ranks]
         self._reader = reader
+
+    @property
+    def own(self) -> list[Sample]:
+        """This rank's samples, in their order."""
+        return [sample for batch in self._batches for sample in batch]
 
     def __len__(self) -> int:
         return len(self._batches)

@@ -39,6 +39,7 @@ from utils.parallel.mail import StageMail
 from utils.parallel.pipeline import DenoiserPipeline
 from utils.parallel.release import GradientRelease, may_step
 from utils.parallel.sharding import Shares
+from utils.parallel.step_times import StepTimes
 from utils.parallel.teacher import Teacher
 from utils.settings.deepspeed_keys import DeepSpeedSettings
 from utils.settings.values import ClipBy
@@ -59,12 +60,14 @@ class StepResult:
         terms: losses that layers added to it, by name.
         deciles: the mean loss of the step's samples by their noise level; the middle of a tenth of all that are
             trained -> loss. Only where the labels say at which level a sample is.
+        seconds: of each part of the step on this process; see `StepTimes`.
     """
 
     loss: float
     grad_norm: float
     terms: Mapping[str, float] = field(default_factory=dict)
     deciles: Mapping[float, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class Engine(PipelineEngine):
@@ -114,6 +117,8 @@ class Engine(PipelineEngine):
         self._shares = shares or Shares({})
         self._shares.start(self.grid.get_data_parallel_group())
         self._reduced = self._shares.reduced_gradients(self._trained, self._config.communication_data_type)
+        self._times = StepTimes(self.device)
+        self._INSTRUCTION_MAP = self._times.timed(self._INSTRUCTION_MAP)
         self._breakdown = None
         if deepspeed.wall_clock_breakdown:
             self._breakdown = Breakdown(self.device, None if self.grid.get_data_parallel_rank() else self.stage_id)
@@ -147,6 +152,7 @@ class Engine(PipelineEngine):
         if self.teacher is not None:
             batches = self._with_teacher_labels(self.teacher, batches)
         self._begin(step, self._rank_after_rank() if numbers is None else numbers)
+        self._times.begin()
         loss = self.train_batch(iter(batches) if batches is not None else None)
         self._mail.finish()
         if self._breakdown:
@@ -168,7 +174,8 @@ class Engine(PipelineEngine):
         both = torch.stack([loss.float(), self._grad_norm.to(self.device, torch.float32)])
         loss, grad_norm, *shared = torch.cat([both, self._shared_numbers()]).tolist()
         terms, deciles = shared[: len(self._terms_K)], shared[len(self._terms_K) :]
-        return StepResult(loss, grad_norm, dict(zip(self.module.loss_terms, terms, strict=True)), means(deciles))
+        terms = dict(zip(self.module.loss_terms, terms, strict=True))
+        return StepResult(loss, grad_norm, terms, means(deciles), self._times.read())
 
     def _shared_numbers(self) -> torch.Tensor:
         """The losses that layers added (K,) and those by noise level, sent from the last stages to all ranks."""

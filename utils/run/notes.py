@@ -44,6 +44,10 @@ class Notes(logging.Handler):
         elif record.levelno >= logging.WARNING:
             self._warn(record.getMessage(), record.created, record.levelname)
 
+    def add(self, text: str) -> None:
+        """Adds an error that is not in the log."""
+        self._warn(text, time.time(), "ERROR")
+
     def _warn(self, text: str, when: float, level: str) -> None:
         text = without_controls(text)[:LONGEST]
         if text in self.warnings:

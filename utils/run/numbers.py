@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.json_files import is_of, parsed_json
+from utils.run.evaluated import ERROR
 from utils.run.folder import METRICS
 
 TRAIN = "train"
@@ -15,7 +16,6 @@ DECILES = "train_deciles/loss_"
 """The losses of a step's samples by their noise level; see `utils/parallel/deciles.py`."""
 LOSS = re.compile(r"(?P<set>.+)/(?P<prefix>ema_)?loss")
 QUANTILE = "_quantile_"
-STANDARD_ERROR = "_standard_error"
 SURE = 1.96
 """So many standard errors to both sides hold the true value in 95 of 100 cases."""
 
@@ -107,7 +107,7 @@ class Numbers:
 
     def band(self, loss: str) -> Sequence[tuple[float, float, float]]:
         """(step, low, high) between which an evaluation's loss is in 95 of 100 cases; nothing if that is unknown."""
-        errors = dict(self.points(f"{loss}{STANDARD_ERROR}"))
+        errors = dict(self.points(f"{loss}{ERROR}"))
         return [
             (step, value - SURE * errors[step], value + SURE * errors[step])
             for step, value in self.points(loss)

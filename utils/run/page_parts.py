@@ -17,8 +17,9 @@ from PIL import Image
 
 from utils.errors import printable
 from utils.run.charts import ORDERED, Line, heat_map, line_chart, smoothed
+from utils.run.evaluated import ERROR
 from utils.run.notes import Notes
-from utils.run.numbers import STANDARD_ERROR, Numbers
+from utils.run.numbers import Numbers
 
 THUMBNAIL = 160
 """Pixels of the longer side of a sample on the page."""
@@ -30,6 +31,8 @@ NORMS = "norms/"
 """What the names of the norms of blocks begin with."""
 STEP_FOLDER = re.compile(r"step(\d+)")
 LISTED = 12
+EXTREMES = 3
+"""So many samples with the highest losses, and with the lowest, are named."""
 MEMORY = {"train/peak_memory_gib": "GPU, most of a step", "train/host_memory_gib": "host, of all processes here"}
 PARTS = {
     "train/step_time_sec": "whole step",
@@ -76,7 +79,7 @@ def state(numbers: Numbers, last_step: int | None) -> dict[str, str]:
     if loss:
         facts["training loss, smoothed"] = f"{loss[-1][1]:.4f}"
     for name in numbers.evaluations():
-        error = numbers.last(f"{name}{STANDARD_ERROR}")
+        error = numbers.last(f"{name}{ERROR}")
         sure = "" if error is None else f" ± {error:.4f}"
         facts[f"{name} at step {numbers.points(name)[-1][0]:.0f}"] = f"{numbers.last(name):.4f}{sure}"
     if times:
@@ -196,6 +199,21 @@ def _thumbnail(path: Path, changed: int) -> str:
     written = io.BytesIO()
     small.save(written, "JPEG", quality=80)
     return base64.b64encode(written.getvalue()).decode()
+
+
+def groups(step: int, sets: Mapping[str, Mapping[str, Any]]) -> str:
+    """The losses of the last evaluation by size and by directory, and the samples that have most and least."""
+    rows, ends = [], []
+    for name, one in sets.items():
+        rows += [
+            [name, kind, printable(group), str(count), f"{loss:.5f}"]
+            for kind, group, count, loss in one.get("groups", [])
+        ]
+        ordered = sorted(one["samples"].items(), key=lambda pair: -pair[1])
+        shown = ordered if len(ordered) <= 2 * EXTREMES else [*ordered[:EXTREMES], *ordered[-EXTREMES:]]
+        ends += [[name, printable(sample), f"{loss:.5f}"] for sample, loss in shown]
+    losses = table(["set", "by", "", "samples", "loss"], rows)
+    return f"<p>Step {step}</p>{losses}{table(['set', 'highest and lowest', 'loss'], ends)}" if sets else ""
 
 
 def data(described: Sequence[Mapping[str, Any]]) -> str:

@@ -10,6 +10,7 @@ import logging
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from utils.run import page_parts as parts
 from utils.run.attempts import reason_of
 from utils.run.charts import Line, line_chart, smoothed
 from utils.run.durable import replace_text
+from utils.run.evaluated import KeptEvaluations
 from utils.run.folder import METRICS
 from utils.run.notes import Notes, notes_in
 from utils.run.numbers import Numbers
@@ -82,6 +84,20 @@ class RunPage:
         self._numbers = Numbers(folder) if folder else None
         self._has_failed = False
 
+    def tell_end(self, text: str) -> None:
+        """Writes the page a last time, with why the run has ended."""
+        self.notes.add(text)
+        self.write()
+
+    def in_steps(self, seconds: float) -> str:
+        """ ", as long as 12.3 steps", if a step has been made; on the main rank."""
+        steps = []
+        if self._numbers is not None:
+            with suppress(OSError):
+                self._numbers.read()
+            steps = smoothed(self._numbers.points("train/step_time_sec"))
+        return f", as long as {seconds / steps[-1][1]:.1f} steps" if steps else ""
+
     def write(self) -> None:
         """Writes the page anew. Whatever hinders that is told once, and training goes on."""
         if self.folder is None or self._numbers is None:
@@ -104,6 +120,7 @@ def page_of(folder: Path, notes: Notes, numbers: Numbers, last_step: int | None 
         parts.section("Warnings", parts.warnings_of(notes)),
         parts.section("Curves", parts.charts(numbers)),
         parts.section("Samples", parts.samples(folder)),
+        parts.section("Last evaluation", parts.groups(*KeptEvaluations(folder).newest())),
         parts.section("Data", parts.data(notes.data)),
         parts.section("Plan", "".join(map(parts.text_block, notes.texts.values())), is_open=False),
         parts.section("Settings", parts.text_block(settings), is_open=False),

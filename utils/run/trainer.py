@@ -19,7 +19,7 @@ from utils.dataset.batches import TrainingBatches
 from utils.dataset.epochs import Epochs
 from utils.errors import UserError
 from utils.parallel.engine import StepResult
-from utils.ranks import any_rank, largest
+from utils.ranks import any_rank
 from utils.run import out_of_memory
 from utils.run.attempts import Failed, is_expected, reason_of
 from utils.run.cadence import Duty
@@ -30,9 +30,9 @@ from utils.run.numbers import DECILES
 from utils.run.owed import Owed, note_done
 from utils.run.parts import RunParts
 from utils.run.progress import Progress
-from utils.run.reporting import PEAK_MEMORY
 from utils.run.results import results
 from utils.run.signals import SAVE, SAVE_AND_QUIT, FileRequests, StopRequested
+from utils.run.step_metrics import forget_peak, step_metrics
 from utils.run.watch import Work
 from utils.settings.schema import Settings
 
@@ -116,6 +116,7 @@ class Trainer:
         watch = self.parts.stop.watch
         watch.at(Work(f"step {step + 1}, waiting for its data", self._files_of_step, lambda: None))
         micro_batches = next(batches)
+        waited = time.monotonic() - started
         engine = self.parts.engine
         watch.at(Work(f"step {step + 1}", self._files_of_step, lambda: engine.module.draw))
         try:
@@ -139,9 +140,10 @@ class Trainer:
             "train/lr": lr,
             "train/step_time_sec": seconds,
             "train/samples_per_sec": examples / seconds,
+            "train/tokens_per_sec": self._tokens() / seconds,
             **{f"train/{name}": value for name, value in result.terms.items() if finite},
             **{f"{DECILES}{level:.2f}": loss for level, loss in result.deciles.items() if finite},
-            **self._peak_memory(),
+            **step_metrics(self.parts, result, step + 1, waited),
         }
         if self.ends_epoch(done):
             values["train/epoch_loss"] = done.epoch_loss
@@ -171,14 +173,10 @@ class Trainer:
         samples = [sample for number in own for sample, _ in self.epochs.samples_of(step[number], epoch)]
         return [str(sample.media.locator) for sample in samples]
 
-    def _peak_memory(self) -> dict[str, float]:
-        """The most that tensors took on one of the run's GPUs since the last call; nothing without a GPU."""
-        device = self.parts.ranks.device
-        if device.type != "cuda":
-            return {}
-        peak = torch.cuda.max_memory_allocated(device) / 2**30
-        torch.cuda.reset_peak_memory_stats(device)
-        return {PEAK_MEMORY: largest([peak])[0]}
+    def _tokens(self) -> int:
+        """The image tokens of the current step, of all data ranks."""
+        shapes = self.epochs.shapes(self.progress.epoch, self.progress.step_in_epoch)
+        return sum(count * self.parts.tokens(shape) for shape, count in shapes)
 
     def _way_on(self) -> str:
         """Where training that cannot go on may begin."""
@@ -196,7 +194,7 @@ class Trainer:
         Returns whether all ranks must stop here."""
         warn_of_warmup(self.parts.settings, self.last_step)
         # What filled the cache is gone.
-        self._peak_memory()
+        forget_peak(self.parts.ranks.device)
         if self.owed.duties:
             interrupted = self._catch_up()
         else:
@@ -386,6 +384,7 @@ class Trainer:
             logger.warning("stopped; --resume_from_checkpoint %s goes on from here%s%s", folder, first, weights)
         at = f"step {self.progress.step}, epochs completed: {self.progress.epoch}"
         logger.info("%s at %s\n%s", how, at, results(folder))
+        self.parts.webhook.post("end", how=how, step=self.progress.step, of=self.last_step)
 
     def save_checkpoint(self, *, background: bool = False) -> None:
         """Writes the state to resume from; in the background, it has its place some steps later."""

@@ -175,7 +175,19 @@ def _dataset_exists(settings: Settings, _: int) -> Iterator[Problem]:
 
 def _eval_paths_exist(settings: Settings, _: int) -> Iterator[Problem]:
     for number, entry in enumerate(settings.eval_datasets):
-        yield from missing(f"key `eval_datasets[{number}].config`", entry.config)
+        if entry.config is not None:
+            yield from missing(f"key `eval_datasets[{number}].config`", entry.config)
+
+
+def _eval_data_is_named(settings: Settings, _: int) -> Iterator[Problem]:
+    for number, entry in enumerate(settings.eval_datasets):
+        if (entry.config is None) == (entry.fraction is None):
+            yield at(
+                f"key `eval_datasets[{number}]`",
+                "needs `config` or `fraction`: its own file, or a part of the training set; one of them",
+            )
+    if sum(entry.fraction or 0.0 for entry in settings.eval_datasets) >= 1:
+        yield at("key `eval_datasets`", "the fractions are 1 together, so that nothing is left to train")
 
 
 def _model_path_exists(key: str) -> SettingsRule:
@@ -322,6 +334,7 @@ _RULES = (
     SettingsRule(("memory_budget_gb", "activation_checkpointing", "blocks_to_swap"), _budget_is_used),
     SettingsRule(("dataset",), _dataset_exists),
     SettingsRule(("eval_datasets",), _eval_paths_exist),
+    SettingsRule(("eval_datasets",), _eval_data_is_named),
     SettingsRule(("eval_datasets",), _eval_names_differ),
     SettingsRule(("model", "adapter"), _float16_is_not_trained),
     SettingsRule(("model.transformer_dtype", "adapter"), _quantised_base_has_adapter),
