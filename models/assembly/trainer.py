@@ -47,6 +47,7 @@ from utils.run.in_use import RunLock
 from utils.run.metrics import Metrics
 from utils.run.notes import kept_notes
 from utils.run.parts import RunParts
+from utils.run.patience import Patience
 from utils.run.progress import Progress
 from utils.run.report import RunPage
 from utils.run.signals import StopRequests
@@ -158,7 +159,9 @@ def build_trainer(
     )
     page = _page(folder, data, resumed=checkpoint is not None) if ranks.is_main else RunPage()
     webhook = Webhook(settings.monitoring.webhook if ranks.is_main else None, folder)
-    told = {"tokens": cache(partial(_tokens, pipeline)), "webhook": webhook, "page": page}
+    first = settings.eval_datasets[0].name if settings.eval_datasets else ""
+    patience = Patience(settings.eval_patience, f"{first}/loss")
+    told = {"tokens": cache(partial(_tokens, pipeline)), "patience": patience, "webhook": webhook, "page": page}
     run = RunParts(settings, ranks, engine, optimizer, parameters, shares, folder, metrics, stop, ema, **told)
     duties = _duties(run, pipeline, data, reader, noising, staged)
     if not checkpoint:

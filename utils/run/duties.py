@@ -69,6 +69,7 @@ def _evaluations(run: RunParts, sets: Mapping[str, EvaluationBatches], prepare: 
     def of_weights(progress: Progress, epoch_ended: bool) -> None:
         with run.weights_to_use():
             measure(progress, "")
+        run.patience.follow(run.page.measured(run.patience.loss))
 
     def of_averages(progress: Progress, epoch_ended: bool) -> None:
         with ema.swapped():

@@ -91,12 +91,16 @@ class RunPage:
 
     def in_steps(self, seconds: float) -> str:
         """ ", as long as 12.3 steps", if a step has been made; on the main rank."""
-        steps = []
-        if self._numbers is not None:
-            with suppress(OSError):
-                self._numbers.read()
-            steps = smoothed(self._numbers.points("train/step_time_sec"))
+        steps = smoothed(self.measured("train/step_time_sec"))
         return f", as long as {seconds / steps[-1][1]:.1f} steps" if steps else ""
+
+    def measured(self, name: str) -> list[tuple[float, float]]:
+        """(step, value) of all that the run has measured so far; on the main rank."""
+        if self._numbers is None:
+            return []
+        with suppress(OSError):
+            self._numbers.read()
+        return self._numbers.points(name)
 
     def write(self) -> None:
         """Writes the page anew. Whatever hinders that is told once, and training goes on."""

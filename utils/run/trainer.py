@@ -261,11 +261,14 @@ class Trainer:
         if looks and not asked:
             # A stop that came meanwhile need not wait for another step.
             interrupted = self._vote(interrupted)
-        if interrupted and not self.saved:
+        gave_up = bool(looks) and not last and any_rank([self.parts.patience.is_over])[0]
+        if (interrupted or gave_up) and not self.saved:
             self.save_checkpoint()
-        ends_early = (interrupted or late or quit_too) and (not last or bool(self.owed.duties))
+        stop.by_file = stop.by_file or gave_up
+        ends_early = (interrupted or late or quit_too or gave_up) and (not last or bool(self.owed.duties))
         if ends_early and not last:
-            self._perform([duty for duty in self.duties if duty.at_stop and duty not in due], done, ended)
+            exports = [duty for duty in self.duties if duty.at_stop or (gave_up and not duty.interruptible)]
+            self._perform([duty for duty in exports if duty not in due], done, ended)
         if is_main and (save or quit_too):
             requests.done()
         self._since = time.monotonic()

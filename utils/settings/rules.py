@@ -19,6 +19,7 @@ EVAL_KEYS = (
     "eval_every_n_steps",
     "eval_every_n_epochs",
     "eval_every_n_examples",
+    "eval_patience",
     "eval_micro_batch_size_per_gpu",
     "eval_image_micro_batch_size_per_gpu",
 )
@@ -250,6 +251,12 @@ def _quantised_base_has_adapter(settings: Settings, _: int) -> Iterator[Problem]
         )
 
 
+def _patience_has_evaluations(settings: Settings, _: int) -> Iterator[Problem]:
+    every = [key for key in EVAL_KEYS if key.startswith("eval_every") and getattr(settings, key)]
+    if settings.eval_patience and settings.eval_datasets and not every:
+        yield at("key `eval_patience`", "counts evaluations, and there is none before the end; set eval_every_n_steps")
+
+
 def _eval_names_differ(settings: Settings, _: int) -> Iterator[Problem]:
     names = [entry.name for entry in settings.eval_datasets]
     for number, name in enumerate(names):
@@ -336,6 +343,7 @@ _RULES = (
     SettingsRule(("eval_datasets",), _eval_paths_exist),
     SettingsRule(("eval_datasets",), _eval_data_is_named),
     SettingsRule(("eval_datasets",), _eval_names_differ),
+    SettingsRule(("eval_datasets", "eval_patience"), _patience_has_evaluations),
     SettingsRule(("model", "adapter"), _float16_is_not_trained),
     SettingsRule(("model.transformer_dtype", "adapter"), _quantised_base_has_adapter),
     SettingsRule(("model.shift", "model.flux_shift"), _one_shift),

@@ -199,6 +199,9 @@ class Settings(SettingsTable):
     """Evaluate after every n training samples."""
     eval_before_first_step: bool = True
     """Evaluate before training too, if there is something to evaluate."""
+    eval_patience: Count | None = None
+    """End the run, with its exports, after so many evaluations in a row without a new lowest loss of the first entry of
+    `eval_datasets`; default: never."""
     eval_quantiles: Annotated[list[Inner], Field(min_length=1), AfterValidator(told_apart)] = EVAL_QUANTILES
     """Where among the noise levels that are trained each sample is evaluated, between 0 and 1; each is a number of its
     own in the metrics, as `name/loss_quantile_0.10`, and costs as much as the others."""
