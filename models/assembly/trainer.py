@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -157,11 +158,7 @@ def build_trainer(
         ranks.is_main,
         resumed_at=progress.step if checkpoint else None,
     )
-    page = _page(folder, data, resumed=checkpoint is not None) if ranks.is_main else RunPage()
-    webhook = Webhook(settings.monitoring.webhook if ranks.is_main else None, folder)
-    first = settings.eval_datasets[0].name if settings.eval_datasets else ""
-    patience = Patience(settings.eval_patience, f"{first}/loss")
-    told = {"tokens": cache(partial(_tokens, pipeline)), "patience": patience, "webhook": webhook, "page": page}
+    told = _telling(settings, ranks, pipeline, data, folder, resumed=checkpoint is not None)
     run = RunParts(settings, ranks, engine, optimizer, parameters, shares, folder, metrics, stop, ema, **told)
     duties = _duties(run, pipeline, data, reader, noising, staged)
     if not checkpoint:
@@ -186,6 +183,20 @@ def _tokens(pipeline: BasePipeline, shape: Sequence[Bucket]) -> int:
     stills = [latent for latent in latents if len(latent) != CLIP_DIMENSIONS]
     of_clips = (frames * pipeline.tokens((channels, 1, *size)) for channels, frames, *size in clips)
     return sum(map(pipeline.tokens, stills)) + sum(of_clips)
+
+
+def _telling(
+    settings: Settings, ranks: Ranks, pipeline: BasePipeline, data: Data, folder: Path, *, resumed: bool
+) -> dict[str, Any]:
+    """The parts of the run with which it is told how it does."""
+    webhook = Webhook(settings.monitoring.webhook if ranks.is_main else None, folder)
+    first = settings.eval_datasets[0].name if settings.eval_datasets else ""
+    return {
+        "tokens": cache(partial(_tokens, pipeline)),
+        "patience": Patience(settings.eval_patience, f"{first}/loss"),
+        "webhook": webhook,
+        "page": _page(folder, data, resumed=resumed) if ranks.is_main else RunPage(),
+    }
 
 
 def _page(folder: Path, data: Data, *, resumed: bool) -> RunPage:

@@ -12,7 +12,17 @@ from utils.dataset.batches import EvaluationBatches
 from utils.ranks import gather
 from utils.run.attempts import Attempt, reason_of
 from utils.run.cadence import Cadence, Duty
-from utils.run.evaluated import CHANGE, CHANGE_ERROR, ENDINGS, ERROR, Evaluated, KeptEvaluations, change_of, groups_of
+from utils.run.evaluated import (
+    CHANGE,
+    CHANGE_ERROR,
+    ENDINGS,
+    ERROR,
+    Evaluated,
+    KeptEvaluations,
+    change_of,
+    extremes_of,
+    groups_of,
+)
 from utils.run.evaluation import Prepare, evaluate
 from utils.run.export import ExportPlan, export_name, export_with_averages, exports_in
 from utils.run.parts import RunParts
@@ -104,7 +114,9 @@ def _judge(
         if change:
             results |= {f"{loss}{CHANGE}": change.value, f"{loss}{CHANGE_ERROR}": change.error}
         logger.info("step %d: %s %.5f%s%s", step, loss, results[loss], sure, f"; {change}" if change else "")
-        keeps[name] = {"samples": means, "groups": groups_of(sets[name].samples, means)}
+        samples = sets[name].samples
+        groups, extremes = groups_of(samples, means), extremes_of(samples, means)
+        keeps[name] = {"samples": means, "groups": groups, "extremes": extremes}
     run.metrics.scalars(results, step)
     try:
         kept.keep(step, prefix, keeps)

@@ -27,7 +27,8 @@ ERROR, CHANGE, CHANGE_ERROR = "_standard_error", "_change", "_change_error"
 """What the names of a loss's own numbers end with: its standard error; how much it has changed since the evaluation
 before; and half the width of that change's interval of 95 % confidence."""
 ENDINGS = (ERROR, CHANGE, CHANGE_ERROR)
-KINDS = {"samples": dict[str, float]}
+EXTREMES = 3
+"""So many files with the highest losses, and with the lowest, are named."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,12 @@ def groups_of(samples: Sequence[Sample], means: Mapping[str, float]) -> list[lis
     return [[kind, name, len(own), mean(own)] for kind, groups in several.items() for name, own in groups.items()]
 
 
+def extremes_of(samples: Sequence[Sample], means: Mapping[str, float]) -> list[list[Any]]:
+    """The files with the highest losses and those with the lowest, from high to low: file, loss."""
+    ordered = sorted(([str(sample.media.locator), means[sample.id]] for sample in samples), key=lambda one: -one[1])
+    return ordered if len(ordered) <= 2 * EXTREMES else [*ordered[:EXTREMES], *ordered[-EXTREMES:]]
+
+
 class KeptEvaluations:
     """Those in a run's folder."""
 
@@ -136,7 +143,7 @@ class KeptEvaluations:
         """Writes an evaluation.
 
         Args:
-            sets: name -> {"samples": {id: mean loss}, "groups": see `groups_of`}.
+            sets: name -> {"samples": {id: mean loss}, "groups": see `groups_of`, "extremes": see `extremes_of`}.
 
         Raises:
             OSError: it cannot be written.

@@ -31,9 +31,7 @@ NORMS = "norms/"
 """What the names of the norms of blocks begin with."""
 STEP_FOLDER = re.compile(r"step(\d+)")
 LISTED = 12
-EXTREMES = 3
-"""So many samples with the highest losses, and with the lowest, are named."""
-MEMORY = {"train/peak_memory_gib": "GPU, most of a step", "train/host_memory_gib": "host, of all processes here"}
+MEMORY = {"train/peak_memory_gib": "GPU, most of a step", "train/host_memory_gib": "host, the process that holds most"}
 PARTS = {
     "train/step_time_sec": "whole step",
     "train/data_time_sec": "waiting for data",
@@ -202,16 +200,14 @@ def _thumbnail(path: Path, changed: int) -> str:
 
 
 def groups(step: int, sets: Mapping[str, Mapping[str, Any]]) -> str:
-    """The losses of the last evaluation by size and by directory, and the samples that have most and least."""
+    """The losses of the last evaluation by size and by directory, and the files with the highest and the lowest."""
     rows, ends = [], []
     for name, one in sets.items():
         rows += [
             [name, kind, printable(group), str(count), f"{loss:.5f}"]
             for kind, group, count, loss in one.get("groups", [])
         ]
-        ordered = sorted(one["samples"].items(), key=lambda pair: -pair[1])
-        shown = ordered if len(ordered) <= 2 * EXTREMES else [*ordered[:EXTREMES], *ordered[-EXTREMES:]]
-        ends += [[name, printable(sample), f"{loss:.5f}"] for sample, loss in shown]
+        ends += [[name, printable(file), f"{loss:.5f}"] for file, loss in one.get("extremes", [])]
     losses = table(["set", "by", "", "samples", "loss"], rows)
     return f"<p>Step {step}</p>{losses}{table(['set', 'highest and lowest', 'loss'], ends)}" if sets else ""
 

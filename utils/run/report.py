@@ -37,6 +37,7 @@ PAGE = """<!doctype html>
 :root {{ color-scheme: light dark; --ink: #222; --weak: #667; --paper: #fafafa; --card: #fff; --edge: #ddd }}
 @media (prefers-color-scheme: dark) {{
   :root {{ --ink: #e4e4e8; --weak: #9a9aa6; --paper: #16171b; --card: #1f2026; --edge: #3a3b44 }}
+  .chart polyline, .chart circle, .key line {{ filter: brightness(1.5) }}
 }}
 * {{ box-sizing: border-box }}
 body {{ font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 78rem; color: var(--ink);

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from statistics import stdev
+from types import SimpleNamespace
 
 import pytest
 
-from utils.run.evaluated import Evaluated, KeptEvaluations, change_of
+from utils.run.evaluated import Evaluated, KeptEvaluations, change_of, extremes_of, groups_of
+from utils.run.page_parts import groups
 from utils.run.statistics import mean, standard_error, student_bound
 
 LOSSES = {"a": (1.0, 3.0), "b": (2.0, 6.0), "c": (3.0, 3.0)}
@@ -66,3 +68,22 @@ def test_an_evaluation_is_compared_with_the_one_before_it(tmp_path: Path) -> Non
     kept.forget_after(5)
     assert sorted(path.name for path in (tmp_path / "evaluations").iterdir()) == ["step000000.json", "step000005.json"]
     assert math.isfinite(kept.newest()[1]["held"]["samples"]["a"])
+
+
+def test_losses_are_told_by_size_and_directory_and_by_file() -> None:
+    samples = [
+        SimpleNamespace(
+            id=str(number),
+            bucket=f"{64 * (1 + number % 2)}x64x1",
+            rules=SimpleNamespace(path="stars"),
+            media=SimpleNamespace(locator=f"{number}.png"),
+        )
+        for number in range(8)
+    ]
+    means = {str(number): float(number) for number in range(8)}
+    assert groups_of(samples, means) == [["size", "64x64x1", 4, 3.0], ["size", "128x64x1", 4, 4.0]]
+    named = extremes_of(samples, means)
+    assert named == [["7.png", 7.0], ["6.png", 6.0], ["5.png", 5.0], ["2.png", 2.0], ["1.png", 1.0], ["0.png", 0.0]]
+    assert len(extremes_of(samples[:6], means)) == 6
+    page = groups(30, {"held": {"groups": groups_of(samples, means), "extremes": named}})
+    assert "<p>Step 30</p>" in page and "<td>128x64x1</td><td>4</td><td>4.00000</td>" in page and "7.png" in page
