@@ -207,9 +207,9 @@ def groups(step: int, sets: Mapping[str, Mapping[str, Any]]) -> str:
             [name, kind, printable(group), str(count), f"{loss:.5f}"]
             for kind, group, count, loss in one.get("groups", [])
         ]
-        ends += [[name, printable(file), f"{loss:.5f}"] for file, loss in one.get("extremes", [])]
+        ends += [[name, f"{loss:.5f}", printable(file)] for file, loss in one.get("extremes", [])]
     losses = table(["set", "by", "", "samples", "loss"], rows)
-    return f"<p>Step {step}</p>{losses}{table(['set', 'highest and lowest', 'loss'], ends)}" if sets else ""
+    return f"<p>Step {step}</p>{losses}{table(['set', 'loss', 'highest and lowest'], ends)}" if sets else ""
 
 
 def data(described: Sequence[Mapping[str, Any]]) -> str:

@@ -60,7 +60,9 @@ details {{ margin: 1rem 0 }} summary {{ cursor: pointer; padding: .3rem 0 }}
 .wide {{ overflow-x: auto }} pre {{ background: var(--card); border: 1px solid var(--edge); padding: .6rem;
   border-radius: 6px; font-size: .82em }}
 table {{ border-collapse: collapse; margin: .5rem 0; font-size: .9em }}
-th, td {{ text-align: left; overflow-wrap: break-word; padding: .2rem .6rem .2rem 0; border-bottom: 1px solid var(--edge); vertical-align: top }}
+th, td {{ text-align: left; overflow-wrap: break-word; padding: .2rem .6rem .2rem 0;
+  border-bottom: 1px solid var(--edge); vertical-align: top }}
+td:last-child {{ overflow-wrap: anywhere }}
 .samples th:first-child {{ min-width: 6rem; max-width: 10rem; font-weight: 400 }}
 .samples td {{ border: 0 }} .samples img {{ display: block; width: {thumbnail}px; max-width: none; border-radius: 3px }}
 </style></head><body>
