@@ -137,7 +137,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
             settings, ranks, pipeline, cached, stop, arguments.config, flags, in_use, checkpoint=checkpoint
         )
         logger.info("ready after %.1f s", time.monotonic() - started)
-        return train(built)
+        return built.parts.telling(lambda: train(built))
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

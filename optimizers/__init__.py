@@ -26,6 +26,7 @@ NOT_FAMILIES = (
     "distance",
     "eight_bits",
     "ema",
+    "found_rates",
     "kinds",
     "libraries",
     "parameter_groups",

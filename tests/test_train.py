@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -16,6 +18,7 @@ import torch
 from PIL import Image
 
 from tests.runs import (
+    COLOURS,
     ROOT,
     launch,
     metrics,
@@ -23,6 +26,7 @@ from tests.runs import (
     only_run,
     rewind,
 )
+from utils.dataset.held_out import place_of
 
 
 def test_a_run_leaves_what_is_promised(write_config: Callable[..., Path]) -> None:
@@ -63,8 +67,7 @@ def test_a_run_leaves_what_is_promised(write_config: Callable[..., Path]) -> Non
     }
     if not torch.cuda.is_available():
         assert not metrics(run, "train/peak_memory_gib")
-    for name in ("train/loss", "train/grad_norm", "train/lr", "train/step_time_sec", "train/samples_per_sec"):
-        assert sorted(metrics(run, name)) == [1, 2, 3, 4, 5, 6]
+    check_numbers_of_steps(run)
     assert sorted(metrics(run, "train/epoch_loss")) == [2, 4, 6]
     assert sorted(metrics(run, "seen/loss")) == [0, 2, 4, 6]
     quantiles = [metrics(run, f"seen/loss_quantile_{q / 10:.2f}")[6] for q in range(1, 10)]
@@ -73,6 +76,32 @@ def test_a_run_leaves_what_is_promised(write_config: Callable[..., Path]) -> Non
         assert picture.size == (64, 64)
     assert (run / "epoch3" / "adapter_model_comfyui.safetensors").is_file()
     assert re.search(r"cache vae: wanted=7 reused=0 encoded=7 failed=0", log)
+    check_page(run)
+
+
+def check_numbers_of_steps(run: Path) -> None:
+    parts = [f"{part}_time_sec" for part in ("step", "data", "compute", "communication", "optimizer")]
+    shares = ["samples_per_sec", "tokens_per_sec", "host_memory_gib", "bubble_share"]
+    for name in ("loss", "grad_norm", "lr", *parts, *shares):
+        assert sorted(metrics(run, f"train/{name}")) == [1, 2, 3, 4, 5, 6], name
+    for step in range(1, 7):
+        whole, *own = (metrics(run, f"train/{part}")[step] for part in parts)
+        assert 0 < sum(own) <= whole and own[1] > 0
+        # Two stages wait at least for a third of the time with two micro-batches.
+        assert 1 / 3 - 1e-6 <= metrics(run, "train/bubble_share")[step] < 0.9
+        # Of a picture of 4096 pixels, of which a latent has one for 64, and a token is four of them.
+        pace = metrics(run, "train/tokens_per_sec")[step] / metrics(run, "train/samples_per_sec")[step]
+        assert 10 <= pace <= 20
+    levels = [metrics(run, f"train_deciles/loss_{level / 20:.2f}") for level in range(1, 20, 2)]
+    assert {step for own in levels for step in own} == {1, 2, 3, 4, 5, 6}
+
+
+def check_page(run: Path) -> None:
+    page = (run / "run.html").read_text()
+    # Its state, its evaluation, its warnings, its pictures, its data and its plan.
+    for text in ("6 of 6", "seen/loss at step 6", "in both sets: ", "data:image/jpeg", "64 x 64", "global batch:"):
+        assert text in page, text
+    assert page.count("data:image/jpeg") == 2
 
 
 @pytest.mark.parametrize(
@@ -88,26 +117,45 @@ def test_epochs_and_max_steps_end_a_run(write_config: Callable[..., Path], keys:
     assert not (run / "latest").exists()
 
 
-def test_evaluation_is_the_same_on_more_data_ranks(
+def test_evaluation_is_the_same_on_any_layout_and_in_any_batches(
     write_config: Callable[..., Path], pictures: Path, tmp_path: Path
 ) -> None:
-    """Also of a set that has nothing for one of them."""
-    (tmp_path / "one").mkdir()
-    for file in pictures.glob("1.*"):
-        shutil.copy(file, tmp_path / "one")
-    sets = {"seen": pictures, "one": tmp_path / "one"}
+    """To the last digit that is told; also of a set that has nothing for one of the data ranks, and of a part of the
+    training data, which is that of a set of its own with those pictures."""
+    held = {file.stem for file in pictures.glob("*.png") if place_of(digest_of(file)) < 0.5}
+    assert 2 <= len(held) < len(COLOURS)
+    for name, stems in {"one": {"1"}, "own": held}.items():
+        (tmp_path / name).mkdir()
+        for file in (file for file in pictures.iterdir() if file.stem in stems):
+            shutil.copy(file, tmp_path / name)
+    sets = {"seen": pictures, "one": tmp_path / "one", "own": tmp_path / "own"}
     for name, folder in sets.items():
         data = {"resolutions": [64], "enable_ar_bucket": True, "directory": [{"path": str(folder)}]}
         (tmp_path / f"{name}.toml").write_text(toml.dumps(data))
     entries = [{"name": name, "config": str(tmp_path / f"{name}.toml")} for name in sets]
-    config = write_config(max_steps=1, eval_datasets=entries)
+    entries.append({"name": "part", "fraction": 0.5})
     results = []
-    for processes in (1, 2):
-        codes, log = launch(config, processes=processes)
+    for processes, stages, batch in ((1, 1, 1), (2, 1, 4), (2, 2, 4)):
+        keys = {"pipeline_stages": stages, "eval_micro_batch_size_per_gpu": batch, "eval_quantiles": [0.2, 0.9]}
+        codes, log = launch(write_config(max_steps=1, eval_datasets=entries, **keys), processes=processes)
         assert set(codes) == {0}, log
-        results.append([metrics(only_run(config), f"{name}/loss")[0] for name in sets])
-        shutil.rmtree(only_run(config))
-    assert results[0] == pytest.approx(results[1], rel=1e-6)
+        run = only_run(tmp_path / "run.toml")
+        assert set(samples_kept(run, "part")) == set(samples_kept(run, "own")) and len(samples_kept(run, "one")) == 1
+        names = [f"{name}/loss{end}" for name in sets for end in ("", "_quantile_0.20", "_quantile_0.90")]
+        results.append({name: metrics(run, name)[0] for name in [*names, "part/loss", "own/loss_standard_error"]})
+        assert "took" in log and "in both sets" in log, log
+        shutil.rmtree(run)
+    # Products of other batches are added up in another order.
+    assert results[1] == results[2] and results[0] == pytest.approx(results[1], rel=1e-6)
+    assert [f"{loss:.5f}" for loss in results[0].values()] == [f"{loss:.5f}" for loss in results[1].values()]
+
+
+def digest_of(file: Path) -> str:
+    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+
+
+def samples_kept(run: Path, name: str) -> dict[str, float]:
+    return json.loads((run / "evaluations" / "step000000.json").read_text())[name]["samples"]
 
 
 @pytest.mark.parametrize(("processes", "stages"), [(1, 1), (2, 2), (2, 1)])

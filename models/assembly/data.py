@@ -203,8 +203,16 @@ def encoders_of(pipeline: BasePipeline, collections: Sequence[Collection]) -> li
 
 def sources_of(settings: Settings, datasets: Mapping[str, DatasetSettings]) -> list[Source]:
     """The run's datasets with the files that describe them; the training set comes first, under the name "train"."""
-    files = {"train": settings.dataset, **{entry.name: entry.config for entry in settings.eval_datasets}}
-    return [Source(name, file, datasets[name]) for name, file in files.items()]
+    training = Source("train", settings.dataset, datasets["train"])
+    return [
+        training,
+        *(
+            replace(training, name=entry.name, fraction=entry.fraction)
+            if entry.config is None
+            else Source(entry.name, entry.config, datasets[entry.name])
+            for entry in settings.eval_datasets
+        ),
+    ]
 
 
 def cache_folder(settings: Settings, sources: Sequence[Source]) -> Path:

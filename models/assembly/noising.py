@@ -112,7 +112,9 @@ class Noising:
             delta = None if delta_B is None else over_sample(delta_B, clean)
             variational = (clean, x_t, t_B) if with_variance else None
             target = objective.target(clean, noise, t_B)
-            labels = Labels(target, weight, delta, batch.regularising, batch.captioned, variational)
+            quantile_B = torch.tensor(draws.quantiles, dtype=torch.float32)
+            levels = quantile_B, torch.full_like(quantile_B, batch.share)
+            labels = Labels(target, weight, delta, batch.regularising, batch.captioned, variational, levels)
         return NoisedBatch(inputs, labels, empty)
 
     def _given(self, clean: torch.Tensor, draws: Draws, names: Sequence[object]) -> torch.Tensor | None:

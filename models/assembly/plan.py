@@ -29,6 +29,7 @@ from utils.dataset.samples import Bucket, Sample
 from utils.quantised.linear import parameter_count
 from utils.ranks import Ranks, gather
 from utils.run.checkpoint import Checkpoint, StartingPoint
+from utils.run.notes import NOTE
 from utils.run.progress import Progress
 from utils.run.trainer import last_step_of
 from utils.settings.plain import as_toml
@@ -90,7 +91,7 @@ def settled(
             *sections(settings, ranks, pipeline, staged, *cached, checkpoint, restart_data=restart_data),
             memory_text(planner, memory),
         ]
-        logger.info("plan:\n%s", "\n\n".join(plan))
+        logger.info("plan:\n%s", "\n\n".join(plan), extra={NOTE: "plan"})
         settings = fit(planner, memory)
         chosen = {key: getattr(settings, key) for key in (*KEYS, *CUT)}
     return settings.model_copy(update=gather(ranks, "settled", chosen)[0])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import Module, Parameter
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 import optimizers
 from models.assembly.data import Data, controls_of, reader_of
+from models.assembly.described import described
 from models.assembly.drawings import sample_model
 from models.assembly.exports import about_run, export_plan
 from models.assembly.kept import sums_in_float32
@@ -29,7 +31,7 @@ from utils.collector import without_collector
 from utils.dataset.batches import EvaluationBatches, FeatureBatch, SampleReader, TrainingBatches
 from utils.dataset.encoders import reads_text
 from utils.dataset.epochs import Epochs, micro_batch_of
-from utils.dataset.samples import VersionPicker
+from utils.dataset.samples import Bucket, VersionPicker
 from utils.parallel.engine import Engine, optimizer_for_frozen_stage
 from utils.parallel.offload import HostInputs
 from utils.parallel.pipeline import DenoiserPipeline
@@ -48,12 +50,19 @@ from utils.run.duties import make_duties
 from utils.run.export_metadata import STARTED
 from utils.run.in_use import RunLock
 from utils.run.metrics import Metrics
+from utils.run.notes import kept_notes
 from utils.run.parts import RunParts
+from utils.run.patience import Patience
 from utils.run.progress import Progress
+from utils.run.report import RunPage
 from utils.run.signals import StopRequests
 from utils.run.trainer import Trainer
+from utils.run.webhook import Webhook
 from utils.settings.reader import resolved
 from utils.settings.schema import Settings
+
+CLIP_DIMENSIONS = 4
+"""Of a clip's latent: channels, frames, rows, columns."""
 
 
 def open_checkpoint(
@@ -153,7 +162,8 @@ def build_trainer(
         ranks.is_main,
         resumed_at=progress.step if checkpoint else None,
     )
-    run = RunParts(settings, ranks, engine, optimizer, parameters, shares, folder, metrics, stop, ema)
+    told = _telling(settings, ranks, pipeline, data, folder, resumed=checkpoint is not None)
+    run = RunParts(settings, ranks, engine, optimizer, parameters, shares, folder, metrics, stop, ema, **told)
     duties = _duties(run, pipeline, data, reader, noising, staged)
     if not checkpoint:
         return Trainer(run, batches, progress, duties)
@@ -167,6 +177,39 @@ def _folder(settings: Settings, ranks: Ranks, config: Path, checkpoint: Checkpoi
     if ranks.is_main:
         begin_branch(checkpoint.folder, checkpoint.progress.step)
     return run_folder.go_on(checkpoint.folder.parent, settings, ranks, config, progress.step)
+
+
+def _tokens(pipeline: BasePipeline, shape: Sequence[Bucket]) -> int:
+    """The image tokens of a sample and of its references."""
+    latents = [pipeline.latent_shape(bucket.width, bucket.height, bucket.frames) for bucket in shape]
+    # Some models count one frame of a clip, others all.
+    clips = [latent for latent in latents if len(latent) == CLIP_DIMENSIONS]
+    stills = [latent for latent in latents if len(latent) != CLIP_DIMENSIONS]
+    of_clips = (frames * pipeline.tokens((channels, 1, *size)) for channels, frames, *size in clips)
+    return sum(map(pipeline.tokens, stills)) + sum(of_clips)
+
+
+def _telling(
+    settings: Settings, ranks: Ranks, pipeline: BasePipeline, data: Data, folder: Path, *, resumed: bool
+) -> dict[str, Any]:
+    """The parts of the run with which it is told how it does."""
+    webhook = Webhook(settings.monitoring.webhook if ranks.is_main else None, folder)
+    first = settings.eval_datasets[0].name if settings.eval_datasets else ""
+    return {
+        "tokens": cache(partial(_tokens, pipeline)),
+        "patience": Patience(settings.eval_patience, f"{first}/loss"),
+        "webhook": webhook,
+        "page": _page(folder, data, resumed=resumed) if ranks.is_main else RunPage(),
+    }
+
+
+def _page(folder: Path, data: Data, *, resumed: bool) -> RunPage:
+    """The page of the run, with what the log has said until now."""
+    notes = kept_notes()
+    if resumed:
+        notes.go_on(folder)
+    notes.data = described([data.training, *data.evaluation])
+    return RunPage(folder, notes)
 
 
 def restore_or_start(

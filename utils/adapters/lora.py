@@ -291,7 +291,8 @@ def _for_diffusers(
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": rank,
-        "lora_dropout": settings.dropout,
+        # PEFT's layers come to those who load them in training mode, and would drop inputs when they draw.
+        "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted(ranks),
         # Of other ranks, with alphas for a scale of 1 too.

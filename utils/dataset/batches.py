@@ -50,6 +50,7 @@ class FeatureBatch:
         captioned: whether each sample comes with its caption (B,).
         empty: the text encoders' features of the empty caption, if they are requested.
         positions: in training, where the samples stand in their step and epoch.
+        share: what is in `weight` so that samples of micro-batches of other sizes count alike.
     """
 
     features: dict[str, torch.Tensor]
@@ -60,6 +61,7 @@ class FeatureBatch:
     captioned: torch.Tensor | None = None
     empty: dict[str, torch.Tensor] | None = None
     positions: Positions | None = None
+    share: float = 1.0
 
 
 class SampleReader:
@@ -227,13 +229,18 @@ class TrainingBatches(Generic[Prepared]):
         batch = self._reader.batch(versions, [self._picker.is_masked(one, epoch) for one in versions])
         captioned = torch.tensor([self._picker.is_captioned(one) for one in versions])
         empty = self._reader.without_captions(versions) if self._with_empty else None
-        return replace(batch, weight=share * batch.weight, positions=positions, captioned=captioned, empty=empty)
+        weight = share * batch.weight
+        return replace(batch, weight=weight, positions=positions, captioned=captioned, empty=empty, share=share)
 
 
 class EvaluationBatches:
     """A data rank's share of all samples, always in the same order; over all ranks each sample comes once. The last
-    batch
-    of a bucket may be smaller, and ranks may differ by one batch: `rounds` is the largest number that a rank has."""
+    batch of a bucket may be smaller, and ranks may differ by one batch.
+
+    Attributes:
+        samples: all, of all ranks.
+        rounds: the largest number of batches that a rank has.
+    """
 
     def __init__(
         self,
@@ -249,9 +256,15 @@ class EvaluationBatches:
             for size in [micro_batch(group[0].bucket)]
             for start in range(0, len(group), size)
         ]
+        self.samples = samples
         self.rounds = math.ceil(len(batches) / data_ranks)
         self._batches = batches[data_rank::data_ranks]
         self._reader = reader
+
+    @property
+    def own(self) -> list[Sample]:
+        """This rank's samples, in their order."""
+        return [sample for batch in self._batches for sample in batch]
 
     def __len__(self) -> int:
         return len(self._batches)

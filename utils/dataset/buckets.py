@@ -100,7 +100,12 @@ def assign(
                 number = seen.get(sample.id, 0)
                 seen[sample.id] = number + 1
                 samples.append(replace(sample, id=f"{sample.id}-copy{number}") if number else sample)
-    return Assignment(_in_turns(_balanced(samples)), left_out)
+    return Assignment(rebalanced(samples), left_out)
+
+
+def rebalanced(samples: list[Sample]) -> list[Sample]:
+    """The samples of a training set with repeats and turns that fit all of them together."""
+    return _in_turns(_balanced(samples))
 
 
 def _chooser(rules: DirectorySettings, facts: MediaFacts) -> Callable[[MediaFile], tuple[list[Bucket], str]]:

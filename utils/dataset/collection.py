@@ -6,15 +6,16 @@ import csv
 import hashlib
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from utils.dataset.buckets import LeftOut, MediaFacts, assign
+from utils.dataset.buckets import LeftOut, MediaFacts, assign, rebalanced
 from utils.dataset.encoders import Encoder, reads_text
 from utils.dataset.encoding import CacheReport
 from utils.dataset.handing_over import made_once
+from utils.dataset.held_out import emptied, held_out, without
 from utils.dataset.manifest import Scan, scan
 from utils.dataset.remarks import nothing_is_weighed, remarks_on, seen_in_training, truncated
 from utils.dataset.samples import Sample, files_of
@@ -37,11 +38,13 @@ TRAINING = "train"
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset file and its settings. The training set's name is `TRAINING`."""
+    """A dataset file and its settings. The training set's name is `TRAINING`; `fraction` is that of the training set
+    which is held out from it as this set, None for a set of its own."""
 
     name: str
     file: Path
     settings: DatasetSettings
+    fraction: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ def collect(
     """
     problems: list[Problem] = []
     collections = []
-    for source in sources:
+    held = [source for source in sources if source.fraction is not None]
+    for source in (one for one in sources if one.fraction is None):
         manifest = scan(source.settings, str(source.file), how)
         problems += manifest.problems
         # Evaluation uses the same caption every time, so no versions of it are made.
@@ -98,6 +102,9 @@ def collect(
         if collections and source.file.resolve() != collections[0].source.file.resolve():
             remarks += seen_in_training(collections[0].samples, chosen.samples)
         collections.append(Collection(source, chosen.samples, chosen.left_out, manifest.rejected, files, remarks))
+        if held and len(collections) == 1:
+            collections = divided(collections[0], held)
+            problems += _nothing_left(collections)
         if reason := nothing_is_weighed(manifest.rows, source.settings):
             problems.append(Problem(str(source.file), "masks", reason))
         if not files and not manifest.problems:
@@ -109,6 +116,35 @@ def collect(
     if problems:
         raise UserError(problems)
     return collections
+
+
+def divided(training: Collection, held: Sequence[Source]) -> list[Collection]:
+    """The training set without what is held out from it, and the sets of that."""
+    parts, begin = [], 0.0
+    for source in held:
+        parts.append(
+            held_out(without(training.samples, [one for part in parts for one in part]), begin, source.fraction)
+        )
+        begin += source.fraction
+    taken = [sample for part in parts for sample in part]
+    left = rebalanced(without(training.samples, taken))
+    names = ", ".join(source.name for source in held)
+    remarks = [*training.remarks, *emptied(training.samples, left, names)]
+    sets = [Collection(source, part, [], [], len(part)) for source, part in zip(held, parts, strict=True)]
+    return [replace(training, samples=left, remarks=remarks), *sets]
+
+
+def _nothing_left(collections: Sequence[Collection]) -> Iterator[Problem]:
+    """The problems of a training set and what is held out from it, if it had anything."""
+    if not any(collection.samples for collection in collections):
+        return
+    for collection in collections:
+        name, file = collection.source.name, str(collection.source.file)
+        if not collection.samples and name == TRAINING:
+            yield Problem(file, "", "the fractions of eval_datasets leave nothing to train; set them lower")
+        elif not collection.samples:
+            message = f"'{name}' has no picture: there are too few for its fraction; leave it out"
+            yield Problem(file, "", message)
 
 
 def collect_together(

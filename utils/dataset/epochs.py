@@ -231,6 +231,10 @@ class Epochs:
         """The number of samples in one step, over all data ranks."""
         return sum(len(micro_batch.samples) for micro_batch in self.step(epoch, index))
 
+    def shapes(self, epoch: int, index: int) -> list[tuple[Shape, int]]:
+        """The shape of the samples of each micro-batch of one step, and their number."""
+        return [(self._groups[one.group][0].shape, len(one.samples)) for one in self.step(epoch, index)]
+
     def layout(self, epoch: int) -> dict[str, Any]:
         """What the order of an epoch follows from, beside the seed: as JSON."""
         shapes = {

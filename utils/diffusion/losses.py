@@ -22,6 +22,8 @@ class Labels(NamedTuple):
         regularising: (B,), which samples are regularisation data, whose target may become the output of a teacher.
         captioned: (B,), which samples come with their caption.
         variational: (clean, x_t, t_B), for `learned_variance.variational_bound`.
+        levels: for what is told of a step: (B,), the quantile of each sample's noise level among all that are trained,
+            and (B,), the factor in `weight` by which samples of micro-batches of other sizes count alike.
     """
 
     target: torch.Tensor
@@ -30,6 +32,7 @@ class Labels(NamedTuple):
     regularising: torch.Tensor | None = None
     captioned: torch.Tensor | None = None
     variational: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    levels: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def _square(error: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

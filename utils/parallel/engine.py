@@ -34,10 +34,12 @@ from utils.parallel import wire
 from utils.parallel.backend import told
 from utils.parallel.breakdown import Breakdown
 from utils.parallel.clipping import Clipping, gradient_norms
+from utils.parallel.deciles import LossByDecile, means
 from utils.parallel.mail import StageMail
 from utils.parallel.pipeline import DenoiserPipeline
 from utils.parallel.release import GradientRelease, may_step
 from utils.parallel.sharding import Shares
+from utils.parallel.step_times import StepTimes
 from utils.parallel.teacher import Teacher
 from utils.settings.deepspeed_keys import DeepSpeedSettings
 from utils.settings.values import ClipBy
@@ -56,11 +58,16 @@ class StepResult:
     Attributes:
         loss: of the prediction.
         terms: losses that layers added to it, by name.
+        deciles: the mean loss of the step's samples by their noise level; the middle of a tenth of all that are
+            trained -> loss. Only where the labels say at which level a sample is.
+        seconds: of each part of the step on this process; see `StepTimes`.
     """
 
     loss: float
     grad_norm: float
     terms: Mapping[str, float] = field(default_factory=dict)
+    deciles: Mapping[float, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class Engine(PipelineEngine):
@@ -112,6 +119,8 @@ class Engine(PipelineEngine):
         self._shares = shares or Shares({})
         self._shares.start(self.grid.get_data_parallel_group())
         self._reduced = self._shares.reduced_gradients(self._trained, self._config.communication_data_type)
+        self._times = StepTimes(self.device)
+        self._INSTRUCTION_MAP = self._times.timed(self._INSTRUCTION_MAP)
         self._breakdown = None
         if deepspeed.wall_clock_breakdown:
             self._breakdown = Breakdown(self.device, None if self.grid.get_data_parallel_rank() else self.stage_id)
@@ -146,6 +155,7 @@ class Engine(PipelineEngine):
         if self.teacher is not None:
             batches = self._with_teacher_labels(self.teacher, batches)
         self._begin(step, self._rank_after_rank() if numbers is None else numbers)
+        self._times.begin()
         loss = self.train_batch(iter(batches) if batches is not None else None)
         self._mail.finish()
         if self._breakdown:
@@ -165,15 +175,18 @@ class Engine(PipelineEngine):
     def _told(self, loss: torch.Tensor) -> StepResult:
         """The step's numbers, read together, since the host waits for the device whenever it reads."""
         both = torch.stack([loss.float(), self._grad_norm.to(self.device, torch.float32)])
-        loss, grad_norm, *terms = torch.cat([both, self._terms_of_all()]).tolist()
-        return StepResult(loss, grad_norm, dict(zip(self.module.loss_terms, terms, strict=True)))
+        loss, grad_norm, *shared = torch.cat([both, self._shared_numbers()]).tolist()
+        terms, deciles = shared[: len(self._terms_K)], shared[len(self._terms_K) :]
+        terms = dict(zip(self.module.loss_terms, terms, strict=True))
+        return StepResult(loss, grad_norm, terms, means(deciles), self._times.read())
 
-    def _terms_of_all(self) -> torch.Tensor:
-        """The losses that layers added (K,), sent from the last stages to all ranks."""
-        shares_K = self._terms_K / (self.micro_batches * self.grid.get_data_parallel_world_size())
-        if len(shares_K) and dist.is_initialized():
-            dist.all_reduce(shares_K)
-        return shares_K
+    def _shared_numbers(self) -> torch.Tensor:
+        """The losses that layers added (K,) and those by noise level, sent from the last stages to all ranks."""
+        terms_K = self._terms_K / (self.micro_batches * self.grid.get_data_parallel_world_size())
+        numbers = torch.cat([terms_K, self._deciles.sums_2D.flatten()])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(numbers)
+        return numbers
 
     def _with_teacher_labels(
         self, teacher: Teacher, batches: Iterable[MicroBatch] | None
@@ -198,6 +211,7 @@ class Engine(PipelineEngine):
         self._forward_count = 0
         self._numbers = numbers
         self._terms_K = torch.zeros(len(self.module.loss_terms), device=self.device)
+        self._deciles = LossByDecile(self.device)
         self._step = step
         self.module.draw = None
 
@@ -252,7 +266,11 @@ class Engine(PipelineEngine):
         if self._keep_predictions:
             self.fwd_outputs.append(prediction)
             return
-        losses_B = self.module.loss_fn(prediction, self.pipe_buffers["labels"][buffer_id])
+        labels = self.pipe_buffers["labels"][buffer_id]
+        losses_B = self.module.loss_fn(prediction, labels)
+        if torch.is_grad_enabled() and (levels := getattr(labels, "levels", None)):
+            quantile_B, share_B = levels
+            self._deciles.add(losses_B / share_B, quantile_B)
         self.fwd_outputs.append(losses_B.detach().float())
         self.loss = losses_B.mean()
         self.total_loss = self.loss.detach() + (0.0 if self.total_loss is None else self.total_loss)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from utils.errors import UserError
 from utils.run.durable import replace_text
+from utils.run.evaluated import KeptEvaluations
 from utils.run.export import exports_in
 from utils.run.folder import CHECKPOINT_NAME, LATEST, METRICS, free_name, newest_checkpoint
 
@@ -52,6 +53,7 @@ def begin_branch(checkpoint: Path, step: int) -> None:
             replace_text(run / LATEST, checkpoint.name)
         if later:
             _set_aside(run, step, later, latest)
+        KeptEvaluations(run).forget_after(step)
     except OSError as error:
         raise UserError.of(
             f"cannot go on from {checkpoint.name}: {error.strerror}", str(error.filename or run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -10,8 +11,19 @@ from pathlib import Path
 
 from utils.dataset.batches import EvaluationBatches
 from utils.ranks import gather
-from utils.run.attempts import Attempt
+from utils.run.attempts import Attempt, reason_of
 from utils.run.cadence import Cadence, Duty
+from utils.run.evaluated import (
+    CHANGE,
+    CHANGE_ERROR,
+    ENDINGS,
+    ERROR,
+    Evaluated,
+    KeptEvaluations,
+    change_of,
+    extremes_of,
+    groups_of,
+)
 from utils.run.evaluation import Prepare, evaluate
 from utils.run.export import ExportPlan, export_name, export_with_averages, exports_in, remove_older_exports
 from utils.run.export_metadata import of_progress
@@ -54,17 +66,23 @@ def _evaluations(run: RunParts, sets: Mapping[str, EvaluationBatches], prepare: 
     and neither is made twice."""
     settings, ema = run.settings, run.ema
 
+    kept = KeptEvaluations(run.folder)
+
     def measure(progress: Progress, prefix: str) -> None:
         attempt = Attempt(f"evaluation {prefix}{progress.step}", run.ranks, run.stop.pending)
-        results = evaluate(run.engine, run.ranks, sets, prepare, attempt, prefix)
-        run.metrics.scalars(results, progress.step)
-        for name in sets:
-            loss = f"{name}/{prefix}loss"
-            logger.info("step %d: %s %.5f", progress.step, loss, results[loss])
+        started = time.monotonic()
+        found = evaluate(run.engine, run.ranks, sets, prepare, attempt, settings.eval_quantiles)
+        took = time.monotonic() - started
+        if run.ranks.is_main:
+            results = _judge(run, kept, sets, found, progress.step, prefix)
+            logger.info("step %d: evaluation took %.1f s%s", progress.step, took, run.page.in_steps(took))
+            run.webhook.post("evaluation", step=progress.step, numbers=results)
+        run.page.write()
 
     def of_weights(progress: Progress, epoch_ended: bool) -> None:
         with run.weights_to_use():
             measure(progress, "")
+        run.patience.follow(run.page.measured(run.patience.loss))
 
     def of_averages(progress: Progress, epoch_ended: bool) -> None:
         with ema.swapped():
@@ -79,9 +97,43 @@ def _evaluations(run: RunParts, sets: Mapping[str, EvaluationBatches], prepare: 
     return duties
 
 
+def _judge(
+    run: RunParts,
+    kept: KeptEvaluations,
+    sets: Mapping[str, EvaluationBatches],
+    found: Mapping[str, Evaluated],
+    step: int,
+    prefix: str,
+) -> dict[str, float]:
+    """Tells what an evaluation has found, and keeps it; the main rank does so. Returns its numbers."""
+    since, before = kept.before(step, prefix)
+    results: dict[str, float] = {}
+    keeps = {}
+    for name, evaluated in found.items():
+        loss, means = f"{name}/{prefix}loss", evaluated.means()
+        results |= evaluated.numbers(loss)
+        sure = f" ± {results[loss + ERROR]:.5f}" if loss + ERROR in results else ""
+        change = change_of(means, before.get(name, {}).get("samples", {}), since)
+        if change:
+            results |= {f"{loss}{CHANGE}": change.value, f"{loss}{CHANGE_ERROR}": change.error}
+        logger.info("step %d: %s %.5f%s%s", step, loss, results[loss], sure, f"; {change}" if change else "")
+        samples = sets[name].samples
+        groups, extremes = groups_of(samples, means), extremes_of(samples, means)
+        keeps[name] = {"samples": means, "groups": groups, "extremes": extremes}
+    run.metrics.scalars(results, step)
+    try:
+        kept.keep(step, prefix, keeps)
+    except OSError as error:
+        logger.error("the losses of the samples are not kept, and the run goes on: %s", reason_of(error))
+    return results
+
+
 def is_loss_of(sets: Iterable[str], prefix: str, name: str) -> bool:
-    """Whether `name` is one of the numbers that an evaluation of these sets yields; see `evaluate`."""
-    return any(name == loss or name.startswith(f"{loss}_quantile_") for loss in (f"{own}/{prefix}loss" for own in sets))
+    """Whether `name` is one of the numbers that an evaluation of these sets yields; see `_judge`."""
+    losses = [f"{own}/{prefix}loss" for own in sets]
+    return any(
+        name.startswith(f"{loss}_quantile_") or name in (loss, *(loss + end for end in ENDINGS)) for loss in losses
+    )
 
 
 def _sampling(run: RunParts, sampler: SampleModel) -> Duty:
@@ -91,6 +143,7 @@ def _sampling(run: RunParts, sampler: SampleModel) -> Duty:
         with ema.swapped() if ema and ema.settings.sample else run.weights_to_use():
             attempt = Attempt(f"samples {progress.step}", run.ranks, run.stop.pending)
             sample(run.engine, run.ranks, sampler, run.folder, run.metrics, progress.step, attempt)
+        run.page.write()
 
     cadence = Cadence(settings.sample_every_n_steps, settings.sample_every_n_epochs)
     return Duty(

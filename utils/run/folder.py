@@ -20,6 +20,7 @@ from utils.json_files import read_json
 from utils.ranks import Ranks, barrier, gather
 from utils.run.durable import write_bytes
 from utils.settings.reader import write_resolved
+from utils.settings.run_tables import SECRETS
 from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
@@ -29,9 +30,8 @@ RUN_NAME = re.compile(r"\d{8}_\d{2}-\d{2}-\d{2}(?:_(?P<own>.+?))??(_\d+)?$")
 BEGAN = len("20260101_12-00-00")
 SETTINGS = "settings.toml"
 LATEST = "latest"
-KEY = "wandb_api_key"
-OTHER_KEY = re.compile(KEY + r"""["']?\s*[=:]\s*+(?!(?:""|'')(?!["']))""")
-"""The key of an account with a value that is not empty, also in a comment."""
+OTHER_KEY = re.compile(rf"(?:{'|'.join(SECRETS)})" + r"""["']?\s*[=:]\s*+(?!(?:""|'')(?!["']))""")
+"""A secret with a value that is not empty, also in a comment."""
 REPLACED = ".replaced"
 """What a checkpoint's name ends with while another of the same step takes its place."""
 PROGRESS = "progress.json"
@@ -125,7 +125,7 @@ class KeptRecords:
 def _record(place: Path, settings: Settings, config: Path) -> None:
     (place / "config.toml").write_text(_without_key(config, settings), encoding="utf-8")
     shutil.copyfile(settings.dataset, place / "dataset.toml")
-    for entry in settings.eval_datasets:
+    for entry in (one for one in settings.eval_datasets if one.config):
         shutil.copyfile(entry.config, place / f"dataset_{entry.name.replace('/', '_')}.toml")
     write_resolved(settings, place / SETTINGS)
 
@@ -140,31 +140,35 @@ def _make(folder: Path) -> None:
 
 
 def _without_key(config: Path, settings: Settings) -> str:
-    """The run's file as the user wrote it, without the account's key, since run folders are shared; as a table without
-    comments, if the key is written so that it cannot be cut out, or another one may be in a comment."""
-    text, key = config.read_text(encoding="utf-8"), settings.monitoring.wandb_api_key
-    if not key and not OTHER_KEY.search(text):
+    """The run's file as the user wrote it, without its secrets, since run folders are shared; as a table without
+    comments, if one is written so that it cannot be cut out, or another one may be in a comment."""
+    text = config.read_text(encoding="utf-8")
+    secrets = [secret for name in SECRETS if (secret := getattr(settings.monitoring, name))]
+    if not secrets and not OTHER_KEY.search(text):
         return text
-    written = tomllib.loads(text.removeprefix("\ufeff"))
-    cut = text.replace(key, "") if key else text
+    written, cut = tomllib.loads(text.removeprefix("\ufeff")), text
+    # One may be a part of another.
+    for secret in sorted(secrets, key=len, reverse=True):
+        cut = cut.replace(secret, "")
     try:
         left = tomllib.loads(cut.removeprefix("\ufeff"))
     except tomllib.TOMLDecodeError:
         left = {}
-    # Nothing else is changed, the key is empty, and so it is in every comment.
-    is_empty = not left.get("monitoring", {}).get(KEY) and not OTHER_KEY.search(cut)
+    # Nothing else is changed, the secrets are empty, and so they are in every comment.
+    is_empty = not any(left.get("monitoring", {}).get(name) for name in SECRETS) and not OTHER_KEY.search(cut)
     if _keyless(left) == _keyless(written) and is_empty:
         return cut
-    return f"# Written anew, without the key of the account and without comments.\n{toml.dumps(_keyless(written))}"
+    head = "# Written anew, without the keys of [monitoring] that are for nobody else, and without comments."
+    return f"{head}\n{toml.dumps(_keyless(written))}"
 
 
 def _keyless(table: Any) -> Any:
-    """The same without the key of an account."""
+    """The same without secrets."""
     if isinstance(table, list):
         return [_keyless(entry) for entry in table]
     if not isinstance(table, dict):
         return table
-    return {name: _keyless(entry) for name, entry in table.items() if name != KEY}
+    return {name: _keyless(entry) for name, entry in table.items() if name not in SECRETS}
 
 
 def find_checkpoint(

@@ -161,6 +161,15 @@ def _of_line(line: str) -> tuple[str, float]:
     return (name, step) if is_whole else ("", inf)
 
 
+CHARTS = {
+    "training loss by noise level": ["train_deciles/loss_.*"],
+    "evaluation by noise level": [".*/(ema_)?loss_quantile_.*"],
+    "evaluation": ["(?!train/).*/(ema_)?loss$"],
+    "seconds of a step": ["train/.*_time_sec"],
+}
+"""Charts of several numbers in TensorBoard's "Custom scalars": title -> patterns of their names."""
+
+
 class TensorBoard:
     tries_again = False
 
@@ -170,6 +179,7 @@ class TensorBoard:
         purge_step = None if resumed_at is None else resumed_at + 1
         self.open = partial(SummaryWriter, str(folder / "tensorboard_logs"))
         self.writer = self.open(purge_step=purge_step)
+        self.writer.add_custom_scalars({"penstock": {title: ["Multiline", names] for title, names in CHARTS.items()}})
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from math import isfinite
+from pathlib import Path
 
+from utils.errors import UserError
 from utils.parallel.engine import StepResult
+from utils.run.folder import LATEST, checkpoints_before
 
 logger = logging.getLogger(__name__)
 
@@ -63,3 +66,22 @@ class NonFiniteSteps:
 def is_finite(result: StepResult) -> bool:
     """Whether loss and gradient are finite numbers."""
     return isfinite(result.loss) and isfinite(result.grad_norm)
+
+
+def diverged(folder: Path, step: int, result: StepResult, saved: str) -> UserError:
+    """The error of a run that cannot go on after this step, and from where it may.
+
+    Args:
+        saved: what of it is.
+    """
+    checkpoints = checkpoints_before(folder / LATEST)
+    way_on = "There is no checkpoint to go on from: start again"
+    if checkpoints:
+        way_on = f"Go on from a checkpoint (the newest is --resume_from_checkpoint {checkpoints[-1]})"
+    return UserError.of(
+        f"loss {result.loss}, gradient norm {result.grad_norm}: training has diverged, and {saved}. {way_on} with a "
+        "lower [optimizer] lr or more warmup_steps; or base files are damaged, which [model] verify_files = "
+        '"always" looks for',
+        str(folder),
+        f"step {step}",
+    )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,11 +12,16 @@ from torch import nn
 
 from optimizers.averaging import weights_to_use
 from optimizers.ema import EMA
+from utils.dataset.samples import Bucket
 from utils.parallel.engine import Engine
 from utils.parallel.sharding import Shares
 from utils.ranks import Ranks
+from utils.run.attempts import reason_of
 from utils.run.metrics import Metrics
-from utils.run.signals import StopRequests
+from utils.run.patience import Patience
+from utils.run.report import RunPage
+from utils.run.signals import StopRequested, StopRequests
+from utils.run.webhook import Webhook
 from utils.settings.schema import Settings
 
 
@@ -30,6 +35,10 @@ class RunParts:
         folder: of the run.
         stop: whether this process was asked to stop; the ranks agree on it among themselves.
         ema: the averages of the parameters, if the run has any.
+        tokens: the sizes of a sample and of its references -> its image tokens.
+        patience: which ends the run when evaluations gain nothing any more.
+        webhook: whom the run tells how it does.
+        page: which is written anew when there is something to look at.
     """
 
     settings: Settings
@@ -42,8 +51,25 @@ class RunParts:
     metrics: Metrics
     stop: StopRequests
     ema: EMA | None = None
+    tokens: Callable[[Sequence[Bucket]], int] = lambda shape: 0
+    patience: Patience = field(default_factory=Patience)
+    webhook: Webhook = field(default_factory=Webhook)
+    page: RunPage = field(default_factory=RunPage)
 
     def weights_to_use(self) -> AbstractContextManager[None]:
         """A context in which the parameters have the values that are to be used; see `optimizers/averaging.py`. All
         ranks enter it together."""
         return weights_to_use(self.optimizer, self.parameters.values(), self.shares.after_step)
+
+    def telling(self, work: Callable[[], bool]) -> bool:
+        """Does the work of the run, and tells of a failure that ends it, on the page and to the webhook."""
+        try:
+            return work()
+        except StopRequested:
+            raise
+        except Exception as error:
+            self.page.tell_end(f"the run failed: {reason_of(error)}")
+            self.webhook.post("failure", reason=reason_of(error))
+            raise
+        finally:
+            self.webhook.finish()

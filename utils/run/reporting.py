@@ -19,6 +19,7 @@ from utils.errors import UserError, without_controls
 from utils.progress_bar import progress_bar
 from utils.ranks import LaunchError, Ranks, leave_together
 from utils.run.attempts import FULL
+from utils.run.notes import Notes
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +58,13 @@ class _Once(logging.Filter):
 
 
 def start_logging(ranks: Ranks) -> None:
-    """One readable log on the main rank, above the progress bar; errors only from the others."""
+    """One readable log on the main rank, above the progress bar; errors only from the others. The warnings are kept for
+    the page of the run."""
     handler = _AboveProgressBar()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
     handler.addFilter(_Once())
-    logging.basicConfig(level=logging.INFO if ranks.is_main else logging.ERROR, handlers=[handler], force=True)
+    handlers = [handler, Notes()] if ranks.is_main else [handler]
+    logging.basicConfig(level=logging.INFO if ranks.is_main else logging.ERROR, handlers=handlers, force=True)
     for name, level in QUIET_LIBRARIES.items():
         logging.getLogger(name).setLevel(level)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from utils.run.export import exports_in
 from utils.run.folder import newest_checkpoint
+from utils.run.report import PAGE_NAME
 
 
 def results(folder: Path) -> str:
@@ -31,6 +32,8 @@ def _results(folder: Path) -> Iterator[tuple[str, str]]:
         yield "checkpoint", str(newest)
     if (folder / "samples").is_dir():
         yield "samples", str(folder / "samples")
+    if (folder / PAGE_NAME).is_file():
+        yield "page", str(folder / PAGE_NAME)
     yield "metrics", str(folder / "metrics.jsonl")
     if (folder / "tensorboard_logs").is_dir():
         yield "", f"tensorboard --logdir {folder}"

@@ -19,20 +19,20 @@ from utils.dataset.batches import TrainingBatches
 from utils.dataset.epochs import Epochs
 from utils.errors import UserError
 from utils.parallel.engine import StepResult
-from utils.ranks import any_rank, largest
+from utils.ranks import any_rank
 from utils.run import out_of_memory
 from utils.run.attempts import Failed, is_expected, reason_of
 from utils.run.cadence import Duty
 from utils.run.checkpointing import Checkpoints
 from utils.run.file_requests import SAVE, FileRequests, Votes, agreed
-from utils.run.folder import LATEST, checkpoints_before
-from utils.run.nonfinite import NonFiniteSteps
+from utils.run.nonfinite import NonFiniteSteps, diverged
+from utils.run.numbers import DECILES
 from utils.run.owed import Owed, note_done
 from utils.run.parts import RunParts
 from utils.run.progress import Progress
-from utils.run.reporting import PEAK_MEMORY
 from utils.run.results import results
 from utils.run.signals import StopRequested
+from utils.run.step_metrics import forget_peak, step_metrics
 from utils.run.watch import Work
 from utils.settings.schema import Settings
 
@@ -88,6 +88,7 @@ class Trainer:
         self.first_step = self.progress.step
         self.last_step = last_step_of(settings, self.epochs, self.progress)
         self._schedule = Schedule(settings, self.last_step)
+        self.parts.page.last_step = self.last_step
 
     @property
     def epochs(self) -> Epochs:
@@ -115,6 +116,7 @@ class Trainer:
         watch = self.parts.stop.watch
         watch.at(Work(f"step {step + 1}, waiting for its data", self._files_of_step, lambda: None))
         micro_batches = next(batches)
+        waited = time.monotonic() - started
         engine = self.parts.engine
         watch.at(Work(f"step {step + 1}", self._files_of_step, lambda: engine.module.draw))
         try:
@@ -138,8 +140,10 @@ class Trainer:
             "train/lr": lr,
             "train/step_time_sec": seconds,
             "train/samples_per_sec": examples / seconds,
+            "train/tokens_per_sec": self._tokens() / seconds,
             **{f"train/{name}": value for name, value in result.terms.items() if finite},
-            **self._peak_memory(),
+            **{f"{DECILES}{level:.2f}": loss for level, loss in result.deciles.items() if finite},
+            **step_metrics(self.parts, result, step + 1, waited),
         }
         if self.ends_epoch(done):
             values["train/epoch_loss"] = done.epoch_loss
@@ -153,13 +157,7 @@ class Trainer:
             self.save_checkpoint()
             saved = "what the steps before had made of the weights is saved"
         self.checkpoints.complete()
-        return UserError.of(
-            f"loss {result.loss}, gradient norm {result.grad_norm}: training has diverged, and {saved}. "
-            f"{self._way_on()} with a lower [optimizer] lr or more warmup_steps; or base files are damaged, which "
-            '[model] verify_files = "always" looks for',
-            str(self.parts.folder),
-            f"step {self.progress.step + 1}",
-        )
+        return diverged(self.parts.folder, self.progress.step + 1, result, saved)
 
     def _files_of_step(self, *, everywhere: bool = False) -> list[str]:
         """The files of the samples in the current step, of this data rank or of all."""
@@ -169,21 +167,10 @@ class Trainer:
         samples = [sample for number in own for sample, _ in self.epochs.samples_of(step[number], epoch)]
         return [str(sample.media.locator) for sample in samples]
 
-    def _peak_memory(self) -> dict[str, float]:
-        """The most that tensors took on one of the run's GPUs since the last call; nothing without a GPU."""
-        device = self.parts.ranks.device
-        if device.type != "cuda":
-            return {}
-        peak = torch.cuda.max_memory_allocated(device) / 2**30
-        torch.cuda.reset_peak_memory_stats(device)
-        return {PEAK_MEMORY: largest([peak])[0]}
-
-    def _way_on(self) -> str:
-        """Where training that cannot go on may begin."""
-        checkpoints = checkpoints_before(self.parts.folder / LATEST)
-        if not checkpoints:
-            return "There is no checkpoint to go on from: start again"
-        return f"Go on from a checkpoint (the newest is --resume_from_checkpoint {checkpoints[-1]})"
+    def _tokens(self) -> int:
+        """The image tokens of the current step, of all data ranks."""
+        shapes = self.epochs.shapes(self.progress.epoch, self.progress.step_in_epoch)
+        return sum(count * self.parts.tokens(shape) for shape, count in shapes)
 
     def ends_epoch(self, done: Progress) -> bool:
         """Whether the step that led to `done` was its epoch's last."""
@@ -194,7 +181,7 @@ class Trainer:
         Returns whether all ranks must stop here."""
         warn_of_warmup(self.parts.settings, self.last_step)
         # What filled the cache is gone.
-        self._peak_memory()
+        forget_peak(self.parts.ranks.device)
         if self.owed.duties:
             interrupted = self._catch_up()
         else:
@@ -252,11 +239,14 @@ class Trainer:
         if looks and not asked:
             # A stop that came meanwhile need not wait for another step.
             interrupted = self._vote(interrupted)
-        if interrupted and not self.saved:
+        gave_up = bool(looks) and not last and any_rank([self.parts.patience.is_over])[0]
+        if (interrupted or gave_up) and not self.saved:
             self.save_checkpoint()
-        ends_early = (interrupted or late or quits) and (not last or bool(self.owed.duties))
+        stop.by_file = stop.by_file or gave_up
+        ends_early = (interrupted or late or quits or gave_up) and (not last or bool(self.owed.duties))
         if ends_early and not last:
-            self._perform([duty for duty in self.duties if duty.at_stop and duty not in due], done, ended)
+            exports = [duty for duty in self.duties if duty.at_stop or (gave_up and not duty.interruptible)]
+            self._perform([duty for duty in exports if duty not in due], done, ended)
         if is_main:
             self.requests.done(votes.files)
         self._since = time.monotonic()
@@ -370,6 +360,7 @@ class Trainer:
             self._perform(lacking, self.progress, False)
         self.checkpoints.complete()
         self.parts.metrics.close()
+        self.parts.page.write()
         if self.parts.ranks.is_main:
             self._tell_end(stopped)
         if self.lacks_export and not stopped:
@@ -392,6 +383,7 @@ class Trainer:
             logger.warning("stopped; --resume_from_checkpoint %s goes on from here%s%s", folder, first, weights)
         at = f"step {self.progress.step}, epochs completed: {self.progress.epoch}"
         logger.info("%s at %s\n%s", how, at, results(folder))
+        self.parts.webhook.post("end", how=how, step=self.progress.step, of=self.last_step)
 
     def save_checkpoint(self, *, background: bool = False) -> None:
         """Writes the state to resume from; in the background, it has its place some steps later."""

@@ -27,6 +27,7 @@ from utils.settings.lycoris_config import KEY as LYCORIS_CONFIG
 from utils.settings.lycoris_config import with_lycoris_config
 from utils.settings.plain import counted, given
 from utils.settings.rules import check_rules, remarks_on_run
+from utils.settings.run_tables import SECRETS
 from utils.settings.schema import Settings
 from utils.settings.tables import Reading, Table, adopt, check, no_table, one_table, run_table, where
 from utils.settings.values import SettingsTable
@@ -65,7 +66,7 @@ def read_all(
     problems = [*run.problems, *check_rules(run.value, world_size, str(path), run.broken)]
     remarks, is_foreign = run.remarks, from_diffusion_pipe or run.from_diffusion_pipe
     training = [] if "dataset" in run.broken else [run.value.dataset]
-    evaluation = [] if "eval_datasets" in run.broken else run.value.eval_datasets
+    evaluation = [] if "eval_datasets" in run.broken else [one for one in run.value.eval_datasets if one.config]
 
     datasets: dict[Path, DatasetSettings] = {}
     for file in dict.fromkeys([*training, *(entry.config for entry in evaluation)]):
@@ -100,8 +101,8 @@ def read_all(
 
 
 def resolved(settings: Settings) -> dict[str, Any]:
-    """Every key that has a value, in types that TOML and JSON have; the account's key is left out."""
-    return settings.model_dump(mode="json", exclude_none=True, exclude={"monitoring": {"wandb_api_key"}})
+    """Every key that has a value, in types that TOML and JSON have; secrets are left out."""
+    return settings.model_dump(mode="json", exclude_none=True, exclude={"monitoring": set(SECRETS)})
 
 
 def settings_hash(settings: Settings) -> str:

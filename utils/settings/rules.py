@@ -20,6 +20,7 @@ EVAL_KEYS = (
     "eval_every_n_steps",
     "eval_every_n_epochs",
     "eval_every_n_examples",
+    "eval_patience",
     "eval_micro_batch_size_per_gpu",
     "eval_image_micro_batch_size_per_gpu",
 )
@@ -177,7 +178,19 @@ def _dataset_exists(settings: Settings, _: int) -> Iterator[Problem]:
 
 def _eval_paths_exist(settings: Settings, _: int) -> Iterator[Problem]:
     for number, entry in enumerate(settings.eval_datasets):
-        yield from missing(f"key `eval_datasets[{number}].config`", entry.config)
+        if entry.config is not None:
+            yield from missing(f"key `eval_datasets[{number}].config`", entry.config)
+
+
+def _eval_data_is_named(settings: Settings, _: int) -> Iterator[Problem]:
+    for number, entry in enumerate(settings.eval_datasets):
+        if (entry.config is None) == (entry.fraction is None):
+            yield at(
+                f"key `eval_datasets[{number}]`",
+                "needs `config` or `fraction`: its own file, or a part of the training set; one of them",
+            )
+    if sum(entry.fraction or 0.0 for entry in settings.eval_datasets) >= 1:
+        yield at("key `eval_datasets`", "the fractions are 1 together, so that nothing is left to train")
 
 
 def _model_path_exists(key: str) -> SettingsRule:
@@ -238,6 +251,12 @@ def _quantised_base_has_adapter(settings: Settings, _: int) -> Iterator[Problem]
             f'"{chosen}" is for a base that stays as it is, under an [adapter]; add one, or use bfloat16 or float32 '
             "for a full fine-tune",
         )
+
+
+def _patience_has_evaluations(settings: Settings, _: int) -> Iterator[Problem]:
+    every = [key for key in EVAL_KEYS if key.startswith("eval_every") and getattr(settings, key)]
+    if settings.eval_patience and settings.eval_datasets and not every:
+        yield at("key `eval_patience`", "counts evaluations, and there is none before the end; set eval_every_n_steps")
 
 
 def _eval_names_differ(settings: Settings, _: int) -> Iterator[Problem]:
@@ -333,7 +352,9 @@ _RULES = (
     SettingsRule(("memory_budget_gb", "activation_checkpointing", "blocks_to_swap"), _budget_is_used),
     SettingsRule(("dataset",), _dataset_exists),
     SettingsRule(("eval_datasets",), _eval_paths_exist),
+    SettingsRule(("eval_datasets",), _eval_data_is_named),
     SettingsRule(("eval_datasets",), _eval_names_differ),
+    SettingsRule(("eval_datasets", "eval_patience"), _patience_has_evaluations),
     SettingsRule(("model", "adapter"), _float16_is_not_trained),
     SettingsRule(("model.transformer_dtype", "adapter"), _quantised_base_has_adapter),
     SettingsRule(("model.shift", "model.flux_shift"), _one_shift),

@@ -2,6 +2,7 @@
 
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
@@ -56,6 +57,10 @@ class EMASettings(SettingsTable):
 NotEmpty = Annotated[str | None, AfterValidator(lambda text: text or None)]
 
 
+SECRETS = ("wandb_api_key", "webhook")
+"""Keys of `[monitoring]` that nobody else may read."""
+
+
 class MonitoringSettings(SettingsTable):
     """`[monitoring]`: where metrics go, besides the run folder's `metrics.jsonl`."""
 
@@ -69,6 +74,19 @@ class MonitoringSettings(SettingsTable):
     """Project that the run is filed under; default: penstock."""
     wandb_run_name: NotEmpty = None
     """Name of the run; default: that of its folder."""
+
+    webhook: Annotated[NotEmpty, Field(repr=False)] = None
+    """Address, http or https, to which JSON is posted at each evaluation, at the end, and at a failure that ends
+    training: `event`, `run`, `folder`, `time`, and what there is to tell. What the server does not take does not end
+    training. Never written to a run folder."""
+
+    @field_validator("webhook")
+    @classmethod
+    def _is_address(cls, webhook: str | None) -> str | None:
+        parts = urlsplit(webhook or "https://none")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError('is no address like "https://example.org/hook"')
+        return webhook
 
 
 class SampleSettings(SettingsTable):
@@ -157,6 +175,17 @@ class SamplingSettings(SettingsTable):
         return read_prompts(self.prompt_file) if self.prompt_file else None
 
 
+EVAL_QUANTILES = [round(0.1 * n, 1) for n in range(1, 10)]
+
+
+def told_apart(quantiles: list[float]) -> list[float]:
+    """Quantiles that have names of their own in the metrics, in order."""
+    names = [f"{quantile:.2f}" for quantile in quantiles]
+    if len(set(names)) < len(names):
+        raise ValueError("has two that are the same in two decimals, by which they are named; keep one of them")
+    return sorted(quantiles)
+
+
 def named_sets(entries: Any) -> Any:
     """Paths of evaluation sets with names of their own."""
     if not isinstance(entries, list):
@@ -168,9 +197,13 @@ def named_sets(entries: Any) -> Any:
 
 
 class EvalDataset(SettingsTable):
-    """Data whose loss is measured."""
+    """Data whose loss is measured: that of a file of its own, or a part of the training data."""
 
     name: Annotated[str, Field(min_length=1)]
     """Name in the metrics: `name/loss`."""
-    config: UserPath
+    config: UserPath | None = None
     """Dataset file, written as for training."""
+    fraction: Annotated[float | None, Field(gt=0, lt=1)] = None
+    """In place of `config`: this fraction of the training set's pictures is held out, and not trained. Which ones
+    follows from the content of each file alone, so that it is the same in every run, and stays so when others are
+    added. Each is evaluated in one version, and none of its versions is trained."""

@@ -6,17 +6,26 @@ The documentation and the JSON schemas are generated from the strings under the 
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny
 
 from utils.settings.deepspeed_keys import DeepSpeedConfig
 from utils.settings.lr_schedules import LrScheduler
 from utils.settings.model_schema import DType, ModelSettings
-from utils.settings.run_tables import EMASettings, EvalDataset, MonitoringSettings, SamplingSettings, named_sets
+from utils.settings.run_tables import (
+    EVAL_QUANTILES,
+    EMASettings,
+    EvalDataset,
+    MonitoringSettings,
+    SamplingSettings,
+    named_sets,
+    told_apart,
+)
 from utils.settings.values import (
     ClipBy,
     Count,
     Duration,
     FileName,
+    Inner,
     MicroBatches,
     Natural,
     NotNegative,
@@ -233,6 +242,12 @@ class Settings(SettingsTable):
     """Evaluate after every n training samples."""
     eval_before_first_step: bool = True
     """Evaluate before training too, if there is something to evaluate."""
+    eval_patience: Count | None = None
+    """End the run, with its exports, after so many evaluations in a row without a new lowest loss of the first entry of
+    `eval_datasets`; default: never."""
+    eval_quantiles: Annotated[list[Inner], Field(min_length=1), AfterValidator(told_apart)] = EVAL_QUANTILES
+    """Where among the noise levels that are trained each sample is evaluated, between 0 and 1; each is a number of its
+    own in the metrics, as `name/loss_quantile_0.10`, and costs as much as the others."""
     eval_micro_batch_size_per_gpu: MicroBatches | None = None
     """Samples in one forward pass of evaluation; default: as in training."""
     eval_image_micro_batch_size_per_gpu: MicroBatches | None = None

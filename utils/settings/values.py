@@ -95,6 +95,8 @@ Duration = Annotated[
 ]
 """In minutes."""
 Share = Annotated[float, Field(ge=0, lt=1)]
+Inner = Annotated[float, Field(gt=0, lt=1)]
+"""A fraction between 0 and 1, without both."""
 Part = Annotated[float, Field(ge=0, le=1)]
 """A fraction, 1 included."""
 ClipBy = Literal["norm", "layer", "value"]

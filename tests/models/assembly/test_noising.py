@@ -52,6 +52,10 @@ def test_inputs_and_target_are_of_one_noise(folder: Path) -> None:
     torch.testing.assert_close(noised(inputs), given.features["latents"] + t * labels.target, rtol=1e-5, atol=1e-5)
     assert len(set(inputs.t_B.tolist())) == 3
     assert torch.equal(labels.weight, given.weight)
+    quantile_B, share_B = labels.levels
+    levels = [flux(folder).maths.timesteps.timestep(quantile, 6) for quantile in quantile_B.tolist()]
+    torch.testing.assert_close(inputs.t_B, torch.tensor(levels))
+    assert share_B.tolist() == [1.0, 1.0, 1.0]
 
 
 def test_a_stage_is_given_what_it_uses(folder: Path) -> None:

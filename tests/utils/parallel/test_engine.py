@@ -71,6 +71,7 @@ def train(ranks: Ranks, folder: Path, stages: int, settings: Any, recompute: boo
         steps = [engine.train_step(batches_of(ranks, flux, step, accumulation), step) for step in range(STEPS)]
         results[accumulation] = {
             "losses": [result.loss for result in steps],
+            "levels": [dict(result.deciles) for result in steps],
             "norms": [result.grad_norm for result in steps],
             "weights": {name: p.detach().numpy() for name, p in trained.items()},
         }
@@ -97,6 +98,8 @@ def test_equals_one_process(folder: Path, stages: int, data_ranks: int, adapted:
         for result in (rank[accumulation] for rank in returned):
             assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
             assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+            for levels, own in zip(expected["levels"], result["levels"], strict=True):
+                assert own == pytest.approx(levels, rel=1e-5)
             weights |= {name: torch.from_numpy(values) for name, values in result["weights"].items()}
         assert weights.keys() == expected["weights"].keys()
         for name, values in expected["weights"].items():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -76,7 +78,10 @@ def micro_batch(flux: FluxPipeline, step: int, data_rank: int, index: int) -> tu
     inputs = flux.prepare_inputs(
         features, normal(MICRO_BATCH, 4, height, width), torch.rand(MICRO_BATCH, generator=draw)
     )
-    return inputs, Labels(normal(MICRO_BATCH, 4, height, width), torch.ones(MICRO_BATCH, 1, 1, 1))
+    target, share = normal(MICRO_BATCH, 4, height, width), 1.0 + index % 2
+    quantile_B = torch.rand(MICRO_BATCH, generator=draw)
+    weight, levels = torch.full((MICRO_BATCH, 1, 1, 1), share), (quantile_B, torch.full((MICRO_BATCH,), share))
+    return inputs, Labels(target, weight, levels=levels)
 
 
 def train_plainly(
@@ -87,22 +92,31 @@ def train_plainly(
     denoiser, layers = denoiser_and_layers(flux, settings)
     trained = {base_name(name): p for name, p in denoiser.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=LEARNING_RATE)
-    losses, norms = [], []
+    losses, norms, by_level = [], [], []
     for step in range(steps):
-        total = 0.0
+        total, levels = 0.0, defaultdict(list)
         for data_rank in range(data_ranks):
             for index in range(accumulation):
                 inputs, labels = micro_batch(flux, step, data_rank, index)
                 for layer in layers:
                     inputs = layer(inputs)
-                loss = flux.maths.loss(inputs, labels).mean() / (data_ranks * accumulation)
+                losses_B = flux.maths.loss(inputs, labels)
+                for loss, quantile, share in zip(losses_B, *labels.levels, strict=True):
+                    levels[round(int(10 * quantile) / 10 + 0.05, 2)].append(loss.item() / share.item())
+                loss = losses_B.mean() / (data_ranks * accumulation)
                 loss.backward()
                 total += loss.item()
         norms.append(torch.nn.utils.clip_grad_norm_(trained.values(), clip or float("inf")).item())
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
-    return {"losses": losses, "norms": norms, "weights": {name: p.detach() for name, p in trained.items()}}
+        by_level.append({level: fmean(own) for level, own in levels.items()})
+    return {
+        "losses": losses,
+        "norms": norms,
+        "levels": by_level,
+        "weights": {name: p.detach() for name, p in trained.items()},
+    }
 
 
 def config_text() -> str:

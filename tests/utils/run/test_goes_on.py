@@ -52,8 +52,7 @@ def with_looks(write_config: Callable[..., Path], **keys: Any) -> Path:
     evaluation.write_text(toml.dumps({**data, "directory": [{"path": str(held)}]}))
     sets = [{"name": "held", "config": str(evaluation)}]
     often = dict.fromkeys(("eval_every_n_steps", "checkpoint_every_n_steps", "save_every_n_steps"), 2)
-    given = {"max_steps": 4, **often, **keys}
-    return write_config(eval_datasets=sets, eval_before_first_step=False, **given)
+    return write_config(eval_datasets=sets, **{"max_steps": 4, "eval_before_first_step": False, **often, **keys})
 
 
 def test_what_fails_is_told_and_changes_no_step(

@@ -67,11 +67,16 @@ class Disturbed:
 
 
 def numbers(run: Path) -> dict[tuple[str, int], float]:
-    """What a run measured, but for times; each number is there once."""
+    """What a run measured, but for times and memory; each number is there once."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = [(line["name"], line["step"]) for line in lines]
     assert len(found) == len(set(found)), sorted(name for name in found if found.count(name) > 1)
-    return {(line["name"], line["step"]): line["value"] for line in lines if "_sec" not in line["name"]}
+    of_machine = ("_sec", "memory")
+    return {
+        (line["name"], line["step"]): line["value"]
+        for line in lines
+        if not any(what in line["name"] for what in of_machine)
+    }
 
 
 def files(run: Path) -> dict[str, bytes]:

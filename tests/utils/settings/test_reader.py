@@ -158,7 +158,7 @@ def test_an_evaluation_set_has_no_keys_of_training_unless_it_is_the_training_set
             "key `save_dtype`",
             "must be 'float32', 'float16' or 'bfloat16'; given: \"bf16\" (a text)",
         ),
-        ("eval_datasets = [{name = 'a'}]", "key `eval_datasets[0].config`", "is required and not given"),
+        ("eval_datasets = [{config = 'a'}]", "key `eval_datasets[0].name`", "is required and not given"),
         (
             "eval_datasets = [{name = 'a', config = 'run.toml', conf = 1}]",
             "key `eval_datasets[0].conf`",

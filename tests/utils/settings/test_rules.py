@@ -42,6 +42,22 @@ LORA = "[adapter]\ntype = 'lora'\nrank = 1"
             "key `eval_datasets[1].config`",
             "no gone",
         ),
+        ({"top": 'eval_datasets = [{name = "a"}]'}, "key `eval_datasets[0]`", "needs `config` or `fraction`"),
+        (
+            {"top": 'eval_datasets = [{name = "a", fraction = 0.1, config = "dataset.toml"}]'},
+            "key `eval_datasets[0]`",
+            "one of them",
+        ),
+        (
+            {"top": 'eval_datasets = [{name = "a", fraction = 0.5}, {name = "b", fraction = 0.5}]'},
+            "key `eval_datasets`",
+            "nothing is left to train",
+        ),
+        (
+            {"top": 'eval_patience = 3\neval_datasets = [{name = "a", fraction = 0.5}]'},
+            "key `eval_patience`",
+            "set eval_every_n_steps",
+        ),
         ({"model": "shift = 3\nflux_shift = true"}, "[model] shift", "flux_shift"),
         (
             {"model": "timestep_sample_method = 'uniform'\nsigmoid_scale = 2.0"},
