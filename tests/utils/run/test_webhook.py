@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -43,6 +44,12 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Server]:
+    with served() as own:
+        yield own
+
+
+@contextmanager
+def served() -> Iterator[Server]:
     with Server() as own:
         thread = threading.Thread(target=own.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
