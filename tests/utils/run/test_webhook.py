@@ -11,9 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from utils.errors import UserError
+from utils.run.parts import RunParts
+from utils.run.report import RunPage
 from utils.run.webhook import Webhook
 from utils.settings.run_tables import SECRETS, MonitoringSettings
 
@@ -115,3 +119,17 @@ def test_an_address_is_one_of_the_web(wrong: str) -> None:
 def test_the_address_is_a_secret() -> None:
     assert "webhook" in SECRETS
     assert "secret" not in repr(MonitoringSettings(webhook="https://example.org/secret"))
+
+
+def test_a_failure_that_ends_a_run_is_told(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    parts = SimpleNamespace(page=RunPage(tmp_path), webhook=Webhook(server.address, tmp_path))
+
+    def fail() -> bool:
+        raise UserError.of("training has diverged", where="step 7")
+
+    with pytest.raises(UserError):
+        RunParts.telling(parts, fail)
+    (told,) = server.received
+    assert (told["event"], told["reason"]) == ("failure", "step 7: training has diverged")
+    assert "the run failed: step 7: training has diverged" in (tmp_path / "run.html").read_text()
