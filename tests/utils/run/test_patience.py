@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import nan
 from pathlib import Path
 
@@ -10,8 +10,15 @@ import pytest
 
 from tests.runs import metrics, only_run
 from tests.utils.run.test_goes_on import run_here, with_looks
+from tests.utils.run.test_webhook import Server, served
 from utils.run.patience import Patience
 from utils.run.signals import StopRequests
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with served() as own:
+        yield own
 
 
 @pytest.mark.parametrize(
@@ -38,9 +45,11 @@ def test_evaluations_without_gain_are_counted(losses: list[float], is_over: bool
 
 
 def test_a_run_without_gain_ends_early_with_its_export(
-    write_config: Callable[..., Path], caplog: pytest.LogCaptureFixture
+    write_config: Callable[..., Path], caplog: pytest.LogCaptureFixture, server: Server
 ) -> None:
+    """And tells each evaluation and the end to the server that is named, whose address is nowhere in its folder."""
     keys = {"eval_patience": 1, "eval_before_first_step": True, "save_every_n_steps": None, "optimizer__lr": 3.0}
+    keys["monitoring"] = {"webhook": server.address}
     stop = StopRequests()
     config = with_looks(write_config, checkpoint_every_n_steps=None, warmup_steps=0, **keys)
     assert not run_here(config, stop=stop) and stop.exit_code == 0
@@ -51,3 +60,9 @@ def test_a_run_without_gain_ends_early_with_its_export(
     assert (run / "step2" / "adapter_model.safetensors").is_file() or (run / "epoch1").is_dir()
     assert (run / "global_step2").is_dir()
     assert "held/loss was lowest at step 0" in caplog.text and (run / "run.html").is_file()
+    first, second, end = server.received
+    assert [first["event"], first["step"], first["numbers"]["held/loss"]] == ["evaluation", 0, evaluated[0]]
+    assert second["step"] == 2 and "held/loss_quantile_0.50" in second["numbers"]
+    assert [end["event"], end["how"], end["step"], end["of"]] == ["end", "stopped", 2, 4] and end["run"] == run.name
+    texts = [path for path in run.rglob("*") if path.suffix in (".toml", ".json", ".html", ".jsonl")]
+    assert len(texts) > 5 and not any(server.address in path.read_text() for path in texts)

@@ -8,11 +8,16 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from utils.errors import UserError
+from utils.run.parts import RunParts
+from utils.run.report import RunPage
 from utils.run.webhook import Webhook
 from utils.settings.run_tables import SECRETS, MonitoringSettings
 
@@ -43,6 +48,12 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Server]:
+    with served() as own:
+        yield own
+
+
+@contextmanager
+def served() -> Iterator[Server]:
     with Server() as own:
         thread = threading.Thread(target=own.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -108,3 +119,17 @@ def test_an_address_is_one_of_the_web(wrong: str) -> None:
 def test_the_address_is_a_secret() -> None:
     assert "webhook" in SECRETS
     assert "secret" not in repr(MonitoringSettings(webhook="https://example.org/secret"))
+
+
+def test_a_failure_that_ends_a_run_is_told(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    parts = SimpleNamespace(page=RunPage(tmp_path), webhook=Webhook(server.address, tmp_path))
+
+    def fail() -> bool:
+        raise UserError.of("training has diverged", where="step 7")
+
+    with pytest.raises(UserError):
+        RunParts.telling(parts, fail)
+    (told,) = server.received
+    assert (told["event"], told["reason"]) == ("failure", "step 7: training has diverged")
+    assert "the run failed: step 7: training has diverged" in (tmp_path / "run.html").read_text()
