@@ -20,32 +20,40 @@ OWN = "optimizer/"
 """What the names of an optimizer's own numbers begin with."""
 HOST_MEMORY = "train/host_memory_gib"
 BUBBLE = "train/bubble_share"
+EVERY = 10
 STATM = Path("/proc/self/statm")
 
 
 def step_metrics(run: RunParts, result: StepResult, step: int, waited: float) -> dict[str, float]:
     """The numbers of a step; all ranks call it together, and have the largest of all ranks where these differ, but for
-    the parts of the step's time, which are this process's.
+    the parts of the step's time, which are this process's. Of later steps most numbers are told of one in ten alone.
 
     Args:
         step: its number, from 1.
         waited: seconds for which this process waited for its data.
     """
+    in_full = is_told_in_full(step)
+    if not in_full and run.ranks.device.type != "cuda":
+        return {}
     busy = result.seconds.get(COMPUTE, 0.0) + result.seconds.get(OPTIMIZER, 0.0)
     stages = [busy if stage == run.ranks.stage else 0.0 for stage in range(run.ranks.stages)]
     on_gpu, in_host, *stages = largest([_peak(run.ranks.device), _resident(), *stages])
-    found = {"train/data_time_sec": waited}
+    found = {PEAK_MEMORY: on_gpu} if on_gpu else {}
+    if not in_full:
+        return found
+    found |= {"train/data_time_sec": waited}
     found |= {f"train/{part}_time_sec": seconds for part, seconds in result.seconds.items()}
-    if on_gpu:
-        found[PEAK_MEMORY] = on_gpu
     if in_host:
         found[HOST_MEMORY] = in_host
     if run.ranks.stages > 1:
         found[BUBBLE] = bubble_share(stages, run.settings.gradient_accumulation_steps)
-    own = distance_of(run.optimizer)
-    if step % run.settings.steps_per_print == 0:
-        own |= rates_of(run.optimizer)
+    own = distance_of(run.optimizer) | rates_of(run.optimizer)
     return found | {f"{OWN}{name}": value for name, value in own.items()}
+
+
+def is_told_in_full(step: int) -> bool:
+    """Whether all numbers of a step are written: a long run would have some hundred megabytes of them."""
+    return step <= EVERY or step % EVERY == 0
 
 
 def bubble_share(seconds: Sequence[float], micro_batches: int) -> float:

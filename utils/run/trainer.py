@@ -32,7 +32,7 @@ from utils.run.parts import RunParts
 from utils.run.progress import Progress
 from utils.run.results import results
 from utils.run.signals import StopRequested
-from utils.run.step_metrics import forget_peak, step_metrics
+from utils.run.step_metrics import forget_peak, is_told_in_full, step_metrics
 from utils.run.watch import Work
 from utils.settings.schema import Settings
 
@@ -140,7 +140,7 @@ class Trainer:
             "train/lr": lr,
             "train/step_time_sec": seconds,
             "train/samples_per_sec": examples / seconds,
-            "train/tokens_per_sec": self._tokens() / seconds,
+            **({"train/tokens_per_sec": self._tokens() / seconds} if is_told_in_full(step + 1) else {}),
             **{f"train/{name}": value for name, value in result.terms.items() if finite},
             **{f"{DECILES}{level:.2f}": loss for level, loss in result.deciles.items() if finite},
             **step_metrics(self.parts, result, step + 1, waited),

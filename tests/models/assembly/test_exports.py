@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -194,6 +195,16 @@ def test_formats(
         assert (metadata["step"], metadata["format"], metadata["model_type"]) == (str(STEP), "pt", "flux")
         assert metadata["base_model"] == folder.name
         assert {t.dtype for name, t in load_file(file).items() if not name.endswith(".alpha")} == {torch.bfloat16}
+
+
+def test_who_loads_an_export_drops_no_inputs(folder: Path, tmp_path: Path) -> None:
+    """PEFT's layers are in training mode when stock pipelines have loaded them."""
+    exported(folder, tmp_path, lora().model_copy(update={"dropout": 0.5}))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.0
+    stock = tiny_flux.STOCK.from_pretrained(folder)
+    stock.load_lora_weights(tmp_path, weight_name=LORA_FILE)
+    dropouts = [module.p for module in stock.transformer.modules() if isinstance(module, nn.Dropout)]
+    assert not any(dropouts)
 
 
 def test_an_export_replaces_the_one_of_its_name(folder: Path, tmp_path: Path) -> None:

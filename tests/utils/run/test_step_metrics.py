@@ -10,7 +10,7 @@ from deepspeed.runtime.pipe import schedule
 
 from optimizers.found_rates import distance_of, rates_of
 from utils.parallel.step_times import StepTimes
-from utils.run.step_metrics import bubble_share
+from utils.run.step_metrics import bubble_share, is_told_in_full
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,7 @@ def test_rates_that_optimizers_find() -> None:
     other = torch.nn.Parameter(torch.ones(1))
     plain.state[other]["rates"] = torch.tensor([7.0])
     assert rates_of(plain) == {"mean_rate": 4.0}
+
+
+def test_later_steps_are_told_in_full_one_in_ten() -> None:
+    assert [step for step in range(1, 41) if is_told_in_full(step)] == [*range(1, 11), 20, 30, 40]
