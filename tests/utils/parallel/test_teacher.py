@@ -54,7 +54,7 @@ def plain_losses(folder: Path) -> list[float]:
             with torch.no_grad():
                 parents = run(base, inputs)
             target = torch.stack([parents[0], labels.target[1]])
-            loss = (run(layers, inputs) - target).square().mean() / ACCUMULATION
+            loss = (labels.weight * (run(layers, inputs) - target).square()).mean() / ACCUMULATION
             loss.backward()
             total += loss.item()
         optimizer.step()
@@ -114,7 +114,8 @@ def plain_folded_losses(folder: Path) -> list[float]:
             with torch.no_grad():
                 unprompted = run(layers, empty)
             guided = GUIDANCE * labels.target[0] + (1 - GUIDANCE) * unprompted[0]
-            loss = (run(layers, inputs) - torch.stack([guided, labels.target[1]])).square().mean() / ACCUMULATION
+            target = torch.stack([guided, labels.target[1]])
+            loss = (labels.weight * (run(layers, inputs) - target).square()).mean() / ACCUMULATION
             loss.backward()
             total += loss.item()
         optimizer.step()
