@@ -69,9 +69,12 @@ def held(pictures: Path, tmp_path: Path) -> dict[str, Any]:
 FULL = {"adapter": None, "model__dtype": "bfloat16", "optimizer__lr": 1e-4}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "1 process": (1, {}, {"decay": 0.9, "warmup": "ratio"}),
-    "2 stages": (2, {"pipeline_stages": 2}, {"decay": 0.6, "warmup": "none", "update_interval": 2, "evaluate": False}),
     "2 data ranks": (2, {}, {"warmup": "power", "power": 1.0, "device": "cpu"}),
-    "masters on 2 stages": (2, {"pipeline_stages": 2, **FULL}, {"decay": 0.5, "warmup": "none"}),
+    "masters on 2 stages": (
+        2,
+        {"pipeline_stages": 2, **FULL},
+        {"decay": 0.6, "warmup": "none", "update_interval": 2, "evaluate": False},
+    ),
 }
 
 

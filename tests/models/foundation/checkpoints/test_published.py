@@ -143,8 +143,7 @@ CLASSES = {
 }
 
 
-@pytest.fixture(scope="module")
-def shapes() -> dict[str, frozenset]:
+def shapes_of_all() -> dict[str, frozenset]:
     """Names and shapes of the parameters of each published denoiser."""
     found = {}
     for place in sorted(CONFIGS.glob("*/*.json")):
@@ -157,14 +156,10 @@ def shapes() -> dict[str, frozenset]:
     return found
 
 
-@pytest.mark.xdist_group("published")
-def test_published_denoisers_have_their_size(shapes: dict[str, frozenset]) -> None:
+def test_published_denoisers_have_their_size_and_what_their_tensors_do_not_tell_is_known() -> None:
+    shapes = shapes_of_all()
     counted = {name: round(sum(shape.numel() for _, shape in one) / 1e9, 2) for name, one in shapes.items()}
     assert counted == BILLIONS
-
-
-@pytest.mark.xdist_group("published")
-def test_what_the_denoisers_tensors_do_not_tell_is_known(shapes: dict[str, frozenset]) -> None:
     alike: dict[frozenset, set[str]] = {}
     for name, one in shapes.items():
         alike.setdefault(one, set()).add(name)
