@@ -128,6 +128,7 @@ def sections(
     if checkpoint:
         begin = checkpoint.starting_point(epochs, restart_data=restart_data)
     total = last_step_of(settings, begin.epochs, begin.progress)
+    named = f"_{settings.run_name}" if settings.run_name else ""
     facts = {
         "model": f"{settings.model.type}, {pipeline.parts.denoiser_path}",
         "training": _trained(settings, pipeline, staged),
@@ -137,7 +138,7 @@ def sections(
         **_divided(settings, ranks),
         "global batch": _global_batch(settings, ranks, training),
         "steps": f"{epochs.steps_in(0)} per epoch, {total} in all",
-        "run folder": str(checkpoint.folder.parent if checkpoint else settings.output_dir / "<date and time>"),
+        "run folder": str(checkpoint.folder.parent if checkpoint else settings.output_dir / f"<date and time>{named}"),
     }
     if checkpoint:
         at = f"at step {begin.progress.step}, epoch {begin.progress.epoch + 1}"

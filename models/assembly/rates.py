@@ -12,7 +12,7 @@ from models.base import BasePipeline
 from utils.adapters import attach
 from utils.adapters.magnitudes import MAGNITUDE
 from utils.errors import Problem, UserError
-from utils.settings.schema import ParameterRule, Settings
+from utils.settings.schema import PART_RATES, ParameterRule, Settings
 
 FEED_FORWARD = re.compile(r"(.+_)?(ff|ffn|mlp|feed_forward)(_.+)?")
 MODULATION = re.compile(r"(.+_)?(mod|modulation|adaln|adaln_modulation)|scale_shift_table", re.IGNORECASE)
@@ -32,7 +32,7 @@ class Rates:
     def __init__(self, settings: Settings, pipeline: BasePipeline, denoiser: nn.Module) -> None:
         self._settings = settings.optimizer
         self._pipeline = pipeline
-        self._part_rates = {key: rate for key in PARTS if (rate := getattr(settings.optimizer, key)) is not None}
+        self._part_rates = {key: rate for key in PART_RATES if (rate := getattr(settings.optimizer, key)) is not None}
         self._factor_of_second = getattr(settings.adapter, "loraplus_lr_ratio", None) or 1.0
         adapter = settings.adapter
         self._by_module = attach.rates_by_rule(denoiser, adapter) if adapter and adapter.rules else {}

@@ -337,6 +337,8 @@ def test_what_a_file_is_told(adapters: Callable[..., Path], base: Path, capsys: 
         "  alpha:     1.5 (20 times), 4.5 (4 times), 6 (2 times)\n" in kohyas and "names:     kohya's names" in kohyas
     )
     assert "  kind:      LoKr of 40 modules" in lokr and "LyCORIS's names" in lokr and "  alpha:     2\n" in lokr
+    run("info", adapters(LoraSettings(type="lora", rank=2, dora=True)))
+    assert capsys.readouterr().out.count("kind:      LoRA with DoRA of") == 2, "as PEFT has it, and as ComfyUI has it"
     run("info", base / "transformer")
     told = capsys.readouterr().out
     assert "kind:      weights of a model, no adapter" in told and "format = pt" in told

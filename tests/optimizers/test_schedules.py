@@ -9,6 +9,7 @@ from torch.optim import lr_scheduler
 from transformers import optimization
 
 from optimizers.schedules import Schedule, check, warn_of_warmup
+from utils.adapters.lora import LoraSettings
 from utils.errors import UserError
 from utils.settings.lr_schedules import NAMES
 from utils.settings.model_schema import ModelSettings
@@ -18,7 +19,7 @@ from utils.settings.schema import Settings
 
 def run_settings(**keys: object) -> Settings:
     model = ModelSettings(type="tiny")
-    return Settings(output_dir="a", dataset="b", model=model, optimizer={"type": "sgd", "lr": 1}, **keys)
+    return Settings(output_dir="a", dataset="b", model=model, **{"optimizer": {"type": "sgd", "lr": 1}, **keys})
 
 
 def rates(total_steps: int, steps: range, **keys: object) -> list[float]:
@@ -156,6 +157,23 @@ def test_a_schedule_that_cannot_be_used_is_refused(path: str, args: dict[str, ob
 def test_keys_that_a_schedule_does_not_use_or_lacks_are_told(keys: dict[str, object], words: str) -> None:
     problems = [problem for problem in check_rules(run_settings(**keys), 1) if words in problem.message]
     assert len(problems) == 1, problems
+
+
+@pytest.mark.parametrize(
+    ("keys", "place"),
+    [
+        ({"optimizer": {"rules": [{"pattern": "attn", "lr": 0.1}]}}, "[optimizer] rules"),
+        ({"optimizer": {"mlp_lr": 0.1}}, "[optimizer] mlp_lr"),
+        ({"adapter": LoraSettings(type="lora", rank=1, loraplus_lr_ratio=2.0)}, "[adapter] loraplus_lr_ratio"),
+        ({"adapter": LoraSettings(type="lora", rank=1, rules=[{"pattern": "a", "lr": 0.1}])}, "[adapter] rules"),
+        ({"optimizer": {"rules": [{"pattern": "attn", "lr": 0.0, "weight_decay": 0.1}]}}, None),
+    ],
+)
+def test_one_constant_rate_is_no_rate_of_some(keys: dict[str, object], place: str | None) -> None:
+    own = {"optimizer": {"type": "sgd", "lr": 1, **keys.get("optimizer", {})}}
+    settings = run_settings(force_constant_lr=0.5, **{**keys, **own})
+    told = [one.where for one in check_rules(settings, 1) if "force_constant_lr" in one.message]
+    assert told == ([place] if place else [])
 
 
 @pytest.mark.parametrize("name", ["coseine", "torch.", "7.lr"])

@@ -160,6 +160,8 @@ class OptimizerSettings(SettingsTable):
         return self.model_dump(exclude={"type", *GROUP_KEYS})
 
 
+PART_RATES = ("self_attn_lr", "cross_attn_lr", "mlp_lr", "mod_lr")
+"""The keys of `[optimizer]` for the rates of parts of blocks."""
 GROUP_KEYS = frozenset(OptimizerSettings.model_fields) - {"type", "lr", "weight_decay"}
 """The keys of `[optimizer]` that are none of the algorithm's."""
 

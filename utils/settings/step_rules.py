@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from utils.errors import Problem
 from utils.settings.lr_schedules import NEEDED_BY, OTHERS, USED_BY, name_of
 from utils.settings.rule import SettingsRule, at
-from utils.settings.schema import Settings
+from utils.settings.schema import PART_RATES, Settings
 
 
 def _trained_blocks_step_at_home(settings: Settings, _: int) -> Iterator[Problem]:
@@ -60,7 +60,25 @@ def _limited_norms_stay(settings: Settings, _: int) -> Iterator[Problem]:
         )
 
 
+def _one_rate_has_no_others(settings: Settings, _: int) -> Iterator[Problem]:
+    """A constant rate is that of all parameters; those of their own would be lost in it."""
+    if settings.force_constant_lr is None:
+        return
+    optimizer, adapter = settings.optimizer, settings.adapter
+    own = {
+        "[optimizer] rules": any(rule.lr for rule in optimizer.rules),
+        **{f"[optimizer] {key}": getattr(optimizer, key) for key in PART_RATES},
+        "[adapter] rules": any(rule.lr for rule in adapter.rules) if adapter else False,
+        "[adapter] loraplus_lr_ratio": getattr(adapter, "loraplus_lr_ratio", None),
+    }
+    for place, is_given in own.items():
+        if is_given:
+            message = "gives some parameters a rate of their own, and force_constant_lr one to all; leave one out"
+            yield at(place, message)
+
+
 STEP_RULES = (
+    SettingsRule(("force_constant_lr", "optimizer", "adapter.*"), _one_rate_has_no_others),
     SettingsRule(("adapter.*", "offload_optimizer"), _limited_norms_stay),
     SettingsRule(("blocks_to_swap", "adapter", "zero_stage", "offload_optimizer"), _trained_blocks_step_at_home),
     SettingsRule(

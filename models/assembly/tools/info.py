@@ -14,6 +14,7 @@ from utils import adapters
 from utils.adapters.kinds import ALPHA, DORA_SCALE, LAYOUT
 from utils.adapters.lora import ENDINGS as OF_LORA
 from utils.adapters.lora_factors import DOWN
+from utils.adapters.magnitudes import MAGNITUDE
 from utils.errors import UserError, printable
 from utils.settings.choices import type_of
 
@@ -78,7 +79,8 @@ def _kinds(header: Header) -> list[str]:
     for kind in adapters.available().values():
         modules = {key[: -len(ending)] for ending in kind.endings for key in header.shapes if key.endswith(ending)}
         if modules:
-            dora = " with DoRA" if type_of(kind.settings) == "lora" and _ending(header, f".{DORA_SCALE}") else ""
+            lengths = any(key.endswith(f".{DORA_SCALE}") or f".{MAGNITUDE}" in key for key in header.shapes)
+            dora = " with DoRA" if type_of(kind.settings) == "lora" and lengths else ""
             found.append(f"{kind.name}{dora} of {len(modules)} modules")
     return found
 
