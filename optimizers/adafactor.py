@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from optimizers.adamw import is_short
 from optimizers.kinds import Groups, OptimizerKind, State
 from optimizers.libraries import of_its_type, of_library
+from optimizers.rounding import is_short
 from utils.settings.schema import OptimizerSettings
 from utils.settings.values import Positive, Share
 

@@ -7,13 +7,12 @@ from typing import Any, Literal
 
 import torch
 
-from optimizers.adamw import HalfLifeSettings, is_short
+from optimizers.adamw import HalfLifeSettings
 from optimizers.by_parameter import ByParameter
 from optimizers.eight_bits import Moment8bit, eight_bit_bytes
 from optimizers.kinds import OptimizerKind, State
+from optimizers.rounding import COMPENSATION, is_short
 from utils.settings.values import Betas, Positive
-
-COMPENSATION = "compensation"
 
 
 class AdamW8bitKahanSettings(HalfLifeSettings):

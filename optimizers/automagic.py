@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 
 from optimizers.adafactor import rows_and_columns
-from optimizers.adamw import is_short, with_master
+from optimizers.adamw import with_master
 from optimizers.by_parameter import ByParameter
 from optimizers.kinds import OptimizerKind
+from optimizers.rounding import is_short
 from utils.settings.schema import OptimizerSettings
 from utils.settings.values import NotNegative, Positive, Share
 

@@ -11,10 +11,11 @@ from zlib import crc32
 import torch
 from torch import nn
 
-from optimizers.adamw import HalfLifeSettings, is_short, with_master
+from optimizers.adamw import HalfLifeSettings, with_master
 from optimizers.adamw8bit_kahan import shortened
 from optimizers.by_parameter import ByParameter
 from optimizers.kinds import OptimizerKind
+from optimizers.rounding import is_short
 from optimizers.subspaces import PROJECTIONS
 from utils.settings.values import Betas, Count, Positive
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from optimizers.adamw import is_short
 from optimizers.kinds import Groups, OptimizerKind, State
+from optimizers.rounding import is_short
 from utils.settings.schema import OptimizerSettings
 from utils.settings.values import Betas, Positive
 

@@ -4,10 +4,11 @@ from typing import Any, Literal
 
 import torch
 
-from optimizers.adamw import is_short, with_master
+from optimizers.adamw import with_master
 from optimizers.by_parameter import ByParameter
 from optimizers.eight_bits import Moment8bit, eight_bit_bytes
 from optimizers.kinds import OptimizerKind, State
+from optimizers.rounding import is_short
 from utils.settings.schema import OptimizerSettings
 from utils.settings.values import Share
 

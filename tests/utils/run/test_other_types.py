@@ -12,8 +12,9 @@ from torch.nn import Parameter
 
 import optimizers
 from models.assembly.trainer import restore_or_start
-from optimizers.adamw import MASTER, AdamW, AdamWSettings
+from optimizers.adamw import AdamW, AdamWSettings
 from optimizers.ema import EMA
+from optimizers.rounding import MASTER
 from utils.ranks import Ranks
 from utils.run import checkpoint, saving
 from utils.run.checkpoint import ResumeFlags
