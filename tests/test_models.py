@@ -6,12 +6,13 @@ Shapes: B batch; latents (B, ...).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
@@ -47,6 +48,8 @@ STEPS, STAGES = 2, 3
 LEARNING_RATE, CLIP_NORM = 1e-2, 1.0
 RANKS = (None, 4)
 """A model is trained in full, and as a LoRA of a rank."""
+TRAINED, DRAWN = "test_stages_and_recomputing_change_nothing", "test_samples_are_those_of_the_stock_pipeline"
+"""The tests of what several processes make of a model, which are started once for both."""
 GONE_ON = ("anima", "flux3", "hidream", "ltx2", "sdxl", "wan")
 """Types whose runs are gone on with: ensembles, losses of layers, parts that are not loaded, clips, and a plain one.
 All share the code of checkpoints, and of every type it is tested that adapters and weights are read again."""
@@ -192,18 +195,16 @@ def test_latents_are_those_of_the_stock_pipeline(model: Model) -> None:
             assert decoded.std() > 1e-2
 
 
-def test_samples_are_those_of_the_stock_pipeline(model: Model, tmp_path: Path) -> None:
+def test_samples_are_those_of_the_stock_pipeline(model: Model) -> None:
     """Sign and direction of time are those of the stock pipeline, or the first step would already differ."""
-    keys = {"prompts": CAPTIONS[:1], "sample_every_n_steps": 1, "steps": 4, "seed": 7, **model.tiny.SAMPLING}
-    sampling = SamplingSettings(**keys)
-    pipeline = model.pipeline()
+    pipeline, sampling = model.pipeline(), sampling_of(model)
     shape = (1, *pipeline.latent_shape(sampling.width, sampling.height, sampling.frames))
     noise = normal(shape, 7, "sample", 0)
-    painted = run_ranks(draw_samples, 2, model.tiny.pipeline, model.folder, tmp_path / "cache", 2, sampling)
     expected = model.tiny.draw(model.stock(), sampling, noise)
     assert (expected - noise).abs().mean() > 0.1
-    for latents in painted:
-        torch.testing.assert_close(torch.from_numpy(latents[0]), expected, rtol=1e-4, atol=1e-4)
+    for made in made_by_stages(model):
+        (latents,) = made.drawn
+        torch.testing.assert_close(torch.from_numpy(latents), expected, rtol=1e-4, atol=1e-4)
 
 
 def moved(model: Model, place: Path, adapter: AdapterSettings | None, save_format: str) -> StagedModel:
@@ -271,13 +272,40 @@ def adapter_of(rank: int | None) -> AdapterSettings | None:
     return LoraSettings(type="lora", rank=rank) if rank else None
 
 
-def train(ranks: Ranks, name: str, folder: Path) -> list[list[float]]:
-    """Job of a rank, which is a stage, in which blocks are recomputed: what `steps_of` gives, in full and as a LoRA."""
+class Made(NamedTuple):
+    """What a rank, which is a stage, makes of a model.
+
+    Attributes:
+        trained: what `steps_of` gives, in full and as a LoRA, with blocks that are recomputed.
+        drawn: the latents of each sample.
+    """
+
+    trained: list[list[float]]
+    drawn: list[np.ndarray]
+
+
+@cache
+def made_by_stages(model: Model) -> list[Made]:
+    """What each stage makes of what the tests of this model or variant ask for."""
+    wanted = VARIANTS.get(model.name, (TRAINED, DRAWN))
+    return run_ranks(make, STAGES, model.name, model.folder, wanted)
+
+
+def make(ranks: Ranks, name: str, folder: Path, wanted: Collection[str]) -> Made:
+    """Job of a rank."""
     from utils.parallel.backend import initialize_deepspeed
 
     initialize_deepspeed()
     ranks, model = ranks.with_stages(ranks.world_size), Model(name, folder, tiny(name))
-    return [steps_of(ranks, model, rank) for rank in RANKS]
+    trained = [steps_of(ranks, model, rank) for rank in RANKS if TRAINED in wanted]
+    cache = folder.with_name(f"{folder.name}_cache")
+    given = model.tiny.pipeline, folder, cache, ranks.stages, sampling_of(model)
+    return Made(trained, draw_samples(ranks, *given) if DRAWN in wanted else [])
+
+
+def sampling_of(model: Model) -> SamplingSettings:
+    keys = {"prompts": CAPTIONS[:1], "sample_every_n_steps": 1, "steps": 4, "seed": 7}
+    return SamplingSettings(**keys, **model.tiny.SAMPLING)
 
 
 def steps_of(ranks: Ranks, model: Model, rank: int | None) -> list[float]:
@@ -327,8 +355,8 @@ def train_plainly(model: Model, rank: int | None, *, swapped: bool = False) -> l
 
 
 def test_stages_and_recomputing_change_nothing(model: Model) -> None:
-    for made in run_ranks(train, STAGES, model.name, model.folder):
-        for numbers, rank in zip(made, RANKS, strict=True):
+    for made in made_by_stages(model):
+        for numbers, rank in zip(made.trained, RANKS, strict=True):
             reference = reference_of(model, rank)
             assert len({round(one, 5) for one in reference}) == 2 * STEPS, "a model that learns nothing shows nothing"
             assert numbers == pytest.approx(reference, rel=2e-5), "in full" if rank is None else "as a LoRA"

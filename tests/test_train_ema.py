@@ -82,32 +82,31 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 def test_they_are_the_closed_form_and_leave_training_alone(
     write_config: Callable[..., Path], held: dict[str, Any], layout: str
 ) -> None:
-    """Against the weights, bit for bit, of a run without averages; that with them is evaluated on the way, and divides
-    them, like the optimizer's state, where there are data ranks."""
+    """They are those of the weights of their own run, which is evaluated on the way and, where there are data ranks,
+    divides them like the optimizer's state; there its weights are compared, bit for bit, with those of a run without
+    averages."""
     processes, keys, ema = LAYOUTS[layout]
     keys = {**keys, "max_steps": 4, "checkpoint_every_n_steps": 1}
-    config = write_config(**keys)
+    divided = {"zero_stage": 1, "offload_optimizer": True} if layout == "2 data ranks" else {}
+    config = write_config(**keys, **held, **divided, eval_every_n_steps=2, ema=ema)
     start = weights_at_start(config, keys.get("pipeline_stages", 1))
     codes, log = launch(config, processes=processes)
     assert set(codes) == {0}, log
-    weights = [start, *(state(only_run(config), step, "weights") for step in range(1, 5))]
+    run = only_run(config).rename(config.with_name("averaged"))
+    weights = [start, *(state(run, step, "weights") for step in range(1, 5))]
     assert any(not torch.equal(weights[0][name], weights[4][name]) for name in start)
-    shutil.rmtree(only_run(config))
-
-    divided = {"zero_stage": 1, "offload_optimizer": True} if layout == "2 data ranks" else {}
-    config = write_config(**keys, **held, **divided, eval_every_n_steps=2, ema=ema)
-    codes, log = launch(config, processes=processes)
-    assert set(codes) == {0}, log
-    run = only_run(config)
     assert sorted(metrics(run, "held/ema_loss")) == ([0, 2, 4] if ema.get("evaluate", True) else [])
-    for step in range(1, 5):
-        again = state(run, step, "weights")
-        assert all(torch.equal(again[name], weights[step][name]) for name in start)
     assert_averages(state(run, 4, "ema"), EMASettings(**ema), weights)
     assert (run / "global_step4" / "state-0.1.safetensors").exists() == bool(divided)
     if divided:
         assert "zero_stage:   1, optimizer state divided among 2 data ranks" in log
         assert "adamw in the machine's memory" in log
+        config = write_config(**keys)
+        codes, log = launch(config, processes=processes)
+        assert set(codes) == {0}, log
+        for step in range(1, 5):
+            plain = state(only_run(config), step, "weights")
+            assert all(torch.equal(plain[name], weights[step][name]) for name in start)
 
 
 def test_they_go_on_across_a_checkpoint_on_another_layout(write_config: Callable[..., Path]) -> None:

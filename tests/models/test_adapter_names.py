@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -40,8 +40,14 @@ OTHERS = 4
 each_model = pytest.mark.parametrize("model", models.available())
 
 
-@each_model
-@pytest.mark.parametrize("prefix", [*DOTTED, *UNDERSCORED])
+def by_turns(*groups: Sequence[str]) -> pytest.MarkDecorator:
+    """Each model with a prefix of each group: what is left of a name without its prefix depends on the model and on
+    whether there are dots, and not on the prefix."""
+    turns = [(model, group[number % len(group)]) for number, model in enumerate(models.available()) for group in groups]
+    return pytest.mark.parametrize(("model", "prefix"), turns)
+
+
+@by_turns(DOTTED, UNDERSCORED)
 def test_diffusers_names_are_read(known: Callable[[str], Known], model: str, prefix: str, tmp_path: Path) -> None:
     """Among them those of OneTrainer, `lora_transformer_`, and of musubi-tuner, `lora_unet_layers_0_attention_to_q`."""
     chosen, tensors, expected = known(model), {}, {}
@@ -57,8 +63,7 @@ def test_diffusers_names_are_read(known: Callable[[str], Known], model: str, pre
         torch.testing.assert_close(read[name], delta)
 
 
-@each_model
-@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "base_model.model.", "lora_unet_", "lora_unet__"])
+@by_turns(("", "diffusion_model.", "base_model.model."), ("lora_unet_", "lora_unet__"))
 def test_the_publishers_names_are_read(known: Callable[[str], Known], model: str, prefix: str, tmp_path: Path) -> None:
     """All of the rank of a fused module serves every part of it; swapped halves are swapped back."""
     chosen = known(model)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-import models
 from models.assembly.exports import export_plan
 from models.assembly.kept import weight_bytes
 from models.assembly.stage import StagedModel, load_stage, partition
@@ -97,19 +96,6 @@ def test_an_adapter_trains_as_on_the_weights_that_the_codes_mean(
     assert torch.equal(ours[0], theirs[0]) and not torch.equal(ours[0], before)
     assert ours[1].keys() == theirs[1].keys()
     assert all(torch.equal(gradient, theirs[1][key]) for key, gradient in ours[1].items())
-
-
-@pytest.mark.parametrize("name", models.available())
-def test_every_model_trains_on_a_quantised_base(name: str, tmp_path: Path) -> None:
-    module = tiny(name)
-    model = Model(name, module.write_folder(tmp_path), module)
-    pipeline = model.pipeline(transformer_dtype="int8")
-    staged = staged_of(pipeline)
-    assert quantised(staged.denoiser)
-    made, factors = gradients(model, pipeline, staged)
-    expected, _ = gradients(model, pipeline, staged_of(model.pipeline()))
-    assert 0 < (made - expected).norm() / expected.norm() < 0.1
-    assert any(gradient is not None and gradient.any() for gradient in factors.values())
 
 
 def test_only_linears_of_blocks_are_quantised_and_no_others_lose_precision(folders: dict[str, Path]) -> None:

@@ -56,15 +56,17 @@ class Way(NamedTuple):
 
 
 ALL = ((0, False), (0, True), (1, False), (2, False), (2, True))
+OF_EACH = ((0, False), (1, True), (2, False))
 BF16, ACCUMULATED = Way(0, "bfloat16"), Way(0, "bfloat16", accumulation=3)
 ADAPTED = Way(0, "float32", accumulation=2, adapted=True)
 EIGHT_BIT = Way(0, optimizer="adamw8bit")
 LAYOUTS = {
     (1, 2): [
-        *(way._replace(zero_stage=zero, offload=offload) for way in (BF16, ACCUMULATED) for zero, offload in ALL),
+        *(ACCUMULATED._replace(zero_stage=zero, offload=offload) for zero, offload in ALL),
+        *(BF16._replace(zero_stage=zero, offload=offload) for zero, offload in OF_EACH),
         *(EIGHT_BIT._replace(zero_stage=zero) for zero in (0, 1, 2)),
     ],
-    (2, 2): [ADAPTED._replace(zero_stage=zero, offload=offload) for zero, offload in ALL],
+    (2, 2): [ADAPTED._replace(zero_stage=zero, offload=offload) for zero, offload in OF_EACH],
     (1, 3): [Way(zero) for zero in (0, 1, 2)],
 }
 """By stages and data ranks, what is tried on them; the plain way first."""

@@ -17,7 +17,6 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
 from torch import nn
 
-import models
 from models.base import BasePipeline
 from models.foundation.checkpoints.gguf_files import GgufFile
 from models.foundation.checkpoints.headers import read_header
@@ -34,6 +33,8 @@ WRITTEN = {Kind.Q8_0: 0.006, Kind.Q5_1: 0.05, Kind.Q5_0: 0.06, Kind.Q4_1: 0.1, K
 """Kinds that the package writes, and how far a normal weight is from its codes, as a share of its norm."""
 K_KINDS = (Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_NL, Kind.IQ4_XS)
 UNET = "model.diffusion_model."
+PUBLISHED = ("chroma", "flux", "hidream", "hunyuan_video", "lumina2", "qwen_image", "sd3", "sdxl", "wan")
+"""Types that people have as GGUF. What the names of a file mean does not depend on its container."""
 
 
 def write(path: Path, tensors: Tensors, kind: Kind = Kind.F32, architecture: str = "flux", **fields: int) -> Path:
@@ -80,8 +81,8 @@ def named_by_publisher(pipeline: BasePipeline, tensors: Tensors) -> Tensors:
     return {name: tensor for name, tensor in (own or named).items() if tensor.numel()}
 
 
-@pytest.mark.parametrize("name", models.available())
-def test_every_model_is_read_from_its_publishers_names(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_model_is_read_from_its_publishers_names(name: str, tmp_path: Path) -> None:
     module = tiny(name)
     (tmp_path / "model").mkdir()
     folder = module.write_folder(tmp_path / "model")
