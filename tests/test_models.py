@@ -379,6 +379,7 @@ def test_a_folder_of_pictures_trains(model: Model, write_config: Callable[..., P
         "sampling": {"prompts": CAPTIONS[:1], "steps": 2, "sample_every_n_steps": 3, **model.tiny.SAMPLING},
         "eval_datasets": [{"name": "seen", "config": str(seen)}],
         "eval_every_n_steps": 3,
+        "eval_quantiles": [0.25, 0.75],
         "eval_micro_batch_size_per_gpu": len(COLOURS),
         "checkpoint_every_n_steps": 3,
         "adapter": {"type": "lora", "rank": 4},

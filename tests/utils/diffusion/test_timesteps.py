@@ -23,6 +23,7 @@ from utils.diffusion.timesteps import (
 )
 
 QUANTILES = [(n + 0.5) / 2000 for n in range(2000)]
+FEWER = QUANTILES[::4]
 LEVELS = np.linspace(0.02, 1.0, 50)
 
 
@@ -83,7 +84,7 @@ SAMPLERS = [
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
 def test_levels_rise_with_the_quantile_and_stay_inside(sampler: TimestepSampler) -> None:
-    levels = [sampler.timestep(u, tokens=1024) for u in (0.0, *QUANTILES, 1.0)]
+    levels = [sampler.timestep(u, tokens=1024) for u in (0.0, *FEWER, 1.0)]
     assert all(low < high for low, high in zip(levels, levels[1:], strict=False))
     assert 0.0 < levels[0] and levels[-1] < 1.0
     assert sampler.min_t <= levels[0] and levels[-1] <= sampler.max_t
@@ -111,9 +112,9 @@ def test_quantile_is_the_inverse(sampler: TimestepSampler) -> None:
 def test_limits_cut_the_distribution_and_leave_its_shape(sampler: TimestepSampler) -> None:
     """As if every draw outside the limits were drawn anew."""
     unlimited = replace(sampler, min_t=0.0, max_t=1.0)
-    inside = [t for t in (unlimited.timestep(u, 1024) for u in QUANTILES) if sampler.min_t <= t <= sampler.max_t]
+    inside = [t for t in (unlimited.timestep(u, 1024) for u in FEWER) if sampler.min_t <= t <= sampler.max_t]
     np.testing.assert_allclose(
-        np.quantile(inside, (0.1, 0.5, 0.9)), [sampler.timestep(u, 1024) for u in (0.1, 0.5, 0.9)], atol=0.002
+        np.quantile(inside, (0.1, 0.5, 0.9)), [sampler.timestep(u, 1024) for u in (0.1, 0.5, 0.9)], atol=0.004
     )
     for t in (0.05, 0.2, 0.5, 0.95):
         is_inside = sampler.min_t <= t <= sampler.max_t
