@@ -17,6 +17,7 @@ from optimizers.eight_bits import eight_bit_bytes, in_eight_bits
 from optimizers.kinds import OptimizerKind, State
 from optimizers.libraries import as_it_is
 from optimizers.rounding import COMPENSATION, DRAWS, MASTER, Rounding, is_short, round_into, values_to_step
+from utils.parameter_lists import in_lists
 from utils.settings.schema import OptimizerSettings
 from utils.settings.values import Betas, Positive
 
@@ -162,16 +163,8 @@ class AdamW(torch.optim.Optimizer):
 
 
 def in_parts(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """The parameters in lists that are updated together: of `PART_ELEMENTS` elements at most, or of one parameter."""
-    part, elements = [], 0
-    for parameter in parameters:
-        if part and elements + parameter.numel() > PART_ELEMENTS:
-            yield part
-            part, elements = [], 0
-        part.append(parameter)
-        elements += parameter.numel()
-    if part:
-        yield part
+    """The parameters that are updated together."""
+    return in_lists(parameters, PART_ELEMENTS)
 
 
 def with_master(parameter: torch.Tensor, value: torch.Tensor, state: State) -> State:

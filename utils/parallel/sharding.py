@@ -18,6 +18,7 @@ from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from utils.parallel.transfers import aligned, dense_strides, host_memory
+from utils.parameter_lists import in_lists
 from utils.ranks import Ranks
 
 BUCKET_ELEMENTS = 2**25
@@ -38,17 +39,8 @@ def owners(sizes: Mapping[str, int], data_ranks: int) -> dict[str, int]:
 
 
 def buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """The parameters in lists of at most `BUCKET_ELEMENTS` elements, or of one parameter."""
-    bucket: list[nn.Parameter] = []
-    elements = 0
-    for parameter in parameters:
-        if bucket and elements + parameter.numel() > BUCKET_ELEMENTS:
-            yield bucket
-            bucket, elements = [], 0
-        bucket.append(parameter)
-        elements += parameter.numel()
-    if bucket:
-        yield bucket
+    """The parameters whose gradients travel together."""
+    return in_lists(parameters, BUCKET_ELEMENTS)
 
 
 def summed_in(parameter: torch.Tensor) -> torch.dtype:
