@@ -28,7 +28,7 @@ from models.assembly.stage import StagedModel, load_stage
 from models.base import BasePipeline
 from models.foundation.encoders.vae import distribution_of
 from tests.models.batches import Batch, batch_of, micro_batches, sizes_of
-from tests.models.drawn_samples import draw_samples
+from tests.models.drawn_samples import draw_samples, sampling_of
 from tests.models.tiny_folder import MASKED, VARIANTS, encoded, settings_of, tiny
 from tests.processes import run_ranks
 from tests.runs import COLOURS, launch, metrics, only_run
@@ -41,7 +41,6 @@ from utils.parallel.recompute import run_layer
 from utils.parallel.swap import BlockSwap
 from utils.ranks import Ranks
 from utils.run.export import export
-from utils.settings.run_tables import SamplingSettings
 from utils.settings.schema import AdapterSettings
 
 STEPS, STAGES = 2, 3
@@ -197,7 +196,7 @@ def test_latents_are_those_of_the_stock_pipeline(model: Model) -> None:
 
 def test_samples_are_those_of_the_stock_pipeline(model: Model) -> None:
     """Sign and direction of time are those of the stock pipeline, or the first step would already differ."""
-    pipeline, sampling = model.pipeline(), sampling_of(model)
+    pipeline, sampling = model.pipeline(), sampling_of(model.tiny, CAPTIONS[0])
     shape = (1, *pipeline.latent_shape(sampling.width, sampling.height, sampling.frames))
     noise = normal(shape, 7, "sample", 0)
     expected = model.tiny.draw(model.stock(), sampling, noise)
@@ -297,12 +296,11 @@ def make(ranks: Ranks, name: str, folder: Path, wanted: Collection[str]) -> Made
     initialize_deepspeed()
     ranks, model = ranks.with_stages(ranks.world_size), Model(name, folder, tiny(name))
     trained = [steps_of(ranks, model, rank) for rank in RANKS if TRAINED in wanted]
-    given = folder, folder.with_name(f"{folder.name}_cache"), ranks.stages, sampling_of(model)
-    return Made(trained, draw_samples(ranks, model.tiny.pipeline, *given) if DRAWN in wanted else [])
-
-
-def sampling_of(model: Model) -> SamplingSettings:
-    return SamplingSettings(prompts=CAPTIONS[:1], sample_every_n_steps=1, steps=4, seed=7, **model.tiny.SAMPLING)
+    if DRAWN not in wanted:
+        return Made(trained, [])
+    cache = folder.with_name(f"{folder.name}_cache")
+    sampling = sampling_of(model.tiny, CAPTIONS[0])
+    return Made(trained, draw_samples(ranks, model.tiny.pipeline, folder, cache, ranks.stages, sampling))
 
 
 def steps_of(ranks: Ranks, model: Model, rank: int | None) -> list[float]:

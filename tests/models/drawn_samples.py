@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -16,6 +17,11 @@ from utils.dataset.encoding import CacheJob, fill
 from utils.ranks import Ranks
 from utils.settings.run_tables import SamplingSettings
 from utils.settings.sample_requests import requests_of
+
+
+def sampling_of(model: ModuleType, prompt: str) -> SamplingSettings:
+    """Four steps of a tiny model."""
+    return SamplingSettings(prompts=[prompt], sample_every_n_steps=1, steps=4, seed=7, **model.SAMPLING)
 
 
 def draw_samples(
