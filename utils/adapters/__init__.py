@@ -18,6 +18,7 @@ NOT_KINDS = (
     "differences",
     "dropping",
     "file_names",
+    "in_full",
     "kinds",
     "lora_factors",
     "lora_starts",

@@ -5,7 +5,7 @@ Outside this folder a parameter has one name, without the additions of adapted m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatch, fnmatchcase
 from typing import Any
@@ -36,12 +36,15 @@ def is_within(name: str, blocks: Sequence[str]) -> bool:
     return any(fnmatchcase(name, f"{block}.*") for block in blocks)
 
 
-def targets(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings) -> list[str]:
+def targets(
+    denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings, in_full: Collection[str] = ()
+) -> list[str]:
     """Names of the Linears, and of convolutions if requested, that lie in the denoiser's repeated blocks and pass the
     patterns.
 
     Args:
         blocks: names of lists of blocks, or patterns of such names.
+        in_full: parameters that are trained themselves; an adapter of such a weight would be one thing twice.
 
     Raises:
         UserError: none is left.
@@ -57,7 +60,14 @@ def targets(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSetting
             f"are called like {modules[0]}",
             where="[adapter]",
         )
-    return chosen
+    left = [name for name in chosen if f"{name}.weight" not in in_full]
+    if not left:
+        raise UserError.of(
+            f"has the weights of all {len(chosen)} modules that are to be adapted, so that no adapter is left; name "
+            "fewer, or leave out [adapter]",
+            where="[model] train",
+        )
+    return left
 
 
 def _chosen(denoiser: nn.Module, name: str, settings: AdapterSettings) -> bool:
@@ -75,16 +85,22 @@ def matches(denoiser: nn.Module, name: str, pattern: str) -> bool:
 
 
 def attach(
-    denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings, ranks: Mapping[str, int] | None = None
+    denoiser: nn.Module,
+    blocks: Sequence[str],
+    settings: AdapterSettings,
+    ranks: Mapping[str, int] | None = None,
+    in_full: Collection[str] = (),
 ) -> None:
     """Freezes the denoiser and adds factors to its target modules, still without values (on the meta device).
 
     Args:
         ranks: module -> the rank of its update; modules without one are not adapted. Default: all targets, with the
             rank of the settings.
+        in_full: names of parameters that are trained themselves, and not frozen.
     """
-    names = targets(denoiser, blocks, settings)
-    denoiser.requires_grad_(False)
+    names = targets(denoiser, blocks, settings, in_full)
+    for name, parameter in denoiser.named_parameters():
+        parameter.requires_grad_(name in in_full)
     kind = adapters.find(settings.type)
     for own, chosen in by_rule(denoiser, names, settings):
         if ranks is None:
@@ -141,7 +157,8 @@ def rates_by_rule(denoiser: nn.Module, settings: AdapterSettings) -> dict[str, f
     for name, (_, module) in adapted(denoiser).items():
         rule = next((rule for rule in settings.rules if matches(denoiser, name, rule.pattern)), None)
         if rule is not None and rule.lr is not None:
-            rates |= {base_name(f"{name}.{own}"): rule.lr for own, _ in module.named_parameters()}
+            own_names = (f"{name}.{own}" for own, _ in module.named_parameters())
+            rates |= dict.fromkeys(map(base_name, filter(is_factor, own_names)), rule.lr)
     return rates
 
 

@@ -104,6 +104,16 @@ class FileLayout(Protocol):
         dora_scale: Callable[[str], torch.Tensor] | None = None,
     ) -> Tensors: ...
 
+    def differences(self, values: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
+        """Differences of parameters, by our names, as ComfyUI reads them in a file of an adapter.
+
+        Args:
+            shapes: of all parameters.
+
+        Raises:
+            ValueError: a parameter has no place there.
+        """
+
 
 @dataclass(frozen=True)
 class ModelNames:
