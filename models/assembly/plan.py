@@ -21,7 +21,7 @@ from models.assembly.stage import StagedModel
 from models.base import BasePipeline
 from models.foundation.layers.ensemble import Ensemble
 from utils import adapters
-from utils.adapters import attach, in_full
+from utils.adapters import attach, in_full, mixed
 from utils.dataset.bucket_table import format_table
 from utils.dataset.collection import Collection
 from utils.dataset.epochs import Epochs, micro_batch_of
@@ -183,9 +183,11 @@ def _trained(settings: Settings, pipeline: BasePipeline, staged: StagedModel) ->
     by_rules = ", or as the rules say," if any(rule.rank for rule in adapter.rules) else ""
     of_rank = f" of rank {rank}{by_rules}" if rank else ""
     begins = f", which begins as {adapter.init_from_existing}" if adapter.init_from_existing else ""
-    name, count = adapters.find(adapter.type).name, len(attach.adapted(denoiser))
+    kinds = Counter(kind.name for kind, _ in attach.adapted(denoiser).values())
+    of_most = adapters.find(adapter.type).name
+    counted = [f"{name}{of_rank if name == of_most else ''} on {count} modules" for name, count in kinds.items()]
     beside = f", and {_in_full(staged)} in full" if settings.model.train else ""
-    return f"{name}{of_rank} on {count} modules of {parts}{begins}{beside}"
+    return f"{' and '.join(counted)} of {parts}{begins}{beside}"
 
 
 def _in_full(staged: StagedModel) -> str:
@@ -237,7 +239,7 @@ def _outputs(pipeline: BasePipeline, settings: Settings) -> Iterator[tuple[str, 
     exported = [*_intervals(settings, "save", epochs=settings.export_epochs), "at the end"]
     averages = {"beside": ", and its average", "instead": "'s average"}[settings.ema.export] if settings.ema else ""
     layouts = " and ".join(formats_of(pipeline, settings))
-    read_by = adapters.find(settings.adapter.type).read_by if settings.adapter else ""
+    read_by = mixed.read_by(settings.adapter) if settings.adapter else ""
     read_by = f"; {read_by}" if read_by and "diffusers" in formats_of(pipeline, settings) else ""
     if settings.adapter and settings.model.train and "diffusers" in layouts:
         read_by += "; what is trained in full lies beside, in trained_<part>.safetensors, for load_state_dict"

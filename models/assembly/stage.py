@@ -17,7 +17,7 @@ from models.assembly.rates import Rates, freeze
 from models.base import BasePipeline
 from models.foundation.checkpoints.adapter_files import read_existing, read_ranks, read_updates
 from utils import adapters
-from utils.adapters import attach, in_full, presets
+from utils.adapters import attach, in_full, mixed, presets
 from utils.adapters.kinds import ModelNames, Update
 from utils.errors import UserError
 from utils.parallel.attention import give_gradients_one_layout
@@ -76,6 +76,7 @@ def partition(pipeline: BasePipeline, settings: Settings, denoiser: nn.Module) -
         quantise(denoiser, quantised_linears(pipeline, denoiser), pipeline.block_format)
     in_full = named_in_full(pipeline, denoiser)
     if settings.adapter:
+        mixed.check(settings.adapter, pipeline.options)
         ranks = _ranks_of_existing(pipeline, settings.adapter, denoiser)
         attach.attach(denoiser, adapted_blocks(pipeline, settings.adapter), settings.adapter, ranks, in_full)
     elif in_full:

@@ -24,6 +24,7 @@ NOT_KINDS = (
     "lora_starts",
     "lycoris",
     "magnitudes",
+    "mixed",
     "norms",
     "peft_layers",
     "peft_settings",

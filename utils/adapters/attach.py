@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatch, fnmatchcase
-from typing import Any
 
 import torch
 from torch import nn
 
 from utils import adapters
+from utils.adapters import mixed
 from utils.adapters.kinds import ADAPTER, AdapterKind
 from utils.diffusion import seeds
 from utils.errors import UserError
 from utils.settings.model_schema import torch_dtype
-from utils.settings.schema import AdapterRule, AdapterSettings
+from utils.settings.schema import AdapterSettings
 
 
 def base_name(name: str) -> str:
@@ -101,8 +101,8 @@ def attach(
     names = targets(denoiser, blocks, settings, in_full)
     for name, parameter in denoiser.named_parameters():
         parameter.requires_grad_(name in in_full)
-    kind = adapters.find(settings.type)
     for own, chosen in by_rule(denoiser, names, settings):
+        kind = adapters.find(chosen.type)
         if ranks is None:
             kind.put(denoiser, own, chosen)
             continue
@@ -135,20 +135,14 @@ def by_rule(
             why = "matches only what rules above it match" if number in matched else nothing
             raise UserError.of(f'pattern "{rule.pattern}" {why}', where=f"[[adapter.rules]] {number + 1}")
     ruled = [
-        (own, settings.model_copy(update=_changes(rule)))
-        for rule, own in zip(settings.rules, taken, strict=True)
+        (own, chosen)
+        for rule, own, chosen in zip(settings.rules, taken, mixed.of_rules(settings), strict=True)
         if rule.rank != 0
     ]
     found = [(own, chosen) for own, chosen in [*ruled, (others, settings)] if own]
     if not found:
         raise UserError.of("the ranks of 0 leave nothing to adapt", where="[[adapter.rules]]")
     return found
-
-
-def _changes(rule: AdapterRule) -> dict[str, Any]:
-    """What a rule changes of the settings. Its rank is also that of convolutions."""
-    of_all = {"conv_dim": None, "conv_alpha": None} if rule.rank else {}
-    return {**of_all, **rule.sizes}
 
 
 def rates_by_rule(denoiser: nn.Module, settings: AdapterSettings) -> dict[str, float]:

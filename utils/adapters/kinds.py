@@ -254,6 +254,8 @@ class AdapterKind(Protocol):
         endings: of the names of its tensors in files, in every spelling -> the names by which `Entry` has them.
         formats: of the layouts of `ExportWishes.formats` those that programs read of this kind.
         read_by: who reads the file for diffusers, where that is not diffusers itself; empty where it is.
+        mixes: whether modules of this kind may stand in one file with those of others, which LyCORIS reads for
+            diffusers.
     """
 
     settings: ClassVar[type[AdapterSettings]]
@@ -262,6 +264,7 @@ class AdapterKind(Protocol):
     endings: ClassVar[Mapping[str, str]]
     formats: ClassVar[tuple[str, ...]]
     read_by: ClassVar[str]
+    mixes: ClassVar[bool]
 
     def put(self, denoiser: nn.Module, names: Sequence[str], settings: Any) -> None:
         """Replaces modules of the denoiser by adapted ones, whose factors are on the meta device."""
@@ -307,12 +310,20 @@ class AdapterKind(Protocol):
     def to_files(self, factors: Tensors, settings: Any, wishes: ExportWishes) -> dict[str, AdapterFile | str]:
         """The files of an export by name; a text is written as it is."""
 
+    def in_lycoris(self, factors: Tensors, settings: Any, wishes: ExportWishes) -> Tensors:
+        """Factors as LyCORIS has them, of a kind that `mixes`.
+
+        Raises:
+            ValueError: LyCORIS has no such form.
+        """
+
 
 class WithoutMore:
     """What most kinds have in common."""
 
     formats: ClassVar[tuple[str, ...]] = ("diffusers", COMFYUI)
     read_by: ClassVar[str] = ""
+    mixes: ClassVar[bool] = False
 
     def bias_updates(self, entry: Entry, names: ModelNames) -> Mapping[str, Update]:
         """None."""
@@ -321,6 +332,10 @@ class WithoutMore:
     def beside(self, module: nn.Module) -> Tensors:
         """Nothing."""
         return {}
+
+    def in_lycoris(self, factors: Tensors, settings: Any, wishes: ExportWishes) -> Tensors:
+        """Of kinds that mix alone."""
+        raise AssertionError("it is in no file with others")
 
 
 def without_scale(module: nn.Module) -> AbstractContextManager[None]:

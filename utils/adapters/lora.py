@@ -70,6 +70,8 @@ class LoraSettings(AdapterSettings, LowRankKeys):
         *("type", "rank", "alpha", "conv_dim", "conv_alpha", "rslora", "dora", "init"),
         *("dim_from_weights", "include", "exclude"),
     )
+    of_runs: ClassVar[tuple[str, ...]] = ("dim_from_weights", "loraplus_lr_ratio", "scale_weight_norms")
+    of_files: ClassVar[tuple[str, ...]] = ("dora",)
 
     type: Literal["lora"]
     """Kind of adapter."""
@@ -141,6 +143,7 @@ class Lora(WithoutMore):
     name = "LoRA"
     mark = ".lora_"
     endings = ENDINGS
+    mixes = True
 
     def put(self, denoiser: nn.Module, names: Sequence[str], settings: LoraSettings) -> None:
         """PEFT's layers, as ours correct them. `inject_adapter_in_model` would put the same in several times as long:
@@ -256,11 +259,38 @@ class Lora(WithoutMore):
             files[COMFYUI_FILE] = AdapterFile(kohya, metadata)
         return files
 
+    def in_lycoris(self, factors: Tensors, settings: LoraSettings, wishes: ExportWishes) -> Tensors:
+        """See `AdapterKind`."""
+        if settings.dora:
+            raise ValueError("DoRA is in no file with other kinds of adapters")
+        whole = _with_starts(factors)
+        scales = {name.removesuffix(A): self._scale(name.removesuffix(A), wishes) for name in _downs(whole)}
+        return in_lycoris_names(_rounded(whole, dict.fromkeys(scales, 1.0), wishes), wishes, scales)
+
     def _scale(self, module: str, wishes: ExportWishes) -> float:
         return self.scale_of(wishes.names.modules[module])
 
 
 KINDS = (Lora(),)
+
+
+def in_lycoris_names(factors: Tensors, wishes: ExportWishes, scales: Mapping[str, float] | None = None) -> Tensors:
+    """Factors of a LoRA as LyCORIS has them: `lycoris_<module, _ for .>.lora_down.weight`, `.lora_up.weight`, and
+    `.alpha`.
+
+    Args:
+        scales: of each module; default: 1.
+    """
+    named: Tensors = {}
+    for name in _downs(factors):
+        module, folder = name.removesuffix(A), f"{wishes.names.folder}."
+        stem = f"lycoris_{module.removeprefix(folder).replace('.', '_')}"
+        named |= {
+            f"{stem}.lora_down.weight": factors[name],
+            f"{stem}.lora_up.weight": factors[f"{module}{B}"],
+            f"{stem}.alpha": torch.tensor(len(factors[name]) * (scales[module] if scales else 1.0)),
+        }
+    return named
 
 
 def _downs(factors: Tensors) -> list[str]:

@@ -22,8 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from optimizers.ema import EMA
-from utils import adapters
-from utils.adapters import in_full
+from utils.adapters import in_full, mixed
 from utils.adapters.kinds import COMFYUI, COMFYUI_FILE, LAYOUT, AdapterFile, ExportWishes, ModelNames
 from utils.ranks import Ranks
 from utils.run.attempts import Attempt
@@ -318,7 +317,7 @@ def adapter_files(tensors: Tensors, plan: ExportPlan, metadata: Mapping[str, str
         )
         for own in (factors, whole)
     )
-    files = adapters.find(plan.adapter.type).to_files(factors, plan.adapter, wishes)
+    files = mixed.to_files(factors, plan.adapter, wishes)
     return in_full.with_whole(files, whole, factors, wishes_of_whole) if whole else files
 
 

@@ -59,7 +59,8 @@ def read_existing(
         UserError: as `read_factors`, or it has such changes of other parameters.
     """
     file = _read(path)
-    if not adapters.is_in(kind, file.tensors):
+    kinds = {kind, *filter(None, map(adapters.kind_of, names.modules.values()))}
+    if not any(adapters.is_in(one, file.tensors) for one in kinds):
         raise UserError.of(
             f"no {kind.name} factors in this file, {_what_is_there(file)}; give a {kind.name} here ([adapter] goes on "
             "from its own type)",
@@ -71,7 +72,9 @@ def read_existing(
     updates = {name: update for name, update in updates.items() if name in trained or not in_full.is_nothing(update)}
     untrained = [name for name in updates if name not in trained]
     factors_of = Contents([(other, entry) for other, entry in found.entries if other is not None])
-    others = [entry.name for other, entry in factors_of.entries if other is not kind]
+    others = [
+        entry.name for other, entry in factors_of.entries if other is not kind and not _is_of(other, entry, names)
+    ]
     if others or untrained:
         others = others or untrained
         raise UserError.of(
@@ -82,9 +85,15 @@ def read_existing(
         )
     # Modules that this run does not adapt are reported with all others that have no counterpart.
     factors = _joined(
-        factors_of, path, lambda _, entry: kind.factors(entry, names, lambda module: scales.get(module, 1.0))
+        factors_of, path, lambda own, entry: own.factors(entry, names, lambda module: scales.get(module, 1.0))
     )
     return factors, updates
+
+
+def _is_of(kind: AdapterKind, entry: Entry, names: ModelNames) -> bool:
+    """Whether this run has an adapter of this kind where a file has one."""
+    own = (names.modules.get(module) for module in entry.target.modules)
+    return kind in {adapters.kind_of(module) for module in own if module is not None}
 
 
 def _weights_beside(file: AdapterFile, names: ModelNames) -> dict[str, Update]:
