@@ -252,6 +252,7 @@ class AdapterKind(Protocol):
         name: its name in messages.
         mark: part of the name of every factor, and of no other tensor, here.
         endings: of the names of its tensors in files, in every spelling -> the names by which `Entry` has them.
+        once: endings of the names of tensors that a file has for all of its modules together.
         formats: of the layouts of `ExportWishes.formats` those that programs read of this kind.
         read_by: who reads the file for diffusers, where that is not diffusers itself; empty where it is.
         mixes: whether modules of this kind may stand in one file with those of others, which LyCORIS reads for
@@ -262,6 +263,7 @@ class AdapterKind(Protocol):
     name: ClassVar[str]
     mark: ClassVar[str]
     endings: ClassVar[Mapping[str, str]]
+    once: ClassVar[tuple[str, ...]]
     formats: ClassVar[tuple[str, ...]]
     read_by: ClassVar[str]
     mixes: ClassVar[bool]
@@ -321,6 +323,7 @@ class AdapterKind(Protocol):
 class WithoutMore:
     """What most kinds have in common."""
 
+    once: ClassVar[tuple[str, ...]] = ()
     formats: ClassVar[tuple[str, ...]] = ("diffusers", COMFYUI)
     read_by: ClassVar[str] = ""
     mixes: ClassVar[bool] = False

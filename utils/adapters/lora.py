@@ -251,7 +251,7 @@ class Lora(WithoutMore):
         layout = wishes.names.layout
         if COMFYUI in wishes.formats and layout:
             lengths = partial(_dora_scale, whole, scales, wishes) if settings.dora else None
-            pairs = _rounded(whole, dict.fromkeys(scales, 1.0), wishes)
+            pairs = rounded_factors(whole, dict.fromkeys(scales, 1.0), wishes)
             kohya = layout.lora_to_kohya(pairs, scales.__getitem__, wishes.names.rows_of, lengths)
             rank = _rank_of_most(whole)
             alpha = (settings.rank or rank) if settings.alpha is None else settings.alpha
@@ -265,7 +265,7 @@ class Lora(WithoutMore):
             raise ValueError("DoRA is in no file with other kinds of adapters")
         whole = _with_starts(factors)
         scales = {name.removesuffix(A): self._scale(name.removesuffix(A), wishes) for name in _downs(whole)}
-        return in_lycoris_names(_rounded(whole, dict.fromkeys(scales, 1.0), wishes), wishes, scales)
+        return in_lycoris_names(rounded_factors(whole, dict.fromkeys(scales, 1.0), wishes), wishes, scales)
 
     def _scale(self, module: str, wishes: ExportWishes) -> float:
         return self.scale_of(wishes.names.modules[module])
@@ -330,7 +330,7 @@ def _for_diffusers(
         **({"use_dora": True} if settings.dora else {}),
         "base_model_name_or_path": wishes.metadata.get("base_model"),
     }
-    folded = _rounded(factors, scales, wishes)
+    folded = rounded_factors(factors, scales, wishes)
     named = {
         f"{part}.{own.removesuffix('.weight') if own.endswith(M) else own}": folded[name]
         for part, names in wishes.parts.items()
@@ -354,7 +354,7 @@ def _dora_scale(factors: Tensors, scales: Mapping[str, float], wishes: ExportWis
     return dora_scale(wishes.names.weight(module), pair, scales.get(module, 1.0), factors.get(f"{module}{M}"))
 
 
-def _rounded(factors: Tensors, scales: Mapping[str, float], wishes: ExportWishes) -> Tensors:
+def rounded_factors(factors: Tensors, scales: Mapping[str, float], wishes: ExportWishes) -> Tensors:
     """Factors in the type of files, with a scale in each `lora_A`. What float16 would lose stays float32, together with
     its other half; so do lengths of rows."""
     rounded = {name: tensor for name, tensor in factors.items() if name.endswith(M)}

@@ -27,7 +27,6 @@ OTHER_MARKS = {
     "OFT with other lengths, or of PEFT": (".rescale", ".oft_R", ".oft_S", ".oft_diag"),
     "GLoRA": (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),
     "IA3 of LyCORIS": (".on_input",),
-    "VeRA": ("vera_lambda_",),
     "LoRA with biases": (".lora_B.bias", ".lora_up.bias"),
     "replacement of weights": (".set_weight", ".reshape_weight"),
     "textual inversion": ("bundle_emb", "emb_params"),
