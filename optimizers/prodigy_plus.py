@@ -148,5 +148,6 @@ KINDS = (
         averages=True,
         constant_rate=NO_SCHEDULE,
         sums=True,
+        loses_small_steps=lambda settings: not settings.stochastic_rounding,
     ),
 )
