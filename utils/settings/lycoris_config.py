@@ -55,6 +55,7 @@ NOTHING: Mapping[str, tuple[Any, ...]] = {
 }
 """Key -> the values with which it changes nothing."""
 CONVOLUTIONAL = ("conv_dim", "conv_alpha")
+OF_LORA = "rows of trained lengths (DoRA) are LoRA's alone here, of all modules or of none; leave it out"
 SCALAR = "use_scalar"
 PRESET = "apply_preset"
 BY_CLASS, BY_NAME, CLASSES, PATTERNS = "module_algo_map", "name_algo_map", "target_module", "target_name"
@@ -112,9 +113,10 @@ def _read(config: Mapping[str, Any], complain: Callable[[str, str], None]) -> di
         # An alpha of OFT is a bound, which its own key sets.
         if is_oft and key == "linear_alpha":
             continue
-        name = {**NAMES, **OF_OFT}.get(key) if is_oft else NAMES.get(key)
-        if name is None:
-            complain(key, f"{_shown(value)} is not known here; leave it out, or write what it is for into [adapter]")
+        name = {**NAMES, **(OF_OFT if is_oft else {})}.get(key)
+        if name is None or (name == "dora" and found["type"] != "lora"):
+            strange = f"{_shown(value)} is not known here; leave it out, or write what it is for into [adapter]"
+            complain(key, OF_LORA if name else strange)
             continue
         # What is a number in TOML has one type; in JSON 1 may be a float.
         found[name] = float(value) if name.endswith(("alpha", "dropout", "norm")) and type(value) is int else value
@@ -182,6 +184,9 @@ def _rule(own: Mapping[str, Any], algorithm: str, complain: Callable[[str], None
             continue
         if key not in names or key in CONVOLUTIONAL:
             complain(f"`{key}` of single modules is not read; leave it out")
+            return None
+        if names[key] == "dora":
+            complain(f"`{key}`: {OF_LORA}")
             return None
         name = names[key]
         number = float(value) if name.endswith(("alpha", "dropout", "norm")) and type(value) is int else value
