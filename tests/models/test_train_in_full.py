@@ -384,3 +384,16 @@ def test_text_encoders_beside_an_adapter_of_the_unet(tmp_path: Path) -> None:
         again = load_stage(pipeline, settings_of(pipeline, adapter), 0)
         for name, parameter in again.trained(again.layers).items():
             torch.testing.assert_close(parameter, trained[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_bias_of_an_adapted_layer_is_found_elsewhere(folder: Path, tmp_path: Path) -> None:
+    staged = exported(folder, tmp_path, train=["attn.to_q.bias", "ff.net.0.proj.bias"])
+    base, flux = base_of(folder), tiny_flux.pipeline(folder)
+    expected = whole_of(staged, base)
+    theirs = in_comfyui(load_file(tmp_path / COMFYUI_FILE), BFL_LAYOUT.to_original(base))
+    assert_close(theirs, BFL_LAYOUT.to_original(expected))
+    stock = StockPipeline.from_pretrained(folder, vae=None, text_encoder=None, text_encoder_2=None)
+    stock.transformer.load_state_dict(load_file(tmp_path / TRAINED_FILE), strict=False)
+    stock.load_lora_weights(tmp_path, weight_name=ADAPTER_FILE)
+    theirs = output(flux.to_layers(stock.transformer), flux)
+    torch.testing.assert_close(theirs, output(staged.layers, flux), rtol=1e-4, atol=1e-5)

@@ -2,7 +2,8 @@
 
 ComfyUI's file has differences from the base, which ComfyUI adds. No program reads a whole weight in diffusers' file of
 an adapter, so that a second one lies beside it for each part of the model, with its own names: as in
-`pipeline.transformer.load_state_dict(load_file("trained_transformer.safetensors"), strict=False)`.
+`pipeline.transformer.load_state_dict(load_file("trained_transformer.safetensors"), strict=False)`, before the adapter,
+which gives the layers that it adapts other names.
 """
 
 from __future__ import annotations
