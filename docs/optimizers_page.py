@@ -23,8 +23,9 @@ What it keeps for each parameter and in its groups is in checkpoints; what it ke
 *Bytes* are those of state for a weight of a 4096 x 4096 matrix, whose own 4 or 2 and whose gradient come on top.
 *16 bits* says what becomes of steps that a 16-bit weight has no digits for: a *master* is a float32 copy that is
 stepped (its bytes are among those counted); *Kahan* is a second 16-bit number with what is lost; *chance* rounds up or
-down by chance; *lost* means that small steps are lost, so that such an optimizer is for adapters in float32. *Schedule*
-is which `lr_scheduler` it takes. Those that do not run on the CPU are not for `offload_optimizer`.
+down by chance; *lost* means that small steps are lost, so that such an optimizer is for adapters in float32; a run that
+trains weights of 16 bits with it is told so. *Schedule* is which `lr_scheduler` it takes. Those that do not run on the
+CPU are not for `offload_optimizer`.
 """
 FURTHER = """
 ## What is saved, and where it is the same
@@ -116,7 +117,7 @@ def _in_16_bits(kind: Any, settings: Any) -> str:
     for key, word in {"master": "master", "kahan_comp": "Kahan", "compensation": "Kahan"}.items():
         if key in keys:
             return word
-    return "chance" if getattr(settings, "stochastic_rounding", False) else "lost"
+    return "lost" if kind.loses_small_steps(settings) else "chance"
 
 
 def _said(kind: Any) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import torch
 
 from optimizers import by_path
 from optimizers.averaging import begin_training
 from optimizers.kinds import Groups, OptimizerKind
+from optimizers.rounding import is_short
 from optimizers.saved_state import remember_groups
 from utils.declared import kinds_in
 from utils.errors import UserError
@@ -167,6 +169,29 @@ def warn_of_sums(settings: Settings) -> None:
             "their norm, it sums over those of one process",
             settings.optimizer.type,
         )
+
+
+def warn_of_lost_steps(settings: OptimizerSettings, trained: Mapping[str, torch.Tensor]) -> None:
+    """Tells that nothing keeps small steps of weights of 16 bits, if there are some among those that are trained.
+
+    Args:
+        trained: by name.
+    """
+    kind = find(settings.type)
+    short = [name for name, parameter in trained.items() if is_short(parameter)]
+    if not short or not kind.loses_small_steps(settings):
+        return
+    keeps = "keeps nothing" if not kind.unknown else "is not known to keep anything"
+    logger.warning(
+        '[optimizer] type: "%s" %s of steps that are too small for the digits of weights of 16 bits, as %d of %d '
+        'trained tensors have, "%s" first: with small learning rates they hardly move. Train in float32, or take one '
+        'that keeps them, as "adamw" (a float32 master), "adamw_optimi" or "adamw8bitkahan" (16 further bits)',
+        settings.type,
+        keeps,
+        len(short),
+        len(trained),
+        short[0],
+    )
 
 
 def state_bytes(settings: OptimizerSettings, parameter: torch.Tensor) -> int:

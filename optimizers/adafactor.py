@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from optimizers.kinds import Groups, OptimizerKind, State
-from optimizers.libraries import of_its_type, of_library
+from optimizers.libraries import nothing_is_kept, of_its_type, of_library
 from optimizers.rounding import is_short
 from utils.settings.schema import OptimizerSettings
 from utils.settings.values import Positive, Share
@@ -113,6 +113,7 @@ KINDS = (
         retyped=_in_float32,
         library="transformers",
         refuses=_refuses,
+        loses_small_steps=nothing_is_kept,
     ),
     OptimizerKind(
         CAMESettings,
@@ -121,5 +122,6 @@ KINDS = (
         not_on={},
         retyped=of_its_type,
         library="pytorch-optimizer",
+        loses_small_steps=nothing_is_kept,
     ),
 )

@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw
 
 from optimizers.eight_bits import eight_bit_bytes, in_eight_bits
 from optimizers.kinds import OptimizerKind, State
-from optimizers.libraries import as_it_is
+from optimizers.libraries import as_it_is, nothing_is_kept
 from optimizers.rounding import COMPENSATION, DRAWS, MASTER, Rounding, is_short, round_into, values_to_step
 from utils.parameter_lists import in_lists
 from utils.settings.schema import OptimizerSettings
@@ -182,7 +182,15 @@ def _state_bytes(settings: AdamWSettings, parameter: torch.Tensor) -> int:
 
 KINDS = (
     # The keys of a settings class have the names of the arguments of its optimizer.
-    OptimizerKind(AdamWSettings, AdamW, _state_bytes, not_on={}, retyped=with_master, float32_gradients=True),
+    OptimizerKind(
+        AdamWSettings,
+        AdamW,
+        _state_bytes,
+        not_on={},
+        retyped=with_master,
+        float32_gradients=True,
+        loses_small_steps=lambda settings: settings.rounding == "nearest",
+    ),
     *(
         OptimizerKind(
             settings,
@@ -192,6 +200,7 @@ KINDS = (
             # Its state has 8 bits, or 32 where there are few elements, whatever the parameter's type.
             retyped=as_it_is,
             library="bitsandbytes",
+            loses_small_steps=nothing_is_kept,
         )
         for settings, name in ((AdamW8bitSettings, "AdamW8bit"), (PagedAdamW8bitSettings, "PagedAdamW8bit"))
     ),

@@ -20,7 +20,7 @@ from torch import nn
 
 from optimizers.averaging import begin_training
 from optimizers.kinds import Groups, OptimizerKind
-from optimizers.libraries import of_its_type
+from optimizers.libraries import nothing_is_kept, of_its_type
 from optimizers.saved_state import FORM, remember_groups, state_by_parameter
 from utils.errors import UserError
 from utils.settings.schema import OptimizerSettings
@@ -78,6 +78,7 @@ def _kind(path: str, found: type[torch.optim.Optimizer]) -> OptimizerKind:
         library=path.partition(".")[0],
         averages=callable(getattr(found, "eval", None)) and callable(getattr(found, "train", None)),
         unknown=True,
+        loses_small_steps=nothing_is_kept,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from optimizers import sums
 from optimizers.adamw import with_master
 from optimizers.by_parameter import kept_bytes
-from optimizers.distance import ByDistance, DistanceSettings, decay, dot, with_one_rate
+from optimizers.distance import ByDistance, DistanceSettings, decay, dot
 from optimizers.kinds import OptimizerKind
 from utils.settings.values import Betas, NotNegative, Positive, Share
 
@@ -197,7 +197,7 @@ def _bytes(moments: int, settings: DistanceSettings, parameter: torch.Tensor) ->
 KINDS = tuple(
     OptimizerKind(
         settings,
-        with_one_rate(optimizer),
+        optimizer,
         partial(_bytes, moments),
         not_on={},
         retyped=with_master,

@@ -17,8 +17,6 @@ from torch import nn
 
 from optimizers import sums
 from optimizers.by_parameter import ByParameter
-from optimizers.kinds import Groups
-from utils.errors import UserError
 from utils.settings.schema import OptimizerSettings
 from utils.settings.values import NotNegative, Positive
 
@@ -106,26 +104,6 @@ class ByDistance(ByParameter):
     def finish(self, weight: torch.Tensor, state: dict[str, Any], group: dict[str, Any], rate: float) -> None:
         """Moves a weight in place."""
         raise NotImplementedError
-
-
-def with_one_rate(build: Callable[..., torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
-    """What builds an optimizer for which all parameters have one learning rate.
-
-    Raises:
-        UserError: they have not.
-    """
-
-    def checked(groups: Groups, *, lr: float, **keys: Any) -> torch.optim.Optimizer:
-        others = [group for group in groups if group.get("lr", lr) != lr]
-        if others:
-            raise UserError.of(
-                f"finds one learning rate for all; {others[0].get('names', ['a parameter'])[0]} has its own, "
-                f"{others[0]['lr']}: leave it out, or take another optimizer",
-                where="[optimizer] type",
-            )
-        return build(groups, lr=lr, **keys)
-
-    return checked
 
 
 def decay(weight: torch.Tensor, group: dict[str, Any], rate: float) -> None:

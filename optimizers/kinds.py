@@ -35,6 +35,8 @@ class OptimizerKind:
         counts_steps: whether it counts steps for a whole group, whose parameters must be stepped together then.
         refuses: keys -> why they do not go together, with the key first; "" if they do.
         unknown: whether it is somebody's class of which no more is known than its signature.
+        loses_small_steps: keys -> whether steps are lost for which a weight of 16 bits has no digits, since nothing is
+            kept of them beside it.
     """
 
     settings: type[OptimizerSettings]
@@ -50,6 +52,7 @@ class OptimizerKind:
     counts_steps: bool = False
     refuses: Callable[[Any], str] = lambda settings: ""
     unknown: bool = False
+    loses_small_steps: Callable[[Any], bool] = lambda settings: False
 
     @property
     def steps_alone(self) -> bool:

@@ -34,6 +34,11 @@ def of_its_type(parameter: torch.Tensor, value: torch.Tensor, state: State) -> S
     }
 
 
+def nothing_is_kept(settings: Any) -> bool:
+    """Of small steps of 16-bit weights, whatever the keys say; see `OptimizerKind.loses_small_steps`."""
+    return True
+
+
 def as_it_is(parameter: torch.Tensor, value: torch.Tensor, state: State) -> State:
     """State whose types do not depend on the parameter's."""
     return state

@@ -5,7 +5,7 @@ from typing import Literal
 
 from optimizers.eight_bits import eight_bit_bytes, in_eight_bits
 from optimizers.kinds import OptimizerKind
-from optimizers.libraries import as_it_is
+from optimizers.libraries import as_it_is, nothing_is_kept
 from optimizers.optimi import compensated, optimi, optimi_bytes
 from utils.settings.schema import OptimizerSettings
 from utils.settings.values import Betas
@@ -47,6 +47,7 @@ KINDS = (
             not_on={"cpu": 'runs on GPUs only; use "lion"'},
             retyped=as_it_is,
             library="bitsandbytes",
+            loses_small_steps=nothing_is_kept,
         )
         for settings, name in ((Lion8bitSettings, "Lion8bit"), (PagedLion8bitSettings, "PagedLion8bit"))
     ),

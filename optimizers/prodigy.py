@@ -10,7 +10,7 @@ import torch
 
 from optimizers.adamw import with_master
 from optimizers.by_parameter import kept_bytes
-from optimizers.distance import ByDistance, DistanceSettings, decay, dot, with_one_rate
+from optimizers.distance import ByDistance, DistanceSettings, decay, dot
 from optimizers.kinds import OptimizerKind
 from utils.settings.values import Betas, Count, Positive, Share
 
@@ -93,7 +93,7 @@ def _state_bytes(settings: ProdigySettings, parameter: torch.Tensor) -> int:
 KINDS = (
     OptimizerKind(
         ProdigySettings,
-        with_one_rate(Prodigy),
+        Prodigy,
         _state_bytes,
         not_on={},
         retyped=with_master,

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 
 from optimizers import sums
-from optimizers.distance import with_one_rate
 from optimizers.kinds import Groups, OptimizerKind, State
 from optimizers.schedule_free import NO_SCHEDULE
 from utils.settings.schema import OptimizerSettings
@@ -140,7 +139,7 @@ def _state_bytes(settings: ProdigyPlusSettings, parameter: torch.Tensor) -> int:
 KINDS = (
     OptimizerKind(
         ProdigyPlusSettings,
-        with_one_rate(_build),
+        _build,
         _state_bytes,
         not_on={},
         retyped=_retyped,
@@ -148,5 +147,6 @@ KINDS = (
         averages=True,
         constant_rate=NO_SCHEDULE,
         sums=True,
+        loses_small_steps=lambda settings: not settings.stochastic_rounding,
     ),
 )

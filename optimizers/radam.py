@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 
 from optimizers.kinds import OptimizerKind
-from optimizers.libraries import of_its_type, of_library
+from optimizers.libraries import nothing_is_kept, of_its_type, of_library
 from utils.settings.schema import OptimizerSettings
 from utils.settings.values import Betas, Positive
 
@@ -47,6 +47,7 @@ KINDS = tuple(
         not_on={},
         retyped=of_its_type,
         library="torch",
+        loses_small_steps=nothing_is_kept,
     )
     for settings, path, state_bytes in (
         (RAdamSettings, "torch.optim.RAdam", _two_moments),

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from optimizers.kinds import OptimizerKind
-from optimizers.libraries import of_its_type, of_library
+from optimizers.libraries import nothing_is_kept, of_its_type, of_library
 from utils.settings.schema import OptimizerSettings
 from utils.settings.values import Betas, NotNegative, Positive, Share
 
@@ -69,6 +69,7 @@ KINDS = tuple(
         library="schedulefree",
         averages=True,
         constant_rate=NO_SCHEDULE,
+        loses_small_steps=nothing_is_kept,
     )
     for settings, name, state_bytes in (
         (AdamWScheduleFreeSettings, "AdamWScheduleFree", _bytes),

@@ -8,6 +8,7 @@ from optimizers.adamw import with_master
 from optimizers.by_parameter import ByParameter
 from optimizers.eight_bits import Moment8bit, eight_bit_bytes
 from optimizers.kinds import OptimizerKind, State
+from optimizers.libraries import nothing_is_kept
 from optimizers.rounding import is_short
 from utils.settings.schema import OptimizerSettings
 from utils.settings.values import Share
@@ -61,7 +62,15 @@ def _eight_bit_bytes(settings: SGDNesterov8bitSettings, parameter: torch.Tensor)
 
 
 KINDS = (
-    OptimizerKind(SGDSettings, torch.optim.SGD, _state_bytes, not_on={}, retyped=_retyped, library="torch"),
+    OptimizerKind(
+        SGDSettings,
+        torch.optim.SGD,
+        _state_bytes,
+        not_on={},
+        retyped=_retyped,
+        library="torch",
+        loses_small_steps=nothing_is_kept,
+    ),
     OptimizerKind(
         SGDNesterov8bitSettings,
         SGDNesterov8bit,

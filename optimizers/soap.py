@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from optimizers.kinds import OptimizerKind, State
-from optimizers.libraries import of_library
+from optimizers.libraries import nothing_is_kept, of_library
 from utils.settings.schema import OptimizerSettings
 from utils.settings.values import Betas, Count, Positive, Share
 
@@ -60,5 +60,6 @@ KINDS = (
         retyped=_retyped,
         library="pytorch-optimizer",
         counts_steps=True,
+        loses_small_steps=nothing_is_kept,
     ),
 )

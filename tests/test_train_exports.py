@@ -46,7 +46,9 @@ def assert_same(export: Path, other: Path) -> None:
 def test_a_checkpoint_is_exported_as_the_run_would_have(
     write_config: Callable[..., Path], adapter: dict | None, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """The adapter with some weights that are trained in full beside it."""
     keys = {"adapter": adapter, "max_steps": 1, "checkpoint_every_n_steps": 1}
+    keys["model__train"] = ["x_embedder", "norm_q"] if adapter else []
     run(write_config(**keys, ema=EMA))
     folder = only_run(write_config(**keys))
     names, before = ("step1", "step1_ema"), folder / "before"

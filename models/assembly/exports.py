@@ -16,8 +16,7 @@ from models.assembly.stage import StagedModel, model_names
 from models.base import BasePipeline
 from models.foundation.checkpoints.headers import read_header
 from models.foundation.layers.ensemble import Ensemble
-from utils import adapters
-from utils.adapters import attach
+from utils.adapters import attach, mixed
 from utils.adapters.kinds import COMFYUI
 from utils.diffusion.objectives import Epsilon, VPrediction
 from utils.errors import UserError
@@ -50,8 +49,9 @@ def check_outputs(pipeline: BasePipeline, settings: Settings) -> None:
             '"diffusers"',
             where="key `save_format`",
         )
-    kind = settings.adapter and adapters.find(settings.adapter.type)
-    if kind and settings.save_format in (COMFYUI, "both") and COMFYUI not in kind.formats:
+    kinds = mixed.kinds_of(settings.adapter) if settings.adapter else []
+    kind = next((kind for kind in kinds if COMFYUI not in kind.formats), None)
+    if kind and settings.save_format in (COMFYUI, "both"):
         raise UserError.of(
             f'ComfyUI does not read {kind.name}, of which "{settings.save_format}" asks for a file; use "diffusers", '
             "or another [adapter] type",
@@ -91,8 +91,9 @@ def check_exports(pipeline: BasePipeline, settings: Settings, staged: StagedMode
 def formats_of(pipeline: BasePipeline, settings: Settings) -> tuple[str, ...]:
     """The names of the layouts in which the run exports."""
     asked = settings.save_format or ("both" if pipeline.original_layout else "diffusers")
-    known = adapters.find(settings.adapter.type).formats if settings.adapter else ("diffusers", COMFYUI)
-    return tuple(name for name in ("diffusers", COMFYUI) if asked in (name, "both") and name in known)
+    kinds = mixed.kinds_of(settings.adapter) if settings.adapter else []
+    known = [name for name in ("diffusers", COMFYUI) if all(name in kind.formats for kind in kinds)]
+    return tuple(name for name in known if asked in (name, "both"))
 
 
 def export_plan(

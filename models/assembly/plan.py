@@ -21,7 +21,7 @@ from models.assembly.stage import StagedModel
 from models.base import BasePipeline
 from models.foundation.layers.ensemble import Ensemble
 from utils import adapters
-from utils.adapters import attach
+from utils.adapters import attach, in_full, mixed
 from utils.dataset.bucket_table import format_table
 from utils.dataset.collection import Collection
 from utils.dataset.epochs import Epochs, micro_batch_of
@@ -177,13 +177,23 @@ def _trained(settings: Settings, pipeline: BasePipeline, staged: StagedModel) ->
     adapter, denoiser = settings.adapter, staged.denoiser
     parts = ", ".join(denoiser.configs) if isinstance(denoiser, Ensemble) else pipeline.denoiser_folder
     if adapter is None:
-        return f"full fine-tune of {parts}, since there is no [adapter]"
+        some = f"{_in_full(staged)} of " if settings.model.train else ""
+        return f"full fine-tune of {some}{parts}, since there is no [adapter]"
     rank = adapter.model_dump().get("rank")
     by_rules = ", or as the rules say," if any(rule.rank for rule in adapter.rules) else ""
     of_rank = f" of rank {rank}{by_rules}" if rank else ""
     begins = f", which begins as {adapter.init_from_existing}" if adapter.init_from_existing else ""
-    name, count = adapters.find(adapter.type).name, len(attach.adapted(denoiser))
-    return f"{name}{of_rank} on {count} modules of {parts}{begins}"
+    kinds = Counter(kind.name for kind, _ in attach.adapted(denoiser).values())
+    of_most = adapters.find(adapter.type).name
+    counted = [f"{name}{of_rank if name == of_most else ''} on {count} modules" for name, count in kinds.items()]
+    beside = f", and {_in_full(staged)} in full" if settings.model.train else ""
+    return f"{' and '.join(counted)} of {parts}{begins}{beside}"
+
+
+def _in_full(staged: StagedModel) -> str:
+    """What is trained itself, in few words."""
+    names = list(in_full.divided(staged.trained(staged.layers))[1])
+    return f"{len(names)} tensors ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
 
 
 def _parameters(staged: StagedModel) -> str:
@@ -229,8 +239,10 @@ def _outputs(pipeline: BasePipeline, settings: Settings) -> Iterator[tuple[str, 
     exported = [*_intervals(settings, "save", epochs=settings.export_epochs), "at the end"]
     averages = {"beside": ", and its average", "instead": "'s average"}[settings.ema.export] if settings.ema else ""
     layouts = " and ".join(formats_of(pipeline, settings))
-    read_by = adapters.find(settings.adapter.type).read_by if settings.adapter else ""
+    read_by = mixed.read_by(settings.adapter) if settings.adapter else ""
     read_by = f"; {read_by}" if read_by and "diffusers" in formats_of(pipeline, settings) else ""
+    if settings.adapter and settings.model.train and "diffusers" in layouts:
+        read_by += "; what is trained in full lies beside, in trained_<part>.safetensors, for load_state_dict"
     kept = f"; those of the newest {settings.keep_exports} steps are kept" if settings.keep_exports else ""
     yield "exports", f"{', '.join(exported)}: the {kind}{averages}, for {layouts}{read_by}{kept}"
     saved = _intervals(settings, "checkpoint")

@@ -105,8 +105,8 @@ class Rates:
             if not any(PARTS[key](self._pipeline, name) for name in names):
                 yield Problem("", f"[optimizer] {key}", "nothing that is trained belongs to this part; leave it out")
         frozen = [name for name in names if self.lr(name) == 0]
-        if frozen and attach.is_factor(frozen[0]):
-            message = f"a rate of 0 freezes '{frozen[0]}'; leave it out of the adapter, by [adapter] exclude"
+        if factor := next(filter(attach.is_factor, frozen), None):
+            message = f"a rate of 0 freezes '{factor}'; leave it out of the adapter, by [adapter] exclude"
             yield Problem("", "[optimizer]", message)
         elif len(frozen) == len(names):
             yield Problem("", "[optimizer]", "its rates of 0 freeze all that would be trained")

@@ -60,7 +60,7 @@ def check_requests(pipeline: BasePipeline, requests: Sequence[SampleRequest], *,
         found = [
             *_problems_of_guidance(pipeline, one),
             *_problems_of_pictures(pipeline, one),
-            *([] if has_adapter else _problems_of_scale(one)),
+            *_problems_of_scale(pipeline, one, has_adapter=has_adapter),
             *_of_model(pipeline, one),
         ]
         problems += map(request.problem, found or _problems_of_drawing(pipeline, one))
@@ -74,9 +74,14 @@ def _of_model(pipeline: BasePipeline, sampling: SamplingSettings) -> list[Proble
     return list(pipeline.problems_of_samples(sampling))
 
 
-def _problems_of_scale(sampling: SamplingSettings) -> Iterator[Problem]:
-    if sampling.adapter_scale != 1.0:
+def _problems_of_scale(pipeline: BasePipeline, sampling: SamplingSettings, *, has_adapter: bool) -> Iterator[Problem]:
+    if sampling.adapter_scale == 1.0:
+        return
+    if not has_adapter:
         yield Problem("", "[sampling] adapter_scale", "there is no [adapter] that is trained; leave it out")
+    elif pipeline.options.train:
+        message = "changes the adapter alone, and not what [model] train has trained with it; leave it out"
+        yield Problem("", "[sampling] adapter_scale", message)
 
 
 def _problems_of_drawing(pipeline: BasePipeline, sampling: SamplingSettings) -> list[Problem]:

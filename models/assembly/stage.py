@@ -3,6 +3,7 @@ is adapted and cut; then this process's stage is filled with weights, presets an
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,11 +12,12 @@ from functools import cache, partial
 import torch
 from torch import nn
 
+from models.assembly.in_full import named_in_full
 from models.assembly.rates import Rates, freeze
 from models.base import BasePipeline
-from models.foundation.checkpoints.adapter_files import read_factors, read_ranks, read_updates
+from models.foundation.checkpoints.adapter_files import read_existing, read_ranks, read_updates
 from utils import adapters
-from utils.adapters import attach, presets
+from utils.adapters import attach, in_full, mixed, presets
 from utils.adapters.kinds import ModelNames, Update
 from utils.errors import UserError
 from utils.parallel.attention import give_gradients_one_layout
@@ -26,6 +28,8 @@ from utils.parallel.teacher import Teacher
 from utils.quantised.linear import parameter_count, quantise
 from utils.settings.model_schema import PresetAdapter
 from utils.settings.schema import PLANNED, AdapterSettings, Settings
+
+logger = logging.getLogger(__name__)
 
 Preset = tuple[PresetAdapter, Mapping[str, Update]]
 
@@ -61,18 +65,23 @@ class StagedModel:
 
 
 def partition(pipeline: BasePipeline, settings: Settings, denoiser: nn.Module) -> StagedModel:
-    """Puts quantised Linears into the blocks if the settings ask for them, attaches the adapter, freezes what has no
-    learning rate and cuts the denoiser.
+    """Puts quantised Linears into the blocks if the settings ask for them, attaches the adapter, freezes what is not to
+    be trained or has no learning rate, and cuts the denoiser.
 
     Raises:
-        UserError: the adapter's patterns leave nothing, a rule for rates is not used, the stages do not fit the layers,
-            or a stage has fewer blocks than are to be swapped.
+        UserError: patterns of what is trained or adapted are not used, or leave nothing; a rule for rates is not used;
+            the stages do not fit the layers, or a stage has fewer blocks than are to be swapped.
     """
     if pipeline.block_format:
         quantise(denoiser, quantised_linears(pipeline, denoiser), pipeline.block_format)
+    in_full = named_in_full(pipeline, denoiser)
     if settings.adapter:
+        mixed.check(settings.adapter, pipeline.options)
         ranks = _ranks_of_existing(pipeline, settings.adapter, denoiser)
-        attach.attach(denoiser, adapted_blocks(pipeline, settings.adapter), settings.adapter, ranks)
+        attach.attach(denoiser, adapted_blocks(pipeline, settings.adapter), settings.adapter, ranks, in_full)
+    elif in_full:
+        for name, parameter in denoiser.named_parameters():
+            parameter.requires_grad_(name in in_full)
     rates = Rates(settings, pipeline, denoiser)
     rates.check(denoiser)
     freeze(denoiser, rates)
@@ -243,8 +252,8 @@ def teacher_of(pipeline: BasePipeline, settings: Settings, staged: StagedModel) 
 def load_existing_adapter(
     pipeline: BasePipeline, settings: Settings, staged: StagedModel, layers: list[nn.Module]
 ) -> None:
-    """Copies the adapter of `init_from_existing`, if one is named, into the factors of `layers`; with no layers it is
-    only checked.
+    """Copies the adapter of `init_from_existing`, if one is named, into the factors of `layers`, and what it has for
+    parameters that are trained in full into those; with no layers it is only checked.
 
     Raises:
         UserError: it does not fit the model or the run's adapter.
@@ -252,5 +261,17 @@ def load_existing_adapter(
     existing = settings.adapter and settings.adapter.init_from_existing
     if existing:
         kind, denoiser = adapters.find(settings.adapter.type), staged.denoiser
-        factors = read_factors(existing, kind, model_names(pipeline, denoiser), attach.scales(denoiser))
+        named = set(in_full.divided(staged.trained(staged.layers))[1])
+        names = model_names(pipeline, denoiser)
+        factors, whole = read_existing(existing, kind, names, attach.scales(denoiser), named)
         attach.load(denoiser, layers, factors, str(existing))
+        presets.check_fits(denoiser, whole, str(existing))
+        in_full.load(denoiser, layers, whole)
+        if (missing := sorted(named - set(whole))) and not layers:
+            logger.info(
+                "%s: has no values for %d parameters that [model] train names, which begin with those of the base: the "
+                "first is '%s'",
+                existing,
+                len(missing),
+                missing[0],
+            )

@@ -39,6 +39,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "oft": {"type": "oft", "block_size": 4},
     "boft": {"type": "oft", "block_size": 16, "butterfly": True},
     "ia3": {"type": "ia3"},
+    "vera": {"type": "vera", "rank": 4},
 }
 MODELS = ("flux", "sdxl", "wan")
 
@@ -120,7 +121,7 @@ def seen_weight(layer: nn.Module, base: nn.Conv2d) -> tuple[torch.Tensor, torch.
 def test_a_trained_adapter_is_the_same_elsewhere(
     known: Callable[[str], Model], name: str, keys: dict[str, Any], tmp_path: Path
 ) -> None:
-    model, adapter = known(name), chosen(keys, convolutions=name == "sdxl")
+    model, adapter = known(name), chosen(keys, convolutions=name == "sdxl" and keys["type"] != "vera")
     pipeline = model.pipeline()
     staged = trained(model, pipeline, adapter)
     settings = settings_of(pipeline, adapter)
@@ -151,7 +152,7 @@ def test_a_trained_adapter_is_the_same_elsewhere(
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
     # Training goes on from each file, of a start with its rank and scale.
     going_on = chosen({"type": "lora", "rank": 8}, convolutions=name == "sdxl") if "init" in keys else adapter
-    for file in files:
+    for file in files - ({COMFYUI_FILE} if keys["type"] == "vera" else set()):
         again = partition(pipeline, settings_of(pipeline, going_on), pipeline.weights.build_empty())
         own = model_names(pipeline, again.denoiser)
         read = read_factors(tmp_path / "out" / file, kind, own, attach.scales(again.denoiser))

@@ -116,7 +116,7 @@ def test_what_is_not_read_is_named(known: Callable[[str], Known], model: str, tm
         f"{name}.a1.weight": "1 of its 3 tensors are of a form that is not read here .GLoRA",
         f"{name}.rescale": "OFT with other lengths",
         f"{name}.on_input": "IA3 of LyCORIS",
-        f"{name}.vera_lambda_b": "VeRA",
+        "base_model.vera_A": "1 of its 3 tensors are of a form that is not read here, the first is 'base_model.vera_A'",
         f"{name}.set_weight": "replacement of weights",
         f"{name}.weight": f"the first is '{name}.weight'",
         f"{name}.lora_B.bias": "LoRA with biases",

@@ -247,3 +247,37 @@ def test_an_optimizer_that_steps_all_together_releases_no_gradients() -> None:
     optimizers.check_steps(settings("adamw"))
     with pytest.raises(UserError, match=r"\[optimizer\] gradient_release: .soap. has to step all .* one of .*adamw, "):
         optimizers.check_steps(settings("soap"))
+
+
+KEEPS = ("master", "kahan_comp", "compensation")
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        *((name, {}) for name in optimizers.available()),
+        *(("adamw", {"rounding": rounding}) for rounding in ("kahan", "stochastic", "nearest")),
+        ("prodigy_plus_schedule_free", {"stochastic_rounding": False}),
+        ("torch.optim.Adamax", {}),
+    ],
+)
+def test_what_loses_small_steps_says_so(name: str, keys: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """By many steps of which each is less than half of what bfloat16 tells apart."""
+    kind = optimizers.find(name)
+    # Those that find their rate begin with one of 1e-6.
+    settings = kind.settings(type=name, lr=1.0 if kind.sums else 1e-5, weight_decay=0.0, **keys)
+    weight = nn.Parameter(torch.ones(64, 80, dtype=torch.bfloat16))
+    optimizer = optimizers.made([{"params": [weight]}], settings)
+    for _ in range(30):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    state = optimizer.state[weight]
+    kept = [key for key in KEEPS if key in state and not torch.equal(state[key].float(), weight.float())]
+    moved = bool((weight != 1).any()) or any(bool(state[key].any()) for key in kept)
+    assert moved != kind.loses_small_steps(settings)
+    optimizers.warn_of_lost_steps(settings, {"a": weight, "b": nn.Parameter(torch.ones(3))})
+    assert ('"a" first' in caplog.text and "1 of 2 trained tensors" in caplog.text) != moved
+    caplog.clear()
+    optimizers.warn_of_lost_steps(settings, {"b": nn.Parameter(torch.ones(3))})
+    assert not caplog.text

@@ -8,6 +8,7 @@ import torch
 from torch.optim import lr_scheduler
 from transformers import optimization
 
+from models.sdxl import SdxlOptions
 from optimizers.schedules import Schedule, check, warn_of_warmup
 from utils.adapters.lora import LoraSettings
 from utils.errors import UserError
@@ -18,8 +19,8 @@ from utils.settings.schema import Settings
 
 
 def run_settings(**keys: object) -> Settings:
-    model = ModelSettings(type="tiny")
-    return Settings(output_dir="a", dataset="b", model=model, **{"optimizer": {"type": "sgd", "lr": 1}, **keys})
+    own = {"model": ModelSettings(type="tiny"), "optimizer": {"type": "sgd", "lr": 1}}
+    return Settings(output_dir="a", dataset="b", **{**own, **keys})
 
 
 def rates(total_steps: int, steps: range, **keys: object) -> list[float]:
@@ -167,6 +168,12 @@ def test_keys_that_a_schedule_does_not_use_or_lacks_are_told(keys: dict[str, obj
         ({"adapter": LoraSettings(type="lora", rank=1, loraplus_lr_ratio=2.0)}, "[adapter] loraplus_lr_ratio"),
         ({"adapter": LoraSettings(type="lora", rank=1, rules=[{"pattern": "a", "lr": 0.1}])}, "[adapter] rules"),
         ({"optimizer": {"rules": [{"pattern": "attn", "lr": 0.0, "weight_decay": 0.1}]}}, None),
+        ({"model": SdxlOptions(type="sdxl", unet_lr=0.1)}, "[model] unet_lr"),
+        (
+            {"model": SdxlOptions(type="sdxl", text_encoder_1_lr=0.0, text_encoder_2_lr=0.1)},
+            "[model] text_encoder_2_lr",
+        ),
+        ({"model": SdxlOptions(type="sdxl", unet_lr=0.5, text_encoder_1_lr=0.5)}, None),
     ],
 )
 def test_one_constant_rate_is_no_rate_of_some(keys: dict[str, object], place: str | None) -> None:

@@ -5,20 +5,20 @@ Outside this folder a parameter has one name, without the additions of adapted m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatch, fnmatchcase
-from typing import Any
 
 import torch
 from torch import nn
 
 from utils import adapters
+from utils.adapters import mixed
 from utils.adapters.kinds import ADAPTER, AdapterKind
 from utils.diffusion import seeds
 from utils.errors import UserError
 from utils.settings.model_schema import torch_dtype
-from utils.settings.schema import AdapterRule, AdapterSettings
+from utils.settings.schema import AdapterSettings
 
 
 def base_name(name: str) -> str:
@@ -36,12 +36,15 @@ def is_within(name: str, blocks: Sequence[str]) -> bool:
     return any(fnmatchcase(name, f"{block}.*") for block in blocks)
 
 
-def targets(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings) -> list[str]:
+def targets(
+    denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings, in_full: Collection[str] = ()
+) -> list[str]:
     """Names of the Linears, and of convolutions if requested, that lie in the denoiser's repeated blocks and pass the
     patterns.
 
     Args:
         blocks: names of lists of blocks, or patterns of such names.
+        in_full: parameters that are trained themselves; an adapter of such a weight would be one thing twice.
 
     Raises:
         UserError: none is left.
@@ -57,7 +60,14 @@ def targets(denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSetting
             f"are called like {modules[0]}",
             where="[adapter]",
         )
-    return chosen
+    left = [name for name in chosen if f"{name}.weight" not in in_full]
+    if not left:
+        raise UserError.of(
+            f"has the weights of all {len(chosen)} modules that are to be adapted, so that no adapter is left; name "
+            "fewer, or leave out [adapter]",
+            where="[model] train",
+        )
+    return left
 
 
 def _chosen(denoiser: nn.Module, name: str, settings: AdapterSettings) -> bool:
@@ -75,18 +85,24 @@ def matches(denoiser: nn.Module, name: str, pattern: str) -> bool:
 
 
 def attach(
-    denoiser: nn.Module, blocks: Sequence[str], settings: AdapterSettings, ranks: Mapping[str, int] | None = None
+    denoiser: nn.Module,
+    blocks: Sequence[str],
+    settings: AdapterSettings,
+    ranks: Mapping[str, int] | None = None,
+    in_full: Collection[str] = (),
 ) -> None:
     """Freezes the denoiser and adds factors to its target modules, still without values (on the meta device).
 
     Args:
         ranks: module -> the rank of its update; modules without one are not adapted. Default: all targets, with the
             rank of the settings.
+        in_full: names of parameters that are trained themselves, and not frozen.
     """
-    names = targets(denoiser, blocks, settings)
-    denoiser.requires_grad_(False)
-    kind = adapters.find(settings.type)
+    names = targets(denoiser, blocks, settings, in_full)
+    for name, parameter in denoiser.named_parameters():
+        parameter.requires_grad_(name in in_full)
     for own, chosen in by_rule(denoiser, names, settings):
+        kind = adapters.find(chosen.type)
         if ranks is None:
             kind.put(denoiser, own, chosen)
             continue
@@ -119,8 +135,8 @@ def by_rule(
             why = "matches only what rules above it match" if number in matched else nothing
             raise UserError.of(f'pattern "{rule.pattern}" {why}', where=f"[[adapter.rules]] {number + 1}")
     ruled = [
-        (own, settings.model_copy(update=_changes(rule)))
-        for rule, own in zip(settings.rules, taken, strict=True)
+        (own, chosen)
+        for rule, own, chosen in zip(settings.rules, taken, mixed.of_rules(settings), strict=True)
         if rule.rank != 0
     ]
     found = [(own, chosen) for own, chosen in [*ruled, (others, settings)] if own]
@@ -129,19 +145,14 @@ def by_rule(
     return found
 
 
-def _changes(rule: AdapterRule) -> dict[str, Any]:
-    """What a rule changes of the settings. Its rank is also that of convolutions."""
-    of_all = {"conv_dim": None, "conv_alpha": None} if rule.rank else {}
-    return {**of_all, **rule.sizes}
-
-
 def rates_by_rule(denoiser: nn.Module, settings: AdapterSettings) -> dict[str, float]:
     """The learning rates of the parameters for which a rule has one, by name."""
     rates = {}
     for name, (_, module) in adapted(denoiser).items():
         rule = next((rule for rule in settings.rules if matches(denoiser, name, rule.pattern)), None)
         if rule is not None and rule.lr is not None:
-            rates |= {base_name(f"{name}.{own}"): rule.lr for own, _ in module.named_parameters()}
+            own_names = (f"{name}.{own}" for own, _ in module.named_parameters())
+            rates |= dict.fromkeys(map(base_name, filter(is_factor, own_names)), rule.lr)
     return rates
 
 

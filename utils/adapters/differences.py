@@ -3,6 +3,7 @@ are made of others: with the scale of DoRA, or the rows of a larger one."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,24 @@ class WholeUpdate:
     def delta(self, base: torch.Tensor) -> torch.Tensor:
         """The difference."""
         return self.values.float()
+
+
+@dataclass(frozen=True)
+class WholeValues:
+    """The values that a parameter gets, in the place of those that it has."""
+
+    values: torch.Tensor
+    fits_beside = False
+    needs_base = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the parameter."""
+        return tuple(self.values.shape)
+
+    def delta(self, base: torch.Tensor) -> torch.Tensor:
+        """What they are more than the base."""
+        return self.values.float().to(base.device) - base
 
 
 @dataclass(frozen=True)
@@ -100,6 +119,9 @@ def differences(entry: Entry, names: ModelNames) -> dict[str, Update]:
         if len(own) > 1 and sum(rows) != len(tensor):
             raise ValueError(f"'{entry.name}' changes {len(tensor)} rows, and the model has {sum(rows)}")
         values = _swapped(tensor) if entry.target.swap_halves else tensor
+        if len(own) == 1 and values.numel() == math.prod(names.shapes[own[0]]):
+            # A table may be a single row there.
+            values = values.reshape(names.shapes[own[0]])
         found |= {
             name: WholeUpdate(piece)
             for name, piece in zip(own, values.split(rows) if len(own) > 1 else [values], strict=True)

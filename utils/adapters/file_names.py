@@ -66,7 +66,12 @@ def _by_module(tensors: Tensors) -> tuple[dict[tuple[str, AdapterKind | None], T
     endings = sorted([*known, *SHARED], key=len, reverse=True)
     found: dict[tuple[str, AdapterKind | None], Tensors] = {}
     shared, unread = {}, []
+    once = {ending: kind for kind in adapters.available().values() for ending in kind.once}
+    of_all: dict[str, AdapterKind] = {}
     for key, tensor in tensors.items():
+        if owner := next((kind for ending, kind in once.items() if key.endswith(ending)), None):
+            of_all[key] = owner
+            continue
         ending = next((ending for ending in endings if key.endswith(ending)), None)
         module = key.removesuffix(ending or "")
         if ending in SHARED:
@@ -83,7 +88,8 @@ def _by_module(tensors: Tensors) -> tuple[dict[tuple[str, AdapterKind | None], T
             owners[0][part] = tensor
         else:
             unread.append(key)
-    return found, unread
+    kinds = {kind for _, kind in found}
+    return found, [*unread, *(key for key, kind in of_all.items() if kind not in kinds)]
 
 
 class Spellings:

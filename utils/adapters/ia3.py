@@ -75,6 +75,7 @@ class Ia3(LycorisKind):
     mark = ".ia3_"
     endings = {f".{PART}{ending}": PART for ending in ("", ".default")}
     layer = Ia3Layer
+    mixes: ClassVar[bool] = False
     formats: ClassVar[tuple[str, ...]] = ("diffusers",)
     read_by: ClassVar[str] = "diffusers itself and ComfyUI read no such adapter, PEFT applies it to diffusers' models"
 

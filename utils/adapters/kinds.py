@@ -104,6 +104,16 @@ class FileLayout(Protocol):
         dora_scale: Callable[[str], torch.Tensor] | None = None,
     ) -> Tensors: ...
 
+    def differences(self, values: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
+        """Differences of parameters, by our names, as ComfyUI reads them in a file of an adapter.
+
+        Args:
+            shapes: of all parameters.
+
+        Raises:
+            ValueError: a parameter has no place there.
+        """
+
 
 @dataclass(frozen=True)
 class ModelNames:
@@ -242,16 +252,21 @@ class AdapterKind(Protocol):
         name: its name in messages.
         mark: part of the name of every factor, and of no other tensor, here.
         endings: of the names of its tensors in files, in every spelling -> the names by which `Entry` has them.
+        once: endings of the names of tensors that a file has for all of its modules together.
         formats: of the layouts of `ExportWishes.formats` those that programs read of this kind.
         read_by: who reads the file for diffusers, where that is not diffusers itself; empty where it is.
+        mixes: whether modules of this kind may stand in one file with those of others, which LyCORIS reads for
+            diffusers.
     """
 
     settings: ClassVar[type[AdapterSettings]]
     name: ClassVar[str]
     mark: ClassVar[str]
     endings: ClassVar[Mapping[str, str]]
+    once: ClassVar[tuple[str, ...]]
     formats: ClassVar[tuple[str, ...]]
     read_by: ClassVar[str]
+    mixes: ClassVar[bool]
 
     def put(self, denoiser: nn.Module, names: Sequence[str], settings: Any) -> None:
         """Replaces modules of the denoiser by adapted ones, whose factors are on the meta device."""
@@ -297,12 +312,21 @@ class AdapterKind(Protocol):
     def to_files(self, factors: Tensors, settings: Any, wishes: ExportWishes) -> dict[str, AdapterFile | str]:
         """The files of an export by name; a text is written as it is."""
 
+    def in_lycoris(self, factors: Tensors, settings: Any, wishes: ExportWishes) -> Tensors:
+        """Factors as LyCORIS has them, of a kind that `mixes`.
+
+        Raises:
+            ValueError: LyCORIS has no such form.
+        """
+
 
 class WithoutMore:
     """What most kinds have in common."""
 
+    once: ClassVar[tuple[str, ...]] = ()
     formats: ClassVar[tuple[str, ...]] = ("diffusers", COMFYUI)
     read_by: ClassVar[str] = ""
+    mixes: ClassVar[bool] = False
 
     def bias_updates(self, entry: Entry, names: ModelNames) -> Mapping[str, Update]:
         """None."""
@@ -311,6 +335,10 @@ class WithoutMore:
     def beside(self, module: nn.Module) -> Tensors:
         """Nothing."""
         return {}
+
+    def in_lycoris(self, factors: Tensors, settings: Any, wishes: ExportWishes) -> Tensors:
+        """Of kinds that mix alone."""
+        raise AssertionError("it is in no file with others")
 
 
 def without_scale(module: nn.Module) -> AbstractContextManager[None]:

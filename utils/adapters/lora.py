@@ -70,6 +70,8 @@ class LoraSettings(AdapterSettings, LowRankKeys):
         *("type", "rank", "alpha", "conv_dim", "conv_alpha", "rslora", "dora", "init"),
         *("dim_from_weights", "include", "exclude"),
     )
+    of_runs: ClassVar[tuple[str, ...]] = ("dim_from_weights", "loraplus_lr_ratio", "scale_weight_norms")
+    of_files: ClassVar[tuple[str, ...]] = ("dora",)
 
     type: Literal["lora"]
     """Kind of adapter."""
@@ -141,6 +143,7 @@ class Lora(WithoutMore):
     name = "LoRA"
     mark = ".lora_"
     endings = ENDINGS
+    mixes = True
 
     def put(self, denoiser: nn.Module, names: Sequence[str], settings: LoraSettings) -> None:
         """PEFT's layers, as ours correct them. `inject_adapter_in_model` would put the same in several times as long:
@@ -248,7 +251,7 @@ class Lora(WithoutMore):
         layout = wishes.names.layout
         if COMFYUI in wishes.formats and layout:
             lengths = partial(_dora_scale, whole, scales, wishes) if settings.dora else None
-            pairs = _rounded(whole, dict.fromkeys(scales, 1.0), wishes)
+            pairs = rounded_factors(whole, dict.fromkeys(scales, 1.0), wishes)
             kohya = layout.lora_to_kohya(pairs, scales.__getitem__, wishes.names.rows_of, lengths)
             rank = _rank_of_most(whole)
             alpha = (settings.rank or rank) if settings.alpha is None else settings.alpha
@@ -256,11 +259,38 @@ class Lora(WithoutMore):
             files[COMFYUI_FILE] = AdapterFile(kohya, metadata)
         return files
 
+    def in_lycoris(self, factors: Tensors, settings: LoraSettings, wishes: ExportWishes) -> Tensors:
+        """See `AdapterKind`."""
+        if settings.dora:
+            raise ValueError("DoRA is in no file with other kinds of adapters")
+        whole = _with_starts(factors)
+        scales = {name.removesuffix(A): self._scale(name.removesuffix(A), wishes) for name in _downs(whole)}
+        return in_lycoris_names(rounded_factors(whole, dict.fromkeys(scales, 1.0), wishes), wishes, scales)
+
     def _scale(self, module: str, wishes: ExportWishes) -> float:
         return self.scale_of(wishes.names.modules[module])
 
 
 KINDS = (Lora(),)
+
+
+def in_lycoris_names(factors: Tensors, wishes: ExportWishes, scales: Mapping[str, float] | None = None) -> Tensors:
+    """Factors of a LoRA as LyCORIS has them: `lycoris_<module, _ for .>.lora_down.weight`, `.lora_up.weight`, and
+    `.alpha`.
+
+    Args:
+        scales: of each module; default: 1.
+    """
+    named: Tensors = {}
+    for name in _downs(factors):
+        module, folder = name.removesuffix(A), f"{wishes.names.folder}."
+        stem = f"lycoris_{module.removeprefix(folder).replace('.', '_')}"
+        named |= {
+            f"{stem}.lora_down.weight": factors[name],
+            f"{stem}.lora_up.weight": factors[f"{module}{B}"],
+            f"{stem}.alpha": torch.tensor(len(factors[name]) * (scales[module] if scales else 1.0)),
+        }
+    return named
 
 
 def _downs(factors: Tensors) -> list[str]:
@@ -300,7 +330,7 @@ def _for_diffusers(
         **({"use_dora": True} if settings.dora else {}),
         "base_model_name_or_path": wishes.metadata.get("base_model"),
     }
-    folded = _rounded(factors, scales, wishes)
+    folded = rounded_factors(factors, scales, wishes)
     named = {
         f"{part}.{own.removesuffix('.weight') if own.endswith(M) else own}": folded[name]
         for part, names in wishes.parts.items()
@@ -324,7 +354,7 @@ def _dora_scale(factors: Tensors, scales: Mapping[str, float], wishes: ExportWis
     return dora_scale(wishes.names.weight(module), pair, scales.get(module, 1.0), factors.get(f"{module}{M}"))
 
 
-def _rounded(factors: Tensors, scales: Mapping[str, float], wishes: ExportWishes) -> Tensors:
+def rounded_factors(factors: Tensors, scales: Mapping[str, float], wishes: ExportWishes) -> Tensors:
     """Factors in the type of files, with a scale in each `lora_A`. What float16 would lose stays float32, together with
     its other half; so do lengths of rows."""
     rounded = {name: tensor for name, tensor in factors.items() if name.endswith(M)}

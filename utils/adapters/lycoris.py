@@ -159,6 +159,7 @@ class LycorisKind(WithoutMore):
 
     name: ClassVar[str]
     read_by: ClassVar[str] = "diffusers itself reads no such adapter, LyCORIS applies the file to diffusers' models"
+    mixes: ClassVar[bool] = True
     layer: ClassVar[type[AdaptedLayer]]
     scaled: ClassVar[tuple[str, ...]] = ()
     """Of the factors of which another scale can be a part, those that take it: the first that is there."""
@@ -259,17 +260,19 @@ class LycorisKind(WithoutMore):
         by_module = self._by_module(factors, wishes)
         files: dict[str, AdapterFile | str] = {}
         if "diffusers" in wishes.formats:
-            ours = {
-                module: PREFIX + module.removeprefix(f"{wishes.names.folder}.").replace(".", "_")
-                for module in by_module
-            }
-            files[ADAPTER_FILE] = AdapterFile(_named(by_module, ours), wishes.metadata)
+            files[ADAPTER_FILE] = AdapterFile(self.in_lycoris(factors, settings, wishes), wishes.metadata)
         layout = wishes.names.layout
         if COMFYUI in wishes.formats and layout:
             theirs = layout.comfyui_names(by_module)
             whole = self._differences(factors, set(by_module) - set(theirs), wishes)
             files[COMFYUI_FILE] = AdapterFile({**_named(by_module, theirs), **whole}, wishes.metadata)
         return files
+
+    def in_lycoris(self, factors: Tensors, settings: Any, wishes: ExportWishes) -> Tensors:
+        """See `AdapterKind`."""
+        by_module = self._by_module(factors, wishes)
+        beginning = f"{wishes.names.folder}."
+        return _named(by_module, {own: PREFIX + own.removeprefix(beginning).replace(".", "_") for own in by_module})
 
     def _by_module(self, factors: Tensors, wishes: ExportWishes) -> dict[str, Tensors]:
         """The tensors that a file has for each module, without the module's name."""

@@ -22,9 +22,10 @@ Kept = tuple[torch.Tensor, ...]
 
 
 def frozen_weight(linear: nn.Module) -> tuple[Form | None, Kept] | None:
-    """What is kept of a Linear's weight, in which form if it is quantised. None if it is trained, or the product may be
-    another one: of other kinds of modules, and of those with hooks."""
-    if linear.weight.requires_grad or linear._forward_hooks or linear._forward_pre_hooks:
+    """What is kept of a Linear's weight, in which form if it is quantised. None if it or its bias is trained, or the
+    product may be another one: of other kinds of modules, and of those with hooks."""
+    trained = any(parameter.requires_grad for parameter in linear.parameters(recurse=False))
+    if trained or linear._forward_hooks or linear._forward_pre_hooks:
         return None
     if type(linear) is QuantisedLinear:
         return (linear.form, linear.shape), (linear.weight, linear.scale)
@@ -103,7 +104,10 @@ class QuantisedLinear(nn.Linear):
         if not (torch.is_grad_enabled() and x.requires_grad):
             # The same; torch.compile cannot read a Function that nothing goes back through.
             return functional.linear(x, self.dequantised(x.dtype), self.bias)
-        return _Product.apply(x, self.bias, (self.form, self.shape), self.weight, self.scale)
+        kept = (self.form, self.shape), self.weight, self.scale
+        if self.bias is not None and self.bias.requires_grad:
+            return _Product.apply(x, None, *kept) + self.bias
+        return _Product.apply(x, self.bias, *kept)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantisedLinear:
         def move(tensor: torch.Tensor) -> torch.Tensor:

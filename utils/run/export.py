@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from optimizers.ema import EMA
-from utils import adapters
-from utils.adapters.kinds import COMFYUI, COMFYUI_FILE, AdapterFile, ExportWishes, ModelNames
+from utils.adapters import in_full, mixed
+from utils.adapters.kinds import COMFYUI, COMFYUI_FILE, LAYOUT, AdapterFile, ExportWishes, ModelNames
 from utils.ranks import Ranks
 from utils.run.attempts import Attempt
 from utils.run.durable import sync_folder, write_bytes
@@ -282,7 +282,7 @@ class _Place:
     def write(self, usual: str, tensors: Tensors, metadata: Mapping[str, str]) -> None:
         """A file with this usual name."""
         name = self.files.of_file(usual, self.export)
-        layout = COMFYUI if usual in (COMFYUI_FILE, DENOISER_COMFYUI) else "diffusers"
+        layout = COMFYUI if usual in (COMFYUI_FILE, DENOISER_COMFYUI) else metadata.get(LAYOUT, "diffusers")
         title = self.files.title(self.export)
         header = of_file(metadata, tensors, layout=layout, title=title, stem=Path(name).stem)
         header |= of_training(metadata) if "step" in metadata else {}
@@ -305,14 +305,20 @@ def _put(finished: Path, folder: Path, *, adds: bool) -> None:
 
 
 def adapter_files(tensors: Tensors, plan: ExportPlan, metadata: Mapping[str, str]) -> Mapping[str, AdapterFile | str]:
-    """The files of an adapter's export by name, by the adapter's kind.
+    """The files of an adapter's export by name, by the adapter's kind, with what is trained in full beside it.
 
     Raises:
         ValueError: a layout has no place for a tensor.
     """
-    parts = {part.name: part.own(tensors) for part in plan.folders}
-    wishes = ExportWishes(plan.formats, plan.names, parts, metadata, plan.dtype)
-    return adapters.find(plan.adapter.type).to_files(tensors, plan.adapter, wishes)
+    factors, whole = in_full.divided(tensors)
+    wishes, wishes_of_whole = (
+        ExportWishes(
+            plan.formats, plan.names, {part.name: part.own(own) for part in plan.folders}, metadata, plan.dtype
+        )
+        for own in (factors, whole)
+    )
+    files = mixed.to_files(factors, plan.adapter, wishes)
+    return in_full.with_whole(files, whole, factors, wishes_of_whole) if whole else files
 
 
 def further_layouts(tensors: Tensors, plan: ExportPlan) -> Iterator[tuple[str, Tensors]]:

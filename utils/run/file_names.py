@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from utils.adapters.in_full import beside_named, is_beside
 from utils.adapters.kinds import ADAPTER_FILE, COMFYUI, COMFYUI_FILE
 from utils.settings.schema import Settings
 
@@ -41,6 +42,9 @@ class FileNames:
             usual: its name where a run has none.
             export: the name of the folder, as in "epoch3_ema".
         """
+        if is_beside(usual):
+            adapter = self.of_file(ADAPTER_FILE, export)
+            return usual if adapter == ADAPTER_FILE else beside_named(usual, adapter)
         patterns = {ADAPTER_FILE: self.diffusers, COMFYUI_FILE: self.comfyui, DENOISER_COMFYUI: self.comfyui}
         pattern = patterns.get(usual)
         return usual if pattern is None else filled(pattern, self.run, padded(export)) + ENDING

@@ -7,12 +7,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from utils.settings import diffusion_pipe, kohya_and_others
+from utils.settings.adapter_schema import AdapterRule, AdapterSettings
 from utils.settings.choices import Choices, Classes
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 from utils.settings.foreign import Foreign
 from utils.settings.model_schema import ModelSettings, PresetAdapter, TextEncoderFile
 from utils.settings.run_tables import EMASettings, EvalDataset, MonitoringSettings, SampleSettings, SamplingSettings
-from utils.settings.schema import AdapterRule, AdapterSettings, OptimizerSettings, ParameterRule, Settings
+from utils.settings.schema import OptimizerSettings, ParameterRule, Settings
 from utils.settings.values import SettingsTable
 
 # Tables that only group: the run's own keys are accepted at the top of the file and in each of these.

@@ -114,6 +114,8 @@ _OF_RUNS: Mapping[str, str] = {
     "network_weights": "`init_from_existing`, in `[adapter]`",
     "lora_checkpoint": "`init_from_existing`, in `[adapter]`",
     "lora_target_modules": "`include`, in `[adapter]`",
+    "trainable_models": "`train`, in `[model]`, of the denoiser; text encoders have a rate, as `text_encoder_1_lr`",
+    "modules_to_save": "`train`, in `[model]`",
     "save_precision": "`save_dtype`",
     "save_steps": "`save_every_n_steps`",
     "save_state": "`checkpoint_every_n_epochs`",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ NOTHING: Mapping[str, tuple[Any, ...]] = {
 }
 """Key -> the values with which it changes nothing."""
 CONVOLUTIONAL = ("conv_dim", "conv_alpha")
+OF_LORA = "rows of trained lengths (DoRA) are LoRA's alone here, of all modules or of none; leave it out"
 SCALAR = "use_scalar"
 PRESET = "apply_preset"
 BY_CLASS, BY_NAME, CLASSES, PATTERNS = "module_algo_map", "name_algo_map", "target_module", "target_name"
@@ -111,9 +113,10 @@ def _read(config: Mapping[str, Any], complain: Callable[[str, str], None]) -> di
         # An alpha of OFT is a bound, which its own key sets.
         if is_oft and key == "linear_alpha":
             continue
-        name = {**NAMES, **OF_OFT}.get(key) if is_oft else NAMES.get(key)
-        if name is None:
-            complain(key, f"{_shown(value)} is not known here; leave it out, or write what it is for into [adapter]")
+        name = {**NAMES, **(OF_OFT if is_oft else {})}.get(key)
+        if name is None or (name == "dora" and found["type"] != "lora"):
+            strange = f"{_shown(value)} is not known here; leave it out, or write what it is for into [adapter]"
+            complain(key, OF_LORA if name else strange)
             continue
         # What is a number in TOML has one type; in JSON 1 may be a float.
         found[name] = float(value) if name.endswith(("alpha", "dropout", "norm")) and type(value) is int else value
@@ -123,9 +126,11 @@ def _read(config: Mapping[str, Any], complain: Callable[[str, str], None]) -> di
     if not isinstance(preset, dict):
         complain(PRESET, f"is {_shown(preset)}, and an object is meant")
         return found
-    include, factors = _chosen_modules(preset, algorithm, complain)
+    include, factors, rules = _chosen_modules(preset, algorithm, complain)
     if include:
         found["include"] = include
+    if rules:
+        found["rules"] = rules
     if factors and found["type"] != "lokr":
         complain(PRESET, "has factors of modules, which LoKr alone has; leave them out")
     elif factors:
@@ -135,9 +140,10 @@ def _read(config: Mapping[str, Any], complain: Callable[[str, str], None]) -> di
 
 def _chosen_modules(
     preset: Mapping[str, Any], algorithm: str, complain: Callable[[str, str], None]
-) -> tuple[list[str], dict[str, int]]:
-    """Patterns of the modules that are adapted, and the factors of some of them."""
-    include, factors = [], {}
+) -> tuple[list[str], dict[str, int], list[dict[str, Any]]]:
+    """Patterns of the modules that are adapted, the factors of some of them, and rules for those that have another
+    algorithm or other keys."""
+    include, factors, rules = [], {}, []
     for key, value in preset.items():
         if key in (CLASSES, PATTERNS):
             include += [_pattern(one, key) for one in value]
@@ -147,13 +153,16 @@ def _chosen_modules(
                 continue
             for one, own in value.items():
                 include.append(_pattern(one, key))
-                factors |= {_pattern(one, key): own["factor"]} if "factor" in own else {}
-                for other in _other_keys(own, algorithm):
-                    complain(f"{PRESET}.{key}.{one}", f"`{other}` of single modules is not read; leave it out")
+                if own.keys() <= {"factor"} or own == {"algo": algorithm, "factor": own.get("factor")}:
+                    factors |= {_pattern(one, key): own["factor"]} if "factor" in own else {}
+                elif rule := _rule(own, algorithm, partial(complain, f"{PRESET}.{key}.{one}")):
+                    rules.append({"pattern": _pattern(one, key), **rule})
         elif key != "use_fnmatch":
             complain(f"{PRESET}.{key}", "is not known here; leave it out, or write patterns into [adapter] include")
-    # The factors of names before those of classes, which are less exact.
-    return list(dict.fromkeys(include)), dict(sorted(factors.items(), key=lambda one: one[0].startswith("*")))
+    # What names say comes before what classes say, which are less exact.
+    rules.sort(key=lambda rule: rule["pattern"].startswith("*"))
+    by_name = dict(sorted(factors.items(), key=lambda one: one[0].startswith("*")))
+    return list(dict.fromkeys(include)), by_name, rules
 
 
 def _pattern(name: str, key: str) -> str:
@@ -161,10 +170,28 @@ def _pattern(name: str, key: str) -> str:
     return f"*{name}" if key in (CLASSES, BY_CLASS) else name
 
 
-def _other_keys(own: Mapping[str, Any], algorithm: str) -> Iterator[str]:
+def _rule(own: Mapping[str, Any], algorithm: str, complain: Callable[[str], None]) -> dict[str, Any] | None:
+    """What `[[adapter.rules]]` says of modules of their own algorithm; None if that is not known here."""
+    named = own.get("algo", algorithm)
+    if named not in ALGORITHMS:
+        complain(f"{_shown(named)} is not trained here; known: {', '.join(ALGORITHMS)}")
+        return None
+    keys = dict(ALGORITHMS[named])
+    rule: dict[str, Any] = {"type": keys.pop("type")}
+    names = {**NAMES, **OF_OFT} if rule["type"] == "oft" else NAMES
     for key, value in own.items():
-        if key != "factor" and not (key == "algo" and value == algorithm):
-            yield key
+        if key == "algo" or value in NOTHING.get(key, ()):
+            continue
+        if key not in names or key in CONVOLUTIONAL:
+            complain(f"`{key}` of single modules is not read; leave it out")
+            return None
+        if names[key] == "dora":
+            complain(f"`{key}`: {OF_LORA}")
+            return None
+        name = names[key]
+        number = float(value) if name.endswith(("alpha", "dropout", "norm")) and type(value) is int else value
+        (rule if name in ("rank", "alpha", "dropout") else keys)[name] = number
+    return {**rule, **({"keys": keys} if keys else {})}
 
 
 def _shown(value: Any) -> str:

@@ -59,7 +59,7 @@ class ModelSettings(SettingsTable):
     The options of a model are a subclass, with the keys that only this model has.
     """
 
-    binds_checkpoint: ClassVar[tuple[str, ...]] = ("type", "preset_adapters", "rescale_betas_zero_snr")
+    binds_checkpoint: ClassVar[tuple[str, ...]] = ("type", "preset_adapters", "rescale_betas_zero_snr", "train")
     tells_apart: ClassVar[tuple[str, ...]] = ("diffusers_path", "architecture", "transformer_path", "from_scratch")
 
     type: str
@@ -101,6 +101,11 @@ class ModelSettings(SettingsTable):
     preset_adapters: list[PresetAdapter] = []
     """Adapters that are a part of what is trained on: an adapter that is trained learns the difference to them, and
     works on top of them. They are no part of its export; fused ones are part of that of a full fine-tune."""
+    train: list[Annotated[str, Field(min_length=1)]] = []
+    """What is trained in full: names of parts ("denoiser", or a part as a diffusers folder calls it, where several are
+    loaded to be trained), and glob patterns that may match anywhere in a parameter's name. Without an adapter all else
+    stays as it is. Beside an adapter these have no factors of it, and its exports have them too. Default: all that is
+    loaded to be trained; beside an adapter nothing."""
     verify_files: Literal["never", "once", "always"] = "never"
     """Read the data of the files that a run begins with, and refuse damaged ones: with another SHA-256 than a download
     from Hugging Face has noted, with other data than when they were read last, or with values that are no numbers.

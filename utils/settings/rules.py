@@ -160,6 +160,9 @@ def _parent_is_kept(settings: Settings, _: int) -> Iterator[Problem]:
     if settings.regularisation_target == "parent" and settings.adapter is None:
         message = '"parent" needs [adapter]: a full fine-tune does not keep the model that it began with'
         yield at("key `regularisation_target`", message)
+    elif settings.regularisation_target == "parent" and settings.model.train:
+        message = '"parent" is the model without its adapter, and [model] train changes that one too; leave out one'
+        yield at("key `regularisation_target`", message)
 
 
 def _one_teacher(settings: Settings, _: int) -> Iterator[Problem]:
@@ -360,7 +363,7 @@ _RULES = (
     SettingsRule(("model.shift", "model.flux_shift"), _one_shift),
     *(_is_used(key, *chosen) for keys, chosen in USED_WITH.items() for key in keys),
     SettingsRule(("model.multires_noise_discount", "model.multires_noise_iterations"), _discount_has_levels),
-    SettingsRule(("regularisation_target", "adapter"), _parent_is_kept),
+    SettingsRule(("regularisation_target", "adapter", "model.train"), _parent_is_kept),
     SettingsRule(("regularisation_target", "model.folded_guidance"), _one_teacher),
     SettingsRule(("output_dir",), _output_can_be_written),
     # Of a model that is unknown, and of one whose folder has diffusion-pipe's name, that is told already.

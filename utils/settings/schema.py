@@ -3,11 +3,11 @@
 The documentation and the JSON schemas are generated from the strings under the keys.
 """
 
-from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny
 
+from utils.settings.adapter_schema import AdapterSettings
 from utils.settings.deepspeed_keys import DeepSpeedConfig
 from utils.settings.lr_schedules import LrScheduler
 from utils.settings.model_schema import DType, ModelSettings
@@ -54,76 +54,6 @@ class ParameterRule(SettingsTable):
     train: after others, a rule with pattern "*" and lr 0 leaves only what they match."""
     weight_decay: NotNegative | None = None
     """Their weight decay; default: that of all."""
-
-
-class AdapterRule(SettingsTable):
-    """`[[adapter.rules]]`: how the adapter of some modules differs from that of the others. For each module the first
-    rule counts that matches it."""
-
-    pattern: Annotated[str, Field(min_length=1)]
-    """Glob pattern that may match anywhere in a module's name, or is the class of a module around it."""
-    rank: Natural | None = None
-    """Rank of their updates, whatever their kernels; 0 adapts none of them; default: that of all."""
-    alpha: Positive | None = None
-    """Their alpha; default: that of all."""
-    dropout: Share | None = None
-    """Fraction of their inputs that is dropped in training; default: that of all."""
-    lr: Positive | None = None
-    """Their learning rate; default: that of all. A rule of `[optimizer]` comes before it."""
-
-    @property
-    def sizes(self) -> dict[str, float]:
-        """The keys of the adapter itself that it sets."""
-        return self.model_dump(exclude={"pattern", "lr"}, exclude_none=True)
-
-
-class AdapterSettings(SettingsTable):
-    """`[adapter]`: train an adapter instead of the model itself. Without this table: full fine-tuning.
-
-    A kind of adapter is a subclass, with the keys that only this kind has: one file of `utils/adapters/`.
-    """
-
-    binds_checkpoint: ClassVar[tuple[str, ...]] = ("type", "include", "exclude")
-
-    type: str
-    """Kind of adapter."""
-    dropout: Share = 0.0
-    """Fraction of an adapter's inputs that is dropped in training."""
-    dtype: DType = "float32"
-    """Type of the adapter's weights."""
-    include: list[str] = []
-    """Glob patterns that may match anywhere in a module's name, or are the class of a module around it: adapt only
-    modules that match one; empty: all Linears of the blocks."""
-    exclude: list[str] = []
-    """Glob patterns of the same kinds: do not adapt modules that match one."""
-    convolutions: bool = False
-    """Also adapt the convolutions of a UNet, and its Linears outside of attention (sd15, sdxl)."""
-    init_from_existing: UserPath | None = None
-    """File or folder of an adapter to continue from; default: start with no effect."""
-    lycoris_config: UserPath | None = None
-    """A JSON file with LyCORIS's configuration, as SimpleTuner's users have it: its keys are read as those of this
-    table, `type` among them."""
-
-    rules: list[AdapterRule] = []
-    """Modules whose adapter has another rank, alpha, dropout or learning rate."""
-
-    def problems(self, model: ModelSettings) -> Iterator[tuple[str, str]]:
-        """Contradictions among the keys of this table, and with those of [model]: a key, and what is wrong with it."""
-        for number, rule in enumerate(self.rules, start=1):
-            if not rule.sizes and rule.lr is None:
-                yield f"rules[{number}]", "says nothing; give it rank, alpha, dropout or lr"
-            if unknown := [key for key in rule.sizes if key not in type(self).model_fields]:
-                yield (
-                    f"rules[{number}].{unknown[0]}",
-                    f'is for adapters that have a {unknown[0]}, and not "{self.type}"',
-                )
-            if rule.rank is not None and getattr(self, "dim_from_weights", False):
-                yield f"rules[{number}].rank", "is set by the file, with dim_from_weights; leave one of them out"
-
-    def binding(self) -> dict[str, Any]:
-        """The rules have no place in what checkpoints without rules hold."""
-        rules = [[rule.pattern, rule.rank, rule.alpha] for rule in self.rules if rule.sizes]
-        return {**super().binding(), **({"rules": rules} if rules else {})}
 
 
 class OptimizerSettings(SettingsTable):

@@ -7,6 +7,9 @@ from utils.settings.lr_schedules import NEEDED_BY, OTHERS, USED_BY, name_of
 from utils.settings.rule import SettingsRule, at
 from utils.settings.schema import PART_RATES, Settings
 
+OF_PARTS = "_lr"
+"""The ending of the keys of `[model]` that are rates of its parts."""
+
 
 def _trained_blocks_step_at_home(settings: Settings, _: int) -> Iterator[Problem]:
     if settings.swaps_trained and settings.blocks_to_swap != "auto":
@@ -75,10 +78,18 @@ def _one_rate_has_no_others(settings: Settings, _: int) -> Iterator[Problem]:
         if is_given:
             message = "gives some parameters a rate of their own, and force_constant_lr one to all; leave one out"
             yield at(place, message)
+    for key in [key for key in type(settings.model).model_fields if key.endswith(OF_PARTS)]:
+        # Of a text encoder it says that this is trained, so that the same rate is no contradiction.
+        if (rate := getattr(settings.model, key)) and rate != settings.force_constant_lr:
+            message = (
+                f"is {rate:g}, and force_constant_lr gives {settings.force_constant_lr:g} to all; write the same here, "
+                "or leave one out"
+            )
+            yield at(f"[model] {key}", message)
 
 
 STEP_RULES = (
-    SettingsRule(("force_constant_lr", "optimizer", "adapter.*"), _one_rate_has_no_others),
+    SettingsRule(("force_constant_lr", "optimizer", "adapter.*", "model.*"), _one_rate_has_no_others),
     SettingsRule(("adapter.*", "offload_optimizer"), _limited_norms_stay),
     SettingsRule(("blocks_to_swap", "adapter", "zero_stage", "offload_optimizer"), _trained_blocks_step_at_home),
     SettingsRule(

@@ -12,7 +12,13 @@ import torch
 from models.assembly.tools.low_rank import Cut, Pair, joined, of_updates
 from models.assembly.tools.model import Model
 from models.assembly.tools.writing import Place, Standing, check_layout, inherited, write_factors, write_lora
-from models.foundation.checkpoints.adapter_files import file_in, header_of, read_entries, read_updates
+from models.foundation.checkpoints.adapter_files import (
+    file_in,
+    header_of,
+    read_entries,
+    read_updates,
+    weights_beside,
+)
 from utils.adapters import presets
 from utils.adapters.kinds import ADAPTER, DORA_SCALE, AdapterKind, Entry, Tensors, Update
 from utils.adapters.lora import LoraSettings
@@ -122,6 +128,12 @@ def convert(model: Model, path: Path, place: Place) -> None:
         UserError: it cannot be read, has several kinds, or the layout has no place for it.
     """
     found = read_entries(path, model.names)
+    if whole := weights_beside(path):
+        raise UserError.of(
+            f"has weights beside it that were trained in full, in '{whole[0]}', which a converted adapter would lack; "
+            "runs export both layouts, `merge --into_base` uses both, and `resize --rank` makes a LoRA of what it can",
+            str(path),
+        )
     kinds = {type_of(kind.settings) if kind else None for kind, _ in found.entries}
     if len(kinds) > 1 or None in kinds:
         raise UserError.of(

@@ -11,6 +11,7 @@ from models.assembly.tools.model import TYPE
 from models.foundation.checkpoints.headers import Header, opened, read_header
 from models.foundation.checkpoints.recognition import owner_of_names
 from utils import adapters
+from utils.adapters.differences import ENDINGS as DIFFERENCES
 from utils.adapters.kinds import ALPHA, DORA_SCALE, LAYOUT
 from utils.adapters.lora import ENDINGS as OF_LORA
 from utils.adapters.lora_factors import DOWN
@@ -74,7 +75,7 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _kinds(header: Header) -> list[str]:
-    """What kinds of adapters it has, each with the number of its modules."""
+    """What kinds of adapters it has, each with the number of its modules, and how many differences beside them."""
     found = []
     for kind in adapters.available().values():
         modules = {key[: -len(ending)] for ending in kind.endings for key in header.shapes if key.endswith(ending)}
@@ -82,6 +83,8 @@ def _kinds(header: Header) -> list[str]:
             lengths = any(key.endswith(f".{DORA_SCALE}") or f".{MAGNITUDE}" in key for key in header.shapes)
             dora = " with DoRA" if type_of(kind.settings) == "lora" and lengths else ""
             found.append(f"{kind.name}{dora} of {len(modules)} modules")
+    if whole := sum(key.endswith(tuple(DIFFERENCES)) for key in header.shapes):
+        found.append(f"whole differences of {whole} parameters")
     return found
 
 

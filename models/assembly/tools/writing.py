@@ -15,7 +15,7 @@ from models.assembly.tools.low_rank import Pair
 from models.assembly.tools.model import TYPE, Model
 from utils import adapters
 from utils.adapters.kinds import ADAPTER, ADAPTER_FILE, COMFYUI, LAYOUT, AdapterFile, ExportWishes, Tensors
-from utils.adapters.lora import A, B, LoraSettings
+from utils.adapters.lora import A, B, LoraSettings, in_lycoris_names
 from utils.adapters.lora_factors import FOLDED_SCALE, FOLDED_SCALES
 from utils.adapters.peft_settings import HEADER, in_pefts_names
 from utils.errors import UserError
@@ -158,21 +158,6 @@ def check_layout(model: Model, kind: str, layout: str) -> None:
     of_lycoris = found.read_by.startswith("diffusers itself reads no such adapter, LyCORIS")
     if (layout == "peft" and of_lycoris) or (layout == "lycoris" and kind == "ia3"):
         raise UserError.of(f"{found.name} is not written in this layout; take diffusers", where=f"--layout {layout}")
-
-
-def in_lycoris_names(factors: Tensors, wishes: ExportWishes) -> Tensors:
-    """Factors of a LoRA as LyCORIS has them: `lycoris_<module, _ for .>.lora_down.weight`, `.lora_up.weight`, and
-    `.alpha`, which is the rank."""
-    named: Tensors = {}
-    for name in [name for name in factors if name.endswith(A)]:
-        module, folder = name.removesuffix(A), f"{wishes.names.folder}."
-        stem = f"lycoris_{module.removeprefix(folder).replace('.', '_')}"
-        named |= {
-            f"{stem}.lora_down.weight": factors[name],
-            f"{stem}.lora_up.weight": factors[f"{module}{B}"],
-            f"{stem}.alpha": torch.tensor(float(len(factors[name]))),
-        }
-    return named
 
 
 def _write(place: Place, name: str, file: AdapterFile) -> None:

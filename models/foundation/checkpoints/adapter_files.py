@@ -6,14 +6,15 @@ Every tensor of a file is used, or told: in an error, or in a warning if it is f
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from models.foundation.checkpoints.headers import opened, read_header
 from models.foundation.checkpoints.recognition import owner_of_names
 from utils import adapters
-from utils.adapters.differences import differences, with_dora
+from utils.adapters import in_full
+from utils.adapters.differences import WholeValues, differences, with_dora
 from utils.adapters.file_names import Contents, contents
 from utils.adapters.kinds import DORA_SCALE, LAYOUT, AdapterFile, AdapterKind, Entry, ModelNames, Tensors, Update
 from utils.adapters.soundness import check_entry
@@ -26,7 +27,6 @@ OTHER_MARKS = {
     "OFT with other lengths, or of PEFT": (".rescale", ".oft_R", ".oft_S", ".oft_diag"),
     "GLoRA": (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),
     "IA3 of LyCORIS": (".on_input",),
-    "VeRA": ("vera_lambda_",),
     "LoRA with biases": (".lora_B.bias", ".lora_up.bias"),
     "replacement of weights": (".set_weight", ".reshape_weight"),
     "textual inversion": ("bundle_emb", "emb_params"),
@@ -43,23 +43,74 @@ def read_factors(path: Path, kind: AdapterKind, names: ModelNames, scales: Mappi
     Raises:
         UserError: the file contains none of this kind, something else too, or they cannot be read.
     """
+    return read_existing(path, kind, names, scales)[0]
+
+
+def read_existing(
+    path: Path, kind: AdapterKind, names: ModelNames, scales: Mapping[str, float], trained: Container[str] = ()
+) -> tuple[Tensors, Mapping[str, Update]]:
+    """As `read_factors`, and what the file or those beside it have for parameters that are trained in full.
+
+    Args:
+        trained: the names of these parameters.
+
+    Raises:
+        UserError: as `read_factors`, or it has such changes of other parameters.
+    """
     file = _read(path)
-    if not adapters.is_in(kind, file.tensors):
+    kinds = {kind, *filter(None, map(adapters.kind_of, names.modules.values()))}
+    if not any(adapters.is_in(one, file.tensors) for one in kinds):
         raise UserError.of(
             f"no {kind.name} factors in this file, {_what_is_there(file)}; give a {kind.name} here ([adapter] goes on "
             "from its own type)",
             str(path),
         )
     found = _checked(contents(file, names), file, path)
-    others = [entry.name for other, entry in found.entries if other is not kind]
-    if others:
+    whole = Contents([(other, entry) for other, entry in found.entries if other is None])
+    updates = _joined(whole, path, lambda _, entry: differences(entry, names)) | _weights_beside(file, names)
+    updates = {name: update for name, update in updates.items() if name in trained or not in_full.is_nothing(update)}
+    untrained = [name for name in updates if name not in trained]
+    factors_of = Contents([(other, entry) for other, entry in found.entries if other is not None])
+    others = [
+        entry.name for other, entry in factors_of.entries if other is not kind and not _is_of(other, entry, names)
+    ]
+    if others or untrained:
+        others = others or untrained
         raise UserError.of(
             f"{_count(others, found)} have something else than {kind.name} factors, {_first(others)}; training goes on "
-            f"from a file with {kind.name} factors alone; as a whole it may be given in [[model.preset_adapters]]",
+            f"from a file with {kind.name} factors alone, or with changes of what [model] train names too; as a whole "
+            "it may be given in [[model.preset_adapters]]",
             str(path),
         )
     # Modules that this run does not adapt are reported with all others that have no counterpart.
-    return _joined(found, path, lambda _, entry: kind.factors(entry, names, lambda module: scales.get(module, 1.0)))
+    factors = _joined(
+        factors_of, path, lambda own, entry: own.factors(entry, names, lambda module: scales.get(module, 1.0))
+    )
+    return factors, updates
+
+
+def _is_of(kind: AdapterKind, entry: Entry, names: ModelNames) -> bool:
+    """Whether this run has an adapter of this kind where a file has one."""
+    own = (names.modules.get(module) for module in entry.target.modules)
+    return kind in {adapters.kind_of(module) for module in own if module is not None}
+
+
+def _weights_beside(file: AdapterFile, names: ModelNames) -> dict[str, Update]:
+    """The weights that were trained in full beside an adapter and lie beside its file, by name.
+
+    Raises:
+        UserError: one is not there, or no one of this model.
+    """
+    found: dict[str, Update] = {}
+    for path in in_full.beside(file).values():
+        part = header_of(path).get(in_full.OF_PART, "")
+        with opened(path) as one:
+            for key in one.keys():
+                name = f"{part}.{key}" if names.has_parts else key
+                if name not in names.shapes:
+                    raise UserError.of(f"'{key}' is no parameter of this model; is it another model's?", str(path))
+                found[name] = WholeValues(one.get_tensor(key))
+    return found
 
 
 def read_ranks(path: Path, kind: AdapterKind, names: ModelNames) -> Mapping[str, int]:
@@ -85,7 +136,8 @@ def read_updates(path: Path, names: ModelNames) -> Mapping[str, Update]:
         UserError: it contains no adapter of a known kind, something else too, or one that cannot be read.
     """
     found = read_entries(path, names)
-    return _joined(found, path, lambda kind, entry: _updates(kind, entry, names))
+    whole = _weights_beside(_headed(path), names)
+    return _joined(found, path, lambda kind, entry: _updates(kind, entry, names)) | whole
 
 
 def read_entries(path: Path, names: ModelNames) -> Contents:
@@ -217,6 +269,17 @@ def header_of(file: Path) -> Mapping[str, str]:
     """The metadata in a file's header."""
     with opened(file) as opened_file:
         return opened_file.metadata() or {}
+
+
+def weights_beside(path: Path) -> Sequence[str]:
+    """The names of the files beside an adapter with what was trained in full together with it."""
+    return list(in_full.beside(_headed(path)))
+
+
+def _headed(path: Path) -> AdapterFile:
+    """An adapter's file without its tensors."""
+    file = file_in(path)
+    return AdapterFile({}, header_of(file), file)
 
 
 def _read(path: Path) -> AdapterFile:

@@ -18,6 +18,8 @@ from utils.adapters.kinds import Target
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "net.", "")
 KOHYA, LYCORIS = "lora_unet_", "lycoris_"
+DOTTED = "diffusion_model."
+"""What ComfyUI's own names of a denoiser's modules and parameters begin with in files of adapters."""
 OWN_NAME = ""
 """The parameter of a rule that names a parameter instead of a module."""
 PARAMETERS = ("weight", "bias", OWN_NAME)
@@ -222,6 +224,31 @@ class KeyLayout:
             raise ValueError(f"no place in the original layout for adapters of {len(left)} modules, first '{left[0]}'")
         return converted
 
+    def differences(
+        self, values: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, torch.Tensor]:
+        """See `FileLayout`: `diffusion_model.<module there>.diff` of a weight, `.diff_b` of its bias, and
+        `diffusion_model.<parameter there>.diff` of others. What is fused there has zeros for what is not given."""
+        converted, used = {}, set()
+        for there, parts, rule in self._modules(_modules_and_parameters(values)):
+            for parameter in PARAMETERS:
+                names = [_named(part, parameter) for part in parts]
+                given = [values[name] for name in names if name in values]
+                if not given:
+                    continue
+                used.update(names)
+                rows = [values[name] if name in values else given[0].new_zeros(shapes[name]) for name in names]
+                joined = torch.cat(rows) if len(rows) > 1 else rows[0]
+                joined = joined.flatten() if rule.flat else joined
+                of_weight = rule.weight_there == "weight" and f"{parts[0]}.weight" in shapes
+                key = difference_of(_named(there, rule.parameter_there(parameter)), of_weight=of_weight)
+                converted[DOTTED + key] = (swap_halves(joined) if rule.swap_halves else joined).contiguous()
+        if left := sorted(set(values) - used):
+            raise ValueError(
+                f"no place in the original layout for changes of {len(left)} parameters, first '{left[0]}'"
+            )
+        return converted
+
     def _modules(self, ours: set[str], rules: Sequence[KeyRule] | None = None) -> list[tuple[str, list[str], KeyRule]]:
         """(module there, modules here, rule) wherever at least one of our modules is among those here."""
         numbers = sorted({int(number) for name in ours for number in BLOCK_NUMBER.findall(name)})
@@ -236,6 +263,19 @@ class KeyLayout:
 
 def _modules_and_parameters(names: Iterable[str]) -> set[str]:
     return {part for name in names for part in (name, name.rpartition(".")[0])}
+
+
+def difference_of(name: str, *, of_weight: bool = True) -> str:
+    """What ComfyUI calls the difference of a tensor that it knows by this name.
+
+    Args:
+        of_weight: whether a bias belongs to a module with a weight.
+    """
+    if name.endswith(".weight"):
+        return f"{name.removesuffix('.weight')}.diff"
+    if name.endswith(".bias") and of_weight:
+        return f"{name.removesuffix('.bias')}.diff_b"
+    return f"{name}.diff"
 
 
 def _named(module: str, parameter: str) -> str:

@@ -14,8 +14,9 @@ import torch
 
 from models.foundation.checkpoints.folders import TextPart
 from models.foundation.checkpoints.headers import read_header
-from models.foundation.checkpoints.key_layouts import KOHYA, LYCORIS, KeyLayout, KeyRule
+from models.foundation.checkpoints.key_layouts import KOHYA, LYCORIS, KeyLayout, KeyRule, difference_of
 from models.foundation.checkpoints.weights import CheckpointNames
+from utils.adapters.file_names import TEXT_MODEL
 from utils.adapters.kinds import Target
 from utils.settings.model_schema import ModelSettings, TextEncoderFile
 
@@ -158,6 +159,16 @@ class CheckpointLayout(KeyLayout):
                 converted[f"{name}.dora_scale"] = dora_scale(module)
         return converted
 
+    def differences(self, values: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
+        """Of the UNet by the publisher's names; of text encoders by ComfyUI's, of which kohya's know some modules."""
+        converted = super().differences(part_of(values, UNET), part_of(shapes, UNET))
+        for name, tensor in values.items():
+            part, _, rest = name.partition(".")
+            if part != UNET:
+                within = rest if rest.startswith((TEXT_MODEL, PROJECTION)) else f"{TEXT_MODEL}{rest}"
+                converted[self.part_prefixes[part][-1] + difference_of(within)] = tensor
+        return converted
+
     def _kohya_name(self, module: str, of_unet: str) -> str:
         part, _, rest = module.partition(".")
         prefix = of_unet if part == UNET else self.part_prefixes[part][0]
@@ -169,8 +180,8 @@ def _own(names: Iterable[str]) -> list[str]:
     return [name.removeprefix(f"{UNET}.") for name in names if name.startswith(f"{UNET}.")]
 
 
-def part_of(tensors: Mapping[str, torch.Tensor], part: str) -> Tensors:
-    """The tensors of one part of an ensemble, under its own names."""
+def part_of(tensors: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """The tensors of one part of an ensemble, or what is known of them, under its own names."""
     own = f"{part}."
     return {name.removeprefix(own): tensor for name, tensor in tensors.items() if name.startswith(own)}
 

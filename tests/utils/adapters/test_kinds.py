@@ -40,6 +40,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "loha": [{"rank": 2}, {"rank": 2, "alpha": 1.0}],
     "oft": [{}, {"block_size": 2}, {"block_size": 6, "butterfly": True}],
     "ia3": [{}],
+    "vera": [{"rank": 2}, {"rank": 4, "d_initial": 0.5, "projection_prng_key": 3}],
     "difference": [{}],
 }
 ADDED = """
@@ -328,9 +329,8 @@ def test_what_binds_a_checkpoint_is_a_key(name: str, keys: dict[str, Any]) -> No
 
 
 def test_an_unknown_type_is_told() -> None:
-    with pytest.raises(
-        ValueError, match="no adapter is called 'lohx'; known: 'difference', 'ia3', 'loha', 'lokr', 'lora', 'oft'"
-    ):
+    known = "'difference', 'ia3', 'loha', 'lokr', 'lora', 'oft', 'vera'"
+    with pytest.raises(ValueError, match=f"no adapter is called 'lohx'; known: {known}"):
         adapters.find("lohx")
     choice = adapters.choice()
     assert choice.find("difference") is choice.classes["difference"]

@@ -79,6 +79,32 @@ def test_the_usual_file_is_read_as_it_is(tmp_path: Path) -> None:
                 "factors": {"single.*.attn*": 16, "*Attention": 4},
             },
         ),
+        (
+            {
+                "algo": "lora",
+                "linear_dim": 8,
+                "apply_preset": {
+                    "module_algo_map": {
+                        "Attention": {"algo": "lokr", "factor": 16, "full_matrix": True},
+                        "FeedForward": {"linear_dim": 4, "linear_alpha": 1},
+                        "Other": {"algo": "lora"},
+                    },
+                    "name_algo_map": {"blocks.0.*": {"algo": "oft", "linear_dim": 4}},
+                    "use_fnmatch": True,
+                },
+            },
+            {
+                "type": "lora",
+                "rank": 8,
+                "include": ["*Attention", "*FeedForward", "*Other", "blocks.0.*"],
+                "rules": [
+                    {"pattern": "blocks.0.*", "type": "oft", "keys": {"block_size": 4}},
+                    {"pattern": "*Attention", "type": "lokr", "keys": {"factor": 16, "full_matrix": True}},
+                    {"pattern": "*FeedForward", "type": "lora", "rank": 4, "alpha": 1.0},
+                    {"pattern": "*Other", "type": "lora"},
+                ],
+            },
+        ),
     ],
 )
 def test_other_files_are_read(config: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
@@ -92,8 +118,18 @@ def test_other_files_are_read(config: dict[str, Any], expected: dict[str, Any], 
         ({"multiplier": 0.5}, "key `multiplier`: 0.5 is not known here"),
         ({"preset": "full"}, "key `preset`: .full. is not known here"),
         ({"apply_preset": {"name_algo_map": {"a": {}}}}, "name_algo_map`: has regular expressions"),
-        ({"apply_preset": {"module_algo_map": {"A": {"linear_dim": 2}}}}, "`linear_dim` of single modules is not read"),
+        ({"apply_preset": {"module_algo_map": {"A": {"conv_dim": 2}}}}, "`conv_dim` of single modules is not read"),
+        ({"apply_preset": {"module_algo_map": {"A": {"algo": "glora"}}}}, "A`: .glora. is not trained here; known"),
         ({"algo": "loha", "apply_preset": {"module_algo_map": {"A": {"factor": 2}}}}, "has factors of modules"),
+        (
+            {"algo": "lokr", "weight_decompose": True},
+            "key `weight_decompose`: rows of trained lengths",
+        ),
+        ({"algo": "loha", "dora_wd": True}, "key `dora_wd`: rows of trained lengths .DoRA. are LoRA's alone"),
+        (
+            {"apply_preset": {"module_algo_map": {"A": {"algo": "lokr", "dora_wd": True}}}},
+            "A`: `dora_wd`: rows of trained lengths",
+        ),
         ({"apply_preset": {"unet_block": ["A"]}}, "unet_block`: is not known here"),
         ("[1]", "holds no JSON object"),
         ("{", "is not JSON"),

@@ -143,7 +143,11 @@ def test_an_evaluation_set_has_no_keys_of_training_unless_it_is_the_training_set
         ("epochs = 0", "key `epochs`", "must be at least 1; given: 0 (a whole number)"),
         ("epoch = 3", "key `epoch`", "no such key; did you mean `epochs`?"),
         ("lr = 3", "key `lr`", "no such key here; it belongs in [optimizer]"),
-        ("rank = 3", "key `rank`", 'no such key here; it belongs in [adapter] with type = "loha" or "lokr" or "lora"'),
+        (
+            "rank = 3",
+            "key `rank`",
+            'no such key here; it belongs in [adapter] with type = "loha" or "lokr" or "lora" or "vera"',
+        ),
         ("factor = 3", "key `factor`", 'no such key here; it belongs in [adapter] with type = "lokr"'),
         (
             "resolutions = [3]",

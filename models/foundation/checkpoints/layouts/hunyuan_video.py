@@ -180,6 +180,9 @@ class TencentLayout(KeyLayout):
     def lora_to_kohya(self, factors: Mapping[str, torch.Tensor], *args: Any) -> dict[str, torch.Tensor]:
         return self.own.lora_to_kohya(factors, *args)
 
+    def differences(self, *args: Any) -> dict[str, torch.Tensor]:
+        return self.own.differences(*args)
+
 
 def _hunyuan_video(spelling: Spelling) -> KeyLayout:
     return KeyLayout(
