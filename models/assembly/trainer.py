@@ -60,6 +60,7 @@ from utils.run.trainer import Trainer
 from utils.run.webhook import Webhook
 from utils.settings.reader import resolved
 from utils.settings.schema import Settings
+from utils.turn import tell_folder
 
 CLIP_DIMENSIONS = 4
 """Of a clip's latent: channels, frames, rows, columns."""
@@ -155,6 +156,7 @@ def build_trainer(
     in_use.take(folder, ranks)
     if ranks.is_main:
         go_on_in(folder)
+        tell_folder(folder)
     metrics = Metrics.from_settings(
         folder,
         settings.monitoring,

@@ -305,6 +305,11 @@ def newest_checkpoint(run: Path) -> Path | None:
     return run / name if named and (run / name).is_dir() else None
 
 
+def newest_checkpoints(output_dir: Path) -> list[Path]:
+    """The newest checkpoint of each run that has one, damaged or not."""
+    return [checkpoints[0] for run in runs_in(output_dir) if (checkpoints := _newest_first(run))]
+
+
 def _newest_first(run: Path) -> list[Path]:
     """The checkpoints of a run, from the one that `latest` names to the oldest; all of them if it names none."""
     latest = newest_checkpoint(run)

@@ -63,13 +63,18 @@ class RunParts:
 
     def telling(self, work: Callable[[], bool]) -> bool:
         """Does the work of the run, and tells of a failure that ends it, on the page and to the webhook."""
+        self.stop.watch.tell_end = self._tell_failure
         try:
             return work()
         except StopRequested:
             raise
         except Exception as error:
-            self.page.tell_end(f"the run failed: {reason_of(error)}")
-            self.webhook.post("failure", reason=reason_of(error))
+            self._tell_failure(self.stop.watch.verdict_behind(error) or reason_of(error))
             raise
         finally:
             self.webhook.finish()
+
+    def _tell_failure(self, reason: str) -> None:
+        self.page.tell_end(f"the run failed: {reason}")
+        self.webhook.post("failure", reason=reason)
+        self.webhook.finish()

@@ -11,8 +11,10 @@ from pathlib import Path
 from utils.machine import started_at
 from utils.ranks import restarts
 from utils.run.checkpoint import ResumeFlags, of_other_run
-from utils.run.folder import newest_checkpoint, runs_in
+from utils.run.flags import NEWEST_RUN
+from utils.run.folder import newest_checkpoint, newest_checkpoints, runs_in
 from utils.settings.schema import Settings
+from utils.turn import turn_in_list
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +25,7 @@ def after_restart(flags: ResumeFlags, settings: Settings) -> ResumeFlags:
     time."""
     count = restarts()
     if not count:
-        return flags
+        return _in_list(flags, settings)
     launched = started_at(os.getppid())
     for run in reversed(runs_in(settings.output_dir)):
         newest = newest_checkpoint(run)
@@ -32,6 +34,16 @@ def after_restart(flags: ResumeFlags, settings: Settings) -> ResumeFlags:
             return ResumeFlags(str(run))
     logger.warning("started again by the launcher, number %d: no checkpoint yet, and so from the beginning", count)
     return flags
+
+
+def _in_list(flags: ResumeFlags, settings: Settings) -> ResumeFlags:
+    """A list of configs that goes on may have been stopped before all were begun."""
+    if turn_in_list() is None or flags.source != NEWEST_RUN:
+        return flags
+    if any(not of_other_run(newest, settings) for newest in newest_checkpoints(settings.output_dir)):
+        return flags
+    logger.warning("--resume_from_checkpoint: no run of this config has a checkpoint yet, and so it begins")
+    return ResumeFlags(None)
 
 
 def _begun_at(run: Path) -> Iterator[float]:
