@@ -103,10 +103,11 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
         ranks = replace(ranks, world_size=world_size or settings.pipeline_stages).with_stages(settings.pipeline_stages)
         from utils.run.beginning import Beginning
 
+    stop.time = TimeLimit(60 * settings.time_limit, started) if settings.time_limit else None
     # Who asks for a plan is there to read it.
     told = None if arguments.check else settings.monitoring.webhook
-    with Beginning(told, arguments.config, ranks, stop) as beginning:
-        return work(arguments, settings, datasets, ranks, stop, started, beginning)
+    with Beginning(told, arguments.config, ranks, stop, started) as beginning:
+        return work(arguments, settings, datasets, ranks, stop, beginning)
 
 
 def work(
@@ -115,7 +116,6 @@ def work(
     datasets: dict[str, DatasetSettings],
     ranks: Ranks,
     stop: StopRequests,
-    started: float,
     beginning: Beginning,
 ) -> bool:
     """What the command line asks for. Returns whether it came to its end."""
@@ -127,7 +127,6 @@ def work(
         from utils.run.in_use import RunLock
         from utils.run.restarts import after_restart
 
-    stop.time = TimeLimit(60 * settings.time_limit, started) if settings.time_limit else None
     pipeline = models.build(settings.model, settings.seed)
     # What the model's own files settle is recorded with the rest.
     settings = settings.model_copy(update={"model": pipeline.options.as_given()})
@@ -137,9 +136,7 @@ def work(
     sources = data.sources_of(settings, datasets)
     scan = data.scan_of(settings, sources, stop.raise_if_stopping, trust=arguments.trust_cache)
     if arguments.check:
-        planned = preflight.plan_of(settings, ranks, pipeline, sources, scan)
-        if ranks.is_main:
-            sys.stdout.write(f"{planned}\n")
+        preflight.show_plan(settings, ranks, pipeline, sources, scan)
         return True
     if arguments.export:
         if ranks.is_main:
@@ -153,7 +150,7 @@ def work(
     meet(ranks, stop, settings, arguments.master_port)
     preflight.verify(settings, pipeline, scan.index.parent, ranks, stop.raise_if_stopping)
     resets = (arguments.reset_dataloader, arguments.reset_optimizer, arguments.reset_optimizer_params)
-    flags = after_restart(ResumeFlags(arguments.resume_from_checkpoint, *resets), settings)
+    flags = after_restart(ResumeFlags(arguments.resume_from_checkpoint, *resets), settings, arguments.config)
     with RunLock() as in_use:
         checkpoint = trainer.open_checkpoint(settings, flags, staged, ranks, None if looks else in_use)
         cached = data.cached_data(
@@ -171,7 +168,6 @@ def work(
         built = trainer.build_trainer(
             settings, ranks, pipeline, cached, stop, arguments.config, flags, in_use, checkpoint=checkpoint
         )
-        logger.info("ready after %.1f s", time.monotonic() - started)
         beginning.over()
         return built.parts.telling(lambda: train(built))
 

@@ -115,7 +115,11 @@ def connect(ranks: Ranks, master_port: int | None = None) -> None:
     _share_cores(ranks)
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     dist.init_process_group(
-        backend, store=meet(ranks, master_port), rank=ranks.rank, world_size=ranks.world_size, timeout=COLLECTIVE_TIMEOUT
+        backend,
+        store=meet(ranks, master_port),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=COLLECTIVE_TIMEOUT,
     )
 
 

@@ -31,8 +31,8 @@ FLAGS: dict[str, dict[str, Any]] = {
         "nargs": "?",
         "const": NEWEST_RUN,
         "metavar": "FOLDER",
-        "help": "go on from this checkpoint, or the newest of this run folder, or of the newest run of this config; with "
-        "several configs each goes on from its own newest, and begins if it has none",
+        "help": "go on from this checkpoint, or the newest of this run folder, or of the newest run of this config; "
+        "of several configs each goes on from its own newest, and begins if it has none",
     },
     "export": {
         "metavar": "CHECKPOINT",
@@ -86,7 +86,7 @@ def _check_list(parser: argparse.ArgumentParser, arguments: argparse.Namespace) 
     seen: set[Path] = set()
     for config in arguments.configs:
         if config.resolve() in seen:
-            parser.error(f"--config: {config} is named twice; to train it twice, copy it and give the copy another seed")
+            parser.error(f"--config: {config} is named twice; to run it twice, copy it")
         seen.add(config.resolve())
     if own := [name for name in OF_ONE_CONFIG if getattr(arguments, name) is not None]:
         parser.error(f"--{own[0]} is for one config; name one alone with it")

@@ -100,17 +100,10 @@ class Walk:
 
     Args:
         command: runs one config, whose path is appended.
-        start: starts a command with an environment, as `subprocess.Popen` does.
     """
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        meeting: Meeting,
-        stop: StopRequests,
-        start: Callable[..., subprocess.Popen],
-    ):
-        self.command, self.meeting, self.stop, self.start = command, meeting, stop, start
+    def __init__(self, command: Sequence[str], meeting: Meeting, stop: StopRequests):
+        self.command, self.meeting, self.stop = command, meeting, stop
         self.stops = False
 
     def run(self, config: Path, turn: int, told: Path) -> Outcome:
@@ -121,7 +114,7 @@ class Walk:
         """
         began, name = time.monotonic(), f"turn{turn}"
         environment = {**os.environ, **self._where(), TURN: str(turn), TOLD: str(told)}
-        process = self.start([*self.command, "--config", str(config)], env=environment)
+        process = subprocess.Popen([*self.command, "--config", str(config)], env=environment)
         try:
             code, was_ended = self._wait(process, name)
         except BaseException:
@@ -215,7 +208,6 @@ def walk(
     ranks: Ranks,
     stop: StopRequests,
     master_port: int | None = None,
-    start: Callable[..., subprocess.Popen] = subprocess.Popen,
 ) -> int:
     """Runs the configs one after the other; one that fails does not keep the next from running, and a stop of any rank
     ends the list. The main rank shows how each has ended. Returns the exit code: 0 if all have succeeded, that of a
@@ -232,7 +224,7 @@ def walk(
         with stop.ending_at_once():
             stop.raise_if_stopping()
             store = dist.PrefixStore("list", meet(ranks, master_port))
-    walker = Walk(command, Meeting(ranks, store), stop, start)
+    walker = Walk(command, Meeting(ranks, store), stop)
     outcomes: list[Outcome] = []
     try:
         with tempfile.TemporaryDirectory(prefix="penstock_list_") as folder:

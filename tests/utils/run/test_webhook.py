@@ -173,9 +173,13 @@ def test_a_failure_before_the_first_step_is_told_once(
 
 def test_a_stop_before_the_first_step_is_no_failure(server: Server) -> None:
     stop = StopRequests()
-    with pytest.raises(StopRequested), stop, Beginning(server.address, Path("a.toml"), Ranks(), stop):
+    with pytest.raises(StopRequested), stop, Beginning(server.address, Path("a.toml"), Ranks(), stop, 0.0):
         raise StopRequested
-    with pytest.raises(OSError, match="gone"), stop, Beginning(server.address, Path("a.toml"), Ranks(), stop) as begins:
+    with (
+        pytest.raises(OSError, match="gone"),
+        stop,
+        Beginning(server.address, Path("a.toml"), Ranks(), stop, 0.0) as begins,
+    ):
         begins.over()
         raise OSError("gone")
     assert not server.received
