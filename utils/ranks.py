@@ -229,11 +229,20 @@ def _last_sign(store: dist.Store, tag: str, rank: int, last: tuple[int, float]) 
 
 def largest(values: Sequence[float]) -> list[float]:
     """The largest of each value among all ranks; every rank gets the same answer."""
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+def summed(values: Sequence[float]) -> list[float]:
+    """The sum of each value over all ranks; every rank gets the same answer."""
+    return _reduced(values, dist.ReduceOp.SUM)
+
+
+def _reduced(values: Sequence[float], how: dist.ReduceOp) -> list[float]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return list(values)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     shared = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    dist.all_reduce(shared, op=how)
     return shared.tolist()
 
 

@@ -42,6 +42,7 @@ from utils.parallel.wire import map_tensors
 from utils.ranks import Ranks
 from utils.run import export_metadata
 from utils.run import folder as run_folder
+from utils.run.block_norms import BlockNorms
 from utils.run.branches import begin_branch
 from utils.run.cadence import Duty
 from utils.run.checkpoint import Checkpoint, ResumeFlags, damage_in, identity_of, of_other_run, run_of
@@ -165,6 +166,8 @@ def build_trainer(
         resumed_at=progress.step if checkpoint else None,
     )
     told = _telling(settings, ranks, pipeline, data, folder, resumed=checkpoint is not None)
+    if settings.monitoring.block_norms:
+        told["norms"] = BlockNorms(ranks, engine, parameters)
     run = RunParts(settings, ranks, engine, optimizer, parameters, shares, folder, metrics, stop, ema, **told)
     duties = _duties(run, pipeline, data, reader, noising, staged)
     if not checkpoint:

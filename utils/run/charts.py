@@ -14,6 +14,8 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 10, 8, 34
 MOST_POINTS = 400
 """More points of a line than this cannot be told apart."""
 MOST_COLUMNS = 60
+LINE = 12
+"""The height of a line of text."""
 DISTINCT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito, "Color Universal Design", 2008."""
 DASHES = ("", "6 3", "2 3")
@@ -90,7 +92,8 @@ def heat_map(title: str, steps: Sequence[float], rows: Sequence[tuple[str, Seque
     cells = []
     for row, (label, values) in enumerate(rows):
         y = HEIGHT - BOTTOM - (row + 1) * height
-        cells.append(_text(LEFT - 6, y + height / 2 + 4, label, "end"))
+        if row % math.ceil(LINE / height) == 0:
+            cells.append(_text(LEFT - 6, y + height / 2 + 4, label, "end"))
         for place, column in enumerate(columns):
             if not isfinite(ratio := ratios[row][place]):
                 continue

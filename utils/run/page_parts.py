@@ -7,6 +7,7 @@ import html
 import io
 import re
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import lru_cache
@@ -19,7 +20,7 @@ from utils.errors import printable
 from utils.run.charts import ORDERED, Line, heat_map, line_chart, smoothed
 from utils.run.evaluated import ERROR
 from utils.run.notes import Notes
-from utils.run.numbers import Numbers
+from utils.run.numbers import BLOCK_GRADIENT, BLOCK_WEIGHT, Numbers
 
 THUMBNAIL = 160
 """Pixels of the longer side of a sample on the page."""
@@ -27,8 +28,8 @@ MOST_SAMPLES = 8
 """So many prompts, and so many steps, are shown."""
 OPTIMIZER = "optimizer/"
 """What the names of an optimizer's own numbers begin with."""
-NORMS = "norms/"
-"""What the names of the norms of blocks begin with."""
+NORMS = {"Norm of the gradient": BLOCK_GRADIENT, "Norm of what is trained": BLOCK_WEIGHT}
+"""Title -> what the names of norms by block begin with."""
 STEP_FOLDER = re.compile(r"step(\d+)")
 LISTED = 12
 MEMORY = {"train/peak_memory_gib": "GPU, most of a step", "train/host_memory_gib": "host, the process that holds most"}
@@ -133,15 +134,28 @@ def _charts(numbers: Numbers) -> Iterator[str]:
         Line("smoothed", smoothed(norms), colour="#009e73"),
     ]
     yield line_chart("Norm of the gradient, before clipping", lines)
-    blocks = [name for name in numbers.names if name.startswith(NORMS)]
-    lines = [Line(name.removeprefix(NORMS), smoothed(numbers.points(name))) for name in blocks]
-    yield line_chart("Norms of the gradient by block", lines, remark="smoothed")
+    for title, beginning in NORMS.items():
+        yield from _by_block(title, beginning, numbers)
     yield line_chart("Seconds of a step", [Line(told, numbers.points(name)) for name, told in PARTS.items()])
     yield line_chart("Share of time in which stages wait", [Line("", numbers.points("train/bubble_share"))])
     rates = {"samples": "train/samples_per_sec", "thousand tokens": "train/tokens_per_sec"}
     lines = [Line(what, _scaled(numbers.points(name), what)) for what, name in rates.items()]
     yield line_chart("Per second", lines, remark="smoothed")
     yield line_chart("Memory in GiB", [Line(told, numbers.points(name)) for name, told in MEMORY.items()])
+
+
+def _by_block(title: str, beginning: str, numbers: Numbers) -> Iterator[str]:
+    """A map for each list of blocks, with a row a block."""
+    lists: dict[str, dict[str, dict[float, float]]] = defaultdict(dict)
+    for name in numbers.names:
+        if name.startswith(beginning):
+            blocks, _, number = name.removeprefix(beginning).rpartition(".")
+            own = dict(smoothed(numbers.points(name)))
+            lists[blocks or number][number if blocks else ""] = own
+    for blocks, rows in lists.items():
+        steps = sorted({step for own in rows.values() for step in own})
+        by_step = [(row, [own.get(step, float("nan")) for step in steps]) for row, own in rows.items()]
+        yield heat_map(f"{title}, {blocks}", steps, by_step, "by block, smoothed; change since the first")
 
 
 def _scaled(points: Sequence[tuple[float, float]], what: str) -> list[tuple[float, float]]:

@@ -113,3 +113,12 @@ def test_a_heat_map_tells_each_change() -> None:
 def test_a_heat_map_of_many_steps_has_the_last() -> None:
     chart = heat_map("held", range(1000), [("0.50", [1.0] * 1000)])
     assert len(re.findall("<rect", chart)) <= MOST_COLUMNS + 1 and "step 999:" in chart
+
+
+def test_rows_of_a_heat_map_that_are_many_have_few_labels() -> None:
+    def labels(count: int) -> list[str]:
+        chart = heat_map("norms", [1, 2], [(f"row {row}", [1.0, 2.0]) for row in range(count)])
+        return [text.text for text in drawn(chart).iter("text") if (text.text or "").startswith("row")]
+
+    assert len(labels(10)) == 10
+    assert labels(57)[:2] == ["row 0", "row 4"]
