@@ -23,7 +23,6 @@ from utils.settings.reader import read_all
 from utils.settings.schema import Settings
 
 if TYPE_CHECKING:
-    from models.base import BasePipeline
     from utils.ranks import Ranks
     from utils.run.beginning import Beginning
     from utils.run.trainer import Trainer
@@ -121,18 +120,22 @@ def work(
     """What the command line asks for. Returns whether it came to its end."""
     with without_collector():
         # The settings are sound: diffusers and the rest are imported from here on.
-        from models.assembly import checkpoint_export, data, dump, plan, preflight, trainer
+        from models.assembly import checkpoint_export, data, dump, plan, preflight, sample_only, trainer
         from utils.parallel.backend import initialize_deepspeed
         from utils.run.checkpoint import ResumeFlags
         from utils.run.in_use import RunLock
         from utils.run.restarts import after_restart
 
+    if arguments.sample_only and (export := sample_only.export_at(arguments.sample_only, settings)):
+        settings = sample_only.with_export(export, settings)
     pipeline = models.build(settings.model, settings.seed)
     # What the model's own files settle is recorded with the rest.
     settings = settings.model_copy(update={"model": pipeline.options.as_given()})
     preflight.check_training(pipeline, str(arguments.config))
     if arguments.sample_only:
-        return draw(arguments, settings, ranks, pipeline, stop)
+        meet(ranks, stop, settings, arguments.master_port)
+        sample_only.draw_samples(arguments.sample_only, settings, ranks, pipeline, stop)
+        return True
     sources = data.sources_of(settings, datasets)
     scan = data.scan_of(settings, sources, stop.raise_if_stopping, trust=arguments.trust_cache)
     if arguments.check:
@@ -195,18 +198,6 @@ def read_settings(
     number of processes is meant. See `read_all`."""
     settings, training, evaluation = read_all(config, models.choices(), world_size, from_diffusion_pipe)
     return settings, {"train": training, **evaluation}
-
-
-def draw(
-    arguments: argparse.Namespace, settings: Settings, ranks: Ranks, pipeline: BasePipeline, stop: StopRequests
-) -> bool:
-    """Draws samples with the weights of a checkpoint, which is all that the run does. Returns that it came to its
-    end."""
-    from models.assembly.sample_only import draw_checkpoint
-
-    meet(ranks, stop, settings, arguments.master_port)
-    draw_checkpoint(arguments.sample_only, settings, ranks, pipeline, stop)
-    return True
 
 
 def meet(ranks: Ranks, stop: StopRequests, settings: Settings, port: int | None) -> None:

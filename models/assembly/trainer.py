@@ -32,12 +32,12 @@ from utils.dataset.batches import EvaluationBatches, FeatureBatch, SampleReader,
 from utils.dataset.encoders import reads_text
 from utils.dataset.epochs import Epochs, micro_batch_of
 from utils.dataset.samples import Bucket, VersionPicker
-from utils.parallel.engine import Engine, optimizer_for_frozen_stage
+from utils.parallel.engine import Engine
 from utils.parallel.offload import HostInputs
 from utils.parallel.pipeline import DenoiserPipeline
 from utils.parallel.sharding import Shares
 from utils.parallel.swap import BlockSwap
-from utils.parallel.together import groups_for_frozen_stage, numbers_of_all
+from utils.parallel.together import groups_for_frozen_stage, numbers_of_all, optimizer_for_frozen_stage
 from utils.parallel.wire import map_tensors
 from utils.ranks import Ranks
 from utils.run import export_metadata
@@ -166,8 +166,7 @@ def build_trainer(
         resumed_at=progress.step if checkpoint else None,
     )
     told = _telling(settings, ranks, pipeline, data, folder, resumed=checkpoint is not None)
-    if settings.monitoring.block_norms:
-        told["norms"] = BlockNorms(ranks, engine, parameters)
+    told["norms"] = BlockNorms(ranks, engine, parameters) if settings.monitoring.block_norms else None
     run = RunParts(settings, ranks, engine, optimizer, parameters, shares, folder, metrics, stop, ema, **told)
     duties = _duties(run, pipeline, data, reader, noising, staged)
     if not checkpoint:

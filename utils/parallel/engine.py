@@ -395,11 +395,6 @@ def _config(accumulation: int, deepspeed: DeepSpeedSettings) -> dict[str, Any]:
     }
 
 
-def optimizer_for_frozen_stage() -> torch.optim.Optimizer:
-    """The optimizer of a stage without trainable parameters, since DeepSpeed requires one."""
-    return torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(()))], "initial_lr": 0.0}], lr=0.0)
-
-
 def _to_device(fields: Any, device: torch.device) -> Any:
     """The same with its tensors on `device`."""
     return wire.map_tensors(lambda tensor: tensor.to(device, non_blocking=True), fields)

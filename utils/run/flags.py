@@ -42,7 +42,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "sample_only": {
         "metavar": "CHECKPOINT",
         "help": "draw the config's samples with the weights of this checkpoint, or of the newest of this run folder, "
-        "and end",
+        "or of this exported file or folder, and end",
     },
     "cache_only": {"action": "store_true", "help": "encode the datasets and end"},
     "regenerate_cache": {"action": "store_true", "help": "encode everything again"},
