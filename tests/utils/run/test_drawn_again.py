@@ -146,13 +146,13 @@ def test_samples_of_an_exported_model_are_those_of_its_run(
     assert run_here(write_config(max_steps=1, **keys))
     run = only_run(write_config())
     (of_run,) = (run / "samples" / "step000001").glob("*.png")
-    for name in ("epoch1", "epoch1/transformer_comfyui.safetensors"):
+    for name in ("step1", "step1/model_comfyui.safetensors"):
         assert run_here(write_config(**keys), "--sample_only", str(run / name))
         drawn = run.parent / "samples_only" / Path(name).stem / of_run.name
         assert (picture(drawn) == picture(of_run)).all()
     with pytest.raises(UserError, match=r"has a whole model \(transformer\), and the config has an \[adapter\]"):
-        run_here(write_config(sampling=sampling), "--sample_only", str(run / "epoch1"))
-    (run / "epoch1" / "text_encoder").mkdir()
-    (run / "epoch1" / "text_encoder" / "config.json").write_text("{}")
+        run_here(write_config(sampling=sampling), "--sample_only", str(run / "step1"))
+    (run / "step1" / "text_encoder").mkdir()
+    (run / "step1" / "text_encoder" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="has 2 parts of a model, text_encoder, transformer"):
-        run_here(write_config(**keys), "--sample_only", str(run / "epoch1"))
+        run_here(write_config(**keys), "--sample_only", str(run / "step1"))
