@@ -25,6 +25,7 @@ from utils.settings.schema import Settings
 if TYPE_CHECKING:
     from utils.ranks import Ranks
     from utils.run.beginning import Beginning
+    from utils.run.checkpoint import ResumeFlags
     from utils.run.trainer import Trainer
 
 logger = logging.getLogger("penstock")
@@ -122,12 +123,11 @@ def work(
         # The settings are sound: diffusers and the rest are imported from here on.
         from models.assembly import checkpoint_export, data, dump, plan, preflight, sample_only, trainer
         from utils.parallel.backend import initialize_deepspeed
-        from utils.run.checkpoint import ResumeFlags
         from utils.run.in_use import RunLock
         from utils.run.restarts import after_restart
 
-    if arguments.sample_only and (export := sample_only.export_at(arguments.sample_only, settings)):
-        settings = sample_only.with_export(export, settings)
+    if arguments.sample_only:
+        settings = sample_only.with_export(arguments.sample_only, settings)
     pipeline = models.build(settings.model, settings.seed)
     # What the model's own files settle is recorded with the rest.
     settings = settings.model_copy(update={"model": pipeline.options.as_given()})
@@ -152,8 +152,7 @@ def work(
 
     meet(ranks, stop, settings, arguments.master_port)
     preflight.verify(settings, pipeline, scan.index.parent, ranks, stop.raise_if_stopping)
-    resets = (arguments.reset_dataloader, arguments.reset_optimizer, arguments.reset_optimizer_params)
-    flags = after_restart(ResumeFlags(arguments.resume_from_checkpoint, *resets), settings, arguments.config)
+    flags = after_restart(resume_flags(arguments), settings, arguments.config)
     with RunLock() as in_use:
         checkpoint = trainer.open_checkpoint(settings, flags, staged, ranks, None if looks else in_use)
         cached = data.cached_data(
@@ -198,6 +197,14 @@ def read_settings(
     number of processes is meant. See `read_all`."""
     settings, training, evaluation = read_all(config, models.choices(), world_size, from_diffusion_pipe)
     return settings, {"train": training, **evaluation}
+
+
+def resume_flags(arguments: argparse.Namespace) -> ResumeFlags:
+    """How the command line asks to go on."""
+    from utils.run.checkpoint import ResumeFlags
+
+    resets = (arguments.reset_dataloader, arguments.reset_optimizer, arguments.reset_optimizer_params)
+    return ResumeFlags(arguments.resume_from_checkpoint, *resets)
 
 
 def meet(ranks: Ranks, stop: StopRequests, settings: Settings, port: int | None) -> None:

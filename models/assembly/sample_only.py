@@ -53,12 +53,15 @@ def export_at(source: str, settings: Settings) -> Path | None:
     return found
 
 
-def with_export(export: Path, settings: Settings) -> Settings:
-    """The settings with which a model begins as the export is.
+def with_export(source: str, settings: Settings) -> Settings:
+    """The settings with which a model begins as the export that `source` names is; the same ones, if it names none.
 
     Raises:
         UserError: the export has something else than what the settings train.
     """
+    export = export_at(source, settings)
+    if export is None:
+        return settings
     if settings.adapter:
         if export.is_dir() and (parts := _parts(export)):
             raise UserError.of(
