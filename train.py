@@ -126,8 +126,7 @@ def work(
         from utils.run.in_use import RunLock
         from utils.run.restarts import after_restart
 
-    if arguments.sample_only:
-        settings = sample_only.with_export(arguments.sample_only, settings)
+    settings = sample_only.with_export(arguments.sample_only, settings)
     pipeline = models.build(settings.model, settings.seed)
     # What the model's own files settle is recorded with the rest.
     settings = settings.model_copy(update={"model": pipeline.options.as_given()})
@@ -163,9 +162,7 @@ def work(
         if looks:
             return True
 
-        settings = plan.settled(
-            settings, ranks, pipeline, staged, cached, checkpoint, restart_data=flags.reset_dataloader
-        )
+        settings = plan.settled(settings, ranks, pipeline, staged, cached, checkpoint, flags.reset_dataloader)
         initialize_deepspeed()
         built = trainer.build_trainer(
             settings, ranks, pipeline, cached, stop, arguments.config, flags, in_use, checkpoint=checkpoint

@@ -53,13 +53,13 @@ def export_at(source: str, settings: Settings) -> Path | None:
     return found
 
 
-def with_export(source: str, settings: Settings) -> Settings:
+def with_export(source: str | None, settings: Settings) -> Settings:
     """The settings with which a model begins as the export that `source` names is; the same ones, if it names none.
 
     Raises:
         UserError: the export has something else than what the settings train.
     """
-    export = export_at(source, settings)
+    export = export_at(source, settings) if source else None
     if export is None:
         return settings
     if settings.adapter:
