@@ -212,6 +212,7 @@ def _page(folder: Path, data: Data, *, resumed: bool) -> RunPage:
     notes = kept_notes()
     if resumed:
         notes.go_on(folder)
+    notes.how = "going on"
     notes.data = described([data.training, *data.evaluation])
     return RunPage(folder, notes)
 

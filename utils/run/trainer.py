@@ -360,6 +360,7 @@ class Trainer:
             self._perform(lacking, self.progress, False)
         self.checkpoints.complete()
         self.parts.metrics.close()
+        self.parts.page.notes.how = "stopped" if stopped else "done"
         self.parts.page.write()
         if self.parts.ranks.is_main:
             self._tell_end(stopped)

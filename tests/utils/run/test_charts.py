@@ -122,3 +122,10 @@ def test_rows_of_a_heat_map_that_are_many_have_few_labels() -> None:
 
     assert len(labels(10)) == 10
     assert labels(57)[:2] == ["row 0", "row 4"]
+
+
+def test_an_axis_from_zero_lets_small_changes_look_small() -> None:
+    points = [(0.0, 9.9), (1.0, 10.0)]
+    ends = [polylines(line_chart("memory", [Line("", points)], from_zero=kind))[0] for kind in (False, True)]
+    spans = [line[0][1] - line[-1][1] for line in ends]
+    assert spans[0] == pytest.approx(HEIGHT - BOTTOM - TOP) and spans[1] == pytest.approx(spans[0] / 100, abs=0.1)
