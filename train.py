@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import models
 from utils.collector import without_collector
 from utils.run.display import guarded_streams
-from utils.run.flags import ALONE, FLAGS
+from utils.run.flags import FLAGS, check_flags, words_of
 from utils.run.signals import StopRequested, StopRequests
 from utils.run.time_limit import TimeLimit
 from utils.settings import diffusion_pipe
@@ -23,8 +23,9 @@ from utils.settings.reader import read_all
 from utils.settings.schema import Settings
 
 if TYPE_CHECKING:
-    from models.base import BasePipeline
     from utils.ranks import Ranks
+    from utils.run.beginning import Beginning
+    from utils.run.checkpoint import ResumeFlags
     from utils.run.trainer import Trainer
 
 logger = logging.getLogger("penstock")
@@ -57,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         logger.warning("--%s: %s", name, diffusion_pipe.FLAGS[name].warning)
     with StopRequests() as stop:
         try:
+            if len(arguments.configs) > 1:
+                return run_list(arguments, ranks, stop)
             finished = run(arguments, ranks, stop, started)
             disconnect()
         except StopRequested:
@@ -78,33 +81,64 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if finished else stop.exit_code
 
 
+def run_list(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests) -> int:
+    """One run after the other, each in processes of its own, once the settings of all are sound. Returns the exit
+    code."""
+    from utils.run.listed import check_all, check_launch, walk
+
+    check_launch()
+    world_size = None if arguments.check and ranks.world_size == 1 else ranks.world_size
+    check_all(lambda config: read_settings(config, world_size, bool(arguments.foreign)), arguments.configs)
+    command = [sys.executable, __file__, *words_of(arguments)]
+    return walk(command, arguments.configs, ranks, stop, arguments.master_port)
+
+
 def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started: float) -> bool:
     """Settings, data, cache, model, training: each is checked before the next is loaded. Returns whether the run came
-    to its end."""
+    to its end. What ends it before the first step is told to its webhook too."""
     # A plan without a launcher is that of one pipeline, whatever its number of stages; an export is one process's work.
     world_size = None if (arguments.check or arguments.export) and ranks.world_size == 1 else ranks.world_size
     with without_collector():
         settings, datasets = read_settings(arguments.config, world_size, bool(arguments.foreign))
         ranks = replace(ranks, world_size=world_size or settings.pipeline_stages).with_stages(settings.pipeline_stages)
+        from utils.run.beginning import Beginning
 
+    stop.time = TimeLimit(60 * settings.time_limit, started) if settings.time_limit else None
+    # Who asks for a plan is there to read it.
+    told = None if arguments.check else settings.monitoring.webhook
+    with Beginning(told, arguments.config, ranks, stop, started) as beginning:
+        return work(arguments, settings, datasets, ranks, stop, beginning)
+
+
+def work(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    datasets: dict[str, DatasetSettings],
+    ranks: Ranks,
+    stop: StopRequests,
+    beginning: Beginning,
+) -> bool:
+    """What the command line asks for. Returns whether it came to its end."""
+    with without_collector():
         # The settings are sound: diffusers and the rest are imported from here on.
-        from models.assembly import checkpoint_export, data, dump, plan, preflight, trainer
+        from models.assembly import checkpoint_export, data, dump, plan, preflight, sample_only, trainer
         from utils.parallel.backend import initialize_deepspeed
-        from utils.run.checkpoint import ResumeFlags
         from utils.run.in_use import RunLock
         from utils.run.restarts import after_restart
 
-    stop.time = TimeLimit(60 * settings.time_limit, started) if settings.time_limit else None
+    settings = sample_only.with_export(arguments.sample_only, settings)
     pipeline = models.build(settings.model, settings.seed)
     # What the model's own files settle is recorded with the rest.
     settings = settings.model_copy(update={"model": pipeline.options.as_given()})
     preflight.check_training(pipeline, str(arguments.config))
     if arguments.sample_only:
-        return draw(arguments, settings, ranks, pipeline, stop)
+        meet(ranks, stop, settings, arguments.master_port)
+        sample_only.draw_samples(arguments.sample_only, settings, ranks, pipeline, stop)
+        return True
     sources = data.sources_of(settings, datasets)
     scan = data.scan_of(settings, sources, stop.raise_if_stopping, trust=arguments.trust_cache)
     if arguments.check:
-        show(preflight.plan_of(settings, ranks, pipeline, sources, scan), ranks)
+        preflight.show_plan(settings, ranks, pipeline, sources, scan)
         return True
     if arguments.export:
         if ranks.is_main:
@@ -117,8 +151,7 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
 
     meet(ranks, stop, settings, arguments.master_port)
     preflight.verify(settings, pipeline, scan.index.parent, ranks, stop.raise_if_stopping)
-    resets = (arguments.reset_dataloader, arguments.reset_optimizer, arguments.reset_optimizer_params)
-    flags = after_restart(ResumeFlags(arguments.resume_from_checkpoint, *resets), settings)
+    flags = after_restart(resume_flags(arguments), settings, arguments.config)
     with RunLock() as in_use:
         checkpoint = trainer.open_checkpoint(settings, flags, staged, ranks, None if looks else in_use)
         cached = data.cached_data(
@@ -129,14 +162,12 @@ def run(arguments: argparse.Namespace, ranks: Ranks, stop: StopRequests, started
         if looks:
             return True
 
-        settings = plan.settled(
-            settings, ranks, pipeline, staged, cached, checkpoint, restart_data=flags.reset_dataloader
-        )
+        settings = plan.settled(settings, ranks, pipeline, staged, cached, checkpoint, flags.reset_dataloader)
         initialize_deepspeed()
         built = trainer.build_trainer(
             settings, ranks, pipeline, cached, stop, arguments.config, flags, in_use, checkpoint=checkpoint
         )
-        logger.info("ready after %.1f s", time.monotonic() - started)
+        beginning.over()
         return built.parts.telling(lambda: train(built))
 
 
@@ -151,18 +182,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(*spellings, **options)
     arguments = parser.parse_args(argv)
     arguments.foreign = [name for name in diffusion_pipe.FLAGS if getattr(arguments, f"foreign_{name}") is not None]
-    for name in arguments.foreign:
-        flag = diffusion_pipe.FLAGS[name]
-        if not flag.harmless(getattr(arguments, f"foreign_{name}")):
-            parser.error(f"--{name}: {flag.advice}")
-    resets = [name for name in FLAGS if name.startswith("reset_") and getattr(arguments, name)]
-    if resets and arguments.resume_from_checkpoint is None:
-        parser.error(f"--{resets[0]} says how to resume; give --resume_from_checkpoint with it")
-    for flag in [flag for flag in ALONE if getattr(arguments, flag) is not None]:
-        if others := [name for name in ALONE[flag] if getattr(arguments, name) not in (None, False)]:
-            parser.error(f"--{flag} does nothing else; leave --{others[0]} out, or --{flag}")
-        if getattr(arguments, flag) == "":
-            parser.error(f"--{flag}: name a checkpoint, or a run's folder")
+    arguments.configs, arguments.config = arguments.config, arguments.config[0]
+    check_flags(parser, arguments)
     return arguments
 
 
@@ -175,16 +196,12 @@ def read_settings(
     return settings, {"train": training, **evaluation}
 
 
-def draw(
-    arguments: argparse.Namespace, settings: Settings, ranks: Ranks, pipeline: BasePipeline, stop: StopRequests
-) -> bool:
-    """Draws samples with the weights of a checkpoint, which is all that the run does. Returns that it came to its
-    end."""
-    from models.assembly.sample_only import draw_checkpoint
+def resume_flags(arguments: argparse.Namespace) -> ResumeFlags:
+    """How the command line asks to go on."""
+    from utils.run.checkpoint import ResumeFlags
 
-    meet(ranks, stop, settings, arguments.master_port)
-    draw_checkpoint(arguments.sample_only, settings, ranks, pipeline, stop)
-    return True
+    resets = (arguments.reset_dataloader, arguments.reset_optimizer, arguments.reset_optimizer_params)
+    return ResumeFlags(arguments.resume_from_checkpoint, *resets)
 
 
 def meet(ranks: Ranks, stop: StopRequests, settings: Settings, port: int | None) -> None:
@@ -197,12 +214,6 @@ def meet(ranks: Ranks, stop: StopRequests, settings: Settings, port: int | None)
         connect(ranks, port)
     stop.watch.begin(ranks, settings.hang_timeout)
     set_kernels(settings.attention)
-
-
-def show(plan: str, ranks: Ranks) -> None:
-    """Prints the plan of a run, once."""
-    if ranks.is_main:
-        sys.stdout.write(f"{plan}\n")
 
 
 def train(trainer: Trainer) -> bool:

@@ -10,11 +10,13 @@ import contextlib
 import multiprocessing
 import os
 import random
+import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
@@ -102,11 +104,13 @@ def run_command(
     *,
     ends_others: bool = False,
     taken: socket.socket | None = None,
+    receives: int = signal.SIGTERM,
 ) -> list[int]:
     """`train.py` with these words on `world_size` processes; the exit codes, in the order of the ranks. What they print
-    goes to `log`; once it has the text `stop_after`, the last process is sent SIGTERM. With `ends_others` the rest are
-    sent it when the main process has failed, as launchers do: they wait seconds for that. They are to meet at a free
-    port, or at the one that is `taken`; then they are sent it when they are waiting for an answer there."""
+    goes to `log`; once it has the text `stop_after`, the last process is sent what it `receives`. With `ends_others`
+    the rest are sent SIGTERM when the main process has failed, as launchers do: they wait seconds for that. They are to
+    meet at a free port, or at the one that is `taken`; then they are sent it when they are waiting for an answer there.
+    The runs of a list are forked."""
     context, port = _context(), taken.getsockname()[1] if taken else _free_port()
     processes = [
         context.Process(target=_command, args=(words, rank, world_size, port, str(log))) for rank in range(world_size)
@@ -116,7 +120,7 @@ def run_command(
     deadline = time.monotonic() + TIMEOUT.total_seconds()
     while stop_after and time.monotonic() < deadline:
         if log.exists() and stop_after in log.read_text():
-            processes[-1].terminate()
+            os.kill(processes[-1].pid, receives)
             stop_after = None
         time.sleep(0.005)
     for process in processes:
@@ -150,7 +154,43 @@ def _command(words: list[str], rank: int, world_size: int, port: int, log: str) 
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size)
     )
     torch.set_num_threads(1)
+    # The runs of a list are interpreters of their own, which take seconds to import everything.
+    subprocess.Popen = Forked
     sys.exit(train.main(words))
+
+
+class Forked:
+    """`train.py` in a process forked from this one, with the methods of `subprocess.Popen`."""
+
+    def __init__(self, command: list[str], env: Mapping[str, str]):
+        import train
+
+        assert Path(command[1]).name == "train.py", command
+        self.code: int | None = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        os.environ.clear()
+        os.environ.update(env)
+        try:
+            os._exit(train.main(command[2:]))
+        finally:
+            traceback.print_exc()
+            os._exit(1)
+
+    def poll(self) -> int | None:
+        if self.code is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.code = os.waitstatus_to_exitcode(ended[1])
+        return self.code
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 def _free_port() -> int:

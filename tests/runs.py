@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -77,17 +78,19 @@ def config_writer(tmp_path: Path, pictures: Path, flux: Path) -> Callable[..., P
 
 
 def launch(
-    config: Path,
+    config: Path | list[Path],
     *words: str,
     processes: int = 1,
     stop_after: str | None = None,
     ends_others: bool = False,
     taken: socket.socket | None = None,
+    receives: int = signal.SIGTERM,
 ) -> tuple[list[int], str]:
-    log = config.parent / "log.txt"
+    configs = config if isinstance(config, list) else [config]
+    log = configs[0].parent / "log.txt"
     log.unlink(missing_ok=True)
-    words = ["--config", str(config), *words]
-    codes = run_command(words, processes, log, stop_after, ends_others=ends_others, taken=taken)
+    words = ["--config", *map(str, configs), *words]
+    codes = run_command(words, processes, log, stop_after, ends_others=ends_others, taken=taken, receives=receives)
     return codes, log.read_text()
 
 

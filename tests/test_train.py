@@ -117,7 +117,7 @@ def test_epochs_and_max_steps_end_a_run(write_config: Callable[..., Path], keys:
     assert not (run / "latest").exists()
 
 
-def test_evaluation_is_the_same_on_any_layout_and_in_any_batches(
+def test_evaluation_is_the_same_on_any_layout_and_in_any_batches_of_training(
     write_config: Callable[..., Path], pictures: Path, tmp_path: Path
 ) -> None:
     """To the last digit that is told; also of a set that has nothing for one of the data ranks, and of a part of the
@@ -135,8 +135,9 @@ def test_evaluation_is_the_same_on_any_layout_and_in_any_batches(
     entries = [{"name": name, "config": str(tmp_path / f"{name}.toml")} for name in sets]
     entries.append({"name": "part", "fraction": 0.5})
     results = []
-    for processes, stages, batch in ((1, 1, 1), (2, 1, 4), (2, 2, 4)):
-        keys = {"pipeline_stages": stages, "eval_micro_batch_size_per_gpu": batch, "eval_quantiles": [0.2, 0.9]}
+    for processes, stages, trained, batch in ((1, 1, 1, 3), (2, 1, 4, 3), (2, 2, 4, 3), (1, 1, 1, 1)):
+        batches = {"micro_batch_size_per_gpu": trained, "eval_micro_batch_size_per_gpu": batch}
+        keys = {"pipeline_stages": stages, "eval_quantiles": [0.2, 0.9], **batches}
         codes, log = launch(write_config(max_steps=1, eval_datasets=entries, **keys), processes=processes)
         assert set(codes) == {0}, log
         run = only_run(tmp_path / "run.toml")
@@ -145,9 +146,10 @@ def test_evaluation_is_the_same_on_any_layout_and_in_any_batches(
         results.append({name: metrics(run, name)[0] for name in [*names, "part/loss", "own/loss_standard_error"]})
         assert "took" in log and "in both sets" in log, log
         shutil.rmtree(run)
+    assert results[0] == results[1] == results[2]
     # Products of other batches are added up in another order.
-    assert results[1] == results[2] and results[0] == pytest.approx(results[1], rel=1e-6)
-    assert [f"{loss:.5f}" for loss in results[0].values()] == [f"{loss:.5f}" for loss in results[1].values()]
+    assert results[3] == pytest.approx(results[0], rel=1e-6)
+    assert [f"{loss:.5f}" for loss in results[3].values()] == [f"{loss:.5f}" for loss in results[0].values()]
 
 
 def digest_of(file: Path) -> str:

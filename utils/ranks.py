@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from utils.turn import turn_in_list
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 PATIENCE = timedelta(minutes=30)
 """How long to wait for a rank that gives no sign of life."""
@@ -100,11 +102,6 @@ def connect(ranks: Ranks, master_port: int | None = None) -> None:
     Raises:
         LaunchError: the port is taken, or this machine has fewer GPUs than it was given processes.
     """
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if master_port is not None:
-        os.environ.setdefault("MASTER_PORT", str(master_port))
-    if ranks.world_size == 1:
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
     coordinates = {"RANK": ranks.rank, "WORLD_SIZE": ranks.world_size, "LOCAL_RANK": ranks.local_rank}
     for name, value in coordinates.items():
         os.environ[name] = str(value)
@@ -118,21 +115,31 @@ def connect(ranks: Ranks, master_port: int | None = None) -> None:
     _share_cores(ranks)
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     dist.init_process_group(
-        backend, store=_meet(ranks), rank=ranks.rank, world_size=ranks.world_size, timeout=COLLECTIVE_TIMEOUT
+        backend,
+        store=meet(ranks, master_port),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=COLLECTIVE_TIMEOUT,
     )
 
 
-def _meet(ranks: Ranks) -> dist.Store:
-    """The key-value store of the run, which the main process hosts.
+def meet(ranks: Ranks, master_port: int | None = None) -> dist.Store:
+    """The key-value store of the run, which the main process hosts, or its launcher; where, as `connect` says.
 
     Raises:
         LaunchError: another program, or another run, has its port.
     """
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if master_port is not None:
+        os.environ.setdefault("MASTER_PORT", str(master_port))
+    if ranks.world_size == 1:
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
     try:
         store, *_ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=COLLECTIVE_TIMEOUT))
         store.set_timeout(COLLECTIVE_TIMEOUT)
         # A launcher's store outlives processes that it starts again, with all that they had put there.
-        store = dist.PrefixStore(f"start{restarts()}", store)
+        # So does that of a list, for all its runs.
+        store = dist.PrefixStore(f"start{restarts()}/turn{turn_in_list() or 0}", store)
         is_ours = ranks.world_size == 1 or store.add(f"here/{ranks.rank}", 1) == 1
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
@@ -222,11 +229,20 @@ def _last_sign(store: dist.Store, tag: str, rank: int, last: tuple[int, float]) 
 
 def largest(values: Sequence[float]) -> list[float]:
     """The largest of each value among all ranks; every rank gets the same answer."""
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+def summed(values: Sequence[float]) -> list[float]:
+    """The sum of each value over all ranks; every rank gets the same answer."""
+    return _reduced(values, dist.ReduceOp.SUM)
+
+
+def _reduced(values: Sequence[float], how: dist.ReduceOp) -> list[float]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return list(values)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     shared = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    dist.all_reduce(shared, op=how)
     return shared.tolist()
 
 

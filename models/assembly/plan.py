@@ -67,7 +67,6 @@ def settled(
     staged: StagedModel,
     data: Data,
     checkpoint: Checkpoint | None = None,
-    *,
     restart_data: bool = False,
 ) -> Settings:
     """The settings with values in the place of "auto" and with their cut, the same on all ranks; the main rank logs the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 
@@ -133,8 +134,8 @@ def check_layers(pipeline: BasePipeline, staged: StagedModel) -> None:
         raise UserError([problem])
 
 
-def plan_of(settings: Settings, ranks: Ranks, pipeline: BasePipeline, sources: Sequence[Source], scan: Scan) -> str:
-    """The plan of the run, as text.
+def show_plan(settings: Settings, ranks: Ranks, pipeline: BasePipeline, sources: Sequence[Source], scan: Scan) -> None:
+    """Prints the plan of the run, once.
 
     Raises:
         UserError: lists all problems of the model's files and of the data.
@@ -154,7 +155,8 @@ def plan_of(settings: Settings, ranks: Ranks, pipeline: BasePipeline, sources: S
     if problems:
         raise UserError(problems)
     described = describe(settings, ranks, pipeline, staged, collections)
-    return f"{described}\n\nfiles: {LOOKED_AT[settings.verify]}"
+    if ranks.is_main:
+        sys.stdout.write(f"{described}\n\nfiles: {LOOKED_AT[settings.verify]}\n")
 
 
 def _decoded(found: Sequence[Collection], settings: Settings, scan: Scan) -> list[Collection]:

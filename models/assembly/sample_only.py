@@ -1,4 +1,5 @@
-"""`--sample_only`: the samples of a config by the weights of a checkpoint, without data and without training."""
+"""`--sample_only`: the samples of a config by the weights of a checkpoint or of an export, without data and without
+training."""
 
 from __future__ import annotations
 
@@ -19,11 +20,13 @@ from models.assembly.trainer import block_swap, open_checkpoint
 from models.base import BasePipeline
 from utils.errors import UserError
 from utils.parallel.backend import initialize_deepspeed
-from utils.parallel.engine import Engine, optimizer_for_frozen_stage
+from utils.parallel.engine import Engine
 from utils.parallel.pipeline import DenoiserPipeline
+from utils.parallel.together import optimizer_for_frozen_stage
 from utils.ranks import Ranks
 from utils.run.attempts import Attempt, Failed
 from utils.run.checkpoint import Checkpoint, ResumeFlags
+from utils.run.folder import SETTINGS
 from utils.run.sample_texts import Origin
 from utils.run.sampling import draw_into, file_name
 from utils.run.signals import StopRequests
@@ -34,16 +37,69 @@ logger = logging.getLogger(__name__)
 
 FLAG = "--sample_only"
 FOLDER = "samples_only"
-"""Where they go in the run's folder, beside those of the run itself, which stay."""
+"""Where they go in the run's folder, beside those of the run itself, which stay; of an export, in `output_dir`."""
+CONFIG = "config.json"
+"""What a part of a diffusers folder has."""
 
 
-def draw_checkpoint(source: str, settings: Settings, ranks: Ranks, pipeline: BasePipeline, stop: StopRequests) -> Path:
+def export_at(source: str, settings: Settings) -> Path | None:
+    """The file or folder of an export, if `source` (a path, or a name in `output_dir`) names one, and no checkpoint and
+    no run."""
+    found = next((path for path in (Path(source), settings.output_dir / source) if path.exists()), None)
+    if found is None or found.is_file():
+        return found
+    if found.name.startswith("global_step") or (found / SETTINGS).is_file() or any(found.glob("global_step*")):
+        return None
+    return found
+
+
+def with_export(source: str | None, settings: Settings) -> Settings:
+    """The settings with which a model begins as the export that `source` names is; the same ones, if it names none.
+
+    Raises:
+        UserError: the export has something else than what the settings train.
+    """
+    export = export_at(source, settings) if source else None
+    if export is None:
+        return settings
+    if settings.adapter:
+        if export.is_dir() and (parts := _parts(export)):
+            raise UserError.of(
+                f"has a whole model ({', '.join(parts)}), and the config has an [adapter]; leave that out, or name "
+                "the file of an adapter",
+                str(export),
+                FLAG,
+            )
+        # It may be of another rank: that of a run with `init` has twice as many.
+        of_file = {"init_from_existing": export, "dim_from_weights": True, "init": None, "dropout": 0.0}
+        known = {key: value for key, value in of_file.items() if key in type(settings.adapter).model_fields}
+        return settings.model_copy(update={"adapter": settings.adapter.model_copy(update=known)})
+    parts = _parts(export) if export.is_dir() else []
+    if len(parts) > 1:
+        raise UserError.of(
+            f"has {len(parts)} parts of a model, {', '.join(parts)}; name them in [model] transformer_path and "
+            "text_encoders, or draw with the checkpoint",
+            str(export),
+            FLAG,
+        )
+    weights = export / parts[0] if parts else export
+    return settings.model_copy(update={"model": settings.model.model_copy(update={"transformer_path": weights})})
+
+
+def _parts(export: Path) -> list[str]:
+    """The folders of an export that are parts of a model."""
+    return sorted(config.parent.name for config in export.glob(f"*/{CONFIG}"))
+
+
+def draw_samples(source: str, settings: Settings, ranks: Ranks, pipeline: BasePipeline, stop: StopRequests) -> Path:
     """Draws into `samples_only/step000500` of the checkpoint's run, with the moving averages if `[ema]` says that
-    samples have them, and returns the folder. What a run chooses by its data ("auto", a planned cut) is not done: no
-    block is swapped then, and stages have equal numbers of parameters.
+    samples have them, or into `samples_only/NAME` of `output_dir` with an export, and returns the folder. What a run
+    chooses by its data ("auto", a planned cut) is not done: no block is swapped then, and stages have equal numbers of
+    parameters.
 
     Args:
-        source: a checkpoint, or a run with checkpoints.
+        source: a checkpoint, or a run with checkpoints; or an export, with which the settings and the pipeline are made
+            already, see `with_export`.
 
     Raises:
         UserError: there is none, or nothing to draw; the model and the adapter are not those that it was made with; or
@@ -54,31 +110,41 @@ def draw_checkpoint(source: str, settings: Settings, ranks: Ranks, pipeline: Bas
         raise UserError.of(f"there is nothing to draw for {FLAG}; add prompts", where="[sampling]")
     settings = settings.model_copy(update=_without_training(settings))
     staged = check_model(settings, pipeline)
-    try:
-        # The optimizer's state is not read.
-        checkpoint = open_checkpoint(settings, ResumeFlags(source, reset_optimizer=True), staged, ranks)
-    except UserError as error:
-        raise in_words_of(FLAG, error) from error
+    export, checkpoint = export_at(source, settings), None
+    if export is None:
+        checkpoint = _checkpoint(source, settings, staged, ranks)
     encoders = pipeline.encoders_for(0 if pipeline.starts_from_picture else pictures_a_prompt(requests))
     if ranks.is_main:
         tell_long_prompts(encoders, requests, pipeline)
     initialize_deepspeed()
     engine = _engine(settings, ranks, pipeline, checkpoint)
     model = sample_model(pipeline, encoders, settings, ranks, Path(), in_cache=False)
-    run, step = checkpoint.folder.parent, checkpoint.progress.step
-    folder = run / FOLDER / f"step{step:06d}"
+    if checkpoint:
+        run, step = checkpoint.folder.parent, checkpoint.progress.step
+        folder, origin = run / FOLDER / f"step{step:06d}", Origin(model.name, run.name, step)
+    else:
+        folder = settings.output_dir / FOLDER / export.stem
+        origin = Origin(model.name, export.name, None)
     try:
-        drawn = draw_into(
-            folder, engine, ranks, model, Origin(model.name, run.name, step), Attempt(FLAG, ranks, stop.pending)
-        )
+        drawn = draw_into(folder, engine, ranks, model, origin, Attempt(FLAG, ranks, stop.pending))
     except Failed as failed:
         raise UserError.of(f"no samples are drawn: {failed}", str(folder), FLAG) from failed
+    if ranks.is_main:
+        logger.info("done: %d samples in %s", len(drawn), folder)
     if ranks.is_main and model.score:
         files = [folder / file_name(drawing.request) for drawing in drawn]
         score = model.score.of(files, [drawing.request.prompt for drawing in drawn])
         if score is not None:
             logger.info("samples/clip_score: %.3f", score)
     return folder
+
+
+def _checkpoint(source: str, settings: Settings, staged: StagedModel, ranks: Ranks) -> Checkpoint:
+    try:
+        # The optimizer's state is not read.
+        return open_checkpoint(settings, ResumeFlags(source, reset_optimizer=True), staged, ranks)
+    except UserError as error:
+        raise in_words_of(FLAG, error) from error
 
 
 def _without_training(settings: Settings) -> dict[str, object]:
@@ -92,10 +158,11 @@ def _without_training(settings: Settings) -> dict[str, object]:
     }
 
 
-def _engine(settings: Settings, ranks: Ranks, pipeline: BasePipeline, checkpoint: Checkpoint) -> Engine:
-    """This stage with the checkpoint's weights, which nothing trains."""
+def _engine(settings: Settings, ranks: Ranks, pipeline: BasePipeline, checkpoint: Checkpoint | None) -> Engine:
+    """This stage with the checkpoint's weights, if there is one, which nothing trains."""
     staged = load_stage(pipeline, settings, ranks.stage)
-    _take_weights(settings, checkpoint, staged.trained(staged.stage_layers(ranks.stage)))
+    if checkpoint:
+        _take_weights(settings, checkpoint, staged.trained(staged.stage_layers(ranks.stage)))
     _freeze(staged)
     module = DenoiserPipeline(
         staged.layers,

@@ -32,16 +32,17 @@ from utils.dataset.batches import EvaluationBatches, FeatureBatch, SampleReader,
 from utils.dataset.encoders import reads_text
 from utils.dataset.epochs import Epochs, micro_batch_of
 from utils.dataset.samples import Bucket, VersionPicker
-from utils.parallel.engine import Engine, optimizer_for_frozen_stage
+from utils.parallel.engine import Engine
 from utils.parallel.offload import HostInputs
 from utils.parallel.pipeline import DenoiserPipeline
 from utils.parallel.sharding import Shares
 from utils.parallel.swap import BlockSwap
-from utils.parallel.together import groups_for_frozen_stage, numbers_of_all
+from utils.parallel.together import groups_for_frozen_stage, numbers_of_all, optimizer_for_frozen_stage
 from utils.parallel.wire import map_tensors
 from utils.ranks import Ranks
 from utils.run import export_metadata
 from utils.run import folder as run_folder
+from utils.run.block_norms import BlockNorms
 from utils.run.branches import begin_branch
 from utils.run.cadence import Duty
 from utils.run.checkpoint import Checkpoint, ResumeFlags, damage_in, identity_of, of_other_run, run_of
@@ -60,6 +61,7 @@ from utils.run.trainer import Trainer
 from utils.run.webhook import Webhook
 from utils.settings.reader import resolved
 from utils.settings.schema import Settings
+from utils.turn import tell_folder
 
 CLIP_DIMENSIONS = 4
 """Of a clip's latent: channels, frames, rows, columns."""
@@ -155,6 +157,7 @@ def build_trainer(
     in_use.take(folder, ranks)
     if ranks.is_main:
         go_on_in(folder)
+        tell_folder(folder)
     metrics = Metrics.from_settings(
         folder,
         settings.monitoring,
@@ -163,6 +166,7 @@ def build_trainer(
         resumed_at=progress.step if checkpoint else None,
     )
     told = _telling(settings, ranks, pipeline, data, folder, resumed=checkpoint is not None)
+    told["norms"] = BlockNorms(ranks, engine, parameters) if settings.monitoring.block_norms else None
     run = RunParts(settings, ranks, engine, optimizer, parameters, shares, folder, metrics, stop, ema, **told)
     duties = _duties(run, pipeline, data, reader, noising, staged)
     if not checkpoint:
@@ -208,6 +212,7 @@ def _page(folder: Path, data: Data, *, resumed: bool) -> RunPage:
     notes = kept_notes()
     if resumed:
         notes.go_on(folder)
+    notes.how = "going on"
     notes.data = described([data.training, *data.evaluation])
     return RunPage(folder, notes)
 

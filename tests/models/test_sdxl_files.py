@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import models
-from models.assembly.stage import load_stage
+from models.assembly.stage import load_stage, model_names
+from models.assembly.tools import __main__ as tools
 from models.foundation.checkpoints import published
+from models.foundation.checkpoints.adapter_files import read_updates
 from tests import test_models as generic
 from tests.models import tiny_sd15, tiny_sdxl, tiny_sdxl_texts
 from tests.models.batches import batch_of
@@ -303,3 +306,48 @@ def test_a_checkpoint_without_text_encoders_needs_them_elsewhere(
 def test_a_text_encoder_is_not_trained_beside_random_numbers(folders: dict[str, Path]) -> None:
     with pytest.raises(UserError, match="text_encoder_2_lr"):
         tiny_sdxl.pipeline(folders["sdxl"], from_scratch=True, text_encoder_2_lr=1e-4).check()
+
+
+# An adapter from two checkpoints
+
+
+def test_text_encoders_are_extracted_where_both_have_them(
+    folders: dict[str, Path], checkpoints: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a single file, and of a folder that has one of the two."""
+    caplog.set_level(logging.INFO)
+    base, file = folders["sdxl"], tmp_path / "tuned.safetensors"
+    pipeline = tiny_sdxl_texts.pipeline(base)
+    first = dict(loaded(pipeline).denoiser.named_parameters())
+    queries = [name for name in first if name.endswith("to_q.weight") or name.endswith("q_proj.weight")]
+    parts = [part for part in PARTS["sdxl"] if part != "vae"]
+    ends = {part: next(name for name in queries if name.startswith(f"{part}.")) for part in parts}
+    changed = {name: tensor.detach().clone() for name, tensor in first.items()}
+    for number, name in enumerate(ends.values()):
+        rows, columns = changed[name].shape
+        changed[name] += (number + 1.0) * normal((rows, 2), 0, name) @ normal((2, columns), 1, name)
+    whole = pipeline.original_layout.to_original(changed)
+    save_file({key: tensor.contiguous() for key, tensor in whole.items()} | {"other.weight": torch.ones(1)}, file)
+    folder = shutil.copytree(base, tmp_path / "folder")
+    shutil.rmtree(folder / "text_encoder_2")
+    for part in ("unet", "text_encoder"):
+        (weights,) = (folder / part).glob("*.safetensors")
+        stored = load_file(weights)
+        (key,) = [key for key in stored if ends[part].endswith(key)]
+        save_file({**stored, key: changed[ends[part]]}, weights)
+
+    def extracted(tuned: Path) -> set[str]:
+        caplog.clear()
+        words = ["--rank", "2", "--type", "sdxl", "--base", str(base), "--out", str(tmp_path / f"{tuned.stem}_lora")]
+        assert tools.main(["extract", str(tuned), *words]) == 0, caplog.text
+        denoiser = pipeline.weights.build_empty()
+        updates = read_updates(tmp_path / f"{tuned.stem}_lora", model_names(pipeline, denoiser))
+        for name, update in updates.items():
+            difference = (changed[name] - first[name]).detach()
+            torch.testing.assert_close(update.delta(difference), difference, atol=1e-3, rtol=1e-3)
+        return set(updates)
+
+    assert extracted(file) == set(ends.values())
+    assert "only unet, text_encoder, text_encoder_2 is compared; not first_stage_model, other" in caplog.text
+    assert extracted(folder) == {ends["unet"], ends["text_encoder"]}
+    assert "only unet, text_encoder is compared; not scheduler" in caplog.text and "vae" in caplog.text

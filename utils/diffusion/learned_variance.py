@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from utils.diffusion.losses import mean_of_samples
 from utils.diffusion.objectives import Epsilon
 from utils.diffusion.schedules import NoiseSchedule, over_sample
 
@@ -84,7 +85,7 @@ def variational_bound(
     divergence = _normal_divergence(posterior_mean(clean), lowest, mean, log_variance)
     first = -_log_probability_of_bin(clean, mean, log_variance)
     per_value = torch.where(over_sample(step_B == 0, clean), first, divergence)
-    return (per_value * weight).flatten(1).mean(1) / math.log(2.0)
+    return mean_of_samples(per_value * weight) / math.log(2.0)
 
 
 def hybrid_factor(schedule: NoiseSchedule, scale: float = 0.001) -> float:

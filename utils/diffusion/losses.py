@@ -138,4 +138,14 @@ class Loss:
         assert (labels.delta is None) == (self.loss_type in WITHOUT_DELTA), self.loss_type
         error = prediction.float() - labels.target.float()
         delta = torch.ones_like(error) if labels.delta is None else labels.delta
-        return (LOSSES[self.loss_type](error, delta) * labels.weight).flatten(1).mean(1)
+        return mean_of_samples(LOSSES[self.loss_type](error, delta) * labels.weight)
+
+
+def mean_of_samples(values: torch.Tensor) -> torch.Tensor:
+    """The mean of each sample (B,), in float32.
+
+    Without gradients, as in evaluation, it is added up in float64: in float32 threads and GPUs add up the values of one
+    sample in another order than those of several, and its last digit would depend on the batch.
+    """
+    wide = values.dtype if torch.is_grad_enabled() else torch.float64
+    return values.flatten(1).mean(1, dtype=wide).to(values.dtype)

@@ -133,7 +133,7 @@ class Engine(PipelineEngine):
             self._released = GradientRelease(*parts)
         self.teacher = teacher
         self._after_step = after_step
-        self._grad_norm = torch.zeros(())
+        self._grad_norm, self._norms_P = torch.zeros(()), torch.zeros(0)
         self._forward_count = 0
         self._step = 0
         self._numbers: Sequence[int] = self._rank_after_rank()
@@ -336,6 +336,7 @@ class Engine(PipelineEngine):
             self._grad_norm = self._norm_over_stages(self._released.finish(self.device))
         else:
             norms_P = self._reduced.norms_of_all() if self._reduced else gradient_norms(self._trained, self.device)
+            self._norms_P = norms_P
             self._grad_norm = self._norm_over_stages(norms_P)
             self._clipping.apply(self._trained, norms_P, self._grad_norm, self.module.forward_funcs)
             # All ranks have the same norm.
@@ -347,6 +348,14 @@ class Engine(PipelineEngine):
             self._after_step()
         self.zero_grad()
         self.global_steps += 1
+
+    def gradient_norms(self) -> dict[nn.Parameter, float]:
+        """The norm of the last step's gradient of each parameter that this stage trains, before clipping; the same on
+        all its data ranks."""
+        if self._released:
+            norms = self._released.norms
+            return dict(zip(norms, torch.stack([*norms.values()]).tolist(), strict=True)) if norms else {}
+        return dict(zip(self._trained, self._norms_P.tolist(), strict=True))
 
     def _norm_over_stages(self, norms: torch.Tensor) -> torch.Tensor:
         """The norm of the gradient of the whole model, of which this stage's parts have these."""
@@ -384,11 +393,6 @@ def _config(accumulation: int, deepspeed: DeepSpeedSettings) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         **told(deepspeed),
     }
-
-
-def optimizer_for_frozen_stage() -> torch.optim.Optimizer:
-    """The optimizer of a stage without trainable parameters, since DeepSpeed requires one."""
-    return torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(()))], "initial_lr": 0.0}], lr=0.0)
 
 
 def _to_device(fields: Any, device: torch.device) -> Any:

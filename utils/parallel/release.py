@@ -28,6 +28,9 @@ class GradientRelease:
         optimizer: steps the parameters that have a gradient, each by itself.
         mean: replaces gradients by their means over the data ranks; None with one data rank.
         clipping: of layers or values.
+
+    Attributes:
+        norms: of the last step's gradients.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class GradientRelease:
         self._layers = list(reversed(by_layer(trained, layers)))
         self._layer_of = {parameter: number for number, layer in enumerate(self._layers) for parameter in layer}
         self._optimizer, self._mean, self._clipping = optimizer, mean, clipping
+        self.norms: dict[nn.Parameter, torch.Tensor] = {}
         self._begin()
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(self._arrived)
@@ -68,6 +72,7 @@ class GradientRelease:
         if self._mean is not None:
             self._mean([parameter.grad for parameter in layer])
         norms_P = gradient_norms(layer, layer[0].device)
+        self.norms.update(zip(layer, norms_P, strict=True))
         norm = norms_P.norm()
         self._norms.append(norm)
         self._clipping.apply(layer, norms_P, norm, layers=())

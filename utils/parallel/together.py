@@ -34,3 +34,8 @@ def numbers_of_all(
 def groups_for_frozen_stage(lr: float) -> list[dict[str, Any]]:
     """What is stepped on a stage without trainable parameters, which takes part in the sums of others."""
     return [{"params": [nn.Parameter(torch.zeros(()))], "names": [], "lr": lr, "initial_lr": lr, "weight_decay": 0.0}]
+
+
+def optimizer_for_frozen_stage() -> torch.optim.Optimizer:
+    """The optimizer of a stage without trainable parameters, since DeepSpeed requires one."""
+    return torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(()))], "initial_lr": 0.0}], lr=0.0)

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from math import inf, isfinite
 
 WIDTH, HEIGHT = 440, 250
-LEFT, RIGHT, TOP, BOTTOM = 56, 10, 8, 34
+LEFT, RIGHT, TOP, BOTTOM = 56, 18, 8, 34
 MOST_POINTS = 400
 """More points of a line than this cannot be told apart."""
 MOST_COLUMNS = 60
+LINE = 12
+"""The height of a line of text."""
 DISTINCT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito, "Color Universal Design", 2008."""
 DASHES = ("", "6 3", "2 3")
@@ -43,12 +45,19 @@ class Line:
 
 
 def line_chart(
-    title: str, lines: Sequence[Line], x_title: str = "step", remark: str = "", *, may_be_logarithmic: bool = True
+    title: str,
+    lines: Sequence[Line],
+    x_title: str = "step",
+    remark: str = "",
+    *,
+    may_be_logarithmic: bool = True,
+    from_zero: bool = False,
 ) -> str:
     """A figure with axes and a legend; nothing if no line has a point.
 
     Args:
         may_be_logarithmic: whether values that span more than two powers of ten have a logarithmic axis.
+        from_zero: whether the axis of the values begins at 0, so that small changes look small.
     """
     drawn = [(line, _dash(number), line.colour or _colour(number)) for number, line in enumerate(lines)]
     drawn = [(line, dash, colour) for line, dash, colour in drawn if _finite(line.points)]
@@ -56,6 +65,7 @@ def line_chart(
         return ""
     points = [point for line, _, _ in drawn for point in _finite(line.points)]
     bounds = [value for line, _, _ in drawn for _, *band in line.band for value in band if isfinite(value)]
+    bounds += [0.0] if from_zero else []
     x_axis = _Axis.over(_from_zero([x for x, _ in points]), LEFT, WIDTH - RIGHT)
     values = [*(y for _, y in points), *bounds]
     y_axis = _Axis.over(values, HEIGHT - BOTTOM, TOP, may_be_logarithmic=may_be_logarithmic)
@@ -90,7 +100,8 @@ def heat_map(title: str, steps: Sequence[float], rows: Sequence[tuple[str, Seque
     cells = []
     for row, (label, values) in enumerate(rows):
         y = HEIGHT - BOTTOM - (row + 1) * height
-        cells.append(_text(LEFT - 6, y + height / 2 + 4, label, "end"))
+        if row % math.ceil(LINE / height) == 0:
+            cells.append(_text(LEFT - 6, y + height / 2 + 4, label, "end"))
         for place, column in enumerate(columns):
             if not isfinite(ratio := ratios[row][place]):
                 continue

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,7 +178,7 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self.folder = folder
         content = read_progress(folder, self._cure())
-        self.progress = Progress(**{field.name: content["progress"][field.name] for field in fields(Progress)})
+        self.progress = Progress.of_file(content["progress"])
         self.made_with: dict[str, Any] = {key: content["made_with"][key] for key in MADE_WITH}
         self.run: dict[str, Any] | None = content["made_with"].get("run")
         self.order: dict[str, Any] | None = content["made_with"].get("order")
@@ -249,7 +249,7 @@ class Checkpoint:
         `going_on`); with `restart_data` at the beginning of its epoch."""
         progress, remark = self.progress, None
         if restart_data:
-            progress = replace(progress, step_in_epoch=0, epoch_loss_sum=0.0)
+            progress = replace(progress, step_in_epoch=0, epoch_loss_sum=0.0, epoch_losses=0)
             epochs = epochs.continuing(Continued(progress.epoch, progress.step, 0, {}))
         else:
             epochs, remark = going_on(

@@ -15,7 +15,7 @@ from typing import Any
 
 import toml
 
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.json_files import read_json
 from utils.ranks import Ranks, barrier, gather
 from utils.run.durable import write_bytes
@@ -29,6 +29,8 @@ RUN_NAME = re.compile(r"\d{8}_\d{2}-\d{2}-\d{2}(?:_(?P<own>.+?))??(_\d+)?$")
 """Date, time, the run's own name, and a number if that was taken."""
 BEGAN = len("20260101_12-00-00")
 SETTINGS = "settings.toml"
+CONFIG_NOTE = "config: "
+"""What a line at the top of the settings begins with that names the config."""
 LATEST = "latest"
 OTHER_KEY = re.compile(rf"(?:{'|'.join(SECRETS)})" + r"""["']?\s*[=:]\s*+(?!(?:""|'')(?!["']))""")
 """A secret with a value that is not empty, also in a comment."""
@@ -90,6 +92,15 @@ def go_on(folder: Path, settings: Settings, ranks: Ranks, config: Path, step: in
     return folder
 
 
+def is_run_of(folder: Path, config: Path) -> bool:
+    """Whether the run of this folder was begun with the file `config`."""
+    try:
+        lines = (folder / SETTINGS).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return False
+    return f"# {CONFIG_NOTE}{printable(config.resolve())}" in lines
+
+
 class KeptRecords:
     """The records in a run's folder (settings and copies of the user's files), kept in memory for a folder that is
     deleted while the run goes on."""
@@ -127,7 +138,7 @@ def _record(place: Path, settings: Settings, config: Path) -> None:
     shutil.copyfile(settings.dataset, place / "dataset.toml")
     for entry in (one for one in settings.eval_datasets if one.config):
         shutil.copyfile(entry.config, place / f"dataset_{entry.name.replace('/', '_')}.toml")
-    write_resolved(settings, place / SETTINGS)
+    write_resolved(settings, place / SETTINGS, note=f"{CONFIG_NOTE}{printable(config.resolve())}")
 
 
 def _make(folder: Path) -> None:
@@ -303,6 +314,11 @@ def newest_checkpoint(run: Path) -> Path | None:
         return None
     named = CHECKPOINT_NAME.fullmatch(name)
     return run / name if named and (run / name).is_dir() else None
+
+
+def newest_checkpoints(output_dir: Path) -> list[Path]:
+    """The newest checkpoint of each run that has one, damaged or not."""
+    return [checkpoints[0] for run in runs_in(output_dir) if (checkpoints := _newest_first(run))]
 
 
 def _newest_first(run: Path) -> list[Path]:

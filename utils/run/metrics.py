@@ -21,6 +21,7 @@ from utils.errors import UserError
 from utils.json_files import is_of, parsed_json
 from utils.run.attempts import reason_of
 from utils.run.folder import METRICS, KeptRecords
+from utils.run.numbers import BLOCK_GRADIENT, BLOCK_WEIGHT, QUANTILE
 from utils.settings.run_tables import MonitoringSettings
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,8 @@ CHARTS = {
     "evaluation by noise level": [".*/(ema_)?loss_quantile_.*"],
     "evaluation": ["(?!train/).*/(ema_)?loss$"],
     "seconds of a step": ["train/.*_time_sec"],
+    "norm of the gradient by block": [f"{BLOCK_GRADIENT}.*"],
+    "norm of what is trained by block": [f"{BLOCK_WEIGHT}.*"],
 }
 """Charts of several numbers in TensorBoard's "Custom scalars": title -> patterns of their names."""
 
@@ -208,6 +211,7 @@ class WeightsAndBiases:
         if settings.wandb_api_key:
             os.environ["WANDB_API_KEY"] = settings.wandb_api_key
         self.wandb = wandb
+        self._together: dict[str, dict[str, dict[int, float]]] = {}
         try:
             self.run = wandb.init(
                 project=settings.wandb_tracker_name or "penstock",
@@ -219,7 +223,27 @@ class WeightsAndBiases:
             raise UserError.of(f"Weights & Biases refused the run: {error}; {WANDB_HINT}", where=WANDB) from error
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        self.run.log(values, step=step)
+        self.run.log({**values, **self._charts(values, step)}, step=step)
+
+    def _charts(self, values: dict[str, float], step: int) -> dict[str, Any]:
+        """A chart with a line for each noise level, of each loss of evaluation that is measured at this step."""
+        measured = set()
+        for name, value in values.items():
+            loss, found, level = name.partition(QUANTILE)
+            if found:
+                self._together.setdefault(loss, {}).setdefault(level, {})[step] = value
+                measured.add(loss)
+        return {f"{loss} by noise level": self._chart(loss) for loss in sorted(measured)}
+
+    def _chart(self, loss: str) -> Any:
+        lines = self._together[loss]
+        return self.wandb.plot.line_series(
+            [list(line) for line in lines.values()],
+            [list(line.values()) for line in lines.values()],
+            keys=list(lines),
+            title=f"{loss} by noise level",
+            xname="step",
+        )
 
     def picture(self, name: str, picture: Image.Image, step: int) -> None:
         self.run.log({name: self.wandb.Image(picture)}, step=step)

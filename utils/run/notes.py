@@ -28,6 +28,7 @@ class Notes(logging.Handler):
     Attributes:
         texts: by name.
         warnings: text -> (time of the first one in seconds since 1970, level).
+        how: the run stands: "going on", "done", "stopped" or "failed"; "" if that is not known.
         data: what the page tells of each dataset; see `described` in `models/assembly/described.py`.
     """
 
@@ -37,6 +38,7 @@ class Notes(logging.Handler):
         self.warnings: dict[str, tuple[float, str]] = {}
         self.data: Sequence[Mapping[str, Any]] = ()
         self.left_out = 0
+        self.how = ""
 
     def emit(self, record: logging.LogRecord) -> None:
         if name := getattr(record, NOTE, None):
@@ -65,6 +67,7 @@ class Notes(logging.Handler):
         """
         warnings = [[text, when, level] for text, (when, level) in self.warnings.items()]
         content = {"texts": self.texts, "warnings": warnings, "left_out": self.left_out, "data": list(self.data)}
+        content["how"] = self.how
         replace_text(folder / NOTES, json.dumps(content, indent=1))
 
     def go_on(self, folder: Path) -> None:
@@ -87,7 +90,7 @@ def notes_in(folder: Path) -> Notes:
         content = read_json(path, kinds=KINDS)
         notes.texts, notes.data = content["texts"], content["data"]
         notes.warnings = {str(text): (float(when), str(level)) for text, when, level in content["warnings"]}
-        notes.left_out = int(content["left_out"])
+        notes.left_out, notes.how = int(content["left_out"]), str(content.get("how", ""))
     except (UserError, KeyError, ValueError, TypeError) as error:
         notes = Notes()
         notes.warnings[f"{path} cannot be read: {error}"] = (time.time(), "WARNING")

@@ -14,6 +14,8 @@ from utils.run.folder import METRICS
 TRAIN = "train"
 DECILES = "train_deciles/loss_"
 """The losses of a step's samples by their noise level; see `utils/parallel/deciles.py`."""
+BLOCK_GRADIENT, BLOCK_WEIGHT = "block_grad_norm/", "block_weight_norm/"
+"""What the names of norms by block begin with; a block follows."""
 LOSS = re.compile(r"(?P<set>.+)/(?P<prefix>ema_)?loss")
 QUANTILE = "_quantile_"
 SURE = 1.96

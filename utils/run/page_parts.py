@@ -7,6 +7,8 @@ import html
 import io
 import re
 import time
+import tomllib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import lru_cache
@@ -19,16 +21,18 @@ from utils.errors import printable
 from utils.run.charts import ORDERED, Line, heat_map, line_chart, smoothed
 from utils.run.evaluated import ERROR
 from utils.run.notes import Notes
-from utils.run.numbers import Numbers
+from utils.run.numbers import BLOCK_GRADIENT, BLOCK_WEIGHT, Numbers
 
 THUMBNAIL = 160
 """Pixels of the longer side of a sample on the page."""
 MOST_SAMPLES = 8
 """So many prompts, and so many steps, are shown."""
+ENDS = "0 is the least noise, 1 the most"
+"""Of the noise levels that are trained."""
 OPTIMIZER = "optimizer/"
 """What the names of an optimizer's own numbers begin with."""
-NORMS = "norms/"
-"""What the names of the norms of blocks begin with."""
+NORMS = {"Norm of the gradient": BLOCK_GRADIENT, "Norm of what is trained": BLOCK_WEIGHT}
+"""Title -> what the names of norms by block begin with."""
 STEP_FOLDER = re.compile(r"step(\d+)")
 LISTED = 12
 MEMORY = {"train/peak_memory_gib": "GPU, most of a step", "train/host_memory_gib": "host, the process that holds most"}
@@ -40,6 +44,17 @@ PARTS = {
     "train/optimizer_time_sec": "optimizer",
 }
 """Names of the times of a step's parts."""
+
+
+def what_is_trained(settings: str) -> str:
+    """The model and how it is trained, by the run's settings as TOML; nothing if they say neither."""
+    try:
+        read = tomllib.loads(settings)
+        model, adapter = read["model"]["type"], read.get("adapter")
+        rank = f" of rank {adapter['rank']}" if adapter and "rank" in adapter else ""
+        return f"Trained: {model}, {adapter['type'] if adapter else 'the whole denoiser'}{rank}. "
+    except (tomllib.TOMLDecodeError, KeyError, TypeError):
+        return ""
 
 
 def section(title: str, content: str, *, is_open: bool = True) -> str:
@@ -86,7 +101,7 @@ def state(numbers: Numbers, last_step: int | None) -> dict[str, str]:
     if peaks:
         facts["GiB at most on a GPU"] = f"{max(value for _, value in peaks):.2f}"
     if numbers.ended:
-        facts["from first to last number"] = str(timedelta(seconds=round(numbers.ended - numbers.began)))
+        facts["from the first number to the last"] = str(timedelta(seconds=round(numbers.ended - numbers.began)))
     return facts
 
 
@@ -115,14 +130,14 @@ def _charts(numbers: Numbers) -> Iterator[str]:
     lines = [
         Line(level, smoothed(points), colour=colour) for (level, points), colour in zip(by_level, colours, strict=True)
     ]
-    yield line_chart("Training loss by noise level", lines, remark="smoothed; tenths of the levels that are trained")
+    yield line_chart("Training loss by noise level", lines, remark=f"smoothed; by tenths of the levels, {ENDS}")
     evaluated = numbers.evaluations()
     lines = [Line(name, numbers.points(name), band=numbers.band(name)) for name in evaluated]
     yield line_chart("Evaluation", lines, remark="with 95 % confidence" if any(line.band for line in lines) else "")
     for name in evaluated:
         steps = [step for step, _ in numbers.points(name)]
         rows = [(level, [at.get(step, float("nan")) for step in steps]) for level, at in numbers.quantiles(name)]
-        yield heat_map(f"{name} by noise level", steps, rows, "change since the first evaluation")
+        yield heat_map(f"{name} by noise level", steps, rows, f"change since the first evaluation; {ENDS}")
     rate = [Line("", numbers.points("train/lr"))]
     yield line_chart("Learning rate", rate, may_be_logarithmic=False)
     found = [name for name in numbers.names if name.startswith(OPTIMIZER)]
@@ -133,20 +148,30 @@ def _charts(numbers: Numbers) -> Iterator[str]:
         Line("smoothed", smoothed(norms), colour="#009e73"),
     ]
     yield line_chart("Norm of the gradient, before clipping", lines)
-    blocks = [name for name in numbers.names if name.startswith(NORMS)]
-    lines = [Line(name.removeprefix(NORMS), smoothed(numbers.points(name))) for name in blocks]
-    yield line_chart("Norms of the gradient by block", lines, remark="smoothed")
+    for title, beginning in NORMS.items():
+        yield from _by_block(title, beginning, numbers)
     yield line_chart("Seconds of a step", [Line(told, numbers.points(name)) for name, told in PARTS.items()])
-    yield line_chart("Share of time in which stages wait", [Line("", numbers.points("train/bubble_share"))])
-    rates = {"samples": "train/samples_per_sec", "thousand tokens": "train/tokens_per_sec"}
-    lines = [Line(what, _scaled(numbers.points(name), what)) for what, name in rates.items()]
-    yield line_chart("Per second", lines, remark="smoothed")
-    yield line_chart("Memory in GiB", [Line(told, numbers.points(name)) for name, told in MEMORY.items()])
+    waiting = [Line("", numbers.points("train/bubble_share"))]
+    yield line_chart("Share of time in which stages wait", waiting, remark="of 1", from_zero=True)
+    for what in ("samples", "tokens"):
+        lines = [Line("", smoothed(numbers.points(f"train/{what}_per_sec")))]
+        yield line_chart(f"{what.capitalize()} a second", lines, remark="smoothed", from_zero=True)
+    held = [Line(told, numbers.points(name)) for name, told in MEMORY.items()]
+    yield line_chart("Memory in GiB", held, from_zero=True)
 
 
-def _scaled(points: Sequence[tuple[float, float]], what: str) -> list[tuple[float, float]]:
-    factor = 1e-3 if what.startswith("thousand") else 1.0
-    return [(step, factor * value) for step, value in smoothed(points)]
+def _by_block(title: str, beginning: str, numbers: Numbers) -> Iterator[str]:
+    """A map for each list of blocks, with a row a block."""
+    lists: dict[str, dict[str, dict[float, float]]] = defaultdict(dict)
+    for name in numbers.names:
+        if name.startswith(beginning):
+            blocks, _, number = name.removeprefix(beginning).rpartition(".")
+            own = dict(smoothed(numbers.points(name)))
+            lists[blocks or number][number if blocks else ""] = own
+    for blocks, rows in lists.items():
+        steps = sorted({step for own in rows.values() for step in own})
+        by_step = [(row, [own.get(step, float("nan")) for step in steps]) for row, own in rows.items()]
+        yield heat_map(f"{title}, {blocks}", steps, by_step, "by block, smoothed; change since the first")
 
 
 def samples(folder: Path) -> str:
@@ -207,9 +232,13 @@ def groups(step: int, sets: Mapping[str, Mapping[str, Any]]) -> str:
             [name, kind, printable(group), str(count), f"{loss:.5f}"]
             for kind, group, count, loss in one.get("groups", [])
         ]
-        ends += [[name, f"{loss:.5f}", printable(file)] for file, loss in one.get("extremes", [])]
+        files = one.get("extremes", [])
+        ends += [
+            [name, "high" if 2 * place < len(files) else "low", f"{loss:.5f}", printable(file)]
+            for place, (file, loss) in enumerate(files)
+        ]
     losses = table(["set", "by", "", "samples", "loss"], rows)
-    return f"<p>Step {step}</p>{losses}{table(['set', 'loss', 'highest and lowest'], ends)}" if sets else ""
+    return f"<p>Step {step}</p>{losses}{table(['set', 'among its losses', 'loss', 'file'], ends)}" if sets else ""
 
 
 def data(described: Sequence[Mapping[str, Any]]) -> str:

@@ -17,6 +17,7 @@ from utils.parallel.engine import Engine
 from utils.parallel.sharding import Shares
 from utils.ranks import Ranks
 from utils.run.attempts import reason_of
+from utils.run.block_norms import BlockNorms
 from utils.run.metrics import Metrics
 from utils.run.patience import Patience
 from utils.run.report import RunPage
@@ -36,6 +37,7 @@ class RunParts:
         stop: whether this process was asked to stop; the ranks agree on it among themselves.
         ema: the averages of the parameters, if the run has any.
         tokens: the sizes of a sample and of its references -> its image tokens.
+        norms: by block, if they are asked for.
         patience: which ends the run when evaluations gain nothing any more.
         webhook: whom the run tells how it does.
         page: which is written anew when there is something to look at.
@@ -52,6 +54,7 @@ class RunParts:
     stop: StopRequests
     ema: EMA | None = None
     tokens: Callable[[Sequence[Bucket]], int] = lambda shape: 0
+    norms: BlockNorms | None = None
     patience: Patience = field(default_factory=Patience)
     webhook: Webhook = field(default_factory=Webhook)
     page: RunPage = field(default_factory=RunPage)
@@ -63,13 +66,18 @@ class RunParts:
 
     def telling(self, work: Callable[[], bool]) -> bool:
         """Does the work of the run, and tells of a failure that ends it, on the page and to the webhook."""
+        self.stop.watch.tell_end = self._tell_failure
         try:
             return work()
         except StopRequested:
             raise
         except Exception as error:
-            self.page.tell_end(f"the run failed: {reason_of(error)}")
-            self.webhook.post("failure", reason=reason_of(error))
+            self._tell_failure(self.stop.watch.verdict_behind(error) or reason_of(error))
             raise
         finally:
             self.webhook.finish()
+
+    def _tell_failure(self, reason: str) -> None:
+        self.page.tell_end(f"the run failed: {reason}")
+        self.webhook.post("failure", reason=reason)
+        self.webhook.finish()

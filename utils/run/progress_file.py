@@ -12,6 +12,7 @@ from utils.json_files import check_types, read_json, require
 from utils.run.folder import PROGRESS
 from utils.run.owed import KINDS as OWED_KINDS
 from utils.run.owed import OWED
+from utils.run.progress import COUNT, LOSSES
 from utils.run.progress import KINDS as PROGRESS_KINDS
 
 FORMAT = 1
@@ -57,7 +58,7 @@ def read_progress(folder: Path, cure: str) -> dict[str, Any]:
 
     check(content, KINDS, ("progress", "made_with"))
     made_with = content["made_with"]
-    check(content["progress"], PROGRESS_KINDS, PROGRESS_KINDS, "progress")
+    check(content["progress"], PROGRESS_KINDS | {LOSSES: COUNT}, PROGRESS_KINDS, "progress")
     check(made_with, MADE_WITH_KINDS, MADE_WITH, "made_with")
     if content.get(OWED) is not None:
         check(content[OWED], OWED_KINDS, OWED_KINDS, OWED)

@@ -8,6 +8,7 @@ import argparse
 import html
 import logging
 import sys
+import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -65,6 +66,10 @@ th, td {{ text-align: left; overflow-wrap: break-word; padding: .2rem .6rem .2re
 td:last-child {{ overflow-wrap: anywhere }}
 .samples th:first-child {{ min-width: 6rem; max-width: 10rem; font-weight: 400 }}
 .samples td {{ border: 0 }} .samples img {{ display: block; width: {thumbnail}px; max-width: none; border-radius: 3px }}
+@media (max-width: 32rem) {{
+  .samples th:first-child {{ min-width: 4.5rem; font-size: .85em }} .samples td {{ padding-right: .3rem }}
+  .samples img {{ width: 7.2rem }}
+}}
 </style></head><body>
 <h1>{title}</h1>
 <p class="remark">{remark}</p>
@@ -90,6 +95,7 @@ class RunPage:
     def tell_end(self, text: str) -> None:
         """Writes the page a last time, with why the run has ended."""
         self.notes.add(text)
+        self.notes.how = "failed"
         self.write()
 
     def in_steps(self, seconds: float) -> str:
@@ -122,8 +128,9 @@ class RunPage:
 def page_of(folder: Path, notes: Notes, numbers: Numbers, last_step: int | None = None) -> str:
     """The page of a run as HTML."""
     settings = _text(folder / SETTINGS)
+    stands = {f"at {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC": notes.how} if notes.how else {}
     body = [
-        f'<div class="tiles">{parts.tiles(parts.state(numbers, last_step))}</div>',
+        f'<div class="tiles">{parts.tiles(stands | parts.state(numbers, last_step))}</div>',
         parts.section("Warnings", parts.warnings_of(notes)),
         parts.section("Curves", parts.charts(numbers)),
         parts.section("Samples", parts.samples(folder)),
@@ -133,7 +140,7 @@ def page_of(folder: Path, notes: Notes, numbers: Numbers, last_step: int | None 
         parts.section("Settings", parts.text_block(settings), is_open=False),
     ]
     unread = f"; {numbers.unreadable} lines of {METRICS} are no numbers" if numbers.unreadable else ""
-    return _page(folder.absolute().name, f"{folder.absolute()}{unread}", body)
+    return _page(folder.absolute().name, f"{parts.what_is_trained(settings)}{folder.absolute()}{unread}", body)
 
 
 def comparison_of(folders: Sequence[Path]) -> str:

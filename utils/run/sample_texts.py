@@ -16,13 +16,13 @@ class Origin:
 
     Attributes:
         model: the weights that the run began with.
-        run: name of the run's folder.
-        step: after which it was drawn.
+        run: name of the run's folder, or of an export.
+        step: after which it was drawn; None for an export.
     """
 
     model: str
     run: str
-    step: int
+    step: int | None
 
 
 def parameters(request: SampleRequest, origin: Origin, sampler: str) -> str:
@@ -45,7 +45,7 @@ def parameters(request: SampleRequest, origin: Origin, sampler: str) -> str:
         **({} if one.adapter_scale == 1.0 else {"Adapter scale": f"{one.adapter_scale:g}"}),
         "Model": origin.model,
         "Run": origin.run,
-        "Training step": origin.step,
+        **({} if origin.step is None else {"Training step": origin.step}),
     }
     line = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items())
     negative = [f"Negative prompt: {one.negative_prompt}"] if one.negative_prompt else []

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from utils.run.time_limit import TimeLimit
+from utils.turn import turn_in_list
 
 if TYPE_CHECKING:
     from utils.run.watch import Watch
@@ -45,6 +46,7 @@ class StopRequests:
         by_file: whether the run ended because of a file in its folder.
         time: the run's time, if it has a limit.
         late: whether the run ends because of that.
+        farewells: called at the very end of the context.
     """
 
     def __init__(self) -> None:
@@ -52,6 +54,7 @@ class StopRequests:
         self.by_file = False
         self.time: TimeLimit | None = None
         self.late = False
+        self.farewells: list[Callable[[], None]] = []
         self._demanded_at: float | None = None
         self._warned = False
         self._ancestors = _launchers()
@@ -76,6 +79,8 @@ class StopRequests:
             self.watch.linger()
         else:
             self.watch.close()
+        for farewell in self.farewells:
+            farewell()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -114,12 +119,16 @@ class StopRequests:
 
     def asked(self) -> bool:
         """The same without the time."""
-        asked = self.received is not None or _launchers() != self._ancestors
+        asked = self.asked_silently()
         if asked and not self._warned:
             # Not in the handler: it may have interrupted the logging of something else.
             self._warned = True
             logger.warning("asked to stop: ending as soon as nothing is lost by it; once more ends at once")
         return asked
+
+    def asked_silently(self) -> bool:
+        """The same without a word in the log."""
+        return self.received is not None or _launchers() != self._ancestors
 
     def time_is_up(self) -> bool:
         """Whether the run's time suffices for nothing but its end."""
@@ -141,8 +150,10 @@ class StopRequests:
 
 def _launchers() -> list[int | None]:
     """The processes that must live as long as this one: the launcher that started it, and the `deepspeed` command that
-    started the launcher. A shell is not among them, since it may be closed."""
+    started the launcher, or the one that walks a list of configs. A shell is not among them, since it may be closed."""
     launcher = os.getppid()
+    if turn_in_list():
+        return [launcher]
     command = _command_of(launcher)
     if DEEPSPEED_LAUNCHER in command:
         return [launcher, _parent_of(launcher)]

@@ -47,6 +47,8 @@ def step_metrics(run: RunParts, result: StepResult, step: int, waited: float) ->
         found[HOST_MEMORY] = in_host
     if run.ranks.stages > 1:
         found[BUBBLE] = bubble_share(stages, run.settings.gradient_accumulation_steps)
+    if run.norms:
+        found |= run.norms.measure()
     own = distance_of(run.optimizer) | rates_of(run.optimizer)
     return found | {f"{OWN}{name}": value for name, value in own.items()}
 

@@ -133,7 +133,7 @@ class Trainer:
                 self.parts.ema.update(step + 1)
         seconds = time.monotonic() - started
         examples = self.epochs.examples(self.progress.epoch, self.progress.step_in_epoch)
-        done = self.progress.after_step(result.loss if finite else self.progress.epoch_loss, examples)
+        done = self.progress.after_step(result.loss if finite else None, examples)
         measured = {"train/loss": result.loss, "train/grad_norm": result.grad_norm}
         values = {
             **(measured if finite else {"train/nonfinite_steps": self.nonfinite.in_all}),
@@ -145,7 +145,7 @@ class Trainer:
             **{f"{DECILES}{level:.2f}": loss for level, loss in result.deciles.items() if finite},
             **step_metrics(self.parts, result, step + 1, waited),
         }
-        if self.ends_epoch(done):
+        if self.ends_epoch(done) and done.epoch_losses:
             values["train/epoch_loss"] = done.epoch_loss
         return done, values
 
@@ -289,7 +289,7 @@ class Trainer:
         now = time.monotonic()
         limit.step_took(now - self._since)
         before = self.progress
-        after = before.after_step(0.0, self.epochs.examples(before.epoch, before.step_in_epoch))
+        after = before.after_step(None, self.epochs.examples(before.epoch, before.step_in_epoch))
         return limit.is_up_after([duty.name for duty in self._due(before, after, self.ends_epoch(after))])
 
     def _perform(self, due: Sequence[Duty], progress: Progress, epoch_ended: bool) -> bool:
@@ -360,6 +360,7 @@ class Trainer:
             self._perform(lacking, self.progress, False)
         self.checkpoints.complete()
         self.parts.metrics.close()
+        self.parts.page.notes.how = "stopped" if stopped else "done"
         self.parts.page.write()
         if self.parts.ranks.is_main:
             self._tell_end(stopped)

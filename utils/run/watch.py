@@ -88,6 +88,9 @@ class Watch:
     Args:
         end: ends this process at once, with the exit code.
         beat: seconds between two signs of life, and `grace` those between a verdict and the end.
+
+    Attributes:
+        tell_end: called with the verdict before it ends this process.
     """
 
     def __init__(
@@ -106,6 +109,8 @@ class Watch:
         self._known: dict[int, Place] = {}
         self._main: Place | None = None
         self._thread: threading.Thread | None = None
+        self._verdict: str | None = None
+        self.tell_end: Callable[[str], None] = lambda verdict: None
 
     def begin(self, ranks: Ranks, minutes: float) -> None:
         """Begins with the connected ranks.
@@ -146,6 +151,10 @@ class Watch:
         self._waiting = True
         self._told.wait(self._grace)
         return self._told.is_set()
+
+    def verdict_behind(self, error: BaseException) -> str | None:
+        """The verdict that `explains` an error, if one does."""
+        return self._verdict if self.explains(error) else None
 
     def close(self) -> None:
         """Ends the watch over this rank, which leaves as it should."""
@@ -280,8 +289,10 @@ class Watch:
             if self._closed.wait(min(self._beat, self._grace)):
                 return
         self._say(verdict)
+        self._verdict = verdict
         self._told.set()
         if not self._waiting:
+            self.tell_end(verdict)
             self._end(1)
 
     def _say(self, verdict: str) -> None:

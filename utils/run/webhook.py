@@ -23,7 +23,7 @@ class Webhook:
 
     Args:
         address: None for nobody.
-        folder: of the run.
+        folder: of the run; None before it has one.
     """
 
     def __init__(self, address: str | None = None, folder: Path | None = None, seconds: float = SECONDS):
@@ -40,8 +40,8 @@ class Webhook:
             # One that hangs must not keep the process.
             self._thread = threading.Thread(target=self._send_all, daemon=True)
             self._thread.start()
-        name = self._folder.name if self._folder else ""
-        self._waiting.put({"event": event, "run": name, "folder": str(self._folder), "time": time.time(), **content})
+        run = {"run": self._folder.name, "folder": str(self._folder)} if self._folder else {"run": "", "folder": ""}
+        self._waiting.put({"event": event, **run, "time": time.time(), **content})
 
     def finish(self) -> None:
         """Waits for what is on its way, for some seconds at most."""

@@ -110,10 +110,11 @@ def settings_hash(settings: Settings) -> str:
     return blake2b(toml.dumps(resolved(settings)).encode(), digest_size=8).hexdigest()
 
 
-def write_resolved(settings: Settings, path: Path) -> None:
-    """Writes every key that has a value as TOML, fit to be read again, under the `settings_hash`; the account's key is
-    left out."""
-    text = f"# settings_hash: {settings_hash(settings)}\n{toml.dumps(resolved(settings))}"
+def write_resolved(settings: Settings, path: Path, note: str = "") -> None:
+    """Writes every key that has a value as TOML, fit to be read again, under the `settings_hash` and a note of one
+    line; secrets are left out."""
+    noted = f"# {note}\n" if note else ""
+    text = f"# settings_hash: {settings_hash(settings)}\n{noted}{toml.dumps(resolved(settings))}"
     Path(path).write_text(text, encoding="utf-8")
 
 

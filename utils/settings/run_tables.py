@@ -74,10 +74,12 @@ class MonitoringSettings(SettingsTable):
     """Project that the run is filed under; default: penstock."""
     wandb_run_name: NotEmpty = None
     """Name of the run; default: that of its folder."""
-
+    block_norms: bool = False
+    """Write the norms of the gradient and of what is trained by block, of the steps of which all numbers are written:
+    `block_grad_norm/transformer_blocks.3` and `block_weight_norm/...`."""
     webhook: Annotated[NotEmpty, Field(repr=False)] = None
-    """Address, http or https, to which JSON is posted at each evaluation, at the end, and at a failure that ends
-    training: `event`, `run`, `folder`, `time`, and what there is to tell. What the server does not take does not end
+    """Address, http or https, to which JSON is posted at each evaluation, at the end, and at a failure that ends the
+    run: `event`, `run`, `folder`, `time`, and what there is to tell. What the server does not take does not end
     training. Never written to a run folder."""
 
     @field_validator("webhook")

@@ -181,7 +181,8 @@ class Settings(SettingsTable):
     """Where among the noise levels that are trained each sample is evaluated, between 0 and 1; each is a number of its
     own in the metrics, as `name/loss_quantile_0.10`, and costs as much as the others."""
     eval_micro_batch_size_per_gpu: MicroBatches | None = None
-    """Samples in one forward pass of evaluation; default: as in training."""
+    """Samples in one forward pass of evaluation; default: as in training. With the same number, runs of different
+    batches are compared to the last digit."""
     eval_image_micro_batch_size_per_gpu: MicroBatches | None = None
     """The same for still pictures, where there are clips too; default: as for clips."""
     save_every_n_steps: Count | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +16,12 @@ import models
 from models.assembly.stage import model_names
 from models.base import BasePipeline
 from models.foundation.checkpoints.adapter_files import TEXT_ENCODERS, file_in, header_of
+from models.foundation.checkpoints.folders import TextPart
 from models.foundation.checkpoints.headers import read_header
 from utils.adapters.kinds import ModelNames
 from utils.adapters.presets import TensorSource
 from utils.errors import UserError
-from utils.settings.model_schema import ModelSettings
+from utils.settings.model_schema import ModelSettings, TextEncoderFile
 from utils.settings.reader import read_settings
 
 logger = logging.getLogger(__name__)
@@ -66,11 +67,41 @@ class Model:
         return self.source.read(name).float()
 
     def with_weights(self, path: Path) -> Model:
-        """The same model with the denoiser's weights of another place: a file, a folder of them, or a folder with a
-        folder for each part."""
-        own = path / self.pipeline.denoiser_folder
-        given = {"transformer_path": own if own.is_dir() else path, "from_scratch": False}
-        return Model(type(self.pipeline)(self.pipeline.options.model_copy(update=given), self.pipeline.seed))
+        """The same model with the weights of another place: a file, a folder of the denoiser's, or a folder with a
+        folder for each part. Text encoders are that place's if they are trained and it has some."""
+        own, options = path / self.pipeline.denoiser_folder, self.pipeline.options
+        here = {part.name: path / part.folder for part in self.texts_in(path) if getattr(options, part.lr_option)}
+        texts = [entry for entry in options.text_encoders if entry.type not in here]
+        if path.is_dir():
+            # Of a file the pipeline finds them.
+            texts += [TextEncoderFile(type=name, path=place) for name, place in here.items()]
+        given = {"transformer_path": own if own.is_dir() else path, "from_scratch": False, "text_encoders": texts}
+        return self._with(given)
+
+    def training(self, texts: Sequence[TextPart]) -> Model:
+        """The same model, of which these text encoders are a part, and no others; they are read in float32."""
+        kind = type(self.pipeline.options)
+        rates = [name for name in kind.model_fields if name.startswith("text_encoder") and name.endswith("_lr")]
+        return self._with(dict.fromkeys(rates) | {part.lr_option: 1.0 for part in texts} | {"dtype": "float32"})
+
+    def _with(self, changes: Mapping[str, object]) -> Model:
+        options = self.pipeline.options.model_copy(update=dict(changes))
+        return Model(type(self.pipeline)(options, self.pipeline.seed), self.has_weights)
+
+    def texts_in(self, path: Path | None) -> list[TextPart]:
+        """The text encoders that this model can train, of which a file or a folder with parts has weights."""
+        known = [part for part in self.pipeline.text_parts if hasattr(part, "lr_option")]
+        if path is None or path.is_dir():
+            return [part for part in known if path and (path / part.folder).is_dir()]
+        keys = read_header(path, with_gguf=True).files
+        return [part for part in known if any(key.startswith(part.names.prefix) for key in keys)]
+
+    def texts_of_base(self) -> list[TextPart]:
+        """Those of which the model's own place has weights."""
+        options = self.pipeline.options
+        given = {entry.type for entry in options.text_encoders}
+        own = self.texts_in(options.diffusers_path)
+        return [part for part in self.pipeline.text_parts if part.name in given or part in own]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from models.assembly.tools.low_rank import Cut, of_difference
 from models.assembly.tools.model import Model
 from models.assembly.tools.writing import Place, inherited, write_lora
 from models.foundation.checkpoints.adapter_files import file_in, header_of
+from models.foundation.checkpoints.folders import TextPart
+from models.foundation.checkpoints.headers import read_header
 from utils.adapters.kinds import COMFYUI, Tensors
 from utils.errors import UserError
 from utils.run.export import ExportPlan, write_files
@@ -90,18 +93,21 @@ def _groups(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[Tensors]:
 
 
 def extract(model: Model, tuned: Path, place: Place, cut: Cut) -> None:
-    """Writes the nearest LoRA to the difference of two checkpoints of a model. What a LoRA cannot have is told.
+    """Writes the nearest LoRA to the difference of two checkpoints of a model, with that of the text encoders which a
+    LoRA of this model may have, where both places have them. What a LoRA cannot have, and what is not compared, is
+    told.
 
     Args:
-        tuned: a file or folder of the trained denoiser's weights, or a folder with parts, as an export is.
+        tuned: a file or folder of the trained denoiser's weights, a whole checkpoint, or a folder with parts, as an
+            export is.
 
     Raises:
         UserError: the weights are no ones of this model, or are the same.
     """
-    after, folder = model.with_weights(tuned), model.pipeline.denoiser_folder
-    parts = [path.name for path in tuned.iterdir() if path.is_dir()] if (tuned / folder).is_dir() else []
-    if beside := sorted(set(parts) - {folder}):
-        logger.warning("only %s is compared; not %s", tuned / folder, ", ".join(beside))
+    both = [part for part in model.texts_in(tuned) if part in model.texts_of_base()]
+    model = model.training(both)
+    after = model.with_weights(tuned)
+    _tell_compared(after, tuned, both)
     pairs, kept, total, others = {}, 0.0, 0.0, []
     for name in model.names.shapes:
         difference = after.weight(name) - model.weight(name)
@@ -124,3 +130,24 @@ def extract(model: Model, tuned: Path, place: Place, cut: Cut) -> None:
         )
     tell_kept(pairs, kept, total)
     write_lora(model, pairs, place, inherited([], model))
+
+
+def _tell_compared(after: Model, tuned: Path, texts: Sequence[TextPart]) -> None:
+    """Names the parts of a place that are compared, and those that are not."""
+    folder = after.pipeline.denoiser_folder
+    compared = [folder, *(part.folder for part in texts)]
+    if tuned.is_dir():
+        parts = {path.name for path in tuned.iterdir() if path.is_dir()} if (tuned / folder).is_dir() else set()
+        beside = sorted(parts - set(compared))
+    else:
+        keys, layout = read_header(tuned, with_gguf=True).files, after.pipeline.original_layout
+        own = [layout.prefix(keys) if layout and layout.recognises(keys) else ""]
+        own += [part.names.prefix for part in texts]
+        beside = sorted({_group(key) for key in keys if not key.startswith(tuple(own))})
+    if beside:
+        logger.warning("of %s only %s is compared; not %s", tuned, ", ".join(compared), ", ".join(beside))
+
+
+def _group(key: str) -> str:
+    """The part of a whole checkpoint that a tensor belongs to: the beginning of its name."""
+    return re.match(r"[^.]*(\.[a-z_]+\.\d+)?", key)[0]

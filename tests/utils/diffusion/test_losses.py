@@ -5,6 +5,8 @@ Shapes: B batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch.nn.functional import huber_loss, l1_loss, mse_loss, smooth_l1_loss
@@ -24,6 +26,31 @@ def test_is_the_mean_squared_error_of_each_sample(shape: tuple[int, ...]) -> Non
     torch.testing.assert_close(losses_B, torch.stack(expected))
     (gradient,) = torch.autograd.grad(losses_B.mean(), prediction)
     torch.testing.assert_close(gradient, torch.autograd.grad(mse_loss(prediction, target), prediction)[0])
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """A value of several is computed by a thread, one alone by all."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_that_of_a_sample_is_the_same_in_any_batch() -> None:
+    prediction, target = normal((4, 16, 64, 64), 0, "prediction"), normal((4, 16, 64, 64), 0, "target")
+
+    def losses(start: int, end: int) -> list[float]:
+        labels = Labels(target[start:end], torch.ones(end - start, 1, 1, 1))
+        return MEAN_SQUARES(prediction[start:end], labels).tolist()
+
+    alone = [losses(index, index + 1)[0] for index in range(4)]
+    # What it would be otherwise.
+    assert alone != losses(0, 4)
+    with torch.no_grad():
+        alone = [losses(index, index + 1)[0] for index in range(4)]
+        assert alone == losses(0, 4)
 
 
 def test_weights_are_factors_on_the_samples() -> None:

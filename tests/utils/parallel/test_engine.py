@@ -42,9 +42,10 @@ def engine_of(
 ) -> tuple:
     """An engine on this rank's stage, and its trainable parameters by name."""
     from utils.parallel.backend import initialize_deepspeed
-    from utils.parallel.engine import Engine, optimizer_for_frozen_stage
+    from utils.parallel.engine import Engine
     from utils.parallel.partition import stage_bounds
     from utils.parallel.pipeline import DenoiserPipeline
+    from utils.parallel.together import optimizer_for_frozen_stage
 
     initialize_deepspeed()
     denoiser, layers = toy_flux.denoiser_and_layers(flux, settings)

@@ -93,9 +93,10 @@ class Training:
 
     def __init__(self, ranks: Ranks, folder: Path, way: Way):
         from utils.adapters.attach import base_name
-        from utils.parallel.engine import Engine, optimizer_for_frozen_stage
+        from utils.parallel.engine import Engine
         from utils.parallel.partition import stage_bounds
         from utils.parallel.pipeline import DenoiserPipeline
+        from utils.parallel.together import optimizer_for_frozen_stage
 
         self.ranks, self.way = ranks, way
         self.flux = FluxPipeline(FluxOptions(type="flux", dtype=way.dtype, diffusers_path=folder), seed=0)

@@ -79,11 +79,12 @@ def engine_of(
     bfloat16: bool = False,
 ) -> Any:
     from utils.parallel.backend import initialize_deepspeed
-    from utils.parallel.engine import Engine, optimizer_for_frozen_stage
+    from utils.parallel.engine import Engine
     from utils.parallel.offload import HostInputs
     from utils.parallel.partition import stage_bounds
     from utils.parallel.pipeline import DenoiserPipeline
     from utils.parallel.teacher import Teacher
+    from utils.parallel.together import optimizer_for_frozen_stage
 
     initialize_deepspeed()
     denoiser, layers = toy_flux.denoiser_and_layers(flux, None if full else toy_flux.adapter(dropout))

@@ -53,4 +53,11 @@ def test_progress_keeps_the_mean_loss_of_the_epoch() -> None:
     progress = Progress().after_step(1.0, 2).after_step(3.0, 2)
     assert (progress.step, progress.step_in_epoch, progress.examples, progress.epoch_loss) == (2, 2, 4, 2.0)
     after = progress.next_epoch()
+    assert after.after_step(None, 2).after_step(3.0, 2).epoch_loss == 3.0
+    assert Progress.of_file(progress.as_dict()) == progress
     assert (after.epoch, after.step_in_epoch, after.step, after.epoch_loss) == (1, 0, 2, 0.0)
+
+
+def test_progress_of_an_earlier_version_has_a_loss_for_each_step() -> None:
+    values = {"step": 9, "epoch": 1, "step_in_epoch": 4, "examples": 36, "epoch_loss_sum": 8.0}
+    assert Progress.of_file(values).epoch_loss == 2.0

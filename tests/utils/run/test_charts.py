@@ -113,3 +113,19 @@ def test_a_heat_map_tells_each_change() -> None:
 def test_a_heat_map_of_many_steps_has_the_last() -> None:
     chart = heat_map("held", range(1000), [("0.50", [1.0] * 1000)])
     assert len(re.findall("<rect", chart)) <= MOST_COLUMNS + 1 and "step 999:" in chart
+
+
+def test_rows_of_a_heat_map_that_are_many_have_few_labels() -> None:
+    def labels(count: int) -> list[str]:
+        chart = heat_map("norms", [1, 2], [(f"row {row}", [1.0, 2.0]) for row in range(count)])
+        return [text.text for text in drawn(chart).iter("text") if (text.text or "").startswith("row")]
+
+    assert len(labels(10)) == 10
+    assert labels(57)[:2] == ["row 0", "row 4"]
+
+
+def test_an_axis_from_zero_lets_small_changes_look_small() -> None:
+    points = [(0.0, 9.9), (1.0, 10.0)]
+    ends = [polylines(line_chart("memory", [Line("", points)], from_zero=kind))[0] for kind in (False, True)]
+    spans = [line[0][1] - line[-1][1] for line in ends]
+    assert spans[0] == pytest.approx(HEIGHT - BOTTOM - TOP) and spans[1] == pytest.approx(spans[0] / 100, abs=0.1)

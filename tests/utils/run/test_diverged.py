@@ -47,6 +47,9 @@ def test_a_step_that_is_not_finite_is_left_out_and_its_files_are_told(
 ) -> None:
     caplog.set_level(logging.INFO)
     run = train_with_nan(write_config(max_steps=4), monkeypatch, {1, 2})
+    # The first step of the second epoch is left out.
+    loss = metrics(run, "train/loss")
+    assert metrics(run, "train/epoch_loss") == {2: loss[1], 4: loss[4]}
     assert sorted(metrics(run, "train/loss")) == [1, 4] and sorted(metrics(run, "train/lr")) == [1, 2, 3, 4]
     assert metrics(run, "train/nonfinite_steps") == {2: 1, 3: 2}
     told = [line for line in caplog.messages if "the weights stay as they were" in line]

@@ -119,8 +119,40 @@ def test_a_checkpoints_samples_are_those_of_the_run_and_of_the_stock_pipeline(
     drawn = picture(run / "samples_only" / "step000002" / "01_a_blue_picture.png")
     assert np.abs(drawn - expected).max() < 1.0 < np.abs(drawn - plain).max()
 
+    # Of an export too, in either layout, by a config of another rank.
+    other = write_config(max_steps=2, sampling=asked, adapter__rank=2, pipeline_stages=1)
+    again = run.parent / "samples_only"
+    for export in (run / "epoch1_ema", run / "epoch1_ema" / "adapter_model_comfyui.safetensors"):
+        assert run_here(other, "--sample_only", str(export))
+        drawn = picture(again / export.stem / "01_a_blue_picture.png")
+        assert np.abs(drawn - expected).max() < 1.0 < np.abs(drawn - plain).max()
+        text = Image.open(again / export.stem / "01_a_blue_picture.png").info["parameters"]
+        assert f"Run: {export.name}" in text and "Training step" not in text
+    with pytest.raises(UserError, match=r"looks like an adapter: give it as \[adapter\]"):
+        run_here(write_config(sampling=asked, adapter=None), "--sample_only", str(run / "epoch1_ema"))
+
     with pytest.raises(SystemExit):
         run_here(config, "--sample_only", str(run), "--export", str(run))
     assert "--export does nothing else; leave --sample_only out" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"\[sampling\]: there is nothing to draw for --sample_only"):
         run_here(write_config(ema={}), "--sample_only", str(run))
+
+
+def test_samples_of_an_exported_model_are_those_of_its_run(
+    write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampling = {"prompts": ["a red picture"], "sample_every_n_steps": 100, "width": 64, "height": 32, "steps": 2}
+    keys = {"adapter": None, "optimizer__lr": 1e-3, "sampling": sampling}
+    assert run_here(write_config(max_steps=1, **keys))
+    run = only_run(write_config())
+    (of_run,) = (run / "samples" / "step000001").glob("*.png")
+    for name in ("step1", "step1/model_comfyui.safetensors"):
+        assert run_here(write_config(**keys), "--sample_only", str(run / name))
+        drawn = run.parent / "samples_only" / Path(name).stem / of_run.name
+        assert (picture(drawn) == picture(of_run)).all()
+    with pytest.raises(UserError, match=r"has a whole model \(transformer\), and the config has an \[adapter\]"):
+        run_here(write_config(sampling=sampling), "--sample_only", str(run / "step1"))
+    (run / "step1" / "text_encoder").mkdir()
+    (run / "step1" / "text_encoder" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="has 2 parts of a model, text_encoder, transformer"):
+        run_here(write_config(**keys), "--sample_only", str(run / "step1"))

@@ -100,3 +100,28 @@ def test_an_account_in_a_file_or_in_the_settings(no_account: Path) -> None:
     check_account(WANDB.model_copy(update={"wandb_api_key": "a" * 40}))
     (no_account / ".netrc").write_text(f"machine api.wandb.ai login user password {'a' * 40}\n")
     check_account(WANDB)
+
+
+def test_noise_levels_are_lines_of_one_chart_of_wandb(no_account: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the real library, without a server."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    # It remembers the environment of the tests before.
+    wandb.teardown()
+    metrics = Metrics.from_settings(no_account, WANDB, {}, is_main=True)
+    sink = metrics.sinks[-1]
+    sent: list[dict] = []
+    monkeypatch.setattr(sink.run, "log", lambda values, step: sent.append(values))
+    metrics.scalars({"held/loss": 0.5, "held/loss_quantile_0.10": 0.4, "held/loss_quantile_0.90": 0.6}, step=5)
+    metrics.scalars({"train/loss": 0.5}, step=6)
+    metrics.scalars({"held/loss_quantile_0.10": 0.3, "held/loss_quantile_0.90": 0.5}, step=10)
+    assert [sorted(values)[-1] for values in sent] == [
+        "held/loss_quantile_0.90",
+        "train/loss",
+        "held/loss_quantile_0.90",
+    ]
+    chart = sent[-1]["held/loss by noise level"]
+    assert chart.table.columns == ["step", "lineKey", "lineVal"]
+    assert sorted(chart.table.data) == [[5, "0.10", 0.4], [5, "0.90", 0.6], [10, "0.10", 0.3], [10, "0.90", 0.5]]
+    metrics.close()

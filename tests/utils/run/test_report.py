@@ -51,7 +51,9 @@ class Page(HTMLParser):
 def a_run(folder: Path, lr: float = 1e-3, factor: float = 1.0, *, samples: bool = True) -> Path:
     """A run's folder as a run of 20 steps leaves it."""
     folder.mkdir()
-    (folder / "settings.toml").write_text(f"epochs = 1\n[optimizer]\nlr = {lr}\n")
+    (folder / "settings.toml").write_text(
+        f'epochs = 1\n[optimizer]\nlr = {lr}\n[model]\ntype = "flux"\n[adapter]\ntype = "lora"\nrank = 4\n'
+    )
     metrics = Metrics.from_settings(folder, MonitoringSettings(enable_tensorboard=False), {}, is_main=True)
     for step in range(1, 21):
         values = {"train/loss": factor / step, "train/lr": lr, "train/step_time_sec": 0.5, "train/grad_norm": 1.0}
@@ -79,6 +81,7 @@ def test_the_page_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         notes.handle(log.makeRecord("test", level, "", 0, text, (), None, extra=extra))
     told = {"name": "train", "file": "data.toml", "samples": 5, "files": 7, "rejected": {"unreadable": 2}}
     notes.data = [{**told, "directories": {"stars": [5, "10"]}, "buckets": {"64 x 64": 5}, "told": ["x.png: is empty"]}]
+    notes.how = "stopped"
     notes.save(run)
     assert main([str(run)]) == 0
     assert capsys.readouterr().out == f"{run / PAGE_NAME}\n"
@@ -93,6 +96,8 @@ def test_the_page_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         f"{1 / 21:.4f} ± 0.2500",
         "1 lines of metrics.jsonl are no numbers",
         "cannot be read",
+        "Trained: flux, lora of rank 4. ",
+        "stopped",
     ):
         assert page.text.count(text) >= 1, text
     assert page.text.count("thing") == 1 and "not kept" not in page.text

@@ -18,6 +18,7 @@ from utils.run.checkpoint import ResumeFlags, identity_of, run_of
 from utils.run.progress import Progress
 from utils.settings.schema import Settings
 
+CONFIG = Path("run.toml")
 FLAGS = ResumeFlags("the_first", reset_optimizer=True)
 
 
@@ -57,7 +58,7 @@ def run(settings: Settings) -> Callable[..., Path]:
 
 def test_a_first_start_goes_on_as_it_was_asked(settings: Settings, run: Callable[..., Path]) -> None:
     run("20260101_12-00-00", 5)
-    assert restarts.after_restart(FLAGS, settings) is FLAGS
+    assert restarts.after_restart(FLAGS, settings, CONFIG) is FLAGS
 
 
 @pytest.mark.parametrize("record", ["", "resumed_step2"])
@@ -75,7 +76,7 @@ def test_a_restart_goes_on_with_the_run_of_its_launcher(
     run("20260101_13-00-00", 5, seed=1)
     run("20260101_14-00-00", -500)
     with caplog.at_level(logging.WARNING):
-        assert restarts.after_restart(FLAGS, settings) == ResumeFlags(str(own))
+        assert restarts.after_restart(FLAGS, settings, CONFIG) == ResumeFlags(str(own))
     assert f"started again by the launcher, number 2: goes on with {own}" in caplog.text
 
 
@@ -86,7 +87,7 @@ def test_a_restart_before_any_checkpoint_begins_as_the_first_time(
     run("20260101_12-00-00", 5, saved=False)
     run("20260101_11-00-00", -500)
     with caplog.at_level(logging.WARNING):
-        assert restarts.after_restart(FLAGS, settings) is FLAGS
+        assert restarts.after_restart(FLAGS, settings, CONFIG) is FLAGS
     assert "no checkpoint yet" in caplog.text
 
 

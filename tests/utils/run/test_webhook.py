@@ -7,17 +7,20 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
+from tests.runs import launch
 from utils.errors import UserError
+from utils.ranks import Ranks
+from utils.run.beginning import Beginning
 from utils.run.parts import RunParts
 from utils.run.report import RunPage
+from utils.run.signals import StopRequested, StopRequests
 from utils.run.webhook import Webhook
 from utils.settings.run_tables import SECRETS, MonitoringSettings
 
@@ -121,15 +124,62 @@ def test_the_address_is_a_secret() -> None:
     assert "secret" not in repr(MonitoringSettings(webhook="https://example.org/secret"))
 
 
+def parts_of(page: RunPage, webhook: Webhook) -> RunParts:
+    nothing = dict.fromkeys(("settings", "ranks", "engine", "optimizer", "parameters", "shares", "folder", "metrics"))
+    return RunParts(**nothing, stop=StopRequests(), page=page, webhook=webhook)
+
+
 def test_a_failure_that_ends_a_run_is_told(server: Server, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
-    parts = SimpleNamespace(page=RunPage(tmp_path), webhook=Webhook(server.address, tmp_path))
+    parts = parts_of(RunPage(tmp_path), Webhook(server.address, tmp_path))
 
     def fail() -> bool:
         raise UserError.of("training has diverged", where="step 7")
 
     with pytest.raises(UserError):
-        RunParts.telling(parts, fail)
+        parts.telling(fail)
     (told,) = server.received
     assert (told["event"], told["reason"]) == ("failure", "step 7: training has diverged")
     assert "the run failed: step 7: training has diverged" in (tmp_path / "run.html").read_text()
+
+
+def test_the_end_of_a_run_by_its_watch_is_told(server: Server, tmp_path: Path) -> None:
+    """Of one that hangs, no error is raised."""
+    (tmp_path / "metrics.jsonl").write_text("")
+    parts = parts_of(RunPage(tmp_path), Webhook(server.address, tmp_path))
+    parts.telling(lambda: True)
+    parts.stop.watch.tell_end("rank 1 has given no sign of life")
+    assert [(told["event"], told["reason"]) for told in server.received] == [
+        ("failure", "rank 1 has given no sign of life")
+    ]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_failure_before_the_first_step_is_told_once(
+    server: Server, tmp_path: Path, write_config: Callable[..., Path], processes: int
+) -> None:
+    """Where nothing is loaded, and where the ranks have met."""
+    (tmp_path / "empty").mkdir()
+    lacking = {"model__diffusers_path": str(tmp_path / "empty")}
+    changes = [lacking, {"adapter__init_from_existing": str(tmp_path / "empty")}][processes - 1]
+    config = write_config(monitoring__webhook=server.address, **changes)
+    assert launch(config, "--check")[0] == [1] and not server.received
+    codes, log = launch(config, processes=processes, ends_others=True)
+    assert codes[0] == 1, log
+    (told,) = server.received
+    assert (told["event"], told["run"], told["folder"], told["config"]) == ("failure", "", "", str(config))
+    assert str(tmp_path / "empty") in told["reason"] and "secret" not in log
+
+
+def test_a_stop_before_the_first_step_is_no_failure(server: Server) -> None:
+    stop = StopRequests()
+    with pytest.raises(StopRequested), stop, Beginning(server.address, Path("a.toml"), Ranks(), stop, 0.0):
+        raise StopRequested
+    with (
+        pytest.raises(OSError, match="gone"),
+        stop,
+        Beginning(server.address, Path("a.toml"), Ranks(), stop, 0.0) as begins,
+    ):
+        begins.over()
+        raise OSError("gone")
+    assert not server.received
