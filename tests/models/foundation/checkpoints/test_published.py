@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 import models
 from models.base import BasePipeline
@@ -339,6 +341,38 @@ def test_a_vocabulary_inside_the_weights_is_read(files: Path, tmp_path: Path) ->
     assert json.loads((made / "tokenizer_config.json").read_text())["tokenizer_class"]
     with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
         pipeline.check()
+
+
+SENTENCES = [f"a {colour} fox sleeps in the sun, and the dog runs" for colour in ("red", "brown", "grey")] * 20
+
+
+@pytest.mark.parametrize(("kind", "name"), [("lumina2", "gemma2"), ("ltx2", "gemma3"), ("sana", "gemma2")])
+def test_gemma_reads_by_the_vocabulary_inside_its_weights(tmp_path: Path, kind: str, name: str) -> None:
+    """As in ComfyUI's files of it: with the mark that begins a text, and the numbers of its own pieces."""
+    written = io.BytesIO()
+    marks = {f"{mark}_id": number for number, mark in enumerate(("pad", "eos", "bos", "unk"))}
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES),
+        model_writer=written,
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        normalization_rule_name="identity",
+        user_defined_symbols=["<mask>"],
+        minloglevel=3,
+        **marks,
+        **{name.replace("id", "piece"): f"<{name.removesuffix('_id')}>" for name in marks},
+    )
+    words = torch.from_numpy(np.frombuffer(written.getvalue(), dtype=np.uint8).copy())
+    save_file({"spiece_model": words}, tmp_path / "gemma.safetensors")
+    (one, *_) = architectures(kind)
+    texts = [TextEncoderFile(type=name, path=tmp_path / "gemma.safetensors")]
+    pipeline = models.build(models.find(kind).Options(type=kind, architecture=one.name, text_encoders=texts))
+    tokenizer = pipeline.encoders()[1].tokenizer
+    pieces = SentencePieceProcessor(model_proto=written.getvalue())
+    assert tokenizer("a red dog, OK?").input_ids == [2, *pieces.encode("a red dog, OK?")]
+    assert len(tokenizer) == len(pieces) == 300
 
 
 def test_a_gguf_may_hold_the_vocabulary(files: Path) -> None:
