@@ -170,7 +170,7 @@ def _fitting(
     options: ModelSettings, known: Sequence[Architecture], pipeline_of: Callable[[ModelSettings], Any]
 ) -> list[Architecture]:
     """The architectures whose tensors are those of the files: of the denoiser's, and where these are the same for
-    several, of the VAE's.
+    several, of the VAE's and the text encoders'.
 
     Raises:
         UserError: there are none; says why the first one is none.
@@ -186,7 +186,15 @@ def _fitting(
         raise UserError([Problem("[model] architecture", "", said), *problems[tried[0]]])
     if len(fitting) > 1 and options.vae_path is not None:
         fitting = [one for one in fitting if not problems_of([pipelines[one].encoders()[0].check])] or fitting
+    if len(fitting) > 1:
+        fitting = [one for one in fitting if not problems_of(_checks_of_texts(pipelines[one]))] or fitting
     return fitting
+
+
+def _checks_of_texts(pipeline: Any) -> list[Callable[[], None]]:
+    """What checks the weights of the text encoders that are given."""
+    given = {part.name for part in pipeline.text_parts if part.override(pipeline.options) is not None}
+    return [one.check_weights for one in pipeline.encoders() if one.name in given and hasattr(one, "check_weights")]
 
 
 def _tokenizer(part: TextPart, pipeline: Any, architecture: Architecture) -> Files:

@@ -24,7 +24,7 @@ from models.foundation.checkpoints import published
 from models.foundation.checkpoints.layouts.flux import BFL_LAYOUT
 from models.foundation.checkpoints.published import CONFIGS, Architecture, architectures
 from models.foundation.checkpoints.stock import of_transformers
-from tests.models import tiny_flux
+from tests.models import tiny_flux, tiny_hunyuan_video, tiny_hunyuan_video_i2v
 from tests.models.foundation.checkpoints.test_gguf_files import finished
 from utils.errors import UserError
 from utils.first_values import none_without_memory
@@ -36,6 +36,7 @@ BILLIONS = {
     "auraflow/0.1": 6.83,
     "auraflow/0.3": 6.86,
     "chroma/chroma1": 8.90,
+    "cogview4/6b": 6.37,
     "cosmos/14b_t2w": 14.27,
     "cosmos/14b_v2w": 14.27,
     "cosmos/7b_t2w": 7.24,
@@ -44,27 +45,37 @@ BILLIONS = {
     "cosmos_predict2/14b_v2w": 14.27,
     "cosmos_predict2/2b_t2i": 1.96,
     "cosmos_predict2/2b_v2w": 1.96,
+    "cosmos_predict25/14b": 14.37,
+    "cosmos_predict25/2b": 2.06,
+    "ernie_image/8b": 8.03,
     "flux/dev": 11.90,
     "flux/schnell": 11.89,
     "flux2/dev": 32.22,
     "flux2/klein_4b": 3.88,
     "flux2/klein_9b": 9.08,
+    "flux3/klein_base": 5.54,
     "hidream/i1": 17.11,
     "hunyuan_dit/1.1": 1.52,
     "hunyuan_dit/1.2": 1.50,
     "hunyuan_image/2.1": 17.43,
+    "hunyuan_video/i2v_16ch": 12.82,
+    "hunyuan_video/i2v_33ch": 12.81,
     "hunyuan_video/t2v": 12.82,
-    "hunyuan_video_15/480p_t2v": 8.33,
     "hunyuan_video_15/480p_i2v": 8.33,
+    "hunyuan_video_15/480p_t2v": 8.33,
     "hunyuan_video_15/720p_i2v": 8.33,
     "hunyuan_video_15/720p_t2v": 8.33,
+    "ideogram4/9b": 9.28,
     "krea2/raw": 12.82,
     "krea2/turbo": 12.82,
+    "ltx2/2.0_19b": 13.04,
+    "ltx2/2.3_22b": 13.12,
     "ltx_video/13b": 13.04,
     "ltx_video/2b_0.9.0": 1.92,
     "ltx_video/2b_0.9.1": 1.92,
     "ltx_video/2b_0.9.5": 1.92,
     "lumina2/2b": 2.61,
+    "minimax_h3/fl2va": 33.12,
     "omnigen2/4b": 3.97,
     "pixart/alpha_1024": 0.61,
     "pixart/alpha_512": 0.61,
@@ -73,15 +84,25 @@ BILLIONS = {
     "pixart/sigma_512": 0.61,
     "qwen_image/20b": 20.43,
     "qwen_image/edit_2511": 20.43,
+    "qwen_image_21/7b": 7.12,
+    "qwen_image_21/7b_turbo": 7.12,
     "qwen_image_layered/20b": 20.43,
+    "sana/0.6b_1024": 0.59,
+    "sana/0.6b_512": 0.59,
+    "sana/1.5_1.6b": 1.60,
+    "sana/1.5_4.8b": 4.72,
+    "sana/1.6b_1024": 1.60,
+    "sana/1.6b_2k": 1.60,
+    "sana/1.6b_4k": 1.60,
+    "sana/1.6b_512": 1.60,
     "sd15/1.5": 0.86,
     "sd3/3.5_large": 8.15,
     "sd3/3.5_medium": 2.47,
     "sd3/3_medium": 2.08,
     "sdxl/base": 2.57,
-    "wan/2.1_t2v_1.3b": 1.42,
     "wan/2.1_flf2v_14b": 16.40,
     "wan/2.1_i2v_14b": 16.39,
+    "wan/2.1_t2v_1.3b": 1.42,
     "wan/2.1_t2v_14b": 14.29,
     "wan/2.2_i2v_a14b": 14.29,
     "wan/2.2_t2v_a14b": 14.29,
@@ -90,18 +111,22 @@ BILLIONS = {
     "wan_vace/2.1_14b": 17.34,
     "z_image/6b": 6.15,
 }
-"""Parameters of the published denoisers."""
+"""Parameters of the published denoisers; of LTX-2's the half for video."""
 MILLIONS = {
-    "byt5_small_glyph": 219,
     "bert_chinese_large": 352,
+    "byt5_small_glyph": 219,
     "clip_g": 695,
-    "clip_vit_h": 631,
     "clip_l": 124,
+    "clip_vit_h": 631,
     "gemma2_2b": 2614,
-    "llama3_8b_llava": 7505,
+    "gemma3_12b": 12187,
+    "glm4_9b": 8779,
     "llama3_1_8b": 7505,
+    "llama3_8b_llava": 7505,
+    "llava_llama3_8b": 7830,
     "long_clip_g": 695,
     "long_clip_l": 124,
+    "ministral_3_3b": 3849,
     "mistral_small_3_24b": 23340,
     "mt5_xl": 1670,
     "pile_t5_xl": 1224,
@@ -111,7 +136,9 @@ MILLIONS = {
     "qwen3_0.6b": 596,
     "qwen3_4b": 4022,
     "qwen3_8b": 7568,
+    "qwen3_vl_32b": 32579,
     "qwen3_vl_4b": 4438,
+    "qwen3_vl_8b": 8145,
     "siglip_so400m_384": 428,
     "t5_11b": 4865,
     "t5_xxl": 4762,
@@ -119,11 +146,15 @@ MILLIONS = {
 }
 """Parameters of the published encoders of texts and pictures, tied ones once."""
 SAME_TENSORS = [
+    {"hunyuan_video/i2v_16ch", "hunyuan_video/t2v"},
     {f"hunyuan_video_15/{size}p_{task}" for size in (480, 720) for task in ("i2v", "t2v")},
     {"krea2/raw", "krea2/turbo"},
     {"ltx_video/2b_0.9.0", "ltx_video/2b_0.9.1", "ltx_video/2b_0.9.5"},
     {"pixart/alpha_512", *(f"pixart/sigma_{size}" for size in ("512", "1024", "2k"))},
     {"qwen_image/20b", "qwen_image/edit_2511"},
+    {"qwen_image_21/7b", "qwen_image_21/7b_turbo"},
+    {"sana/0.6b_1024", "sana/0.6b_512"},
+    {f"sana/1.6b_{size}" for size in ("512", "1024", "2k", "4k")},
     {"wan/2.1_t2v_14b", "wan/2.2_t2v_a14b"},
 ]
 """Architectures that the denoiser's tensors do not tell apart."""
@@ -132,7 +163,10 @@ CLASSES = {
     "clip_text_model": "CLIPTextModelWithProjection",
     "clip_vision_model": "CLIPVisionModel",
     "gemma2": "Gemma2Model",
+    "gemma3": "Gemma3Model",
+    "glm": "GlmModel",
     "llama": "LlamaModel",
+    "llava": "LlavaModel",
     "mistral3": "Mistral3Model",
     "mt5": "MT5EncoderModel",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
@@ -297,6 +331,30 @@ def test_architectures_that_the_files_do_not_tell_apart_are_to_be_named(files: P
     tensors = load_file(files / "flux.safetensors")
     save_file({**tensors, "model.__twin__": torch.zeros(1)}, files / "flux.safetensors")
     assert built(files).options.architecture == "twin"
+
+
+def test_text_encoders_tell_architectures_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HunyuanVideo of a picture has the same tensors as that of texts, and a text encoder that sees pictures."""
+    monkeypatch.setattr(published, "CONFIGS", tmp_path / "configs")
+    (tmp_path / "configs" / "hunyuan_video").mkdir(parents=True)
+    folders = {"t2v": tiny_hunyuan_video, "i2v": tiny_hunyuan_video_i2v}
+    for name, one in folders.items():
+        (tmp_path / name).mkdir()
+        one.write_folder(tmp_path / name)
+        parts = [*(set(PARTS) - {"tokenizer", "tokenizer_2"}), "scheduler"]
+        files = {part: next((tmp_path / name / part).glob("*config.json")) for part in parts}
+        content = {part: json.loads(file.read_text()) for part, file in files.items()}
+        (tmp_path / "configs" / "hunyuan_video" / f"{name}.json").write_text(json.dumps(content))
+
+    def chosen(*texts: TextEncoderFile) -> str:
+        place = tmp_path / "t2v"
+        files = {"transformer_path": place / "transformer", "vae_path": place / "vae", "text_encoders": list(texts)}
+        return models.build(models.find("hunyuan_video").Options(type="hunyuan_video", **files)).options.architecture
+
+    for name in folders:
+        assert chosen(TextEncoderFile(type="llama", path=tmp_path / name / "text_encoder")) == name
+    with pytest.raises(UserError, match="the files fit i2v and t2v; name the one that they are"):
+        chosen(TextEncoderFile(type="clip", path=tmp_path / "t2v" / "text_encoder_2"))
 
 
 def test_what_is_missing_is_told_by_what_names_it(files: Path) -> None:
