@@ -74,13 +74,19 @@ CLIPS = (
     ("wan", "2.1_i2v_14b"),
     ("wan", "2.2_i2v_a14b"),
     ("wan", "2.2_ti2v_5b"),
+    ("wan_vace", "2.1_1.3b"),
+    ("wan_vace", "2.1_14b"),
     ("hunyuan_video", "t2v"),
     ("hunyuan_video_15", "720p_t2v"),
     ("ltx_video", "2b_0.9.5"),
     ("ltx_video", "13b"),
+    ("ltx2", "2.3_22b"),
     ("cosmos", "7b_v2w"),
     ("cosmos_predict2", "2b_v2w"),
     ("cosmos_predict2", "14b_v2w"),
+    ("cosmos_predict25", "2b"),
+    ("cosmos_predict25", "14b"),
+    ("minimax_h3", "fl2va"),
 )
 """Models of clips: type and architecture."""
 CLIP_SIZES = ((832, 480, 81), (1280, 720, 121))
@@ -121,7 +127,7 @@ def clip_row(model_type: str, architecture: str, width: int, height: int, frames
         return models.build(options.model_copy(update={"transformer_dtype": keys["transformer_dtype"]}))
 
     pipeline = models.build(options)
-    media, encoders = pipeline.media, pipeline.encoders()
+    media, encoders = pipeline.media, pipeline.encoders(int(pipeline.follows_clip))
     sides = [side // media.spatial * media.spatial for side in (width, height)]
     bucket = Bucket(*sides, media.frames(frames))
     latent = pipeline.latent_shape(bucket.width, bucket.height, bucket.frames)

@@ -18,8 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from models.base import Features, ModelEncoder
 from models.families.patched_pictures import PatchedPicturePipeline
-from models.foundation.checkpoints.folders import TextPart
 from models.foundation.encoders.flux2_vae import Flux2Autoencoder
+from models.foundation.encoders.mistral import MISTRAL
 from models.foundation.encoders.text_features import MaskedHiddenStates
 from utils.diffusion.objectives import FlowMatching
 from utils.errors import Problem
@@ -159,7 +159,7 @@ class ErnieImagePipeline(PatchedPicturePipeline):
         "rope_theta",
         "text_in_dim",
     )
-    text_parts = (TextPart("mistral3", "Mistral3Model"),)
+    text_parts = (MISTRAL,)
     objective = FlowMatching(time_scale=TRAIN_STEPS)
     blocks = ("layers",)
     stream_type = ErnieImageStream

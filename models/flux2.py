@@ -7,7 +7,7 @@ channels, D width, h w latent cells.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,8 +20,8 @@ from models.base import Features, ModelEncoder
 from models.families.patched_pictures import REFERENCES, PatchedPicturePipeline, text_positions
 from models.foundation.checkpoints.folders import TextPart, read_config
 from models.foundation.checkpoints.layouts.flux2 import FLUX2_LAYOUT
-from models.foundation.checkpoints.weights import CheckpointNames
 from models.foundation.encoders.flux2_vae import Flux2Autoencoder
+from models.foundation.encoders.mistral import MISTRAL
 from models.foundation.encoders.text_features import HiddenStates, Shapes, chat
 from models.foundation.layers.chain import Middle
 from models.foundation.layers.joining import joined, picture_of
@@ -125,15 +125,6 @@ class LayeredChat(HiddenStates):
         return {self.name: torch.cat([states[layer] for layer in self.layers], dim=-1)}
 
 
-def _of_text_alone(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a file of Mistral's text model, as ComfyUI has it, under the names of the whole model."""
-    whole = ("language_model.", *VISION)
-    named = ((name.removeprefix("model."), tensor) for name, tensor in tensors.items())
-    return {name if name.startswith(whole) else f"language_model.{name}": tensor for name, tensor in named}
-
-
-VISION = ("vision_tower.", "multi_modal_projector.")
-MISTRAL = TextPart("mistral3", "Mistral3Model", names=CheckpointNames("model.", _of_text_alone), vision=VISION)
 DEV = MISTRAL, (10, 20, 30)
 KLEIN = TextPart("qwen3", "Qwen3Model"), (9, 18, 27)
 """The text encoder, and which of its hidden states the model reads."""

@@ -21,7 +21,7 @@ from models.base import Features, ModelEncoder
 from models.families.patched_pictures import PatchedPicturePipeline
 from models.foundation.checkpoints.folders import TextPart
 from models.foundation.checkpoints.layouts.ideogram4 import IDEOGRAM4_LAYOUT
-from models.foundation.encoders.flux2_vae import Flux2Autoencoder
+from models.foundation.encoders.ideogram4_vae import MEAN, IdeogramAutoencoder
 from models.foundation.encoders.qwen3_vl import Qwen3VLStates
 from models.foundation.encoders.text_features import chat
 from models.foundation.layers.chain import Middle, capture_outputs
@@ -99,12 +99,6 @@ class LayerOutputs(Qwen3VLStates):
 
     def joined(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
         return rearrange(list(states), "k b l d -> b l (d k)")
-
-
-class IdeogramAutoencoder(Flux2Autoencoder):
-    """Flux.2's, with the cells of a patch as the outer dimension of its channels; so are its statistics."""
-
-    order = "(p q c)"
 
 
 class Entry(nn.Module):
@@ -204,11 +198,8 @@ class Ideogram4Pipeline(PatchedPicturePipeline):
                 f"takes text of {config['llm_features_dim']} features, and {len(LAYERS)} of the {layers} layers of "
                 f"Qwen3-VL make {width}; give Qwen3-VL 8B"
             )
-        if self.options.vae_path is not None:
-            message = (
-                "Ideogram 4's VAE has the statistics of Flux.2's in an order of its own, which no file tells; leave it "
-                "out, for the one in diffusers_path"
-            )
+        if self.options.vae_path is not None and made != len(MEAN):
+            message = f"makes latents of {made} channels; give Ideogram 4's VAE or Flux.2's, of {len(MEAN)}"
             yield Problem("", "[model] vae_path", message)
 
     def remarks(self) -> Iterator[tuple[str, str]]:

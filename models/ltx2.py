@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,7 +24,9 @@ from models.foundation.checkpoints.denoiser import PartialDenoiserWeights
 from models.foundation.checkpoints.folders import TextPart
 from models.foundation.checkpoints.layouts.ltx2 import LTX2_LAYOUT
 from models.foundation.encoders.gemma3_connected import (
+    CONNECTORS_PATH,
     FOR_PICTURES,
+    NEEDED,
     ConnectedFeatures,
     ConnectedGemma,
     connectors_config,
@@ -37,7 +40,7 @@ from models.ltx_video import TRAIN_STEPS, Exit, LTXVideoPipeline
 from utils.dataset.buckets import MediaFacts
 from utils.errors import Problem
 from utils.settings.model_schema import ModelSettings
-from utils.settings.values import Count, Part, Positive
+from utils.settings.values import Count, Part, Positive, UserPath
 
 if TYPE_CHECKING:
     from diffusers import LTX2VideoTransformer3DModel
@@ -62,6 +65,9 @@ class LTX2Options(ModelSettings):
     first_frame_share: Part = 0.0
     """The share of the clips that are trained from their first frame, which the model then receives without noise and
     does not have to predict; the others are trained from text alone."""
+    connectors_path: UserPath | None = None
+    """File with the connectors, which make the model's text of Gemma's states. Default: from `diffusers_path`; for
+    single files `transformer_path`, if it is Lightricks' checkpoint."""
 
 
 class LTX2Inputs(NamedTuple):
@@ -212,6 +218,8 @@ class LTX2Pipeline(LTXVideoPipeline):
                 f"counts {group} frames and {cell[0]} x {cell[1]} pixels to a cell, and the VAE's have "
                 f"{self.media.temporal} and {self.media.spatial} x {self.media.spatial}; give LTX-2's own VAE"
             )
+        if self.options.architecture and self._connectors is None:
+            yield Problem("", CONNECTORS_PATH, f"is required without a checkpoint: {NEEDED}")
         yield from self._problems_of_text(config, connectors_config(self.options.diffusers_path))
 
     def _problems_of_text(self, config: dict[str, Any], connectors: dict[str, Any]) -> Iterator[Problem]:
@@ -243,7 +251,14 @@ class LTX2Pipeline(LTXVideoPipeline):
     def _text_encoder(self) -> TextEncoder:
         width = text_width(connectors_config(self.options.diffusers_path))
         features = ConnectedFeatures("gemma3", self.options.max_sequence_length, width)
-        return self.parts.text_encoder(features, ConnectedGemma)
+        return self.parts.text_encoder(features, ConnectedGemma, connectors=self._connectors)
+
+    @property
+    def _connectors(self) -> Path | None:
+        """The file with the connectors, if they are not in the folder."""
+        options = self.options
+        of_checkpoint = options.transformer_path if options.architecture else None
+        return options.connectors_path or of_checkpoint
 
     def build_denoiser(self) -> nn.Module:
         """The stock module without what belongs to sound."""

@@ -28,7 +28,8 @@ from models.families.clips import problems_of_stills
 from models.foundation.checkpoints.configs import stock_scheduler
 from models.foundation.checkpoints.folders import TextPart
 from models.foundation.checkpoints.layouts.minimax_h3 import MINIMAX_H3_LAYOUT
-from models.foundation.encoders.minimax_h3_text import LAYER, BareStates, KeyFrameEncoder
+from models.foundation.checkpoints.weights import CheckpointNames
+from models.foundation.encoders.minimax_h3_text import LAYER, BareStates, KeyFrameEncoder, from_comfyui
 from models.foundation.encoders.minimax_h3_vae import (
     MINIMAX_H3,
     MiniMaxH3Autoencoder,
@@ -217,7 +218,7 @@ class MiniMaxH3Pipeline(BasePipeline):
     Options = MiniMaxH3Options
     denoiser_class = "MiniMaxH3Transformer3DModel"
     config_keys = ("in_channels", "num_refiner_layers", "patch_size", "text_dim")
-    text_parts = (TextPart(TEXT, "Qwen3VLModel"),)
+    text_parts = (TextPart(TEXT, "Qwen3VLModel", names=CheckpointNames(convert=from_comfyui), vision=("visual.",)),)
     media = MediaFacts(spatial=32, temporal=17, max_frames=345, fps=24.0, further=5)
     objective = FlowMatching(predicts_data_minus_noise=True, time_is_cleanness=True)
     blocks = ("token_refiner.refiner_blocks", "transformer_blocks")

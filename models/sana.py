@@ -20,6 +20,7 @@ from models.base import Features, ModelEncoder
 from models.families.pictures import PicturePipeline
 from models.foundation.checkpoints.configs import SCHEDULER_FILE, stock_scheduler
 from models.foundation.checkpoints.folders import TextPart
+from models.foundation.checkpoints.layouts.sana import SANA_LAYOUT
 from models.foundation.checkpoints.stock import of_diffusers
 from models.foundation.encoders.dc_vae import DC, DeepAutoencoder, cell_of
 from models.foundation.encoders.text_features import Shapes, TextFeatures
@@ -182,6 +183,8 @@ class SanaPipeline(PicturePipeline):
     scheduler_sets_levels = True
     blocks = ("transformer_blocks",)
     stream_type = SanaStream
+    original_layout = SANA_LAYOUT
+    comfyui_note = "ComfyUI itself has no Sana; the file has its publisher's names, for extensions that read these"
     guided_by_second_prediction = True
     noise_in_float32 = True
 

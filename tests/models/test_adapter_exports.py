@@ -241,6 +241,7 @@ def test_zeros_are_gone_on_from(
                 "minimax_h3",
                 "pixart",
                 "qwen_image_21",
+                "sana",
             )
             with pytest.raises(UserError, match="have something else than LoKr factors"):
                 read_factors(path, kind, names, attach.scales(staged.denoiser))

@@ -9,13 +9,16 @@ import pytest
 import torch
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_ideogram4_lora_to_diffusers
 from diffusers.pipelines.ideogram4.pipeline_ideogram4 import _logit_normal_sigmas, _resolution_aware_mu
-from safetensors.torch import save_file
+from einops import rearrange
+from safetensors.torch import load_file, save_file
 
 from models.assembly.prompts import schedule_of
 from models.assembly.sample_checks import check_sampling
 from models.assembly.stage import load_stage
+from models.foundation.encoders import ideogram4_vae
 from models.foundation.encoders.flux2_vae import Flux2Autoencoder
-from models.ideogram4 import IDEOGRAM4_LAYOUT, IdeogramAutoencoder
+from models.foundation.encoders.ideogram4_vae import IdeogramAutoencoder
+from models.ideogram4 import IDEOGRAM4_LAYOUT
 from tests.models import tiny_ideogram4
 from tests.models.tiny_folder import settings_of
 from utils.diffusion.seeds import normal
@@ -90,13 +93,37 @@ def test_its_latents_are_not_those_of_flux2(folder: Path) -> None:
     assert ours.fingerprint != flux2.fingerprint
 
 
+@pytest.mark.parametrize("publisher", ["ideogram", "flux2"])
+def test_a_file_of_its_vae_may_have_the_statistics_of_flux2(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, publisher: str
+) -> None:
+    """Whose channels are in another order. Those of the folder are taken for the published ones."""
+    own = IdeogramAutoencoder(folder, None, torch.float32)
+    own.load(torch.device("cpu"))
+    mean, std = own._statistics(torch.empty(0))
+    monkeypatch.setattr(ideogram4_vae, "MEAN", tuple(mean.flatten().tolist()))
+    monkeypatch.setattr(ideogram4_vae, "STD", tuple(std.flatten().tolist()))
+    tensors = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    if publisher == "flux2":
+        for name in ("bn.running_mean", "bn.running_var"):
+            tensors[name] = rearrange(tensors[name], "(p q c) -> (c p q)", p=2, q=2).contiguous()
+    save_file(tensors, tmp_path / "vae.safetensors")
+    of_file = IdeogramAutoencoder(folder, tmp_path / "vae.safetensors", torch.float32)
+    of_file.load(torch.device("cpu"))
+    pixels = normal((1, 3, 1, 64, 32), 0, "pixels").clamp(-1, 1)
+    latents = own.encode(pixels=pixels)["latents"]
+    assert torch.equal(of_file.encode(pixels=pixels)["latents"], latents)
+    assert torch.equal(of_file.decode(latents), own.decode(latents))
+    assert of_file.fingerprint != own.fingerprint
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "said"),
     [
         ({"in_channels": 8}, {}, "takes latents of 8 channels and the VAE makes 16; give Ideogram 4's VAE"),
         ({"llm_features_dim": 8}, {}, "takes text of 8 features, and 13 of the 36 layers of Qwen3-VL make 104"),
         ({"layers": 35}, {}, "13 of the 35 layers"),
-        ({}, {"vae_path": "vae"}, "vae_path: .*in an order of its own, which no file tells; leave it out"),
+        ({}, {"vae_path": "vae"}, "vae_path: makes latents of 16 channels; give Ideogram 4's VAE or Flux.2's, of 128"),
     ],
 )
 def test_parts_that_do_not_belong_together(

@@ -17,11 +17,11 @@ from diffusers.modular_pipelines.minimax_h3.before_denoise import patchify_video
 from diffusers.modular_pipelines.minimax_h3.encoders import MiniMaxH3FL2VATextEncoderStep, encode_vae_condition
 from einops import rearrange
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from models.assembly.sample_checks import check_sampling
 from models.foundation.checkpoints.layouts.minimax_h3 import MINIMAX_H3_LAYOUT
-from models.foundation.encoders.minimax_h3_vae import frame_groups, minimax_h3_latent_size
+from models.foundation.encoders.minimax_h3_vae import MINIMAX_H3, frame_groups, minimax_h3_latent_size
 from models.foundation.encoders.vae import picture_noise
 from models.minimax_h3 import MiniMaxH3Pipeline
 from tests import test_models as generic
@@ -121,6 +121,37 @@ def test_a_picture_there_and_back(folder: Path) -> None:
     mean, std = stock._units()
     assert group.shape[2] == 2
     torch.testing.assert_close(decoded, ((group[:, :, 1:] * std + mean) * 2 - 1).clamp(-1, 1), rtol=0, atol=1e-4)
+
+
+def test_the_vae_may_be_a_file_of_its_publisher(folder: Path, tmp_path: Path) -> None:
+    """ComfyUI has the same: heads' queries, keys and values in turn, the gate of a network first, and its mask."""
+    stock = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    renamed = {
+        "down_blocks.": "down.",
+        "resnets.": "block.",
+        "downsamplers.0.": "downsample.",
+        "conv_shortcut": "nin_shortcut",
+        "proj_in": "x_embedder",
+        "to_out.0": "to_out",
+        "ff.net.0.proj": "ff.w1",
+        "ff.net.2": "ff.w2",
+    }
+    theirs = {"decoder.mask_token": torch.ones(1, 1, 16), "latents_mean": torch.ones(4), "latents_std": torch.ones(4)}
+    for name, tensor in stock.items():
+        if ".attn.to_k." in name or ".attn.to_v." in name:
+            continue
+        if ".attn.to_q." in name:
+            three = [stock[name.replace("to_q", part)].unflatten(0, (2, 8)) for part in ("to_q", "to_k", "to_v")]
+            name, tensor = name.replace("to_q", "to_qkv"), torch.stack(three, dim=1).flatten(0, 2)
+        if ".ff.net.0." in name:
+            tensor = torch.cat([tensor[len(tensor) // 2 :], tensor[: len(tensor) // 2]])
+        for ours, own in renamed.items():
+            name = name.replace(ours, own)
+        theirs[name] = tensor.contiguous()
+    assert "encoder.down.0.downsample.conv.weight" in theirs and "decoder.x_embedder.weight" in theirs
+    save_file(theirs, tmp_path / "vae.safetensors")
+    read = MINIMAX_H3.load(folder, tmp_path / "vae.safetensors", torch.float32).state_dict()
+    assert all(torch.equal(read[name], tensor) for name, tensor in stock.items())
 
 
 def test_the_vae_computes_in_float32(folder: Path) -> None:

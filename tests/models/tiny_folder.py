@@ -45,7 +45,7 @@ from utils.settings.dataset_schema import DirectorySettings
 from utils.settings.run_tables import SamplingSettings
 from utils.settings.schema import AdapterSettings, Settings
 
-UNKNOWN_TO_COMFYUI = ("cogview4", "ernie_image", "sana")
+UNKNOWN_TO_COMFYUI = ("cogview4", "ernie_image")
 """Types that ComfyUI has no model of, so that nothing is exported by its names."""
 MASKED = (
     "anima",

@@ -24,8 +24,12 @@ from utils.json_files import ANEW, is_of, read_json, shown
 logger = logging.getLogger(__name__)
 
 SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
-LENGTHS = {**dict.fromkeys(("axes_dim_rope", "axes_lens"), tuple[int, int, int]), "max_resolution": tuple[int, int]}
-"""Lists that are taken apart here."""
+OTHERWISE = {
+    **dict.fromkeys(("axes_dim_rope", "axes_lens"), tuple[int, int, int]),
+    "max_resolution": tuple[int, int],
+    "interpolation_scale": float | None,
+}
+"""Lists that are taken apart here; and what is 2.0 in published models, where a class says `int`."""
 PROCESSOR_FILE = "preprocessor_config.json"
 _SIZES = int | dict[str, int] | None
 _COLOUR = tuple[float, float, float]
@@ -54,7 +58,7 @@ def kinds_of(cls: type) -> Mapping[str, Any]:
         kind = Union[kind, None] if may_be_null else kind  # noqa: UP007
         # Of a default that is no value of it, the annotation says nothing.
         has_other = parameter.default is not parameter.empty and not is_of(parameter.default, kind)
-        kinds[key] = LENGTHS.get(key, Any if has_other else kind)
+        kinds[key] = OTHERWISE.get(key, Any if has_other else kind)
     return kinds
 
 

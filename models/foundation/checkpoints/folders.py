@@ -43,7 +43,13 @@ TEXT_CONFIG_KEYS = {
 """The keys that the configuration of a text encoder must have, by `model_type`, since transformers has a default for
 everything; all other configurations must have `hidden_size`. They are whole numbers above 0."""
 
-VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("spiece.model",))
+VOCABULARIES = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+    ("spiece.model",),
+    ("tokenizer.model",),
+)
 """Files with a tokenizer's vocabulary; any of these sets is enough."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,14 @@ USUAL_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors", "adap
 INDEX = ".index.json"
 WEIGHT_MAP = "weight_map"
 SUFFIXES = (".safetensors", ".sft")
+PICKLED = (".bin", ".ckpt", ".pt", ".pth")
+CONVERSION = (
+    "import sys, torch; from safetensors.torch import save_file; "
+    "t = torch.load(sys.argv[1], 'cpu', weights_only=True); "
+    "t = next((t[key] for key in ('state_dict', 'module', 'model') if key in t), t); "
+    "save_file({key: one.clone().contiguous() for key, one in t.items() if torch.is_tensor(one)}, sys.argv[2])"
+)
+"""Makes a safetensors file of one that torch has written."""
 FINGERPRINT_BLOCKS = 64
 FINGERPRINT_BLOCK_BYTES = 64 * 1024
 
@@ -77,8 +86,16 @@ def opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as one:
             yield one
     except (SafetensorError, OSError) as error:
-        hint = ANEW if file.suffix in SUFFIXES else "give one; of other formats only GGUF is read, for the denoiser"
+        hint = ANEW if file.suffix in SUFFIXES else f"give one; {_other_format(file)}"
         raise UserError.of(f"not a whole safetensors file ({error}); {hint}", str(file)) from error
+
+
+def _other_format(file: Path) -> str:
+    """What to do with a file of another format."""
+    if file.suffix not in PICKLED:
+        return "of other formats only GGUF is read, for the denoiser"
+    made = shlex.join([str(file), str(file.with_suffix(".safetensors"))])
+    return f'what torch has written is converted by\n  python -c "{CONVERSION}" {made}'
 
 
 def _files_in(folder: Path) -> list[Path]:

@@ -35,7 +35,8 @@ SHARED = "shared"
 INDEX_KEY = "model_index"
 NOTES = (INDEX_KEY, "marked_by", "note")
 """Keys of an architecture that are no parts."""
-OF_SENTENCEPIECE = ("T5Tokenizer", "GemmaTokenizer")
+OF_SENTENCEPIECE = {"T5Tokenizer": "spiece.model", "GemmaTokenizer": "tokenizer.model"}
+"""Tokenizers that are made of a vocabulary of SentencePiece, and what its file is called."""
 OF_PICTURES = ("processor", "feature_extractor")
 """Ends of the names of parts that prepare pictures for an encoder."""
 TOKENIZERS = "[model] tokenizer_path"
@@ -169,7 +170,7 @@ def _fitting(
     options: ModelSettings, known: Sequence[Architecture], pipeline_of: Callable[[ModelSettings], Any]
 ) -> list[Architecture]:
     """The architectures whose tensors are those of the files: of the denoiser's, and where these are the same for
-    several, of the VAE's.
+    several, of the VAE's and the text encoders'.
 
     Raises:
         UserError: there are none; says why the first one is none.
@@ -185,13 +186,21 @@ def _fitting(
         raise UserError([Problem("[model] architecture", "", said), *problems[tried[0]]])
     if len(fitting) > 1 and options.vae_path is not None:
         fitting = [one for one in fitting if not problems_of([pipelines[one].encoders()[0].check])] or fitting
+    if len(fitting) > 1:
+        fitting = [one for one in fitting if not problems_of(_checks_of_texts(pipelines[one]))] or fitting
     return fitting
+
+
+def _checks_of_texts(pipeline: Any) -> list[Callable[[], None]]:
+    """What checks the weights of the text encoders that are given."""
+    given = {part.name for part in pipeline.text_parts if part.override(pipeline.options) is not None}
+    return [one.check_weights for one in pipeline.encoders() if one.name in given and hasattr(one, "check_weights")]
 
 
 def _tokenizer(part: TextPart, pipeline: Any, architecture: Architecture) -> Files:
     """The files of a text encoder's tokenizer; none if there is no vocabulary."""
     settings = architecture.configs.get(part.tokenizer, {})
-    files = _vocabulary(part, pipeline, may_be_inside=settings.get("tokenizer_class") in OF_SENTENCEPIECE)
+    files = _vocabulary(part, pipeline, OF_SENTENCEPIECE.get(settings.get("tokenizer_class", "")))
     return _with_settings(files, settings)
 
 
@@ -211,7 +220,8 @@ def _linked(folder: Path) -> Files:
     return {file.name: _link(file) for file in sorted(folder.iterdir()) if file.suffix in OF_TOKENIZERS}
 
 
-def _vocabulary(part: TextPart, pipeline: Any, *, may_be_inside: bool) -> Files:
+def _vocabulary(part: TextPart, pipeline: Any, inside: str | None) -> Files:
+    """The files of a text encoder's words; `inside` is what they are called if its weights hold them."""
     weights = {one.name: one.override(pipeline.options) for one in pipeline.text_parts}
     for folder in _places(part, pipeline.options.tokenizer_path, weights):
         if has_vocabulary(folder):
@@ -221,9 +231,9 @@ def _vocabulary(part: TextPart, pipeline: Any, *, may_be_inside: bool) -> Files:
         return {}
     if is_gguf(file):
         return {"tokenizer.json": _of_gguf(file)}
-    keys = read_header(file).files if may_be_inside else ()
+    keys = read_header(file).files if inside else ()
     key = next((key for key in keys if key.endswith(VOCABULARY_TENSOR)), None)
-    return {"spiece.model": _of_tensor(file, key)} if key else {}
+    return {inside: _of_tensor(file, key)} if key else {}
 
 
 def _places(part: TextPart, given: Path | None, weights: Mapping[str, Path | None]) -> Iterator[Path]:

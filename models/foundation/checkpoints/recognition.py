@@ -129,7 +129,7 @@ ADAPTER_NAMES = {
         r"(noise|context)_refiner_|(^|_)layers_\d+_(attention|attn|feed_forward|adaLN|adaln_modulation)"
     ),
     "HunyuanDiT": r"blocks_\d+_(attn1_Wqkv|attn2_kv_proj|skip_linear|default_modulation)",
-    "PixArt": r"(^|_)blocks_\d+_(attn_(qkv|proj)|cross_attn_(q_linear|kv_linear|proj)|mlp_fc[12])$",
+    "PixArt or Sana": r"(^|_)blocks_\d+_(attn_(qkv|proj)|cross_attn_(q_linear|kv_linear|proj)|mlp_fc[12])$",
     "Cosmos 1.0": r"blocks_block\d+_blocks_\d_block_",
     "Cosmos-Predict2": r"transformer_blocks_\d+_norm\d_linear|blocks_\d+_((self|cross)_attn_\w+_proj|adaln_|mlp_layer)",
     "LTX-Video or PixArt": r"transformer_blocks_\d+_(audio_)?attn[12]_to_",
@@ -240,11 +240,16 @@ SIGNATURES: tuple[FileSignature, ...] = (
     FileSignature("HunyuanDiT", _type("hunyuan_dit"), ("text_embedding_padding",)),
     *(FileSignature("Krea 2", _type("krea2"), (part,)) for part in ("txtfusion.projector.", "text_fusion.projector.")),
     FileSignature("Ideogram 4", _type("ideogram4"), ("llm_cond_norm.", "embed_image_indicator.")),
-    FileSignature("Sana", _type("sana"), ("caption_norm.", "transformer_blocks.0.ff.conv_depth.")),
-    FileSignature(
-        "Sana with its publisher's names",
-        "they are not read; give the folder that is called diffusers",
-        ("blocks.0.mlp.depth_conv.", "attention_y_norm."),
+    *(
+        FileSignature("Sana Sprint", f"{NOT_TRAINED}, as it was distilled; give Sana", parts)
+        for parts in (("time_embed.guidance_embedder.", "caption_norm."), ("cfg_embedder.", "attention_y_norm."))
+    ),
+    *(
+        FileSignature("Sana", _type("sana"), parts)
+        for parts in (
+            ("caption_norm.", "transformer_blocks.0.ff.conv_depth."),
+            ("attention_y_norm.", "blocks.0.mlp.depth_conv."),
+        )
     ),
     FileSignature("CogView4", _type("cogview4"), ("patch_embed.text_proj.", "time_condition_embed.")),
     FileSignature(

@@ -10,16 +10,18 @@ from models.foundation.encoders.vae import Family, ImageAutoencoder, Tensors
 from utils.dataset.samples import Bucket
 
 
-def _same(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    """Only files with diffusers' names are read."""
-    return tensors
+def _from_publisher(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    """Tensors with the publisher's names, under diffusers' names."""
+    from diffusers.loaders.single_file_utils import convert_autoencoder_dc_checkpoint_to_diffusers
+
+    return convert_autoencoder_dc_checkpoint_to_diffusers(tensors)
 
 
 DC = Family(
     "AutoencoderDC",
     ("encoder_block_out_channels", "latent_channels", "scaling_factor"),
     "down_blocks.",
-    _same,
+    _from_publisher,
 )
 
 

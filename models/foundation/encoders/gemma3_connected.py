@@ -6,7 +6,7 @@ Shapes: B captions, L tokens, S states of a token, D features of a state.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +17,14 @@ from torch import nn
 
 from models.foundation.checkpoints.configs import made_of
 from models.foundation.checkpoints.folders import read_config
+from models.foundation.checkpoints.gguf_files import is_gguf
 from models.foundation.checkpoints.headers import fingerprint, read_header
-from models.foundation.checkpoints.weights import assign, build_empty, load_tensors, meta_tensors
+from models.foundation.checkpoints.layouts.ltx2 import CONNECTORS as PUBLISHED
+from models.foundation.checkpoints.layouts.ltx2 import connectors_of
+from models.foundation.checkpoints.weights import assign, build_empty, mapped_tensors, meta_tensors
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.text_features import HiddenStates, Shapes
+from utils.errors import UserError
 from utils.quantised.formats import FORMATS
 
 if TYPE_CHECKING:
@@ -28,6 +32,13 @@ if TYPE_CHECKING:
 
 CONNECTORS = "connectors"
 CLASS = "LTX2TextConnectors"
+OWN = "video_connector."
+"""With what names of the connectors begin in diffusers."""
+CONNECTORS_PATH = "[model] connectors_path"
+NEEDED = (
+    "connectors make the model's text; give a file with `video_embeddings_connector` and `text_embedding_projection`, "
+    "such as Lightricks' checkpoint"
+)
 FOR_PICTURES = ("vision_tower", "multi_modal_projector")
 """The parts of Gemma by which it sees pictures, which it is not shown."""
 FOR_TEXT, OF_ONE_FILE = "language_model.", "model."
@@ -98,21 +109,34 @@ class ConnectedFeatures(HiddenStates):
 
 
 class ConnectedGemma(TextEncoder):
-    """Gemma 3 with the connectors of the diffusers folder as an `Encoder`. A single file of Gemma may have the tensors
-    for text alone."""
+    """Gemma 3 with connectors as an `Encoder`. A single file of Gemma may have the tensors for text alone.
+
+    Args:
+        connectors: a checkpoint that has them too, under Lightricks' names, or a file with them alone; None for the
+            folder's.
+        others, further: as of `TextEncoder`.
+    """
+
+    def __init__(self, *others: Any, connectors: Path | None = None, **further: Any):
+        super().__init__(*others, **further)
+        self.connectors = connectors or self.folder / CONNECTORS
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint(super().fingerprint, self.folder / CONNECTORS)
+        # Of a file the configuration is not a part.
+        return fingerprint(super().fingerprint, *{self.folder / CONNECTORS: None, self.connectors: None})
 
     def check(self) -> None:
         super().check()
-        read_header(self.folder / CONNECTORS)
+        is_other = self.connectors.is_file() and is_gguf(self.connectors)
+        names = () if is_other else read_header(self.connectors).files
+        if self.connectors.is_file() and not any(start in name for name in names for start in (OWN, *PUBLISHED)):
+            raise UserError.of(f"is required: {self.connectors} has none; {NEEDED}", where=CONNECTORS_PATH)
         self._connectors(meta_tensors)
 
     def load(self, device: torch.device) -> None:
         super().load(device)
-        connectors = self._connectors(load_tensors).to(device)
+        connectors = self._connectors(lambda path, _: mapped_tensors(path)).to(device)
         if self.kept:
             from models.foundation.encoders.quantised import quantise_blocks
 
@@ -129,8 +153,11 @@ class ConnectedGemma(TextEncoder):
             tensors = {f"{FOR_TEXT}{name}": one for name, one in own.items()}
         return tensors
 
-    def _connectors(self, read: Callable[[Path, torch.dtype], dict[str, torch.Tensor]]) -> nn.Module:
+    def _connectors(self, read: Callable[[Path, torch.dtype], Mapping[str, Any]]) -> nn.Module:
         place, config = self.folder / CONNECTORS, connectors_config(self.folder)
         connectors = build_empty(lambda: made_of(CLASS, config, place / "config.json"))
-        assign(connectors, read(place, self.dtype), place)
+        tensors = read(self.connectors, self.dtype)
+        # Of a checkpoint nothing else is read, which may be forty gigabytes.
+        own = connectors_of(tensors) or tensors
+        assign(connectors, {name: one[...].to(self.dtype) for name, one in own.items()}, self.connectors)
         return connectors

@@ -14,6 +14,7 @@ from models.foundation.encoders.vae import Family, Tensors
 from models.foundation.encoders.video_vae import WanAutoencoder
 
 PREFIX = "vae."
+OF_LTX_23 = {".up_blocks.7.": ".up_blocks.3.upsamplers.0.", ".up_blocks.8.": ".up_blocks.3."}
 
 
 def _from_ltx(tensors: Tensors, config: dict[str, Any]) -> Tensors:
@@ -27,10 +28,13 @@ def _from_ltx(tensors: Tensors, config: dict[str, Any]) -> Tensors:
 
 
 def _from_ltx2(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    """The same of LTX-2."""
+    """The same of LTX-2, and of LTX-2.3, whose decoder has a block more than the converter knows."""
     from diffusers.loaders.single_file_utils import convert_ltx2_vae_to_diffusers
 
-    return convert_ltx2_vae_to_diffusers(tensors)
+    converted = convert_ltx2_vae_to_diffusers(tensors)
+    for there, here in OF_LTX_23.items():
+        converted = {name.replace(there, here): tensor for name, tensor in converted.items()}
+    return converted
 
 
 KEYS = ("latent_channels", "patch_size", "spatio_temporal_scaling", "timestep_conditioning")

@@ -5,7 +5,7 @@ Shapes: B samples, L tokens, D features, C channels, F frames, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -32,9 +32,18 @@ LAYER = 50
 """The hidden state that the model reads."""
 BEFORE, BEHIND = "<|vision_start|>", "<|vision_end|>"
 """The tokens around a picture."""
+OF_TEXTS = ("model.embed_tokens.", "model.layers.", "model.norm.")
 LABEL = "<Picture {}>: "
 LABEL_TOKENS = 8
 """About how many tokens a label has."""
+
+
+def from_comfyui(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a file under the names of transformers: ComfyUI's has the text's part as a model of texts."""
+    return {
+        f"language_model.{name.removeprefix('model.')}" if name.startswith(OF_TEXTS) else name: tensor
+        for name, tensor in tensors.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,13 @@ Shapes: B batch, C channels, F frames, K key frames, H W pixels, f h w latent ce
 from __future__ import annotations
 
 import math
+import re
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 
 from models.foundation.encoders.vae import Family, Tensors, in_the_room_there_is, picture_noise
 from models.foundation.encoders.video_vae import WanAutoencoder
@@ -26,15 +28,45 @@ KEY_FRAME_SEED, KEY_FRAME_NOISE = 42, 0.001
 """The seed by which the stock pipeline draws all key frames, and their part of noise."""
 
 
-def _same(tensors: Tensors, config: dict[str, Any]) -> Tensors:
-    """Other names than diffusers' are not known."""
-    return tensors
+RENAMED = (
+    (r"^encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
+    (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"^decoder\.x_embedder\.", "decoder.proj_in."),
+    (r"\.attn\.to_out\.(?=weight|bias)", ".attn.to_out.0."),
+    (r"\.ff\.w1\.", ".ff.net.0.proj."),
+    (r"\.ff\.w2\.", ".ff.net.2."),
+)
+"""The publisher's names, which are ComfyUI's too, and diffusers'."""
+OF_ITS_TRAINING = ("decoder.mask_token", "latents_mean", "latents_std")
+"""What is in the publisher's file and not in diffusers' class, whose configuration has the latter two."""
+
+
+def _from_publisher(tensors: Tensors, config: dict[str, Any]) -> Tensors:
+    """The publisher's tensors under diffusers' names. Its queries, keys and values are one matrix, in turn for each
+    head, and the gate of a feed-forward network comes before what it multiplies."""
+    made = {}
+    for name, tensor in tensors.items():
+        own = name
+        for theirs, ours in RENAMED:
+            own = re.sub(theirs, ours, own)
+        if ".attn.to_qkv." in own:
+            heads = rearrange(tensor, "(h k d) ... -> k (h d) ...", k=3, h=config["decoder_num_attention_heads"])
+            made |= {
+                own.replace("to_qkv", part): one for part, one in zip(("to_q", "to_k", "to_v"), heads, strict=True)
+            }
+        elif ".ff.net.0.proj." in own:
+            made[own] = torch.cat(tensor.chunk(2)[::-1])
+        elif own not in OF_ITS_TRAINING:
+            made[own] = tensor
+    return made
 
 
 MINIMAX_H3 = Family(
     "AutoencoderKLMiniMaxH3",
     (
         "clip_length",
+        "decoder_num_attention_heads",
         "latent_channels",
         "latents_mean",
         "latents_std",
@@ -42,8 +74,8 @@ MINIMAX_H3 = Family(
         "temporal_downsample_factors",
         "token_drop",
     ),
-    "post_quant_conv.",
-    _same,
+    "down_blocks.",
+    _from_publisher,
 )
 
 

@@ -91,7 +91,7 @@ class TextEncoder:
         Raises:
             UserError: they do not; reports both.
         """
-        problems = problems_of([self._check_format, self._check_config, self._check_tokenizer, self._check_weights])
+        problems = problems_of([self._check_format, self._check_config, self._check_tokenizer, self.check_weights])
         if problems:
             raise UserError(problems)
 
@@ -132,7 +132,12 @@ class TextEncoder:
             )
         self.token_count("")
 
-    def _check_weights(self) -> None:
+    def check_weights(self) -> None:
+        """Whether the weights fit the configuration, from their headers alone.
+
+        Raises:
+            UserError: they do not.
+        """
         tensors = self._tensors(meta_tensors)
         with none_without_memory():
             self._build(None, config=self.needed(), state_dict=tensors, device_map="meta")
@@ -190,7 +195,7 @@ class TextEncoder:
         from models.foundation.encoders.quantised import Quantisation
 
         # Of what is wrong with a tensor that is quantised transformers would say nothing.
-        self._check_weights()
+        self.check_weights()
         how = {"config": self.needed(), "quantization_config": Quantisation(FORMATS[self.kept])}
         source, there = self._source, {"": device}
         if any((source / name).is_file() for name in STOCK_FILES):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 from models.foundation.checkpoints.key_layouts import KeyLayout, KeyRule
 from models.foundation.checkpoints.layouts.ltx_video import ATTENTION, BLOCK
 
+T = TypeVar("T")
 ATTENTIONS = ("attn1", "attn2", "audio_attn1", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn")
 EMBEDDED = ("emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2", "linear")
 TIMES = {
@@ -36,8 +40,19 @@ SAME = (
     ),
     *(f"{sound}{name}" for sound in ("", "audio_") for name in ("scale_shift_table", "proj_out")),
 )
-CONNECTORS = ("video_embeddings_connector.", "audio_embeddings_connector.")
-"""What makes texts of Gemma's states, which checkpoints have beside the denoiser."""
+CONNECTORS = {
+    "video_embeddings_connector.": "video_connector.",
+    "audio_embeddings_connector.": "audio_connector.",
+    "text_embedding_projection.": "",
+}
+"""What makes texts of Gemma's states, which checkpoints have beside the denoiser, and its name in diffusers."""
+OF_CONNECTORS = {
+    ".transformer_1d_blocks.": ".transformer_blocks.",
+    ".q_norm.": ".norm_q.",
+    ".k_norm.": ".norm_k.",
+    "aggregate_embed.": "text_proj_in.",
+}
+"""Parts of the names there and here; the last one of LTX-2.3 says before it for what."""
 LTX2_LAYOUT = KeyLayout(
     [
         *(KeyRule(there, (here,)) for there, here in OTHERWISE.items()),
@@ -49,5 +64,19 @@ LTX2_LAYOUT = KeyLayout(
         *(KeyRule(f"{there}.{name}", (f"{here}.{name}",)) for there, here in TIMES.items() for name in EMBEDDED),
         *(KeyRule(name, (name,)) for name in SAME),
     ],
-    unused=CONNECTORS,
+    unused=tuple(CONNECTORS),
 )
+
+
+def connectors_of(tensors: Mapping[str, T]) -> dict[str, T]:
+    """The connectors' tensors in a checkpoint, under diffusers' names; none if it has none."""
+    found = {}
+    for name, tensor in tensors.items():
+        start = next((start for start in CONNECTORS if start in name), None)
+        if start is None:
+            continue
+        own = CONNECTORS[start] + name.partition(start)[2]
+        for there, here in OF_CONNECTORS.items():
+            own = own.replace(there, here)
+        found[own] = tensor
+    return found

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from models.foundation.checkpoints.folders import all_of
 from tests.models import tiny_flux
@@ -145,8 +149,28 @@ def test_a_damaged_index_of_shards_is_told(folder: Path, text: str, words: str) 
 
 
 def test_a_file_of_another_format_is_not_to_be_downloaded_again(folder: Path) -> None:
-    (folder / "flux.ckpt").write_bytes(b"PK" + bytes(100))
-    assert "give one; of other formats only GGUF" in told(folder, transformer_path=folder / "flux.ckpt")
+    (folder / "flux.onnx").write_bytes(b"PK" + bytes(100))
+    assert "give one; of other formats only GGUF" in told(folder, transformer_path=folder / "flux.onnx")
+
+
+@pytest.mark.parametrize("inside", [(), ("state_dict",), ("module",)])
+def test_what_torch_has_written_is_told_with_the_line_that_converts_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: tuple[str, ...]
+) -> None:
+    (weights,) = (folder / "transformer").glob("*.safetensors")
+    content: dict[str, Any] = load_file(weights)
+    for name in inside:
+        content = {name: content, "epoch": 3}
+    file = tmp_path / "a model.pth"
+    torch.save(content, file)
+    _, line = told(folder, transformer_path=file).rsplit("\n", 1)
+    program, flag, code, *arguments = shlex.split(line)
+    assert (program, flag, arguments) == ("python", "-c", [str(file), str(tmp_path / "a model.safetensors")])
+    monkeypatch.setattr(sys, "argv", ["-c", *arguments])
+    exec(code, {})
+    read = load_file(arguments[1])
+    assert read.keys() == load_file(weights).keys()
+    tiny_flux.pipeline(folder, transformer_path=Path(arguments[1])).check()
 
 
 def test_tensors_that_do_not_fit_are_told_of_all_parts_at_once(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Mapping
@@ -12,176 +13,21 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 import models
 from models.base import BasePipeline
 from models.flux import FluxOptions
 from models.foundation.checkpoints import published
 from models.foundation.checkpoints.layouts.flux import BFL_LAYOUT
-from models.foundation.checkpoints.published import CONFIGS, Architecture, architectures
-from models.foundation.checkpoints.stock import of_transformers
-from tests.models import tiny_flux
+from models.foundation.checkpoints.published import architectures
+from tests.models import tiny_flux, tiny_hunyuan_video, tiny_hunyuan_video_i2v
 from tests.models.foundation.checkpoints.test_gguf_files import finished
 from utils.errors import UserError
-from utils.first_values import none_without_memory
 from utils.settings.model_schema import TextEncoderFile
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-BILLIONS = {
-    "anima/2b": 2.09,
-    "auraflow/0.1": 6.83,
-    "auraflow/0.3": 6.86,
-    "chroma/chroma1": 8.90,
-    "cosmos/14b_t2w": 14.27,
-    "cosmos/14b_v2w": 14.27,
-    "cosmos/7b_t2w": 7.24,
-    "cosmos/7b_v2w": 7.24,
-    "cosmos_predict2/14b_t2i": 14.27,
-    "cosmos_predict2/14b_v2w": 14.27,
-    "cosmos_predict2/2b_t2i": 1.96,
-    "cosmos_predict2/2b_v2w": 1.96,
-    "flux/dev": 11.90,
-    "flux/schnell": 11.89,
-    "flux2/dev": 32.22,
-    "flux2/klein_4b": 3.88,
-    "flux2/klein_9b": 9.08,
-    "hidream/i1": 17.11,
-    "hunyuan_dit/1.1": 1.52,
-    "hunyuan_dit/1.2": 1.50,
-    "hunyuan_image/2.1": 17.43,
-    "hunyuan_video/t2v": 12.82,
-    "hunyuan_video_15/480p_t2v": 8.33,
-    "hunyuan_video_15/480p_i2v": 8.33,
-    "hunyuan_video_15/720p_i2v": 8.33,
-    "hunyuan_video_15/720p_t2v": 8.33,
-    "krea2/raw": 12.82,
-    "krea2/turbo": 12.82,
-    "ltx_video/13b": 13.04,
-    "ltx_video/2b_0.9.0": 1.92,
-    "ltx_video/2b_0.9.1": 1.92,
-    "ltx_video/2b_0.9.5": 1.92,
-    "lumina2/2b": 2.61,
-    "omnigen2/4b": 3.97,
-    "pixart/alpha_1024": 0.61,
-    "pixart/alpha_512": 0.61,
-    "pixart/sigma_1024": 0.61,
-    "pixart/sigma_2k": 0.61,
-    "pixart/sigma_512": 0.61,
-    "qwen_image/20b": 20.43,
-    "qwen_image/edit_2511": 20.43,
-    "qwen_image_layered/20b": 20.43,
-    "sd15/1.5": 0.86,
-    "sd3/3.5_large": 8.15,
-    "sd3/3.5_medium": 2.47,
-    "sd3/3_medium": 2.08,
-    "sdxl/base": 2.57,
-    "wan/2.1_t2v_1.3b": 1.42,
-    "wan/2.1_flf2v_14b": 16.40,
-    "wan/2.1_i2v_14b": 16.39,
-    "wan/2.1_t2v_14b": 14.29,
-    "wan/2.2_i2v_a14b": 14.29,
-    "wan/2.2_t2v_a14b": 14.29,
-    "wan/2.2_ti2v_5b": 5.00,
-    "wan_vace/2.1_1.3b": 2.15,
-    "wan_vace/2.1_14b": 17.34,
-    "z_image/6b": 6.15,
-}
-"""Parameters of the published denoisers."""
-MILLIONS = {
-    "byt5_small_glyph": 219,
-    "bert_chinese_large": 352,
-    "clip_g": 695,
-    "clip_vit_h": 631,
-    "clip_l": 124,
-    "gemma2_2b": 2614,
-    "llama3_8b_llava": 7505,
-    "llama3_1_8b": 7505,
-    "long_clip_g": 695,
-    "long_clip_l": 124,
-    "mistral_small_3_24b": 23340,
-    "mt5_xl": 1670,
-    "pile_t5_xl": 1224,
-    "qwen2_5_vl_3b": 3755,
-    "qwen2_5_vl_7b": 8292,
-    "qwen2_5_vl_7b_text": 7071,
-    "qwen3_0.6b": 596,
-    "qwen3_4b": 4022,
-    "qwen3_8b": 7568,
-    "qwen3_vl_4b": 4438,
-    "siglip_so400m_384": 428,
-    "t5_11b": 4865,
-    "t5_xxl": 4762,
-    "umt5_xxl": 5681,
-}
-"""Parameters of the published encoders of texts and pictures, tied ones once."""
-SAME_TENSORS = [
-    {f"hunyuan_video_15/{size}p_{task}" for size in (480, 720) for task in ("i2v", "t2v")},
-    {"krea2/raw", "krea2/turbo"},
-    {"ltx_video/2b_0.9.0", "ltx_video/2b_0.9.1", "ltx_video/2b_0.9.5"},
-    {"pixart/alpha_512", *(f"pixart/sigma_{size}" for size in ("512", "1024", "2k"))},
-    {"qwen_image/20b", "qwen_image/edit_2511"},
-    {"wan/2.1_t2v_14b", "wan/2.2_t2v_a14b"},
-]
-"""Architectures that the denoiser's tensors do not tell apart."""
-CLASSES = {
-    "bert": "BertModel",
-    "clip_text_model": "CLIPTextModelWithProjection",
-    "clip_vision_model": "CLIPVisionModel",
-    "gemma2": "Gemma2Model",
-    "llama": "LlamaModel",
-    "mistral3": "Mistral3Model",
-    "mt5": "MT5EncoderModel",
-    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
-    "qwen2_5_vl_text": "Qwen2_5_VLTextModel",
-    "qwen3": "Qwen3Model",
-    "qwen3_vl": "Qwen3VLModel",
-    "siglip_vision_model": "SiglipVisionModel",
-    "t5": "T5EncoderModel",
-    "umt5": "UMT5EncoderModel",
-}
-
-
-def shapes_of_all() -> dict[str, frozenset]:
-    """Names and shapes of the parameters of each published denoiser."""
-    found = {}
-    for place in sorted(CONFIGS.glob("*/*.json")):
-        kind, architecture = place.parent.name, Architecture(place)
-        pipeline = models.build(models.find(kind).Options(type=kind, architecture=architecture.name))
-        denoiser = pipeline.weights.build_empty()
-        found[f"{kind}/{architecture.name}"] = frozenset((n, p.shape) for n, p in denoiser.named_parameters())
-        # Every other part can be made of its configuration too.
-        assert pipeline.encoders() and pipeline.scheduler()
-    return found
-
-
-def test_published_denoisers_have_their_size_and_what_their_tensors_do_not_tell_is_known() -> None:
-    shapes = shapes_of_all()
-    counted = {name: round(sum(shape.numel() for _, shape in one) / 1e9, 2) for name, one in shapes.items()}
-    assert counted == BILLIONS
-    alike: dict[frozenset, set[str]] = {}
-    for name, one in shapes.items():
-        alike.setdefault(one, set()).add(name)
-    assert [names for names in alike.values() if len(names) > 1] == SAME_TENSORS
-
-
-@pytest.mark.parametrize("name", sorted(MILLIONS))
-def test_published_encoders_have_their_size(name: str) -> None:
-    (file,) = (CONFIGS / "shared").glob(f"*_encoder/{name}.json")
-    config = json.loads(file.read_text())
-    cls = of_transformers(CLASSES[config["model_type"]])
-    with none_without_memory(), init_empty_weights():
-        encoder = cls(cls.config_class.from_dict(config))
-    tied = ["encoder.embed_tokens.weight", *(["lm_head.weight"] if config.get("tie_word_embeddings") else [])]
-    own = {key: value for key, value in encoder.named_parameters() if key not in tied}
-    assert round(sum(value.numel() for value in own.values()) / 1e6) == MILLIONS[name]
-
-
-def test_each_shared_configuration_is_used() -> None:
-    content = " ".join(file.read_text() for file in CONFIGS.glob("*/*.json"))
-    shared = [file.relative_to(CONFIGS / "shared").with_suffix("") for file in CONFIGS.glob("shared/*/*.json")]
-    assert shared and [place for place in shared if f'"{place.as_posix()}"' not in content] == []
 
 
 @pytest.fixture
@@ -297,6 +143,30 @@ def test_architectures_that_the_files_do_not_tell_apart_are_to_be_named(files: P
     assert built(files).options.architecture == "twin"
 
 
+def test_text_encoders_tell_architectures_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HunyuanVideo of a picture has the same tensors as that of texts, and a text encoder that sees pictures."""
+    monkeypatch.setattr(published, "CONFIGS", tmp_path / "configs")
+    (tmp_path / "configs" / "hunyuan_video").mkdir(parents=True)
+    folders = {"t2v": tiny_hunyuan_video, "i2v": tiny_hunyuan_video_i2v}
+    for name, one in folders.items():
+        (tmp_path / name).mkdir()
+        one.write_folder(tmp_path / name)
+        parts = [*(set(PARTS) - {"tokenizer", "tokenizer_2"}), "scheduler"]
+        files = {part: next((tmp_path / name / part).glob("*config.json")) for part in parts}
+        content = {part: json.loads(file.read_text()) for part, file in files.items()}
+        (tmp_path / "configs" / "hunyuan_video" / f"{name}.json").write_text(json.dumps(content))
+
+    def chosen(*texts: TextEncoderFile) -> str:
+        place = tmp_path / "t2v"
+        files = {"transformer_path": place / "transformer", "vae_path": place / "vae", "text_encoders": list(texts)}
+        return models.build(models.find("hunyuan_video").Options(type="hunyuan_video", **files)).options.architecture
+
+    for name in folders:
+        assert chosen(TextEncoderFile(type="llama", path=tmp_path / name / "text_encoder")) == name
+    with pytest.raises(UserError, match="the files fit i2v and t2v; name the one that they are"):
+        chosen(TextEncoderFile(type="clip", path=tmp_path / "t2v" / "text_encoder_2"))
+
+
 def test_what_is_missing_is_told_by_what_names_it(files: Path) -> None:
     shutil.rmtree(files / "tokenizer_2")
     message = told(files, vae_path=None, text_encoders=options_of(files).text_encoders[1:])
@@ -339,6 +209,38 @@ def test_a_vocabulary_inside_the_weights_is_read(files: Path, tmp_path: Path) ->
     assert json.loads((made / "tokenizer_config.json").read_text())["tokenizer_class"]
     with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
         pipeline.check()
+
+
+SENTENCES = [f"a {colour} fox sleeps in the sun, and the dog runs" for colour in ("red", "brown", "grey")] * 20
+
+
+@pytest.mark.parametrize(("kind", "name"), [("lumina2", "gemma2"), ("ltx2", "gemma3"), ("sana", "gemma2")])
+def test_gemma_reads_by_the_vocabulary_inside_its_weights(tmp_path: Path, kind: str, name: str) -> None:
+    """As in ComfyUI's files of it: with the mark that begins a text, and the numbers of its own pieces."""
+    written = io.BytesIO()
+    marks = {f"{mark}_id": number for number, mark in enumerate(("pad", "eos", "bos", "unk"))}
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES),
+        model_writer=written,
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        normalization_rule_name="identity",
+        user_defined_symbols=["<mask>"],
+        minloglevel=3,
+        **marks,
+        **{name.replace("id", "piece"): f"<{name.removesuffix('_id')}>" for name in marks},
+    )
+    words = torch.from_numpy(np.frombuffer(written.getvalue(), dtype=np.uint8).copy())
+    save_file({"spiece_model": words}, tmp_path / "gemma.safetensors")
+    (one, *_) = architectures(kind)
+    texts = [TextEncoderFile(type=name, path=tmp_path / "gemma.safetensors")]
+    pipeline = models.build(models.find(kind).Options(type=kind, architecture=one.name, text_encoders=texts))
+    tokenizer = pipeline.encoders()[1].tokenizer
+    pieces = SentencePieceProcessor(model_proto=written.getvalue())
+    assert tokenizer("a red dog, OK?").input_ids == [2, *pieces.encode("a red dog, OK?")]
+    assert len(tokenizer) == len(pieces) == 300
 
 
 def test_a_gguf_may_hold_the_vocabulary(files: Path) -> None:

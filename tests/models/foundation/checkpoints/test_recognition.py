@@ -49,6 +49,27 @@ def test_every_model_is_known_in_all_its_layouts(folder: tuple[str, Path], tmp_p
         assert mark is not None and f'"{name}"' in mark.fits, mark
 
 
+def test_a_file_of_another_type_is_told_without_a_folder(folder: tuple[str, Path]) -> None:
+    name, place = folder
+    if name in UNETS:
+        pytest.skip("see the test of UNets")
+    if name == "anima":
+        pytest.skip("without what is beside its transformer it has the names of Cosmos-Predict2")
+    other = "chroma" if name != "chroma" else "lumina2"
+    with pytest.raises(UserError, match=f'set \\[model\\] type = "{name}"'):
+        without_folder(other, place / tiny(name).pipeline(place).denoiser_folder)
+
+
+@pytest.mark.parametrize("name", sorted({*models.available()} - {"chroma"}))
+def test_every_model_tells_that_a_file_is_of_another_type(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match='set \\[model\\] type = "chroma"'):
+        without_folder(name, tiny("chroma").write_folder(tmp_path) / "transformer")
+
+
+def without_folder(kind: str, weights: Path) -> None:
+    models.build(models.find(kind).Options(type=kind, transformer_path=weights))
+
+
 @pytest.mark.parametrize(("name", "width"), [*UNETS.items(), (None, 1024), (None, 1280)])
 @pytest.mark.parametrize("prefix", ["down_blocks.1.attentions.0", "model.diffusion_model.input_blocks.4.1"])
 def test_unets_are_known_by_the_width_of_their_text(name: str | None, width: int, prefix: str) -> None:

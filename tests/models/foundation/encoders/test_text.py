@@ -17,8 +17,10 @@ from models.flux import FluxPipeline
 from models.foundation.encoders.text import TextEncoder, load_tokenizer
 from models.foundation.encoders.text_features import ClipPooled, T5Features, TrueLengthFeatures
 from tests.models.tiny_flux import MINI_FLUX, TEXT_TOKENS
+from tests.models.tiny_folder import tiny
 from utils.dataset.samples import Bucket
 from utils.errors import UserError
+from utils.settings.model_schema import TextEncoderFile
 
 Tensors = dict[str, torch.Tensor]
 CAPTIONS = ["a red star on a white background", "", "two blue circles " * 40]
@@ -269,3 +271,24 @@ def test_captions_that_are_too_long_are_counted() -> None:
     made.encode(CAPTIONS[:1])
     assert made.truncated == 1
     assert made.token_count(CAPTIONS[2]) > made.token_limit == TEXT_TOKENS
+
+
+@pytest.mark.parametrize("with_vision", [False, True])
+@pytest.mark.parametrize("name", ["ernie_image", "flux2_dev", "minimax_h3"])
+def test_comfyuis_files_have_the_names_of_models_of_texts(tmp_path: Path, name: str, with_vision: bool) -> None:
+    """Of encoders that see pictures, with or without what sees them."""
+    module = tiny(name)
+    module.write_folder(tmp_path)
+    file, asked = tmp_path / "text.safetensors", module.pipeline(tmp_path).encoders()[1]
+    asked.load(torch.device("cpu"))
+    own = {key: tensor.clone() for key, tensor in asked.model.state_dict().items()}
+    theirs = {
+        key.replace("language_model.", "model."): own[key] for key in own if "language_model." in key or with_vision
+    }
+    assert "model.layers.0.self_attn.q_proj.weight" in theirs and len(theirs) < len(own) or with_vision
+    save_file(theirs, file)
+    read = module.pipeline(tmp_path, text_encoders=[TextEncoderFile(type=asked.name, path=file)]).encoders()[1]
+    read.check()
+    read.load(torch.device("cpu"))
+    made = (one.encode(caption=["a red fox"])[asked.name][0] for one in (asked, read))
+    assert torch.equal(*made)
