@@ -26,8 +26,8 @@ def _results(folder: Path) -> Iterator[tuple[str, str]]:
     for export in newest:
         for path in weights_in(export.folder):
             yield "weights", str(path)
-    if len(exports) > len(newest):
-        yield "", f"and {len(exports) - len(newest)} earlier exports beside it"
+    if earlier := len(exports) - len(newest):
+        yield "", f"and {earlier} earlier export{'s' if earlier > 1 else ''} beside it"
     if newest := newest_checkpoint(folder):
         yield "checkpoint", str(newest)
     if (folder / "samples").is_dir():
