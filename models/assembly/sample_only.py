@@ -37,7 +37,8 @@ logger = logging.getLogger(__name__)
 
 FLAG = "--sample_only"
 FOLDER = "samples_only"
-"""Where they go in the run's folder, beside those of the run itself, which stay; of an export, in `output_dir`."""
+"""Where they go in the run's folder, beside those of the run itself, which stay; of an export that is in no run's
+folder, in `output_dir`."""
 CONFIG = "config.json"
 """What a part of a diffusers folder has."""
 
@@ -91,11 +92,21 @@ def _parts(export: Path) -> list[str]:
     return sorted(config.parent.name for config in export.glob(f"*/{CONFIG}"))
 
 
+def folder_for(export: Path, output_dir: Path) -> Path:
+    """Where the samples of an export go: beside those of the run in whose folder it lies, since exports of several runs
+    have one name."""
+    place = export.absolute()
+    run = next((folder for folder in (place, *place.parents)[1:3] if (folder / SETTINGS).is_file()), None)
+    if run is None:
+        return output_dir / FOLDER / export.stem
+    named = place if place.is_dir() else place.with_suffix("")
+    return run / FOLDER / "_".join(named.relative_to(run).parts)
+
+
 def draw_samples(source: str, settings: Settings, ranks: Ranks, pipeline: BasePipeline, stop: StopRequests) -> Path:
     """Draws into `samples_only/step000500` of the checkpoint's run, with the moving averages if `[ema]` says that
-    samples have them, or into `samples_only/NAME` of `output_dir` with an export, and returns the folder. What a run
-    chooses by its data ("auto", a planned cut) is not done: no block is swapped then, and stages have equal numbers of
-    parameters.
+    samples have them, or with an export as `folder_for` says, and returns the folder. What a run chooses by its data
+    ("auto", a planned cut) is not done: no block is swapped then, and stages have equal numbers of parameters.
 
     Args:
         source: a checkpoint, or a run with checkpoints; or an export, with which the settings and the pipeline are made
@@ -123,8 +134,9 @@ def draw_samples(source: str, settings: Settings, ranks: Ranks, pipeline: BasePi
         run, step = checkpoint.folder.parent, checkpoint.progress.step
         folder, origin = run / FOLDER / f"step{step:06d}", Origin(model.name, run.name, step)
     else:
-        folder = settings.output_dir / FOLDER / export.stem
-        origin = Origin(model.name, export.name, None)
+        folder, origin = folder_for(export, settings.output_dir), Origin(model.name, export.name, None)
+    if ranks.is_main and any(folder.glob("*")):
+        logger.info("what was drawn into %s before is replaced", folder)
     try:
         drawn = draw_into(folder, engine, ranks, model, origin, Attempt(FLAG, ranks, stop.pending))
     except Failed as failed:
