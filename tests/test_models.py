@@ -7,7 +7,7 @@ Shapes: B batch; latents (B, ...).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -18,8 +18,6 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
 import models
 from models.assembly.exports import export_plan
@@ -27,6 +25,7 @@ from models.assembly.prompts import prompt_encoders
 from models.assembly.stage import StagedModel, load_stage
 from models.base import BasePipeline
 from models.foundation.encoders.vae import distribution_of
+from tests.models.attention_masks import Masks
 from tests.models.batches import Batch, batch_of, micro_batches, sizes_of
 from tests.models.drawn_samples import draw_samples, sampling_of
 from tests.models.tiny_folder import MASKED, VARIANTS, encoded, settings_of, tiny
@@ -50,8 +49,9 @@ RANKS = (None, 4)
 TRAINED, DRAWN = "test_stages_and_recomputing_change_nothing", "test_samples_are_those_of_the_stock_pipeline"
 """The tests of what several processes make of a model, which are started once for both."""
 GONE_ON = ("anima", "flux3", "hidream", "ltx2", "sdxl", "wan")
-"""Types whose runs are gone on with: ensembles, losses of layers, parts that are not loaded, clips, and a plain one.
-All share the code of checkpoints, and of every type it is tested that adapters and weights are read again."""
+"""Types whose runs draw samples and are gone on with: ensembles, losses of layers, parts that are not loaded, clips,
+and a plain one. All share the code of checkpoints and of pictures, and of every type it is tested that adapters and
+weights are read again, and that samples are those of the stock pipeline."""
 CAPTIONS = ["a hiker on a ridge", "", "two motorcycles and a dog " * 20]
 LORA_FILE, LORA_COMFYUI, DENOISER_COMFYUI = (
     "adapter_model.safetensors",
@@ -74,6 +74,12 @@ class Model(NamedTuple):
         stock = self.tiny.STOCK.from_pretrained(self.folder)
         stock.set_progress_bar_config(disable=True)
         return stock
+
+
+@lru_cache(maxsize=1)
+def stock_of(model: Model) -> Any:
+    """The stock pipeline, for tests that leave it as it is."""
+    return model.stock()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -101,22 +107,6 @@ def output(pipeline: BasePipeline, layers: list[nn.Module], batch: Batch) -> tor
     return stream
 
 
-class Masks(TorchFunctionMode):
-    """Notes whether cuDNN's kernels are allowed whenever attention is computed with a mask."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.allowed: set[bool] = set()
-
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is scaled_dot_product_attention:
-            mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-            if mask is not None:
-                self.allowed.add(torch.backends.cuda.cudnn_sdp_enabled())
-        return function(*args, **kwargs)
-
-
 def test_no_mask_meets_cudnns_attention(model: Model) -> None:
     pipeline = model.pipeline()
     batch = batch_of(model, pipeline, sizes_of(model)[0])
@@ -140,7 +130,8 @@ def test_layers_equal_the_whole_module(model: Model, number: int) -> None:
     (result * weights).sum().backward()
     gradients = {name: parameter.grad for name, parameter in staged.denoiser.named_parameters()}
 
-    reference = loaded(pipeline).denoiser.eval()
+    reference = staged.denoiser.eval()
+    reference.zero_grad()
     expected = model.tiny.whole(reference, pipeline, batch.features, batch.x_t, batch.t_B)
     (expected * weights).sum().backward()
     assert torch.equal(result, expected)
@@ -165,7 +156,7 @@ def test_text_is_that_of_the_stock_pipeline(model: Model) -> None:
     made: dict[str, Any] = {}
     for encoder in prompt_encoders(model.pipeline().encoders()):
         made |= encoded(encoder, CAPTIONS)
-    expected = model.tiny.prompt_features(model.stock(), list(CAPTIONS))
+    expected = model.tiny.prompt_features(stock_of(model), list(CAPTIONS))
     for number, features in enumerate(expected):
         assert features.keys() == made.keys()
         for name, feature in features.items():
@@ -177,7 +168,7 @@ def test_latents_are_those_of_the_stock_pipeline(model: Model) -> None:
     pipeline = model.pipeline(latents="mode")
     autoencoder = pipeline.encoders()[0]
     autoencoder.load(torch.device("cpu"))
-    stock = model.stock()
+    stock = stock_of(model)
     channels, pictures = getattr(model.tiny, "PIXELS", (3, 1))
     for width, height, frames in sizes_of(model):
         pixels_BCFHW = normal((2, channels, frames * pictures, height, width), 0, "pixels").clamp(-1, 1)
@@ -199,7 +190,7 @@ def test_samples_are_those_of_the_stock_pipeline(model: Model) -> None:
     pipeline, sampling = model.pipeline(), sampling_of(model.tiny, CAPTIONS[0])
     shape = (1, *pipeline.latent_shape(sampling.width, sampling.height, sampling.frames))
     noise = normal(shape, 7, "sample", 0)
-    expected = model.tiny.draw(model.stock(), sampling, noise)
+    expected = model.tiny.draw(stock_of(model), sampling, noise)
     assert (expected - noise).abs().mean() > 0.1
     for made in made_by_stages(model):
         (latents,) = made.drawn
@@ -283,7 +274,7 @@ class Made(NamedTuple):
     drawn: list[np.ndarray]
 
 
-@cache
+@lru_cache(maxsize=1)
 def made_by_stages(model: Model) -> list[Made]:
     """What each stage makes of what the tests of this model or variant ask for."""
     return run_ranks(make, STAGES, model.name, model.folder, VARIANTS.get(model.name, (TRAINED, DRAWN)))
@@ -318,7 +309,7 @@ def steps_of(ranks: Ranks, model: Model, rank: int | None) -> list[float]:
     return [number for result in results for number in (result.loss, result.grad_norm)]
 
 
-@cache
+@lru_cache(maxsize=len(RANKS))
 def reference_of(model: Model, rank: int | None) -> list[float]:
     """What both of the following tests compare with."""
     return train_plainly(model, rank)
@@ -362,15 +353,14 @@ def test_swapping_blocks_changes_no_bit(model: Model) -> None:
 
 
 def test_a_folder_of_pictures_trains(model: Model, write_config: Callable[..., Path], pictures: Path) -> None:
-    """Plan, cache, evaluation and samples on two stages; then a stop, and for some types going on where both are one.
-    All that is evaluated has one shape, and is one micro-batch."""
+    """Plan, cache and evaluation on two stages; for some types samples too, and going on where both are one. All that
+    is evaluated has one shape, and is one micro-batch."""
     data = getattr(model.tiny, "dataset_of", lambda pictures: {})(pictures)
     config = write_config(data={**data, "enable_ar_bucket": False})
     seen = config.with_name("data.toml").rename(config.with_name("seen.toml"))
     keys = {
         "data": data,
         "model": model.pipeline().options.model_dump(mode="json", exclude_unset=True),
-        "sampling": {"prompts": CAPTIONS[:1], "steps": 2, "sample_every_n_steps": 3, **model.tiny.SAMPLING},
         "eval_datasets": [{"name": "seen", "config": str(seen)}],
         "eval_every_n_steps": 3,
         "eval_quantiles": [0.25, 0.75],
@@ -380,6 +370,8 @@ def test_a_folder_of_pictures_trains(model: Model, write_config: Callable[..., P
         "lr_scheduler": "constant",
         **getattr(model.tiny, "CUT", {}),
     }
+    if model.name in GONE_ON:
+        keys["sampling"] = {"prompts": CAPTIONS[:1], "steps": 2, "sample_every_n_steps": 3, **model.tiny.SAMPLING}
     config = write_config(**keys, max_steps=3, pipeline_stages=2)
     codes, log = launch(config, processes=2)
     assert codes == [0, 0], log
@@ -394,5 +386,5 @@ def test_a_folder_of_pictures_trains(model: Model, write_config: Callable[..., P
     assert list(metrics(run, "train/loss")) == list(range(1, steps + 1))
     losses = metrics(run, "seen/loss")
     assert list(losses) == list(range(0, steps + 1, 3)) and losses[steps] < losses[0]
-    assert len(list((run / "samples" / f"step{steps:06}").iterdir())) >= 1
+    assert model.name not in GONE_ON or any((run / "samples" / f"step{steps:06}").iterdir())
     assert (run / "global_step3").is_dir()
