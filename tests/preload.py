@@ -12,6 +12,7 @@ import contextlib  # noqa: E402
 import gc  # noqa: E402
 import importlib  # noqa: E402
 import io  # noqa: E402
+import signal  # noqa: E402
 import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -42,6 +43,8 @@ for pattern in ("tests/models/tiny_*.py", "train.py", "models/**/*.py", "optimiz
     for module in sorted(ROOT.glob(pattern)):
         importlib.import_module(".".join(module.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
 
+# A shell that starts tests in the background lets them ignore it, and trainers too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 # diffusers, transformers and PEFT build their tables when they are first asked to load something.
 flux = tiny_flux.pipeline(tiny_flux.MINI_FLUX)

@@ -21,7 +21,7 @@ from utils.settings.sample_requests import requests_of
 
 def sampling_of(model: ModuleType, prompt: str) -> SamplingSettings:
     """Four steps of a tiny model."""
-    return SamplingSettings(prompts=[prompt], sample_every_n_steps=1, steps=4, seed=7, **model.SAMPLING)
+    return SamplingSettings(**{"prompts": [prompt], "steps": 4, "seed": 7, **model.SAMPLING})
 
 
 def draw_samples(

@@ -24,7 +24,8 @@ def test_nothing_is_collected_in_it_nor_looked_through_after_it() -> None:
         with without_collector():
             pass
         # The inner one ends before the outer.
-        assert not gc.isenabled() and gc.get_freeze_count() == frozen
+        # What is frozen may go away by itself.
+        assert not gc.isenabled() and gc.get_freeze_count() <= frozen
         made = [[] for _ in range(1000)]
     assert gc.isenabled()
     assert gc.get_freeze_count() >= frozen + len(made)

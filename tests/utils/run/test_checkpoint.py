@@ -232,6 +232,7 @@ def test_each_table_says_what_binds_it(tmp_path: Path) -> None:
         "[model] type": "flux",
         "[model] preset_adapters": [["style.safetensors", 0.5]],
         "[model] rescale_betas_zero_snr": False,
+        "[model] train": [],
     }
     ddpm = identity(None, DDPMOptions(type="sdxl", prediction_type="v_prediction"))
     assert ddpm["[model] prediction_type"] == "v_prediction" and ddpm["[model] beta_schedule"] is None

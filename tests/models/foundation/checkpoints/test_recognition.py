@@ -60,8 +60,9 @@ def test_a_file_of_another_type_is_told_without_a_folder(folder: tuple[str, Path
         without_folder(other, place / tiny(name).pipeline(place).denoiser_folder)
 
 
-@pytest.mark.parametrize("name", sorted({*models.available()} - {"chroma"}))
-def test_every_model_tells_that_a_file_is_of_another_type(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["flux", "krea2", "omnigen2", "wan"])
+def test_a_model_tells_that_a_file_is_of_another_type(tmp_path: Path, name: str) -> None:
+    """Of one architecture, and of several."""
     with pytest.raises(UserError, match='set \\[model\\] type = "chroma"'):
         without_folder(name, tiny("chroma").write_folder(tmp_path) / "transformer")
 
