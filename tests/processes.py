@@ -155,28 +155,43 @@ def _command(words: list[str], rank: int, world_size: int, port: int, log: str) 
     )
     torch.set_num_threads(1)
     # The runs of a list are interpreters of their own, which take seconds to import everything.
-    subprocess.Popen = Forked
+    subprocess.Popen = _forked_trainer
     sys.exit(train.main(words))
 
 
+def _forked_trainer(command: list[str], env: Mapping[str, str]) -> Forked:
+    """In the place of `subprocess.Popen`, for `train.py`."""
+    import train
+
+    assert Path(command[1]).name == "train.py", command
+
+    def run() -> int:
+        os.environ.clear()
+        os.environ.update(env)
+        return train.main(command[2:])
+
+    return Forked(run)
+
+
 class Forked:
-    """`train.py` in a process forked from this one, with the methods of `subprocess.Popen`."""
+    """A process forked from this one, with the methods of `subprocess.Popen`.
 
-    def __init__(self, command: list[str], env: Mapping[str, str]):
-        import train
+    Args:
+        action: what it does; returns its exit code.
+    """
 
-        assert Path(command[1]).name == "train.py", command
+    def __init__(self, action: Callable[[], int]):
         self.code: int | None = None
         self.pid = os.fork()
         if self.pid:
             return
-        os.environ.clear()
-        os.environ.update(env)
+        code = 1
         try:
-            os._exit(train.main(command[2:]))
-        finally:
+            code = action()
+        except BaseException:
             traceback.print_exc()
-            os._exit(1)
+        finally:
+            os._exit(code)
 
     def poll(self) -> int | None:
         if self.code is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import run_ranks
+from tests.processes import Forked, run_ranks
 from utils.ranks import Ranks
 from utils.run.listed import Outcome, table, walk
 from utils.run.signals import StopRequests
@@ -22,30 +22,18 @@ Behaviour = Callable[[int, str], int]
 SLEEP = 30.0
 
 
-def started(behaviour: Behaviour, rank: int) -> type:
-    """What stands for `subprocess.Popen`: a process forked from this one."""
+def started(behaviour: Behaviour, rank: int) -> Callable[..., Forked]:
+    """What stands for `subprocess.Popen`."""
 
-    class Process:
-        def __init__(self, command: list[str], env: Mapping[str, str]):
-            self.code: int | None = None
-            self.pid = os.fork()
-            if not self.pid:
-                for number in (signal.SIGTERM, signal.SIGINT):
-                    signal.signal(number, signal.SIG_DFL)
-                os._exit(behaviour(rank, command[-1]))
+    def start(command: list[str], env: Mapping[str, str]) -> Forked:
+        def behave() -> int:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            return behaviour(rank, command[-1])
 
-        def poll(self) -> int | None:
-            if self.code is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
-                self.code = os.waitstatus_to_exitcode(ended[1])
-            return self.code
+        return Forked(behave)
 
-        def send_signal(self, number: int) -> None:
-            os.kill(self.pid, number)
-
-        def terminate(self) -> None:
-            self.send_signal(signal.SIGTERM)
-
-    return Process
+    return start
 
 
 def one_fails(rank: int, config: str) -> int:
