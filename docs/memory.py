@@ -76,6 +76,7 @@ CLIPS = (
     ("wan", "2.2_ti2v_5b"),
     ("hunyuan_video", "t2v"),
     ("hunyuan_video_15", "720p_t2v"),
+    ("kandinsky5", "lite_t2v"),
     ("ltx_video", "2b_0.9.5"),
     ("ltx_video", "13b"),
     ("cosmos", "7b_v2w"),

@@ -56,6 +56,9 @@ BILLIONS = {
     "hunyuan_video_15/480p_i2v": 8.33,
     "hunyuan_video_15/720p_i2v": 8.33,
     "hunyuan_video_15/720p_t2v": 8.33,
+    "kandinsky5/lite_i2v": 2.01,
+    "kandinsky5/lite_t2i": 6.02,
+    "kandinsky5/lite_t2v": 2.01,
     "krea2/raw": 12.82,
     "krea2/turbo": 12.82,
     "ltx_video/13b": 13.04,
@@ -118,6 +121,7 @@ MILLIONS = {
 """Parameters of the published encoders of texts and pictures, tied ones once."""
 SAME_TENSORS = [
     {f"hunyuan_video_15/{size}p_{task}" for size in (480, 720) for task in ("i2v", "t2v")},
+    {"kandinsky5/lite_i2v", "kandinsky5/lite_t2v"},
     {"krea2/raw", "krea2/turbo"},
     {"ltx_video/2b_0.9.0", "ltx_video/2b_0.9.1", "ltx_video/2b_0.9.5"},
     {"pixart/alpha_512", *(f"pixart/sigma_{size}" for size in ("512", "1024", "2k"))},
