@@ -23,9 +23,9 @@ from utils.diffusion.seeds import normal
 from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
-SIZES = [(48, 32, 1), (32, 64, 9)]
+SIZES = [(48, 32, 1), (32, 64, 5)]
 """A still and a clip."""
-SAMPLING = {"width": 48, "height": 32, "frames": 9, "guidance": 3.0, "negative_prompt": "blurred"}
+SAMPLING = {"width": 48, "height": 32, "frames": 5, "guidance": 3.0, "negative_prompt": "blurred"}
 TEXT_TOKENS, TEXT_WIDTH, POOLED = 40, tiny_qwen_image.TEXT_WIDTH, tiny_hunyuan_video.POOLED
 CHANNELS = tiny_hunyuan_video.CHANNELS
 TRANSFORMER = {

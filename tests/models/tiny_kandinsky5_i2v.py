@@ -25,7 +25,7 @@ from utils.media.writing import tensor_to_image
 from utils.settings.run_tables import SamplingSettings
 
 STOCK = StockPipeline
-SIZES = [(48, 32, 9), (32, 64, 5)]
+SIZES = [(48, 32, 5), (32, 64, 5)]
 PICTURE = MINI_FLUX.parents[1] / "docs" / "quickstart.png"
 # Of fewer frames the stock pipeline makes nothing but NaN.
 SAMPLING = {**tiny_kandinsky5.SAMPLING, "frames": 17, "control_images": [str(PICTURE)]}
