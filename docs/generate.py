@@ -46,7 +46,6 @@ HUB = {
     "kandinsky5": (
         "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers",
         "kandinskylab/Kandinsky-5.0-T2I-Lite-sft-Diffusers",
-        "kandinskylab/Kandinsky-5.0-I2V-Pro-sft-5s-Diffusers",
     ),
     "krea2": ("krea/Krea-2-Raw", "krea/Krea-2-Turbo"),
     "ltx2": ("Lightricks/LTX-2",),

@@ -60,7 +60,9 @@ class Kandinsky5Options(ModelSettings):
     """`[model]` of `type = "kandinsky5"`.
 
     Inference takes evenly spaced noise levels, shifted by its scheduler's `shift`, which the `scheduler` of the folder
-    has: `shift` set to that trains where samples are drawn.
+    has: `shift` set to that trains where samples are drawn. Train a model that is called sft or pretrain: those that
+    were distilled to need no guidance (nocfg) or fewer steps look the same in their files, and plain training undoes
+    that little by little.
     """
 
     max_sequence_length: Annotated[int, Field(ge=1, le=TEXT_PLACES)] = 512
@@ -163,7 +165,8 @@ class Exit(nn.Module):
 class Kandinsky5Pipeline(BasePipeline):
     """Kandinsky 5.0 of Kandinsky Lab: text to video, picture to video, and text to image, which is trained on pictures
     alone. Models with sparse attention (NABLA), such as those of 10 seconds, are not trained, nor is the one that edits
-    pictures."""
+    pictures. Inference of text to image takes the nearest of seven sizes; samples are drawn at the size that is asked
+    for."""
 
     Options = Kandinsky5Options
     denoiser_class = "Kandinsky5Transformer3DModel"

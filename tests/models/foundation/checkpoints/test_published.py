@@ -59,6 +59,8 @@ BILLIONS = {
     "kandinsky5/lite_i2v": 2.01,
     "kandinsky5/lite_t2i": 6.02,
     "kandinsky5/lite_t2v": 2.01,
+    "kandinsky5/pro_i2v": 19.31,
+    "kandinsky5/pro_t2v": 19.31,
     "krea2/raw": 12.82,
     "krea2/turbo": 12.82,
     "ltx_video/13b": 13.04,
@@ -122,6 +124,7 @@ MILLIONS = {
 SAME_TENSORS = [
     {f"hunyuan_video_15/{size}p_{task}" for size in (480, 720) for task in ("i2v", "t2v")},
     {"kandinsky5/lite_i2v", "kandinsky5/lite_t2v"},
+    {"kandinsky5/pro_i2v", "kandinsky5/pro_t2v"},
     {"krea2/raw", "krea2/turbo"},
     {"ltx_video/2b_0.9.0", "ltx_video/2b_0.9.1", "ltx_video/2b_0.9.5"},
     {"pixart/alpha_512", *(f"pixart/sigma_{size}" for size in ("512", "1024", "2k"))},
