@@ -219,7 +219,9 @@ class Kandinsky5Pipeline(BasePipeline):
     def problems_of_parts(self) -> Iterator[Problem]:
         config, made = self.parts.denoiser_config, self._vae_config["latent_channels"]
         if self._pipeline == EDITING or (self.of_pictures and self._is_told_frames):
-            yield self.parts.misfit("is of the model that edits pictures, which is not trained here; give text to image")
+            yield self.parts.misfit(
+                "is of the model that edits pictures, which is not trained here; give text to image"
+            )
             return
         if config.get("attention_type") == "nabla":
             yield self.parts.misfit(

@@ -1,5 +1,5 @@
-"""A whole tiny Kandinsky 5 of text to video in diffusers' layout, with random weights; CLIP is the miniature Flux's, and
-the VAE the tiny HunyuanVideo's."""
+"""A whole tiny Kandinsky 5 of text to video in diffusers' layout, with random weights; CLIP is the miniature Flux's, the
+VAE the tiny HunyuanVideo's."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ class Told(OwnTextAttention):
     def __call__(
         self, attn: Any, x: torch.Tensor, encoder_hidden_states: Any = None, rotary_emb: Any = None, **further: Any
     ) -> torch.Tensor:
-        told = (value if value is None else OfTexts(value, self.lengths) for value in (encoder_hidden_states, rotary_emb))
+        told = (
+            value if value is None else OfTexts(value, self.lengths) for value in (encoder_hidden_states, rotary_emb)
+        )
         return super().__call__(attn, x, *told)
 
 

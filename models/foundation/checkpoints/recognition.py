@@ -244,7 +244,9 @@ SIGNATURES: tuple[FileSignature, ...] = (
     FileSignature("HunyuanDiT", _type("hunyuan_dit"), ("text_embedding_padding",)),
     *(FileSignature("Krea 2", _type("krea2"), (part,)) for part in ("txtfusion.projector.", "text_fusion.projector.")),
     FileSignature(
-        "Kandinsky 5", _type("kandinsky5"), ("visual_transformer_blocks.0.visual_modulation.", "pooled_text_embeddings.")
+        "Kandinsky 5",
+        _type("kandinsky5"),
+        ("visual_transformer_blocks.0.visual_modulation.", "pooled_text_embeddings."),
     ),
     FileSignature("Ideogram 4", _type("ideogram4"), ("llm_cond_norm.", "embed_image_indicator.")),
     FileSignature("Sana", _type("sana"), ("caption_norm.", "transformer_blocks.0.ff.conv_depth.")),

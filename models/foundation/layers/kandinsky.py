@@ -1,6 +1,7 @@
 """What Kandinsky 5's layers and samples need beside the stock modules.
 
-Shapes: B batch, C latent channels, f h w latent frames, height and width, T tokens of a picture, L text tokens, D width.
+Shapes: B batch, C latent channels, f h w latent frames, height and width, T tokens of a picture, L text tokens,
+D width.
 """
 
 from __future__ import annotations
