@@ -31,6 +31,7 @@ from models.foundation.encoders.hunyuan_vae import (
     hunyuan_latent_size,
 )
 from models.foundation.encoders.kandinsky_prompts import CleanedClipPooled, kandinsky_prompt
+from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.vae import ImageAutoencoder, UnshiftedAutoencoder, vae_config
 from models.foundation.layers.chain import Middle
 from models.foundation.layers.given import beside_first_frame
@@ -253,11 +254,11 @@ class Kandinsky5Pipeline(BasePipeline):
         kind = UnshiftedAutoencoder if self.of_pictures else HunyuanVideoAutoencoder
         return kind(options.diffusers_path, options.vae_path, self.dtype, draw=options.latents)
 
-    def _prompt(self) -> Any:
+    def _prompt(self) -> TextEncoder:
         length = self.options.max_sequence_length
         return self.parts.text_encoder(kandinsky_prompt(TEXT, length, of_pictures=self.of_pictures))
 
-    def _clip(self) -> Any:
+    def _clip(self) -> TextEncoder:
         return self.parts.text_encoder(CleanedClipPooled())
 
     def build_denoiser(self) -> Kandinsky5Transformer3DModel:

@@ -1,5 +1,5 @@
-"""A whole tiny Kandinsky 5 of text to video in diffusers' layout, with random weights; CLIP is the miniature Flux's, the
-VAE the tiny HunyuanVideo's."""
+"""A whole tiny Kandinsky 5 of text to video in diffusers' layout, with random weights; CLIP is the miniature Flux's,
+the VAE the tiny HunyuanVideo's."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What Kandinsky 5's text encoders read: captions without line breaks, which Qwen2.5-VL reads in a template, and CLIP as
-they are."""
+"""What Kandinsky 5's text encoders read: captions without line breaks, which Qwen2.5-VL reads in a template, and CLIP
+as they are."""
 
 from __future__ import annotations
 
