@@ -43,6 +43,10 @@ HUB = {
         "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v",
     ),
     "ideogram4": ("ideogram-ai/ideogram-4-fp8",),
+    "kandinsky5": (
+        "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers",
+        "kandinskylab/Kandinsky-5.0-T2I-Lite-sft-Diffusers",
+    ),
     "krea2": ("krea/Krea-2-Raw", "krea/Krea-2-Turbo"),
     "ltx2": ("Lightricks/LTX-2",),
     "ltx_video": ("Lightricks/LTX-Video", "Lightricks/LTX-Video-0.9.7-dev"),

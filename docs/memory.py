@@ -78,6 +78,7 @@ CLIPS = (
     ("wan_vace", "2.1_14b"),
     ("hunyuan_video", "t2v"),
     ("hunyuan_video_15", "720p_t2v"),
+    ("kandinsky5", "lite_t2v"),
     ("ltx_video", "2b_0.9.5"),
     ("ltx_video", "13b"),
     ("ltx2", "2.3_22b"),

@@ -14,6 +14,7 @@ from tests.models.full_size_clips import (
     COSMOS_PREDICT25,
     HUNYUAN_VIDEO,
     HUNYUAN_VIDEO_15,
+    KANDINSKY5,
     LTX2,
     LTX_VIDEO,
     LTX_VIDEO_13B,
@@ -22,7 +23,7 @@ from tests.models.full_size_clips import (
     WAN_SMALL,
     WAN_VACE,
 )
-from tests.models.full_size_pictures import FLUX2_VAE, FLUX3, PIXART, QWEN_IMAGE_21, SANA
+from tests.models.full_size_pictures import FLUX2_VAE, FLUX3, KANDINSKY5_IMAGE, PIXART, QWEN_IMAGE_21, SANA
 from tests.models.sized import FullSize, pooled_of, text_of, vae_of, video_vae_of
 
 VAE16 = vae_of(16, shift_factor=0.1)
@@ -299,6 +300,7 @@ ALL = (
     HIDREAM,
     PIXART,
     SANA,
+    KANDINSKY5_IMAGE,
     WAN_SMALL,
     WAN,
     WAN_VACE,
@@ -307,6 +309,7 @@ ALL = (
     LTX2,
     HUNYUAN_VIDEO,
     HUNYUAN_VIDEO_15,
+    KANDINSKY5,
     MINIMAX_H3,
     COSMOS_1,
     COSMOS_PREDICT2,

@@ -104,6 +104,7 @@ HUNYUAN_VIDEO_15 = FullSize(
     {**text_of("qwen2_5_vl", 1000, 3584), **text_of("byt5", 256, 1472)},
     (832, 480, 49),
 )
+KANDINSKY5_TEXT = {**text_of("qwen2_5_vl", 512, 3584), **pooled_of(clip_pooled=768)}
 MINIMAX_H3 = FullSize(
     "MiniMax-H3",
     "minimax_h3",
@@ -157,5 +158,22 @@ COSMOS_PREDICT25 = FullSize(
         "vae": WAN_VAE,
     },
     {"qwen2_5_vl": ((512, 100352), torch.bfloat16)},
+    (832, 480, 49),
+)
+KANDINSKY5 = FullSize(
+    "Kandinsky 5 Lite, text to video",
+    "kandinsky5",
+    {
+        "transformer": {
+            "_class_name": "Kandinsky5Transformer3DModel",
+            "in_visual_dim": 16,
+            "out_visual_dim": 16,
+            "model_dim": 1792,
+            "ff_dim": 7168,
+            "visual_cond": True,
+        },
+        "vae": {"_class_name": "AutoencoderKLHunyuanVideo"},
+    },
+    KANDINSKY5_TEXT,
     (832, 480, 49),
 )

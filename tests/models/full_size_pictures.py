@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.models.full_size_clips import KANDINSKY5_TEXT
 from tests.models.sized import FullSize, text_of, vae_of
 
 FLUX2_VAE = {"_class_name": "AutoencoderKLFlux2"}
@@ -47,4 +48,21 @@ PIXART = FullSize(
         "scheduler": {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "linear"},
     },
     text_of("t5", 300, 4096),
+)
+KANDINSKY5_IMAGE = FullSize(
+    "Kandinsky 5 Lite, text to image",
+    "kandinsky5",
+    {
+        "transformer": {
+            "_class_name": "Kandinsky5Transformer3DModel",
+            "in_visual_dim": 16,
+            "out_visual_dim": 16,
+            "model_dim": 2560,
+            "ff_dim": 10240,
+            "num_visual_blocks": 50,
+            "axes_dims": [32, 48, 48],
+        },
+        "vae": vae_of(16, shift_factor=0.1),
+    },
+    KANDINSKY5_TEXT,
 )

@@ -74,7 +74,7 @@ TEXT_ENCODERS: Mapping[str, Published] = {
     "UMT5-XXL: Wan": Published("UMT5EncoderModel", "umt5_xxl"),
     "mT5-XL: HunyuanDiT": Published("MT5EncoderModel", "mt5_xl"),
     "Llama 3 8B: HiDream, HunyuanVideo": Published("LlamaModel", "llama3_1_8b"),
-    "Qwen2.5-VL 7B: Qwen-Image, HunyuanImage, HunyuanVideo 1.5, Cosmos-Predict2.5": Published(
+    "Qwen2.5-VL 7B: Qwen-Image, HunyuanImage, HunyuanVideo 1.5, Kandinsky 5, Cosmos-Predict2.5": Published(
         "Qwen2_5_VLModel", "qwen2_5_vl_7b"
     ),
     "Qwen2.5-VL 3B: OmniGen2": Published("Qwen2_5_VLModel", "qwen2_5_vl_3b"),

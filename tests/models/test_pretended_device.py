@@ -39,6 +39,10 @@ SAMPLES = 2
 EXPERTS = {"hidream": "grouped_experts"}
 """Types of which the blocks ask for the number of tokens of each expert, once in every run of a block's experts."""
 IN_FLOAT32 = {
+    **dict.fromkeys(
+        ("kandinsky5", "kandinsky5_i2v", "kandinsky5_t2i"),
+        ("mm: float32 [4, 16]", "mm: float32 [4, 18]", "mm: float32 [32, 12]", "mm: float32 [36, 16]"),
+    ),
     "minimax_h3": ("addmm: float32 [240, 24]", "addmm: float32 [256, 16]"),
     "minimax_h3_fl": (
         "addmm: float32 [336, 24]",
@@ -50,7 +54,8 @@ IN_FLOAT32 = {
 """Types whose stock modules multiply in float32 on purpose, and what. Sana's attention is linear, it sums over all
 tokens what keys and values of a head (of 8 channels, and one that counts) make together, which costs little. What takes
 MiniMax-H3's latents (24 wide here) and what makes them (16) is published in float32 and stays so in the stock class, as
-does the time, of which there are four with key frames."""
+does the time, of which there are four with key frames. So do Kandinsky 5's modulations, of which each sample has a row;
+with them their LoKr, of factors of these sizes."""
 
 
 class Case(NamedTuple):

@@ -84,6 +84,14 @@ VARIANTS = {
     "hunyuan_video_15_i2v": OF_OTHER_INPUTS[:-1],
     "hunyuan_video_i2v": OF_OTHER_INPUTS[:-1],
     "hunyuan_video_i2v_33": (OF_OTHER_INPUTS[0], "test_samples_are_those_of_the_stock_pipeline"),
+    # Its samples, of one stage, are in tests/models/test_kandinsky5.py.
+    "kandinsky5_i2v": (OF_OTHER_INPUTS[0],),
+    "kandinsky5_t2i": (
+        OF_OTHER_INPUTS[0],
+        "test_samples_are_those_of_the_stock_pipeline",
+        "test_text_is_that_of_the_stock_pipeline",
+        "test_latents_are_those_of_the_stock_pipeline",
+    ),
     "ltx2_3": (
         *OF_ANY_DENOISER,
         "test_text_is_that_of_the_stock_pipeline",

@@ -59,11 +59,11 @@ def tokenizer() -> Qwen2Tokenizer:
     return made
 
 
-def text_encoder(layers: int = 2) -> Qwen2_5_VLForConditionalGeneration:
+def text_encoder(layers: int = 2, vocabulary: int = 300) -> Qwen2_5_VLForConditionalGeneration:
     number = tokenizer().convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": 300,
+            "vocab_size": vocabulary,
             "hidden_size": TEXT_WIDTH,
             "intermediate_size": 32,
             "num_hidden_layers": layers,

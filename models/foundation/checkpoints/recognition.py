@@ -80,6 +80,9 @@ FOLDERS = {
     "HunyuanVideoImageToVideoPipeline": "hunyuan_video",
     "HunyuanVideoPipeline": "hunyuan_video",
     "Ideogram4Pipeline": "ideogram4",
+    "Kandinsky5I2VPipeline": "kandinsky5",
+    "Kandinsky5T2IPipeline": "kandinsky5",
+    "Kandinsky5T2VPipeline": "kandinsky5",
     "Krea2Pipeline": "krea2",
     "LTX2ConditionPipeline": "ltx2",
     "LTX2ImageToVideoPipeline": "ltx2",
@@ -132,6 +135,7 @@ ADAPTER_NAMES = {
     "PixArt or Sana": r"(^|_)blocks_\d+_(attn_(qkv|proj)|cross_attn_(q_linear|kv_linear|proj)|mlp_fc[12])$",
     "Cosmos 1.0": r"blocks_block\d+_blocks_\d_block_",
     "Cosmos-Predict2": r"transformer_blocks_\d+_norm\d_linear|blocks_\d+_((self|cross)_attn_\w+_proj|adaln_|mlp_layer)",
+    "Kandinsky 5": r"(text|visual)_transformer_blocks_\d+_",
     "LTX-Video or PixArt": r"transformer_blocks_\d+_(audio_)?attn[12]_to_",
     "Sana": r"transformer_blocks_\d+_(attn[12]_to_|ff_conv_)",
     "Wan": r"(^|_)blocks_\d+_(self_attn|cross_attn|ffn|attn1_to|attn2_to)_",
@@ -239,6 +243,11 @@ SIGNATURES: tuple[FileSignature, ...] = (
     FileSignature("HiDream", _type("hidream"), ("double_stream_blocks.0.block.", "caption_projection.0.")),
     FileSignature("HunyuanDiT", _type("hunyuan_dit"), ("text_embedding_padding",)),
     *(FileSignature("Krea 2", _type("krea2"), (part,)) for part in ("txtfusion.projector.", "text_fusion.projector.")),
+    FileSignature(
+        "Kandinsky 5",
+        _type("kandinsky5"),
+        ("visual_transformer_blocks.0.visual_modulation.", "pooled_text_embeddings."),
+    ),
     FileSignature("Ideogram 4", _type("ideogram4"), ("llm_cond_norm.", "embed_image_indicator.")),
     *(
         FileSignature("Sana Sprint", f"{NOT_TRAINED}, as it was distilled; give Sana", parts)

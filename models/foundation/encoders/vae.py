@@ -171,12 +171,17 @@ class ImageAutoencoder:
         (pixels_BCFHW,) = inputs.values()
         pixels_BCHW = rearrange(pixels_BCFHW, "b c 1 h w -> b c h w").to(self.device, self.dtype)
         posterior = distribution_of(in_the_room_there_is(self.vae, "encode", pixels_BCHW))
-        shift, scale = self.vae.config.get("shift_factor") or 0.0, self.vae.config.scaling_factor
+        shift, scale = self.shift, self.vae.config.scaling_factor
         latents = posterior.mode()
         if self.draw == "sample":
             latents = latents + posterior.std * picture_noise(pixels_BCFHW, latents)
         yielded = [(latents - shift) * scale, posterior.std * scale]
         return dict(zip(self.outputs, yielded, strict=False))
+
+    @property
+    def shift(self) -> float:
+        """What is taken from latents before they are scaled."""
+        return self.vae.config.get("shift_factor") or 0.0
 
     @staticmethod
     def cells_of(latents: torch.Tensor) -> torch.Tensor:
@@ -186,8 +191,7 @@ class ImageAutoencoder:
     @torch.no_grad()
     def decode(self, latents_BChw: torch.Tensor) -> torch.Tensor:
         """Pixels (B, C, 1, H, W) in [-1, 1]."""
-        config = self.vae.config
-        latents = latents_BChw.to(self.device, self.dtype) / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        latents = latents_BChw.to(self.device, self.dtype) / self.vae.config.scaling_factor + self.shift
         return rearrange(
             in_the_room_there_is(self.vae, "decode", latents).sample.float(), "b c h w -> b c 1 h w"
         ).clamp(-1, 1)
@@ -201,6 +205,16 @@ class ImageAutoencoder:
         cell = 2 ** (len(config["block_out_channels"]) - 1)
         shape = (config["latent_channels"], bucket.height // cell, bucket.width // cell)
         return dict.fromkeys(self.outputs, (shape, self.dtype))
+
+
+class UnshiftedAutoencoder(ImageAutoencoder):
+    """An image VAE as an `Encoder`: pixels -> latents z * scale, also where its configuration has a shift."""
+
+    shift = 0.0
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint("unshifted", super().fingerprint)
 
 
 @dataclass(frozen=True)
