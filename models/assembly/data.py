@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from models.assembly.prompts import encoders_of_prompts, prompt_encoders, prompt_versions
+from models.assembly.prompts import encoders_of_prompts, live_encoders, prompt_versions
 from models.assembly.sample_checks import check_encoders
 from models.base import BasePipeline
 from utils.dataset.batches import SampleReader
@@ -62,7 +62,7 @@ def load_data(settings: Settings, pipeline: BasePipeline, sources: Sequence[Sour
     Raises:
         UserError: whole directories cannot be used, or more files are broken than the settings allow.
     """
-    ranks, cached_texts = job.ranks, settings.cache_text_embeddings
+    ranks = job.ranks
     collections = collect_together(ranks, sources, pipeline.media, scan, **choices_of(settings))
     encoders = encoders_of(pipeline, collections)
     check_encoders(encoders, controls_of(collections), pipeline, settings)
@@ -70,7 +70,7 @@ def load_data(settings: Settings, pipeline: BasePipeline, sources: Sequence[Sour
     check_epochs(settings, ranks, collections[0].samples)
     requests = requests_of(settings.sampling, pipeline.guided_by_second_prediction)
     of_prompts = encoders_of_prompts(encoders, requests)
-    live = [] if cached_texts else prompt_encoders(encoders)
+    live = live_encoders(settings, encoders)
     samples = [sample for collection in collections for sample in collection.samples]
     prompts = [version.sample for one in requests for version in prompt_versions(pipeline, one.settings)]
     if settings.model.folded_guidance is not None:

@@ -15,7 +15,7 @@ from models.assembly.kept import Kept, gradient_size, weight_bytes
 from models.assembly.live_bytes import ForwardRun, run_forward
 from models.assembly.operations import LayerOperations, count_operations
 from models.assembly.phases import Phases
-from models.assembly.prompts import sample_bucket
+from models.assembly.prompts import encoders_of_prompts, live_encoders, sample_bucket
 from models.assembly.stage import StagedModel, bounds_of, teacher_of
 from models.base import BasePipeline
 from utils.dataset.encoders import Encoder
@@ -44,6 +44,7 @@ class StagePlan:
         swap: which blocks are swapped.
         host: the bytes of the host's memory that their weights take, and what belongs to those that are trained.
         stepped: those that the optimizer takes of it for what is not swapped.
+        live: of text encoders whose features are not cached: their weights, and what they take at once.
         between: what is kept of `state` between two steps.
         evaluation, sampling: what is held at the peak of these, at which there are no gradients; 0 if a run has none.
     """
@@ -55,6 +56,7 @@ class StagePlan:
     swap: SwapPlan
     host: int
     stepped: int = 0
+    live: tuple[int, int] = (0, 0)
     between: int = 0
     evaluation: int = 0
     sampling: int = 0
@@ -62,7 +64,7 @@ class StagePlan:
     @property
     def training(self) -> int:
         """At the peak of a step."""
-        return self.weights + self.state + self.activations
+        return self.weights + self.state + self.activations + sum(self.live)
 
     @property
     def total(self) -> int:
@@ -75,6 +77,8 @@ class StagePlan:
             f"{self.weights / GIB:.2f} + gradients and optimizer {self.state / GIB:.2f} + "
             f"activations {self.activations / GIB:.2f}"
         )
+        if any(self.live):
+            told = f"{told} + text encoders {sum(self.live) / GIB:.2f}"
         if self.stepped:
             told = f"{told}; the optimizer takes {self.stepped / GIB:.2f} GiB of the host's memory"
         if not self.swap.blocks:
@@ -110,7 +114,7 @@ class Planner:
         self._pipeline, self._encoders = pipeline, encoders
         self._counted: dict[Hashable, list[LayerActivations]] = {}
         self._swaps: dict[tuple[int, int], SwapPlan] = {}
-        self._evaluated = evaluated
+        self._trained_sizes, self._evaluated = list(buckets), evaluated
         self.bucket = max(sorted(buckets), key=lambda bucket: bucket.pixels)
         # Where most of the time goes.
         self.frequent = max(sorted(buckets), key=lambda bucket: bucket.pixels * buckets[bucket])
@@ -168,12 +172,15 @@ class Planner:
         between = self._kept.bytes_of(staying, gradients=False)[0] + buffers
         # While the averages are in the place of the parameters, these wait beside them.
         exchanged = sum(parameter.nbytes for parameter in staying.values()) if self._kept.averages else 0
-        evaluation, sampling = self.phases.forward(bounds, weights + between + exchanged)
+        # The first stage encodes captions, for training and for evaluation.
+        live = self.phases.staying if bounds[0] == 0 else (0, 0)
+        evaluation, sampling = self.phases.forward(bounds, weights + between + exchanged, live)
         return StagePlan(
             layers=(bounds[0], bounds[1] - 1),
             weights=weights,
             state=state + buffers,
             activations=peak(self._activations(settings, bounds), in_flight),
+            live=live,
             between=between,
             evaluation=evaluation,
             sampling=sampling,
@@ -237,17 +244,23 @@ class Planner:
     @cached_property
     def phases(self) -> Phases:
         """What a run does beside training."""
-        requests = requests_of(self.settings.sampling, self._pipeline.guided_by_second_prediction)
+        settings = self.settings
+        requests = requests_of(settings.sampling, self._pipeline.guided_by_second_prediction)
         sizes = [sample_bucket(self._pipeline, request.settings) for request in requests]
         sampled = max(sizes, key=lambda bucket: bucket.pixels, default=None)
         evaluated = max(sorted(self._evaluated), key=lambda bucket: bucket.pixels, default=None)
+        live = live_encoders(settings, self._encoders)
+        # Prompts are cached in any case.
+        of_prompts = encoders_of_prompts(self._encoders, requests) if live and requests else []
         return Phases(
-            self._encoders,
+            self._encoders[0],
+            cached=[encoder for encoder in self._encoders if encoder not in live or encoder in of_prompts],
             caching=(
                 max(self.bucket, evaluated or self.bucket, key=lambda one: one.pixels),
-                self.settings.caching_batch_size,
+                settings.caching_batch_size,
             ),
-            evaluated=self._forward(evaluated, micro_batch_of(self.settings, evaluated, evaluating=True))
+            live=(live, self._most_captions),
+            evaluated=self._forward(evaluated, micro_batch_of(settings, evaluated, evaluating=True))
             if evaluated
             else None,
             sampled=self._forward(sampled, 1) if sampled else None,
@@ -255,6 +268,12 @@ class Planner:
             if sampled
             else None,
         )
+
+    @property
+    def _most_captions(self) -> int:
+        """The most samples of a micro-batch."""
+        trained = [micro_batch_of(self.settings, bucket) for bucket in self._trained_sizes]
+        return max([*trained, *(micro_batch_of(self.settings, one, evaluating=True) for one in self._evaluated)])
 
     def _forward(self, bucket: Bucket, batch: int) -> ForwardRun:
         return run_forward(self.staged.layers, self.first_stream(bucket, batch))
