@@ -149,9 +149,9 @@ class Planner:
             found.append(next(fits, len(swap.blocks)))
         return found
 
-    def text(self, settings: Settings) -> str:
+    def text(self, settings: Settings, plans: Sequence[StagePlan] | None = None) -> str:
         """The plans, as text."""
-        plans = self.plans(settings, self.swapped(settings))
+        plans = plans or self.plans(settings, self.swapped(settings))
         title = f"estimated memory per rank, bucket {self.bucket}:"
         stages = (f"  stage {stage} {plan}" for stage, plan in enumerate(plans))
         return "\n".join([title, *stages, *self.phases.lines(plans)])

@@ -100,7 +100,9 @@ def test_texts_are_counted_in_the_form_in_which_they_are_kept(tmp_path: Path) ->
     folder = tiny_flux.write_folder(tmp_path)
     weights = {}
     for kept in ("float16", "int8"):
-        encoder = next(one for one in tiny_flux.pipeline(folder, text_encoder_dtype=kept).encoders() if one.name == "t5")
+        encoder = next(
+            one for one in tiny_flux.pipeline(folder, text_encoder_dtype=kept).encoders() if one.name == "t5"
+        )
         (need,) = reading_needs([encoder], PICTURE, 1)
         encoder.load(CPU)
         assert need.weights == held(encoder.model)

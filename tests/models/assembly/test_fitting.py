@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from models.assembly.fitting import MARGIN, SHARE, Attempt, fit, memory_of
+from models.assembly.fitting import Attempt, fit
 from models.assembly.memory import GIB, Planner
+from models.assembly.room import MARGIN, SHARE, memory_of
 from models.assembly.stage import partition
 from optimizers.adamw import AdamW8bitSettings
 from tests.models import tiny_flux
