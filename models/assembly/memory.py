@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from models.assembly.activations import LayerActivations, LayerRun, activations_of, peak, run_layers, storages
-from models.assembly.kept import Kept, gradient_size, weight_bytes
+from models.assembly.kept import Kept, gradient_size, held_by
 from models.assembly.live_bytes import ForwardRun, run_forward
 from models.assembly.operations import LayerOperations, count_operations
 from models.assembly.phases import Phases
@@ -114,6 +114,8 @@ class Planner:
         self._pipeline, self._encoders = pipeline, encoders
         self._counted: dict[Hashable, list[LayerActivations]] = {}
         self._swaps: dict[tuple[int, int], SwapPlan] = {}
+        self._plans: dict[Hashable, StagePlan] = {}
+        self._forwards: dict[tuple[Bucket, int], ForwardRun] = {}
         self._trained_sizes, self._evaluated = list(buckets), evaluated
         self.bucket = max(sorted(buckets), key=lambda bucket: bucket.pixels)
         # Where most of the time goes.
@@ -158,8 +160,16 @@ class Planner:
 
     def plan_of(self, settings: Settings, stage: int, bounds: tuple[int, int], swap: SwapPlan) -> StagePlan:
         """What a stage holds that has these layers, and of them these swapped."""
-        layers = self._layers(bounds)
         in_flight = min(settings.gradient_accumulation_steps, settings.pipeline_stages - stage)
+        # Whoever looks for a cut asks for the same layers in the place of many stages. A plan keeps its swap, so that
+        # no other has the number of one of its blocks.
+        key = bounds, tuple(map(id, swap.blocks.values()))
+        if key not in self._plans:
+            self._plans[key] = self._without_activations(bounds, swap)
+        return replace(self._plans[key], activations=peak(self._activations(settings, bounds), in_flight))
+
+    def _without_activations(self, bounds: tuple[int, int], swap: SwapPlan) -> StagePlan:
+        """The same but for what a step makes, which depends on the stage, too."""
         travelling = {id(parameter) for block in swap.trained.values() for parameter in block}
         trained = {name: parameter for part in self._trained[slice(*bounds)] for name, parameter in part.items()}
         away = {name: parameter for name, parameter in trained.items() if id(parameter) in travelling}
@@ -167,7 +177,7 @@ class Planner:
         state, stepped = self._kept.bytes_of(staying, gradients=not self._kept.releases)
         if self._kept.releases:
             state += max(sum(map(self._kept.gradient, part.values())) for part in self._trained[slice(*bounds)])
-        weights = weight_bytes(layers) + swap.ring_bytes - swap.tensor_bytes
+        weights = self._weights(bounds) + swap.ring_bytes - swap.tensor_bytes
         buffers = self._gradient_buffers(swap)
         between = self._kept.bytes_of(staying, gradients=False)[0] + buffers
         # While the averages are in the place of the parameters, these wait beside them.
@@ -179,7 +189,7 @@ class Planner:
             layers=(bounds[0], bounds[1] - 1),
             weights=weights,
             state=state + buffers,
-            activations=peak(self._activations(settings, bounds), in_flight),
+            activations=0,
             live=live,
             between=between,
             evaluation=evaluation,
@@ -188,6 +198,18 @@ class Planner:
             host=swap.host_bytes + sum(self._kept.bytes_of(away)),
             stepped=stepped,
         )
+
+    def _weights(self, bounds: tuple[int, int]) -> int:
+        """The bytes of a stage's weights and buffers; what several of its layers have counts once."""
+        held: dict[int, int] = {}
+        for layer in self._held[slice(*bounds)]:
+            held.update(layer)
+        return sum(held.values())
+
+    @cached_property
+    def _held(self) -> list[dict[int, int]]:
+        """The bytes of each layer's weights and buffers, by their numbers."""
+        return [held_by([layer]) for layer in self.staged.layers]
 
     @cached_property
     def _trained(self) -> list[dict[str, nn.Parameter]]:
@@ -223,15 +245,17 @@ class Planner:
             self._swaps[bounds] = SwapPlan.of_all(self._layers(bounds), trained=self.settings.adapter is None)
         return self._swaps[bounds]
 
-    def _activations(self, settings: Settings, bounds: tuple[int, int]) -> list[LayerActivations]:
+    def _activations(self, settings: Settings, bounds: tuple[int, int]) -> Sequence[LayerActivations]:
         """Of every layer of a stage, for one micro-batch."""
-        key = bounds, settings.recomputed_every, settings.offloads
+        start, stop = bounds
+        key = start, settings.recomputed_every, settings.offloads
+        # What a layer takes depends on those before it in its stage, and on none behind it.
         if key not in self._counted:
-            recomputed = recomputed_positions(self._layers(bounds), settings.recomputed_every)
+            recomputed = recomputed_positions(self.staged.layers[start:], settings.recomputed_every)
             self._counted[key] = activations_of(
-                self._runs[slice(*bounds)], self._held_storages, recomputed=recomputed, offload=settings.offloads
+                self._runs[start:], self._held_storages, recomputed=recomputed, offload=settings.offloads
             )
-        return self._counted[key]
+        return self._counted[key][: stop - start]
 
     @cached_property
     def _runs(self) -> list[LayerRun]:
@@ -276,7 +300,9 @@ class Planner:
         return max([*trained, *(micro_batch_of(self.settings, one, evaluating=True) for one in self._evaluated)])
 
     def _forward(self, bucket: Bucket, batch: int) -> ForwardRun:
-        return run_forward(self.staged.layers, self.first_stream(bucket, batch))
+        if (bucket, batch) not in self._forwards:
+            self._forwards[bucket, batch] = run_forward(self.staged.layers, self.first_stream(bucket, batch))
+        return self._forwards[bucket, batch]
 
     def first_stream(self, bucket: Bucket, batch: int | None = None) -> Any:
         """The first stream of a micro-batch of this size, on the meta device.

@@ -252,8 +252,8 @@ class Settings(SettingsTable):
     """JSON file with keys of a DeepSpeed configuration, or a table of them (below), beside what follows from the other
     keys. Those that have a key here are refused, and name it."""
     memory_budget_gb: Positive | None = None
-    """What "auto" takes as the memory of each GPU, in GiB, and by which the plan warns of caching, training, evaluation or
-    samples that are larger; default: the smallest of the GPUs that are there."""
+    """What "auto" takes as the memory of each GPU, in GiB, and by which the plan warns of caching, training, evaluation
+    or samples that are larger; default: the smallest of the GPUs that are there."""
     partition_method: Literal["parameters", "time", "memory", "uniform", "manual"] = "parameters"
     """How layers are divided among stages: equal numbers of parameters, of counted operations of a step ("time"), of
     the planned peaks of memory ("memory") or of layers, or by `partition_split`. What is counted is that of the size on

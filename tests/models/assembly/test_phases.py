@@ -15,10 +15,10 @@ from diffusers import AutoencoderKL
 from torch.profiler import ProfilerActivity, profile
 
 from models.assembly import phases
+from models.assembly.encoder_needs import Need
 from models.assembly.fitting import fit
 from models.assembly.live_bytes import most_at_once
 from models.assembly.memory import GIB, Planner
-from models.assembly.encoder_needs import Need
 from models.assembly.phases import Decoding, caching_needs, decoding_need, encoding_bytes
 from models.assembly.room import MARGIN, SHARE
 from models.assembly.stage import partition
