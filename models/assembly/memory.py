@@ -195,7 +195,8 @@ class Planner:
             evaluation=evaluation,
             sampling=sampling,
             swap=swap,
-            host=swap.host_bytes + sum(self._kept.bytes_of(away)),
+            # These are stepped where they are, without copies.
+            host=swap.host_bytes + sum(replace(self._kept, offload=False).bytes_of(away)),
             stepped=stepped,
         )
 

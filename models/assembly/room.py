@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
+import optimizers
 from models.assembly.encoder_needs import GIB, Need
 from models.assembly.memory import Planner, StagePlan
 from models.assembly.phases import caching_needs
@@ -144,8 +145,12 @@ def _for_training(settings: Settings) -> Iterator[str]:
         yield 'activation_checkpointing = "auto"'
     if settings.micro_batch_size_per_gpu != 1:
         yield "micro_batch_size_per_gpu = 1"
-    if settings.adapter is None and not settings.swaps and not settings.offload_optimizer:
+    if settings.adapter is None and not settings.offload_optimizer and "cpu" not in _devices_it_is_not_for(settings):
         yield "offload_optimizer = true"
+
+
+def _devices_it_is_not_for(settings: Settings) -> Collection[str]:
+    return optimizers.find(settings.optimizer.type).not_on
 
 
 def _for_weights(settings: Settings) -> Iterator[str]:

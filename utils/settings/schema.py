@@ -246,8 +246,8 @@ class Settings(SettingsTable):
     stages and checkpoints of any other value, but not beside swapped blocks of a full fine-tune."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in the machine's memory, and let the processor take the steps: less memory of the GPU,
-    and slower steps. Not for optimizers that need a GPU ("adamw8bit"), nor beside swapped blocks of a full fine-tune,
-    which do so by themselves."""
+    and slower steps. Not for optimizers that need a GPU ("adamw8bit"). Swapped blocks of a full fine-tune do so by
+    themselves; beside them it is for what is not swapped."""
     deepspeed_config: DeepSpeedConfig | None = None
     """JSON file with keys of a DeepSpeed configuration, or a table of them (below), beside what follows from the other
     keys. Those that have a key here are refused, and name it."""

@@ -134,3 +134,20 @@ def test_without_a_gpu_and_a_budget_there_is_no_limit(folder: Path) -> None:
         assert memory_of(planner.settings, Ranks()) is None
     budget = planner.settings.model_copy(update={"memory_budget_gb": 24})
     assert memory_of(budget, Ranks()) == 24 * GIB
+
+
+def test_what_stays_of_a_full_fine_tune_may_be_stepped_by_the_processor_too(folder: Path) -> None:
+    """The state of the optimizer leaves the device then, with copies of what stays there; that of swapped blocks is at
+    home in the machine's memory either way."""
+    plain, offloading = (planner_of(folder, adapter=False, offload_optimizer=on, **AUTO) for on in (False, True))
+    for number in (0, 4):
+        (before,), (after,) = (planner.plans(planner.settings, [number]) for planner in (plain, offloading))
+        at_home = sum(tensor.numel() for block in after.swap.trained.values() for tensor in block)
+        staying = sum(p.numel() for part in offloading._trained for p in part.values()) - at_home
+        # AdamW keeps two moments and a master of 16 bits' weights, all of four bytes.
+        assert before.state - after.state == staying * 12 and before.weights == after.weights
+        assert after.host == before.host and before.stepped == 0
+        assert after.stepped == staying * (12 + 2 + 2)
+    less = total(offloading, activation_checkpointing="offload", blocks_to_swap=BLOCKS)
+    assert less < total(plain, activation_checkpointing="offload", blocks_to_swap=BLOCKS)
+    assert chosen(fit(offloading, card_for(less))) == ("offload", BLOCKS)
