@@ -142,7 +142,7 @@ def build_trainer(
         settings.zero_stage,
         offload=settings.offload_optimizer,
         pinned=ranks.device.type == "cuda",
-        at_home=_stepped_at_home(settings, ranks, staged),
+        at_home=stepped_at_home(settings, ranks, staged),
     )
     optimizer = _optimizer(settings, Rates(settings, pipeline, staged.denoiser), shares.stepped, epochs)
     engine = _engine(settings, ranks, pipeline, staged, optimizer, shares)
@@ -304,7 +304,7 @@ def _limit_of_norms(settings: Settings, layers: Sequence[Module]) -> Callable[[]
     return partial(limit_norms, factors_in(layers), limit) if limit else None
 
 
-def _stepped_at_home(settings: Settings, ranks: Ranks, staged: StagedModel) -> list[Parameter]:
+def stepped_at_home(settings: Settings, ranks: Ranks, staged: StagedModel) -> list[Parameter]:
     """What is trained of this stage in the machine's memory: the swapped blocks of a full fine-tune."""
     if not settings.swaps_trained:
         return []

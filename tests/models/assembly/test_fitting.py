@@ -14,6 +14,7 @@ from models.assembly.fitting import Attempt, fit
 from models.assembly.memory import GIB, Planner
 from models.assembly.room import MARGIN, SHARE, memory_of
 from models.assembly.stage import partition
+from models.assembly.trainer import stepped_at_home
 from optimizers.adamw import AdamW8bitSettings
 from tests.models import tiny_flux
 from tests.models.tiny_folder import settings_of
@@ -151,3 +152,17 @@ def test_what_stays_of_a_full_fine_tune_may_be_stepped_by_the_processor_too(fold
     less = total(offloading, activation_checkpointing="offload", blocks_to_swap=BLOCKS)
     assert less < total(plain, activation_checkpointing="offload", blocks_to_swap=BLOCKS)
     assert chosen(fit(offloading, card_for(less))) == ("offload", BLOCKS)
+
+
+def test_a_stage_steps_at_home_what_is_swapped_of_it(folder: Path) -> None:
+    flux, keys = tiny_flux.pipeline(folder, dtype="bfloat16"), {"pipeline_stages": 2, "blocks_to_swap": [1, 2]}
+    settings = settings_of(flux, offload_optimizer=True, **keys)
+    staged = partition(flux, settings, flux.weights.build_empty())
+    for stage, count in enumerate(keys["blocks_to_swap"]):
+        at_home = set(map(id, stepped_at_home(settings, Ranks(stage, 2, stages=2), staged)))
+        layers = staged.stage_layers(stage)
+        swapped = [layer for layer in layers if at_home & set(map(id, layer.parameters()))]
+        assert len(swapped) == count
+        assert at_home == {id(parameter) for layer in swapped for parameter in layer.parameters()}
+    adapted = settings_of(flux, LoraSettings(type="lora", rank=2), **keys)
+    assert stepped_at_home(adapted, Ranks(0, 2, stages=2), staged) == []
