@@ -6,11 +6,12 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from models.assembly.prompts import encoders_of_prompts, prompt_encoders, prompt_versions
+from models.assembly.prompts import encoders_of_prompts, live_encoders, prompt_versions
+from models.assembly.room import check_caching
 from models.assembly.sample_checks import check_encoders
 from models.base import BasePipeline
 from utils.dataset.batches import SampleReader
@@ -27,7 +28,7 @@ from utils.dataset.collection import (
     without_failures,
 )
 from utils.dataset.encoders import Encoder
-from utils.dataset.encoding import CacheJob, fill, reclaim_unwanted
+from utils.dataset.encoding import CacheJob, fill, lacks, reclaim_unwanted
 from utils.dataset.epochs import Epochs, micro_batch_of
 from utils.dataset.manifest import Scan
 from utils.dataset.masks import MaskEncoder
@@ -60,9 +61,10 @@ def load_data(settings: Settings, pipeline: BasePipeline, sources: Sequence[Sour
     """Scans the datasets, and encodes the samples and the prompts for sampling that the cache lacks.
 
     Raises:
-        UserError: whole directories cannot be used, or more files are broken than the settings allow.
+        UserError: whole directories cannot be used, more files are broken than the settings allow, or an encoder is
+            larger than the card on which it is to encode something.
     """
-    ranks, cached_texts = job.ranks, settings.cache_text_embeddings
+    ranks = job.ranks
     collections = collect_together(ranks, sources, pipeline.media, scan, **choices_of(settings))
     encoders = encoders_of(pipeline, collections)
     check_encoders(encoders, controls_of(collections), pipeline, settings)
@@ -70,7 +72,7 @@ def load_data(settings: Settings, pipeline: BasePipeline, sources: Sequence[Sour
     check_epochs(settings, ranks, collections[0].samples)
     requests = requests_of(settings.sampling, pipeline.guided_by_second_prediction)
     of_prompts = encoders_of_prompts(encoders, requests)
-    live = [] if cached_texts else prompt_encoders(encoders)
+    live = live_encoders(settings, encoders)
     samples = [sample for collection in collections for sample in collection.samples]
     prompts = [version.sample for one in requests for version in prompt_versions(pipeline, one.settings)]
     if settings.model.folded_guidance is not None:
@@ -79,7 +81,9 @@ def load_data(settings: Settings, pipeline: BasePipeline, sources: Sequence[Sour
         encoder.name: [*([] if encoder in live else samples), *(prompts if encoder in of_prompts else [])]
         for encoder in encoders
     }
-    in_use = None
+    by_encoder = {encoder.name: (encoder, wanted[encoder.name]) for encoder in encoders if wanted[encoder.name]}
+    check = cache(lambda: check_caching(settings, ranks, by_encoder, partial(lacks, job=job)))
+    job, in_use = replace(job, before_encoding=check), None
     with timed("cache"), job.alone():
         reports = [fill(encoder, wanted[encoder.name], job) for encoder in encoders if wanted[encoder.name]]
         if ranks.is_main:

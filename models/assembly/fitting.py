@@ -5,29 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 import optimizers
 from models.assembly.cut import with_cut
 from models.assembly.memory import GIB, Planner, StagePlan
+from models.assembly.room import planned_with
 from utils.errors import UserError
-from utils.ranks import Ranks
 from utils.settings.plain import as_toml
 from utils.settings.schema import Settings
 
-MARGIN, SHARE = 1.0, 0.04
-"""Of a GPU's memory so many GiB and this share are left for what is not planned: CUDA itself, the libraries' work
-areas, holes between allocations, and errors of the plan."""
 KEYS = ("activation_checkpointing", "blocks_to_swap")
-
-
-def memory_of(settings: Settings, ranks: Ranks) -> float | None:
-    """The bytes of this rank's GPU, or those that the settings name; None without either."""
-    if settings.memory_budget_gb:
-        return settings.memory_budget_gb * GIB
-    if ranks.device.type != "cuda":
-        return None
-    return torch.cuda.mem_get_info(ranks.device)[1]
 
 
 @dataclass(frozen=True)
@@ -58,7 +44,7 @@ def fit(planner: Planner, memory: float) -> Settings:
     settings = planner.settings
     if "auto" not in (settings.activation_checkpointing, settings.blocks_to_swap):
         return with_cut(planner, settings)
-    budget = memory * (1 - SHARE) - MARGIN * GIB
+    budget = planned_with(memory)
     tried = []
     for attempt in _attempts(planner, budget):
         tried.append(attempt)
@@ -92,4 +78,4 @@ def _attempts(planner: Planner, budget: float) -> Iterator[Attempt]:
 def _may_step_on_host(settings: Settings) -> bool:
     """Whether blocks that are trained may be swapped."""
     runs_there = "cpu" not in optimizers.find(settings.optimizer.type).not_on
-    return runs_there and not (settings.zero_stage or settings.offload_optimizer)
+    return runs_there and not settings.zero_stage

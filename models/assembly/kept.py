@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -23,6 +23,8 @@ class Kept:
         zero_stage, data_ranks: what is divided, and among how many.
         offload: whether the optimizer works in the host's memory.
         releases: whether a layer's gradients are let go before those of the next one come.
+
+    What it is asked for are parameters of one denoiser, which outlives it.
     """
 
     optimizer: OptimizerSettings
@@ -32,6 +34,7 @@ class Kept:
     data_ranks: int = 1
     offload: bool = False
     releases: bool = False
+    _states: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, settings: Settings, data_ranks: int) -> Kept:
@@ -48,8 +51,7 @@ class Kept:
             gradients: whether there are any, as there are in a step and not between two.
         """
         data_ranks = self.data_ranks if self.zero_stage else 1
-        owner_of = owners({name: parameter.numel() for name, parameter in trained.items()}, data_ranks)
-        shares = [[p for name, p in trained.items() if owner_of[name] == rank] for rank in range(data_ranks)]
+        shares = [list(trained.values())] if data_ranks == 1 else self._shares(trained)
         divides_gradients = gradients and self.zero_stage > 1 and data_ranks > 1
         of_all = sum(map(self.gradient, trained.values())) if gradients else 0
         found = [
@@ -58,13 +60,25 @@ class Kept:
         ]
         return max(device for device, _ in found), max(host for _, host in found)
 
+    def _shares(self, trained: Mapping[str, nn.Parameter]) -> list[list[nn.Parameter]]:
+        """What each data rank steps of these parameters."""
+        owner_of = owners({name: parameter.numel() for name, parameter in trained.items()}, self.data_ranks)
+        return [[p for name, p in trained.items() if owner_of[name] == rank] for rank in range(self.data_ranks)]
+
     def _share(self, share: Sequence[nn.Parameter], gradients: int) -> tuple[int, int]:
-        kept_of = optimizers.find(self.optimizer.type).state_bytes
-        state = sum(kept_of(self.optimizer, parameter) for parameter in share)
+        state = sum(map(self._state, share))
         device = gradients + (4 * sum(parameter.numel() for parameter in share) if self.averages else 0)
         if not self.offload:
             return device + state, 0
         return device, state + sum(parameter.nbytes + self.gradient(parameter) for parameter in share)
+
+    def _state(self, parameter: nn.Parameter) -> int:
+        """The bytes of the optimizer's state of a parameter, of which plans ask many times."""
+        found = self._states.get(id(parameter))
+        if found is None:
+            found = optimizers.find(self.optimizer.type).state_bytes(self.optimizer, parameter)
+            self._states[id(parameter)] = found
+        return found
 
     def gradient(self, parameter: nn.Parameter) -> int:
         """The bytes of a parameter's gradient."""
@@ -88,9 +102,12 @@ def sums_in_float32(settings: Settings) -> bool:
 
 def weight_bytes(layers: Sequence[nn.Module]) -> int:
     """The bytes of the weights of some layers, with their buffers, among them the scales of quantised weights."""
-    held = {id(p): p for layer in layers for p in layer.parameters()}.values()
-    buffers = {id(b): b for layer in layers for b in layer.buffers()}.values()
-    return sum(tensor.nbytes for tensor in (*held, *buffers))
+    return sum(held_by(layers).values())
+
+
+def held_by(layers: Sequence[nn.Module]) -> dict[int, int]:
+    """The bytes of each weight and buffer of some layers, by its number."""
+    return {id(one): one.nbytes for layer in layers for one in (*layer.parameters(), *layer.buffers())}
 
 
 def gradient_size(parameter: torch.Tensor, *, float32: bool) -> int:

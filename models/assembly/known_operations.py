@@ -88,6 +88,9 @@ def _made(operation: Any, args: tuple, kwargs: tuple) -> tuple[Form, ...] | None
         return None
     made = operation(*given, **named)
     made = (made,) if isinstance(made, torch.Tensor) else made
+    # Backward passes leave out gradients that nobody asks for.
+    if not all(isinstance(one, torch.Tensor) for one in made):
+        return None
     forms = tuple(map(Form.of, made))
     if _kind(operation) == ITSELF:
         return forms if made[0] is given[0] and forms[0] == args[0] else None

@@ -18,7 +18,8 @@ from models.assembly.known_operations import KnownOperations
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that are made within this context, from when they are made until nobody has them.
+    """Counts the storages that are made on the meta device within this context, from when they are made until nobody
+    has them. What else is made stays on the CPU.
 
     Attributes:
         live: bytes at the moment.
@@ -36,7 +37,7 @@ class LiveBytes(TorchDispatchMode):
         given = {one.untyped_storage()._cdata for one in (*tensors_of(args), *tensors_of(tuple(kwargs.values())))}
         for tensor in tensors_of(made):
             storage = tensor.untyped_storage()
-            if storage._cdata not in given:
+            if tensor.is_meta and storage._cdata not in given:
                 self._add(storage)
         return made
 

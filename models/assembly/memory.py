@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from models.assembly.activations import LayerActivations, LayerRun, activations_of, peak, run_layers, storages
-from models.assembly.kept import Kept, gradient_size, weight_bytes
+from models.assembly.kept import Kept, gradient_size, held_by
 from models.assembly.live_bytes import ForwardRun, run_forward
 from models.assembly.operations import LayerOperations, count_operations
 from models.assembly.phases import Phases
-from models.assembly.prompts import sample_bucket
+from models.assembly.prompts import encoders_of_prompts, live_encoders, sample_bucket
 from models.assembly.stage import StagedModel, bounds_of, teacher_of
 from models.base import BasePipeline
 from utils.dataset.encoders import Encoder
@@ -44,6 +44,7 @@ class StagePlan:
         swap: which blocks are swapped.
         host: the bytes of the host's memory that their weights take, and what belongs to those that are trained.
         stepped: those that the optimizer takes of it for what is not swapped.
+        live: of text encoders whose features are not cached: their weights, and what they take at once.
         between: what is kept of `state` between two steps.
         evaluation, sampling: what is held at the peak of these, at which there are no gradients; 0 if a run has none.
     """
@@ -55,6 +56,7 @@ class StagePlan:
     swap: SwapPlan
     host: int
     stepped: int = 0
+    live: tuple[int, int] = (0, 0)
     between: int = 0
     evaluation: int = 0
     sampling: int = 0
@@ -62,7 +64,7 @@ class StagePlan:
     @property
     def training(self) -> int:
         """At the peak of a step."""
-        return self.weights + self.state + self.activations
+        return self.weights + self.state + self.activations + sum(self.live)
 
     @property
     def total(self) -> int:
@@ -75,6 +77,8 @@ class StagePlan:
             f"{self.weights / GIB:.2f} + gradients and optimizer {self.state / GIB:.2f} + "
             f"activations {self.activations / GIB:.2f}"
         )
+        if any(self.live):
+            told = f"{told} + text encoders {sum(self.live) / GIB:.2f}"
         if self.stepped:
             told = f"{told}; the optimizer takes {self.stepped / GIB:.2f} GiB of the host's memory"
         if not self.swap.blocks:
@@ -110,7 +114,9 @@ class Planner:
         self._pipeline, self._encoders = pipeline, encoders
         self._counted: dict[Hashable, list[LayerActivations]] = {}
         self._swaps: dict[tuple[int, int], SwapPlan] = {}
-        self._evaluated = evaluated
+        self._plans: dict[Hashable, StagePlan] = {}
+        self._forwards: dict[tuple[Bucket, int], ForwardRun] = {}
+        self._trained_sizes, self._evaluated = list(buckets), evaluated
         self.bucket = max(sorted(buckets), key=lambda bucket: bucket.pixels)
         # Where most of the time goes.
         self.frequent = max(sorted(buckets), key=lambda bucket: bucket.pixels * buckets[bucket])
@@ -145,17 +151,25 @@ class Planner:
             found.append(next(fits, len(swap.blocks)))
         return found
 
-    def text(self, settings: Settings) -> str:
+    def text(self, settings: Settings, plans: Sequence[StagePlan] | None = None) -> str:
         """The plans, as text."""
-        plans = self.plans(settings, self.swapped(settings))
+        plans = plans or self.plans(settings, self.swapped(settings))
         title = f"estimated memory per rank, bucket {self.bucket}:"
         stages = (f"  stage {stage} {plan}" for stage, plan in enumerate(plans))
         return "\n".join([title, *stages, *self.phases.lines(plans)])
 
     def plan_of(self, settings: Settings, stage: int, bounds: tuple[int, int], swap: SwapPlan) -> StagePlan:
         """What a stage holds that has these layers, and of them these swapped."""
-        layers = self._layers(bounds)
         in_flight = min(settings.gradient_accumulation_steps, settings.pipeline_stages - stage)
+        # Whoever looks for a cut asks for the same layers in the place of many stages. A plan keeps its swap, so that
+        # no other has the number of one of its blocks.
+        key = bounds, tuple(map(id, swap.blocks.values()))
+        if key not in self._plans:
+            self._plans[key] = self._without_activations(bounds, swap)
+        return replace(self._plans[key], activations=peak(self._activations(settings, bounds), in_flight))
+
+    def _without_activations(self, bounds: tuple[int, int], swap: SwapPlan) -> StagePlan:
+        """The same but for what a step makes, which depends on the stage, too."""
         travelling = {id(parameter) for block in swap.trained.values() for parameter in block}
         trained = {name: parameter for part in self._trained[slice(*bounds)] for name, parameter in part.items()}
         away = {name: parameter for name, parameter in trained.items() if id(parameter) in travelling}
@@ -163,24 +177,40 @@ class Planner:
         state, stepped = self._kept.bytes_of(staying, gradients=not self._kept.releases)
         if self._kept.releases:
             state += max(sum(map(self._kept.gradient, part.values())) for part in self._trained[slice(*bounds)])
-        weights = weight_bytes(layers) + swap.ring_bytes - swap.tensor_bytes
+        weights = self._weights(bounds) + swap.ring_bytes - swap.tensor_bytes
         buffers = self._gradient_buffers(swap)
         between = self._kept.bytes_of(staying, gradients=False)[0] + buffers
         # While the averages are in the place of the parameters, these wait beside them.
         exchanged = sum(parameter.nbytes for parameter in staying.values()) if self._kept.averages else 0
-        evaluation, sampling = self.phases.forward(bounds, weights + between + exchanged)
+        # The first stage encodes captions, for training and for evaluation.
+        live = self.phases.staying if bounds[0] == 0 else (0, 0)
+        evaluation, sampling = self.phases.forward(bounds, weights + between + exchanged, live)
         return StagePlan(
             layers=(bounds[0], bounds[1] - 1),
             weights=weights,
             state=state + buffers,
-            activations=peak(self._activations(settings, bounds), in_flight),
+            activations=0,
+            live=live,
             between=between,
             evaluation=evaluation,
             sampling=sampling,
             swap=swap,
-            host=swap.host_bytes + sum(self._kept.bytes_of(away)),
+            # These are stepped where they are, without copies.
+            host=swap.host_bytes + sum(replace(self._kept, offload=False).bytes_of(away)),
             stepped=stepped,
         )
+
+    def _weights(self, bounds: tuple[int, int]) -> int:
+        """The bytes of a stage's weights and buffers; what several of its layers have counts once."""
+        held: dict[int, int] = {}
+        for layer in self._held[slice(*bounds)]:
+            held.update(layer)
+        return sum(held.values())
+
+    @cached_property
+    def _held(self) -> list[dict[int, int]]:
+        """The bytes of each layer's weights and buffers, by their numbers."""
+        return [held_by([layer]) for layer in self.staged.layers]
 
     @cached_property
     def _trained(self) -> list[dict[str, nn.Parameter]]:
@@ -216,15 +246,17 @@ class Planner:
             self._swaps[bounds] = SwapPlan.of_all(self._layers(bounds), trained=self.settings.adapter is None)
         return self._swaps[bounds]
 
-    def _activations(self, settings: Settings, bounds: tuple[int, int]) -> list[LayerActivations]:
+    def _activations(self, settings: Settings, bounds: tuple[int, int]) -> Sequence[LayerActivations]:
         """Of every layer of a stage, for one micro-batch."""
-        key = bounds, settings.recomputed_every, settings.offloads
+        start, stop = bounds
+        key = start, settings.recomputed_every, settings.offloads
+        # What a layer takes depends on those before it in its stage, and on none behind it.
         if key not in self._counted:
-            recomputed = recomputed_positions(self._layers(bounds), settings.recomputed_every)
+            recomputed = recomputed_positions(self.staged.layers[start:], settings.recomputed_every)
             self._counted[key] = activations_of(
-                self._runs[slice(*bounds)], self._held_storages, recomputed=recomputed, offload=settings.offloads
+                self._runs[start:], self._held_storages, recomputed=recomputed, offload=settings.offloads
             )
-        return self._counted[key]
+        return self._counted[key][: stop - start]
 
     @cached_property
     def _runs(self) -> list[LayerRun]:
@@ -237,17 +269,23 @@ class Planner:
     @cached_property
     def phases(self) -> Phases:
         """What a run does beside training."""
-        requests = requests_of(self.settings.sampling, self._pipeline.guided_by_second_prediction)
+        settings = self.settings
+        requests = requests_of(settings.sampling, self._pipeline.guided_by_second_prediction)
         sizes = [sample_bucket(self._pipeline, request.settings) for request in requests]
         sampled = max(sizes, key=lambda bucket: bucket.pixels, default=None)
         evaluated = max(sorted(self._evaluated), key=lambda bucket: bucket.pixels, default=None)
+        live = live_encoders(settings, self._encoders)
+        # Prompts are cached in any case.
+        of_prompts = encoders_of_prompts(self._encoders, requests) if live and requests else []
         return Phases(
-            self._encoders,
+            self._encoders[0],
+            cached=[encoder for encoder in self._encoders if encoder not in live or encoder in of_prompts],
             caching=(
                 max(self.bucket, evaluated or self.bucket, key=lambda one: one.pixels),
-                self.settings.caching_batch_size,
+                settings.caching_batch_size,
             ),
-            evaluated=self._forward(evaluated, micro_batch_of(self.settings, evaluated, evaluating=True))
+            live=(live, self._most_captions),
+            evaluated=self._forward(evaluated, micro_batch_of(settings, evaluated, evaluating=True))
             if evaluated
             else None,
             sampled=self._forward(sampled, 1) if sampled else None,
@@ -256,8 +294,16 @@ class Planner:
             else None,
         )
 
+    @property
+    def _most_captions(self) -> int:
+        """The most samples of a micro-batch."""
+        trained = [micro_batch_of(self.settings, bucket) for bucket in self._trained_sizes]
+        return max([*trained, *(micro_batch_of(self.settings, one, evaluating=True) for one in self._evaluated)])
+
     def _forward(self, bucket: Bucket, batch: int) -> ForwardRun:
-        return run_forward(self.staged.layers, self.first_stream(bucket, batch))
+        if (bucket, batch) not in self._forwards:
+            self._forwards[bucket, batch] = run_forward(self.staged.layers, self.first_stream(bucket, batch))
+        return self._forwards[bucket, batch]
 
     def first_stream(self, bucket: Bucket, batch: int | None = None) -> Any:
         """The first stream of a micro-batch of this size, on the meta device.

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.assembly.activations import LightAttention, tensors_of
+from models.assembly.known_operations import KnownOperations
 from utils.parallel import wire
 
 
@@ -44,12 +45,13 @@ def count_operations(layers: Sequence[nn.Module], stream: Any) -> list[LayerOper
         stream: the input of the first layer, on the meta device.
     """
     counted, known = [], {}
-    for layer in layers:
-        key = _kind_of(layer, stream)
-        if key not in known:
-            known[key] = _count(layer, stream)
-        operations, stream = known[key]
-        counted.append(operations)
+    with KnownOperations():
+        for layer in layers:
+            key = _kind_of(layer, stream)
+            if key not in known:
+                known[key] = _count(layer, stream)
+            operations, stream = known[key]
+            counted.append(operations)
     return counted
 
 

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from models.assembly.encoder_needs import GIB, Need, counted, reading_needs
 from models.assembly.kept import weight_bytes
-from models.assembly.live_bytes import ForwardRun, most_at_once
+from models.assembly.live_bytes import ForwardRun
 from models.foundation.checkpoints.weights import meta_tensors
-from models.foundation.encoders.clip import ClipTokens
-from models.foundation.encoders.first_frame import ClipVision
-from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.vae import ImageAutoencoder, distribution_of
 from utils.dataset.encoders import Encoder
 from utils.dataset.samples import Bucket
@@ -23,7 +21,6 @@ from utils.dataset.samples import Bucket
 if TYPE_CHECKING:
     from models.assembly.memory import StagePlan
 
-GIB = 2**30
 CHANNELS = ("in_channels", "input_channels")
 """Keys of a VAE's configuration, of which one says how many channels a picture has."""
 SHORT_LATENTS = (3, 4)
@@ -32,39 +29,6 @@ RGB, RGBA = 3, 4
 LARGE = 2**20
 LITTLE = 2**28
 """Bytes that every card has room for."""
-LONGEST = 512
-"""Tokens of a text, where the tokenizer knows no limit."""
-
-
-@dataclass(frozen=True)
-class Need:
-    """The bytes that an encoder takes.
-
-    Attributes:
-        activations: at its peak; None if they could not be counted.
-        tiled: the same in tiles, as happens where there is no room for that; None if it makes none.
-    """
-
-    name: str
-    weights: int
-    activations: int | None
-    tiled: int | None = None
-
-    @property
-    def total(self) -> int:
-        """What is known of it."""
-        return self.weights + (self.activations or 0)
-
-    @property
-    def least(self) -> int:
-        """What it takes where there is little room."""
-        return min(self.total, self.total if self.tiled is None else self.weights + self.tiled)
-
-    def __str__(self) -> str:
-        told = f"{self.name} {self.total / GIB:.2f}"
-        if self.least < self.total:
-            return f"{told} at once, {self.least / GIB:.2f} in tiles, if there is no room for that"
-        return told if self.activations is not None else f"{told} (weights alone: its activations cannot be counted)"
 
 
 @dataclass(frozen=True)
@@ -85,15 +49,19 @@ class Phases:
     """What a run does beside training.
 
     Attributes:
-        encoders: all that the run has; the first is the VAE.
+        vae: which decodes samples.
+        cached: the encoders whose features are cached.
         caching: the largest size, and how many samples are encoded together.
+        live: the text encoders that encode captions when they are needed, and for how many samples at once.
         evaluated, sampled: a forward pass of all layers, of the largest size that is evaluated and of a sample; None if
             the run does not do so.
         latent_shape: of a sample.
     """
 
-    encoders: Sequence[Encoder]
+    vae: Encoder
+    cached: Sequence[Encoder]
     caching: tuple[Bucket, int]
+    live: tuple[Sequence[Encoder], int] = ((), 1)
     evaluated: ForwardRun | None = None
     sampled: ForwardRun | None = None
     latent_shape: Sequence[int] | None = None
@@ -101,27 +69,52 @@ class Phases:
     @cached_property
     def decoding(self) -> Decoding | None:
         """Of a sample."""
-        return decoding_need(self.encoders[0], self.latent_shape) if self.latent_shape else None
+        return decoding_need(self.vae, self.latent_shape) if self.latent_shape else None
 
-    def forward(self, bounds: tuple[int, int], held: int) -> tuple[int, int]:
+    @cached_property
+    def caching_needs(self) -> list[Need]:
+        """What each encoder takes while the cache is filled."""
+        return list(caching_needs(self.cached, *self.caching))
+
+    @cached_property
+    def live_needs(self) -> list[Need]:
+        """What each text encoder takes that stays on the device of the first stage."""
+        encoders, batch = self.live
+        return list(caching_needs(encoders, self.caching[0], batch))
+
+    @property
+    def staying(self) -> tuple[int, int]:
+        """The bytes of their weights, and of what they take more when captions are encoded, by one after the other."""
+        needs = self.live_needs
+        return sum(need.weights for need in needs), max((need.activations or 0 for need in needs), default=0)
+
+    def forward(self, bounds: tuple[int, int], held: int, live: tuple[int, int] = (0, 0)) -> tuple[int, int]:
         """The bytes at the peaks of evaluation and of sampling, of a stage that holds so many between two steps. The
-        first stage decodes, in tiles where it must."""
-        evaluation = held + self.evaluated.peak(bounds) if self.evaluated else 0
+        first stage decodes, in tiles where it must.
+
+        Args:
+            live: of text encoders that stay on its device: their weights, and what they take at once, which for
+                samples they do not.
+        """
+        evaluation = held + sum(live) + self.evaluated.peak(bounds) if self.evaluated else 0
         if not self.sampled:
             return evaluation, 0
         decoded = self.decoding.tiled if self.decoding and bounds[0] == 0 else 0
-        return evaluation, held + max(self.sampled.peak(bounds), decoded)
+        return evaluation, held + live[0] + max(self.sampled.peak(bounds), decoded)
 
-    def lines(self, plans: Sequence[StagePlan]) -> Iterator[str]:
-        """Every phase with its peak on the rank that takes most, and which phase decides."""
-        needs = list(caching_needs(self.encoders, *self.caching))
-        peaks = {
-            "caching": max((need.least for need in needs), default=0),
+    def peaks(self, plans: Sequence[StagePlan]) -> dict[str, int]:
+        """The bytes at the peak of each phase, on the rank that takes most."""
+        return {
+            "caching": max((need.least for need in self.caching_needs), default=0),
             "training": max(plan.training for plan in plans),
             "evaluation": max(plan.evaluation for plan in plans),
             "sampling": max(plan.sampling for plan in plans),
         }
-        remarks = {"caching": _of_caching(needs, self.encoders), "sampling": self._of_sampling(plans)}
+
+    def lines(self, plans: Sequence[StagePlan]) -> Iterator[str]:
+        """Every phase with its peak on the rank that takes most, and which phase decides."""
+        peaks = self.peaks(plans)
+        remarks = {"caching": "; ".join(map(str, self.caching_needs)), "sampling": self._of_sampling(plans)}
         for phase, bytes_ in peaks.items():
             if bytes_:
                 remark = remarks.get(phase)
@@ -132,17 +125,11 @@ class Phases:
         if self.sampled is None or self.decoding is None:
             return "without the VAE, which cannot be counted" if self.sampled else ""
         first = plans[0]
-        beside = first.weights + first.between
+        beside = first.weights + first.between + first.live[0]
         told = f"{(beside + self.decoding.whole) / GIB:.2f} where the VAE decodes at once"
         if self.decoding.tiled == self.decoding.whole:
             return told
         return f"{told}, {(beside + self.decoding.tiled) / GIB:.2f} in tiles, if there is no room for that"
-
-
-def _of_caching(needs: Sequence[Need], encoders: Sequence[Encoder]) -> str:
-    """What each encoder takes."""
-    others = [f"{name} not counted" for name in uncounted(encoders)]
-    return "; ".join([*map(str, needs), *others])
 
 
 def caching_needs(encoders: Iterable[Encoder], bucket: Bucket, batch: int) -> Iterator[Need]:
@@ -151,8 +138,8 @@ def caching_needs(encoders: Iterable[Encoder], bucket: Bucket, batch: int) -> It
         if isinstance(encoder, ImageAutoencoder):
             vae = empty_vae(encoder)
             yield Need(encoder.name, weight_bytes([vae]), *encoding_bytes(encoder, vae, bucket, batch))
-        elif isinstance(encoder, TextEncoder) and not isinstance(encoder, ClipTokens):
-            yield _of_text(encoder, batch)
+        else:
+            yield from reading_needs([encoder], bucket, batch)
 
 
 def encoding_bytes(
@@ -207,11 +194,6 @@ def _tile_of(vae: nn.Module, side: str) -> int:
     return getattr(vae, f"tile_sample_min_{side}", getattr(vae, "tile_sample_min_size", LARGE))
 
 
-def uncounted(encoders: Iterable[Encoder]) -> list[str]:
-    """The names of encoders of which nothing is counted, though they take memory of a device."""
-    return [encoder.name for encoder in encoders if isinstance(encoder, ClipVision)]
-
-
 def decoding_need(autoencoder: Encoder, latent_shape: Sequence[int]) -> Decoding | None:
     """What the VAE takes for one sample; None if it cannot be counted."""
     if not isinstance(autoencoder, ImageAutoencoder):
@@ -238,7 +220,7 @@ def _of_decoding(encoder: ImageAutoencoder, vae: nn.Module, latent_shape: Sequen
         return vae.decode(latents, *encoder.told(vae, latents))
 
     if len(latent_shape) == 3:
-        return _counted(partial(decoded, *latent_shape))
+        return counted(partial(decoded, *latent_shape))
     channels, frames, *size = latent_shape
     return _of_clip(vae, lambda count: decoded(channels, count, *size), frames, SHORT_LATENTS)
 
@@ -248,11 +230,11 @@ def _of_clip(vae: nn.Module, compute: Callable[[int], Any], frames: int, short: 
     that each further part adds as much as the one before: long clips follow from two short ones."""
     few, some = short
     if frames <= some or not hasattr(vae, "clear_cache"):
-        return _counted(partial(compute, frames))
-    counted = [_counted(partial(compute, count)) for count in short]
-    if None in counted:
+        return counted(partial(compute, frames))
+    taken = [counted(partial(compute, count)) for count in short]
+    if None in taken:
         return None
-    return counted[1] + (counted[1] - counted[0]) * (frames - some) // (some - few)
+    return taken[1] + (taken[1] - taken[0]) * (frames - some) // (some - few)
 
 
 def _encoded(vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
@@ -261,18 +243,3 @@ def _encoded(vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 
 def _empty(encoder: ImageAutoencoder, *shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=encoder.dtype, device="meta")
-
-
-def _of_text(encoder: TextEncoder, batch: int) -> Need:
-    model = encoder.empty()
-    ids = torch.zeros((batch, min(encoder.token_limit, LONGEST)), dtype=torch.int64, device="meta")
-    activations = _counted(partial(model, input_ids=ids, output_hidden_states=True))
-    return Need(encoder.name, weight_bytes([model]), activations)
-
-
-def _counted(compute: Callable[[], Any]) -> int | None:
-    try:
-        return most_at_once(compute)
-    # What looks at values cannot run without any; libraries raise many kinds of errors then.
-    except Exception:
-        return None

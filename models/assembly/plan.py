@@ -13,10 +13,11 @@ from pathlib import Path
 from models.assembly.cut import CUT, cut_text, with_cut
 from models.assembly.data import Data
 from models.assembly.exports import formats_of
-from models.assembly.fitting import KEYS, fit, memory_of
+from models.assembly.fitting import KEYS, fit
 from models.assembly.memory import Planner
 from models.assembly.prompts import sample_bucket
 from models.assembly.rates import Rates
+from models.assembly.room import NO_LIMIT, card_of, check_plans, memory_of
 from models.assembly.stage import StagedModel
 from models.base import BasePipeline
 from models.foundation.layers.ensemble import Ensemble
@@ -80,7 +81,8 @@ def settled(
     Raises:
         UserError: nothing fits the GPUs.
     """
-    memory = min(gather(ranks, "memory", memory_of(settings, ranks) or float("inf")))
+    mine = [memory_of(settings, ranks) or NO_LIMIT, card_of(ranks) or NO_LIMIT]
+    memory, card = map(min, zip(*gather(ranks, "memory", mine), strict=True))
     chosen = {}
     if ranks.is_main:
         cached = [data.training, *data.evaluation], data.cache_dir
@@ -88,7 +90,7 @@ def settled(
         planner = Planner(settings, pipeline, staged, data.encoders, trained, ranks.data_ranks, evaluated)
         plan = [
             *sections(settings, ranks, pipeline, staged, *cached, checkpoint, restart_data=restart_data),
-            memory_text(planner, memory),
+            memory_text(planner, memory, card),
         ]
         logger.info("plan:\n%s", "\n\n".join(plan), extra={NOTE: "plan"})
         settings = fit(planner, memory)
@@ -150,11 +152,13 @@ def sections(
     ]
 
 
-def memory_text(planner: Planner, memory: float | None) -> str:
-    """The cut and the plan of memory, and what they lead to where the settings leave it open.
+def memory_text(planner: Planner, memory: float | None, card: float | None = None, *, caches: bool = False) -> str:
+    """The cut and the plan of memory, and what they lead to where the settings leave it open. Warns of phases for which
+    there probably is no room.
 
     Args:
-        memory: of the smallest GPU in bytes; None if it is not known.
+        memory: of the smallest GPU in bytes, or what the settings name in its place; None if it is not known.
+        card, caches: see `check_plans`.
 
     Raises:
         UserError: nothing fits.
@@ -163,7 +167,10 @@ def memory_text(planner: Planner, memory: float | None) -> str:
     open_keys = [key for key in KEYS if getattr(settings, key) == "auto"]
     unknown = open_keys and memory is None
     chosen = with_cut(planner, settings) if unknown else fit(planner, memory or 0.0)
-    lines = [planner.text(chosen)]
+    plans = planner.plans(chosen, planner.swapped(chosen))
+    if memory is not None:
+        check_plans(planner, chosen, plans, memory, card, caches=caches)
+    lines = [planner.text(chosen, plans)]
     if unknown:
         lines.append(f"{' and '.join(open_keys)}: set memory_budget_gb to see what a GPU would get")
     else:

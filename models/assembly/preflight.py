@@ -13,9 +13,9 @@ from models.assembly import plan
 from models.assembly.base_files import verify
 from models.assembly.data import cache_folder, check_data, choices_of, controls_of, encoders_of
 from models.assembly.exports import check_exports, check_outputs
-from models.assembly.fitting import memory_of
 from models.assembly.memory import Planner
 from models.assembly.rates import Rates
+from models.assembly.room import card_of, memory_of
 from models.assembly.sample_checks import check_encoders
 from models.assembly.stage import StagedModel, load_existing_adapter, partition, read_presets
 from models.base import BasePipeline
@@ -193,7 +193,7 @@ def describe(
     sections = [
         *plan.sections(settings, ranks, pipeline, staged, collections, cache_dir),
         *(["\n".join(told)] if told else []),
-        plan.memory_text(planner, memory_of(settings, ranks)),
+        plan.memory_text(planner, memory_of(settings, ranks), card_of(ranks), caches=True),
         _cache_size(encoders, collections),
     ]
     return "\n\n".join(sections)

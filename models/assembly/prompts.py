@@ -14,6 +14,7 @@ from utils.media.source import MediaError
 from utils.run.sampling import Schedule
 from utils.settings.run_tables import SamplingSettings
 from utils.settings.sample_requests import SampleRequest
+from utils.settings.schema import Settings
 
 PICTURES = "[sampling] control_images"
 
@@ -53,6 +54,11 @@ def prompt_encoders(encoders: Sequence[Encoder], *, with_pictures: bool = False)
     whose latents are drawn."""
     others = encoders[1:] if with_pictures else encoders
     return [encoder for encoder in others if not (reads_mask(encoder) if with_pictures else reads_media(encoder))]
+
+
+def live_encoders(settings: Settings, encoders: Sequence[Encoder]) -> list[Encoder]:
+    """The text encoders whose features are not cached."""
+    return [] if settings.cache_text_embeddings else prompt_encoders(encoders)
 
 
 def encoders_of_prompts(encoders: Sequence[Encoder], requests: Sequence[SampleRequest]) -> list[Encoder]:

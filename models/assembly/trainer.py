@@ -37,6 +37,7 @@ from utils.parallel.offload import HostInputs
 from utils.parallel.pipeline import DenoiserPipeline
 from utils.parallel.sharding import Shares
 from utils.parallel.swap import BlockSwap
+from utils.parallel.swap_plan import SwapPlan
 from utils.parallel.together import groups_for_frozen_stage, numbers_of_all, optimizer_for_frozen_stage
 from utils.parallel.wire import map_tensors
 from utils.ranks import Ranks
@@ -143,6 +144,7 @@ def build_trainer(
         settings.zero_stage,
         offload=settings.offload_optimizer,
         pinned=ranks.device.type == "cuda",
+        at_home=stepped_at_home(settings, ranks, staged),
     )
     optimizer = _optimizer(settings, Rates(settings, pipeline, staged.denoiser), shares.stepped, epochs)
     engine = _engine(settings, ranks, pipeline, staged, optimizer, shares)
@@ -305,6 +307,14 @@ def _engine(
 def _limit_of_norms(settings: Settings, layers: Sequence[Module]) -> Callable[[], None] | None:
     limit = getattr(settings.adapter, "scale_weight_norms", None)
     return partial(limit_norms, factors_in(layers), limit) if limit else None
+
+
+def stepped_at_home(settings: Settings, ranks: Ranks, staged: StagedModel) -> list[Parameter]:
+    """What is trained of this stage in the machine's memory: the swapped blocks of a full fine-tune."""
+    if not settings.swaps_trained:
+        return []
+    plan = SwapPlan.of(staged.stage_layers(ranks.stage), staged.swapped[ranks.stage], trained=True)
+    return [parameter for block in plan.trained.values() for parameter in block]
 
 
 def block_swap(settings: Settings, ranks: Ranks, staged: StagedModel, *, trained: bool) -> BlockSwap:

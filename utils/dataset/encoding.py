@@ -95,6 +95,7 @@ class CacheJob:
         raise_if_stopping: called between two batches; an exception ends the work, and all encoded items are kept.
         patience: how long to wait for a rank that gives no sign of life.
         keep: what stays of what no run wants any more, over all stores.
+        before_encoding: called on all ranks before an encoder is loaded, if something may have to be encoded.
     """
 
     cache_dir: Path
@@ -106,6 +107,7 @@ class CacheJob:
     raise_if_stopping: Callable[[], None] = lambda: None
     patience: timedelta = PATIENCE
     keep: references.Keep = references.Keep()
+    before_encoding: Callable[[], None] = lambda: None
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -148,12 +150,18 @@ def fill(encoder: Encoder, samples: Sequence[Sample], job: CacheJob) -> CacheRep
         number = len(wanted or ())
         own = CacheReport(encoder.name, number, number, 0, 0)
     else:
+        job.before_encoding()
         own = _fill_one(encoder, _wanted(encoder, samples) if wanted is None else wanted, job, tag)
     shared = gather(ranks, tag, asdict(own), job.patience, job.raise_if_stopping)
     report = _total([_report(**data) for data in shared])
     if ranks.is_main:
         logger.info("cache %s", report)
     return report
+
+
+def lacks(encoder: Encoder, samples: Sequence[Sample], job: CacheJob) -> bool:
+    """Whether the encoder has something to encode, as far as is known without reading the cache's items."""
+    return job.regenerate or not _has_all(_wanted(encoder, samples), encoder, job)
 
 
 def reclaim_unwanted(filled: Collection[str], job: CacheJob) -> None:
@@ -192,11 +200,13 @@ def _wanted(encoder: Encoder, samples: Iterable[Sample]) -> dict[str, SampleVers
 
 def _is_complete(wanted: Collection[str] | None, encoder: Encoder, job: CacheJob, tag: str) -> bool:
     """Whether the cache has all items, which the main rank knows and tells the others, whose `wanted` is None."""
-    complete = False
-    if wanted is not None:
-        with TensorStore(job.cache_dir / encoder.name) as store:
-            complete = not store.lost(wanted) and not store.missing(wanted)
+    complete = wanted is not None and _has_all(wanted, encoder, job)
     return gather(job.ranks, f"{tag}/complete", complete, job.patience, job.raise_if_stopping)[0]
+
+
+def _has_all(wanted: Collection[str], encoder: Encoder, job: CacheJob) -> bool:
+    with TensorStore(job.cache_dir / encoder.name) as store:
+        return not store.lost(wanted) and not store.missing(wanted)
 
 
 def _fill_one(encoder: Encoder, wanted: dict[str, SampleVersion], job: CacheJob, tag: str) -> CacheReport:

@@ -57,6 +57,7 @@ class Shares:
         zero_stage: 0, where every data rank steps all parameters; 1; or 2, where an owner alone has the gradients too.
         offload: the optimizer steps copies in the host's memory.
         pinned: whether that memory is locked, for copies to a CUDA device.
+        at_home: those that are in the host's memory anyway, with their gradients, and are stepped there.
 
     Attributes:
         stepped: the parameters of this share as the optimizer has them, by name.
@@ -72,6 +73,7 @@ class Shares:
         *,
         offload: bool = False,
         pinned: bool = False,
+        at_home: Iterable[nn.Parameter] = (),
     ):
         self._ranks = ranks or Ranks()
         self.divided = zero_stage > 0 and self._ranks.data_ranks > 1
@@ -84,9 +86,11 @@ class Shares:
         for name, parameter in parameters.items():
             by_kind.setdefault((owner_of[name], parameter.dtype), []).append(parameter)
         self._parts = [(owner, part) for (owner, _), some in by_kind.items() for part in buckets(some)]
-        self._host = HostCopies(list(self._owned.values()), pinned=pinned) if offload else None
-        twins = self._host.twins if self._host else self._owned.values()
-        self.stepped: dict[str, nn.Parameter] = dict(zip(self._owned, twins, strict=True))
+        stay = set(map(id, at_home))
+        copied = {name: p for name, p in self._owned.items() if offload and id(p) not in stay}
+        self._host = HostCopies(list(copied.values()), pinned=pinned) if copied else None
+        twins = dict(zip(copied, self._host.twins if self._host else (), strict=True))
+        self.stepped: dict[str, nn.Parameter] = {name: twins.get(name, p) for name, p in self._owned.items()}
         self._group: dist.ProcessGroup | None = None
 
     @property

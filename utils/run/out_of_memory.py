@@ -46,14 +46,13 @@ def savings(settings: Settings) -> Iterator[str]:
 
 def _of_optimizer(settings: Settings) -> Iterator[str]:
     on_host = "cpu" not in optimizers.find(settings.optimizer.type).not_on
-    elsewhere = settings.zero_stage or settings.offload_optimizer
     if not (settings.adapter or settings.swaps) and settings.optimizer.type == "adamw":
         yield "[optimizer] type = 'adamw8bit': a quarter of the optimizer's state"
-    if not settings.adapter and on_host and not elsewhere:
+    if not settings.adapter and on_host and not settings.zero_stage:
         yield f"{_more_swap(settings)}: weights and their optimizer state wait in the machine's memory"
     if not (settings.zero_stage or settings.swaps_trained):
         yield "zero_stage = 1 or 2, if there are several data ranks: each keeps its share of the optimizer's state"
-    if on_host and not (settings.offload_optimizer or settings.swaps_trained):
+    if on_host and not settings.offload_optimizer:
         yield "offload_optimizer = true: the optimizer's state waits in the machine's memory"
 
 

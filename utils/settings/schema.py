@@ -247,13 +247,14 @@ class Settings(SettingsTable):
     stages and checkpoints of any other value, but not beside swapped blocks of a full fine-tune."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in the machine's memory, and let the processor take the steps: less memory of the GPU,
-    and slower steps. Not for optimizers that need a GPU ("adamw8bit"), nor beside swapped blocks of a full fine-tune,
-    which do so by themselves."""
+    and slower steps. Not for optimizers that need a GPU ("adamw8bit"). Swapped blocks of a full fine-tune do so by
+    themselves; beside them it is for what is not swapped."""
     deepspeed_config: DeepSpeedConfig | None = None
     """JSON file with keys of a DeepSpeed configuration, or a table of them (below), beside what follows from the other
     keys. Those that have a key here are refused, and name it."""
     memory_budget_gb: Positive | None = None
-    """What "auto" takes as the memory of each GPU, in GiB; default: the smallest of the GPUs that are there."""
+    """What "auto" takes as the memory of each GPU, in GiB, and by which the plan warns of caching, training, evaluation
+    or samples that are larger; default: the smallest of the GPUs that are there."""
     partition_method: Literal["parameters", "time", "memory", "uniform", "manual"] = "parameters"
     """How layers are divided among stages: equal numbers of parameters, of counted operations of a step ("time"), of
     the planned peaks of memory ("memory") or of layers, or by `partition_split`. What is counted is that of the size on

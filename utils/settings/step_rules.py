@@ -11,15 +11,13 @@ OF_PARTS = "_lr"
 """The ending of the keys of `[model]` that are rates of its parts."""
 
 
-def _trained_blocks_step_at_home(settings: Settings, _: int) -> Iterator[Problem]:
-    if settings.swaps_trained and settings.blocks_to_swap != "auto":
-        for key in ("zero_stage", "offload_optimizer"):
-            if getattr(settings, key):
-                message = (
-                    "is not for swapped blocks of a full fine-tune, whose optimizer state is in the machine's memory "
-                    "anyway; leave it out and swap more blocks, or leave out blocks_to_swap"
-                )
-                yield at(f"key `{key}`", message)
+def _trained_blocks_are_not_divided(settings: Settings, _: int) -> Iterator[Problem]:
+    if settings.swaps_trained and settings.blocks_to_swap != "auto" and settings.zero_stage:
+        message = (
+            "is not for swapped blocks of a full fine-tune, whose optimizer state is in the machine's memory anyway; "
+            "leave it out and swap more blocks or set offload_optimizer = true, or leave out blocks_to_swap"
+        )
+        yield at("key `zero_stage`", message)
 
 
 def _released_gradients_are_not_needed(settings: Settings, _: int) -> Iterator[Problem]:
@@ -91,7 +89,7 @@ def _one_rate_has_no_others(settings: Settings, _: int) -> Iterator[Problem]:
 STEP_RULES = (
     SettingsRule(("force_constant_lr", "optimizer", "adapter.*", "model.*"), _one_rate_has_no_others),
     SettingsRule(("adapter.*", "offload_optimizer"), _limited_norms_stay),
-    SettingsRule(("blocks_to_swap", "adapter", "zero_stage", "offload_optimizer"), _trained_blocks_step_at_home),
+    SettingsRule(("blocks_to_swap", "adapter", "zero_stage"), _trained_blocks_are_not_divided),
     SettingsRule(
         (
             "optimizer.gradient_release",

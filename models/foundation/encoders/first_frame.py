@@ -170,11 +170,21 @@ class ClipVision:
     def load(self, device: torch.device) -> None:
         self.model = self._build(load_tensors).to(device).eval().requires_grad_(False)
 
+    def empty(self) -> nn.Module:
+        """What `load` makes, without memory."""
+        stock, config = self._stock()
+        with none_without_memory(), torch.device("meta"):
+            return stock(config).to(self.dtype).eval()
+
+    def _stock(self) -> tuple[Any, Any]:
+        """Its class of transformers, and its configuration for this."""
+        stock = of_transformers(self.stock_class)
+        with explained(self.folder / PART / "config.json", self.stock_class):
+            return stock, stock.config_class.from_pretrained(self.folder / PART)
+
     def _build(self, read: Callable[[Path, torch.dtype, str], dict[str, torch.Tensor]], **how: Any) -> nn.Module:
         """The model with the tensors that `read` gives."""
-        stock, source = of_transformers(self.stock_class), self.file or self.folder / PART
-        with explained(self.folder / PART / "config.json", self.stock_class):
-            config = stock.config_class.from_pretrained(self.folder / PART)
+        (stock, config), source = self._stock(), self.file or self.folder / PART
         tensors = read(source, self.dtype, "")
         return loaded(stock, None, source, config=config, state_dict=tensors, dtype=self.dtype, **how)
 

@@ -144,7 +144,7 @@ class ConnectedGemma(TextEncoder):
         self.model = Connected(self.model, connectors.eval().requires_grad_(False))
 
     def empty(self) -> nn.Module:
-        return Connected(super().empty(), self._connectors(meta_tensors).to("meta").eval())
+        return Connected(super().empty(), self._quantised(self._connectors(meta_tensors).to("meta").eval()))
 
     def _tensors(self, read: Callable[[Path, torch.dtype, str], dict[str, Any]]) -> dict[str, Any]:
         tensors = super()._tensors(read)

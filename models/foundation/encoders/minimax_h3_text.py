@@ -140,7 +140,7 @@ class KeyFrameEncoder(TextEncoder):
         patches = self.processor(images=pictures, return_tensors="pt")
         counts = (patches.image_grid_thw.prod(dim=1) // self.processor.merge_size**2).tolist()
         row, kinds = zip(*self._tokens(caption, counts), strict=True)
-        tokens_1L = torch.tensor([row], device=self.model.device)
+        tokens_1L = torch.tensor([row]).to(self.model.device)
         states = self.model(
             input_ids=tokens_1L,
             attention_mask=torch.ones_like(tokens_1L),

@@ -18,6 +18,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from models.foundation.encoders.text import PRECISE
 from utils.quantised.formats import Format
 from utils.quantised.linear import QuantisedLinear, quantise
 
@@ -69,11 +70,16 @@ def quantise_blocks(module: nn.Module, form: Format) -> None:
         module.get_submodule(name).fill(weight)
 
 
+def quantise_empty(module: nn.Module, form: Format) -> None:
+    """The same for a module without memory."""
+    quantise(module, list(linears_of_blocks(module)), form)
+
+
 def linears_of_blocks(model: nn.Module) -> Iterator[str]:
     """The names of the Linears in the repeated blocks of a text encoder, which have nearly all of its weights, but for
     embeddings. Those that transformers keeps in float32 where it can (T5's `wo`, whose inputs are very large) are none
     of them: transformers looks at the types of their weights, too."""
-    kept_precise = (getattr(model, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
+    kept_precise = (getattr(model, name, None) for name in PRECISE)
     precise = {name for names in kept_precise for name in names or ()}
     lists = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     for name, module in model.named_modules():

@@ -34,6 +34,9 @@ SIZES = ("hidden_size", "num_hidden_layers")
 """Keys of a text encoder's configuration that determine the shape of features, or which layers exist."""
 VISION_LAYERS = ("num_hidden_layers", "depth")
 """What the number of layers is called in the configuration of the part that sees pictures."""
+PRECISE = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+"""Where transformers names parts that stay in float32: beside those in float16, and beside those in either narrow type.
+"""
 STOCK_FILES = ("model.safetensors", "model.safetensors.index.json")
 """What transformers calls files of weights."""
 
@@ -220,9 +223,19 @@ class TextEncoder:
         return loaded(self.stock_class, folder, self._source, **how)
 
     def empty(self) -> nn.Module:
-        """What `load` makes, without memory and not quantised."""
+        """What `load` makes, without memory."""
         with none_without_memory(), torch.device("meta"):
-            return self.stock_class(self.needed()).to(self.dtype).eval()
+            model = self.stock_class(self.needed()).to(self.dtype).eval()
+        with_precise_parts(model, self.dtype)
+        return self._quantised(model)
+
+    def _quantised(self, module: nn.Module) -> nn.Module:
+        """A module without memory, with its blocks quantised if they are to be."""
+        if self.kept:
+            from models.foundation.encoders.quantised import quantise_empty
+
+            quantise_empty(module, FORMATS[self.kept])
+        return module
 
     def unload(self) -> None:
         self.model = None
@@ -247,6 +260,16 @@ class TextEncoder:
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {name: (shape, self.dtype) for name, shape in self.shapes.items()}
+
+
+def with_precise_parts(model: nn.Module, dtype: torch.dtype) -> None:
+    """Gives the parts of a model of transformers that are too large in `dtype`, as in T5 in float16, the type in which
+    transformers loads them."""
+    plain, strict = (getattr(model, name, None) or () for name in PRECISE)
+    kept = {*strict, *(plain if dtype == torch.float16 else ())} if dtype != torch.float32 else set()
+    for name, module in model.named_modules():
+        if kept & set(name.split(".")):
+            module.to(torch.float32)
 
 
 def load_tokenizer(folder: Path, *, names_padding: bool = True) -> Any:

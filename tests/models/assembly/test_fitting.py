@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from models.assembly.fitting import MARGIN, SHARE, Attempt, fit, memory_of
+from models.assembly.fitting import Attempt, fit
 from models.assembly.memory import GIB, Planner
+from models.assembly.room import MARGIN, SHARE, memory_of
 from models.assembly.stage import partition
+from models.assembly.trainer import stepped_at_home
 from optimizers.adamw import AdamW8bitSettings
 from tests.models import tiny_flux
 from tests.models.tiny_folder import settings_of
@@ -133,3 +135,34 @@ def test_without_a_gpu_and_a_budget_there_is_no_limit(folder: Path) -> None:
         assert memory_of(planner.settings, Ranks()) is None
     budget = planner.settings.model_copy(update={"memory_budget_gb": 24})
     assert memory_of(budget, Ranks()) == 24 * GIB
+
+
+def test_what_stays_of_a_full_fine_tune_may_be_stepped_by_the_processor_too(folder: Path) -> None:
+    """The state of the optimizer leaves the device then, with copies of what stays there; that of swapped blocks is at
+    home in the machine's memory either way."""
+    plain, offloading = (planner_of(folder, adapter=False, offload_optimizer=on, **AUTO) for on in (False, True))
+    for number in (0, 4):
+        (before,), (after,) = (planner.plans(planner.settings, [number]) for planner in (plain, offloading))
+        at_home = sum(tensor.numel() for block in after.swap.trained.values() for tensor in block)
+        staying = sum(p.numel() for part in offloading._trained for p in part.values()) - at_home
+        # AdamW keeps two moments and a master of 16 bits' weights, all of four bytes.
+        assert before.state - after.state == staying * 12 and before.weights == after.weights
+        assert after.host == before.host and before.stepped == 0
+        assert after.stepped == staying * (12 + 2 + 2)
+    less = total(offloading, activation_checkpointing="offload", blocks_to_swap=BLOCKS)
+    assert less < total(plain, activation_checkpointing="offload", blocks_to_swap=BLOCKS)
+    assert chosen(fit(offloading, card_for(less))) == ("offload", BLOCKS)
+
+
+def test_a_stage_steps_at_home_what_is_swapped_of_it(folder: Path) -> None:
+    flux, keys = tiny_flux.pipeline(folder, dtype="bfloat16"), {"pipeline_stages": 2, "blocks_to_swap": [1, 2]}
+    settings = settings_of(flux, offload_optimizer=True, **keys)
+    staged = partition(flux, settings, flux.weights.build_empty())
+    for stage, count in enumerate(keys["blocks_to_swap"]):
+        at_home = set(map(id, stepped_at_home(settings, Ranks(stage, 2, stages=2), staged)))
+        layers = staged.stage_layers(stage)
+        swapped = [layer for layer in layers if at_home & set(map(id, layer.parameters()))]
+        assert len(swapped) == count
+        assert at_home == {id(parameter) for layer in swapped for parameter in layer.parameters()}
+    adapted = settings_of(flux, LoraSettings(type="lora", rank=2), **keys)
+    assert stepped_at_home(adapted, Ranks(0, 2, stages=2), staged) == []

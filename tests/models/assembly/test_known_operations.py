@@ -99,3 +99,13 @@ def test_gradients_pass_through() -> None:
         with KnownOperations():
             (gradient,) = torch.autograd.grad((left @ right).square().sum(), left)
         assert gradient.shape == left.shape
+
+
+def test_gradients_that_nobody_asks_for_stay_out() -> None:
+    """The backward pass of a normalisation makes three of them, or fewer."""
+    pixels, weight = meta(2, 16, 8, 8).requires_grad_(), meta(16).requires_grad_()
+    for wanted in ([pixels], [weight], [pixels, weight]):
+        for _ in range(2):
+            with KnownOperations():
+                made = torch.autograd.grad(group_norm(pixels, 16, weight).sum(), wanted)
+            assert [one.shape for one in made] == [one.shape for one in wanted]

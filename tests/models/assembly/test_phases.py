@@ -15,10 +15,12 @@ from diffusers import AutoencoderKL
 from torch.profiler import ProfilerActivity, profile
 
 from models.assembly import phases
-from models.assembly.fitting import MARGIN, SHARE, fit
+from models.assembly.encoder_needs import Need
+from models.assembly.fitting import fit
 from models.assembly.live_bytes import most_at_once
 from models.assembly.memory import GIB, Planner
-from models.assembly.phases import Decoding, Need, caching_needs, decoding_need, encoding_bytes
+from models.assembly.phases import Decoding, caching_needs, decoding_need, encoding_bytes
+from models.assembly.room import MARGIN, SHARE
 from models.assembly.stage import partition
 from tests.models import tiny_flux, tiny_wan
 from tests.models.tiny_folder import settings_of
@@ -137,11 +139,6 @@ def test_an_encoder_is_told_with_what_it_takes_in_tiles() -> None:
     need = Need("vae", GIB, 8 * GIB, 2 * GIB)
     assert need.least == 3 * GIB and str(need) == "vae 9.00 at once, 3.00 in tiles, if there is no room for that"
     assert str(Need("vae", GIB, GIB, 2 * GIB)) == "vae 2.00"
-
-
-def test_what_looks_at_values_counts_with_its_weights_alone() -> None:
-    need = Need("picture", 2 * GIB, None)
-    assert need.total == 2 * GIB and "activations cannot be counted" in str(need)
 
 
 def test_fluxs_vae_at_full_size() -> None:

@@ -24,6 +24,7 @@ from tests.utils.parallel import toy_flux
 from utils.adapters.attach import switched_off
 from utils.errors import UserError
 from utils.parallel.partition import repeated_blocks
+from utils.parallel.sharding import Shares
 from utils.parallel.swap import BlockSwap
 from utils.parallel.swap_plan import BUFFERS, SwapPlan, counts, spread
 from utils.parallel.transfers import ALIGNMENT
@@ -46,11 +47,12 @@ VARIANTS = {
     "recomputed dropout and a teacher": {"recompute": True, "dropout": 0.5, "teacher": True},
     "in full, kept": {"full": True},
     "in full, recomputed in bfloat16": {"full": True, "recompute": True, "bfloat16": True},
+    "in full, stepped by the processor": {"full": True, "steps_on_host": True},
 }
-KEPT, RECOMPUTED, OFFLOADED, WITH_TEACHER, FULL, FULL_RECOMPUTED = VARIANTS
+KEPT, RECOMPUTED, OFFLOADED, WITH_TEACHER, FULL, FULL_RECOMPUTED, FULL_ON_HOST = VARIANTS
 LAYOUTS = [
     (1, 1, (RECOMPUTED, WITH_TEACHER, FULL_RECOMPUTED)),
-    (2, 1, (KEPT, OFFLOADED, WITH_TEACHER, FULL)),
+    (2, 1, (KEPT, OFFLOADED, WITH_TEACHER, FULL, FULL_ON_HOST)),
     (1, 2, (KEPT, FULL_RECOMPUTED)),
 ]
 """Stages, data ranks, variants."""
@@ -77,6 +79,7 @@ def engine_of(
     teacher: bool = False,
     full: bool = False,
     bfloat16: bool = False,
+    steps_on_host: bool = False,
 ) -> Any:
     from utils.parallel.backend import initialize_deepspeed
     from utils.parallel.engine import Engine
@@ -104,7 +107,13 @@ def engine_of(
     kept = {"recompute": recompute, "host": HostInputs(smallest=1) if offload else None}
     module = DenoiserPipeline(layers, bounds, flux.stream_type, flux.maths.loss, swap=swap, **kept)
     trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [{"params": trained}]
+    at_home = [parameter for block in swap._trained for parameter in block]
+    shares = Shares(dict(module.named_parameters()), ranks, offload=True, at_home=at_home) if steps_on_host else None
+    if shares and count:
+        # What is swapped is stepped itself, and copies of the rest.
+        own = set(map(id, trained)) & set(map(id, shares.stepped.values()))
+        assert own == set(map(id, at_home)) and 0 < len(own) < len(trained)
+    groups = [{"params": list(shares.stepped.values()) if shares else trained}]
     optimizer = optimizers.build(groups, OPTIMIZER) if trained else optimizer_for_frozen_stage()
     given = Teacher(partial(switched_off, denoiser), flux.maths.with_teacher_target) if teacher else None
     return Engine(
@@ -114,6 +123,7 @@ def engine_of(
         clip_norm=0.05,
         teacher=given,
         float32_gradients=bfloat16,
+        shares=shares,
     )
 
 
@@ -208,8 +218,9 @@ def test_swapping_changes_no_bit(
         for without, swapped in rank.values():
             assert len({loss for loss, _ in without["losses"]}) == STEPS + 1, "training changes the loss"
             assert_equal(swapped, without)
-        if OFFLOADED in rank:
-            assert_equal(rank.pop(OFFLOADED), rank[KEPT])
+        for same, plain in ((OFFLOADED, KEPT), (FULL_ON_HOST, FULL)):
+            if same in rank:
+                assert_equal(rank.pop(same), rank[plain])
         losses = {str(without["losses"]) for without, _ in rank.values()}
         assert len(losses) == len(rank), "each variant trains otherwise"
 

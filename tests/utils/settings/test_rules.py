@@ -104,7 +104,6 @@ LORA = "[adapter]\ntype = 'lora'\nrank = 1"
             "nothing to draw",
         ),
         ({"top": "blocks_to_swap = 3\nzero_stage = 1"}, "key `zero_stage`", "leave out blocks_to_swap"),
-        ({"top": "blocks_to_swap = 3\noffload_optimizer = true"}, "key `offload_optimizer`", "swap more blocks"),
         (
             {"top": "blocks_to_swap = [1]\npipeline_stages = 2", "tables": LORA},
             "key `blocks_to_swap`",

@@ -1,0 +1,202 @@
+"""Which phases of a run do not fit a card, by how much, and what to set: told before anything is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+
+import torch
+
+import optimizers
+from models.assembly.encoder_needs import GIB, Need
+from models.assembly.memory import Planner, StagePlan
+from models.assembly.phases import caching_needs
+from models.foundation.encoders.text import TextEncoder
+from utils.dataset.encoders import Encoder
+from utils.dataset.samples import Bucket, Sample
+from utils.errors import Problem, UserError
+from utils.ranks import Ranks, gather
+from utils.settings.schema import Settings
+
+logger = logging.getLogger(__name__)
+
+MARGIN, SHARE = 1.0, 0.04
+"""Of a GPU's memory so many GiB and this share are left for what is not planned: CUDA itself, the libraries' work
+areas, holes between allocations, and errors of the plan."""
+SMALLEST_FORMATS = ("nf4", "int4")
+NO_LIMIT = float("inf")
+
+
+def planned_with(memory: float) -> float:
+    """The bytes of a card's memory that can be planned with."""
+    return memory * (1 - SHARE) - MARGIN * GIB
+
+
+def card_of(ranks: Ranks) -> float | None:
+    """The bytes of this rank's GPU; None without one."""
+    return torch.cuda.mem_get_info(ranks.device)[1] if ranks.device.type == "cuda" else None
+
+
+def memory_of(settings: Settings, ranks: Ranks) -> float | None:
+    """The bytes that the settings name, or those of this rank's GPU; None without either."""
+    return settings.memory_budget_gb * GIB if settings.memory_budget_gb else card_of(ranks)
+
+
+def check_caching(
+    settings: Settings,
+    ranks: Ranks,
+    wanted: Mapping[str, tuple[Encoder, Sequence[Sample]]],
+    lacks: Callable[[Encoder, Sequence[Sample]], bool],
+) -> None:
+    """Whether the smallest card has room for each encoder that has something to encode; warns of those for which it
+    probably has not. All ranks call it together.
+
+    Args:
+        wanted: of each encoder, the samples that it is to be encoded from.
+        lacks: whether any of them is not in the cache, as the main rank finds it.
+
+    Raises:
+        UserError: the weights of an encoder alone are larger than the card.
+    """
+    mine = [memory_of(settings, ranks) or NO_LIMIT, card_of(ranks) or NO_LIMIT]
+    memory, card = map(min, zip(*gather(ranks, "caching/memory", mine), strict=True))
+    if memory == NO_LIMIT:
+        return
+    problems: list[Problem] = []
+    if ranks.is_main:
+        for encoder, samples in wanted.values():
+            largest = max({sample.bucket for sample in samples}, key=lambda bucket: bucket.pixels)
+            told = [
+                one
+                for need in caching_needs([encoder], largest, settings.caching_batch_size)
+                for one in of_encoder(need, encoder, settings, memory, card, largest)
+            ]
+            if told and lacks(encoder, samples):
+                problems += _told(told)
+    texts = gather(ranks, "caching/room", [[one.where, one.message] for one in problems])[0]
+    if texts:
+        raise UserError(Problem("", where, message) for where, message in texts)
+
+
+def _told(found: Iterable[tuple[Problem, bool]]) -> list[Problem]:
+    """The problems that are sure; warns of the others."""
+    found = list(found)
+    for problem, is_sure in found:
+        if not is_sure:
+            logger.warning("%s: %s", problem.where, problem.message)
+    return [problem for problem, is_sure in found if is_sure]
+
+
+def of_encoder(
+    need: Need, encoder: Encoder, settings: Settings, memory: float, card: float, bucket: Bucket
+) -> Iterator[tuple[Problem, bool]]:
+    """What is wrong with the room for an encoder while it fills the cache, and whether that is sure.
+
+    Args:
+        memory: of a card in bytes, or what the settings name in its place.
+        card: of the card itself; infinite if there is none.
+        bucket: the largest size.
+    """
+    budget = planned_with(memory)
+    if need.least <= budget:
+        return
+    of_weights, kept = need.weights > budget, getattr(encoder, "kept", None)
+    ways = []
+    if isinstance(encoder, TextEncoder) and kept not in SMALLEST_FORMATS:
+        ways.append('[model] text_encoder_dtype = "nf4"' + ("" if kept else ', or "float8"'))
+    if not of_weights and settings.caching_batch_size > 1:
+        ways.append("caching_batch_size = 1")
+    if not of_weights and not isinstance(encoder, TextEncoder):
+        shorter = " or shorter clips" if bucket.frames > 1 else ""
+        ways.append(f"smaller `resolutions`{shorter} in the dataset's file ({bucket} is the largest size)")
+    what = "its weights alone" if of_weights else f"{need.weights / GIB:.2f} of them weights"
+    message = f"{_short(need.least, budget, memory, what, ways)}, or fill the cache on a larger card, by --cache_only"
+    yield Problem("", f"caching, {need.name}", message), need.weights > card
+
+
+def of_plans(
+    planner: Planner, settings: Settings, plans: Sequence[StagePlan], memory: float, card: float
+) -> Iterator[tuple[Problem, bool]]:
+    """The same of training, evaluation and sampling.
+
+    Args:
+        settings: the planner's, with what was chosen.
+    """
+    budget = planned_with(memory)
+    peaks = planner.phases.peaks(plans)
+    largest = max(plan.weights + plan.live[0] for plan in plans)
+    if largest > budget:
+        message = _short(largest, budget, memory, "its weights alone", [*_for_weights(settings)])
+        yield Problem("", "training", message), largest > card
+        return
+    for phase, ways in (
+        ("training", [*_for_training(settings), *_for_weights(settings)]),
+        ("evaluation", ["eval_micro_batch_size_per_gpu = 1", *_for_weights(settings)]),
+        ("sampling", ["smaller samples in [sampling] (width, height, frames)", *_for_weights(settings)]),
+    ):
+        if peaks[phase] > budget:
+            what = f"{largest / GIB:.2f} of them weights"
+            yield Problem("", phase, _short(peaks[phase], budget, memory, what, ways)), False
+
+
+def _for_training(settings: Settings) -> Iterator[str]:
+    """What makes a step smaller, beside fewer weights on the card."""
+    if settings.activation_checkpointing is False:
+        yield 'activation_checkpointing = "auto"'
+    if settings.micro_batch_size_per_gpu != 1:
+        yield "micro_batch_size_per_gpu = 1"
+    if settings.adapter is None and not settings.offload_optimizer and "cpu" not in _devices_it_is_not_for(settings):
+        yield "offload_optimizer = true"
+
+
+def _devices_it_is_not_for(settings: Settings) -> Collection[str]:
+    return optimizers.find(settings.optimizer.type).not_on
+
+
+def _for_weights(settings: Settings) -> Iterator[str]:
+    """What leaves fewer weights on the card."""
+    if settings.blocks_to_swap != "auto":
+        yield 'blocks_to_swap = "auto"'
+    if settings.adapter and settings.model.transformer_dtype not in SMALLEST_FORMATS:
+        yield '[model] transformer_dtype = "nf4"'
+    if not settings.cache_text_embeddings:
+        yield "cache_text_embeddings = true"
+    yield "more pipeline_stages"
+
+
+def _short(bytes_: float, budget: float, memory: float, what: str, ways: Sequence[str]) -> str:
+    return (
+        f"takes {bytes_ / GIB:.2f} GiB, {what}; of the {memory / GIB:.1f} GiB of a card {max(budget, 0) / GIB:.2f} can "
+        f"be planned with, {(bytes_ - budget) / GIB:.2f} too few{'; set ' if ways else ''}{', '.join(ways)}"
+    )
+
+
+def check_plans(
+    planner: Planner,
+    settings: Settings,
+    plans: Sequence[StagePlan],
+    memory: float,
+    card: float | None,
+    *,
+    caches: bool = False,
+) -> None:
+    """Whether a card has room for training, evaluation and sampling; warns of what it probably has none for.
+
+    Args:
+        memory: see `of_encoder`.
+        card: the same; None if there is none.
+        caches: whether there may be something to encode yet, of which it warns too.
+
+    Raises:
+        UserError: the weights of a stage alone are larger than the card.
+    """
+    card = card or NO_LIMIT
+    if caches:
+        bucket, _ = planner.phases.caching
+        by_name = {encoder.name: encoder for encoder in planner.phases.cached if hasattr(encoder, "name")}
+        for need in planner.phases.caching_needs:
+            # The cache may have all that it makes.
+            for problem, _ in of_encoder(need, by_name[need.name], settings, memory, card, bucket):
+                _told([(problem, False)])
+    if problems := _told(of_plans(planner, settings, plans, memory, card)):
+        raise UserError(problems)
