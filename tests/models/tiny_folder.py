@@ -89,7 +89,6 @@ VARIANTS = {
     "kandinsky5_t2i": (
         OF_OTHER_INPUTS[0],
         "test_samples_are_those_of_the_stock_pipeline",
-        "test_text_is_that_of_the_stock_pipeline",
         "test_latents_are_those_of_the_stock_pipeline",
     ),
     "ltx2_3": (
