@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -19,12 +20,21 @@ gc.disable()
 from hypothesis import settings  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from tests.processes import start_server  # noqa: E402
+from tests.processes import start_server, use_server  # noqa: E402
 from tests.runs import COLOURS, config_writer, write_short_flux  # noqa: E402
 
 # How long an example takes says nothing on a machine that others use too.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """The workers of pytest-xdist share the server of the process that starts them: it imports torch and all the rest
+    once for all."""
+    if not hasattr(node.config, "server"):
+        node.config.server = start_server()
+    node.workerinput["server"] = node.config.server
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,6 +51,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     make, not at all that is imported."""
     gc.freeze()
     gc.enable()
+    if hasattr(session.config, "workerinput"):
+        use_server(session.config.workerinput["server"])
+        return
     starting = any(map(_starts_processes, {item.module for item in session.items}))
     if starting and not session.config.option.collectonly:
         start_server()

@@ -28,10 +28,19 @@ TIMEOUT = timedelta(minutes=3)
 PRELOADED = ["tests.preload"]
 
 
-def start_server() -> None:
-    """Lets the server import what it needs while the tests begin."""
+def start_server() -> str:
+    """Lets the server import what it needs while the tests begin. Returns its address, for `use_server`."""
     _context()
     forkserver.ensure_running()
+    return forkserver._forkserver._forkserver_address
+
+
+def use_server(address: str) -> None:
+    """Has processes forked from the server of another process, which ends with that one. multiprocessing knows how to
+    ask any server, and not that it need not start one."""
+    server = forkserver._forkserver
+    server._forkserver_address, server._forkserver_alive_fd = address, os.pipe()[1]
+    server.ensure_running = lambda: None
 
 
 def _context() -> multiprocessing.context.BaseContext:

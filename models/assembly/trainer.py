@@ -138,14 +138,7 @@ def build_trainer(
     epochs = epochs_of(settings, ranks, pipeline, data.training.samples)
     staged = load_stage(pipeline, settings, ranks.stage)
     parameters = staged.trained(staged.stage_layers(ranks.stage))
-    shares = Shares(
-        parameters,
-        ranks,
-        settings.zero_stage,
-        offload=settings.offload_optimizer,
-        pinned=ranks.device.type == "cuda",
-        at_home=stepped_at_home(settings, ranks, staged),
-    )
+    shares = _shares(settings, ranks, staged, parameters)
     optimizer = _optimizer(settings, Rates(settings, pipeline, staged.denoiser), shares.stepped, epochs)
     engine = _engine(settings, ranks, pipeline, staged, optimizer, shares)
     reader = reader_of(data, ranks)
@@ -247,6 +240,17 @@ def restore_or_start(
     if checkpoint:
         checkpoint.load_ema(ema)
     return ema
+
+
+def _shares(settings: Settings, ranks: Ranks, staged: StagedModel, parameters: Mapping[str, Parameter]) -> Shares:
+    return Shares(
+        parameters,
+        ranks,
+        settings.zero_stage,
+        offload=settings.offload_optimizer,
+        pinned=ranks.device.type == "cuda",
+        at_home=stepped_at_home(settings, ranks, staged),
+    )
 
 
 def _optimizer(settings: Settings, rates: Rates, parameters: Mapping[str, Parameter], epochs: Epochs) -> Optimizer:

@@ -78,10 +78,9 @@ def gradients(model: Model, pipeline: BasePipeline, staged: StagedModel) -> tupl
     return prediction.detach(), {name: p.grad for name, p in staged.trained(staged.layers).items()}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("adapter", [LORA, LOKR], ids=["lora", "lokr"])
+@pytest.mark.parametrize(("name", "dtype"), [("flux", "float32"), ("flux", "bfloat16"), ("wan", "bfloat16")])
 @pytest.mark.parametrize("kept", FORMATS)
-@pytest.mark.parametrize("name", TINY)
 def test_an_adapter_trains_as_on_the_weights_that_the_codes_mean(
     folders: dict[str, Path], name: str, kept: str, adapter: AdapterSettings, dtype: str
 ) -> None:
