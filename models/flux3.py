@@ -7,7 +7,7 @@ three times that, E rotary angles, h w latent cells.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +25,7 @@ from models.foundation.checkpoints.stock import of_diffusers
 from models.foundation.encoders.flux2_vae import Flux2Autoencoder
 from models.foundation.encoders.qwen3_vl import Qwen3VLStates
 from models.foundation.encoders.text_features import chat
+from models.foundation.layers.around_stock import AroundStock
 from models.foundation.layers.padding import filled_length, without
 from utils.errors import Problem
 from utils.settings.model_schema import ModelSettings
@@ -132,18 +133,8 @@ class Places(NamedTuple):
     text_lengths: tuple[torch.Tensor, ...] | None = None
 
 
-class OwnTextAttention:
-    """The stock attention for each sample with its own text, without what a batch adds to shorter ones.
-
-    Args:
-        stock: the stock processor.
-    """
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __init__(self, stock: Callable[..., torch.Tensor]):
-        self.stock = stock
+class OwnTextAttention(AroundStock):
+    """The stock attention for each sample with its own text, without what a batch adds to shorter ones."""
 
     def __call__(
         self, attn: nn.Module, hidden_states: torch.Tensor, attention_mask: None, image_rotary_emb: Places

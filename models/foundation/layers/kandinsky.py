@@ -6,12 +6,12 @@ D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from models.foundation.layers.around_stock import AroundStock
 from models.foundation.layers.padding import lengthened
 
 MENDED, AGAINST = 4, 5
@@ -28,19 +28,10 @@ class OfTexts(NamedTuple):
     lengths: tuple[torch.Tensor, ...] | None
 
 
-class OwnTextAttention:
+class OwnTextAttention(AroundStock):
     """The stock attention of texts, and of a picture to its text, for each sample with its own tokens, without the
     padding of shorter texts in a batch, for which the stock processor has no mask.
-
-    Args:
-        stock: the stock processor.
     """
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __init__(self, stock: Callable[..., torch.Tensor]):
-        self.stock = stock
 
     def __call__(
         self,

@@ -5,11 +5,12 @@ Shapes: P tokens of the sequence, D width, E rotary angles.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import nn
+
+from models.foundation.layers.around_stock import AroundStock
 
 
 class Places(NamedTuple):
@@ -20,18 +21,8 @@ class Places(NamedTuple):
     parts: tuple[torch.Tensor, ...]
 
 
-class PartsAttention:
-    """The stock attention within each part of a sequence.
-
-    Args:
-        stock: the stock processor.
-    """
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __init__(self, stock: Callable[..., torch.Tensor]):
-        self.stock = stock
+class PartsAttention(AroundStock):
+    """The stock attention within each part of a sequence."""
 
     def __call__(
         self, attn: nn.Module, hidden_states: torch.Tensor, rotary_emb: Places, attention_mask: None = None
