@@ -16,8 +16,9 @@ show something of it. The names are:
 - optional: SIZES of (width, height, frames) that are tried; features_of_pictures(latent_shape): random features of a
   batch that do not come from text; PIXELS, channels and number of the pictures that a latent is made of, which are
   decoded side by side; SUMMED_OTHERWISE, beginnings of the names of parameters whose gradients are summed in another
-  order than in the stock module, and why; CUT, keys of
-  a run by which each stage gets a block; dataset_of(pictures): keys of the dataset that it is trained on, of a folder
+  order than in the stock module, and why; ROUNDED_OTHERWISE, that the stock module multiplies other numbers of rows by
+  the same weights, which on some processors changes the last bits, and why; CUT, keys of a run by which each stage gets
+  a block; dataset_of(pictures): keys of the dataset that it is trained on, of a folder
   of pictures.
 """
 
