@@ -87,6 +87,8 @@ class BasePipeline(ABC):
         follows_clip: whether its first control image may be a clip, as long as the sample's.
         frame_groups: frames of a clip -> how many of them each latent frame covers, for masks; None if the first one
             covers the first frame alone, and each of the others as many as the next.
+        masks_weigh: whether masks of the data weigh the loss; otherwise they say what of the first control image is
+            made anew, and prompts may have one too; a property if options decide.
         control_fit: how the control images of prompts are brought to the sample's shape, as in a dataset; a property if
             options decide.
         max_controls: the largest number of control images with which it is conditioned.
@@ -121,6 +123,7 @@ class BasePipeline(ABC):
     ends_in_picture: bool = False
     follows_clip: ClassVar[bool] = False
     frame_groups: Callable[[int], Sequence[int]] | None = None
+    masks_weigh: bool = True
     control_fit: ControlFit = None
     max_controls: ClassVar[int] = 0
 
