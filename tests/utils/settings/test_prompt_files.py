@@ -103,7 +103,11 @@ def test_samples_come_in_order_and_have_what_all_have_where_they_say_nothing() -
     sampling = SamplingSettings(
         prompts=["a", "b"],
         control_images=["1.png", "2.png"],
-        samples=[{"prompt": "c", "width": 64}, {"prompt": "d", "seed": 0, "control_images": ["3.png"]}],
+        mask_images=["m.png"],
+        samples=[
+            {"prompt": "c", "width": 64},
+            {"prompt": "d", "seed": 0, "control_images": ["3.png"], "mask_image": "n.png"},
+        ],
         width=32,
         negative_prompt="dark",
     )
@@ -113,6 +117,9 @@ def test_samples_come_in_order_and_have_what_all_have_where_they_say_nothing() -
     assert [one.settings.width for one in requests] == [32, 32, 64, 32]
     assert [one.seeded for one in requests] == [False, False, False, True]
     assert [list(map(str, one.control_images)) for one in requests] == [["1.png"], ["2.png"], [], ["3.png"]]
+    assert [str(one.mask_image) for one in requests] == ["m.png", "m.png", "m.png", "n.png"]
     assert {one.settings.negative_prompt for one in requests} == {"dark"}
+    several = requests_of(sampling.model_copy(update={"mask_images": [Path("1.gif"), Path("2.gif")]}), True)
+    assert [one.mask_image and str(one.mask_image) for one in several] == ["1.gif", "2.gif", None, "n.png"]
     shared = sampling.model_copy(update={"control_images": sampling.control_images[:1]})
     assert [list(map(str, one.control_images)) for one in requests_of(shared, True)][2] == ["1.png"]
