@@ -295,8 +295,8 @@ def _problems_of_masks(samples: Sequence[Sample]) -> Iterator[Problem]:
         media, mask = short[0]
         message = (
             f"{len(short)} of the samples go on where their mask has ended: the first is {media.locator}, and "
-            f"{mask.locator} has {mask.frames} frames, {mask.fps:g} per second; replace those files, or use stills, "
-            "which last for all of a clip"
+            f"{mask.locator} has {mask.frames} frames, {mask.fps:g} per second; replace those files, have clips "
+            'begin where their files do (video_clip_mode = "single_beginning"), or use stills, which last for ever'
         )
         yield Problem("", "[[directory]] mask_path", message)
 

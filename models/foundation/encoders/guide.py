@@ -124,7 +124,8 @@ class RegionsAutoencoder(GuideAutoencoder):
 
 def pixels_of_cells(mask_B1FHW: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     """A mask as VACE reads it, (B, M, f, h, w): the pixels of each latent cell are its channels, row by row, and of the
-    frames that a latent frame covers it has the one in their middle (`prepare_masks` of diffusers' pipeline)."""
+    frames that a latent frame stands for it has the one in the middle of an equal share of all (`prepare_masks` of
+    diffusers' pipeline). So a first frame that is kept alone is not among them, in inference either."""
     frames, height, width = size
     numbers_11F = torch.arange(mask_B1FHW.shape[2], dtype=torch.float32)[None, None]
     middles_f = functional.interpolate(numbers_11F, size=frames, mode="nearest-exact")[0, 0].long()
