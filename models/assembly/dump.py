@@ -117,16 +117,16 @@ def _pictures(
         ),
         "decoded": _written(decoded_CFHW, sample.fps, folder, name),
     }
-    # What is kept of the first, and where, is shown below.
-    for index, control in list(enumerate(sample.controls))[not pipeline.masks_weigh :]:
+    for index, control in enumerate(sample.controls):
+        if index == 0 and not pipeline.masks_weigh:
+            guide_CFHW, region_1FHW = regions_of(version).split([3, 1])
+            pictures["control 1"] = _written(guide_CFHW, sample.fps, folder, f"{name}_control1")
+            said = f"white is made anew, {region_1FHW.mean():.0%}; black is kept"
+            pictures[said] = _written(_grey(region_1FHW), sample.fps, folder, f"{name}_mask")
+            continue
         pixels = load_clip(control.media.locator.source, version.control_view(control), 0.0, 1, 1.0)
         pictures[f"control {index + 1}"] = _written(pixels, 0.0, folder, f"{name}_control{index + 1}")
-    if not pipeline.masks_weigh:
-        guide_CFHW, region_1FHW = regions_of(version).split([3, 1])
-        pictures["control 1"] = _written(guide_CFHW, sample.fps, folder, f"{name}_control1")
-        said = f"white is made anew, {region_1FHW.mean():.0%}; black is kept"
-        pictures[said] = _written(_grey(region_1FHW), sample.fps, folder, f"{name}_mask")
-    elif sample.mask:
+    if sample.mask and pipeline.masks_weigh:
         weight = batch.weight[0]
         said = f"weight of the loss: white is 1, mean {weight.mean():.3g}, largest {weight.max():.3g}"
         pictures[said] = _written(_weight(weight, decoded_CFHW), sample.fps, folder, f"{name}_mask")

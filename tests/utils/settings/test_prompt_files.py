@@ -15,7 +15,7 @@ from utils.settings.sample_requests import SampleRequest, remarks_of, requests_o
 KOHYA = """\
 # prompts of the run
 
-a cat, sleeping --w 512 --h 768 --d 1 --s 28 --l 7.5 --g 3.5 --n blurred, dark --f 5 --ci pictures/a cat.png
+a cat, sleeping --w 512 --h 768 --d 1 --s 28 --l 7.5 --g 3.5 --n blurred, dark --f 5 --ci pictures/a cat.png --cim a.png
   a -- plain - one
 a dog --am 0.5 --ss euler_a
 """
@@ -32,6 +32,7 @@ def test_lines_are_read_as_kohyas_scripts_read_them() -> None:
     assert (one.width, one.height, one.seed, one.steps, one.frames) == (512, 768, 1, 28, 5)
     assert (cat.prompt, one.negative_prompt) == ("a cat, sleeping", "blurred, dark")
     assert cat.control_images == [Path("pictures/a cat.png")] and cat.seeded and cat.where == "line 3"
+    assert cat.mask_image == Path("a.png") and plain.mask_image is None
     assert plain.prompt == "a -- plain - one" and not plain.seeded
     assert (plain.settings.steps, plain.settings.seed, plain.settings.adapter_scale) == (20, 9, 1.0)
     assert dog.settings.adapter_scale == 0.5
@@ -79,6 +80,8 @@ def test_tables_say_the_same_in_json_and_toml() -> None:
     assert fox.prompt == "a fox" and cat.settings.width == 64 and cat.seeded and cat.where == "sample 2"
     assert cat.settings.model_dump() == other.settings.model_dump()
     assert own.control_images == [Path("a.png")] and own.settings.guidance == cat.settings.guidance == 4.0
+    (masked,) = drawn('[{"prompt": "a cat", "control_image_mask_path": "m.png"}]', "p.json")
+    assert masked.mask_image == Path("m.png")
     assert [one.prompt for one in drawn('{"fox": "a fox", "cat": "a cat"}', "p.json")] == ["a fox", "a cat"]
 
 
