@@ -24,6 +24,8 @@ class Conditions(ModelFiles):
             covers the first frame alone, and each of the others as many as the next.
         control_fit: how the control images of prompts are brought to the sample's shape, as in a dataset; a property if
             options decide.
+        masks_weigh: whether masks are weights of the loss; otherwise they say what is made anew; a property if an
+            option decides.
         max_controls: the largest number of control images with which it is conditioned.
     """
 
@@ -32,6 +34,7 @@ class Conditions(ModelFiles):
     follows_clip: ClassVar[bool] = False
     frame_groups: Callable[[int], Sequence[int]] | None = None
     control_fit: ControlFit = None
+    masks_weigh: bool = True
     max_controls: ClassVar[int] = 0
 
     def encoders_for(self, controls: int) -> list[Encoder]:

@@ -76,6 +76,7 @@ def collect(
     *,
     max_failed_fraction: float = 0.0,
     caption_versions: bool = True,
+    masks_weigh: bool = True,
     listing: bool = True,
 ) -> list[Collection]:
     """The samples of every source.
@@ -83,6 +84,7 @@ def collect(
     Args:
         max_failed_fraction: fraction of the files that may be broken; broken files are left out.
         caption_versions: of the training set; see `buckets.assign`.
+        masks_weigh: masks are weights of the loss; otherwise they say what the model makes anew.
         listing: write the files that cannot be used to `FAILED_NAME` beside the index of the files.
 
     Raises:
@@ -98,14 +100,14 @@ def collect(
         versions = caption_versions or source.name != TRAINING
         chosen = assign(manifest.rows, source.settings, facts, caption_versions=versions)
         files = len(manifest.rows) + len(manifest.rejected)
-        remarks = manifest.remarks + remarks_on(manifest.rows, chosen.samples, source.settings)
+        remarks = manifest.remarks + remarks_on(manifest.rows, chosen.samples, source.settings, masks_weigh=masks_weigh)
         if collections and source.file.resolve() != collections[0].source.file.resolve():
             remarks += seen_in_training(collections[0].samples, chosen.samples)
         collections.append(Collection(source, chosen.samples, chosen.left_out, manifest.rejected, files, remarks))
         if held and len(collections) == 1:
             collections = divided(collections[0], held)
             problems += _nothing_left(collections)
-        if reason := nothing_is_weighed(manifest.rows, source.settings):
+        if masks_weigh and (reason := nothing_is_weighed(manifest.rows, source.settings)):
             problems.append(Problem(str(source.file), "masks", reason))
         if not files and not manifest.problems:
             problems.append(Problem(str(source.file), "", "there is no picture or clip in any of its directories"))
