@@ -24,8 +24,8 @@ class Conditions(ModelFiles):
             covers the first frame alone, and each of the others as many as the next.
         control_fit: how the control images of prompts are brought to the sample's shape, as in a dataset; a property if
             options decide.
-        masks_weigh: whether masks are weights of the loss; otherwise they say what is made anew; a property if an
-            option decides.
+        masks_weigh: whether masks of the data weigh the loss; otherwise they say what of the first control image is
+            made anew, and prompts may have one too; a property if options decide.
         max_controls: the largest number of control images with which it is conditioned.
     """
 
