@@ -120,6 +120,11 @@ def versions(encoder: Encoder, sample: Sample) -> Iterator[SampleVersion]:
             yield SampleVersion(sample, take, "", sample.id)
 
 
+def wanted_by(encoder: Encoder, samples: Iterable[Sample]) -> dict[str, SampleVersion]:
+    """The versions that the encoder makes items from, by the items' keys."""
+    return {item_key(encoder, version): version for sample in samples for version in versions(encoder, sample)}
+
+
 def items_wanted(encoder: Encoder, samples: Iterable[Sample]) -> list[tuple[str, Bucket]]:
     """The keys of the items that the encoder makes from the samples, and the sizes at which they are made."""
     input_name = next((input_name for input_name in encoder.reads if input_name not in TEXT), "pixels")
