@@ -21,7 +21,7 @@ from utils.media.source import MediaError
 
 TRANSFORM = "3"
 """Part of every key; to be changed when the same view of a file would give other pixels."""
-ENDS, GUIDE = "ends", "guide"
+ENDS, GUIDE, CONTROL_RGBA = "ends", "guide", "controlrgba"
 BYTES_PER_PIXEL = 3 * 4
 """Bytes of a decoded colour pixel in float32."""
 
@@ -33,7 +33,8 @@ class Encoder(Protocol):
     """The name of its store's folder."""
     reads: tuple[str, ...]
     """The inputs of `encode`: some of "pixels", "ends", "guide", "rgba", "layers", "size_and_crop", "mask",
-    "control" ("control_2" ... for further ones), "caption" and "weighted_caption"."""
+    "control" ("control_2" ... for further ones), "controlrgba" ("controlrgba_2" ...), "caption" and "weighted_caption".
+    """
     fingerprint: str
     """A text that changes whenever its output would change."""
 
@@ -48,10 +49,10 @@ class Encoder(Protocol):
         0 or a list of B tensors of different lengths. Pixels, controls and masks come as BCFHW on the CPU. So do
         "ends", clips whose last frame is a prompt's second picture, if it has one, "guide", the first control as a clip
         as long as the sample's, which lies on it in place and time, "rgba", pictures with their opacity
-        in [-1, 1] as a fourth channel, and "layers", where the control images, at the size of the picture, follow it
-        as further frames. "size_and_crop" comes as (B, 6) pixels: height and width of the file, top and left of the
-        crop in the scaled picture, height and width of the pixels. Captions come as a list of B strings, weighted
-        captions as a list of B lists of (text, weight)."""
+        in [-1, 1] as a fourth channel, "controlrgba", control images with theirs, and "layers", where the control
+        images, at the size of the picture, follow it as further frames. "size_and_crop" comes as (B, 6) pixels: height
+        and width of the file, top and left of the crop in the scaled picture, height and width of the pixels. Captions
+        come as a list of B strings, weighted captions as a list of B lists of (text, weight)."""
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape (without the batch) and type of each feature of a sample; loads nothing."""
@@ -164,6 +165,11 @@ def control_names(count: int) -> tuple[str, ...]:
     return tuple(f"control_{number}" if number > 1 else "control" for number in range(1, count + 1))
 
 
+def with_opacity(control: str) -> str:
+    """The input that is the control image "control", "control_2" ... with its opacity."""
+    return control.replace("control", CONTROL_RGBA)
+
+
 def _is_control(input_name: str) -> bool:
     return input_name.startswith("control")
 
@@ -186,7 +192,7 @@ def text_of(version: SampleVersion, encoder: Encoder, input_name: str) -> Any:
 
 
 def _control(sample: Sample, input_name: str) -> Control:
-    """The control image that "control", "control_2" ... mean."""
+    """The control image that "control", "control_2" ... mean, and the same with their opacity."""
     number = int(input_name.partition("_")[2] or 1)
     if number > len(sample.controls):
         raise ValueError(
@@ -255,6 +261,15 @@ def _control_identity(version: SampleVersion, name: str, input_name: str) -> lis
 def _control_pixels(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
     control = _control(version.sample, input_name)
     return _load(control.media, load_image, version.control_view(control))
+
+
+def _control_rgba_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
+    return [CONTROL_RGBA, *_control_identity(version, name, input_name)]
+
+
+def _control_rgba(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
+    control = _control(version.sample, input_name)
+    return _load(control.media, load_rgba, version.control_view(control))
 
 
 def _ends_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
@@ -332,6 +347,7 @@ _READERS: dict[str, _Reader] = {
     "size": _Reader(_size_and_crop_numbers, _size_and_crop),
     "mask": _Reader(_mask_identity, _mask),
     "control": _Reader(_control_identity, _control_pixels),
+    CONTROL_RGBA: _Reader(_control_rgba_identity, _control_rgba),
     "caption": _Reader(_caption, _caption),
     "weighted": _Reader(_weights_identity, _weighted_caption),
 }
