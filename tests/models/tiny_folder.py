@@ -99,7 +99,8 @@ VARIANTS = {
     "minimax_h3_fl": (OF_OTHER_INPUTS[0], "test_samples_are_those_of_the_stock_pipeline"),
     "omnigen2_edit": (*OF_ANY_DENOISER, "test_samples_are_those_of_the_stock_pipeline"),
     "pixart_alpha": (OF_OTHER_INPUTS[0], "test_samples_are_those_of_the_stock_pipeline"),
-    "qwen_image_21_edit": (*OF_ANY_DENOISER, "test_samples_are_those_of_the_stock_pipeline"),
+    # Its layers equal the whole module within rounding alone, which tests/models/test_qwen_image_21.py shows.
+    "qwen_image_21_edit": (OF_ANY_DENOISER[2], "test_samples_are_those_of_the_stock_pipeline"),
     "sdxl_texts": OF_ANY_DENOISER,
     "wan_flf": (*OF_ANY_DENOISER, "test_all_weights_are_read_from_what_was_exported"),
     "wan_i2v": (
