@@ -21,6 +21,7 @@ from tests.models import (
     tiny_hunyuan_video_i2v,
     tiny_minimax_h3_fl,
     tiny_qwen_image,
+    tiny_qwen_image_21_edit,
     tiny_wan_flf,
 )
 from tests.models.assembly.test_phases import really_taken
@@ -77,6 +78,7 @@ def held(module: nn.Module) -> int:
         (tiny_hunyuan_video_i2v, CLIP, 3, ()),
         (tiny_hunyuan_video_15_i2v, CLIP, 3, ()),
         (tiny_qwen_image, PICTURE, 3, (2, QwenImageEditPlusPipeline)),
+        (tiny_qwen_image_21_edit, PICTURE, 1, (2,)),
         (tiny_minimax_h3_fl, CLIP, 1, ()),
     ],
 )
