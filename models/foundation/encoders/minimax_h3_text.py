@@ -1,4 +1,5 @@
-"""What MiniMax-H3 reads from Qwen3-VL: a caption without anything around it, or behind the key frames of its clip.
+"""What MiniMax-H3 reads from Qwen3-VL: a caption without anything around it, or behind the key frames of its clip, or
+behind references.
 
 Shapes: B samples, L tokens, D features, C channels, F frames, H W pixels.
 """
@@ -19,7 +20,7 @@ from models.foundation.encoders.qwen3_vl_pictures import BEFORE, BEHIND, Qwen3VL
 from models.foundation.encoders.qwen_vl import PICTURE
 from models.foundation.encoders.text_features import EncodedText
 from models.foundation.layers.minimax_h3_layout import OF_TEXT, OF_VIDEO
-from utils.dataset.encoders import ENDS
+from utils.dataset.encoders import ENDS, control_names
 from utils.dataset.samples import Bucket
 
 LAYER = 50
@@ -127,3 +128,26 @@ class KeyFrameEncoder(LabelledPictureEncoder):
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return self._shapes([(bucket.height // self.side) * (bucket.width // self.side)] * len(self.frames))
+
+
+class ReferenceEncoder(LabelledPictureEncoder):
+    """Of the control images, which are references. It sees them at the sizes that the dataset gives them, with the
+    settings in the folder's `processor`.
+
+    Args:
+        controls: their number.
+        others, further: as of `TextEncoder`; the features are `BareStates`.
+    """
+
+    def __init__(self, *others: Any, controls: int, **further: Any):
+        super().__init__(*others, **further)
+        self.controls = control_names(controls)
+        self.reads = ("caption", *self.controls)
+
+    @torch.no_grad()
+    def encode(self, caption: list[str], **controls_BCFHW: torch.Tensor) -> EncodedText:
+        by_control = [first_pictures(controls_BCFHW[name]) for name in self.controls]
+        return self._features(caption, zip(*by_control, strict=True))
+
+    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return self._shapes([(bucket.height // self.side) * (bucket.width // self.side)] * len(self.controls))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from utils.dataset.samples import Bucket
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of red, green and blue in [0, 1], as in ImageNet: the VAE takes and gives pixels in these units."""
-KEY_FRAME_SEED, KEY_FRAME_NOISE = 42, 0.001
-"""The seed by which the stock pipeline draws all key frames, and their part of noise."""
+GIVEN_SEED, GIVEN_NOISE = 42, 0.001
+"""The seed by which the stock pipeline draws all key frames and references, and their part of noise."""
 
 
 RENAMED = (
@@ -140,10 +141,25 @@ class MiniMaxH3Autoencoder(WanAutoencoder):
         return tuple(torch.tensor(values, device=device).view(-1, 1, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
 
 
-class MiniMaxH3KeyFrames(MiniMaxH3Autoencoder):
-    """The same of a clip's first frame, and of its last, each as a picture by itself: `key_frame_latents` (B, C, K, h,
-    w). They are drawn from their distribution and rounded to float16 as in the stock pipeline, by the same numbers for
-    all, and have as little noise as the model has learned to see in them, which is always the same for a picture.
+class MiniMaxH3Pictures(MiniMaxH3Autoencoder):
+    """The same of what the model is given beside the noisy clip, each as a picture by itself. They are drawn from their
+    distribution and rounded to float16 as in the stock pipeline, by the same numbers for all, and have as little noise
+    as the model has learned to see in them, which is always the same for a picture."""
+
+    def _of_pictures(self, pixels_BC1HW: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, 1, h, w) of pixels in [-1, 1]."""
+        return torch.cat([self._of_picture(one_1C1HW) for one_1C1HW in pixels_BC1HW.split(1)])
+
+    def _of_picture(self, pixels_1C1HW: torch.Tensor) -> torch.Tensor:
+        posterior = self.vae.encode(self._units(pixels_1C1HW).to(self.device, self.dtype)).latent_dist
+        drawn = posterior.sample(torch.Generator().manual_seed(GIVEN_SEED)).to(torch.float16).to(self.dtype)
+        mean, std = self._statistics(1)
+        latents = (drawn - mean) / std
+        return torch.lerp(latents, picture_noise(pixels_1C1HW, latents), GIVEN_NOISE)
+
+
+class MiniMaxH3KeyFrames(MiniMaxH3Pictures):
+    """Of a clip's first frame, and of its last: `key_frame_latents` (B, C, K, h, w).
 
     Args:
         to_last: the last frame too, which in samples is a second picture.
@@ -160,19 +176,21 @@ class MiniMaxH3KeyFrames(MiniMaxH3Autoencoder):
     def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Latents of the frames of `pixels_BCFHW` in [-1, 1]."""
         (pixels_BCFHW,) = inputs.values()
-        frames = [pixels_BCFHW[:, :, [frame]] for frame in self.kept]
-        latents = [
-            torch.cat([self._of_picture(one_1C1HW) for one_1C1HW in frame_BC1HW.split(1)]) for frame_BC1HW in frames
-        ]
-        return {"key_frame_latents": torch.cat(latents, dim=2)}
-
-    def _of_picture(self, pixels_1C1HW: torch.Tensor) -> torch.Tensor:
-        posterior = self.vae.encode(self._units(pixels_1C1HW).to(self.device, self.dtype)).latent_dist
-        drawn = posterior.sample(torch.Generator().manual_seed(KEY_FRAME_SEED)).to(torch.float16).to(self.dtype)
-        mean, std = self._statistics(1)
-        latents = (drawn - mean) / std
-        return torch.lerp(latents, picture_noise(pixels_1C1HW, latents), KEY_FRAME_NOISE)
+        frames = [self._of_pictures(pixels_BCFHW[:, :, [frame]]) for frame in self.kept]
+        return {"key_frame_latents": torch.cat(frames, dim=2)}
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         ((channels, _, *cells), dtype) = super().feature_shapes(bucket)["key_frame_latents"]
         return {"key_frame_latents": ((channels, len(self.kept), *cells), dtype)}
+
+
+class MiniMaxH3Reference(MiniMaxH3Pictures):
+    """Of a control image, which is a reference: `control_latents` (B, C, 1, h, w), or `control_2_latents` and so on."""
+
+    @torch.no_grad()
+    def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        (pixels_BC1HW,) = inputs.values()
+        return dict.fromkeys(self.outputs, self._of_pictures(pixels_BC1HW))
+
+    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return super().feature_shapes(replace(bucket, frames=1))
