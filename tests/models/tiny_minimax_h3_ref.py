@@ -49,8 +49,9 @@ def draw(stock: Any, sampling: SamplingSettings, noise: torch.Tensor) -> torch.T
     """With the picture as it is cropped for the sample, and our noise on it; of sound there is none."""
     # The pipeline itself brings pixels into the units of the VAE.
     stock.vae.__class__ = AutoencoderKLMiniMaxH3
-    # It asks for the statistics of sound in any case.
-    stock.audio_vae = SimpleNamespace(config=SimpleNamespace(latents_mean=[0.0], latents_std=[1.0]))
+    # It asks how latents of sound are in any case.
+    sound = {"latents_mean": [0.0], "latents_std": [1.0], "latent_channels": tiny_minimax_h3.SOUND}
+    stock.audio_vae = SimpleNamespace(config=SimpleNamespace(**sound))
     stock.update_components(reference_image_short_edge=min(sampling.width, sampling.height))
     pixels_C1HW = load_image(PICTURE, View(sampling.width, sampling.height, "center"))
     on_picture = picture_noise(pixels_C1HW[None], noise[:, :, :1])
