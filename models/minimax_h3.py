@@ -23,6 +23,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from models.assembly.prompts import PICTURES, prompt_versions
 from models.base import BasePipeline, Features, ModelEncoder
 from models.families.clips import problems_of_stills
 from models.foundation.checkpoints.configs import stock_scheduler
@@ -49,12 +50,12 @@ from models.foundation.encoders.minimax_h3_vae import (
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.layers.chain import Middle
 from models.foundation.layers.data_ward_steps import DataWardSteps
-from models.foundation.layers.minimax_h3_blocks import Modulation
+from models.foundation.layers.minimax_h3_blocks import MiniMaxH3Stream, Modulation, Refined
 from models.foundation.layers.minimax_h3_layout import KINDS, OF_TEXT, PATCH, layout, tokens_of
-from models.foundation.layers.parts_attention import PartsAttention, Places
+from models.foundation.layers.parts_attention import PartsAttention
 from utils.dataset.buckets import MediaFacts
 from utils.dataset.encoders import Encoder, control_names
-from utils.dataset.samples import Sample
+from utils.dataset.samples import Control, Sample
 from utils.diffusion.objectives import FlowMatching
 from utils.errors import Problem, UserError
 from utils.settings.model_schema import ModelSettings
@@ -70,7 +71,8 @@ TEXT = "qwen3_vl"
 GIVEN_TIME = 0.999
 """The time of key frames and references, in the model's measure, until the sample's own is later: they have a little
 noise."""
-REFERENCES = control_names(9)
+MOST_PICTURES, MOST_CLIPS = 9, 3
+REFERENCES = control_names(MOST_PICTURES + MOST_CLIPS)
 OF_REFERENCES = "transformer_ref"
 """Where a diffusers folder has the transformer for references."""
 
@@ -92,9 +94,9 @@ class MiniMaxH3Options(ModelSettings):
     to_last_frame: bool = False
     """Train clips from their first frame to their last, and give samples two pictures."""
     from_references: bool = False
-    """Train the transformer for references (`transformer_ref` of the folder, or its file as `transformer_path`), with
-    the control images of the dataset as reference pictures, and give these to samples too, one to nine. The model sees
-    them as further tokens, and its text encoder before the caption as `<Picture 1>`, `<Picture 2>` and so on."""
+    """Train the transformer for references (`transformer_ref` of the folder, or its file as `transformer_path`): the
+    control images and clips of the dataset, up to nine and three, and those of samples. The model sees them as further
+    tokens, and its text encoder before the caption, as `<Picture 1>`, `<Picture 2>` ... `<Video 1>` and so on."""
 
 
 class MiniMaxH3Inputs(NamedTuple):
@@ -114,29 +116,6 @@ class MiniMaxH3Inputs(NamedTuple):
     parts: tuple[torch.Tensor, ...]
     texts: tuple[torch.Tensor, ...]
     canvas_fhw0: torch.Tensor
-
-
-class MiniMaxH3Stream(NamedTuple):
-    """What travels from layer to layer. Where the texts come into the sequence is empty until they are refined, and
-    with that their fields end. `modulation_P` is the row of each token in a table of modulations, which has one for
-    each time and kind."""
-
-    x_1PD: torch.Tensor
-    text_1UD: torch.Tensor | None
-    text_U: torch.Tensor | None
-    texts: tuple[torch.Tensor, ...] | None
-    time_RD: torch.Tensor
-    modulation_P: torch.Tensor
-    time_P: torch.Tensor
-    rope_PE: tuple[torch.Tensor, torch.Tensor]
-    noisy_W: torch.Tensor
-    parts: tuple[torch.Tensor, ...]
-    canvas_fhw0: torch.Tensor
-
-    @property
-    def places(self) -> Places:
-        """What attention is told."""
-        return Places(self.rope_PE, self.parts)
 
 
 class Entry(nn.Module):
@@ -169,26 +148,6 @@ class Entry(nn.Module):
         )
 
 
-class Refined(nn.Module):
-    """A block of the refiner, for each text by itself. The last one, which has the refiner's norm, puts the texts into
-    the sequence."""
-
-    recomputable = True
-
-    def __init__(self, block: nn.Module, norm: nn.Module | None):
-        super().__init__()
-        self.block, self.norm = block, norm
-
-    def forward(self, stream: MiniMaxH3Stream) -> MiniMaxH3Stream:
-        block = self.block
-        text_1UD = stream.text_1UD + block.attn(block.norm1(stream.text_1UD), Places(None, stream.texts))
-        text_1UD = text_1UD + block.ff(block.norm2(text_1UD))
-        if self.norm is None:
-            return stream._replace(text_1UD=text_1UD)
-        x_1PD = stream.x_1PD.index_copy(1, stream.text_U, self.norm(text_1UD))
-        return stream._replace(x_1PD=x_1PD, text_1UD=None, text_U=None, texts=None)
-
-
 class Exit(nn.Module):
     """Projects the video tokens to the latent (B, C, f, h, w)."""
 
@@ -214,14 +173,15 @@ class Exit(nn.Module):
 
 class MiniMaxH3Pipeline(BasePipeline):
     """MiniMax-H3: text to video, and video from key frames, of the transformer for these (`transformer`), or video from
-    reference pictures, of that for references (`transformer_ref`, which has the same tensors). Sound is neither read
-    nor made, as the stock module has it for a sequence without sound, and references are pictures alone; an export
-    makes video with sound as the base does. References have the size that the dataset gives them (inference brings the
-    shorter side of each to 2048 pixels, whatever the clip's: see `control_resolution`). Pictures are trained as clips
-    of one frame, and drawn by a decoder that was made for clips, so that samples of one frame look worse than what the
-    model knows. As in inference, `steps` of `[sampling]` are one more than there are predictions. Of single files
-    Comfy-Org's are read; files of MiniMax's own with the publisher's names have the rows of queries, keys and values in
-    another order, which no file tells, and must not be given."""
+    reference pictures and clips, of that for references (`transformer_ref`, which has the same tensors). Sound is
+    neither read, of references neither, nor made, as the stock module has it for a sequence without sound; an export
+    makes video with sound as the base does. References have the size that the dataset gives them, see
+    `control_resolution` (inference brings the shorter side of a picture to 2048 pixels, whatever the clip's, and clips
+    to about 768 x 1344). Reference clips begin with their file, and are no longer than the sample's. Pictures are
+    trained as clips of one frame, and drawn by a decoder that was made for clips, so that samples of one frame look
+    worse than what the model knows. As in inference, `steps` of `[sampling]` are one more than there are predictions.
+    Of single files Comfy-Org's are read; files of MiniMax's own with the publisher's names have the rows of queries,
+    keys and values in another order, which no file tells, and must not be given."""
 
     Options = MiniMaxH3Options
     denoiser_class = "MiniMaxH3Transformer3DModel"
@@ -238,6 +198,7 @@ class MiniMaxH3Pipeline(BasePipeline):
 
     def __init__(self, options: MiniMaxH3Options, seed: int = 0):
         super().__init__(options, seed)
+        self.media = replace(self.media, control_clips=options.from_references)
         # `check` reports what an incomplete folder lacks.
         with suppress(UserError):
             piece, further = pieces_of(self._vae_config)
@@ -277,6 +238,10 @@ class MiniMaxH3Pipeline(BasePipeline):
             )
 
     def problems_of_samples(self, sampling: SamplingSettings) -> Iterator[Problem]:
+        if self.options.from_references and sampling.prompts and sampling.control_images:
+            (version, *_) = prompt_versions(self, sampling)
+            if told := self._told_of(version.sample.controls):
+                yield Problem("", PICTURES, told.format("set another width and height"))
         if sampling.prompts and "guidance" not in sampling.model_fields_set:
             message = (
                 f"is {sampling.guidance:g} where it is not given, and this model is distilled to need none; set it to "
@@ -293,7 +258,23 @@ class MiniMaxH3Pipeline(BasePipeline):
         return self.options.to_last_frame
 
     def problems_of_data(self, samples: Sequence[Sample]) -> list[Problem]:
-        return problems_of_stills(samples) if self.starts_from_picture else []
+        if self.starts_from_picture:
+            return problems_of_stills(samples)
+        if not self.options.from_references:
+            return []
+        by_size = {tuple(control.bucket for control in sample.controls): sample for sample in samples}
+        told = filter(None, (self._told_of(sample.controls) for sample in by_size.values()))
+        return [Problem("", "[[directory]]", one.format("set another control_resolution")) for one in told][:1]
+
+    def _told_of(self, controls: Sequence[Control]) -> str | None:
+        """What to tell of the references of a sample that the model does not take; `{}` is for what mends their size.
+        None if it takes them."""
+        clips = [control for control in controls if control.bucket.frames > 1]
+        if len(clips) > MOST_CLIPS or len(controls) - len(clips) > MOST_PICTURES:
+            return f"the model takes {MOST_PICTURES} pictures and {MOST_CLIPS} clips as references; give fewer"
+        encoder = self._text_encoder(1) if clips else None
+        told = ((control, encoder.misfit(control.bucket)) for control in clips)
+        return next((f"the reference {one.media.locator} {misfit}; {{}}" for one, misfit in told if misfit), None)
 
     def encoders_for(self, controls: int) -> list[Encoder]:
         if controls and not self.options.from_references:
@@ -305,7 +286,7 @@ class MiniMaxH3Pipeline(BasePipeline):
         if self.options.from_references and not controls:
             logger.warning(
                 "the transformer for references is trained to make clips of text alone: no [[directory]] has a "
-                "control_path with reference pictures"
+                "control_path with references"
             )
         return super().encoders_for(controls)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +16,8 @@ from diffusers.modular_pipelines import PipelineState
 from diffusers.modular_pipelines.minimax_h3.before_denoise import patchify_video_latents
 from diffusers.modular_pipelines.minimax_h3.encoders import (
     MiniMaxH3FL2VATextEncoderStep,
-    MiniMaxH3Ref2VATextEncoderStep,
     encode_vae_condition,
 )
-from diffusers.modular_pipelines.minimax_h3.references import MiniMaxH3ImageReference
 from einops import rearrange
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -32,10 +29,7 @@ from models.foundation.encoders.vae import picture_noise
 from models.minimax_h3 import MiniMaxH3Pipeline
 from tests import test_models as generic
 from tests.models import tiny_minimax_h3 as tiny
-from tests.models import tiny_minimax_h3_ref as ref
 from tests.models.batches import Batch
-from tests.runs import metrics, only_run
-from tests.utils.run.test_goes_on import run_here
 from utils.dataset.batches import SampleReader
 from utils.dataset.encoding import CacheJob, fill
 from utils.dataset.samples import Bucket, version_of_prompt
@@ -214,83 +208,6 @@ def test_key_frames_are_read_as_by_the_stock_pipeline(folder: Path, kept: tuple[
     shapes = {name: shape for one in (text, vae) for name, (shape, _) in one.feature_shapes(Bucket(48, 32, 8)).items()}
     assert shapes["key_frame_latents"] == tuple(drawn.shape[1:])
     assert shapes["qwen3_vl"] >= tuple(read["qwen3_vl"][0].shape)
-
-
-@torch.no_grad()
-def test_references_are_read_as_by_the_stock_pipeline(folder: Path) -> None:
-    """Labels and pictures of sizes of their own before the caption, and latents."""
-    h3 = ref.pipeline(folder)
-    _, text, *vaes = h3.encoders(2)
-    sizes = {"control": (32, 48), "control_2": (64, 32)}
-    levels = {name: normal((2, 3, 1, *size), 0, name).clamp(-1, 1) * 127 + 128 for name, size in sizes.items()}
-    levels = {name: one.to(torch.uint8) for name, one in levels.items()}
-    for encoder in (text, *vaes):
-        encoder.load(torch.device("cpu"))
-    assert text.reads == ("caption", *sizes) and [vae.reads for vae in vaes] == [(name,) for name in sizes]
-    captions, pixels = ["a fox", ""], {name: one / 127.5 - 1 for name, one in levels.items()}
-    read = text.encode(caption=captions, **pixels)
-    stock = tiny.STOCK.from_pretrained(folder)
-    for number, caption in enumerate(captions):
-        pictures = [Image.fromarray(one[number, :, 0].permute(1, 2, 0).numpy()) for one in levels.values()]
-        state = PipelineState()
-        state.set("prompt", caption)
-        state.set("normalized_references", [MiniMaxH3ImageReference(picture) for picture in pictures])
-        _, state = MiniMaxH3Ref2VATextEncoderStep()(stock, state)
-        torch.testing.assert_close(read["qwen3_vl"][number], state.get("prompt_embeds")[0], rtol=1e-4, atol=1e-5)
-        assert torch.equal(read["qwen3_vl_kinds"][number], state.get("text_token_tags"))
-    plain = AutoencoderKLMiniMaxH3.from_pretrained(folder / "vae")
-    units = stock.pixel_mean, stock.pixel_std, stock.keyframe_encode_seed
-    for name, vae in zip(sizes, vaes, strict=True):
-        (drawn,) = vae.encode(**{name: pixels[name]}).values()
-        clean = torch.cat([encode_vae_condition(plain, one, *units) for one in levels[name].split(1)])
-        noise = torch.cat([picture_noise(one, clean[:1]) for one in pixels[name].split(1)])
-        assert (drawn - torch.lerp(clean, noise, 0.001)).abs().mean() < 1e-5
-        height, width = sizes[name]
-        ((shape, _),) = vae.feature_shapes(Bucket(width, height, 8)).values()
-        assert shape == tuple(drawn.shape[1:])
-
-
-def test_references_are_for_a_transformer_of_their_own(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    h3 = tiny.pipeline(folder)
-    with pytest.raises(UserError, match=r"set \[model\] from_references = true, or leave control_path out"):
-        h3.encoders_for(1)
-    with pytest.raises(UserError, match="transformer_ref: this part is missing"):
-        ref.pipeline(folder).check()
-    with pytest.raises(UserError, match="takes 9 control images, and there are 10"):
-        ref.pipeline(folder).encoders_for(10)
-    assert not caplog.messages
-    ref.pipeline(folder).encoders_for(0)
-    assert "no [[directory]] has a control_path with reference pictures" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("option", "without", "said"),
-    [
-        ("from_first_frame", None, "key frames and references are for two transformers"),
-        (None, "processor", "processor"),
-    ],
-)
-def test_what_references_need_is_told(tmp_path: Path, option: str | None, without: str | None, said: str) -> None:
-    folder = ref.write_folder(tmp_path)
-    if without:
-        shutil.rmtree(folder / without)
-    with pytest.raises(UserError, match=said):
-        ref.pipeline(folder, **({option: True} if option else {})).check()
-
-
-def test_it_trains_with_references(tmp_path: Path, write_config: Callable[..., Path], pictures: Path) -> None:
-    """And a sample is shown some."""
-    h3 = ref.pipeline(ref.write_folder(tmp_path))
-    h3.check()
-    options = h3.options.model_dump(mode="json", exclude_unset=True)
-    data = {"directory": [{"path": str(pictures), "control_path": [str(pictures)] * 2, "control_resolution": 32}]}
-    shown = {**ref.SAMPLING, "control_images": [[str(pictures / "0.png"), str(pictures / "1.png")]], "steps": 2}
-    asked = {"prompts": ["a red picture"], "sample_every_n_steps": 2, **shown}
-    config = write_config(data=data, model=options, max_steps=2, sampling=asked)
-    assert run_here(config)
-    assert list(metrics(only_run(config), "train/loss")) == [1, 2]
-    (sample,) = (only_run(config) / "samples" / "step000002").glob("00_*.mp4")
-    assert sample.stat().st_size
 
 
 def test_clips_from_key_frames_are_not_made_of_stills(folder: Path) -> None:

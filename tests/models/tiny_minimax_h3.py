@@ -21,7 +21,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.transformers.transformer_minimax_h3 import MiniMaxH3AttnProcessor
 from diffusers.modular_pipelines.minimax_h3 import before_denoise
 from diffusers.modular_pipelines.minimax_h3.encoders import get_qwen3vl_prompt_embeds
-from diffusers.modular_pipelines.minimax_h3.references import MiniMaxH3ImageReference
+from diffusers.modular_pipelines.minimax_h3.references import MiniMaxH3ImageReference, MiniMaxH3VideoReference
 from einops import rearrange
 from torch import nn
 from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
@@ -77,15 +77,15 @@ class Processor:
     """What the stock pipeline asks of its processor, which needs torchvision.
 
     Args:
-        picture: the number of the token of a picture.
+        picture, clip: the numbers of the tokens of a picture and of a clip.
     """
 
-    def __init__(self, folder: Path, picture: int):
+    def __init__(self, folder: Path, picture: int, clip: int):
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        self.picture = picture
+        self.kinds = {picture: 1, clip: 2}
 
     def create_mm_token_type_ids(self, rows: list[list[int]]) -> list[list[int]]:
-        return [[int(token == self.picture) for token in row] for row in rows]
+        return [[self.kinds.get(token, 0) for token in row] for row in rows]
 
 
 class PixelVae(AutoencoderKLMiniMaxH3):
@@ -124,7 +124,9 @@ class StockPipeline(MiniMaxH3ModularPipeline):
         made.update_components(
             text_encoder=text_encoder,
             tokenizer=Qwen2Tokenizer.from_pretrained(folder / "tokenizer"),
-            processor=Processor(folder / "processor", text_encoder.config.image_token_id),
+            processor=Processor(
+                folder / "processor", text_encoder.config.image_token_id, text_encoder.config.video_token_id
+            ),
             **transformers,
             vae=PixelVae.from_pretrained(folder / "vae"),
             scheduler=scheduler,
@@ -232,7 +234,10 @@ def layout(
     how = *x_t.shape[2:], 0, (1, 2, 2), 2, 2, 0
     if references:
         build = before_denoise.MiniMaxH3Ref2VAPrepareLayoutStep.build_ref2va_packed_sequence
-        return build(kind_L, [MiniMaxH3ImageReference(None)] * len(references), references, [], *how)
+        given = [
+            MiniMaxH3VideoReference(None) if one.shape[2] > 1 else MiniMaxH3ImageReference(None) for one in references
+        ]
+        return build(kind_L, given, references, [], *how)
     return before_denoise.MiniMaxH3PrepareLayoutStep.build_packed_sequence(kind_L, *how, anchors)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,8 +29,10 @@ features, whole = tiny_minimax_h3_fl.features, tiny_minimax_h3.whole
 
 
 def write_folder(folder: Path, **changes: Any) -> Path:
-    """With the transformer for references, and none for the others."""
+    """With the transformer for references, and none for the others, and with what says how clips are prepared."""
     tiny_minimax_h3.write_folder(folder, **changes)
+    size = {"size": {"shortest_edge": 1024, "longest_edge": 2**20}}
+    (folder / "processor" / "video_preprocessor_config.json").write_text(json.dumps(size))
     (folder / "transformer").rename(folder / "transformer_ref")
     return folder
 
@@ -39,10 +42,14 @@ def pipeline(folder: Path, **options: Any) -> MiniMaxH3Pipeline:
 
 
 def features_of_pictures(latent_shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Two references for each clip of a batch, in sizes of their own."""
+    """References for each clip of a batch, in sizes of their own: two pictures, and a clip between them."""
     channels, _, height, width = latent_shape
-    sizes = {"control_latents": (height, width), "control_2_latents": (height + 2, width - 2)}
-    return {name: normal((2, channels, 1, *size), 0, name) for name, size in sizes.items()}
+    sizes = {
+        "control_latents": (1, height, width),
+        "control_2_latents": (5, height + 2, width - 2),
+        "control_3_latents": (1, height - 2, width),
+    }
+    return {name: normal((2, channels, *size), 0, name) for name, size in sizes.items()}
 
 
 def draw(stock: Any, sampling: SamplingSettings, noise: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from utils.media.source import MediaError
 
 TRANSFORM = "3"
 """Part of every key; to be changed when the same view of a file would give other pixels."""
-ENDS, GUIDE, CONTROL_RGBA = "ends", "guide", "controlrgba"
+ENDS, GUIDE, CONTROL_RGBA, CONTROL_CLIP = "ends", "guide", "controlrgba", "controlclip"
 BYTES_PER_PIXEL = 3 * 4
 """Bytes of a decoded colour pixel in float32."""
 
@@ -33,8 +33,8 @@ class Encoder(Protocol):
     """The name of its store's folder."""
     reads: tuple[str, ...]
     """The inputs of `encode`: some of "pixels", "ends", "guide", "rgba", "layers", "size_and_crop", "mask",
-    "control" ("control_2" ... for further ones), "controlrgba" ("controlrgba_2" ...), "caption" and "weighted_caption".
-    """
+    "control" ("control_2" ... for further ones), "controlrgba" and "controlclip" (likewise), "caption" and
+    "weighted_caption"."""
     fingerprint: str
     """A text that changes whenever its output would change."""
 
@@ -49,10 +49,11 @@ class Encoder(Protocol):
         0 or a list of B tensors of different lengths. Pixels, controls and masks come as BCFHW on the CPU. So do
         "ends", clips whose last frame is a prompt's second picture, if it has one, "guide", the first control as a clip
         as long as the sample's, which lies on it in place and time, "rgba", pictures with their opacity
-        in [-1, 1] as a fourth channel, "controlrgba", control images with theirs, and "layers", where the control
-        images, at the size of the picture, follow it as further frames. "size_and_crop" comes as (B, 6) pixels: height
-        and width of the file, top and left of the crop in the scaled picture, height and width of the pixels. Captions
-        come as a list of B strings, weighted captions as a list of B lists of (text, weight)."""
+        in [-1, 1] as a fourth channel, "controlrgba", control images with theirs, "controlclip", controls that may be
+        clips, and "layers", where the control images, at the size of the picture, follow it as further frames.
+        "size_and_crop" comes as (B, 6) pixels: height and width of the file, top and left of the crop in the scaled
+        picture, height and width of the pixels. Captions come as a list of B strings, weighted captions as a list of B
+        lists of (text, weight)."""
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape (without the batch) and type of each feature of a sample; loads nothing."""
@@ -170,6 +171,11 @@ def with_opacity(control: str) -> str:
     return control.replace("control", CONTROL_RGBA)
 
 
+def as_clip(control: str) -> str:
+    """The input that is the control "control", "control_2" ... with all frames that are read of it."""
+    return control.replace("control", CONTROL_CLIP)
+
+
 def _is_control(input_name: str) -> bool:
     return input_name.startswith("control")
 
@@ -192,7 +198,7 @@ def text_of(version: SampleVersion, encoder: Encoder, input_name: str) -> Any:
 
 
 def _control(sample: Sample, input_name: str) -> Control:
-    """The control image that "control", "control_2" ... mean, and the same with their opacity."""
+    """The control image that "control", "control_2" ... mean, also with opacity or as a clip."""
     number = int(input_name.partition("_")[2] or 1)
     if number > len(sample.controls):
         raise ValueError(
@@ -272,6 +278,18 @@ def _control_rgba(version: SampleVersion, name: str, input_name: str) -> torch.T
     return _load(control.media, load_rgba, version.control_view(control))
 
 
+def _control_clip_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
+    frames = _control(version.sample, input_name).bucket.frames
+    time_ = [frames, version.sample.fps] if frames > 1 else []
+    return [*_control_identity(version, name, input_name), *time_]
+
+
+def _control_clip(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
+    control = _control(version.sample, input_name)
+    how = version.control_view(control), 0.0, control.bucket.frames, version.sample.fps or 1.0
+    return _load(control.media, load_clip, *how)
+
+
 def _ends_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
     lasts = (control.media.digest for control in version.sample.controls)
     return [ENDS, *_pixels_identity(version, name, input_name), *lasts]
@@ -348,6 +366,7 @@ _READERS: dict[str, _Reader] = {
     "mask": _Reader(_mask_identity, _mask),
     "control": _Reader(_control_identity, _control_pixels),
     CONTROL_RGBA: _Reader(_control_rgba_identity, _control_rgba),
+    CONTROL_CLIP: _Reader(_control_clip_identity, _control_clip),
     "caption": _Reader(_caption, _caption),
     "weighted": _Reader(_weights_identity, _weighted_caption),
 }

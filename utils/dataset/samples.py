@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -171,6 +171,7 @@ def version_of_prompt(
     *,
     control_fps: float = 0.0,
     control_fit: ControlFit = None,
+    control_frames: Callable[[MediaFile], int] = lambda control: 1,
 ) -> SampleVersion:
     """A prompt in the form of a sample that encoders can read.
 
@@ -180,10 +181,14 @@ def version_of_prompt(
             frames of the clip, and what follows it is for the clip's end.
         control_fps: the frames per second at which control clips are read.
         control_fit: how control images are brought to this size.
+        control_frames: how many frames of a control are read.
     """
     rules = DirectorySettings(path=Path(), control_fit=control_fit)
     media = None if clip_fps is None else pictures[0]
-    controls = tuple(Control(picture, bucket) for picture in (pictures if media is None else pictures[1:]))
+    controls = tuple(
+        Control(picture, replace(bucket, frames=control_frames(picture)))
+        for picture in (pictures if media is None else pictures[1:])
+    )
     sample = Sample(prompt, media, bucket, (Take(),), (prompt,), controls, None, clip_fps or control_fps, 1, rules)
     return evaluation_version(sample)
 

@@ -6,27 +6,30 @@ Shapes: B samples, L tokens, D features, C channels, F frames, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
 from models.foundation.encoders.first_frame import first_pictures
 from models.foundation.encoders.qwen3_vl import Qwen3VLStates
-from models.foundation.encoders.qwen3_vl_pictures import BEFORE, BEHIND, Qwen3VLPictureEncoder
+from models.foundation.encoders.qwen3_vl_pictures import BEFORE, BEHIND, CLIP, Qwen3VLPictureEncoder
 from models.foundation.encoders.qwen_vl import PICTURE
 from models.foundation.encoders.text_features import EncodedText
 from models.foundation.layers.minimax_h3_layout import OF_TEXT, OF_VIDEO
-from utils.dataset.encoders import ENDS, control_names
+from utils.dataset.encoders import ENDS, as_clip, control_names
 from utils.dataset.samples import Bucket
 
 LAYER = 50
 """The hidden state that the model reads."""
 OF_TEXTS = ("model.embed_tokens.", "model.layers.", "model.norm.")
-LABEL = "<Picture {}>: "
+LABEL, CLIP_LABEL, MOMENT = "<Picture {}>: ", "<Video {}>: ", "<{:.1f} seconds>"
+FPS, SEEN_FPS, PAIR = 24.0, 2.0, 2
+"""Frames a second of clips, and of those that the encoder sees, of which it joins two."""
 LABEL_TOKENS = 8
 """About how many tokens a label has."""
 
@@ -66,14 +69,14 @@ class BareStates(Qwen3VLStates):
 
 
 class LabelledPictureEncoder(Qwen3VLPictureEncoder):
-    """Qwen3-VL as an `Encoder` of a caption and of pictures, each with its label before the caption. Beside the
-    features of `BareStates` it yields what kind each token is, `<name>_kinds` (l,): those of a picture are of the kind
-    of video."""
+    """Qwen3-VL as an `Encoder` of a caption and of pictures and clips, each with its label before the caption. Beside
+    the features of `BareStates` it yields what kind each token is, `<name>_kinds` (l,): those of a picture or clip are
+    of the kind of video."""
 
-    def _features(self, captions: list[str], pictures: Iterable[Sequence[Image.Image]]) -> EncodedText:
-        """Those of captions and of the pictures of each."""
+    def _features(self, captions: list[str], given: Iterable[Sequence[Sequence[Image.Image]]]) -> EncodedText:
+        """Those of captions, and of what each is given: the frames of clips, or pictures, which are one frame."""
         self.truncated += sum(self.token_count(text) > self.token_limit for text in captions)
-        read = [self._read(text, own) for text, own in zip(captions, pictures, strict=True)]
+        read = [self._read(text, own) for text, own in zip(captions, given, strict=True)]
         name = self.features.name
         return {
             name: [states_LD for states_LD, _ in read],
@@ -81,21 +84,40 @@ class LabelledPictureEncoder(Qwen3VLPictureEncoder):
             f"{name}_kinds": [torch.tensor(kinds) for _, kinds in read],
         }
 
-    def _read(self, caption: str, pictures: Sequence[Image.Image]) -> tuple[torch.Tensor, list[int]]:
+    def _read(self, caption: str, given: Sequence[Sequence[Image.Image]]) -> tuple[torch.Tensor, list[int]]:
         """The states of a sample's tokens (L, D), and their kinds."""
-        patches, counts = self.patches(pictures)
-        row, kinds = zip(*self._tokens(caption, counts), strict=True)
-        return self.states(row, patches), list(kinds)
+        pictures = [frames[0] for frames in given if len(frames) == 1]
+        seen = [seen_frames(len(frames)) for frames in given if len(frames) > 1]
+        clips = [
+            [frames[number] for number in numbers]
+            for frames, (numbers, _) in zip((one for one in given if len(one) > 1), seen, strict=True)
+        ]
+        shown, counts = self.patches(pictures) if pictures else ({}, [])
+        of_clips, clip_counts = self.clip_patches(clips) if clips else ({}, [])
+        of_pictures = enumerate(counts, start=1)
+        of_all_clips = enumerate(zip(clip_counts, (times for _, times in seen), strict=True), start=1)
+        tokens: list[tuple[int, int]] = []
+        for frames in given:
+            if len(frames) == 1:
+                picture, count = next(of_pictures)
+                tokens += [*self._text(LABEL.format(picture)), *self._vision(PICTURE, count)]
+                continue
+            clip, (count, times) = next(of_all_clips)
+            tokens += self._text(CLIP_LABEL.format(clip))
+            for time in times:
+                tokens += [*self._text(MOMENT.format(time)), *self._vision(CLIP, count)]
+        tokens += [(token, OF_TEXT) for token in self.features.row(self.tokenizer, caption)]
+        row, kinds = zip(*tokens, strict=True)
+        return self.states(row, {**shown, **of_clips}), list(kinds)
 
-    def _tokens(self, caption: str, counts: list[int]) -> Iterator[tuple[int, int]]:
-        """The tokens with their kinds: each picture of so many tokens behind its label, then the caption."""
+    def _text(self, text: str) -> list[tuple[int, int]]:
+        """The tokens of a text, with their kinds."""
+        return [(token, OF_TEXT) for token in self.tokenizer(text, add_special_tokens=False).input_ids]
+
+    def _vision(self, token: str, count: int) -> list[tuple[int, int]]:
+        """The tokens of a picture, or of a pair of frames, with their kinds."""
         number = self.tokenizer.convert_tokens_to_ids
-        for picture, count in enumerate(counts, start=1):
-            label = self.tokenizer(LABEL.format(picture), add_special_tokens=False).input_ids
-            yield from ((token, OF_TEXT) for token in label)
-            seen = (BEFORE, *[PICTURE] * count, BEHIND)
-            yield from ((number(token), OF_VIDEO) for token in seen)
-        yield from ((token, OF_TEXT) for token in self.features.row(self.tokenizer, caption))
+        return [(number(one), OF_VIDEO) for one in (BEFORE, *[token] * count, BEHIND)]
 
     def _shapes(self, tokens_of_pictures: Sequence[int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """The shapes for the longest caption and, approximately, for pictures of so many tokens."""
@@ -124,15 +146,15 @@ class KeyFrameEncoder(LabelledPictureEncoder):
     def encode(self, caption: list[str], **clips: torch.Tensor) -> EncodedText:
         (pixels_BCFHW,) = clips.values()
         by_frame = [first_pictures(pixels_BCFHW, frame) for frame in self.frames]
-        return self._features(caption, zip(*by_frame, strict=True))
+        return self._features(caption, ([[one] for one in frames] for frames in zip(*by_frame, strict=True)))
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return self._shapes([(bucket.height // self.side) * (bucket.width // self.side)] * len(self.frames))
 
 
 class ReferenceEncoder(LabelledPictureEncoder):
-    """Of the control images, which are references. It sees them at the sizes that the dataset gives them, with the
-    settings in the folder's `processor`.
+    """Of the control images and clips, which are references. It sees them at the sizes that the dataset gives them,
+    with the settings in the folder's `processor`, and of clips two frames a second.
 
     Args:
         controls: their number.
@@ -141,13 +163,41 @@ class ReferenceEncoder(LabelledPictureEncoder):
 
     def __init__(self, *others: Any, controls: int, **further: Any):
         super().__init__(*others, **further)
-        self.controls = control_names(controls)
-        self.reads = ("caption", *self.controls)
+        self.reads = ("caption", *map(as_clip, control_names(controls)))
 
     @torch.no_grad()
     def encode(self, caption: list[str], **controls_BCFHW: torch.Tensor) -> EncodedText:
-        by_control = [first_pictures(controls_BCFHW[name]) for name in self.controls]
+        by_control = [
+            zip(*(first_pictures(one, frame) for frame in range(one.shape[2])), strict=True)
+            for one in (controls_BCFHW[name] for name in self.reads[1:])
+        ]
         return self._features(caption, zip(*by_control, strict=True))
 
+    def misfit(self, control: Bucket) -> str | None:
+        """What to tell of a clip of this size, of which the stock pipeline shows the encoder another one; None of
+        others, and of pictures.
+
+        Raises:
+            UserError: the folder does not say how clips are prepared.
+        """
+        if control.frames == 1:
+            return None
+        numbers, _ = seen_frames(control.frames)
+        seen = self.clip_size(control.width, control.height, len(numbers))
+        if seen == (control.width, control.height):
+            return None
+        return (
+            f"of {control.frames} frames has {control.width} x {control.height} pixels, and Qwen3-VL would see it at "
+            f"{seen[0]} x {seen[1]}"
+        )
+
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return self._shapes([(bucket.height // self.side) * (bucket.width // self.side)] * len(self.controls))
+        """The shapes for pictures."""
+        return self._shapes([(bucket.height // self.side) * (bucket.width // self.side)] * (len(self.reads) - 1))
+
+
+def seen_frames(count: int) -> tuple[list[int], list[float]]:
+    """Which of a clip's frames the encoder sees, and the time of each pair of them in seconds."""
+    from diffusers.modular_pipelines.minimax_h3.encoders import MiniMaxH3Ref2VATextEncoderStep
+
+    return MiniMaxH3Ref2VATextEncoderStep._sample_video_condition_frames(np.arange(count), FPS, SEEN_FPS, PAIR)

@@ -48,7 +48,7 @@ def layout(
         size: latent frames, height and width of a clip.
         keys: number of key frames of each, of which a first one is in the clip's first frame and a second one in its
             last.
-        references: latent frames, height and width of each reference picture; with these there are no key frames.
+        references: latent frames, height and width of each reference; with these there are no key frames.
     """
     how = *size, 0, (1, PATCH, PATCH), SOUND_CHANNELS, OF_SOUND, OF_VIDEO
     made = [_of_sample(kind_L, how, keys, references) for kind_L in kinds]
@@ -80,14 +80,15 @@ def _of_sample(
         MiniMaxH3PrepareLayoutStep,
         MiniMaxH3Ref2VAPrepareLayoutStep,
     )
-    from diffusers.modular_pipelines.minimax_h3.references import MiniMaxH3ImageReference
+    from diffusers.modular_pipelines.minimax_h3.references import MiniMaxH3ImageReference, MiniMaxH3VideoReference
 
     if not references:
         return MiniMaxH3PrepareLayoutStep.build_packed_sequence(kind_L, *how, ANCHORS[:keys])
     # It looks at nothing but the shapes of latents, and at what kind each is.
-    pictures = [MiniMaxH3ImageReference(image=None)] * len(references)
+    picture, clip = MiniMaxH3ImageReference(image=None), MiniMaxH3VideoReference(frames=None)
+    given = [clip if frames > 1 else picture for frames, *_ in references]
     latents = [torch.empty(1, 1, *size, device="meta") for size in references]
-    return MiniMaxH3Ref2VAPrepareLayoutStep.build_ref2va_packed_sequence(kind_L, pictures, latents, [], *how)
+    return MiniMaxH3Ref2VAPrepareLayoutStep.build_ref2va_packed_sequence(kind_L, given, latents, [], *how)
 
 
 def tokens_of(latents_BCfhw: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -374,6 +374,16 @@ def test_controls_have_their_own_size_in_the_shape_of_the_target():
     assert str(moving.bucket) == "512x512x33" and str(moving.controls[0].bucket) == "512x512x1"
 
 
+def test_controls_that_are_read_as_clips_are_no_longer_than_the_sample():
+    given = media(50, 50, digest="c"), media(50, 50, 30, digest="e"), media(50, 50, 99, digest="f"), media(50, 50, 3)
+    clip = row(media(200, 100, 40), controls=given)
+    facts = replace(CLIP_FACTS, control_clips=True)
+    (moving,) = assigned([], facts, rows=[clip], frame_buckets=[33]).samples
+    assert [control.bucket.frames for control in moving.controls] == [1, 29, 33, 1]
+    (still,) = assigned([], facts, rows=[row(media(200, 100), controls=given)], frame_buckets=[1]).samples
+    assert [control.bucket.frames for control in still.controls] == [1] * 4
+
+
 def test_masks_and_rules_come_along():
     mask = Mask(media(20, 20, digest="c"), is_alpha=False)
     (sample,) = assigned([], rows=[row(media(100, 100), mask=mask)], loss_weight=0.5).samples
