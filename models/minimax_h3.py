@@ -177,11 +177,12 @@ class MiniMaxH3Pipeline(BasePipeline):
     neither read, of references neither, nor made, as the stock module has it for a sequence without sound; an export
     makes video with sound as the base does. References have the size that the dataset gives them, see
     `control_resolution` (inference brings the shorter side of a picture to 2048 pixels, whatever the clip's, and clips
-    to about 768 x 1344). Reference clips begin with their file, and are no longer than the sample's. Pictures are
-    trained as clips of one frame, and drawn by a decoder that was made for clips, so that samples of one frame look
-    worse than what the model knows. As in inference, `steps` of `[sampling]` are one more than there are predictions.
-    Of single files Comfy-Org's are read; files of MiniMax's own with the publisher's names have the rows of queries,
-    keys and values in another order, which no file tells, and must not be given."""
+    to about 768 x 1344). Reference clips begin with their file, and are no longer than the sample's; estimates of
+    memory count them as pictures. Pictures are trained as clips of one frame, and drawn by a decoder that was made for
+    clips, so that samples of one frame look worse than what the model knows. As in inference, `steps` of `[sampling]`
+    are one more than there are predictions. Of single files Comfy-Org's are read; files of MiniMax's own with the
+    publisher's names have the rows of queries, keys and values in another order, which no file tells, and must not be
+    given."""
 
     Options = MiniMaxH3Options
     denoiser_class = "MiniMaxH3Transformer3DModel"

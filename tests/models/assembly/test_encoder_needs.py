@@ -20,6 +20,7 @@ from tests.models import (
     tiny_hunyuan_video_15_i2v,
     tiny_hunyuan_video_i2v,
     tiny_minimax_h3_fl,
+    tiny_minimax_h3_ref,
     tiny_qwen_image,
     tiny_qwen_image_21_edit,
     tiny_wan_flf,
@@ -80,6 +81,7 @@ def held(module: nn.Module) -> int:
         (tiny_qwen_image, PICTURE, 3, (2, QwenImageEditPlusPipeline)),
         (tiny_qwen_image_21_edit, PICTURE, 1, (2,)),
         (tiny_minimax_h3_fl, CLIP, 1, ()),
+        (tiny_minimax_h3_ref, PICTURE, 1, (2,)),
     ],
 )
 def test_who_sees_pictures_takes_what_is_counted(
