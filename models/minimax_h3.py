@@ -240,9 +240,7 @@ class MiniMaxH3Pipeline(BasePipeline):
 
     def problems_of_samples(self, sampling: SamplingSettings) -> Iterator[Problem]:
         if self.options.from_references and sampling.prompts and sampling.control_images:
-            (version, *_) = prompt_versions(self, sampling)
-            if told := self._told_of(version.sample.controls):
-                yield Problem("", PICTURES, told.format("set another width and height"))
+            yield from self._problems_of_shown(sampling)
         if sampling.prompts and "guidance" not in sampling.model_fields_set:
             message = (
                 f"is {sampling.guidance:g} where it is not given, and this model is distilled to need none; set it to "
@@ -263,19 +261,45 @@ class MiniMaxH3Pipeline(BasePipeline):
             return problems_of_stills(samples)
         if not self.options.from_references:
             return []
+        still = [
+            control.media.locator
+            for sample in samples
+            for control in sample.controls
+            if control.bucket.frames == 1 < control.media.frames
+        ]
+        if still:
+            logger.warning(
+                "%d reference clips are pictures here, of their first frame, since they or their samples have fewer "
+                "than %d frames: the first is %s",
+                len(still),
+                self.media.temporal + self.media.further,
+                still[0],
+            )
         by_size = {tuple(control.bucket for control in sample.controls): sample for sample in samples}
-        told = filter(None, (self._told_of(sample.controls) for sample in by_size.values()))
-        return [Problem("", "[[directory]]", one.format("set another control_resolution")) for one in told][:1]
+        told = (self._told_of(sample.controls, "control_resolution") for sample in by_size.values())
+        return [Problem("", "[[directory]]", one) for one in told if one][:1]
 
-    def _told_of(self, controls: Sequence[Control]) -> str | None:
-        """What to tell of the references of a sample that the model does not take; `{}` is for what mends their size.
-        None if it takes them."""
+    def _problems_of_shown(self, sampling: SamplingSettings) -> Iterator[Problem]:
+        """Of the references of a sample."""
+        try:
+            (version, *_) = prompt_versions(self, sampling)
+        except UserError:
+            # It is told where the samples of all models are looked at.
+            return
+        if told := self._told_of(version.sample.controls, "width and height"):
+            yield Problem("", PICTURES, told)
+
+    def _told_of(self, controls: Sequence[Control], size: str) -> str | None:
+        """What to tell of the references of a sample that the model does not take; None if it takes them. `size` is
+        what decides theirs."""
         clips = [control for control in controls if control.bucket.frames > 1]
         if len(clips) > MOST_CLIPS or len(controls) - len(clips) > MOST_PICTURES:
             return f"the model takes {MOST_PICTURES} pictures and {MOST_CLIPS} clips as references; give fewer"
         encoder = self._text_encoder(1) if clips else None
-        told = ((control, encoder.misfit(control.bucket)) for control in clips)
-        return next((f"the reference {one.media.locator} {misfit}; {{}}" for one, misfit in told if misfit), None)
+        for clip in clips:
+            if misfit := encoder.misfit(clip.bucket):
+                return f"the reference {clip.media.locator} {misfit}; set another {size}"
+        return None
 
     def encoders_for(self, controls: int) -> list[Encoder]:
         if controls and not self.options.from_references:

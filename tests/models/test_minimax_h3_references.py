@@ -138,16 +138,19 @@ def test_a_control_that_is_a_clip_is_read_as_one(folder: Path, clips: Path) -> N
     assert torch.equal(read[48][0][:, :13], read[13][0])
 
 
-def test_references_that_qwen_would_see_at_another_size_are_told(tmp_path: Path, clips: Path) -> None:
+def test_references_that_qwen_would_see_at_another_size_are_told(
+    tmp_path: Path, clips: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """And more of them than the model takes."""
     folder = ref.write_folder(tmp_path)
     h3 = ref.pipeline(folder)
 
     def problems(*sizes: tuple[int, int, int]) -> list[str]:
-        controls = [Control(SimpleNamespace(locator="a.mp4"), Bucket(*size)) for size in sizes]
+        controls = [Control(SimpleNamespace(locator="a.mp4", frames=30), Bucket(*size)) for size in sizes]
         return [one.message for one in h3.problems_of_data([SimpleNamespace(controls=tuple(controls))])]
 
     assert problems((64, 64, 13), (48, 32, 1)) == []
+    assert "1 reference clips are pictures here, of their first frame" in caplog.text
     (message,) = problems((64, 64, 13), (1024, 512, FRAMES))
     assert message.startswith(
         "the reference a.mp4 of 38 frames has 1024 x 512 pixels, and Qwen3-VL would see it at 704"

@@ -134,8 +134,8 @@ class SamplingSettings(SettingsTable):
     control_images: list[ControlImages] = []
     """The control image for each prompt, or a list of several for each; a single entry serves all prompts. For models
     that edit pictures (Kontext, Edit), and as the first frame for models that make a clip from it, or as its first and
-    its last. Models that follow a clip (VACE) take one, and those with clips as references (MiniMax-H3)
-    several. It is cropped to the shape of the sample."""
+    its last. Models that follow a clip (VACE) take one, and MiniMax-H3 takes several as references. It is cropped to
+    the shape of the sample."""
     sample_every_n_steps: Count | None = None
     """Draw after every n steps."""
     sample_every_n_epochs: Count | None = None
