@@ -32,6 +32,8 @@ from models.foundation.checkpoints.layouts.minimax_h3 import MINIMAX_H3_LAYOUT
 from models.foundation.checkpoints.weights import CheckpointNames
 from models.foundation.encoders.minimax_h3_text import (
     LAYER,
+    MOST_CLIPS,
+    MOST_PICTURES,
     BareStates,
     KeyFrameEncoder,
     ReferenceEncoder,
@@ -55,7 +57,7 @@ from models.foundation.layers.minimax_h3_layout import KINDS, OF_TEXT, PATCH, la
 from models.foundation.layers.parts_attention import PartsAttention
 from utils.dataset.buckets import MediaFacts
 from utils.dataset.encoders import Encoder, control_names
-from utils.dataset.samples import Control, Sample
+from utils.dataset.samples import Sample
 from utils.diffusion.objectives import FlowMatching
 from utils.errors import Problem, UserError
 from utils.settings.model_schema import ModelSettings
@@ -71,7 +73,6 @@ TEXT = "qwen3_vl"
 GIVEN_TIME = 0.999
 """The time of key frames and references, in the model's measure, until the sample's own is later: they have a little
 noise."""
-MOST_PICTURES, MOST_CLIPS = 9, 3
 REFERENCES = control_names(MOST_PICTURES + MOST_CLIPS)
 OF_REFERENCES = "transformer_ref"
 """Where a diffusers folder has the transformer for references."""
@@ -276,7 +277,8 @@ class MiniMaxH3Pipeline(BasePipeline):
                 still[0],
             )
         by_size = {tuple(control.bucket for control in sample.controls): sample for sample in samples}
-        told = (self._told_of(sample.controls, "control_resolution") for sample in by_size.values())
+        encoder = self._text_encoder(1)
+        told = (encoder.misfit(sample.controls, "control_resolution") for sample in by_size.values())
         return [Problem("", "[[directory]]", one) for one in told if one][:1]
 
     def _problems_of_shown(self, sampling: SamplingSettings) -> Iterator[Problem]:
@@ -286,20 +288,8 @@ class MiniMaxH3Pipeline(BasePipeline):
         except UserError:
             # It is told where the samples of all models are looked at.
             return
-        if told := self._told_of(version.sample.controls, "width and height"):
+        if told := self._text_encoder(1).misfit(version.sample.controls, "width and height"):
             yield Problem("", PICTURES, told)
-
-    def _told_of(self, controls: Sequence[Control], size: str) -> str | None:
-        """What to tell of the references of a sample that the model does not take; None if it takes them. `size` is
-        what decides theirs."""
-        clips = [control for control in controls if control.bucket.frames > 1]
-        if len(clips) > MOST_CLIPS or len(controls) - len(clips) > MOST_PICTURES:
-            return f"the model takes {MOST_PICTURES} pictures and {MOST_CLIPS} clips as references; give fewer"
-        encoder = self._text_encoder(1) if clips else None
-        for clip in clips:
-            if misfit := encoder.misfit(clip.bucket):
-                return f"the reference {clip.media.locator} {misfit}; set another {size}"
-        return None
 
     def encoders_for(self, controls: int) -> list[Encoder]:
         if controls and not self.options.from_references:

@@ -22,7 +22,7 @@ from models.foundation.encoders.qwen_vl import PICTURE
 from models.foundation.encoders.text_features import EncodedText
 from models.foundation.layers.minimax_h3_layout import OF_TEXT, OF_VIDEO
 from utils.dataset.encoders import ENDS, as_clip, control_names
-from utils.dataset.samples import Bucket
+from utils.dataset.samples import Bucket, Control
 
 LAYER = 50
 """The hidden state that the model reads."""
@@ -30,6 +30,8 @@ OF_TEXTS = ("model.embed_tokens.", "model.layers.", "model.norm.")
 LABEL, CLIP_LABEL, MOMENT = "<Picture {}>: ", "<Video {}>: ", "<{:.1f} seconds>"
 FPS, SEEN_FPS, PAIR = 24.0, 2.0, 2
 """Frames a second of clips, and of those that the encoder sees, of which it joins two."""
+MOST_PICTURES, MOST_CLIPS = 9, 3
+"""References of a sample."""
 LABEL_TOKENS = 8
 """About how many tokens a label has."""
 
@@ -173,23 +175,28 @@ class ReferenceEncoder(LabelledPictureEncoder):
         ]
         return self._features(caption, zip(*by_control, strict=True))
 
-    def misfit(self, control: Bucket) -> str | None:
-        """What to tell of a clip of this size, of which the stock pipeline shows the encoder another one; None of
-        others, and of pictures.
+    def misfit(self, references: Sequence[Control], size: str) -> str | None:
+        """What to tell of the references of a sample that are too many, or of which the stock pipeline shows the
+        encoder a clip at another size; None of others.
+
+        Args:
+            size: what decides their sizes.
 
         Raises:
             UserError: the folder does not say how clips are prepared.
         """
-        if control.frames == 1:
-            return None
-        numbers, _ = seen_frames(control.frames)
-        seen = self.clip_size(control.width, control.height, len(numbers))
-        if seen == (control.width, control.height):
-            return None
-        return (
-            f"of {control.frames} frames has {control.width} x {control.height} pixels, and Qwen3-VL would see it at "
-            f"{seen[0]} x {seen[1]}"
-        )
+        clips = [reference for reference in references if reference.bucket.frames > 1]
+        if len(clips) > MOST_CLIPS or len(references) - len(clips) > MOST_PICTURES:
+            return f"the model takes {MOST_PICTURES} pictures and {MOST_CLIPS} clips as references; give fewer"
+        for clip in clips:
+            width, height, frames = clip.bucket.width, clip.bucket.height, clip.bucket.frames
+            seen = self.clip_size(width, height, len(seen_frames(frames)[0]))
+            if seen != (width, height):
+                return (
+                    f"the reference {clip.media.locator} of {frames} frames has {width} x {height} pixels, and "
+                    f"Qwen3-VL would see it at {seen[0]} x {seen[1]}; set another {size}"
+                )
+        return None
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """The shapes for pictures."""
