@@ -10,8 +10,8 @@ time, D width of the transformer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -19,7 +19,7 @@ from torch import nn
 
 from models.base import Features, ModelEncoder
 from models.foundation.checkpoints.layouts.wan import VACE_LAYOUT
-from models.foundation.encoders.guide import GuideAutoencoder, LedAutoencoder
+from models.foundation.encoders.guide import MADE_ANEW, GuideAutoencoder, LedAutoencoder, RegionsAutoencoder, unpacked
 from models.foundation.layers.chain import Middle
 from models.wan import Entry, Exit, WanPipeline, WanStream
 from utils.dataset.encoders import Encoder, control_names
@@ -40,7 +40,7 @@ class WanVaceOptions(ModelSettings):
 
     The first control image of each sample, in the first folder of `control_path`, is what is followed: a clip for each
     clip, as long and in the same shape (depth, poses, lines, the clip without colours ...), or a still, which lasts for
-    all of it; a grey one says nothing. All of the clip is made anew: masks of what is kept are not trained.
+    all of it; a grey one says nothing. All of the clip is made anew, unless masks say what is kept.
     """
 
     tells_apart: ClassVar[tuple[str, ...]] = (*ModelSettings.tells_apart, "expert")
@@ -53,6 +53,13 @@ class WanVaceOptions(ModelSettings):
     references: Natural = 0
     """How many reference pictures each sample has behind what it follows, in further folders of `control_path`. In
     inference they are fitted whole into the clip's shape, on white: `control_fit = "pad"`."""
+    mask_means: Literal["weight", "made_anew"] = "weight"
+    """What masks of the dataset mean: weights of the loss, or, brighter than grey, what of the clip that is followed is
+    made anew, and else what is kept of it, for inpainting, outpainting, and, by masks that are clips, going on from
+    first frames. Of what is kept it shows what is kept. It may be the trained clip itself (`control_path` is then
+    `path`): where that is made anew, it is shown grey, as in inference. Any other file is shown as it is, and must not
+    show the answer where its mask is white. Files without a mask are made anew throughout. The loss counts all of a
+    clip. Samples have `mask_images`."""
 
 
 class WanVaceInputs(NamedTuple):
@@ -118,7 +125,7 @@ class Hinted(Middle):
 
 class WanVacePipeline(WanPipeline):
     """Wan VACE of Alibaba: clips that follow others, in their depth, poses, lines or whatever the dataset's
-    `control_path` shows of each clip, and show what is on reference pictures."""
+    `control_path` shows of each clip, that keep parts of them, and show what is on reference pictures."""
 
     Options = WanVaceOptions
     denoiser_class = "WanVACETransformer3DModel"
@@ -133,6 +140,10 @@ class WanVacePipeline(WanPipeline):
     @property
     def max_controls(self) -> int:
         return 1 + self.options.references
+
+    @property
+    def masks_weigh(self) -> bool:
+        return self.options.mask_means == "weight"
 
     @property
     def control_fit(self) -> ControlFit:
@@ -161,22 +172,16 @@ class WanVacePipeline(WanPipeline):
         return self._vae_config.get("scale_factor_spatial", 8)
 
     def problems_of_data(self, samples: Sequence[Sample]) -> list[Problem]:
-        reasons = {
-            "control_resolution": ("clips are followed at their own size", lambda one: one.rules.control_resolution),
-            "mask_path": (
-                "masks do not say what they mean for reference pictures",
-                lambda one: one.mask is not None and self.options.references,
-            ),
-        }
+        reasons = _reasons_of_weights if self.masks_weigh else _reasons_of_regions
         found = [
             (key, reason, next((one for one in samples if is_wrong(one)), None))
-            for key, (reason, is_wrong) in reasons.items()
+            for key, (reason, is_wrong) in reasons(self.options.references).items()
         ]
         return [
             Problem("", f"[[directory]] {key}", f"{reason}, and {one.media.locator} is one with it; leave it out")
             for key, reason, one in found
             if one is not None
-        ] + [*_problems_of_guides(samples)]
+        ] + [*_problems_of_guides(samples), *(() if self.masks_weigh else _problems_of_masks(samples))]
 
     def problems_of_samples(self, sampling: SamplingSettings) -> Iterator[Problem]:
         asked = 1 + self.options.references
@@ -204,7 +209,8 @@ class WanVacePipeline(WanPipeline):
         references = control_names(1 + options.references)[1:]
         plain, text = super().encoders()
         led = LedAutoencoder(*vae, draw=options.latents, references=references) if references else plain
-        return [led, text, *([GuideAutoencoder(*vae, references=references)] if controls else [])]
+        guide = GuideAutoencoder if self.masks_weigh else RegionsAutoencoder
+        return [led, text, *([guide(*vae, references=references)] if controls else [])]
 
     def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
         channels, own, *size = super().latent_shape(width, height, frames)
@@ -230,9 +236,9 @@ class WanVacePipeline(WanPipeline):
         self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
     ) -> WanVaceInputs:
         guide_BCfhw = features["guide_latents"].to(x_t)
-        # The mask of what is made anew, whose cells' pixels are channels: everything but the references.
-        mask_BCfhw = x_t.new_ones(len(x_t), self._cell**2, *x_t.shape[2:])
-        mask_BCfhw[:, :, : self.options.references] = 0.0
+        # The mask of what is made anew, whose cells' pixels are channels: never the references.
+        mask_BCfhw = x_t.new_zeros(len(x_t), self._cell**2, *x_t.shape[2:])
+        mask_BCfhw[:, :, self.options.references :] = unpacked(features[MADE_ANEW]) if MADE_ANEW in features else 1.0
         return WanVaceInputs(
             x_BCfhw=x_t,
             text_BLD=features["umt5"],
@@ -243,6 +249,56 @@ class WanVacePipeline(WanPipeline):
 
     def given_frames(self, latent_shape: Sequence[int], quantile: float) -> int:
         return 0
+
+
+_Reasons = dict[str, tuple[str, Callable[[Sample], Any]]]
+"""Keys of a dataset -> why they cannot be used, and by which samples they are."""
+
+
+def _reasons(references: int) -> _Reasons:
+    return {"control_resolution": ("clips are followed at their own size", lambda one: one.rules.control_resolution)}
+
+
+def _reasons_of_weights(references: int) -> _Reasons:
+    """Where masks weigh the loss."""
+    reason = (
+        "masks do not say what they mean for reference pictures, unless they say what of a clip is kept: "
+        '[model] mask_means = "made_anew"'
+    )
+    return {**_reasons(references), "mask_path": (reason, lambda one: one.mask is not None and references)}
+
+
+def _reasons_of_regions(references: int) -> _Reasons:
+    """Where masks say what is made anew."""
+    no_weight = 'masks are no weights of the loss with [model] mask_means = "made_anew"'
+    return {
+        **_reasons(references),
+        "color_jitter": (
+            "what is kept would have other colours than the clip",
+            lambda one: one.mask is not None and any(one.rules.color_jitter or ()),
+        ),
+        "unmasked_weight": (no_weight, lambda one: one.rules.unmasked_weight),
+        "normalize_masked_area": (no_weight, lambda one: one.rules.normalize_masked_area),
+        "mask_probability": (
+            f"{no_weight}, and a mask always holds; list the folder again without mask_path for clips of which nothing "
+            "is kept",
+            lambda one: one.rules.mask_probability < 1,
+        ),
+    }
+
+
+def _problems_of_masks(samples: Sequence[Sample]) -> Iterator[Problem]:
+    """Masks that are clips, and shorter than those on which they lie."""
+    masked = [(one, one.mask.media) for one in samples if one.mask is not None and not one.mask.is_alpha]
+    short = [(one.media, mask) for one, mask in masked if _is_too_short(one, mask)]
+    if short:
+        media, mask = short[0]
+        message = (
+            f"{len(short)} of the samples go on where their mask has ended: the first is {media.locator}, and "
+            f"{mask.locator} has {mask.frames} frames, {mask.fps:g} per second; replace those files, have clips "
+            'begin where their files do (video_clip_mode = "single_beginning"), or use stills, which last for ever'
+        )
+        yield Problem("", "[[directory]] mask_path", message)
 
 
 def _problems_of_guides(samples: Sequence[Sample]) -> Iterator[Problem]:
@@ -272,9 +328,9 @@ def _size(media: MediaFile) -> tuple[int, int]:
     return media.width, media.height
 
 
-def _is_too_short(sample: Sample, guide: MediaFile) -> bool:
+def _is_too_short(sample: Sample, beside: MediaFile) -> bool:
     # A still lasts for ever.
-    if guide.frames == 1 or sample.bucket.frames == 1:
+    if beside.frames == 1 or sample.bucket.frames == 1:
         return False
     last = (sample.bucket.frames - 1) / sample.fps
-    return any(take.start + last >= guide.frames / guide.fps for take in sample.takes)
+    return any(take.start + last >= beside.frames / beside.fps for take in sample.takes)

@@ -99,7 +99,10 @@ def _form_of(value: Any, tensors: list[torch.Tensor]) -> Any:
     """
     if isinstance(value, torch.Tensor):
         tensors.append(value)
-        return {"tensor": len(tensors) - 1, "home": value.device.type == "cpu"}
+        form = {"tensor": len(tensors) - 1, "home": value.device.type == "cpu"}
+        order = sorted(range(value.ndim), key=value.stride, reverse=True)
+        is_turned = not value.is_contiguous() and value.permute(order).is_contiguous()
+        return form | {"order": order} if is_turned else form
     if isinstance(value, Mapping):
         return {"dict": [[key, _form_of(one, tensors)] for key, one in value.items()]}
     for name, kind in _SEQUENCES.items():
@@ -115,9 +118,12 @@ def _form_of(value: Any, tensors: list[torch.Tensor]) -> Any:
 
 
 def _value_of(form: Any, key: str, tensors: Mapping[str, torch.Tensor], device: torch.device) -> Any:
-    ((kind, content),) = [(kind, content) for kind, content in form.items() if kind != "home"]
+    ((kind, content),) = [(kind, content) for kind, content in form.items() if kind not in ("home", "order")]
     if kind == "tensor":
         tensor = tensors[f"{key}.{content}"]
+        if order := form.get("order"):
+            # By columns, as decompositions give them: products of matrices differ in the last bits otherwise.
+            tensor = tensor.permute(order).contiguous().permute([order.index(place) for place in range(len(order))])
         return tensor if form["home"] and not tensor.ndim else tensor.to(device)
     if kind == "dict":
         return {name: _value_of(one, key, tensors, device) for name, one in content}

@@ -24,6 +24,7 @@ FLOORS = {
     "models.assembly.tools": (9, "tools"),
     "models.families": (7, "families"),
     "models.base": (6, "base"),
+    "models.contract": (6, "base"),
     "models.foundation.encoders": (5, "encoders"),
     "models.foundation.checkpoints": (4, "checkpoints"),
     "models.foundation.layers": (4, "layers"),

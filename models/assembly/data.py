@@ -17,11 +17,11 @@ from models.base import BasePipeline
 from utils.dataset.batches import SampleReader
 from utils.dataset.buckets import rules_of
 from utils.dataset.cache_lock import reading
+from utils.dataset.collecting import collect_together
 from utils.dataset.collection import (
     Collection,
     Source,
     check_encoder_names,
-    collect_together,
     tell,
     too_many_failures,
     with_truncated,
@@ -65,7 +65,7 @@ def load_data(settings: Settings, pipeline: BasePipeline, sources: Sequence[Sour
             larger than the card on which it is to encode something.
     """
     ranks = job.ranks
-    collections = collect_together(ranks, sources, pipeline.media, scan, **choices_of(settings))
+    collections = collect_together(ranks, sources, pipeline.media, scan, **choices_of(settings, pipeline))
     encoders = encoders_of(pipeline, collections)
     check_encoders(encoders, controls_of(collections), pipeline, settings)
     check_data(pipeline, collections)
@@ -78,14 +78,21 @@ def load_data(settings: Settings, pipeline: BasePipeline, sources: Sequence[Sour
     if settings.model.folded_guidance is not None:
         samples += [replace(sample, captions=("",)) for sample in collections[0].samples]
     wanted = {
-        encoder.name: [*([] if encoder in live else samples), *(prompts if encoder in of_prompts else [])]
+        encoder.name: ([] if encoder in live else samples, prompts if encoder in of_prompts else [])
         for encoder in encoders
     }
-    by_encoder = {encoder.name: (encoder, wanted[encoder.name]) for encoder in encoders if wanted[encoder.name]}
+    filled = [encoder for encoder in encoders if any(wanted[encoder.name])]
+    identity = (
+        f"{collections[0].identity} {settings.model.folded_guidance is not None}" if collections[0].identity else ""
+    )
+    by_encoder = {encoder.name: (encoder, sum(wanted[encoder.name], [])) for encoder in filled}
     check = cache(lambda: check_caching(settings, ranks, by_encoder, partial(lacks, job=job)))
     job, in_use = replace(job, before_encoding=check), None
     with timed("cache"), job.alone():
-        reports = [fill(encoder, wanted[encoder.name], job) for encoder in encoders if wanted[encoder.name]]
+        reports = []
+        for encoder in filled:
+            own, further = wanted[encoder.name]
+            reports.append(fill(encoder, own, job, further=further, identity=identity if own else ""))
         if ranks.is_main:
             reclaim_unwanted([report.encoder for report in reports], job)
             in_use = reading(job.cache_dir)
@@ -136,11 +143,12 @@ def reader_of(data: Data, ranks: Ranks) -> SampleReader:
     return SampleReader(data.encoders, data.cache_dir, data.live)
 
 
-def choices_of(settings: Settings) -> dict[str, Any]:
-    """The run's settings for collecting data."""
+def choices_of(settings: Settings, pipeline: BasePipeline) -> dict[str, Any]:
+    """What the run's settings and its model say for collecting data."""
     return {
         "max_failed_fraction": settings.max_failed_fraction,
         "caption_versions": settings.cache_text_embeddings,
+        "masks_weigh": pipeline.masks_weigh,
     }
 
 
@@ -156,7 +164,7 @@ def check_data(pipeline: BasePipeline, collections: Sequence[Collection]) -> Non
         UserError: it cannot.
     """
     problems = [problem for collection in collections for problem in pipeline.problems_of_data(collection.samples)]
-    problems += _too_large(pipeline, collections)
+    problems += [*_too_large(pipeline, collections), *_without_masks(pipeline, collections)]
     if problems:
         raise UserError(problems)
     for remark in _beyond_the_rule(pipeline, collections):
@@ -172,6 +180,16 @@ def _too_large(pipeline: BasePipeline, collections: Sequence[Collection]) -> Ite
             largest = max(told, key=lambda size: size[0] * size[1])
             message = f"{told[largest]}; set it lower (the first such file is {sizes[largest].media.locator})"
             yield Problem(str(collection.source.file), "key `resolutions`", message)
+
+
+def _without_masks(pipeline: BasePipeline, collections: Sequence[Collection]) -> Iterator[Problem]:
+    """The problem of a training set without masks, for a model that is told to keep what they say."""
+    if not (pipeline.masks_weigh or collections[0].has_masks):
+        message = (
+            "the model is to keep what masks leave black, and no file has a mask: set mask_path, alpha_mask or "
+            "default_mask_file, or have masks mean weights"
+        )
+        yield Problem(str(collections[0].source.file), "masks", message)
 
 
 def _beyond_the_rule(pipeline: BasePipeline, collections: Sequence[Collection]) -> Iterator[str]:
@@ -193,7 +211,7 @@ def _beyond_the_rule(pipeline: BasePipeline, collections: Sequence[Collection]) 
 
 
 def encoders_of(pipeline: BasePipeline, collections: Sequence[Collection]) -> list[Encoder]:
-    """The encoders for the collections: those of the model, and one for masks if there are any.
+    """The encoders for the collections: those of the model, and one for masks if there are any that weigh the loss.
 
     Raises:
         UserError: the collections contain something that the model does not take.
@@ -201,7 +219,7 @@ def encoders_of(pipeline: BasePipeline, collections: Sequence[Collection]) -> li
     encoders = pipeline.encoders_for(controls_of(collections))
     check_encoder_names(collections, encoders)
     encoder = MaskEncoder(pipeline.latent_shape, pipeline.frame_groups)
-    masks = [encoder] if any(collection.has_masks for collection in collections) else []
+    masks = [encoder] if pipeline.masks_weigh and any(one.has_masks for one in collections) else []
     return [*encoders, *masks]
 
 

@@ -15,7 +15,7 @@ from models.assembly.noising import clean_latents
 from models.base import BasePipeline
 from utils.dataset.batches import SampleReader
 from utils.dataset.collection import Collection
-from utils.dataset.encoders import TEXT, Encoder, reads_text, text_of
+from utils.dataset.encoders import TEXT, Encoder, reads_text, regions_of, text_of
 from utils.dataset.samples import (
     MediaFile,
     SampleVersion,
@@ -118,9 +118,15 @@ def _pictures(
         "decoded": _written(decoded_CFHW, sample.fps, folder, name),
     }
     for index, control in enumerate(sample.controls):
+        if index == 0 and not pipeline.masks_weigh:
+            guide_CFHW, region_1FHW = regions_of(version).split([3, 1])
+            pictures["control 1"] = _written(guide_CFHW, sample.fps, folder, f"{name}_control1")
+            said = f"white is made anew, {region_1FHW.mean():.0%}; black is kept"
+            pictures[said] = _written(_grey(region_1FHW), sample.fps, folder, f"{name}_mask")
+            continue
         pixels = load_clip(control.media.locator.source, version.control_view(control), 0.0, 1, 1.0)
         pictures[f"control {index + 1}"] = _written(pixels, 0.0, folder, f"{name}_control{index + 1}")
-    if sample.mask:
+    if sample.mask and pipeline.masks_weigh:
         weight = batch.weight[0]
         said = f"weight of the loss: white is 1, mean {weight.mean():.3g}, largest {weight.max():.3g}"
         pictures[said] = _written(_weight(weight, decoded_CFHW), sample.fps, folder, f"{name}_mask")
@@ -139,7 +145,12 @@ def _weight(weight: torch.Tensor, like_CFHW: torch.Tensor) -> torch.Tensor:
     # Scaled by its largest value, a mask that trains next to nothing would look like a sound one.
     weight_FHW = weight.reshape(-1, *weight.shape[-2:]).clamp(0, 1)
     grown = functional.interpolate(weight_FHW[None, None], size=like_CFHW.shape[1:], mode="nearest")[0]
-    return (2 * grown - 1).expand(3, -1, -1, -1)
+    return _grey(grown)
+
+
+def _grey(levels_1FHW: torch.Tensor) -> torch.Tensor:
+    """Numbers in [0, 1] as grey pixels."""
+    return (2 * levels_1FHW - 1).expand(3, -1, -1, -1)
 
 
 def _written(pixels_CFHW: torch.Tensor, fps: float, folder: Path, name: str) -> str:

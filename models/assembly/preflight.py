@@ -148,7 +148,7 @@ def show_plan(settings: Settings, ranks: Ranks, pipeline: BasePipeline, sources:
         verify(settings, pipeline, scan.index.parent, Ranks(), scan.raise_if_stopping)
 
     def look() -> None:
-        found = collect(sources, pipeline.media, scan, **choices_of(settings))
+        found = collect(sources, pipeline.media, scan, **choices_of(settings, pipeline))
         collections.extend(_decoded(found, settings, scan) if settings.verify == "content" else found)
 
     problems = problems_of([check, look])

@@ -10,7 +10,7 @@ from models.base import BasePipeline
 from utils.dataset.buckets import control_frames
 from utils.dataset.encoders import Encoder, reads_mask, reads_media
 from utils.dataset.manifest import media_file
-from utils.dataset.samples import Bucket, SampleVersion, version_of_prompt
+from utils.dataset.samples import Bucket, MediaFile, SampleVersion, version_of_prompt
 from utils.errors import UserError
 from utils.media.source import MediaError
 from utils.run.sampling import Schedule
@@ -18,7 +18,7 @@ from utils.settings.run_tables import SamplingSettings
 from utils.settings.sample_requests import SampleRequest
 from utils.settings.schema import Settings
 
-PICTURES = "[sampling] control_images"
+PICTURES, MASKS = "[sampling] control_images", "[sampling] mask_images"
 
 
 def pictures_a_prompt(requests: Sequence[SampleRequest]) -> int:
@@ -70,26 +70,28 @@ def encoders_of_prompts(encoders: Sequence[Encoder], requests: Sequence[SampleRe
 
 def prompt_versions(pipeline: BasePipeline, sampling: SamplingSettings) -> list[SampleVersion]:
     """What encoders read for the one prompt of `sampling`: the prompt and, if there is a second prediction, the
-    negative prompt, both with the prompt's pictures.
+    negative prompt, both with the prompt's pictures and mask.
 
     Raises:
-        UserError: the model cannot draw pictures of this size, or a control image cannot be read.
+        UserError: the model cannot draw pictures of this size, or a control image or mask cannot be read.
     """
     bucket = sample_bucket(pipeline, sampling)
-    pictures = _pictures(sampling.control_images[0]) if sampling.control_images else ()
+    pictures = _media(sampling.control_images[0], PICTURES) if sampling.control_images else ()
     others = [sampling.negative_prompt] if is_guided(pipeline, sampling) else []
     rate = pipeline.media.fps
     how = {"clip_fps": rate} if pipeline.starts_from_picture else {"control_fps": rate if sampling.frames > 1 else 0.0}
     how["control_fit"] = pipeline.control_fit
     how["control_frames"] = partial(control_frames, frames=sampling.frames, fps=rate, facts=pipeline.media)
+    if sampling.mask_images:
+        (how["mask"],) = _media(sampling.mask_images, MASKS)
     return [version_of_prompt(text, bucket, pictures, **how) for text in (sampling.prompts[0], *others)]
 
 
-def _pictures(files: Sequence[Path]) -> tuple:
+def _media(files: Sequence[Path], where: str) -> tuple[MediaFile, ...]:
     try:
         return tuple(media_file(file) for file in files)
     except MediaError as error:
-        raise UserError.of(str(error), where=PICTURES) from error
+        raise UserError.of(str(error), where=where) from error
 
 
 def is_guided(pipeline: BasePipeline, sampling: SamplingSettings) -> bool:

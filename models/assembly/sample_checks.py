@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 
-from models.assembly.prompts import PICTURES, pictures_a_prompt, prompt_versions, sample_bucket, schedule_of
+from models.assembly.prompts import MASKS, PICTURES, pictures_a_prompt, prompt_versions, sample_bucket, schedule_of
 from models.base import BasePipeline
 from utils.dataset.encoders import TEXT, Encoder, reads_media, reads_text, text_of
 from utils.errors import Problem, UserError
-from utils.media.decode import load_clip, load_image
-from utils.media.geometry import View
+from utils.media.decode import load_clip, load_image, load_mask
+from utils.media.geometry import View, same_shape
 from utils.media.source import MediaError
 from utils.run.attempts import reason_of
 from utils.settings.prompt_files import PromptFile
@@ -19,6 +19,12 @@ from utils.settings.sample_requests import SampleRequest, remarks_of, requests_o
 from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
+
+NO_PICTURES = "this model is shown no pictures; leave it out"
+NO_MASKS = (
+    "no masks are given to this model, or not with its options (VACE takes them with [model] mask_means = "
+    '"made_anew"); leave it out'
+)
 
 
 def check_sampling(pipeline: BasePipeline, sampling: SamplingSettings, *, has_adapter: bool = True) -> None:
@@ -60,6 +66,7 @@ def check_requests(pipeline: BasePipeline, requests: Sequence[SampleRequest], *,
         found = [
             *_problems_of_guidance(pipeline, one),
             *_problems_of_pictures(pipeline, one),
+            *_problems_of_masks(pipeline, one),
             *_problems_of_scale(pipeline, one, has_adapter=has_adapter),
             *_of_model(pipeline, one),
         ]
@@ -85,9 +92,9 @@ def _problems_of_scale(pipeline: BasePipeline, sampling: SamplingSettings, *, ha
 
 
 def _problems_of_drawing(pipeline: BasePipeline, sampling: SamplingSettings) -> list[Problem]:
-    """What only shows where a sample is begun: its size, its pictures, its steps."""
+    """What only shows where a sample is begun: its size, its pictures and their shapes, its steps."""
     problems: list[Problem] = []
-    for check in (_size, _decode, _step):
+    for check in (_size, _shape_of_mask, _decode, _step):
         try:
             check(pipeline, sampling)
         except UserError as error:
@@ -99,6 +106,19 @@ def _problems_of_drawing(pipeline: BasePipeline, sampling: SamplingSettings) -> 
 def _size(pipeline: BasePipeline, sampling: SamplingSettings) -> None:
     sample_bucket(pipeline, sampling)
     prompt_versions(pipeline, sampling)
+
+
+def _shape_of_mask(pipeline: BasePipeline, sampling: SamplingSettings) -> None:
+    sample = prompt_versions(pipeline, sampling)[0].sample
+    if sample.mask is None:
+        return
+    mask, guide = sample.mask.media, sample.controls[0].media
+    if not same_shape((mask.width, mask.height), (guide.width, guide.height)):
+        raise UserError.of(
+            f"{mask.locator} is {mask.width}x{mask.height} and {guide.locator} {guide.width}x{guide.height}, so that "
+            "it does not lie on it; scale it to the same shape",
+            where=MASKS,
+        )
 
 
 def _step(pipeline: BasePipeline, sampling: SamplingSettings) -> None:
@@ -117,8 +137,14 @@ def _step(pipeline: BasePipeline, sampling: SamplingSettings) -> None:
 
 
 def _decode(pipeline: BasePipeline, sampling: SamplingSettings) -> None:
-    """Reads the pictures completely: a truncated one has a good header, and would only fail when it is needed."""
+    """Reads the pictures and masks completely: a truncated one has a good header, and would only fail when it is
+    needed."""
     view = View(sampling.width, sampling.height)
+    for file in sampling.mask_images:
+        try:
+            load_mask(file, view, 0.0, sampling.frames, pipeline.media.fps)
+        except MediaError as error:
+            raise UserError.of(str(error), where=MASKS) from error
     for file in dict.fromkeys(sampling.control_images[0] if sampling.control_images else ()):
         try:
             if pipeline.follows_clip:
@@ -148,16 +174,19 @@ def _problems_of_guidance(pipeline: BasePipeline, sampling: SamplingSettings) ->
 
 
 def _problems_of_lists(pipeline: BasePipeline, sampling: SamplingSettings) -> Iterator[Problem]:
-    """What is wrong with the list of `control_images` beside that of `prompts`."""
-    given, prompts = sampling.control_images, len(sampling.prompts)
-    if given and not _most(pipeline):
-        yield Problem("", PICTURES, "this model is shown no pictures; leave it out")
-    elif given and not sampling.asks:
-        yield Problem("", PICTURES, "is for prompts, and there are none; add some, or leave it out")
-    elif given and len(given) not in (1, prompts):
-        yield Problem(
-            "", PICTURES, f"has {len(given)} entries for {prompts} prompts; give one for each, or one for all"
-        )
+    """What is wrong with the lists of `control_images` and of `mask_images` beside that of `prompts`."""
+    prompts = len(sampling.prompts)
+    for where, given, refusal in (
+        (PICTURES, sampling.control_images, "" if _most(pipeline) else NO_PICTURES),
+        (MASKS, sampling.mask_images, NO_MASKS if pipeline.masks_weigh else ""),
+    ):
+        if given and refusal:
+            yield Problem("", where, refusal)
+        elif given and not sampling.asks:
+            yield Problem("", where, "is for prompts, and there are none; add some, or leave it out")
+        elif given and len(given) not in (1, prompts):
+            message = f"has {len(given)} entries for {prompts} prompts; give one for each, or one for all"
+            yield Problem("", where, message)
 
 
 def _most(pipeline: BasePipeline) -> int:
@@ -173,11 +202,20 @@ def _problems_of_pictures(pipeline: BasePipeline, sampling: SamplingSettings) ->
     if pipeline.starts_from_picture and sampling.frames == 1 < pipeline.media.max_frames:
         yield Problem("", "[sampling] frames", "one frame is the picture itself, of which a clip is made; set more")
     if given and not most:
-        yield Problem("", PICTURES, "this model is shown no pictures; leave it out")
+        yield Problem("", PICTURES, NO_PICTURES)
     elif pipeline.ends_in_picture and any(len(pictures) != most for pictures in given):
         yield Problem("", PICTURES, "this model makes clips from a first frame to a last: give both with each prompt")
     elif any(len(pictures) > most for pictures in given):
         yield Problem("", PICTURES, f"this model is shown at most {most} with a prompt; give fewer")
+
+
+def _problems_of_masks(pipeline: BasePipeline, sampling: SamplingSettings) -> Iterator[Problem]:
+    """Of one sample."""
+    if sampling.mask_images and pipeline.masks_weigh:
+        yield Problem("", MASKS, NO_MASKS)
+    elif sampling.mask_images and not sampling.control_images:
+        message = "says what of a control image is made anew, and there is none; give one with the prompt"
+        yield Problem("", MASKS, message)
 
 
 def check_encoders(encoders: Sequence[Encoder], controls: int, pipeline: BasePipeline, settings: Settings) -> None:

@@ -59,25 +59,17 @@ def test_comfyuis_file_is_read(folder: Path, tmp_path: Path, prefix: str) -> Non
     assert all(torch.equal(read[name], moved[name]) for name in moved)
 
 
-@pytest.mark.parametrize(("variant", "causal"), [(tiny, False), (edit, False), (edit, True)])
-def test_layers_equal_the_whole_module_within_rounding(tmp_path: Path, variant: ModuleType, causal: bool) -> None:
-    """A model that tells text and control images the picture's time (`causal_condition = false`); with it, as the
-    generic tests have it, these are told that they have no noise. What control images have around them is attended to
-    in one piece, which is summed in another order."""
-    folder = tiny.write_folder(tmp_path, causal_condition=causal)
+@torch.no_grad()
+@pytest.mark.parametrize("variant", [tiny, edit])
+def test_a_model_that_tells_the_text_the_pictures_time(tmp_path: Path, variant: ModuleType) -> None:
+    """And control images too (`causal_condition = false`); with it, as the generic tests have it, these are told that
+    they have no noise."""
+    folder = tiny.write_folder(tmp_path, causal_condition=False)
     pipeline, model = tiny.pipeline(folder), generic.Model("", folder, variant)
     batch, staged = batch_of(model, pipeline, tiny.SIZES[0]), generic.loaded(pipeline)
     result = generic.output(pipeline, staged.layers, batch)
-    weights = normal(tuple(result.shape), 0, "loss")
-    (result * weights).sum().backward()
-    gradients = [parameter.grad for parameter in staged.denoiser.parameters()]
-    staged.denoiser.zero_grad()
     expected = variant.whole(staged.denoiser, pipeline, batch.features, batch.x_t, batch.t_B)
-    (expected * weights).sum().backward()
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
-    for gradient, parameter in zip(gradients, staged.denoiser.parameters(), strict=True):
-        assert parameter.grad.any()
-        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()

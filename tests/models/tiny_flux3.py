@@ -32,7 +32,7 @@ TEXT_TOKENS, TEXT_WIDTH = 160, tiny_qwen_image_21.TEXT_WIDTH
 FEATURES = len(LAYERS) * TEXT_WIDTH
 CUT = {"partition_method": "uniform"}
 """What embeds the text takes more parameters than a tiny block."""
-SUMMED_OTHERWISE = ("early_stream_modulations.", "single_stream_modulations.", "timestep_embedder.", "norm_out.")
+ROUNDED_OTHERWISE = True
 """The stock module repeats the time for every token before it makes modulations of it, whose gradients it sums last."""
 TRANSFORMER = {
     "in_channels": 4 * tiny_flux2.CHANNELS,

@@ -53,8 +53,8 @@ SIZES = [(32, 64, 1), (64, 32, 1)]
 PIXELS = (4, 1)
 CUT = {"partition_method": "uniform"}
 """What embeds the time has a fixed width, at which it takes more parameters than a tiny block."""
-SUMMED_OTHERWISE = ("",)
-"""Of all of them: the samples are given one after the other, see `whole`."""
+ROUNDED_OTHERWISE = True
+"""The samples are given one after the other, see `whole`."""
 SAMPLING = {"width": 96, "height": 64, "guidance": 3.0, "negative_prompt": "blurred"}
 TEXT_TOKENS, TEXT_WIDTH, CHANNELS = 160, 16, 4
 """With a byte a token, the template takes 132; of the captions of the generic tests one is longer than the rest."""

@@ -14,7 +14,9 @@ from utils.media.decode import load_rgba
 from utils.media.geometry import View
 from utils.settings.run_tables import SamplingSettings
 
-STOCK, CUT, SUMMED_OTHERWISE = tiny_qwen_image_21.STOCK, tiny_qwen_image_21.CUT, tiny_qwen_image_21.SUMMED_OTHERWISE
+STOCK, CUT = tiny_qwen_image_21.STOCK, tiny_qwen_image_21.CUT
+ROUNDED_OTHERWISE = True
+"""What is around control images is attended to in one piece, besides."""
 write_folder, pipeline, whole = tiny_qwen_image_21.write_folder, tiny_qwen_image_21.pipeline, tiny_qwen_image_21.whole
 SIZES = tiny_qwen_image_21.SIZES
 SAMPLING = {**tiny_qwen_image_21.SAMPLING, "control_images": [[str(PICTURE)] * 2]}

@@ -68,7 +68,7 @@ def theirs(make: Make, dtype: torch.dtype = torch.float32, lr: float = 0.05, **k
 
 ADAM = {"betas": (0.8, 0.9), "eps": 1e-6}
 SAME: dict[str, tuple[Make, dict[str, Any], dict[str, Any]]] = {
-    "adamw": (torch.optim.AdamW, ADAM, {}),
+    "adamw": (torch.optim.AdamW, ADAM, {"fused": True}),
     "sgd": (torch.optim.SGD, {"momentum": 0.8}, {}),
     "radam": (torch.optim.RAdam, ADAM, {"decoupled_weight_decay": True}),
     "nadam": (torch.optim.NAdam, ADAM | {"momentum_decay": 0.1}, {"decoupled_weight_decay": True}),

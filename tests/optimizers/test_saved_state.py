@@ -178,6 +178,7 @@ def test_what_is_used_is_not_what_is_trained_and_looking_changes_nothing(name: s
         (1, 2.5),
         [[], [torch.arange(3.0)], None],
         {"a": torch.ones(2, dtype=torch.bfloat16)},
+        [torch.arange(6.0).view(2, 3).t(), torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1)],
         deque([1, 2], 4),
         torch.bfloat16,
         torch.tensor(2.5),
@@ -190,6 +191,9 @@ def test_what_an_optimizer_keeps_comes_back_as_it_was(value: Any) -> None:
     assert all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
     back = unpacked(tensors, torch.device("cpu"))
     assert list(back) == ["key"] and type(back["key"]) is type(value) and repr(back["key"]) == repr(value)
+    if isinstance(value, list):
+        strides = [one.stride() for one in value if isinstance(one, torch.Tensor)]
+        assert [one.stride() for one in back["key"] if isinstance(one, torch.Tensor)] == strides
 
 
 def test_what_cannot_be_saved_is_told() -> None:

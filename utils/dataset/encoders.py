@@ -21,7 +21,10 @@ from utils.media.source import MediaError
 
 TRANSFORM = "3"
 """Part of every key; to be changed when the same view of a file would give other pixels."""
-ENDS, GUIDE, CONTROL_RGBA, CONTROL_CLIP = "ends", "guide", "controlrgba", "controlclip"
+ENDS, GUIDE, REGIONS = "ends", "guide", "regions"
+CONTROL_RGBA, CONTROL_CLIP = "controlrgba", "controlclip"
+HALF = 0.5
+"""The brightness of a mask above which a region is made anew."""
 BYTES_PER_PIXEL = 3 * 4
 """Bytes of a decoded colour pixel in float32."""
 
@@ -32,7 +35,7 @@ class Encoder(Protocol):
     name: str
     """The name of its store's folder."""
     reads: tuple[str, ...]
-    """The inputs of `encode`: some of "pixels", "ends", "guide", "rgba", "layers", "size_and_crop", "mask",
+    """The inputs of `encode`: some of "pixels", "ends", "guide", "regions", "rgba", "layers", "size_and_crop", "mask",
     "control" ("control_2" ... for further ones), "controlrgba" and "controlclip" (likewise), "caption" and
     "weighted_caption"."""
     fingerprint: str
@@ -48,7 +51,8 @@ class Encoder(Protocol):
         """Features of a batch under names that no other encoder of the model uses, each a tensor batched in dimension
         0 or a list of B tensors of different lengths. Pixels, controls and masks come as BCFHW on the CPU. So do
         "ends", clips whose last frame is a prompt's second picture, if it has one, "guide", the first control as a clip
-        as long as the sample's, which lies on it in place and time, "rgba", pictures with their opacity
+        as long as the sample's, which lies on it in place and time, "regions", the same with a fourth channel, 1 where
+        the sample's mask says that it is made anew and 0 where it is kept, "rgba", pictures with their opacity
         in [-1, 1] as a fourth channel, "controlrgba", control images with theirs, "controlclip", controls that may be
         clips, and "layers", where the control images, at the size of the picture, follow it as further frames.
         "size_and_crop" comes as (B, 6) pixels: height and width of the file, top and left of the crop in the scaled
@@ -119,6 +123,11 @@ def versions(encoder: Encoder, sample: Sample) -> Iterator[SampleVersion]:
             yield SampleVersion(sample, take, "", sample.id)
 
 
+def wanted_by(encoder: Encoder, samples: Iterable[Sample]) -> dict[str, SampleVersion]:
+    """The versions that the encoder makes items from, by the items' keys."""
+    return {item_key(encoder, version): version for sample in samples for version in versions(encoder, sample)}
+
+
 def items_wanted(encoder: Encoder, samples: Iterable[Sample]) -> list[tuple[str, Bucket]]:
     """The keys of the items that the encoder makes from the samples, and the sizes at which they are made."""
     input_name = next((input_name for input_name in encoder.reads if input_name not in TEXT), "pixels")
@@ -156,7 +165,7 @@ def bucket_read(input_name: str, sample: Sample) -> Bucket:
 
 def file_read(input_name: str, sample: Sample) -> MediaFile:
     """The file of which an encoder reads one of its inputs."""
-    if input_name == GUIDE:
+    if input_name in (GUIDE, REGIONS):
         return _control(sample, "control").media
     return _control(sample, input_name).media if _is_control(input_name) else sample.media
 
@@ -260,34 +269,19 @@ def _mask(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
 
 
 def _control_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
-    control = _control(version.sample, input_name)
-    return [TRANSFORM, control.media.digest, *version.control_view(control).identity]
+    control, how = _control(version.sample, input_name), input_name.partition("_")[0]
+    frames = control.bucket.frames if how == CONTROL_CLIP else 1
+    time_ = [frames, version.sample.fps] if frames > 1 else []
+    kind = [how] if how == CONTROL_RGBA else []
+    return [*kind, TRANSFORM, control.media.digest, *version.control_view(control).identity, *time_]
 
 
 def _control_pixels(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
-    control = _control(version.sample, input_name)
-    return _load(control.media, load_image, version.control_view(control))
-
-
-def _control_rgba_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
-    return [CONTROL_RGBA, *_control_identity(version, name, input_name)]
-
-
-def _control_rgba(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
-    control = _control(version.sample, input_name)
-    return _load(control.media, load_rgba, version.control_view(control))
-
-
-def _control_clip_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
-    frames = _control(version.sample, input_name).bucket.frames
-    time_ = [frames, version.sample.fps] if frames > 1 else []
-    return [*_control_identity(version, name, input_name), *time_]
-
-
-def _control_clip(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
-    control = _control(version.sample, input_name)
-    how = version.control_view(control), 0.0, control.bucket.frames, version.sample.fps or 1.0
-    return _load(control.media, load_clip, *how)
+    control, how = _control(version.sample, input_name), input_name.partition("_")[0]
+    view = version.control_view(control)
+    if how == CONTROL_CLIP:
+        return _load(control.media, load_clip, view, 0.0, control.bucket.frames, version.sample.fps or 1.0)
+    return _load(control.media, load_rgba if how == CONTROL_RGBA else load_image, view)
 
 
 def _ends_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
@@ -318,6 +312,37 @@ def _guide_identity(version: SampleVersion, name: str, input_name: str) -> list[
 def _guide(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
     sample, media = version.sample, _control(version.sample, "control").media
     return _load(media, load_clip, _guide_view(version), version.take.start, sample.bucket.frames, sample.fps or 1.0)
+
+
+def regions_of(version: SampleVersion) -> torch.Tensor:
+    """The clip that a sample follows, `regions_4FHW`, the fourth channel of which is 1 where it is made anew: where the
+    mask is brighter than grey, or everywhere if there is none; elsewhere it is 0, and kept.
+
+    Raises:
+        Unreadable: a file cannot be decoded.
+    """
+    return _regions(version, REGIONS, REGIONS)
+
+
+def _follows_itself(sample: Sample) -> bool:
+    """Whether what is followed is the sample's own file, which shows what is to be made anew."""
+    return sample.media is not None and _control(sample, "control").media.digest == sample.media.digest
+
+
+def _regions_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
+    mask = _mask_identity(version, name, input_name) if version.sample.mask else []
+    return [REGIONS, *_guide_identity(version, name, input_name), _follows_itself(version.sample), *mask]
+
+
+def _regions(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
+    guide_CFHW = _guide(version, name, input_name)
+    region_1FHW = torch.ones_like(guide_CFHW[:1])
+    if version.sample.mask is not None:
+        region_1FHW = (_mask(version, name, input_name) > HALF).float()
+    if _follows_itself(version.sample):
+        # Grey, as in inference, which has nothing to show there.
+        guide_CFHW = guide_CFHW * (1 - region_1FHW)
+    return torch.cat([guide_CFHW, region_1FHW])
 
 
 def _rgba_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
@@ -360,13 +385,12 @@ _READERS: dict[str, _Reader] = {
     "pixels": _Reader(_pixels_identity, _pixels),
     ENDS: _Reader(_ends_identity, _ends),
     GUIDE: _Reader(_guide_identity, _guide),
+    REGIONS: _Reader(_regions_identity, _regions),
     "rgba": _Reader(_rgba_identity, _rgba),
     "layers": _Reader(_layers_identity, _layers),
     "size": _Reader(_size_and_crop_numbers, _size_and_crop),
     "mask": _Reader(_mask_identity, _mask),
-    "control": _Reader(_control_identity, _control_pixels),
-    CONTROL_RGBA: _Reader(_control_rgba_identity, _control_rgba),
-    CONTROL_CLIP: _Reader(_control_clip_identity, _control_clip),
+    **dict.fromkeys(("control", CONTROL_RGBA, CONTROL_CLIP), _Reader(_control_identity, _control_pixels)),
     "caption": _Reader(_caption, _caption),
     "weighted": _Reader(_weights_identity, _weighted_caption),
 }

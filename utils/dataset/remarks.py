@@ -23,15 +23,21 @@ MOST_ENLARGED = 1.5
 MOST_CUT_OFF = 0.5
 
 
-def remarks_on(rows: Sequence[Row], samples: Sequence[Sample], dataset: DatasetSettings) -> list[Remark]:
-    """All remarks on the rows of a dataset and on its samples, grouped by title."""
+def remarks_on(
+    rows: Sequence[Row], samples: Sequence[Sample], dataset: DatasetSettings, *, masks_weigh: bool = True
+) -> list[Remark]:
+    """All remarks on the rows of a dataset and on its samples, grouped by title.
+
+    Args:
+        masks_weigh: masks are weights of the loss; otherwise they say what the model makes anew.
+    """
     rules = [dataset.resolved(directory) for directory in dataset.directory]
     return [
         *_used_as_pictures(rows),
         *_without_caption(rows, rules),
         *_wildcards(rows, rules),
-        *_without_weight(rows, rules),
-        *_all_white(rows, rules),
+        *(_without_weight(rows, rules) if masks_weigh else _of_regions(rows)),
+        *_all_white(rows, rules, "pictures are trained whole" if masks_weigh else "nothing is kept"),
         *_enlarged(samples),
         *_cut_off(samples),
     ]
@@ -130,7 +136,18 @@ def _without_weight(rows: Sequence[Row], rules: Sequence[DirectorySettings]) -> 
         yield Remark("next to no weight", str(row.media.locator), f"{weight}; white is what is trained")
 
 
-def _all_white(rows: Sequence[Row], rules: Sequence[DirectorySettings]) -> Iterator[Remark]:
+def _of_regions(rows: Sequence[Row]) -> Iterator[Remark]:
+    """Files of which all is made anew, or next to nothing, where masks say what is."""
+    for row in rows:
+        if not row.mask:
+            yield Remark("without a mask", str(row.media.locator), "it has no mask, so that all of it is made anew")
+        elif row.mask.mean < SMALLEST_AREA:
+            mask = "its opacity" if row.mask.is_alpha else f"its mask {row.mask.media.locator}"
+            text = f"{mask} is {row.mask.mean:.2%} on average; white is what is made anew, and the rest is kept"
+            yield Remark("next to nothing made anew", str(row.media.locator), text)
+
+
+def _all_white(rows: Sequence[Row], rules: Sequence[DirectorySettings], so_that: str) -> Iterator[Remark]:
     by_directory: dict[int, list[Mask]] = defaultdict(list)
     for row in rows:
         if row.mask:
@@ -142,7 +159,7 @@ def _all_white(rows: Sequence[Row], rules: Sequence[DirectorySettings]) -> Itera
         is_given = any(mask.is_alpha or mask.media.locator.path != default for mask in masks)
         if is_given and all(mask.mean > ALL_WHITE for mask in masks):
             what = "no picture has transparency" if own.alpha_mask else f"all {len(masks)} masks are white"
-            yield Remark("masks nothing", str(own.path), f"{what}, so that pictures are trained whole")
+            yield Remark("masks nothing", str(own.path), f"{what}, so that {so_that}")
 
 
 def _enlarged(samples: Sequence[Sample]) -> Iterator[Remark]:

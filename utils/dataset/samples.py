@@ -83,8 +83,8 @@ class Control:
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """The weight of a sample's pixels: the brightness of a mask picture, or the opacity of the sample's own picture.
-    `mean` is that of the whole file, in [0, 1]."""
+    """The weight of a sample's pixels, or how far a model makes them anew: the brightness of a mask picture or clip, or
+    the opacity of the sample's own picture. `mean` is that of the whole file, in [0, 1]."""
 
     media: MediaFile
     is_alpha: bool
@@ -169,6 +169,7 @@ def version_of_prompt(
     pictures: Sequence[MediaFile] = (),
     clip_fps: float | None = None,
     *,
+    mask: MediaFile | None = None,
     control_fps: float = 0.0,
     control_fit: ControlFit = None,
     control_frames: Callable[[MediaFile], int] = lambda control: 1,
@@ -179,7 +180,8 @@ def version_of_prompt(
         bucket: the size of the picture or clip to draw, to which the control images are scaled too.
         pictures: control images; with `clip_fps` the first is instead the sample's own picture, repeated for all
             frames of the clip, and what follows it is for the clip's end.
-        control_fps: the frames per second at which control clips are read.
+        mask: what of the first of them is made anew; None for all of it.
+        control_fps: the frames per second at which control clips and their masks are read.
         control_fit: how control images are brought to this size.
         control_frames: how many frames of a control are read.
     """
@@ -189,7 +191,8 @@ def version_of_prompt(
         Control(picture, replace(bucket, frames=control_frames(picture)))
         for picture in (pictures if media is None else pictures[1:])
     )
-    sample = Sample(prompt, media, bucket, (Take(),), (prompt,), controls, None, clip_fps or control_fps, 1, rules)
+    region = None if mask is None else Mask(mask, is_alpha=False)
+    sample = Sample(prompt, media, bucket, (Take(),), (prompt,), controls, region, clip_fps or control_fps, 1, rules)
     return evaluation_version(sample)
 
 

@@ -42,6 +42,7 @@ def parameters(request: SampleRequest, origin: Origin, sampler: str) -> str:
         "Size": f"{one.width}x{one.height}",
         **({"Frames": one.frames} if one.frames > 1 else {}),
         **({"Control images": " + ".join(file.name for file in request.control_images)} if one.control_images else {}),
+        **({"Mask": request.mask_image.name} if request.mask_image else {}),
         **({} if one.adapter_scale == 1.0 else {"Adapter scale": f"{one.adapter_scale:g}"}),
         "Model": origin.model,
         "Run": origin.run,

@@ -184,7 +184,8 @@ class DirectorySettings(DataKeys):
     control_path: ControlPaths | None = None
     """Folder of control images of the same names as the files in `path`, or several folders, for several controls."""
     mask_path: UserPath | None = None
-    """Folder of masks of the same names: white is trained, black is not."""
+    """Folder of masks of the same names: white is trained, black is not; or, for VACE with `mask_means = "made_anew"`,
+    white is made anew and black is kept."""
 
     @property
     def control_paths(self) -> list[Any]:

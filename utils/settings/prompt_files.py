@@ -38,6 +38,7 @@ _SPELLINGS = {
     "control_image": "control_images",
     "control_image_path": "control_images",
     "image_path": "control_images",
+    "control_image_mask_path": "mask_image",
     "additional_multiplier": "adapter_scale",
 }
 """In JSON and TOML, other trainers' keys -> ours."""
@@ -202,6 +203,7 @@ _FLAGS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "n": ("negative_prompt", str),
     "ci": ("control_images", _files),
     "i": ("control_images", _files),
+    "cim": ("mask_image", str),
     "am": ("adapter_scale", _number),
 }
 """Flags of a line -> their keys, and what makes values of texts."""

@@ -100,6 +100,8 @@ class SampleSettings(SettingsTable):
     """Prompt from which guidance leads away."""
     control_images: ControlImages | None = None
     """The control image of this prompt, or a list of several."""
+    mask_image: UserPath | None = None
+    """The mask of this prompt's first control image."""
     steps: Count | None = None
     """Denoising steps."""
     width: Count | None = None
@@ -136,6 +138,10 @@ class SamplingSettings(SettingsTable):
     that edit pictures (Kontext, Edit), and as the first frame for models that make a clip from it, or as its first and
     its last. Models that follow a clip (VACE) take one, and MiniMax-H3 takes several as references. It is cropped to
     the shape of the sample."""
+    mask_images: list[UserPath] = []
+    """The mask of the first control image for each prompt, a picture or a clip in the shape of that image: white is
+    made anew, black is kept; a single entry serves all prompts. For VACE with `mask_means = "made_anew"`; what is made
+    anew without something to follow is grey in the control image, as in inference."""
     sample_every_n_steps: Count | None = None
     """Draw after every n steps."""
     sample_every_n_epochs: Count | None = None

@@ -13,6 +13,8 @@ from utils.settings.run_tables import SampleSettings, SamplingSettings
 
 OWN = ("negative_prompt", "steps", "width", "height", "frames", "seed", "guidance", "adapter_scale")
 """What a sample may have other than `[sampling]`."""
+OF_PROMPTS = ("control_images", "mask_images")
+"""Lists of `[sampling]` with an entry for each of `prompts`."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class SampleRequest:
     @property
     def prompt(self) -> str:
         return self.settings.prompts[0]
+
+    @property
+    def mask_image(self) -> Path | None:
+        return self.settings.mask_images[0] if self.settings.mask_images else None
 
     @property
     def control_images(self) -> Sequence[Path]:
@@ -87,20 +93,25 @@ def _guidance(entry: Entry, guided_by_second: bool) -> dict[str, Any]:
 
 
 def _of_prompts(sampling: SamplingSettings) -> Iterator[tuple]:
-    pictures = sampling.control_images
     for index, prompt in enumerate(sampling.prompts):
-        own = pictures[:1] if len(pictures) <= 1 else pictures[index : index + 1]
-        yield (_alone(sampling, prompt, own),)
+        own = {key: _at(index, getattr(sampling, key)) for key in OF_PROMPTS}
+        yield (_alone(sampling, prompt, **own),)
+
+
+def _at(index: int, given: list[Any]) -> list[Any]:
+    """What a prompt has of a list with an entry for each prompt, or a single one for all."""
+    return given[:1] if len(given) <= 1 else given[index : index + 1]
 
 
 def _of_sample(sampling: SamplingSettings, sample: SampleSettings, *, where: str, file: str = "") -> tuple:
     values = {key: value for key in OWN if (value := getattr(sample, key)) is not None}
-    # Several are one for each of `prompts`.
-    of_all = sampling.control_images if len(sampling.control_images) == 1 else []
-    pictures = [sample.control_images] if sample.control_images else of_all
-    return _alone(sampling, sample.prompt, pictures, **values), sample.seed is not None, file, where
+    for key, own in (("control_images", sample.control_images), ("mask_images", sample.mask_image)):
+        # Several are one for each of `prompts`.
+        of_all = getattr(sampling, key) if len(getattr(sampling, key)) == 1 else []
+        values[key] = [own] if own else of_all
+    return _alone(sampling, sample.prompt, **values), sample.seed is not None, file, where
 
 
-def _alone(sampling: SamplingSettings, prompt: str, pictures: Sequence[Any], **values: Any) -> SamplingSettings:
+def _alone(sampling: SamplingSettings, prompt: str, **values: Any) -> SamplingSettings:
     without = {"samples": [], "prompt_file": None}
-    return sampling.model_copy(update={"prompts": [prompt], "control_images": list(pictures), **without, **values})
+    return sampling.model_copy(update={"prompts": [prompt], **without, **values})

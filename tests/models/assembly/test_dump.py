@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 from models.assembly.data import Data
 from models.assembly.dump import _weight, dump, prepare_folder
+from models.flux import FluxPipeline
 from tests.models import tiny_flux
 from tests.models.tiny_folder import settings_of
 from tests.utils.dataset.conftest import CLIP_FACTS, LengthEncoder, PixelEncoder, draw_pictures, filled
@@ -56,10 +58,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def data_of(folder: Path) -> Data:
-    directory = DirectorySettings(path=folder / "data", mask_path=folder / "masks", unmasked_weight=0.5)
-    keys = {"resolutions": [(64, 48)], "frame_buckets": [9], "video_clip_mode": "chunks"}
-    source = Source("train", folder / "train.toml", DatasetSettings(**keys, directory=[directory]))
+def data_of(folder: Path, **keys: Any) -> Data:
+    keys = keys or {"unmasked_weight": 0.5}
+    directory = DirectorySettings(path=folder / "data", mask_path=folder / "masks", **keys)
+    of_all = {"resolutions": [(64, 48)], "frame_buckets": [9], "video_clip_mode": "chunks"}
+    source = Source("train", folder / "train.toml", DatasetSettings(**of_all, directory=[directory]))
     cache = folder / "cache"
     (training,) = collect([source], CLIP_FACTS, Scan(cache / "files.sqlite"))
     encoders = [Autoencoder(), Captions(), MaskEncoder(lambda width, height, frames: (3, frames, height, width))]
@@ -102,6 +105,27 @@ def test_clips_are_shown_as_clips(folder):
             assert np.abs(shown[what].astype(int) - original).mean() < 4
         weight = shown[said]
         assert weight[:, :, :30].min() > 250 and abs(int(np.median(weight[:, :, 34:])) - 128) <= 2
+
+
+class Keeping(FluxPipeline):
+    """A model whose masks say what is kept of the clip that it follows."""
+
+    masks_weigh = False
+
+
+def test_what_is_kept_is_shown_as_the_model_sees_it(folder):
+    """Of clips that follow themselves, grey where they are made anew."""
+    pipeline = Keeping(tiny_flux.pipeline(tiny_flux.MINI_FLUX).options)
+    data = data_of(folder, control_path=folder / "data")
+    page = dump(settings_of(pipeline), pipeline, data, Ranks(), folder / "shown", raise_if_stopping=lambda: None)
+    _, picture, *clips = page.read_text().split('<div class="sample">')
+    assert "control1.png" in picture and "white is made anew, 100%; black is kept" in picture
+    assert all("white is made anew, 50%; black is kept" in sample for sample in clips)
+    original = frames_of(folder / "data" / "clip.mp4")[9:18].astype(int)
+    control, mask = (frames_of(folder / "shown" / "train" / f"000002_{name}.mp4") for name in ("control1", "mask"))
+    assert mask[:, :, :30].min() > 250 and mask[:, :, 34:].max() < 5
+    assert np.abs(control[:, :, 34:] - original[:, :, 34:]).mean() < 4
+    assert np.abs(control[:, :, :30].astype(int) - 127).max() <= 4
 
 
 def test_a_folder_that_cannot_be_written_to_is_told(folder):

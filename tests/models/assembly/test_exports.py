@@ -312,6 +312,15 @@ def test_pictures_for_a_model_that_is_shown_none_are_refused(tmp_path: Path) -> 
         check_outputs(chroma, settings_of(chroma, save_format="diffusers", sampling=given))
 
 
+def test_masks_for_a_model_that_keeps_nothing_are_refused(folder: Path) -> None:
+    flux, refused = tiny_flux.pipeline(folder), "mask_images: no masks are given to this model"
+    with pytest.raises(UserError, match=refused):
+        check_outputs(flux, settings_of(flux, sampling={"prompts": ["a star"], "mask_images": [folder]}))
+    samples = [{"prompt": "a star", "mask_image": folder}]
+    with pytest.raises(UserError, match=r"\[\[sampling.samples\]\] 1 " + refused):
+        check_outputs(flux, settings_of(flux, sampling={"samples": samples}))
+
+
 class WithoutOriginal(FluxPipeline):
     """A model whose publisher's names are not known."""
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from models.foundation.checkpoints.adapter_files import read_factors, read_updates
-from tests.utils.adapters.toy_unet import PREFIX, begun, exported, factors_of, inputs, moved, names_of, net
+from tests.utils.adapters.toy_unet import PREFIX, begun, exported, factors_of, frozen, inputs, moved, names_of, net
 from utils import adapters
 from utils.adapters import attach, presets
 from utils.adapters.base_weight import weight_of
@@ -78,7 +78,7 @@ def test_peft_computes_the_same_of_an_export(keys: dict[str, Any], tmp_path: Pat
 @pytest.mark.parametrize("form", [None, "int8"])
 def test_a_start_has_no_effect_and_switched_off_there_is_none(keys: dict[str, Any], form: str | None) -> None:
     """On quantised weights too, which stay as they are."""
-    begins, plain, x = begun(lora(**keys), net(form)), net(form)(inputs()), inputs()
+    begins, plain, x = begun(lora(**keys), net(form)), frozen(net(form))(inputs()), inputs()
     torch.testing.assert_close(begins(x), plain, rtol=0, atol=1e-6 if "init" in keys else 0)
     changed = moved(lora(**keys), net(form))
     with attach.switched_off(changed):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 from models.foundation.checkpoints.adapter_files import read_factors, read_updates
-from tests.utils.adapters.toy_unet import begun, exported, factors_of, inputs, moved, names_of, net
+from tests.utils.adapters.toy_unet import begun, exported, factors_of, frozen, inputs, moved, names_of, net
 from utils import adapters
 from utils.adapters import attach, presets
 from utils.errors import UserError
@@ -119,7 +119,7 @@ def test_it_is_a_preset_and_gone_on_from(keys: dict[str, Any], tmp_path: Path) -
 @pytest.mark.parametrize("form", [None, "int8"])
 def test_at_first_and_switched_off_there_is_no_effect(keys: dict[str, Any], form: str | None) -> None:
     x, settings = inputs(), chosen(keys)
-    plain = net(form)(x)
+    plain = frozen(net(form))(x)
     assert torch.equal(begun(settings, net(form))(x), plain)
     changed = moved(settings, net(form))
     with attach.switched_off(changed):

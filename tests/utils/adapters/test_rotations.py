@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
 from models.foundation.checkpoints.adapter_files import read_factors, read_updates
-from tests.utils.adapters.toy_unet import begun, exported, factors_of, inputs, moved, names_of, net
+from tests.utils.adapters.toy_unet import begun, exported, factors_of, frozen, inputs, moved, names_of, net
 from utils import adapters
 from utils.adapters import attach, presets
 from utils.adapters.oft import OftSettings, shape_of_blocks
@@ -101,7 +101,7 @@ def test_peft_computes_the_same_of_ia3(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", [None, "int8"])
 def test_at_first_and_switched_off_there_is_no_effect(keys: dict[str, Any], form: str | None) -> None:
     x, settings = inputs(), chosen(keys)
-    plain = net(form)(x)
+    plain = frozen(net(form))(x)
     assert torch.equal(begun(settings, net(form))(x), plain)
     changed = moved(settings, net(form))
     with attach.switched_off(changed):

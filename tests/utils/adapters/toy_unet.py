@@ -43,6 +43,11 @@ def net(form: str | None = None) -> nn.Module:
     return model
 
 
+def frozen(model: nn.Module) -> nn.Module:
+    """The model as it is under an adapter: torch multiplies by weights that need gradients in another order."""
+    return model.requires_grad_(False)
+
+
 def inputs() -> torch.Tensor:
     return normal((3, 6, 5, 5), 0, "x")
 

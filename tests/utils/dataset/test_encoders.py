@@ -22,12 +22,12 @@ from tests.utils.dataset.conftest import (
     plain_sample,
     samples_of,
 )
-from tests.utils.media.clips import write_video
-from utils.dataset.encoders import decoded_bytes, item_key, items_wanted, versions
+from tests.utils.media.clips import numbered, write_video
+from utils.dataset.encoders import GUIDE, REGIONS, decoded_bytes, inputs_of, item_key, items_wanted, versions
 from utils.dataset.masks import MASK, MaskEncoder
 from utils.dataset.samples import SampleVersion, evaluation_version
 from utils.media.colour import Jitter
-from utils.media.decode import load_clip, load_image
+from utils.media.decode import load_clip, load_image, load_mask
 from utils.media.geometry import View
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 
@@ -169,6 +169,66 @@ def test_a_mask_of_another_size_lies_where_its_picture_does(cache, tmp_path, siz
     filled(masks, [sample], cache)
     weight = item(cache, masks, evaluation_version(sample))[MASK][0]
     torch.testing.assert_close(weight, torch.tensor([1.0, 0, 0, 0]).expand(4, 4), atol=0.02, rtol=0)
+
+
+class RegionsEncoder(PixelEncoder):
+    name, reads = "regions", (REGIONS,)
+
+
+class GuideEncoder(PixelEncoder):
+    name, reads = "guide", (GUIDE,)
+
+
+@pytest.mark.parametrize("control", ["clips", "controls"])
+def test_regions_lie_on_their_clip_in_place_and_time(cache, tmp_path, control):
+    """The mask is a clip of half the size and half the rate. Where a clip that follows itself is made anew, it is grey;
+    another clip is as it is."""
+    for name in ("clips", "controls", "masks"):
+        (tmp_path / name).mkdir()
+    write_video(tmp_path / "clips" / "a.mp4", frames=27, fps=16)
+    write_video(tmp_path / "controls" / "a.mp4", frames=27, fps=16, picture=lambda index: numbered(255 - index))
+    write_video(tmp_path / "masks" / "a.mp4", frames=14, fps=8, picture=lambda index: numbered(7 * index, 32, 24))
+    (tmp_path / "clips" / "a.txt").write_text("")
+    keys = {"control_path": tmp_path / control, "mask_path": tmp_path / "masks"}
+    varied = {"crop": "random", "flip": True, "augment_variants": 2}
+    directory = DirectorySettings(path=tmp_path / "clips", **keys, **varied)
+    dataset = DatasetSettings(resolutions=[32], frame_buckets=[9], directory=[directory], video_clip_mode="chunks")
+    samples = samples_of(dataset, cache, CLIP_FACTS)
+    made = [one for sample in samples for one in versions(RegionsEncoder(), sample)]
+    assert {one.take.flip for one in made} == {False, True} and len({one.take.start for one in made}) == 3
+    for version in made:
+        take, bucket = version.take, version.sample.bucket
+        when = take.start, bucket.frames, 16.0
+        view = View(bucket.width, bucket.height, take.crop, take.flip)
+        region = load_mask(tmp_path / "masks" / "a.mp4", view, *when).round()
+        guide = load_clip(tmp_path / control / "a.mp4", view, *when)
+        expected = guide * (1 - region) if control == "clips" else guide
+        found = inputs_of(RegionsEncoder(), version)[REGIONS]
+        assert 0.1 < region.mean() < 0.9 and torch.equal(found, torch.cat([expected, region]))
+        assert (region[:, 0] - region[:, -1]).abs().mean() > 0.1
+
+
+def test_what_regions_are_made_of_is_in_their_keys(cache, tmp_path):
+    """And masks are in no key of what reads none."""
+    draw_pictures(tmp_path / "pictures", 1)
+    draw_pictures(tmp_path / "masks", 1, captions=False)
+    keys = {"control_path": tmp_path / "pictures", "mask_path": tmp_path / "masks"}
+    (sample,) = samples_of(beside(tmp_path / "pictures", **keys), cache)
+    (control,) = sample.controls
+    others = [
+        sample,
+        replace(sample, mask=None),
+        replace(sample, mask=replace(sample.mask, media=replace(sample.mask.media, digest="0" * 32))),
+        replace(sample, mask=replace(sample.mask, is_alpha=True)),
+        replace(sample, controls=(replace(control, media=replace(control.media, digest="0" * 32)),)),
+        # No longer its own file.
+        replace(sample, media=replace(sample.media, digest="0" * 32)),
+    ]
+    assert len({item_key(RegionsEncoder(), evaluation_version(one)) for one in others}) == len(others)
+    assert len({item_key(GuideEncoder(), evaluation_version(one)) for one in others}) == 2
+    unmasked = evaluation_version(others[1])
+    guide_4FHW, whole = inputs_of(RegionsEncoder(), unmasked)[REGIONS], torch.ones(1, 1, 32, 32)
+    assert torch.equal(guide_4FHW, torch.cat([torch.zeros(3, 1, 32, 32), whole]))
 
 
 # Of a strip of 128 x 64: where black fields begin, how wide they are, and where the square then is black.

@@ -20,9 +20,9 @@ def source(folder, name="train", file=None, resolutions=(32,), **keys):
     )
 
 
-def remarks(cache, *sources):
+def remarks(cache, *sources, **choices):
     """(title, name of the file, text) of all that is remarked."""
-    collections = collect(sources, FACTS, Scan(cache / "files.sqlite"))
+    collections = collect(sources, FACTS, Scan(cache / "files.sqlite"), **choices)
     found = [remark for collection in collections for remark in collection.remarks]
     assert [line for line in shortfalls(collections) if "not used" not in line][: len(found)] == [
         f"{one.title}: {one.file}: {one.text}" for one in found
@@ -93,6 +93,23 @@ def test_masks_that_mask_nothing_are_told_by_directory(tmp_path, cache):
     assert title == "masks nothing" and "no picture has transparency" in text
     white = tmp_path / "masks" / "000.png"
     assert remarks(cache, source(keys["folder"], default_mask_file=white)) == []
+
+
+def test_masks_of_regions_are_remarked_by_what_they_mean(tmp_path, cache):
+    """All black ones keep all, and end no run."""
+    keys = masked(tmp_path, [0, 3, 255])
+    found = remarks(cache, source(**keys), masks_weigh=False)
+    assert [(title, name) for title, name, _ in found] == [("next to nothing made anew", "000.png")]
+    assert "masks/000.png is 0.00% on average; white is what is made anew" in found[0][2]
+    black = tmp_path / "masks" / "000.png"
+    found = remarks(cache, source(keys["folder"], default_mask_file=black), masks_weigh=False)
+    assert len(found) == 3
+    found = remarks(cache, source(keys["folder"]), masks_weigh=False)
+    assert {(title, text) for title, _, text in found} == {
+        ("without a mask", "it has no mask, so that all of it is made anew")
+    }
+    ((_, _, text),) = remarks(cache, source(keys["folder"], alpha_mask=True), masks_weigh=False)
+    assert text == "no picture has transparency, so that nothing is kept"
 
 
 def test_pictures_without_a_caption_are_named_wherever_captions_come_from(pictures, cache):

@@ -49,11 +49,12 @@ def request_of(**keys: object) -> SampleRequest:
 
 
 def test_a_text_says_how_a_sample_was_drawn(tmp_path: Path) -> None:
-    request = request_of(negative_prompt="dark", adapter_scale=0.5, frames=5, seed=3, control_images=["x/a, b.png"])
+    shown = {"control_images": ["x/a, b.png"], "mask_image": "x/mask.mp4"}
+    request = request_of(negative_prompt="dark", adapter_scale=0.5, frames=5, seed=3, **shown)
     text = parameters(request, Origin("flux", "a run", 12), "Euler")
     assert text == (
         "a Füchsin\nNegative prompt: dark\nSteps: 7, Sampler: Euler, CFG scale: 2.5, Seed: 3, Size: 64x32, Frames: 5, "
-        'Control images: "a, b.png", Adapter scale: 0.5, Model: flux, Run: a run, Training step: 12'
+        'Control images: "a, b.png", Mask: mask.mp4, Adapter scale: 0.5, Model: flux, Run: a run, Training step: 12'
     )
     _write(torch.zeros(3, 1, 16, 16), 8.0, tmp_path / "a.png", text)
     assert Image.open(tmp_path / "a.png").info["parameters"] == text

@@ -15,7 +15,7 @@ from utils.settings.sample_requests import SampleRequest, remarks_of, requests_o
 KOHYA = """\
 # prompts of the run
 
-a cat, sleeping --w 512 --h 768 --d 1 --s 28 --l 7.5 --g 3.5 --n blurred, dark --f 5 --ci pictures/a cat.png
+a cat, sleeping --w 512 --h 768 --d 1 --s 28 --l 7.5 --g 3.5 --n blurred, dark --f 5 --ci pictures/a cat.png --cim a.png
   a -- plain - one
 a dog --am 0.5 --ss euler_a
 """
@@ -32,6 +32,7 @@ def test_lines_are_read_as_kohyas_scripts_read_them() -> None:
     assert (one.width, one.height, one.seed, one.steps, one.frames) == (512, 768, 1, 28, 5)
     assert (cat.prompt, one.negative_prompt) == ("a cat, sleeping", "blurred, dark")
     assert cat.control_images == [Path("pictures/a cat.png")] and cat.seeded and cat.where == "line 3"
+    assert cat.mask_image == Path("a.png") and plain.mask_image is None
     assert plain.prompt == "a -- plain - one" and not plain.seeded
     assert (plain.settings.steps, plain.settings.seed, plain.settings.adapter_scale) == (20, 9, 1.0)
     assert dog.settings.adapter_scale == 0.5
@@ -79,6 +80,8 @@ def test_tables_say_the_same_in_json_and_toml() -> None:
     assert fox.prompt == "a fox" and cat.settings.width == 64 and cat.seeded and cat.where == "sample 2"
     assert cat.settings.model_dump() == other.settings.model_dump()
     assert own.control_images == [Path("a.png")] and own.settings.guidance == cat.settings.guidance == 4.0
+    (masked,) = drawn('[{"prompt": "a cat", "control_image_mask_path": "m.png"}]', "p.json")
+    assert masked.mask_image == Path("m.png")
     assert [one.prompt for one in drawn('{"fox": "a fox", "cat": "a cat"}', "p.json")] == ["a fox", "a cat"]
 
 
@@ -103,7 +106,11 @@ def test_samples_come_in_order_and_have_what_all_have_where_they_say_nothing() -
     sampling = SamplingSettings(
         prompts=["a", "b"],
         control_images=["1.png", "2.png"],
-        samples=[{"prompt": "c", "width": 64}, {"prompt": "d", "seed": 0, "control_images": ["3.png"]}],
+        mask_images=["m.png"],
+        samples=[
+            {"prompt": "c", "width": 64},
+            {"prompt": "d", "seed": 0, "control_images": ["3.png"], "mask_image": "n.png"},
+        ],
         width=32,
         negative_prompt="dark",
     )
@@ -113,6 +120,9 @@ def test_samples_come_in_order_and_have_what_all_have_where_they_say_nothing() -
     assert [one.settings.width for one in requests] == [32, 32, 64, 32]
     assert [one.seeded for one in requests] == [False, False, False, True]
     assert [list(map(str, one.control_images)) for one in requests] == [["1.png"], ["2.png"], [], ["3.png"]]
+    assert [str(one.mask_image) for one in requests] == ["m.png", "m.png", "m.png", "n.png"]
     assert {one.settings.negative_prompt for one in requests} == {"dark"}
+    several = requests_of(sampling.model_copy(update={"mask_images": [Path("1.gif"), Path("2.gif")]}), True)
+    assert [one.mask_image and str(one.mask_image) for one in several] == ["1.gif", "2.gif", None, "n.png"]
     shared = sampling.model_copy(update={"control_images": sampling.control_images[:1]})
     assert [list(map(str, one.control_images)) for one in requests_of(shared, True)][2] == ["1.png"]

@@ -1,0 +1,1 @@
+"""The rooms of the contract that `models.base` joins: files, conditions, inference."""
