@@ -277,7 +277,10 @@ class QwenImage21Pipeline(BasePipeline):
         return []
 
     def problems_of_samples(self, sampling: SamplingSettings) -> Iterator[Problem]:
-        if sampling.control_images and (told := self._told_of_size(sampling.width, sampling.height)):
+        size = sampling.width, sampling.height
+        # Of others it is told that no picture can be drawn.
+        can_be_drawn = not any(side % self.media.spatial for side in size)
+        if sampling.control_images and can_be_drawn and (told := self._told_of_size(*size)):
             yield Problem("", "[sampling] control_images", f"a control image {told}; set another width and height")
 
     def _told_of_size(self, width: int, height: int) -> str | None:
