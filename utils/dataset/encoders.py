@@ -22,6 +22,7 @@ from utils.media.source import MediaError
 TRANSFORM = "3"
 """Part of every key; to be changed when the same view of a file would give other pixels."""
 ENDS, GUIDE, REGIONS = "ends", "guide", "regions"
+CONTROL_RGBA, CONTROL_CLIP = "controlrgba", "controlclip"
 HALF = 0.5
 """The brightness of a mask above which a region is made anew."""
 BYTES_PER_PIXEL = 3 * 4
@@ -35,7 +36,8 @@ class Encoder(Protocol):
     """The name of its store's folder."""
     reads: tuple[str, ...]
     """The inputs of `encode`: some of "pixels", "ends", "guide", "regions", "rgba", "layers", "size_and_crop", "mask",
-    "control" ("control_2" ... for further ones), "caption" and "weighted_caption"."""
+    "control" ("control_2" ... for further ones), "controlrgba" and "controlclip" (likewise), "caption" and
+    "weighted_caption"."""
     fingerprint: str
     """A text that changes whenever its output would change."""
 
@@ -51,10 +53,11 @@ class Encoder(Protocol):
         "ends", clips whose last frame is a prompt's second picture, if it has one, "guide", the first control as a clip
         as long as the sample's, which lies on it in place and time, "regions", the same with a fourth channel, 1 where
         the sample's mask says that it is made anew and 0 where it is kept, "rgba", pictures with their opacity
-        in [-1, 1] as a fourth channel, and "layers", where the control images, at the size of the picture, follow it
-        as further frames. "size_and_crop" comes as (B, 6) pixels: height and width of the file, top and left of the
-        crop in the scaled picture, height and width of the pixels. Captions come as a list of B strings, weighted
-        captions as a list of B lists of (text, weight)."""
+        in [-1, 1] as a fourth channel, "controlrgba", control images with theirs, "controlclip", controls that may be
+        clips, and "layers", where the control images, at the size of the picture, follow it as further frames.
+        "size_and_crop" comes as (B, 6) pixels: height and width of the file, top and left of the crop in the scaled
+        picture, height and width of the pixels. Captions come as a list of B strings, weighted captions as a list of B
+        lists of (text, weight)."""
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape (without the batch) and type of each feature of a sample; loads nothing."""
@@ -172,6 +175,16 @@ def control_names(count: int) -> tuple[str, ...]:
     return tuple(f"control_{number}" if number > 1 else "control" for number in range(1, count + 1))
 
 
+def with_opacity(control: str) -> str:
+    """The input that is the control image "control", "control_2" ... with its opacity."""
+    return control.replace("control", CONTROL_RGBA)
+
+
+def as_clip(control: str) -> str:
+    """The input that is the control "control", "control_2" ... with all frames that are read of it."""
+    return control.replace("control", CONTROL_CLIP)
+
+
 def _is_control(input_name: str) -> bool:
     return input_name.startswith("control")
 
@@ -194,7 +207,7 @@ def text_of(version: SampleVersion, encoder: Encoder, input_name: str) -> Any:
 
 
 def _control(sample: Sample, input_name: str) -> Control:
-    """The control image that "control", "control_2" ... mean."""
+    """The control image that "control", "control_2" ... mean, also with opacity or as a clip."""
     number = int(input_name.partition("_")[2] or 1)
     if number > len(sample.controls):
         raise ValueError(
@@ -256,13 +269,19 @@ def _mask(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
 
 
 def _control_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
-    control = _control(version.sample, input_name)
-    return [TRANSFORM, control.media.digest, *version.control_view(control).identity]
+    control, how = _control(version.sample, input_name), input_name.partition("_")[0]
+    frames = control.bucket.frames if how == CONTROL_CLIP else 1
+    time_ = [frames, version.sample.fps] if frames > 1 else []
+    kind = [how] if how == CONTROL_RGBA else []
+    return [*kind, TRANSFORM, control.media.digest, *version.control_view(control).identity, *time_]
 
 
 def _control_pixels(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
-    control = _control(version.sample, input_name)
-    return _load(control.media, load_image, version.control_view(control))
+    control, how = _control(version.sample, input_name), input_name.partition("_")[0]
+    view = version.control_view(control)
+    if how == CONTROL_CLIP:
+        return _load(control.media, load_clip, view, 0.0, control.bucket.frames, version.sample.fps or 1.0)
+    return _load(control.media, load_rgba if how == CONTROL_RGBA else load_image, view)
 
 
 def _ends_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
@@ -371,7 +390,7 @@ _READERS: dict[str, _Reader] = {
     "layers": _Reader(_layers_identity, _layers),
     "size": _Reader(_size_and_crop_numbers, _size_and_crop),
     "mask": _Reader(_mask_identity, _mask),
-    "control": _Reader(_control_identity, _control_pixels),
+    **dict.fromkeys(("control", CONTROL_RGBA, CONTROL_CLIP), _Reader(_control_identity, _control_pixels)),
     "caption": _Reader(_caption, _caption),
     "weighted": _Reader(_weights_identity, _weighted_caption),
 }
