@@ -56,7 +56,8 @@ from models.foundation.layers.minimax_h3_blocks import MiniMaxH3Stream, Modulati
 from models.foundation.layers.minimax_h3_layout import KINDS, OF_TEXT, PATCH, layout, tokens_of
 from models.foundation.layers.parts_attention import PartsAttention
 from utils.dataset.buckets import MediaFacts
-from utils.dataset.encoders import Encoder, control_names
+from utils.dataset.encoders import Encoder
+from utils.dataset.inputs import control_names
 from utils.dataset.samples import Sample
 from utils.diffusion.objectives import FlowMatching
 from utils.errors import Problem, UserError

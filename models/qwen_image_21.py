@@ -24,7 +24,8 @@ from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.video_vae import QWEN_IMAGE_21, QwenImage21Autoencoder, latent_size
 from models.foundation.layers.padding import without
 from utils.dataset.buckets import MediaFacts
-from utils.dataset.encoders import Encoder, control_names
+from utils.dataset.encoders import Encoder
+from utils.dataset.inputs import control_names
 from utils.dataset.samples import Sample
 from utils.diffusion.timesteps import ResolutionShift
 from utils.errors import Problem

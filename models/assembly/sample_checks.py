@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from models.assembly.prompts import MASKS, PICTURES, pictures_a_prompt, prompt_versions, sample_bucket, schedule_of
 from models.base import BasePipeline
-from utils.dataset.encoders import TEXT, Encoder, reads_media, reads_text, text_of
+from utils.dataset.encoders import Encoder, reads_media, reads_text, text_of
+from utils.dataset.inputs import TEXT
 from utils.errors import Problem, UserError
 from utils.media.decode import load_clip, load_image, load_mask
 from utils.media.geometry import View, same_shape

@@ -24,16 +24,8 @@ import torch.distributed as dist
 from utils.collector import without_collector
 from utils.dataset import references
 from utils.dataset.cache_lock import CacheBusy, CacheLock, unread
-from utils.dataset.encoders import (
-    TEXT,
-    Encoder,
-    Unreadable,
-    decoded_bytes,
-    inputs_of,
-    reads_media,
-    shape_of,
-    wanted_by,
-)
+from utils.dataset.encoders import Encoder, decoded_bytes, inputs_of, reads_media, shape_of, wanted_by
+from utils.dataset.inputs import TEXT, Unreadable
 from utils.dataset.known import Known
 from utils.dataset.samples import Bucket, Sample, SampleVersion
 from utils.dataset.tensor_store import TensorStore

@@ -21,7 +21,7 @@ from models.foundation.encoders.qwen3_vl_pictures import BEFORE, BEHIND, CLIP, Q
 from models.foundation.encoders.qwen_vl import PICTURE
 from models.foundation.encoders.text_features import EncodedText
 from models.foundation.layers.minimax_h3_layout import OF_TEXT, OF_VIDEO
-from utils.dataset.encoders import ENDS, as_clip, control_names
+from utils.dataset.inputs import ENDS, as_clip, control_names
 from utils.dataset.samples import Bucket, Control
 
 LAYER = 50

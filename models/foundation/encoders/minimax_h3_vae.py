@@ -20,7 +20,7 @@ from einops import rearrange
 
 from models.foundation.encoders.vae import Family, Tensors, in_the_room_there_is, picture_noise
 from models.foundation.encoders.video_vae import WanAutoencoder
-from utils.dataset.encoders import ENDS, as_clip
+from utils.dataset.inputs import ENDS, as_clip
 from utils.dataset.samples import Bucket
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -18,7 +18,7 @@ from models.foundation.encoders.qwen3_vl_pictures import BEFORE, BEHIND, Qwen3VL
 from models.foundation.encoders.qwen_vl import PICTURE
 from models.foundation.encoders.text_features import EncodedText
 from models.foundation.layers.chain import capture_outputs
-from utils.dataset.encoders import control_names
+from utils.dataset.inputs import control_names
 from utils.dataset.samples import Bucket
 
 SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from models.foundation.encoders.vae import Family, ImageAutoencoder, Tensors, in_the_room_there_is, picture_noise
-from utils.dataset.encoders import with_opacity
+from utils.dataset.inputs import with_opacity
 from utils.dataset.samples import Bucket
 
 STATISTICS = ("z_dim", "latents_mean", "latents_std")
