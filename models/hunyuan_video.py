@@ -188,6 +188,11 @@ class HunyuanVideoPipeline(BasePipeline):
                 f"`image_condition_type` {condition or 'null'} takes {takes}; give HunyuanVideo of Tencent, with its "
                 "own VAE"
             )
+        yield from self._problems_of_widths()
+
+    def _problems_of_widths(self) -> Iterator[Problem]:
+        """Text encoders that make something else than the denoiser reads."""
+        config = self.parts.denoiser_config
         _, read = self._text_encoder().shapes["llama"]
         widths = {"text_embed_dim": read, "pooled_projection_dim": self.parts.text_config("clip")["hidden_size"]}
         for (key, width), what in zip(widths.items(), ("LLaVA-Llama-3-8B", "CLIP-L"), strict=True):

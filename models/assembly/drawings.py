@@ -168,12 +168,15 @@ class Drawings:
 
     def _drawing(self, request: SampleRequest) -> Drawing:
         one, versions = request.settings, self._versions(request)
+        latent_shape = self.pipeline.latent_shape(one.width, one.height, one.frames)
+        sections = self.pipeline.sections(latent_shape)
         return Drawing(
             request,
             features=lambda: [self._features[sees].of(version) for version, sees in versions],
             predictions=len(versions),
-            latent_shape=self.pipeline.latent_shape(one.width, one.height, one.frames),
+            latent_shape=latent_shape,
             schedule=schedule_of(self.pipeline, one),
+            passes=[{"section": torch.tensor([section.start])} for section in sections] or ({},),
         )
 
     def _read_anew(self) -> None:

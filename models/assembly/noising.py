@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from models.base import BasePipeline, Features
-from models.foundation.layers.given import loss_weights
+from models.foundation.layers.given import loss_weights, weights_of_sections
 from utils.dataset.batches import FeatureBatch
 from utils.diffusion import seeds, strata
 from utils.diffusion.losses import Labels
@@ -93,7 +93,7 @@ class Noising:
         noise = _each(lambda one, name: sample_noise(one, options, draws.seed, *draws.noise, name), clean, batch.draws)
         sampler, tokens = maths.timesteps, pipeline.tokens(clean.shape[1:])
         t_B = torch.tensor([sampler.timestep(quantile, tokens) for quantile in draws.quantiles], dtype=torch.float32)
-        given_B = self._given(clean, draws, batch.draws)
+        given_B, begin_B, length = self._given(clean, draws, batch.draws)
         inputs = labels = empty = x_t = None
         if self.wants_inputs or with_variance:
             seen = _each(lambda one, name: perturbed(one, options, draws.seed, *draws.noise, name), noise, batch.draws)
@@ -102,12 +102,15 @@ class Noising:
             features = {**batch.features, "latents": clean}
             if given_B is not None:
                 features["given_frames"] = given_B
+            if begin_B is not None:
+                features["section"] = begin_B
             inputs = pipeline.prepare_inputs(features, x_t, t_B)
             if batch.empty is not None:
                 empty = pipeline.prepare_inputs({**features, **batch.empty}, x_t, t_B)
         if self.wants_labels:
             weight = batch.weight * over_sample(weighting.weight(objective, t_B), batch.weight)
             weight = weight if given_B is None else weight * loss_weights(given_B, clean.shape[2])
+            weight = weight if begin_B is None else weight * weights_of_sections(begin_B, length, clean.shape[2])
             delta_B = maths.distance.delta(t_B, objective.snr(t_B))
             delta = None if delta_B is None else over_sample(delta_B, clean)
             variational = (clean, x_t, t_B) if with_variance else None
@@ -117,11 +120,19 @@ class Noising:
             labels = Labels(target, weight, delta, batch.regularising, batch.captioned, variational, levels)
         return NoisedBatch(inputs, labels, empty)
 
-    def _given(self, clean: torch.Tensor, draws: Draws, names: Sequence[object]) -> torch.Tensor | None:
-        """How many frames of each sample are given (B,); None if none is."""
+    def _given(
+        self, clean: torch.Tensor, draws: Draws, names: Sequence[object]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
+        """How many of the first frames of each sample are given (B,), None if none is; where the section begins of each
+        sample that is trained (B,), None if all of a sample is; and how long the sections are."""
+        pipeline, shape = self.pipeline, clean.shape[1:]
         quantiles = [seeds.uniform(draws.seed, *draws.given, name) for name in names]
-        given_B = torch.tensor([self.pipeline.given_frames(clean.shape[1:], quantile) for quantile in quantiles])
-        return given_B if given_B.any() else None
+        given_B = torch.tensor([pipeline.given_frames(shape, quantile) for quantile in quantiles])
+        begin_B, length, sections = None, 0, pipeline.sections(shape)
+        if sections:
+            begin_B = torch.tensor([sections[int(quantile * len(sections))].start for quantile in quantiles])
+            length = len(sections[0])
+        return given_B if given_B.any() else None, begin_B, length
 
 
 def clean_latents(features: Features, draw: Callable[[torch.Size], torch.Tensor]) -> torch.Tensor:

@@ -58,7 +58,7 @@ def epochs_of(settings: Settings, ranks: Ranks, pipeline: BasePipeline, samples:
 
 def _positions(pipeline: BasePipeline, shape: Sequence[Bucket]) -> float:
     latents = [pipeline.latent_shape(bucket.width, bucket.height, bucket.frames) for bucket in shape]
-    return float(sum(math.prod(latent[1:]) for latent in latents))
+    return float(sum(math.prod(pipeline.made_at_once(latent)[1:]) for latent in latents))
 
 
 def settled(

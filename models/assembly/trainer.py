@@ -180,7 +180,8 @@ def _folder(settings: Settings, ranks: Ranks, config: Path, checkpoint: Checkpoi
 
 def _tokens(pipeline: BasePipeline, shape: Sequence[Bucket]) -> int:
     """The image tokens of a sample and of its references."""
-    latents = [pipeline.latent_shape(bucket.width, bucket.height, bucket.frames) for bucket in shape]
+    whole = [pipeline.latent_shape(bucket.width, bucket.height, bucket.frames) for bucket in shape]
+    latents = [pipeline.made_at_once(latent) for latent in whole]
     # Some models count one frame of a clip, others all.
     clips = [latent for latent in latents if len(latent) == CLIP_DIMENSIONS]
     stills = [latent for latent in latents if len(latent) != CLIP_DIMENSIONS]

@@ -59,3 +59,21 @@ class Conditions(ModelFiles):
             quantile: a number in [0, 1), drawn for the sample.
         """
         return 0
+
+    def sections(self, latent_shape: Sequence[int]) -> Sequence[range]:
+        """The sections of a clip's latent (C, f, h, w) that the model makes one after the other, all of one length, as
+        ranges of its frames in the order in which they are made; none for a model that makes a clip at once.
+
+        In training one is drawn for each sample, and the loss counts its frames alone. `prepare_inputs` is told where
+        it begins, as `section` (B,) among the features. The prediction is as long as the clip, with zeros for all other
+        frames, so that the steps of a sample leave these as they are.
+        """
+        return ()
+
+    def made_at_once(self, latent_shape: Sequence[int]) -> Sequence[int]:
+        """The shape of what the model makes at once of a latent (C, ...): a section, or all of it."""
+        sections = self.sections(latent_shape)
+        if not sections:
+            return latent_shape
+        channels, _, *size = latent_shape
+        return channels, len(sections[0]), *size

@@ -46,12 +46,13 @@ from utils.settings.dataset_schema import DirectorySettings
 from utils.settings.run_tables import SamplingSettings
 from utils.settings.schema import AdapterSettings, Settings
 
-UNKNOWN_TO_COMFYUI = ("cogview4", "ernie_image")
+UNKNOWN_TO_COMFYUI = ("cogview4", "ernie_image", "framepack")
 """Types that ComfyUI has no model of, so that nothing is exported by its names."""
 MASKED = (
     "anima",
     "chroma",
     "ernie_image",
+    "framepack",
     "hunyuan_image",
     "hunyuan_video",
     "hunyuan_video_15",

@@ -94,6 +94,8 @@ class Drawing:
         predictions: how many there are for a step.
         latent_shape: of its latent, without the batch.
         schedule: the steps to it.
+        passes: further features of each pass through the steps. A model that makes a clip in sections has a pass for
+            each, which begins with what the one before has left.
     """
 
     request: SampleRequest
@@ -101,6 +103,7 @@ class Drawing:
     predictions: int
     latent_shape: tuple[int, ...]
     schedule: Schedule
+    passes: Sequence[Mapping[str, torch.Tensor]] = ({},)
 
 
 @dataclass(frozen=True)
@@ -241,27 +244,39 @@ def begin(ranks: Ranks, model: SampleModel, drawing: Drawing) -> Begun:
 def denoise(engine: Engine, ranks: Ranks, model: SampleModel, begun: Begun) -> torch.Tensor:
     """The latents (1, ...) of a sample, on the CPU, the same on every stage. The steps are those of diffusers'
     pipelines."""
+    drawing, latents = begun.drawing, begun.latents
+    settings = drawing.request.settings
+    with at_strength(engine.module, settings.adapter_scale):
+        for number, further in enumerate(drawing.passes):
+            scheduler = drawing.schedule.of(settings.steps) if number else begun.scheduler
+            latents = _stepped(engine, ranks, model, replace(begun, scheduler=scheduler, latents=latents), further)
+    return model.after(latents, begun.features[0])
+
+
+def _stepped(
+    engine: Engine, ranks: Ranks, model: SampleModel, begun: Begun, further: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """The latents (1, ...) after one pass through the steps, with these features beside those of the prompts."""
     scheduler, features, latents = begun.scheduler, begun.features, begun.latents
-    settings = begun.drawing.request.settings
+    guidance = begun.drawing.request.settings.guidance
     as_input = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
     noise = _noise_arguments(scheduler, begun.generator)
-    with at_strength(engine.module, settings.adapter_scale):
-        for timestep in scheduler.timesteps:
-            seen = as_input(latents, timestep)
-            batches = None
-            if ranks.is_first_stage or ranks.is_last_stage:
-                t_B = timestep.float().reshape(1) / scheduler.config.num_train_timesteps
-                batches = [
-                    (model.prepare(one, seen, t_B, settings.guidance) if ranks.is_first_stage else None, None)
-                    for one in features
-                ]
-            predictions = [p.float().cpu() for p in engine.predict(batches, begun.drawing.predictions)]
-            prediction, *negative = predictions
-            if negative:
-                prediction = model.guided(prediction, negative[0], settings.guidance, *negative[1:])
-            output = model.for_scheduler(prediction)
-            latents = scheduler.step(output, timestep, latents, return_dict=False, **noise)[0]
-    return model.after(latents, features[0])
+    for timestep in scheduler.timesteps:
+        seen = as_input(latents, timestep)
+        batches = None
+        if ranks.is_first_stage or ranks.is_last_stage:
+            t_B = timestep.float().reshape(1) / scheduler.config.num_train_timesteps
+            batches = [
+                (model.prepare({**one, **further}, seen, t_B, guidance) if ranks.is_first_stage else None, None)
+                for one in features
+            ]
+        predictions = [p.float().cpu() for p in engine.predict(batches, begun.drawing.predictions)]
+        prediction, *negative = predictions
+        if negative:
+            prediction = model.guided(prediction, negative[0], guidance, *negative[1:])
+        output = model.for_scheduler(prediction)
+        latents = scheduler.step(output, timestep, latents, return_dict=False, **noise)[0]
+    return latents
 
 
 def _write_all(

@@ -77,6 +77,7 @@ FOLDERS = {
     "HunyuanImagePipeline": "hunyuan_image",
     "HunyuanVideo15ImageToVideoPipeline": "hunyuan_video_15",
     "HunyuanVideo15Pipeline": "hunyuan_video_15",
+    "HunyuanVideoFramepackPipeline": "framepack",
     "HunyuanVideoImageToVideoPipeline": "hunyuan_video",
     "HunyuanVideoPipeline": "hunyuan_video",
     "Ideogram4Pipeline": "ideogram4",
@@ -218,6 +219,7 @@ SIGNATURES: tuple[FileSignature, ...] = (
     FileSignature(
         "the refiner of HunyuanImage 2.1", NOT_TRAINED, ("context_embedder.token_refiner", "time_guidance_embed.")
     ),
+    FileSignature("FramePack", _type("framepack"), ("context_embedder.token_refiner", "clean_x_embedder.")),
     *(
         FileSignature("SkyReels of picture to video", NOT_TRAINED, (refiner,), size=(first, 1, 32))
         for refiner, first in HUNYUAN_VIDEO

@@ -1,6 +1,8 @@
-"""Latent frames that a model of clips receives without noise, and from which it goes on: the first ones of a clip.
+"""Latent frames that a model of clips receives without noise, and from which it goes on: the first ones of a clip, or
+all but those of a section.
 
-Each frame has a time of its own then. Times and what is made of them have a row for each frame, or one row for all.
+Where these are the first ones, each frame has a time of its own. Times and what is made of them have a row for each
+frame, or one row for all.
 
 Shapes: B batch, C channels, f h w latent frames, height and width, T tokens, the frames outermost, R rows of time.
 """
@@ -51,6 +53,18 @@ def loss_weights(given_B: torch.Tensor, frames: int) -> torch.Tensor:
     them, and 1 on average."""
     counts_Bf = (~is_given(given_B, frames)).float()
     return (counts_Bf / counts_Bf.mean(dim=1, keepdim=True))[:, None, :, None, None]
+
+
+def weights_of_sections(begin_B: torch.Tensor, length: int, frames: int) -> torch.Tensor:
+    """The weights of the frames in the loss (B, 1, f, 1, 1) where of each clip a section of this length counts: 1 on
+    average, and 0 outside.
+
+    Args:
+        begin_B: the first frame of each section.
+    """
+    place_Bf = torch.arange(frames, device=begin_B.device) - begin_B.unsqueeze(1)
+    within_Bf = (place_Bf >= 0) & (place_Bf < length)
+    return (within_Bf.float() * frames / length)[:, None, :, None, None]
 
 
 def row_of_token(rows: int, frame_tokens: int, device: torch.device) -> torch.Tensor | None:
