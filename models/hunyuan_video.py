@@ -23,7 +23,9 @@ from models.base import BasePipeline, Features, ModelEncoder
 from models.families.clips import SeesFrames, problems_of_halves, problems_of_stills
 from models.foundation.checkpoints.configs import stock_scheduler
 from models.foundation.checkpoints.folders import TextPart
+from models.foundation.checkpoints.headers import read_header
 from models.foundation.checkpoints.layouts.hunyuan_video import HUNYUAN_VIDEO_LAYOUT
+from models.foundation.checkpoints.recognition import FRAMEPACK, recognised
 from models.foundation.encoders.hunyuan_prompts import OF_A_PICTURE, OF_A_PICTURE_TOKENS, video_prompt
 from models.foundation.encoders.hunyuan_vae import (
     HUNYUAN_VIDEO,
@@ -189,6 +191,14 @@ class HunyuanVideoPipeline(BasePipeline):
                 "own VAE"
             )
         yield from self._problems_of_widths()
+        yield from self._problems_of_relatives()
+
+    def _problems_of_relatives(self) -> Iterator[Problem]:
+        """FramePack has all tensors of HunyuanVideo, and its own."""
+        path = self.parts.denoiser_path
+        found = None if self.options.from_scratch else recognised(read_header(path, with_gguf=True).shapes)
+        if found and found.what == FRAMEPACK:
+            yield Problem(str(path), "", f"holds {found.what}: {found.fits}")
 
     def _problems_of_widths(self) -> Iterator[Problem]:
         """Text encoders that make something else than the denoiser reads."""

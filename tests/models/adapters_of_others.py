@@ -40,6 +40,7 @@ SHARED_NAMES = [
     {"flux", "hunyuan_video"},
     {"chroma", "hunyuan_video"},
     {"hunyuan_image", "hunyuan_video"},
+    *({"framepack", other} for other in ("chroma", "flux", "hunyuan_image", "hunyuan_video")),
     {"ltx2", "ltx_video"},
     {"qwen_image", "qwen_image_layered"},
     {"sd15", "sdxl"},

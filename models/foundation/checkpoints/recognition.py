@@ -55,6 +55,7 @@ ORIGINAL_UNET = ("input_blocks.0.0.weight", "output_blocks.", TEXT_WIDTH)
 UNETS = {768: ("Stable Diffusion 1.5", _type("sd15")), 2048: ("Stable Diffusion XL", _type("sdxl"))}
 OTHER_UNETS = {1024: "Stable Diffusion 2", 1280: "the refiner of Stable Diffusion XL"}
 NOT_TRAINED = "it is not trained here"
+FRAMEPACK = "FramePack"
 
 FOLDERS = {
     "AnimaModularPipeline": "anima",
@@ -219,7 +220,7 @@ SIGNATURES: tuple[FileSignature, ...] = (
     FileSignature(
         "the refiner of HunyuanImage 2.1", NOT_TRAINED, ("context_embedder.token_refiner", "time_guidance_embed.")
     ),
-    FileSignature("FramePack", _type("framepack"), ("context_embedder.token_refiner", "clean_x_embedder.")),
+    FileSignature(FRAMEPACK, _type("framepack"), ("context_embedder.token_refiner", "clean_x_embedder.")),
     *(
         FileSignature("SkyReels of picture to video", NOT_TRAINED, (refiner,), size=(first, 1, 32))
         for refiner, first in HUNYUAN_VIDEO

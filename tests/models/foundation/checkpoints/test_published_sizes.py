@@ -39,6 +39,7 @@ BILLIONS = {
     "flux2/klein_4b": 3.88,
     "flux2/klein_9b": 9.08,
     "flux3/klein_base": 5.54,
+    "framepack/13b": 12.87,
     "hidream/i1": 17.11,
     "hunyuan_dit/1.1": 1.52,
     "hunyuan_dit/1.2": 1.50,
