@@ -120,10 +120,12 @@ def section(name: str, pipeline: type) -> str:
     from utils import adapters
 
     media = pipeline.media
+    # Of some models only files or options say that they make clips of a picture.
+    stills = "" if pipeline.starts_from_picture is True else "pictures, and "
     known = pipeline.original_layout is not None
     facts = {
         "Trains on": (
-            "still pictures" if media.max_frames == 1 else f"pictures, and clips of up to {media.max_frames} frames"
+            "still pictures" if media.max_frames == 1 else f"{stills}clips of up to {media.max_frames} frames"
         )
         + f"; sides are multiples of {media.spatial} pixels",
         "Objective": OBJECTIVES[getattr(pipeline.objective, "kind", None)],

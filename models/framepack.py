@@ -55,10 +55,8 @@ GREATEST_SHIFT = 7.0
 class FramepackOptions(HunyuanVideoOptions):
     """`[model]` of `type = "framepack"`.
 
-    The files do not tell FramePack of picture to video and FramePack F1 apart: `sampling_type` does. A folder of the
-    stock pipeline is written by its `save_pretrained`, or the parts are given one by one, without `diffusers_path`: the
-    transformer is that of lllyasviel/FramePackI2V_HY or lllyasviel/FramePack_F1_I2V_HY_20250503, VAE and text encoders
-    are HunyuanVideo's, and the image encoder is SigLIP as in lllyasviel/flux_redux_bfl.
+    The files do not tell FramePack of picture to video and FramePack F1 apart: `sampling_type` does. The parts are
+    given one by one, without `diffusers_path`, or as a folder that the stock pipeline's `save_pretrained` has written.
     """
 
     sampling_type: Literal["inverted_anti_drifting", "vanilla"] = INVERTED
@@ -227,8 +225,11 @@ class SectionShift(ResolutionShift):
 class FramepackPipeline(HunyuanVideoPipeline):
     """FramePack of lllyasviel, which makes HunyuanVideo's clips of a picture in sections of 36 frames: that of picture
     to video, and F1. Clips alone are trained, of each a section that is drawn for the step, among the clip's own
-    frames. Samples are whole clips, made section after section as in the stock pipeline, and decoded in one piece,
-    where that one decodes pieces and blends them. A last frame is not given to it."""
+    frames. Samples are whole clips, made section after section as in the stock pipeline, and decoded like other clips,
+    where that one decodes every section with its neighbour and blends them. A last frame is not given to it.
+
+    On the hub are its parts: lllyasviel/FramePackI2V_HY or lllyasviel/FramePack_F1_I2V_HY_20250503 is the transformer,
+    hunyuanvideo-community/HunyuanVideo has VAE and text encoders, and lllyasviel/flux_redux_bfl the image encoder."""
 
     Options = FramepackOptions
     denoiser_class = "HunyuanVideoFramepackTransformer3DModel"
