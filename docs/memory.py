@@ -99,9 +99,9 @@ Of one clip: the tokens of its latents, the MiB that it takes in the cache (late
 with which the VAE encodes it at once, and in tiles, as it does where the card has no room for that: neighbouring tiles
 are blended, and differ a little from the whole. Wan's VAE goes through a clip part by part and remembers what it needs
 of the frames before, HunyuanVideo's blends pieces of 16 frames as its stock pipeline does; all others see the whole
-clip. Then what a LoRA of rank {RANK} needs on a card, as above; of FramePack for a section, which is as long in each clip.
-Sides are multiples of what the model asks for, so that 720 lines may be 704, and clips are cut to the frames that it was
-made for.
+clip. Then what a LoRA of rank {RANK} needs on a card, as above; FramePack's sections are as long in each clip. Sides
+are multiples of what the model asks for, so that 720 lines may be 704, and clips are cut to the frames that it was made
+for.
 """
 
 

@@ -227,7 +227,6 @@ class FramepackPipeline(HunyuanVideoPipeline):
     to video, and F1. Clips alone are trained, of each a section that is drawn for the step, among the clip's own
     frames. Samples are whole clips, made section after section as in the stock pipeline, and decoded like other clips,
     where that one decodes every section with its neighbour and blends them. A last frame is not given to it.
-
     On the hub are its parts: lllyasviel/FramePackI2V_HY or lllyasviel/FramePack_F1_I2V_HY_20250503 is the transformer,
     hunyuanvideo-community/HunyuanVideo has VAE and text encoders, and lllyasviel/flux_redux_bfl the image encoder."""
 

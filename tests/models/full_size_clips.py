@@ -94,6 +94,25 @@ HUNYUAN_VIDEO = FullSize(
     {**text_of("llama", 256, 4096), **pooled_of(clip_pooled=768)},
     (832, 480, 49),
 )
+FRAMEPACK = FullSize(
+    "FramePack",
+    "framepack",
+    {
+        "transformer": {
+            "_class_name": "HunyuanVideoFramepackTransformer3DModel",
+            "has_image_proj": True,
+            "has_clean_x_embedder": True,
+        },
+        "vae": {"_class_name": "AutoencoderKLHunyuanVideo"},
+    },
+    {
+        **text_of("llama", 256, 4096),
+        **pooled_of(clip_pooled=768),
+        "first_frame_latents": ((16, 1, 60, 104), torch.bfloat16),
+        "siglip_vision": ((729, 1152), torch.bfloat16),
+    },
+    (832, 480, 73),
+)
 HUNYUAN_VIDEO_15 = FullSize(
     "HunyuanVideo 1.5",
     "hunyuan_video_15",
