@@ -49,13 +49,14 @@ IN_FLOAT32 = {
         "addmm: float32 [352, 16]",
         "addmm: float32 [4, ",
     ),
+    "minimax_h3_ref": ("addmm: float32 [574, 24]", "addmm: float32 [590, 16]", "addmm: float32 [4, "),
     "sana": ("float32 [8, 9, ",),
 }
 """Types whose stock modules multiply in float32 on purpose, and what. Sana's attention is linear, it sums over all
 tokens what keys and values of a head (of 8 channels, and one that counts) make together, which costs little. What takes
 MiniMax-H3's latents (24 wide here) and what makes them (16) is published in float32 and stays so in the stock class, as
-does the time, of which there are four with key frames. So do Kandinsky 5's modulations, of which each sample has a row;
-with them their LoKr, of factors of these sizes."""
+does the time, of which there are four with key frames or references. So do Kandinsky 5's modulations, of which each
+sample has a row; with them their LoKr, of factors of these sizes."""
 
 
 class Case(NamedTuple):
