@@ -31,7 +31,15 @@ STOCK = StockPipeline
 WINDOW = 2
 SIZES = [(48, 32, 17), (32, 64, 9)]
 """Clips of two sections and of one."""
-SAMPLING = {"width": 48, "height": 32, "frames": 17, "guidance": 6.0, "control_images": [str(PICTURE)]}
+SAMPLING = {
+    "width": 48,
+    "height": 32,
+    "frames": 17,
+    "steps": 2,
+    "guidance": 6.0,
+    "control_images": [str(PICTURE)],
+}
+"""Two steps of each of two sections."""
 SIDE, PICTURE_TOKENS, PICTURE_WIDTH = 16, 9, 8
 CUT = {"partition_method": "uniform"}
 """The entry has so many parameters here that a stage would have nothing else."""
