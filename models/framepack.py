@@ -240,6 +240,8 @@ class FramepackPipeline(HunyuanVideoPipeline):
     # The publisher's names are those of diffusers.
     original_layout = None
     starts_from_picture = True
+    # Not in the ways of HunyuanVideo itself.
+    _condition = None
 
     def __init__(self, options: ModelSettings, seed: int = 0):
         super().__init__(options, seed)

@@ -13,6 +13,7 @@ import torch
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_framepack import calculate_shift
 from torch import nn
 
+from models.assembly.drawings import sample_model
 from models.assembly.noising import Noising
 from models.assembly.prompts import sample_bucket
 from models.assembly.stage import StagedModel, load_stage
@@ -29,8 +30,7 @@ from utils.errors import UserError
 from utils.media.decode import load_image
 from utils.media.geometry import View
 from utils.ranks import Ranks
-from utils.run.sampling import Begun, Drawing, SampleModel, denoise
-from utils.settings.sample_requests import requests_of
+from utils.run.sampling import Begun, denoise
 
 KINDS = ("inverted_anti_drifting", "vanilla")
 PROMPT = "a hiker on a ridge"
@@ -158,14 +158,12 @@ def test_clips_of_any_number_of_sections_are_those_of_the_stock_pipeline(
 
 def drawn(framepack: FramepackPipeline, staged: StagedModel, sampling: Any, noise: torch.Tensor) -> torch.Tensor:
     """What is drawn from this noise, as `utils.run.sampling` draws it."""
-    from models.assembly.drawings import sample_model
-
-    (request,) = requests_of(sampling, False)
     settings, ranks = settings_of(framepack, sampling=sampling), Ranks()
     model = sample_model(framepack, framepack.encoders(), settings, ranks, Path("nowhere"), in_cache=False)
     (drawing,) = model.drawings()
-    assert isinstance(model, SampleModel) and isinstance(drawing, Drawing) and drawing.request == request
-    begun = Begun(drawing, drawing.schedule.of(sampling.steps), drawing.features(), noise, torch.Generator())
+    features = drawing.features()
+    latents = model.before(noise, features[0])
+    begun = Begun(drawing, drawing.schedule.of(sampling.steps), features, latents, torch.Generator())
     return denoise(PlainEngine(staged), ranks, model, begun)
 
 
