@@ -26,6 +26,12 @@ HUB = {
     "anima": ("circlestone-labs/Anima-Base-v1.0-Diffusers",),
     "auraflow": ("fal/AuraFlow-v0.3", "purplesmartai/pony-v7-base"),
     "chroma": ("lodestones/Chroma1-HD",),
+    "cogvideox": (
+        "zai-org/CogVideoX-2b",
+        "zai-org/CogVideoX-5b-I2V",
+        "zai-org/CogVideoX1.5-5B",
+        "zai-org/CogVideoX1.5-5B-I2V",
+    ),
     "cogview4": ("zai-org/CogView4-6B",),
     "cosmos": ("nvidia/Cosmos-1.0-Diffusion-7B-Text2World", "nvidia/Cosmos-1.0-Diffusion-7B-Video2World"),
     "cosmos_predict2": ("nvidia/Cosmos-Predict2-2B-Text2Image", "nvidia/Cosmos-Predict2-2B-Video2World"),

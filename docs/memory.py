@@ -79,6 +79,8 @@ CLIPS = (
     ("hunyuan_video", "t2v"),
     ("hunyuan_video_15", "720p_t2v"),
     ("kandinsky5", "lite_t2v"),
+    ("cogvideox", "5b"),
+    ("cogvideox", "1.5_5b"),
     ("ltx_video", "2b_0.9.5"),
     ("ltx_video", "13b"),
     ("ltx2", "2.3_22b"),
@@ -96,9 +98,9 @@ OF_CLIPS = f"""## Clips
 
 Of one clip: the tokens of its latents, the MiB that it takes in the cache (latents and the longest caption), the GiB
 with which the VAE encodes it at once, and in tiles, as it does where the card has no room for that: neighbouring tiles
-are blended, and differ a little from the whole. Wan's VAE goes through a clip part by part and remembers what it needs
-of the frames before, HunyuanVideo's blends pieces of 16 frames as its stock pipeline does; all others see the whole
-clip. Then what a LoRA of rank {RANK} needs on a card, as above. Sides are multiples of what the model asks for, so that
+are blended, and differ a little from the whole. The VAEs of Wan and CogVideoX go through a clip part by part and
+remember what they need of the frames before, HunyuanVideo's blends pieces of 16 frames as its stock pipeline does; all
+others see the whole clip. Then what a LoRA of rank {RANK} needs on a card, as above. Sides are multiples of what the model asks for, so that
 720 lines may be 704, and clips are cut to the frames that it was made for.
 """
 

@@ -150,12 +150,16 @@ class CogVideoXPipeline(BasePipeline):
     denoiser_class = "CogVideoXTransformer3DModel"
     config_keys = ("in_channels", "out_channels", "text_embed_dim")
     text_parts = (TextPart("t5", "T5EncoderModel"),)
-    media = MediaFacts(spatial=16, temporal=8, max_frames=49, fps=8.0)
+    media = MediaFacts(spatial=16, temporal=8, max_frames=161, fps=16.0)
     scheduler_sets_levels = True
     blocks = ("transformer_blocks",)
     stream_type = CogVideoXStream
     original_layout = COGVIDEOX_LAYOUT
     guided_by_second_prediction = True
+    comfyui_note = (
+        "versions of ComfyUI without a CogVideoX of their own need an extension for it; these read the file with "
+        "diffusers' names"
+    )
 
     def __init__(self, options: CogVideoXOptions, seed: int = 0):
         super().__init__(options, seed)
@@ -322,7 +326,7 @@ class CogVideoXPipeline(BasePipeline):
 
     def tokens(self, latent_shape: Sequence[int]) -> int:
         *_, height, width = latent_shape
-        return (height // PATCH) * (width // PATCH)
+        return (height // PATCH) * (width // PATCH) // self._frames_together
 
     def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
         channels, count, *size = cogvideox_latent_size(self._vae_config, width, height, frames)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from tests.models.full_size_clips import (
+    COGVIDEOX,
     COSMOS_1,
     COSMOS_PREDICT2,
     COSMOS_PREDICT2_14B,
@@ -310,6 +311,7 @@ ALL = (
     HUNYUAN_VIDEO,
     HUNYUAN_VIDEO_15,
     KANDINSKY5,
+    COGVIDEOX,
     MINIMAX_H3,
     COSMOS_1,
     COSMOS_PREDICT2,

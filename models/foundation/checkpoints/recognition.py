@@ -60,6 +60,9 @@ FOLDERS = {
     "AnimaModularPipeline": "anima",
     "AuraFlowPipeline": "auraflow",
     "ChromaPipeline": "chroma",
+    "CogVideoXImageToVideoPipeline": "cogvideox",
+    "CogVideoXPipeline": "cogvideox",
+    "CogVideoXVideoToVideoPipeline": "cogvideox",
     "CogView4Pipeline": "cogview4",
     "Cosmos2_5_PredictBasePipeline": "cosmos_predict25",
     "Cosmos2TextToImagePipeline": "cosmos_predict2",
@@ -136,7 +139,8 @@ ADAPTER_NAMES = {
     "Cosmos 1.0": r"blocks_block\d+_blocks_\d_block_",
     "Cosmos-Predict2": r"transformer_blocks_\d+_norm\d_linear|blocks_\d+_((self|cross)_attn_\w+_proj|adaln_|mlp_layer)",
     "Kandinsky 5": r"(text|visual)_transformer_blocks_\d+_",
-    "LTX-Video or PixArt": r"transformer_blocks_\d+_(audio_)?attn[12]_to_",
+    "CogVideoX": r"(^|_)blocks_\d+_([qkv]|attn_out|ff_(proj|out))$|transformer_blocks_\d+_norm[12]_linear$",
+    "LTX-Video, CogVideoX or PixArt": r"transformer_blocks_\d+_(audio_)?attn[12]_to_",
     "Sana": r"transformer_blocks_\d+_(attn[12]_to_|ff_conv_)",
     "Wan": r"(^|_)blocks_\d+_(self_attn|cross_attn|ffn|attn1_to|attn2_to)_",
     "another transformer of diffusers, such as SD3, CogView4 or Qwen-Image": r"transformer_blocks_\d+_",
@@ -259,6 +263,10 @@ SIGNATURES: tuple[FileSignature, ...] = (
             ("caption_norm.", "transformer_blocks.0.ff.conv_depth."),
             ("attention_y_norm.", "blocks.0.mlp.depth_conv."),
         )
+    ),
+    *(
+        FileSignature("CogVideoX", _type("cogvideox"), ("patch_embed.text_proj.", time))
+        for time in ("time_embedding.linear_1.", "time_embedding_linear_1.")
     ),
     FileSignature("CogView4", _type("cogview4"), ("patch_embed.text_proj.", "time_condition_embed.")),
     FileSignature(
