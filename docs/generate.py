@@ -58,6 +58,7 @@ HUB = {
     "ltx_video": ("Lightricks/LTX-Video", "Lightricks/LTX-Video-0.9.7-dev"),
     "lumina2": ("Alpha-VLLM/Lumina-Image-2.0",),
     "minimax_h3": ("MiniMaxAI/MiniMax-H3",),
+    "mochi": ("genmo/mochi-1-preview",),
     "omnigen2": ("OmniGen2/OmniGen2",),
     "pixart": ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "PixArt-alpha/PixArt-XL-2-1024-MS"),
     "qwen_image": ("Qwen/Qwen-Image", "Qwen/Qwen-Image-Edit"),

@@ -81,6 +81,7 @@ CLIPS = (
     ("kandinsky5", "lite_t2v"),
     ("cogvideox", "5b"),
     ("cogvideox", "1.5_5b"),
+    ("mochi", "preview"),
     ("ltx_video", "2b_0.9.5"),
     ("ltx_video", "13b"),
     ("ltx2", "2.3_22b"),
@@ -100,8 +101,8 @@ Of one clip: the tokens of its latents, the MiB that it takes in the cache (late
 with which the VAE encodes it at once, and in tiles, as it does where the card has no room for that: neighbouring tiles
 are blended, and differ a little from the whole. The VAEs of Wan and CogVideoX go through a clip part by part and
 remember what they need of the frames before, HunyuanVideo's blends pieces of 16 frames as its stock pipeline does; all
-others see the whole clip. Then what a LoRA of rank {RANK} needs on a card, as above. Sides are multiples of what the model asks for, so that
-720 lines may be 704, and clips are cut to the frames that it was made for.
+others see the whole clip. Then what a LoRA of rank {RANK} needs on a card, as above. Sides are multiples of what the
+model asks for, so that 720 lines may be 704, and clips are cut to the frames that it was made for.
 """
 
 

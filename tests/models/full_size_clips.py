@@ -203,3 +203,13 @@ COGVIDEOX = FullSize(
     text_of("t5", 226, 4096, mask=False),
     (832, 480, 49),
 )
+MOCHI = FullSize(
+    "Mochi 1",
+    "mochi",
+    {
+        "transformer": {"_class_name": "MochiTransformer3DModel"},
+        "vae": {"_class_name": "AutoencoderKLMochi"},
+    },
+    text_of("t5", 256, 4096),
+    (848, 480, 49),
+)

@@ -59,6 +59,7 @@ MASKED = (
     "krea2",
     "ltx_video",
     "lumina2",
+    "mochi",
     "omnigen2",
     "pixart",
     "qwen_image",

@@ -96,6 +96,7 @@ FOLDERS = {
     "Lumina2Pipeline": "lumina2",
     "Lumina2Text2ImgPipeline": "lumina2",
     "MiniMaxH3ModularPipeline": "minimax_h3",
+    "MochiPipeline": "mochi",
     "OmniGen2Pipeline": "omnigen2",
     "PixArtAlphaPipeline": "pixart",
     "PixArtSigmaPipeline": "pixart",
@@ -126,6 +127,10 @@ ADAPTER_NAMES = {
     "MiniMax-H3": (
         r"(^|_)blocks_\d+_(attn_(qkv_proj|out_proj)|mlp_fc[12]|adaln_proj_linear)$"
         r"|token_refiner_(refiner_)?blocks_\d+_|transformer_blocks_\d+_adaln_proj_linear$"
+    ),
+    "Mochi": (
+        r"(^|_)blocks_\d+_(attn_(qkv|proj)_[xy]|mlp_[xy]_w[12]|mod_[xy])$"
+        r"|transformer_blocks_\d+_attn1_(add_[qkv]_proj|to_add_out)$"
     ),
     "Stable Diffusion 3": r"joint_blocks_|transformer_blocks_\d+_(ff_context|norm1_context|attn2_add)",
     "Krea 2": r"txtfusion_|text_fusion_|blocks_\d+_(attn_(w[qkvo]|(to_)?gate)$|(mlp|ff)_(gate|up|down)$)",
@@ -277,6 +282,10 @@ SIGNATURES: tuple[FileSignature, ...] = (
     *(
         FileSignature("MiniMax-H3", _type("minimax_h3"), (part, "audio_p"))
         for part in ("token_refiner.blocks.0.attn.qkv_proj.", "token_refiner.refiner_blocks.0.attn.to_q.")
+    ),
+    *(
+        FileSignature("Mochi", _type("mochi"), ("pos_frequencies", part))
+        for part in ("t5_yproj.", "time_embed.caption_proj.")
     ),
     *(FileSignature("LTX-2", _type("ltx2"), (part,)) for part in ("audio_patchify_proj.", "audio_proj_in.")),
     *(

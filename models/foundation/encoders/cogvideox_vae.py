@@ -44,7 +44,7 @@ def _from_publisher(tensors: Tensors, config: dict[str, Any]) -> Tensors:
         for there, here in RENAMED.items():
             parts = parts.replace(f".{there}", f".{here}")
         parts = parts.removeprefix(".").split(".")
-        if parts[1] == "up_blocks":
+        if parts[:2] == ["decoder", "up_blocks"] and parts[2].isdigit():
             parts[2] = str(last - int(parts[2]))
         # What only the training of the VAE needed.
         if parts[0] != "loss":

@@ -71,6 +71,7 @@ BILLIONS = {
     "ltx_video/2b_0.9.5": 1.92,
     "lumina2/2b": 2.61,
     "minimax_h3/fl2va": 33.12,
+    "mochi/preview": 10.03,
     "omnigen2/4b": 3.97,
     "pixart/alpha_1024": 0.61,
     "pixart/alpha_512": 0.61,
