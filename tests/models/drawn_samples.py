@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from models.assembly.drawings import sample_model
-from models.assembly.prompts import encoders_of_prompts, prompt_versions
+from models.assembly.prompts import encoders_of_prompts, prompt_versions, schedule_of
 from models.base import BasePipeline
 from tests.models.tiny_folder import settings_of
 from utils.dataset.encoders import inputs_of
@@ -72,9 +73,11 @@ def draw_here(
         for version, made in zip(versions, features, strict=True):
             own = features_of({"": inputs_of(encoder, version)}, encoder)[""]
             made |= {name: feature.unsqueeze(0) for name, feature in own.items()}
-    scheduler, generator = pipeline.scheduler(), seeds.generator(sampling.seed, "sample steps", 0)
-    scheduler.set_timesteps(sampling.steps)
-    latents = pipeline.before_steps(noise * scheduler.init_noise_sigma, features[0])
+    scheduler = schedule_of(pipeline, sampling).of(sampling.steps)
+    drawing = {"generator": seeds.generator(sampling.seed, "sample steps", 0)}
+    if "generator" not in signature(scheduler.step).parameters:
+        drawing = {}
+    latents = pipeline.before_steps(noise * getattr(scheduler, "init_noise_sigma", 1.0), features[0])
     for timestep in scheduler.timesteps:
         t_B, predictions = timestep.float().reshape(1) / scheduler.config.num_train_timesteps, []
         for made in features:
@@ -83,5 +86,5 @@ def draw_here(
                 stream = layer.eval()(stream)
             predictions.append(pipeline.objective.for_scheduler(stream))
         guided = pipeline.guided(*predictions, sampling.guidance)
-        (latents,) = scheduler.step(guided, timestep, latents, generator=generator, return_dict=False)
+        latents = scheduler.step(guided, timestep, latents, return_dict=False, **drawing)[0]
     return pipeline.after_steps(latents, features[0])

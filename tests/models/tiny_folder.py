@@ -79,7 +79,7 @@ OF_OTHER_INPUTS = (
     "test_all_weights_are_read_from_what_was_exported",
 )
 VARIANTS = {
-    # Its samples, of one stage, are in tests/models/test_cogvideox.py.
+    # Its samples are in tests/models/test_cogvideox.py.
     "cogvideox_15_i2v": (OF_OTHER_INPUTS[0],),
     "cosmos_v2w": OF_OTHER_INPUTS[:-1],
     # Its layers equal the whole module within rounding alone, which tests/models/test_cosmos_predict2.py shows.
@@ -88,7 +88,7 @@ VARIANTS = {
     "hunyuan_video_15_i2v": OF_OTHER_INPUTS[:-1],
     "hunyuan_video_i2v": OF_OTHER_INPUTS[:-1],
     "hunyuan_video_i2v_33": (OF_OTHER_INPUTS[0], "test_samples_are_those_of_the_stock_pipeline"),
-    # Its samples, of one stage, are in tests/models/test_kandinsky5.py.
+    # Its samples are in tests/models/test_kandinsky5.py.
     "kandinsky5_i2v": (OF_OTHER_INPUTS[0],),
     "kandinsky5_t2i": (
         OF_OTHER_INPUTS[0],
