@@ -51,6 +51,8 @@ DDIM, DPM = "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"
 CONTROLLED = "CogVideoXFunControlPipeline"
 LEARNED_POSITIONS = "use_learned_positional_embeddings"
 PATCH = 2
+SIZE, FRAMES = (90, 60), 49
+"""Width and height in latent cells, and frames, that configurations leave out."""
 OFS = 2.0
 """What the model is told beside the time, if it is told something (`ofs_embed_dim`): always the same."""
 LATENTS_A_PART = 2
@@ -166,7 +168,7 @@ class CogVideoXPipeline(BasePipeline):
         # `check` reports what an incomplete folder lacks.
         with suppress(UserError):
             (cell, group), config = compression_of(self._vae_config), self.parts.denoiser_config
-            frames, together = config.get("sample_frames", self.media.max_frames), self._frames_together > 1
+            frames, together = config.get("sample_frames", FRAMES), self._frames_together > 1
             self.media = replace(
                 self.media,
                 spatial=cell * PATCH,
@@ -194,21 +196,27 @@ class CogVideoXPipeline(BasePipeline):
         return False
 
     @property
+    def _own_size(self) -> tuple[int, int]:
+        """Width and height, in latent cells, of the clips that it was made for."""
+        config = self.parts.denoiser_config
+        return config.get("sample_width", SIZE[0]), config.get("sample_height", SIZE[1])
+
+    @property
     def _table(self) -> tuple[int, int, int] | None:
         """Width, height and frames of the only clips for which the model has positions; None without such a table."""
         config = self.parts.denoiser_config
         if not config.get(LEARNED_POSITIONS):
             return None
         cell, _ = compression_of(self._vae_config)
-        sides = config.get("sample_width", 90), config.get("sample_height", 60)
-        return sides[0] * cell, sides[1] * cell, config.get("sample_frames", 49)
+        width, height = self._own_size
+        return width * cell, height * cell, config.get("sample_frames", FRAMES)
 
     @property
     def places(self) -> tuple[int, int] | None:
         if self._frames_together == 1:
             return None
-        config = self.parts.denoiser_config
-        return config.get("sample_height", 60) // PATCH, config.get("sample_width", 90) // PATCH
+        width, height = self._own_size
+        return height // PATCH, width // PATCH
 
     @cached_property
     def objective(self) -> Epsilon:
@@ -251,7 +259,8 @@ class CogVideoXPipeline(BasePipeline):
         buckets = [(one.bucket.width, one.bucket.height, one.bucket.frames) for one in samples]
         other = next((bucket for bucket in buckets if self._table not in (None, bucket)), None)
         if other and not problems:
-            problems.append(Problem("", "[[directory]]", self._misfit_of_table(other)))
+            message = f"{self._misfit_of_table(other)}: size_buckets = [{list(self._table)}]"
+            problems.append(Problem("", "[[directory]]", message))
         return problems
 
     def problems_of_samples(self, sampling: SamplingSettings) -> Iterator[Problem]:
@@ -263,7 +272,7 @@ class CogVideoXPipeline(BasePipeline):
         width, height, frames = self._table
         return (
             f"{size[0]} x {size[1]} with {size[2]} frames: this model's table of positions is for {width} x {height} "
-            f"with {frames} frames alone; set that"
+            f"with {frames} frames alone; set these"
         )
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:

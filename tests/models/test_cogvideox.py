@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel, DDIMScheduler
+from diffusers import CogVideoXDDIMScheduler, CogVideoXFunControlPipeline, CogVideoXTransformer3DModel, DDIMScheduler
 from safetensors.torch import load_file, save_file
 
+from models.foundation.checkpoints.recognition import recognised
 from models.foundation.encoders.cogvideox_vae import with_noise
 from models.foundation.encoders.vae import content_of
 from tests import test_models as generic
@@ -86,6 +87,7 @@ def test_a_learned_table_is_read_exported_and_for_one_size_alone(table_folder: P
     assert not pipeline.problems_of_data([sample(*OF_TABLE)])
     (problem,) = pipeline.problems_of_data([sample(*OF_TABLE), sample(16, 24, 9)])
     assert "16 x 24 with 9 frames: this model's table of positions is for 24 x 16 with 9 frames" in problem.message
+    assert problem.message.endswith("set these: size_buckets = [[24, 16, 9]]")
     (problem,) = pipeline.problems_of_samples(SamplingSettings(prompts=[""], width=24, height=16, frames=5))
     assert "24 x 16 with 5 frames" in problem.message
     (problem,) = pipeline.problems_of_data([sample(24, 16, 1)])
@@ -219,9 +221,16 @@ def test_the_publishers_vae_is_read(folder: Path, tmp_path: Path) -> None:
     assert read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name] + 1) for name in read)
 
 
+def test_files_of_the_publishers_training_are_known() -> None:
+    names = ("mixins.patch_embed.text_proj.weight", "mixins.adaln_layer.adaLN_modulations.0.1.weight")
+    shapes = {f"model.diffusion_model.{name}": (8, 8) for name in names}
+    assert "convert_cogvideox_to_diffusers" in recognised(shapes).fits
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"in_channels": 8, "stock": CogVideoXFunControlPipeline}, "takes 8 channels for latents of 4, and is of Cog"),
         ({"in_channels": 9}, "takes 9 channels for latents of 4, and is of CogVideoX-Fun"),
         ({"out_channels": 8, "in_channels": 8}, "gives latents of 8 channels and the VAE makes 4"),
         ({"text_embed_dim": 8}, "takes text of 8 features and T5 makes 64; give T5-XXL"),
@@ -229,6 +238,6 @@ def test_the_publishers_vae_is_read(folder: Path, tmp_path: Path) -> None:
         ({"patch_size": 4}, "takes patches of 4 x 4 cells and 1 frames together"),
     ],
 )
-def test_parts_that_do_not_belong_together(tmp_path: Path, changes: dict[str, int], said: str) -> None:
+def test_parts_that_do_not_belong_together(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         tiny.pipeline(tiny.write_folder(tmp_path, **changes)).check()

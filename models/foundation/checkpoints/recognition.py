@@ -273,6 +273,11 @@ SIGNATURES: tuple[FileSignature, ...] = (
         FileSignature("CogVideoX", _type("cogvideox"), ("patch_embed.text_proj.", time))
         for time in ("time_embedding.linear_1.", "time_embedding_linear_1.")
     ),
+    FileSignature(
+        "CogVideoX with the names of its publisher's training",
+        "convert it by scripts/convert_cogvideox_to_diffusers.py of diffusers",
+        ("mixins.patch_embed.text_proj.", "adaln_layer.adaLN_modulations."),
+    ),
     FileSignature("CogView4", _type("cogview4"), ("patch_embed.text_proj.", "time_condition_embed.")),
     FileSignature(
         "MiniMax-H3 with a table in place of what embeds the time, as it is pruned for ComfyUI",
