@@ -78,4 +78,4 @@ def _attempts(planner: Planner, budget: float) -> Iterator[Attempt]:
 def _may_step_on_host(settings: Settings) -> bool:
     """Whether blocks that are trained may be swapped."""
     runs_there = "cpu" not in optimizers.find(settings.optimizer.type).not_on
-    return runs_there and not settings.zero_stage
+    return runs_there and (settings.divides_weights or not settings.zero_stage)

@@ -32,6 +32,7 @@ from utils.dataset.batches import EvaluationBatches, FeatureBatch, SampleReader,
 from utils.dataset.encoders import reads_text
 from utils.dataset.epochs import Epochs, micro_batch_of
 from utils.dataset.samples import Bucket, VersionPicker
+from utils.parallel.divided import Division
 from utils.parallel.engine import Engine
 from utils.parallel.offload import HostInputs
 from utils.parallel.pipeline import DenoiserPipeline
@@ -161,7 +162,7 @@ def build_trainer(
         resumed_at=progress.step if checkpoint else None,
     )
     told = _telling(settings, ranks, pipeline, data, folder, resumed=checkpoint is not None)
-    told["norms"] = BlockNorms(ranks, engine, parameters) if settings.monitoring.block_norms else None
+    told["norms"] = BlockNorms(ranks, engine, parameters, shares.written) if settings.monitoring.block_norms else None
     run = RunParts(settings, ranks, engine, optimizer, parameters, shares, folder, metrics, stop, ema, **told)
     duties = _duties(run, pipeline, data, reader, noising, staged)
     if not checkpoint:
@@ -229,14 +230,14 @@ def restore_or_start(
     """
     shares = shares or Shares(parameters)
     if checkpoint:
-        checkpoint.load_weights(parameters)
+        checkpoint.load_weights(shares.held)
         shares.take_values()
         if not flags.reset_optimizer:
             checkpoint.load_optimizer(shares.stepped, optimizer, optimizers.find(settings.optimizer.type).retyped)
     ema = None
     if settings.ema:
         held = {"stepped": shares.stepped, "complete": shares.complete}
-        ema = EMA(parameters.items(), settings.ema, optimizer, since=progress.step, **held)
+        ema = EMA(shares.held.items(), settings.ema, optimizer, since=progress.step, **held)
     if checkpoint:
         checkpoint.load_ema(ema)
     return ema
@@ -250,6 +251,7 @@ def _shares(settings: Settings, ranks: Ranks, staged: StagedModel, parameters: M
         offload=settings.offload_optimizer,
         pinned=ranks.device.type == "cuda",
         at_home=stepped_at_home(settings, ranks, staged),
+        apart=apart(settings, ranks, staged),
     )
 
 
@@ -287,7 +289,7 @@ def _engine(
         host=HostInputs() if settings.offloads else None,
         seed=settings.seed,
         loss_terms=pipeline.loss_terms,
-        swap=block_swap(settings, ranks, staged, trained=settings.adapter is None),
+        swap=block_swap(settings, ranks, staged, shares, trained=settings.adapter is None),
     )
     engine = Engine(
         module,
@@ -321,8 +323,26 @@ def stepped_at_home(settings: Settings, ranks: Ranks, staged: StagedModel) -> li
     return [parameter for block in plan.trained.values() for parameter in block]
 
 
-def block_swap(settings: Settings, ranks: Ranks, staged: StagedModel, *, trained: bool) -> BlockSwap:
-    """Which blocks of this stage wait in the machine's memory; whether they are `trained` there."""
+def apart(settings: Settings, ranks: Ranks, staged: StagedModel) -> list[Parameter]:
+    """The trained weights of this stage that data ranks divide."""
+    if not settings.divides_weights or settings.adapter:
+        return []
+    plan = SwapPlan.of_divided(staged.stage_layers(ranks.stage), trained=True)
+    return [parameter for block in plan.trained.values() for parameter in block]
+
+
+def block_swap(
+    settings: Settings, ranks: Ranks, staged: StagedModel, shares: Shares | None = None, *, trained: bool
+) -> BlockSwap:
+    """Which blocks of this stage wait in the machine's memory, or are divided among data ranks; whether they are
+    `trained` there.
+
+    Args:
+        shares: needed where trained weights are divided.
+    """
+    division = None
+    if settings.divides_weights and ranks.data_ranks > 1:
+        division = Division(ranks.data_rank, ranks.data_ranks, shares.owner_of if trained else None)
     return BlockSwap(
         staged.stage_layers(ranks.stage),
         staged.swapped[ranks.stage],
@@ -330,6 +350,7 @@ def block_swap(settings: Settings, ranks: Ranks, staged: StagedModel, *, trained
         trained=trained,
         resident_in_evaluation=settings.disable_block_swap_for_eval,
         ranks=ranks if ranks.data_ranks > 1 and any(staged.swapped) else None,
+        division=division,
     )
 
 

@@ -115,9 +115,9 @@ class Engine(PipelineEngine):
             for parameter in self._trained:
                 parameter.grad_dtype = torch.promote_types(parameter.dtype, torch.float32)
         # Now that the rest of the stage is on the device.
-        module.swap.start(self.device)
+        module.swap.start(self.device, self.grid.get_data_parallel_group())
         self._shares = shares or Shares({})
-        self._shares.start(self.grid.get_data_parallel_group())
+        self._shares.start(self.grid.get_data_parallel_group(), self.device)
         self._reduced = self._shares.reduced_gradients(self._trained, self._config.communication_data_type)
         self._times = StepTimes(self.device)
         self._INSTRUCTION_MAP = self._times.timed(self._INSTRUCTION_MAP)
@@ -164,12 +164,12 @@ class Engine(PipelineEngine):
 
     def evaluate(self, batches: Iterable[MicroBatch] | None, count: int) -> list[torch.Tensor]:
         """The loss of every sample (B,) in float32, per micro-batch, on every stage of this data rank."""
-        with self.module.swap.evaluation():
+        with self.module.swap.evaluation(count):
             return self._from_last_stage(self._run_forward(batches, count, keep_predictions=False), count)
 
     def predict(self, batches: Iterable[MicroBatch] | None, count: int) -> list[torch.Tensor]:
         """The last layer's output per micro-batch, on every stage of this data rank."""
-        with self.module.swap.evaluation():
+        with self.module.swap.evaluation(count):
             return self._from_last_stage(self._run_forward(batches, count, keep_predictions=True), count)
 
     def _told(self, loss: torch.Tensor) -> StepResult:

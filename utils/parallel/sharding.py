@@ -1,8 +1,9 @@
 """What each data rank of a stage keeps of its training, where all of them would keep the same (ZeRO, Rajbhandari et al.
-2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", stages 1 and 2).
+2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", stages 1 and 2; the third is in
+`divided.py`).
 
 A data rank's share is of whole parameters. It has their optimizer state, steps them, and sends the result to the
-others; in the second stage it alone has their gradients too. Where something is follows from names and sizes, so that a
+others; from the second stage on it alone has their gradients too. Where something is follows from names and sizes, so that a
 checkpoint, which knows names alone, fits any number of ranks.
 
 With `offload` the optimizer steps copies of the parameters in the host's memory, beside which it keeps its state.
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from utils.parallel.clipping import gradient_norms
 from utils.parallel.transfers import aligned, dense_strides, host_memory
 from utils.parameter_lists import in_lists
 from utils.ranks import Ranks
@@ -54,13 +56,17 @@ class Shares:
     Args:
         parameters: those of the stage, by name.
         ranks: this process; alone it steps all of them.
-        zero_stage: 0, where every data rank steps all parameters; 1; or 2, where an owner alone has the gradients too.
+        zero_stage: 0, where every data rank steps all parameters; 1; or 2 and 3, where an owner alone has the gradients
+            too.
         offload: the optimizer steps copies in the host's memory.
         pinned: whether that memory is locked, for copies to a CUDA device.
         at_home: those that are in the host's memory anyway, with their gradients, and are stepped there.
+        apart: those of which only an owner has the values, between passes; if anything is divided.
 
     Attributes:
         stepped: the parameters of this share as the optimizer has them, by name.
+        held: the parameters that have their values on this data rank, by name.
+        written: those of which this data rank writes the values for all.
         divided: whether data ranks have different shares.
         divides_gradients: whether a gradient is kept by its parameter's owner alone.
     """
@@ -74,6 +80,7 @@ class Shares:
         offload: bool = False,
         pinned: bool = False,
         at_home: Iterable[nn.Parameter] = (),
+        apart: Iterable[nn.Parameter] = (),
     ):
         self._ranks = ranks or Ranks()
         self.divided = zero_stage > 0 and self._ranks.data_ranks > 1
@@ -83,8 +90,12 @@ class Shares:
         self._owned = {name: p for name, p in parameters.items() if owner_of[name] == self.data_rank}
         self._owners = {id(parameters[name]): rank for name, rank in owner_of.items()}
         by_kind: dict[tuple[int, torch.dtype], list[nn.Parameter]] = {}
+        elsewhere = set(map(id, apart)) if self.divided else set()
+        self.held = {n: p for n, p in parameters.items() if n in self._owned or id(p) not in elsewhere}
+        self.written = {n: p for n, p in self.held.items() if id(p) in elsewhere or not self.data_rank}
         for name, parameter in parameters.items():
-            by_kind.setdefault((owner_of[name], parameter.dtype), []).append(parameter)
+            if id(parameter) not in elsewhere:
+                by_kind.setdefault((owner_of[name], parameter.dtype), []).append(parameter)
         self._parts = [(owner, part) for (owner, _), some in by_kind.items() for part in buckets(some)]
         stay = set(map(id, at_home))
         copied = {name: p for name, p in self._owned.items() if offload and id(p) not in stay}
@@ -97,9 +108,9 @@ class Shares:
     def data_rank(self) -> int:
         return self._ranks.data_rank
 
-    def start(self, group: dist.ProcessGroup) -> None:
-        """Names the group of the stage's data ranks; the parameters are on their device."""
-        self._group = group
+    def start(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        """Names the group of the stage's data ranks and its device; the parameters are where they are to be."""
+        self._group, self._device = group, device
         self.take_values()
 
     def owner_of(self, parameter: nn.Parameter) -> int:
@@ -151,7 +162,7 @@ class Shares:
         if not (self.divides_gradients and parameters):
             return None
         owned_by = [self.owner_of(parameter) for parameter in parameters]
-        return ReducedGradients(parameters, owned_by, self.data_rank, self._group, sent_as)
+        return ReducedGradients(parameters, owned_by, self.data_rank, self._group, self._device, sent_as)
 
 
 class HostCopies:
@@ -223,6 +234,7 @@ class ReducedGradients:
         parameters: all that the stage trains, in one order on all data ranks.
         owned_by: their owners.
         group: of the data ranks.
+        device: on which gradients are made.
         sent_as: the type in which gradients travel; default: that in which they are summed.
     """
 
@@ -232,10 +244,11 @@ class ReducedGradients:
         owned_by: Sequence[int],
         data_rank: int,
         group: dist.ProcessGroup,
+        device: torch.device,
         sent_as: torch.dtype | None,
     ):
         self._parameters, self._data_rank = parameters, data_rank
-        self._group, self._sent_as = group, sent_as
+        self._group, self._device, self._sent_as = group, device, sent_as
         self._owners = {id(p): owner for p, owner in zip(parameters, owned_by, strict=True)}
         self._buckets = list(buckets(reversed(parameters)))
         self._bucket_of = {id(p): number for number, bucket in enumerate(self._buckets) for p in bucket}
@@ -265,8 +278,8 @@ class ReducedGradients:
         self._next += 1
         for (owner, dtype), parameters in by_kind.items():
             gradients = [
-                torch.zeros_like(parameter, dtype=dtype) if parameter.grad is None else parameter.grad.to(dtype)
-                for parameter in parameters
+                torch.zeros_like(p, dtype=dtype, device=self._device) if p.grad is None else p.grad.to(dtype)
+                for p in parameters
             ]
             for parameter in parameters:
                 parameter.grad = None
@@ -301,10 +314,9 @@ class ReducedGradients:
     def norms_of_all(self) -> torch.Tensor:
         """The norm of the gradient of every parameter (P,), in float32."""
         places = [place for place, parameter in enumerate(self._parameters) if parameter.grad is not None]
-        norms_P = torch.zeros(len(self._parameters), device=self._parameters[0].device)
+        norms_P = torch.zeros(len(self._parameters), device=self._device)
         if places:
-            held = [self._parameters[place].grad for place in places]
-            norms_P[places] = torch.stack(torch._foreach_norm(held, 2, dtype=torch.float32))
+            norms_P[places] = gradient_norms([self._parameters[place] for place in places], self._device)
         # Each is zero on all ranks but one.
         dist.all_reduce(norms_P, group=self._group)
         return norms_P
