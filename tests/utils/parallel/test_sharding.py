@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.assembly.trainer import restore_or_start
+from models.assembly.stage import StagedModel
+from models.assembly.trainer import apart, block_swap, restore_or_start, stepped_at_home
 from models.flux import FluxOptions, FluxPipeline
 from optimizers import find
 from optimizers.parameter_groups import groups_of
@@ -40,11 +41,13 @@ class Way(NamedTuple):
     adapted: bool = False
     offload: bool = False
     optimizer: str = "adamw"
+    recompute: bool = False
+    swapped: int = 0
 
     @property
     def plain(self) -> Way:
         """The same without what is to be shown."""
-        return self._replace(zero_stage=0, offload=False)
+        return self._replace(zero_stage=0, offload=False, swapped=0)
 
     @property
     def then(self) -> Way:
@@ -52,7 +55,8 @@ class Way(NamedTuple):
         if self == self.plain:
             return self
         offload = not self.offload and self.optimizer == "adamw"
-        return self._replace(zero_stage={0: 2, 1: 0, 2: 1}[self.zero_stage], offload=offload)
+        following = {0: 2, 1: 0 if self.adapted else 3, 2: 1, 3: 0}
+        return self._replace(zero_stage=following[self.zero_stage], offload=offload, swapped=0)
 
 
 ALL = ((0, False), (0, True), (1, False), (2, False), (2, True))
@@ -60,14 +64,19 @@ OF_EACH = ((0, False), (1, True), (2, False))
 BF16, ACCUMULATED = Way(0, "bfloat16"), Way(0, "bfloat16", accumulation=3)
 ADAPTED = Way(0, "float32", accumulation=2, adapted=True)
 EIGHT_BIT = Way(0, optimizer="adamw8bit")
+FROZEN = Way(0, "bfloat16", adapted=True, recompute=True)
 LAYOUTS = {
     (1, 2): [
         *(ACCUMULATED._replace(zero_stage=zero, offload=offload) for zero, offload in ALL),
         *(BF16._replace(zero_stage=zero, offload=offload) for zero, offload in OF_EACH),
         *(EIGHT_BIT._replace(zero_stage=zero) for zero in (0, 1, 2)),
+        ACCUMULATED._replace(zero_stage=3, swapped=2),
+        BF16._replace(zero_stage=3, offload=True),
+        *(FROZEN._replace(zero_stage=zero, swapped=swapped) for zero, swapped in ((0, 0), (3, 0), (3, 2))),
+        *(Way(zero, adapted=True) for zero in (0, 3)),
     ],
     (2, 2): [ADAPTED._replace(zero_stage=zero, offload=offload) for zero, offload in OF_EACH],
-    (1, 3): [Way(zero) for zero in (0, 1, 2)],
+    (1, 3): [Way(zero) for zero in (0, 1, 2, 3)],
 }
 """By stages and data ranks, what is tried on them; the plain way first."""
 
@@ -102,18 +111,34 @@ class Training:
         self.flux = FluxPipeline(FluxOptions(type="flux", dtype=way.dtype, diffusers_path=folder), seed=0)
         denoiser, layers = toy_flux.denoiser_and_layers(self.flux, SINGLE_BLOCKS_ONLY if way.adapted else None)
         bounds = stage_bounds("uniform", [1] * len(layers), ranks.stages)
-        recompute = int(ranks.stages == 2)
-        module = DenoiserPipeline(layers, bounds, self.flux.stream_type, self.flux.maths.loss, recompute=recompute)
-        held = {id(p) for p in module.parameters()}
+        recompute = int(ranks.stages == 2 or way.recompute)
+        held = {id(p) for layer in layers[slice(*bounds[ranks.stage])] for p in layer.parameters()}
         named = {base_name(name): p for name, p in denoiser.named_parameters()}
         self.trained = {name: p for name, p in named.items() if p.requires_grad and id(p) in held}
-        self.shares = Shares(self.trained, ranks, way.zero_stage, offload=way.offload)
+        settings = settings_of(
+            self.flux, SINGLE_BLOCKS_ONLY if way.adapted else None, zero_stage=way.zero_stage, blocks_to_swap=way.swapped
+        )
+        staged = StagedModel(denoiser, layers, bounds, [way.swapped] * ranks.stages)
+        self.shares = Shares(
+            self.trained,
+            ranks,
+            way.zero_stage,
+            offload=way.offload,
+            at_home=stepped_at_home(settings, ranks, staged),
+            apart=apart(settings, ranks, staged),
+        )
         groups = groups_of(
             self.shares.stepped.items(), lr=1e-3, weight_decay=0.1, own_lr=lambda name: 5e-3 if "attn" in name else None
         )
         # Not by `optimizers.build`, which wants a GPU for that of 8 bits.
         build, keys = find(way.optimizer).build, {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
         self.optimizer = build(groups, **keys) if groups else optimizer_for_frozen_stage()
+        # After what looks at parameters, since those of divided blocks have no values then.
+        formed = {
+            "recompute": recompute,
+            "swap": block_swap(settings, ranks, staged, self.shares, trained=not way.adapted),
+        }
+        module = DenoiserPipeline(layers, bounds, self.flux.stream_type, self.flux.maths.loss, **formed)
         self.engine = Engine(
             module,
             self.optimizer,
@@ -155,12 +180,31 @@ class Training:
         self.ema.update(number + 1)
         return [result.loss, result.grad_norm]
 
+    def evaluate(self, number: int) -> list[float]:
+        """The losses of some samples, of which the ranks have different numbers."""
+        batches = [toy_flux.micro_batch(self.flux, number, self.ranks.stage, index) for index in range(2)]
+        own, swap = batches[: (self.ranks.data_rank + 1) % 3], self.engine.module.swap
+        with swap.hand_in_hand():
+            found = self.engine.evaluate(own, len(own)) if own else []
+        return [loss for losses_B in found for loss in losses_B.tolist()]
+
+    def held_bytes(self) -> int:
+        """Of the weights of this rank's stage and of the buffers through which they pass."""
+        module = self.engine.module
+        tensors = [*module.parameters(), *module.buffers(), *(block.home for block in module.swap._blocks)]
+        if module.swap._ring:
+            tensors += [slot.memory for slot in module.swap._ring._slots]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        return sum(storages.values())
+
 
 def train_in(ranks: Ranks, folder: Path, way: Way) -> dict[str, Any]:
     """Two steps in this way, a checkpoint, and a third in another."""
     first = Training(ranks, folder, way)
     first.begin(None)
+    evaluated = first.evaluate(7)
     results = [number for step in range(2) for number in first.step(step)]
+    evaluated += first.evaluate(8)
     place = folder / f"{ranks.stages} {ranks.data_ranks} {tuple(way)}"
     if ranks.is_main:
         place.mkdir()
@@ -172,13 +216,15 @@ def train_in(ranks: Ranks, folder: Path, way: Way) -> dict[str, Any]:
     then = Training(ranks, folder, way.then)
     then.begin(checkpoint)
     results += then.step(2)
-    weights = numbers(then.trained)
+    weights = numbers(then.shares.held)
     with then.ema.swapped():
-        averaged = numbers(then.trained)
-    assert same(numbers(then.trained), weights)
+        averaged = numbers(then.shares.held)
+    assert same(numbers(then.shares.held), weights)
     return {
         "numbers": results,
         "checkpoint": saved,
+        "evaluated": evaluated,
+        "held bytes": first.held_bytes(),
         "weights": weights,
         "averaged": averaged,
         "state": {name: numbers(first.optimizer.state[p]) for name, p in first.shares.stepped.items()},
