@@ -80,6 +80,10 @@ class Kept:
             self._states[id(parameter)] = found
         return found
 
+    def sums_of(self, trained: Mapping[str, nn.Parameter]) -> int:
+        """The bytes of the gradients that are summed over data ranks, at the owner that has most of them."""
+        return max(sum(map(_summed, share)) for share in self._shares(trained))
+
     def gradient(self, parameter: nn.Parameter) -> int:
         """The bytes of a parameter's gradient."""
         return gradient_size(parameter, float32=self.float32_gradients)

@@ -65,7 +65,9 @@ class DividedBlock(Block):
         pinned: whether that memory is locked, for copies to a CUDA device.
     """
 
-    def __init__(self, tensors: Sequence[Swappable], division: Division, *, on_host: bool = False, pinned: bool = False):
+    def __init__(
+        self, tensors: Sequence[Swappable], division: Division, *, on_host: bool = False, pinned: bool = False
+    ):
         super().__init__(division.ordered(tensors))
         ends = division.ends(tensors)
         self._pieces = list(zip([0, *ends], ends, strict=False))

@@ -10,7 +10,7 @@ What differs from `deepspeed.runtime.pipe.engine.PipelineEngine` of 0.19.8, each
 - a stage without trainable parameters trains;
 - gradients of 16-bit parameters may be summed in float32;
 - a stage does not wait until what it sends has arrived, nor for one tensor after another;
-- data ranks may divide optimizer state and gradients among themselves (`sharding.py`), at any number of stages;
+- data ranks may divide state and gradients (`sharding.py`), at any number of stages, and weights (`divided.py`);
 - a step does not walk through all modules, and with one data rank nothing is copied to be averaged;
 - evaluation returns a loss per sample, and a prediction can be had from the same stages.
 """

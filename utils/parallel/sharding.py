@@ -3,8 +3,8 @@
 `divided.py`).
 
 A data rank's share is of whole parameters. It has their optimizer state, steps them, and sends the result to the
-others; from the second stage on it alone has their gradients too. Where something is follows from names and sizes, so that a
-checkpoint, which knows names alone, fits any number of ranks.
+others; from the second stage on it alone has their gradients too. Where something is follows from names and sizes, so
+that a checkpoint, which knows names alone, fits any number of ranks.
 
 With `offload` the optimizer steps copies of the parameters in the host's memory, beside which it keeps its state.
 """

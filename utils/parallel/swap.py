@@ -133,23 +133,20 @@ class BlockSwap:
         self._tell()
 
     def _tell(self) -> None:
-        on_host = [block.home.nbytes for block in self._blocks if block.on_host]
-        of, ring = self._number_of_blocks, self._ring.nbytes / GIB
-        if not self._division:
-            text = "block swap: %d of the stage's %d blocks, %.2f GiB in the host's memory, %.2f GiB of buffers on the device"
-            logger.info(text, len(self._blocks), of, sum(on_host) / GIB, ring)
-            return
-        here = sum(block.home.nbytes for block in self._blocks) / GIB
-        logger.info(
-            "zero_stage = 3: the weights of %d of the stage's %d blocks are divided among %d data ranks: here are %.2f "
-            "GiB of them, %.2f of these in the host's memory, and %.2f GiB of buffers",
-            len(self._blocks),
-            of,
-            self._division.data_ranks,
-            here,
-            sum(on_host) / GIB,
-            ring,
+        """Says what is where."""
+        kept, on_host = (
+            sum(block.home.nbytes for block in blocks) / GIB
+            for blocks in (self._blocks, [block for block in self._blocks if block.on_host])
         )
+        buffers = f"{self._ring.nbytes / GIB:.2f} GiB of buffers on the device"
+        blocks = f"{len(self._blocks)} of the stage's {self._number_of_blocks} blocks"
+        if not self._division:
+            logger.info("block swap: %s, %.2f GiB in the host's memory, %s", blocks, on_host, buffers)
+            return
+        told = (
+            "zero_stage: weights of %s divided among %d data ranks, %.2f GiB here, %.2f of it in the host's memory, %s"
+        )
+        logger.info(told, blocks, self._division.data_ranks, kept, on_host, buffers)
 
     @contextmanager
     def forward_pass(self) -> Iterator[None]:

@@ -116,7 +116,10 @@ class Training:
         named = {base_name(name): p for name, p in denoiser.named_parameters()}
         self.trained = {name: p for name, p in named.items() if p.requires_grad and id(p) in held}
         settings = settings_of(
-            self.flux, SINGLE_BLOCKS_ONLY if way.adapted else None, zero_stage=way.zero_stage, blocks_to_swap=way.swapped
+            self.flux,
+            SINGLE_BLOCKS_ONLY if way.adapted else None,
+            zero_stage=way.zero_stage,
+            blocks_to_swap=way.swapped,
         )
         staged = StagedModel(denoiser, layers, bounds, [way.swapped] * ranks.stages)
         self.shares = Shares(
