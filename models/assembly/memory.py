@@ -202,7 +202,7 @@ class Planner:
             host = swap.host_bytes + sum(at_home.bytes_of(away))
         between = self._kept.bytes_of(staying, gradients=False)[0] + buffers
         # While the averages are in the place of the parameters, these wait beside them.
-        exchanged = self._held(bounds, staying, divided) if self._kept.averages else 0
+        exchanged = self._exchanged(bounds, staying, divided) if self._kept.averages else 0
         # The first stage encodes captions, for training and for evaluation.
         live = self.phases.staying if bounds[0] == 0 else (0, 0)
         evaluation, sampling = self.phases.forward(bounds, weights + between + exchanged, live)
@@ -230,7 +230,7 @@ class Planner:
             every.with_blocks(len(every.blocks)), swap.blocks, self._kept.data_ranks, trained if in_full else {}
         )
 
-    def _held(self, bounds: tuple[int, int], staying: Mapping[str, nn.Parameter], divided: DividedWeights) -> int:
+    def _exchanged(self, bounds: tuple[int, int], staying: Mapping[str, nn.Parameter], divided: DividedWeights) -> int:
         """The bytes of these parameters, of which a rank has only its own where they are divided."""
         if not divided.blocks or self.settings.adapter:
             return sum(parameter.nbytes for parameter in staying.values())

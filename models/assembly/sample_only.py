@@ -12,11 +12,12 @@ from torch import nn
 
 from models.assembly.checkpoint_export import averages_in, in_words_of, take_weights_to_use
 from models.assembly.drawings import sample_model
+from models.assembly.placement import block_swap
 from models.assembly.preflight import check_model
 from models.assembly.prompts import pictures_a_prompt
 from models.assembly.sample_checks import tell_long_prompts
 from models.assembly.stage import StagedModel, load_stage
-from models.assembly.trainer import block_swap, open_checkpoint
+from models.assembly.trainer import open_checkpoint
 from models.base import BasePipeline
 from utils.errors import UserError
 from utils.parallel.backend import initialize_deepspeed

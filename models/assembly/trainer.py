@@ -19,6 +19,7 @@ from models.assembly.drawings import sample_model
 from models.assembly.exports import about_run, export_plan
 from models.assembly.kept import sums_in_float32
 from models.assembly.noising import NoisedBatch, Noising
+from models.assembly.placement import block_swap, shares_of
 from models.assembly.plan import epochs_of
 from models.assembly.rates import Rates
 from models.assembly.stage import StagedModel, load_stage, teacher_of
@@ -32,13 +33,10 @@ from utils.dataset.batches import EvaluationBatches, FeatureBatch, SampleReader,
 from utils.dataset.encoders import reads_text
 from utils.dataset.epochs import Epochs, micro_batch_of
 from utils.dataset.samples import Bucket, VersionPicker
-from utils.parallel.divided import Division
 from utils.parallel.engine import Engine
 from utils.parallel.offload import HostInputs
 from utils.parallel.pipeline import DenoiserPipeline
 from utils.parallel.sharding import Shares
-from utils.parallel.swap import BlockSwap
-from utils.parallel.swap_plan import SwapPlan
 from utils.parallel.together import groups_for_frozen_stage, numbers_of_all, optimizer_for_frozen_stage
 from utils.parallel.wire import map_tensors
 from utils.ranks import Ranks
@@ -139,7 +137,7 @@ def build_trainer(
     epochs = epochs_of(settings, ranks, pipeline, data.training.samples)
     staged = load_stage(pipeline, settings, ranks.stage)
     parameters = staged.trained(staged.stage_layers(ranks.stage))
-    shares = _shares(settings, ranks, staged, parameters)
+    shares = shares_of(settings, ranks, staged, parameters)
     optimizer = _optimizer(settings, Rates(settings, pipeline, staged.denoiser), shares.stepped, epochs)
     engine = _engine(settings, ranks, pipeline, staged, optimizer, shares)
     reader = reader_of(data, ranks)
@@ -243,18 +241,6 @@ def restore_or_start(
     return ema
 
 
-def _shares(settings: Settings, ranks: Ranks, staged: StagedModel, parameters: Mapping[str, Parameter]) -> Shares:
-    return Shares(
-        parameters,
-        ranks,
-        settings.zero_stage,
-        offload=settings.offload_optimizer,
-        pinned=ranks.device.type == "cuda",
-        at_home=stepped_at_home(settings, ranks, staged),
-        apart=apart(settings, ranks, staged),
-    )
-
-
 def _optimizer(settings: Settings, rates: Rates, parameters: Mapping[str, Parameter], epochs: Epochs) -> Optimizer:
     chosen = settings.optimizer
     groups = groups_of(
@@ -313,45 +299,6 @@ def _engine(
 def _limit_of_norms(settings: Settings, layers: Sequence[Module]) -> Callable[[], None] | None:
     limit = getattr(settings.adapter, "scale_weight_norms", None)
     return partial(limit_norms, factors_in(layers), limit) if limit else None
-
-
-def stepped_at_home(settings: Settings, ranks: Ranks, staged: StagedModel) -> list[Parameter]:
-    """What is trained of this stage in the machine's memory: the swapped blocks of a full fine-tune."""
-    if not settings.swaps_trained:
-        return []
-    plan = SwapPlan.of(staged.stage_layers(ranks.stage), staged.swapped[ranks.stage], trained=True)
-    return [parameter for block in plan.trained.values() for parameter in block]
-
-
-def apart(settings: Settings, ranks: Ranks, staged: StagedModel) -> list[Parameter]:
-    """The trained weights of this stage that data ranks divide."""
-    if not settings.divides_weights or settings.adapter:
-        return []
-    plan = SwapPlan.of_divided(staged.stage_layers(ranks.stage), trained=True)
-    return [parameter for block in plan.trained.values() for parameter in block]
-
-
-def block_swap(
-    settings: Settings, ranks: Ranks, staged: StagedModel, shares: Shares | None = None, *, trained: bool
-) -> BlockSwap:
-    """Which blocks of this stage wait in the machine's memory, or are divided among data ranks; whether they are
-    `trained` there.
-
-    Args:
-        shares: needed where trained weights are divided.
-    """
-    division = None
-    if settings.divides_weights and ranks.data_ranks > 1:
-        division = Division(ranks.data_rank, ranks.data_ranks, shares.owner_of if trained else None)
-    return BlockSwap(
-        staged.stage_layers(ranks.stage),
-        staged.swapped[ranks.stage],
-        pinned=ranks.device.type == "cuda",
-        trained=trained,
-        resident_in_evaluation=settings.disable_block_swap_for_eval,
-        ranks=ranks if ranks.data_ranks > 1 and any(staged.swapped) else None,
-        division=division,
-    )
 
 
 def _batches(

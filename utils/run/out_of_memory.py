@@ -52,7 +52,7 @@ def _of_optimizer(settings: Settings) -> Iterator[str]:
         yield f"{_more_swap(settings)}: weights and their optimizer state wait in the machine's memory"
     if not (settings.zero_stage or settings.swaps_trained):
         if settings.pipeline_stages == 1:
-            yield "zero_stage = 3, if there are several data ranks: each keeps its share of state and of blocks' weights"
+            yield "zero_stage = 3, if there are several data ranks: each keeps a part of state and weights"
         else:
             yield "zero_stage = 1 or 2, if there are several data ranks: each keeps its share of the optimizer's state"
     if on_host and not settings.offload_optimizer:

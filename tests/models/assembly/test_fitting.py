@@ -12,9 +12,9 @@ import torch
 
 from models.assembly.fitting import Attempt, fit
 from models.assembly.memory import GIB, Planner
+from models.assembly.placement import stepped_at_home
 from models.assembly.room import MARGIN, SHARE, memory_of
 from models.assembly.stage import partition
-from models.assembly.trainer import stepped_at_home
 from optimizers.adamw import AdamW8bitSettings
 from tests.models import tiny_flux
 from tests.models.tiny_folder import settings_of

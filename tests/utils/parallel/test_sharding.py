@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from models.assembly.placement import block_swap, shares_of
 from models.assembly.stage import StagedModel
-from models.assembly.trainer import apart, block_swap, restore_or_start, stepped_at_home
+from models.assembly.trainer import restore_or_start
 from models.flux import FluxOptions, FluxPipeline
 from optimizers import find
 from optimizers.parameter_groups import groups_of
@@ -115,21 +116,10 @@ class Training:
         held = {id(p) for layer in layers[slice(*bounds[ranks.stage])] for p in layer.parameters()}
         named = {base_name(name): p for name, p in denoiser.named_parameters()}
         self.trained = {name: p for name, p in named.items() if p.requires_grad and id(p) in held}
-        settings = settings_of(
-            self.flux,
-            SINGLE_BLOCKS_ONLY if way.adapted else None,
-            zero_stage=way.zero_stage,
-            blocks_to_swap=way.swapped,
-        )
+        keys = {"zero_stage": way.zero_stage, "blocks_to_swap": way.swapped, "offload_optimizer": way.offload}
+        settings = settings_of(self.flux, SINGLE_BLOCKS_ONLY if way.adapted else None, **keys)
         staged = StagedModel(denoiser, layers, bounds, [way.swapped] * ranks.stages)
-        self.shares = Shares(
-            self.trained,
-            ranks,
-            way.zero_stage,
-            offload=way.offload,
-            at_home=stepped_at_home(settings, ranks, staged),
-            apart=apart(settings, ranks, staged),
-        )
+        self.shares = shares_of(settings, ranks, staged, self.trained)
         groups = groups_of(
             self.shares.stepped.items(), lr=1e-3, weight_decay=0.1, own_lr=lambda name: 5e-3 if "attn" in name else None
         )
