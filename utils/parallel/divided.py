@@ -112,7 +112,7 @@ class DividedBlock(Block):
         own = memory[start:stop]
         own.copy_(self.home, non_blocking=True)
         if self._even:
-            dist.all_gather_into_tensor(memory, own, group=self._group)
+            dist.all_gather_single(memory, own, group=self._group)
             return
         for rank, (start, stop) in enumerate(self._pieces):
             if stop > start:

@@ -89,15 +89,16 @@ class Shares:
         owner_of = owners(sizes, self._ranks.data_ranks) if self.divided else dict.fromkeys(sizes, self.data_rank)
         self._owned = {name: p for name, p in parameters.items() if owner_of[name] == self.data_rank}
         self._owners = {id(parameters[name]): rank for name, rank in owner_of.items()}
-        by_kind: dict[tuple[int, torch.dtype], list[nn.Parameter]] = {}
+        by_kind: dict[tuple[int, torch.dtype, bool], list[nn.Parameter]] = {}
         elsewhere = set(map(id, apart)) if self.divided else set()
+        stay = set(map(id, at_home))
         self.held = {n: p for n, p in parameters.items() if n in self._owned or id(p) not in elsewhere}
         self.written = {n: p for n, p in self.held.items() if id(p) in elsewhere or not self.data_rank}
         for name, parameter in parameters.items():
             if id(parameter) not in elsewhere:
-                by_kind.setdefault((owner_of[name], parameter.dtype), []).append(parameter)
-        self._parts = [(owner, part) for (owner, _), some in by_kind.items() for part in buckets(some)]
-        stay = set(map(id, at_home))
+                kind = owner_of[name], parameter.dtype, id(parameter) in stay
+                by_kind.setdefault(kind, []).append(parameter)
+        self._parts = [(owner, part) for (owner, *_), some in by_kind.items() for part in buckets(some)]
         copied = {name: p for name, p in self._owned.items() if offload and id(p) not in stay}
         self._host = HostCopies(list(copied.values()), pinned=pinned) if copied else None
         twins = dict(zip(copied, self._host.twins if self._host else (), strict=True))
@@ -141,18 +142,20 @@ class Shares:
         for owner, parameters in self._parts:
             own = owner == self.data_rank
             # One alone needs no copy, where its elements lie in order.
-            alone = len(parameters) == 1 and parameters[0].is_contiguous()
+            alone = len(parameters) == 1 and parameters[0].is_contiguous() and parameters[0].device == self._device
             if alone:
                 flat = parameters[0].detach().view(-1)
             elif own:
-                flat = _flatten_dense_tensors([parameter.detach() for parameter in parameters])
+                # Those of swapped blocks are in the host's memory.
+                flat = _flatten_dense_tensors([parameter.detach() for parameter in parameters]).to(self._device)
             else:
                 count = sum(parameter.numel() for parameter in parameters)
-                flat = torch.empty(count, dtype=parameters[0].dtype, device=parameters[0].device)
+                flat = torch.empty(count, dtype=parameters[0].dtype, device=self._device)
             # As bytes, since not every backend knows every type.
             dist.broadcast(flat.view(torch.uint8), dist.get_global_rank(self._group, owner), group=self._group)
             if not own and not alone:
-                torch._foreach_copy_(parameters, list(_unflatten_dense_tensors(flat, parameters)))
+                values = _unflatten_dense_tensors(flat.to(parameters[0].device), parameters)
+                torch._foreach_copy_(parameters, list(values))
 
     def reduced_gradients(
         self, parameters: Sequence[nn.Parameter], sent_as: torch.dtype | None = None

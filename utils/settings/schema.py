@@ -246,8 +246,8 @@ class Settings(SettingsTable):
     several micro-batches are then added up in another order; 3: also the weights of the repeated blocks, the frozen
     ones of an adapter's base or those that a full fine-tune trains, of which all ranks gather a block ahead of its
     use. It changes nothing else, and works with checkpoints of any other value. 1 and 2 work with any number of stages,
-    and not beside swapped blocks of a full fine-tune; 3 is for `pipeline_stages = 1`, and what it divides of swapped
-    blocks is in the machine's memory."""
+    but 2 not beside swapped blocks of a full fine-tune. 3 is for `pipeline_stages = 1`; its parts of swapped blocks are
+    in the machine's memory."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in the machine's memory, and let the processor take the steps: less memory of the GPU,
     and slower steps. Not for optimizers that need a GPU ("adamw8bit"). Swapped blocks of a full fine-tune do so by

@@ -11,14 +11,15 @@ OF_PARTS = "_lr"
 """The ending of the keys of `[model]` that are rates of its parts."""
 
 
-def _trained_blocks_are_not_divided(settings: Settings, _: int) -> Iterator[Problem]:
-    if not settings.swaps_trained or settings.blocks_to_swap == "auto" or settings.divides_weights:
-        return
-    if settings.zero_stage:
+DIVIDES_GRADIENTS = 2
+"""The `zero_stage` that does so, and leaves weights alone."""
+
+
+def _gradients_at_home_are_not_divided(settings: Settings, _: int) -> Iterator[Problem]:
+    if settings.swaps_trained and settings.blocks_to_swap != "auto" and settings.zero_stage == DIVIDES_GRADIENTS:
         message = (
-            "is not for swapped blocks of a full fine-tune, whose optimizer state is in the machine's memory anyway; "
-            "set zero_stage = 3, which divides their weights too; or leave it out and swap more blocks or set "
-            "offload_optimizer = true, or leave out blocks_to_swap"
+            "is not for swapped blocks of a full fine-tune, whose gradients are in the machine's memory anyway: set "
+            "zero_stage = 1, or 3, which divides their weights too; or leave out blocks_to_swap"
         )
         yield at("key `zero_stage`", message)
 
@@ -108,7 +109,7 @@ def _one_rate_has_no_others(settings: Settings, _: int) -> Iterator[Problem]:
 STEP_RULES = (
     SettingsRule(("force_constant_lr", "optimizer", "adapter.*", "model.*"), _one_rate_has_no_others),
     SettingsRule(("adapter.*", "offload_optimizer"), _limited_norms_stay),
-    SettingsRule(("blocks_to_swap", "adapter", "zero_stage"), _trained_blocks_are_not_divided),
+    SettingsRule(("blocks_to_swap", "adapter", "zero_stage"), _gradients_at_home_are_not_divided),
     SettingsRule(("zero_stage", "pipeline_stages", "disable_block_swap_for_eval"), _weights_are_divided_in_one_stage),
     SettingsRule(
         (
