@@ -187,20 +187,21 @@ class Planner:
         away = {name: parameter for name, parameter in trained.items() if id(parameter) in travelling}
         staying = {name: parameter for name, parameter in trained.items() if name not in away}
         divided = self._divided(bounds, swap, trained)
-        state, stepped = self._kept.bytes_of(staying, gradients=not self._kept.releases)
+        state, stepped = self._kept.bytes_of(staying, gradients=not self._kept.releases, among=trained)
         if self._kept.releases:
             state += max(sum(map(self._kept.gradient, part.values())) for part in self._trained[slice(*bounds)])
         # These are stepped where they are, without copies.
         at_home = replace(self._kept, offload=False)
         if divided.blocks:
             weights, buffers = self._weights(bounds) - divided.saved, 0
-            state += self._kept.sums_of(away)
-            host = divided.on_host + sum(at_home.bytes_of(away, gradients=False)) + self._kept.sums_of(away)
+            sums = self._kept.sums_of(away, trained)
+            state += sums
+            host = divided.on_host + sum(at_home.bytes_of(away, gradients=False, among=trained)) + sums
         else:
             weights = self._weights(bounds) + swap.ring_bytes - swap.tensor_bytes
             buffers = self._gradient_buffers(swap)
-            host = swap.host_bytes + sum(at_home.bytes_of(away))
-        between = self._kept.bytes_of(staying, gradients=False)[0] + buffers
+            host = swap.host_bytes + sum(at_home.bytes_of(away, among=trained))
+        between = self._kept.bytes_of(staying, gradients=False, among=trained)[0] + buffers
         # While the averages are in the place of the parameters, these wait beside them.
         exchanged = self._exchanged(bounds, staying, divided) if self._kept.averages else 0
         # The first stage encodes captions, for training and for evaluation.
