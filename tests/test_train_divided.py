@@ -83,8 +83,14 @@ def test_all_that_is_left_is_the_same(write_config: Callable[..., Path], keys: d
     weights = "frozen weights" if kind == "LoRA" else "trained weights"
     assert f"zero_stage:   3, optimizer state, gradients and {weights} of the blocks divided among 2" in log
     assert_same(left[3], left[0])
-    # From its first step, on one rank that has all.
     run = config.with_name("divided 3")
+    if kind == "in full":
+        codes, log = launch(config, "--sample_only", str(run), processes=2)
+        assert set(codes) == {0} and "are divided among 2 data ranks" in log, log
+        pictures = list((run / "samples_only" / f"step{STEPS:06d}").glob("*.png"))
+        assert len(pictures) == len(PROMPTS)
+        assert all(Image.open(picture).tobytes() == left[3][picture.name] for picture in pictures)
+    # From its first step, on one rank that has all.
     for leftover in (run / f"global_step{STEPS}", *run.glob(f"step{STEPS}*"), *run.glob("epoch*")):
         shutil.rmtree(leftover)
     (run / "latest").write_text("global_step1")

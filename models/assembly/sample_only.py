@@ -166,7 +166,8 @@ def _without_training(settings: Settings) -> dict[str, object]:
         "activation_checkpointing": False,
         "blocks_to_swap": 0 if settings.blocks_to_swap == "auto" else settings.blocks_to_swap,
         "partition_method": "parameters" if settings.partition_method in PLANNED else settings.partition_method,
-        "zero_stage": 0,
+        # Weights are divided here too; there is nothing else that data ranks could divide.
+        "zero_stage": settings.zero_stage if settings.divides_weights else 0,
         "offload_optimizer": False,
     }
 

@@ -143,9 +143,7 @@ class BlockSwap:
         if not self._division:
             logger.info("block swap: %s, %.2f GiB in the host's memory, %s", blocks, on_host, buffers)
             return
-        told = (
-            "zero_stage: weights of %s divided among %d data ranks, %.2f GiB here, %.2f of it in the host's memory, %s"
-        )
+        told = "zero_stage: %s are divided among %d data ranks, %.2f GiB here, %.2f of it in the host's memory, %s"
         logger.info(told, blocks, self._division.data_ranks, kept, on_host, buffers)
 
     @contextmanager
