@@ -70,27 +70,38 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
             assert found[name] == (pytest.approx(value, rel=1e-12) if "block_weight" in name else value), name
 
 
-@pytest.mark.parametrize("kind", ["LoRA", "in full"])
-def test_all_that_is_left_is_the_same(write_config: Callable[..., Path], keys: dict[str, Any], kind: str) -> None:
-    keys |= IN_FULL if kind == "in full" else {}
+def leaves_the_same(
+    write_config: Callable[..., Path], keys: dict[str, Any], divided: str
+) -> tuple[Path, dict[str, Any]]:
+    """Two runs on two ranks, of which one divides weights. Returns that one and what it has left."""
     left = {}
     for zero_stage in (0, 3):
         config = write_config(**keys, zero_stage=zero_stage)
         codes, log = launch(config, processes=2)
         assert set(codes) == {0}, log
-        left[zero_stage] = left_by(only_run(config).rename(config.with_name(f"divided {zero_stage}")))
-    assert "divided among 2 data ranks" in log
-    weights = "frozen weights" if kind == "LoRA" else "trained weights"
-    assert f"zero_stage:   3, optimizer state, gradients and {weights} of the blocks divided among 2" in log
+        run = only_run(config).rename(config.with_name(f"divided {zero_stage}"))
+        left[zero_stage] = left_by(run)
+    assert f"zero_stage:   3, optimizer state, gradients and {divided} of the blocks divided among 2 data ranks" in log
+    assert "divided blocks a rank keeps" in log and "3 of the stage's 3 blocks are divided among 2 data ranks" in log
     assert_same(left[3], left[0])
-    run = config.with_name("divided 3")
-    if kind == "in full":
-        codes, log = launch(config, "--sample_only", str(run), processes=2)
-        assert set(codes) == {0} and "are divided among 2 data ranks" in log, log
-        pictures = list((run / "samples_only" / f"step{STEPS:06d}").glob("*.png"))
-        assert len(pictures) == len(PROMPTS)
-        assert all(Image.open(picture).tobytes() == left[3][picture.name] for picture in pictures)
-    # From its first step, on one rank that has all.
+    return run, left[3]
+
+
+def test_a_lora_of_a_divided_base_is_the_same(write_config: Callable[..., Path], keys: dict[str, Any]) -> None:
+    """Of a base in 8 bits, of which pieces of one block wait in the machine's memory."""
+    leaves_the_same(write_config, {**keys, "model__transformer_dtype": "float8", "blocks_to_swap": 1}, "frozen weights")
+
+
+def test_a_divided_full_fine_tune_is_the_same(write_config: Callable[..., Path], keys: dict[str, Any]) -> None:
+    """And goes on with one rank, from its first step; and its samples can be drawn by two."""
+    keys |= IN_FULL
+    run, left = leaves_the_same(write_config, keys, "trained weights")
+    config = write_config(**keys, zero_stage=3)
+    codes, log = launch(config, "--sample_only", str(run), processes=2)
+    assert set(codes) == {0} and "blocks are divided among 2 data ranks" in log, log
+    pictures = list((run / "samples_only" / f"step{STEPS:06d}").glob("*.png"))
+    assert len(pictures) == len(PROMPTS)
+    assert all(Image.open(picture).tobytes() == left[picture.name] for picture in pictures)
     for leftover in (run / f"global_step{STEPS}", *run.glob(f"step{STEPS}*"), *run.glob("epoch*")):
         shutil.rmtree(leftover)
     (run / "latest").write_text("global_step1")
@@ -100,4 +111,4 @@ def test_all_that_is_left_is_the_same(write_config: Callable[..., Path], keys: d
     weights = {name: value for name, value in left_by(run).items() if f"global_step{STEPS} weights/" in name}
     assert weights
     for name, tensor in weights.items():
-        torch.testing.assert_close(tensor, left[3][name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(tensor, left[name], rtol=1e-5, atol=1e-5)
