@@ -195,7 +195,8 @@ class Planner:
         if divided.blocks:
             weights, buffers = self._weights(bounds) - divided.saved, 0
             sums = self._kept.sums_of(away, trained)
-            state += sums
+            # Those of a block leave when the one before it begins its backward pass.
+            state += sums + max(sum(map(self._kept.gradient, part.values())) for part in self._trained[slice(*bounds)])
             host = divided.on_host + sum(at_home.bytes_of(away, gradients=False, among=trained)) + sums
         else:
             weights = self._weights(bounds) + swap.ring_bytes - swap.tensor_bytes

@@ -145,6 +145,7 @@ class Ring:
 
     Attributes:
         current: the block that computes.
+        goes_forward: whether a forward pass is under way.
     """
 
     def __init__(self, blocks: Sequence[Block], transfers: Transfers, buffers: int = BUFFERS):
@@ -159,6 +160,7 @@ class Ring:
         self._by_address = {slot.memory.data_ptr(): slot for slot in self._slots}
         self._held: dict[int, Slot] = {}
         self.current: int | None = None
+        self.goes_forward = False
         self._last_copy: tuple[Mark] | None = None
         self._changed: tuple[Mark] | None = None
         """When their homes were written last; None while that may happen."""
@@ -180,9 +182,11 @@ class Ring:
         first."""
         self._leave()
         self._order = self._in_training if torch.is_grad_enabled() else self._in_evaluation
+        self.goes_forward = True
         try:
             yield
         finally:
+            self.goes_forward = False
             self._leave()
             self._order = self._backward
 

@@ -45,6 +45,12 @@ def buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     return in_lists(parameters, BUCKET_ELEMENTS)
 
 
+def first_layer(parameters: Sequence[nn.Parameter], layers: Sequence[nn.Module]) -> int:
+    """The position of the first of the layers that has one of these parameters."""
+    of_these = set(map(id, parameters))
+    return next(place for place, layer in enumerate(layers) if of_these & set(map(id, layer.parameters())))
+
+
 def summed_in(parameter: torch.Tensor) -> torch.dtype:
     """The type in which gradients of a parameter are summed over data ranks."""
     return torch.promote_types(parameter.dtype, torch.float32)
@@ -158,14 +164,17 @@ class Shares:
                 torch._foreach_copy_(parameters, list(values))
 
     def reduced_gradients(
-        self, parameters: Sequence[nn.Parameter], sent_as: torch.dtype | None = None
+        self,
+        parameters: Sequence[nn.Parameter],
+        sent_as: torch.dtype | None = None,
+        layers: Sequence[nn.Module] | None = None,
     ) -> ReducedGradients | None:
         """What keeps the gradients of these parameters, all that the stage trains, at their owners; None where every
         data rank keeps all of them. See `ReducedGradients`."""
         if not (self.divides_gradients and parameters):
             return None
         owned_by = [self.owner_of(parameter) for parameter in parameters]
-        return ReducedGradients(parameters, owned_by, self.data_rank, self._group, self._device, sent_as)
+        return ReducedGradients(parameters, owned_by, self.data_rank, self._group, self._device, sent_as, layers)
 
 
 class HostCopies:
@@ -233,12 +242,16 @@ class ReducedGradients:
     first, as a backward pass goes. A bucket waits until those before it have gone. What a rank has no gradient for
     counts as zeros when the pass is over.
 
+    Where weights are gathered in that pass, too, all ranks must ask for both in one order, also if one of them has no
+    gradient for something. Then buckets go between two blocks alone, by `reduce_behind`.
+
     Args:
         parameters: all that the stage trains, in one order on all data ranks.
         owned_by: their owners.
         group: of the data ranks.
         device: on which gradients are made.
         sent_as: the type in which gradients travel; default: that in which they are summed.
+        layers: of the stage, if buckets go between these alone; default: as soon as they are full.
     """
 
     def __init__(
@@ -249,6 +262,7 @@ class ReducedGradients:
         group: dist.ProcessGroup,
         device: torch.device,
         sent_as: torch.dtype | None,
+        layers: Sequence[nn.Module] | None = None,
     ):
         self._parameters, self._data_rank = parameters, data_rank
         self._group, self._device, self._sent_as = group, device, sent_as
@@ -256,6 +270,8 @@ class ReducedGradients:
         self._buckets = list(buckets(reversed(parameters)))
         self._bucket_of = {id(p): number for number, bucket in enumerate(self._buckets) for p in bucket}
         self._sums: dict[int, torch.Tensor] = {}
+        # The first layer of each bucket, if these go between layers.
+        self._first_layers = [first_layer(bucket, layers) for bucket in self._buckets] if layers is not None else []
         self._begin()
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._arrived)
@@ -269,7 +285,12 @@ class ReducedGradients:
         number = self._bucket_of[id(parameter)]
         assert number >= self._next and self._missing[number], "a parameter's gradient came in two parts"
         self._missing[number] -= 1
-        while self._next < len(self._buckets) and not self._missing[self._next]:
+        while not self._first_layers and self._next < len(self._buckets) and not self._missing[self._next]:
+            self._reduce_next()
+
+    def reduce_behind(self, layer: int) -> None:
+        """The backward pass has come to this layer of the stage: all gradients of those behind it are there."""
+        while self._next < len(self._buckets) and self._first_layers[self._next] > layer:
             self._reduce_next()
 
     @torch.no_grad()

@@ -81,6 +81,9 @@ class BlockSwap:
             make a swap then, with blocks or without.
         division: of the weights of all blocks among the data ranks, which run each pass together; of `count` blocks,
             the pieces are in the host's memory.
+
+    Attributes:
+        going_back: is called when the backward pass comes to a block, with the position of its layer.
     """
 
     def __init__(
@@ -109,8 +112,10 @@ class BlockSwap:
                 self._blocks = host_blocks(plan, pinned=pinned, ranks=ranks if ranks and not trained else None)
         self._trained = [plan.trained[position] for position in plan.blocks]
         self._numbers = {position: number for number, position in enumerate(plan.blocks)}
+        self._positions = list(plan.blocks)
         self._ring: Ring | None = None
         self._gradients: HostGradients | None = None
+        self.going_back: Callable[[int], None] | None = None
 
     def start(
         self, device: torch.device, group: dist.ProcessGroup | None = None, transfers: Transfers | None = None
@@ -247,13 +252,15 @@ class BlockSwap:
 
     def _run_present(self, number: int, layer: nn.Module, recomputed: bool, stream: Any) -> Any:
         self._ring.require(number)
-        if recomputed and torch.is_grad_enabled():
+        if recomputed and not self._ring.goes_forward:
             self._expect_gradients(number)
         return layer(stream)
 
     def _expect_gradients(self, number: int) -> None:
         if self._gradients is not None:
             self._gradients.expect(number)
+        if self.going_back is not None:
+            self.going_back(self._positions[number])
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | Place:
         slot = self._ring.slot_of(tensor)

@@ -15,8 +15,9 @@ from torch import nn
 from tests.processes import run_ranks
 from tests.utils.parallel.late import Late
 from tests.utils.parallel.test_swap import Odd, call
+from utils.parallel import sharding
 from utils.parallel.divided import Division
-from utils.parallel.sharding import owners
+from utils.parallel.sharding import Shares, owners
 from utils.parallel.swap import BlockSwap
 from utils.parallel.swap_plan import SwapPlan
 from utils.ranks import Ranks
@@ -142,3 +143,53 @@ def test_pieces_end_where_the_next_begins() -> None:
                 ends = division.ends(tensors)
                 assert len(ends) == data_ranks and all(one <= other for one, other in pairwise(ends))
                 assert ends[-1] >= sum(one.tensor.nbytes for one in tensors)
+
+
+class Chosen(nn.Module):
+    """A block with two weights, of which some calls use one."""
+
+    recomputable = True
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.randn(3, 3)) for _ in range(2))
+        self.uses_second = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = (x @ self.first).tanh()
+        return (x @ self.second).tanh() if self.uses_second else x
+
+
+def means_of(ranks: Ranks) -> list[list[list[float] | None]]:
+    """Job of a rank: the means of gradients over the ranks, of which the second leaves out weights of some blocks;
+    without weights that are divided, and with them."""
+    # So that each weight is a bucket.
+    sharding.BUCKET_ELEMENTS, found = 9, []
+    for divides in (False, True):
+        torch.manual_seed(0)
+        layers = [Chosen() for _ in range(BLOCKS)]
+        for layer in layers[1:3]:
+            layer.uses_second = ranks.rank == 0
+        named = {f"{place}.{name}": p for place, layer in enumerate(layers) for name, p in layer.named_parameters()}
+        trained = list(named.values())
+        shares = Shares(named, ranks, 2, apart=trained if divides else ())
+        division = Division(ranks.data_rank, 2, shares.owner_of)
+        swap = BlockSwap(layers, trained=True, division=division) if divides else BlockSwap()
+        swap.start(torch.device("cpu"), dist.group.WORLD)
+        shares.start(dist.group.WORLD, torch.device("cpu"))
+        reduced = shares.reduced_gradients(trained, layers=layers if divides else None)
+        swap.going_back = reduced.reduce_behind if divides else None
+        with swap.forward_pass():
+            out = forward(swap, layers, torch.ones(2, 3) * (1 + ranks.rank))
+        out.sum().backward()
+        reduced.end_backward()
+        swap.settle()
+        reduced.hand_over()
+        found.append([None if p.grad is None else p.grad.flatten().tolist() for p in trained])
+    return found
+
+
+def test_a_rank_without_some_gradient_keeps_the_order_of_the_others() -> None:
+    """Gathers and sums of gradients come in one order on all ranks; else these would wait for one another."""
+    for without, divided in run_ranks(means_of, 2):
+        assert divided == without and sum(one is not None for one in divided) == BLOCKS
