@@ -9,8 +9,6 @@ from utils.settings.schema import PART_RATES, Settings
 
 OF_PARTS = "_lr"
 """The ending of the keys of `[model]` that are rates of its parts."""
-
-
 DIVIDES_GRADIENTS = 2
 """The `zero_stage` that does so, and leaves weights alone."""
 
