@@ -22,6 +22,10 @@ from utils.parallel.swap_plan import Swappable
 from utils.parallel.transfers import Mark, Transfers, aligned, host_memory
 
 
+# Its name until torch 2.12, and since.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 @dataclass(frozen=True)
 class Division:
     """How the weights of blocks are divided.
@@ -112,7 +116,7 @@ class DividedBlock(Block):
         own = memory[start:stop]
         own.copy_(self.home, non_blocking=True)
         if self._even:
-            dist.all_gather_single(memory, own, group=self._group)
+            _all_gather(memory, own, group=self._group)
             return
         for rank, (start, stop) in enumerate(self._pieces):
             if stop > start:
