@@ -21,7 +21,6 @@ from utils.parallel.ring import Block
 from utils.parallel.swap_plan import Swappable
 from utils.parallel.transfers import Mark, Transfers, aligned, host_memory
 
-
 # Its name until torch 2.12, and since.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
