@@ -55,9 +55,9 @@ FULL = """## In full
 One sample at a time. The first two columns are the GiB of a single card with blocks recomputed with offload and none
 swapped, for AdamW and for `adamw8bit`, which keeps a quarter of the optimizer's state; more `pipeline_stages` share all
 of it. The others are what `"auto"` chooses for AdamW on a card: as above, and last the GiB of the machine's memory that
-weights, gradients and optimizer state of the swapped blocks take, where the processor updates them. `zero_stage = 1`
-or `2` divides the optimizer's state, or also the gradients, among the data ranks of a stage, and `offload_optimizer =
-true` keeps that state in the machine's memory; `--check` counts both.
+weights, gradients and optimizer state of the swapped blocks take, where the processor updates them. `zero_stage = 1`,
+`2` or `3` divides the optimizer's state, also the gradients, or also the weights of the blocks, among the data ranks of
+a stage, and `offload_optimizer = true` keeps that state in the machine's memory; `--check` counts both.
 """
 TEXTS_KEPT = (None, "float8", "nf4")
 TEXTS = """## Text encoders

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import nn
 
 from models.base import BasePipeline, Features, ModelEncoder
-from models.families.clips import problems_of_stills
+from models.families.clips import SeesFrames, problems_of_halves, problems_of_stills
 from models.foundation.checkpoints.configs import stock_scheduler
 from models.foundation.checkpoints.folders import TextPart
 from models.foundation.checkpoints.layouts.hunyuan_video import HUNYUAN_VIDEO_LAYOUT
@@ -42,7 +42,6 @@ from utils.dataset.samples import Sample
 from utils.diffusion.objectives import FlowMatching
 from utils.errors import Problem, UserError
 from utils.json_files import read_json
-from utils.settings.model_schema import ModelSettings
 from utils.settings.values import Count
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ PICTURE_IN_NOISE = 0.001
 CLIP = TextPart("clip", "CLIPTextModel", "text_encoder_2", "tokenizer_2")
 
 
-class HunyuanVideoOptions(ModelSettings):
+class HunyuanVideoOptions(SeesFrames):
     """`[model]` of `type = "hunyuan_video"`."""
 
     guidance: float = 1.0
@@ -181,6 +180,7 @@ class HunyuanVideoPipeline(BasePipeline):
         if condition not in (None, *STRIDES):
             yield self.parts.misfit(f"has `image_condition_type` {condition}; known are {', '.join(STRIDES)}, and none")
             return
+        yield from problems_of_halves(self.options, "llama", sees=self.starts_from_picture)
         takes = 2 * made + 1 if condition == CONCATENATED else made
         if config["in_channels"] != takes:
             yield self.parts.misfit(
@@ -214,7 +214,7 @@ class HunyuanVideoPipeline(BasePipeline):
             return self.parts.text_encoder(video_prompt("llama", length))
         skipped = OF_A_PICTURE_TOKENS
         prompt = PicturePrompt("llama", OF_A_PICTURE, skipped, skipped + length, stride=STRIDES.get(condition, 1))
-        return self.parts.text_encoder(prompt, LlavaEncoder)
+        return self.parts.text_encoder(prompt, LlavaEncoder, vision=self.options.image_encoder_path)
 
     def to_layers(self, denoiser: HunyuanVideoTransformer3DModel) -> list[nn.Module]:
         reads = {

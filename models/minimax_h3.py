@@ -5,13 +5,14 @@ The samples of a micro-batch are parts of one sequence, one after the other, eac
 attention is within each part. So texts of any lengths are beside each other without padding, and each sample has a time
 of its own.
 
-Shapes: B batch, C latent channels, f h w latent frames, height and width, K key frames, U text tokens and V video
-tokens of all samples, of which W are no key frames, P = U + V tokens of the sequence, R times, N numbers of a token, D
-width, F text features, E rotary angles.
+Shapes: B batch, C latent channels, f h w latent frames, height and width, U text tokens and V video tokens of all
+samples, of which W are neither of key frames nor of references, P = U + V tokens of the sequence, R times, N numbers of
+a token, D width, F text features, E rotary angles.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -21,29 +22,41 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from einops import rearrange
 from torch import nn
-from torch.nn import functional
 
 from models.base import BasePipeline, Features, ModelEncoder
 from models.families.clips import problems_of_stills
 from models.foundation.checkpoints.configs import stock_scheduler
-from models.foundation.checkpoints.folders import TextPart
+from models.foundation.checkpoints.folders import TextPart, problems_of
 from models.foundation.checkpoints.layouts.minimax_h3 import MINIMAX_H3_LAYOUT
 from models.foundation.checkpoints.weights import CheckpointNames
-from models.foundation.encoders.minimax_h3_text import LAYER, BareStates, KeyFrameEncoder, from_comfyui
+from models.foundation.encoders.minimax_h3_text import (
+    LAYER,
+    MOST_CLIPS,
+    MOST_PICTURES,
+    BareStates,
+    KeyFrameEncoder,
+    ReferenceEncoder,
+    from_comfyui,
+)
 from models.foundation.encoders.minimax_h3_vae import (
     MINIMAX_H3,
     MiniMaxH3Autoencoder,
     MiniMaxH3KeyFrames,
+    MiniMaxH3Reference,
     cell_of,
     frame_groups,
     minimax_h3_latent_size,
     pieces_of,
 )
+from models.foundation.encoders.text import TextEncoder
 from models.foundation.layers.chain import Middle
 from models.foundation.layers.data_ward_steps import DataWardSteps
-from models.foundation.layers.minimax_h3_layout import KINDS, OF_TEXT, PATCH, layout
-from models.foundation.layers.parts_attention import PartsAttention, Places
+from models.foundation.layers.minimax_h3_blocks import MiniMaxH3Stream, Modulation, Refined
+from models.foundation.layers.minimax_h3_layout import KINDS, OF_TEXT, PATCH, layout, tokens_of
+from models.foundation.layers.parts_attention import PartsAttention
 from utils.dataset.buckets import MediaFacts
+from utils.dataset.encoders import Encoder
+from utils.dataset.inputs import control_names
 from utils.dataset.samples import Sample
 from utils.diffusion.objectives import FlowMatching
 from utils.errors import Problem, UserError
@@ -54,9 +67,15 @@ from utils.settings.values import Count
 if TYPE_CHECKING:
     from diffusers import MiniMaxH3Transformer3DModel
 
+logger = logging.getLogger(__name__)
+
 TEXT = "qwen3_vl"
-KEY_FRAME_TIME = 0.999
-"""The time of key frames, in the model's measure, until the sample's own is later: they have a little noise."""
+GIVEN_TIME = 0.999
+"""The time of key frames and references, in the model's measure, until the sample's own is later: they have a little
+noise."""
+REFERENCES = control_names(MOST_PICTURES + MOST_CLIPS)
+OF_REFERENCES = "transformer_ref"
+"""Where a diffusers folder has the transformer for references."""
 
 
 class MiniMaxH3Options(ModelSettings):
@@ -68,19 +87,23 @@ class MiniMaxH3Options(ModelSettings):
     """
 
     max_sequence_length: Count = 1024
-    """Number of Qwen3-VL tokens of a caption that are read, beside those of key frames. The cache takes 10 KB for a
-    token."""
+    """Number of Qwen3-VL tokens of a caption that are read, beside those of key frames and references. The cache takes
+    10 KB for a token."""
     from_first_frame: bool = False
     """Train clips from their first frame, and give samples a picture. The model sees it as further tokens, and its text
     encoder sees it before the caption, with the settings in the folder's `processor`."""
     to_last_frame: bool = False
     """Train clips from their first frame to their last, and give samples two pictures."""
+    from_references: bool = False
+    """Train the transformer for references (`transformer_ref` of the folder, or its file as `transformer_path`): the
+    control images and clips of the dataset, up to nine and three, and those of samples. The model sees them as further
+    tokens, and its text encoder before the caption, as `<Picture 1>`, `<Picture 2>` ... `<Video 1>` and so on."""
 
 
 class MiniMaxH3Inputs(NamedTuple):
     """The inputs of the entry; those that `Layout` has too are described there. Samples have a time, or two with that
-    of key frames, and `time_P` is the number of the time of each token. `canvas_fhw0` has no elements: its shape
-    carries the latent's."""
+    of pictures that are given, and `time_P` is the number of the time of each token. `canvas_fhw0` has no elements: its
+    shape carries the latent's."""
 
     x_1VN: torch.Tensor
     text_1UF: torch.Tensor
@@ -94,43 +117,6 @@ class MiniMaxH3Inputs(NamedTuple):
     parts: tuple[torch.Tensor, ...]
     texts: tuple[torch.Tensor, ...]
     canvas_fhw0: torch.Tensor
-
-
-class MiniMaxH3Stream(NamedTuple):
-    """What travels from layer to layer. Where the texts come into the sequence is empty until they are refined, and
-    with that their fields end. `modulation_P` is the row of each token in a table of modulations, which has one for
-    each time and kind."""
-
-    x_1PD: torch.Tensor
-    text_1UD: torch.Tensor | None
-    text_U: torch.Tensor | None
-    texts: tuple[torch.Tensor, ...] | None
-    time_RD: torch.Tensor
-    modulation_P: torch.Tensor
-    time_P: torch.Tensor
-    rope_PE: tuple[torch.Tensor, torch.Tensor]
-    noisy_W: torch.Tensor
-    parts: tuple[torch.Tensor, ...]
-    canvas_fhw0: torch.Tensor
-
-    @property
-    def places(self) -> Places:
-        """What attention is told."""
-        return Places(self.rope_PE, self.parts)
-
-
-class Modulation(nn.Module):
-    """The stock modulation of a block, for a Linear that may be quantised: the stock one asks for the type of its
-    weight, which is that of the codes then."""
-
-    def __init__(self, stock: nn.Module):
-        super().__init__()
-        self.linear, self.width = stock.linear, stock.hidden_size
-
-    def forward(self, time_RD: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Six tables with a row for each time and kind."""
-        rows = self.linear(functional.silu(time_RD).to(self.linear.bias.dtype))
-        return rows.view(-1, 6 * self.width).chunk(6, dim=-1)
 
 
 class Entry(nn.Module):
@@ -163,26 +149,6 @@ class Entry(nn.Module):
         )
 
 
-class Refined(nn.Module):
-    """A block of the refiner, for each text by itself. The last one, which has the refiner's norm, puts the texts into
-    the sequence."""
-
-    recomputable = True
-
-    def __init__(self, block: nn.Module, norm: nn.Module | None):
-        super().__init__()
-        self.block, self.norm = block, norm
-
-    def forward(self, stream: MiniMaxH3Stream) -> MiniMaxH3Stream:
-        block = self.block
-        text_1UD = stream.text_1UD + block.attn(block.norm1(stream.text_1UD), Places(None, stream.texts))
-        text_1UD = text_1UD + block.ff(block.norm2(text_1UD))
-        if self.norm is None:
-            return stream._replace(text_1UD=text_1UD)
-        x_1PD = stream.x_1PD.index_copy(1, stream.text_U, self.norm(text_1UD))
-        return stream._replace(x_1PD=x_1PD, text_1UD=None, text_U=None, texts=None)
-
-
 class Exit(nn.Module):
     """Projects the video tokens to the latent (B, C, f, h, w)."""
 
@@ -207,13 +173,17 @@ class Exit(nn.Module):
 
 
 class MiniMaxH3Pipeline(BasePipeline):
-    """MiniMax-H3: text to video, and video from key frames, of the transformer for these (`transformer`;
-    `transformer_ref` has the same tensors and is for references). Sound is neither read nor made, as the stock module
-    has it for a sequence without sound; an export makes video with sound as the base does. Pictures are trained as
-    clips of one frame, and drawn by a decoder that was made for clips, so that samples of one frame look worse than
-    what the model knows. As in inference, `steps` of `[sampling]` are one more than there are predictions. Of single
-    files Comfy-Org's are read; files of MiniMax's own with the publisher's names have the rows of queries, keys and
-    values in another order, which no file tells, and must not be given."""
+    """MiniMax-H3: text to video, and video from key frames, of the transformer for these (`transformer`), or video from
+    reference pictures and clips, of that for references (`transformer_ref`, which has the same tensors). Sound is
+    neither read, of references neither, nor made, as the stock module has it for a sequence without sound; an export
+    makes video with sound as the base does. References have the size that the dataset gives them, see
+    `control_resolution` (inference brings the shorter side of a picture to 2048 pixels, whatever the clip's, and clips
+    to about 768 x 1344). Reference clips begin with their file, and are no longer than the sample's; estimates of
+    memory count them as pictures. Pictures are trained as clips of one frame, and drawn by a decoder that was made for
+    clips, so that samples of one frame look worse than what the model knows. As in inference, `steps` of `[sampling]`
+    are one more than there are predictions. Of single files Comfy-Org's are read; files of MiniMax's own with the
+    publisher's names have the rows of queries, keys and values in another order, which no file tells, and must not be
+    given."""
 
     Options = MiniMaxH3Options
     denoiser_class = "MiniMaxH3Transformer3DModel"
@@ -230,13 +200,27 @@ class MiniMaxH3Pipeline(BasePipeline):
 
     def __init__(self, options: MiniMaxH3Options, seed: int = 0):
         super().__init__(options, seed)
+        self.media = replace(self.media, control_clips=options.from_references)
         # `check` reports what an incomplete folder lacks.
         with suppress(UserError):
             piece, further = pieces_of(self._vae_config)
             spatial = PATCH * cell_of(self._vae_config)
             self.media = replace(self.media, spatial=spatial, temporal=piece, further=further)
 
+    @property
+    def denoiser_folder(self) -> str:
+        return OF_REFERENCES if self.options.from_references else "transformer"
+
+    @property
+    def max_controls(self) -> int:
+        return len(REFERENCES) if self.options.from_references else 0
+
     def problems_of_parts(self) -> Iterator[Problem]:
+        if self.options.from_references and self.starts_from_picture:
+            message = "key frames and references are for two transformers; set one of them alone"
+            yield Problem("", "[model] from_references", message)
+        elif self.options.from_references:
+            yield from problems_of([self._text_encoder(1).check])
         config, made = self.parts.denoiser_config, self._vae_config["latent_channels"]
         text = self.encoders()[1].config().get_text_config()
         if config["in_channels"] != made:
@@ -272,16 +256,64 @@ class MiniMaxH3Pipeline(BasePipeline):
         return self.options.to_last_frame
 
     def problems_of_data(self, samples: Sequence[Sample]) -> list[Problem]:
-        return problems_of_stills(samples) if self.starts_from_picture else []
+        if self.starts_from_picture:
+            return problems_of_stills(samples)
+        if not self.options.from_references:
+            return []
+        still = [
+            control.media.locator
+            for sample in samples
+            for control in sample.controls
+            if control.bucket.frames == 1 < control.media.frames
+        ]
+        if still:
+            logger.warning(
+                "%d reference clips are pictures here, of their first frame, since they or their samples have fewer "
+                "than %d frames: the first is %s",
+                len(still),
+                self.media.temporal + self.media.further,
+                still[0],
+            )
+        by_size = {tuple(control.bucket for control in sample.controls): sample for sample in samples}
+        encoder = self._text_encoder(1)
+        told = (encoder.misfit(sample.controls, "control_resolution") for sample in by_size.values())
+        return [Problem("", "[[directory]]", one) for one in told if one][:1]
+
+    def misfit_of_prompt(self, prompt: Sample) -> str | None:
+        if not (self.options.from_references and prompt.controls):
+            return None
+        return self._text_encoder(1).misfit(prompt.controls, "width and height")
+
+    def encoders_for(self, controls: int) -> list[Encoder]:
+        if controls and not self.options.from_references:
+            raise UserError.of(
+                "control images are references here, for which there is another transformer: set [model] "
+                "from_references = true, or leave control_path out",
+                where="[[directory]]",
+            )
+        if self.options.from_references and not controls:
+            logger.warning(
+                "the transformer for references is trained to make clips of text alone: no [[directory]] has a "
+                "control_path with references"
+            )
+        return super().encoders_for(controls)
 
     def encoders(self, controls: int = 0) -> list[ModelEncoder]:
-        options, features = self.options, BareStates(TEXT, self.options.max_sequence_length)
+        options = self.options
         vae = options.diffusers_path, options.vae_path, self.dtype
-        latents = MiniMaxH3Autoencoder(*vae, draw=options.latents)
-        if not self.starts_from_picture:
-            return [latents, self.parts.text_encoder(features)]
-        text = self.parts.text_encoder(features, KeyFrameEncoder, to_last=self.ends_in_picture)
-        return [latents, text, MiniMaxH3KeyFrames(*vae, to_last=self.ends_in_picture)]
+        made = [MiniMaxH3Autoencoder(*vae, draw=options.latents), self._text_encoder(controls)]
+        if self.starts_from_picture:
+            return [*made, MiniMaxH3KeyFrames(*vae, to_last=self.ends_in_picture)]
+        return [*made, *(MiniMaxH3Reference(*vae, reads=name) for name in REFERENCES[:controls])]
+
+    def _text_encoder(self, controls: int) -> TextEncoder:
+        """The text encoder for captions, with key frames or with this many references."""
+        features = BareStates(TEXT, self.options.max_sequence_length)
+        if self.starts_from_picture:
+            return self.parts.text_encoder(features, KeyFrameEncoder, to_last=self.ends_in_picture)
+        if controls:
+            return self.parts.text_encoder(features, ReferenceEncoder, controls=controls)
+        return self.parts.text_encoder(features)
 
     def build_denoiser(self) -> MiniMaxH3Transformer3DModel:
         denoiser = super().build_denoiser()
@@ -309,23 +341,23 @@ class MiniMaxH3Pipeline(BasePipeline):
     ) -> MiniMaxH3Inputs:
         mask_BL = features[f"{TEXT}_mask"].bool()
         kinds_BL = features.get(f"{TEXT}_kinds", torch.full(mask_BL.shape, OF_TEXT))
-        keys_BCKhw = features["key_frame_latents"].to(x_t) if self.starts_from_picture else x_t[:, :, :0]
         kinds = [kind_L[mask_L] for kind_L, mask_L in zip(kinds_BL, mask_BL, strict=True)]
-        placed = layout(kinds, x_t.shape[2:], keys_BCKhw.shape[2])
+        keys = [features["key_frame_latents"].to(x_t)] if self.starts_from_picture else []
+        references = [features[f"{name}_latents"].to(x_t) for name in REFERENCES if f"{name}_latents" in features]
+        shapes = [reference.shape[2:] for reference in references]
+        placed = layout(kinds, x_t.shape[2:], sum(one.shape[2] for one in keys), shapes)
         times = [self.objective.model_time(t_B)]
-        if keys_BCKhw.shape[2]:
-            times.append(times[0].clamp(min=KEY_FRAME_TIME))
+        if keys or references:
+            times.append(times[0].clamp(min=GIVEN_TIME))
         return MiniMaxH3Inputs(
-            x_1VN=rearrange(
-                torch.cat([keys_BCKhw, x_t], dim=2), "b c f (h p) (w q) -> 1 (b f h w) (c p q)", p=PATCH, q=PATCH
-            ),
+            x_1VN=tokens_of([*keys, *references, x_t]),
             text_1UF=features[TEXT][mask_BL].unsqueeze(0),
             t_R=torch.stack(times, dim=1).flatten(),
             positions_P3=placed.positions_P3,
             video_V=placed.video_V,
             noisy_W=placed.noisy_W,
             text_U=placed.text_U,
-            time_P=len(times) * placed.sample_P + placed.is_key_P,
+            time_P=len(times) * placed.sample_P + placed.is_given_P,
             kind_P=placed.kind_P,
             parts=placed.parts,
             texts=placed.texts,

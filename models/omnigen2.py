@@ -35,7 +35,7 @@ from models.foundation.encoders.qwen_vl import Prompt
 from models.foundation.encoders.vae import ImageAutoencoder
 from models.foundation.layers.chain import Middle
 from models.foundation.layers.patches import PATCH
-from utils.dataset.encoders import control_names
+from utils.dataset.inputs import control_names
 from utils.dataset.samples import Sample
 from utils.diffusion.objectives import FlowMatching
 from utils.diffusion.timesteps import RESOLUTION_SHIFTS, ResolutionShift

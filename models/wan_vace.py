@@ -22,7 +22,8 @@ from models.foundation.checkpoints.layouts.wan import VACE_LAYOUT
 from models.foundation.encoders.guide import MADE_ANEW, GuideAutoencoder, LedAutoencoder, RegionsAutoencoder, unpacked
 from models.foundation.layers.chain import Middle
 from models.wan import Entry, Exit, WanPipeline, WanStream
-from utils.dataset.encoders import Encoder, control_names
+from utils.dataset.encoders import Encoder
+from utils.dataset.inputs import control_names
 from utils.dataset.samples import MediaFile, Sample
 from utils.errors import Problem, UserError
 from utils.media.geometry import same_shape

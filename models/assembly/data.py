@@ -17,11 +17,11 @@ from models.base import BasePipeline
 from utils.dataset.batches import SampleReader
 from utils.dataset.buckets import rules_of
 from utils.dataset.cache_lock import reading
+from utils.dataset.collecting import collect_together
 from utils.dataset.collection import (
     Collection,
     Source,
     check_encoder_names,
-    collect_together,
     tell,
     too_many_failures,
     with_truncated,
@@ -78,14 +78,21 @@ def load_data(settings: Settings, pipeline: BasePipeline, sources: Sequence[Sour
     if settings.model.folded_guidance is not None:
         samples += [replace(sample, captions=("",)) for sample in collections[0].samples]
     wanted = {
-        encoder.name: [*([] if encoder in live else samples), *(prompts if encoder in of_prompts else [])]
+        encoder.name: ([] if encoder in live else samples, prompts if encoder in of_prompts else [])
         for encoder in encoders
     }
-    by_encoder = {encoder.name: (encoder, wanted[encoder.name]) for encoder in encoders if wanted[encoder.name]}
+    filled = [encoder for encoder in encoders if any(wanted[encoder.name])]
+    identity = (
+        f"{collections[0].identity} {settings.model.folded_guidance is not None}" if collections[0].identity else ""
+    )
+    by_encoder = {encoder.name: (encoder, sum(wanted[encoder.name], [])) for encoder in filled}
     check = cache(lambda: check_caching(settings, ranks, by_encoder, partial(lacks, job=job)))
     job, in_use = replace(job, before_encoding=check), None
     with timed("cache"), job.alone():
-        reports = [fill(encoder, wanted[encoder.name], job) for encoder in encoders if wanted[encoder.name]]
+        reports = []
+        for encoder in filled:
+            own, further = wanted[encoder.name]
+            reports.append(fill(encoder, own, job, further=further, identity=identity if own else ""))
         if ranks.is_main:
             reclaim_unwanted([report.encoder for report in reports], job)
             in_use = reading(job.cache_dir)

@@ -88,7 +88,15 @@ class PromptFeatures:
 
     def _encode(self, encoder: Encoder, wanted: Mapping, made: Mapping) -> None:
         try:
-            encoder.load(self.device)
+            self._encode_on(self.device, encoder, wanted, made)
+        except torch.OutOfMemoryError:
+            # Beside what is trained there may be no room for it, and prompts are few.
+            logger.info("%s has no room on the device, and reads prompts on the processor", encoder.name)
+            self._encode_on(torch.device("cpu"), encoder, wanted, made)
+
+    def _encode_on(self, device: torch.device, encoder: Encoder, wanted: Mapping, made: Mapping) -> None:
+        try:
+            encoder.load(device)
             with torch.no_grad():
                 for key, version in wanted.items():
                     made[key].update(features_of({"": inputs_of(encoder, version)}, encoder)[""])

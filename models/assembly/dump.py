@@ -15,7 +15,8 @@ from models.assembly.noising import clean_latents
 from models.base import BasePipeline
 from utils.dataset.batches import SampleReader
 from utils.dataset.collection import Collection
-from utils.dataset.encoders import TEXT, Encoder, reads_text, regions_of, text_of
+from utils.dataset.encoders import Encoder, reads_text, text_of
+from utils.dataset.inputs import TEXT, regions_of
 from utils.dataset.samples import (
     MediaFile,
     SampleVersion,

@@ -16,7 +16,8 @@ from models.assembly.real_integers import RealIntegers
 from models.foundation.encoders.clip import ClipTokens
 from models.foundation.encoders.first_frame import ClipVision
 from models.foundation.encoders.text import TextEncoder
-from utils.dataset.encoders import TEXT, Encoder
+from utils.dataset.encoders import Encoder
+from utils.dataset.inputs import TEXT
 from utils.dataset.samples import Bucket
 
 GIB = 2**30

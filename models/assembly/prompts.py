@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from models.base import BasePipeline
+from utils.dataset.buckets import control_frames
 from utils.dataset.encoders import Encoder, reads_mask, reads_media
 from utils.dataset.manifest import media_file
 from utils.dataset.samples import Bucket, MediaFile, SampleVersion, version_of_prompt
@@ -79,6 +81,7 @@ def prompt_versions(pipeline: BasePipeline, sampling: SamplingSettings) -> list[
     rate = pipeline.media.fps
     how = {"clip_fps": rate} if pipeline.starts_from_picture else {"control_fps": rate if sampling.frames > 1 else 0.0}
     how["control_fit"] = pipeline.control_fit
+    how["control_frames"] = partial(control_frames, frames=sampling.frames, fps=rate, facts=pipeline.media)
     if sampling.mask_images:
         (how["mask"],) = _media(sampling.mask_images, MASKS)
     return [version_of_prompt(text, bucket, pictures, **how) for text in (sampling.prompts[0], *others)]

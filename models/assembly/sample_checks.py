@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from models.assembly.prompts import MASKS, PICTURES, pictures_a_prompt, prompt_versions, sample_bucket, schedule_of
 from models.base import BasePipeline
-from utils.dataset.encoders import TEXT, Encoder, reads_media, reads_text, text_of
+from utils.dataset.encoders import Encoder, reads_media, reads_text, text_of
+from utils.dataset.inputs import TEXT
 from utils.errors import Problem, UserError
 from utils.media.decode import load_clip, load_image, load_mask
 from utils.media.geometry import View, same_shape
@@ -94,13 +95,19 @@ def _problems_of_scale(pipeline: BasePipeline, sampling: SamplingSettings, *, ha
 def _problems_of_drawing(pipeline: BasePipeline, sampling: SamplingSettings) -> list[Problem]:
     """What only shows where a sample is begun: its size, its pictures and their shapes, its steps."""
     problems: list[Problem] = []
-    for check in (_size, _shape_of_mask, _decode, _step):
+    for check in (_size, _shown, _shape_of_mask, _decode, _step):
         try:
             check(pipeline, sampling)
         except UserError as error:
             problems += error.problems
             break
     return problems
+
+
+def _shown(pipeline: BasePipeline, sampling: SamplingSettings) -> None:
+    """Whether the model can be shown the pictures."""
+    if told := pipeline.misfit_of_prompt(prompt_versions(pipeline, sampling)[0].sample):
+        raise UserError.of(told, where=PICTURES)
 
 
 def _size(pipeline: BasePipeline, sampling: SamplingSettings) -> None:

@@ -17,7 +17,7 @@ class SeesFrames(ModelSettings):
 
     image_encoder_path: UserPath | None = None
     """File or folder of the weights of the image encoder, which sees the first frame in some models of picture to
-    video; default: from `diffusers_path`."""
+    video; default: from `diffusers_path`, and of HunyuanVideo 1.0 from the file of LLaVA."""
 
 
 def problems_of_image_encoder(options: SeesFrames, *, sees: bool) -> Iterator[Problem]:
@@ -31,6 +31,28 @@ def problems_of_image_encoder(options: SeesFrames, *, sees: bool) -> Iterator[Pr
         yield Problem(
             "", place, "the weights of the image encoder are needed, by which this model sees the first frame"
         )
+
+
+def problems_of_halves(options: SeesFrames, name: str, *, sees: bool) -> Iterator[Problem]:
+    """Why the option does not fit a model whose text encoder, of this name, sees frames too, or does not."""
+    path, place = options.image_encoder_path, "[model] image_encoder_path"
+    if path is None:
+        return
+    if not sees:
+        message = (
+            "is for models that see the first frame, and this one makes clips of text alone; leave it out, or name the "
+            "architecture of a model of picture to video"
+        )
+        yield Problem("", place, message)
+        return
+    yield from missing(place, path)
+    own = next((one.path for one in options.text_encoders if one.type == name), None)
+    if own is None or own.is_dir():
+        message = (
+            f"is the half with which the text encoder '{name}' sees: give the half with which it reads as a file in "
+            "text_encoders, or leave this out, where one folder or file has both"
+        )
+        yield Problem("", place, message)
 
 
 def problems_of_rates(samples: Sequence[Sample], told: float) -> list[Problem]:

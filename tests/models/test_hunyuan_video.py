@@ -9,19 +9,21 @@ from typing import Any
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_hunyuan_video_transformer_to_diffusers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from models.assembly.stage import load_stage
 from models.foundation.checkpoints.layouts.hunyuan_video import HUNYUAN_VIDEO_LAYOUT
 from models.foundation.checkpoints.recognition import recognised
+from models.foundation.encoders.llava import LlavaEncoder
 from models.foundation.layers.given import loss_weights
 from tests import test_models as generic
-from tests.models import tiny_hunyuan_video
+from tests.models import tiny_hunyuan_video, tiny_hunyuan_video_i2v
 from tests.models.tiny_folder import settings_of, tiny
 from utils.dataset.samples import Bucket
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
 from utils.media.writing import tensor_to_image
+from utils.settings.model_schema import TextEncoderFile
 
 WIDTH = 3072
 """That of the published model, by which the stock converter takes fused weights apart."""
@@ -198,3 +200,46 @@ def test_a_tokenizer_without_the_picture_is_refused(tmp_path: Path) -> None:
     tiny_hunyuan_video.tokenizer().save_pretrained(place / "tokenizer")
     with pytest.raises(UserError, match="this tokenizer knows another <image> than the encoder in text_encoder"):
         tiny_hunyuan_video.pipeline(place).check()
+
+
+def halves(folder: Path, place: Path) -> tuple[Path, Path]:
+    """LLaVA as ComfyUI's two files: what reads, under the names of a Llama, and what sees."""
+    tensors = load_file(folder / "text_encoder" / "model.safetensors")
+    reading, seeing = place / "llava_llama3.safetensors", place / "llava_llama3_vision.safetensors"
+    prefix, tower = "language_model.", "vision_tower."
+    save_file({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, reading)
+    seen = {n.replace(tower, "vision_model."): t for n, t in tensors.items() if not n.startswith(prefix)}
+    save_file(seen, seeing)
+    return reading, seeing
+
+
+@torch.no_grad()
+def test_llava_may_be_two_files(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    folder = tiny_hunyuan_video_i2v.write_folder(tmp_path / "whole")
+    reading, seeing = halves(folder, tmp_path)
+    caption, pixels_BCFHW = ["a red ball"], normal((1, 3, 5, 32, 48), 0, "pixels").clamp(-1, 1)
+
+    def encoder(**options: Any) -> LlavaEncoder:
+        pipeline = tiny_hunyuan_video_i2v.pipeline(folder, **options)
+        pipeline.check()
+        return next(one for one in pipeline.encoders() if isinstance(one, LlavaEncoder))
+
+    text = {"text_encoders": [TextEncoderFile(type="llama", path=reading)]}
+    whole, joined = encoder(), encoder(**text, image_encoder_path=seeing)
+    assert whole.fingerprint != joined.fingerprint
+    for one in (whole, joined):
+        one.load(torch.device("cpu"))
+    found, expected = (one.encode(caption, pixels_BCFHW) for one in (joined, whole))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(a, b) for name in expected for a, b in zip(found[name], expected[name], strict=True))
+
+    with pytest.raises(UserError, match="holds what reads captions alone; give the file of what sees"):
+        encoder(**text)
+    with pytest.raises(UserError, match=r"has no tensors `multi_modal_projector\.\*`"):
+        encoder(**text, image_encoder_path=reading)
+    with pytest.raises(UserError, match="is the half with which the text encoder 'llama' sees: give the half"):
+        encoder(image_encoder_path=seeing)
+    other = tiny_hunyuan_video.pipeline(tiny_hunyuan_video.write_folder(tmp_path), image_encoder_path=seeing)
+    with pytest.raises(UserError, match="this one makes clips of text alone; leave it out"):
+        other.check()

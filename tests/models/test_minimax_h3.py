@@ -14,7 +14,10 @@ from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_minim
 from diffusers.loaders.single_file_utils import convert_minimax_h3_transformer_checkpoint_to_diffusers
 from diffusers.modular_pipelines import PipelineState
 from diffusers.modular_pipelines.minimax_h3.before_denoise import patchify_video_latents
-from diffusers.modular_pipelines.minimax_h3.encoders import MiniMaxH3FL2VATextEncoderStep, encode_vae_condition
+from diffusers.modular_pipelines.minimax_h3.encoders import (
+    MiniMaxH3FL2VATextEncoderStep,
+    encode_vae_condition,
+)
 from einops import rearrange
 from PIL import Image
 from safetensors.torch import load_file, save_file

@@ -49,6 +49,7 @@ IN_FLOAT32 = {
         "addmm: float32 [352, 16]",
         "addmm: float32 [4, ",
     ),
+    "minimax_h3_ref": ("addmm: float32 [574, 24]", "addmm: float32 [590, 16]", "addmm: float32 [4, "),
     "sana": ("float32 [8, 9, ",),
 }
 """Types whose stock modules multiply in float32 on purpose, and what. Sana's attention is linear, it sums over all

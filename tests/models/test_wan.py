@@ -25,7 +25,7 @@ from tests.models.drawn_samples import draw_samples
 from tests.models.tiny_folder import drawn, settings_of, tiny
 from tests.processes import run_ranks
 from tests.runs import launch, metrics, only_run
-from utils.dataset.encoders import ENDS
+from utils.dataset.inputs import ENDS
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
 from utils.media.decode import load_image

@@ -28,7 +28,8 @@ from tests.models.tiny_folder import drawn, settings_of
 from tests.processes import run_ranks
 from tests.utils.dataset.conftest import plain_sample
 from utils.dataset.collection import Collection, Source
-from utils.dataset.encoders import GUIDE, REGIONS, inputs_of, item_key
+from utils.dataset.encoders import inputs_of, item_key
+from utils.dataset.inputs import GUIDE, REGIONS
 from utils.dataset.samples import Bucket, Control, Mask, Take
 from utils.diffusion.seeds import normal
 from utils.errors import UserError

@@ -101,8 +101,16 @@ VARIANTS = {
         "test_all_weights_are_read_from_what_was_exported",
     ),
     "minimax_h3_fl": (OF_OTHER_INPUTS[0], "test_samples_are_those_of_the_stock_pipeline"),
+    "minimax_h3_ref": (
+        OF_OTHER_INPUTS[0],
+        "test_stages_and_recomputing_change_nothing",
+        "test_samples_are_those_of_the_stock_pipeline",
+        "test_an_adapter_is_loaded_by_the_stock_pipeline_and_gone_on_from",
+        "test_all_weights_are_read_from_what_was_exported",
+    ),
     "omnigen2_edit": (*OF_ANY_DENOISER, "test_samples_are_those_of_the_stock_pipeline"),
     "pixart_alpha": (OF_OTHER_INPUTS[0], "test_samples_are_those_of_the_stock_pipeline"),
+    "qwen_image_21_edit": (*OF_ANY_DENOISER, "test_samples_are_those_of_the_stock_pipeline"),
     "sdxl_texts": OF_ANY_DENOISER,
     "wan_flf": (*OF_ANY_DENOISER, "test_all_weights_are_read_from_what_was_exported"),
     "wan_i2v": (

@@ -21,6 +21,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.transformers.transformer_minimax_h3 import MiniMaxH3AttnProcessor
 from diffusers.modular_pipelines.minimax_h3 import before_denoise
 from diffusers.modular_pipelines.minimax_h3.encoders import get_qwen3vl_prompt_embeds
+from diffusers.modular_pipelines.minimax_h3.references import MiniMaxH3ImageReference, MiniMaxH3VideoReference
 from einops import rearrange
 from torch import nn
 from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
@@ -76,15 +77,15 @@ class Processor:
     """What the stock pipeline asks of its processor, which needs torchvision.
 
     Args:
-        picture: the number of the token of a picture.
+        picture, clip: the numbers of the tokens of a picture and of a clip.
     """
 
-    def __init__(self, folder: Path, picture: int):
+    def __init__(self, folder: Path, picture: int, clip: int):
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        self.picture = picture
+        self.kinds = {picture: 1, clip: 2}
 
     def create_mm_token_type_ids(self, rows: list[list[int]]) -> list[list[int]]:
-        return [[int(token == self.picture) for token in row] for row in rows]
+        return [[self.kinds.get(token, 0) for token in row] for row in rows]
 
 
 class PixelVae(AutoencoderKLMiniMaxH3):
@@ -117,11 +118,16 @@ class StockPipeline(MiniMaxH3ModularPipeline):
         made = cls(blocks=blocks)
         scheduler = MiniMaxH3Scheduler.from_pretrained(folder / "scheduler")
         text_encoder = Qwen3VLForConditionalGeneration.from_pretrained(folder / "text_encoder")
+        transformers = {
+            place.name: MiniMaxH3Transformer3DModel.from_pretrained(place) for place in folder.glob("transformer*")
+        }
         made.update_components(
             text_encoder=text_encoder,
             tokenizer=Qwen2Tokenizer.from_pretrained(folder / "tokenizer"),
-            processor=Processor(folder / "processor", text_encoder.config.image_token_id),
-            transformer=MiniMaxH3Transformer3DModel.from_pretrained(folder / "transformer"),
+            processor=Processor(
+                folder / "processor", text_encoder.config.image_token_id, text_encoder.config.video_token_id
+            ),
+            **transformers,
             vae=PixelVae.from_pretrained(folder / "vae"),
             scheduler=scheduler,
             audio_scheduler=MiniMaxH3Scheduler(shift=3.0),
@@ -178,25 +184,30 @@ def whole(
     t_B: torch.Tensor,
 ) -> torch.Tensor:
     """All samples in one sequence, with our attention, as the stock one would see all of it: its pipeline has one
-    sample alone, which tests/models/test_minimax_h3.py compares with. Key frames are before the clip of each sample."""
+    sample alone, which tests/models/test_minimax_h3.py compares with. Key frames, or references, are before the clip of
+    each sample."""
     keys = features.get("key_frame_latents", x_t[:, :, :0])
-    mask_BL, count = features["qwen3_vl_mask"], keys.shape[2]
+    references = [latents for name, latents in features.items() if name.startswith("control")]
+    mask_BL, count = features["qwen3_vl_mask"], keys.shape[2] + len(references)
     kinds_BL = features.get("qwen3_vl_kinds", torch.ones_like(mask_BL, dtype=torch.long))
-    ids, tags, of_text, of_video, of_clip, times, parts = [], [], [], [], [], [], []
+    ids, tags, of_text, of_video, of_clip, times, parts, rows = ([] for _ in range(8))
     for number, (kind_L, mask_L) in enumerate(zip(kinds_BL, mask_BL, strict=True)):
-        ids_S3, tags_S, videos, _, lines, given, _ = layout(kind_L[mask_L], x_t, ("first", "last")[:count])
+        anchors = ("first", "last")[: keys.shape[2]]
+        ids_S3, tags_S, videos, _, lines, given, _ = layout(kind_L[mask_L], x_t, anchors, references)
         start, time_S = sum(parts), torch.full((len(tags_S),), number * (1 + bool(count)))
         time_S[videos[:given]] += 1
         ids, tags, times, parts = [*ids, ids_S3], [*tags, tags_S], [*times, time_S], [*parts, len(tags_S)]
         of_text, of_video = [*of_text, lines + start], [*of_video, videos + start]
         of_clip.append(torch.arange(len(videos))[given:] + number * len(videos))
+        own = [one[number, None] for one in (keys, *references, x_t)]
+        rows += [before_denoise.patchify_video_latents(one, (1, 2, 2)) for one in own]
     texts = mask_BL.sum(dim=1).tolist()
     for name, module in denoiser.named_modules():
         if hasattr(module, "set_processor"):
             module.set_processor(WithinParts(texts if name.startswith("token_refiner.") else parts))
     told = torch.stack([1 - t_B, (1 - t_B).clamp(min=0.999)], dim=1) if count else 1 - t_B
     output_1VN, _ = denoiser(
-        hidden_states=before_denoise.patchify_video_latents(torch.cat([keys, x_t], dim=2), (1, 2, 2))[None],
+        hidden_states=torch.cat(rows)[None],
         audio_hidden_states=torch.empty(1, 0, SOUND),
         encoder_hidden_states=features["qwen3_vl"][mask_BL][None],
         timestep=told.flatten(),
@@ -216,10 +227,18 @@ def whole(
     )
 
 
-def layout(kind_L: torch.Tensor, x_t: torch.Tensor, anchors: tuple[str, ...] = ()) -> tuple[Any, ...]:
-    """How the stock pipeline lays out a text of such tokens, key frames and a clip, without sound."""
-    build = before_denoise.MiniMaxH3PrepareLayoutStep.build_packed_sequence
-    return build(kind_L, *x_t.shape[2:], 0, (1, 2, 2), 2, 2, 0, anchors)
+def layout(
+    kind_L: torch.Tensor, x_t: torch.Tensor, anchors: tuple[str, ...] = (), references: Sequence[torch.Tensor] = ()
+) -> tuple[Any, ...]:
+    """How the stock pipeline lays out a text of such tokens, key frames or references, and a clip, without sound."""
+    how = *x_t.shape[2:], 0, (1, 2, 2), 2, 2, 0
+    if references:
+        build = before_denoise.MiniMaxH3Ref2VAPrepareLayoutStep.build_ref2va_packed_sequence
+        given = [
+            MiniMaxH3VideoReference(None) if one.shape[2] > 1 else MiniMaxH3ImageReference(None) for one in references
+        ]
+        return build(kind_L, given, references, [], *how)
+    return before_denoise.MiniMaxH3PrepareLayoutStep.build_packed_sequence(kind_L, *how, anchors)
 
 
 def prompt_features(stock: StockPipeline, captions: list[str]) -> list[dict[str, torch.Tensor]]:

@@ -10,7 +10,8 @@ from diffusers import AutoencoderKLQwenImage21, FlowMatchEulerDiscreteScheduler,
 from diffusers import QwenImage21Pipeline as Stock21Pipeline
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21AttnProcessor
 from einops import rearrange
-from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from models.qwen_image_21 import QwenImage21Options, QwenImage21Pipeline
 from tests.models import tiny_cosmos_predict25, tiny_qwen_image
@@ -18,21 +19,20 @@ from tests.models.tiny_folder import ragged, randomised, write_index
 from utils.settings.run_tables import SamplingSettings
 
 
-class TextProcessor:
-    """What the stock pipeline asks of its processor where there are no pictures; for these that needs torchvision."""
+class Processor(Qwen3VLProcessor):
+    """The stock processor without its part for clips, which needs torchvision."""
 
-    def __init__(self) -> None:
-        self.tokenizer = tokenizer()
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
+        """There is none."""
 
-    def __call__(self, text: list[str], **how: Any) -> Any:
-        return self.tokenizer(text, **how)
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], **how: Any) -> list[list[int]]:
-        return [self.tokenizer.apply_chat_template(messages, **how)]
+def made_processor() -> Processor:
+    images = Qwen2VLImageProcessorPil(patch_size=16, min_pixels=1024, max_pixels=2**20)
+    return Processor(images, tokenizer(), None, chat_template=tiny_cosmos_predict25.CHAT_TEMPLATE)
 
 
 class StockPipeline(Stock21Pipeline):
-    """With the processor for text."""
+    """With the processor for text and pictures."""
 
     _optional_components = ["processor"]
 
@@ -45,7 +45,7 @@ class StockPipeline(Stock21Pipeline):
         processor: Any = None,
         sample_sigmas: list[float] | None = None,
     ):
-        super().__init__(scheduler, vae, text_encoder, TextProcessor(), transformer, sample_sigmas)
+        super().__init__(scheduler, vae, text_encoder, made_processor(), transformer, sample_sigmas)
 
 
 STOCK = StockPipeline
@@ -128,6 +128,7 @@ def write_folder(folder: Path, **changes: Any) -> Path:
     """`changes` are the transformer's."""
     torch.manual_seed(0)
     tokenizer().save_pretrained(folder / "processor")
+    made_processor().image_processor.save_pretrained(folder / "processor")
     randomised(QwenImage21Transformer2DModel(**{**TRANSFORMER, **changes}), 1).save_pretrained(folder / "transformer")
     randomised(AutoencoderKLQwenImage21(**VAE), 2).save_pretrained(folder / "vae")
     text_encoder().save_pretrained(folder / "text_encoder")
@@ -163,21 +164,31 @@ def whole(
     x_t: torch.Tensor,
     t_B: torch.Tensor,
 ) -> torch.Tensor:
-    """With the stock attention, one sample after the other: in a batch it moves a picture behind the longest text."""
+    """With the stock attention, one sample after the other: in a batch it moves a picture behind the longest text.
+    Control images stand where the text encoder has a token for every four of theirs."""
     for block in denoiser.transformer_blocks:
         block.attn.set_processor(QwenImage21AttnProcessor())
+    controls = [latents for name, latents in features.items() if name.startswith("control")]
+    shapes = [(1, *picture.shape[3:]) for picture in (*controls, x_t)]
     height, width = x_t.shape[3:]
     made = []
     for number, mask_L in enumerate(features["qwen3_vl_mask"]):
         one = slice(number, number + 1)
-        text_BLD = features["qwen3_vl"][one, : mask_L.sum()]
-        slots = torch.arange(text_BLD.shape[1] + height * width // 4) >= text_BLD.shape[1]
+        own_LD, rows, slots, read = features["qwen3_vl"][number, : mask_L.sum()], [], [], 0
+        for place, control in zip(
+            features["qwen3_vl_places"][number].tolist() if controls else [], controls, strict=True
+        ):
+            count = control.shape[3] * control.shape[4] // 4
+            rows += [own_LD[read:place], torch.ones(count, TEXT_WIDTH)]
+            slots += [torch.zeros(place - read), torch.ones(count)]
+            read = place
+        slots += [torch.zeros(len(own_LD) - read), torch.ones(height * width // 4)]
         (output_BSC,) = denoiser(
-            hidden_states=packed(x_t[one]),
-            encoder_hidden_states=text_BLD,
+            hidden_states=torch.cat([packed(picture[one]) for picture in (*controls, x_t)], dim=1),
+            encoder_hidden_states=torch.cat([*rows, own_LD[read:]])[None],
             timestep=t_B[one],
-            img_shapes=[[(1, height, width)]],
-            img_mask=slots[None],
+            img_shapes=[shapes],
+            img_mask=torch.cat(slots).bool()[None],
             return_dict=False,
         )
         made.append(rearrange(output_BSC[:, -height * width :], "b (h w) c -> b c 1 h w", h=height))
@@ -189,7 +200,7 @@ def prompt_features(stock: StockPipeline, captions: list[str]) -> list[dict[str,
     for caption in captions:
         # It reads all of a caption.
         template = stock.prompt_template_t2i.format("")
-        caption = caption[: TEXT_TOKENS - len(stock.processor([template]).input_ids[0])]
+        caption = caption[: TEXT_TOKENS - len(stock.processor(text=[template]).input_ids[0])]
         (text_LD,), _, _ = stock.encode_prompt([caption], device="cpu")
         made.append({"qwen3_vl": text_LD, "qwen3_vl_mask": torch.ones(len(text_LD), dtype=torch.bool)})
     return made
@@ -199,7 +210,7 @@ def stock_latents(stock: StockPipeline, pixels_B41HW: torch.Tensor) -> torch.Ten
     return stock._encode_vae_image(pixels_B41HW, None)
 
 
-def draw(stock: StockPipeline, sampling: SamplingSettings, noise: torch.Tensor) -> torch.Tensor:
+def draw(stock: StockPipeline, sampling: SamplingSettings, noise: torch.Tensor, **keys: Any) -> torch.Tensor:
     asked = {
         "prompt": sampling.prompts[0],
         "negative_prompt": sampling.negative_prompt,
@@ -209,5 +220,6 @@ def draw(stock: StockPipeline, sampling: SamplingSettings, noise: torch.Tensor) 
         "true_cfg_scale": sampling.guidance,
         "latents": packed(noise),
         "output_type": "latent",
+        **keys,
     }
     return stock._unpack_latents(stock(**asked).images, sampling.height, sampling.width, 16)

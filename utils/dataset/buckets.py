@@ -27,13 +27,15 @@ COLOURS = ("brightness", "contrast", "saturation", "hue")
 class MediaFacts:
     """What a model requires of media: width and height are multiples of `spatial` pixels, the number of frames beyond
     `further` is a multiple of `temporal` unless there is one alone, there are at most `max_frames` frames, and there
-    are `fps` of them per second."""
+    are `fps` of them per second. With `control_clips` a control that is a clip is read as one, from its beginning and
+    no longer than the sample; otherwise its first frame is."""
 
     spatial: int
     temporal: int = 1
     max_frames: int = 1
     fps: float = 16.0
     further: int = 1
+    control_clips: bool = False
 
     def describe_frames(self) -> str:
         """The numbers of frames that the model takes, as text."""
@@ -128,7 +130,10 @@ def _samples(
     """One sample for each clip, and for each caption if every caption is a sample of its own."""
     media = row.media
     fps = _fps(rules, facts) if bucket.frames > 1 else 0.0
-    controls = tuple(Control(control, _control_bucket(bucket, rules, facts)) for control in row.controls)
+    width, height = _control_size(bucket, rules, facts)
+    controls = tuple(
+        Control(one, Bucket(width, height, control_frames(one, bucket.frames, fps, facts))) for one in row.controls
+    )
     for captions in [(one,) for one in row.captions] if rules.multiple_captions == "all" else [row.captions]:
         texts = hashlib.blake2b("\0".join(captions).encode(), digest_size=4).hexdigest()
         if caption_versions:
@@ -324,13 +329,20 @@ def _within(media: MediaFile, bucket: Bucket, facts: MediaFacts) -> Bucket:
     return Bucket(width, height, bucket.frames)
 
 
-def _control_bucket(bucket: Bucket, rules: DirectorySettings, facts: MediaFacts) -> Bucket:
-    """The target's shape at the controls' own area; a control is a still picture."""
+def control_frames(control: MediaFile, frames: int, fps: float, facts: MediaFacts) -> int:
+    """How many frames of a control are read, for a sample of so many at `fps`."""
+    if not facts.control_clips or 1 in (frames, control.frames):
+        return 1
+    return facts.frames(min(frames, _available(control, fps)))
+
+
+def _control_size(bucket: Bucket, rules: DirectorySettings, facts: MediaFacts) -> tuple[int, int]:
+    """The target's shape at the controls' own area."""
     if rules.control_resolution is None:
-        return Bucket(bucket.width, bucket.height, 1)
+        return bucket.width, bucket.height
     scale = rules.control_resolution / math.sqrt(bucket.width * bucket.height)
     width, height = (round_to_multiple(side * scale, facts.spatial) for side in (bucket.width, bucket.height))
-    return Bucket(width, height, 1)
+    return width, height
 
 
 def _distance(media: MediaFile, bucket: Bucket) -> tuple[float, int]:

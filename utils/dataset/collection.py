@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from utils.dataset.buckets import LeftOut, MediaFacts, assign, rebalanced
 from utils.dataset.encoders import Encoder, reads_text
 from utils.dataset.encoding import CacheReport
-from utils.dataset.handing_over import made_once
 from utils.dataset.held_out import emptied, held_out, without
 from utils.dataset.manifest import Scan, scan
 from utils.dataset.remarks import nothing_is_weighed, remarks_on, seen_in_training, truncated
 from utils.dataset.samples import Sample, files_of
 from utils.dataset.sources import NOT_BROKEN, Rejected, Remark
 from utils.errors import Problem, UserError, printable
-from utils.ranks import Ranks, gather, sign_of_life
 from utils.settings.dataset_schema import DatasetSettings
 
 logger = logging.getLogger(__name__)
@@ -50,7 +46,8 @@ class Source:
 @dataclass(frozen=True)
 class Collection:
     """The samples of one dataset file; its files that are not used completely; and those that cannot be used because
-    they are broken. `files` counts all files and rows that were examined. `remarks` are on samples that are used."""
+    they are broken. `files` counts all files and rows that were examined. `remarks` are on samples that are used.
+    Two with the same `identity`, if it is not "", have the same samples."""
 
     source: Source
     samples: list[Sample]
@@ -58,6 +55,7 @@ class Collection:
     rejected: list[Rejected]
     files: int
     remarks: list[Remark] = field(default_factory=list)
+    identity: str = ""
 
     @property
     def controls(self) -> int:
@@ -147,56 +145,6 @@ def _nothing_left(collections: Sequence[Collection]) -> Iterator[Problem]:
         elif not collection.samples:
             message = f"'{name}' has no picture: there are too few for its fraction; leave it out"
             yield Problem(file, "", message)
-
-
-def collect_together(
-    ranks: Ranks, sources: Sequence[Source], facts: MediaFacts, how: Scan, **choices: Any
-) -> list[Collection]:
-    """`collect` on all ranks: the main rank reads the files. One rank of every other machine reads what the main rank
-    has stored in the index, and the ranks of one machine take what the first of them has found.
-
-    Raises:
-        UserError: on every rank, if the main rank found a problem, or if another rank found other files.
-    """
-    found, problems = None, []
-
-    def raise_if_stopping() -> None:
-        # The first look at a large dataset takes hours.
-        sign_of_life(ranks, "collection")
-        how.raise_if_stopping()
-
-    if ranks.is_main:
-        try:
-            found = collect(sources, facts, replace(how, progress=True, raise_if_stopping=raise_if_stopping), **choices)
-        except UserError as error:
-            problems = [[problem.file, problem.where, problem.message] for problem in error.problems]
-    shared = gather(ranks, "collection", problems, raise_if_stopping=how.raise_if_stopping)[0]
-    if shared:
-        raise UserError(Problem(*problem) for problem in shared)
-
-    def make() -> list[Collection]:
-        return found or collect(sources, facts, replace(how, verify=False), listing=False, **choices)
-
-    collections = made_once(ranks, "collection", make, how.raise_if_stopping)
-    _check_same(ranks, collections, how)
-    return collections
-
-
-def _check_same(ranks: Ranks, collections: Sequence[Collection], how: Scan) -> None:
-    names = "\n".join(sample.id for collection in collections for sample in collection.samples)
-    seen = gather(
-        ranks,
-        "samples",
-        hashlib.blake2b(names.encode(), digest_size=16).hexdigest(),
-        raise_if_stopping=how.raise_if_stopping,
-    )
-    others = [rank for rank, digest in enumerate(seen) if digest != seen[0]]
-    if others:
-        raise UserError.of(
-            f"the ranks {others} see other files than rank 0; do all machines see the same folders, and does nothing "
-            "write into them?",
-            str(collections[0].source.file),
-        )
 
 
 def without_failures(collections: Sequence[Collection], reports: Iterable[CacheReport]) -> list[Collection]:

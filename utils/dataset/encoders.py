@@ -1,4 +1,4 @@
-"""A model's VAE and text encoders as the cache sees them, and the inputs that they read.
+"""A model's VAE and text encoders as the cache sees them: what they make, of which versions of samples, and its key.
 
 Shapes: B batch, C channels, F frames, H height, W width. Pixels are float32 in [-1, 1].
 """
@@ -7,23 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from json.encoder import encode_basestring_ascii
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from utils.dataset.captions import weighted, without_weights
-from utils.dataset.samples import Bucket, Control, MediaFile, Sample, SampleVersion, may_lack_caption
-from utils.media.decode import load_alpha, load_clip, load_image, load_mask, load_rgba
-from utils.media.geometry import View
-from utils.media.source import MediaError
+from utils.dataset.inputs import TEXT, bucket_read, file_read, identity_of, read_input
+from utils.dataset.samples import Bucket, Sample, SampleVersion, may_lack_caption
 
-TRANSFORM = "3"
-"""Part of every key; to be changed when the same view of a file would give other pixels."""
-ENDS, GUIDE, REGIONS = "ends", "guide", "regions"
-HALF = 0.5
-"""The brightness of a mask above which a region is made anew."""
 BYTES_PER_PIXEL = 3 * 4
 """Bytes of a decoded colour pixel in float32."""
 
@@ -35,7 +27,8 @@ class Encoder(Protocol):
     """The name of its store's folder."""
     reads: tuple[str, ...]
     """The inputs of `encode`: some of "pixels", "ends", "guide", "regions", "rgba", "layers", "size_and_crop", "mask",
-    "control" ("control_2" ... for further ones), "caption" and "weighted_caption"."""
+    "control" ("control_2" ... for further ones), "controlrgba" and "controlclip" (likewise), "caption" and
+    "weighted_caption"."""
     fingerprint: str
     """A text that changes whenever its output would change."""
 
@@ -51,21 +44,14 @@ class Encoder(Protocol):
         "ends", clips whose last frame is a prompt's second picture, if it has one, "guide", the first control as a clip
         as long as the sample's, which lies on it in place and time, "regions", the same with a fourth channel, 1 where
         the sample's mask says that it is made anew and 0 where it is kept, "rgba", pictures with their opacity
-        in [-1, 1] as a fourth channel, and "layers", where the control images, at the size of the picture, follow it
-        as further frames. "size_and_crop" comes as (B, 6) pixels: height and width of the file, top and left of the
-        crop in the scaled picture, height and width of the pixels. Captions come as a list of B strings, weighted
-        captions as a list of B lists of (text, weight)."""
+        in [-1, 1] as a fourth channel, "controlrgba", control images with theirs, "controlclip", controls that may be
+        clips, and "layers", where the control images, at the size of the picture, follow it as further frames.
+        "size_and_crop" comes as (B, 6) pixels: height and width of the file, top and left of the crop in the scaled
+        picture, height and width of the pixels. Captions come as a list of B strings, weighted captions as a list of B
+        lists of (text, weight)."""
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape (without the batch) and type of each feature of a sample; loads nothing."""
-
-
-class Unreadable(ValueError):
-    """A file of a sample that cannot be decoded."""
-
-    def __init__(self, media: MediaFile, reason: str) -> None:
-        super().__init__(reason)
-        self.media = media
 
 
 def item_key(encoder: Encoder, version: SampleVersion) -> str:
@@ -75,10 +61,7 @@ def item_key(encoder: Encoder, version: SampleVersion) -> str:
         ValueError: the encoder reads a control image and the sample has none.
     """
     parts = [_as_json(encoder.name), _as_json(encoder.fingerprint)]
-    parts += [
-        _as_json(_READERS[input_name.partition("_")[0]].identity(version, encoder.name, input_name))
-        for input_name in encoder.reads
-    ]
+    parts += [_as_json(identity_of(version, encoder.name, input_name)) for input_name in encoder.reads]
     return hashlib.blake2b(f"[{', '.join(parts)}]".encode(), digest_size=20).hexdigest()
 
 
@@ -120,6 +103,11 @@ def versions(encoder: Encoder, sample: Sample) -> Iterator[SampleVersion]:
             yield SampleVersion(sample, take, "", sample.id)
 
 
+def wanted_by(encoder: Encoder, samples: Iterable[Sample]) -> dict[str, SampleVersion]:
+    """The versions that the encoder makes items from, by the items' keys."""
+    return {item_key(encoder, version): version for sample in samples for version in versions(encoder, sample)}
+
+
 def items_wanted(encoder: Encoder, samples: Iterable[Sample]) -> list[tuple[str, Bucket]]:
     """The keys of the items that the encoder makes from the samples, and the sizes at which they are made."""
     input_name = next((input_name for input_name in encoder.reads if input_name not in TEXT), "pixels")
@@ -150,223 +138,15 @@ def shape_of(encoder: Encoder, version: SampleVersion) -> tuple[Bucket, ...]:
     )
 
 
-def bucket_read(input_name: str, sample: Sample) -> Bucket:
-    """The size at which an encoder reads one of its inputs."""
-    return _control(sample, input_name).bucket if _is_control(input_name) else sample.bucket
-
-
-def file_read(input_name: str, sample: Sample) -> MediaFile:
-    """The file of which an encoder reads one of its inputs."""
-    if input_name in (GUIDE, REGIONS):
-        return _control(sample, "control").media
-    return _control(sample, input_name).media if _is_control(input_name) else sample.media
-
-
-def control_names(count: int) -> tuple[str, ...]:
-    """The inputs that are a sample's first control images, as many as `count`."""
-    return tuple(f"control_{number}" if number > 1 else "control" for number in range(1, count + 1))
-
-
-def _is_control(input_name: str) -> bool:
-    return input_name.startswith("control")
-
-
 def inputs_of(encoder: Encoder, version: SampleVersion) -> dict[str, Any]:
     """The encoder's inputs for a version of a sample, by name.
 
     Raises:
         Unreadable: a file cannot be decoded.
     """
-    return {
-        input_name: _READERS[input_name.split("_")[0]].read(version, encoder.name, input_name)
-        for input_name in encoder.reads
-    }
+    return {input_name: read_input(version, encoder.name, input_name) for input_name in encoder.reads}
 
 
 def text_of(version: SampleVersion, encoder: Encoder, input_name: str) -> Any:
     """A text encoder's input for a version of a sample."""
-    return _READERS[input_name.split("_")[0]].read(version, encoder.name, input_name)
-
-
-def _control(sample: Sample, input_name: str) -> Control:
-    """The control image that "control", "control_2" ... mean."""
-    number = int(input_name.partition("_")[2] or 1)
-    if number > len(sample.controls):
-        raise ValueError(
-            f"{sample.media.locator}: this model reads {number} control image(s) and this file has "
-            f"{len(sample.controls)}; set `control_path`"
-        )
-    return sample.controls[number - 1]
-
-
-class _Reader(NamedTuple):
-    """How one of the encoders' inputs is identified and read: functions of (version, encoder's name, input's name)."""
-
-    identity: Callable[[SampleVersion, str, str], Any]
-    read: Callable[[SampleVersion, str, str], Any]
-
-
-def _load(media: MediaFile, load: Callable[..., torch.Tensor], *how: Any) -> torch.Tensor:
-    try:
-        return load(media.locator.source, *how)
-    except MediaError as error:
-        raise Unreadable(media, str(error)) from error
-
-
-def _pixels_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
-    sample, take = version.sample, version.take
-    time_ = [sample.bucket.frames, take.start, sample.fps] if sample.fps else []
-    return [TRANSFORM, sample.media.digest, *take.view(sample.bucket).identity, *time_]
-
-
-def _pixels(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
-    sample, take = version.sample, version.take
-    how = take.view(sample.bucket), take.start, sample.bucket.frames, sample.fps or 1.0
-    return _load(sample.media, load_clip, *how)
-
-
-def _size_and_crop_numbers(version: SampleVersion, name: str, input_name: str) -> list[int]:
-    media, view = version.sample.media, version.take.plain_view(version.sample.bucket)
-    left, top, right, _ = view.box(media.width, media.height)
-    scale = view.width / (right - left)
-    # In a mirrored picture the crop was on the other side.
-    left = media.width - right if view.flip else left
-    return [media.height, media.width, round(top * scale), round(left * scale), view.height, view.width]
-
-
-def _size_and_crop(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
-    return torch.tensor(_size_and_crop_numbers(version, name, input_name), dtype=torch.float32)
-
-
-def _mask_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
-    sample, take, mask = version.sample, version.take, version.sample.mask
-    time_ = [sample.bucket.frames, take.start, sample.fps] if sample.fps else []
-    return [TRANSFORM, mask.media.digest, mask.is_alpha, *version.mask_view.identity, *time_]
-
-
-def _mask(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
-    sample, take, mask = version.sample, version.take, version.sample.mask
-    how = version.mask_view, take.start, sample.bucket.frames, sample.fps or 1.0
-    return _load(mask.media, load_alpha if mask.is_alpha else load_mask, *how)
-
-
-def _control_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
-    control = _control(version.sample, input_name)
-    return [TRANSFORM, control.media.digest, *version.control_view(control).identity]
-
-
-def _control_pixels(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
-    control = _control(version.sample, input_name)
-    return _load(control.media, load_image, version.control_view(control))
-
-
-def _ends_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
-    lasts = (control.media.digest for control in version.sample.controls)
-    return [ENDS, *_pixels_identity(version, name, input_name), *lasts]
-
-
-def _ends(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
-    pixels_CFHW = _pixels(version, name, input_name)
-    for control in version.sample.controls:
-        # In its own shape, cropped to that of the clip as the first picture is.
-        pixels_CFHW[:, -1:] = _load(control.media, load_image, version.take.view(control.bucket))
-    return pixels_CFHW
-
-
-def _guide_view(version: SampleVersion) -> View:
-    """Where the sample's clip is cropped, whatever is done to other control images."""
-    control = _control(version.sample, "control")
-    return version.take.plain_view(control.bucket, control.media, version.sample.media)
-
-
-def _guide_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
-    sample, digest = version.sample, _control(version.sample, "control").media.digest
-    time_ = [sample.bucket.frames, version.take.start, sample.fps] if sample.fps else []
-    return [TRANSFORM, GUIDE, digest, *_guide_view(version).identity, *time_]
-
-
-def _guide(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
-    sample, media = version.sample, _control(version.sample, "control").media
-    return _load(media, load_clip, _guide_view(version), version.take.start, sample.bucket.frames, sample.fps or 1.0)
-
-
-def regions_of(version: SampleVersion) -> torch.Tensor:
-    """The clip that a sample follows, `regions_4FHW`, the fourth channel of which is 1 where it is made anew: where the
-    mask is brighter than grey, or everywhere if there is none; elsewhere it is 0, and kept.
-
-    Raises:
-        Unreadable: a file cannot be decoded.
-    """
-    return _regions(version, REGIONS, REGIONS)
-
-
-def _follows_itself(sample: Sample) -> bool:
-    """Whether what is followed is the sample's own file, which shows what is to be made anew."""
-    return sample.media is not None and _control(sample, "control").media.digest == sample.media.digest
-
-
-def _regions_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
-    mask = _mask_identity(version, name, input_name) if version.sample.mask else []
-    return [REGIONS, *_guide_identity(version, name, input_name), _follows_itself(version.sample), *mask]
-
-
-def _regions(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
-    guide_CFHW = _guide(version, name, input_name)
-    region_1FHW = torch.ones_like(guide_CFHW[:1])
-    if version.sample.mask is not None:
-        region_1FHW = (_mask(version, name, input_name) > HALF).float()
-    if _follows_itself(version.sample):
-        # Grey, as in inference, which has nothing to show there.
-        guide_CFHW = guide_CFHW * (1 - region_1FHW)
-    return torch.cat([guide_CFHW, region_1FHW])
-
-
-def _rgba_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
-    return [TRANSFORM, "rgba", version.sample.media.digest, *version.take.view(version.sample.bucket).identity]
-
-
-def _rgba(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
-    return _load(version.sample.media, load_rgba, version.take.view(version.sample.bucket))
-
-
-def _layers_identity(version: SampleVersion, name: str, input_name: str) -> list[Any]:
-    return [*_rgba_identity(version, name, input_name), *(control.media.digest for control in version.sample.controls)]
-
-
-def _layers(version: SampleVersion, name: str, input_name: str) -> torch.Tensor:
-    # Colours change as in the picture, since the layers have to add up to it.
-    view = version.take.view(version.sample.bucket)
-    files = [version.sample.media, *(control.media for control in version.sample.controls)]
-    return torch.cat([_load(file, load_rgba, view) for file in files], dim=1)
-
-
-def _caption(version: SampleVersion, name: str, input_name: str) -> str:
-    caption = version.caption_for(name)
-    return without_weights(caption) if version.sample.rules.weighted_tags else caption
-
-
-def _weighted_caption(version: SampleVersion, name: str, input_name: str) -> list[tuple[str, float]]:
-    caption = version.caption_for(name)
-    return weighted(caption) if version.sample.rules.weighted_tags else [(caption, 1.0)]
-
-
-def _weights_identity(version: SampleVersion, name: str, input_name: str) -> str | list[tuple[str, float]]:
-    pieces = _weighted_caption(version, name, input_name)
-    # A caption without weights has the identity that it has for an encoder of plain captions.
-    return pieces[0][0] if len(pieces) == 1 and pieces[0][1] == 1 else pieces
-
-
-TEXT = frozenset({"caption", "weighted_caption"})
-_READERS: dict[str, _Reader] = {
-    "pixels": _Reader(_pixels_identity, _pixels),
-    ENDS: _Reader(_ends_identity, _ends),
-    GUIDE: _Reader(_guide_identity, _guide),
-    REGIONS: _Reader(_regions_identity, _regions),
-    "rgba": _Reader(_rgba_identity, _rgba),
-    "layers": _Reader(_layers_identity, _layers),
-    "size": _Reader(_size_and_crop_numbers, _size_and_crop),
-    "mask": _Reader(_mask_identity, _mask),
-    "control": _Reader(_control_identity, _control_pixels),
-    "caption": _Reader(_caption, _caption),
-    "weighted": _Reader(_weights_identity, _weighted_caption),
-}
+    return read_input(version, encoder.name, input_name)

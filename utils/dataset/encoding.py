@@ -24,17 +24,9 @@ import torch.distributed as dist
 from utils.collector import without_collector
 from utils.dataset import references
 from utils.dataset.cache_lock import CacheBusy, CacheLock, unread
-from utils.dataset.encoders import (
-    TEXT,
-    Encoder,
-    Unreadable,
-    decoded_bytes,
-    inputs_of,
-    item_key,
-    reads_media,
-    shape_of,
-    versions,
-)
+from utils.dataset.encoders import Encoder, decoded_bytes, inputs_of, reads_media, shape_of, wanted_by
+from utils.dataset.inputs import TEXT, Unreadable
+from utils.dataset.known import Known
 from utils.dataset.samples import Bucket, Sample, SampleVersion
 from utils.dataset.tensor_store import TensorStore
 from utils.media.memory import decoding_budget
@@ -134,34 +126,47 @@ class CacheJob:
                 raise LaunchError("the main process of this run has ended; what it tells is why") from error
 
 
-def fill(encoder: Encoder, samples: Sequence[Sample], job: CacheJob) -> CacheReport:
+def fill(
+    encoder: Encoder, samples: Sequence[Sample], job: CacheJob, *, further: Sequence[Sample] = (), identity: str = ""
+) -> CacheReport:
     """Encodes the samples that the cache lacks. All ranks share the work, and each waits for all others. Called once
-    for each encoder. If the cache lacks nothing, the main rank alone computes the keys by which that is known.
+    for each encoder. If the cache lacks nothing, the main rank alone computes the keys by which that is known, and not
+    even that one if it was known before.
 
     Files that cannot be decoded are reported and do not stop the rest; the caller decides what to do about them.
+
+    Args:
+        further: a few more samples, such as prompts.
+        identity: the same whenever `samples` are the same; "" if nothing is known of them.
     """
     ranks, tag = job.ranks, f"cache/{encoder.name}"
-    with without_collector():
-        wanted = _wanted(encoder, samples) if ranks.is_main else None
-    if ranks.is_main:
+    everything = job.regenerate or job.verify
+    known = Known.of(encoder, further, identity, job.cache_dir, job.owner) if ranks.is_main and not everything else None
+    number = known.number() if known else None
+    wanted = None
+    if ranks.is_main and number is None:
+        with without_collector():
+            wanted = wanted_by(encoder, [*samples, *further])
         references.remember(job.cache_dir, encoder.name, job.owner, wanted)
     # To be complete is no answer where everything is to be made or read again.
-    if not (job.regenerate or job.verify) and _is_complete(wanted, encoder, job, tag):
-        number = len(wanted or ())
+    if not everything and _is_complete(wanted, number, encoder, job, tag):
+        number = len(wanted or ()) if number is None else number
         own = CacheReport(encoder.name, number, number, 0, 0)
     else:
         job.before_encoding()
-        own = _fill_one(encoder, _wanted(encoder, samples) if wanted is None else wanted, job, tag)
+        own = _fill_one(encoder, wanted_by(encoder, [*samples, *further]) if wanted is None else wanted, job, tag)
     shared = gather(ranks, tag, asdict(own), job.patience, job.raise_if_stopping)
     report = _total([_report(**data) for data in shared])
     if ranks.is_main:
         logger.info("cache %s", report)
+    if known and not report.failed:
+        known.note(report.wanted)
     return report
 
 
 def lacks(encoder: Encoder, samples: Sequence[Sample], job: CacheJob) -> bool:
     """Whether the encoder has something to encode, as far as is known without reading the cache's items."""
-    return job.regenerate or not _has_all(_wanted(encoder, samples), encoder, job)
+    return job.regenerate or not _has_all(wanted_by(encoder, samples), encoder, job)
 
 
 def reclaim_unwanted(filled: Collection[str], job: CacheJob) -> None:
@@ -193,14 +198,9 @@ def _size(count: int) -> str:
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
-def _wanted(encoder: Encoder, samples: Iterable[Sample]) -> dict[str, SampleVersion]:
-    """The versions that the encoder makes items from, by the items' keys."""
-    return {item_key(encoder, version): version for sample in samples for version in versions(encoder, sample)}
-
-
-def _is_complete(wanted: Collection[str] | None, encoder: Encoder, job: CacheJob, tag: str) -> bool:
+def _is_complete(wanted: Collection[str] | None, number: int | None, encoder: Encoder, job: CacheJob, tag: str) -> bool:
     """Whether the cache has all items, which the main rank knows and tells the others, whose `wanted` is None."""
-    complete = wanted is not None and _has_all(wanted, encoder, job)
+    complete = number is not None or (wanted is not None and _has_all(wanted, encoder, job))
     return gather(job.ranks, f"{tag}/complete", complete, job.patience, job.raise_if_stopping)[0]
 
 

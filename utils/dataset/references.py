@@ -35,18 +35,24 @@ def remember(cache_dir: Path, store: str, owner: Path, keys: Iterable[str]) -> N
     keys = sorted(keys)
     digest = hashlib.blake2b("".join(keys).encode(), digest_size=16).hexdigest()
     with _opened(cache_dir) as index:
-        gone = [name for (name,) in index.execute("SELECT DISTINCT owner FROM owners") if not Path(name).exists()]
-        for name in gone:
-            _release(index, "owner = ?", [name])
-            index.execute("DELETE FROM owners WHERE owner = ?", [name])
-            index.execute("DELETE FROM wanted WHERE owner = ?", [name])
+        _forget_gone(index)
         this = [str(owner.resolve()), store]
         if index.execute("SELECT digest FROM owners WHERE owner = ? AND store = ?", this).fetchone() == (digest,):
             return
         _release(index, "owner = ? AND store = ?", this)
-        index.execute("DELETE FROM wanted WHERE owner = ? AND store = ?", this)
+        for table in ("wanted", "complete"):
+            index.execute(f"DELETE FROM {table} WHERE owner = ? AND store = ?", this)
         index.executemany("INSERT INTO wanted VALUES (?, ?, ?)", ((*this, key) for key in keys))
         index.execute("INSERT OR REPLACE INTO owners VALUES (?, ?, ?)", [*this, digest])
+
+
+def _forget_gone(index: sqlite3.Connection) -> None:
+    """Lets go of what runs wanted whose files are gone."""
+    gone = [name for (name,) in index.execute("SELECT DISTINCT owner FROM owners") if not Path(name).exists()]
+    for name in gone:
+        _release(index, "owner = ?", [name])
+        for table in ("owners", "wanted", "complete"):
+            index.execute(f"DELETE FROM {table} WHERE owner = ?", [name])
 
 
 def _release(index: sqlite3.Connection, of_whom: str, values: list[str]) -> None:
@@ -54,6 +60,42 @@ def _release(index: sqlite3.Connection, of_whom: str, values: list[str]) -> None
     index.execute(
         f"INSERT OR REPLACE INTO released SELECT store, key, ? FROM wanted WHERE {of_whom}", [time.time(), *values]
     )
+
+
+def note_complete(cache_dir: Path, store: TensorStore, owner: Path, identity: str, wanted: int) -> None:
+    """Notes that a store has all items that the run wants of it, until it wants others or something is deleted.
+
+    Args:
+        identity: of what it wants, the same as long as that is the same.
+        wanted: their number.
+    """
+    with _opened(cache_dir) as index:
+        row = [str(owner.resolve()), store.folder.name, identity, store.state(), len(store), wanted]
+        index.execute("INSERT OR REPLACE INTO complete VALUES (?, ?, ?, ?, ?, ?)", row)
+
+
+def complete(cache_dir: Path, store: TensorStore, owner: Path, identity: str) -> int | None:
+    """How many items the run wants of a store that is known to have all of them; None if that is not known."""
+    with _opened(cache_dir) as index:
+        _forget_gone(index)
+        this = [str(owner.resolve()), store.folder.name, identity, store.state(), len(store)]
+        row = index.execute(
+            "SELECT wanted FROM complete WHERE owner = ? AND store = ? AND identity = ? AND state = ? AND items <= ?",
+            this,
+        ).fetchone()
+    return row[0] if row and isinstance(row[0], int) and store.is_whole() else None
+
+
+def _has_nothing_else(index: sqlite3.Connection, store: TensorStore) -> bool:
+    """Whether it is known without reading it that a store has nothing but what the only run wants that uses it."""
+    name = store.folder.name
+    owners = index.execute("SELECT owner FROM owners WHERE store = ?", [name]).fetchall()
+    row = index.execute(
+        "SELECT 1 FROM complete JOIN owners USING (owner, store)"
+        " WHERE store = ? AND state = ? AND items = wanted AND wanted = ?",
+        [name, store.state(), len(store)],
+    ).fetchone()
+    return len(owners) == 1 and row is not None
 
 
 def stores_of(cache_dir: Path, owner: Path) -> set[str]:
@@ -67,6 +109,8 @@ def delete_unwanted(cache_dir: Path, store: TensorStore, *, all_of_it: bool = Fa
     """Deletes the items of a store that no run wants, if they are more than half of the store or if `all_of_it` is set.
     No run may be reading them. Without `all_of_it` those that `keep` names stay; returns the bytes that these take."""
     with _opened(cache_dir) as index:
+        if _has_nothing_else(index, store):
+            return 0
         rows = index.execute("SELECT DISTINCT key FROM wanted WHERE store = ?", [store.folder.name])
         wanted = {key for (key,) in rows}
         keys = store.keys()
@@ -110,6 +154,10 @@ def _opened(cache_dir: Path) -> Iterator[sqlite3.Connection]:
         index.execute(
             "CREATE TABLE IF NOT EXISTS wanted (owner TEXT, store TEXT, key TEXT, PRIMARY KEY (owner, store, key))"
             " WITHOUT ROWID"
+        )
+        index.execute(
+            "CREATE TABLE IF NOT EXISTS complete (owner TEXT, store TEXT, identity TEXT, state TEXT, items INTEGER,"
+            " wanted INTEGER, PRIMARY KEY (owner, store))"
         )
         index.execute(
             "CREATE TABLE IF NOT EXISTS released (store TEXT, key TEXT, time REAL, PRIMARY KEY (store, key))"

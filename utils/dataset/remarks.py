@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from utils.dataset.batches import SMALLEST_AREA
 from utils.dataset.captions import choice_in
-from utils.dataset.encoders import TEXT, Encoder, text_of
+from utils.dataset.encoders import Encoder, text_of
+from utils.dataset.inputs import TEXT
 from utils.dataset.manifest import Row
 from utils.dataset.samples import Mask, Sample, SampleVersion
 from utils.dataset.sources import Remark

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -172,6 +172,7 @@ def version_of_prompt(
     mask: MediaFile | None = None,
     control_fps: float = 0.0,
     control_fit: ControlFit = None,
+    control_frames: Callable[[MediaFile], int] = lambda control: 1,
 ) -> SampleVersion:
     """A prompt in the form of a sample that encoders can read.
 
@@ -182,10 +183,14 @@ def version_of_prompt(
         mask: what of the first of them is made anew; None for all of it.
         control_fps: the frames per second at which control clips and their masks are read.
         control_fit: how control images are brought to this size.
+        control_frames: how many frames of a control are read.
     """
     rules = DirectorySettings(path=Path(), control_fit=control_fit)
     media = None if clip_fps is None else pictures[0]
-    controls = tuple(Control(picture, bucket) for picture in (pictures if media is None else pictures[1:]))
+    controls = tuple(
+        Control(picture, replace(bucket, frames=control_frames(picture)))
+        for picture in (pictures if media is None else pictures[1:])
+    )
     region = None if mask is None else Mask(mask, is_alpha=False)
     sample = Sample(prompt, media, bucket, (Take(),), (prompt,), controls, region, clip_fps or control_fps, 1, rules)
     return evaluation_version(sample)

@@ -69,7 +69,24 @@ class StoreIndex:
                 "CREATE TABLE IF NOT EXISTS items (key TEXT PRIMARY KEY, shard TEXT, offset INTEGER,"
                 " length INTEGER, crc32 INTEGER) WITHOUT ROWID"
             )
+            self._count_deletions()
             if_it_fails.pop_all()
+
+    def _count_deletions(self) -> None:
+        """Has the index count its deletions from now on, whichever version of this program deletes."""
+        if self._database.execute("SELECT 1 FROM sqlite_master WHERE name = 'deleted'").fetchone():
+            return
+        with self._transaction() as database:
+            database.execute("CREATE TABLE IF NOT EXISTS states (id TEXT, deletions INTEGER)")
+            database.execute("INSERT INTO states SELECT hex(randomblob(8)), 0 WHERE NOT EXISTS (SELECT 1 FROM states)")
+            database.execute(
+                "CREATE TRIGGER IF NOT EXISTS deleted AFTER DELETE ON items"
+                " BEGIN UPDATE states SET deletions = deletions + 1; END"
+            )
+
+    def state(self) -> str:
+        """A text that is the same as long as nothing is deleted, in this index alone: items may have been added."""
+        return repr(self._query("SELECT id, deletions FROM states"))
 
     def __len__(self) -> int:
         return self._query("SELECT count(*) FROM items")[0][0]

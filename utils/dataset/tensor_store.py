@@ -170,13 +170,22 @@ class TensorStore:
     def lost(self, keys: Iterable[str]) -> list[str]:
         """The keys whose items lie in a shard that is gone or truncated, which can be found without reading items.
         Missing items do not count."""
-        ends = self._index.ends()
         taken = sizes(self.folder)
-        short = [shard for shard, end in ends.items() if taken.get(shard, -1) < end]
-        if not short:
+        if self._is_long_enough(taken):
             return []
         extents = self._index.extents(list(keys))
         return [key for key, extent in extents.items() if taken.get(extent.shard, -1) < extent.offset + extent.length]
+
+    def is_whole(self) -> bool:
+        """Whether no shard is gone or truncated."""
+        return self._is_long_enough(sizes(self.folder))
+
+    def _is_long_enough(self, taken: Mapping[str, int]) -> bool:
+        return all(taken.get(shard, -1) >= end for shard, end in self._index.ends().items())
+
+    def state(self) -> str:
+        """A text that is the same as long as nothing is deleted from this store."""
+        return self._index.state()
 
     def shards_of(self, keys: Iterable[str]) -> list[str]:
         """The names of the shards with the items of these keys."""

@@ -136,7 +136,8 @@ class SamplingSettings(SettingsTable):
     control_images: list[ControlImages] = []
     """The control image for each prompt, or a list of several for each; a single entry serves all prompts. For models
     that edit pictures (Kontext, Edit), and as the first frame for models that make a clip from it, or as its first and
-    its last. Models that follow a clip (VACE) take one. It is cropped to the shape of the sample."""
+    its last. Models that follow a clip (VACE) take one, and MiniMax-H3 takes several as references. It is cropped to
+    the shape of the sample."""
     mask_images: list[UserPath] = []
     """The mask of the first control image for each prompt, a picture or a clip in the shape of that image: white is
     made anew, black is kept; a single entry serves all prompts. For VACE with `mask_means = "made_anew"`; what is made

@@ -23,7 +23,7 @@ from models.foundation.checkpoints.loading import loaded
 from models.foundation.checkpoints.stock import of_transformers
 from models.foundation.checkpoints.weights import load_tensors, meta_tensors
 from models.foundation.encoders.video_vae import WanAutoencoder
-from utils.dataset.encoders import ENDS
+from utils.dataset.inputs import ENDS
 from utils.dataset.samples import Bucket
 from utils.first_values import none_without_memory
 

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch.nn import functional
 
 from models.foundation.encoders.video_vae import WanAutoencoder
-from utils.dataset.encoders import GUIDE, REGIONS
+from utils.dataset.inputs import GUIDE, REGIONS
 from utils.dataset.samples import Bucket
 
 MADE_ANEW = "made_anew"

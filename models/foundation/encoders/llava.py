@@ -5,8 +5,10 @@ Shapes: B samples, L tokens, D features.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import LlavaConfig
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-PICTURE = "<image>"
+PICTURE, PROJECTOR = "<image>", "multi_modal_projector."
 END_OF_HEADER = "<|end_header_id|>"
 HEADERS = 3
 """Of the system, the user and the assistant."""
@@ -85,16 +87,60 @@ def picture_tokens(config: LlavaConfig) -> int:
     return (vision.image_size // vision.patch_size) ** 2
 
 
+def in_one(reading: Mapping[str, Any], seeing: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of LLaVA of those of a Llama and of what sees for it, as ComfyUI's two files name them."""
+    words = {name.removeprefix("language_model."): tensor for name, tensor in reading.items() if PROJECTOR not in name}
+    text = {name: tensor for name, tensor in words.items() if "vision_tower." not in name and name != "lm_head.weight"}
+    named = {f"language_model.model.{name.removeprefix('model.')}": tensor for name, tensor in text.items()}
+    return named | {
+        name if name.startswith(PROJECTOR) else f"vision_tower.{name.removeprefix('vision_tower.')}": tensor
+        for name, tensor in seeing.items()
+    }
+
+
 class LlavaEncoder(TextEncoder):
     """LLaVA as an `Encoder` of a caption and of the first frame of its clip, with the settings in the folder's
-    `image_processor`. As for `ClipVision`, it sees the frame at the size of the clip."""
+    `image_processor`. As for `ClipVision`, it sees the frame at the size of the clip.
+
+    Args:
+        vision: a file of the weights with which it sees, where those with which it reads are a file of Llama's; None if
+            they are in one.
+        others, named: as of `TextEncoder`.
+    """
 
     reads = ("caption", "pixels")
     sees_pictures = True
 
+    def __init__(self, *others: Any, vision: Path | None = None, **named: Any):
+        super().__init__(*others, **named)
+        self.vision = vision
+
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint(super().fingerprint, self.folder / PROCESSOR)
+        whole = fingerprint(super().fingerprint, self.folder / PROCESSOR)
+        return fingerprint(whole, self.vision) if self.vision else whole
+
+    @property
+    def _is_in_stock_folder(self) -> bool:
+        return self.vision is None and super()._is_in_stock_folder
+
+    def _tensors(self, read: Callable[[Path, torch.dtype, str], dict[str, Any]]) -> dict[str, Any]:
+        tensors = super()._tensors(read)
+        if self.vision is None:
+            if not any("vision_tower." in name for name in tensors):
+                raise UserError.of(
+                    "holds what reads captions alone; give the file of what sees pictures as image_encoder_path "
+                    "(ComfyUI's is llava_llama3_vision.safetensors)",
+                    str(self._source),
+                )
+            return tensors
+        seen = read(self.vision, self.dtype, "")
+        if not any(name.startswith(PROJECTOR) for name in seen):
+            raise UserError.of(
+                f"has no tensors `{PROJECTOR}*`, with which LLaVA makes words of what it sees; give that of LLaVA",
+                str(self.vision),
+            )
+        return in_one(tensors, seen)
 
     @cached_property
     def processor(self) -> CLIPImageProcessorPil:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ from einops import rearrange
 
 from models.foundation.encoders.vae import Family, Tensors, in_the_room_there_is, picture_noise
 from models.foundation.encoders.video_vae import WanAutoencoder
-from utils.dataset.encoders import ENDS
+from utils.dataset.inputs import ENDS, as_clip
 from utils.dataset.samples import Bucket
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of red, green and blue in [0, 1], as in ImageNet: the VAE takes and gives pixels in these units."""
-KEY_FRAME_SEED, KEY_FRAME_NOISE = 42, 0.001
-"""The seed by which the stock pipeline draws all key frames, and their part of noise."""
+GIVEN_SEED, GIVEN_NOISE = 42, 0.001
+"""The seed by which the stock pipeline draws all key frames and references, and their part of noise."""
 
 
 RENAMED = (
@@ -140,10 +141,25 @@ class MiniMaxH3Autoencoder(WanAutoencoder):
         return tuple(torch.tensor(values, device=device).view(-1, 1, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
 
 
-class MiniMaxH3KeyFrames(MiniMaxH3Autoencoder):
-    """The same of a clip's first frame, and of its last, each as a picture by itself: `key_frame_latents` (B, C, K, h,
-    w). They are drawn from their distribution and rounded to float16 as in the stock pipeline, by the same numbers for
-    all, and have as little noise as the model has learned to see in them, which is always the same for a picture.
+class MiniMaxH3Given(MiniMaxH3Autoencoder):
+    """The same of what the model is given beside the noisy clip. It is drawn from its distribution and rounded to
+    float16 as in the stock pipeline, by the same numbers for all, and has as little noise as the model has learned to
+    see in it, which is always the same for a picture or clip."""
+
+    def _given(self, pixels_BCFHW: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, f, h, w) of pixels in [-1, 1]."""
+        return torch.cat([self._of_one(pixels_1CFHW) for pixels_1CFHW in pixels_BCFHW.split(1)])
+
+    def _of_one(self, pixels_1CFHW: torch.Tensor) -> torch.Tensor:
+        posterior = self.vae.encode(self._units(pixels_1CFHW).to(self.device, self.dtype)).latent_dist
+        drawn = posterior.sample(torch.Generator().manual_seed(GIVEN_SEED)).to(torch.float16).to(self.dtype)
+        mean, std = self._statistics(drawn.shape[2])
+        latents = (drawn - mean) / std
+        return torch.lerp(latents, picture_noise(pixels_1CFHW, latents), GIVEN_NOISE)
+
+
+class MiniMaxH3KeyFrames(MiniMaxH3Given):
+    """Of a clip's first frame, and of its last, each as a picture by itself: `key_frame_latents` (B, C, K, h, w).
 
     Args:
         to_last: the last frame too, which in samples is a second picture.
@@ -160,19 +176,27 @@ class MiniMaxH3KeyFrames(MiniMaxH3Autoencoder):
     def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Latents of the frames of `pixels_BCFHW` in [-1, 1]."""
         (pixels_BCFHW,) = inputs.values()
-        frames = [pixels_BCFHW[:, :, [frame]] for frame in self.kept]
-        latents = [
-            torch.cat([self._of_picture(one_1C1HW) for one_1C1HW in frame_BC1HW.split(1)]) for frame_BC1HW in frames
-        ]
-        return {"key_frame_latents": torch.cat(latents, dim=2)}
-
-    def _of_picture(self, pixels_1C1HW: torch.Tensor) -> torch.Tensor:
-        posterior = self.vae.encode(self._units(pixels_1C1HW).to(self.device, self.dtype)).latent_dist
-        drawn = posterior.sample(torch.Generator().manual_seed(KEY_FRAME_SEED)).to(torch.float16).to(self.dtype)
-        mean, std = self._statistics(1)
-        latents = (drawn - mean) / std
-        return torch.lerp(latents, picture_noise(pixels_1C1HW, latents), KEY_FRAME_NOISE)
+        frames = [self._given(pixels_BCFHW[:, :, [frame]]) for frame in self.kept]
+        return {"key_frame_latents": torch.cat(frames, dim=2)}
 
     def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         ((channels, _, *cells), dtype) = super().feature_shapes(bucket)["key_frame_latents"]
         return {"key_frame_latents": ((channels, len(self.kept), *cells), dtype)}
+
+
+class MiniMaxH3Reference(MiniMaxH3Given):
+    """Of a control image or clip, which is a reference: `control_latents` (B, C, f, h, w), or `control_2_latents` and
+    so on."""
+
+    def __init__(self, *others: Any, reads: str):
+        super().__init__(*others, reads=reads)
+        self.reads = (as_clip(reads),)
+
+    @torch.no_grad()
+    def encode(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        (pixels_BCFHW,) = inputs.values()
+        return dict.fromkeys(self.outputs, self._given(pixels_BCFHW))
+
+    def feature_shapes(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """The shape for a picture."""
+        return super().feature_shapes(replace(bucket, frames=1))

@@ -1,4 +1,4 @@
-"""Qwen3-VL as a text encoder for captions alone, of which models read the states of several layers.
+"""Qwen3-VL as a text encoder for captions, of which models read the states of several layers.
 
 Shapes: B captions, L tokens, K layers, D features.
 """
@@ -43,9 +43,13 @@ class Qwen3VLStates(TextFeatures):
         """The tokens that are read for a caption."""
         return tokenizer(self.written(tokenizer, caption), max_length=self.length, truncation=True).input_ids
 
-    def states(self, text_encoder: nn.Module, tokens_BL: torch.Tensor) -> Sequence[torch.Tensor]:
-        """The states of `layers`, each (B, L, D)."""
-        states = text_encoder(tokens_BL, output_hidden_states=True, use_cache=False).hidden_states
+    def states(self, text_encoder: nn.Module, tokens_BL: torch.Tensor, **pictures: Any) -> Sequence[torch.Tensor]:
+        """The states of `layers`, each (B, L, D).
+
+        Args:
+            pictures: what the encoder is told of pictures among the tokens.
+        """
+        states = text_encoder(tokens_BL, output_hidden_states=True, use_cache=False, **pictures).hidden_states
         return [states[layer] for layer in self.layers]
 
     def joined(self, states: Sequence[torch.Tensor]) -> torch.Tensor:

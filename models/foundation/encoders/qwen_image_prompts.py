@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from models.foundation.encoders.qwen_vl import PICTURE, Prompt
-from utils.dataset.encoders import control_names
+from utils.dataset.inputs import control_names
 
 CONTROLS = control_names(3)
 

@@ -20,7 +20,7 @@ from models.foundation.checkpoints.configs import PROCESSOR_FILE, check_processo
 from models.foundation.checkpoints.headers import fingerprint
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.encoders.text_features import EncodedText, Shapes, TextFeatures
-from utils.dataset.encoders import control_names
+from utils.dataset.inputs import control_names
 from utils.dataset.samples import Bucket
 from utils.errors import UserError
 from utils.media.writing import tensor_to_image

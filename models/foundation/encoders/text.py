@@ -184,12 +184,16 @@ class TextEncoder:
         with explained(folder / "config.json", self.stock_class.config_class.__name__):
             return self.stock_class.config_class.from_pretrained(folder)
 
+    @property
+    def _is_in_stock_folder(self) -> bool:
+        """Whether all weights are in files with the names that transformers gives them."""
+        return any((self._source / name).is_file() for name in STOCK_FILES)
+
     def load_model(self) -> nn.Module:
         """The model of transformers with its weights, on the CPU and not quantised."""
-        source = self._source
-        # If a folder has the file names of transformers, it reads one tensor after the other.
-        if any((source / name).is_file() for name in STOCK_FILES):
-            return self._build(source, config=self.needed())
+        # In its own folders transformers reads one tensor after the other.
+        if self._is_in_stock_folder:
+            return self._build(self._source, config=self.needed())
         tensors = self._tensors(load_tensors)
         return self._build(None, config=self.needed(), state_dict=tensors)
 
@@ -200,9 +204,9 @@ class TextEncoder:
         # Of what is wrong with a tensor that is quantised transformers would say nothing.
         self.check_weights()
         how = {"config": self.needed(), "quantization_config": Quantisation(FORMATS[self.kept])}
-        source, there = self._source, {"": device}
-        if any((source / name).is_file() for name in STOCK_FILES):
-            return self._build(source, device_map=there, **how)
+        there = {"": device}
+        if self._is_in_stock_folder:
+            return self._build(self._source, device_map=there, **how)
         tensors = self._tensors(lambda path, _, prefix: mapped_tensors(path, prefix))
         return self._build(None, state_dict=tensors, device_map=there, **how)
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from models.foundation.encoders.vae import Family, ImageAutoencoder, Tensors, in_the_room_there_is, picture_noise
+from utils.dataset.inputs import with_opacity
 from utils.dataset.samples import Bucket
 
 STATISTICS = ("z_dim", "latents_mean", "latents_std")
@@ -92,14 +93,15 @@ class QwenImageAutoencoder(WanAutoencoder):
 
 
 class QwenImage21Autoencoder(WanAutoencoder):
-    """Qwen-Image 2.1's VAE as an `Encoder` of pictures with their opacity (B, 4, 1, H, W), in latents (B, C, 1, h, w)
-    of cells of 16 x 16 pixels."""
+    """Qwen-Image 2.1's VAE as an `Encoder` of pictures, or of control images, with their opacity (B, 4, 1, H, W), in
+    latents (B, C, 1, h, w) of cells of 16 x 16 pixels."""
 
     family = QWEN_IMAGE_21
 
     def __init__(self, *others: Any, **named: Any):
         super().__init__(*others, **named)
-        self.reads = ("rgba",)
+        (read,) = self.reads
+        self.reads = ("rgba" if read == "pixels" else with_opacity(read),)
 
     def decode(self, latents_BC1hw: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, 1, H, W) in [-1, 1], on grey."""

@@ -20,7 +20,9 @@ from tests.models import (
     tiny_hunyuan_video_15_i2v,
     tiny_hunyuan_video_i2v,
     tiny_minimax_h3_fl,
+    tiny_minimax_h3_ref,
     tiny_qwen_image,
+    tiny_qwen_image_21_edit,
     tiny_wan_flf,
 )
 from tests.models.assembly.test_phases import really_taken
@@ -77,7 +79,9 @@ def held(module: nn.Module) -> int:
         (tiny_hunyuan_video_i2v, CLIP, 3, ()),
         (tiny_hunyuan_video_15_i2v, CLIP, 3, ()),
         (tiny_qwen_image, PICTURE, 3, (2, QwenImageEditPlusPipeline)),
+        (tiny_qwen_image_21_edit, PICTURE, 1, (2,)),
         (tiny_minimax_h3_fl, CLIP, 1, ()),
+        (tiny_minimax_h3_ref, PICTURE, 1, (2,)),
     ],
 )
 def test_who_sees_pictures_takes_what_is_counted(

@@ -374,6 +374,12 @@ def test_controls_have_their_own_size_in_the_shape_of_the_target():
     assert str(moving.bucket) == "512x512x33" and str(moving.controls[0].bucket) == "512x512x1"
 
 
+def test_controls_that_are_read_as_clips_are_no_longer_than_the_sample():
+    clip = row(media(200, 100, 40), controls=[media(50, 50, frames, digest="c") for frames in (1, 30, 99, 3)])
+    (sample,) = assigned([], replace(CLIP_FACTS, control_clips=True), rows=[clip], frame_buckets=[33]).samples
+    assert [control.bucket.frames for control in sample.controls] == [1, 29, 33, 1]
+
+
 def test_masks_and_rules_come_along():
     mask = Mask(media(20, 20, digest="c"), is_alpha=False)
     (sample,) = assigned([], rows=[row(media(100, 100), mask=mask)], loss_weight=0.5).samples

@@ -19,13 +19,13 @@ from tests.utils.dataset.conftest import (
     truncate,
 )
 from tests.utils.media.clips import write_video
+from utils.dataset.collecting import collect_together
 from utils.dataset.collection import (
     FAILED_NAME,
     LISTED,
     Source,
     check_encoder_names,
     collect,
-    collect_together,
     shortfalls,
     tell,
     too_many_failures,

@@ -23,7 +23,8 @@ from tests.utils.dataset.conftest import (
     samples_of,
 )
 from tests.utils.media.clips import numbered, write_video
-from utils.dataset.encoders import GUIDE, REGIONS, decoded_bytes, inputs_of, item_key, items_wanted, versions
+from utils.dataset.encoders import decoded_bytes, inputs_of, item_key, items_wanted, versions
+from utils.dataset.inputs import GUIDE, REGIONS
 from utils.dataset.masks import MASK, MaskEncoder
 from utils.dataset.samples import SampleVersion, evaluation_version
 from utils.media.colour import Jitter
