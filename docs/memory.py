@@ -55,9 +55,9 @@ FULL = """## In full
 One sample at a time. The first two columns are the GiB of a single card with blocks recomputed with offload and none
 swapped, for AdamW and for `adamw8bit`, which keeps a quarter of the optimizer's state; more `pipeline_stages` share all
 of it. The others are what `"auto"` chooses for AdamW on a card: as above, and last the GiB of the machine's memory that
-weights, gradients and optimizer state of the swapped blocks take, where the processor updates them. `zero_stage = 1`
-or `2` divides the optimizer's state, or also the gradients, among the data ranks of a stage, and `offload_optimizer =
-true` keeps that state in the machine's memory; `--check` counts both.
+weights, gradients and optimizer state of the swapped blocks take, where the processor updates them. `zero_stage = 1`,
+`2` or `3` divides the optimizer's state, also the gradients, or also the weights of the blocks, among the data ranks of
+a stage, and `offload_optimizer = true` keeps that state in the machine's memory; `--check` counts both.
 """
 TEXTS_KEPT = (None, "float8", "nf4")
 TEXTS = """## Text encoders
@@ -80,6 +80,9 @@ CLIPS = (
     ("hunyuan_video_15", "720p_t2v"),
     ("framepack", "13b"),
     ("kandinsky5", "lite_t2v"),
+    ("cogvideox", "5b"),
+    ("cogvideox", "1.5_5b"),
+    ("mochi", "preview"),
     ("ltx_video", "2b_0.9.5"),
     ("ltx_video", "13b"),
     ("ltx2", "2.3_22b"),
@@ -97,11 +100,11 @@ OF_CLIPS = f"""## Clips
 
 Of one clip: the tokens of its latents, the MiB that it takes in the cache (latents and the longest caption), the GiB
 with which the VAE encodes it at once, and in tiles, as it does where the card has no room for that: neighbouring tiles
-are blended, and differ a little from the whole. Wan's VAE goes through a clip part by part and remembers what it needs
-of the frames before, HunyuanVideo's blends pieces of 16 frames as its stock pipeline does; all others see the whole
-clip. Then what a LoRA of rank {RANK} needs on a card, as above; FramePack's sections are as long in each clip. Sides
-are multiples of what the model asks for, so that 720 lines may be 704, and clips are cut to the frames that it was made
-for.
+are blended, and differ a little from the whole. The VAEs of Wan and CogVideoX go through a clip part by part and
+remember what they need of the frames before, HunyuanVideo's blends pieces of 16 frames as its stock pipeline does; all
+others see the whole clip. Then what a LoRA of rank {RANK} needs on a card, as above; FramePack's sections are as long
+in each clip. Sides are multiples of what the model asks for, so that 720 lines may be 704, and clips are cut to the
+frames that it was made for.
 """
 
 

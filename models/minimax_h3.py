@@ -23,7 +23,6 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from models.assembly.prompts import PICTURES, prompt_versions
 from models.base import BasePipeline, Features, ModelEncoder
 from models.families.clips import problems_of_stills
 from models.foundation.checkpoints.configs import stock_scheduler
@@ -241,8 +240,6 @@ class MiniMaxH3Pipeline(BasePipeline):
             )
 
     def problems_of_samples(self, sampling: SamplingSettings) -> Iterator[Problem]:
-        if self.options.from_references and sampling.prompts and sampling.control_images:
-            yield from self._problems_of_shown(sampling)
         if sampling.prompts and "guidance" not in sampling.model_fields_set:
             message = (
                 f"is {sampling.guidance:g} where it is not given, and this model is distilled to need none; set it to "
@@ -282,15 +279,10 @@ class MiniMaxH3Pipeline(BasePipeline):
         told = (encoder.misfit(sample.controls, "control_resolution") for sample in by_size.values())
         return [Problem("", "[[directory]]", one) for one in told if one][:1]
 
-    def _problems_of_shown(self, sampling: SamplingSettings) -> Iterator[Problem]:
-        """Of the references of a sample."""
-        try:
-            (version, *_) = prompt_versions(self, sampling)
-        except UserError:
-            # It is told where the samples of all models are looked at.
-            return
-        if told := self._text_encoder(1).misfit(version.sample.controls, "width and height"):
-            yield Problem("", PICTURES, told)
+    def misfit_of_prompt(self, prompt: Sample) -> str | None:
+        if not (self.options.from_references and prompt.controls):
+            return None
+        return self._text_encoder(1).misfit(prompt.controls, "width and height")
 
     def encoders_for(self, controls: int) -> list[Encoder]:
         if controls and not self.options.from_references:

@@ -12,6 +12,7 @@ from models.assembly.room import planned_with
 from utils.errors import UserError
 from utils.settings.plain import as_toml
 from utils.settings.schema import Settings
+from utils.settings.step_rules import DIVIDES_GRADIENTS
 
 KEYS = ("activation_checkpointing", "blocks_to_swap")
 
@@ -78,4 +79,4 @@ def _attempts(planner: Planner, budget: float) -> Iterator[Attempt]:
 def _may_step_on_host(settings: Settings) -> bool:
     """Whether blocks that are trained may be swapped."""
     runs_there = "cpu" not in optimizers.find(settings.optimizer.type).not_on
-    return runs_there and not settings.zero_stage
+    return runs_there and settings.zero_stage != DIVIDES_GRADIENTS

@@ -44,14 +44,21 @@ class Kept:
         releases = settings.optimizer.gradient_release
         return cls(settings.optimizer, averages, sums_in_float32(settings), zero_stage, data_ranks, offload, releases)
 
-    def bytes_of(self, trained: Mapping[str, nn.Parameter], *, gradients: bool = True) -> tuple[int, int]:
+    def bytes_of(
+        self,
+        trained: Mapping[str, nn.Parameter],
+        *,
+        gradients: bool = True,
+        among: Mapping[str, nn.Parameter] | None = None,
+    ) -> tuple[int, int]:
         """On the device and in the host's memory, of the rank that has most of these parameters of a stage.
 
         Args:
             gradients: whether there are any, as there are in a step and not between two.
+            among: all that the stage trains; default: these.
         """
         data_ranks = self.data_ranks if self.zero_stage else 1
-        shares = [list(trained.values())] if data_ranks == 1 else self._shares(trained)
+        shares = [list(trained.values())] if data_ranks == 1 else self._shares(trained, among)
         divides_gradients = gradients and self.zero_stage > 1 and data_ranks > 1
         of_all = sum(map(self.gradient, trained.values())) if gradients else 0
         found = [
@@ -60,9 +67,12 @@ class Kept:
         ]
         return max(device for device, _ in found), max(host for _, host in found)
 
-    def _shares(self, trained: Mapping[str, nn.Parameter]) -> list[list[nn.Parameter]]:
+    def _shares(
+        self, trained: Mapping[str, nn.Parameter], among: Mapping[str, nn.Parameter] | None
+    ) -> list[list[nn.Parameter]]:
         """What each data rank steps of these parameters."""
-        owner_of = owners({name: parameter.numel() for name, parameter in trained.items()}, self.data_ranks)
+        sizes = {name: parameter.numel() for name, parameter in (trained if among is None else among).items()}
+        owner_of = owners(sizes, self.data_ranks)
         return [[p for name, p in trained.items() if owner_of[name] == rank] for rank in range(self.data_ranks)]
 
     def _share(self, share: Sequence[nn.Parameter], gradients: int) -> tuple[int, int]:
@@ -79,6 +89,10 @@ class Kept:
             found = optimizers.find(self.optimizer.type).state_bytes(self.optimizer, parameter)
             self._states[id(parameter)] = found
         return found
+
+    def sums_of(self, trained: Mapping[str, nn.Parameter], among: Mapping[str, nn.Parameter]) -> int:
+        """The bytes of gradients that are summed over data ranks, at the owner that has most; see `bytes_of`."""
+        return max(sum(map(_summed, share)) for share in self._shares(trained, among))
 
     def gradient(self, parameter: nn.Parameter) -> int:
         """The bytes of a parameter's gradient."""

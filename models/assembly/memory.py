@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from models.assembly.activations import LayerActivations, LayerRun, activations_of, peak, run_layers, storages
+from models.assembly.divided_weights import DividedWeights
 from models.assembly.kept import Kept, gradient_size, held_by
 from models.assembly.live_bytes import ForwardRun, run_forward
 from models.assembly.operations import LayerOperations, count_operations
@@ -47,6 +48,7 @@ class StagePlan:
         live: of text encoders whose features are not cached: their weights, and what they take at once.
         between: what is kept of `state` between two steps.
         evaluation, sampling: what is held at the peak of these, at which there are no gradients; 0 if a run has none.
+        divided: what data ranks divide of the weights; `swap` says then whose pieces are in the host's memory.
     """
 
     layers: tuple[int, int]
@@ -60,6 +62,7 @@ class StagePlan:
     between: int = 0
     evaluation: int = 0
     sampling: int = 0
+    divided: DividedWeights = DividedWeights()
 
     @property
     def training(self) -> int:
@@ -81,6 +84,14 @@ class StagePlan:
             told = f"{told} + text encoders {sum(self.live) / GIB:.2f}"
         if self.stepped:
             told = f"{told}; the optimizer takes {self.stepped / GIB:.2f} GiB of the host's memory"
+        if self.divided.blocks:
+            pieces, buffers = self.divided.pieces / GIB, self.divided.buffers / GIB
+            told = (
+                f"{told}; of {self.divided.blocks} divided blocks a rank keeps {pieces:.2f} GiB of the weights, and "
+                f"{buffers:.2f} GiB of buffers"
+            )
+            host = f"{len(self.swap.blocks)} of them take {self.host / GIB:.2f} GiB of the host's memory"
+            return f"{told}; {host}" if self.swap.blocks else told
         if not self.swap.blocks:
             return told
         return (
@@ -110,7 +121,8 @@ class Planner:
         evaluated: Collection[Bucket] = (),
     ):
         self.settings, self.staged = settings, staged
-        self._kept = Kept.of(settings, data_ranks)
+        self._kept, self.data_ranks = Kept.of(settings, data_ranks), data_ranks
+        self._divides = settings.divides_weights and data_ranks > 1
         self._pipeline, self._encoders = pipeline, encoders
         self._counted: dict[Hashable, list[LayerActivations]] = {}
         self._swaps: dict[tuple[int, int], SwapPlan] = {}
@@ -174,14 +186,25 @@ class Planner:
         trained = {name: parameter for part in self._trained[slice(*bounds)] for name, parameter in part.items()}
         away = {name: parameter for name, parameter in trained.items() if id(parameter) in travelling}
         staying = {name: parameter for name, parameter in trained.items() if name not in away}
-        state, stepped = self._kept.bytes_of(staying, gradients=not self._kept.releases)
+        divided = self._divided(bounds, swap, trained)
+        state, stepped = self._kept.bytes_of(staying, gradients=not self._kept.releases, among=trained)
         if self._kept.releases:
             state += max(sum(map(self._kept.gradient, part.values())) for part in self._trained[slice(*bounds)])
-        weights = self._weights(bounds) + swap.ring_bytes - swap.tensor_bytes
-        buffers = self._gradient_buffers(swap)
-        between = self._kept.bytes_of(staying, gradients=False)[0] + buffers
+        # These are stepped where they are, without copies.
+        at_home = replace(self._kept, offload=False)
+        if divided.blocks:
+            weights, buffers = self._weights(bounds) - divided.saved, 0
+            sums = self._kept.sums_of(away, trained)
+            # Those of a block leave when the one before it begins its backward pass.
+            state += sums + max(sum(map(self._kept.gradient, part.values())) for part in self._trained[slice(*bounds)])
+            host = divided.on_host + sum(at_home.bytes_of(away, gradients=False, among=trained)) + sums
+        else:
+            weights = self._weights(bounds) + swap.ring_bytes - swap.tensor_bytes
+            buffers = self._gradient_buffers(swap)
+            host = swap.host_bytes + sum(at_home.bytes_of(away, among=trained))
+        between = self._kept.bytes_of(staying, gradients=False, among=trained)[0] + buffers
         # While the averages are in the place of the parameters, these wait beside them.
-        exchanged = sum(parameter.nbytes for parameter in staying.values()) if self._kept.averages else 0
+        exchanged = self._exchanged(bounds, staying, divided) if self._kept.averages else 0
         # The first stage encodes captions, for training and for evaluation.
         live = self.phases.staying if bounds[0] == 0 else (0, 0)
         evaluation, sampling = self.phases.forward(bounds, weights + between + exchanged, live)
@@ -195,10 +218,26 @@ class Planner:
             evaluation=evaluation,
             sampling=sampling,
             swap=swap,
-            # These are stepped where they are, without copies.
-            host=swap.host_bytes + sum(replace(self._kept, offload=False).bytes_of(away)),
+            host=host,
             stepped=stepped,
+            divided=divided,
         )
+
+    def _divided(self, bounds: tuple[int, int], swap: SwapPlan, trained: Mapping[str, nn.Parameter]) -> DividedWeights:
+        if not self._divides:
+            return DividedWeights()
+        in_full = self.settings.adapter is None
+        every = self._swap(bounds)
+        return DividedWeights.of(
+            every.with_blocks(len(every.blocks)), swap.blocks, self._kept.data_ranks, trained if in_full else {}
+        )
+
+    def _exchanged(self, bounds: tuple[int, int], staying: Mapping[str, nn.Parameter], divided: DividedWeights) -> int:
+        """The bytes of these parameters, of which a rank has only its own where they are divided."""
+        if not divided.blocks or self.settings.adapter:
+            return sum(parameter.nbytes for parameter in staying.values())
+        apart = {id(parameter) for block in self._swap(bounds).trained.values() for parameter in block}
+        return divided.pieces + sum(p.nbytes for p in staying.values() if id(p) not in apart)
 
     def _weights(self, bounds: tuple[int, int]) -> int:
         """The bytes of a stage's weights and buffers; what several of its layers have counts once."""
@@ -243,7 +282,8 @@ class Planner:
     def _swap(self, bounds: tuple[int, int]) -> SwapPlan:
         """With all blocks of a stage."""
         if bounds not in self._swaps:
-            self._swaps[bounds] = SwapPlan.of_all(self._layers(bounds), trained=self.settings.adapter is None)
+            plan_of = SwapPlan.of_divided if self._divides else SwapPlan.of_all
+            self._swaps[bounds] = plan_of(self._layers(bounds), trained=self.settings.adapter is None)
         return self._swaps[bounds]
 
     def _activations(self, settings: Settings, bounds: tuple[int, int]) -> Sequence[LayerActivations]:

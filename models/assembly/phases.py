@@ -179,9 +179,11 @@ def encoding_bytes(
 
 def _channels(vae: nn.Module) -> int:
     """The number of channels of a picture. The configuration of Wan 2.2's VAE counts them after it has been cut into
-    patches."""
+    patches, that of Mochi's with sines and cosines of the colours."""
     told = next((vae.config[key] for key in CHANNELS if vae.config.get(key)), RGB)
-    return told // vae.config["patch_size"] ** 2 if told > RGBA else told
+    if told <= RGBA:
+        return told
+    return told // vae.config["patch_size"] ** 2 if "patch_size" in vae.config else vae.config["out_channels"]
 
 
 def _is_little(activations: int | None) -> bool:

@@ -227,8 +227,9 @@ def _divided(settings: Settings, ranks: Ranks) -> dict[str, str]:
         return {}
     if data_ranks == 1:
         return {"zero_stage": f"{stage} changes nothing here: there is 1 data rank (processes / pipeline_stages)"}
-    what = "optimizer state" if stage == 1 else "optimizer state and gradients"
-    return {"zero_stage": f"{stage}, {what} divided among {data_ranks} data ranks"}
+    weights = "frozen weights of the blocks" if settings.adapter else "trained weights of the blocks"
+    what = {1: "optimizer state", 2: "optimizer state and gradients", 3: f"optimizer state, gradients and {weights}"}
+    return {"zero_stage": f"{stage}, {what[stage]} divided among {data_ranks} data ranks"}
 
 
 def _global_batch(settings: Settings, ranks: Ranks, training: Collection) -> str:

@@ -125,14 +125,15 @@ def of_plans(
     budget = planned_with(memory)
     peaks = planner.phases.peaks(plans)
     largest = max(plan.weights + plan.live[0] for plan in plans)
+    for_weights = [*_for_weights(settings, planner.data_ranks)]
     if largest > budget:
-        message = _short(largest, budget, memory, "its weights alone", [*_for_weights(settings)])
+        message = _short(largest, budget, memory, "its weights alone", for_weights)
         yield Problem("", "training", message), largest > card
         return
     for phase, ways in (
-        ("training", [*_for_training(settings), *_for_weights(settings)]),
-        ("evaluation", ["eval_micro_batch_size_per_gpu = 1", *_for_weights(settings)]),
-        ("sampling", ["smaller samples in [sampling] (width, height, frames)", *_for_weights(settings)]),
+        ("training", [*_for_training(settings), *for_weights]),
+        ("evaluation", ["eval_micro_batch_size_per_gpu = 1", *for_weights]),
+        ("sampling", ["smaller samples in [sampling] (width, height, frames)", *for_weights]),
     ):
         if peaks[phase] > budget:
             what = f"{largest / GIB:.2f} of them weights"
@@ -153,8 +154,10 @@ def _devices_it_is_not_for(settings: Settings) -> Collection[str]:
     return optimizers.find(settings.optimizer.type).not_on
 
 
-def _for_weights(settings: Settings) -> Iterator[str]:
+def _for_weights(settings: Settings, data_ranks: int) -> Iterator[str]:
     """What leaves fewer weights on the card."""
+    if data_ranks > 1 and settings.pipeline_stages == 1 and not settings.divides_weights:
+        yield "zero_stage = 3"
     if settings.blocks_to_swap != "auto":
         yield 'blocks_to_swap = "auto"'
     if settings.adapter and settings.model.transformer_dtype not in SMALLEST_FORMATS:

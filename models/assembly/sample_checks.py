@@ -95,13 +95,19 @@ def _problems_of_scale(pipeline: BasePipeline, sampling: SamplingSettings, *, ha
 def _problems_of_drawing(pipeline: BasePipeline, sampling: SamplingSettings) -> list[Problem]:
     """What only shows where a sample is begun: its size, its pictures and their shapes, its steps."""
     problems: list[Problem] = []
-    for check in (_size, _shape_of_mask, _decode, _step):
+    for check in (_size, _shown, _shape_of_mask, _decode, _step):
         try:
             check(pipeline, sampling)
         except UserError as error:
             problems += error.problems
             break
     return problems
+
+
+def _shown(pipeline: BasePipeline, sampling: SamplingSettings) -> None:
+    """Whether the model can be shown the pictures."""
+    if told := pipeline.misfit_of_prompt(prompt_versions(pipeline, sampling)[0].sample):
+        raise UserError.of(told, where=PICTURES)
 
 
 def _size(pipeline: BasePipeline, sampling: SamplingSettings) -> None:

@@ -12,11 +12,12 @@ from torch import nn
 
 from models.assembly.checkpoint_export import averages_in, in_words_of, take_weights_to_use
 from models.assembly.drawings import sample_model
+from models.assembly.placement import block_swap
 from models.assembly.preflight import check_model
 from models.assembly.prompts import pictures_a_prompt
 from models.assembly.sample_checks import tell_long_prompts
 from models.assembly.stage import StagedModel, load_stage
-from models.assembly.trainer import block_swap, open_checkpoint
+from models.assembly.trainer import open_checkpoint
 from models.base import BasePipeline
 from utils.errors import UserError
 from utils.parallel.backend import initialize_deepspeed
@@ -165,7 +166,8 @@ def _without_training(settings: Settings) -> dict[str, object]:
         "activation_checkpointing": False,
         "blocks_to_swap": 0 if settings.blocks_to_swap == "auto" else settings.blocks_to_swap,
         "partition_method": "parameters" if settings.partition_method in PLANNED else settings.partition_method,
-        "zero_stage": 0,
+        # Weights are divided here too; there is nothing else that data ranks could divide.
+        "zero_stage": settings.zero_stage if settings.divides_weights else 0,
         "offload_optimizer": False,
     }
 

@@ -19,6 +19,7 @@ from models.assembly.drawings import sample_model
 from models.assembly.exports import about_run, export_plan
 from models.assembly.kept import sums_in_float32
 from models.assembly.noising import NoisedBatch, Noising
+from models.assembly.placement import block_swap, shares_of
 from models.assembly.plan import epochs_of
 from models.assembly.rates import Rates
 from models.assembly.stage import StagedModel, load_stage, teacher_of
@@ -36,8 +37,6 @@ from utils.parallel.engine import Engine
 from utils.parallel.offload import HostInputs
 from utils.parallel.pipeline import DenoiserPipeline
 from utils.parallel.sharding import Shares
-from utils.parallel.swap import BlockSwap
-from utils.parallel.swap_plan import SwapPlan
 from utils.parallel.together import groups_for_frozen_stage, numbers_of_all, optimizer_for_frozen_stage
 from utils.parallel.wire import map_tensors
 from utils.ranks import Ranks
@@ -138,7 +137,7 @@ def build_trainer(
     epochs = epochs_of(settings, ranks, pipeline, data.training.samples)
     staged = load_stage(pipeline, settings, ranks.stage)
     parameters = staged.trained(staged.stage_layers(ranks.stage))
-    shares = _shares(settings, ranks, staged, parameters)
+    shares = shares_of(settings, ranks, staged, parameters)
     optimizer = _optimizer(settings, Rates(settings, pipeline, staged.denoiser), shares.stepped, epochs)
     engine = _engine(settings, ranks, pipeline, staged, optimizer, shares)
     reader = reader_of(data, ranks)
@@ -161,7 +160,7 @@ def build_trainer(
         resumed_at=progress.step if checkpoint else None,
     )
     told = _telling(settings, ranks, pipeline, data, folder, resumed=checkpoint is not None)
-    told["norms"] = BlockNorms(ranks, engine, parameters) if settings.monitoring.block_norms else None
+    told["norms"] = BlockNorms(ranks, engine, parameters, shares.written) if settings.monitoring.block_norms else None
     run = RunParts(settings, ranks, engine, optimizer, parameters, shares, folder, metrics, stop, ema, **told)
     duties = _duties(run, pipeline, data, reader, noising, staged)
     if not checkpoint:
@@ -230,28 +229,17 @@ def restore_or_start(
     """
     shares = shares or Shares(parameters)
     if checkpoint:
-        checkpoint.load_weights(parameters)
+        checkpoint.load_weights(shares.held)
         shares.take_values()
         if not flags.reset_optimizer:
             checkpoint.load_optimizer(shares.stepped, optimizer, optimizers.find(settings.optimizer.type).retyped)
     ema = None
     if settings.ema:
         held = {"stepped": shares.stepped, "complete": shares.complete}
-        ema = EMA(parameters.items(), settings.ema, optimizer, since=progress.step, **held)
+        ema = EMA(shares.held.items(), settings.ema, optimizer, since=progress.step, **held)
     if checkpoint:
         checkpoint.load_ema(ema)
     return ema
-
-
-def _shares(settings: Settings, ranks: Ranks, staged: StagedModel, parameters: Mapping[str, Parameter]) -> Shares:
-    return Shares(
-        parameters,
-        ranks,
-        settings.zero_stage,
-        offload=settings.offload_optimizer,
-        pinned=ranks.device.type == "cuda",
-        at_home=stepped_at_home(settings, ranks, staged),
-    )
 
 
 def _optimizer(settings: Settings, rates: Rates, parameters: Mapping[str, Parameter], epochs: Epochs) -> Optimizer:
@@ -288,7 +276,7 @@ def _engine(
         host=HostInputs() if settings.offloads else None,
         seed=settings.seed,
         loss_terms=pipeline.loss_terms,
-        swap=block_swap(settings, ranks, staged, trained=settings.adapter is None),
+        swap=block_swap(settings, ranks, staged, shares, trained=settings.adapter is None),
     )
     engine = Engine(
         module,
@@ -312,26 +300,6 @@ def _engine(
 def _limit_of_norms(settings: Settings, layers: Sequence[Module]) -> Callable[[], None] | None:
     limit = getattr(settings.adapter, "scale_weight_norms", None)
     return partial(limit_norms, factors_in(layers), limit) if limit else None
-
-
-def stepped_at_home(settings: Settings, ranks: Ranks, staged: StagedModel) -> list[Parameter]:
-    """What is trained of this stage in the machine's memory: the swapped blocks of a full fine-tune."""
-    if not settings.swaps_trained:
-        return []
-    plan = SwapPlan.of(staged.stage_layers(ranks.stage), staged.swapped[ranks.stage], trained=True)
-    return [parameter for block in plan.trained.values() for parameter in block]
-
-
-def block_swap(settings: Settings, ranks: Ranks, staged: StagedModel, *, trained: bool) -> BlockSwap:
-    """Which blocks of this stage wait in the machine's memory; whether they are `trained` there."""
-    return BlockSwap(
-        staged.stage_layers(ranks.stage),
-        staged.swapped[ranks.stage],
-        pinned=ranks.device.type == "cuda",
-        trained=trained,
-        resident_in_evaluation=settings.disable_block_swap_for_eval,
-        ranks=ranks if ranks.data_ranks > 1 and any(staged.swapped) else None,
-    )
 
 
 def _batches(

@@ -20,8 +20,9 @@ class Conditions(ModelFiles):
         ends_in_picture: whether clips that start from a picture also end in one, the second of a prompt, which in
             training is the clip's last frame; a property if files or options decide.
         follows_clip: whether its first control image may be a clip, as long as the sample's.
-        frame_groups: frames of a clip -> how many of them each latent frame covers, for masks; None if the first one
-            covers the first frame alone, and each of the others as many as the next.
+        frame_groups: frames of a clip -> how many of them each latent frame covers, for masks, 0 for one that covers
+            the frame with which the next one begins; None if the first one covers the first frame alone, and each of
+            the others as many as the next.
         control_fit: how the control images of prompts are brought to the sample's shape, as in a dataset; a property if
             options decide.
         masks_weigh: whether masks of the data weigh the loss; otherwise they say what of the first control image is

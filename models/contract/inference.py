@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from models.contract.files import Features
+from utils.dataset.samples import Sample
 from utils.diffusion.timesteps import ResolutionShift
 from utils.errors import Problem
 from utils.settings.run_tables import SamplingSettings
@@ -71,3 +72,7 @@ class Inference(ABC):
     def problems_of_samples(self, sampling: SamplingSettings) -> Iterable[Problem]:
         """What of `[model]` is said in vain for the samples of this run, and what these lack for the model."""
         return []
+
+    def misfit_of_prompt(self, prompt: Sample) -> str | None:
+        """Why the model cannot be shown the pictures and clips of a prompt; None if it can."""
+        return None

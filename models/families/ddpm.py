@@ -21,8 +21,17 @@ KINDS = {
     "beta_end": float,
     "num_train_timesteps": Annotated[int, 2],
     "rescale_betas_zero_snr": bool,
+    "snr_shift_scale": float,
 }
 """The types of what is read of a scheduler's configuration here."""
+OF_COGVIDEOX = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "snr_shift_scale": 3.0,
+}
+DEFAULTS = {"CogVideoXDDIMScheduler": OF_COGVIDEOX, "CogVideoXDPMScheduler": OF_COGVIDEOX}
+"""What schedulers of diffusers have for keys that their configurations leave out, if not what DDPM's has."""
 OBJECTIVES = {"epsilon": Epsilon, "v_prediction": VPrediction}
 
 
@@ -74,6 +83,7 @@ def scheduler_config(options: DDPMOptions) -> dict[str, Any]:
         UserError: it is missing or damaged.
     """
     config = read_json(options.diffusers_path / SCHEDULER_FILE, kinds=KINDS)
+    config = {**DEFAULTS.get(config.get("_class_name"), {}), **config}
     if options.rescale_betas_zero_snr:
         config["rescale_betas_zero_snr"] = True
     for key in ("prediction_type", "beta_schedule"):

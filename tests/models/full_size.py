@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from tests.models.full_size_clips import (
+    COGVIDEOX,
     COSMOS_1,
     COSMOS_PREDICT2,
     COSMOS_PREDICT2_14B,
@@ -20,6 +21,7 @@ from tests.models.full_size_clips import (
     LTX_VIDEO,
     LTX_VIDEO_13B,
     MINIMAX_H3,
+    MOCHI,
     WAN,
     WAN_SMALL,
     WAN_VACE,
@@ -312,6 +314,8 @@ ALL = (
     HUNYUAN_VIDEO_15,
     FRAMEPACK,
     KANDINSKY5,
+    COGVIDEOX,
+    MOCHI,
     MINIMAX_H3,
     COSMOS_1,
     COSMOS_PREDICT2,

@@ -196,3 +196,39 @@ KANDINSKY5 = FullSize(
     KANDINSKY5_TEXT,
     (832, 480, 49),
 )
+COGVIDEOX = FullSize(
+    "CogVideoX 1.5 5B, text to video",
+    "cogvideox",
+    {
+        "transformer": {
+            "_class_name": "CogVideoXTransformer3DModel",
+            "num_layers": 42,
+            "num_attention_heads": 48,
+            "patch_size_t": 2,
+            "patch_bias": False,
+            "sample_width": 300,
+            "sample_height": 300,
+            "sample_frames": 81,
+            "use_rotary_positional_embeddings": True,
+        },
+        "vae": {"_class_name": "AutoencoderKLCogVideoX", "scaling_factor": 0.7},
+        "scheduler": {
+            "_class_name": "CogVideoXDPMScheduler",
+            "snr_shift_scale": 1.0,
+            "rescale_betas_zero_snr": True,
+            "prediction_type": "v_prediction",
+        },
+    },
+    text_of("t5", 226, 4096, mask=False),
+    (832, 480, 49),
+)
+MOCHI = FullSize(
+    "Mochi 1",
+    "mochi",
+    {
+        "transformer": {"_class_name": "MochiTransformer3DModel"},
+        "vae": {"_class_name": "AutoencoderKLMochi"},
+    },
+    text_of("t5", 256, 4096),
+    (848, 480, 49),
+)

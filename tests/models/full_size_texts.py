@@ -69,7 +69,9 @@ GEMMA3_12B = {
     },
 }
 TEXT_ENCODERS: Mapping[str, Published] = {
-    "T5-XXL: Stable Diffusion 3.5, Flux, Chroma, HiDream, PixArt, LTX-Video": Published("T5EncoderModel", "t5_xxl"),
+    "T5-XXL: Stable Diffusion 3.5, Flux, Chroma, HiDream, PixArt, LTX-Video, CogVideoX, Mochi": Published(
+        "T5EncoderModel", "t5_xxl"
+    ),
     "T5-11B: Cosmos 1.0, Cosmos-Predict2": Published("T5EncoderModel", "t5_11b"),
     "UMT5-XXL: Wan": Published("UMT5EncoderModel", "umt5_xxl"),
     "mT5-XL: HunyuanDiT": Published("MT5EncoderModel", "mt5_xl"),

@@ -153,7 +153,7 @@ def test_the_look_of_names_is_told(known: Callable[[str], Known], tmp_path: Path
         "transformer.transformer_blocks.0.img_mlp.net.2": "Qwen-Image",
         "lora_unet_joint_blocks_1_x_block_mlp_fc1": "Stable Diffusion 3",
         "diffusion_model.layers.3.attention.qkv": "Z-Image, Lumina 2, OmniGen2 or Ideogram 4",
-        "transformer.transformer_blocks.1.attn1.to_q": "LTX-Video or PixArt",
+        "transformer.transformer_blocks.1.attn1.to_q": "LTX-Video, CogVideoX or PixArt",
     }.items():
         with pytest.raises(UserError, match=f"1 of its 1 modules are not this model's, .*look like names of {told}"):
             known("hidream").read(lora(name, (4, 4), ENDINGS["peft"]), tmp_path)

@@ -16,9 +16,8 @@ from tests import test_models as generic
 from tests.models import tiny_kandinsky5 as tiny
 from tests.models import tiny_kandinsky5_i2v, tiny_kandinsky5_t2i
 from tests.models.batches import Batch
-from tests.models.drawn_samples import draw_samples, sampling_of
+from tests.models.drawn_samples import draw_here, sampling_of
 from tests.models.tiny_folder import encoded
-from tests.processes import run_ranks
 from utils.diffusion.seeds import normal
 from utils.errors import UserError
 
@@ -99,16 +98,14 @@ def test_the_first_frames_of_a_clip_from_a_picture_are_mended() -> None:
 
 
 def test_samples_from_a_picture_are_those_of_the_stock_pipeline(folder: Path, tmp_path: Path) -> None:
-    place, cache = tmp_path / "kandinsky5_i2v", tmp_path / "cache"
-    place.mkdir()
-    model = generic.Model("kandinsky5_i2v", changed(folder, place, Kandinsky5I2VPipeline), tiny_kandinsky5_i2v)
+    model = generic.Model("kandinsky5_i2v", changed(folder, tmp_path, Kandinsky5I2VPipeline), tiny_kandinsky5_i2v)
     pipeline, sampling = model.pipeline(), sampling_of(tiny_kandinsky5_i2v, "a hiker on a ridge")
     shape = (1, *pipeline.latent_shape(sampling.width, sampling.height, sampling.frames))
     noise = normal(shape, 7, "sample", 0)
     expected = tiny_kandinsky5_i2v.draw(model.stock(), sampling, noise)
     assert expected.isfinite().all() and (expected - noise).abs().mean() > 0.1
-    ((latents,),) = run_ranks(draw_samples, 1, tiny_kandinsky5_i2v.pipeline, model.folder, cache, 1, sampling)
-    torch.testing.assert_close(torch.from_numpy(latents), expected, rtol=1e-4, atol=1e-4)
+    latents = draw_here(pipeline, generic.loaded(pipeline).layers, sampling, noise)
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_trained_follows_from_the_folder(folder: Path, picture_folder: Path, tmp_path: Path) -> None:

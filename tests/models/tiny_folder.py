@@ -26,10 +26,10 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -60,6 +60,7 @@ MASKED = (
     "krea2",
     "ltx_video",
     "lumina2",
+    "mochi",
     "omnigen2",
     "pixart",
     "qwen_image",
@@ -79,6 +80,8 @@ OF_OTHER_INPUTS = (
     "test_all_weights_are_read_from_what_was_exported",
 )
 VARIANTS = {
+    # Its samples are in tests/models/test_cogvideox.py.
+    "cogvideox_15_i2v": (OF_OTHER_INPUTS[0],),
     "cosmos_v2w": OF_OTHER_INPUTS[:-1],
     # Its layers equal the whole module within rounding alone, which tests/models/test_cosmos_predict2.py shows.
     "cosmos_predict2_v2w": OF_OTHER_INPUTS[1:],
@@ -86,7 +89,7 @@ VARIANTS = {
     "hunyuan_video_15_i2v": OF_OTHER_INPUTS[:-1],
     "hunyuan_video_i2v": OF_OTHER_INPUTS[:-1],
     "hunyuan_video_i2v_33": (OF_OTHER_INPUTS[0], "test_samples_are_those_of_the_stock_pipeline"),
-    # Its samples, of one stage, are in tests/models/test_kandinsky5.py.
+    # Its samples are in tests/models/test_kandinsky5.py.
     "kandinsky5_i2v": (OF_OTHER_INPUTS[0],),
     "kandinsky5_t2i": (
         OF_OTHER_INPUTS[0],
@@ -186,6 +189,17 @@ def of_true_length(
         {name: text_LD[:length], f"{name}_mask": torch.ones(length, dtype=torch.bool)}
         for text_LD, length in zip(text_BLD, lengths, strict=True)
     ]
+
+
+def certain_of(vae: nn.Module) -> Callable[[torch.Tensor], Any]:
+    """`encode` of a VAE with the mode for whatever is drawn of its distribution."""
+    encode = vae.encode
+
+    def certain(pixels: torch.Tensor) -> Any:
+        mode = encode(pixels).latent_dist.mode()
+        return SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda generator: mode))
+
+    return certain
 
 
 def drawn(stock: Any, sampling: SamplingSettings, noise: torch.Tensor, **keys: Any) -> Any:

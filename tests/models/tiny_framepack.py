@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -18,7 +17,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from models.framepack import FramepackOptions, FramepackPipeline
 from tests.models import tiny_hunyuan_video
-from tests.models.tiny_folder import randomised, write_index
+from tests.models.tiny_folder import certain_of, randomised, write_index
 from tests.models.tiny_hunyuan_video import TEXT_TOKENS, features, prompt_features, stock_latents  # noqa: F401
 from tests.models.tiny_hunyuan_video_i2v import PICTURE
 from utils.diffusion.seeds import normal
@@ -180,11 +179,7 @@ def whole(
 def draw(stock: StockPipeline, sampling: SamplingSettings, noise: torch.Tensor, **keys: Any) -> torch.Tensor:
     """From this noise, the part of each section for itself, and from the mode of what the VAE makes of the picture, of
     which the stock pipeline draws."""
-    encode, sections = stock.vae.encode, sections_of(noise, keys.get("sampling_type"))
-
-    def certain(pixels: torch.Tensor) -> Any:
-        mode = encode(pixels).latent_dist.mode()
-        return SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda generator: mode))
+    sections = sections_of(noise, keys.get("sampling_type"))
 
     def of_levels(picture: torch.Tensor, **where: Any) -> torch.Tensor:
         """What SigLIP sees of whole levels, as the publisher gives them: of fractions, its processor without
@@ -206,7 +201,7 @@ def draw(stock: StockPipeline, sampling: SamplingSettings, noise: torch.Tensor, 
         "output_type": "latent",
     }
     with (
-        patch.object(stock.vae, "encode", certain),
+        patch.object(stock.vae, "encode", certain_of(stock.vae)),
         patch.object(stock, "encode_image", of_levels),
         patch.object(stock, "prepare_latents", lambda *sizes, **further: next(sections)),
     ):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from types import SimpleNamespace
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -16,7 +14,7 @@ from einops import rearrange
 from models.kandinsky5 import Kandinsky5Pipeline
 from tests.models import tiny_kandinsky5
 from tests.models.tiny_flux import MINI_FLUX
-from tests.models.tiny_folder import drawn
+from tests.models.tiny_folder import certain_of, drawn
 from utils.diffusion.seeds import normal
 from utils.media.decode import load_image
 from utils.media.geometry import View
@@ -57,16 +55,10 @@ def draw(stock: StockPipeline, sampling: SamplingSettings, noise: torch.Tensor) 
     """From this noise, and the mode of what the VAE makes of the picture, of which the stock pipeline draws."""
     picture = tensor_to_image(load_image(PICTURE, View(sampling.width, sampling.height, "center")))
     channels, *grid = noise.shape[1:]
-    encode = stock.vae.encode
-
-    def certain(pixels: torch.Tensor) -> Any:
-        mode = encode(pixels).latent_dist.mode()
-        return SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda generator: mode))
-
     keys = {"num_frames": sampling.frames, "max_sequence_length": tiny_kandinsky5.TEXT_TOKENS, "image": picture}
     noisy = noise.reshape(1, *grid, channels).clone()
     with (
-        patch.object(stock.vae, "encode", certain),
+        patch.object(stock.vae, "encode", certain_of(stock.vae)),
         patch.object(stock_module, "randn_tensor", lambda *sizes, **further: noisy),
     ):
         made = drawn(stock, sampling, None, **keys).frames

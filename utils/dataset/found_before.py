@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -85,7 +86,9 @@ class FoundBefore:
                 content = file.read()
             if hashlib.blake2b(content, digest_size=_DIGEST).hexdigest() != digest:
                 raise ValueError("it is damaged")
-            self.file.touch()
+            # It may be another user's, of a group that shares the cache.
+            with suppress(OSError):
+                self.file.touch()
             rules = {one.file: _resolved(one) for one in self.sources}
             sources = {one.name: one for one in self.sources}
             return [

@@ -6,6 +6,7 @@ Shapes: B batch, F frames, H height, W width, f h w the same of the latent.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch.nn import functional
@@ -20,8 +21,9 @@ class MaskEncoder:
 
     Args:
         latent_shape: (width, height, frames) -> the shape of a latent, (C, h, w) or (C, f, h, w).
-        frame_groups: frames -> how many of them each latent frame covers; None if the first one covers the first frame
-            alone, and each of the others as many as the next.
+        frame_groups: frames -> how many of them each latent frame covers, 0 for one that covers the frame with which
+            the next one begins; None if the first one covers the first frame alone, and each of the others as many as
+            the next.
     """
 
     name = "mask"
@@ -46,7 +48,9 @@ class MaskEncoder:
         frames, height, width = mask.shape[2:]
         _, *sizes = self._latent_shape(width, height, frames)
         if self._frame_groups:
-            groups = mask.split(list(self._frame_groups(frames)), dim=2)
+            counts = self._frame_groups(frames)
+            starts = accumulate(counts, initial=0)
+            groups = [mask[:, :, start : start + max(count, 1)] for start, count in zip(starts, counts, strict=False)]
             return {MASK: torch.cat([functional.adaptive_avg_pool3d(one, (1, *sizes[-2:])) for one in groups], dim=2)}
         first = functional.adaptive_avg_pool3d(mask[:, :, :1], (1, *sizes[-2:]))
         if len(sizes) == 2:

@@ -61,6 +61,8 @@ class NoiseSchedule:
         beta_start, beta_end: the first and the last beta.
         steps: N.
         zero_terminal_snr: rescale, so that the last step is noise alone.
+        snr_divisor: by what the ratio of the variances of picture and noise is divided at each step, before that; 3 for
+            the smaller CogVideoX (`snr_shift_scale` of its schedulers in diffusers).
 
     Raises:
         ValueError: a value is out of its range.
@@ -71,6 +73,7 @@ class NoiseSchedule:
     beta_end: float = 0.012
     steps: int = 1000
     zero_terminal_snr: bool = False
+    snr_divisor: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in BETAS:
@@ -79,6 +82,8 @@ class NoiseSchedule:
             raise ValueError(
                 f"betas must be 0 < beta_start <= beta_end < 1, and are {self.beta_start} and {self.beta_end}"
             )
+        if self.snr_divisor <= 0.0:
+            raise ValueError(f"snr_shift_scale must be above 0, and is {self.snr_divisor}")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
@@ -95,6 +100,7 @@ class NoiseSchedule:
             config.get("beta_end", 0.02),
             config.get("num_train_timesteps", 1000),
             config.get("rescale_betas_zero_snr", False),
+            config.get("snr_shift_scale", 1.0),
         )
 
     @cached_property
@@ -102,6 +108,8 @@ class NoiseSchedule:
         """What is left of the picture's variance at each step."""
         betas_N = BETAS[self.kind](self.beta_start, self.beta_end, self.steps)
         abar_N = (1.0 - betas_N).cumprod(0)
+        # abar / (1 - abar), divided, as an abar again.
+        abar_N = abar_N / (self.snr_divisor + (1.0 - self.snr_divisor) * abar_N)
         return rescale_zero_terminal_snr(abar_N) if self.zero_terminal_snr else abar_N
 
     @cached_property

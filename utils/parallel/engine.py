@@ -4,13 +4,11 @@ What differs from `deepspeed.runtime.pipe.engine.PipelineEngine` of 0.19.8, each
 
 - a stage with several outputs runs its backward pass once, not once per output;
 - every received tensor gets a buffer of its own type and shape (the stock pool confuses types from three stages on);
-- the stream may change its shape from micro-batch to micro-batch; only tensors that require a gradient get one
-  (`wire.py`);
+- the stream may change its shape; only tensors that require a gradient get one (`wire.py`);
 - the gradient norm covers all stages, not only the first, and a step is left out whose norm is not finite;
-- a stage without trainable parameters trains;
-- gradients of 16-bit parameters may be summed in float32;
+- a stage without trainable parameters trains, and gradients of 16-bit ones may be summed in float32;
 - a stage does not wait until what it sends has arrived, nor for one tensor after another;
-- data ranks may divide optimizer state and gradients among themselves (`sharding.py`), at any number of stages;
+- data ranks may divide state and gradients (`sharding.py`), at any number of stages, and weights (`divided.py`);
 - a step does not walk through all modules, and with one data rank nothing is copied to be averaged;
 - evaluation returns a loss per sample, and a prediction can be had from the same stages.
 """
@@ -115,10 +113,13 @@ class Engine(PipelineEngine):
             for parameter in self._trained:
                 parameter.grad_dtype = torch.promote_types(parameter.dtype, torch.float32)
         # Now that the rest of the stage is on the device.
-        module.swap.start(self.device)
+        module.swap.start(self.device, self.grid.get_data_parallel_group())
         self._shares = shares or Shares({})
-        self._shares.start(self.grid.get_data_parallel_group())
-        self._reduced = self._shares.reduced_gradients(self._trained, self._config.communication_data_type)
+        self._shares.start(self.grid.get_data_parallel_group(), self.device)
+        sent_as, swap = self._config.communication_data_type, module.swap
+        layers = module.forward_funcs if swap.needs_all_ranks else None
+        self._reduced = self._shares.reduced_gradients(self._trained, sent_as, layers)
+        swap.going_back = self._reduced.reduce_behind if layers and self._reduced else None
         self._times = StepTimes(self.device)
         self._INSTRUCTION_MAP = self._times.timed(self._INSTRUCTION_MAP)
         self._breakdown = None
@@ -134,8 +135,7 @@ class Engine(PipelineEngine):
         self.teacher = teacher
         self._after_step = after_step
         self._grad_norm, self._norms_P = torch.zeros(()), torch.zeros(0)
-        self._forward_count = 0
-        self._step = 0
+        self._forward_count = self._step = 0
         self._numbers: Sequence[int] = self._rank_after_rank()
         self._keep_predictions = False
         descriptions = dist.new_group(backend="gloo") if self.is_pipe_parallel else None
@@ -164,12 +164,12 @@ class Engine(PipelineEngine):
 
     def evaluate(self, batches: Iterable[MicroBatch] | None, count: int) -> list[torch.Tensor]:
         """The loss of every sample (B,) in float32, per micro-batch, on every stage of this data rank."""
-        with self.module.swap.evaluation():
+        with self.module.swap.evaluation(count):
             return self._from_last_stage(self._run_forward(batches, count, keep_predictions=False), count)
 
     def predict(self, batches: Iterable[MicroBatch] | None, count: int) -> list[torch.Tensor]:
         """The last layer's output per micro-batch, on every stage of this data rank."""
-        with self.module.swap.evaluation():
+        with self.module.swap.evaluation(count):
             return self._from_last_stage(self._run_forward(batches, count, keep_predictions=True), count)
 
     def _told(self, loss: torch.Tensor) -> StepResult:

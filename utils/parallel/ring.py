@@ -1,51 +1,81 @@
-"""Swapped blocks in the host's memory, and the buffers of a device through which they pass."""
+"""Blocks whose weights are not on the device, or not all of them, and the buffers of the device through which they
+pass."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from utils.parallel.swap_plan import BUFFERS, Swappable
 from utils.parallel.transfers import Mark, Transfers, aligned, dense_strides
 
 
-class HostBlock:
-    """The swapped tensors of one block in one piece of the host's memory, so that one copy brings them all.
+class Form(NamedTuple):
+    """What a tensor is, beside its values."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    strides: tuple[int, ...]
+    nbytes: int
+
+
+class Block:
+    """Tensors of one block that lie in one piece where they are used, and have a home where they are not.
 
     Args:
-        tensors: of the block; they give up their own memory.
-        memory: of the host, uint8, with room for them from `start` on.
-        filled: whether it has their values already.
+        tensors: of the block; whoever has taken their values calls `give_up`.
 
     Attributes:
-        memory: uint8.
+        size: the bytes of the piece.
+        home: what is kept of it, uint8.
+        on_host: whether that is in the host's memory.
     """
 
-    def __init__(self, tensors: Sequence[Swappable], memory: torch.Tensor, start: int = 0, *, filled: bool = False):
-        # Memory is locked as long as its tensor is there.
-        self._whole = memory
-        self.memory = memory[start : start + sum(aligned(swapped.tensor.nbytes) for swapped in tensors)]
-        self._forms = [(f.tensor.dtype, f.tensor.shape, dense_strides(f.tensor), f.tensor.nbytes) for f in tensors]
-        self._at_home = self.views(self.memory)
-        if not filled:
-            for swapped, view in zip(tensors, self._at_home, strict=True):
-                view.copy_(swapped.tensor.detach())
-        self._tensors = [f.tensor for f in tensors]
-        self._places = [f.places for f in tensors]
-        # Until `install`, so that nothing is moved to the device with the module.
-        self.point_at([torch.empty(0, dtype=view.dtype) for view in self._at_home])
+    home: torch.Tensor
+    on_host: bool = True
+
+    def __init__(self, tensors: Sequence[Swappable]):
+        self._forms = [Form(t.dtype, t.shape, dense_strides(t), t.nbytes) for t in (one.tensor for one in tensors)]
+        self.size = sum(aligned(form.nbytes) for form in self._forms)
+        self._tensors = [one.tensor for one in tensors]
+        self._places = [one.places for one in tensors]
+        self._at_home: list[torch.Tensor] = []
+
+    def start(self, device: torch.device, group: dist.ProcessGroup | None) -> None:
+        """Follows once the module has been moved to the device, on which is now what is to be there.
+
+        Args:
+            group: of the stage's data ranks.
+        """
+        self.install()
+
+    def bring(self, transfers: Transfers, memory: torch.Tensor, *after: Mark | None) -> Mark:
+        """Starts to write the tensors' values into the device's `memory` (size,), as soon as these are reached; when
+        that is done."""
+        raise NotImplementedError
+
+    def take_from(self, memory: torch.Tensor) -> None:
+        """Copies the tensors' own values into memory for all of them."""
+        for tensor, view in zip(self._tensors, self.views(memory), strict=True):
+            view.copy_(tensor.detach())
+
+    def give_up(self) -> None:
+        """The tensors' own memory; until `install`, so that nothing is moved to the device with the module."""
+        self.point_at([torch.empty(0, dtype=form.dtype) for form in self._forms])
 
     def views(self, memory: torch.Tensor) -> list[torch.Tensor]:
         """The tensors, in memory that has a copy of the block."""
         views, start = [], 0
-        for dtype, shape, strides, size in self._forms:
-            view = memory[start : start + size].view(dtype).as_strided(shape, strides)
+        for dtype, shape, strides, nbytes in self._forms:
+            view = memory[start : start + nbytes].view(dtype).as_strided(shape, strides)
             # `.data`, so that it counts its own changes: another copy into the memory is none of autograd's business.
             views.append(view.data)
-            start += aligned(size)
+            start += aligned(nbytes)
         return views
 
     def point_at(self, views: Sequence[torch.Tensor]) -> None:
@@ -54,7 +84,7 @@ class HostBlock:
             tensor.data = view
 
     def return_home(self) -> None:
-        """Lets them be those in the host's memory."""
+        """Lets them be those at home."""
         self.point_at(self._at_home)
 
     def install(self) -> None:
@@ -63,6 +93,30 @@ class HostBlock:
             for table, name in places:
                 table[name] = tensor
         self.return_home()
+
+
+class HostBlock(Block):
+    """A block in one piece of the host's memory, so that one copy brings it.
+
+    Args:
+        tensors: of the block; they give up their own memory.
+        memory: of the host, uint8, with room for them from `start` on.
+        filled: whether it has their values already.
+    """
+
+    def __init__(self, tensors: Sequence[Swappable], memory: torch.Tensor, start: int = 0, *, filled: bool = False):
+        super().__init__(tensors)
+        # Memory is locked as long as its tensor is there.
+        self._whole = memory
+        self.home = memory[start : start + self.size]
+        self._at_home = self.views(self.home)
+        if not filled:
+            self.take_from(self.home)
+        self.give_up()
+
+    def bring(self, transfers: Transfers, memory: torch.Tensor, *after: Mark | None) -> Mark:
+        """See `Block`."""
+        return transfers.copy(memory, self.home, *after)
 
 
 @dataclass(eq=False)
@@ -91,11 +145,12 @@ class Ring:
 
     Attributes:
         current: the block that computes.
+        goes_forward: whether a forward pass is under way.
     """
 
-    def __init__(self, blocks: Sequence[HostBlock], transfers: Transfers, buffers: int = BUFFERS):
+    def __init__(self, blocks: Sequence[Block], transfers: Transfers, buffers: int = BUFFERS):
         self._blocks, self._transfers = blocks, transfers
-        size = max(block.memory.nbytes for block in blocks)
+        size = max(block.size for block in blocks)
         # The memory may have served computation that is not done yet.
         slots = (Slot(transfers.buffer(size), transfers.computed()) for _ in range(min(buffers, len(blocks))))
         self._slots = list(slots)
@@ -105,7 +160,10 @@ class Ring:
         self._by_address = {slot.memory.data_ptr(): slot for slot in self._slots}
         self._held: dict[int, Slot] = {}
         self.current: int | None = None
+        self.goes_forward = False
         self._last_copy: tuple[Mark] | None = None
+        self._changed: tuple[Mark] | None = None
+        """When their homes were written last; None while that may happen."""
         numbers = range(len(blocks))
         # What is expected after each block; every block once, itself last or where the pass turns round.
         self._in_training = [(*numbers[block + 1 :], *reversed(numbers[: block + 1])) for block in numbers]
@@ -113,15 +171,22 @@ class Ring:
         self._backward = [(*reversed(numbers[:block]), *numbers[block:]) for block in numbers]
         self._order = self._backward
 
+    @property
+    def nbytes(self) -> int:
+        """Of the buffers."""
+        return sum(slot.memory.nbytes for slot in self._slots)
+
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
         """A context for a pass from the first block to the last; outside of it, they are needed from the last to the
         first."""
         self._leave()
         self._order = self._in_training if torch.is_grad_enabled() else self._in_evaluation
+        self.goes_forward = True
         try:
             yield
         finally:
+            self.goes_forward = False
             self._leave()
             self._order = self._backward
 
@@ -140,8 +205,9 @@ class Ring:
         return self._held[block]
 
     def settle(self) -> None:
-        """Empties the buffers; the parameters are those in the host's memory, which may be written from now on."""
+        """Empties the buffers; the parameters are those at home, which may be written until a block is required."""
         self._leave()
+        self._changed = None
         if self._last_copy is not None:
             self._transfers.finish(*self._last_copy)
             self._last_copy = None
@@ -176,8 +242,11 @@ class Ring:
         if slot.block is not None:
             self._blocks[slot.block].return_home()
             del self._held[slot.block]
-        source = self._blocks[block].memory
-        slot.ready = self._last_copy = (self._transfers.copy(slot.memory[: source.nbytes], source, slot.free),)
+        if self._changed is None:
+            self._changed = (self._transfers.computed(),)
+        one = self._blocks[block]
+        mark = one.bring(self._transfers, slot.memory[: one.size], slot.free, *self._changed)
+        slot.ready = self._last_copy = (mark,)
         slot.block = block
         self._held[block] = slot
-        self._blocks[block].point_at(slot.views[block])
+        one.point_at(slot.views[block])

@@ -1,9 +1,10 @@
 """What each data rank of a stage keeps of its training, where all of them would keep the same (ZeRO, Rajbhandari et al.
-2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", stages 1 and 2).
+2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", stages 1 and 2; the third is in
+`divided.py`).
 
 A data rank's share is of whole parameters. It has their optimizer state, steps them, and sends the result to the
-others; in the second stage it alone has their gradients too. Where something is follows from names and sizes, so that a
-checkpoint, which knows names alone, fits any number of ranks.
+others; from the second stage on it alone has their gradients too. Where something is follows from names and sizes, so
+that a checkpoint, which knows names alone, fits any number of ranks.
 
 With `offload` the optimizer steps copies of the parameters in the host's memory, beside which it keeps its state.
 """
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from utils.parallel.clipping import gradient_norms
 from utils.parallel.transfers import aligned, dense_strides, host_memory
 from utils.parameter_lists import in_lists
 from utils.ranks import Ranks
@@ -43,6 +45,12 @@ def buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     return in_lists(parameters, BUCKET_ELEMENTS)
 
 
+def first_layer(parameters: Sequence[nn.Parameter], layers: Sequence[nn.Module]) -> int:
+    """The position of the first of the layers that has one of these parameters."""
+    of_these = set(map(id, parameters))
+    return next(place for place, layer in enumerate(layers) if of_these & set(map(id, layer.parameters())))
+
+
 def summed_in(parameter: torch.Tensor) -> torch.dtype:
     """The type in which gradients of a parameter are summed over data ranks."""
     return torch.promote_types(parameter.dtype, torch.float32)
@@ -54,13 +62,17 @@ class Shares:
     Args:
         parameters: those of the stage, by name.
         ranks: this process; alone it steps all of them.
-        zero_stage: 0, where every data rank steps all parameters; 1; or 2, where an owner alone has the gradients too.
+        zero_stage: 0, where every data rank steps all parameters; 1; or 2 and 3, where an owner alone has the gradients
+            too.
         offload: the optimizer steps copies in the host's memory.
         pinned: whether that memory is locked, for copies to a CUDA device.
         at_home: those that are in the host's memory anyway, with their gradients, and are stepped there.
+        apart: those of which only an owner has the values, between passes; if anything is divided.
 
     Attributes:
         stepped: the parameters of this share as the optimizer has them, by name.
+        held: the parameters that have their values on this data rank, by name.
+        written: those of which this data rank writes the values for all.
         divided: whether data ranks have different shares.
         divides_gradients: whether a gradient is kept by its parameter's owner alone.
     """
@@ -74,6 +86,7 @@ class Shares:
         offload: bool = False,
         pinned: bool = False,
         at_home: Iterable[nn.Parameter] = (),
+        apart: Iterable[nn.Parameter] = (),
     ):
         self._ranks = ranks or Ranks()
         self.divided = zero_stage > 0 and self._ranks.data_ranks > 1
@@ -82,11 +95,16 @@ class Shares:
         owner_of = owners(sizes, self._ranks.data_ranks) if self.divided else dict.fromkeys(sizes, self.data_rank)
         self._owned = {name: p for name, p in parameters.items() if owner_of[name] == self.data_rank}
         self._owners = {id(parameters[name]): rank for name, rank in owner_of.items()}
-        by_kind: dict[tuple[int, torch.dtype], list[nn.Parameter]] = {}
-        for name, parameter in parameters.items():
-            by_kind.setdefault((owner_of[name], parameter.dtype), []).append(parameter)
-        self._parts = [(owner, part) for (owner, _), some in by_kind.items() for part in buckets(some)]
+        by_kind: dict[tuple[int, torch.dtype, bool], list[nn.Parameter]] = {}
+        elsewhere = set(map(id, apart)) if self.divided else set()
         stay = set(map(id, at_home))
+        self.held = {n: p for n, p in parameters.items() if n in self._owned or id(p) not in elsewhere}
+        self.written = {n: p for n, p in self.held.items() if id(p) in elsewhere or not self.data_rank}
+        for name, parameter in parameters.items():
+            if id(parameter) not in elsewhere:
+                kind = owner_of[name], parameter.dtype, id(parameter) in stay
+                by_kind.setdefault(kind, []).append(parameter)
+        self._parts = [(owner, part) for (owner, *_), some in by_kind.items() for part in buckets(some)]
         copied = {name: p for name, p in self._owned.items() if offload and id(p) not in stay}
         self._host = HostCopies(list(copied.values()), pinned=pinned) if copied else None
         twins = dict(zip(copied, self._host.twins if self._host else (), strict=True))
@@ -97,9 +115,9 @@ class Shares:
     def data_rank(self) -> int:
         return self._ranks.data_rank
 
-    def start(self, group: dist.ProcessGroup) -> None:
-        """Names the group of the stage's data ranks; the parameters are on their device."""
-        self._group = group
+    def start(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        """Names the group of the stage's data ranks and its device; the parameters are where they are to be."""
+        self._group, self._device = group, device
         self.take_values()
 
     def owner_of(self, parameter: nn.Parameter) -> int:
@@ -130,28 +148,33 @@ class Shares:
         for owner, parameters in self._parts:
             own = owner == self.data_rank
             # One alone needs no copy, where its elements lie in order.
-            alone = len(parameters) == 1 and parameters[0].is_contiguous()
+            alone = len(parameters) == 1 and parameters[0].is_contiguous() and parameters[0].device == self._device
             if alone:
                 flat = parameters[0].detach().view(-1)
             elif own:
-                flat = _flatten_dense_tensors([parameter.detach() for parameter in parameters])
+                # Those of swapped blocks are in the host's memory.
+                flat = _flatten_dense_tensors([parameter.detach() for parameter in parameters]).to(self._device)
             else:
                 count = sum(parameter.numel() for parameter in parameters)
-                flat = torch.empty(count, dtype=parameters[0].dtype, device=parameters[0].device)
+                flat = torch.empty(count, dtype=parameters[0].dtype, device=self._device)
             # As bytes, since not every backend knows every type.
             dist.broadcast(flat.view(torch.uint8), dist.get_global_rank(self._group, owner), group=self._group)
             if not own and not alone:
-                torch._foreach_copy_(parameters, list(_unflatten_dense_tensors(flat, parameters)))
+                values = _unflatten_dense_tensors(flat.to(parameters[0].device), parameters)
+                torch._foreach_copy_(parameters, list(values))
 
     def reduced_gradients(
-        self, parameters: Sequence[nn.Parameter], sent_as: torch.dtype | None = None
+        self,
+        parameters: Sequence[nn.Parameter],
+        sent_as: torch.dtype | None = None,
+        layers: Sequence[nn.Module] | None = None,
     ) -> ReducedGradients | None:
         """What keeps the gradients of these parameters, all that the stage trains, at their owners; None where every
         data rank keeps all of them. See `ReducedGradients`."""
         if not (self.divides_gradients and parameters):
             return None
         owned_by = [self.owner_of(parameter) for parameter in parameters]
-        return ReducedGradients(parameters, owned_by, self.data_rank, self._group, sent_as)
+        return ReducedGradients(parameters, owned_by, self.data_rank, self._group, self._device, sent_as, layers)
 
 
 class HostCopies:
@@ -219,11 +242,16 @@ class ReducedGradients:
     first, as a backward pass goes. A bucket waits until those before it have gone. What a rank has no gradient for
     counts as zeros when the pass is over.
 
+    Where weights are gathered in that pass, too, all ranks must ask for both in one order, also if one of them has no
+    gradient for something. Then buckets go between two blocks alone, by `reduce_behind`.
+
     Args:
         parameters: all that the stage trains, in one order on all data ranks.
         owned_by: their owners.
         group: of the data ranks.
+        device: on which gradients are made.
         sent_as: the type in which gradients travel; default: that in which they are summed.
+        layers: of the stage, if buckets go between these alone; default: as soon as they are full.
     """
 
     def __init__(
@@ -232,14 +260,18 @@ class ReducedGradients:
         owned_by: Sequence[int],
         data_rank: int,
         group: dist.ProcessGroup,
+        device: torch.device,
         sent_as: torch.dtype | None,
+        layers: Sequence[nn.Module] | None = None,
     ):
         self._parameters, self._data_rank = parameters, data_rank
-        self._group, self._sent_as = group, sent_as
+        self._group, self._device, self._sent_as = group, device, sent_as
         self._owners = {id(p): owner for p, owner in zip(parameters, owned_by, strict=True)}
         self._buckets = list(buckets(reversed(parameters)))
         self._bucket_of = {id(p): number for number, bucket in enumerate(self._buckets) for p in bucket}
         self._sums: dict[int, torch.Tensor] = {}
+        # The first layer of each bucket, if these go between layers.
+        self._first_layers = [first_layer(bucket, layers) for bucket in self._buckets] if layers is not None else []
         self._begin()
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._arrived)
@@ -253,7 +285,12 @@ class ReducedGradients:
         number = self._bucket_of[id(parameter)]
         assert number >= self._next and self._missing[number], "a parameter's gradient came in two parts"
         self._missing[number] -= 1
-        while self._next < len(self._buckets) and not self._missing[self._next]:
+        while not self._first_layers and self._next < len(self._buckets) and not self._missing[self._next]:
+            self._reduce_next()
+
+    def reduce_behind(self, layer: int) -> None:
+        """The backward pass has come to this layer of the stage: all gradients of those behind it are there."""
+        while self._next < len(self._buckets) and self._first_layers[self._next] > layer:
             self._reduce_next()
 
     @torch.no_grad()
@@ -265,8 +302,8 @@ class ReducedGradients:
         self._next += 1
         for (owner, dtype), parameters in by_kind.items():
             gradients = [
-                torch.zeros_like(parameter, dtype=dtype) if parameter.grad is None else parameter.grad.to(dtype)
-                for parameter in parameters
+                torch.zeros_like(p, dtype=dtype, device=self._device) if p.grad is None else p.grad.to(dtype)
+                for p in parameters
             ]
             for parameter in parameters:
                 parameter.grad = None
@@ -301,10 +338,9 @@ class ReducedGradients:
     def norms_of_all(self) -> torch.Tensor:
         """The norm of the gradient of every parameter (P,), in float32."""
         places = [place for place, parameter in enumerate(self._parameters) if parameter.grad is not None]
-        norms_P = torch.zeros(len(self._parameters), device=self._parameters[0].device)
+        norms_P = torch.zeros(len(self._parameters), device=self._device)
         if places:
-            held = [self._parameters[place].grad for place in places]
-            norms_P[places] = torch.stack(torch._foreach_norm(held, 2, dtype=torch.float32))
+            norms_P[places] = gradient_norms([self._parameters[place] for place in places], self._device)
         # Each is zero on all ranks but one.
         dist.all_reduce(norms_P, group=self._group)
         return norms_P

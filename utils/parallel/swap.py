@@ -1,9 +1,10 @@
-"""Block swap: the weights of some of a stage's blocks live in the host's memory.
+"""Block swap: the weights of some of a stage's blocks live in the host's memory, or are divided among data ranks.
 
 They travel to the device into a ring of two buffers that the swapped blocks share, and ahead of their use: while one
 block computes, the next one's weights arrive. Beside an adapter only frozen weights do so, and what is trained stays on
 the device. In a full fine-tune the trained weights travel too, their gradients come back (`host_gradients.py`), and the
-optimizer steps where they live.
+optimizer steps where they live. Divided weights (`divided.py`) are gathered where others are copied, of all blocks; the
+gradients of trained ones go to their owners (`sharding.py`).
 
 What autograd keeps for the backward pass may be weights too, and these are overwritten before it comes. It keeps a
 `Place` in their stead, by which they are brought again (`torch.autograd.graph.saved_tensors_hooks`). A block that is
@@ -19,15 +20,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from utils.parallel.divided import DividedBlock, Division
 from utils.parallel.host_gradients import HostGradients
 from utils.parallel.partition import repeated_blocks
-from utils.parallel.ring import HostBlock, Ring
+from utils.parallel.ring import Block, HostBlock, Ring
 from utils.parallel.shared_memory import shared_by_stage
 from utils.parallel.swap_plan import SwapPlan
 from utils.parallel.transfers import Transfers, host_memory, transfers_to
-from utils.ranks import Ranks
+from utils.ranks import Ranks, largest
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +79,11 @@ class BlockSwap:
         resident_in_evaluation: in `evaluation` all blocks are on the device, if there is room.
         ranks: of a run with several data ranks, which share what is frozen where they are on one machine. All of them
             make a swap then, with blocks or without.
+        division: of the weights of all blocks among the data ranks, which run each pass together; of `count` blocks,
+            the pieces are in the host's memory.
+
+    Attributes:
+        going_back: is called when the backward pass comes to a block, with the position of its layer.
     """
 
     def __init__(
@@ -87,36 +95,61 @@ class BlockSwap:
         trained: bool = False,
         resident_in_evaluation: bool = False,
         ranks: Ranks | None = None,
+        division: Division | None = None,
     ):
-        plan = SwapPlan.of(layers, count, trained=trained)
-        self._sizes = plan.host_bytes, plan.ring_bytes, len(repeated_blocks(layers))
         self._pinned, self._resident_in_evaluation = pinned, resident_in_evaluation
+        self._number_of_blocks, self._division = len(repeated_blocks(layers)), division
         with torch.no_grad():
-            self._blocks = host_blocks(plan, pinned=pinned, ranks=ranks if ranks and not trained else None)
+            if division:
+                every = SwapPlan.of_divided(layers, trained=trained)
+                plan, on_host = every.with_blocks(len(every.blocks)), every.with_blocks(count).blocks
+                self._blocks: list[Block] = [
+                    DividedBlock(tensors, division, on_host=position in on_host, pinned=pinned)
+                    for position, tensors in plan.blocks.items()
+                ]
+            else:
+                plan = SwapPlan.of(layers, count, trained=trained)
+                self._blocks = host_blocks(plan, pinned=pinned, ranks=ranks if ranks and not trained else None)
         self._trained = [plan.trained[position] for position in plan.blocks]
         self._numbers = {position: number for number, position in enumerate(plan.blocks)}
+        self._positions = list(plan.blocks)
         self._ring: Ring | None = None
         self._gradients: HostGradients | None = None
+        self.going_back: Callable[[int], None] | None = None
 
-    def start(self, device: torch.device, transfers: Transfers | None = None) -> None:
-        """Allocates the buffers on `device`."""
+    def start(
+        self, device: torch.device, group: dist.ProcessGroup | None = None, transfers: Transfers | None = None
+    ) -> None:
+        """Allocates the buffers on `device`.
+
+        Args:
+            group: of the stage's data ranks, among which weights may be divided.
+            transfers: default: as fits the device.
+        """
         if not self._blocks:
             return
         for block in self._blocks:
-            block.install()
+            block.start(device, group)
         self._transfers = transfers or transfers_to(device)
         self._ring = Ring(self._blocks, self._transfers)
-        if any(self._trained):
+        if any(self._trained) and not self._division:
             both_ways = transfers_to(device), transfers_to(device)
             self._gradients = HostGradients(self._trained, *both_ways, pinned=self._pinned)
-        host, ring, of = self._sizes
-        logger.info(
-            "block swap: %d of the stage's %d blocks, %.2f GiB in the host's memory, %.2f GiB of buffers on the device",
-            len(self._blocks),
-            of,
-            host / GIB,
-            ring / GIB,
+        self._tell()
+
+    def _tell(self) -> None:
+        """Says what is where."""
+        kept, on_host = (
+            sum(block.home.nbytes for block in blocks) / GIB
+            for blocks in (self._blocks, [block for block in self._blocks if block.on_host])
         )
+        buffers = f"{self._ring.nbytes / GIB:.2f} GiB of buffers on the device"
+        blocks = f"{len(self._blocks)} of the stage's {self._number_of_blocks} blocks"
+        if not self._division:
+            logger.info("block swap: %s, %.2f GiB in the host's memory, %s", blocks, on_host, buffers)
+            return
+        told = "zero_stage: %s are divided among %d data ranks, %.2f GiB here, %.2f of it in the host's memory, %s"
+        logger.info(told, blocks, self._division.data_ranks, kept, on_host, buffers)
 
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
@@ -131,13 +164,47 @@ class BlockSwap:
     def settle(self) -> None:
         """At the end of a pass after which trained weights may change: they are in the host's memory, and have their
         gradients there."""
-        if self._gradients is not None:
+        if any(self._trained):
             self._ring.settle()
+        if self._gradients is not None:
             self._gradients.settle()
 
+    @property
+    def needs_all_ranks(self) -> bool:
+        """Whether a forward pass is one of all data ranks; see `hand_in_hand`."""
+        return bool(self._division and self._blocks)
+
     @contextmanager
-    def evaluation(self) -> Iterator[None]:
-        """A context for forward passes without backward ones."""
+    def hand_in_hand(self) -> Iterator[None]:
+        """A context in which data ranks evaluate each as much as it has to, and which all of them enter and leave
+        together."""
+        yield
+        while self.needs_all_ranks and (passes := self._most(0)):
+            with self._in_evaluation():
+                self._pass_by(passes)
+
+    @contextmanager
+    def evaluation(self, passes: int) -> Iterator[None]:
+        """A context for so many forward passes without backward ones."""
+        others = self._most(passes) - passes if self.needs_all_ranks else 0
+        with self._in_evaluation():
+            yield
+            self._pass_by(others)
+
+    def _most(self, passes: int) -> int:
+        """Of the passes that each data rank has to make."""
+        return int(largest([passes])[0])
+
+    def _pass_by(self, passes: int) -> None:
+        """Takes part in passes of other data ranks, without any computation."""
+        for _ in range(passes):
+            with torch.no_grad(), self._ring.forward_pass():
+                for number in range(len(self._blocks)):
+                    self._ring.require(number)
+                    self._ring.release(number)
+
+    @contextmanager
+    def _in_evaluation(self) -> Iterator[None]:
         ring = self._ring
         if ring is not None and self._resident_in_evaluation:
             self._ring = self._with_all_blocks(ring)
@@ -185,13 +252,15 @@ class BlockSwap:
 
     def _run_present(self, number: int, layer: nn.Module, recomputed: bool, stream: Any) -> Any:
         self._ring.require(number)
-        if recomputed and torch.is_grad_enabled():
+        if recomputed and not self._ring.goes_forward:
             self._expect_gradients(number)
         return layer(stream)
 
     def _expect_gradients(self, number: int) -> None:
         if self._gradients is not None:
             self._gradients.expect(number)
+        if self.going_back is not None:
+            self.going_back(self._positions[number])
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | Place:
         slot = self._ring.slot_of(tensor)

@@ -106,6 +106,13 @@ class SwapPlan:
         tensors = swappable_tensors(layers, trained=trained)
         return cls({position: tensors[position] for position in repeated_blocks(layers)})
 
+    @classmethod
+    def of_divided(cls, layers: Sequence[nn.Module], *, trained: bool) -> SwapPlan:
+        """What data ranks may divide of all blocks: their frozen tensors, or those that are `trained`."""
+        blocks = cls.of_all(layers, trained=trained).blocks
+        chosen = {position: [one for one in b if one.tensor.requires_grad == trained] for position, b in blocks.items()}
+        return cls(chosen)
+
     def with_blocks(self, count: int) -> SwapPlan:
         """For so many of these blocks, without those that have nothing to swap."""
         positions = list(self.blocks)

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import mmap
 import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,9 @@ class Transfers(Protocol):
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, *after: Mark | None) -> Mark:
         """Copies `source` to `target`, of one form, as soon as these are reached; when that is done."""
+
+    def fill(self, target: torch.Tensor, write: Callable[[torch.Tensor], None], *after: Mark | None) -> Mark:
+        """Lets `write` write into `target`, memory of the device, as soon as these are reached; when that is done."""
 
     def computed(self) -> Mark:
         """When all computation is done that has been asked for until now."""
@@ -57,13 +61,26 @@ class CudaTransfers:
     def copy(self, target: torch.Tensor, source: torch.Tensor, *after: torch.cuda.Event | None) -> torch.cuda.Event:
         """See `Transfers`."""
         with torch.cuda.stream(self._copies):
-            for mark in after:
-                if mark is not None:
-                    self._copies.wait_event(mark)
+            self._wait_for(after)
             target.copy_(source, non_blocking=True)
             # Should it be given up while the copy is under way, its memory must not serve others before the copy's end.
             (target if target.is_cuda else source).record_stream(self._copies)
             return self._copies.record_event()
+
+    def fill(
+        self, target: torch.Tensor, write: Callable[[torch.Tensor], None], *after: torch.cuda.Event | None
+    ) -> torch.cuda.Event:
+        """See `Transfers`."""
+        with torch.cuda.stream(self._copies):
+            self._wait_for(after)
+            write(target)
+            target.record_stream(self._copies)
+            return self._copies.record_event()
+
+    def _wait_for(self, marks: Sequence[torch.cuda.Event | None]) -> None:
+        for mark in marks:
+            if mark is not None:
+                self._copies.wait_event(mark)
 
     def computed(self) -> torch.cuda.Event:
         """See `Transfers`. In a backward pass the current stream is the one that the forward pass used."""
@@ -91,6 +108,10 @@ class ImmediateTransfers:
     def copy(self, target: torch.Tensor, source: torch.Tensor, *after: None) -> None:
         """See `Transfers`."""
         target.copy_(source)
+
+    def fill(self, target: torch.Tensor, write: Callable[[torch.Tensor], None], *after: None) -> None:
+        """See `Transfers`."""
+        write(target)
 
     def computed(self) -> None:
         """See `Transfers`."""

@@ -64,22 +64,24 @@ class Attempt:
             self.error = error
             return None
 
-    def in_pipeline(self, work: Callable[..., Result], *arguments: Any) -> Result | None:
-        """Does what the stages of a pipeline do hand in hand; they have met just before.
+    def in_pipeline(self, work: Callable[..., Result], *arguments: Any, all_ranks: bool = False) -> Result | None:
+        """Does what the stages of a pipeline do hand in hand, or `all_ranks`; they have met just before.
 
         Raises:
-            UserError: it failed on this stage, whose neighbours wait for it, so that the run has to end.
+            UserError: it failed on this rank, for which the others wait, so that the run has to end.
         """
-        if self.ranks.stages == 1:
+        if self.ranks.stages == 1 and not all_ranks:
             return self.alone(work, *arguments)
         try:
             return work(*arguments)
         except Exception as error:
             if not is_expected(error):
                 raise
+            who = f"on rank {self.ranks.rank}" if all_ranks else f"in stage {self.ranks.stage}"
+            others = "ranks" if all_ranks else "stages"
             raise UserError.of(
-                f"{reason_of(error)}. It failed in stage {self.ranks.stage}, for which the other stages wait, so that "
-                "the run ends here. What was saved before stays: --resume_from_checkpoint goes on",
+                f"{reason_of(error)}. It failed {who}, for which the other {others} wait, so that the run ends here. "
+                "What was saved before stays: --resume_from_checkpoint goes on",
                 where=self.name,
             ) from error
 

@@ -29,24 +29,31 @@ class BlockNorms:
 
     Args:
         parameters: that this stage trains, by name.
+        measured: those of which this rank measures the weights for all.
     """
 
-    def __init__(self, ranks: Ranks, engine: Engine, parameters: Mapping[str, nn.Parameter]):
+    def __init__(
+        self,
+        ranks: Ranks,
+        engine: Engine,
+        parameters: Mapping[str, nn.Parameter],
+        measured: Mapping[str, nn.Parameter],
+    ):
         self._engine, self._own = engine, defaultdict(list)
         for name, parameter in parameters.items():
             self._own[block_of(name)].append(parameter)
         # A block may be cut between two stages.
         self._blocks = list(dict.fromkeys(block for own in gather(ranks, "blocks", list(self._own)) for block in own))
-        # Data ranks have the same.
-        self._counts = ranks.data_rank == 0
+        # Data ranks have the same gradients.
+        self._counts, self._measured = ranks.data_rank == 0, list(measured.values())
 
     def measure(self) -> dict[str, float]:
         """The norms of the last step's gradients, before clipping, and of the weights after it; what is no finite
         number is left out. All ranks call it together."""
         gradients, weights = self._engine.gradient_norms(), self._weights()
         squares = [
-            sum(norms[parameter] ** 2 for parameter in self._own.get(block, ())) if self._counts else 0.0
-            for norms in (gradients, weights)
+            sum(norms.get(parameter, 0.0) ** 2 for parameter in self._own.get(block, ()))
+            for norms in (gradients if self._counts else {}, weights)
             for block in self._blocks
         ]
         names = [f"{kind}{block}" for kind in (BLOCK_GRADIENT, BLOCK_WEIGHT) for block in self._blocks]
@@ -55,9 +62,8 @@ class BlockNorms:
 
     @torch.no_grad()
     def _weights(self) -> dict[nn.Parameter, float]:
-        held = [parameter for own in self._own.values() for parameter in own] if self._counts else []
         by_device = defaultdict(list)
-        for parameter in held:
+        for parameter in self._measured:
             by_device[parameter.device].append(parameter)
         norms: dict[nn.Parameter, float] = {}
         for own in by_device.values():

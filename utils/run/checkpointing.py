@@ -90,7 +90,7 @@ class Checkpoints:
     def _has_room(self) -> bool:
         """Whether a copy of what this rank writes takes no more than its part of the memory that is left."""
         parts = self._parts
-        state = saving.state_of(parts.ranks, parts.parameters, parts.optimizer, parts.ema, parts.shares)
+        state = saving.state_of(parts.ranks, parts.optimizer, parts.ema, parts.shares)
         room = SHARE_OF_MEMORY * available_bytes() / parts.ranks.local_size
         return sum(tensor.nbytes for tensor in (state or {}).values()) <= room
 

@@ -162,7 +162,7 @@ def _export_from(
 ) -> None:
     plan = replace(plan, metadata={**plan.metadata, **of_progress(progress, epoch_ended=epoch_ended)})
     export_with_averages(
-        folder, run.ranks, run.parameters, plan, progress.step, run.ema, adds=adds, to_use=run.weights_to_use
+        folder, run.ranks, run.shares.written, plan, progress.step, run.ema, adds=adds, to_use=run.weights_to_use
     )
 
 

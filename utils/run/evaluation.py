@@ -72,8 +72,10 @@ def _losses(
         # Read before the stages begin, since one that lacks its data would leave the others waiting.
         read = attempt.alone(list, itertools.islice(prepared, count)) if prepared else None
         attempt.meet()
-        if count:
-            losses += attempt.in_pipeline(engine.evaluate, read, count) or []
+        swap = engine.module.swap
+        with swap.hand_in_hand():
+            if count:
+                losses += attempt.in_pipeline(engine.evaluate, read, count, all_ranks=swap.needs_all_ranks) or []
     if not losses or attempt.error:
         return torch.zeros(len(quantiles), 0, dtype=torch.float64)
     by_quantile = [torch.cat(losses[index :: len(quantiles)]) for index in range(len(quantiles))]

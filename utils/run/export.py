@@ -206,7 +206,7 @@ def export(
     *,
     adds: bool = False,
 ) -> None:
-    """Writes the export into `folder`; all ranks call it with the weights that their stage holds, by name.
+    """Writes the export into `folder`; all ranks call it with the weights that they write of their stage, by name.
 
     Args:
         adds: what an export of the same weights has left there and this one does not write stays.
@@ -220,8 +220,9 @@ def export(
         if ranks.is_main:
             attempt.alone(_make_anew, parts)
         attempt.meet()
-        if ranks.data_rank == 0 and (parameters or plan.frozen or plan.beside):
-            attempt.alone(_write_part, parts / f"{ranks.stage}.safetensors", parameters, plan)
+        if parameters or (ranks.data_rank == 0 and (plan.frozen or plan.beside)):
+            own = plan if ranks.data_rank == 0 else replace(plan, frozen={}, beside={})
+            attempt.alone(_write_part, parts / f"{ranks.stage}.{ranks.data_rank}.safetensors", parameters, own)
         attempt.meet()
         if ranks.is_main:
             attempt.alone(_join, parts, unfinished, plan, step, folder.name)

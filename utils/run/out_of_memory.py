@@ -51,7 +51,10 @@ def _of_optimizer(settings: Settings) -> Iterator[str]:
     if not settings.adapter and on_host and not settings.zero_stage:
         yield f"{_more_swap(settings)}: weights and their optimizer state wait in the machine's memory"
     if not (settings.zero_stage or settings.swaps_trained):
-        yield "zero_stage = 1 or 2, if there are several data ranks: each keeps its share of the optimizer's state"
+        if settings.pipeline_stages == 1:
+            yield "zero_stage = 3, if there are several data ranks: each keeps a part of state and weights"
+        else:
+            yield "zero_stage = 1 or 2, if there are several data ranks: each keeps its share of the optimizer's state"
     if on_host and not settings.offload_optimizer:
         yield "offload_optimizer = true: the optimizer's state waits in the machine's memory"
 

@@ -168,12 +168,14 @@ def draw_into(
     drawings = model.drawings()
     attempt.alone(partial(folder.mkdir, parents=True, exist_ok=True))
     own = drawings[ranks.data_rank :: ranks.data_ranks]
-    latents = []
+    latents, swap = [], engine.module.swap
     for turn in range(-(-len(drawings) // ranks.data_ranks)):
         begun = attempt.alone(begin, ranks, model, own[turn]) if turn < len(own) else None
         attempt.meet()
-        if begun:
-            latents.append(attempt.in_pipeline(denoise, engine, ranks, model, begun))
+        with swap.hand_in_hand():
+            if begun:
+                drawn = attempt.in_pipeline(denoise, engine, ranks, model, begun, all_ranks=swap.needs_all_ranks)
+                latents.append(drawn)
     attempt.meet()
     if ranks.is_first_stage:
         attempt.alone(_write_all, model, latents, own, folder, origin)

@@ -92,7 +92,7 @@ class Saving:
             if ranks.is_main:
                 self._attempt.alone(_make_anew, self._unfinished)
             self._attempt.meet()
-        state = state_of(ranks, parameters, optimizer, ema, shares)
+        state = state_of(ranks, optimizer, ema, shares)
         if state is not None:
             self._begin(state, background)
 
@@ -241,7 +241,6 @@ def remove_older(newest: Path, keep: int, spared: Path | None) -> None:
 
 def state_of(
     ranks: Ranks,
-    parameters: NamedParameters,
     optimizer: torch.optim.Optimizer,
     ema: EMA | None,
     shares: Shares,
@@ -249,7 +248,7 @@ def state_of(
     """What this rank writes, by the names that the tensors have in its file; None if another rank has the same."""
     if ranks.data_rank and not shares.divided:
         return None
-    tensors = {f"weights/{name}": parameter.detach() for name, parameter in parameters.items() if not ranks.data_rank}
+    tensors = {f"weights/{name}": parameter.detach() for name, parameter in shares.written.items()}
     tensors |= {f"ema/{name}": average for name, average in (ema.averages if ema else {}).items()}
     of_optimizer = state_by_parameter(optimizer)
     for name, parameter in shares.stepped.items():

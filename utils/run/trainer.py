@@ -151,7 +151,7 @@ class Trainer:
 
     def _diverged(self, result: StepResult) -> UserError:
         """The error of a run that cannot go on. Its weights are saved, unless a step has spoilt them."""
-        spoilt = any_rank([not all(p.isfinite().all() for p in self.parts.parameters.values())])[0]
+        spoilt = any_rank([not all(p.isfinite().all() for p in self.parts.shares.held.values())])[0]
         saved = "nothing was saved since"
         if self.progress.step > self.first_step and not spoilt:
             self.save_checkpoint()

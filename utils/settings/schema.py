@@ -243,8 +243,11 @@ class Settings(SettingsTable):
     zero_stage: ZeroStage = 0
     """What the data ranks of a stage (GPUs / `pipeline_stages`) divide among themselves, where otherwise each keeps all
     of it: 1: the optimizer's state, with float32 masters and moving averages; 2: also the gradients, of which those of
-    several micro-batches are then added up in another order. It changes nothing else, and works with any number of
-    stages and checkpoints of any other value, but not beside swapped blocks of a full fine-tune."""
+    several micro-batches are then added up in another order; 3: also the weights of the repeated blocks, the frozen
+    ones of an adapter's base or those that a full fine-tune trains, of which all ranks gather a block ahead of its
+    use. It changes nothing else, and works with checkpoints of any other value. 1 and 2 work with any number of stages,
+    but 2 not beside swapped blocks of a full fine-tune. 3 is for `pipeline_stages = 1`; its parts of swapped blocks are
+    in the machine's memory."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in the machine's memory, and let the processor take the steps: less memory of the GPU,
     and slower steps. Not for optimizers that need a GPU ("adamw8bit"). Swapped blocks of a full fine-tune do so by
@@ -316,6 +319,11 @@ class Settings(SettingsTable):
     def offloads(self) -> bool:
         """Whether the inputs of recomputed blocks wait in the host's memory."""
         return self.activation_checkpointing in ("offload", "unsloth")
+
+    @property
+    def divides_weights(self) -> bool:
+        """Whether data ranks, if there are several, divide the weights of blocks."""
+        return self.zero_stage == 3
 
     @property
     def swaps_trained(self) -> bool:

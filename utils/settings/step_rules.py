@@ -9,15 +9,33 @@ from utils.settings.schema import PART_RATES, Settings
 
 OF_PARTS = "_lr"
 """The ending of the keys of `[model]` that are rates of its parts."""
+DIVIDES_GRADIENTS = 2
+"""The `zero_stage` that does so, and leaves weights alone."""
 
 
-def _trained_blocks_are_not_divided(settings: Settings, _: int) -> Iterator[Problem]:
-    if settings.swaps_trained and settings.blocks_to_swap != "auto" and settings.zero_stage:
+def _gradients_at_home_are_not_divided(settings: Settings, _: int) -> Iterator[Problem]:
+    if settings.swaps_trained and settings.blocks_to_swap != "auto" and settings.zero_stage == DIVIDES_GRADIENTS:
         message = (
-            "is not for swapped blocks of a full fine-tune, whose optimizer state is in the machine's memory anyway; "
-            "leave it out and swap more blocks or set offload_optimizer = true, or leave out blocks_to_swap"
+            "is not for swapped blocks of a full fine-tune, whose gradients are in the machine's memory anyway: set "
+            "zero_stage = 1, or 3, which divides their weights too; or leave out blocks_to_swap"
         )
         yield at("key `zero_stage`", message)
+
+
+def _weights_are_divided_in_one_stage(settings: Settings, _: int) -> Iterator[Problem]:
+    if not settings.divides_weights:
+        return
+    if settings.pipeline_stages > 1:
+        yield at(
+            "key `zero_stage`",
+            "divides weights among data ranks, and pipeline_stages divide them already: set zero_stage = 2, or "
+            "pipeline_stages = 1",
+        )
+    if settings.disable_block_swap_for_eval:
+        yield at(
+            "key `disable_block_swap_for_eval`",
+            "would give each GPU all weights that zero_stage = 3 divides; leave out one of them",
+        )
 
 
 def _released_gradients_are_not_needed(settings: Settings, _: int) -> Iterator[Problem]:
@@ -89,7 +107,8 @@ def _one_rate_has_no_others(settings: Settings, _: int) -> Iterator[Problem]:
 STEP_RULES = (
     SettingsRule(("force_constant_lr", "optimizer", "adapter.*", "model.*"), _one_rate_has_no_others),
     SettingsRule(("adapter.*", "offload_optimizer"), _limited_norms_stay),
-    SettingsRule(("blocks_to_swap", "adapter", "zero_stage"), _trained_blocks_are_not_divided),
+    SettingsRule(("blocks_to_swap", "adapter", "zero_stage"), _gradients_at_home_are_not_divided),
+    SettingsRule(("zero_stage", "pipeline_stages", "disable_block_swap_for_eval"), _weights_are_divided_in_one_stage),
     SettingsRule(
         (
             "optimizer.gradient_release",

@@ -120,8 +120,8 @@ SwappedBlocks = Annotated[
     or_else('must be a number of blocks, a list with a number for each stage as in [10, 12], or "auto"'),
 ]
 ZeroStage = Annotated[
-    Annotated[int, Field(ge=0, le=2)],
-    or_else("must be 0, 1 or 2; weights are divided by pipeline_stages, and not among data ranks"),
+    Annotated[int, Field(ge=0, le=3)],
+    or_else("must be 0, 1, 2 or 3"),
 ]
 SizeBucket = Annotated[
     tuple[Count, Count, Count],

@@ -24,6 +24,7 @@ INDEX, MODULAR_INDEX = "model_index.json", "modular_model_index.json"
 INDEX_KINDS = {
     "_class_name": str,
     "boundary_ratio": float | None,
+    "force_zeros_for_empty_prompt": bool | None,
     "is_distilled": bool | None,
     "sample_sigmas": list[float] | None,
     "text_encoder_select_layers": list[Annotated[int, 0]] | None,

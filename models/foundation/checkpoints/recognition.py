@@ -61,6 +61,9 @@ FOLDERS = {
     "AnimaModularPipeline": "anima",
     "AuraFlowPipeline": "auraflow",
     "ChromaPipeline": "chroma",
+    "CogVideoXImageToVideoPipeline": "cogvideox",
+    "CogVideoXPipeline": "cogvideox",
+    "CogVideoXVideoToVideoPipeline": "cogvideox",
     "CogView4Pipeline": "cogview4",
     "Cosmos2_5_PredictBasePipeline": "cosmos_predict25",
     "Cosmos2TextToImagePipeline": "cosmos_predict2",
@@ -95,6 +98,7 @@ FOLDERS = {
     "Lumina2Pipeline": "lumina2",
     "Lumina2Text2ImgPipeline": "lumina2",
     "MiniMaxH3ModularPipeline": "minimax_h3",
+    "MochiPipeline": "mochi",
     "OmniGen2Pipeline": "omnigen2",
     "PixArtAlphaPipeline": "pixart",
     "PixArtSigmaPipeline": "pixart",
@@ -126,6 +130,10 @@ ADAPTER_NAMES = {
         r"(^|_)blocks_\d+_(attn_(qkv_proj|out_proj)|mlp_fc[12]|adaln_proj_linear)$"
         r"|token_refiner_(refiner_)?blocks_\d+_|transformer_blocks_\d+_adaln_proj_linear$"
     ),
+    "Mochi": (
+        r"(^|_)blocks_\d+_(attn_(qkv|proj)_[xy]|mlp_[xy]_w[12]|mod_[xy])$"
+        r"|transformer_blocks_\d+_attn1_(add_[qkv]_proj|to_add_out)$"
+    ),
     "Stable Diffusion 3": r"joint_blocks_|transformer_blocks_\d+_(ff_context|norm1_context|attn2_add)",
     "Krea 2": r"txtfusion_|text_fusion_|blocks_\d+_(attn_(w[qkvo]|(to_)?gate)$|(mlp|ff)_(gate|up|down)$)",
     "Qwen-Image 2.1": r"transformer_blocks_\d+_img_mlp_(gate|proj|out)",
@@ -138,7 +146,8 @@ ADAPTER_NAMES = {
     "Cosmos 1.0": r"blocks_block\d+_blocks_\d_block_",
     "Cosmos-Predict2": r"transformer_blocks_\d+_norm\d_linear|blocks_\d+_((self|cross)_attn_\w+_proj|adaln_|mlp_layer)",
     "Kandinsky 5": r"(text|visual)_transformer_blocks_\d+_",
-    "LTX-Video or PixArt": r"transformer_blocks_\d+_(audio_)?attn[12]_to_",
+    "CogVideoX": r"(^|_)blocks_\d+_([qkv]|attn_out|ff_(proj|out))$|transformer_blocks_\d+_norm[12]_linear$",
+    "LTX-Video, CogVideoX or PixArt": r"transformer_blocks_\d+_(audio_)?attn[12]_to_",
     "Sana": r"transformer_blocks_\d+_(attn[12]_to_|ff_conv_)",
     "Wan": r"(^|_)blocks_\d+_(self_attn|cross_attn|ffn|attn1_to|attn2_to)_",
     "another transformer of diffusers, such as SD3, CogView4 or Qwen-Image": r"transformer_blocks_\d+_",
@@ -263,6 +272,15 @@ SIGNATURES: tuple[FileSignature, ...] = (
             ("attention_y_norm.", "blocks.0.mlp.depth_conv."),
         )
     ),
+    *(
+        FileSignature("CogVideoX", _type("cogvideox"), ("patch_embed.text_proj.", time))
+        for time in ("time_embedding.linear_1.", "time_embedding_linear_1.")
+    ),
+    FileSignature(
+        "CogVideoX with the names of its publisher's training",
+        "convert it by scripts/convert_cogvideox_to_diffusers.py of diffusers",
+        ("mixins.patch_embed.text_proj.", "adaln_layer.adaLN_modulations."),
+    ),
     FileSignature("CogView4", _type("cogview4"), ("patch_embed.text_proj.", "time_condition_embed.")),
     FileSignature(
         "MiniMax-H3 with a table in place of what embeds the time, as it is pruned for ComfyUI",
@@ -272,6 +290,10 @@ SIGNATURES: tuple[FileSignature, ...] = (
     *(
         FileSignature("MiniMax-H3", _type("minimax_h3"), (part, "audio_p"))
         for part in ("token_refiner.blocks.0.attn.qkv_proj.", "token_refiner.refiner_blocks.0.attn.to_q.")
+    ),
+    *(
+        FileSignature("Mochi", _type("mochi"), ("pos_frequencies", part))
+        for part in ("t5_yproj.", "time_embed.caption_proj.")
     ),
     *(FileSignature("LTX-2", _type("ltx2"), (part,)) for part in ("audio_patchify_proj.", "audio_proj_in.")),
     *(

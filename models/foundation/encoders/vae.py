@@ -265,6 +265,10 @@ def picture_noise(pixels_BCFHW: torch.Tensor, latents: torch.Tensor) -> torch.Te
     """Normal noise that depends only on each picture, not on the batch in which it is encoded."""
     noise = torch.empty(latents.shape)
     for index, pixels in enumerate(pixels_BCFHW):
-        picture = hashlib.blake2b(pixels.cpu().contiguous().numpy().tobytes(), digest_size=8).hexdigest()
-        noise[index] = seeds.normal(latents.shape[1:], NOISE_SEED, "latents", picture)
+        noise[index] = seeds.normal(latents.shape[1:], NOISE_SEED, "latents", content_of(pixels))
     return noise.to(latents)
+
+
+def content_of(pixels: torch.Tensor) -> str:
+    """A name of a picture or clip that follows from all its values."""
+    return hashlib.blake2b(pixels.cpu().contiguous().numpy().tobytes(), digest_size=8).hexdigest()

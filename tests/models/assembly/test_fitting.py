@@ -12,9 +12,9 @@ import torch
 
 from models.assembly.fitting import Attempt, fit
 from models.assembly.memory import GIB, Planner
+from models.assembly.placement import stepped_at_home
 from models.assembly.room import MARGIN, SHARE, memory_of
 from models.assembly.stage import partition
-from models.assembly.trainer import stepped_at_home
 from optimizers.adamw import AdamW8bitSettings
 from tests.models import tiny_flux
 from tests.models.tiny_folder import settings_of
@@ -43,14 +43,14 @@ def large_folder(place: Path) -> Path:
     return folder
 
 
-def planner_of(folder: Path, adapter: Any = None, buckets: Any = None, **keys: Any) -> Planner:
+def planner_of(folder: Path, adapter: Any = None, buckets: Any = None, data_ranks: int = 1, **keys: Any) -> Planner:
     flux = tiny_flux.pipeline(folder, dtype="bfloat16")
     settings = settings_of(flux, LoraSettings(type="lora", rank=16) if adapter is None else adapter or None, **keys)
     shapes = {name: (tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in tiny_flux.features((512, 512)).items()}
     encoder = SimpleNamespace(feature_shapes=lambda bucket: shapes)
     staged = partition(flux, settings, flux.weights.build_empty())
     buckets = buckets or {Bucket(1024, 1024, 1): 1, Bucket(512, 512, 1): 1}
-    return Planner(settings, flux, staged, [encoder], buckets)
+    return Planner(settings, flux, staged, [encoder], buckets, data_ranks)
 
 
 def total(planner: Planner, **keys: Any) -> int:
@@ -118,6 +118,21 @@ def test_a_full_fine_tune_swaps_what_is_trained(folder: Path) -> None:
     swapped = total(planner, activation_checkpointing="offload", blocks_to_swap=BLOCKS)
     assert swapped < 0.6 * plain
     assert chosen(fit(planner, card_for(swapped))) == ("offload", BLOCKS)
+
+
+@pytest.mark.parametrize("adapter", [None, False])
+def test_divided_weights_leave_room_for_what_else_would_wait_in_the_machines_memory(
+    folder: Path, adapter: bool | None
+) -> None:
+    """Where that is not enough, pieces wait there."""
+    keys = {"activation_checkpointing": True, "blocks_to_swap": "auto", "adapter": adapter}
+    whole, divided = planner_of(folder, **keys), planner_of(folder, **keys, zero_stage=3, data_ranks=8)
+    alone = planner_of(folder, **keys, zero_stage=3)
+    plain, none, every = total(whole, blocks_to_swap=0), *(total(divided, blocks_to_swap=n) for n in (0, BLOCKS))
+    assert every < none < plain == total(alone, blocks_to_swap=0)
+    assert chosen(fit(whole, card_for(none)))[1] > 0
+    assert chosen(fit(divided, card_for(none)))[1] == 0
+    assert 0 < chosen(fit(divided, card_for((none + every) / 2)))[1] < BLOCKS
 
 
 def test_an_optimizer_for_gpus_alone_swaps_nothing(folder: Path) -> None:

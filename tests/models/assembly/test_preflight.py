@@ -12,7 +12,10 @@ import pytest
 import torch
 
 import optimizers
+from models.assembly.data import encoders_of
 from models.assembly.kept import Kept, weight_bytes
+from models.assembly.memory import Planner
+from models.assembly.placement import block_swap, shares_of
 from models.assembly.plan import epochs_of
 from models.assembly.preflight import check_run, describe
 from models.assembly.stage import load_stage, partition
@@ -73,7 +76,7 @@ def test_what_a_stage_holds_is_counted(folder: Path, dtype: str, adapter: Adapte
     assert Kept(settings.optimizer, averages=True).bytes_of(parameters) == (expected + averages, 0)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("offload", [False, True])
 def test_what_data_ranks_divide_is_counted_of_the_rank_that_has_most(
     folder: Path, zero_stage: int, offload: bool
@@ -90,7 +93,7 @@ def test_what_data_ranks_divide_is_counted_of_the_rank_that_has_most(
         # Two moments and a master, beside copies of the weight and of its gradient if they are in the host's memory.
         state = elements * 12
         gradients = 4 * sum(parameter.numel() for parameter in trained.values())
-        if zero_stage == 2:
+        if zero_stage > 1:
             # Its own, and all that the model has on their way, since that is little, with their copy.
             gradients = 4 * elements + 2 * gradients
         averages = 4 * elements
@@ -99,10 +102,38 @@ def test_what_data_ranks_divide_is_counted_of_the_rank_that_has_most(
     text = describe(settings, Ranks(0, 3), flux, staged, [collection(5)])
     assert ("the optimizer takes 0.00 GiB of the host's memory" in text) == offload
     assert ("adamw in the machine's memory, lr" in text) == offload
-    divided = {1: "optimizer state", 2: "optimizer state and gradients"}.get(zero_stage)
+    weights = "optimizer state, gradients and trained weights of the blocks"
+    divided = {1: "optimizer state", 2: "optimizer state and gradients", 3: weights}.get(zero_stage)
     assert (f"zero_stage:   {zero_stage}, {divided} divided among 3 data ranks" in text) == (zero_stage > 0)
     alone = describe(settings, Ranks(), flux, staged, [collection(5)])
     assert (f"zero_stage:   {zero_stage} changes nothing here: there is 1 data rank" in alone) == (zero_stage > 0)
+
+
+@pytest.mark.parametrize("adapter", [None, LoraSettings(type="lora", rank=4)])
+def test_divided_weights_are_counted_as_ranks_keep_them(folder: Path, adapter: LoraSettings | None) -> None:
+    """Of the rank that keeps most; the piece of one block waits in the machine's memory."""
+    flux = tiny_flux.pipeline(folder, dtype="bfloat16")
+    settings = settings_of(flux, adapter, zero_stage=3, blocks_to_swap=1)
+    staged = partition(flux, settings, flux.weights.build_empty())
+    (plan,) = Planner(settings, flux, staged, encoders_of(flux, [collection(5)]), {Bucket(64, 64, 1): 1.0}, 3).plans(
+        settings, [1]
+    )
+    on_device, on_host, buffers = [], [], set()
+    for data_rank in range(3):
+        loaded, ranks = load_stage(flux, settings, stage=0), Ranks(data_rank, 3)
+        shares = shares_of(settings, ranks, loaded, loaded.trained(loaded.layers))
+        swap = block_swap(settings, ranks, loaded, shares, trained=adapter is None)
+        pieces = [(block.home.nbytes, block.on_host) for block in swap._blocks]
+        on_device.append(weight_bytes(loaded.layers) + sum(size for size, away in pieces if not away))
+        on_host.append(sum(size for size, away in pieces if away))
+        buffers.add(2 * max(block.size for block in swap._blocks))
+    assert max(on_host) == plan.divided.on_host > 0
+    assert {max(on_device) + plan.divided.buffers} == {plan.weights} and buffers == {plan.divided.buffers}
+    text = str(plan)
+    assert f"of {len(pieces)} divided blocks a rank keeps" in text and "1 of them take" in text
+    if adapter is None:
+        # Two moments and a master, and a gradient, beside its owner's weights of 16 bits, between which there are gaps.
+        assert plan.divided.on_host * (1 + 12 / 2 + 4 / 2) >= plan.host > plan.divided.on_host * (1 + 12 / 2)
 
 
 def test_an_optimizer_of_the_gpu_does_not_step_in_the_machines_memory(folder: Path) -> None:

@@ -70,6 +70,7 @@ def test_uniform_levels_give_every_step_as_often() -> None:
         ({"beta_schedule": "sigmoid"}, "beta_schedule"),
         ({"beta_start": 0.02, "beta_end": 0.01}, "beta_start <= beta_end"),
         ({"trained_betas": [0.1]}, "trained_betas"),
+        ({"snr_shift_scale": 0.0}, "snr_shift_scale must be above 0"),
     ],
 )
 def test_other_schedules_are_refused(wrong: dict, reason: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import count
+from typing import Any
 
 import torch
 
@@ -18,10 +19,13 @@ class Late:
         return torch.full((size,), 255, dtype=torch.uint8)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, *after: int | None) -> int:
+        return self.fill(target, lambda memory: memory.copy_(source), *after)
+
+    def fill(self, target: torch.Tensor, write: Callable[[torch.Tensor], Any], *after: int | None) -> int:
         def run() -> None:
             for mark in after:
                 self.finish(mark)
-            target.copy_(source)
+            write(target)
 
         mark = next(self.numbers)
         self.pending[mark] = run

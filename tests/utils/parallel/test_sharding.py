@@ -1,4 +1,4 @@
-"""Data ranks that divide optimizer state and gradients: they train to the bit as those that keep all of it."""
+"""Data ranks that divide optimizer state, gradients and weights: they train to the bit as those that keep all of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from models.assembly.placement import block_swap, shares_of
+from models.assembly.stage import StagedModel
 from models.assembly.trainer import restore_or_start
 from models.flux import FluxOptions, FluxPipeline
 from optimizers import find
@@ -20,6 +22,7 @@ from utils.adapters.lora import LoraSettings
 from utils.parallel import sharding
 from utils.parallel.sharding import Shares, buckets, owners
 from utils.parallel.together import numbers_of_all
+from utils.parallel.transfers import ALIGNMENT
 from utils.ranks import Ranks
 from utils.run.checkpoint import Checkpoint, ResumeFlags
 from utils.run.progress import Progress
@@ -40,11 +43,13 @@ class Way(NamedTuple):
     adapted: bool = False
     offload: bool = False
     optimizer: str = "adamw"
+    recompute: bool = False
+    swapped: int = 0
 
     @property
     def plain(self) -> Way:
         """The same without what is to be shown."""
-        return self._replace(zero_stage=0, offload=False)
+        return self._replace(zero_stage=0, offload=False, swapped=0)
 
     @property
     def then(self) -> Way:
@@ -52,7 +57,8 @@ class Way(NamedTuple):
         if self == self.plain:
             return self
         offload = not self.offload and self.optimizer == "adamw"
-        return self._replace(zero_stage={0: 2, 1: 0, 2: 1}[self.zero_stage], offload=offload)
+        following = {0: 2, 1: 0 if self.adapted else 3, 2: 1, 3: 0}
+        return self._replace(zero_stage=following[self.zero_stage], offload=offload, swapped=0)
 
 
 ALL = ((0, False), (0, True), (1, False), (2, False), (2, True))
@@ -60,14 +66,20 @@ OF_EACH = ((0, False), (1, True), (2, False))
 BF16, ACCUMULATED = Way(0, "bfloat16"), Way(0, "bfloat16", accumulation=3)
 ADAPTED = Way(0, "float32", accumulation=2, adapted=True)
 EIGHT_BIT = Way(0, optimizer="adamw8bit")
+FROZEN = Way(0, "bfloat16", adapted=True, recompute=True)
 LAYOUTS = {
     (1, 2): [
         *(ACCUMULATED._replace(zero_stage=zero, offload=offload) for zero, offload in ALL),
         *(BF16._replace(zero_stage=zero, offload=offload) for zero, offload in OF_EACH),
         *(EIGHT_BIT._replace(zero_stage=zero) for zero in (0, 1, 2)),
+        ACCUMULATED._replace(zero_stage=3, swapped=2),
+        BF16._replace(zero_stage=3, offload=True),
+        BF16._replace(zero_stage=1, offload=True, swapped=2),
+        *(FROZEN._replace(zero_stage=zero, swapped=swapped) for zero, swapped in ((0, 0), (3, 0), (3, 2))),
+        *(Way(zero, adapted=True) for zero in (0, 3)),
     ],
     (2, 2): [ADAPTED._replace(zero_stage=zero, offload=offload) for zero, offload in OF_EACH],
-    (1, 3): [Way(zero) for zero in (0, 1, 2)],
+    (1, 3): [Way(zero) for zero in (0, 1, 2, 3)],
 }
 """By stages and data ranks, what is tried on them; the plain way first."""
 
@@ -102,18 +114,26 @@ class Training:
         self.flux = FluxPipeline(FluxOptions(type="flux", dtype=way.dtype, diffusers_path=folder), seed=0)
         denoiser, layers = toy_flux.denoiser_and_layers(self.flux, SINGLE_BLOCKS_ONLY if way.adapted else None)
         bounds = stage_bounds("uniform", [1] * len(layers), ranks.stages)
-        recompute = int(ranks.stages == 2)
-        module = DenoiserPipeline(layers, bounds, self.flux.stream_type, self.flux.maths.loss, recompute=recompute)
-        held = {id(p) for p in module.parameters()}
+        recompute = int(ranks.stages == 2 or way.recompute)
+        held = {id(p) for layer in layers[slice(*bounds[ranks.stage])] for p in layer.parameters()}
         named = {base_name(name): p for name, p in denoiser.named_parameters()}
         self.trained = {name: p for name, p in named.items() if p.requires_grad and id(p) in held}
-        self.shares = Shares(self.trained, ranks, way.zero_stage, offload=way.offload)
+        keys = {"zero_stage": way.zero_stage, "blocks_to_swap": way.swapped, "offload_optimizer": way.offload}
+        settings = settings_of(self.flux, SINGLE_BLOCKS_ONLY if way.adapted else None, **keys)
+        staged = StagedModel(denoiser, layers, bounds, [way.swapped] * ranks.stages)
+        self.shares = shares_of(settings, ranks, staged, self.trained)
         groups = groups_of(
             self.shares.stepped.items(), lr=1e-3, weight_decay=0.1, own_lr=lambda name: 5e-3 if "attn" in name else None
         )
         # Not by `optimizers.build`, which wants a GPU for that of 8 bits.
         build, keys = find(way.optimizer).build, {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
         self.optimizer = build(groups, **keys) if groups else optimizer_for_frozen_stage()
+        # After what looks at parameters, since those of divided blocks have no values then.
+        formed = {
+            "recompute": recompute,
+            "swap": block_swap(settings, ranks, staged, self.shares, trained=not way.adapted),
+        }
+        module = DenoiserPipeline(layers, bounds, self.flux.stream_type, self.flux.maths.loss, **formed)
         self.engine = Engine(
             module,
             self.optimizer,
@@ -155,12 +175,38 @@ class Training:
         self.ema.update(number + 1)
         return [result.loss, result.grad_norm]
 
+    def evaluate(self, number: int) -> list[float]:
+        """The losses of some samples, of which the ranks have different numbers."""
+        batches = [toy_flux.micro_batch(self.flux, number, self.ranks.stage, index) for index in range(2)]
+        own, swap = batches[: (self.ranks.data_rank + 1) % 3], self.engine.module.swap
+        with swap.hand_in_hand():
+            found = self.engine.evaluate(own, len(own)) if own else []
+        return [loss for losses_B in found for loss in losses_B.tolist()]
+
+    def held_bytes(self) -> dict[str, int]:
+        """Of weights: what is divided, what this rank keeps of that, the buffers, and all that is not divided."""
+        module = self.engine.module
+        blocks, ring = module.swap._blocks if self.way.zero_stage == 3 else (), module.swap._ring
+        memory = [*(block.home for block in blocks), *(slot.memory for slot in (ring._slots if ring else ()))]
+        elsewhere = {tensor.untyped_storage().data_ptr() for tensor in memory}
+        storages = [tensor.untyped_storage() for tensor in (*module.parameters(), *module.buffers())]
+        others = {one.data_ptr(): one.nbytes() for one in storages if one.data_ptr() not in elsewhere}
+        return {
+            "divided": sum(form.nbytes for block in blocks for form in block._forms),
+            "kept": sum(block.home.nbytes for block in blocks),
+            "buffers": ring.nbytes if ring else 0,
+            "largest": max((block.size for block in blocks), default=0),
+            "others": sum(others.values()),
+        }
+
 
 def train_in(ranks: Ranks, folder: Path, way: Way) -> dict[str, Any]:
     """Two steps in this way, a checkpoint, and a third in another."""
     first = Training(ranks, folder, way)
     first.begin(None)
+    evaluated = first.evaluate(7)
     results = [number for step in range(2) for number in first.step(step)]
+    evaluated += first.evaluate(8)
     place = folder / f"{ranks.stages} {ranks.data_ranks} {tuple(way)}"
     if ranks.is_main:
         place.mkdir()
@@ -172,13 +218,15 @@ def train_in(ranks: Ranks, folder: Path, way: Way) -> dict[str, Any]:
     then = Training(ranks, folder, way.then)
     then.begin(checkpoint)
     results += then.step(2)
-    weights = numbers(then.trained)
+    weights = numbers(then.shares.held)
     with then.ema.swapped():
-        averaged = numbers(then.trained)
-    assert same(numbers(then.trained), weights)
+        averaged = numbers(then.shares.held)
+    assert same(numbers(then.shares.held), weights)
     return {
         "numbers": results,
         "checkpoint": saved,
+        "evaluated": evaluated,
+        "held": first.held_bytes(),
         "weights": weights,
         "averaged": averaged,
         "state": {name: numbers(first.optimizer.state[p]) for name, p in first.shares.stepped.items()},
@@ -206,33 +254,57 @@ def test_what_is_divided_changes_nothing(folder: Path, stages: int, data_ranks: 
     two ranks, which the second stage adds up in another order."""
     returned = run_ranks(train, stages * data_ranks, folder, stages)
     for way in LAYOUTS[stages, data_ranks]:
-        exact = 2 not in (way.zero_stage, way.then.zero_stage) or (way.accumulation == 1 and data_ranks == 2)
+        exact = not {2, 3} & {way.zero_stage, way.then.zero_stage} or (way.accumulation == 1 and data_ranks == 2)
         # A rounded weight may be rounded to the other side.
         tolerance = 0.0 if exact else 1e-6 if way.dtype == "float32" else 1e-2
         for stage in range(stages):
             of_stage = [rank[way] for rank in returned[stage * data_ranks : (stage + 1) * data_ranks]]
             expected = returned[stage * data_ranks][way.plain]
+            for kind in ("weights", "averaged", "checkpoint"):
+                assert {name for rank in of_stage for name in rank[kind]} == expected[kind].keys()
             for data_rank, rank in enumerate(of_stage):
-                assert rank["numbers"] == pytest.approx(expected["numbers"], rel=0 if exact else 1e-5, abs=0), way
+                plain, near = (
+                    returned[stage * data_ranks + data_rank][way.plain],
+                    {"rel": 0 if exact else 1e-5, "abs": 0},
+                )
+                assert rank["numbers"] == pytest.approx(expected["numbers"], **near), way
+                assert rank["evaluated"] == pytest.approx(plain["evaluated"], **near), way
+                assert len(rank["evaluated"]) == 4 * ((data_rank + 1) % 3), "some have more to evaluate, some nothing"
                 for kind in ("weights", "averaged", "checkpoint"):
-                    assert same(rank[kind], expected[kind], tolerance), (way, kind)
+                    own = {name: expected[kind][name] for name in rank[kind]}
+                    assert same(rank[kind], own, tolerance), (way, kind)
                 divided = way.zero_stage > 0
                 together = [one for one in range(len(returned)) if divided or one % data_ranks == data_rank]
                 assert rank["added up with"] == together, way
-                assert rank["on host"] == (len(rank["state"]) if way.offload else 0)
+                if not way.swapped:
+                    assert rank["on host"] == (len(rank["state"]) if way.offload else 0)
             assert bool(expected["state"]) == (not way.adapted or stage == stages - 1), "one stage has nothing to train"
             for rank in of_stage:
                 assert_divided(way, rank, data_ranks if way.zero_stage else 1, expected)
+            assert_weights_are_divided(way, [rank["held"] for rank in of_stage], expected["held"]["others"])
 
 
 def assert_divided(way: Way, rank: dict[str, Any], shares: int, expected: dict[str, Any]) -> None:
     """A rank has its part of the state, and in the second stage of the gradients when the optimizer steps."""
     whole, largest = size(expected["state"]), max((size({"": one}) for one in expected["state"].values()), default=0)
     assert size(rank["state"]) <= whole / shares + largest
-    if way.zero_stage == 2:
+    if way.zero_stage > 1:
         assert rank["gradients"] == (set() if way.offload else rank["state"].keys()), way
     elif not way.offload:
         assert rank["gradients"] == expected["weights"].keys()
+
+
+def assert_weights_are_divided(way: Way, of_ranks: list[dict[str, int]], whole: int) -> None:
+    """In the third stage a rank keeps its part of the blocks, and has room for two of them beside."""
+    if way.zero_stage != 3:
+        return
+    for held in of_ranks:
+        assert held["divided"] > whole / 2 and held["buffers"] == 2 * held["largest"]
+        # Of what is elsewhere, a number each is left.
+        assert 0 <= held["others"] - (whole - held["divided"]) <= 1000
+        assert abs(held["kept"] - held["divided"] / len(of_ranks)) < 0.1 * held["divided"]
+    padding = ALIGNMENT * 100
+    assert 0 <= sum(held["kept"] for held in of_ranks) - of_ranks[0]["divided"] <= padding
 
 
 def test_a_share_follows_from_names_and_sizes() -> None:

@@ -51,6 +51,9 @@ class Clock:
     def wait(self, mark: float) -> None:
         self.now = max(self.now, mark)
 
+    def finish(self, mark: float) -> None:
+        """The host may wait."""
+
     def compute(self, seconds: float, buffer: torch.Tensor | None = None) -> None:
         if buffer is not None:
             assert self.now >= self.arrives[buffer.data_ptr()], "read before it had arrived"
@@ -158,6 +161,18 @@ def test_an_unexpected_order_costs_time_alone() -> None:
                 stage._compute(block, 1.0)
                 stage.ring.release(block)
         stage._compute(block, 1.0)
+
+
+def test_what_a_step_has_written_is_not_brought_before() -> None:
+    stage = Stage(4, range(4), 0.1, 2)
+    stage.forward()
+    stage.backward()
+    stage.ring.settle()
+    stage.clock.compute(100.0)
+    stepped = stage.clock.now
+    stage.forward()
+    assert stage.clock.copies[-4:] == [0, 1, 2, 3] and stage.clock.copied >= stepped + 4 * 0.1
+    assert stage.clock.now >= stepped + 0.1 + 4
 
 
 def test_several_micro_batches_may_be_under_way() -> None:

@@ -179,6 +179,11 @@ def test_one_stage_that_fails_among_others_ends_the_run_with_the_reason() -> Non
     attempt = Attempt("samples 5", Ranks(1, 2, 1, stages=2))
     with pytest.raises(UserError, match="samples 5: CUDA out of memory. Tried .* failed in stage 1"):
         attempt.in_pipeline(work)
+    # One stage on several ranks that divide its weights waits for each other too; else it fails for itself.
+    attempt = Attempt("samples 5", Ranks(1, 2))
+    with pytest.raises(UserError, match="It failed on rank 1, for which the other ranks wait"):
+        attempt.in_pipeline(work, all_ranks=True)
+    assert attempt.in_pipeline(work) is None and attempt.error
 
 
 def test_a_scheduler_that_cannot_step_is_told_before_anything_is_loaded(

@@ -103,7 +103,17 @@ LORA = "[adapter]\ntype = 'lora'\nrank = 1"
             "[sampling] sample_every_n_epochs",
             "nothing to draw",
         ),
-        ({"top": "blocks_to_swap = 3\nzero_stage = 1"}, "key `zero_stage`", "leave out blocks_to_swap"),
+        ({"top": "blocks_to_swap = 3\nzero_stage = 2"}, "key `zero_stage`", "set zero_stage = 1, or 3"),
+        (
+            {"top": "pipeline_stages = 2\nzero_stage = 3"},
+            "key `zero_stage`",
+            "set zero_stage = 2, or",
+        ),
+        (
+            {"top": "zero_stage = 3\nblocks_to_swap = 2\ndisable_block_swap_for_eval = true", "tables": LORA},
+            "key `disable_block_swap_for_eval`",
+            "would give each GPU all weights",
+        ),
         (
             {"top": "blocks_to_swap = [1]\npipeline_stages = 2", "tables": LORA},
             "key `blocks_to_swap`",
