@@ -174,7 +174,7 @@ DENOISERS = [name for name in models.available() if name not in (*UNKNOWN_TO_COM
 each_denoiser = pytest.mark.parametrize("model", DENOISERS)
 WHOLE = (
     *("hunyuan_dit", "hunyuan_image", "hunyuan_video", "hunyuan_video_15", "ideogram4", "lumina2", "minimax_h3"),
-    *("pixart", "qwen_image_21", "sana"),
+    *("mochi", "pixart", "qwen_image_21", "sana"),
 )
 """Types of which ComfyUI has several modules as one, so that its file of a LoKr has whole differences."""
 IN_TURN = [(model, LOKR if model in WHOLE or number % 2 else LORA) for number, model in enumerate(models.available())]
