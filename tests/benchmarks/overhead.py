@@ -26,6 +26,7 @@ from tests.benchmarks.setting import MINI_FLUX, write_run
 from utils.parallel.backend import initialize_deepspeed
 from utils.ranks import connect, disconnect, from_environment
 from utils.run.checkpoint import ResumeFlags
+from utils.run.in_use import RunLock
 from utils.run.signals import StopRequests
 from utils.run.trainer import Trainer
 
@@ -38,12 +39,12 @@ def measure() -> Iterator[str]:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(Path(folder))
+        trainer = built_trainer(Path(folder))
         batches = trainer.prefetched()
-        bare = _bare_step(trainer)
+        bare = bare_step(trainer)
         times: dict[str, list[float]] = {"trainer": [], "bare": []}
         for _ in range(BLOCKS + 1):
-            times["trainer"].append(_block(lambda: _trainer_step(trainer, batches)))
+            times["trainer"].append(_block(lambda: trainer_step(trainer, batches)))
             times["bare"].append(_block(bare))
         batches.close()
         trainer.parts.metrics.close()
@@ -54,8 +55,9 @@ def measure() -> Iterator[str]:
     yield f"ratio {ratio:.3f} (limit {LIMIT:.2f}): {'ok' if ratio <= LIMIT else 'TOO SLOW'}"
 
 
-def _trainer(folder: Path) -> Trainer:
-    config, ranks = write_run(folder), from_environment()
+def built_trainer(folder: Path, **keys: Any) -> Trainer:
+    """The trainer of a run; `keys` are those of `write_run`."""
+    config, ranks = write_run(folder, **keys), from_environment()
     settings, datasets = train.read_settings(config, ranks.world_size)
     pipeline = models.build(settings.model, settings.seed)
     connect(ranks)
@@ -63,16 +65,16 @@ def _trainer(folder: Path) -> Trainer:
     scan = scan_of(settings, sources, stop.raise_if_stopping)
     data = cached_data(settings, ranks, pipeline, sources, scan, owner=config)
     initialize_deepspeed()
-    return build_trainer(settings, ranks, pipeline, data, stop, config=config, flags=ResumeFlags())
+    return build_trainer(settings, ranks, pipeline, data, stop, config, ResumeFlags(), RunLock())
 
 
-def _trainer_step(trainer: Trainer, batches: Iterator[Any]) -> None:
+def trainer_step(trainer: Trainer, batches: Iterator[Any]) -> None:
     done, values = trainer.step(batches)
     trainer.parts.metrics.scalars(values, done.step)
     trainer.progress = done.next_epoch() if trainer.ends_epoch(done) else done
 
 
-def _bare_step(trainer: Trainer) -> Any:
+def bare_step(trainer: Trainer) -> Any:
     """One step of a loop that does nothing but train: its batch lies ready."""
     device = trainer.parts.ranks.device
     model = FluxTransformer2DModel.from_pretrained(MINI_FLUX, subfolder="transformer", torch_dtype=torch.float32)

@@ -58,6 +58,7 @@ def parts(config: str) -> Iterator[tuple[str, float]]:
     import models
     from models.assembly import data, preflight, trainer
     from utils.run.checkpoint import ResumeFlags
+    from utils.run.in_use import RunLock
 
     pipeline = models.build(settings.model, settings.seed)
     preflight.check_run(settings, ranks, pipeline)
@@ -69,12 +70,13 @@ def parts(config: str) -> Iterator[tuple[str, float]]:
     yield "data and cache, nothing to encode", since()
     initialize_deepspeed()
     yield "import of deepspeed", since()
-    built = trainer.build_trainer(settings, ranks, pipeline, cached, stop, config=Path(config), flags=ResumeFlags())
+    built = trainer.build_trainer(settings, ranks, pipeline, cached, stop, Path(config), ResumeFlags(), RunLock())
     yield "weights, engine, optimizer, TensorBoard", since()
     batches = built.prefetched()
     built.step(batches)
     yield "first step", since()
-    built.close(batches)
+    batches.close()
+    built.parts.metrics.close()
     of_run.disconnect()
 
 
