@@ -93,6 +93,7 @@ class LTX2Stream(NamedTuple):
     text_modulation_B1M: torch.Tensor | None
     time_BRD: torch.Tensor
     row_T: torch.Tensor | None
+    places_13T2: torch.Tensor
     rope: tuple[torch.Tensor, torch.Tensor]
     canvas_fhw0: torch.Tensor
 
@@ -108,7 +109,10 @@ class LTX2Stream(NamedTuple):
 
 
 class Entry(nn.Module):
-    """Embeds cells, text, time and places."""
+    """Embeds cells, text, time and places. Each stage makes the rotary tables itself, which in float32 are larger than
+    all that blocks change."""
+
+    remakes = ("rope",)
 
     def __init__(self, denoiser: LTX2VideoTransformer3DModel):
         super().__init__()
@@ -140,10 +144,15 @@ class Entry(nn.Module):
             text_modulation_B1M=text_modulation_B1M,
             time_BRD=rearrange(time_ED, "(b r) d -> b r d", r=rows),
             row_T=row_of_token(rows, height * width, weight.device),
+            places_13T2=inputs.places_13T2,
             # They are the same for all samples.
             rope=self.rope(inputs.places_13T2),
             canvas_fhw0=inputs.canvas_fhw0,
         )
+
+    def remake(self, stream: LTX2Stream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        return {"rope": self.rope(stream.places_13T2)}
 
 
 class VideoHalf(nn.Module):

@@ -81,11 +81,14 @@ class LTXVideoStream(NamedTuple):
 
 
 class Entry(nn.Module):
-    """Embeds cells, text, time and positions.
+    """Embeds cells, text, time and positions. Each stage makes the rotary tables itself, which in float32 are larger
+    than all that blocks change.
 
     Args:
         scale: what the positions of a latent are multiplied with to be seconds and pixels.
     """
+
+    remakes = ("rope_1TD",)
 
     def __init__(self, denoiser: LTXVideoTransformer3DModel, scale: tuple[float, int, int]):
         super().__init__()
@@ -97,7 +100,7 @@ class Entry(nn.Module):
 
     def forward(self, inputs: LTXVideoInputs) -> LTXVideoStream:
         weight, (samples, rows) = self.proj_in.weight, inputs.t_BR.shape
-        frames, height, width, _ = inputs.canvas_fhw0.shape
+        _, height, width, _ = inputs.canvas_fhw0.shape
         # The time stays float32 until it is embedded.
         modulation_EM, time_ED = self.time_embed(
             inputs.t_BR.flatten() * TRAIN_STEPS, batch_size=samples, hidden_dtype=weight.dtype
@@ -110,10 +113,18 @@ class Entry(nn.Module):
             modulation_BRM=rearrange(modulation_EM, "(b r) m -> b r m", r=rows),
             time_BRD=rearrange(time_ED, "(b r) d -> b r d", r=rows),
             row_T=row_of_token(rows, height * width, weight.device),
-            # They are the same for all samples.
-            rope_1TD=self.rope(inputs.x_BTC[:1], frames, height, width, self.scale),
+            rope_1TD=self._rope(inputs.canvas_fhw0),
             canvas_fhw0=inputs.canvas_fhw0,
         )
+
+    def remake(self, stream: LTXVideoStream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        return {"rope_1TD": self._rope(stream.canvas_fhw0)}
+
+    def _rope(self, canvas_fhw0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotary tables, which are the same for all samples."""
+        frames, height, width, _ = canvas_fhw0.shape
+        return self.rope(canvas_fhw0.new_empty(1), frames, height, width, self.scale)
 
 
 class Exit(nn.Module):

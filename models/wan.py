@@ -101,11 +101,14 @@ class WanStream(NamedTuple):
 
 
 class Entry(nn.Module):
-    """Embeds patches, text, time and positions."""
+    """Embeds patches, text, time and positions. Each stage makes the rotary tables itself."""
+
+    remakes = ("rope_1T1D",)
 
     def __init__(self, denoiser: WanTransformer3DModel, text_tokens: int):
         super().__init__()
-        self.rope = denoiser.rope
+        self.rope, self.config = denoiser.rope, denoiser.config
+        self._ropes: dict[torch.device, nn.Module] = {}
         self.patch_embedding = denoiser.patch_embedding
         self.condition_embedder = denoiser.condition_embedder
         self.text_tokens = text_tokens
@@ -139,6 +142,22 @@ class Entry(nn.Module):
             rope_1T1D=self.rope(x_BCfhw),
             canvas_fhw0=torch.empty(*patches_BDfhw.shape[2:], 0, device=weight.device),
         )
+
+    def remake(self, stream: WanStream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        size = (side * patch for side, patch in zip(stream.canvas_fhw0.shape, self.config.patch_size, strict=False))
+        # Of a latent it looks at the shape alone.
+        return {"rope_1T1D": self._rope_on(stream.x_BTD.device)(torch.empty(0, 0, *size))}
+
+    def _rope_on(self, device: torch.device) -> nn.Module:
+        """The stock module with its tables, which on a stage without the entry have no memory."""
+        from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+
+        if device not in self._ropes:
+            config = self.config
+            rope = WanRotaryPosEmbed(config.attention_head_dim, config.patch_size, config.rope_max_seq_len)
+            self._ropes[device] = rope.to(device)
+        return self._ropes[device]
 
 
 class Exit(nn.Module):

@@ -15,6 +15,7 @@ from models.assembly.activations import LightAttention, tensors_of
 from tests.benchmarks.cut import planner_of
 from tests.models.full_size import ALL
 from utils.parallel import wire
+from utils.parallel.remaking import Remaking, leaving
 
 MB = 1e6
 LISTED = 0.001
@@ -31,7 +32,7 @@ def measure() -> Iterator[str]:
                 for layer in layers[: planner.bounds(two)[0][1]]:
                     stream = layer.to("meta")(stream)
                     streams.append(stream)
-        sent, returned, least, constant = _counted(streams[0], streams[-1])
+        sent, returned, least, constant = _counted(streams[0], leaving(streams[-1], Remaking.of(layers[0])))
         described = wire.DESCRIPTION_NUMBERS * 8
         total = sent + returned + described
         listed = [f"{name} {size / MB:.2f}" for name, size in constant.items() if size > LISTED * least]

@@ -15,6 +15,7 @@ from torch import nn
 from utils.diffusion import seeds
 from utils.parallel.offload import HostInputs
 from utils.parallel.recompute import recomputed_positions, run_layer, run_recomputed
+from utils.parallel.remaking import Remaking, arrived, leaving
 from utils.parallel.swap import BlockSwap
 
 
@@ -22,7 +23,8 @@ class DenoiserPipeline(PipelineModule):
     """Layers `Stream -> Stream`, cut into stages at given bounds.
 
     Args:
-        layers: all layers of the denoiser; only those of this process's stage must hold real weights.
+        layers: all layers of the denoiser; only those of this process's stage must hold real weights. The first one
+            may say what of a stream is not sent; see `Remaking`.
         bounds: the half-open range of layers of every stage.
         stream_type: the NamedTuple that travels from layer to layer.
         loss: (prediction, labels) -> loss per sample (B,).
@@ -51,6 +53,8 @@ class DenoiserPipeline(PipelineModule):
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its seeds and partitions
             super().__init__(layers=layers, num_stages=len(bounds), loss_fn=loss)
         self.stream_type = stream_type
+        # Not a module of this stage, unless it begins with it.
+        self._entry = Remaking.of(layers[0])
         self._recomputed = frozenset(recomputed_positions(self.forward_funcs, recompute))
         self._trains = [
             any(parameter.requires_grad for parameter in layer.parameters()) for layer in self.forward_funcs
@@ -80,13 +84,13 @@ class DenoiserPipeline(PipelineModule):
         if self._host is not None:
             self._host.begin()
         with self.swap.forward_pass():
-            stream = fields if self._local_start == 0 else self.stream_type(*fields)
+            stream = fields if self._local_start == 0 else arrived(self.stream_type(*fields), self._entry)
             for position, layer in enumerate(self.forward_funcs):
                 recompute = position in self._recomputed and torch.is_grad_enabled()
                 runner = partial(run_recomputed, trains=self._trains[position], host=self._host)
                 run = partial(runner if recompute else run_layer, stream=stream, seed=self._seed_of(position))
                 stream = self.swap.run(position, layer, run, recomputed=recompute)
-            return stream
+            return stream if self.stage_id == self.num_stages - 1 else leaving(stream, self._entry)
 
     def _seed_of(self, position: int) -> int | None:
         """Of the random numbers that a layer of this stage draws; None if it draws none."""

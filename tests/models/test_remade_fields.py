@@ -1,0 +1,38 @@
+"""What stages do not send one another, each makes to the bit as the first one had it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.assembly.stage import load_stage
+from tests.models.batches import SIZES, features_of
+from tests.models.tiny_folder import settings_of, tiny
+from utils.diffusion.seeds import normal
+from utils.parallel.remaking import Remaking, arrived, leaving
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["ltx_video", "ltx2", "ltx2_3", "wan", "wan_vace"])
+def test_an_entry_without_weights_makes_what_is_not_sent(name: str, tmp_path: Path) -> None:
+    module = tiny(name)
+    pipeline = module.pipeline(module.write_folder(tmp_path))
+    first = load_stage(pipeline, settings_of(pipeline), stage=0).layers[0]
+    elsewhere = Remaking.of(pipeline.to_layers(pipeline.weights.build_empty())[0])
+    shape = (2, *pipeline.latent_shape(*getattr(module, "SIZES", SIZES)[0]))
+    stream = first(pipeline.prepare_inputs(features_of(module, shape), normal(shape, 0, "x"), torch.tensor([0.2, 0.9])))
+
+    sent = leaving(stream, elsewhere)
+    left_out = [one for one, field in sent._asdict().items() if field is None and getattr(stream, one) is not None]
+    assert left_out == [*elsewhere.fields] and left_out
+    again = arrived(sent, elsewhere)
+    for field in left_out:
+        pairs = zip(getattr(again, field), getattr(stream, field), strict=True)
+        assert all(torch.equal(made, had) and made.dtype == had.dtype for made, had in pairs)
+
+
+def test_all_else_is_sent() -> None:
+    stream, nothing = (torch.ones(1),), Remaking.of(torch.nn.Linear(1, 1))
+    assert leaving(stream, nothing) is stream and arrived(stream, nothing) is stream
