@@ -188,7 +188,7 @@ def reclaim_unwanted(filled: Collection[str], job: CacheJob) -> None:
                     kept = references.delete_unwanted(job.cache_dir, store, all_of_it=job.regenerate, keep=keep)
                     keep = replace(keep, bytes=keep.bytes - kept)
                 freed = store.compact()
-                taken += store.stats().bytes
+                taken += store.bytes
             if freed:
                 logger.info("cache %s: freed %s that nothing refers to", name, _size(freed))
     logger.info("cache: %s on disk in %s", _size(taken), job.cache_dir)

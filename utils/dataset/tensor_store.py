@@ -195,6 +195,11 @@ class TensorStore:
         """The bytes that the items of these keys take; missing ones are left out."""
         return {key: extent.length for key, extent in self._index.extents(list(keys)).items()}
 
+    @property
+    def bytes(self) -> int:
+        """The bytes of all shards on disk."""
+        return sum(sizes(self.folder).values())
+
     def stats(self) -> StoreStats:
         """The current size of the store; uncommitted items of living writers count as unreferenced."""
         taken, live = sizes(self.folder), self._index.live_bytes()
