@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 # Set before torch starts: the machine's cores are shared with the processes that tests start.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # Until all tests are collected: imports and items are objects by the million, all of which stay.
 gc.disable()
