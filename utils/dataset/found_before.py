@@ -121,7 +121,8 @@ class FoundBefore:
                 old.unlink()
         except OSError as error:
             logger.info("the next start looks at all files again: %s cannot be written (%s)", self.file, error.strerror)
-            new.unlink(missing_ok=True)
+            with suppress(OSError):
+                new.unlink(missing_ok=True)
         return [replace(one, identity=self.identity) for one in collections]
 
 

@@ -175,3 +175,16 @@ def test_what_nobody_could_check_is_not_remembered(
     found["broken"] = start(folders, tmp_path / "d")
     assert {name: one[0].identity for name, one in found.items()} == dict.fromkeys(found, "")
     assert [path.name for cache in "abcd" for path in (tmp_path / cache).glob("found/*")] == []
+
+
+def test_what_cannot_be_written_hinders_nothing(folders: Path, tmp_path: Path, looks: list[int]) -> None:
+    """A full disk, say, or a file in the way."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "found").write_text("in the way")
+    assert start(folders, cache) == start(folders, cache)
+    assert len(looks) == 2 and (cache / "found").read_text() == "in the way"
+    (cache / "found").unlink()
+    start(folders, cache)
+    start(folders, cache)
+    assert len(looks) == 3
