@@ -22,7 +22,7 @@ from models.assembly.sample_checks import check_sampling
 from models.assembly.stage import load_stage
 from models.foundation.encoders.guide import packed, pixels_of_cells, unpacked
 from models.wan_vace import VACE_LAYOUT
-from tests.models import tiny_wan_vace
+from tests.models import tiny_wan, tiny_wan_vace
 from tests.models.drawn_samples import draw_samples
 from tests.models.tiny_folder import drawn, settings_of
 from tests.processes import run_ranks
@@ -329,3 +329,13 @@ def test_masks_of_regions_weigh_nothing_and_must_be_there(folder: Path) -> None:
 def test_what_does_not_fit_is_told(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         tiny_wan_vace.pipeline(tiny_wan_vace.write_folder(tmp_path, **changes)).check()
+
+
+def test_a_file_of_vace_is_told_from_wan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It has all tensors of Wan, and its own."""
+    for name, module in (("vace", tiny_wan_vace), ("wan", tiny_wan)):
+        (tmp_path / name).mkdir()
+        module.write_folder(tmp_path / name)
+    (file,) = (tmp_path / "vace" / "transformer").glob("*.safetensors")
+    tiny_wan.pipeline(tmp_path / "wan", transformer_path=file).check()
+    assert "has no use for" in caplog.text and 'it looks like Wan VACE: set [model] type = "wan_vace"' in caplog.text

@@ -12,7 +12,7 @@ from torch import nn
 
 from models.foundation.checkpoints.headers import read_header
 from models.foundation.checkpoints.key_layouts import KeyLayout
-from models.foundation.checkpoints.recognition import explained
+from models.foundation.checkpoints.recognition import explained, likeness
 from models.foundation.checkpoints.storage import StorageRules
 from models.foundation.checkpoints.weights import EnsembleWeights, Weights, build_empty, materialise
 from utils.adapters.attach import base_name, is_factor
@@ -107,7 +107,7 @@ class DenoiserWeights:
 
     def _opened(self, denoiser: nn.Module) -> TensorSource:
         weights = self._weights(self._read_part(denoiser))
-        weights.tell_unused()
+        weights.tell_unused(likeness(weights.header.shapes, self.model_type))
         return weights
 
     def _weights(self, module: nn.Module) -> Weights:

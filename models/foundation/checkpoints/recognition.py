@@ -346,12 +346,20 @@ def recognised(shapes: Shapes) -> FileSignature | None:
     return next((signature for signature in SIGNATURES if signature.is_on(shapes)), None)
 
 
-def explained(error: UserError, shapes: Shapes, model_type: str) -> UserError:
-    """The error about a file with these tensors, extended by what the file contains if that belongs to another type."""
+def likeness(shapes: Shapes, model_type: str) -> str:
+    """What a file with these tensors contains, to be said behind what is wrong with it, and what would fit it; "" if it
+    belongs to this type, or is unknown."""
     signature = recognised(shapes)
     if signature is None or signature.fits == _type(model_type):
+        return ""
+    return f"; it looks like {signature.what}: {signature.fits}"
+
+
+def explained(error: UserError, shapes: Shapes, model_type: str) -> UserError:
+    """The error about a file with these tensors, extended by what the file contains if that belongs to another type."""
+    said = likeness(shapes, model_type)
+    if not said:
         return error
-    said = f"; it looks like {signature.what}: {signature.fits}"
     return UserError(replace(p, message=p.message.removesuffix(GUESS) + said) for p in error.problems)
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from models.foundation.checkpoints.gguf_files import GgufFile, is_gguf
 from models.foundation.checkpoints.headers import opened, read_header
 from models.foundation.checkpoints.key_layouts import KeyLayout, Piece, swap_halves
+from models.foundation.checkpoints.recognition import GUESS
 from models.foundation.checkpoints.storage import StorageRules
 from utils.errors import UserError
 from utils.first_values import none_without_memory
@@ -81,15 +82,15 @@ class Weights:
             and not key.removeprefix(prefix).startswith(tuple(known))
         ]
 
-    def tell_unused(self) -> None:
-        """Says that some of the tensors are not used, if this is so."""
+    def tell_unused(self, likeness: str = "") -> None:
+        """Says that some of the tensors are not used, if this is so, and whose they look like, if that is known."""
         if self.unused:
             logger.warning(
-                "%s: the model's configuration has no use for %d of the tensors, the first is '%s'; is it "
-                "another model's?",
+                "%s: the model's configuration has no use for %d of the tensors, the first is '%s'%s",
                 self.path,
                 len(self.unused),
                 self.unused[0],
+                likeness or GUESS,
             )
 
     def read(self, name: str) -> torch.Tensor:
