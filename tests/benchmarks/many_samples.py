@@ -120,9 +120,8 @@ def _files(folder: Path) -> DatasetSettings:
         os.link(shared / f"{number % SHARED}.png", picture)
         (many / f"{number}.txt").write_text(f"picture number {number} of many, which a sentence or two describe")
         digest = hashlib.blake2b(str(number).encode(), digest_size=16).hexdigest()
-        rows.append(
-            (str(picture), "", stamp.st_size, stamp.st_mtime_ns, digest, *SIZES[number % len(SIZES)], 1, 0.0, "")
-        )
+        known = stamp.st_size, stamp.st_mtime_ns, digest, *SIZES[number % len(SIZES)], 1, 0.0, "", ""
+        rows.append((str(picture), "", *known))
     with opened_index(folder / "cache" / "files.sqlite") as index:
         index.executemany(f"INSERT INTO media ({COLUMNS}) VALUES ({PLACES})", rows)
         index.commit()

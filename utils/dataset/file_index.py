@@ -12,7 +12,7 @@ from utils.dataset.databases import connected, explaining_errors
 from utils.errors import UserError
 
 BUSY_SECONDS = 60
-VERSION = 1
+VERSION = 2
 """To be changed when files would be measured otherwise than before; what older indices hold is then forgotten."""
 
 
@@ -49,13 +49,14 @@ def opened_index(path: Path) -> Iterator[sqlite3.Connection]:
         raise UserError.of(what, str(path.parent)) from error
     if_damaged = "remove it; all files are looked at again, and nothing is encoded again"
     with explaining_errors(path, if_damaged), closing(connected(path, timeout=BUSY_SECONDS)) as index:
-        # What an older version of this program found may be wrong: it took one tile of a HEIF for the picture.
+        # What an older version of this program found may be wrong: it took one tile of a HEIF for the picture, and did
+        # not ask for the profiles of colours.
         if index.execute("PRAGMA user_version").fetchone() != (VERSION,):
             index.execute("DROP TABLE IF EXISTS media")
             index.execute(f"PRAGMA user_version = {VERSION}")
         index.execute(
             "CREATE TABLE IF NOT EXISTS media (path TEXT, part TEXT, size INTEGER, mtime_ns INTEGER, digest TEXT,"
-            " width INTEGER, height INTEGER, frames INTEGER, rate REAL, fault TEXT,"
+            " width INTEGER, height INTEGER, frames INTEGER, rate REAL, fault TEXT, colours TEXT,"
             " PRIMARY KEY (path, part)) WITHOUT ROWID"
         )
         index.execute(

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from utils.collector import without_collector
 from utils.dataset.file_index import Scan, opened_index
@@ -21,6 +21,7 @@ from utils.dataset.mask_means import mask_means
 from utils.dataset.samples import Mask, MediaFile
 from utils.dataset.sources import Entry, Listing, Locator, Rejected, Remark, read_source
 from utils.errors import Problem
+from utils.media.colour_profiles import Colours
 from utils.media.decode import probe
 from utils.media.geometry import same_shape
 from utils.media.source import MediaError
@@ -32,11 +33,12 @@ CHUNK = 512
 _SCALE_IT = "bring it to the picture's proportions"
 _CONTROL_FIT = f'{_SCALE_IT}, or, if it is a view of its own, set control_fit = "crop", "stretch" or "pad"'
 COPY_BYTES = 2**20
-COLUMNS = "path, part, size, mtime_ns, digest, width, height, frames, rate, fault"
+COLUMNS = "path, part, size, mtime_ns, digest, width, height, frames, rate, fault, colours"
 SOUND = (
     "typeof(path) = 'text' AND typeof(part) = 'text' AND typeof(size) = 'integer' AND typeof(mtime_ns) = 'integer'"
     " AND typeof(digest) = 'text' AND typeof(width) = 'integer' AND typeof(height) = 'integer'"
     " AND typeof(frames) = 'integer' AND typeof(rate) = 'real' AND typeof(fault) = 'text'"
+    f" AND colours IN {get_args(Colours)}"
     " AND (fault != '' OR (width > 0 AND height > 0 AND frames > 0 AND rate >= 0))"
 )
 """Rows of the index that something else has damaged are not known: their files are looked at again."""
@@ -79,6 +81,7 @@ class _Record(NamedTuple):
     frames: int
     fps: float
     fault: str
+    colours: Colours
 
 
 @without_collector()
@@ -267,6 +270,9 @@ def _identify(locator: Locator) -> _Record | MediaError:
         with locator.open() as content:
             while piece := content.read(COPY_BYTES):
                 digest.update(piece)
+        if probed.colours == "converted":
+            # What was encoded before such files were read in their own colours is another picture.
+            digest.update(b"in the colours of its profile")
     except MediaError as error:
         return error
     except OSError as error:
@@ -282,4 +288,5 @@ def _identify(locator: Locator) -> _Record | MediaError:
         probed.frames,
         probed.fps,
         probed.fault,
+        probed.colours,
     )

@@ -12,6 +12,7 @@ from utils.dataset.inputs import TEXT
 from utils.dataset.manifest import Row
 from utils.dataset.samples import Mask, Sample, SampleVersion
 from utils.dataset.sources import Remark
+from utils.media.colour_profiles import Colours
 from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 
 LIGHT_WEIGHT = 0.01
@@ -22,6 +23,11 @@ OWN_TOKENS = 8
 ALL_WHITE = 0.999
 MOST_ENLARGED = 1.5
 MOST_CUT_OFF = 0.5
+AS_THEY_ARE: dict[Colours, str] = {
+    "unknown": "its profile of colours cannot be used, and it is read as if it were of sRGB; save it without a profile",
+    "wide": "it has a high dynamic range or a wide gamut (HLG, PQ, BT.2020, P3), and is read as if it had not, which "
+    "makes it pale; convert it to BT.709, as ffmpeg does with zscale and tonemap",
+}
 
 
 def remarks_on(
@@ -35,6 +41,7 @@ def remarks_on(
     rules = [dataset.resolved(directory) for directory in dataset.directory]
     return [
         *_used_as_pictures(rows),
+        *_colours_as_they_are(rows),
         *_without_caption(rows, rules),
         *_wildcards(rows, rules),
         *(_without_weight(rows, rules) if masks_weigh else _of_regions(rows)),
@@ -110,6 +117,13 @@ def _used_as_pictures(rows: Sequence[Row]) -> Iterator[Remark]:
     for row in rows:
         if row.media.fault:
             yield Remark("used as a picture", str(row.media.locator), f"{row.media.fault}; its first frame is trained")
+
+
+def _colours_as_they_are(rows: Sequence[Row]) -> Iterator[Remark]:
+    for row in rows:
+        for media in (row.media, *row.controls):
+            if text := AS_THEY_ARE.get(media.colours):
+                yield Remark("colours not converted", str(media.locator), text)
 
 
 def _without_caption(rows: Sequence[Row], rules: Sequence[DirectorySettings]) -> Iterator[Remark]:

@@ -14,6 +14,7 @@ from utils.dataset.captions import caption_variant
 from utils.dataset.sources import Locator
 from utils.diffusion import seeds
 from utils.media.colour import Jitter
+from utils.media.colour_profiles import Colours
 from utils.media.geometry import View
 from utils.settings.dataset_schema import ControlFit, DirectorySettings
 
@@ -24,7 +25,8 @@ _FITS = {"stretch": "none", "pad": "pad"}
 @dataclass(frozen=True, slots=True)
 class MediaFile:
     """A picture or clip: its location, the hash of its content, its upright size in pixels, its number of frames, its
-    frames per second (0 for a still), and what of it cannot be read, although its first frame can."""
+    frames per second (0 for a still), what of it cannot be read, although its first frame can, and what is done about
+    its profile of colours."""
 
     locator: Locator
     digest: str
@@ -33,6 +35,7 @@ class MediaFile:
     frames: int
     fps: float = 0.0
     fault: str = ""
+    colours: Colours = ""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # For processes that hand a million of them on: what a dataclass does by itself takes five times as long.

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from itertools import count
 from typing import BinaryIO, NamedTuple
 
@@ -15,6 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin
 
 from utils.media.brands import AVIF_BRANDS, image_brand
+from utils.media.colour_profiles import colours_of, in_srgb
 from utils.media.png_texts import without_texts
 from utils.media.source import MAX_PIXELS, MediaError, Probe, check_pixels
 
@@ -35,6 +38,7 @@ INTEGER_WHITES = (65535,)
 MASK_WHITES = (1, 255, 65535)
 # White and black of a TIFF by its own fields, kept where Pillow keeps what it knows of a picture.
 DEEP_RANGE = "white and black of more than 8 bits"
+DEEP_MODES = ("F", "I")
 SIGNED = 2
 WHITE_IS_ZERO = 0
 FLOAT_WHITES = (1, 255, 65535)
@@ -64,10 +68,9 @@ def open_image(stream: BinaryIO) -> Image.Image | None:
         image = _open_heif(stream, brand) if brand else None
     except ValueError:
         # Of a PNG this is Pillow's limit for texts, which are no part of the picture.
-        lean = without_texts(stream)
-        if lean is None:
+        image = _open_without_texts(stream)
+        if image is None:
             raise
-        image = Image.open(lean, formats=FORMATS)
     except Image.DecompressionBombError as error:
         reason = str(error).rstrip(".")
         raise MediaError(f"more than {MAX_PIXELS:,} pixels ({reason}); scale it down or remove it") from error
@@ -77,6 +80,17 @@ def open_image(stream: BinaryIO) -> Image.Image | None:
     if image.format == "TIFF":
         image.info[DEEP_RANGE] = _deep_range(image)
     return image
+
+
+def _open_without_texts(stream: BinaryIO) -> Image.Image | None:
+    """A PNG without its texts, and without its profile if that is too large for Pillow too; None if it is no PNG."""
+    for profile in (True, False):
+        lean = without_texts(stream, profile=profile)
+        if lean is None:
+            return None
+        with suppress(ValueError):
+            return Image.open(lean, formats=FORMATS)
+    return None
 
 
 def _deep_range(image: Image.Image) -> tuple[int, int]:
@@ -115,8 +129,9 @@ def probe_image(image: Image.Image) -> Probe:
     upright = image.format == "TIFF"
     orientation = 1 if upright else Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     width, height = reversed(image.size) if orientation in SIDEWAYS else image.size
+    still = Probe(width, height, 1, colours=colours_of(image))
     if not animated(image):
-        return Probe(width, height, 1)
+        return still
     ends: list[float] = []
     try:
         ends.extend(frame.end for frame in shown_images(image))
@@ -125,8 +140,8 @@ def probe_image(image: Image.Image) -> Probe:
         if not ends:
             raise
         fault = f"is broken behind frame {len(ends)} ({str(error).rstrip('.')})"
-        return Probe(width, height, 1, fault=fault)
-    return Probe(width, height, len(ends), len(ends) / ends[-1])
+        return replace(still, fault=fault)
+    return replace(still, frames=len(ends), fps=len(ends) / ends[-1])
 
 
 def shown_images(image: Image.Image) -> Iterator[TimedFrame]:
@@ -167,14 +182,15 @@ def decoded_bytes(image: Image.Image) -> int:
 
 
 def rgb_of(image: Image.Image) -> Image.Image:
-    """`image`, of any mode, as RGB on white."""
-    return _rgb_on(image, WHITE, INTEGER_WHITES)
+    """`image`, of any mode, as RGB on white, in the colours of sRGB; `image` itself may be changed to them."""
+    return _rgb_on(in_srgb(_of_8_bits(image, INTEGER_WHITES)), WHITE)
 
 
 def mask_of(image: Image.Image) -> Image.Image:
     """The mask that `image`, of any mode, shows, as 8-bit grey; transparent pixels are black. White of more than 8 bits
-    is the first of `MASK_WHITES` that no pixel exceeds."""
-    return _rgb_on(image, BLACK, MASK_WHITES).convert("L")
+    is the first of `MASK_WHITES` that no pixel exceeds. Its levels are numbers, whatever colours a profile makes of
+    them."""
+    return _rgb_on(_of_8_bits(image, MASK_WHITES), BLACK).convert("L")
 
 
 def exact_mask_of(image: Image.Image) -> Image.Image:
@@ -183,9 +199,7 @@ def exact_mask_of(image: Image.Image) -> Image.Image:
     return mask.point(lambda level: 255 * level) if mask.getextrema()[1] == 1 else mask
 
 
-def _rgb_on(image: Image.Image, ground: tuple[int, ...], whites: Sequence[int]) -> Image.Image:
-    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
-        image = _shallow(image, whites)
+def _rgb_on(image: Image.Image, ground: tuple[int, ...]) -> Image.Image:
     if image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, ground)
         image = Image.alpha_composite(canvas, image.convert("RGBA"))
@@ -200,9 +214,10 @@ def alpha_of(image: Image.Image) -> Image.Image:
 
 
 def rgba_of(image: Image.Image) -> Image.Image:
-    """`image`, of any mode, as RGBA; invisible pixels are black, as scaling makes them, whatever the file holds
-    there."""
-    image = image.convert("RGBA") if image.has_transparency_data else rgb_of(image).convert("RGBA")
+    """`image`, of any mode, as RGBA in the colours of sRGB, to which `image` itself may be changed; invisible pixels
+    are black, as scaling makes them, whatever the file holds there."""
+    image = in_srgb(_of_8_bits(image, INTEGER_WHITES))
+    image = image.convert("RGBA") if image.has_transparency_data else _rgb_on(image, WHITE).convert("RGBA")
     canvas = Image.new("RGBA", image.size)
     canvas.paste(image, mask=image.getchannel("A").point(lambda level: 255 if level else 0))
     return canvas
@@ -219,13 +234,15 @@ def animated(image: Image.Image) -> bool:
         return True
 
 
-def _shallow(image: Image.Image, integer_whites: Sequence[int]) -> Image.Image:
-    """Grey of 16 or 32 bits, or of floating-point numbers, as 8-bit grey.
+def _of_8_bits(image: Image.Image, integer_whites: Sequence[int]) -> Image.Image:
+    """Grey of 16 or 32 bits, or of floating-point numbers, as 8-bit grey; other pictures as they are.
 
     Pillow's own conversion clips at 255. White is the first of `integer_whites` that no pixel exceeds, none of them
     above that of the picture's own depth; for floating-point numbers it is the first of `FLOAT_WHITES`. Values beyond
     all of these are scaled by their own range.
     """
+    if image.mode not in DEEP_MODES and not image.mode.startswith("I;16"):
+        return image
     values_HW = np.asarray(image, dtype=np.float32)
     low, high = float(values_HW.min()), float(values_HW.max())
     if not math.isfinite(low) or not math.isfinite(high):
@@ -237,4 +254,7 @@ def _shallow(image: Image.Image, integer_whites: Sequence[int]) -> Image.Image:
     black, white = (0, fitting[0]) if fitting else (low, high)
     levels_HW = (values_HW - black) * (255 / (white - black or 1))
     levels_HW = 255 - levels_HW if deepest < darkest and image.mode != "F" else levels_HW
-    return Image.fromarray(levels_HW.round().astype(np.uint8))
+    shallow = Image.fromarray(levels_HW.round().astype(np.uint8))
+    if profile := image.info.get("icc_profile"):
+        shallow.info["icc_profile"] = profile
+    return shallow

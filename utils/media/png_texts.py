@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import BinaryIO
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# Texts, among them the workflows of programs that draw pictures, and profiles of colour.
 # XMP may say how the picture is turned.
 XMP = b"XML:com.adobe.xmp\0\0"
 XMP_BYTES = 2**16
-LEFT_OUT = frozenset({b"tEXt", b"zTXt", b"iTXt", b"iCCP"})
+TEXTS = frozenset({b"tEXt", b"zTXt", b"iTXt"})
+"""Among them are the workflows of programs that draw pictures."""
+PROFILE = b"iCCP"
 
 
-def without_texts(stream: BinaryIO) -> BinaryIO | None:
-    """The PNG in `stream` without its texts and its profile; None if it is no PNG."""
+def without_texts(stream: BinaryIO, *, profile: bool = True) -> BinaryIO | None:
+    """The PNG in `stream` without its texts, with or without its profile of colour; None if it is no PNG."""
     stream.seek(0)
     if stream.read(len(SIGNATURE)) != SIGNATURE:
         return None
-    return io.BytesIO(SIGNATURE + b"".join(_needed_chunks(stream)))
+    return io.BytesIO(SIGNATURE + b"".join(_other_chunks(stream, TEXTS if profile else {*TEXTS, PROFILE})))
 
 
-def _needed_chunks(stream: BinaryIO) -> Iterator[bytes]:
-    """Length, kind, content and checksum of each chunk; the last may be cut off."""
+def _other_chunks(stream: BinaryIO, left_out: Set[bytes]) -> Iterator[bytes]:
+    """Length, kind, content and checksum of each chunk of another kind; the last may be cut off."""
     while len(head := stream.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
         start = stream.read(min(len(XMP), length))
-        if kind not in LEFT_OUT or (start == XMP and length <= XMP_BYTES):
+        if kind not in left_out or (start == XMP and length <= XMP_BYTES):
             yield head + start + stream.read(length - len(start) + 4)
         else:
             stream.seek(length - len(start) + 4, io.SEEK_CUR)

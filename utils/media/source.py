@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from utils.errors import printable
+from utils.media.colour_profiles import Colours
 
 MAX_PIXELS = 178_956_970
 """The largest number of pixels of a picture or frame; Pillow refuses more on its own."""
@@ -39,13 +40,15 @@ Source = Path | Blob
 @dataclass(frozen=True)
 class Probe:
     """The upright size of a file's frames in pixels, their number, and their average number per second; a still picture
-    has one frame and 0 fps. `fault` says what of the file cannot be read, where its first frame can."""
+    has one frame and 0 fps. `fault` says what of the file cannot be read, where its first frame can; `colours`, what is
+    done about the profile of a picture."""
 
     width: int
     height: int
     frames: int
     fps: float = 0.0
     fault: str = ""
+    colours: Colours = ""
 
     @property
     def seconds(self) -> float:

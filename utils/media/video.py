@@ -11,10 +11,11 @@ from typing import BinaryIO
 import av
 import numpy as np
 from av.stream import Disposition
-from av.video.reformatter import Interpolation
+from av.video.reformatter import ColorPrimaries, ColorTrc, Interpolation
 from av.video.stream import VideoStream
 from PIL import Image
 
+from utils.media.colour_profiles import Colours
 from utils.media.images import TimedFrame
 from utils.media.source import ROUNDING_SECONDS, MediaError, Probe, check_pixels
 
@@ -32,6 +33,9 @@ NOT_SHOWN = Disposition.attached_pic | Disposition.timed_thumbnails | Dispositio
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # FFmpeg's default takes a shortcut from halved chroma to RGB that darkens by more than one level in 255.
 EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+# What telephones and televisions tell of high dynamic range and wide gamuts.
+WIDE_TRANSFERS = frozenset({ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67})
+WIDE_PRIMARIES = frozenset({ColorPrimaries.BT2020, ColorPrimaries.SMPTE431, ColorPrimaries.SMPTE432})
 # The signs of a display matrix (a, b, c, d), where (x, y) is shown at (ax + cy, bx + dy), y pointing down.
 UPRIGHT = {
     (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
@@ -58,7 +62,8 @@ def probe_video(stream: BinaryIO) -> Probe:
                 count, begin, end = count + 1, min(begin, time), max(end, time + _period(packet, video))
         if first is None or not count:
             raise MediaError("holds no frame that can be decoded; replace or remove it")
-        return Probe(*_upright_size(first, video), count, _fps(count, end - begin, video))
+        fps = _fps(count, end - begin, video)
+        return Probe(*_upright_size(first, video), count, fps, colours=_colours(first))
 
 
 def shown_frames(stream: BinaryIO, start_seconds: float) -> Iterator[TimedFrame]:
@@ -187,6 +192,10 @@ def _square_size(frame: av.VideoFrame, video: VideoStream) -> tuple[int, int]:
 def _upright_size(frame: av.VideoFrame, video: VideoStream) -> tuple[int, int]:
     width, height = _square_size(frame, video)
     return (height, width) if _transpose(frame) in SIDEWAYS else (width, height)
+
+
+def _colours(frame: av.VideoFrame) -> Colours:
+    return "wide" if frame.color_trc in WIDE_TRANSFERS or frame.color_primaries in WIDE_PRIMARIES else ""
 
 
 def _transpose(frame: av.VideoFrame) -> Image.Transpose | None:

@@ -71,7 +71,9 @@ def test_our_own_mistakes_stay_what_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("value", [None, "x", b"\xff", -1])
-@pytest.mark.parametrize("column", ["size", "mtime_ns", "digest", "width", "height", "frames", "rate", "fault"])
+@pytest.mark.parametrize(
+    "column", ["size", "mtime_ns", "digest", "width", "height", "frames", "rate", "fault", "colours"]
+)
 def test_rows_of_files_with_other_values_are_looked_at_again(pictures, cache, column, value):
     """Those that SQLite stores in a column of another type; a text may be anything."""
     before = scanned(dataset_of(pictures), cache).rows

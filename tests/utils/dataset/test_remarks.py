@@ -1,11 +1,13 @@
 """What is told of files that can be used, but probably not as they were meant."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tests.utils.dataset.conftest import FACTS, LengthEncoder, MeanEncoder, draw_pictures, truncate
+from tests.utils.dataset.conftest import FACTS, LengthEncoder, MeanEncoder, dataset_of, draw_pictures, scanned, truncate
+from tests.utils.media.icc import DISPLAY_P3, of_rgb
 from utils.dataset.collection import Source, collect, shortfalls, with_truncated
 from utils.dataset.decoding_check import undecodable
 from utils.dataset.manifest import Scan
@@ -41,6 +43,21 @@ def masked(folder, levels, size=(48, 32), mode="L"):
 
 def test_nothing_is_remarked_where_all_is_well(pictures, cache):
     assert remarks(cache, source(pictures)) == []
+
+
+def test_colours_that_are_taken_as_they_are_are_named(tmp_path, cache):
+    picture = draw_pictures(tmp_path, 3)[0]
+    Image.open(picture).save(picture, icc_profile=b"profile")
+    wide = tmp_path / "001.png"
+    Image.open(wide).save(wide, icc_profile=of_rgb(DISPLAY_P3, 2.2))
+    for _ in range(2):
+        ((title, name, text),) = remarks(cache, source(tmp_path))
+        assert (title, name) == ("colours not converted", "000.png") and "save it without a profile" in text
+    digests = {Path(row.media.locator.file): row.media.digest for row in scanned(dataset_of(tmp_path), cache).rows}
+    plain = {path: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for path in digests}
+    assert {path for path in digests if digests[path] != plain[path]} == {wide}, (
+        "what an older version has encoded of it was another picture"
+    )
 
 
 def test_an_animation_of_which_only_the_beginning_is_whole_is_named(tmp_path, cache):
