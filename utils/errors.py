@@ -32,7 +32,8 @@ class UserError(ValueError):
     """Mistakes of the user or of their files; as a string, a screen of text for them to read."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
-        self.problems = list(problems)
+        # Training and evaluation may share a file, and find the same in it.
+        self.problems = list(dict.fromkeys(problems))
         assert self.problems, "an error without a problem"
         super().__init__(_screen(self.problems))
 

@@ -12,7 +12,7 @@ import pytest
 import toml
 
 import train as train_py
-from utils.errors import UserError, printable, without_controls
+from utils.errors import Problem, UserError, printable, without_controls
 from utils.ranks import Ranks, disconnect
 from utils.run import reporting
 from utils.run.dataset_page import PageEntry, write_page
@@ -32,6 +32,12 @@ from utils.run.signals import StopRequests
 def test_names_are_one_line_without_commands(name: str, shown: str) -> None:
     assert printable(name) == shown
     assert printable(Path(name)) == shown
+
+
+def test_what_is_found_twice_is_told_once() -> None:
+    found = [Problem("a.toml", "key `x`", "no such key"), Problem("b.toml", "", "empty")]
+    assert str(UserError([*found, found[0]])) == str(UserError(found))
+    assert str(UserError([*found, found[0]])).startswith("2 problems\n")
 
 
 def test_a_log_keeps_its_lines_and_commands_nothing(capsys: pytest.CaptureFixture[str]) -> None:
