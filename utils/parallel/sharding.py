@@ -186,8 +186,11 @@ class HostCopies:
 
     def __init__(self, parameters: Sequence[nn.Parameter], *, pinned: bool):
         self._parameters, self._pinned = parameters, pinned
-        values = _packed(parameters, [parameter.dtype for parameter in parameters], pinned=pinned)
+        dtypes = [parameter.dtype for parameter in parameters]
+        # Memory is locked as long as its tensor is there, and not as long as what lies in it.
+        self._memory, values = _packed(parameters, dtypes, pinned=pinned)
         self.twins = [nn.Parameter(value) for value in values]
+        self._memory_of_gradients: torch.Tensor | None = None
         self._gradients: list[torch.Tensor] = []
         self.take_values()
 
@@ -202,7 +205,8 @@ class HostCopies:
         """Moves the parameters' gradients, and waits for them."""
         given = [parameter.grad for parameter in self._parameters]
         if not self._gradients:
-            self._gradients = _packed(self._parameters, [gradient.dtype for gradient in given], pinned=self._pinned)
+            dtypes = [gradient.dtype for gradient in given]
+            self._memory_of_gradients, self._gradients = _packed(self._parameters, dtypes, pinned=self._pinned)
         for twin, parameter, kept in zip(self.twins, self._parameters, self._gradients, strict=True):
             kept.copy_(parameter.grad, non_blocking=True)
             parameter.grad = None
@@ -222,8 +226,10 @@ class HostCopies:
             parameter.copy_(twin, non_blocking=True)
 
 
-def _packed(forms: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype], *, pinned: bool) -> list[torch.Tensor]:
-    """Tensors of these forms and types, without values, in one piece of the host's memory."""
+def _packed(
+    forms: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype], *, pinned: bool
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """One piece of the host's memory, and the tensors of these forms and types in it, without values."""
     sizes = [form.numel() * dtype.itemsize for form, dtype in zip(forms, dtypes, strict=True)]
     memory = host_memory(sum(map(aligned, sizes)), pinned=pinned)
     tensors, start = [], 0
@@ -231,7 +237,7 @@ def _packed(forms: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype], *, pin
         flat = memory[start : start + size].view(dtype)
         tensors.append(flat.as_strided(form.shape, dense_strides(form)))
         start += aligned(size)
-    return tensors
+    return memory, tensors
 
 
 class ReducedGradients:
