@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from typing import NamedTuple
 
@@ -93,6 +94,24 @@ def test_compiled_blocks_may_be_swapped_and_quantised(kept: str, recompute: bool
     compiled = trained(layers, lengths, recompute=recompute, swap=swap)
     assert all(torch.equal(one, other) for one, other in zip(plain, compiled, strict=True))
     assert counters["frames"]["ok"] == counters["frames"]["total"] > 0 and not counters["graph_break"]
+
+
+def test_a_thread_compiles_as_many_forms() -> None:
+    """The backward pass of a GPU runs in one of its own, with what is recomputed in it."""
+    block = Block()
+    compiling.compile_blocks([Middle(block, {"x": "x_BTD"}, ("x_BTD",))])
+
+    def run() -> None:
+        for number in range(12):
+            # What a module says beside its tensors is part of a form.
+            block.number = number
+            block(torch.ones(1, 2, 4))
+
+    block.forward = lambda x: x + block.number
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert counters["frames"]["ok"] == counters["frames"]["total"] == 12
 
 
 def test_only_blocks_are_compiled() -> None:
