@@ -129,8 +129,8 @@ class AdamW(torch.optim.Optimizer):
             target.stride() == gradient.stride() == state["exp_avg"].stride()
             for target, gradient, state in zip(targets, gradients, states, strict=True)
         )
-        # It comes from the device, and what steps parameters in the host's memory has to wait for it: torch's own copy of
-        # it does not, and would be read before it is there.
+        # It comes from the device, and who steps parameters in the host's memory has to wait for it: torch's own copy
+        # does not, and would be read before it is there.
         found_inf = None if self.found_inf is None else self.found_inf.to(targets[0].device)
         if not fused and found_inf is not None and found_inf.item():
             return targets
