@@ -343,10 +343,10 @@ class ReducedGradients:
     @torch.no_grad()
     def norms_of_all(self) -> torch.Tensor:
         """The norm of the gradient of every parameter (P,), in float32."""
-        places = [place for place, parameter in enumerate(self._parameters) if parameter.grad is not None]
-        norms_P = torch.zeros(len(self._parameters), device=self._device)
-        if places:
-            norms_P[places] = gradient_norms([self._parameters[place] for place in places], self._device)
+        held, zero = [p.grad is not None for p in self._parameters], torch.zeros((), device=self._device)
+        # One by one, since the host would wait for the device to get a list of places.
+        own = iter(gradient_norms([p for p in self._parameters if p.grad is not None], self._device).unbind())
+        norms_P = torch.stack([next(own) if has_one else zero for has_one in held])
         # Each is zero on all ranks but one.
         dist.all_reduce(norms_P, group=self._group)
         return norms_P
