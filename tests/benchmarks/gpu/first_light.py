@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ def measure() -> Iterator[tuple[str, str]]:
         command = [sys.executable, MINI_FLUX / "draw.py", "--out", folder / "pictures", "--count", str(PICTURES)]
         subprocess.run([*command, "--seed", "1"], check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            yield from pool.map(lambda model: (model, _trained(model, folder)), models.available())
+            running = {pool.submit(_trained, model, folder): model for model in models.available()}
+            # As they are done, so that one that hangs hides none.
+            yield from ((running[one], one.result()) for one in as_completed(running))
 
 
 def _trained(model: str, folder: Path) -> str:
