@@ -19,6 +19,7 @@ from utils.errors import UserError
 from utils.ranks import Ranks, disconnect
 from utils.run.attempts import Attempt, Failed
 from utils.run.out_of_memory import savings
+from utils.run.out_of_memory import told as told_of
 from utils.run.signals import StopRequests
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.5 GiB of which 1 GiB is free."
@@ -53,6 +54,10 @@ def test_a_step_that_finds_no_memory_ends_with_advice(
 
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError(SAID)
+
+    with pytest.raises(UserError, match=r"weights: the GPU's memory does not suffice"):
+        with told_of(settings_of(tiny_flux.pipeline(tiny_flux.MINI_FLUX)), tiny_flux.MINI_FLUX, "weights"):
+            full()
 
     def filled(*arguments: object) -> object:
         staged = load_stage(*arguments)
