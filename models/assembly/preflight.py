@@ -91,7 +91,7 @@ def check_optimizer(settings: Settings, ranks: Ranks) -> None:
     if settings.swaps_trained and settings.blocks_to_swap != "auto":
         reason = "the processor takes the steps of swapped blocks of a full fine-tune: "
         optimizers.check(settings.optimizer, "cpu", reason)
-    optimizers.check(settings.optimizer, ranks.device.type)
+    optimizers.check(settings.optimizer, ranks.device)
     schedules.check(settings)
     optimizers.check_schedule(settings)
     optimizers.check_steps(settings)
