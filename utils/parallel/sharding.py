@@ -140,6 +140,12 @@ class Shares:
             self._host.give_values()
         self.complete()
 
+    def show_values(self) -> None:
+        """The same, where what the optimizer has may change before its next step."""
+        self.after_step()
+        if self._host:
+            self._host.wait()
+
     @torch.no_grad()
     def complete(self) -> None:
         """Sends the values of each share to the other data ranks, which all call this together."""
@@ -215,13 +221,18 @@ class HostCopies:
                 if getattr(parameter, "grad_dtype", None) is not None:
                     twin.grad_dtype = parameter.grad_dtype
                 twin.grad = kept
-        if given and given[0].is_cuda:
-            torch.cuda.current_stream(given[0].device).synchronize()
+        self.wait()
+
+    def wait(self) -> None:
+        """Returns when the device has done what it was asked."""
+        device = self._parameters[0].device
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
     @torch.no_grad()
     def give_values(self) -> None:
-        """Copies back what the optimizer made of the parameters. Before the copies change again, `take_gradients` has
-        waited for the device, which works in order."""
+        """Copies back what the optimizer made of the parameters. Before the copies change again, somebody must have
+        waited for the device, which works in order, as `take_gradients` does."""
         for twin, parameter in zip(self.twins, self._parameters, strict=True):
             parameter.copy_(twin, non_blocking=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from utils.parallel.together import numbers_of_all
 from utils.parallel.transfers import ALIGNMENT
 from utils.ranks import Ranks
 from utils.run.checkpoint import Checkpoint, ResumeFlags
+from utils.run.parts import RunParts
 from utils.run.progress import Progress
 from utils.run.saving import save
 from utils.settings.run_tables import EMASettings
@@ -353,6 +355,29 @@ def test_what_the_processor_steps_stays_locked(monkeypatch: pytest.MonkeyPatch) 
     assert not unlocked
     del copies
     assert len(unlocked) == 2
+
+
+def test_averages_are_there_before_the_processor_trains_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimizer's copies get other values right behind, and the device may still be reading them."""
+    happened = []
+
+    class Averaging(torch.optim.SGD):
+        def eval(self) -> None:
+            happened.append("eval")
+
+        def train(self) -> None:
+            happened.append("train")
+
+    shares = Shares({"a": nn.Parameter(torch.ones(3))}, offload=True)
+    for name in ("give_values", "wait"):
+        monkeypatch.setattr(HostCopies, name, lambda self, name=name: happened.append(name))
+    optimizer = Averaging(shares.stepped.values(), lr=0.1)
+    run = RunParts(
+        **dict.fromkeys(field.name for field in fields(RunParts)) | {"optimizer": optimizer, "shares": shares}
+    )
+    with run.weights_to_use():
+        pass
+    assert happened == ["eval", "give_values", "wait", "train"]
 
 
 @pytest.mark.gpu
