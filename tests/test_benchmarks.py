@@ -28,20 +28,24 @@ def test_a_start_has_its_parts(write_config: Callable[..., Path]) -> None:
     assert parts[0] == "import of train.py and torch" and parts[-1] == "first step"
 
 
-def stepped(ranks: Ranks, folder: str) -> int:
-    """Job of a process: two steps of the trainer that is compared with a bare loop."""
+def stepped(ranks: Ranks, folder: str) -> tuple[int, int]:
+    """Job of a process: two steps of the trainer that is compared with a bare loop. Returns how many steps it made, and
+    how often it was told to read on within one."""
     disconnect()
     trainer = overhead.built_trainer(Path(folder), pictures=64)
-    batches = trainer.prefetched()
+    batches, told = trainer.prefetched(), []
+    read_on = trainer.parts.engine.beside_backward
+    trainer.parts.engine.beside_backward = lambda: told.append(read_on())
     for _ in range(2):
         overhead.trainer_step(trainer, batches)
     overhead.bare_step(trainer)()
     batches.close()
-    return trainer.progress.step
+    assert read_on == batches.go_on
+    return trainer.progress.step, len(told)
 
 
 def test_the_trainer_that_is_compared_trains(tmp_path: Path) -> None:
-    assert run_ranks(stepped, 1, str(tmp_path)) == [2]
+    assert run_ranks(stepped, 1, str(tmp_path)) == [(2, 2)]
 
 
 TOY = FullSize(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -21,20 +19,18 @@ from utils.dataset.encoders import Encoder, applies_to, item_key, reads_text, te
 from utils.dataset.epochs import Epochs, Positions
 from utils.dataset.masks import MASK
 from utils.dataset.ordering import MicroBatch
+from utils.dataset.read_ahead import ReadAhead
 from utils.dataset.samples import Bucket, Sample, SampleVersion, VersionPicker, evaluation_version
 from utils.dataset.tensor_store import CorruptItem, TensorStore
 from utils.errors import UserError
 from utils.settings.dataset_schema import DirectorySettings
 
-WORKERS = 2
-STEPS_AHEAD = 2
 SMALLEST_LATENT = 4
 """The fewest dimensions that a batch of latents has."""
 SMALLEST_AREA = 1e-3
 """When the weight of a mask is divided by its area, a smaller mask counts as if it covered this share of the
 picture."""
 
-Item = TypeVar("Item")
 Prepared = TypeVar("Prepared")
 
 
@@ -210,13 +206,9 @@ class TrainingBatches(Generic[Prepared]):
             for number in self.epochs.share(epoch, index, self._data_rank)
         ]
 
-    def iterate(self, epoch: int, index: int) -> Iterator[list[Prepared]]:
-        """This step and all later ones, epoch after epoch without end, read a few steps ahead in the background.
-
-        Close the iterator to end the background thread. An error in that thread is raised here, at the step to which
-        it belongs.
-        """
-        return _ahead(partial(self.step, *position) for position in self._positions(epoch, index))
+    def iterate(self, epoch: int, index: int) -> ReadAhead[list[Prepared]]:
+        """This step and all later ones, epoch after epoch without end, read a few steps ahead in the background."""
+        return ReadAhead(partial(self.step, *position) for position in self._positions(epoch, index))
 
     def _positions(self, epoch: int, index: int) -> Iterator[tuple[int, int]]:
         for number in count(epoch):
@@ -270,34 +262,10 @@ class EvaluationBatches:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[FeatureBatch]:
-        return _ahead(
+        reading = ReadAhead(
             partial(self._reader.batch, [evaluation_version(one) for one in batch]) for batch in self._batches
         )
-
-
-def _ahead(tasks: Iterable[Callable[[], Item]]) -> Iterator[Item]:
-    """The tasks' results in order, computed by a few threads that work a few tasks ahead."""
-    pending: deque[Future[Item]] = deque()
-    pool = ThreadPoolExecutor(WORKERS)
-    try:
-        for task in _failing_in_turn(tasks):
-            pending.append(pool.submit(task))
-            if len(pending) > STEPS_AHEAD:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _failing_in_turn(tasks: Iterable[Callable[[], Item]]) -> Iterator[Callable[[], Item]]:
-    """The tasks; if getting the next one fails, a task that fails with the same error."""
-    try:
-        yield from tasks
-    except UserError as error:
-        failure = error
-
-        def fail() -> Item:
-            raise failure
-
-        yield fail
+        try:
+            yield from reading
+        finally:
+            reading.close()

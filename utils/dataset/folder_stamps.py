@@ -28,14 +28,14 @@ class Root:
     path: Path
     recursive: bool = False
 
-    def holds(self, file: Path) -> bool:
+    def holds(self, file: str) -> bool:
         """Whether a file is one of those that are stamped, by its name alone."""
-        if file == self.path:
+        if file == str(self.path):
             return True
-        text, folder = str(file), f"{self.path}{os.sep}"
-        inside = text.removeprefix(folder)
+        folder = f"{self.path}{os.sep}"
+        inside = file.removeprefix(folder)
         # What is hidden is not looked at, and what is said with ".." may be anywhere.
-        return inside != text and (self.recursive or os.sep not in inside) and f"{os.sep}." not in f"{os.sep}{inside}"
+        return inside != file and (self.recursive or os.sep not in inside) and f"{os.sep}." not in f"{os.sep}{inside}"
 
 
 @dataclass(frozen=True)

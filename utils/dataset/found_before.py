@@ -155,7 +155,7 @@ def _is_all_in_folders(collections: Sequence[Collection]) -> bool:
         return False
     roots = list(dict.fromkeys(root for collection in collections for root in _roots(collection.source)))
     files = {id(file): file for one in collections for sample in one.samples for file in files_of(sample)}.values()
-    return all(not file.locator.part and any(root.holds(file.locator.path) for root in roots) for file in files)
+    return all(not file.locator.part and any(root.holds(file.locator.file) for root in roots) for file in files)
 
 
 class _Table:
@@ -178,7 +178,7 @@ class _Table:
 def _columns(collection: Collection) -> dict[str, Any]:
     """A collection in the types of JSON, its samples by columns."""
     resolved = _resolved(collection.source)
-    media = _Table(lambda one: [str(one.locator.path), *(getattr(one, name) for name in _MEDIA)])
+    media = _Table(lambda one: [one.locator.file, *(getattr(one, name) for name in _MEDIA)])
     buckets, takes = _Table(astuple), _Table(lambda some: [_plain(one) for one in some])
     rules = _Table(resolved.index)
     samples = collection.samples
@@ -209,7 +209,7 @@ def _collection(
 ) -> Collection:
     """The collection that has these columns."""
     tables = columns["tables"]
-    media = [MediaFile(Locator(Path(path)), *facts) for path, *facts in tables["media"]]
+    media = [MediaFile(Locator(file), *facts) for file, *facts in tables["media"]]
     buckets = [Bucket(*one) for one in tables["bucket"]]
     takes = [tuple(_take(*one) for one in some) for some in tables["takes"]]
     rules = [directories[number] for number in tables["rules"]]

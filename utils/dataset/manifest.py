@@ -7,9 +7,11 @@ sizes and frame counts are stored between runs; a file is read again only if its
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -156,7 +158,7 @@ def _places(entry: Entry) -> Iterator[Locator]:
 
 
 def _default_mask(rules: DirectorySettings) -> Locator | None:
-    return Locator(rules.default_mask_file.absolute()) if rules.default_mask_file else None
+    return Locator(str(rules.default_mask_file.absolute())) if rules.default_mask_file else None
 
 
 def _row(
@@ -194,12 +196,12 @@ def _identify_all(locators: Sequence[Locator], how: Scan) -> dict[Locator, Media
     with opened_index(how.index) as index, ThreadPoolExecutor(READERS) as pool:
         rows = index.execute(f"SELECT {COLUMNS} FROM media WHERE {SOUND}")
         known = {(record[0], record[1]): _Record(*record) for record in rows}
-        stamps = {} if how.trust else _stamps(list({locator.path for locator in locators}), pool)
+        stamps = {} if how.trust else _stamps(list({locator.file for locator in locators}), pool)
         found: dict[Locator, _Record | MediaError] = {}
         changed = []
         for locator in locators:
-            record = known.get((str(locator.path), locator.part))
-            stamp = stamps.get(locator.path)
+            record = known.get((locator.file, locator.part))
+            stamp = stamps.get(locator.file)
             if record and not how.verify and (how.trust or stamp == (record.size, record.mtime_ns)):
                 found[locator] = record
             else:
@@ -225,22 +227,22 @@ def _identify_all(locators: Sequence[Locator], how: Scan) -> dict[Locator, Media
     }
 
 
-def _stamps(paths: list[Path], pool: ThreadPoolExecutor) -> dict[Path, tuple[int, int]]:
+def _stamps(files: list[str], pool: ThreadPoolExecutor) -> dict[str, tuple[int, int]]:
     """Size and modification time of the files that exist."""
 
-    def look(chunk: list[Path]) -> list[tuple[Path, tuple[int, int]]]:
+    def look(chunk: list[str]) -> list[tuple[str, tuple[int, int]]]:
         stamped = []
-        for path in chunk:
+        for file in chunk:
             try:
-                status = path.stat()
+                status = os.stat(file)
             except OSError:
                 continue
-            stamped.append((path, (status.st_size, status.st_mtime_ns)))
+            stamped.append((file, (status.st_size, status.st_mtime_ns)))
         return stamped
 
     # In chunks: passing a single file to a thread takes longer than examining it.
-    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
-    return {path: stamp for stamped in pool.map(look, chunks) for path, stamp in stamped}
+    chunks = [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)]
+    return dict(chain.from_iterable(pool.map(look, chunks)))
 
 
 def media_file(path: Path) -> MediaFile:
@@ -249,16 +251,17 @@ def media_file(path: Path) -> MediaFile:
     Raises:
         MediaError: it cannot be read.
     """
-    record = _identify(Locator(path.absolute()))
+    locator = Locator(str(path.absolute()))
+    record = _identify(locator)
     if isinstance(record, MediaError):
         raise record
-    return MediaFile(Locator(path.absolute()), *record[4:])
+    return MediaFile(locator, *record[4:])
 
 
 def _identify(locator: Locator) -> _Record | MediaError:
     """Reads a file to identify it."""
     try:
-        status = locator.path.stat()
+        status = os.stat(locator.file)
         probed = probe(locator.source)
         digest = hashlib.blake2b(digest_size=16)
         with locator.open() as content:
@@ -269,7 +272,7 @@ def _identify(locator: Locator) -> _Record | MediaError:
     except OSError as error:
         return MediaError(f"{locator}: cannot be read ({error.strerror})")
     return _Record(
-        str(locator.path),
+        locator.file,
         locator.part,
         status.st_size,
         status.st_mtime_ns,

@@ -156,8 +156,8 @@ def _all_white(rows: Sequence[Row], rules: Sequence[DirectorySettings], so_that:
     for number, masks in by_directory.items():
         own = rules[number]
         # A default mask that is white says that the files without a mask are to be trained whole.
-        default = own.default_mask_file and own.default_mask_file.absolute()
-        is_given = any(mask.is_alpha or mask.media.locator.path != default for mask in masks)
+        default = own.default_mask_file and str(own.default_mask_file.absolute())
+        is_given = any(mask.is_alpha or mask.media.locator.file != default for mask in masks)
         if is_given and all(mask.mean > ALL_WHITE for mask in masks):
             what = "no picture has transparency" if own.alpha_mask else f"all {len(masks)} masks are white"
             yield Remark("masks nothing", str(own.path), f"{what}, so that {so_that}")

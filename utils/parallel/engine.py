@@ -80,6 +80,9 @@ class Engine(PipelineEngine):
             micro-batches add to a large sum is lost. The optimizer must take them so.
         shares: which of the parameters `optimizer` steps; default: all that the stage trains.
         deepspeed: what DeepSpeed is told beside: see `utils/settings/deepspeed_keys.py`.
+
+    Attributes:
+        beside_backward: called before a backward pass, which does not keep other threads from running Python.
     """
 
     def __init__(
@@ -135,6 +138,7 @@ class Engine(PipelineEngine):
             parts = module.forward_funcs, self._trained, optimizer, mean, self._clipping
             self._released = GradientRelease(*parts)
         self.teacher = teacher
+        self.beside_backward: Callable[[], None] = lambda: None
         self._after_step = after_step
         self._grad_norm, self._norms_P = torch.zeros(()), torch.zeros(0)
         self._forward_count = self._step = 0
@@ -245,9 +249,9 @@ class Engine(PipelineEngine):
     def _load_micro_batch(self, buffer_id: int) -> None:
         inputs, labels, *_ = next(self.data_iterator)
         if self.is_first_stage():
-            self.pipe_buffers["inputs"][buffer_id] = _to_device(inputs, self.device)
+            self.pipe_buffers["inputs"][buffer_id] = wire.to_device(inputs, self.device)
         if self.is_last_stage():
-            self.pipe_buffers["labels"][buffer_id] = _to_device(labels, self.device)
+            self.pipe_buffers["labels"][buffer_id] = wire.to_device(labels, self.device)
 
     def _receive_activations(self, buffer_id: int) -> None:
         description = self._mail.description(self.prev_stage)
@@ -290,6 +294,7 @@ class Engine(PipelineEngine):
         self._mail.receive(self.grad_layer, self.next_stage)
 
     def _backward(self, buffer_id: int) -> None:
+        self.beside_backward()
         if self.is_last_stage():
             if self.loss.requires_grad:
                 DeepSpeedEngine.backward(self, self.loss)
@@ -382,8 +387,3 @@ class Engine(PipelineEngine):
         schedule.SendGrad: _send_gradients,
         schedule.ReduceGrads: _reduce_gradients,
     }
-
-
-def _to_device(fields: Any, device: torch.device) -> Any:
-    """The same with its tensors on `device`."""
-    return wire.map_tensors(lambda tensor: tensor.to(device, non_blocking=True), fields)

@@ -95,9 +95,9 @@ def may_step(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> bool:
     moments so.
 
     Optimizers that are told so on the device, as torch's GradScaler does it, leave the step out by themselves; for
-    others the host has to wait.
+    others the host has to wait. On a processor there is nothing to wait for.
     """
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
+    if norm.device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = norm.isfinite().logical_not().float()
         return True
     return bool(norm.isfinite())

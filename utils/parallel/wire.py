@@ -87,6 +87,11 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
     return value
 
 
+def to_device(fields: Any, device: torch.device) -> Any:
+    """The same with its tensors on `device`."""
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), fields)
+
+
 def unflatten(tensors: Sequence[torch.Tensor], description: Description) -> tuple[Any, ...]:
     """The fields of a stream that `flatten` took apart."""
     remaining = iter(tensors)

@@ -177,16 +177,19 @@ class TensorBoard:
     tries_again = False
 
     def __init__(self, folder: Path, resumed_at: int | None = None):
+        from tensorboard.compat.proto.summary_pb2 import Summary
         from torch.utils.tensorboard import SummaryWriter
 
+        self._summary = Summary
         purge_step = None if resumed_at is None else resumed_at + 1
         self.open = partial(SummaryWriter, str(folder / "tensorboard_logs"))
         self.writer = self.open(purge_step=purge_step)
         self.writer.add_custom_scalars({"penstock": {title: ["Multiline", names] for title, names in CHARTS.items()}})
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        # As one record: each takes the interpreter from the training thread twice.
+        numbers = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self.writer.file_writer.add_summary(self._summary(value=numbers), step)
 
     def picture(self, name: str, picture: Image.Image, step: int) -> None:
         self.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")

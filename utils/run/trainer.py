@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
@@ -17,6 +17,7 @@ import torch
 from optimizers.schedules import Schedule, warn_of_warmup
 from utils.dataset.batches import TrainingBatches
 from utils.dataset.epochs import Epochs
+from utils.dataset.read_ahead import ReadAhead
 from utils.errors import UserError
 from utils.parallel.engine import StepResult
 from utils.ranks import any_rank
@@ -97,7 +98,9 @@ class Trainer:
     def prefetched(self) -> Iterator[Any]:
         """This data rank's micro-batches, step by step; None on a stage in the middle, which reads no data."""
         if self.parts.ranks.is_first_stage or self.parts.ranks.is_last_stage:
-            return self.batches.iterate(self.progress.epoch, self.progress.step_in_epoch)
+            batches = self.batches.iterate(self.progress.epoch, self.progress.step_in_epoch)
+            self.parts.engine.beside_backward = batches.go_on
+            return batches
         return itertools.repeat(None)
 
     def step(self, batches: Iterator[Any]) -> tuple[Progress, dict[str, float]]:
@@ -346,7 +349,7 @@ class Trainer:
     def end(self, batches: Iterator[Any], stopped: bool) -> None:
         """Stops the thread that reads ahead, does what is still asked for if no step was left, closes the metrics, and
         tells how the run ended."""
-        if isinstance(batches, Generator):
+        if isinstance(batches, ReadAhead):
             batches.close()
         if self.first_step == self.last_step and not stopped:
             epochs, to_train = self.progress.epoch, "" if self.owes else "; set epochs or max_steps higher"

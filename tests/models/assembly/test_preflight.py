@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
 
 def collection(count: int) -> Collection:
     bucket = Bucket(64, 64, 1)
-    media = MediaFile(Locator(Path("picture.png")), "0" * 32, 64, 64, 1)
+    media = MediaFile(Locator("picture.png"), "0" * 32, 64, 64, 1)
     rules = DirectorySettings(path="pictures")
     samples = [
         Sample(str(number), media, bucket, (Take(),), ("a caption",), (), None, 0.0, 1, rules)

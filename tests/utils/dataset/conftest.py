@@ -56,7 +56,7 @@ def samples_of(dataset: DatasetSettings, cache: Path, facts: MediaFacts = FACTS)
 def plain_sample(name: str = "a", bucket: Bucket = SQUARE, repeats: float = 1.0, **parts) -> Sample:
     """A sample of a file that is not there; keys that no sample has are its directory's."""
     own = {key: parts.pop(key) for key in ("takes", "captions", "controls", "mask", "fps") if key in parts}
-    media = MediaFile(Locator(Path(f"/data/{name}.png")), f"{name:0<32}"[:32], 64, 64, bucket.frames)
+    media = MediaFile(Locator(f"/data/{name}.png"), f"{name:0<32}"[:32], 64, 64, bucket.frames)
     defaults = {"takes": (Take(),), "captions": (f"caption {name}",), "controls": (), "mask": None, "fps": 0.0}
     rules = DirectorySettings(path=Path("/data"), **parts)
     return Sample(id=name, media=media, bucket=bucket, repeats=repeats, rules=rules, **{**defaults, **own})

@@ -20,7 +20,7 @@ from utils.settings.dataset_schema import DatasetSettings, DirectorySettings
 def media(width, height, frames=1, digest="d", fps=None):
     name = f"{digest}.png" if frames == 1 else f"{digest}.mp4"
     fps = (16.0 if frames > 1 else 0.0) if fps is None else fps
-    return MediaFile(Locator(Path(f"/data/{name}")), digest * 32, width, height, frames, fps)
+    return MediaFile(Locator(f"/data/{name}"), digest * 32, width, height, frames, fps)
 
 
 def row(file, captions=("x",), directory=0, **parts):
@@ -270,13 +270,13 @@ def test_random_crops_and_colours():
 def test_what_is_drawn_depends_on_the_file_alone():
     keys = {"augment_variants": 3, "crop": "random", "flip": True}
     alone = assigned([media(100, 50)], **keys).samples[0]
-    moved = replace(media(100, 50), locator=Locator(Path("/elsewhere/x.png")))
+    moved = replace(media(100, 50), locator=Locator("/elsewhere/x.png"))
     others = [media(64, 64, digest="a"), moved, media(64, 64, digest="b")]
     assert assigned(others, **keys).samples[1].takes == alone.takes
 
 
 def test_ids_are_unique_and_say_what_the_sample_is():
-    twin = replace(media(100, 100), locator=Locator(Path("/other/d.png")))
+    twin = replace(media(100, 100), locator=Locator("/other/d.png"))
     files = [media(100, 100), twin, twin, media(100, 100, digest="e")]
     ids = [sample.id for sample in assigned(files, resolutions=[512, 256]).samples]
     assert len(set(ids)) == 8
@@ -286,7 +286,7 @@ def test_ids_are_unique_and_say_what_the_sample_is():
 
 
 def test_ids_of_clips_of_one_content_in_two_files():
-    twin = replace(media(100, 100, 200), locator=Locator(Path("/other/d.mp4")))
+    twin = replace(media(100, 100, 200), locator=Locator("/other/d.mp4"))
     keys = {"frame_buckets": [33], "video_clip_mode": "chunks"}
     ids = [sample.id for sample in assigned([media(100, 100, 200), twin, twin], CLIP_FACTS, **keys).samples]
     assert len(ids) == 18 and len(set(ids)) == 18

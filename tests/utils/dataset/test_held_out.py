@@ -20,7 +20,7 @@ SIZES = (Bucket(64, 64, 1), Bucket(96, 48, 1))
 
 def picture(number: int, bucket: Bucket = SIZES[0], rules: DirectorySettings = RULES) -> Sample:
     digest = hashlib.blake2b(str(number).encode(), digest_size=16).hexdigest()
-    media = MediaFile(Locator(Path(f"{number}.png")), digest, bucket.width, bucket.height, 1)
+    media = MediaFile(Locator(f"{number}.png"), digest, bucket.width, bucket.height, 1)
     takes = (Take(), Take(flip=True))
     return Sample(f"{digest}-{bucket}", media, bucket, takes, ("a", "b"), (), None, 0.0, 2.5, rules, 0.5)
 

@@ -42,7 +42,7 @@ def test_tables_of_a_folder(folder, name, content):
     listing = read(folder)
     assert not listing.problems
     assert captions(listing) == {"a.png": ("A",), "d.png": ("D, of two",)}
-    assert listing.entries[1].media == Locator(folder / "in" / "d.png")
+    assert listing.entries[1].media == Locator(str(folder / "in" / "d.png"))
     assert told(listing, folder) == {"b.png": "not listed", "c.mp4": "not listed"}
     # A table that path names says nothing of the files that it does not name.
     assert read(folder / name).entries == listing.entries and not read(folder / name).rejected
@@ -146,7 +146,7 @@ def test_controls_masks_and_repeats(folder):
         {"image": "b.png", "edit": "a.png", "mask": "gone.png", "prompt": "no mask"},
     ]
     listing = read(table(folder, "x.jsonl", rows), data_file_keys=["edit"])
-    a, b, c = (Locator(folder / name) for name in ("a.png", "b.png", "c.mp4"))
+    a, b, c = (Locator(str(folder / name)) for name in ("a.png", "b.png", "c.mp4"))
     assert [(entry.media, entry.controls, entry.mask, entry.repeats) for entry in listing.entries] == [
         (c, (a, b), b, 3.0),
         (a, (b,), None, 1.0),

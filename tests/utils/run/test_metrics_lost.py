@@ -50,12 +50,12 @@ def test_a_sink_that_fails_is_told_once_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     metrics = Metrics.from_settings(tmp_path, MonitoringSettings(), {}, is_main=True)
-    writer = metrics.sinks[1].writer
+    writer = metrics.sinks[1].writer.file_writer
 
     def fail(*arguments: object) -> None:
         raise RuntimeError("the queue is closed")
 
-    monkeypatch.setattr(writer, "add_scalar", fail)
+    monkeypatch.setattr(writer, "add_summary", fail)
     for step in (1, 2):
         metrics.scalars({"loss": 1.0}, step)
     metrics.close()

@@ -152,7 +152,7 @@ class Beside:
         name = names.get(stem if self._recursive else os.path.basename(stem))
         if name is None:
             raise Fault(kind, f"there is no {what} called {stem} in {root}; put one there")
-        return Locator(root / name)
+        return Locator(f"{root}/{name}")
 
 
 def _named(
@@ -248,9 +248,10 @@ def _caption(text: tuple[str, ...] | Fault | None, stem: str, ending: str) -> tu
 
 
 def _entry(root: Path, stem: str, name: str, captions: tuple[str, ...], beside: Beside) -> Entry:
+    media = Locator(f"{root}/{name}")
     if beside.is_needed:
-        return Entry(Locator(root / name), captions, beside.controls(stem), beside.mask(stem))
-    return Entry(Locator(root / name), captions)
+        return Entry(media, captions, beside.controls(stem), beside.mask(stem))
+    return Entry(media, captions)
 
 
 def _read_all(

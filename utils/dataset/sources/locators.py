@@ -36,39 +36,39 @@ class Container(Protocol):
         """The bytes of `part`, as a new seekable stream at every call. Several threads may call it at once."""
 
 
-@dataclass(frozen=True, order=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Locator:
     """The location of the bytes of a picture or clip.
 
     Attributes:
-        path: the file that holds them.
+        file: the path of the file that holds them; a text, since there may be a million of them.
         part: "" for the whole file; the name of the member of a tar, or "row 17, column image" of a table.
         container: what opens the part.
     """
 
-    path: Path
+    file: str
     part: str = ""
     container: Container | None = field(default=None, compare=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # For processes that hand a million of them on: the text of a path is written several times as fast.
-        return _located, (str(self.path), self.part, self.container)
+        # For processes that hand a million of them on: what a dataclass does by itself takes several times as long.
+        return Locator, (self.file, self.part, self.container)
 
     def __str__(self) -> str:
-        return printable(f"{self.path}: {self.part}" if self.part else self.path)
+        return printable(f"{self.file}: {self.part}" if self.part else self.file)
+
+    @property
+    def path(self) -> Path:
+        return Path(self.file)
 
     def open(self) -> BinaryIO:
         """A seekable stream of the bytes, a new one at every call."""
-        return self.container.open(self.part) if self.container else self.path.open("rb")
+        return self.container.open(self.part) if self.container else open(self.file, "rb")
 
     @property
     def source(self) -> Source:
         """The same in the form that the decoders of pictures take."""
         return Blob(str(self), self.open) if self.part else self.path
-
-
-def _located(path: str, part: str, container: Container | None) -> Locator:
-    return Locator(Path(path), part, container)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ class FilesOf:
             folder, base = os.path.split(os.path.normpath(os.path.join(self._base, spelling)))
             if found := self._folder(folder).find(base):
                 self._named.add(f"{folder}/{found}")
-                return Locator(self._folders[folder].path / found)
+                return Locator(str(self._folders[folder].path / found))
         raise Fault("no such file", f"there is no file {name} in {self._base}; mend the row or bring the file")
 
     @property

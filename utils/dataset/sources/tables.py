@@ -129,7 +129,7 @@ def _remarks(path: Path, unread: list[str], naming: list[str]) -> Iterator[Remar
 
 def _finder(arrow: ArrowTable, held: frozenset[str], files: FilesOf) -> Callable[[int, str, Any], Locator]:
     def locate(number: int, column: str, cell: Any) -> Locator:
-        return Locator(arrow.path, arrow.part(number, column), arrow) if column in held else files.find(cell)
+        return Locator(str(arrow.path), arrow.part(number, column), arrow) if column in held else files.find(cell)
 
     return locate
 

@@ -124,6 +124,6 @@ def _entry(
     for key, name in roles.controls:
         if name is None:
             raise Fault("control missing", f"no member of this stem has the ending {key} of data_file_keys; pack one")
-        controls += (Locator(index.path, name, index),)
-    mask = Locator(index.path, roles.mask, index) if roles.mask else beside.mask(stem)
-    return Entry(Locator(index.path, roles.media, index), captions, controls, mask)
+        controls += (Locator(str(index.path), name, index),)
+    mask = Locator(str(index.path), roles.mask, index) if roles.mask else beside.mask(stem)
+    return Entry(Locator(str(index.path), roles.media, index), captions, controls, mask)

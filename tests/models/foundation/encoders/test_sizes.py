@@ -34,7 +34,7 @@ def coordinates(place: Path) -> Path:
 def test_a_place_is_where_the_first_pixel_is_from(tmp_path: Path, bucket: Bucket, crop, flip: bool) -> None:
     file = coordinates(tmp_path)
     sample = plain_sample(bucket=bucket, takes=(Take(crop=crop, flip=flip),))
-    version = evaluation_version(replace(sample, media=MediaFile(Locator(file), "0" * 32, WIDTH, HEIGHT, 1)))
+    version = evaluation_version(replace(sample, media=MediaFile(Locator(str(file)), "0" * 32, WIDTH, HEIGHT, 1)))
     height, width, top, left, *size = inputs_of(SizeEncoder(), version)["size_and_crop"].tolist()
     assert (height, width, size) == (HEIGHT, WIDTH, [bucket.height, bucket.width])
     pixels_CFHW = load_clip(file, version.take.view(bucket), 0.0, 1, 1.0)
