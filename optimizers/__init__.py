@@ -105,25 +105,26 @@ def counts_samples(settings: OptimizerSettings) -> bool:
     return getattr(settings, "beta2_half_life", None) is not None
 
 
-def check(settings: OptimizerSettings, device_type: str, reason: str = "") -> None:
+def check(settings: OptimizerSettings, device: torch.device | str, reason: str = "") -> None:
     """Whether the algorithm can run on a device of this type ("cuda", "cpu").
 
     Args:
+        device: that of this process, which takes none of another one's memory.
         reason: why it has to; begins the message.
 
     Raises:
         UserError: it cannot, or keys do not go together; says why, and what to do. A class of which no more is known is
             tried.
     """
-    kind = find(settings.type)
-    advice = kind.not_on.get(device_type)
+    kind, device = find(settings.type), torch.device(device)
+    advice = kind.not_on.get(device.type)
     if advice:
         raise UserError.of(f'{reason}"{settings.type}" {advice}', where="[optimizer] type")
     if problem := kind.refuses(settings):
         key, _, says = problem.partition(": ")
         raise UserError.of(says, where=f"[optimizer] {key}")
-    if kind.unknown and (device_type == "cpu" or torch.cuda.is_available()):
-        by_path.tried(settings, device=device_type)
+    if kind.unknown and (device.type == "cpu" or torch.cuda.is_available()):
+        by_path.tried(settings, device=device)
 
 
 def check_schedule(settings: Settings) -> None:

@@ -129,7 +129,10 @@ class AdamW(torch.optim.Optimizer):
             target.stride() == gradient.stride() == state["exp_avg"].stride()
             for target, gradient, state in zip(targets, gradients, states, strict=True)
         )
-        if not fused and self.found_inf is not None and self.found_inf.item():
+        # It comes from the device, and who steps parameters in the host's memory has to wait for it: torch's own copy
+        # does not, and would be read before it is there.
+        found_inf = None if self.found_inf is None else self.found_inf.to(targets[0].device)
+        if not fused and found_inf is not None and found_inf.item():
             return targets
         for state, target in zip(states, targets, strict=True):
             state["step"] = state["step"].to(target.device) if fused else state["step"].cpu()
@@ -148,7 +151,7 @@ class AdamW(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
             fused=fused,
-            found_inf=self.found_inf if fused else None,
+            found_inf=found_inf if fused else None,
         )
         return targets
 

@@ -32,6 +32,7 @@ WAITING = {
     aten.unique_consecutive,
     aten.bincount,
     aten.equal,
+    aten._linalg_check_errors,
 }
 """Operations from which a GPU's host returns only when the device has come to them."""
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.benchmarks import overhead, startup
+from tests.benchmarks.gpu import full_size
+from tests.benchmarks.gpu.__main__ import within
+from tests.models.sized import FullSize, pooled_of, text_of, vae_of
 from tests.processes import run_ranks
+from tests.utils.parallel import toy_flux
 from utils.ranks import Ranks, disconnect
 
 
@@ -39,3 +46,47 @@ def stepped(ranks: Ranks, folder: str) -> tuple[int, int]:
 
 def test_the_trainer_that_is_compared_trains(tmp_path: Path) -> None:
     assert run_ranks(stepped, 1, str(tmp_path)) == [(2, 2)]
+
+
+TOY = FullSize(
+    "a toy",
+    "flux",
+    {
+        "transformer": {"_class_name": "FluxTransformer2DModel", **toy_flux.CONFIG},
+        "vae": vae_of(4, shift_factor=0.1),
+    },
+    {**text_of("t5", 8, 32, mask=False), **pooled_of(clip_pooled=32)},
+    (64, 64, 1),
+)
+
+
+def stepped_as_at_full_size(ranks: Ranks, folder: str) -> list[tuple[float, float]]:
+    """Job of a process: the loss of a step and what is planned for it, in each way of the full-size benchmark that a
+    processor can go."""
+    found = []
+    for keys in full_size.CASES.values():
+        if keys.get("plain") or keys.get("compile") or keys.get("of") == "WAN":
+            continue
+        keys = {key: value for key, value in keys.items() if key != "of"}
+        if "blocks_to_swap" in keys:
+            keys["blocks_to_swap"] = 3
+        disconnect()
+        step, planned = full_size.trained(TOY, Path(folder), keys)
+        found.append((step(), planned))
+    return found
+
+
+def test_full_size_models_are_trained_as_in_a_run(tmp_path: Path) -> None:
+    (found,) = run_ranks(stepped_as_at_full_size, 1, str(tmp_path))
+    assert len(found) == 9 and all(math.isfinite(loss) and planned > 0 for loss, planned in found)
+
+
+def test_a_part_that_takes_too_long_leaves_nothing_running(tmp_path: Path) -> None:
+    """Such as processes that wait for their turn on the card."""
+    child = f"import time; time.sleep(1); open({str(tmp_path / 'went on')!r}, 'w')"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert within(0.5, [sys.executable, "-c", parent]) == "took more than 0.5 s"
+    time.sleep(1.2)
+    assert not list(tmp_path.iterdir())
+    assert within(10, [sys.executable, "-c", "raise SystemExit(3)"]) == "exit code 3"
+    assert within(10, [sys.executable, "-c", "pass"]) is None

@@ -25,7 +25,7 @@ from utils.dataset.encoding import features_of
 from utils.dataset.samples import SampleVersion
 from utils.errors import UserError
 from utils.ranks import Ranks, any_rank, gather
-from utils.run.attempts import is_expected, reason_of
+from utils.run.attempts import is_expected, let_go, reason_of
 from utils.run.clip_score import ClipScore
 from utils.run.sampling import Drawing, SampleModel
 from utils.run.signals import StopRequested
@@ -89,10 +89,13 @@ class PromptFeatures:
     def _encode(self, encoder: Encoder, wanted: Mapping, made: Mapping) -> None:
         try:
             self._encode_on(self.device, encoder, wanted, made)
+            return
         except torch.OutOfMemoryError:
             # Beside what is trained there may be no room for it, and prompts are few.
             logger.info("%s has no room on the device, and reads prompts on the processor", encoder.name)
-            self._encode_on(torch.device("cpu"), encoder, wanted, made)
+        # Behind the `except`, which holds what the attempt has made: quantised weights are made on the device.
+        give_back_memory(self.device)
+        self._encode_on(torch.device("cpu"), encoder, wanted, made)
 
     def _encode_on(self, device: torch.device, encoder: Encoder, wanted: Mapping, made: Mapping) -> None:
         try:
@@ -197,6 +200,7 @@ class Drawings:
             except StopRequested:
                 raise
             except Exception as caught:
+                let_go(caught)
                 error = caught
             if any_rank([error is not None])[0]:
                 reasons = gather(self.ranks, f"{tag}/failed", error and reason_of(error))

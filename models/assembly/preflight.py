@@ -74,7 +74,7 @@ def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline, trains: 
         rates = Rates(settings, pipeline, staged.denoiser)
         rates.check_alike(staged.trained(staged.layers), settings.optimizer.type)
     optimizers.warn_of_lost_steps(settings.optimizer, staged.trained(staged.layers))
-    check_kernels(settings.attention, staged.denoiser, ranks.device.type)
+    check_kernels(settings.attention, staged.denoiser, ranks.device.type, pipeline.dtype)
     for option, remark in pipeline.remarks():
         logger.warning("[model] %s: %s", option, remark)
     return staged
@@ -91,7 +91,7 @@ def check_optimizer(settings: Settings, ranks: Ranks) -> None:
     if settings.swaps_trained and settings.blocks_to_swap != "auto":
         reason = "the processor takes the steps of swapped blocks of a full fine-tune: "
         optimizers.check(settings.optimizer, "cpu", reason)
-    optimizers.check(settings.optimizer, ranks.device.type)
+    optimizers.check(settings.optimizer, ranks.device)
     schedules.check(settings)
     optimizers.check_schedule(settings)
     optimizers.check_steps(settings)

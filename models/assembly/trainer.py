@@ -52,6 +52,7 @@ from utils.run.export_metadata import STARTED
 from utils.run.in_use import RunLock
 from utils.run.metrics import Metrics
 from utils.run.notes import kept_notes
+from utils.run.out_of_memory import told
 from utils.run.parts import RunParts
 from utils.run.patience import Patience
 from utils.run.progress import Progress
@@ -135,11 +136,12 @@ def build_trainer(
         UserError: a file of weights or an adapter does not fit; the folder cannot be made.
     """
     epochs = epochs_of(settings, ranks, pipeline, data.training.samples)
-    staged = load_stage(pipeline, settings, ranks.stage)
-    parameters = staged.trained(staged.stage_layers(ranks.stage))
-    shares = shares_of(settings, ranks, staged, parameters)
-    optimizer = _optimizer(settings, Rates(settings, pipeline, staged.denoiser), shares.stepped, epochs)
-    engine = _engine(settings, ranks, pipeline, staged, optimizer, shares)
+    with told(settings, settings.output_dir, "weights"):
+        staged = load_stage(pipeline, settings, ranks.stage)
+        parameters = staged.trained(staged.stage_layers(ranks.stage))
+        shares = shares_of(settings, ranks, staged, parameters)
+        optimizer = _optimizer(settings, Rates(settings, pipeline, staged.denoiser), shares.stepped, epochs)
+        engine = _engine(settings, ranks, pipeline, staged, optimizer, shares)
     reader = reader_of(data, ranks)
     noising = Noising(pipeline, ranks.is_first_stage, ranks.is_last_stage)
     progress = Progress()
@@ -159,9 +161,10 @@ def build_trainer(
         ranks.is_main,
         resumed_at=progress.step if checkpoint else None,
     )
-    told = _telling(settings, ranks, pipeline, data, folder, resumed=checkpoint is not None)
-    told["norms"] = BlockNorms(ranks, engine, parameters, shares.written) if settings.monitoring.block_norms else None
-    run = RunParts(settings, ranks, engine, optimizer, parameters, shares, folder, metrics, stop, ema, **told)
+    telling = _telling(settings, ranks, pipeline, data, folder, resumed=checkpoint is not None)
+    norms = BlockNorms(ranks, engine, parameters, shares.written) if settings.monitoring.block_norms else None
+    telling["norms"] = norms
+    run = RunParts(settings, ranks, engine, optimizer, parameters, shares, folder, metrics, stop, ema, **telling)
     duties = _duties(run, pipeline, data, reader, noising, staged)
     if not checkpoint:
         return Trainer(run, batches, progress, duties)

@@ -181,6 +181,10 @@ PLANTED = {
     "a condition": ("waits", lambda x, weight: x if x.any() else -x),
     "values that are read": ("waits", lambda x, weight: x * len(x.tolist())),
     "on the way over the CPU": ("waits", lambda x, weight: x + x.detach().cpu().to(x.device, non_blocking=True)),
+    "equations that are looked at": (
+        "waits",
+        lambda x, weight: x + torch.linalg.solve(*[weight.detach().float()] * 2).to(x.dtype)[0],
+    ),
     "places of what is not zero": ("waits", lambda x, weight: x + len(x.nonzero())),
     "a mask as an index": ("waits", lambda x, weight: x + x[x > 0].sum()),
 }

@@ -8,6 +8,7 @@ from torch import nn
 
 from optimizers import adamw
 from optimizers.adamw import AdamW, in_parts
+from tests.pretended_device import DEVICE, PretendedDevice
 
 KEYS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -107,3 +108,27 @@ def test_a_step_with_found_inf_changes_nothing(dtype: torch.dtype, fused: bool) 
     states = [optimizers[skips].state[parameter] for skips, parameter in parameters.items()]
     assert states[0].keys() == states[1].keys() and states[0]["step"] == 2
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_what_is_stepped_on_the_host_waits_for_found_inf() -> None:
+    """It is a number of the device; a copy for which nobody waits would be read before it is there."""
+    weights, device = parameters(torch.float32)[:2], PretendedDevice()
+    optimizer = AdamW(weights, **KEYS)
+    with device:
+        optimizer.found_inf = torch.zeros((), device=DEVICE)
+        device.waits.clear()
+        train(optimizer, weights, 1)
+    assert [wait.partition(" at ")[0] for wait in device.waits] == ["a copy between devices"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_says_in_time_which_steps_the_host_leaves_out() -> None:
+    (weight,), busy = parameters(torch.float32)[:1], torch.ones(4096, 4096, device="cuda")
+    optimizer = AdamW([weight], **KEYS)
+    for step in range(20):
+        before = weight.detach().clone()
+        weight.grad = torch.ones_like(weight)
+        optimizer.found_inf = (busy @ busy).sum().isfinite().float() * (step % 2)
+        optimizer.step()
+        assert torch.equal(weight, before) == bool(step % 2)

@@ -13,7 +13,10 @@ from pydantic import ValidationError
 from torch import nn
 
 import optimizers
+from models.assembly.preflight import check_optimizer
+from optimizers import by_path
 from utils.errors import UserError
+from utils.ranks import Ranks
 from utils.settings.model_schema import ModelSettings
 from utils.settings.schema import Settings
 
@@ -77,6 +80,16 @@ def test_what_is_no_optimizer_is_told(path: str, says: str) -> None:
 def test_what_takes_no_step_is_told_before_anything_is_loaded(optimizer: dict[str, object], says: str) -> None:
     with pytest.raises(UserError, match=rf"\[optimizer\].*{says}"):
         optimizers.check(run_with(optimizer).optimizer, "cpu")
+
+
+def test_each_process_tries_it_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever touches another one takes some of its memory for as long as the process lives."""
+    tried = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(by_path, "tried", lambda settings, device: tried.append(device))
+    settings = run_with({"type": "torch.optim.Adamax", "lr": 0.1})
+    check_optimizer(settings, Ranks(rank=1, world_size=2, local_rank=1))
+    assert tried == [torch.device("cuda", 1)]
 
 
 def test_decay_that_a_class_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,8 @@ def turns_of(blocks: torch.Tensor) -> torch.Tensor:
     2 Q / (1 - Q), which keeps small rotations exact."""
     turn = (blocks - blocks.transpose(-1, -2)).float()
     one = torch.eye(turn.shape[-1], device=turn.device)
-    return torch.linalg.solve(one - turn, 2 * turn)
+    # There always is a solution; to look for one that is missing, the host would wait for a GPU.
+    return torch.linalg.solve_ex(one - turn, 2 * turn).result
 
 
 def rotated(outputs: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:

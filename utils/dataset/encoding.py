@@ -29,6 +29,7 @@ from utils.dataset.inputs import TEXT, Unreadable
 from utils.dataset.known import Known
 from utils.dataset.samples import Bucket, Sample, SampleVersion
 from utils.dataset.tensor_store import TensorStore
+from utils.errors import UserError
 from utils.media.memory import decoding_budget
 from utils.progress_bar import progress_bar
 from utils.ranks import PATIENCE, LaunchError, Ranks, gather, sign_of_life
@@ -40,6 +41,7 @@ BATCHES_AHEAD = 16
 BATCHES_TO_WRITE = 4
 VERIFIED_AT_ONCE = 4096
 SECONDS_BETWEEN_TRIES = 1.0
+SMALLER = '[model] text_encoder_dtype = "nf4", or "float8"'
 FOREVER = timedelta(days=365)
 
 
@@ -221,10 +223,12 @@ def _fill_one(encoder: Encoder, wanted: dict[str, SampleVersion], job: CacheJob,
         missing = mine if job.regenerate else store.missing(mine)
         failures, busy, truncated = [], 1.0, 0
         if missing:
-            encoder.load(ranks.device)
             try:
+                encoder.load(ranks.device)
                 failures, busy = _encode({key: wanted[key] for key in missing}, encoder, job, store, tag)
                 truncated = getattr(encoder, "truncated", 0)
+            except torch.OutOfMemoryError as error:
+                raise _without_room(encoder, job, error) from error
             finally:
                 encoder.unload()
                 if ranks.device.type == "cuda":
@@ -232,6 +236,17 @@ def _fill_one(encoder: Encoder, wanted: dict[str, SampleVersion], job: CacheJob,
                     torch.cuda.empty_cache()
     counts = len(mine), len(mine) - len(missing), len(missing) - len(failures), len(failures)
     return CacheReport(encoder.name, *counts, busy, truncated, tuple(dict.fromkeys(failures)))
+
+
+def _without_room(encoder: Encoder, job: CacheJob, error: torch.OutOfMemoryError) -> UserError:
+    said = ". ".join(str(error).split(". ")[:2])
+    ways = ["caching_batch_size = 1"] if job.batch_size > 1 else []
+    ways.append("smaller `resolutions`, or fewer frames, in the dataset" if reads_media(encoder) else SMALLER)
+    advice = "\n".join(f"    - {way}" for way in (*ways, "fill the cache on a larger card, by --cache_only"))
+    return UserError.of(
+        f"the GPU's memory does not suffice ({said}). What is encoded stays encoded. To need less:\n{advice}",
+        where=f"caching, {encoder.name}",
+    )
 
 
 def _by_shape(encoder: Encoder, wanted: Mapping[str, SampleVersion]) -> list[str]:

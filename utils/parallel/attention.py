@@ -35,25 +35,30 @@ class Library(NamedTuple):
         backend: their name in diffusers' dispatcher.
         module: what is imported.
         install: how it is installed.
+        in_float32: whether they compute in it.
     """
 
     backend: str
     module: str
     install: str
+    in_float32: bool = False
 
 
 LIBRARIES = {
     "flash": Library("flash", "flash_attn", "pip install flash-attn --no-build-isolation"),
     "flash3": Library("_flash_3", "flash_attn_interface", "build `hopper` of the flash-attention sources"),
-    "xformers": Library("xformers", "xformers", "pip install xformers"),
+    "xformers": Library("xformers", "xformers", "pip install xformers", in_float32=True),
 }
 """By the value of `attention`. SageAttention has no backward pass, and flex attention without compiling no kernel."""
 OWN = "native"
 """Torch's kernels in diffusers' dispatcher."""
 
 
-def check_kernels(attention: str, denoiser: nn.Module, device_type: str) -> None:
+def check_kernels(attention: str, denoiser: nn.Module, device_type: str, dtype: torch.dtype) -> None:
     """Whether the denoiser's attention can be computed as `attention` says.
+
+    Args:
+        dtype: in which the denoiser computes.
 
     Raises:
         UserError: it cannot here, or not for this model.
@@ -66,6 +71,8 @@ def check_kernels(attention: str, denoiser: nn.Module, device_type: str) -> None
         reason = 'is not for this model, whose attention is torch\'s own; write "auto"'
     elif device_type != "cuda":
         reason = 'needs a GPU, and there is none; write "auto"'
+    elif dtype.itemsize > 2 and not library.in_float32:
+        reason = 'computes in 16 bits alone; write [model] dtype = "bfloat16", or "auto"'
     elif find_spec(library.module) is None:
         reason = f"needs {library.module}, which is not installed: {library.install}"
     else:

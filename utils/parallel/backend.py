@@ -8,6 +8,8 @@ from typing import Any
 
 from utils.settings.deepspeed_keys import DeepSpeedSettings
 
+NEVER = 10**9
+
 
 def initialize_deepspeed() -> None:
     """Lets DeepSpeed use the running process group; quietly, and without compiling anything.
@@ -32,10 +34,23 @@ def initialize_deepspeed() -> None:
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
 
 
-def told(settings: DeepSpeedSettings) -> dict[str, Any]:
-    """What these settings are in the engine's configuration; DeepSpeed may say what they let it say."""
+def configuration(accumulation: int, settings: DeepSpeedSettings) -> dict[str, Any]:
+    """What the engine is told; DeepSpeed may say what the settings let it say.
+
+    Args:
+        accumulation: micro-batches of a step.
+    """
     from deepspeed.utils.logging import set_log_level_from_string
 
     if settings.dump_state:
         set_log_level_from_string("info")
-    return {"communication_data_type": settings.communication_data_type, "dump_state": settings.dump_state}
+    return {
+        # Not used: micro-batches may differ in size.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0,
+        "steps_per_print": NEVER,
+        "zero_allow_untested_optimizer": True,
+        "communication_data_type": settings.communication_data_type,
+        "dump_state": settings.dump_state,
+    }

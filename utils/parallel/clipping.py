@@ -42,9 +42,10 @@ class Clipping:
         elif self.by == "norm":
             _scale(trained, self.limit, total)
         else:
-            positions = {parameter: position for position, parameter in enumerate(trained)}
+            # One by one, since the host would wait for the device to get a list of places.
+            norms = dict(zip(trained, norms_P.unbind(), strict=True))
             for layer in by_layer(trained, layers):
-                _scale(layer, self.limit, norms_P[[positions[parameter] for parameter in layer]].norm())
+                _scale(layer, self.limit, torch.stack([norms[parameter] for parameter in layer]).norm())
 
 
 def gradient_norms(parameters: Sequence[nn.Parameter], device: torch.device) -> torch.Tensor:

@@ -3,6 +3,7 @@ less of Python."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 
 import torch
@@ -13,6 +14,9 @@ FORMS = 64
 """How many forms of one layer class are compiled, after which torch goes on uncompiled: a form for each kind of block
 behind it, with and without a gradient of its input, in training and evaluation, and for sizes at first one by one and
 then of any kind."""
+# Since torch 2.13 its configuration is one of each thread, and a GPU's backward pass, in which what is recomputed runs,
+# has a thread of its own; before, it was one for all, and torch.compile did not take the limit.
+LIMIT = {"recompile_limit": FORMS} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
 
 
 def compile_blocks(layers: Iterable[nn.Module]) -> None:
@@ -23,4 +27,4 @@ def compile_blocks(layers: Iterable[nn.Module]) -> None:
         if getattr(layer, "recomputable", False):
             for child in layer.children():
                 for module in child if isinstance(child, nn.ModuleList) else (child,):
-                    module.compile(backend=COMPILER)
+                    module.compile(backend=COMPILER, **LIMIT)

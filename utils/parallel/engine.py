@@ -25,11 +25,12 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.utils.timer import NoopTimer
 from torch import nn
 
 from utils.diffusion.auxiliary import Output
 from utils.parallel import wire
-from utils.parallel.backend import told
+from utils.parallel.backend import configuration
 from utils.parallel.breakdown import Breakdown
 from utils.parallel.clipping import Clipping, gradient_norms
 from utils.parallel.deciles import LossByDecile, means
@@ -42,7 +43,6 @@ from utils.parallel.teacher import Teacher
 from utils.settings.deepspeed_keys import DeepSpeedSettings
 from utils.settings.values import ClipBy
 
-NEVER = 10**9
 MicroBatch = tuple[Any, ...]
 """(inputs of the first stage, labels of the last): NamedTuples or tuples of CPU tensors and None. Further items are
 for a teacher."""
@@ -101,7 +101,7 @@ class Engine(PipelineEngine):
         deepspeed: DeepSpeedSettings | None = None,
     ):
         deepspeed = deepspeed or DeepSpeedSettings()
-        config, mpu = _config(accumulation, deepspeed), module.mpu()
+        config, mpu = configuration(accumulation, deepspeed), module.mpu()
         super().__init__(
             args=None,
             model=module,
@@ -111,6 +111,8 @@ class Engine(PipelineEngine):
             config_class=DeepSpeedConfig(config, mpu),
             model_parameters=[p for p in module.parameters() if p.requires_grad],
         )
+        # Its own would keep the events of each step until they are printed, which they never are here.
+        self.timers = NoopTimer()
         self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if float32_gradients:
             for parameter in self._trained:
@@ -384,17 +386,4 @@ class Engine(PipelineEngine):
         schedule.BackwardPass: _backward,
         schedule.SendGrad: _send_gradients,
         schedule.ReduceGrads: _reduce_gradients,
-    }
-
-
-def _config(accumulation: int, deepspeed: DeepSpeedSettings) -> dict[str, Any]:
-    """What DeepSpeed is told."""
-    return {
-        # Not used: micro-batches may differ in size.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 0.0,
-        "steps_per_print": NEVER,
-        "zero_allow_untested_optimizer": True,
-        **told(deepspeed),
     }

@@ -140,6 +140,12 @@ class Shares:
             self._host.give_values()
         self.complete()
 
+    def show_values(self) -> None:
+        """The same, where what the optimizer has may change before its next step."""
+        self.after_step()
+        if self._host:
+            self._host.wait()
+
     @torch.no_grad()
     def complete(self) -> None:
         """Sends the values of each share to the other data ranks, which all call this together."""
@@ -186,8 +192,11 @@ class HostCopies:
 
     def __init__(self, parameters: Sequence[nn.Parameter], *, pinned: bool):
         self._parameters, self._pinned = parameters, pinned
-        values = _packed(parameters, [parameter.dtype for parameter in parameters], pinned=pinned)
+        dtypes = [parameter.dtype for parameter in parameters]
+        # Memory is locked as long as its tensor is there, and not as long as what lies in it.
+        self._memory, values = _packed(parameters, dtypes, pinned=pinned)
         self.twins = [nn.Parameter(value) for value in values]
+        self._memory_of_gradients: torch.Tensor | None = None
         self._gradients: list[torch.Tensor] = []
         self.take_values()
 
@@ -202,7 +211,8 @@ class HostCopies:
         """Moves the parameters' gradients, and waits for them."""
         given = [parameter.grad for parameter in self._parameters]
         if not self._gradients:
-            self._gradients = _packed(self._parameters, [gradient.dtype for gradient in given], pinned=self._pinned)
+            dtypes = [gradient.dtype for gradient in given]
+            self._memory_of_gradients, self._gradients = _packed(self._parameters, dtypes, pinned=self._pinned)
         for twin, parameter, kept in zip(self.twins, self._parameters, self._gradients, strict=True):
             kept.copy_(parameter.grad, non_blocking=True)
             parameter.grad = None
@@ -211,19 +221,26 @@ class HostCopies:
                 if getattr(parameter, "grad_dtype", None) is not None:
                     twin.grad_dtype = parameter.grad_dtype
                 twin.grad = kept
-        if given and given[0].is_cuda:
-            torch.cuda.current_stream(given[0].device).synchronize()
+        self.wait()
+
+    def wait(self) -> None:
+        """Returns when the device has done what it was asked."""
+        device = self._parameters[0].device
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
     @torch.no_grad()
     def give_values(self) -> None:
-        """Copies back what the optimizer made of the parameters. Before the copies change again, `take_gradients` has
-        waited for the device, which works in order."""
+        """Copies back what the optimizer made of the parameters. Before the copies change again, somebody must have
+        waited for the device, which works in order, as `take_gradients` does."""
         for twin, parameter in zip(self.twins, self._parameters, strict=True):
             parameter.copy_(twin, non_blocking=True)
 
 
-def _packed(forms: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype], *, pinned: bool) -> list[torch.Tensor]:
-    """Tensors of these forms and types, without values, in one piece of the host's memory."""
+def _packed(
+    forms: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype], *, pinned: bool
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """One piece of the host's memory, and the tensors of these forms and types in it, without values."""
     sizes = [form.numel() * dtype.itemsize for form, dtype in zip(forms, dtypes, strict=True)]
     memory = host_memory(sum(map(aligned, sizes)), pinned=pinned)
     tensors, start = [], 0
@@ -231,7 +248,7 @@ def _packed(forms: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype], *, pin
         flat = memory[start : start + size].view(dtype)
         tensors.append(flat.as_strided(form.shape, dense_strides(form)))
         start += aligned(size)
-    return tensors
+    return memory, tensors
 
 
 class ReducedGradients:
@@ -337,10 +354,10 @@ class ReducedGradients:
     @torch.no_grad()
     def norms_of_all(self) -> torch.Tensor:
         """The norm of the gradient of every parameter (P,), in float32."""
-        places = [place for place, parameter in enumerate(self._parameters) if parameter.grad is not None]
-        norms_P = torch.zeros(len(self._parameters), device=self._device)
-        if places:
-            norms_P[places] = gradient_norms([self._parameters[place] for place in places], self._device)
+        held, zero = [p.grad is not None for p in self._parameters], torch.zeros((), device=self._device)
+        # One by one, since the host would wait for the device to get a list of places.
+        own = iter(gradient_norms([p for p in self._parameters if p.grad is not None], self._device).unbind())
+        norms_P = torch.stack([next(own) if has_one else zero for has_one in held])
         # Each is zero on all ranks but one.
         dist.all_reduce(norms_P, group=self._group)
         return norms_P

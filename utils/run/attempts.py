@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -40,6 +41,15 @@ def is_expected(error: Exception) -> bool:
     return isinstance(error, OSError | UserError | torch.OutOfMemoryError)
 
 
+def let_go(error: BaseException | None) -> None:
+    """Empties the frames in which an error was met, also those that led to it. They hold all that was made there, such
+    as what fills a GPU; and who keeps the error is mostly held by one of them, so that it would stay until Python's
+    collector comes by."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
 class Attempt:
     """Work of all ranks, in pieces between which they meet.
 
@@ -61,6 +71,7 @@ class Attempt:
         except StopRequested:
             raise
         except Exception as error:
+            let_go(error)
             self.error = error
             return None
 

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 import optimizers
 from utils.errors import UserError
 from utils.settings.schema import Settings
 
 
-def explained(error: BaseException, settings: Settings, run_folder: Path, step: int) -> UserError:
-    """The error with the settings that would save memory, those first that cost least."""
-    said = ". ".join(str(error).split(". ")[:2])
-    advice = "\n".join(f"    - {setting}" for setting in savings(settings))
-    return UserError.of(
-        f"the GPU's memory does not suffice ({said}). What was saved before stays. To need less, in this order:\n"
-        f"{advice}\n  --check tells how much each of them needs",
-        str(run_folder),
-        f"step {step}",
-    )
+@contextmanager
+def told(settings: Settings, folder: Path, where: str) -> Iterator[None]:
+    """A context in which a lack of memory is told with the settings that would save some, those first that cost least.
+
+    Args:
+        folder: of the run, or in which it will be.
+        where: in the run.
+
+    Raises:
+        UserError: it does not suffice.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = ". ".join(str(error).split(". ")[:2])
+        advice = "\n".join(f"    - {setting}" for setting in savings(settings))
+        raise UserError.of(
+            f"the GPU's memory does not suffice ({said}). What was saved before stays. To need less, in this order:\n"
+            f"{advice}\n  --check tells how much each of them needs",
+            str(folder),
+            where,
+        ) from error
 
 
 def savings(settings: Settings) -> Iterator[str]:

@@ -62,7 +62,7 @@ class RunParts:
     def weights_to_use(self) -> AbstractContextManager[None]:
         """A context in which the parameters have the values that are to be used; see `optimizers/averaging.py`. All
         ranks enter it together."""
-        return weights_to_use(self.optimizer, self.shares.held.values(), self.shares.after_step)
+        return weights_to_use(self.optimizer, self.shares.held.values(), self.shares.show_values)
 
     def telling(self, work: Callable[[], bool]) -> bool:
         """Does the work of the run, and tells of a failure that ends it, on the page and to the webhook."""

@@ -122,11 +122,9 @@ class Trainer:
         waited = time.monotonic() - started
         engine = self.parts.engine
         watch.at(Work(f"step {step + 1}", self._files_of_step, lambda: engine.module.draw))
-        try:
-            numbers = self.epochs.share(self.progress.epoch, self.progress.step_in_epoch, self.parts.ranks.data_rank)
+        numbers = self.epochs.share(self.progress.epoch, self.progress.step_in_epoch, self.parts.ranks.data_rank)
+        with out_of_memory.told(self.parts.settings, self.parts.folder, f"step {step + 1}"):
             result = engine.train_step(micro_batches, step, numbers)
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory.explained(error, self.parts.settings, self.parts.folder, step + 1) from error
         # All ranks have the same numbers.
         finite = self.nonfinite.follow(step + 1, result, partial(self._files_of_step, everywhere=True))
         if self.nonfinite.are_too_many:

@@ -1,7 +1,7 @@
 """Every model type at a tiny size in bfloat16, LoRA and in full: cache, three steps, recomputed or not, evaluation, a
 sample, an export, a checkpoint.
 
-Samples are stills, so that PyAV is not needed.
+Samples are stills where a model makes some, so that PyAV is needed by FramePack alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ def measure() -> Iterator[tuple[str, str]]:
         command = [sys.executable, MINI_FLUX / "draw.py", "--out", folder / "pictures", "--count", str(PICTURES)]
         subprocess.run([*command, "--seed", "1"], check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            yield from pool.map(lambda model: (model, _trained(model, folder)), models.available())
+            running = {pool.submit(_trained, model, folder): model for model in models.available()}
+            # As they are done, so that one that hangs hides none.
+            yield from ((running[one], one.result()) for one in as_completed(running))
 
 
 def _trained(model: str, folder: Path) -> str:
@@ -60,13 +62,12 @@ def _losses(place: Path) -> list[float]:
     return [row["value"] for row in rows if row["name"] == "train/loss"]
 
 
-def _write_run(model: str, adapter: str, folder: Path) -> Path:
+def _write_run(model: str, adapter: str, data: dict[str, Any], folder: Path) -> Path:
+    """The file of a run with a dataset."""
     place = folder / f"{model} {adapter}"
     (place / "model").mkdir(parents=True)
     module = tiny(model)
     module.write_folder(place / "model")
-    data = {"resolutions": [64], "directory": [{"path": str(folder / "pictures")}]}
-    data |= getattr(module, "dataset_of", lambda pictures: {})(folder / "pictures")
     for name in ("data", "seen"):
         (place / f"{name}.toml").write_text(toml.dumps(data))
     options = module.pipeline(place / "model").options.model_dump(mode="json", exclude_unset=True)
@@ -83,7 +84,7 @@ def _write_run(model: str, adapter: str, folder: Path) -> Path:
         "optimizer": {"type": "adamw", "lr": 1e-3},
         "sampling": {"prompts": ["a red star"], "steps": 2, "sample_every_n_steps": STEPS, **module.SAMPLING},
     }
-    if "frames" in config["sampling"]:
+    if "frames" in config["sampling"] and not module.pipeline(place / "model").starts_from_picture:
         config["sampling"]["frames"] = 1
     if ADAPTERS[adapter]:
         config["adapter"] = ADAPTERS[adapter]
@@ -94,7 +95,9 @@ def _write_run(model: str, adapter: str, folder: Path) -> Path:
 def _main(model: str, folder: Path) -> int:
     import train
 
-    return max(train.main(["--config", str(_write_run(model, adapter, folder))]) for adapter in ADAPTERS)
+    data = {"resolutions": [64], "directory": [{"path": str(folder / "pictures")}]}
+    data |= getattr(tiny(model), "dataset_of", lambda pictures: {})(folder / "pictures")
+    return max(train.main(["--config", str(_write_run(model, adapter, data, folder))]) for adapter in ADAPTERS)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Training steps of Flux and Wan 14B at full size, LoRA of rank 32, batch 1: seconds, memory against the plan, share of
-the card's matrix rate; and the same work in a plain loop over diffusers and PEFT.
+"""Training steps at full size, batch 1: seconds, memory against the plan, share of the card's matrix rate. LoRA of rank
+32 of Flux and Wan 14B, and Wan 1.3B in full; and the same work in a plain loop over diffusers and PEFT.
 
 The weights are random: the work is the same as with real ones.
 """
@@ -7,6 +7,7 @@ The weights are random: the work is the same as with real ones.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,24 +22,39 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.benchmarks.gpu.environment import matrix_rate
 from tests.benchmarks.gpu.timing import GIB, median_seconds
+from tests.models.sized import FullSize
 
 RANK, STEPS, TOKENS = 32, 3, 512
 CASES: dict[str, dict[str, Any]] = {
     "Flux, recompute": {"activation_checkpointing": True},
+    "Wan 1.3B in full, recompute, all 30 blocks swapped": {
+        "of": "WAN_SMALL",
+        "in_full": True,
+        "activation_checkpointing": True,
+        "blocks_to_swap": 30,
+    },
+    "Wan 1.3B in full, recompute, offload_optimizer": {
+        "of": "WAN_SMALL",
+        "in_full": True,
+        "activation_checkpointing": True,
+        "offload_optimizer": True,
+    },
+    "Flux, recompute, 30 of 57 blocks swapped": {"activation_checkpointing": True, "blocks_to_swap": 30},
     "Flux": {},
+    "Flux, recompute, compiled": {"activation_checkpointing": True, "compile": True},
     "Flux, recompute with offload": {"activation_checkpointing": "offload"},
     "Flux, recompute, all 57 blocks swapped": {"activation_checkpointing": True, "blocks_to_swap": 57},
     "Flux, recompute, float8": {"activation_checkpointing": True, "model": {"transformer_dtype": "float8"}},
     "Flux, recompute, nf4": {"activation_checkpointing": True, "model": {"transformer_dtype": "nf4"}},
     "Flux, recompute, plain loop of diffusers and PEFT": {"plain": True},
-    "Wan 14B, recompute": {"wan": True, "activation_checkpointing": True},
-    "Wan 14B, recompute with offload": {"wan": True, "activation_checkpointing": "offload"},
-    "Flux, recompute, 30 of 57 blocks swapped": {"activation_checkpointing": True, "blocks_to_swap": 30},
-    "Flux, recompute, compiled": {"activation_checkpointing": True, "compile": True},
+    "Wan 14B, recompute": {"of": "WAN", "activation_checkpointing": True},
+    "Wan 14B, recompute with offload": {"of": "WAN", "activation_checkpointing": "offload"},
 }
-"""Name -> settings that differ, those of [model] in `model`; `plain` is the loop, `wan` the other model."""
+"""Name -> settings that differ, those of [model] in `model`; `of` is the model in tests/models/full_size.py, Flux if it
+is missing; `in_full` is without an adapter; `plain` is the loop. What has never been measured comes early, since the
+time may be over before the last."""
 SECONDS = 100
-"""For one case; compiling takes all of it, and comes last, where the time may be over."""
+"""For one case; compiling may take all of it."""
 
 
 def measure() -> Iterator[tuple[str, str]]:
@@ -80,15 +96,18 @@ def _told(found: dict[str, Any], rate: float) -> str:
     )
 
 
-def _measured(step: Callable[[], float], planned: float) -> dict[str, Any]:
+def _measured(step: Callable[[], float], planned: float, *, counts: bool = True) -> dict[str, Any]:
+    """The time and the memory of a step; with `counts` its operations, too."""
     began = time.perf_counter()
     loss = step()
     first = time.perf_counter() - began
     torch.cuda.reset_peak_memory_stats()
     seconds = median_seconds(step, runs=STEPS, warm_up=1)
     peak = torch.cuda.max_memory_allocated() / GIB
-    with FlopCounterMode(display=False) as counter:
-        step()
+    counter = FlopCounterMode(display=False)
+    if counts:
+        with counter:
+            step()
     return {
         "seconds": seconds,
         "peak": peak,
@@ -99,21 +118,23 @@ def _measured(step: Callable[[], float], planned: float) -> dict[str, Any]:
     }
 
 
-def _trainer(keys: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A step of the trainer's engine, on a stage that is loaded as in a run."""
+def trained(model: FullSize, folder: Path, keys: dict[str, Any]) -> tuple[Callable[[], float], float]:
+    """A step of the trainer's engine, on a stage that is loaded as in a run, which gives its loss; and the GiB that are
+    planned for it."""
     from models.assembly import memory, trainer
+    from models.assembly.placement import shares_of
+    from models.assembly.rates import Rates
     from models.assembly.stage import load_stage, partition
+    from optimizers import build
     from optimizers.adamw import AdamWSettings
+    from optimizers.parameter_groups import groups_of
     from tests.benchmarks.gpu.random_models import micro_batch, random_pipeline
-    from tests.models.full_size import FLUX
-    from tests.models.full_size_clips import WAN
     from utils.adapters.lora import LoraSettings
     from utils.parallel.attention import set_kernels
     from utils.parallel.backend import initialize_deepspeed
     from utils.ranks import connect, from_environment
     from utils.settings.schema import Settings
 
-    model = WAN if keys.pop("wan", False) else FLUX
     ranks = from_environment()
     connect(ranks)
     set_kernels()
@@ -123,7 +144,7 @@ def _trainer(keys: dict[str, Any], folder: Path) -> dict[str, Any]:
         output_dir=folder,
         dataset=folder,
         model=pipeline.options,
-        adapter=LoraSettings(type="lora", rank=RANK),
+        adapter=None if keys.pop("in_full", False) else LoraSettings(type="lora", rank=RANK),
         optimizer=AdamWSettings(type="adamw", lr=1e-4),
         **keys,
     )
@@ -131,11 +152,13 @@ def _trainer(keys: dict[str, Any], folder: Path) -> dict[str, Any]:
     planner = memory.Planner(settings, pipeline, empty, model.encoders, {model.bucket: 1})
     planned = planner.plans(settings, planner.swapped(settings))[0].total / GIB
     staged = load_stage(pipeline, settings, 0)
-    parameters = staged.trained(staged.layers)
-    optimizer = trainer._optimizer(settings, pipeline, parameters)
-    engine = trainer._engine(settings, ranks, pipeline, staged, optimizer)
+    shares = shares_of(settings, ranks, staged, staged.trained(staged.layers))
+    rates = Rates(settings, pipeline, staged.denoiser)
+    how = {"lr": settings.optimizer.lr, "weight_decay": settings.optimizer.weight_decay}
+    groups = groups_of(shares.stepped.items(), **how, own_lr=rates.lr, own_decay=rates.weight_decay)
+    engine = trainer._engine(settings, ranks, pipeline, staged, build(groups, settings.optimizer), shares)
     batch = micro_batch(model, pipeline)
-    return _measured(lambda: engine.train_step([batch], 0).loss, planned)
+    return lambda: engine.train_step([batch], 0).loss, planned
 
 
 def _plain() -> dict[str, Any]:
@@ -192,14 +215,24 @@ def _plain() -> dict[str, Any]:
 
 
 def _main(keys: dict[str, Any]) -> None:
+    # As in a run.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     import diffusers  # noqa: F401
     import peft  # noqa: F401
 
     import models.assembly.trainer  # noqa: F401
+    from tests.models import full_size
 
-    sys.stdin.readline()
+    if not sys.stdin.readline():
+        # Whoever would read what is found is gone.
+        return
     with tempfile.TemporaryDirectory() as folder:
-        found = _plain() if keys.pop("plain", False) else _trainer(keys, Path(folder))
+        if keys.pop("plain", False):
+            found = _plain()
+        else:
+            model = getattr(full_size, keys.pop("of", "FLUX"))
+            counts = not keys.get("compile")
+            found = _measured(*trained(model, Path(folder), keys), counts=counts)
     sys.stdout.write(f"\n{json.dumps(found)}\n")
 
 

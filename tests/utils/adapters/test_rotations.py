@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
 from models.foundation.checkpoints.adapter_files import read_factors, read_updates
+from tests.pretended_device import DEVICE, PretendedDevice
 from tests.utils.adapters.toy_unet import begun, exported, factors_of, frozen, inputs, moved, names_of, net
 from utils import adapters
 from utils.adapters import attach, presets
-from utils.adapters.oft import OftSettings, shape_of_blocks
+from utils.adapters.oft import OftSettings, shape_of_blocks, turns_of
 from utils.errors import UserError
 from utils.settings.schema import AdapterSettings
 
@@ -176,3 +177,11 @@ def test_blocks_that_do_not_fit_are_told(shape: tuple[int, ...], tmp_path: Path)
     save_file({"lycoris_blocks_0_conv.oft_blocks": torch.ones(shape)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="the blocks of the OFT of 'lycoris_blocks_0_conv'"):
         read_updates(tmp_path / "x.safetensors", names_of(net()))
+
+
+def test_no_rotation_lets_the_host_wait() -> None:
+    device = PretendedDevice()
+    with device:
+        blocks = torch.ones(3, 4, 4).triu().to(DEVICE, non_blocking=True).requires_grad_()
+        turns_of(blocks).square().sum().backward()
+    assert device.has(blocks.grad) and not device.waits

@@ -31,6 +31,7 @@ from utils.dataset.encoders import decoded_bytes, item_key
 from utils.dataset.encoding import CacheJob, CacheReport, fill
 from utils.dataset.samples import SampleVersion, evaluation_version
 from utils.dataset.tensor_store import TensorStore
+from utils.errors import UserError
 from utils.media.decode import load_image
 from utils.media.geometry import View
 from utils.ranks import LaunchError, Ranks, sign_of_life
@@ -190,6 +191,22 @@ def test_an_encoders_own_error_is_raised_and_what_was_done_is_kept(pictures, cac
     with pytest.raises(RuntimeError, match="out of memory"):
         filled(breaking, samples, cache, batch_size=2)
     assert breaking.unloads == 1
+    assert counts(filled(MeanEncoder(), samples, cache)) == (6, 4, 2, 0)
+
+
+class Full(MeanEncoder):
+    def encode(self, *, pixels):
+        if len(self.batches) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free.")
+        return super().encode(pixels=pixels)
+
+
+def test_a_full_gpu_is_told_with_what_would_need_less(pictures, cache):
+    samples, full = samples_of(dataset_of(pictures), cache), Full()
+    with pytest.raises(UserError, match=r"caching, vae: .*Tried to allocate 2.00 GiB\)") as told:
+        filled(full, samples, cache, batch_size=2)
+    assert "caching_batch_size = 1" in str(told.value) and "resolutions" in str(told.value)
+    assert full.unloads == 1
     assert counts(filled(MeanEncoder(), samples, cache)) == (6, 4, 2, 0)
 
 

@@ -69,17 +69,20 @@ def test_a_librarys_kernels_see_no_mask(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_kernels_that_cannot_be_had_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    flux, plain = toy_flux_denoiser(), nn.Linear(2, 2)
+    flux, plain, dtype = toy_flux_denoiser(), nn.Linear(2, 2), torch.bfloat16
     for choice in ("auto", "sdpa"):
-        check_kernels(choice, plain, "cpu")
+        check_kernels(choice, plain, "cpu", dtype)
     with pytest.raises(UserError, match="key `attention`.*torch's own"):
-        check_kernels("flash", plain, "cuda")
+        check_kernels("flash", plain, "cuda", dtype)
     with pytest.raises(UserError, match="xformers. needs a GPU"):
-        check_kernels("xformers", flux, "cpu")
+        check_kernels("xformers", flux, "cpu", dtype)
     with pytest.raises(UserError, match="needs flash_attn, which is not installed: pip install flash-attn"):
-        check_kernels("flash", flux, "cuda")
+        check_kernels("flash", flux, "cuda", dtype)
     monkeypatch.setattr(attention, "find_spec", lambda name: name)
-    check_kernels("flash", flux, "cuda")
+    with pytest.raises(UserError, match="flash3. computes in 16 bits alone"):
+        check_kernels("flash3", flux, "cuda", torch.float32)
+    check_kernels("xformers", flux, "cuda", torch.float32)
+    check_kernels("flash", flux, "cuda", dtype)
 
 
 def toy_flux_denoiser() -> nn.Module:

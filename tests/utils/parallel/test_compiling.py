@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from typing import NamedTuple
 
@@ -42,12 +43,17 @@ class Block(nn.Module):
 
 
 def trained(
-    layers: list[nn.Module], lengths: tuple[int, ...], *, recompute: bool, swap: BlockSwap | None = None
+    layers: list[nn.Module],
+    lengths: tuple[int, ...],
+    *,
+    recompute: bool,
+    swap: BlockSwap | None = None,
+    device: str = "cpu",
 ) -> list[torch.Tensor]:
     """Outputs, and the gradients of all parameters."""
     found, swap = [], swap or BlockSwap()
     for length in lengths:
-        stream = Stream(normal((2, length, 4), 0, "x"))
+        stream = Stream(normal((2, length, 4), 0, "x").to(device))
         with swap.forward_pass():
             for position, layer in enumerate(layers):
                 run = partial(run_recomputed, trains=True) if recompute else run_layer
@@ -92,6 +98,46 @@ def test_compiled_blocks_may_be_swapped_and_quantised(kept: str, recompute: bool
     swap.start(torch.device("cpu"))
     compiled = trained(layers, lengths, recompute=recompute, swap=swap)
     assert all(torch.equal(one, other) for one, other in zip(plain, compiled, strict=True))
+    assert counters["frames"]["ok"] == counters["frames"]["total"] > 0 and not counters["graph_break"]
+
+
+def test_a_thread_compiles_as_many_forms() -> None:
+    """The backward pass of a GPU runs in one of its own, with what is recomputed in it."""
+    block = Block()
+    compiling.compile_blocks([Middle(block, {"x": "x_BTD"}, ("x_BTD",))])
+
+    def run() -> None:
+        for number in range(12):
+            # What a module says beside its tensors is part of a form.
+            block.number = number
+            block(torch.ones(1, 2, 4))
+
+    block.forward = lambda x: x + block.number
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert counters["frames"]["ok"] == counters["frames"]["total"] == 12
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_computes_the_same_when_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its own code, and blocks that are recomputed and swapped."""
+    monkeypatch.setattr(compiling, "COMPILER", "inductor")
+    torch.manual_seed(0)
+    layers = [Middle(Block(), {"x": "x_BTD"}, ("x_BTD",)) for _ in range(4)]
+    how = {"recompute": True, "device": "cuda"}
+    for layer in layers:
+        layer.block.up.requires_grad_(False)
+    plain = trained([layer.cuda() for layer in layers], (3, 5), **how)
+    compiling.compile_blocks(layers)
+    swap = BlockSwap([layer.cpu() for layer in layers], 3, pinned=True)
+    for layer in layers:
+        layer.cuda()
+    swap.start(torch.device("cuda", 0))
+    compiled = trained(layers, (3, 5), **how, swap=swap)
+    for one, other in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(one, other)
     assert counters["frames"]["ok"] == counters["frames"]["total"] > 0 and not counters["graph_break"]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +21,13 @@ from tests.models.tiny_folder import settings_of
 from tests.processes import run_ranks
 from tests.utils.parallel import toy_flux
 from utils.adapters.lora import LoraSettings
-from utils.parallel import sharding
-from utils.parallel.sharding import Shares, buckets, owners
+from utils.parallel import sharding, transfers
+from utils.parallel.sharding import HostCopies, Shares, buckets, owners
 from utils.parallel.together import numbers_of_all
 from utils.parallel.transfers import ALIGNMENT
 from utils.ranks import Ranks
 from utils.run.checkpoint import Checkpoint, ResumeFlags
+from utils.run.parts import RunParts
 from utils.run.progress import Progress
 from utils.run.saving import save
 from utils.settings.run_tables import EMASettings
@@ -339,3 +342,55 @@ def test_one_process_has_all_of_it(offload: bool) -> None:
         parameter = parameters[name]
         assert (twin is parameter) != offload
         assert torch.equal(twin, parameter) and twin.dtype == parameter.dtype and twin.stride() == parameter.stride()
+
+
+def test_what_the_processor_steps_stays_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it is there: memory is unlocked with its tensor, of which what lies in it is a view."""
+    unlocked: list[None] = []
+    monkeypatch.setattr(transfers, "lock", lambda memory: weakref.finalize(memory, unlocked.append, None).alive)
+    parameter = nn.Parameter(torch.ones(3, 2))
+    copies = HostCopies([parameter], pinned=True)
+    parameter.grad = torch.ones(3, 2)
+    copies.take_gradients()
+    assert not unlocked
+    del copies
+    assert len(unlocked) == 2
+
+
+def test_averages_are_there_before_the_processor_trains_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimizer's copies get other values right behind, and the device may still be reading them."""
+    happened = []
+
+    class Averaging(torch.optim.SGD):
+        def eval(self) -> None:
+            happened.append("eval")
+
+        def train(self) -> None:
+            happened.append("train")
+
+    shares = Shares({"a": nn.Parameter(torch.ones(3))}, offload=True)
+    for name in ("give_values", "wait"):
+        monkeypatch.setattr(HostCopies, name, lambda self, name=name: happened.append(name))
+    optimizer = Averaging(shares.stepped.values(), lr=0.1)
+    run = RunParts(
+        **dict.fromkeys(field.name for field in fields(RunParts)) | {"optimizer": optimizer, "shares": shares}
+    )
+    with run.weights_to_use():
+        pass
+    assert happened == ["eval", "give_values", "wait", "train"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_copies_of_a_gpus_parameters_lie_in_locked_memory() -> None:
+    parameter = nn.Parameter(torch.ones(300, 200, device="cuda"))
+    copies = HostCopies([parameter], pinned=True)
+    for step in range(1, 4):
+        parameter.grad = torch.full_like(parameter, step)
+        copies.take_gradients()
+        (twin,) = copies.twins
+        assert twin.is_pinned() and twin.grad.is_pinned() and bool((twin.grad == step).all())
+        with torch.no_grad():
+            twin.add_(twin.grad)
+        copies.give_values()
+    assert bool((parameter == 7).all())

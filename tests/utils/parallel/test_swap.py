@@ -209,6 +209,15 @@ def assert_equal(first: Any, second: Any) -> None:
         assert (one == other).all() if hasattr(one, "all") else one == other
 
 
+def assert_near(first: Any, second: Any, tolerance: float) -> None:
+    """Each by its own norm."""
+    for one, other in zip(flat(first), flat(second), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            one, other = torch.as_tensor(one).double(), torch.as_tensor(other).double()
+            assert (one - other).norm() <= tolerance * other.norm()
+
+
 @pytest.mark.parametrize(("stages", "data_ranks", "variants"), LAYOUTS)
 def test_swapping_changes_no_bit(
     folder: Path, folder_of_fewer: Path, stages: int, data_ranks: int, variants: tuple[str, ...]
@@ -229,7 +238,9 @@ def test_swapping_changes_no_bit(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_swapping_changes_no_bit_on_a_gpu(folder: Path, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, since those of `run_ranks` may be kept off the GPU."""
+    """In this process, since those of `run_ranks` may be kept off the GPU. In a full fine-tune the processor measures
+    and steps what is swapped, and rounds otherwise than a GPU: there the first step has the same bits, and what follows
+    is near."""
     from utils import ranks as together
 
     # So that these are taken away again, which connecting puts there.
@@ -245,8 +256,15 @@ def test_swapping_changes_no_bit_on_a_gpu(folder: Path, variant: str, monkeypatc
             runs = [results_of(ranks, flux, engine_of(ranks, flux, count, **VARIANTS[variant])) for count in (0, 8, 5)]
     finally:
         together.disconnect()
-    for other in runs[1:]:
-        assert_equal(other, runs[0])
+    plain, *others = runs
+    for other in others:
+        if not VARIANTS[variant].get("full"):
+            assert_equal(other, plain)
+            continue
+        assert_equal([other["evaluated"][0], other["losses"][0][0]], [plain["evaluated"][0], plain["losses"][0][0]])
+        # These are limited by their norm.
+        assert_near(other["gradients"][0], plain["gradients"][0], 1e-5)
+        assert_near(other, plain, 0.1 if VARIANTS[variant].get("bfloat16") else 1e-4)
 
 
 def blocks_and_ends(folder: Path, meta: bool = False) -> tuple[Any, list[nn.Module]]:

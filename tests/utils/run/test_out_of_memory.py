@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from tests.models.tiny_folder import settings_of
 from utils.adapters.lora import LoraSettings
 from utils.errors import UserError
 from utils.ranks import Ranks, disconnect
+from utils.run.attempts import Attempt, Failed
 from utils.run.out_of_memory import savings
+from utils.run.out_of_memory import told as told_of
 from utils.run.signals import StopRequests
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.5 GiB of which 1 GiB is free."
@@ -51,6 +55,10 @@ def test_a_step_that_finds_no_memory_ends_with_advice(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError(SAID)
 
+    with pytest.raises(UserError, match=r"weights: the GPU's memory does not suffice"):
+        with told_of(settings_of(tiny_flux.pipeline(tiny_flux.MINI_FLUX)), tiny_flux.MINI_FLUX, "weights"):
+            full()
+
     def filled(*arguments: object) -> object:
         staged = load_stage(*arguments)
         staged.layers[1].register_forward_pre_hook(full)
@@ -67,3 +75,31 @@ def test_a_step_that_finds_no_memory_ends_with_advice(
     told = str(error.value)
     assert "step 1: the GPU's memory does not suffice (CUDA out of memory. Tried to allocate 2.00 GiB)" in told
     assert "activation_checkpointing = true" in told and "blocks_to_swap" in told and "Traceback" not in told
+
+
+def test_what_fails_leaves_nothing_in_memory() -> None:
+    """Training goes on at once, and needs the memory: it cannot wait for Python's collector."""
+    made: list[weakref.ref] = []
+
+    def full(attempted: int) -> None:
+        try:
+            activations = torch.zeros(2)
+            made.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError(SAID)
+        except torch.OutOfMemoryError as error:
+            other = torch.zeros(attempted)
+            made.append(weakref.ref(other))
+            raise ValueError("no room") from error
+
+    def evaluate() -> None:
+        attempt = Attempt("evaluation 1", Ranks())
+        attempt.in_pipeline(full, 3)
+        attempt.meet()
+
+    gc.disable()
+    try:
+        with pytest.raises(Failed, match="no room"):
+            evaluate()
+        assert [one() for one in made] == [None, None]
+    finally:
+        gc.enable()
