@@ -24,10 +24,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[3]
 TOGETHER = (
     {"environment": 30},
-    {"marked_tests": 100, "quickstart": 100},
-    {"first_light": 120},
+    {"marked_tests": 95, "quickstart": 95},
+    {"first_light": 105},
     {"attention": 45},
-    {"full_size": 210},
+    {"full_size": 175},
     {"optimizer_step": 30},
 )
 """Parts in the order in which they run: what is right before how fast it is, and those together that may disturb one
