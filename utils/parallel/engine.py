@@ -85,6 +85,8 @@ class Engine(PipelineEngine):
         beside_backward: called before a backward pass, which does not keep other threads from running Python.
     """
 
+    beside_backward: Callable[[], None] = staticmethod(lambda: None)
+
     def __init__(
         self,
         module: DenoiserPipeline,
@@ -138,7 +140,6 @@ class Engine(PipelineEngine):
             parts = module.forward_funcs, self._trained, optimizer, mean, self._clipping
             self._released = GradientRelease(*parts)
         self.teacher = teacher
-        self.beside_backward: Callable[[], None] = lambda: None
         self._after_step = after_step
         self._grad_norm, self._norms_P = torch.zeros(()), torch.zeros(0)
         self._forward_count = self._step = 0
