@@ -70,18 +70,17 @@ def bubble_share(seconds: Sequence[float], micro_batches: int) -> float:
 
 
 def forget_peak(device: torch.device) -> None:
-    """What was held until now does not count in the next step's peak."""
+    """What was held until now, as in an evaluation or while the cache was filled, does not count in the next step's
+    peak."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def _peak(device: torch.device) -> float:
-    """The most GiB that tensors took on this process's GPU since the last call; 0 without a GPU."""
+    """The most GiB that tensors took on this process's GPU since `forget_peak`; 0 without a GPU."""
     if device.type != "cuda":
         return 0.0
-    peak = torch.cuda.max_memory_allocated(device) / 2**30
-    torch.cuda.reset_peak_memory_stats(device)
-    return peak
+    return torch.cuda.max_memory_allocated(device) / 2**30
 
 
 def _resident() -> float:

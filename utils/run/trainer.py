@@ -111,6 +111,7 @@ class Trainer:
             UserError: the loss is not a finite number any more, or the GPU's memory does not suffice.
         """
         started = time.monotonic()
+        forget_peak(self.parts.ranks.device)
         step, groups = self.progress.step, self.parts.optimizer.param_groups
         bases = [self.parts.settings.optimizer.lr, *(group["initial_lr"] for group in groups)]
         lr, *lrs = self._schedule.learning_rates(step, bases)
@@ -181,8 +182,6 @@ class Trainer:
         """Does what the checkpoint owes from which the run goes on, or what is due before the first step of a run.
         Returns whether all ranks must stop here."""
         warn_of_warmup(self.parts.settings, self.last_step)
-        # What filled the cache is gone.
-        forget_peak(self.parts.ranks.device)
         if self.owed.duties:
             interrupted = self._catch_up()
         else:
