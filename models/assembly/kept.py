@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import optimizers
-from utils.parallel.sharding import buckets, owners, summed_in
+from utils.parallel.sharding import owners
+from utils.parallel.travelling import ON_THE_WAY, buckets, summed_in
 from utils.settings.schema import OptimizerSettings, Settings
 
 
@@ -61,6 +62,8 @@ class Kept:
         shares = [list(trained.values())] if data_ranks == 1 else self._shares(trained, among)
         divides_gradients = gradients and self.zero_stage > 1 and data_ranks > 1
         of_all = sum(map(self.gradient, trained.values())) if gradients else 0
+        if gradients and self.data_ranks > 1 and not self.releases:
+            of_all += sum(_largest_buckets(trained, ON_THE_WAY))
         found = [
             self._share(share, self._divided_gradients(share, trained) if divides_gradients else of_all)
             for share in shares
@@ -99,9 +102,13 @@ class Kept:
         return gradient_size(parameter, float32=self.float32_gradients)
 
     def _divided_gradients(self, share: Sequence[nn.Parameter], trained: Mapping[str, nn.Parameter]) -> int:
-        """Of a share, and of what is on its way to its owners: a bucket, and its copy."""
-        on_the_way = [sum(map(_summed, bucket)) for bucket in buckets(reversed(trained.values()))]
-        return sum(map(_summed, share)) + 2 * max(on_the_way, default=0)
+        """Of a share, of the bucket that is being made, and of those on their way to their owners."""
+        return sum(map(_summed, share)) + sum(_largest_buckets(trained, 1) + _largest_buckets(trained, ON_THE_WAY))
+
+
+def _largest_buckets(trained: Mapping[str, nn.Parameter], count: int) -> list[int]:
+    """The bytes of gradients that travel together: so many buckets, or all of them."""
+    return sorted((sum(map(_summed, bucket)) for bucket in buckets(reversed(trained.values()))), reverse=True)[:count]
 
 
 def _summed(parameter: nn.Parameter) -> int:

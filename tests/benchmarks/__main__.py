@@ -20,6 +20,7 @@ BENCHMARKS = (
     "pipeline",
     "wire",
     "balance",
+    "travelling",
     "checkpoint",
 )
 

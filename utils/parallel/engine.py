@@ -10,6 +10,7 @@ What differs from `deepspeed.runtime.pipe.engine.PipelineEngine` of 0.19.8, each
 - a stage does not wait until what it sends has arrived, nor for one tensor after another;
 - data ranks may divide state and gradients (`sharding.py`), at any number of stages, and weights (`divided.py`);
 - a step does not walk through all modules, and with one data rank nothing is copied to be averaged;
+- gradients go to other data ranks while the backward pass makes the next ones (`travelling.py`);
 - evaluation returns a loss per sample, and a prediction can be had from the same stages.
 """
 
@@ -40,6 +41,7 @@ from utils.parallel.release import GradientRelease, may_step
 from utils.parallel.sharding import Shares
 from utils.parallel.step_times import StepTimes
 from utils.parallel.teacher import Teacher
+from utils.parallel.travelling import shared_by, with_zeros
 from utils.settings.deepspeed_keys import DeepSpeedSettings
 from utils.settings.values import ClipBy
 
@@ -123,18 +125,18 @@ class Engine(PipelineEngine):
         module.swap.start(self.device, self.grid.get_data_parallel_group())
         self._shares = shares or Shares({})
         self._shares.start(self.grid.get_data_parallel_group(), self.device)
-        sent_as, swap = self._config.communication_data_type, module.swap
-        layers = module.forward_funcs if swap.needs_all_ranks else None
-        self._reduced = self._shares.reduced_gradients(self._trained, sent_as, layers)
-        swap.going_back = self._reduced.reduce_behind if layers and self._reduced else None
+        layers = module.forward_funcs if module.swap.needs_all_ranks else None
+        late = [*shared_by(module.forward_funcs), *module.swap.late_gradients]
+        how = {"sent_as": self._config.communication_data_type, "layers": layers, "late": late}
+        self._travelling = None if release else self._shares.travelling_gradients(self._trained, **how)
+        module.swap.going_back = self._travelling.reduce_behind if layers and self._travelling else None
         self._times = StepTimes(self.device)
         self._INSTRUCTION_MAP = self._times.timed(self._INSTRUCTION_MAP)
-        self._breakdown = None
+        self._breakdown = self._released = None
         if deepspeed.wall_clock_breakdown:
             self._breakdown = Breakdown(self.device, None if self.grid.get_data_parallel_rank() else self.stage_id)
             self._INSTRUCTION_MAP = self._breakdown.timed(self._INSTRUCTION_MAP)
         self._clipping = Clipping(clip_norm, clip_by)
-        self._released = None
         if release:
             mean = self._mean_over_data_ranks if self.grid.get_data_parallel_world_size() > 1 else None
             parts = module.forward_funcs, self._trained, optimizer, mean, self._clipping
@@ -142,7 +144,7 @@ class Engine(PipelineEngine):
         self.teacher = teacher
         self._after_step = after_step
         self._grad_norm, self._norms_P = torch.zeros(()), torch.zeros(0)
-        self._forward_count = self._step = 0
+        self._forward_count = self._backward_count = self._step = 0
         self._numbers: Sequence[int] = self._rank_after_rank()
         self._keep_predictions = False
         descriptions = dist.new_group(backend="gloo") if self.is_pipe_parallel else None
@@ -215,7 +217,7 @@ class Engine(PipelineEngine):
         return range(first, first + self.micro_batches)
 
     def _begin(self, step: int, numbers: Sequence[int]) -> None:
-        self._forward_count = 0
+        self._forward_count = self._backward_count = 0
         self._numbers = numbers
         self._terms_K = torch.zeros(len(self.module.loss_terms), device=self.device)
         self._deciles = LossByDecile(self.device)
@@ -296,6 +298,9 @@ class Engine(PipelineEngine):
 
     def _backward(self, buffer_id: int) -> None:
         self.beside_backward()
+        self._backward_count += 1
+        if self._travelling:
+            self._travelling.begin_backward(last=self._backward_count == self.micro_batches)
         if self.is_last_stage():
             if self.loss.requires_grad:
                 DeepSpeedEngine.backward(self, self.loss)
@@ -304,8 +309,8 @@ class Engine(PipelineEngine):
             outputs = [tensor for tensor in tensors if tensor.requires_grad]
             if outputs:
                 torch.autograd.backward(outputs, self.grad_layer)
-        if self._reduced:
-            self._reduced.end_backward()
+        if self._travelling:
+            self._travelling.end_backward()
         self.grad_layer = None
         self.pipe_buffers["outputs"][buffer_id] = None
 
@@ -320,15 +325,10 @@ class Engine(PipelineEngine):
         self.module.swap.settle()
         if self._released:
             return
-        if self._reduced:
-            self._reduced.hand_over()
-            return
-        for parameter in self._trained:
-            if parameter.grad is None:
-                # Of the parameter's type in torch before 2.10, which knows no other.
-                parameter.grad = torch.zeros_like(parameter, dtype=getattr(parameter, "grad_dtype", None))
-        if self.grid.get_data_parallel_world_size() > 1:
-            self._exec_reduce_grads()
+        if self._travelling:
+            self._travelling.hand_over()
+        else:
+            with_zeros(self._trained)
 
     def allreduce_bucket(self, bucket: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The mean of some gradients in one piece, on the device; those of swapped blocks come from the host."""
@@ -343,7 +343,8 @@ class Engine(PipelineEngine):
         if self._released:
             self._grad_norm = self._norm_over_stages(self._released.finish(self.device))
         else:
-            norms_P = self._reduced.norms_of_all() if self._reduced else gradient_norms(self._trained, self.device)
+            sent = self._travelling
+            norms_P = sent.norms_of_all() if sent else gradient_norms(self._trained, self.device)
             self._norms_P = norms_P
             self._grad_norm = self._norm_over_stages(norms_P)
             self._clipping.apply(self._trained, norms_P, self._grad_norm, self.module.forward_funcs)

@@ -11,20 +11,16 @@ With `offload` the optimizer steps copies of the parameters in the host's memory
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from utils.parallel.clipping import gradient_norms
 from utils.parallel.transfers import aligned, dense_strides, host_memory
-from utils.parameter_lists import in_lists
+from utils.parallel.travelling import AveragedGradients, DataRanks, OwnedGradients, buckets
 from utils.ranks import Ranks
-
-BUCKET_ELEMENTS = 2**25
-"""Elements that travel together: 128 MB in float32."""
 
 
 def owners(sizes: Mapping[str, int], data_ranks: int) -> dict[str, int]:
@@ -38,22 +34,6 @@ def owners(sizes: Mapping[str, int], data_ranks: int) -> dict[str, int]:
         found[name] = held.index(min(held))
         held[found[name]] += sizes[name]
     return found
-
-
-def buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """The parameters whose gradients travel together."""
-    return in_lists(parameters, BUCKET_ELEMENTS)
-
-
-def first_layer(parameters: Sequence[nn.Parameter], layers: Sequence[nn.Module]) -> int:
-    """The position of the first of the layers that has one of these parameters."""
-    of_these = set(map(id, parameters))
-    return next(place for place, layer in enumerate(layers) if of_these & set(map(id, layer.parameters())))
-
-
-def summed_in(parameter: torch.Tensor) -> torch.dtype:
-    """The type in which gradients of a parameter are summed over data ranks."""
-    return torch.promote_types(parameter.dtype, torch.float32)
 
 
 class Shares:
@@ -169,18 +149,22 @@ class Shares:
                 values = _unflatten_dense_tensors(flat.to(parameters[0].device), parameters)
                 torch._foreach_copy_(parameters, list(values))
 
-    def reduced_gradients(
+    def travelling_gradients(
         self,
         parameters: Sequence[nn.Parameter],
         sent_as: torch.dtype | None = None,
         layers: Sequence[nn.Module] | None = None,
-    ) -> ReducedGradients | None:
-        """What keeps the gradients of these parameters, all that the stage trains, at their owners; None where every
-        data rank keeps all of them. See `ReducedGradients`."""
-        if not (self.divides_gradients and parameters):
+        late: Iterable[nn.Parameter] = (),
+    ) -> AveragedGradients | OwnedGradients | None:
+        """What sends the gradients of these parameters, all that the stage trains, to the data ranks that keep them;
+        None if there is one alone. See `OwnedGradients` and `TravellingGradients`."""
+        among = DataRanks(self._group, self._device, sent_as)
+        if not parameters or among.count == 1:
             return None
+        if not self.divides_gradients:
+            return AveragedGradients(parameters, among, late)
         owned_by = [self.owner_of(parameter) for parameter in parameters]
-        return ReducedGradients(parameters, owned_by, self.data_rank, self._group, self._device, sent_as, layers)
+        return OwnedGradients(parameters, among, late, owned_by=owned_by, data_rank=self.data_rank, layers=layers)
 
 
 class HostCopies:
@@ -249,115 +233,3 @@ def _packed(
         tensors.append(flat.as_strided(form.shape, dense_strides(form)))
         start += aligned(size)
     return memory, tensors
-
-
-class ReducedGradients:
-    """Gradients that are summed over the data ranks while the backward pass of a micro-batch runs, and kept by their
-    owners alone.
-
-    They travel in buckets, which follow one another in the same order on all ranks: from the last parameter to the
-    first, as a backward pass goes. A bucket waits until those before it have gone. What a rank has no gradient for
-    counts as zeros when the pass is over.
-
-    Where weights are gathered in that pass, too, all ranks must ask for both in one order, also if one of them has no
-    gradient for something. Then buckets go between two blocks alone, by `reduce_behind`.
-
-    Args:
-        parameters: all that the stage trains, in one order on all data ranks.
-        owned_by: their owners.
-        group: of the data ranks.
-        device: on which gradients are made.
-        sent_as: the type in which gradients travel; default: that in which they are summed.
-        layers: of the stage, if buckets go between these alone; default: as soon as they are full.
-    """
-
-    def __init__(
-        self,
-        parameters: Sequence[nn.Parameter],
-        owned_by: Sequence[int],
-        data_rank: int,
-        group: dist.ProcessGroup,
-        device: torch.device,
-        sent_as: torch.dtype | None,
-        layers: Sequence[nn.Module] | None = None,
-    ):
-        self._parameters, self._data_rank = parameters, data_rank
-        self._group, self._device, self._sent_as = group, device, sent_as
-        self._owners = {id(p): owner for p, owner in zip(parameters, owned_by, strict=True)}
-        self._buckets = list(buckets(reversed(parameters)))
-        self._bucket_of = {id(p): number for number, bucket in enumerate(self._buckets) for p in bucket}
-        self._sums: dict[int, torch.Tensor] = {}
-        # The first layer of each bucket, if these go between layers.
-        self._first_layers = [first_layer(bucket, layers) for bucket in self._buckets] if layers is not None else []
-        self._begin()
-        for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._arrived)
-
-    def _begin(self) -> None:
-        self._missing = [len(bucket) for bucket in self._buckets]
-        self._next = 0
-
-    def _arrived(self, parameter: nn.Parameter) -> None:
-        """A gradient is there."""
-        number = self._bucket_of[id(parameter)]
-        assert number >= self._next and self._missing[number], "a parameter's gradient came in two parts"
-        self._missing[number] -= 1
-        while not self._first_layers and self._next < len(self._buckets) and not self._missing[self._next]:
-            self._reduce_next()
-
-    def reduce_behind(self, layer: int) -> None:
-        """The backward pass has come to this layer of the stage: all gradients of those behind it are there."""
-        while self._next < len(self._buckets) and self._first_layers[self._next] > layer:
-            self._reduce_next()
-
-    @torch.no_grad()
-    def _reduce_next(self) -> None:
-        """Sends the next bucket's gradients to their owners."""
-        by_kind: dict[tuple[int, torch.dtype], list[nn.Parameter]] = {}
-        for parameter in self._buckets[self._next]:
-            by_kind.setdefault((self._owners[id(parameter)], summed_in(parameter)), []).append(parameter)
-        self._next += 1
-        for (owner, dtype), parameters in by_kind.items():
-            gradients = [
-                torch.zeros_like(p, dtype=dtype, device=self._device) if p.grad is None else p.grad.to(dtype)
-                for p in parameters
-            ]
-            for parameter in parameters:
-                parameter.grad = None
-            flat = _flatten_dense_tensors(gradients).to(self._sent_as or dtype)
-            dist.reduce(flat, dist.get_global_rank(self._group, owner), group=self._group)
-            flat = flat.to(dtype)
-            if owner == self._data_rank:
-                for parameter, total in zip(parameters, _unflatten_dense_tensors(flat, parameters), strict=True):
-                    before = self._sums.setdefault(id(parameter), total)
-                    if before is not total:
-                        before += total
-
-    def end_backward(self) -> None:
-        """Must be called after the backward pass of each micro-batch, by all data ranks."""
-        while self._next < len(self._buckets):
-            self._reduce_next()
-        self._begin()
-
-    @torch.no_grad()
-    def hand_over(self) -> None:
-        """Gives this rank's parameters the means of their gradients over the data ranks. The others have none."""
-        data_ranks = dist.get_world_size(self._group)
-        for parameter in self._parameters:
-            total = self._sums.pop(id(parameter), None)
-            if total is not None:
-                # With the parameter's order of elements, which fused optimizers go by.
-                dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
-                parameter.grad = torch.empty_like(parameter, dtype=dtype)
-                parameter.grad.copy_(total.mul_(1.0 / data_ranks))
-
-    @torch.no_grad()
-    def norms_of_all(self) -> torch.Tensor:
-        """The norm of the gradient of every parameter (P,), in float32."""
-        held, zero = [p.grad is not None for p in self._parameters], torch.zeros((), device=self._device)
-        # One by one, since the host would wait for the device to get a list of places.
-        own = iter(gradient_norms([p for p in self._parameters if p.grad is not None], self._device).unbind())
-        norms_P = torch.stack([next(own) if has_one else zero for has_one in held])
-        # Each is zero on all ranks but one.
-        dist.all_reduce(norms_P, group=self._group)
-        return norms_P

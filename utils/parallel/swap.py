@@ -170,6 +170,11 @@ class BlockSwap:
             self._gradients.settle()
 
     @property
+    def late_gradients(self) -> list[torch.Tensor]:
+        """The parameters whose gradients are there only once this has settled."""
+        return [parameter for block in self._trained for parameter in block] if self._gradients else []
+
+    @property
     def needs_all_ranks(self) -> bool:
         """Whether a forward pass is one of all data ranks; see `hand_in_hand`."""
         return bool(self._division and self._blocks)

@@ -92,10 +92,10 @@ def test_what_data_ranks_divide_is_counted_of_the_rank_that_has_most(
         elements = sum(parameter.numel() for parameter in own)
         # Two moments and a master, beside copies of the weight and of its gradient if they are in the host's memory.
         state = elements * 12
-        gradients = 4 * sum(parameter.numel() for parameter in trained.values())
+        # All that the model has is sent at once, since that is little, as a copy.
+        gradients = 2 * 4 * sum(parameter.numel() for parameter in trained.values())
         if zero_stage > 1:
-            # Its own, and all that the model has on their way, since that is little, with their copy.
-            gradients = 4 * elements + 2 * gradients
+            gradients += 4 * elements
         averages = 4 * elements
         found.append((gradients + averages + (0 if offload else state), state + elements * 6 if offload else 0))
     assert Kept.of(settings, 3).bytes_of(trained) == (max(d for d, _ in found), max(h for _, h in found))

@@ -15,7 +15,7 @@ from torch import nn
 from tests.processes import run_ranks
 from tests.utils.parallel.late import Late
 from tests.utils.parallel.test_swap import Odd, call
-from utils.parallel import sharding
+from utils.parallel import travelling
 from utils.parallel.divided import Division
 from utils.parallel.sharding import Shares, owners
 from utils.parallel.swap import BlockSwap
@@ -162,34 +162,39 @@ class Chosen(nn.Module):
 
 def means_of(ranks: Ranks) -> list[list[list[float] | None]]:
     """Job of a rank: the means of gradients over the ranks, of which the second leaves out weights of some blocks;
-    without weights that are divided, and with them."""
+    at their owners without weights that are divided, and with them, and on all ranks."""
     # So that each weight is a bucket.
-    sharding.BUCKET_ELEMENTS, found = 9, []
-    for divides in (False, True):
+    travelling.BUCKET_ELEMENTS, found = 9, []
+    for zero_stage, divides in ((2, False), (2, True), (0, False)):
         torch.manual_seed(0)
         layers = [Chosen() for _ in range(BLOCKS)]
         for layer in layers[1:3]:
             layer.uses_second = ranks.rank == 0
         named = {f"{place}.{name}": p for place, layer in enumerate(layers) for name, p in layer.named_parameters()}
         trained = list(named.values())
-        shares = Shares(named, ranks, 2, apart=trained if divides else ())
-        division = Division(ranks.data_rank, 2, shares.owner_of)
+        shares = Shares(named, ranks, zero_stage, apart=trained if divides else ())
+        division = Division(ranks.data_rank, 2, shares.owner_of) if divides else None
         swap = BlockSwap(layers, trained=True, division=division) if divides else BlockSwap()
         swap.start(torch.device("cpu"), dist.group.WORLD)
         shares.start(dist.group.WORLD, torch.device("cpu"))
-        reduced = shares.reduced_gradients(trained, layers=layers if divides else None)
-        swap.going_back = reduced.reduce_behind if divides else None
+        sent = shares.travelling_gradients(trained, layers=layers if divides else None)
+        swap.going_back = sent.reduce_behind if divides else None
         with swap.forward_pass():
             out = forward(swap, layers, torch.ones(2, 3) * (1 + ranks.rank))
+        sent.begin_backward(last=True)
         out.sum().backward()
-        reduced.end_backward()
+        sent.end_backward()
         swap.settle()
-        reduced.hand_over()
+        sent.hand_over()
         found.append([None if p.grad is None else p.grad.flatten().tolist() for p in trained])
     return found
 
 
 def test_a_rank_without_some_gradient_keeps_the_order_of_the_others() -> None:
     """Gathers and sums of gradients come in one order on all ranks; else these would wait for one another."""
-    for without, divided in run_ranks(means_of, 2):
+    owned, everywhere = [], []
+    for without, divided, whole in run_ranks(means_of, 2):
         assert divided == without and sum(one is not None for one in divided) == BLOCKS
+        owned.append(divided)
+        everywhere.append(whole)
+    assert everywhere[0] == everywhere[1] == [one or other for one, other in zip(*owned, strict=True)]

@@ -21,10 +21,11 @@ from tests.models.tiny_folder import settings_of
 from tests.processes import run_ranks
 from tests.utils.parallel import toy_flux
 from utils.adapters.lora import LoraSettings
-from utils.parallel import sharding, transfers
-from utils.parallel.sharding import HostCopies, Shares, buckets, owners
+from utils.parallel import transfers, travelling
+from utils.parallel.sharding import HostCopies, Shares, owners
 from utils.parallel.together import numbers_of_all
 from utils.parallel.transfers import ALIGNMENT
+from utils.parallel.travelling import buckets
 from utils.ranks import Ranks
 from utils.run.checkpoint import Checkpoint, ResumeFlags
 from utils.run.parts import RunParts
@@ -98,7 +99,7 @@ def train(ranks: Ranks, folder: Path, stages: int) -> dict[Way, dict[str, Any]]:
 
     initialize_deepspeed()
     # So that there are several, which wait for one another.
-    sharding.BUCKET_ELEMENTS = 2000
+    travelling.BUCKET_ELEMENTS = 2000
     ways = LAYOUTS[stages, ranks.world_size // stages]
     return {way: train_in(ranks.with_stages(stages), folder, way) for way in ways}
 
@@ -322,11 +323,10 @@ def test_a_share_follows_from_names_and_sizes() -> None:
 def test_more_ranks_than_parameters_leave_some_without() -> None:
     shares = [Shares({"a": nn.Parameter(torch.ones(3))}, Ranks(rank, 2), 1) for rank in range(2)]
     assert [list(share.stepped) for share in shares] == [["a"], []]
-    assert not Shares({}, Ranks(0, 2), 2).reduced_gradients([])
 
 
 def test_what_travels_together_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharding, "BUCKET_ELEMENTS", 10)
+    monkeypatch.setattr(travelling, "BUCKET_ELEMENTS", 10)
     sizes = [3, 7, 1, 30, 2, 8]
     found = buckets(nn.Parameter(torch.ones(size)) for size in sizes)
     assert [[parameter.numel() for parameter in bucket] for bucket in found] == [[3, 7], [1], [30], [2, 8]]
@@ -337,7 +337,7 @@ def test_one_process_has_all_of_it(offload: bool) -> None:
     parameters = {"a": nn.Parameter(torch.randn(3, 2)), "b": nn.Parameter(torch.randn(()).bfloat16())}
     parameters["channels last"] = nn.Parameter(torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last))
     shares = Shares(parameters, Ranks(), 2, offload=offload)
-    assert not shares.divided and shares.reduced_gradients(list(parameters.values())) is None
+    assert not shares.divided and not shares.divides_gradients
     for name, twin in shares.stepped.items():
         parameter = parameters[name]
         assert (twin is parameter) != offload
