@@ -18,7 +18,7 @@ from utils.parallel.partition import repeated_blocks
 from utils.parallel.ring import Block, HostBlock
 from utils.parallel.shared_memory import StageMemory
 from utils.parallel.swap_plan import Swappable, SwapPlan, spread
-from utils.parallel.transfers import host_memory
+from utils.parallel.transfers import give_back_freed, host_memory
 from utils.ranks import Ranks
 
 
@@ -87,6 +87,7 @@ class BlockHomes:
         if tensors:
             self.trained[position] = [one.tensor for one in tensors if one.tensor.requires_grad]
             self.blocks[position] = self._moved(tensors, on_host=position in self._on_host)
+            give_back_freed()
 
     def _moved(self, tensors: Sequence[Swappable], *, on_host: bool) -> Block:
         if self.division:

@@ -26,7 +26,7 @@ from torch import nn
 from utils.parallel.homes import BlockHomes
 from utils.parallel.host_gradients import HostGradients
 from utils.parallel.ring import Ring
-from utils.parallel.transfers import Transfers, transfers_to
+from utils.parallel.transfers import Transfers, give_back_freed, transfers_to
 from utils.ranks import largest
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ class BlockSwap:
             return
         for block in self._blocks:
             block.start(device, group)
+        give_back_freed()
         self._transfers = transfers or transfers_to(device)
         self._ring = Ring(self._blocks, self._transfers)
         if any(self._trained) and not self._division:
