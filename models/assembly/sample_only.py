@@ -202,6 +202,9 @@ class Trained:
         """Gives layers their trained weights, and freezes them; a second time it does nothing."""
         parameters = staged.trained(layers)
         if self._checkpoint and parameters:
+            for parameter in parameters.values():
+                # Pages of the base's mapped file that are written to would stay as long as it is open.
+                parameter.data = torch.empty_like(parameter)
             self._checkpoint.load_weights(parameters)
             take_weights_to_use(self._settings, self._checkpoint, parameters)
             if self._averages:
