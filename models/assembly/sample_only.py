@@ -176,7 +176,9 @@ def _engine(settings: Settings, ranks: Ranks, pipeline: BasePipeline, checkpoint
     """This stage with the checkpoint's weights, if there is one, which nothing trains."""
     trained = Trained(settings, checkpoint)
     homes = partial(homes_of, settings, ranks, trained=False)
-    staged = load_stage(pipeline, settings, ranks.stage, homes, *([] if settings.adapter else [trained.take]))
+    # What is trained beside frozen weights stays.
+    before = {} if settings.adapter else {"change": trained.take}
+    staged = load_stage(pipeline, settings, ranks.stage, homes, ranks=ranks, **before)
     trained.take(staged, staged.stage_layers(ranks.stage))
     module = DenoiserPipeline(
         staged.layers,

@@ -16,9 +16,11 @@ from models.assembly.in_full import named_in_full
 from models.assembly.rates import Rates, freeze
 from models.base import BasePipeline
 from models.foundation.checkpoints.adapter_files import read_existing, read_ranks, read_updates
+from models.foundation.checkpoints.first_weights import drawn_together
 from utils import adapters
 from utils.adapters import attach, in_full, mixed, presets
 from utils.adapters.kinds import ModelNames, Update
+from utils.adapters.presets import TensorSource
 from utils.errors import UserError
 from utils.parallel.attention import give_gradients_one_layout
 from utils.parallel.compiling import compile_blocks
@@ -27,6 +29,7 @@ from utils.parallel.partition import Bounds, balanced_bounds, lacking, repeated_
 from utils.parallel.swap_plan import counts, numbers_of
 from utils.parallel.teacher import Teacher
 from utils.quantised.linear import parameter_count, quantise
+from utils.ranks import Ranks
 from utils.settings.model_schema import PresetAdapter
 from utils.settings.schema import PLANNED, AdapterSettings, Settings
 
@@ -174,20 +177,20 @@ def load_stage(
     stage: int,
     homes_of: Callable[[StagedModel], BlockHomes] = lambda _: BlockHomes(),
     change: Callable[[StagedModel, list[nn.Module]], None] = lambda _, __: None,
+    ranks: Ranks | None = None,
 ) -> StagedModel:
     """A staged model in which the layers of `stage` hold their weights, base and adapter.
 
     Args:
         homes_of: where blocks of the stage go, each before the next one is read; default: none goes.
         change: is called with layers that have all of it but what `init_from_existing` names, before they go.
+        ranks: this process, if all ranks load together.
 
     Raises:
         UserError: a file does not fit the model or the adapter.
     """
-    weights = pipeline.weights
-    denoiser = weights.build()
+    denoiser, source = _opened(pipeline, ranks or Ranks())
     give_gradients_one_layout(denoiser)
-    source = weights.open(denoiser)
     staged = partition(pipeline, settings, denoiser)
     layers = staged.stage_layers(stage)
     given = read_presets(pipeline, denoiser)
@@ -196,7 +199,7 @@ def load_stage(
     fused = [(updates, preset.weight) for preset, updates in given if preset.fused]
     source = presets.before_quantising(denoiser, source, fused)
     for some in _portions(layers, staged.homes):
-        weights.fill(denoiser, source, some)
+        pipeline.weights.fill(denoiser, source, some)
         for updates, weight in fused:
             presets.fuse(denoiser, some, updates, weight)
         if settings.adapter:
@@ -207,6 +210,21 @@ def load_stage(
     if settings.compile:
         compile_blocks(layers)
     return staged
+
+
+def _opened(pipeline: BasePipeline, ranks: Ranks) -> tuple[nn.Module, TensorSource]:
+    """The whole denoiser, and the source of its weights. Only one that starts from scratch in a process that is alone
+    has these already.
+
+    Raises:
+        UserError: a tensor is missing or has another shape.
+    """
+    weights = pipeline.weights
+    if pipeline.options.from_scratch and ranks.world_size > 1:
+        denoiser = weights.build_empty()
+        return denoiser, drawn_together(weights, denoiser, ranks)
+    denoiser = weights.build()
+    return denoiser, weights.open(denoiser)
 
 
 def _portions(layers: Sequence[nn.Module], homes: BlockHomes) -> Iterator[list[nn.Module]]:

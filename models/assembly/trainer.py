@@ -136,7 +136,7 @@ def build_trainer(
     """
     epochs = epochs_of(settings, ranks, pipeline, data.training.samples)
     homes = partial(homes_of, settings, ranks, trained=settings.adapter is None)
-    staged = load_stage(pipeline, settings, ranks.stage, homes)
+    staged = load_stage(pipeline, settings, ranks.stage, homes, ranks=ranks)
     parameters = staged.trained(staged.stage_layers(ranks.stage))
     shares = shares_of(settings, ranks, staged, parameters)
     optimizer = _optimizer(settings, Rates(settings, pipeline, staged.denoiser), shares.stepped, epochs)

@@ -16,7 +16,7 @@ from torch import nn
 from utils.parallel.divided import DividedBlock, Division
 from utils.parallel.partition import repeated_blocks
 from utils.parallel.ring import Block, HostBlock
-from utils.parallel.shared_memory import StageMemory
+from utils.parallel.shared_memory import SharedMemory
 from utils.parallel.swap_plan import Swappable, SwapPlan, spread
 from utils.parallel.transfers import give_back_freed, host_memory
 from utils.ranks import Ranks
@@ -66,7 +66,7 @@ class BlockHomes:
         self.blocks: dict[int, Block] = {}
         self.trained: dict[int, list[torch.Tensor]] = {}
         shares = ranks is not None and not trained and division is None
-        self._memory = StageMemory(ranks, len(self.waiting)) if shares else None
+        self._memory = SharedMemory(ranks, "swapped blocks", ranks.stage, len(self.waiting)) if shares else None
         self._elsewhere: list[tuple[HostBlock, int]] = []
         """Blocks in memory that is shared, and where they begin."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+from typing import Any
 
 import torch
 
@@ -15,30 +16,33 @@ from utils.ranks import Ranks, gather
 logger = logging.getLogger(__name__)
 
 
-class StageMemory:
-    """Memory that the data ranks of a stage share on each machine, piece by piece: all of them ask for the same pieces
-    in the same order, of which one process writes the values. All ranks make one, and complete it together.
+class SharedMemory:
+    """Memory that some processes have together on each machine, piece by piece: all of them ask for the same pieces in
+    the same order, of which one process writes the values. All ranks make one, and complete it together.
 
     Args:
         ranks: this process.
-        wanted: how many pieces it will ask for; the same number on all of a stage, and 0 on a stage that wants none.
+        name: of what is in it; unique within a run.
+        group: the same for processes that share it, if they are on one machine; anything JSON can hold.
+        wanted: how many pieces it will ask for, as all of its group do; 0 if none.
 
     Attributes:
         leads: whether this process writes.
-        shared: whether it has a part in the memory; not where no other process of the machine has this stage, or it
+        shared: whether it has a part in the memory; not where no other process of its group is on the machine, or it
             cannot be shared.
     """
 
-    def __init__(self, ranks: Ranks, wanted: int):
-        self._ranks, self._size = ranks, 0
-        place = [machine(), ranks.stage, wanted]
-        group = [rank for rank, other in enumerate(gather(ranks, "machines", place)) if other == place and wanted]
-        together = len(group) > 1
-        self.leads = together and ranks.rank == group[0]
-        self._file = memory_file("swapped blocks") if self.leads else None
-        offers = gather(ranks, "swapped blocks", [os.getpid(), self._file])
-        if together and not self.leads:
-            self._file = _file_of(*offers[group[0]])
+    def __init__(self, ranks: Ranks, name: str, group: Any, wanted: int):
+        self._ranks, self._name, self._size = ranks, name, 0
+        place = [machine(), group, wanted]
+        places = gather(ranks, f"{name}: machines", place)
+        together = [rank for rank, other in enumerate(places) if other == place and wanted]
+        is_alone = len(together) < 2
+        self.leads = not is_alone and ranks.rank == together[0]
+        self._file = memory_file(name) if self.leads else None
+        offers = gather(ranks, f"{name}: offers", [os.getpid(), self._file])
+        if not is_alone and not self.leads:
+            self._file = self._file_of(*offers[together[0]])
         self.shared = self._file is not None
 
     def add(self, size: int) -> tuple[int, torch.Tensor | None]:
@@ -59,7 +63,7 @@ class StageMemory:
         Args:
             pinned: whether it is to be locked for CUDA, as long as the tensor is there.
         """
-        gather(self._ranks, "swapped blocks are there", None)
+        gather(self._ranks, f"{self._name}: all is there", None)
         if self._file is None:
             return None
         memory = _mapped(self._file, self._size) if self._size else None
@@ -69,14 +73,13 @@ class StageMemory:
             lock(memory)
         return memory
 
-
-def _file_of(process: int, descriptor: int) -> int | None:
-    """A descriptor of our own of the file in memory of another process."""
-    try:
-        return os.open(path_of(process, descriptor), os.O_RDWR)
-    except OSError as error:
-        logger.warning("swapped blocks take memory once for each process, since it cannot be shared: %s", error)
-        return None
+    def _file_of(self, process: int, descriptor: int) -> int | None:
+        """A descriptor of our own of the file in memory of another process."""
+        try:
+            return os.open(path_of(process, descriptor), os.O_RDWR)
+        except OSError as error:
+            logger.warning("%s take memory once for each process, since it cannot be shared: %s", self._name, error)
+            return None
 
 
 def _mapped(descriptor: int, size: int, start: int = 0) -> torch.Tensor:

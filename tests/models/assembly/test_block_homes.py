@@ -17,15 +17,18 @@ from torch import nn
 from models.assembly.exports import export_plan
 from models.assembly.placement import block_swap, homes_of
 from models.assembly.stage import StagedModel, load_stage
+from models.foundation.checkpoints.denoiser import DenoiserWeights
+from models.foundation.checkpoints.first_weights import FirstWeights
 from models.foundation.checkpoints.weights import Weights
 from tests.models import tiny_flux
 from tests.models.tiny_folder import settings_of
 from tests.processes import run_ranks
 from utils.adapters.lora import LoraSettings
+from utils.adapters.presets import TensorSource
 from utils.adapters.vera import VeraSettings
 from utils.diffusion.seeds import normal
-from utils.parallel import shared_memory
 from utils.parallel.partition import repeated_blocks
+from utils.parallel.shared_memory import SharedMemory
 from utils.parallel.transfers import ALIGNMENT
 from utils.ranks import Ranks
 from utils.run.export import export
@@ -121,37 +124,42 @@ class Held:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        plain = Weights.read
+        with pytest.MonkeyPatch.context() as patch:
+            for kind in (Weights, FirstWeights):
+                patch.setattr(kind, "read", self._looking(kind.read))
+            yield
 
-        def read(weights: Weights, name: str) -> torch.Tensor:
-            values = plain(weights, name)
+    def _looking(self, plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def read(source: TensorSource, name: str) -> torch.Tensor:
+            values = plain(source, name)
             self.look(name)
             return values
 
-        Weights.read = read
-        try:
-            yield
-        finally:
-            Weights.read = plain
+        return read
 
 
-def loaded(folder: Path, case: Case, ranks: Ranks, presets: list[dict[str, Any]]) -> tuple[StagedModel, Held]:
+def loaded(
+    folder: Path, case: Case, ranks: Ranks, presets: list[dict[str, Any]], given: Ranks | None = None
+) -> tuple[StagedModel, Held]:
+    """A stage, and what was held meanwhile; with those `given` ranks that load together."""
     options = {"dtype": "bfloat16", **case.options, "preset_adapters": presets if case.presets else []}
     flux, held = tiny_flux.pipeline(folder, **options), Held()
     settings = settings_of(flux, case.adapter, **case.keys)
     make = partial(held.homes_of, partial(homes_of, settings, ranks, trained=case.adapter is None))
     with held.watching():
-        return load_stage(flux, settings, 0, make), held
+        return load_stage(flux, settings, ranks.stage, make, ranks=given), held
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_divided_weights_are_those_that_were_read(folder: Path, presets: list[dict[str, Any]], name: str) -> None:
-    """The pieces of both ranks together, and what is not divided."""
+def test_divided_weights_are_those_that_were_read_and_never_whole(
+    folder: Path, presets: list[dict[str, Any]], name: str
+) -> None:
+    """The pieces of both ranks together, and what is not divided; never more is held than these and a block."""
     case = CASES[name]
-    plain, _ = loaded(folder, case._replace(keys={}), Ranks(), presets)
+    plain, of_all = loaded(folder, case._replace(keys={}), Ranks(), presets)
     assert not plain.homes.blocks
     expected = tensors_of(plain.layers)
-    ranks = [loaded(folder, case, Ranks(rank, 2), presets)[0] for rank in range(2)]
+    ranks, held = zip(*(loaded(folder, case, Ranks(rank, 2), presets) for rank in range(2)), strict=True)
     first, second = (staged.homes.blocks for staged in ranks)
     names = {id(tensor): name for name, tensor in tensors_of(ranks[0].layers).items()}
     seen = set()
@@ -171,22 +179,21 @@ def test_divided_weights_are_those_that_were_read(folder: Path, presets: list[di
     stays = [name for name in in_blocks - seen if expected[name].requires_grad == (case.adapter is None)]
     assert all("projections" in name for name in stays) and len(seen) > BLOCKS
     assert bool(stays) == isinstance(case.adapter, VeraSettings)
+    # Presets beside weights are there before these are read.
+    beside = sum_of([tensor for name, tensor in expected.items() if ".preset" in name])
+    for staged, one in zip(ranks, held, strict=True):
+        assert one.most <= room_for(staged) + beside
+        assert one.most < 0.8 * of_all.most <= sum_of(list(expected.values()))
+        assert_one_after_the_other(staged, one)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_never_more_than_pieces_and_a_block_is_held(folder: Path, presets: list[dict[str, Any]], name: str) -> None:
-    case = CASES[name]
-    staged, held = loaded(folder, case, Ranks(1, 2), presets)
+def room_for(staged: StagedModel) -> int:
+    """The bytes of a rank's pieces, of what it does not divide, and of a block."""
     blocks = staged.homes.blocks.values()
     pieces = sum(block.home.untyped_storage().nbytes() for block in blocks)
     gone = {id(tensor) for block in blocks for tensor in block._tensors}
     stays = sum_of([tensor for tensor in tensors_of(staged.layers).values() if id(tensor) not in gone])
-    whole, of_all = loaded(folder, case._replace(keys={}), Ranks(), presets)
-    # Presets beside weights are there before these are read.
-    beside = sum_of([tensor for name, tensor in tensors_of(whole.layers).items() if ".preset" in name])
-    assert held.most <= pieces + max(block.size for block in blocks) + stays + beside
-    assert held.most < 0.8 * of_all.most <= sum_of(list(tensors_of(whole.layers).values()))
-    assert_one_after_the_other(staged, held)
+    return pieces + max(block.size for block in blocks) + stays
 
 
 def assert_one_after_the_other(staged: StagedModel, held: Held) -> None:
@@ -203,7 +210,7 @@ def assert_one_after_the_other(staged: StagedModel, held: Held) -> None:
 def share(ranks: Ranks, folder: Path, readable: bool) -> dict[str, Any]:
     """Job of a rank, of which the blocks wait in memory that both share: what it holds on the way, and then."""
     if not readable:
-        shared_memory._file_of = lambda *_: None
+        SharedMemory._file_of = lambda *_: None
     staged, held = loaded(folder, Case(LORA, {}, {"blocks_to_swap": BLOCKS}), ranks, [])
     blocks = list(staged.homes.blocks.values())
     assert_one_after_the_other(staged, held)
@@ -233,3 +240,41 @@ def test_swapped_blocks_are_there_once_a_machine_while_they_are_loaded(folder: P
             assert rank["most"] <= room < 0.6 * (rank["kept"] + rank["stays"])
         else:
             assert rank["kept"] < rank["most"] <= room + rank["kept"] + BLOCKS * (PAGESIZE + ALIGNMENT)
+
+
+def draw(ranks: Ranks, folder: Path, keys: dict[str, Any], readable: bool) -> dict[str, Any]:
+    """Job of a rank that starts from scratch: how often it draws the weights of all, and what it has of them."""
+    if not readable:
+        SharedMemory._file_of = lambda *_: None
+    ranks, drawn, draws = ranks.with_stages(keys.get("pipeline_stages", 1)), DenoiserWeights._drawn, []
+
+    def counted(weights: DenoiserWeights, factory: Callable[[], nn.Module]) -> nn.Module:
+        draws.append(factory)
+        return drawn(weights, factory)
+
+    DenoiserWeights._drawn = counted
+    staged, held = loaded(folder, Case(None, {"from_scratch": True}, keys), ranks, [], given=ranks)
+    if staged.homes.blocks:
+        assert held.most <= room_for(staged)
+        assert_one_after_the_other(staged, held)
+    # What another rank has is without memory, or NaN.
+    values = {
+        name: tensor.detach().float().numpy().copy()
+        for name, tensor in staged.denoiser.named_parameters()
+        if not (tensor.is_meta or tensor.isnan().any())
+    }
+    return {"draws": len(draws), "values": values}
+
+
+@pytest.mark.parametrize(
+    ("keys", "readable"), [({"zero_stage": 3}, True), ({"pipeline_stages": 2}, True), ({"zero_stage": 3}, False)]
+)
+def test_first_weights_are_drawn_once_a_machine(folder: Path, keys: dict[str, Any], readable: bool) -> None:
+    """Or once a process, where it may not look into another one's memory."""
+    whole = loaded(folder, Case(None, {"from_scratch": True}, {}), Ranks(), [])[0].denoiser
+    expected = {name: tensor.detach().float() for name, tensor in whole.named_parameters()}
+    first, second = run_ranks(draw, 2, folder, keys, readable)
+    assert (first["draws"], second["draws"]) == (1, int(not readable))
+    assert {*first["values"], *second["values"]} == {*expected} and len(first["values"]) < len(expected)
+    for name, value in [*first["values"].items(), *second["values"].items()]:
+        assert torch.equal(torch.from_numpy(value), expected[name]), name

@@ -5,8 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from tests.processes import run_ranks
-from utils.parallel import shared_memory
-from utils.parallel.shared_memory import StageMemory
+from utils.parallel.shared_memory import SharedMemory
 from utils.ranks import Ranks, gather
 
 SIZES = (3 * 4096 + 100, 7)
@@ -17,8 +16,8 @@ def share(ranks: Ranks, stages: int, readable: bool) -> dict[str, object]:
     after the last rank has written into its own first byte."""
     ranks = ranks.with_stages(stages)
     if not readable:
-        shared_memory._file_of = lambda *_: None
-    memory = StageMemory(ranks, len(SIZES) if ranks.stage == 0 else 0)
+        SharedMemory._file_of = lambda *_: None
+    memory = SharedMemory(ranks, "numbers", ranks.stage, len(SIZES) if ranks.stage == 0 else 0)
     pieces = [memory.add(size) for size in SIZES] if memory.shared else []
     for number, (_, piece) in enumerate(pieces):
         if piece is not None:
