@@ -180,6 +180,7 @@ def _engine(settings: Settings, ranks: Ranks, pipeline: BasePipeline, checkpoint
     before = {} if settings.adapter else {"change": trained.take}
     staged = load_stage(pipeline, settings, ranks.stage, homes, ranks=ranks, **before)
     trained.take(staged, staged.stage_layers(ranks.stage))
+    staged.denoiser.requires_grad_(False)
     module = DenoiserPipeline(
         staged.layers,
         staged.bounds,
