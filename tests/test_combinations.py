@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from models.assembly.placement import block_swap, homes_of
 from models.assembly.stage import load_stage
 from tests.models import tiny_flux
 from tests.models.tiny_folder import settings_of
@@ -18,7 +20,6 @@ from utils.adapters.lora import LoraSettings
 from utils.diffusion.losses import Labels
 from utils.diffusion.seeds import normal
 from utils.parallel.offload import HostInputs
-from utils.parallel.swap import BlockSwap
 from utils.ranks import Ranks
 
 STEPS, ACCUMULATION = 2, 2
@@ -79,7 +80,8 @@ def numbers_of(ranks: Ranks, folder: Path, one: Combination) -> list[float]:
         "max_steps": STEPS,
     }
     settings = settings_of(flux, LORA if one.adapted else None, **keys)
-    staged = load_stage(flux, settings, ranks.stage)
+    homes = partial(homes_of, settings, ranks, trained=not one.adapted)
+    staged = load_stage(flux, settings, ranks.stage, homes)
     module = DenoiserPipeline(
         staged.layers,
         staged.bounds,
@@ -87,7 +89,7 @@ def numbers_of(ranks: Ranks, folder: Path, one: Combination) -> list[float]:
         flux.maths.loss,
         recompute=one.recompute != "off",
         host=HostInputs(smallest=1) if one.recompute == "offload" else None,
-        swap=BlockSwap(staged.stage_layers(ranks.stage), staged.swapped[ranks.stage], trained=not one.adapted),
+        swap=block_swap(settings, staged.homes),
     )
     trained = list(staged.trained(staged.stage_layers(ranks.stage)).values())
     engine = Engine(module, torch.optim.AdamW(trained, lr=1e-3), accumulation=ACCUMULATION, clip_norm=1.0)

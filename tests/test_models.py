@@ -35,6 +35,7 @@ from utils.adapters.lora import LoraSettings
 from utils.diffusion.auxiliary import Output
 from utils.diffusion.seeds import normal
 from utils.parallel.attention import set_kernels
+from utils.parallel.homes import BlockHomes
 from utils.parallel.partition import repeated_blocks
 from utils.parallel.recompute import run_layer
 from utils.parallel.swap import BlockSwap
@@ -320,7 +321,8 @@ def train_plainly(model: Model, rank: int | None, *, swapped: bool = False) -> l
     """The same in this process: no engine, the layers in a row. With `swapped`, all blocks share the room of two."""
     pipeline = model.pipeline()
     staged = load_stage(pipeline, settings_of(pipeline, adapter_of(rank)), stage=0)
-    swap = BlockSwap(staged.layers, len(repeated_blocks(staged.layers)) if swapped else 0)
+    count = len(repeated_blocks(staged.layers)) if swapped else 0
+    swap = BlockSwap(BlockHomes(staged.layers, count).filled())
     swap.start(torch.device("cpu"))
     trained = list(staged.trained(staged.layers).values())
     optimizer, numbers = torch.optim.AdamW(trained, lr=LEARNING_RATE), []

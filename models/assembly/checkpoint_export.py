@@ -62,7 +62,7 @@ def export_checkpoint(source: str, settings: Settings, pipeline: BasePipeline) -
     parameters = _parameters(staged, is_adapter=settings.adapter is not None)
     checkpoint.load_weights(parameters)
     take_weights_to_use(settings, checkpoint, parameters)
-    ema = averages_in(settings, checkpoint, parameters)
+    ema = averages_in(settings, checkpoint, parameters) if has_averages(settings, checkpoint) else None
     step = checkpoint.progress.step
     folder = checkpoint.folder.parent / f"step{step}"
     about = about_run(pipeline, settings, _of_data(checkpoint.folder.parent))
@@ -127,17 +127,20 @@ def take_weights_to_use(settings: Settings, checkpoint: Checkpoint, parameters: 
     optimizer.eval()
 
 
-def averages_in(
-    settings: Settings, checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], use: str = "exported"
-) -> EMA | None:
-    """The checkpoint's moving averages of the parameters, if the settings have some; `use` says what for."""
+def has_averages(settings: Settings, checkpoint: Checkpoint, use: str = "exported") -> bool:
+    """Whether the checkpoint has moving averages, and the settings some; warns if one has none. `use` says what for."""
     if settings.ema is None:
         if checkpoint.ema_since is not None:
             logger.warning("the moving averages of %s are not %s: the config has no [ema]", checkpoint.folder, use)
-        return None
+        return False
     if checkpoint.ema_since is None:
         logger.warning("%s has no moving averages: its weights alone are %s", checkpoint.folder, use)
-        return None
+        return False
+    return True
+
+
+def averages_in(settings: Settings, checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter]) -> EMA:
+    """The checkpoint's moving averages of the parameters, where it has some."""
     # The averages are read; an optimizer is where they would begin.
     ema = EMA(parameters.items(), settings.ema, torch.optim.SGD(parameters.values()))
     checkpoint.load_ema(ema)

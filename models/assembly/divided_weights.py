@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from utils.parallel.divided import Division
-from utils.parallel.sharding import owners
+from utils.parallel.sharding import owner_of
 from utils.parallel.swap_plan import BUFFERS, SwapPlan
 
 
@@ -41,9 +41,7 @@ class DividedWeights:
             on_host: the positions of the blocks whose pieces are in the host's memory.
             trained: what the stage trains, by name; nothing if what is divided is frozen.
         """
-        owner_of = owners({name: parameter.numel() for name, parameter in trained.items()}, data_ranks)
-        by_number = {id(parameter): owner_of[name] for name, parameter in trained.items()}
-        division = Division(0, data_ranks, (lambda tensor: by_number[id(tensor)]) if trained else None)
+        division = Division(0, data_ranks, owner_of(trained, data_ranks) if trained else None)
         device, host, sizes = [0] * data_ranks, [0] * data_ranks, []
         for position, tensors in plan.blocks.items():
             ends = division.ends(tensors)

@@ -9,7 +9,8 @@ from torch.nn import Parameter
 
 from models.assembly.stage import StagedModel
 from utils.parallel.divided import Division
-from utils.parallel.sharding import Shares
+from utils.parallel.homes import BlockHomes
+from utils.parallel.sharding import Shares, owner_of
 from utils.parallel.swap import BlockSwap
 from utils.parallel.swap_plan import SwapPlan
 from utils.ranks import Ranks
@@ -45,24 +46,23 @@ def apart(settings: Settings, ranks: Ranks, staged: StagedModel) -> list[Paramet
     return [parameter for block in plan.trained.values() for parameter in block]
 
 
-def block_swap(
-    settings: Settings, ranks: Ranks, staged: StagedModel, shares: Shares | None = None, *, trained: bool
-) -> BlockSwap:
+def homes_of(settings: Settings, ranks: Ranks, staged: StagedModel, *, trained: bool) -> BlockHomes:
     """Which blocks of this stage wait in the machine's memory, or are divided among data ranks; whether they are
-    `trained` there.
-
-    Args:
-        shares: needed where trained weights are divided.
-    """
-    division = None
+    `trained` there."""
+    layers, division = staged.stage_layers(ranks.stage), None
     if settings.divides_weights and ranks.data_ranks > 1:
-        division = Division(ranks.data_rank, ranks.data_ranks, shares.owner_of if trained else None)
-    return BlockSwap(
-        staged.stage_layers(ranks.stage),
+        owned_by = owner_of(staged.trained(layers), ranks.data_ranks) if trained else None
+        division = Division(ranks.data_rank, ranks.data_ranks, owned_by)
+    return BlockHomes(
+        layers,
         staged.swapped[ranks.stage],
         pinned=ranks.device.type == "cuda",
         trained=trained,
-        resident_in_evaluation=settings.disable_block_swap_for_eval,
         ranks=ranks if ranks.data_ranks > 1 and any(staged.swapped) else None,
         division=division,
     )
+
+
+def block_swap(settings: Settings, homes: BlockHomes) -> BlockSwap:
+    """The swap of these blocks."""
+    return BlockSwap(homes, resident_in_evaluation=settings.disable_block_swap_for_eval)

@@ -4,15 +4,15 @@ training."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from models.assembly.checkpoint_export import averages_in, in_words_of, take_weights_to_use
+from models.assembly.checkpoint_export import averages_in, has_averages, in_words_of, take_weights_to_use
 from models.assembly.drawings import sample_model
-from models.assembly.placement import block_swap
+from models.assembly.placement import block_swap, homes_of
 from models.assembly.preflight import check_model
 from models.assembly.prompts import pictures_a_prompt
 from models.assembly.sample_checks import tell_long_prompts
@@ -174,32 +174,45 @@ def _without_training(settings: Settings) -> dict[str, object]:
 
 def _engine(settings: Settings, ranks: Ranks, pipeline: BasePipeline, checkpoint: Checkpoint | None) -> Engine:
     """This stage with the checkpoint's weights, if there is one, which nothing trains."""
-    staged = load_stage(pipeline, settings, ranks.stage)
-    if checkpoint:
-        _take_weights(settings, checkpoint, staged.trained(staged.stage_layers(ranks.stage)))
-    _freeze(staged)
+    trained = Trained(settings, checkpoint)
+    homes = partial(homes_of, settings, ranks, trained=False)
+    # What is trained beside frozen weights stays.
+    before = {} if settings.adapter else {"change": trained.take}
+    staged = load_stage(pipeline, settings, ranks.stage, homes, ranks=ranks, **before)
+    trained.take(staged, staged.stage_layers(ranks.stage))
+    staged.denoiser.requires_grad_(False)
     module = DenoiserPipeline(
         staged.layers,
         staged.bounds,
         pipeline.stream_type,
         pipeline.maths.loss,
         loss_terms=pipeline.loss_terms,
-        swap=block_swap(settings, ranks, staged, trained=False),
+        swap=block_swap(settings, staged.homes),
     )
     return Engine(module, optimizer_for_frozen_stage(), accumulation=1, clip_norm=0.0)
 
 
-@torch.no_grad()
-def _take_weights(settings: Settings, checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter]) -> None:
-    checkpoint.load_weights(parameters)
-    take_weights_to_use(settings, checkpoint, parameters)
-    if settings.ema and not settings.ema.sample:
-        return
-    if parameters and (ema := averages_in(settings, checkpoint, parameters, "drawn with")):
-        for name, parameter in parameters.items():
-            parameter.copy_(ema.averages[name])
+class Trained:
+    """What samples are drawn with of a checkpoint, if there is one."""
 
+    def __init__(self, settings: Settings, checkpoint: Checkpoint | None):
+        self._settings, self._checkpoint = settings, checkpoint
+        wanted = checkpoint is not None and not (settings.ema and not settings.ema.sample)
+        self._averages = wanted and has_averages(settings, checkpoint, "drawn with")
 
-def _freeze(staged: StagedModel) -> None:
-    for layer in staged.layers:
-        layer.requires_grad_(False)
+    @torch.no_grad()
+    def take(self, staged: StagedModel, layers: list[nn.Module]) -> None:
+        """Gives layers their trained weights, and freezes them; a second time it does nothing."""
+        parameters = staged.trained(layers)
+        if self._checkpoint and parameters:
+            for parameter in parameters.values():
+                # Pages of the base's mapped file that are written to would stay as long as it is open.
+                parameter.data = torch.empty_like(parameter)
+            self._checkpoint.load_weights(parameters)
+            take_weights_to_use(self._settings, self._checkpoint, parameters)
+            if self._averages:
+                ema = averages_in(self._settings, self._checkpoint, parameters)
+                for name, parameter in parameters.items():
+                    parameter.copy_(ema.averages[name])
+        for layer in layers:
+            layer.requires_grad_(False)

@@ -4,9 +4,9 @@ is adapted and cut; then this process's stage is filled with weights, presets an
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
 import torch
@@ -16,16 +16,20 @@ from models.assembly.in_full import named_in_full
 from models.assembly.rates import Rates, freeze
 from models.base import BasePipeline
 from models.foundation.checkpoints.adapter_files import read_existing, read_ranks, read_updates
+from models.foundation.checkpoints.first_weights import drawn_together
 from utils import adapters
 from utils.adapters import attach, in_full, mixed, presets
 from utils.adapters.kinds import ModelNames, Update
+from utils.adapters.presets import TensorSource
 from utils.errors import UserError
 from utils.parallel.attention import give_gradients_one_layout
 from utils.parallel.compiling import compile_blocks
+from utils.parallel.homes import BlockHomes
 from utils.parallel.partition import Bounds, balanced_bounds, lacking, repeated_blocks, stage_bounds
 from utils.parallel.swap_plan import counts, numbers_of
 from utils.parallel.teacher import Teacher
 from utils.quantised.linear import parameter_count, quantise
+from utils.ranks import Ranks
 from utils.settings.model_schema import PresetAdapter
 from utils.settings.schema import PLANNED, AdapterSettings, Settings
 
@@ -43,12 +47,14 @@ class StagedModel:
         layers: its layers in order; they share the denoiser's parameters.
         bounds: the half-open range of layers of every stage.
         swapped: of how many blocks of every stage the weights are in the host's memory.
+        homes: where blocks of this process's stage are that have left it while it was loaded.
     """
 
     denoiser: nn.Module
     layers: list[nn.Module]
     bounds: Bounds
     swapped: list[int]
+    homes: BlockHomes = field(default_factory=BlockHomes)
 
     def stage_layers(self, stage: int) -> list[nn.Module]:
         start, stop = self.bounds[stage]
@@ -165,28 +171,71 @@ def _ranks_of_existing(
     return read_ranks(adapter.init_from_existing, adapters.find(adapter.type), model_names(pipeline, denoiser))
 
 
-def load_stage(pipeline: BasePipeline, settings: Settings, stage: int) -> StagedModel:
+def load_stage(
+    pipeline: BasePipeline,
+    settings: Settings,
+    stage: int,
+    homes_of: Callable[[StagedModel], BlockHomes] = lambda _: BlockHomes(),
+    change: Callable[[StagedModel, list[nn.Module]], None] = lambda _, __: None,
+    ranks: Ranks | None = None,
+) -> StagedModel:
     """A staged model in which the layers of `stage` hold their weights, base and adapter.
+
+    Args:
+        homes_of: where blocks of the stage go, each before the next one is read; default: none goes.
+        change: is called with layers that have all of it but what `init_from_existing` names, before they go.
+        ranks: this process, if all ranks load together.
 
     Raises:
         UserError: a file does not fit the model or the adapter.
     """
-    weights = pipeline.weights
-    denoiser = weights.build()
+    denoiser, source = _opened(pipeline, ranks or Ranks())
     give_gradients_one_layout(denoiser)
-    source = weights.open(denoiser)
     staged = partition(pipeline, settings, denoiser)
     layers = staged.stage_layers(stage)
     given = read_presets(pipeline, denoiser)
+    attach_presets(given, staged, layers)
+    staged = replace(staged, homes=homes_of(staged))
     fused = [(updates, preset.weight) for preset, updates in given if preset.fused]
-    weights.fill(denoiser, presets.before_quantising(denoiser, source, fused), layers)
-    apply_presets(given, staged, layers)
+    source = presets.before_quantising(denoiser, source, fused)
+    for some in _portions(layers, staged.homes):
+        pipeline.weights.fill(denoiser, source, some)
+        for updates, weight in fused:
+            presets.fuse(denoiser, some, updates, weight)
+        if settings.adapter:
+            attach.initialise(denoiser, some, settings.adapter, pipeline.seed)
+        change(staged, some)
     if settings.adapter:
-        attach.initialise(denoiser, layers, settings.adapter, pipeline.seed)
         load_existing_adapter(pipeline, settings, staged, layers)
     if settings.compile:
         compile_blocks(layers)
     return staged
+
+
+def _opened(pipeline: BasePipeline, ranks: Ranks) -> tuple[nn.Module, TensorSource]:
+    """The whole denoiser, and the source of its weights. Only one that starts from scratch in a process that is alone
+    has these already.
+
+    Raises:
+        UserError: a tensor is missing or has another shape.
+    """
+    weights = pipeline.weights
+    if pipeline.options.from_scratch and ranks.world_size > 1:
+        denoiser = weights.build_empty()
+        return denoiser, drawn_together(weights, denoiser, ranks)
+    denoiser = weights.build()
+    return denoiser, weights.open(denoiser)
+
+
+def _portions(layers: Sequence[nn.Module], homes: BlockHomes) -> Iterator[list[nn.Module]]:
+    """The layers that are loaded together: each block that does not stay, which leaves before the next one is asked
+    for; then all others."""
+    leaving = list(homes.waiting)
+    for position in leaving:
+        yield [layers[position]]
+        homes.take(position)
+    yield [layer for position, layer in enumerate(layers) if position not in leaving]
+    homes.complete()
 
 
 def read_presets(pipeline: BasePipeline, denoiser: nn.Module) -> list[Preset]:
@@ -205,11 +254,11 @@ def read_presets(pipeline: BasePipeline, denoiser: nn.Module) -> list[Preset]:
     return given
 
 
-def apply_presets(given: Sequence[Preset], staged: StagedModel, layers: list[nn.Module]) -> None:
-    """Applies presets to the filled `layers`."""
+def attach_presets(given: Sequence[Preset], staged: StagedModel, layers: list[nn.Module]) -> None:
+    """Puts those presets beside the modules of `layers`, with or without weights, that are not fused."""
     for preset, updates in given:
-        apply = presets.fuse if preset.fused else presets.attach_frozen
-        apply(staged.denoiser, layers, updates, preset.weight)
+        if not preset.fused:
+            presets.attach_frozen(staged.denoiser, layers, updates, preset.weight)
 
 
 def model_names(pipeline: BasePipeline, denoiser: nn.Module) -> ModelNames:

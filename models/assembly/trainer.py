@@ -19,7 +19,7 @@ from models.assembly.drawings import sample_model
 from models.assembly.exports import about_run, export_plan
 from models.assembly.kept import sums_in_float32
 from models.assembly.noising import NoisedBatch, Noising
-from models.assembly.placement import block_swap, shares_of
+from models.assembly.placement import block_swap, homes_of, shares_of
 from models.assembly.plan import epochs_of
 from models.assembly.rates import Rates
 from models.assembly.stage import StagedModel, load_stage, teacher_of
@@ -136,8 +136,9 @@ def build_trainer(
         UserError: a file of weights or an adapter does not fit; the folder cannot be made.
     """
     epochs = epochs_of(settings, ranks, pipeline, data.training.samples)
+    homes = partial(homes_of, settings, ranks, trained=settings.adapter is None)
     with told(settings, settings.output_dir, "weights"):
-        staged = load_stage(pipeline, settings, ranks.stage)
+        staged = load_stage(pipeline, settings, ranks.stage, homes, ranks=ranks)
         parameters = staged.trained(staged.stage_layers(ranks.stage))
         shares = shares_of(settings, ranks, staged, parameters)
         optimizer = _optimizer(settings, Rates(settings, pipeline, staged.denoiser), shares.stepped, epochs)
@@ -279,7 +280,7 @@ def _engine(
         host=HostInputs() if settings.offloads else None,
         seed=settings.seed,
         loss_terms=pipeline.loss_terms,
-        swap=block_swap(settings, ranks, staged, shares, trained=settings.adapter is None),
+        swap=block_swap(settings, staged.homes),
     )
     engine = Engine(
         module,

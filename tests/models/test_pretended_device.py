@@ -29,6 +29,7 @@ from utils.diffusion.auxiliary import Output
 from utils.diffusion.losses import Labels
 from utils.diffusion.seeds import normal
 from utils.parallel import wire
+from utils.parallel.homes import BlockHomes
 from utils.parallel.partition import repeated_blocks
 from utils.parallel.recompute import run_layer, run_recomputed
 from utils.parallel.swap import BlockSwap
@@ -122,7 +123,7 @@ def train_on(device: PretendedDevice, name: str, folder: Path, case: Case) -> St
     pipeline, staged = staged_in_bfloat16(name, folder, case)
     inputs, labels = inputs_of(name, pipeline)
     count = len(repeated_blocks(staged.layers)) if case.swapped else 0
-    swap = BlockSwap(staged.layers, count, trained=case.adapter is None)
+    swap = BlockSwap(BlockHomes(staged.layers, count, trained=case.adapter is None).filled())
     with device:
         for layer in staged.layers:
             layer.to(DEVICE).train()

@@ -93,7 +93,8 @@ def fuse(denoiser: nn.Module, layers: Iterable[nn.Module], updates: Mapping[str,
             continue
         parameter = getattr(module, own)
         base = parameter.float()
-        parameter.copy_((base + weight * update.delta(base).to(base.device)).to(parameter.dtype))
+        # Not into its own memory: pages of a mapped file that are written to stay as long as the file is open.
+        parameter.data = (base + weight * update.delta(base).to(base.device)).to(parameter.dtype)
 
 
 def changes_of(

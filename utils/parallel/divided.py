@@ -17,7 +17,7 @@ from itertools import accumulate
 import torch
 import torch.distributed as dist
 
-from utils.parallel.ring import Block
+from utils.parallel.ring import Block, Form
 from utils.parallel.swap_plan import Swappable
 from utils.parallel.transfers import Mark, Transfers, aligned, host_memory
 
@@ -58,6 +58,14 @@ def piece_bytes(tensors: Sequence[Swappable], data_ranks: int) -> int:
     return aligned(-(-sum(aligned(one.tensor.nbytes) for one in tensors) // data_ranks))
 
 
+def bytes_of(tensor: torch.Tensor, form: Form) -> torch.Tensor:
+    """A tensor's values, uint8 (its bytes,), in the order in which its copies have them."""
+    values = tensor.detach()
+    if values.stride() != form.strides:
+        values = torch.empty_strided(form.shape, form.strides, dtype=form.dtype).copy_(values)
+    return values.as_strided((values.numel(),), (1,)).view(torch.uint8)
+
+
 class DividedBlock(Block):
     """A block of which this rank keeps a piece. At home are only those parameters that are whole in there; the others
     have no values then: every number is NaN.
@@ -77,13 +85,21 @@ class DividedBlock(Block):
         self._data_rank, self._even = division.data_rank, division.owner_of is None
         # Equal pieces may be longer than the tensors.
         self.size = ends[-1]
-        whole = torch.zeros(self.size, dtype=torch.uint8)
-        self.take_from(whole)
-        start, stop = self._pieces[self._data_rank]
         self.on_host = on_host
-        self.home = host_memory(stop - start, pinned=pinned and on_host)
-        self.home.copy_(whole[start:stop])
-        self.give_up()
+        self.home = self._own_piece(pinned=pinned and on_host)
+        self._at_home = list(self._views_at_home(self.home.device))
+        self.return_home()
+
+    def _own_piece(self, *, pinned: bool) -> torch.Tensor:
+        """This rank's part of the tensors' bytes, in the host's memory; the whole block is never made."""
+        first, stop = self._pieces[self._data_rank]
+        piece, start = host_memory(stop - first, pinned=pinned), 0
+        for tensor, form in zip(self._tensors, self._forms, strict=True):
+            begin, end = max(first, start), min(stop, start + form.nbytes)
+            if begin < end:
+                piece[begin - first : end - first] = bytes_of(tensor, form)[begin - start : end - start]
+            start += aligned(form.nbytes)
+        return piece
 
     def start(self, device: torch.device, group: dist.ProcessGroup | None) -> None:
         """See `Block`."""

@@ -28,7 +28,7 @@ class Block:
     """Tensors of one block that lie in one piece where they are used, and have a home where they are not.
 
     Args:
-        tensors: of the block; whoever has taken their values calls `give_up`.
+        tensors: of the block; whoever has taken their values lets them be those at home, or calls `give_up`.
 
     Attributes:
         size: the bytes of the piece.
@@ -65,7 +65,7 @@ class Block:
             view.copy_(tensor.detach())
 
     def give_up(self) -> None:
-        """The tensors' own memory; until `install`, so that nothing is moved to the device with the module."""
+        """The tensors' memory; until `install`, so that nothing is moved to the device with the module."""
         self.point_at([torch.empty(0, dtype=form.dtype) for form in self._forms])
 
     def views(self, memory: torch.Tensor) -> list[torch.Tensor]:
@@ -96,23 +96,15 @@ class Block:
 
 
 class HostBlock(Block):
-    """A block in one piece of the host's memory, so that one copy brings it.
+    """A block in one piece of the host's memory, so that one copy brings it. It has no home until `move_into`."""
 
-    Args:
-        tensors: of the block; they give up their own memory.
-        memory: of the host, uint8, with room for them from `start` on.
-        filled: whether it has their values already.
-    """
-
-    def __init__(self, tensors: Sequence[Swappable], memory: torch.Tensor, start: int = 0, *, filled: bool = False):
-        super().__init__(tensors)
+    def move_into(self, memory: torch.Tensor, start: int = 0) -> None:
+        """Lets its tensors be those in this memory of the host, uint8, which has their values from `start` on."""
         # Memory is locked as long as its tensor is there.
         self._whole = memory
         self.home = memory[start : start + self.size]
         self._at_home = self.views(self.home)
-        if not filled:
-            self.take_from(self.home)
-        self.give_up()
+        self.return_home()
 
     def bring(self, transfers: Transfers, memory: torch.Tensor, *after: Mark | None) -> Mark:
         """See `Block`."""

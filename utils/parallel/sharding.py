@@ -11,7 +11,7 @@ With `offload` the optimizer steps copies of the parameters in the host's memory
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,13 @@ def owners(sizes: Mapping[str, int], data_ranks: int) -> dict[str, int]:
         found[name] = held.index(min(held))
         held[found[name]] += sizes[name]
     return found
+
+
+def owner_of(parameters: Mapping[str, nn.Parameter], data_ranks: int) -> Callable[[torch.Tensor], int]:
+    """What says which data rank owns one of these parameters, which have their names."""
+    found = owners({name: parameter.numel() for name, parameter in parameters.items()}, data_ranks)
+    by_number = {id(parameter): found[name] for name, parameter in parameters.items()}
+    return lambda tensor: by_number[id(tensor)]
 
 
 class Shares:

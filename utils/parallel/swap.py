@@ -14,7 +14,7 @@ recomputed asks for its weights when it runs again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,38 +23,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.parallel.divided import DividedBlock, Division
+from utils.parallel.homes import BlockHomes
 from utils.parallel.host_gradients import HostGradients
-from utils.parallel.partition import repeated_blocks
-from utils.parallel.ring import Block, HostBlock, Ring
-from utils.parallel.shared_memory import shared_by_stage
-from utils.parallel.swap_plan import SwapPlan
-from utils.parallel.transfers import Transfers, host_memory, transfers_to
-from utils.ranks import Ranks, largest
+from utils.parallel.ring import Ring
+from utils.parallel.transfers import Transfers, give_back_freed, transfers_to
+from utils.ranks import largest
 
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
-
-
-def host_blocks(plan: SwapPlan, *, pinned: bool, ranks: Ranks | None) -> list[HostBlock]:
-    """The blocks of a plan in the host's memory; of `ranks`, those of one stage have it together on each machine."""
-    blocks: list[HostBlock] = []
-
-    def fill(memory: torch.Tensor, *, filled: bool = False) -> None:
-        start = 0
-        for tensors, size in zip(plan.blocks.values(), plan.sizes, strict=True):
-            blocks.append(HostBlock(tensors, memory, start, filled=filled))
-            start += size
-
-    shared = shared_by_stage(ranks, plan.host_bytes, fill, pinned=pinned) if ranks else None
-    if shared is None:
-        # One by one, so that each gives up what it had before the next one comes.
-        for tensors, size in zip(plan.blocks.values(), plan.sizes, strict=True):
-            blocks.append(HostBlock(tensors, host_memory(size, pinned=pinned)))
-    elif not shared[1]:
-        fill(shared[0], filled=True)
-    return blocks
 
 
 class Place(NamedTuple):
@@ -68,51 +45,27 @@ class Place(NamedTuple):
 
 
 class BlockSwap:
-    """The swapped blocks of one stage. Taking them out of the layers comes first, so that they are not moved to the
-    device with the rest; `start` follows once that has happened.
+    """The swapped blocks of one stage. Once their homes are complete they give up what memory they have in the layers,
+    so that they are not moved to the device with the rest; `start` follows once that has happened.
 
     Args:
-        layers: of the stage, with their weights on the CPU.
-        count: how many blocks are swapped; the others are left alone.
-        pinned: whether the host's memory is locked, for copies to a CUDA device.
-        trained: trained weights are swapped too.
+        homes: of the blocks; all others are left alone.
         resident_in_evaluation: in `evaluation` all blocks are on the device, if there is room.
-        ranks: of a run with several data ranks, which share what is frozen where they are on one machine. All of them
-            make a swap then, with blocks or without.
-        division: of the weights of all blocks among the data ranks, which run each pass together; of `count` blocks,
-            the pieces are in the host's memory.
 
     Attributes:
         going_back: is called when the backward pass comes to a block, with the position of its layer.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[nn.Module] = (),
-        count: int = 0,
-        *,
-        pinned: bool = False,
-        trained: bool = False,
-        resident_in_evaluation: bool = False,
-        ranks: Ranks | None = None,
-        division: Division | None = None,
-    ):
-        self._pinned, self._resident_in_evaluation = pinned, resident_in_evaluation
-        self._number_of_blocks, self._division = len(repeated_blocks(layers)), division
-        with torch.no_grad():
-            if division:
-                every = SwapPlan.of_divided(layers, trained=trained)
-                plan, on_host = every.with_blocks(len(every.blocks)), every.with_blocks(count).blocks
-                self._blocks: list[Block] = [
-                    DividedBlock(tensors, division, on_host=position in on_host, pinned=pinned)
-                    for position, tensors in plan.blocks.items()
-                ]
-            else:
-                plan = SwapPlan.of(layers, count, trained=trained)
-                self._blocks = host_blocks(plan, pinned=pinned, ranks=ranks if ranks and not trained else None)
-        self._trained = [plan.trained[position] for position in plan.blocks]
-        self._numbers = {position: number for number, position in enumerate(plan.blocks)}
-        self._positions = list(plan.blocks)
+    def __init__(self, homes: BlockHomes | None = None, *, resident_in_evaluation: bool = False):
+        homes = homes or BlockHomes()
+        self._pinned, self._resident_in_evaluation = homes.pinned, resident_in_evaluation
+        self._number_of_blocks, self._division = homes.number_of_blocks, homes.division
+        self._blocks = list(homes.blocks.values())
+        self._trained = [homes.trained[position] for position in homes.blocks]
+        self._numbers = {position: number for number, position in enumerate(homes.blocks)}
+        self._positions = list(homes.blocks)
+        for block in self._blocks:
+            block.give_up()
         self._ring: Ring | None = None
         self._gradients: HostGradients | None = None
         self.going_back: Callable[[int], None] | None = None
@@ -130,6 +83,7 @@ class BlockSwap:
             return
         for block in self._blocks:
             block.start(device, group)
+        give_back_freed()
         self._transfers = transfers or transfers_to(device)
         self._ring = Ring(self._blocks, self._transfers)
         if any(self._trained) and not self._division:

@@ -7,6 +7,7 @@ A *mark* is a point in the work of the device: what was asked of it before has b
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import mmap
 import weakref
@@ -152,6 +153,14 @@ def host_memory(size: int, *, pinned: bool) -> torch.Tensor:
         return memory
     logger.warning("powers of two are allocated instead")
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def give_back_freed() -> None:
+    """Lets the system have what this process has freed of the host's memory, which the C library keeps for what may be
+    asked for later. Only glibc knows how."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def lock(memory: torch.Tensor) -> bool:

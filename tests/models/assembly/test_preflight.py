@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import optimizers
 from models.assembly.data import encoders_of
 from models.assembly.kept import Kept, weight_bytes
 from models.assembly.memory import Planner
-from models.assembly.placement import block_swap, shares_of
+from models.assembly.placement import block_swap, homes_of
 from models.assembly.plan import epochs_of
 from models.assembly.preflight import check_run, describe
 from models.assembly.stage import load_stage, partition
@@ -120,9 +121,10 @@ def test_divided_weights_are_counted_as_ranks_keep_them(folder: Path, adapter: L
     )
     on_device, on_host, buffers = [], [], set()
     for data_rank in range(3):
-        loaded, ranks = load_stage(flux, settings, stage=0), Ranks(data_rank, 3)
-        shares = shares_of(settings, ranks, loaded, loaded.trained(loaded.layers))
-        swap = block_swap(settings, ranks, loaded, shares, trained=adapter is None)
+        loaded = load_stage(
+            flux, settings, 0, partial(homes_of, settings, Ranks(data_rank, 3), trained=adapter is None)
+        )
+        swap = block_swap(settings, loaded.homes)
         pieces = [(block.home.nbytes, block.on_host) for block in swap._blocks]
         on_device.append(weight_bytes(loaded.layers) + sum(size for size, away in pieces if not away))
         on_host.append(sum(size for size, away in pieces if away))

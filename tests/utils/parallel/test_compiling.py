@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from models.foundation.layers.chain import Middle
 from utils.diffusion.seeds import normal
 from utils.parallel import compiling
+from utils.parallel.homes import BlockHomes
 from utils.parallel.recompute import run_layer, run_recomputed
 from utils.parallel.swap import BlockSwap
 from utils.quantised.formats import FORMATS
@@ -94,7 +95,7 @@ def test_compiled_blocks_may_be_swapped_and_quantised(kept: str, recompute: bool
     lengths = (3, 5)
     plain = trained(layers, lengths, recompute=recompute)
     compiling.compile_blocks(layers)
-    swap = BlockSwap(layers, 3, trained=kept == "trained")
+    swap = BlockSwap(BlockHomes(layers, 3, trained=kept == "trained").filled())
     swap.start(torch.device("cpu"))
     compiled = trained(layers, lengths, recompute=recompute, swap=swap)
     assert all(torch.equal(one, other) for one, other in zip(plain, compiled, strict=True))

@@ -17,6 +17,7 @@ from tests.utils.parallel.late import Late
 from tests.utils.parallel.test_swap import Odd, call
 from utils.parallel import travelling
 from utils.parallel.divided import Division
+from utils.parallel.homes import BlockHomes
 from utils.parallel.sharding import Shares, owners
 from utils.parallel.swap import BlockSwap
 from utils.parallel.swap_plan import SwapPlan
@@ -41,7 +42,7 @@ def swap_of(layers: list[nn.Module], ranks: Ranks, *, trained: bool, on_host: in
     found = owners({str(number): p.numel() for number, p in enumerate(parameters)}, ranks.data_ranks)
     owner_of = {id(p): found[str(number)] for number, p in enumerate(parameters)}
     division = Division(ranks.data_rank, ranks.data_ranks, (lambda tensor: owner_of[id(tensor)]) if trained else None)
-    return BlockSwap(layers, on_host, trained=trained, division=division)
+    return BlockSwap(BlockHomes(layers, on_host, trained=trained, division=division).filled())
 
 
 def forward(swap: BlockSwap, layers: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
@@ -174,7 +175,7 @@ def means_of(ranks: Ranks) -> list[list[list[float] | None]]:
         trained = list(named.values())
         shares = Shares(named, ranks, zero_stage, apart=trained if divides else ())
         division = Division(ranks.data_rank, 2, shares.owner_of) if divides else None
-        swap = BlockSwap(layers, trained=True, division=division) if divides else BlockSwap()
+        swap = BlockSwap(BlockHomes(layers, trained=True, division=division).filled() if divides else None)
         swap.start(torch.device("cpu"), dist.group.WORLD)
         shares.start(dist.group.WORLD, torch.device("cpu"))
         sent = shares.travelling_gradients(trained, layers=layers if divides else None)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.assembly.placement import block_swap, shares_of
+from models.assembly.placement import block_swap, homes_of, shares_of
 from models.assembly.stage import StagedModel
 from models.assembly.trainer import restore_or_start
 from models.flux import FluxOptions, FluxPipeline
@@ -133,10 +133,8 @@ class Training:
         build, keys = find(way.optimizer).build, {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
         self.optimizer = build(groups, **keys) if groups else optimizer_for_frozen_stage()
         # After what looks at parameters, since those of divided blocks have no values then.
-        formed = {
-            "recompute": recompute,
-            "swap": block_swap(settings, ranks, staged, self.shares, trained=not way.adapted),
-        }
+        homes = homes_of(settings, ranks, staged, trained=not way.adapted).filled()
+        formed = {"recompute": recompute, "swap": block_swap(settings, homes)}
         module = DenoiserPipeline(layers, bounds, self.flux.stream_type, self.flux.maths.loss, **formed)
         self.engine = Engine(
             module,

@@ -4,55 +4,54 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-import torch
-
 from tests.processes import run_ranks
-from utils.parallel import shared_memory
-from utils.parallel.shared_memory import shared_by_stage
+from utils.parallel.shared_memory import SharedMemory
 from utils.ranks import Ranks, gather
 
-SIZE = 3 * 4096 + 100
+SIZES = (3 * 4096 + 100, 7)
 
 
 def share(ranks: Ranks, stages: int, readable: bool) -> dict[str, object]:
-    """Job of a rank: memory filled with the number of the rank that filled it, and what is left of that after the last
-    rank has written into its own first byte."""
+    """Job of a rank: pieces filled with the numbers 10 and 11 by the rank that fills them, and what is left of that
+    after the last rank has written into its own first byte."""
     ranks = ranks.with_stages(stages)
-    filled = []
-
-    def fill(memory: torch.Tensor) -> None:
-        filled.append(memory.nbytes)
-        memory.fill_(ranks.rank)
-
     if not readable:
-        shared_memory._memory_of = lambda *_: None
-    given = shared_by_stage(ranks, SIZE if ranks.stage == 0 else 0, fill, pinned=False)
-    if given is None:
-        for tag in ("seen", "written"):
-            gather(ranks, tag, None, timedelta(seconds=60))
-        return {"shared": False, "filled": filled}
-    memory, leads = given
-    before = memory.unique().tolist()
+        SharedMemory._file_of = lambda *_: None
+    memory = SharedMemory(ranks, "numbers", ranks.stage, len(SIZES) if ranks.stage == 0 else 0)
+    pieces = [memory.add(size) for size in SIZES] if memory.shared else []
+    for number, (_, piece) in enumerate(pieces):
+        if piece is not None:
+            piece.fill_(10 + number)
+    whole = memory.complete(pinned=False)
+    told: dict[str, object] = {"shared": memory.shared, "leads": memory.leads}
+    told["writes"] = [piece.nbytes for _, piece in pieces if piece is not None]
+    if whole is not None:
+        told["before"] = [
+            whole[start : start + size].unique().tolist() for (start, _), size in zip(pieces, SIZES, strict=True)
+        ]
     gather(ranks, "seen", None, timedelta(seconds=60))
-    if ranks.data_rank == ranks.data_ranks - 1:
-        memory[0] = 7
+    if whole is not None and ranks.data_rank == ranks.data_ranks - 1:
+        whole[0] = 7
     gather(ranks, "written", None, timedelta(seconds=60))
-    return {"shared": True, "leads": leads, "filled": filled, "before": before, "first": int(memory[0])}
+    return told if whole is None else {**told, "first": int(whole[0])}
+
+
+NOTHING = {"shared": False, "leads": False, "writes": []}
 
 
 def test_data_ranks_of_a_stage_see_the_same_memory() -> None:
     leader, other = run_ranks(share, 2, 1, True)
-    assert (leader["leads"], leader["filled"]) == (True, [SIZE])
-    assert (other["leads"], other["filled"]) == (False, [])
-    assert leader["before"] == other["before"] == [0]
+    assert leader["leads"] and leader["writes"] == list(SIZES)
+    assert other["shared"] and not other["leads"] and other["writes"] == []
+    assert leader["before"] == other["before"] == [[10], [11]]
     assert leader["first"] == other["first"] == 7
 
 
 def test_stages_share_nothing() -> None:
-    assert all(rank == {"shared": False, "filled": []} for rank in run_ranks(share, 2, 2, True))
+    assert all(rank == NOTHING for rank in run_ranks(share, 2, 2, True))
 
 
 def test_a_process_that_may_not_see_the_memory_has_its_own() -> None:
     leader, other = run_ranks(share, 2, 1, False)
-    assert leader["shared"] and leader["filled"] == [SIZE] and leader["first"] == 0
-    assert other == {"shared": False, "filled": []}
+    assert leader["leads"] and leader["writes"] == list(SIZES) and leader["first"] == 10
+    assert other == NOTHING

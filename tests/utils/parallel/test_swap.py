@@ -23,6 +23,7 @@ from tests.processes import run_ranks
 from tests.utils.parallel import toy_flux
 from utils.adapters.attach import switched_off
 from utils.errors import UserError
+from utils.parallel.homes import BlockHomes
 from utils.parallel.partition import repeated_blocks
 from utils.parallel.sharding import Shares
 from utils.parallel.swap import BlockSwap
@@ -96,14 +97,14 @@ def engine_of(
     bounds = stage_bounds("uniform", [1] * len(layers), ranks.stages)
     start, stop = bounds[ranks.stage]
     # In evaluation some have all blocks at once.
-    swap = BlockSwap(
+    homes = BlockHomes(
         layers[start:stop],
         count,
         pinned=ranks.device.type == "cuda",
         trained=full,
-        resident_in_evaluation=bfloat16 or offload,
         ranks=ranks if ranks.data_ranks > 1 and count else None,
     )
+    swap = BlockSwap(homes.filled(), resident_in_evaluation=bfloat16 or offload)
     kept = {"recompute": recompute, "host": HostInputs(smallest=1) if offload else None}
     module = DenoiserPipeline(layers, bounds, flux.stream_type, flux.maths.loss, swap=swap, **kept)
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -281,7 +282,7 @@ def test_swapped_weights_take_no_memory_until_they_are_needed(folder: Path, capl
     plan = SwapPlan.of(layers, BLOCKS)
     largest = max(sum(-(-p.nbytes // ALIGNMENT) * ALIGNMENT for p in frozen(layer)) for layer in layers[1:-1])
     assert (plan.ring_bytes, len(plan.sizes)) == (BUFFERS * largest, BLOCKS)
-    swap = BlockSwap(layers, BLOCKS)
+    swap = BlockSwap(BlockHomes(layers, BLOCKS).filled())
     assert all(p.numel() == 0 for layer in layers[1:-1] for p in frozen(layer))
     trained = [p for p in layers[1].parameters() if p.requires_grad]
     assert trained and all(p.numel() for p in trained)
@@ -330,7 +331,7 @@ def test_all_types_and_orders_come_through() -> None:
     shared = nn.Parameter(torch.randn(3), requires_grad=False)
     layers = [Odd(shared) for _ in range(4)]
     before = copy.deepcopy(layers)
-    swap = BlockSwap(layers, 4)
+    swap = BlockSwap(BlockHomes(layers, 4).filled())
     assert all(layer.shared.numel() for layer in layers), "a shared tensor stays"
     assert all(b.numel() == 0 for layer in layers for b in layer.buffers()), "buffers leave the device as well"
     # As a move to a device does with buffers.

@@ -61,13 +61,17 @@ class Clock:
         self.now += seconds
 
 
+def block_of(tensor: torch.Tensor) -> HostBlock:
+    """A block of one tensor, at home."""
+    block, memory = HostBlock([Swappable(tensor, (({}, "tensor"),))]), torch.empty(ALIGNMENT, dtype=torch.uint8)
+    block.take_from(memory)
+    block.move_into(memory)
+    return block
+
+
 def host_blocks(count: int) -> list[HostBlock]:
     """Blocks of one tensor, which is the block's number."""
-    blocks = []
-    for number in range(count):
-        tensor = torch.full((4 + number % 3,), number, dtype=torch.uint8)
-        blocks.append(HostBlock([Swappable(tensor, (({}, "tensor"),))], torch.empty(ALIGNMENT, dtype=torch.uint8)))
-    return blocks
+    return [block_of(torch.full((4 + number % 3,), number, dtype=torch.uint8)) for number in range(count)]
 
 
 class Stage:
@@ -186,12 +190,7 @@ def test_several_micro_batches_may_be_under_way() -> None:
 
 def test_a_block_that_was_overwritten_can_be_read_at_home() -> None:
     tensors = [torch.full((4,), number, dtype=torch.uint8) for number in range(3)]
-    blocks = [
-        HostBlock([Swappable(tensor, (({}, ""),))], torch.empty(ALIGNMENT, dtype=torch.uint8)) for tensor in tensors
-    ]
-    for block in blocks:
-        block.install()
-    ring = Ring(blocks, Clock(1.0))
+    ring = Ring([block_of(tensor) for tensor in tensors], Clock(1.0))
     for number in (0, 1, 2):
         ring.require(number)
         assert all((tensor == value).all() for value, tensor in enumerate(tensors))
