@@ -2,28 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import torch
 
 import optimizers
 from utils.errors import UserError
+from utils.run.attempts import reason_of
+from utils.run.parts import RunParts
+from utils.settings.advice import allows
 from utils.settings.schema import Settings
 
+KEPT = "What was saved before stays"
 
-def explained(error: BaseException, settings: Settings, run_folder: Path, step: int) -> UserError:
-    """The error with the settings that would save memory, those first that cost least."""
+
+def explained(error: BaseException, settings: Settings, run_folder: Path, step: int, saved: str = KEPT) -> UserError:
+    """The error with the settings that would save memory, those first that cost least.
+
+    Args:
+        saved: what is told of the steps before; see `save_before`.
+    """
     said = ". ".join(str(error).split(". ")[:2])
     advice = "\n".join(f"    - {setting}" for setting in savings(settings))
     return UserError.of(
-        f"the GPU's memory does not suffice ({said}). What was saved before stays. To need less, in this order:\n"
+        f"the GPU's memory does not suffice ({said}). {saved}. To need less, in this order:\n"
         f"{advice}\n  --check tells how much each of them needs",
         str(run_folder),
         f"step {step}",
     )
 
 
+def save_before(error: torch.OutOfMemoryError, parts: RunParts, save: Callable[[], object]) -> str:
+    """Lets go what a step has made that found no memory, and saves what it began with: where it has not begun to change
+    that, and no other rank, which waits for this one in the step, has to save along. Returns what is told of it."""
+    if parts.ranks.world_size > 1 or parts.shares.is_stepping or parts.settings.optimizer.gradient_release:
+        return KEPT
+    traceback.clear_frames(error.__traceback__)
+    parts.engine.zero_grad()
+    try:
+        parts.engine.module.swap.settle()
+        if parts.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        save()
+    except Exception as failure:
+        return f"{KEPT}, and the steps since could not be saved: {reason_of(failure)}"
+    return "What the steps before it made is saved, and --resume_from_checkpoint goes on from there"
+
+
 def savings(settings: Settings) -> Iterator[str]:
-    """What these settings leave to save."""
+    """What these settings leave to save, and their other keys allow."""
     model = settings.model
     if not settings.activation_checkpointing:
         yield "activation_checkpointing = true: each block is computed once more in the backward pass"
@@ -32,7 +61,8 @@ def savings(settings: Settings) -> Iterator[str]:
     elif not settings.offloads:
         yield 'activation_checkpointing = "offload": what is kept of the blocks waits in the machine\'s memory'
     if settings.micro_batch_size_per_gpu != 1:
-        yield "micro_batch_size_per_gpu = 1, with more gradient_accumulation_steps"
+        accumulates = allows(settings, gradient_accumulation_steps=settings.gradient_accumulation_steps + 1)
+        yield "micro_batch_size_per_gpu = 1" + (", with more gradient_accumulation_steps" if accumulates else "")
     if settings.adapter:
         yield f"{_more_swap(settings)}: frozen weights wait in the machine's memory"
         if model.transformer_dtype in (None, "float32", "float16", "bfloat16"):
@@ -40,22 +70,23 @@ def savings(settings: Settings) -> Iterator[str]:
     yield from _of_optimizer(settings)
     if settings.ema and settings.ema.device == "gpu":
         yield "[ema] device = 'cpu'"
-    yield "more pipeline_stages, if there are more GPUs"
+    if not settings.divides_weights:
+        yield "more pipeline_stages, if there are more GPUs"
     yield "smaller resolutions, or fewer frames, in the dataset"
 
 
 def _of_optimizer(settings: Settings) -> Iterator[str]:
     on_host = "cpu" not in optimizers.find(settings.optimizer.type).not_on
-    if not (settings.adapter or settings.swaps) and settings.optimizer.type == "adamw":
+    if settings.optimizer.type == "adamw" and not (settings.adapter or settings.swaps or settings.offload_optimizer):
         yield "[optimizer] type = 'adamw8bit': a quarter of the optimizer's state"
-    if not settings.adapter and on_host and not settings.zero_stage:
+    if not settings.adapter and on_host and allows(settings, blocks_to_swap=1):
         yield f"{_more_swap(settings)}: weights and their optimizer state wait in the machine's memory"
     if not (settings.zero_stage or settings.swaps_trained):
-        if settings.pipeline_stages == 1:
+        if allows(settings, zero_stage=3):
             yield "zero_stage = 3, if there are several data ranks: each keeps a part of state and weights"
-        else:
+        elif allows(settings, zero_stage=1):
             yield "zero_stage = 1 or 2, if there are several data ranks: each keeps its share of the optimizer's state"
-    if on_host and not settings.offload_optimizer:
+    if on_host and not settings.offload_optimizer and allows(settings, offload_optimizer=True):
         yield "offload_optimizer = true: the optimizer's state waits in the machine's memory"
 
 

@@ -126,7 +126,9 @@ class Trainer:
             numbers = self.epochs.share(self.progress.epoch, self.progress.step_in_epoch, self.parts.ranks.data_rank)
             result = engine.train_step(micro_batches, step, numbers)
         except torch.OutOfMemoryError as error:
-            raise out_of_memory.explained(error, self.parts.settings, self.parts.folder, step + 1) from error
+            is_new = step > self.first_step and not self.saved
+            saved = out_of_memory.save_before(error, self.parts, self.save_checkpoint) if is_new else out_of_memory.KEPT
+            raise out_of_memory.explained(error, self.parts.settings, self.parts.folder, step + 1, saved) from error
         # All ranks have the same numbers.
         finite = self.nonfinite.follow(step + 1, result, partial(self._files_of_step, everywhere=True))
         if self.nonfinite.are_too_many:

@@ -108,15 +108,6 @@ def _recomputed_blocks_are_asked_for(settings: Settings, _: int) -> Iterator[Pro
         )
 
 
-def _budget_is_used(settings: Settings, _: int) -> Iterator[Problem]:
-    if settings.memory_budget_gb and "auto" not in (settings.activation_checkpointing, settings.blocks_to_swap):
-        yield at(
-            "key `memory_budget_gb`",
-            'is for "auto" only; set activation_checkpointing = "auto", blocks_to_swap = "auto" or both, or leave this '
-            "out",
-        )
-
-
 def _stages_divide_world(settings: Settings, world_size: int | None) -> Iterator[Problem]:
     stages = settings.pipeline_stages
     if world_size is not None and world_size % stages:
@@ -352,7 +343,6 @@ _RULES = (
     SettingsRule(
         ("activation_checkpointing", "activation_checkpointing_every_n_blocks"), _recomputed_blocks_are_asked_for
     ),
-    SettingsRule(("memory_budget_gb", "activation_checkpointing", "blocks_to_swap"), _budget_is_used),
     SettingsRule(("dataset",), _dataset_exists),
     SettingsRule(("eval_datasets",), _eval_paths_exist),
     SettingsRule(("eval_datasets",), _eval_data_is_named),

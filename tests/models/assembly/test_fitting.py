@@ -142,6 +142,7 @@ def test_an_optimizer_for_gpus_alone_swaps_nothing(folder: Path) -> None:
     with pytest.raises(UserError, match="nothing fits") as caught:
         fit(planner, 2.0 * GIB)
     assert f"blocks_to_swap = {BLOCKS}" not in str(caught.value)
+    assert 'No block is swapped: the processor would step it, and "adamw8bit" runs on GPUs only' in str(caught.value)
 
 
 def test_without_a_gpu_and_a_budget_there_is_no_limit(folder: Path) -> None:

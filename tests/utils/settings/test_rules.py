@@ -125,7 +125,6 @@ LORA = "[adapter]\ntype = 'lora'\nrank = 1"
             "key `stage_weights`",
             "not used beside partition_split",
         ),
-        ({"top": "memory_budget_gb = 24"}, "key `memory_budget_gb`", 'for "auto" only'),
         (
             {"top": "activation_checkpointing_every_n_blocks = 2"},
             "key `activation_checkpointing_every_n_blocks`",
