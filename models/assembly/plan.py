@@ -84,18 +84,22 @@ def settled(
         UserError: nothing fits the GPUs.
     """
     memory, card = smallest(settings, ranks, "memory")
-    chosen = {}
+    chosen, problems = {}, []
     if ranks.is_main:
         cached = [data.training, *data.evaluation], data.cache_dir
         trained, evaluated = buckets_of(data.training), buckets_of(*data.evaluation)
         planner = Planner(settings, pipeline, staged, data.encoders, trained, ranks.data_ranks, evaluated)
-        plan = [
-            *sections(settings, ranks, pipeline, staged, *cached, checkpoint, restart_data=restart_data),
-            memory_text(planner, memory, card),
-        ]
-        logger.info("plan:\n%s", "\n\n".join(plan), extra={NOTE: "plan"})
-        settings = fit(planner, memory)
+        try:
+            plan = [
+                *sections(settings, ranks, pipeline, staged, *cached, checkpoint, restart_data=restart_data),
+                memory_text(planner, memory, card),
+            ]
+            logger.info("plan:\n%s", "\n\n".join(plan), extra={NOTE: "plan"})
+            settings = fit(planner, memory)
+        except UserError as error:
+            problems = error.problems
         chosen = {key: getattr(settings, key) for key in (*KEYS, *CUT)}
+    raise_together(ranks, "plan", problems)
     return settings.model_copy(update=gather(ranks, "settled", chosen)[0])
 
 

@@ -97,9 +97,9 @@ def raise_together(ranks: Ranks, name: str, problems: Iterable[Problem]) -> None
     Raises:
         UserError: the main rank has problems.
     """
-    texts = gather(ranks, name, [[one.where, one.message] for one in problems])[0]
+    texts = gather(ranks, name, [[one.file, one.where, one.message] for one in problems])[0]
     if texts:
-        raise UserError(Problem("", where, message) for where, message in texts)
+        raise UserError(Problem(*text) for text in texts)
 
 
 def _told(found: Iterable[tuple[Problem, bool]]) -> list[Problem]:

@@ -76,7 +76,8 @@ class Trainer:
     def __post_init__(self) -> None:
         settings = self.parts.settings
         self.checkpoints = Checkpoints(self.parts, self.epochs, self.resumed_from)
-        self.nonfinite = NonFiniteSteps(settings.max_nonfinite_steps)
+        by_layer = settings.optimizer.gradient_release
+        self.nonfinite = NonFiniteSteps(settings.max_nonfinite_steps, by_layer=by_layer)
         self.requests = FileRequests(self.parts.folder)
         self.lacks_export, self.exported = False, None
         self.owed = self.owed or Owed(self.progress)

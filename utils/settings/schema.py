@@ -83,7 +83,8 @@ class OptimizerSettings(SettingsTable):
     gradient_release: bool = False
     """Step each layer within the backward pass, as soon as its gradients are there, and let them go: saves the memory
     of all other gradients. For one micro-batch in a step, without a limit of the whole gradient's norm
-    (`gradient_clipping`), and for optimizers that step each parameter by itself."""
+    (`gradient_clipping`), and for optimizers that step each parameter by itself. Of a gradient that is not a finite
+    number, the step of that layer alone is left out."""
 
     def arguments(self) -> dict[str, Any]:
         """The keys of the algorithm itself."""

@@ -19,6 +19,7 @@ from models.assembly.room import MARGIN, NO_LIMIT, SHARE, check_caching, check_p
 from models.assembly.stage import partition
 from tests.models import tiny_flux
 from tests.models.tiny_folder import settings_of
+from tests.runs import launch
 from tests.utils.dataset.conftest import plain_sample
 from utils.adapters.lora import LoraSettings
 from utils.dataset.encoding import CacheJob, lacks
@@ -212,3 +213,6 @@ def test_what_cannot_be_trained_is_told_before_anything_is_encoded(
     assert not any("encoded=" in told for told in caplog.messages)
     run("--cache_only")
     assert any("encoded=" in told for told in caplog.messages)
+    # With everything cached it is found with the plan, by the main rank, and all leave together.
+    codes, log = launch(Path(config), processes=2)
+    assert codes == [1, 1] and log.count("nothing fits") == 1 and "in vain" not in log
