@@ -3,16 +3,40 @@ less of Python."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterable
 
 import torch
 from torch import nn
+
+from utils.errors import UserError
 
 COMPILER = "inductor"
 FORMS = 64
 """How many forms of one layer class are compiled, after which torch goes on uncompiled: a form for each kind of block
 behind it, with and without a gradient of its input, in training and evaluation, and for sizes at first one by one and
 then of any kind."""
+
+COMPILERS = {"cpu": ("CXX", ("g++",), "C++"), "cuda": ("CC", ("clang", "gcc"), "C")}
+"""Type of device -> the variable that names the compiler that torch's code for it needs, those that it is without that,
+and their language."""
+
+
+def check_compiler(device_type: str) -> None:
+    """Whether what compiled blocks need is there.
+
+    Raises:
+        UserError: it is not.
+    """
+    variable, usual, language = COMPILERS[device_type]
+    named = os.environ.get(variable)
+    if not any(shutil.which(name) for name in ([named] if named else usual)):
+        raise UserError.of(
+            f"needs a {language} compiler, and there is no {named or ' or '.join(usual)}: install one, name one in the "
+            f"environment variable {variable}, or leave it out",
+            where="key `compile`",
+        )
 
 
 def compile_blocks(layers: Iterable[nn.Module]) -> None:

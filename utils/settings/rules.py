@@ -33,6 +33,8 @@ BATCH_KEYS = (
     "eval_micro_batch_size_per_gpu",
     "eval_image_micro_batch_size_per_gpu",
 )
+BUFFERS = 2
+"""The blocks for which a GPU has room while their weights are swapped."""
 WANDB_KEYS = ("wandb_api_key", "wandb_tracker_name", "wandb_run_name")
 # Keys of [model] that only some values of another make use of.
 USED_WITH: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
@@ -332,7 +334,15 @@ def _blocks_are_swapped(settings: Settings) -> Iterator[Problem]:
         yield at("key `disable_block_swap_for_eval`", "not used without blocks_to_swap")
 
 
-_HARMLESS = (_eval_keys_have_data, _wandb_is_enabled, _blocks_are_swapped, names_are_used)
+def _swap_saves_memory(settings: Settings) -> Iterator[Problem]:
+    swapped = settings.blocks_to_swap
+    numbers = [] if swapped == "auto" else swapped if isinstance(swapped, list) else [swapped]
+    if settings.adapter and not settings.divides_weights and any(0 < number <= BUFFERS for number in numbers):
+        message = "saves nothing where it is 1 or 2, since two blocks' room stays on the GPU; write 3 or more, or 0"
+        yield at("key `blocks_to_swap`", message)
+
+
+_HARMLESS = (_eval_keys_have_data, _wandb_is_enabled, _blocks_are_swapped, _swap_saves_memory, names_are_used)
 _RULES = (
     SettingsRule(("partition_split", "partition_method", "pipeline_stages"), _split_fits_method),
     SettingsRule(("pipeline_stages",), _stages_divide_world),

@@ -170,6 +170,15 @@ def test_what_stays_of_a_full_fine_tune_may_be_stepped_by_the_processor_too(fold
     assert chosen(fit(offloading, card_for(less))) == ("offload", BLOCKS)
 
 
+def test_the_largest_micro_batch_counts_and_not_the_largest_sample(folder: Path) -> None:
+    """Small samples may be trained and evaluated in larger micro-batches."""
+    small, large = Bucket(512, 512, 1), Bucket(1024, 1024, 1)
+    alike, more = (planner_of(folder, micro_batch_size_per_gpu=size) for size in (1, [[512, 16], [1024, 1]]))
+    assert (alike.bucket, more.bucket) == (large, small) and "512x512x1, 16 samples at once" in more.text(more.settings)
+    assert "at once" not in alike.text(alike.settings)
+    assert total(more) > 1.5 * total(alike)
+
+
 def test_a_stage_steps_at_home_what_is_swapped_of_it(folder: Path) -> None:
     flux, keys = tiny_flux.pipeline(folder, dtype="bfloat16"), {"pipeline_stages": 2, "blocks_to_swap": [1, 2]}
     settings = settings_of(flux, offload_optimizer=True, **keys)

@@ -158,6 +158,27 @@ def test_what_is_said_in_vain_is_told_and_no_problem(
 
 
 @pytest.mark.parametrize(
+    ("top", "adapted", "told"),
+    [
+        ("blocks_to_swap = 2", True, True),
+        ("blocks_to_swap = [3, 1]\npipeline_stages = 2", True, True),
+        ("blocks_to_swap = 3", True, False),
+        ("blocks_to_swap = [0, 3]\npipeline_stages = 2", True, False),
+        ("blocks_to_swap = 'auto'", True, False),
+        # Their pieces, or their optimizer state, leave the GPU.
+        ("blocks_to_swap = 2\nzero_stage = 3", True, False),
+        ("blocks_to_swap = 2", False, False),
+    ],
+)
+def test_as_many_swapped_blocks_as_there_is_room_for_are_told(
+    folder: Folder, top: str, adapted: bool, told: bool
+) -> None:
+    tables = "[adapter]\ntype = 'lora'\nrank = 2" if adapted else ""
+    settings = read_settings(folder.run(top=top, tables=tables), CHOICES)
+    assert [one.where for one in remarks_on_run(settings)] == ["key `blocks_to_swap`"] * told
+
+
+@pytest.mark.parametrize(
     ("path", "is_name"),
     [
         ("black-forest-labs/FLUX.1-dev", True),
