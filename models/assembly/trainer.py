@@ -52,6 +52,7 @@ from utils.run.export_metadata import STARTED
 from utils.run.in_use import RunLock
 from utils.run.metrics import Metrics
 from utils.run.notes import kept_notes
+from utils.run.out_of_memory import explaining
 from utils.run.parts import RunParts
 from utils.run.patience import Patience
 from utils.run.progress import Progress
@@ -111,6 +112,7 @@ def open_checkpoint(
     return checkpoint
 
 
+@explaining
 @without_collector()
 def build_trainer(
     settings: Settings,

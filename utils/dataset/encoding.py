@@ -24,11 +24,12 @@ import torch.distributed as dist
 from utils.collector import without_collector
 from utils.dataset import references
 from utils.dataset.cache_lock import CacheBusy, CacheLock, unread
-from utils.dataset.encoders import Encoder, decoded_bytes, inputs_of, reads_media, shape_of, wanted_by
+from utils.dataset.encoders import Encoder, decoded_bytes, inputs_of, reads_media, reads_text, shape_of, wanted_by
 from utils.dataset.inputs import TEXT, Unreadable
 from utils.dataset.known import Known
 from utils.dataset.samples import Bucket, Sample, SampleVersion
 from utils.dataset.tensor_store import TensorStore
+from utils.errors import UserError
 from utils.media.memory import decoding_budget
 from utils.progress_bar import progress_bar
 from utils.ranks import PATIENCE, LaunchError, Ranks, gather, sign_of_life
@@ -221,10 +222,12 @@ def _fill_one(encoder: Encoder, wanted: dict[str, SampleVersion], job: CacheJob,
         missing = mine if job.regenerate else store.missing(mine)
         failures, busy, truncated = [], 1.0, 0
         if missing:
-            encoder.load(ranks.device)
             try:
+                encoder.load(ranks.device)
                 failures, busy = _encode({key: wanted[key] for key in missing}, encoder, job, store, tag)
                 truncated = getattr(encoder, "truncated", 0)
+            except torch.OutOfMemoryError as error:
+                raise _without_room(error, encoder, job) from error
             finally:
                 encoder.unload()
                 if ranks.device.type == "cuda":
@@ -232,6 +235,21 @@ def _fill_one(encoder: Encoder, wanted: dict[str, SampleVersion], job: CacheJob,
                     torch.cuda.empty_cache()
     counts = len(mine), len(mine) - len(missing), len(missing) - len(failures), len(failures)
     return CacheReport(encoder.name, *counts, busy, truncated, tuple(dict.fromkeys(failures)))
+
+
+def _without_room(error: torch.OutOfMemoryError, encoder: Encoder, job: CacheJob) -> UserError:
+    """The error of a GPU whose memory does not suffice for an encoder, with what to set."""
+    said = ". ".join(str(error).split(". ")[:2])
+    ways = ["`caching_batch_size = 1`"] if job.batch_size > 1 else []
+    if reads_text(encoder):
+        ways.append('`text_encoder_dtype = "nf4"` or "float8" in `[model]`')
+    if reads_media(encoder):
+        ways.append("smaller `resolutions` or shorter clips in the dataset's file")
+    return UserError.of(
+        f"the GPU's memory does not suffice ({said}). What is encoded stays. Set {', '.join(ways)}, or fill the cache "
+        "on a larger GPU, by --cache_only",
+        where=f"caching, {encoder.name}",
+    )
 
 
 def _by_shape(encoder: Encoder, wanted: Mapping[str, SampleVersion]) -> list[str]:

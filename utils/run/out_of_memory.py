@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,23 +17,37 @@ from utils.run.parts import RunParts
 from utils.settings.advice import allows
 from utils.settings.schema import Settings
 
+Built = TypeVar("Built")
 KEPT = "What was saved before stays"
 
 
-def explained(error: BaseException, settings: Settings, run_folder: Path, step: int, saved: str = KEPT) -> UserError:
+def explained(error: Exception, settings: Settings, folder: Path, when: str, saved: str = KEPT) -> UserError:
     """The error with the settings that would save memory, those first that cost least.
 
     Args:
         saved: what is told of the steps before; see `save_before`.
     """
-    said = ". ".join(str(error).split(". ")[:2])
+    said = reason_of(error)
     advice = "\n".join(f"    - {setting}" for setting in savings(settings))
     return UserError.of(
         f"the GPU's memory does not suffice ({said}). {saved}. To need less, in this order:\n"
         f"{advice}\n  --check tells how much each of them needs",
-        str(run_folder),
-        f"step {step}",
+        str(folder),
+        when,
     )
+
+
+def explaining(build: Callable[..., Built]) -> Callable[..., Built]:
+    """The function, which is given the run's settings first, with such an error for what finds no memory in it."""
+
+    @wraps(build)
+    def explained_build(settings: Settings, *arguments: Any, **keys: Any) -> Built:
+        try:
+            return build(settings, *arguments, **keys)
+        except torch.OutOfMemoryError as error:
+            raise explained(error, settings, settings.output_dir, "before the first step") from error
+
+    return explained_build
 
 
 def save_before(error: torch.OutOfMemoryError, parts: RunParts, save: Callable[[], object]) -> str:
@@ -54,6 +70,8 @@ def save_before(error: torch.OutOfMemoryError, parts: RunParts, save: Callable[[
 def savings(settings: Settings) -> Iterator[str]:
     """What these settings leave to save, and their other keys allow."""
     model = settings.model
+    if not settings.cache_text_embeddings:
+        yield "cache_text_embeddings = true: no text encoder stays on the GPU"
     if not settings.activation_checkpointing:
         yield "activation_checkpointing = true: each block is computed once more in the backward pass"
     elif settings.recomputed_every > 1:

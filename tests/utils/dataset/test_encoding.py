@@ -31,6 +31,7 @@ from utils.dataset.encoders import decoded_bytes, item_key
 from utils.dataset.encoding import CacheJob, CacheReport, fill
 from utils.dataset.samples import SampleVersion, evaluation_version
 from utils.dataset.tensor_store import TensorStore
+from utils.errors import UserError
 from utils.media.decode import load_image
 from utils.media.geometry import View
 from utils.ranks import LaunchError, Ranks, sign_of_life
@@ -191,6 +192,34 @@ def test_an_encoders_own_error_is_raised_and_what_was_done_is_kept(pictures, cac
         filled(breaking, samples, cache, batch_size=2)
     assert breaking.unloads == 1
     assert counts(filled(MeanEncoder(), samples, cache)) == (6, 4, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "size", "ways"),
+    [
+        (
+            MeanEncoder,
+            2,
+            "Set `caching_batch_size = 1`, smaller `resolutions` or shorter clips in the dataset's file, or",
+        ),
+        (
+            LengthEncoder,
+            1,
+            'Set `text_encoder_dtype = "nf4"` or "float8" in `[model]`, or fill the cache on a larger GPU',
+        ),
+    ],
+)
+@pytest.mark.parametrize("method", ["load", "encode"])
+def test_a_gpu_that_is_too_small_is_told_with_what_to_set(pictures, cache, encoder, size, ways, method, monkeypatch):
+    def full(*_, **inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity")
+
+    monkeypatch.setattr(encoder, method, full)
+    with pytest.raises(UserError) as caught:
+        filled(encoder(), samples_of(dataset_of(pictures), cache), cache, batch_size=size)
+    told = str(caught.value)
+    assert f"caching, {encoder.name}: the GPU's memory does not suffice (CUDA out of memory. Tried to all" in told
+    assert ways in told
 
 
 class Stopped(Exception):

@@ -20,9 +20,10 @@ from utils.adapters.lora import LoraSettings
 from utils.errors import UserError
 from utils.ranks import Ranks, disconnect
 from utils.run.checkpoint import Checkpoint
-from utils.run.out_of_memory import savings
+from utils.run.out_of_memory import explaining, savings
 from utils.run.signals import StopRequests
 from utils.settings.advice import allows
+from utils.settings.schema import Settings
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.5 GiB of which 1 GiB is free."
 POSSIBLE = {
@@ -125,6 +126,20 @@ def test_a_step_that_finds_no_memory_ends_with_advice(
     assert "step 1: the GPU's memory does not suffice (CUDA out of memory. Tried to allocate 2.00 GiB)" in told
     assert "activation_checkpointing = true" in told and "blocks_to_swap" in told and "Traceback" not in told
     assert "What was saved before stays" in told and not list(only_run(config).glob("global_step*"))
+
+
+def test_what_is_built_before_the_first_step_is_told_too(tmp_path: Path) -> None:
+    """As where the weights of a stage come to the GPU."""
+
+    @explaining
+    def build(_: Settings, what: int, *, more: int) -> int:
+        raise torch.OutOfMemoryError(SAID)
+
+    settings = settings_of(tiny_flux.pipeline(tiny_flux.MINI_FLUX), cache_text_embeddings=False)
+    settings = settings.model_copy(update={"output_dir": tmp_path})
+    with pytest.raises(UserError, match="before the first step: the GPU's memory does not suffice") as error:
+        build(settings, 1, more=2)
+    assert str(tmp_path) in str(error.value) and "- cache_text_embeddings = true" in str(error.value)
 
 
 def test_the_steps_before_are_saved(write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
