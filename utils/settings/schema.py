@@ -31,6 +31,7 @@ from utils.settings.values import (
     NotNegative,
     Part,
     Positive,
+    Recomputed,
     SettingsTable,
     Share,
     Steps,
@@ -219,7 +220,7 @@ class Settings(SettingsTable):
     keep_checkpoints: Count | None = None
     """Number of newest checkpoints to keep; older ones are removed, except for the one from which the run went on;
     default: keep all."""
-    activation_checkpointing: bool | Literal["offload", "unsloth", "auto"] = False
+    activation_checkpointing: Recomputed = False
     """Recompute blocks in the backward pass, which takes less memory and about a third more time. With "offload" (also
     called "unsloth") the blocks' inputs, all that is kept of them, wait in the machine's memory, which costs little
     more time where a block computes longer than they travel. With "auto", what the card's memory asks for."""
