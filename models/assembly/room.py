@@ -149,18 +149,19 @@ def of_plans(
     budget = planned_with(memory)
     peaks = planner.phases.peaks(plans)
     largest = max(plan.weights + plan.live[0] for plan in plans)
-    for_weights = [*_for_weights(settings, planner.data_ranks)]
     if largest > budget:
-        message = _short(largest, budget, memory, "its weights alone", for_weights)
+        ways = [*_for_weights(settings, planner.data_ranks)]
+        message = _short(largest, budget, memory, "its weights alone", ways)
         yield Problem("", "training", message), largest > card
         return
-    for phase, ways in (
-        ("training", ways_to_train(settings, planner.data_ranks)),
-        ("evaluation", ["eval_micro_batch_size_per_gpu = 1", *for_weights]),
-        ("sampling", ["smaller samples in [sampling] (width, height, frames)", *for_weights]),
-    ):
+    first = {
+        "training": _for_training(settings),
+        "evaluation": ["eval_micro_batch_size_per_gpu = 1"],
+        "sampling": ["smaller samples in [sampling] (width, height, frames)"],
+    }
+    for phase, own in first.items():
         if peaks[phase] > budget:
-            what = f"{largest / GIB:.2f} of them weights"
+            what, ways = f"{largest / GIB:.2f} of them weights", [*own, *_for_weights(settings, planner.data_ranks)]
             yield Problem("", phase, _short(peaks[phase], budget, memory, what, ways)), False
 
 

@@ -120,6 +120,7 @@ class Trainer:
         watch = self.parts.stop.watch
         watch.at(Work(f"step {step + 1}, waiting for its data", self._files_of_step, lambda: None))
         engine = self.parts.engine
+        taken = engine.global_steps
         try:
             micro_batches = next(batches)
             waited = time.monotonic() - started
@@ -127,7 +128,7 @@ class Trainer:
             numbers = self.epochs.share(self.progress.epoch, self.progress.step_in_epoch, self.parts.ranks.data_rank)
             result = engine.train_step(micro_batches, step, numbers)
         except torch.OutOfMemoryError as error:
-            is_new = step > self.first_step and not self.saved
+            is_new = step > self.first_step and not self.saved and engine.global_steps == taken
             saved = out_of_memory.save_before(error, self.parts, self.save_checkpoint) if is_new else out_of_memory.KEPT
             where = self.parts.folder, f"step {step + 1}"
             raise out_of_memory.explained(error, self.parts.settings, *where, saved) from error
