@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,9 +155,10 @@ def work(
     flags = after_restart(resume_flags(arguments), settings, arguments.config)
     with RunLock() as in_use:
         checkpoint = trainer.open_checkpoint(settings, flags, staged, ranks, None if looks else in_use)
-        cached = data.cached_data(
-            settings, ranks, pipeline, sources, scan, owner=arguments.config, regenerate=arguments.regenerate_cache
-        )
+        # Whoever only fills a cache may train elsewhere.
+        room = None if looks else partial(plan.check_room, settings, ranks, pipeline, staged)
+        choices = {"owner": arguments.config, "regenerate": arguments.regenerate_cache, "check_room": room}
+        cached = data.cached_data(settings, ranks, pipeline, sources, scan, **choices)
         if arguments.dump_dataset and ranks.is_main:
             dump.dump(settings, pipeline, cached, ranks, arguments.dump_dataset, stop.raise_if_stopping)
         if looks:

@@ -57,8 +57,18 @@ class Data:
     in_use: BinaryIO | None
 
 
-def load_data(settings: Settings, pipeline: BasePipeline, sources: Sequence[Source], scan: Scan, job: CacheJob) -> Data:
+def load_data(
+    settings: Settings,
+    pipeline: BasePipeline,
+    sources: Sequence[Source],
+    scan: Scan,
+    job: CacheJob,
+    check_room: Callable[[Sequence[Collection], Sequence[Encoder]], None] | None = None,
+) -> Data:
     """Scans the datasets, and encodes the samples and the prompts for sampling that the cache lacks.
+
+    Args:
+        check_room: whether there is room for what comes after; called on all ranks before anything is encoded.
 
     Raises:
         UserError: whole directories cannot be used, more files are broken than the settings allow, or an encoder is
@@ -86,8 +96,9 @@ def load_data(settings: Settings, pipeline: BasePipeline, sources: Sequence[Sour
         f"{collections[0].identity} {settings.model.folded_guidance is not None}" if collections[0].identity else ""
     )
     by_encoder = {encoder.name: (encoder, sum(wanted[encoder.name], [])) for encoder in filled}
-    check = cache(lambda: check_caching(settings, ranks, by_encoder, partial(lacks, job=job)))
-    job, in_use = replace(job, before_encoding=check), None
+    check = partial(check_caching, settings, ranks, by_encoder, partial(lacks, job=job))
+    checks = [partial(check_room, collections, encoders), check] if check_room else [check]
+    job, in_use = replace(job, before_encoding=_once(checks)), None
     with timed("cache"), job.alone():
         reports = []
         for encoder in filled:
@@ -103,6 +114,17 @@ def load_data(settings: Settings, pipeline: BasePipeline, sources: Sequence[Sour
     if problems:
         raise UserError([*problems, Problem("", "", "what is encoded stays encoded")])
     return Data(collections[0], collections[1:], encoders, live, job.cache_dir, in_use)
+
+
+def _once(checks: Sequence[Callable[[], None]]) -> Callable[[], None]:
+    """The checks, made when it is called first."""
+
+    @cache
+    def check_all() -> None:
+        for check in checks:
+            check()
+
+    return check_all
 
 
 def check_epochs(settings: Settings, ranks: Ranks, samples: Sequence[Sample]) -> None:
@@ -267,12 +289,14 @@ def cached_data(
     *,
     owner: Path,
     regenerate: bool = False,
+    check_room: Callable[[Sequence[Collection], Sequence[Encoder]], None] | None = None,
 ) -> Data:
     """The datasets, once all of them are in the cache.
 
     Args:
         owner: the run's file, on whose behalf the cache keeps items.
         regenerate: encode everything again.
+        check_room: see `load_data`.
 
     Raises:
         UserError: see `load_data`.
@@ -287,4 +311,4 @@ def cached_data(
         raise_if_stopping=scan.raise_if_stopping,
         keep=Keep(sources[0].settings.cache_keep_days, int(sources[0].settings.cache_keep_gb * 1e9)),
     )
-    return load_data(settings, pipeline, sources, scan, job)
+    return load_data(settings, pipeline, sources, scan, job, check_room)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import optimizers
 from models.assembly.cut import with_cut
 from models.assembly.memory import GIB, Planner, StagePlan
-from models.assembly.room import planned_with
+from models.assembly.room import planned, planned_with, ways_to_train
 from utils.errors import UserError
 from utils.settings.plain import as_toml
 from utils.settings.schema import Settings
@@ -53,10 +53,12 @@ def fit(planner: Planner, memory: float) -> Settings:
             return attempt.settings
     short = tried[-1].total - budget
     listed = "".join(f"\n  {attempt}" for attempt in tried)
+    stays = _why_none_is_swapped(settings) if settings.blocks_to_swap == "auto" else ""
+    ways = ", ".join([*ways_to_train(settings, planner.data_ranks), "smaller samples"])
     raise UserError.of(
-        f"of {memory / GIB:.1f} GiB, {budget / GIB:.2f} can be planned with, and nothing fits:{listed}\n"
-        f"The last falls short by {short / GIB:.2f} GiB: take smaller samples, a smaller micro-batch or base "
-        "(transformer_dtype), or more pipeline_stages",
+        f"of {memory / GIB:.1f} GiB, {planned(memory)}, and nothing fits:{listed}\n"
+        f"The last falls short by {short / GIB:.2f} GiB{f'. No block is swapped: {stays}' if stays else ''}. What "
+        f"would take less: {ways}",
         where="key `memory_budget_gb`" if settings.memory_budget_gb else "this card's memory",
     )
 
@@ -70,13 +72,18 @@ def _attempts(planner: Planner, budget: float) -> Iterator[Attempt]:
         chosen = with_cut(planner, settings.model_copy(update={"activation_checkpointing": way}))
         plain = {"blocks_to_swap": 0} if settings.blocks_to_swap == "auto" else {}
         yield Attempt(chosen.model_copy(update=plain), planner.plans(chosen, planner.swapped(chosen)))
-    if settings.blocks_to_swap == "auto" and (settings.adapter or _may_step_on_host(settings)):
+    if settings.blocks_to_swap == "auto" and not _why_none_is_swapped(settings):
         swapped = planner.least_swapped(chosen, budget)
         number = swapped[0] if len(swapped) == 1 else swapped
         yield Attempt(chosen.model_copy(update={"blocks_to_swap": number}), planner.plans(chosen, swapped))
 
 
-def _may_step_on_host(settings: Settings) -> bool:
-    """Whether blocks that are trained may be swapped."""
-    runs_there = "cpu" not in optimizers.find(settings.optimizer.type).not_on
-    return runs_there and settings.zero_stage != DIVIDES_GRADIENTS
+def _why_none_is_swapped(settings: Settings) -> str:
+    """Why "auto" swaps no blocks that are trained, and what to do; "" where it may."""
+    if settings.adapter:
+        return ""
+    if advice := optimizers.find(settings.optimizer.type).not_on.get("cpu"):
+        return f'the processor would step it, and "{settings.optimizer.type}" {advice}'
+    if settings.zero_stage == DIVIDES_GRADIENTS:
+        return "zero_stage = 2 divides the gradients that it would keep in the machine's memory; set 1 or 3"
+    return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -129,7 +129,8 @@ class Planner:
         self._plans: dict[Hashable, StagePlan] = {}
         self._forwards: dict[tuple[Bucket, int], ForwardRun] = {}
         self._trained_sizes, self._evaluated = list(buckets), evaluated
-        self.bucket = max(sorted(buckets), key=lambda bucket: bucket.pixels)
+        # Small ones may be in larger micro-batches.
+        self.bucket = max(sorted(buckets), key=lambda one: one.pixels * micro_batch_of(settings, one))
         # Where most of the time goes.
         self.frequent = max(sorted(buckets), key=lambda bucket: bucket.pixels * buckets[bucket])
 
@@ -166,7 +167,9 @@ class Planner:
     def text(self, settings: Settings, plans: Sequence[StagePlan] | None = None) -> str:
         """The plans, as text."""
         plans = plans or self.plans(settings, self.swapped(settings))
-        title = f"estimated memory per rank, bucket {self.bucket}:"
+        batch = micro_batch_of(self.settings, self.bucket)
+        samples = f", {batch} samples at once" if batch > 1 else ""
+        title = f"estimated memory per rank, bucket {self.bucket}{samples}:"
         stages = (f"  stage {stage} {plan}" for stage, plan in enumerate(plans))
         return "\n".join([title, *stages, *self.phases.lines(plans)])
 
@@ -313,21 +316,18 @@ class Planner:
         requests = requests_of(settings.sampling, self._pipeline.guided_by_second_prediction)
         sizes = [sample_bucket(self._pipeline, request.settings) for request in requests]
         sampled = max(sizes, key=lambda bucket: bucket.pixels, default=None)
-        evaluated = max(sorted(self._evaluated), key=lambda bucket: bucket.pixels, default=None)
+        at_once = partial(micro_batch_of, settings, evaluating=True)
+        evaluated = max(sorted(self._evaluated), key=lambda one: one.pixels * at_once(one), default=None)
+        cached = max([*sorted(self._trained_sizes), *sorted(self._evaluated)], key=lambda one: one.pixels)
         live = live_encoders(settings, self._encoders)
         # Prompts are cached in any case.
         of_prompts = encoders_of_prompts(self._encoders, requests) if live and requests else []
         return Phases(
             self._encoders[0],
             cached=[encoder for encoder in self._encoders if encoder not in live or encoder in of_prompts],
-            caching=(
-                max(self.bucket, evaluated or self.bucket, key=lambda one: one.pixels),
-                settings.caching_batch_size,
-            ),
+            caching=(cached, settings.caching_batch_size),
             live=(live, self._most_captions),
-            evaluated=self._forward(evaluated, micro_batch_of(settings, evaluated, evaluating=True))
-            if evaluated
-            else None,
+            evaluated=self._forward(evaluated, at_once(evaluated)) if evaluated else None,
             sampled=self._forward(sampled, 1) if sampled else None,
             latent_shape=self._pipeline.latent_shape(sampled.width, sampled.height, sampled.frames)
             if sampled

@@ -17,7 +17,7 @@ from models.assembly.fitting import KEYS, fit
 from models.assembly.memory import Planner
 from models.assembly.prompts import sample_bucket
 from models.assembly.rates import Rates
-from models.assembly.room import NO_LIMIT, card_of, check_plans, memory_of
+from models.assembly.room import NO_LIMIT, check_plans, of_plans, raise_together, smallest
 from models.assembly.stage import StagedModel
 from models.base import BasePipeline
 from models.foundation.layers.ensemble import Ensemble
@@ -25,8 +25,10 @@ from utils import adapters
 from utils.adapters import attach, in_full, mixed
 from utils.dataset.bucket_table import format_table
 from utils.dataset.collection import Collection
+from utils.dataset.encoders import Encoder
 from utils.dataset.epochs import Epochs, micro_batch_of
 from utils.dataset.samples import Bucket, Sample
+from utils.errors import Problem, UserError
 from utils.quantised.linear import parameter_count
 from utils.ranks import Ranks, gather
 from utils.run.checkpoint import Checkpoint, StartingPoint
@@ -81,21 +83,55 @@ def settled(
     Raises:
         UserError: nothing fits the GPUs.
     """
-    mine = [memory_of(settings, ranks) or NO_LIMIT, card_of(ranks) or NO_LIMIT]
-    memory, card = map(min, zip(*gather(ranks, "memory", mine), strict=True))
-    chosen = {}
+    memory, card = smallest(settings, ranks, "memory")
+    chosen, problems = {}, []
     if ranks.is_main:
         cached = [data.training, *data.evaluation], data.cache_dir
         trained, evaluated = buckets_of(data.training), buckets_of(*data.evaluation)
         planner = Planner(settings, pipeline, staged, data.encoders, trained, ranks.data_ranks, evaluated)
-        plan = [
-            *sections(settings, ranks, pipeline, staged, *cached, checkpoint, restart_data=restart_data),
-            memory_text(planner, memory, card),
-        ]
-        logger.info("plan:\n%s", "\n\n".join(plan), extra={NOTE: "plan"})
-        settings = fit(planner, memory)
+        try:
+            plan = [
+                *sections(settings, ranks, pipeline, staged, *cached, checkpoint, restart_data=restart_data),
+                memory_text(planner, memory, card),
+            ]
+            logger.info("plan:\n%s", "\n\n".join(plan), extra={NOTE: "plan"})
+            settings = fit(planner, memory)
+        except UserError as error:
+            problems = error.problems
         chosen = {key: getattr(settings, key) for key in (*KEYS, *CUT)}
+    raise_together(ranks, "plan", problems)
     return settings.model_copy(update=gather(ranks, "settled", chosen)[0])
+
+
+def check_room(
+    settings: Settings,
+    ranks: Ranks,
+    pipeline: BasePipeline,
+    staged: StagedModel,
+    collections: Sequence[Collection],
+    encoders: Sequence[Encoder],
+) -> None:
+    """Whether the smallest card has room for training, before hours of encoding. All ranks call it together; see
+    `settled` for the arguments.
+
+    Raises:
+        UserError: nothing fits, or the weights of a stage alone are larger than the card.
+    """
+    memory, card = smallest(settings, ranks, "room/memory")
+    if memory == NO_LIMIT:
+        return
+    problems: list[Problem] = []
+    if ranks.is_main:
+        trained, evaluated = buckets_of(collections[0]), buckets_of(*collections[1:])
+        planner = Planner(settings, pipeline, staged, encoders, trained, ranks.data_ranks, evaluated)
+        try:
+            chosen = fit(planner, memory)
+        except UserError as error:
+            problems = error.problems
+        else:
+            plans = planner.plans(chosen, planner.swapped(chosen))
+            problems = [problem for problem, is_sure in of_plans(planner, chosen, plans, memory, card) if is_sure]
+    raise_together(ranks, "room", problems)
 
 
 def buckets_of(*collections: Collection) -> dict[Bucket, float]:

@@ -38,6 +38,7 @@ from utils.dataset.manifest import Scan
 from utils.diffusion.training import faults
 from utils.errors import Problem, UserError
 from utils.parallel.attention import check_kernels
+from utils.parallel.compiling import check_compiler
 from utils.ranks import Ranks
 from utils.run.metrics import check_account
 from utils.run.progress import Progress
@@ -75,6 +76,8 @@ def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline, trains: 
         rates.check_alike(staged.trained(staged.layers), settings.optimizer.type)
     optimizers.warn_of_lost_steps(settings.optimizer, staged.trained(staged.layers))
     check_kernels(settings.attention, staged.denoiser, ranks.device.type, pipeline.dtype)
+    if settings.compile:
+        check_compiler(ranks.device.type)
     for option, remark in pipeline.remarks():
         logger.warning("[model] %s: %s", option, remark)
     return staged

@@ -16,6 +16,7 @@ from utils.dataset.encoders import Encoder
 from utils.dataset.samples import Bucket, Sample
 from utils.errors import Problem, UserError
 from utils.ranks import Ranks, gather
+from utils.settings.advice import allows
 from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,13 @@ NO_LIMIT = float("inf")
 def planned_with(memory: float) -> float:
     """The bytes of a card's memory that can be planned with."""
     return memory * (1 - SHARE) - MARGIN * GIB
+
+
+def planned(memory: float) -> str:
+    """The same as text; of a card that is smaller than what is left, why there is nothing."""
+    if (budget := planned_with(memory)) > 0:
+        return f"{budget / GIB:.2f} can be planned with"
+    return f"nothing can be planned with, since {MARGIN:g} GiB and {SHARE:.0%} are left for CUDA and its libraries"
 
 
 def card_of(ranks: Ranks) -> float | None:
@@ -58,8 +66,7 @@ def check_caching(
     Raises:
         UserError: the weights of an encoder alone are larger than the card.
     """
-    mine = [memory_of(settings, ranks) or NO_LIMIT, card_of(ranks) or NO_LIMIT]
-    memory, card = map(min, zip(*gather(ranks, "caching/memory", mine), strict=True))
+    memory, card = smallest(settings, ranks, "caching/memory")
     if memory == NO_LIMIT:
         return
     problems: list[Problem] = []
@@ -73,9 +80,26 @@ def check_caching(
             ]
             if told and lacks(encoder, samples):
                 problems += _told(told)
-    texts = gather(ranks, "caching/room", [[one.where, one.message] for one in problems])[0]
+    raise_together(ranks, "caching/room", problems)
+
+
+def smallest(settings: Settings, ranks: Ranks, name: str) -> tuple[float, float]:
+    """What all ranks can plan with of a card's memory in bytes, and the smallest card; infinite where that is not
+    known. All ranks call it together, under a name."""
+    mine = [memory_of(settings, ranks) or NO_LIMIT, card_of(ranks) or NO_LIMIT]
+    memory, card = map(min, zip(*gather(ranks, name, mine), strict=True))
+    return memory, card
+
+
+def raise_together(ranks: Ranks, name: str, problems: Iterable[Problem]) -> None:
+    """All ranks call it together, under a name.
+
+    Raises:
+        UserError: the main rank has problems.
+    """
+    texts = gather(ranks, name, [[one.file, one.where, one.message] for one in problems])[0]
     if texts:
-        raise UserError(Problem("", where, message) for where, message in texts)
+        raise UserError(Problem(*text) for text in texts)
 
 
 def _told(found: Iterable[tuple[Problem, bool]]) -> list[Problem]:
@@ -125,19 +149,25 @@ def of_plans(
     budget = planned_with(memory)
     peaks = planner.phases.peaks(plans)
     largest = max(plan.weights + plan.live[0] for plan in plans)
-    for_weights = [*_for_weights(settings, planner.data_ranks)]
     if largest > budget:
-        message = _short(largest, budget, memory, "its weights alone", for_weights)
+        ways = [*_for_weights(settings, planner.data_ranks)]
+        message = _short(largest, budget, memory, "its weights alone", ways)
         yield Problem("", "training", message), largest > card
         return
-    for phase, ways in (
-        ("training", [*_for_training(settings), *for_weights]),
-        ("evaluation", ["eval_micro_batch_size_per_gpu = 1", *for_weights]),
-        ("sampling", ["smaller samples in [sampling] (width, height, frames)", *for_weights]),
-    ):
+    first = {
+        "training": _for_training(settings),
+        "evaluation": ["eval_micro_batch_size_per_gpu = 1"],
+        "sampling": ["smaller samples in [sampling] (width, height, frames)"],
+    }
+    for phase, own in first.items():
         if peaks[phase] > budget:
-            what = f"{largest / GIB:.2f} of them weights"
+            what, ways = f"{largest / GIB:.2f} of them weights", [*own, *_for_weights(settings, planner.data_ranks)]
             yield Problem("", phase, _short(peaks[phase], budget, memory, what, ways)), False
+
+
+def ways_to_train(settings: Settings, data_ranks: int) -> list[str]:
+    """What takes less memory in training, of what the settings leave and their other keys allow."""
+    return [*_for_training(settings), *_for_weights(settings, data_ranks)]
 
 
 def _for_training(settings: Settings) -> Iterator[str]:
@@ -147,7 +177,8 @@ def _for_training(settings: Settings) -> Iterator[str]:
     if settings.micro_batch_size_per_gpu != 1:
         yield "micro_batch_size_per_gpu = 1"
     if settings.adapter is None and not settings.offload_optimizer and "cpu" not in _devices_it_is_not_for(settings):
-        yield "offload_optimizer = true"
+        if allows(settings, offload_optimizer=True):
+            yield "offload_optimizer = true"
 
 
 def _devices_it_is_not_for(settings: Settings) -> Collection[str]:
@@ -156,21 +187,23 @@ def _devices_it_is_not_for(settings: Settings) -> Collection[str]:
 
 def _for_weights(settings: Settings, data_ranks: int) -> Iterator[str]:
     """What leaves fewer weights on the card."""
-    if data_ranks > 1 and settings.pipeline_stages == 1 and not settings.divides_weights:
+    if data_ranks > 1 and not settings.divides_weights and allows(settings, zero_stage=3):
         yield "zero_stage = 3"
-    if settings.blocks_to_swap != "auto":
+    on_host = settings.adapter is not None or "cpu" not in _devices_it_is_not_for(settings)
+    if settings.blocks_to_swap != "auto" and on_host and allows(settings, blocks_to_swap=1):
         yield 'blocks_to_swap = "auto"'
     if settings.adapter and settings.model.transformer_dtype not in SMALLEST_FORMATS:
         yield '[model] transformer_dtype = "nf4"'
     if not settings.cache_text_embeddings:
         yield "cache_text_embeddings = true"
-    yield "more pipeline_stages"
+    if not settings.divides_weights:
+        yield "more pipeline_stages"
 
 
 def _short(bytes_: float, budget: float, memory: float, what: str, ways: Sequence[str]) -> str:
     return (
-        f"takes {bytes_ / GIB:.2f} GiB, {what}; of the {memory / GIB:.1f} GiB of a card {max(budget, 0) / GIB:.2f} can "
-        f"be planned with, {(bytes_ - budget) / GIB:.2f} too few{'; set ' if ways else ''}{', '.join(ways)}"
+        f"takes {bytes_ / GIB:.2f} GiB, {what}; of the {memory / GIB:.1f} GiB of a card {planned(memory)}, "
+        f"{(bytes_ - budget) / GIB:.2f} too few{'; set ' if ways else ''}{', '.join(ways)}"
     )
 
 

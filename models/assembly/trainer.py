@@ -52,7 +52,7 @@ from utils.run.export_metadata import STARTED
 from utils.run.in_use import RunLock
 from utils.run.metrics import Metrics
 from utils.run.notes import kept_notes
-from utils.run.out_of_memory import told
+from utils.run.out_of_memory import explaining
 from utils.run.parts import RunParts
 from utils.run.patience import Patience
 from utils.run.progress import Progress
@@ -112,6 +112,7 @@ def open_checkpoint(
     return checkpoint
 
 
+@explaining
 @without_collector()
 def build_trainer(
     settings: Settings,
@@ -137,12 +138,11 @@ def build_trainer(
     """
     epochs = epochs_of(settings, ranks, pipeline, data.training.samples)
     homes = partial(homes_of, settings, ranks, trained=settings.adapter is None)
-    with told(settings, settings.output_dir, "weights"):
-        staged = load_stage(pipeline, settings, ranks.stage, homes, ranks=ranks)
-        parameters = staged.trained(staged.stage_layers(ranks.stage))
-        shares = shares_of(settings, ranks, staged, parameters)
-        optimizer = _optimizer(settings, Rates(settings, pipeline, staged.denoiser), shares.stepped, epochs)
-        engine = _engine(settings, ranks, pipeline, staged, optimizer, shares)
+    staged = load_stage(pipeline, settings, ranks.stage, homes, ranks=ranks)
+    parameters = staged.trained(staged.stage_layers(ranks.stage))
+    shares = shares_of(settings, ranks, staged, parameters)
+    optimizer = _optimizer(settings, Rates(settings, pipeline, staged.denoiser), shares.stepped, epochs)
+    engine = _engine(settings, ranks, pipeline, staged, optimizer, shares)
     reader = reader_of(data, ranks)
     noising = Noising(pipeline, ranks.is_first_stage, ranks.is_last_stage)
     progress = Progress()

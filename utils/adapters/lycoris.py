@@ -72,6 +72,11 @@ class AdaptedLayer(nn.Module):
         """Draws the first values of a factor; otherwise they are zeros."""
 
     @property
+    def draws_random_numbers(self) -> bool:
+        """Whether a training step does, beside `dropout`."""
+        return bool(self.of_rows or self.of_module)
+
+    @property
     def is_convolution(self) -> bool:
         return isinstance(self.base_layer, nn.Conv2d)
 

@@ -52,10 +52,19 @@ class Drawn(NamedTuple):
         return bool(self.ranks or self.module or self.unit)
 
 
-class LoraLinear(Linear):
-    """A Linear and its update."""
+class _Drawing:
+    """What a layer of LoRA has beside PEFT's: what it draws in a training step, and how it starts."""
 
     drawn, start = Drawn(), None
+
+    @property
+    def draws_random_numbers(self) -> bool:
+        """Whether a training step does, beside `dropout`."""
+        return self.drawn.anything
+
+
+class LoraLinear(_Drawing, Linear):
+    """A Linear and its update."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base, scale = self.base_layer, self.scaling[ADAPTER]
@@ -69,10 +78,8 @@ class LoraLinear(Linear):
         return _LinearWithUpdate.apply(x, down, up, scale, base.bias, form, *kept)
 
 
-class LoraConv2d(Conv2d):
+class LoraConv2d(_Drawing, Conv2d):
     """A convolution and its update."""
-
-    drawn, start = Drawn(), None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return _adapted(self, self.base_layer(x, *args, **kwargs), x)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from utils.collector import without_collector
 from utils.dataset import references
 from utils.dataset.cache_lock import CacheBusy, CacheLock, unread
-from utils.dataset.encoders import Encoder, decoded_bytes, inputs_of, reads_media, shape_of, wanted_by
+from utils.dataset.encoders import Encoder, decoded_bytes, inputs_of, reads_media, reads_text, shape_of, wanted_by
 from utils.dataset.inputs import TEXT, Unreadable
 from utils.dataset.known import Known
 from utils.dataset.samples import Bucket, Sample, SampleVersion
@@ -41,7 +41,6 @@ BATCHES_AHEAD = 16
 BATCHES_TO_WRITE = 4
 VERIFIED_AT_ONCE = 4096
 SECONDS_BETWEEN_TRIES = 1.0
-SMALLER = '[model] text_encoder_dtype = "nf4", or "float8"'
 FOREVER = timedelta(days=365)
 
 
@@ -228,7 +227,7 @@ def _fill_one(encoder: Encoder, wanted: dict[str, SampleVersion], job: CacheJob,
                 failures, busy = _encode({key: wanted[key] for key in missing}, encoder, job, store, tag)
                 truncated = getattr(encoder, "truncated", 0)
             except torch.OutOfMemoryError as error:
-                raise _without_room(encoder, job, error) from error
+                raise _without_room(error, encoder, job) from error
             finally:
                 encoder.unload()
                 if ranks.device.type == "cuda":
@@ -238,13 +237,17 @@ def _fill_one(encoder: Encoder, wanted: dict[str, SampleVersion], job: CacheJob,
     return CacheReport(encoder.name, *counts, busy, truncated, tuple(dict.fromkeys(failures)))
 
 
-def _without_room(encoder: Encoder, job: CacheJob, error: torch.OutOfMemoryError) -> UserError:
+def _without_room(error: torch.OutOfMemoryError, encoder: Encoder, job: CacheJob) -> UserError:
+    """The error of a GPU whose memory does not suffice for an encoder, with what to set."""
     said = ". ".join(str(error).split(". ")[:2])
-    ways = ["caching_batch_size = 1"] if job.batch_size > 1 else []
-    ways.append("smaller `resolutions`, or fewer frames, in the dataset" if reads_media(encoder) else SMALLER)
-    advice = "\n".join(f"    - {way}" for way in (*ways, "fill the cache on a larger card, by --cache_only"))
+    ways = ["`caching_batch_size = 1`"] if job.batch_size > 1 else []
+    if reads_text(encoder):
+        ways.append('`text_encoder_dtype = "nf4"` or "float8" in `[model]`')
+    if reads_media(encoder):
+        ways.append("smaller `resolutions` or shorter clips in the dataset's file")
     return UserError.of(
-        f"the GPU's memory does not suffice ({said}). What is encoded stays encoded. To need less:\n{advice}",
+        f"the GPU's memory does not suffice ({said}). What is encoded stays. Set {', '.join(ways)}, or fill the cache "
+        "on a larger GPU, by --cache_only",
         where=f"caching, {encoder.name}",
     )
 

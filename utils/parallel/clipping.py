@@ -63,11 +63,13 @@ def _scale(parameters: Iterable[nn.Parameter], limit: float, norm: torch.Tensor)
         torch.nn.utils.clip_grads_with_norm_(held, limit, norm)
 
 
-def by_layer(trained: Iterable[nn.Parameter], layers: Sequence[nn.Module]) -> list[list[nn.Parameter]]:
-    """The trained parameters of every layer that has some; those of several layers are in the first."""
+def by_layer(trained: Sequence[nn.Parameter], layers: Sequence[nn.Module]) -> list[list[nn.Parameter]]:
+    """The trained parameters of every layer that has some; those of several layers are in the first. In one order in
+    all runs, in which norms are summed."""
     left, found = set(trained), []
     for layer in layers:
         own = [parameter for parameter in layer.parameters() if parameter in left]
         left.difference_update(own)
         found.append(own)
-    return [own for own in [*found, list(left)] if own]
+    found.append([parameter for parameter in trained if parameter in left])
+    return [own for own in found if own]

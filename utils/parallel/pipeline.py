@@ -11,12 +11,22 @@ from typing import Any
 import torch
 from deepspeed.pipe import PipelineModule
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from utils.diffusion import seeds
 from utils.parallel.offload import HostInputs
 from utils.parallel.recompute import recomputed_positions, run_layer, run_recomputed
 from utils.parallel.remaking import Remaking, arrived, leaving
 from utils.parallel.swap import BlockSwap
+
+
+def draws_random_numbers(layers: nn.Module) -> bool:
+    """Whether a training step draws random numbers in some layer: by dropout of torch's, or in a module that says so
+    (`draws_random_numbers`)."""
+    return any(
+        (isinstance(module, _DropoutNd) and module.p > 0) or getattr(module, "draws_random_numbers", False)
+        for module in layers.modules()
+    )
 
 
 class DenoiserPipeline(PipelineModule):
@@ -63,7 +73,7 @@ class DenoiserPipeline(PipelineModule):
         self.seed = seed
         self.loss_terms = tuple(loss_terms)
         self.swap = swap or BlockSwap()
-        self.draws_random_numbers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
+        self.draws_random_numbers = draws_random_numbers(self)
         self.draw: tuple[object, ...] | None = None
         self._mode: bool | None = None
 

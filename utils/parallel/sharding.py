@@ -62,6 +62,7 @@ class Shares:
         written: those of which this data rank writes the values for all.
         divided: whether data ranks have different shares.
         divides_gradients: whether a gradient is kept by its parameter's owner alone.
+        is_stepping: whether the optimizer has begun a step, and not all that belongs to it is done.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Shares:
         at_home: Iterable[nn.Parameter] = (),
         apart: Iterable[nn.Parameter] = (),
     ):
-        self._ranks = ranks or Ranks()
+        self._ranks, self.is_stepping = ranks or Ranks(), False
         self.divided = zero_stage > 0 and self._ranks.data_ranks > 1
         self.divides_gradients = self.divided and zero_stage > 1
         sizes = {name: parameter.numel() for name, parameter in parameters.items()}
@@ -118,6 +119,7 @@ class Shares:
 
     def before_step(self) -> None:
         """Gives the optimizer the gradients of what it steps."""
+        self.is_stepping = True
         if self._host:
             self._host.take_gradients()
 
@@ -126,6 +128,7 @@ class Shares:
         if self._host:
             self._host.give_values()
         self.complete()
+        self.is_stepping = False
 
     def show_values(self) -> None:
         """The same, where what the optimizer has may change before its next step."""

@@ -14,6 +14,8 @@ from utils.run.folder import LATEST, checkpoints_before
 logger = logging.getLogger(__name__)
 
 FILES_TOLD = 20
+_NONE = "the weights stay as they were"
+_EACH_LAYER = "layers stay as they were whose gradients are not finite, and the others have moved"
 
 
 class NonFiniteSteps:
@@ -21,13 +23,15 @@ class NonFiniteSteps:
 
     Args:
         most: so many in a row are too many.
+        by_layer: whether each layer is stepped by itself, if its own gradient is finite.
 
     Attributes:
         in_all: since the start.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, *, by_layer: bool = False) -> None:
         self._most = most
+        self._stays = _EACH_LAYER if by_layer else _NONE
         self._in_a_row = 0
         self.in_all = 0
 
@@ -50,7 +54,7 @@ class NonFiniteSteps:
         self.in_all += 1
         names = list(dict.fromkeys(files()))
         more = f", and {len(names) - FILES_TOLD} more" if len(names) > FILES_TOLD else ""
-        kept = "the weights have moved" if isfinite(result.grad_norm) else "the weights stay as they were"
+        kept = "the weights have moved" if isfinite(result.grad_norm) else self._stays
         logger.warning(
             "step %d: loss %g, gradient norm %g: %s. Its samples: %s%s",
             step,

@@ -76,7 +76,8 @@ class Trainer:
     def __post_init__(self) -> None:
         settings = self.parts.settings
         self.checkpoints = Checkpoints(self.parts, self.epochs, self.resumed_from)
-        self.nonfinite = NonFiniteSteps(settings.max_nonfinite_steps)
+        by_layer = settings.optimizer.gradient_release
+        self.nonfinite = NonFiniteSteps(settings.max_nonfinite_steps, by_layer=by_layer)
         self.requests = FileRequests(self.parts.folder)
         self.lacks_export, self.exported = False, None
         self.owed = self.owed or Owed(self.progress)
@@ -119,13 +120,19 @@ class Trainer:
             group["lr"] = own
         watch = self.parts.stop.watch
         watch.at(Work(f"step {step + 1}, waiting for its data", self._files_of_step, lambda: None))
-        micro_batches = next(batches)
-        waited = time.monotonic() - started
         engine = self.parts.engine
-        watch.at(Work(f"step {step + 1}", self._files_of_step, lambda: engine.module.draw))
-        numbers = self.epochs.share(self.progress.epoch, self.progress.step_in_epoch, self.parts.ranks.data_rank)
-        with out_of_memory.told(self.parts.settings, self.parts.folder, f"step {step + 1}"):
+        taken = engine.global_steps
+        try:
+            micro_batches = next(batches)
+            waited = time.monotonic() - started
+            watch.at(Work(f"step {step + 1}", self._files_of_step, lambda: engine.module.draw))
+            numbers = self.epochs.share(self.progress.epoch, self.progress.step_in_epoch, self.parts.ranks.data_rank)
             result = engine.train_step(micro_batches, step, numbers)
+        except torch.OutOfMemoryError as error:
+            is_new = step > self.first_step and not self.saved and engine.global_steps == taken
+            saved = out_of_memory.save_before(error, self.parts, self.save_checkpoint) if is_new else out_of_memory.KEPT
+            where = self.parts.folder, f"step {step + 1}"
+            raise out_of_memory.explained(error, self.parts.settings, *where, saved) from error
         # All ranks have the same numbers.
         finite = self.nonfinite.follow(step + 1, result, partial(self._files_of_step, everywhere=True))
         if self.nonfinite.are_too_many:

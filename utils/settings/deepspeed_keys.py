@@ -82,7 +82,8 @@ def _read(value: Any) -> Any:
 def _from_file(name: str) -> dict[str, Any]:
     path = Path(name).expanduser()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        # Editors of Windows begin a file with a mark.
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

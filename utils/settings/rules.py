@@ -33,6 +33,8 @@ BATCH_KEYS = (
     "eval_micro_batch_size_per_gpu",
     "eval_image_micro_batch_size_per_gpu",
 )
+BUFFERS = 2
+"""The blocks for which a GPU has room while their weights are swapped."""
 WANDB_KEYS = ("wandb_api_key", "wandb_tracker_name", "wandb_run_name")
 # Keys of [model] that only some values of another make use of.
 USED_WITH: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
@@ -105,15 +107,6 @@ def _recomputed_blocks_are_asked_for(settings: Settings, _: int) -> Iterator[Pro
         yield at(
             "key `activation_checkpointing_every_n_blocks`",
             "is for activation_checkpointing only; set that, or leave this out",
-        )
-
-
-def _budget_is_used(settings: Settings, _: int) -> Iterator[Problem]:
-    if settings.memory_budget_gb and "auto" not in (settings.activation_checkpointing, settings.blocks_to_swap):
-        yield at(
-            "key `memory_budget_gb`",
-            'is for "auto" only; set activation_checkpointing = "auto", blocks_to_swap = "auto" or both, or leave this '
-            "out",
         )
 
 
@@ -341,7 +334,15 @@ def _blocks_are_swapped(settings: Settings) -> Iterator[Problem]:
         yield at("key `disable_block_swap_for_eval`", "not used without blocks_to_swap")
 
 
-_HARMLESS = (_eval_keys_have_data, _wandb_is_enabled, _blocks_are_swapped, names_are_used)
+def _swap_saves_memory(settings: Settings) -> Iterator[Problem]:
+    swapped = settings.blocks_to_swap
+    numbers = [] if swapped == "auto" else swapped if isinstance(swapped, list) else [swapped]
+    if settings.adapter and not settings.divides_weights and any(0 < number <= BUFFERS for number in numbers):
+        message = "saves nothing where it is 1 or 2, since two blocks' room stays on the GPU; write 3 or more, or 0"
+        yield at("key `blocks_to_swap`", message)
+
+
+_HARMLESS = (_eval_keys_have_data, _wandb_is_enabled, _blocks_are_swapped, _swap_saves_memory, names_are_used)
 _RULES = (
     SettingsRule(("partition_split", "partition_method", "pipeline_stages"), _split_fits_method),
     SettingsRule(("pipeline_stages",), _stages_divide_world),
@@ -352,7 +353,6 @@ _RULES = (
     SettingsRule(
         ("activation_checkpointing", "activation_checkpointing_every_n_blocks"), _recomputed_blocks_are_asked_for
     ),
-    SettingsRule(("memory_budget_gb", "activation_checkpointing", "blocks_to_swap"), _budget_is_used),
     SettingsRule(("dataset",), _dataset_exists),
     SettingsRule(("eval_datasets",), _eval_paths_exist),
     SettingsRule(("eval_datasets",), _eval_data_is_named),

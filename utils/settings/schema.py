@@ -31,6 +31,7 @@ from utils.settings.values import (
     NotNegative,
     Part,
     Positive,
+    Recomputed,
     SettingsTable,
     Share,
     Steps,
@@ -83,7 +84,8 @@ class OptimizerSettings(SettingsTable):
     gradient_release: bool = False
     """Step each layer within the backward pass, as soon as its gradients are there, and let them go: saves the memory
     of all other gradients. For one micro-batch in a step, without a limit of the whole gradient's norm
-    (`gradient_clipping`), and for optimizers that step each parameter by itself."""
+    (`gradient_clipping`), and for optimizers that step each parameter by itself. Of a gradient that is not a finite
+    number, the step of that layer alone is left out."""
 
     def arguments(self) -> dict[str, Any]:
         """The keys of the algorithm itself."""
@@ -218,7 +220,7 @@ class Settings(SettingsTable):
     keep_checkpoints: Count | None = None
     """Number of newest checkpoints to keep; older ones are removed, except for the one from which the run went on;
     default: keep all."""
-    activation_checkpointing: bool | Literal["offload", "unsloth", "auto"] = False
+    activation_checkpointing: Recomputed = False
     """Recompute blocks in the backward pass, which takes less memory and about a third more time. With "offload" (also
     called "unsloth") the blocks' inputs, all that is kept of them, wait in the machine's memory, which costs little
     more time where a block computes longer than they travel. With "auto", what the card's memory asks for."""
@@ -227,7 +229,7 @@ class Settings(SettingsTable):
     memory the larger n is."""
     compile: bool = False
     """Compile the repeated blocks when they first run (torch.compile), which takes a minute or more and is to make each
-    step shorter; needs a C++ compiler."""
+    step shorter; needs a C compiler, and on a processor one of C++."""
     attention: Literal["auto", "sdpa", "flash", "flash3", "xformers"] = "auto"
     """Kernels of the denoiser's attention on a GPU: torch's ("auto" or "sdpa"; cuDNN's where they are right, since they
     are the fastest on an H200), or those of flash-attn, flash-attn 3 or xFormers, except where there is a mask. Only

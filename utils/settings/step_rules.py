@@ -26,9 +26,10 @@ def _weights_are_divided_in_one_stage(settings: Settings, _: int) -> Iterator[Pr
     if not settings.divides_weights:
         return
     if settings.pipeline_stages > 1:
+        stage = 1 if settings.swaps_trained else DIVIDES_GRADIENTS
         yield at(
             "key `zero_stage`",
-            "divides weights among data ranks, and pipeline_stages divide them already: set zero_stage = 2, or "
+            f"divides weights among data ranks, and pipeline_stages divide them already: set zero_stage = {stage}, or "
             "pipeline_stages = 1",
         )
     if settings.disable_block_swap_for_eval:
@@ -108,7 +109,10 @@ STEP_RULES = (
     SettingsRule(("force_constant_lr", "optimizer", "adapter.*", "model.*"), _one_rate_has_no_others),
     SettingsRule(("adapter.*", "offload_optimizer"), _limited_norms_stay),
     SettingsRule(("blocks_to_swap", "adapter", "zero_stage"), _gradients_at_home_are_not_divided),
-    SettingsRule(("zero_stage", "pipeline_stages", "disable_block_swap_for_eval"), _weights_are_divided_in_one_stage),
+    SettingsRule(
+        ("zero_stage", "pipeline_stages", "disable_block_swap_for_eval", "blocks_to_swap", "adapter"),
+        _weights_are_divided_in_one_stage,
+    ),
     SettingsRule(
         (
             "optimizer.gradient_release",

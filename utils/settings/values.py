@@ -119,6 +119,10 @@ SwappedBlocks = Annotated[
     Natural | Annotated[list[Natural], Field(min_length=1)] | Literal["auto"],
     or_else('must be a number of blocks, a list with a number for each stage as in [10, 12], or "auto"'),
 ]
+Recomputed = Annotated[
+    bool | Literal["offload", "unsloth", "auto"],
+    or_else('must be true, false, "offload", "unsloth" or "auto"'),
+]
 ZeroStage = Annotated[
     Annotated[int, Field(ge=0, le=3)],
     or_else("must be 0, 1, 2 or 3"),

@@ -142,6 +142,7 @@ def test_an_optimizer_for_gpus_alone_swaps_nothing(folder: Path) -> None:
     with pytest.raises(UserError, match="nothing fits") as caught:
         fit(planner, 2.0 * GIB)
     assert f"blocks_to_swap = {BLOCKS}" not in str(caught.value)
+    assert 'No block is swapped: the processor would step it, and "adamw8bit" runs on GPUs only' in str(caught.value)
 
 
 def test_without_a_gpu_and_a_budget_there_is_no_limit(folder: Path) -> None:
@@ -167,6 +168,15 @@ def test_what_stays_of_a_full_fine_tune_may_be_stepped_by_the_processor_too(fold
     less = total(offloading, activation_checkpointing="offload", blocks_to_swap=BLOCKS)
     assert less < total(plain, activation_checkpointing="offload", blocks_to_swap=BLOCKS)
     assert chosen(fit(offloading, card_for(less))) == ("offload", BLOCKS)
+
+
+def test_the_largest_micro_batch_counts_and_not_the_largest_sample(folder: Path) -> None:
+    """Small samples may be trained and evaluated in larger micro-batches."""
+    small, large = Bucket(512, 512, 1), Bucket(1024, 1024, 1)
+    alike, more = (planner_of(folder, micro_batch_size_per_gpu=size) for size in (1, [[512, 16], [1024, 1]]))
+    assert (alike.bucket, more.bucket) == (large, small) and "512x512x1, 16 samples at once" in more.text(more.settings)
+    assert "at once" not in alike.text(alike.settings)
+    assert total(more) > 1.5 * total(alike)
 
 
 def test_a_stage_steps_at_home_what_is_swapped_of_it(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import train as train_py
 from models.assembly import data, room
 from models.assembly.encoder_needs import Need
 from models.assembly.memory import GIB, Planner, StagePlan
@@ -17,12 +19,14 @@ from models.assembly.room import MARGIN, NO_LIMIT, SHARE, check_caching, check_p
 from models.assembly.stage import partition
 from tests.models import tiny_flux
 from tests.models.tiny_folder import settings_of
+from tests.runs import launch
 from tests.utils.dataset.conftest import plain_sample
 from utils.adapters.lora import LoraSettings
 from utils.dataset.encoding import CacheJob, lacks
 from utils.dataset.samples import Bucket
 from utils.errors import UserError
-from utils.ranks import Ranks
+from utils.ranks import Ranks, disconnect
+from utils.run.signals import StopRequests
 from utils.settings.dataset_schema import DatasetSettings
 
 PICTURE = Bucket(64, 64, 1)
@@ -188,3 +192,27 @@ def test_a_run_looks_for_room_only_if_it_has_something_to_encode(
     monkeypatch.setattr(room, "card_of", lambda _: 1024.0)
     encoded()
     assert lacks(flux.encoders()[1], [plain_sample("b", PICTURE)], CacheJob(tmp_path / "cache", tmp_path, Ranks()))
+
+
+def test_what_cannot_be_trained_is_told_before_anything_is_encoded(
+    write_config: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever only fills the cache may train on another card."""
+    keys = {"activation_checkpointing": "auto", "blocks_to_swap": "auto", "memory_budget_gb": 0.5}
+    config = str(write_config(**keys))
+    caplog.set_level(logging.INFO)
+
+    def run(*words: str) -> None:
+        try:
+            train_py.run(train_py.parse_arguments(["--config", config, *words]), Ranks(), StopRequests(), 0.0)
+        finally:
+            disconnect()
+
+    with pytest.raises(UserError, match="nothing can be planned with, since 1 GiB and 4% are left.*nothing fits"):
+        run()
+    assert not any("encoded=" in told for told in caplog.messages)
+    run("--cache_only")
+    assert any("encoded=" in told for told in caplog.messages)
+    # With everything cached it is found with the plan, by the main rank, and all leave together.
+    codes, log = launch(Path(config), processes=2)
+    assert codes == [1, 1] and log.count("nothing fits") == 1 and "in vain" not in log

@@ -366,3 +366,22 @@ def test_float32_factors_multiply_in_the_type_of_their_input(name: str, keys: di
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     """The largest difference, in parts of the largest value."""
     return ((one.float() - other.float()).abs().max() / other.float().abs().max()).item()
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "difference"])
+@pytest.mark.parametrize("key", ["", "dropout", "rank_dropout", "module_dropout", "dylora_unit"])
+def test_what_draws_random_numbers_in_training_says_so(name: str, key: str) -> None:
+    """Else no seed would be set for it: a recomputed block would leave out something else in its second run, and no run
+    would repeat another."""
+    from utils.parallel.pipeline import draws_random_numbers
+
+    settings = adapters.find(name).settings
+    if key and key not in settings.model_fields:
+        return
+    drawn = {key: 1 if key == "dylora_unit" else 0.5} if key else {}
+    adapted = initialised(settings(type=name, **{**VARIANTS[name][0], **drawn}))
+    x = normal((5, 4), 0, "x")
+    before = torch.get_rng_state()
+    adapted(x)
+    assert torch.equal(torch.get_rng_state(), before) is not bool(key)
+    assert draws_random_numbers(adapted) is bool(key)

@@ -194,20 +194,32 @@ def test_an_encoders_own_error_is_raised_and_what_was_done_is_kept(pictures, cac
     assert counts(filled(MeanEncoder(), samples, cache)) == (6, 4, 2, 0)
 
 
-class Full(MeanEncoder):
-    def encode(self, *, pixels):
-        if len(self.batches) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free.")
-        return super().encode(pixels=pixels)
+@pytest.mark.parametrize(
+    ("encoder", "size", "ways"),
+    [
+        (
+            MeanEncoder,
+            2,
+            "Set `caching_batch_size = 1`, smaller `resolutions` or shorter clips in the dataset's file, or",
+        ),
+        (
+            LengthEncoder,
+            1,
+            'Set `text_encoder_dtype = "nf4"` or "float8" in `[model]`, or fill the cache on a larger GPU',
+        ),
+    ],
+)
+@pytest.mark.parametrize("method", ["load", "encode"])
+def test_a_gpu_that_is_too_small_is_told_with_what_to_set(pictures, cache, encoder, size, ways, method, monkeypatch):
+    def full(*_, **inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity")
 
-
-def test_a_full_gpu_is_told_with_what_would_need_less(pictures, cache):
-    samples, full = samples_of(dataset_of(pictures), cache), Full()
-    with pytest.raises(UserError, match=r"caching, vae: .*Tried to allocate 2.00 GiB\)") as told:
-        filled(full, samples, cache, batch_size=2)
-    assert "caching_batch_size = 1" in str(told.value) and "resolutions" in str(told.value)
-    assert full.unloads == 1
-    assert counts(filled(MeanEncoder(), samples, cache)) == (6, 4, 2, 0)
+    monkeypatch.setattr(encoder, method, full)
+    with pytest.raises(UserError) as caught:
+        filled(encoder(), samples_of(dataset_of(pictures), cache), cache, batch_size=size)
+    told = str(caught.value)
+    assert f"caching, {encoder.name}: the GPU's memory does not suffice (CUDA out of memory. Tried to all" in told
+    assert ways in told
 
 
 class Stopped(Exception):

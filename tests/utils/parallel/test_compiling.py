@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -13,6 +15,7 @@ from torch._dynamo.utils import counters
 
 from models.foundation.layers.chain import Middle
 from utils.diffusion.seeds import normal
+from utils.errors import UserError
 from utils.parallel import compiling
 from utils.parallel.homes import BlockHomes
 from utils.parallel.recompute import run_layer, run_recomputed
@@ -146,3 +149,20 @@ def test_only_blocks_are_compiled() -> None:
     entry, block = nn.Linear(2, 2), Middle(Block(), {"x": "x_BTD"}, ("x_BTD",))
     compiling.compile_blocks([entry, block])
     assert entry._compiled_call_impl is None and block.block._compiled_call_impl is not None
+
+
+@pytest.mark.parametrize(("device", "variable", "usual"), [("cpu", "CXX", "g++"), ("cuda", "CC", "clang or gcc")])
+def test_a_compiler_that_is_not_there_is_told_before_anything_is_loaded(
+    device: str, variable: str, usual: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=f"key `compile`: needs a .* compiler, and there is no {re.escape(usual)}:"):
+        compiling.check_compiler(device)
+    own = tmp_path / "own"
+    monkeypatch.setenv(variable, str(own))
+    with pytest.raises(UserError, match=f"there is no {own}: .* variable {variable}"):
+        compiling.check_compiler(device)
+    own.write_text("")
+    own.chmod(0o755)
+    compiling.check_compiler(device)

@@ -12,6 +12,7 @@ from optimizers.adamw import AdamW
 from tests.processes import run_ranks
 from tests.utils.parallel import toy_flux
 from utils.adapters.attach import base_name
+from utils.parallel.clipping import by_layer
 from utils.ranks import Ranks
 from utils.settings.model_schema import ModelSettings
 from utils.settings.rules import check_rules
@@ -71,6 +72,13 @@ def train_in(ranks: Ranks, folder: Path, released: bool, by: str, clip: float) -
         results += [result.loss, result.grad_norm]
     weights = {name: p.detach().numpy().copy() for name, p in trained.items()}
     return {"results": results, "weights": weights, "most": most, "layers": per_layer}
+
+
+def test_norms_are_summed_in_one_order_in_all_runs() -> None:
+    """Where a set orders parameters by their addresses, the last bit of a layer's norm differs from run to run."""
+    trained = [torch.nn.Parameter(torch.zeros(1)) for _ in range(64)]
+    ((*found,),) = by_layer(trained, layers=())
+    assert [id(parameter) for parameter in found] == [id(parameter) for parameter in trained]
 
 
 @pytest.mark.parametrize(("stages", "data_ranks"), [(1, 1), (2, 1), (1, 2)])

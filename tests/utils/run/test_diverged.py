@@ -15,9 +15,10 @@ import train as train_py
 from tests.runs import metrics, only_run
 from utils.errors import UserError
 from utils.parallel import wire
-from utils.parallel.engine import Engine
+from utils.parallel.engine import Engine, StepResult
 from utils.ranks import Ranks, disconnect
 from utils.run.export import load_file
+from utils.run.nonfinite import NonFiniteSteps
 from utils.run.signals import StopRequests
 
 
@@ -90,3 +91,13 @@ def test_weights_that_are_no_numbers_are_not_saved(
     with pytest.raises(UserError, match="step 3: .*nothing was saved since") as error:
         train_with_nan(config, monkeypatch, ())
     assert f"the newest is --resume_from_checkpoint {only_run(config)}/global_step" in str(error.value)
+
+
+def test_a_step_by_layers_is_left_out_by_layers_too(caplog: pytest.LogCaptureFixture) -> None:
+    """With `gradient_release` those before the spoilt one are stepped when it is found."""
+    spoilt = StepResult(loss=1.0, grad_norm=math.nan)
+    for by_layer, said in ((False, "the weights stay as they were"), (True, "and the others have moved")):
+        caplog.clear()
+        assert not NonFiniteSteps(most=2, by_layer=by_layer).follow(1, spoilt, lambda: ["a.png"])
+        (told,) = caplog.messages
+        assert said in told and ("have moved" in told) is by_layer

@@ -72,6 +72,12 @@ def test_what_is_no_configuration_is_told(folder: Folder, content: str | None, t
     assert told in refused(folder, "deepspeed_config = 'ds.json'")
 
 
+def test_a_file_may_begin_with_the_mark_of_windows_editors(folder: Folder) -> None:
+    folder.write("ds.json", "\ufeff" + json.dumps(TAKEN))
+    found = read_settings(folder.run(top="deepspeed_config = 'ds.json'"), CHOICES)
+    assert found.deepspeed_config == DeepSpeedSettings.model_validate(TAKEN)
+
+
 def test_no_key_is_both_taken_and_refused() -> None:
     taken = DeepSpeedSettings.model_fields.keys()
     assert not taken & INSTEAD.keys() and not taken & REFUSED.keys() and not INSTEAD.keys() & REFUSED.keys()

@@ -125,7 +125,6 @@ LORA = "[adapter]\ntype = 'lora'\nrank = 1"
             "key `stage_weights`",
             "not used beside partition_split",
         ),
-        ({"top": "memory_budget_gb = 24"}, "key `memory_budget_gb`", 'for "auto" only'),
         (
             {"top": "activation_checkpointing_every_n_blocks = 2"},
             "key `activation_checkpointing_every_n_blocks`",
@@ -156,6 +155,27 @@ def test_what_is_said_in_vain_is_told_and_no_problem(
     (remark,) = remarks_on_run(settings, "run.toml")
     assert (remark.file, remark.where) == ("run.toml", where)
     assert remark.message.startswith("not used") and words in remark.message
+
+
+@pytest.mark.parametrize(
+    ("top", "adapted", "told"),
+    [
+        ("blocks_to_swap = 2", True, True),
+        ("blocks_to_swap = [3, 1]\npipeline_stages = 2", True, True),
+        ("blocks_to_swap = 3", True, False),
+        ("blocks_to_swap = [0, 3]\npipeline_stages = 2", True, False),
+        ("blocks_to_swap = 'auto'", True, False),
+        # Their pieces, or their optimizer state, leave the GPU.
+        ("blocks_to_swap = 2\nzero_stage = 3", True, False),
+        ("blocks_to_swap = 2", False, False),
+    ],
+)
+def test_as_many_swapped_blocks_as_there_is_room_for_are_told(
+    folder: Folder, top: str, adapted: bool, told: bool
+) -> None:
+    tables = "[adapter]\ntype = 'lora'\nrank = 2" if adapted else ""
+    settings = read_settings(folder.run(top=top, tables=tables), CHOICES)
+    assert [one.where for one in remarks_on_run(settings)] == ["key `blocks_to_swap`"] * told
 
 
 @pytest.mark.parametrize(

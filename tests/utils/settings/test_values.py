@@ -7,8 +7,13 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from utils.settings.values import Duration
+from utils.settings.adapter_schema import AdapterSettings
+from utils.settings.model_schema import ModelSettings
+from utils.settings.run_tables import EMASettings, MonitoringSettings, SamplingSettings
+from utils.settings.schema import OptimizerSettings, Settings
+from utils.settings.values import Duration, SettingsTable
 
+TABLES = (EMASettings, MonitoringSettings, SamplingSettings)
 MINUTES = TypeAdapter(Duration)
 
 
@@ -24,3 +29,15 @@ def test_a_time_is_minutes_or_a_text(written: Any, minutes: float) -> None:
 def test_what_is_no_time_is_told(written: Any) -> None:
     with pytest.raises(ValidationError, match='must be a time as in "3h50m", or a number of minutes'):
         MINUTES.validate_python(written, strict=True)
+
+
+@pytest.mark.parametrize("table", [Settings, ModelSettings, AdapterSettings, OptimizerSettings, *TABLES])
+@pytest.mark.parametrize("wrong", ["no such value", 1.5, {"x": {"y": 1}}, [["a"]]])
+def test_of_several_types_one_message_is_told(table: type[SettingsTable], wrong: Any) -> None:
+    """And under the key's own name, not once for each type under a name that nobody has written."""
+    for key in table.model_fields:
+        try:
+            table.__pydantic_validator__.validate_assignment(table.model_construct(), key, wrong)
+        except ValidationError as error:
+            told = [one["loc"] for one in error.errors()]
+            assert not [part for place in told for part in place if "[" in str(part) or part in ("bool", "int")], told
