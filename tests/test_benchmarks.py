@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.benchmarks import overhead, startup
+from tests.benchmarks import loading, overhead, startup, travelling
 from tests.benchmarks.gpu import full_size
 from tests.benchmarks.gpu.__main__ import within
+from tests.benchmarks.setting import MINI_FLUX
 from tests.models.sized import FullSize, pooled_of, text_of, vae_of
 from tests.processes import run_ranks
 from tests.utils.parallel import toy_flux
@@ -90,3 +91,26 @@ def test_a_part_that_takes_too_long_leaves_nothing_running(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
     assert within(10, [sys.executable, "-c", "raise SystemExit(3)"]) == "exit code 3"
     assert within(10, [sys.executable, "-c", "pass"]) is None
+
+
+def sent(ranks: Ranks) -> dict[str, float]:
+    """Job of a rank: the benchmark of gradients that travel, with little to compute."""
+    travelling.BLOCKS, travelling.WIDTH, travelling.ROUNDS, travelling.STEPS = 3, 8, 4, 1
+    travelling.LINK_SECONDS = 0.001
+    return travelling.steps(ranks)
+
+
+def test_gradients_are_sent_over_the_link_that_is_made_up() -> None:
+    for seconds in run_ranks(sent, 2):
+        assert seconds.keys() == travelling.WAYS.keys() and min(seconds.values()) > 0
+    assert seconds["behind the pass"] > 0.001
+
+
+def loaded(ranks: Ranks, folder: Path) -> tuple[float, float]:
+    """Job of a rank: the benchmark of loading, with a model that is there."""
+    return loading.load(ranks, folder, True, {}, {"zero_stage": 3})
+
+
+def test_what_is_loaded_is_measured() -> None:
+    for peak, kept in run_ranks(loaded, 2, MINI_FLUX):
+        assert peak > 0 and kept > 0

@@ -21,6 +21,7 @@ BENCHMARKS = (
     "wire",
     "balance",
     "travelling",
+    "loading",
     "checkpoint",
 )
 

@@ -31,7 +31,7 @@ from utils.run.signals import StopRequests
 from utils.run.trainer import Trainer
 
 BLOCKS, STEPS = 12, 10
-LIMIT = 1.06
+LIMIT = 1.05
 
 
 def measure() -> Iterator[str]:
