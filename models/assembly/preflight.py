@@ -6,7 +6,10 @@ import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
 
 import optimizers
 from models.assembly import plan
@@ -57,25 +60,29 @@ VALUES = {"log_snr": 'timestep_sample_method = "log_snr"'}
 """How an option is written if only one of its values makes demands."""
 
 
-def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline, trains: bool = True) -> StagedModel:
+def check_run(
+    settings: Settings, ranks: Ranks, pipeline: BasePipeline, trains: bool = True, *, elsewhere: bool = False
+) -> StagedModel:
     """Whether everything except the data fits, so that hours of encoding do not end in a mistake that could have been
     found before; tells what may surprise. Returns the denoiser without weights, adapted and cut as the settings ask.
 
     Args:
         trains: whether the run trains, and has metrics to file.
+        elsewhere: whether it may be for another machine: what only a GPU can do is a warning then, where there is none.
 
     Raises:
         UserError: lists what does not fit.
     """
     if ranks.is_main and trains:
         check_account(settings.monitoring)
-    check_optimizer(settings, ranks)
+    on_device = partial(_check_device, ranks.device, elsewhere=elsewhere)
+    on_device(lambda device: check_optimizer(settings, device))
     staged = check_model(settings, pipeline)
     if optimizers.find(settings.optimizer.type).sums:
         rates = Rates(settings, pipeline, staged.denoiser)
         rates.check_alike(staged.trained(staged.layers), settings.optimizer.type)
     optimizers.warn_of_lost_steps(settings.optimizer, staged.trained(staged.layers))
-    check_kernels(settings.attention, staged.denoiser, ranks.device.type, pipeline.dtype)
+    on_device(lambda device: check_kernels(settings.attention, staged.denoiser, device.type, pipeline.dtype))
     if settings.compile:
         check_compiler(ranks.device.type)
     for option, remark in pipeline.remarks():
@@ -83,8 +90,21 @@ def check_run(settings: Settings, ranks: Ranks, pipeline: BasePipeline, trains: 
     return staged
 
 
-def check_optimizer(settings: Settings, ranks: Ranks) -> None:
-    """Whether the optimizer can run where it is to run, and with the run's schedule, which there is.
+def _check_device(device: torch.device, check: Callable[[torch.device], None], *, elsewhere: bool) -> None:
+    """Whether the device can do something; see `check_run`."""
+    try:
+        check(device)
+    except UserError as error:
+        if not elsewhere or device.type == "cuda":
+            raise
+        check(torch.device("cuda"))
+        for problem in error.problems:
+            logger.warning("%s: %s; the plan is for a machine with a GPU", problem.where, problem.message)
+
+
+def check_optimizer(settings: Settings, device: torch.device) -> None:
+    """Whether the optimizer can run on this process's device, or where it is to run, and with the run's schedule, which
+    there is.
 
     Raises:
         UserError: it cannot; says why, and what to do.
@@ -94,7 +114,7 @@ def check_optimizer(settings: Settings, ranks: Ranks) -> None:
     if settings.swaps_trained and settings.blocks_to_swap != "auto":
         reason = "the processor takes the steps of swapped blocks of a full fine-tune: "
         optimizers.check(settings.optimizer, "cpu", reason)
-    optimizers.check(settings.optimizer, ranks.device)
+    optimizers.check(settings.optimizer, device)
     schedules.check(settings)
     optimizers.check_schedule(settings)
     optimizers.check_steps(settings)
@@ -147,7 +167,7 @@ def show_plan(settings: Settings, ranks: Ranks, pipeline: BasePipeline, sources:
 
     def check() -> None:
         nonlocal staged
-        staged = check_run(settings, ranks, pipeline)
+        staged = check_run(settings, ranks, pipeline, elsewhere=True)
         verify(settings, pipeline, scan.index.parent, Ranks(), scan.raise_if_stopping)
 
     def look() -> None:

@@ -88,7 +88,7 @@ def test_each_process_tries_it_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(by_path, "tried", lambda settings, device: tried.append(device))
     settings = run_with({"type": "torch.optim.Adamax", "lr": 0.1})
-    check_optimizer(settings, Ranks(rank=1, world_size=2, local_rank=1))
+    check_optimizer(settings, Ranks(rank=1, world_size=2, local_rank=1).device)
     assert tried == [torch.device("cuda", 1)]
 
 

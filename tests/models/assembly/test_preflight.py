@@ -150,6 +150,21 @@ def test_an_optimizer_of_the_gpu_does_not_step_in_the_machines_memory(folder: Pa
         check_run(swapping, Ranks(), flux)
 
 
+def test_what_needs_a_gpu_is_planned_where_there_is_none(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`--check` may look at the file of a run for another machine."""
+    flux = tiny_flux.pipeline(folder)
+    settings = settings_of(flux, LoraSettings(type="lora", rank=1))
+    eight_bit = settings.model_copy(update={"optimizer": AdamW8bitSettings(type="adamw8bit", lr=1e-3)})
+    with pytest.raises(UserError, match='"adamw8bit" runs on GPUs only'):
+        check_run(eight_bit, Ranks(), flux)
+    assert check_run(eight_bit, Ranks(), flux, elsewhere=True).denoiser
+    assert '[optimizer] type: "adamw8bit" runs on GPUs only' in caplog.text and "machine with a GPU" in caplog.text
+    with pytest.raises(UserError, match="offload_optimizer lets the processor"):
+        check_run(eight_bit.model_copy(update={"offload_optimizer": True}), Ranks(), flux, elsewhere=True)
+    with pytest.raises(UserError, match="flash_attn, which is not installed|computes in 16 bits alone"):
+        check_run(settings.model_copy(update={"attention": "flash"}), Ranks(), flux, elsewhere=True)
+
+
 def test_a_library_that_is_missing_is_told_before_anything_is_loaded(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
