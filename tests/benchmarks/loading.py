@@ -6,22 +6,20 @@ since the system takes them back. The references are all of the stage, and what 
 
 from __future__ import annotations
 
-import gc
 import json
 import tempfile
-import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
 
+from tests.own_memory import MIB, Watch
 from tests.processes import run_ranks
 from utils.ranks import Ranks
 
-MIB = 2**20
 SHAPE = {
     "num_layers": 4,
     "num_single_layers": 8,
@@ -38,33 +36,6 @@ CASES: dict[str, tuple[bool, dict[str, Any], dict[str, Any]]] = {
     "in full, all blocks swapped": (False, {}, {"blocks_to_swap": BLOCKS}),
 }
 """Name -> whether there is an adapter, keys of [model], keys of the run."""
-ROLLUP = Path("/proc/self/smaps_rollup")
-SECONDS_BETWEEN_LOOKS = 0.003
-
-
-class Peak:
-    """A context in which the most is noted that this process holds beyond what it held before: bytes of anonymous
-    memory, which is neither a file's nor shared."""
-
-    def __enter__(self) -> Self:
-        gc.collect()
-        self._before, self.bytes, self._over = _anonymous(), 0, threading.Event()
-        self._looking = threading.Thread(target=self._look)
-        self._looking.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._looking.join()
-
-    def _look(self) -> None:
-        while not self._over.wait(SECONDS_BETWEEN_LOOKS):
-            self.bytes = max(self.bytes, _anonymous() - self._before)
-
-
-def _anonymous() -> int:
-    line = next(line for line in ROLLUP.read_text().splitlines() if line.startswith("Anonymous:"))
-    return int(line.split()[1]) * 1024
 
 
 def measure() -> Iterator[str]:
@@ -94,8 +65,8 @@ def load(ranks: Ranks, folder: Path, adapted: bool, model: dict[str, Any], keys:
 
     flux = tiny_flux.pipeline(folder, dtype="bfloat16", **model)
     settings = settings_of(flux, LoraSettings(type="lora", rank=4) if adapted else None, **keys)
-    with Peak() as peak:
+    with Watch() as watch:
         homes = partial(homes_of, settings, ranks, trained=not adapted)
         staged = load_stage(flux, settings, ranks.stage, homes, ranks=ranks)
         swap = block_swap(settings, staged.homes)
-    return peak.bytes / MIB, sum(block.home.nbytes for block in swap._blocks) / MIB
+    return watch.most / MIB, sum(block.home.nbytes for block in swap._blocks) / MIB
