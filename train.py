@@ -226,14 +226,14 @@ def train(trainer: Trainer) -> bool:
     first, last = trainer.progress.step, trainer.last_step
     run = trainer.parts
     report = StepReporter(first, last, run.settings.steps_per_print, run.ranks.is_main)
-    batches = trainer.prefetched()
-    while trainer.progress.step < last and not stopped:
-        done, values = trainer.step(batches)
-        run.metrics.scalars(values, done.step)
-        report.step(done.step, done.epoch, values)
-        stopped = trainer.advance(done)
+    with trainer.prefetched() as batches:
+        while trainer.progress.step < last and not stopped:
+            done, values = trainer.step(batches)
+            run.metrics.scalars(values, done.step)
+            report.step(done.step, done.epoch, values)
+            stopped = trainer.advance(done)
     report.close()
-    trainer.end(batches, stopped)
+    trainer.end(stopped)
     return not stopped
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from tests.benchmarks import loading, overhead, startup, travelling
 from tests.benchmarks.gpu import full_size
@@ -34,14 +37,16 @@ def stepped(ranks: Ranks, folder: str) -> tuple[int, int]:
     how often it was told to read on within one."""
     disconnect()
     trainer = overhead.built_trainer(Path(folder), pictures=64)
-    batches, told = trainer.prefetched(), []
-    read_on = trainer.parts.engine.beside_backward
-    trainer.parts.engine.beside_backward = lambda: told.append(read_on())
-    for _ in range(2):
-        overhead.trainer_step(trainer, batches)
+    told, threads = [], threading.active_count()
+    with pytest.raises(KeyboardInterrupt), trainer.prefetched() as batches:
+        read_on = trainer.parts.engine.beside_backward
+        assert read_on == batches.go_on
+        trainer.parts.engine.beside_backward = lambda: told.append(read_on())
+        for _ in range(2):
+            overhead.trainer_step(trainer, batches)
+        raise KeyboardInterrupt
+    assert threading.active_count() == threads, "whatever ends it, nobody reads on"
     overhead.bare_step(trainer)()
-    batches.close()
-    assert read_on == batches.go_on
     return trainer.progress.step, len(told)
 
 

@@ -40,13 +40,12 @@ def measure() -> Iterator[str]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         trainer = built_trainer(Path(folder))
-        batches = trainer.prefetched()
         bare = bare_step(trainer)
         times: dict[str, list[float]] = {"trainer": [], "bare": []}
-        for _ in range(BLOCKS + 1):
-            times["trainer"].append(_block(lambda: trainer_step(trainer, batches)))
-            times["bare"].append(_block(bare))
-        batches.close()
+        with trainer.prefetched() as batches:
+            for _ in range(BLOCKS + 1):
+                times["trainer"].append(_block(lambda: trainer_step(trainer, batches)))
+                times["bare"].append(_block(bare))
         trainer.parts.metrics.close()
         disconnect()
     medians = {name: statistics.median(values[1:]) / STEPS for name, values in times.items()}

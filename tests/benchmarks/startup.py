@@ -72,10 +72,9 @@ def parts(config: str) -> Iterator[tuple[str, float]]:
     yield "import of deepspeed", since()
     built = trainer.build_trainer(settings, ranks, pipeline, cached, stop, Path(config), ResumeFlags(), RunLock())
     yield "weights, engine, optimizer, TensorBoard", since()
-    batches = built.prefetched()
-    built.step(batches)
+    with built.prefetched() as batches:
+        built.step(batches)
     yield "first step", since()
-    batches.close()
     built.parts.metrics.close()
     of_run.disconnect()
 

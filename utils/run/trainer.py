@@ -6,6 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
@@ -17,7 +18,6 @@ import torch
 from optimizers.schedules import Schedule, warn_of_warmup
 from utils.dataset.batches import TrainingBatches
 from utils.dataset.epochs import Epochs
-from utils.dataset.read_ahead import ReadAhead
 from utils.errors import UserError
 from utils.parallel.engine import StepResult
 from utils.ranks import any_rank
@@ -96,13 +96,16 @@ class Trainer:
     def epochs(self) -> Epochs:
         return self.batches.epochs
 
-    def prefetched(self) -> Iterator[Any]:
-        """This data rank's micro-batches, step by step; None on a stage in the middle, which reads no data."""
-        if self.parts.ranks.is_first_stage or self.parts.ranks.is_last_stage:
-            batches = self.batches.iterate(self.progress.epoch, self.progress.step_in_epoch)
+    @contextmanager
+    def prefetched(self) -> Iterator[Iterator[Any]]:
+        """A context with this data rank's micro-batches, step by step; None on a stage in the middle, which reads no
+        data. Behind it, also after an error, nobody reads on."""
+        if not (self.parts.ranks.is_first_stage or self.parts.ranks.is_last_stage):
+            yield itertools.repeat(None)
+            return
+        with closing(self.batches.iterate(self.progress.epoch, self.progress.step_in_epoch)) as batches:
             self.parts.engine.beside_backward = batches.go_on
-            return batches
-        return itertools.repeat(None)
+            yield batches
 
     def step(self, batches: Iterator[Any]) -> tuple[Progress, dict[str, float]]:
         """One optimizer step on the next micro-batches. Returns the progress after it and its metrics. The time of a
@@ -352,11 +355,8 @@ class Trainer:
         if self.parts.ranks.is_main:
             logger.error("%s after step %d failed, and the run goes on: %s", duty.name, progress.step, reason)
 
-    def end(self, batches: Iterator[Any], stopped: bool) -> None:
-        """Stops the thread that reads ahead, does what is still asked for if no step was left, closes the metrics, and
-        tells how the run ended."""
-        if isinstance(batches, ReadAhead):
-            batches.close()
+    def end(self, stopped: bool) -> None:
+        """Does what is still asked for if no step was left, closes the metrics, and tells how the run ended."""
         if self.first_step == self.last_step and not stopped:
             epochs, to_train = self.progress.epoch, "" if self.owes else "; set epochs or max_steps higher"
             level = logging.INFO if self.owes else logging.WARNING
