@@ -186,6 +186,7 @@ def _engine(settings: Settings, ranks: Ranks, pipeline: BasePipeline, checkpoint
         staged.bounds,
         pipeline.stream_type,
         pipeline.maths.loss,
+        stages=staged.stages,
         loss_terms=pipeline.loss_terms,
         swap=block_swap(settings, staged.homes),
     )

@@ -276,6 +276,7 @@ def _engine(
         staged.bounds,
         pipeline.stream_type,
         pipeline.maths.loss,
+        stages=staged.stages,
         recompute=settings.recomputed_every,
         host=HostInputs() if settings.offloads else None,
         seed=settings.seed,

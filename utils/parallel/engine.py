@@ -35,10 +35,11 @@ from utils.parallel import wire
 from utils.parallel.backend import configuration
 from utils.parallel.breakdown import Breakdown
 from utils.parallel.clipping import Clipping, gradient_norms
-from utils.parallel.interleaved import InterleavedSchedule, Layout
+from utils.parallel.interleaved import Layout
 from utils.parallel.mail import StageMail
 from utils.parallel.pipeline import DenoiserPipeline
 from utils.parallel.release import GradientRelease, may_step
+from utils.parallel.schedules import InterleavedSchedule
 from utils.parallel.sharding import Shares
 from utils.parallel.step_numbers import StepNumbers, StepResult
 from utils.parallel.step_times import StepTimes

@@ -17,12 +17,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
-from deepspeed.runtime.pipe import schedule
-
 FORWARD_TIME, BACKWARD_TIME = 1, 2
+InFlight = tuple[int, tuple[int, ...]]
+"""Of a backward pass: its piece of the stage, and how many micro-batches have gone forward through each of the stage's
+pieces, and not back."""
 
 
 class Pass(NamedTuple):
@@ -115,9 +115,8 @@ def passes(layout: Layout, stage: int) -> list[Pass]:
     return [*forward[:ahead], *in_turn, *backward[len(forward) - ahead :]]
 
 
-def in_flight(layout: Layout, stage: int) -> set[tuple[int, tuple[int, ...]]]:
-    """At each backward pass of a stage: of which piece it is, and how many micro-batches have gone forward through
-    each of its pieces, and not back."""
+def in_flight(layout: Layout, stage: int) -> set[InFlight]:
+    """What there is at the backward passes of a stage."""
     counts, found = [0] * layout.pieces, set()
     for one in passes(layout, stage):
         if not one.forward:
@@ -204,49 +203,3 @@ def _with_under_way(steps: Sequence[Step], ways: Mapping[tuple[int, int], _OneWa
         sent_before[message.receiver] += 1
         received = bisect_left(ways[message.sender, message.receiver].times, message.sent_at, hi=number)
         yield step._replace(under_way=number - received)
-
-
-class InterleavedSchedule(schedule.PipeSchedule):
-    """The instructions of one stage. Each says of which `piece` of the stage it is, and one that sends how many
-    messages to the same stage may be `under_way` then."""
-
-    def __init__(self, layout: Layout, stage: int):
-        super().__init__(layout.micro_batches, layout.stages, stage)
-        self._layout = layout
-
-    def num_pipe_buffers(self) -> int:
-        """One for each micro-batch in each piece; they are names, and those that are not used are empty."""
-        return self._layout.micro_batches * self._layout.pieces
-
-    def steps(self) -> Iterator[list[schedule.PipeInstruction]]:
-        """See `PipeSchedule`. A step is a pass with what it receives and sends."""
-        yield from _instructions(self._layout)[self.stage_id]
-        if self._layout.trains:
-            yield [schedule.ReduceTiedGrads(), schedule.ReduceGrads(), schedule.OptimizerStep()]
-
-
-@lru_cache(maxsize=16)
-def _instructions(layout: Layout) -> list[list[list[schedule.PipeInstruction]]]:
-    """Of every step of every stage."""
-    return [[_of_step(layout, stage, step) for step in steps] for stage, steps in enumerate(steps_of_all(layout))]
-
-
-def _of_step(layout: Layout, stage: int, step: Step) -> list[schedule.PipeInstruction]:
-    def which(one: Pass) -> dict[str, int]:
-        return {"buffer_id": one.piece * layout.micro_batches + one.micro_batch, "piece": one.piece}
-
-    def receive(message: Message) -> schedule.PipeInstruction:
-        kind = schedule.RecvActivation if message.of.forward else schedule.RecvGrad
-        return kind(**which(message.of))
-
-    one = step.one
-    done = [receive(message) for message in step.before]
-    at_an_end = (stage, one.piece) in ((0, 0), (layout.stages - 1, layout.pieces - 1))
-    if one.forward and at_an_end:
-        done.append(schedule.LoadMicroBatch(**which(one)))
-    done.append((schedule.ForwardPass if one.forward else schedule.BackwardPass)(**which(one)))
-    done += [receive(message) for message in step.after]
-    if step.sent:
-        kind = schedule.SendActivation if one.forward else schedule.SendGrad
-        done.append(kind(**which(one), under_way=step.under_way))
-    return done

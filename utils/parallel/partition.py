@@ -17,9 +17,9 @@ Bounds = list[Range]
 """Those of all pieces of a model. A stage has one piece, or several where others have their turns between them."""
 
 
-def of_stage(bounds: Sequence[Range], stage: int, stages: int) -> tuple[Range, ...]:
-    """The pieces of one of so many stages."""
-    return tuple(bounds[stage::stages])
+def of_stage(of_pieces: Sequence[T], stage: int, stages: int) -> tuple[T, ...]:
+    """Of what all pieces have, that of the pieces of one of so many stages."""
+    return tuple(of_pieces[stage::stages])
 
 
 def within(ranges: Sequence[Range], of_layers: Sequence[T]) -> list[T]:
@@ -39,7 +39,7 @@ def stage_bounds(
     split: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
 ) -> Bounds:
-    """The half-open range of layers for every stage.
+    """The half-open range of layers for every stage, or for every piece of one.
 
     Args:
         method: "parameters" balances the number of parameters, frozen ones included, since under LoRA they take the

@@ -1,0 +1,58 @@
+"""What DeepSpeed's engine does in an interleaved pipeline, as its instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+from deepspeed.runtime.pipe import schedule
+
+from utils.parallel.interleaved import Layout, Message, Pass, Step, steps_of_all
+
+Instructions = list[schedule.PipeInstruction]
+
+
+class InterleavedSchedule(schedule.PipeSchedule):
+    """The instructions of one stage. Each says of which `piece` of the stage it is, and one that sends how many
+    messages to the same stage may be `under_way` then."""
+
+    def __init__(self, layout: Layout, stage: int):
+        super().__init__(layout.micro_batches, layout.stages, stage)
+        self._layout = layout
+
+    def num_pipe_buffers(self) -> int:
+        """One for each micro-batch in each piece; they are names, and those that are not used are empty."""
+        return self._layout.micro_batches * self._layout.pieces
+
+    def steps(self) -> Iterator[Instructions]:
+        """See `PipeSchedule`. A step is a pass with what it receives and sends."""
+        yield from _instructions(self._layout)[self.stage_id]
+        if self._layout.trains:
+            yield [schedule.ReduceTiedGrads(), schedule.ReduceGrads(), schedule.OptimizerStep()]
+
+
+@lru_cache(maxsize=16)
+def _instructions(layout: Layout) -> list[list[Instructions]]:
+    """Of every step of every stage."""
+    return [[_of_step(layout, stage, step) for step in steps] for stage, steps in enumerate(steps_of_all(layout))]
+
+
+def _of_step(layout: Layout, stage: int, step: Step) -> Instructions:
+    def which(one: Pass) -> dict[str, int]:
+        return {"buffer_id": one.piece * layout.micro_batches + one.micro_batch, "piece": one.piece}
+
+    def receive(message: Message) -> schedule.PipeInstruction:
+        kind = schedule.RecvActivation if message.of.forward else schedule.RecvGrad
+        return kind(**which(message.of))
+
+    one = step.one
+    done = [receive(message) for message in step.before]
+    at_an_end = (stage, one.piece) in ((0, 0), (layout.stages - 1, layout.pieces - 1))
+    if one.forward and at_an_end:
+        done.append(schedule.LoadMicroBatch(**which(one)))
+    done.append((schedule.ForwardPass if one.forward else schedule.BackwardPass)(**which(one)))
+    done += [receive(message) for message in step.after]
+    if step.sent:
+        kind = schedule.SendActivation if one.forward else schedule.SendGrad
+        done.append(kind(**which(one), under_way=step.under_way))
+    return done
