@@ -39,7 +39,7 @@ from utils.parallel.interleaved import Layout
 from utils.parallel.mail import StageMail
 from utils.parallel.pipeline import DenoiserPipeline
 from utils.parallel.release import GradientRelease, may_step
-from utils.parallel.schedules import InterleavedSchedule
+from utils.parallel.schedules import schedule_of, turns_of
 from utils.parallel.sharding import Shares
 from utils.parallel.step_numbers import StepNumbers, StepResult
 from utils.parallel.step_times import StepTimes
@@ -214,15 +214,15 @@ class Engine(PipelineEngine):
         return outputs
 
     def _train_schedule(self) -> schedule.PipeSchedule:
-        return self._interleaved(self.micro_batches, trains=True) or super()._train_schedule()
+        return schedule_of(Layout(self.num_stages, self.module.pieces, self.micro_batches), self.stage_id)
 
     def _inference_schedule(self, micro_batches: int) -> schedule.PipeSchedule:
-        return self._interleaved(micro_batches, trains=False) or super()._inference_schedule(micro_batches)
+        layout = Layout(self.num_stages, self.module.pieces, micro_batches, trains=False)
+        return schedule_of(layout, self.stage_id)
 
-    def _interleaved(self, micro_batches: int, *, trains: bool) -> schedule.PipeSchedule | None:
-        """The schedule of stages with several pieces; None if each has one."""
-        layout = Layout(self.num_stages, self.module.pieces, micro_batches, trains)
-        return InterleavedSchedule(layout, self.stage_id) if layout.pieces > 1 else None
+    def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
+        self.module.swap.begin_turns(turns_of(pipe_schedule))
+        super()._exec_schedule(pipe_schedule)
 
     def _begins(self, piece: int) -> bool:
         """Whether micro-batches begin at this piece of the stage."""
@@ -299,6 +299,7 @@ class Engine(PipelineEngine):
 
     def _backward(self, buffer_id: int, piece: int = 0) -> None:
         self.beside_backward()
+        self.module.swap.begin_turn()
         self._backward_count[piece] += 1
         if self._travelling:
             self._travelling.begin_backward(piece, last=self._backward_count[piece] == self.micro_batches)

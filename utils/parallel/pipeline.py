@@ -93,6 +93,7 @@ class DenoiserPipeline(PipelineModule):
         self.seed = seed
         self.loss_terms = tuple(loss_terms)
         self.swap = swap or BlockSwap()
+        self.swap.divide(self._positions)
         self.draws_random_numbers = draws_random_numbers(self)
         self.draw: tuple[object, ...] | None = None
         self._mode: bool | None = None

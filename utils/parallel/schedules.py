@@ -1,4 +1,4 @@
-"""What DeepSpeed's engine does in an interleaved pipeline, as its instructions."""
+"""Schedules as DeepSpeed's engine takes them; the interleaved one in its instructions."""
 
 from __future__ import annotations
 
@@ -8,8 +8,25 @@ from functools import lru_cache
 from deepspeed.runtime.pipe import schedule
 
 from utils.parallel.interleaved import Layout, Message, Pass, Step, steps_of_all
+from utils.parallel.ring import Turn
 
 Instructions = list[schedule.PipeInstruction]
+
+
+def schedule_of(layout: Layout, stage: int) -> schedule.PipeSchedule:
+    """That of a stage: with several pieces in each the interleaved one, else DeepSpeed's."""
+    if layout.pieces > 1:
+        return InterleavedSchedule(layout, stage)
+    kind = schedule.TrainSchedule if layout.trains else schedule.InferenceSchedule
+    return kind(layout.micro_batches, layout.stages, stage)
+
+
+def turns_of(pipe_schedule: schedule.PipeSchedule) -> Iterator[Turn]:
+    """The passes of a stage, in order."""
+    for step in pipe_schedule.steps():
+        for one in step:
+            if isinstance(one, schedule.ForwardPass | schedule.BackwardPass):
+                yield Turn(isinstance(one, schedule.ForwardPass), one.kwargs.get("piece", 0))
 
 
 class InterleavedSchedule(schedule.PipeSchedule):
