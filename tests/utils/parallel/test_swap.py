@@ -49,11 +49,27 @@ VARIANTS = {
     "in full, kept": {"full": True},
     "in full, recomputed in bfloat16": {"full": True, "recompute": True, "bfloat16": True},
     "in full, stepped by the processor": {"full": True, "steps_on_host": True},
+    "in pieces, offloaded": {"recompute": True, "offload": True, "pieces": 2},
+    "in pieces, recomputed dropout and a teacher": {"recompute": True, "dropout": 0.5, "teacher": True, "pieces": 2},
+    "in pieces and in full, kept": {"full": True, "pieces": 2},
 }
-KEPT, RECOMPUTED, OFFLOADED, WITH_TEACHER, FULL, FULL_RECOMPUTED, FULL_ON_HOST = VARIANTS
+(
+    KEPT,
+    RECOMPUTED,
+    OFFLOADED,
+    WITH_TEACHER,
+    FULL,
+    FULL_RECOMPUTED,
+    FULL_ON_HOST,
+    PIECES_OFFLOADED,
+    PIECES_WITH_TEACHER,
+    PIECES_FULL,
+) = VARIANTS
+IN_PIECES = {PIECES_OFFLOADED: KEPT, PIECES_WITH_TEACHER: WITH_TEACHER, PIECES_FULL: FULL}
+"""Two of each stage, and the same without."""
 LAYOUTS = [
     (1, 1, (RECOMPUTED, WITH_TEACHER, FULL_RECOMPUTED)),
-    (2, 1, (KEPT, OFFLOADED, WITH_TEACHER, FULL, FULL_ON_HOST)),
+    (2, 1, (KEPT, OFFLOADED, WITH_TEACHER, FULL, FULL_ON_HOST, *IN_PIECES)),
     (1, 2, (KEPT, FULL_RECOMPUTED)),
 ]
 """Stages, data ranks, variants."""
@@ -81,11 +97,12 @@ def engine_of(
     full: bool = False,
     bfloat16: bool = False,
     steps_on_host: bool = False,
+    pieces: int = 1,
 ) -> Any:
     from utils.parallel.backend import initialize_deepspeed
     from utils.parallel.engine import Engine
     from utils.parallel.offload import HostInputs
-    from utils.parallel.partition import stage_bounds
+    from utils.parallel.partition import of_stage, stage_bounds, within
     from utils.parallel.pipeline import DenoiserPipeline
     from utils.parallel.teacher import Teacher
     from utils.parallel.together import optimizer_for_frozen_stage
@@ -94,18 +111,18 @@ def engine_of(
     denoiser, layers = toy_flux.denoiser_and_layers(flux, None if full else toy_flux.adapter(dropout))
     if bfloat16:
         denoiser.to(torch.bfloat16)
-    bounds = stage_bounds("uniform", [1] * len(layers), ranks.stages)
-    start, stop = bounds[ranks.stage]
+    bounds = stage_bounds("uniform", [1] * len(layers), ranks.stages * pieces)
+    own = within(of_stage(bounds, ranks.stage, ranks.stages), layers)
     # In evaluation some have all blocks at once.
     homes = BlockHomes(
-        layers[start:stop],
-        count,
+        own,
+        min(count, len(repeated_blocks(own))),
         pinned=ranks.device.type == "cuda",
         trained=full,
         ranks=ranks if ranks.data_ranks > 1 and count else None,
     )
     swap = BlockSwap(homes.filled(), resident_in_evaluation=bfloat16 or offload)
-    kept = {"recompute": recompute, "host": HostInputs(smallest=1) if offload else None}
+    kept = {"stages": ranks.stages, "recompute": recompute, "host": HostInputs(smallest=1) if offload else None}
     module = DenoiserPipeline(layers, bounds, flux.stream_type, flux.maths.loss, swap=swap, **kept)
     trained = [p for p in module.parameters() if p.requires_grad]
     at_home = [parameter for block in swap._trained for parameter in block]
@@ -231,6 +248,11 @@ def test_swapping_changes_no_bit(
         for same, plain in ((OFFLOADED, KEPT), (FULL_ON_HOST, FULL)):
             if same in rank:
                 assert_equal(rank.pop(same), rank[plain])
+        for same in IN_PIECES.keys() & rank.keys():
+            for in_pieces, plain in zip(rank.pop(same), rank[IN_PIECES[same]], strict=True):
+                # A stage has other weights then, and the norm is summed in another order.
+                for kind in ("losses", "evaluated", "predicted"):
+                    assert_near(in_pieces[kind], plain[kind], 1e-5)
         losses = {str(without["losses"]) for without, _ in rank.values()}
         assert len(losses) == len(rank), "each variant trains otherwise"
 
