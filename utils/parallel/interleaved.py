@@ -17,6 +17,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 FORWARD_TIME, BACKWARD_TIME = 1, 2
@@ -147,6 +148,14 @@ def timeline(layout: Layout) -> list[list[Timed]]:
         timed[stage].append(Timed(one, start, end))
         ready[next_pass(layout, stage, one) or (stage, one._replace(forward=False))] = end
     return timed
+
+
+@lru_cache
+def waiting_share(layout: Layout) -> float:
+    """For how much longer a step takes than a stage is busy in it, as a part of that, if all pieces are alike."""
+    end = max(of_stage[-1].end for of_stage in timeline(layout))
+    busy = layout.pieces * layout.micro_batches * (FORWARD_TIME + BACKWARD_TIME)
+    return end / busy - 1
 
 
 class _OneWay:

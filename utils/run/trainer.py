@@ -19,7 +19,7 @@ from optimizers.schedules import Schedule, warn_of_warmup
 from utils.dataset.batches import TrainingBatches
 from utils.dataset.epochs import Epochs
 from utils.errors import UserError
-from utils.parallel.engine import StepResult
+from utils.parallel.step_numbers import StepResult
 from utils.ranks import any_rank
 from utils.run import out_of_memory
 from utils.run.attempts import Failed, is_expected, reason_of
