@@ -233,7 +233,8 @@ class Engine(PipelineEngine):
         return self.is_last_stage() and piece == self.module.pieces - 1
 
     def _neighbour(self, distance: int) -> int:
-        """The stage after this one, or with -1 the one before it; the last piece but one comes before the first."""
+        """The stage after this one, or with -1 the one before it. Behind the last one comes the first one's next
+        piece."""
         return (self.stage_id + distance) % self.num_stages
 
     def _from_last_stage(self, tensors: list[torch.Tensor], count: int) -> list[torch.Tensor]:

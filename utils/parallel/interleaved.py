@@ -47,10 +47,6 @@ class Layout(NamedTuple):
     micro_batches: int
     trains: bool = True
 
-    @property
-    def all_pieces(self) -> int:
-        return self.stages * self.pieces
-
 
 class Timed(NamedTuple):
     """A pass, and its time where each takes `FORWARD_TIME` or `BACKWARD_TIME`."""

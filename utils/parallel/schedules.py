@@ -43,15 +43,16 @@ class InterleavedSchedule(schedule.PipeSchedule):
 
     def steps(self) -> Iterator[Instructions]:
         """See `PipeSchedule`. A step is a pass with what it receives and sends."""
-        yield from _instructions(self._layout)[self.stage_id]
+        yield from _instructions(self._layout, self.stage_id)
         if self._layout.trains:
             yield [schedule.ReduceTiedGrads(), schedule.ReduceGrads(), schedule.OptimizerStep()]
 
 
-@lru_cache(maxsize=16)
-def _instructions(layout: Layout) -> list[list[Instructions]]:
-    """Of every step of every stage."""
-    return [[_of_step(layout, stage, step) for step in steps] for stage, steps in enumerate(steps_of_all(layout))]
+# Those of training, of evaluation and of samples.
+@lru_cache(maxsize=4)
+def _instructions(layout: Layout, stage: int) -> list[Instructions]:
+    """Of every step of a stage."""
+    return [_of_step(layout, stage, step) for step in steps_of_all(layout)[stage]]
 
 
 def _of_step(layout: Layout, stage: int, step: Step) -> Instructions:
