@@ -7,6 +7,7 @@ from itertools import accumulate
 
 from models.assembly.memory import GIB, Planner
 from models.assembly.stage import blocks_of_pieces, weights_of_pieces
+from utils.parallel.interleaved import Layout, waiting_share
 from utils.parallel.partition import balanced_bounds, lacking, of_stage
 from utils.parallel.recompute import recomputed_positions
 from utils.parallel.swap_plan import SwapPlan, numbers_of
@@ -45,7 +46,25 @@ def cut_text(planner: Planner, settings: Settings) -> str:
     asked = planner.settings
     pieces = f" of {settings.pieces} pieces each" if settings.pieces > 1 else ""
     title = f'cut into {settings.pipeline_stages} stages{pieces}, partition_method = "{asked.partition_method}":'
-    return "\n".join([title, *_shares(planner, asked, settings)])
+    return "\n".join([title, *_shares(planner, asked, settings), f"  {_waits(planner, settings)}"])
+
+
+def _waits(planner: Planner, settings: Settings) -> str:
+    """How long stages have nothing to do, and with which schedule they would have less of it."""
+
+    def idle(pieces: int) -> str:
+        waits = waiting_share(Layout(settings.pipeline_stages, pieces, settings.gradient_accumulation_steps))
+        return f"{waits / (1 + waits):.0%}"
+
+    count = settings.gradient_accumulation_steps
+    step = f"a step of {count} micro-batch{'es' if count > 1 else ''}"
+    told, pieces = (
+        f"{idle(settings.pieces)} of {step}, if they are alike",
+        Settings.model_fields["pieces_per_stage"].default,
+    )
+    could = settings.pieces == 1 < count and settings.pipeline_stages * pieces <= len(planner.staged.layers)
+    better = f'; with schedule = "interleaved" {idle(pieces)}' if could else ""
+    return f"stages wait for one another for {told}{better}"
 
 
 def operations_of(planner: Planner, settings: Settings) -> list[float]:

@@ -116,7 +116,7 @@ def test_pieces_of_stages_are_balanced(folder: Path) -> None:
     assert operations_of(planner, cut) == of_stages
     lines = cut_text(planner, cut).splitlines()
     assert lines[0] == 'cut into 2 stages of 2 pieces each, partition_method = "time":'
-    assert [line.split()[1] for line in lines[1:]] == ["0", "1", "0", "1"]
+    assert [line.split()[1] for line in lines[1:-1]] == ["0", "1", "0", "1"]
 
 
 def test_pieces_have_their_stage_s_share(folder: Path) -> None:
@@ -154,6 +154,27 @@ def test_a_cut_is_told_with_what_each_stage_takes(folder: Path) -> None:
         assert [wanted for *_, wanted in shares] == ["66.7", "33.3"]
     assert told in memory_text(planner, None)
     assert cut_text(planner_of(folder), planner.settings.model_copy(update={"pipeline_stages": 1})) == ""
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"gradient_accumulation_steps": 1}, "50% of a step of 1 micro-batch, if they are alike"),
+        (
+            {"gradient_accumulation_steps": 2},
+            '33% of a step of 2 micro-batches, if they are alike; with schedule = "interleaved" 20%',
+        ),
+        (INTERLEAVED, "11% of a step of 4 micro-batches, if they are alike"),
+        # The model has no layers for twelve pieces.
+        (
+            {"pipeline_stages": 6, "gradient_accumulation_steps": 6},
+            "45% of a step of 6 micro-batches, if they are alike",
+        ),
+    ],
+)
+def test_how_long_stages_wait_is_told(folder: Path, keys: dict[str, Any], words: str) -> None:
+    planner = planner_of(folder, **{"pipeline_stages": 2, **keys})
+    assert cut_text(planner, planner.settings).splitlines()[-1] == f"  stages wait for one another for {words}"
 
 
 def test_operations_are_those_of_the_size_that_takes_most_time(folder: Path) -> None:
