@@ -12,6 +12,7 @@ from utils.parallel.partition import balanced_bounds, lacking, of_stage
 from utils.parallel.recompute import recomputed_positions
 from utils.parallel.swap_plan import SwapPlan, numbers_of
 from utils.quantised.linear import parameter_count
+from utils.settings.advice import allows
 from utils.settings.schema import Settings
 
 CUT = ("partition_method", "partition_split", "stage_weights")
@@ -56,15 +57,12 @@ def _waits(planner: Planner, settings: Settings) -> str:
         waits = waiting_share(Layout(settings.pipeline_stages, pieces, settings.gradient_accumulation_steps))
         return f"{waits / (1 + waits):.0%}"
 
-    count = settings.gradient_accumulation_steps
-    step = f"a step of {count} micro-batch{'es' if count > 1 else ''}"
-    told, pieces = (
-        f"{idle(settings.pieces)} of {step}, if they are alike",
-        Settings.model_fields["pieces_per_stage"].default,
-    )
+    count, pieces = settings.gradient_accumulation_steps, Settings.model_fields["pieces_per_stage"].default
+    told = f"{idle(settings.pieces)} of a step of {count} micro-batch{'es' if count > 1 else ''}, if they are alike"
     could = settings.pieces == 1 < count and settings.pipeline_stages * pieces <= len(planner.staged.layers)
-    better = f'; with schedule = "interleaved" {idle(pieces)}' if could else ""
-    return f"stages wait for one another for {told}{better}"
+    if could and allows(planner.settings, schedule="interleaved"):
+        told = f'{told}; with schedule = "interleaved" {idle(pieces)}'
+    return f"stages wait for one another for {told}"
 
 
 def operations_of(planner: Planner, settings: Settings) -> list[float]:
