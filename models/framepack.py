@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -102,6 +102,7 @@ class FramepackStream(NamedTuple):
     text_BLD: torch.Tensor
     mask_B11S: torch.Tensor | None
     time_BD: torch.Tensor
+    places_RN: torch.Tensor
     rope_RTD: tuple[torch.Tensor, torch.Tensor]
     frames_Bf: torch.Tensor
     canvas_Fhw0: torch.Tensor
@@ -137,7 +138,10 @@ class OwnPlacesAttention:
 
 
 class Entry(nn.Module):
-    """Embeds the section and what it sees, time and positions, and makes one text of the picture and the caption."""
+    """Embeds the section and what it sees, time and positions, and makes one text of the picture and the caption. Each
+    stage makes the rotary tables itself."""
+
+    remakes = ("rope_RTD",)
 
     def __init__(self, denoiser: HunyuanVideoFramepackTransformer3DModel):
         super().__init__()
@@ -162,10 +166,15 @@ class Entry(nn.Module):
             text_BLD=torch.cat([picture_BLD, text_BLD], dim=1),
             mask_B11S=None if mask_BL is None else mask_behind(mask_BL, x_BTD.shape[1] + picture_BLD.shape[1]),
             time_BD=time_BD,
+            places_RN=inputs.places_RN,
             rope_RTD=self._positions(inputs.places_RN, *inputs.canvas_Fhw0.shape[1:3]),
             frames_Bf=inputs.frames_Bf,
             canvas_Fhw0=inputs.canvas_Fhw0,
         )
+
+    def remake(self, stream: FramepackStream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        return {"rope_RTD": self._positions(stream.places_RN, *stream.canvas_Fhw0.shape[1:3])}
 
     def _positions(self, places_RN: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines (R, T, D) of all tokens; one that stands for several cells has the mean of theirs."""

@@ -58,8 +58,8 @@ class CosmosInputs(NamedTuple):
 class CosmosStream(NamedTuple):
     """What travels from layer to layer. `canvas_fhw0` has no elements: its shape carries the tokens' grid. With rows
     of time for the frames, `row_T` has the row of each token, by which each layer looks up what it needs; else the
-    dimension R is missing. Learned places are made of `tables_ND`, those of frames, rows and columns, which travel where
-    the places have no gradient."""
+    dimension R is missing. `tables_ND` are the learned places of frames, rows and columns, of which those of tokens are
+    made where they have no gradient."""
 
     x_BTD: torch.Tensor
     text_BLD: torch.Tensor
