@@ -14,11 +14,11 @@ from tests.models.tiny_folder import settings_of, tiny
 from utils.diffusion.seeds import normal
 from utils.parallel.remaking import Remaking, arrived, leaving
 
-
 REMADE = (
     "anima",
     "chroma",
     "cogvideox_15_i2v",
+    "cogview4",
     "cosmos",
     "cosmos_predict2",
     "cosmos_predict25",
@@ -30,6 +30,7 @@ REMADE = (
     "hunyuan_image",
     "hunyuan_video",
     "hunyuan_video_15",
+    "ideogram4",
     "kandinsky5",
     "kandinsky5_t2i",
     "krea2",
