@@ -22,6 +22,7 @@ REMADE = (
     "cosmos",
     "cosmos_predict2",
     "cosmos_predict25",
+    "ernie_image",
     "flux",
     "flux2",
     "flux3",

@@ -41,7 +41,9 @@ def test_what_is_in_several_places_crosses_once() -> None:
     pushed, other = torch.ones(2, requires_grad=True), torch.zeros(3)
     tensors, description = wire.flatten((pushed, (other, pushed), other))
     assert [id(one) for one in tensors] == [id(pushed), id(other)]
-    received = wire.unflatten([torch.ones(2, requires_grad=True), torch.zeros(3)], wire.decode(wire.encode(description)))
+    received = wire.unflatten(
+        [torch.ones(2, requires_grad=True), torch.zeros(3)], wire.decode(wire.encode(description))
+    )
     assert received[0] is received[1][1] and received[1][0] is received[2]
     # So do gradients: what comes back is that of all places.
     (received[0] * 2 + received[1][1] * 3).sum().backward()
