@@ -68,6 +68,17 @@ def test_an_entry_without_weights_makes_what_is_not_sent(name: str, tmp_path: Pa
         assert [one.dtype for one in made] == [one.dtype for one in had], field
 
 
+def test_what_has_a_gradient_is_sent(tmp_path: Path) -> None:
+    module = tiny("cosmos")
+    pipeline = module.pipeline(module.write_folder(tmp_path))
+    entry = load_stage(pipeline, settings_of(pipeline), stage=0).layers[0]
+    shape = (2, *pipeline.latent_shape(*SIZES[0]))
+    stream = entry(pipeline.prepare_inputs(features_of(module, shape), normal(shape, 0, "x"), torch.tensor([0.2, 0.9])))
+    sent = leaving(stream, Remaking.of(entry))
+    assert sent.places_BTD is stream.places_BTD and sent.places_BTD.requires_grad and sent.rope_TE is None
+    assert arrived(sent, Remaking.of(entry)).places_BTD is sent.places_BTD
+
+
 def test_all_else_is_sent() -> None:
     stream, nothing = (torch.ones(1),), Remaking.of(torch.nn.Linear(1, 1))
     assert leaving(stream, nothing) is stream and arrived(stream, nothing) is stream
