@@ -38,11 +38,13 @@ REMADE = (
     "ltx_video",
     "ltx2",
     "ltx2_3",
+    "lumina2",
     "minimax_h3",
     "qwen_image",
     "qwen_image_layered",
     "wan",
     "wan_vace",
+    "z_image",
 )
 """Types whose entry says what is not sent; on a pretended device all types are looked at, by
 `test_pretended_device.py`."""
