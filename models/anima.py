@@ -57,7 +57,9 @@ class AnimaInputs(NamedTuple):
 
 
 class Entry(nn.Module):
-    """Makes the text, and embeds patches, time and positions."""
+    """Makes the text, and embeds patches, time and positions. Each stage makes the rotary tables itself."""
+
+    remakes = CosmosEntry.remakes
 
     def __init__(self, ensemble: Ensemble):
         super().__init__()
@@ -72,6 +74,10 @@ class Entry(nn.Module):
             source_attention_mask=inputs.mask_BL,
         )
         return self.embedder(CosmosInputs(inputs.x_BCfhw, text_BLD, inputs.t_B.unsqueeze(1), None))
+
+    def remake(self, stream: CosmosStream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        return self.embedder.remake(stream)
 
 
 @dataclass(frozen=True)

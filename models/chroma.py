@@ -5,7 +5,7 @@ Shapes: B batch, T image tokens, L text tokens, M rows of modulation, C channels
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from einops import repeat
@@ -51,13 +51,17 @@ class ChromaStream(NamedTuple):
     x_BTD: torch.Tensor
     text_BLD: torch.Tensor
     modulation_BMD: torch.Tensor
+    positions_S3: torch.Tensor
     rope_SD: tuple[torch.Tensor, torch.Tensor]
     mask_BS: torch.Tensor | None
     canvas_hw0: torch.Tensor
 
 
 class Entry(nn.Module):
-    """Embeds tokens, text and positions, and makes the modulations of all blocks from the time."""
+    """Embeds tokens, text and positions, and makes the modulations of all blocks from the time. Each stage makes the
+    rotary tables itself."""
+
+    remakes = ("rope_SD",)
 
     def __init__(self, denoiser: ChromaTransformer2DModel):
         super().__init__()
@@ -78,10 +82,15 @@ class Entry(nn.Module):
             x_BTD=self.x_embedder(inputs.x_BTC.to(dtype)),
             text_BLD=self.context_embedder(inputs.text_BLD.to(dtype)),
             modulation_BMD=self.distilled_guidance_layer(time_BME),
+            positions_S3=inputs.positions_S3,
             rope_SD=self.pos_embed(inputs.positions_S3),
             mask_BS=mask_BS,
             canvas_hw0=inputs.canvas_hw0,
         )
+
+    def remake(self, stream: ChromaStream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        return {"rope_SD": self.pos_embed(stream.positions_S3)}
 
     def _of_time(self, t_B: torch.Tensor) -> torch.Tensor:
         """For each modulation the embedding of the time, of a guidance of 0, and of the modulation's number

@@ -88,11 +88,13 @@ class CogVideoXStream(NamedTuple):
 
 
 class Entry(nn.Module):
-    """Embeds patches, text and time.
+    """Embeds patches, text and time. Each stage makes the rotary tables itself.
 
     Args:
         rope: (frames, rows and columns of tokens, device) -> rotary tables; None for a model without.
     """
+
+    remakes = ("rope_TE",)
 
     def __init__(self, denoiser: CogVideoXTransformer3DModel, rope: Callable[..., Rope] | None):
         super().__init__()
@@ -115,6 +117,11 @@ class Entry(nn.Module):
             rope_TE=None if self.rope is None else self.rope(*grid, device),
             canvas_fhw0=torch.empty(*grid, 0, device=device),
         )
+
+    def remake(self, stream: CogVideoXStream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        *grid, _ = stream.canvas_fhw0.shape
+        return {"rope_TE": None if self.rope is None else self.rope(*grid, stream.x_BTD.device)}
 
     def _time(self, step_B: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         time_BD = self.time_embedding(self.time_proj(step_B).to(dtype))

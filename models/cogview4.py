@@ -43,6 +43,9 @@ HIDDEN_STATE = -2
 ROTARY_GRID = (256, 256)
 """Rows and columns over which positions of every picture are spread, unless the configuration has others."""
 
+Rope = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines."""
+
 
 class CogView4Options(ModelSettings):
     """`[model]` of `type = "cogview4"`.
@@ -57,14 +60,15 @@ class CogView4Options(ModelSettings):
 
 class CogView4Inputs(NamedTuple):
     """The inputs of the entry. `text_lengths` are tensors without elements, one per sample, whose shapes say how many
-    of its tokens are its own; None if all are."""
+    of its tokens are its own; None if all are. Rotary tables are those of the rows and of the columns of tokens."""
 
     x_BChw: torch.Tensor
     text_BLD: torch.Tensor
     text_lengths: tuple[torch.Tensor, ...] | None
     time_B: torch.Tensor
     size_B2: torch.Tensor
-    rope_TE: tuple[torch.Tensor, torch.Tensor]
+    rows_hE: Rope
+    columns_wE: Rope
 
 
 class CogView4Stream(NamedTuple):
@@ -75,7 +79,9 @@ class CogView4Stream(NamedTuple):
     text_BLD: torch.Tensor
     text_lengths: tuple[torch.Tensor, ...] | None
     time_BD: torch.Tensor
-    rope_TE: tuple[torch.Tensor, torch.Tensor]
+    rows_hE: Rope
+    columns_wE: Rope
+    rope_TE: Rope
     canvas_hw0: torch.Tensor
 
 
@@ -153,7 +159,10 @@ class OwnTextAttention:
 
 
 class Entry(nn.Module):
-    """Embeds patches and text, and the time with the picture's size."""
+    """Embeds patches and text, and the time with the picture's size. Each stage makes the rotary tables of all tokens
+    itself."""
+
+    remakes = ("rope_TE",)
 
     def __init__(self, denoiser: CogView4Transformer2DModel):
         super().__init__()
@@ -171,9 +180,26 @@ class Entry(nn.Module):
             text_BLD=text_BLD,
             text_lengths=inputs.text_lengths,
             time_BD=functional.silu(self.time_condition_embed(inputs.time_B, *sizes, dtype)),
-            rope_TE=inputs.rope_TE,
+            rows_hE=inputs.rows_hE,
+            columns_wE=inputs.columns_wE,
+            rope_TE=of_grid(inputs.rows_hE, inputs.columns_wE),
             canvas_hw0=x_BTD.new_empty(*inputs.x_BChw.shape[2:], 0),
         )
+
+    def remake(self, stream: CogView4Stream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        return {"rope_TE": of_grid(stream.rows_hE, stream.columns_wE)}
+
+
+def of_grid(rows_hE: Rope, columns_wE: Rope) -> Rope:
+    """The tables (T, E) of a grid of tokens, whose rows and columns have every other quarter of the angles."""
+    tables = []
+    for rows, columns in zip(rows_hE, columns_wE, strict=True):
+        of_row, of_column = torch.broadcast_tensors(rows.unsqueeze(1), columns.unsqueeze(0))
+        (first, _, third, _), (_, second, _, fourth) = of_row.chunk(4, dim=-1), of_column.chunk(4, dim=-1)
+        tables.append(torch.cat([first, second, third, fourth], dim=-1).flatten(0, 1))
+    cosines, sines = tables
+    return cosines, sines
 
 
 class Exit(nn.Module):
@@ -259,7 +285,8 @@ class CogView4Pipeline(PicturePipeline):
             text_lengths=tuple(torch.empty(n, 0) for n in lengths) if min(lengths) < text_BLD.shape[1] else None,
             time_B=self.objective.model_time(shift_by_factor(t_B, 1.0 / shift)),
             size_B2=torch.tensor([[height, width]], dtype=torch.float32).repeat(len(x_t), 1),
-            rope_TE=rope(x_t),
+            rows_hE=rope(x_t[..., :PATCH]),
+            columns_wE=rope(x_t[..., :PATCH, :]),
         )
 
     def sampling_levels(self, steps: int) -> Sequence[float]:

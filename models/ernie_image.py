@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -28,7 +27,6 @@ from utils.settings.values import Count
 
 if TYPE_CHECKING:
     from diffusers import ErnieImageTransformer2DModel
-    from diffusers.models.transformers.transformer_ernie_image import ErnieImageEmbedND3
 
 TRAIN_STEPS = 1000
 HIDDEN_STATE = -2
@@ -49,7 +47,7 @@ class ErnieImageInputs(NamedTuple):
     x_BChw: torch.Tensor
     text_BLD: torch.Tensor
     mask_BS: torch.Tensor | None
-    rope_BS1E: torch.Tensor
+    positions_BS3: torch.Tensor
     time_B: torch.Tensor
 
 
@@ -59,6 +57,7 @@ class ErnieImageStream(NamedTuple):
 
     x_SBD: torch.Tensor
     mask_B11S: torch.Tensor | None
+    positions_BS3: torch.Tensor
     rope_BS1E: torch.Tensor
     time_BD: torch.Tensor
     modulation_BD: torch.Tensor
@@ -92,13 +91,20 @@ class ErnieAutoencoder(Flux2Autoencoder):
 
 
 class Entry(nn.Module):
-    """Embeds picture, text and time, and makes the modulation of all blocks."""
+    """Embeds picture, text, time and positions, and makes the modulation of all blocks. Each stage makes the rotary
+    angles itself."""
+
+    remakes = ("rope_BS1E",)
 
     def __init__(self, denoiser: ErnieImageTransformer2DModel):
         super().__init__()
         self.x_embedder, self.text_proj = denoiser.x_embedder, denoiser.text_proj
         self.time_proj, self.time_embedding = denoiser.time_proj, denoiser.time_embedding
         self.adaLN_modulation = denoiser.adaLN_modulation
+        # Angles are a position times these, which are the angles of 1. The stock module asks the device for autocast,
+        # which not all devices know.
+        self.register_buffer("frequencies_E", denoiser.pos_embed(torch.ones(1, 1, 3)).flatten(), persistent=False)
+        self.widths = denoiser.pos_embed.axes_dim
 
     def forward(self, inputs: ErnieImageInputs) -> ErnieImageStream:
         dtype = self.x_embedder.proj.weight.dtype
@@ -110,11 +116,23 @@ class Entry(nn.Module):
         return ErnieImageStream(
             x_SBD=row_BSD.transpose(0, 1).contiguous(),
             mask_B11S=None if inputs.mask_BS is None else inputs.mask_BS[:, None, None, :],
-            rope_BS1E=inputs.rope_BS1E,
+            positions_BS3=inputs.positions_BS3,
+            rope_BS1E=self._rope(inputs.positions_BS3),
             time_BD=time_BD,
             modulation_BD=self.adaLN_modulation(time_BD),
             canvas_hw0=text_BLD.new_empty(*inputs.x_BChw.shape[2:], 0),
         )
+
+    def remake(self, stream: ErnieImageStream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        # On a stage without the entry they are where they were built.
+        self.frequencies_E = self.frequencies_E.to(stream.positions_BS3.device)
+        return {"rope_BS1E": self._rope(stream.positions_BS3)}
+
+    def _rope(self, positions_BS3: torch.Tensor) -> torch.Tensor:
+        of_axes = zip(positions_BS3.split(1, dim=-1), self.widths, strict=True)
+        positions_BSE = torch.cat([axis.expand(-1, -1, width) for axis, width in of_axes], dim=-1)
+        return (positions_BSE * self.frequencies_E).unsqueeze(2)
 
 
 class Block(nn.Module):
@@ -150,15 +168,7 @@ class ErnieImagePipeline(PatchedPicturePipeline):
 
     Options = ErnieImageOptions
     denoiser_class = "ErnieImageTransformer2DModel"
-    config_keys = (
-        "hidden_size",
-        "in_channels",
-        "num_attention_heads",
-        "patch_size",
-        "rope_axes_dim",
-        "rope_theta",
-        "text_in_dim",
-    )
+    config_keys = ("in_channels", "patch_size", "text_in_dim")
     text_parts = (MISTRAL,)
     objective = FlowMatching(time_scale=TRAIN_STEPS)
     blocks = ("layers",)
@@ -196,19 +206,9 @@ class ErnieImagePipeline(PatchedPicturePipeline):
             x_BChw=x_t,
             text_BLD=features["mistral3"],
             mask_BS=None if mask_BL.all() else mask_BS,
-            rope_BS1E=self.rope(positions(height, width, mask_BL)),
+            positions_BS3=positions(height, width, mask_BL),
             time_B=self.objective.model_time(t_B),
         )
-
-    # Kept, as every micro-batch asks for it. The stock module asks the device for autocast, which not all devices know.
-    @cached_property
-    def rope(self) -> ErnieImageEmbedND3:
-        """The positions of picture and text as angles."""
-        from diffusers.models.transformers.transformer_ernie_image import ErnieImageEmbedND3
-
-        config = self.parts.denoiser_config
-        side = config["hidden_size"] // config["num_attention_heads"]
-        return ErnieImageEmbedND3(side, config["rope_theta"], config["rope_axes_dim"])
 
     def sampling_levels(self, steps: int) -> Sequence[float]:
         return [1.0 - index / steps for index in range(steps)]

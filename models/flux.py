@@ -5,7 +5,7 @@ Shapes: B batch, T image tokens, L text tokens, S = L + T, C latent channels, D 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -54,12 +54,15 @@ class FluxStream(NamedTuple):
     x_BTD: torch.Tensor
     text_BLD: torch.Tensor
     time_BD: torch.Tensor
+    positions_S3: torch.Tensor
     rope_SD: tuple[torch.Tensor, torch.Tensor]
     canvas_hw0: torch.Tensor
 
 
 class Entry(nn.Module):
-    """Embeds tokens, text, time and positions."""
+    """Embeds tokens, text, time and positions. Each stage makes the rotary tables itself."""
+
+    remakes = ("rope_SD",)
 
     def __init__(self, denoiser: FluxTransformer2DModel, bypass_guidance: bool):
         super().__init__()
@@ -76,9 +79,14 @@ class Entry(nn.Module):
             x_BTD=self.x_embedder(inputs.x_BTC.to(weight.dtype)),
             text_BLD=self.context_embedder(inputs.text_BLD.to(weight.dtype)),
             time_BD=self._time(inputs.t_B, inputs.guidance_B, pooled_BD),
+            positions_S3=inputs.positions_S3,
             rope_SD=self.pos_embed(inputs.positions_S3),
             canvas_hw0=inputs.canvas_hw0,
         )
+
+    def remake(self, stream: FluxStream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        return {"rope_SD": self.pos_embed(stream.positions_S3)}
 
     def _time(self, t_B: torch.Tensor, guidance_B: torch.Tensor | None, pooled_BD: torch.Tensor) -> torch.Tensor:
         """The time embedding. t stays float32 until it is embedded: bfloat16 would round 0..1000 to steps of 4."""

@@ -74,6 +74,7 @@ class Flux2Stream(NamedTuple):
     double_image_BD: torch.Tensor | None
     double_text_BD: torch.Tensor | None
     single_BD: torch.Tensor
+    positions_S4: torch.Tensor
     rope_SD: tuple[torch.Tensor, torch.Tensor]
     canvas_hw0: torch.Tensor
 
@@ -146,7 +147,10 @@ class EmpiricalShift(ResolutionShift):
 
 
 class Entry(nn.Module):
-    """Embeds tokens, text, time and positions, and makes the modulations of all blocks."""
+    """Embeds tokens, text, time and positions, and makes the modulations of all blocks. Each stage makes the rotary
+    tables itself."""
+
+    remakes = ("rope_SD",)
 
     def __init__(self, denoiser: Flux2Transformer2DModel):
         super().__init__()
@@ -168,9 +172,14 @@ class Entry(nn.Module):
             double_image_BD=self.double_stream_modulation_img(time_BD),
             double_text_BD=self.double_stream_modulation_txt(time_BD),
             single_BD=self.single_stream_modulation(time_BD),
+            positions_S4=inputs.positions_S4,
             rope_SD=self.pos_embed(inputs.positions_S4),
             canvas_hw0=inputs.canvas_hw0,
         )
+
+    def remake(self, stream: Flux2Stream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        return {"rope_SD": self.pos_embed(stream.positions_S4)}
 
     def _time(self, t_B: torch.Tensor, guidance_B: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """The time embedding. t stays float32 until it is embedded: bfloat16 would round 0..1000 to steps of 4."""

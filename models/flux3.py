@@ -84,6 +84,7 @@ class Flux3Stream(NamedTuple):
     image_B1M: torch.Tensor
     text_B1M: torch.Tensor
     references_B1M: torch.Tensor | None
+    positions_S4: torch.Tensor
     rope_SE: tuple[torch.Tensor, torch.Tensor]
     canvas_hw0: torch.Tensor
 
@@ -154,7 +155,10 @@ class OwnTextAttention(AroundStock):
 
 
 class Entry(nn.Module):
-    """Embeds tokens, text, time and positions, and makes the modulations of all blocks."""
+    """Embeds tokens, text, time and positions, and makes the modulations of all blocks. Each stage makes the rotary
+    tables itself."""
+
+    remakes = ("rope_SE",)
 
     def __init__(self, denoiser: Flux3Transformer2DModel):
         super().__init__()
@@ -184,9 +188,14 @@ class Entry(nn.Module):
             image_B1M=single["image"](noisy_B1D),
             text_B1M=single["txt"](clean_B1D),
             references_B1M=single["image_cond"](clean_B1D) if has_references else None,
+            positions_S4=inputs.positions_S4,
             rope_SE=self.pos_embed(inputs.positions_S4),
             canvas_hw0=inputs.canvas_hw0,
         )
+
+    def remake(self, stream: Flux3Stream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        return {"rope_SE": self.pos_embed(stream.positions_S4)}
 
     def _time(self, t_B: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The time embedding. t stays float32 until it is embedded."""

@@ -13,9 +13,9 @@ D width of the transformer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -28,6 +28,7 @@ from models.foundation.checkpoints.folders import TextPart
 from models.foundation.encoders.first_frame import SiglipVision
 from models.foundation.encoders.hunyuan_vae import HunyuanFirstFrame, HunyuanVideoAutoencoder
 from models.foundation.encoders.text_features import ClipPooled
+from models.foundation.layers.around_stock import AroundStock
 from models.foundation.layers.chain import Middle
 from models.foundation.layers.padding import mask_behind
 from models.hunyuan_video import CLIP, PATCH, TRAIN_STEPS, HunyuanVideoOptions, HunyuanVideoPipeline
@@ -102,21 +103,15 @@ class FramepackStream(NamedTuple):
     text_BLD: torch.Tensor
     mask_B11S: torch.Tensor | None
     time_BD: torch.Tensor
+    places_RN: torch.Tensor
     rope_RTD: tuple[torch.Tensor, torch.Tensor]
     frames_Bf: torch.Tensor
     canvas_Fhw0: torch.Tensor
 
 
-class OwnPlacesAttention:
+class OwnPlacesAttention(AroundStock):
     """HunyuanVideo's attention where samples may be at other places of their clips: the stock processor takes one table
-    of positions for all, so that each sample is attended to alone then.
-
-    Args:
-        stock: the stock processor.
-    """
-
-    def __init__(self, stock: Callable[..., tuple[torch.Tensor, torch.Tensor]]):
-        self.stock = stock
+    of positions for all, so that each sample is attended to alone then."""
 
     def __call__(
         self,
@@ -137,7 +132,10 @@ class OwnPlacesAttention:
 
 
 class Entry(nn.Module):
-    """Embeds the section and what it sees, time and positions, and makes one text of the picture and the caption."""
+    """Embeds the section, what it sees, time and positions, and makes one text of picture and caption. Each stage makes
+    the rotary tables itself."""
+
+    remakes = ("rope_RTD",)
 
     def __init__(self, denoiser: HunyuanVideoFramepackTransformer3DModel):
         super().__init__()
@@ -162,14 +160,19 @@ class Entry(nn.Module):
             text_BLD=torch.cat([picture_BLD, text_BLD], dim=1),
             mask_B11S=None if mask_BL is None else mask_behind(mask_BL, x_BTD.shape[1] + picture_BLD.shape[1]),
             time_BD=time_BD,
-            rope_RTD=self._positions(inputs.places_RN, *inputs.canvas_Fhw0.shape[1:3]),
+            places_RN=inputs.places_RN,
+            rope_RTD=self._positions(inputs.places_RN, inputs.canvas_Fhw0),
             frames_Bf=inputs.frames_Bf,
             canvas_Fhw0=inputs.canvas_Fhw0,
         )
 
-    def _positions(self, places_RN: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def remake(self, stream: FramepackStream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        return {"rope_RTD": self._positions(stream.places_RN, stream.canvas_Fhw0)}
+
+    def _positions(self, places_RN: torch.Tensor, canvas_Fhw0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines (R, T, D) of all tokens; one that stands for several cells has the mean of theirs."""
-        rows = []
+        rows, (_, height, width, _) = [], canvas_Fhw0.shape
         for places_N in places_RN:
             far, middle, others = places_N.split([FAR, MIDDLE, len(places_N) - FAR - MIDDLE])
             kinds = [

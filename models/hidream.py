@@ -83,7 +83,10 @@ class HiDreamInputs(NamedTuple):
 
 
 class Entry(nn.Module):
-    """Embeds tokens, time and positions. Its text consists of T5's features and Llama's state for the last block."""
+    """Embeds tokens, time and positions. Its text consists of T5's features and Llama's state for the last block. Each
+    stage makes the rotary table itself."""
+
+    remakes = ("rope_1S1E22",)
 
     def __init__(self, denoiser: HiDreamImageTransformer2DModel, route: Route):
         super().__init__()
@@ -107,10 +110,15 @@ class Entry(nn.Module):
             # The time stays float32 until it is embedded.
             time_BD=self.t_embedder(inputs.t_B, dtype) + self.p_embedder(inputs.pooled_BP.to(dtype)),
             mask_BT=None if inputs.mask_BT is None else inputs.mask_BT.to(dtype),
+            positions_1S3=inputs.positions_1S3,
             rope_1S1E22=self.pe_embedder(inputs.positions_1S3),
             terms_K=torch.zeros(1, device=weight.device),
             canvas_hw0=inputs.canvas_hw0,
         )
+
+    def remake(self, stream: HiDreamStream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        return {"rope_1S1E22": self.pe_embedder(stream.positions_1S3)}
 
 
 class Exit(nn.Module):

@@ -23,6 +23,7 @@ from models.foundation.encoders.hunyuan_vae import HUNYUAN_IMAGE, HunyuanImageAu
 from models.foundation.encoders.text import TextEncoder
 from models.foundation.layers.chain import Middle
 from models.foundation.layers.padding import mask_behind, seen_first
+from models.foundation.layers.patches import blank_latent
 from utils.dataset.buckets import MediaFacts
 from utils.diffusion.objectives import FlowMatching
 from utils.errors import Problem
@@ -69,7 +70,10 @@ class HunyuanImageStream(NamedTuple):
 
 
 class Entry(nn.Module):
-    """Embeds the latent, time and positions, refines the text, and puts the quoted texts before it."""
+    """Embeds the latent, time and positions, refines the text, and puts the quoted texts before it. Each stage makes
+    the rotary tables itself."""
+
+    remakes = ("rope_TD",)
 
     def __init__(self, denoiser: HunyuanImageTransformer2DModel):
         super().__init__()
@@ -95,6 +99,10 @@ class Entry(nn.Module):
             rope_TD=self.rope(x_BChw),
             canvas_hw0=torch.empty(*x_BChw.shape[2:], 0, device=x_BTD.device),
         )
+
+    def remake(self, stream: HunyuanImageStream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        return {"rope_TD": self.rope(blank_latent(stream.canvas_hw0, (1, 1)))}
 
 
 class Exit(nn.Module):

@@ -39,6 +39,7 @@ from models.foundation.encoders.text_features import ClipPooled
 from models.foundation.layers.chain import Middle
 from models.foundation.layers.given import beside_first_frame
 from models.foundation.layers.padding import mask_behind
+from models.foundation.layers.patches import blank_latent
 from utils.dataset.buckets import MediaFacts
 from utils.dataset.samples import Sample
 from utils.diffusion.objectives import FlowMatching
@@ -99,7 +100,9 @@ class HunyuanVideoStream(NamedTuple):
 
 
 class Entry(nn.Module):
-    """Embeds patches, time and positions, and refines the text."""
+    """Embeds patches, time and positions, and refines the text. Each stage makes the rotary tables itself."""
+
+    remakes = ("rope_TD",)
 
     def __init__(self, denoiser: HunyuanVideoTransformer3DModel):
         super().__init__()
@@ -125,6 +128,10 @@ class Entry(nn.Module):
             rope_TD=self.rope(x_BCfhw),
             canvas_fhw0=torch.empty(*grid, 0, device=x_BTD.device),
         )
+
+    def remake(self, stream: HunyuanVideoStream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        return {"rope_TD": self.rope(blank_latent(stream.canvas_fhw0, self.patch))}
 
 
 class Exit(nn.Module):

@@ -36,6 +36,7 @@ from models.foundation.encoders.text import TextEncoder
 from models.foundation.layers.chain import Middle
 from models.foundation.layers.given import beside_first_frame
 from models.foundation.layers.padding import mask_behind, seen_first
+from models.foundation.layers.patches import blank_latent
 from utils.dataset.buckets import MediaFacts
 from utils.dataset.samples import Sample
 from utils.diffusion.objectives import FlowMatching
@@ -107,7 +108,10 @@ class TextMaskAttention:
 
 
 class Entry(nn.Module):
-    """Embeds patches, time and positions, and makes one text of the picture, the quoted texts and the caption."""
+    """Embeds patches, time and positions, and makes one text of the picture, the quoted texts and the caption. Each
+    stage makes the rotary tables itself."""
+
+    remakes = ("rope_TD",)
 
     def __init__(self, denoiser: HunyuanVideo15Transformer3DModel):
         super().__init__()
@@ -139,6 +143,10 @@ class Entry(nn.Module):
             rope_TD=self.rope(x_BCfhw),
             canvas_fhw0=torch.empty(*grid, 0, device=x_BCfhw.device),
         )
+
+    def remake(self, stream: HunyuanVideo15Stream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        return {"rope_TD": self.rope(blank_latent(stream.canvas_fhw0, self.patch))}
 
     def _of_kind(self, kind: int, text_BLD: torch.Tensor) -> torch.Tensor:
         kinds_BL = torch.full(text_BLD.shape[:2], kind, device=text_BLD.device)

@@ -1,7 +1,7 @@
 """Ideogram 4: text and picture in one sequence, with the outputs of thirteen layers of Qwen3-VL as text.
 
 Shapes: B batch, T image tokens, L text tokens, S = L + T, C latent channels, D width, F text features, A width of the
-modulation, E rotary angles, h w latent cells.
+modulation, E rotary angles, H half of them, h w latent cells.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -34,7 +33,6 @@ from utils.settings.values import Count
 
 if TYPE_CHECKING:
     from diffusers import Ideogram4Transformer2DModel
-    from diffusers.models.transformers.transformer_ideogram4 import Ideogram4MRoPE
 
 TEXT = "qwen3_vl"
 LAYERS = (0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 35)
@@ -66,7 +64,7 @@ class Ideogram4Inputs(NamedTuple):
     x_BTC: torch.Tensor
     text_BLF: torch.Tensor
     mask_BL: torch.Tensor | None
-    rope_BSE: tuple[torch.Tensor, torch.Tensor]
+    positions_BS3: torch.Tensor
     t_B: torch.Tensor
     canvas_hw0: torch.Tensor
 
@@ -77,6 +75,7 @@ class Ideogram4Stream(NamedTuple):
 
     x_BSD: torch.Tensor
     mask_B11S: torch.Tensor | None
+    positions_BS3: torch.Tensor
     rope_BSE: tuple[torch.Tensor, torch.Tensor]
     time_B1A: torch.Tensor
     canvas_hw0: torch.Tensor
@@ -102,13 +101,16 @@ class LayerOutputs(Qwen3VLStates):
 
 
 class Entry(nn.Module):
-    """Embeds text, picture and time."""
+    """Embeds text, picture, time and positions. Each stage makes the rotary tables itself."""
+
+    remakes = ("rope_BSE",)
 
     def __init__(self, denoiser: Ideogram4Transformer2DModel):
         super().__init__()
         self.input_proj, self.embed_image_indicator = denoiser.input_proj, denoiser.embed_image_indicator
         self.llm_cond_norm, self.llm_cond_proj = denoiser.llm_cond_norm, denoiser.llm_cond_proj
         self.t_embedding, self.adaln_proj = denoiser.t_embedding, denoiser.adaln_proj
+        self.rotary_emb = denoiser.rotary_emb
 
     def forward(self, inputs: Ideogram4Inputs) -> Ideogram4Stream:
         dtype, mask_BL = self.input_proj.weight.dtype, inputs.mask_BL
@@ -123,10 +125,28 @@ class Entry(nn.Module):
         return Ideogram4Stream(
             x_BSD=torch.cat([text_BLD, picture_BTD], dim=1) + self.embed_image_indicator(is_picture_BS),
             mask_B11S=mask_B11S,
-            rope_BSE=tuple(angles.to(dtype) for angles in inputs.rope_BSE),
+            positions_BS3=inputs.positions_BS3,
+            rope_BSE=self._rope(inputs.positions_BS3, dtype),
             time_B1A=functional.silu(self.adaln_proj(self._time(inputs.t_B, dtype).unsqueeze(1))),
             canvas_hw0=inputs.canvas_hw0,
         )
+
+    def remake(self, stream: Ideogram4Stream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        return {"rope_BSE": self._rope(stream.positions_BS3, stream.x_BSD.dtype)}
+
+    def _rope(self, positions_BS3: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines. The stock module, which does the same, makes the angles by a product of matrices, which
+        GPUs may round, and asks the device for autocast, which not all devices know."""
+        rope, positions_BS3 = self.rotary_emb, positions_BS3.float()
+        # On a stage without the entry they are where they were built.
+        frequencies_H = rope.to(positions_BS3.device).inv_freq
+        angles_BSH = positions_BS3[..., :1] * frequencies_H
+        for axis in (1, 2):
+            own = slice(axis, 3 * rope.mrope_section[axis], 3)
+            angles_BSH[..., own] = positions_BS3[..., axis, None] * frequencies_H[own]
+        angles_BSE = torch.cat([angles_BSH, angles_BSH], dim=-1)
+        return angles_BSE.cos().to(dtype), angles_BSE.sin().to(dtype)
 
     def _time(self, t_B: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The embedded time. The stock module, which does the same, takes a time in the type of its weights, which may
@@ -171,7 +191,7 @@ class Ideogram4Pipeline(PatchedPicturePipeline):
     Options = Ideogram4Options
     denoiser_class = "Ideogram4Transformer2DModel"
     noise_in_float32 = True
-    config_keys = ("attention_head_dim", "in_channels", "llm_features_dim", "mrope_section", "rope_theta")
+    config_keys = ("in_channels", "llm_features_dim")
     text_parts = (TextPart(TEXT, "Qwen3VLModel"),)
     objective = FlowMatching(predicts_data_minus_noise=True, time_is_cleanness=True)
     blocks = ("layers",)
@@ -234,19 +254,10 @@ class Ideogram4Pipeline(PatchedPicturePipeline):
             x_BTC=rearrange(x_t, "b c h w -> b (h w) c"),
             text_BLF=text_BLF,
             mask_BL=None if mask_BL.all() else mask_BL,
-            rope_BSE=self.rope(positions(lengths, longest, height, width)),
+            positions_BS3=positions(lengths, longest, height, width),
             t_B=self.objective.model_time(t_B),
             canvas_hw0=torch.empty(height, width, 0),
         )
-
-    # Kept, as every micro-batch asks for it.
-    @cached_property
-    def rope(self) -> Ideogram4MRoPE:
-        """The positions of text and picture as angles."""
-        from diffusers.models.transformers.transformer_ideogram4 import Ideogram4MRoPE
-
-        config = self.parts.denoiser_config
-        return Ideogram4MRoPE(config["attention_head_dim"], config["rope_theta"], config["mrope_section"])
 
 
 def at_the_end(rows_BL: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:

@@ -109,12 +109,14 @@ class Kandinsky5Stream(NamedTuple):
 
 
 class Entry(nn.Module):
-    """Embeds patches, texts, time and positions.
+    """Embeds patches, texts, time and positions. Each stage makes the pictures' rotary table itself.
 
     Args:
         scale: height and width of a latent -> the distance of the tokens' positions in time and both directions, by
             which they are divided.
     """
+
+    remakes = ("rope_1T1E22",)
 
     def __init__(self, denoiser: Kandinsky5Transformer3DModel, scale: Callable[[int, int], tuple[float, ...]]):
         super().__init__()
@@ -135,17 +137,27 @@ class Entry(nn.Module):
         self.time_embeddings.freqs = self.time_embeddings.freqs.to(device)
         # The time stays float32 until it is embedded: bfloat16 would round 0..1000 to steps of 4.
         time_BD = self.time_embeddings(inputs.t_B) + self.pooled_text_embeddings(inputs.pooled_BD.to(dtype))
-        places = [torch.arange(side, device=device) for side in grid]
-        rope = self.visual_rope_embeddings((1, *grid), places, self.scale(*inputs.x_BCfhw.shape[3:]))
+        canvas_fhw0 = torch.empty(*grid, 0, device=device)
         return Kandinsky5Stream(
             x_BTD=x_BfhwD.flatten(1, 3),
             text_BLD=text_BLD,
             text_lengths=inputs.text_lengths,
             time_BD=time_BD,
             text_rope_1L1E22=self.text_rope_embeddings(torch.arange(text_BLD.shape[1], device=device)).unsqueeze(0),
-            rope_1T1E22=rope.flatten(1, 3),
-            canvas_fhw0=torch.empty(*grid, 0, device=device),
+            rope_1T1E22=self._rope(canvas_fhw0),
+            canvas_fhw0=canvas_fhw0,
         )
+
+    def remake(self, stream: Kandinsky5Stream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        return {"rope_1T1E22": self._rope(stream.canvas_fhw0)}
+
+    def _rope(self, canvas_fhw0: torch.Tensor) -> torch.Tensor:
+        device, (*grid, _) = canvas_fhw0.device, canvas_fhw0.shape
+        places = [torch.arange(side, device=device) for side in grid]
+        # On a stage without the entry its tables are where they were built.
+        rope = self.visual_rope_embeddings.to(device)
+        return rope((1, *grid), places, self.scale(*(side * PATCH for side in grid[1:]))).flatten(1, 3)
 
 
 class Exit(nn.Module):

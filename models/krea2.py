@@ -30,7 +30,6 @@ from utils.settings.values import Count
 
 if TYPE_CHECKING:
     from diffusers import Krea2Transformer2DModel
-    from diffusers.models.transformers.transformer_krea2 import Krea2RotaryPosEmbed
 
 TEXT = "qwen3_vl"
 LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
@@ -39,7 +38,6 @@ BEFORE, AFTER = CHAT.format(DESCRIBE, "{}").split("{}")
 """The text around a caption."""
 AFTER_TOKENS = 5
 """Tokens of the second one, which is never cut off."""
-ROTARY_BASE = 1000.0
 DISTILLED_MU = 1.15
 MIB = 2**20
 
@@ -58,7 +56,7 @@ class Krea2Inputs(NamedTuple):
     x_BTC: torch.Tensor
     text_BLKD: torch.Tensor
     mask_BL: torch.Tensor | None
-    rope_SE: tuple[torch.Tensor, torch.Tensor]
+    positions_S3: torch.Tensor
     t_B: torch.Tensor
     canvas_hw0: torch.Tensor
 
@@ -69,6 +67,7 @@ class Krea2Stream(NamedTuple):
 
     x_BSD: torch.Tensor
     mask_B11S: torch.Tensor | None
+    positions_S3: torch.Tensor
     rope_SE: tuple[torch.Tensor, torch.Tensor]
     time_B1D: torch.Tensor
     modulation_B1D: torch.Tensor
@@ -103,13 +102,17 @@ class DistilledShift(ResolutionShift):
 
 
 class Entry(nn.Module):
-    """Embeds tokens and time, and makes one text of the states of all layers."""
+    """Embeds tokens, time and positions, and makes one text of the states of all layers. Each stage makes the rotary
+    tables itself."""
+
+    remakes = ("rope_SE",)
 
     def __init__(self, denoiser: Krea2Transformer2DModel):
         super().__init__()
         self.img_in = denoiser.img_in
         self.time_embed, self.time_mod_proj = denoiser.time_embed, denoiser.time_mod_proj
         self.text_fusion, self.txt_in = denoiser.text_fusion, denoiser.txt_in
+        self.rotary_emb = denoiser.rotary_emb
 
     def forward(self, inputs: Krea2Inputs) -> Krea2Stream:
         dtype, mask_BL = self.img_in.weight.dtype, inputs.mask_BL
@@ -124,12 +127,17 @@ class Entry(nn.Module):
         return Krea2Stream(
             x_BSD=torch.cat([text_BLD, self.img_in(inputs.x_BTC.to(dtype))], dim=1),
             mask_B11S=mask_B11S,
-            rope_SE=inputs.rope_SE,
+            positions_S3=inputs.positions_S3,
+            rope_SE=self.rotary_emb(inputs.positions_S3),
             time_B1D=time_B1D,
             modulation_B1D=self.time_mod_proj(functional.gelu(time_B1D, approximate="tanh")),
             text_L0=text_BLD.new_empty(text_BLD.shape[1], 0),
             canvas_hw0=inputs.canvas_hw0,
         )
+
+    def remake(self, stream: Krea2Stream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        return {"rope_SE": self.rotary_emb(stream.positions_S3)}
 
 
 class Exit(nn.Module):
@@ -150,7 +158,7 @@ class Krea2Pipeline(QwenPicturePipeline):
 
     Options = Krea2Options
     denoiser_class = "Krea2Transformer2DModel"
-    config_keys = ("axes_dims_rope", "in_channels", "num_text_layers", "text_hidden_dim")
+    config_keys = ("in_channels", "num_text_layers", "text_hidden_dim")
     text_parts = (TextPart(TEXT, "Qwen3VLModel"),)
     blocks = ("transformer_blocks",)
     stream_type = Krea2Stream
@@ -220,19 +228,10 @@ class Krea2Pipeline(QwenPicturePipeline):
             x_BTC=pack(x_t),
             text_BLKD=text_BLF.unflatten(-1, (self.parts.denoiser_config["num_text_layers"], -1)),
             mask_BL=None if mask_BL.all() else mask_BL,
-            rope_SE=self.rope(positions(text_BLF.shape[1], height // PATCH, width // PATCH)),
+            positions_S3=positions(text_BLF.shape[1], height // PATCH, width // PATCH),
             t_B=t_B,
             canvas_hw0=torch.empty(height, width, 0),
         )
-
-    # Kept, as every micro-batch asks for it.
-    @cached_property
-    def rope(self) -> Krea2RotaryPosEmbed:
-        """The positions of picture and text as angles."""
-        from diffusers.models.transformers.transformer_krea2 import Krea2RotaryPosEmbed
-
-        config = self.parts.denoiser_config
-        return Krea2RotaryPosEmbed(config.get("rope_theta", ROTARY_BASE), config["axes_dims_rope"])
 
     def guided(self, prompted: torch.Tensor, negative: torch.Tensor, guidance: float) -> torch.Tensor:
         """p + g (p - n), as in the stock pipeline."""

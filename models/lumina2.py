@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from models.base import Features, ModelEncoder
 from models.families.pictures import PicturePipeline
 from models.foundation.checkpoints.folders import TextPart
 from models.foundation.checkpoints.layouts.lumina2 import COMFYUI_LAYOUT
 from models.foundation.encoders.text_features import ChatFeatures
+from models.foundation.layers.axis_tables import AxisTables
 from models.foundation.layers.chain import Middle
 from models.foundation.layers.patches import PATCH, patchify, unpatchify
 from utils.diffusion.objectives import FlowMatching
@@ -30,9 +31,7 @@ from utils.settings.values import Count
 
 if TYPE_CHECKING:
     from diffusers import Lumina2Transformer2DModel
-    from diffusers.models.transformers.transformer_lumina2 import Lumina2RotaryPosEmbed
 
-ROTARY_BASE = 10000
 SYSTEM_PROMPT = (
     "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
     "on textual prompts or user prompts."
@@ -54,28 +53,30 @@ class Lumina2Options(ModelSettings):
 
 class Lumina2Inputs(NamedTuple):
     """What the entry takes. `text_lengths` are tensors without elements, one per sample: their shapes say how many text
-    tokens are the sample's own. The mask is None if no text is padded."""
+    tokens are the sample's own. The mask is None if no text is padded; the positions of padding are -1."""
 
     x_BTC: torch.Tensor
-    rope_BTE: torch.Tensor
+    positions_BT3: torch.Tensor
     text_BLD: torch.Tensor
     text_mask_BL: torch.Tensor | None
-    text_rope_BLE: torch.Tensor
+    text_positions_BL3: torch.Tensor
     text_lengths: tuple[torch.Tensor, ...]
     t_B: torch.Tensor
     canvas_hw0: torch.Tensor
 
 
 class Lumina2Stream(NamedTuple):
-    """What travels from layer to layer. `x_BTD`, its mask (None: all are seen) and its rotary table are the picture's
+    """What travels from layer to layer. `x_BTD`, its mask (None: all are seen) and its positions are the picture's
     until the first joined block, which puts the text in front of the picture and sets the text's fields to None.
     `canvas_hw0` has no elements: its shape carries the latent's height and width."""
 
     x_BTD: torch.Tensor
     mask_BT: torch.Tensor | None
+    positions_BT3: torch.Tensor
     rope_BTE: torch.Tensor
     text_BLD: torch.Tensor | None
     text_mask_BL: torch.Tensor | None
+    text_positions_BL3: torch.Tensor | None
     text_rope_BLE: torch.Tensor | None
     text_lengths: tuple[torch.Tensor, ...]
     time_BD: torch.Tensor
@@ -94,10 +95,14 @@ class SystemPromptFeatures(ChatFeatures):
 
 
 class Entry(nn.Module):
-    """Embeds tokens, text and time."""
+    """Embeds tokens, text, time and positions. Each stage makes the rotary tables itself."""
+
+    remakes = ("rope_BTE", "text_rope_BLE")
 
     def __init__(self, denoiser: Lumina2Transformer2DModel):
         super().__init__()
+        # The stock module has zeros for padding.
+        self.rope = AxisTables([functional.pad(table, (0, 0, 0, 1)) for table in denoiser.rope_embedder.freqs_cis])
         self.x_embedder = denoiser.x_embedder
         self.time_caption_embed = denoiser.time_caption_embed
 
@@ -109,14 +114,25 @@ class Entry(nn.Module):
         return Lumina2Stream(
             x_BTD=x_BTD,
             mask_BT=None,
-            rope_BTE=inputs.rope_BTE,
+            positions_BT3=inputs.positions_BT3,
+            rope_BTE=self.rope(inputs.positions_BT3),
             text_BLD=text_BLD,
             text_mask_BL=inputs.text_mask_BL,
-            text_rope_BLE=inputs.text_rope_BLE,
+            text_positions_BL3=inputs.text_positions_BL3,
+            text_rope_BLE=self.rope(inputs.text_positions_BL3),
             text_lengths=inputs.text_lengths,
             time_BD=time_BD,
             canvas_hw0=inputs.canvas_hw0,
         )
+
+    def remake(self, stream: Lumina2Stream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        # On a stage without the entry its tables are where they were built.
+        rope, text_BL3 = self.rope.to(stream.positions_BT3.device), stream.text_positions_BL3
+        return {
+            "rope_BTE": rope(stream.positions_BT3),
+            "text_rope_BLE": None if text_BL3 is None else rope(text_BL3),
+        }
 
 
 class FirstJoined(Middle):
@@ -129,9 +145,11 @@ class FirstJoined(Middle):
         row = stream._replace(
             x_BTD=joined(stream.text_BLD, stream.x_BTD, stream.text_lengths),
             mask_BT=mask_BT,
+            positions_BT3=joined(stream.text_positions_BL3, stream.positions_BT3, stream.text_lengths),
             rope_BTE=joined(stream.text_rope_BLE, stream.rope_BTE, stream.text_lengths),
             text_BLD=None,
             text_mask_BL=None,
+            text_positions_BL3=None,
             text_rope_BLE=None,
         )
         return super().forward(row)
@@ -158,7 +176,7 @@ class Lumina2Pipeline(PicturePipeline):
     Options = Lumina2Options
     spec_architecture = "lumina-2"
     denoiser_class = "Lumina2Transformer2DModel"
-    config_keys = ("axes_dim_rope", "axes_lens", "cap_feat_dim", "in_channels", "patch_size")
+    config_keys = ("axes_lens", "cap_feat_dim", "in_channels", "patch_size")
     text_parts = (TextPart("gemma2", "Gemma2Model"),)
     objective = FlowMatching(predicts_data_minus_noise=True, time_is_cleanness=True)
     blocks = ("context_refiner", "noise_refiner", "layers")
@@ -219,32 +237,33 @@ class Lumina2Pipeline(PicturePipeline):
         self, features: Features, x_t: torch.Tensor, t_B: torch.Tensor, guidance: float | None = None
     ) -> Lumina2Inputs:
         text_mask_BL = features["gemma2_mask"].bool()
-        _, text_rope_BLE, rope_BTE, _, lengths, _ = self.rope(x_t.contiguous(), text_mask_BL)
+        text_BL3, picture_BT3 = positions(text_mask_BL, *(side // PATCH for side in x_t.shape[2:]))
         return Lumina2Inputs(
             x_BTC=patchify(x_t),
-            rope_BTE=rope_BTE,
+            positions_BT3=picture_BT3,
             text_BLD=features["gemma2"],
             text_mask_BL=None if text_mask_BL.all() else text_mask_BL,
-            text_rope_BLE=text_rope_BLE,
-            text_lengths=tuple(torch.empty(length, 0) for length in lengths),
+            text_positions_BL3=text_BL3,
+            text_lengths=tuple(torch.empty(length, 0) for length in text_mask_BL.sum(dim=1).tolist()),
             t_B=self.objective.model_time(t_B),
             canvas_hw0=torch.empty(*x_t.shape[2:], 0),
         )
-
-    # Kept, as every micro-batch asks for it.
-    @cached_property
-    def rope(self) -> Lumina2RotaryPosEmbed:
-        """The positions of text and picture as angles."""
-        from diffusers.models.transformers.transformer_lumina2 import Lumina2RotaryPosEmbed
-
-        config = self.parts.denoiser_config
-        return Lumina2RotaryPosEmbed(ROTARY_BASE, config["axes_dim_rope"], config["axes_lens"], PATCH)
 
     def guided(self, prompted: torch.Tensor, negative: torch.Tensor, guidance: float) -> torch.Tensor:
         """n + g (p - n), each row of a latent's channel scaled to the norm that it has in p, as in the stock
         pipeline."""
         guided = super().guided(prompted, negative, guidance)
         return guided * (prompted.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+
+def positions(text_mask_BL: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(number, 0, 0) of each text token (B, L, 3), -1 of padding, and (length of the text, row, column) of each image
+    token (B, T, 3)."""
+    numbers_BL1 = torch.arange(text_mask_BL.shape[1]).expand(len(text_mask_BL), -1).unsqueeze(-1)
+    text_BL3 = torch.where(text_mask_BL.unsqueeze(-1), functional.pad(numbers_BL1, (0, 2)), -1)
+    grid = torch.arange(rows), torch.arange(columns)
+    picture_BT3 = [torch.cartesian_prod(length[None], *grid) for length in text_mask_BL.sum(dim=1)]
+    return text_BL3, torch.stack(picture_BT3)
 
 
 def joined(text_BLD: torch.Tensor, picture_BTD: torch.Tensor, text_lengths: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -120,7 +120,9 @@ class MiniMaxH3Inputs(NamedTuple):
 
 
 class Entry(nn.Module):
-    """Embeds tokens, text, time and positions."""
+    """Embeds tokens, text, time and positions. Each stage makes the rotary tables itself."""
+
+    remakes = ("rope_PE",)
 
     def __init__(self, denoiser: MiniMaxH3Transformer3DModel):
         super().__init__()
@@ -142,11 +144,17 @@ class Entry(nn.Module):
             time_RD=time(self.time_proj(inputs.t_R).to(time.linear_1.weight.dtype)),
             modulation_P=inputs.time_P * KINDS + inputs.kind_P,
             time_P=inputs.time_P,
+            positions_P3=inputs.positions_P3,
             rope_PE=self.rope(inputs.positions_P3),
             noisy_W=inputs.noisy_W,
             parts=inputs.parts,
             canvas_fhw0=inputs.canvas_fhw0,
         )
+
+    def remake(self, stream: MiniMaxH3Stream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        # Its frequencies are where the entry was built.
+        return {"rope_PE": self.rope.to(stream.x_1PD.device)(stream.positions_P3)}
 
 
 class Exit(nn.Module):

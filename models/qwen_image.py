@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -79,11 +79,13 @@ class QwenImageStream(NamedTuple):
     time_ED: torch.Tensor
     time_row_BT: torch.Tensor | None
     rope_TD_LD: tuple[torch.Tensor, torch.Tensor]
-    canvas_hw0: torch.Tensor
+    canvases_hw0: tuple[torch.Tensor, ...]
 
 
 class Entry(nn.Module):
-    """Embeds tokens, text, time and positions."""
+    """Embeds tokens, text, time and positions. Each stage makes the rotary tables itself."""
+
+    remakes = ("rope_TD_LD",)
 
     def __init__(self, denoiser: QwenImageTransformer2DModel):
         super().__init__()
@@ -97,22 +99,33 @@ class Entry(nn.Module):
     def forward(self, inputs: QwenImageInputs) -> QwenImageStream:
         dtype = self.img_in.weight.dtype
         x_BTD = self.img_in(inputs.x_BTC.to(dtype))
-        grids = [(1, canvas.shape[0] // PATCH, canvas.shape[1] // PATCH) for canvas in inputs.canvases_hw0]
         # t stays float32 until it is embedded.
         t_E, time_row_BT = inputs.t_B, None
         if self.zero_cond_t:
             t_E = torch.cat([t_E, t_E * 0])
             time_row_BT = torch.ones(x_BTD.shape[:2], dtype=torch.int32, device=x_BTD.device)
-            time_row_BT[:, : grids[0][1] * grids[0][2]] = 0
+            height, width, _ = inputs.canvases_hw0[0].shape
+            time_row_BT[:, : (height // PATCH) * (width // PATCH)] = 0
+        text_BLD = self.txt_in(self.txt_norm(inputs.text_BLD.to(dtype)))
         return QwenImageStream(
             x_BTD=x_BTD,
-            text_BLD=self.txt_in(self.txt_norm(inputs.text_BLD.to(dtype))),
+            text_BLD=text_BLD,
             text_mask_BL=inputs.text_mask_BL,
             time_ED=self.embedded_time(t_E, x_BTD),
             time_row_BT=time_row_BT,
-            rope_TD_LD=self.pos_embed([grids], max_txt_seq_len=inputs.text_BLD.shape[1], device=x_BTD.device),
-            canvas_hw0=inputs.canvases_hw0[0],
+            rope_TD_LD=self._rope(inputs.canvases_hw0, text_BLD),
+            canvases_hw0=inputs.canvases_hw0,
         )
+
+    def remake(self, stream: QwenImageStream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        return {"rope_TD_LD": self._rope(stream.canvases_hw0, stream.text_BLD)}
+
+    def _rope(
+        self, canvases_hw0: tuple[torch.Tensor, ...], text_BLD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        grids = [(1, canvas.shape[0] // PATCH, canvas.shape[1] // PATCH) for canvas in canvases_hw0]
+        return self.pos_embed([grids], max_txt_seq_len=text_BLD.shape[1], device=text_BLD.device)
 
     def embedded_time(self, t_E: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
         return self.time_text_embed(t_E, x_BTD)
@@ -129,7 +142,7 @@ class Exit(nn.Module):
 
     def forward(self, stream: QwenImageStream) -> torch.Tensor:
         x_BTC = self.proj_out(self.norm_out(stream.x_BTD, stream.time_ED[: len(stream.x_BTD)]))
-        height, width, _ = stream.canvas_hw0.shape
+        height, width, _ = stream.canvases_hw0[0].shape
         return unpack(x_BTC[:, : self.pictures * (height // PATCH) * (width // PATCH)], height, width)
 
 

@@ -31,6 +31,7 @@ from models.foundation.encoders.text_features import TrueLengthFeatures
 from models.foundation.encoders.video_vae import WanAutoencoder, latent_size, wan_vae_config
 from models.foundation.layers.chain import Middle
 from models.foundation.layers.given import row_of_token, with_given_frames
+from models.foundation.layers.patches import blank_latent
 from utils.dataset.buckets import MediaFacts
 from utils.dataset.samples import Sample
 from utils.errors import Problem, UserError
@@ -107,8 +108,8 @@ class Entry(nn.Module):
 
     def __init__(self, denoiser: WanTransformer3DModel, text_tokens: int):
         super().__init__()
-        self.rope, self.config = denoiser.rope, denoiser.config
-        self._ropes: dict[torch.device, nn.Module] = {}
+        self.rope = denoiser.rope
+        self.patch = tuple(denoiser.config.patch_size)
         self.patch_embedding = denoiser.patch_embedding
         self.condition_embedder = denoiser.condition_embedder
         self.text_tokens = text_tokens
@@ -145,19 +146,9 @@ class Entry(nn.Module):
 
     def remake(self, stream: WanStream) -> dict[str, Any]:
         """The fields that are not sent from stage to stage."""
-        size = (side * patch for side, patch in zip(stream.canvas_fhw0.shape, self.config.patch_size, strict=False))
-        # Of a latent it looks at the shape alone.
-        return {"rope_1T1D": self._rope_on(stream.x_BTD.device)(torch.empty(0, 0, *size))}
-
-    def _rope_on(self, device: torch.device) -> nn.Module:
-        """The stock module with its tables, which on a stage without the entry have no memory."""
-        from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
-
-        if device not in self._ropes:
-            config = self.config
-            rope = WanRotaryPosEmbed(config.attention_head_dim, config.patch_size, config.rope_max_seq_len)
-            self._ropes[device] = rope.to(device)
-        return self._ropes[device]
+        latent = blank_latent(stream.canvas_fhw0, self.patch)
+        # Its tables are where the entry was built.
+        return {"rope_1T1D": self.rope.to(latent.device)(latent)}
 
 
 class Exit(nn.Module):

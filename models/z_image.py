@@ -10,7 +10,7 @@ h w latent cells. From the first joined block on, T also counts the text, which 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from models.families.pictures import PicturePipeline
 from models.foundation.checkpoints.folders import TextPart
 from models.foundation.checkpoints.layouts.z_image import BLOCKS, COMFYUI_LAYOUT, PATCH_KEY
 from models.foundation.encoders.text_features import ChatFeatures
+from models.foundation.layers.axis_tables import AxisTables
 from models.foundation.layers.chain import Middle
 from models.foundation.layers.padding import filled_length, lengthened
 from models.foundation.layers.patches import PATCH, patchify, unpatchify
@@ -59,21 +60,26 @@ class ZImageInputs(NamedTuple):
 
 
 class ZImageStream(NamedTuple):
-    """What travels from layer to layer. `x_BTD`, its mask (None if all tokens are visible) and its rotary table belong
-    to the picture until the first joined block, which appends those of the text and sets the latter to None."""
+    """What travels from layer to layer. `x_BTD`, its mask (None if all tokens are visible) and its positions belong to
+    the picture until the first joined block, which appends those of the text and sets the latter to None."""
 
     x_BTD: torch.Tensor
     mask_BT: torch.Tensor | None
+    positions_BT3: torch.Tensor
     rope_BTE: torch.Tensor
     text_BLD: torch.Tensor | None
     text_mask_BL: torch.Tensor | None
+    text_positions_1L3: torch.Tensor | None
     text_rope_1LE: torch.Tensor | None
     time_BD: torch.Tensor
     canvas_hw0: torch.Tensor
 
 
 class Entry(nn.Module):
-    """Embeds tokens, text, time and positions, and inserts the learned padding tokens."""
+    """Embeds tokens, text, time and positions, and inserts the learned padding tokens. Each stage makes the rotary
+    tables itself."""
+
+    remakes = ("rope_BTE", "text_rope_1LE")
 
     def __init__(self, denoiser: ZImageTransformer2DModel):
         super().__init__()
@@ -83,13 +89,9 @@ class Entry(nn.Module):
         self.x_pad_token = denoiser.x_pad_token
         self.cap_pad_token = denoiser.cap_pad_token
         self.time_scale = denoiser.t_scale
-        # The embedder would create its tables in its first call, on the device of that call. They are computed on the
-        # CPU, regardless of the device that reads them.
+        # The embedder would create its tables in its first call, on the device of that call.
         rope = denoiser.rope_embedder
-        tables = rope.precompute_freqs_cis(rope.axes_dims, rope.axes_lens, rope.theta)
-        self.axes = [f"rope_{axis}" for axis in range(len(tables))]
-        for name, table in zip(self.axes, tables, strict=True):
-            self.register_buffer(name, table, persistent=False)
+        self.rope = AxisTables(rope.precompute_freqs_cis(rope.axes_dims, rope.axes_lens, rope.theta))
 
     def forward(self, inputs: ZImageInputs) -> ZImageStream:
         dtype, device = self.x_pad_token.dtype, self.x_pad_token.device
@@ -98,22 +100,29 @@ class Entry(nn.Module):
         is_picture_T = torch.arange(x_BTD.shape[1], device=device) < (height // PATCH) * (width // PATCH)
         text_BLD = self.cap_embedder(inputs.text_BLD.to(dtype))
         positions_1L1 = torch.arange(1, text_BLD.shape[1] + 1, device=device)[None, :, None]
+        text_positions_1L3 = functional.pad(positions_1L1, (0, 2))
         return ZImageStream(
             x_BTD=torch.where(is_picture_T[:, None], x_BTD, self.x_pad_token),
             mask_BT=None,
-            rope_BTE=self._rope(inputs.positions_BT3),
+            positions_BT3=inputs.positions_BT3,
+            rope_BTE=self.rope(inputs.positions_BT3),
             text_BLD=torch.where(inputs.is_caption_BL[..., None], text_BLD, self.cap_pad_token),
             text_mask_BL=inputs.text_mask_BL,
-            text_rope_1LE=self._rope(functional.pad(positions_1L1, (0, 2))),
+            text_positions_1L3=text_positions_1L3,
+            text_rope_1LE=self.rope(text_positions_1L3),
             # The time stays float32 until it is embedded.
             time_BD=self.t_embedder(inputs.t_B * self.time_scale).to(dtype),
             canvas_hw0=inputs.canvas_hw0,
         )
 
-    def _rope(self, positions_BT3: torch.Tensor) -> torch.Tensor:
-        """exp(i angle) of every token, complex64 (B, T, E)."""
-        tables = (self.get_buffer(name) for name in self.axes)
-        return torch.cat([table[positions_BT3[..., axis]] for axis, table in enumerate(tables)], dim=-1)
+    def remake(self, stream: ZImageStream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        # On a stage without the entry its tables are where they were built.
+        rope, text_1L3 = self.rope.to(stream.positions_BT3.device), stream.text_positions_1L3
+        return {
+            "rope_BTE": rope(stream.positions_BT3),
+            "text_rope_1LE": None if text_1L3 is None else rope(text_1L3),
+        }
 
 
 class FirstJoined(Middle):
@@ -123,12 +132,15 @@ class FirstJoined(Middle):
         mask_BT = stream.text_mask_BL
         if mask_BT is not None:
             mask_BT = torch.cat([mask_BT.new_ones(stream.x_BTD.shape[:2]), mask_BT], dim=1)
+        positions_BL3 = stream.text_positions_1L3.expand(len(stream.x_BTD), -1, -1)
         joined = stream._replace(
             x_BTD=torch.cat([stream.x_BTD, stream.text_BLD], dim=1),
             mask_BT=mask_BT,
+            positions_BT3=torch.cat([stream.positions_BT3, positions_BL3], dim=1),
             rope_BTE=torch.cat([stream.rope_BTE, stream.text_rope_1LE.expand(len(stream.rope_BTE), -1, -1)], dim=1),
             text_BLD=None,
             text_mask_BL=None,
+            text_positions_1L3=None,
             text_rope_1LE=None,
         )
         return super().forward(joined)

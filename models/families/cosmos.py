@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from einops import rearrange
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from models.base import BasePipeline, Features
@@ -21,6 +22,7 @@ from models.foundation.checkpoints.folders import TextPart
 from models.foundation.layers.chain import Middle
 from models.foundation.layers.given import is_given, row_of_token
 from models.foundation.layers.padding import lengthened
+from models.foundation.layers.patches import blank_latent
 from utils.dataset.samples import Sample
 from utils.errors import Problem
 from utils.settings.model_schema import ModelSettings
@@ -56,7 +58,8 @@ class CosmosInputs(NamedTuple):
 class CosmosStream(NamedTuple):
     """What travels from layer to layer. `canvas_fhw0` has no elements: its shape carries the tokens' grid. With rows
     of time for the frames, `row_T` has the row of each token, by which each layer looks up what it needs; else the
-    dimension R is missing."""
+    dimension R is missing. `tables_ND` are the learned places of frames, rows and columns, of which those of tokens are
+    made where they have no gradient."""
 
     x_BTD: torch.Tensor
     text_BLD: torch.Tensor
@@ -65,6 +68,7 @@ class CosmosStream(NamedTuple):
     row_T: torch.Tensor | None
     rope_TE: tuple[torch.Tensor, torch.Tensor]
     places_BTD: torch.Tensor | None
+    tables_ND: tuple[torch.Tensor, ...] | None
     given_BC1hw: torch.Tensor | None
     canvas_fhw0: torch.Tensor
 
@@ -80,7 +84,10 @@ class CosmosStream(NamedTuple):
 
 
 class Entry(nn.Module):
-    """Embeds patches, time and positions, for which some models have learned tables too; projects the text of some."""
+    """Embeds patches, time and positions, for which some models have learned tables too; projects the text of some.
+    Each stage makes itself what it needs of the positions, of which the learned ones are as large as the tokens."""
+
+    remakes = ("rope_TE", "places_BTD")
 
     def __init__(self, denoiser: CosmosTransformer3DModel, fps: float | None):
         super().__init__()
@@ -89,13 +96,14 @@ class Entry(nn.Module):
         self.patch_embed = denoiser.patch_embed
         self.crossattn_proj = getattr(denoiser, "crossattn_proj", nn.Identity())
         self.time_embed = denoiser.time_embed
-        self.fps = fps
+        self.patch, self.fps = tuple(denoiser.config.patch_size), fps
 
     def forward(self, inputs: CosmosInputs) -> CosmosStream:
         x_BCfhw = inputs.x_BCfhw.to(self.patch_embed.proj.weight.dtype)
         patches_BfhwD = self.patch_embed(x_BCfhw)
         x_BTD = rearrange(patches_BfhwD, "b f h w d -> b (f h w) d")
         learned = self.learnable_pos_embed
+        places_BTD = None if learned is None else learned(x_BCfhw)
         rows, (frames, height, width) = inputs.t_BR.shape[1], patches_BfhwD.shape[1:4]
         # The time stays float32 until it is embedded.
         modulation_EM, time_ED = self.time_embed(x_BTD, inputs.t_BR.flatten())
@@ -106,10 +114,25 @@ class Entry(nn.Module):
             time_BRD=of_rows(time_ED, rows),
             row_T=row_of_token(rows, height * width, x_BTD.device),
             rope_TE=self.rope(x_BCfhw, fps=self.fps),
-            places_BTD=None if learned is None else learned(x_BCfhw),
+            places_BTD=places_BTD,
+            tables_ND=None if places_BTD is None or places_BTD.requires_grad else self._tables(frames, height, width),
             given_BC1hw=inputs.given_BC1hw,
             canvas_fhw0=x_BTD.new_empty(frames, height, width, 0),
         )
+
+    def _tables(self, *grid: int) -> tuple[torch.Tensor, ...]:
+        """What the learned tables have for a grid of tokens."""
+        tables = self.learnable_pos_embed.parameters()
+        return tuple(table[:side].detach() for table, side in zip(tables, grid, strict=True))
+
+    def remake(self, stream: CosmosStream) -> dict[str, Any]:
+        """The fields that are not sent from stage to stage."""
+        latent, learned, places_BTD = blank_latent(stream.canvas_fhw0, self.patch), self.learnable_pos_embed, None
+        if stream.tables_ND is not None:
+            names = [name for name, _ in learned.named_parameters()]
+            samples = latent.expand(len(stream.x_BTD), -1, -1, -1, -1)
+            places_BTD = functional_call(learned, dict(zip(names, stream.tables_ND, strict=True)), samples)
+        return {"rope_TE": self.rope(latent, fps=self.fps), "places_BTD": places_BTD}
 
 
 def of_rows(of_all_ED: torch.Tensor, rows: int) -> torch.Tensor:

@@ -46,10 +46,14 @@ def _counted(entry: Any, cut: Any) -> tuple[int, int, int, dict[str, int]]:
     """The bytes that are sent, come back, and are the least of both; and those of each field that is as the entry made
     it."""
     before = {id(tensor) for tensor in tensors_of(entry)}
+    seen: set[int] = set()
     sent = returned = least = 0
     constant: dict[str, int] = {}
     for name, field in zip(cut._fields, cut, strict=True):
         for tensor in tensors_of(field):
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
             back = tensor.nbytes if tensor.requires_grad else 0
             sent, returned = sent + tensor.nbytes, returned + back
             if id(tensor) in before:

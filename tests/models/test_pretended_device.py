@@ -1,5 +1,5 @@
 """Every model in bfloat16 on a pretended device, forward and backward: nothing is on another device or wider than it
-should be, and the host never waits.
+should be, the host never waits, and another stage makes what is not sent to it as the first one has it.
 
 An adapter, a quantised base, recomputing and swapping treat all models alike, so that not each model is tried with all
 of them: each is trained in one of six ways that take turns.
@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 import models
+from models.assembly.activations import tensors_of
 from models.assembly.stage import StagedModel, load_stage
 from models.base import BasePipeline
 from tests.models.batches import SIZES, features_of
@@ -32,6 +33,7 @@ from utils.parallel import wire
 from utils.parallel.homes import BlockHomes
 from utils.parallel.partition import repeated_blocks
 from utils.parallel.recompute import run_layer, run_recomputed
+from utils.parallel.remaking import Remaking, arrived, leaving
 from utils.parallel.swap import BlockSwap
 from utils.settings.schema import AdapterSettings
 
@@ -121,6 +123,7 @@ def fields_of(stream: Any) -> dict[str, Any]:
 def train_on(device: PretendedDevice, name: str, folder: Path, case: Case) -> StagedModel:
     """A step without its optimizer; the waits are those of a step that is not the first."""
     pipeline, staged = staged_in_bfloat16(name, folder, case)
+    of_others = Remaking.of(pipeline.to_layers(pipeline.weights.build_empty())[0])
     inputs, labels = inputs_of(name, pipeline)
     count = len(repeated_blocks(staged.layers)) if case.swapped else 0
     swap = BlockSwap(BlockHomes(staged.layers, count, trained=case.adapter is None).filled())
@@ -131,14 +134,19 @@ def train_on(device: PretendedDevice, name: str, folder: Path, case: Case) -> St
         stream, labels = wire.map_tensors(lambda tensor: tensor.to(DEVICE, non_blocking=True), (inputs, labels))
         wire.map_tensors(device.follow, stream)
         with torch.no_grad():
-            # Some entries bring a table to the device, once.
-            staged.layers[0](stream)
+            # Some entries bring a table to the device, once, and so do other stages, which have no weights of it.
+            entered = staged.layers[0](stream)
+            arrived(leaving(entered, of_others), of_others)
         device.waits.clear()
+        again = arrived(leaving(entered, of_others), of_others)
         stream = run_on(device, staged.layers, stream, swap, recomputed=case.recomputed)
         prediction, terms = stream if isinstance(stream, Output) else (stream, torch.zeros(()))
         assert device.has(prediction)
         (pipeline.maths.loss(prediction, labels).mean() + terms.sum()).backward()
         swap.settle()
+    for field in of_others.fields:
+        made, had = (list(tensors_of(getattr(one, field))) for one in (again, entered))
+        assert all(map(device.has, made)) and len(made) == len(had) and all(map(torch.equal, made, had)), field
     return staged
 
 

@@ -73,7 +73,7 @@ def test_rotary_tables_outlast_a_run_on_another_device(folder: Path) -> None:
     empty = type(inputs)(*(tensor.to("meta") for tensor in inputs))
     assert predicted([layer.to("meta") for layer in planned.layers], empty).shape == (2, 4, 4, 4)
     entry, stock = pipeline.to_layers(planned.denoiser)[0], loaded(folder).denoiser.rope_embedder
-    for tables, positions in zip(entry._rope(inputs.positions_BT3), inputs.positions_BT3, strict=True):
+    for tables, positions in zip(entry.rope(inputs.positions_BT3), inputs.positions_BT3, strict=True):
         assert torch.equal(tables, stock(positions))
 
 

@@ -5,7 +5,8 @@ its tensors and a description (which field holds what; type, shape and "requires
 description travels first, as one small integer tensor through a CPU group, so that neither side waits for its GPU;
 then the tensors. A gradient comes back for exactly those tensors that required one on the sender's side: rotary
 tables, masks, text features and the time embedding of a frozen embedder cost no gradient. Tensors without elements,
-which carry a length in their shape, are described and not sent.
+which carry a length in their shape, are described and not sent. One that is in several places, as a UNet's newest skip,
+crosses once, and its gradient comes back once.
 """
 
 from __future__ import annotations
@@ -47,14 +48,21 @@ class TensorDescription:
 
 @dataclass(frozen=True)
 class Description:
-    """The layout of a stream (per field: NOTHING, SINGLE or the length of a tuple) and its tensors in order."""
+    """The layout of a stream.
+
+    Attributes:
+        fields: for each NOTHING, SINGLE or the length of a tuple.
+        places: for each place of a tensor in the fields, in order, which of the tensors it has.
+        tensors: each once.
+    """
 
     fields: tuple[int, ...]
+    places: tuple[int, ...]
     tensors: tuple[TensorDescription, ...]
 
 
 def flatten(stream: Sequence[Any]) -> tuple[list[torch.Tensor], Description]:
-    """The tensors of a stream in order, and the description that `unflatten` needs.
+    """The tensors of a stream in order, each once, and the description that `unflatten` needs.
 
     Raises:
         TypeError: a field is neither a tensor, a tuple of tensors, nor None.
@@ -72,8 +80,10 @@ def flatten(stream: Sequence[Any]) -> tuple[list[torch.Tensor], Description]:
             tensors.extend(field)
         else:
             raise TypeError(f"field {position} of the stream is a {type(field).__name__}, which cannot cross stages")
-    described = tuple(TensorDescription(t.dtype, tuple(t.shape), t.requires_grad) for t in tensors)
-    return tensors, Description(tuple(fields), described)
+    unique = list({id(tensor): tensor for tensor in tensors}.values())
+    numbers = {id(tensor): number for number, tensor in enumerate(unique)}
+    described = tuple(TensorDescription(t.dtype, tuple(t.shape), t.requires_grad) for t in unique)
+    return unique, Description(tuple(fields), tuple(numbers[id(tensor)] for tensor in tensors), described)
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
@@ -94,7 +104,7 @@ def to_device(fields: Any, device: torch.device) -> Any:
 
 def unflatten(tensors: Sequence[torch.Tensor], description: Description) -> tuple[Any, ...]:
     """The fields of a stream that `flatten` took apart."""
-    remaining = iter(tensors)
+    remaining = iter([tensors[number] for number in description.places])
     fields: list[Any] = []
     for count in description.fields:
         if count == NOTHING:
@@ -110,7 +120,8 @@ def unflatten(tensors: Sequence[torch.Tensor], description: Description) -> tupl
 def encode(description: Description) -> torch.Tensor:
     """The description as int64 numbers of fixed length on the CPU, which are only to be read: most micro-batches have
     the same."""
-    numbers = [len(description.fields), *description.fields, len(description.tensors)]
+    numbers = [len(description.fields), *description.fields, len(description.places), *description.places]
+    numbers.append(len(description.tensors))
     for tensor in description.tensors:
         numbers += [DTYPE_CODES[tensor.dtype], int(tensor.requires_grad), len(tensor.shape), *tensor.shape]
     assert len(numbers) <= DESCRIPTION_NUMBERS, (
@@ -128,9 +139,11 @@ def decode(numbers: torch.Tensor) -> Description:
 
     (field_count,) = take(1)
     fields = take(field_count)
+    (place_count,) = take(1)
+    places = take(place_count)
     (tensor_count,) = take(1)
     tensors = []
     for _ in range(tensor_count):
         code, requires_grad, dimensions = take(3)
         tensors.append(TensorDescription(DTYPES[code], take(dimensions), bool(requires_grad)))
-    return Description(fields, tuple(tensors))
+    return Description(fields, places, tuple(tensors))

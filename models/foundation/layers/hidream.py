@@ -31,6 +31,7 @@ class HiDreamStream(NamedTuple):
     last_BLD: torch.Tensor
     time_BD: torch.Tensor
     mask_BT: torch.Tensor | None
+    positions_1S3: torch.Tensor
     rope_1S1E22: torch.Tensor
     terms_K: torch.Tensor
     canvas_hw0: torch.Tensor

@@ -27,6 +27,7 @@ class MiniMaxH3Stream(NamedTuple):
     time_RD: torch.Tensor
     modulation_P: torch.Tensor
     time_P: torch.Tensor
+    positions_P3: torch.Tensor
     rope_PE: tuple[torch.Tensor, torch.Tensor]
     noisy_W: torch.Tensor
     parts: tuple[torch.Tensor, ...]

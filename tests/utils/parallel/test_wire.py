@@ -37,6 +37,20 @@ def test_a_stream_is_put_together_again() -> None:
     assert received.length.shape == (5, 7, 0)
 
 
+def test_what_is_in_several_places_crosses_once() -> None:
+    pushed, other = torch.ones(2, requires_grad=True), torch.zeros(3)
+    tensors, description = wire.flatten((pushed, (other, pushed), other))
+    assert [id(one) for one in tensors] == [id(pushed), id(other)]
+    received = wire.unflatten(
+        [torch.ones(2, requires_grad=True), torch.zeros(3)], wire.decode(wire.encode(description))
+    )
+    assert received[0] is received[1][1] and received[1][0] is received[2]
+    # So do gradients: what comes back is that of all places.
+    (received[0] * 2 + received[1][1] * 3).sum().backward()
+    again, _ = wire.flatten(received)
+    assert torch.equal(again[0].grad, torch.full((2,), 5.0)) and len(again) == len(tensors)
+
+
 @pytest.mark.parametrize("dtype", wire.DTYPES)
 def test_the_description_keeps_type_shape_and_need_of_a_gradient(dtype: torch.dtype) -> None:
     plain = torch.zeros(3, 1, dtype=dtype)
