@@ -132,6 +132,8 @@ class Engine(PipelineEngine):
         self._begin(0, self._rank_after_rank())
         descriptions = dist.new_group(backend="gloo") if self.is_pipe_parallel else None
         self._mail = StageMail(self.grid, self.device, descriptions)
+        if module.pieces > 1:
+            self._mail.close_circle()
 
     def train_step(
         self, batches: Iterable[MicroBatch] | None, step: int, numbers: Sequence[int] | None = None
@@ -271,10 +273,10 @@ class Engine(PipelineEngine):
     def _finish_forward(self, buffer_id: int, outputs: Any) -> None:
         """Takes the loss of a micro-batch, or its prediction."""
         prediction, terms_K = outputs if isinstance(outputs, Output) else (outputs, None)
+        labels, self.pipe_buffers["labels"][buffer_id] = self.pipe_buffers["labels"][buffer_id], None
         if self._keep_predictions:
             self.fwd_outputs.append(prediction)
             return
-        labels = self.pipe_buffers["labels"][buffer_id]
         losses_B = self.module.loss_fn(prediction, labels)
         self.fwd_outputs.append(losses_B.detach().float())
         loss = losses_B.mean()

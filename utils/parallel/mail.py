@@ -26,6 +26,17 @@ class StageMail:
         self._sending: defaultdict[int, deque[list[tuple[dist.Work, torch.Tensor]]]] = defaultdict(deque)
         """By neighbouring stage, one list for each message; the tensors have to live as long."""
 
+    def close_circle(self) -> None:
+        """Connects the last stage with the first one; those that follow one another are connected already. NCCL does so
+        with the first message between two processes, and the sender's host waits for the receiver's until then. No
+        schedule allows for that. All stages call it."""
+        stage, last = self._grid.get_stage_id(), self._grid.get_pipe_parallel_world_size() - 1
+        nothing = torch.zeros(1, device=self._device)
+        if last > 1 and stage == last:
+            dist.send(nothing, self._grid.stage_to_global(0))
+        elif last > 1 and stage == 0:
+            dist.recv(nothing, self._grid.stage_to_global(last))
+
     def buffer(self, expected: wire.TensorDescription) -> torch.Tensor:
         """Room for a tensor that is to come."""
         return torch.empty(expected.shape, dtype=expected.dtype, device=self._device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +74,46 @@ def batches_of(ranks: Ranks, flux: Any, step: int, accumulation: int) -> list | 
     return [toy_flux.micro_batch(flux, step, ranks.data_rank, index) for index in range(accumulation)]
 
 
+class Contacts:
+    """The processes that this one has messages for, or from, as they are noted."""
+
+    def __init__(self) -> None:
+        self.noted: set[int] = set()
+        for name, peer in {"send": "dst", "isend": "dst", "recv": "src", "irecv": "src"}.items():
+            setattr(torch.distributed, name, self._noting(getattr(torch.distributed, name), peer))
+
+    def _noting(self, function: Any, peer: str) -> Any:
+        def run(*arguments: Any, **keys: Any) -> Any:
+            given = signature(function).bind(*arguments, **keys).arguments
+            # Descriptions go through a group of their own, which is not NCCL's.
+            if given.get("group") in (None, torch.distributed.group.WORLD):
+                self.noted.add(given[peer])
+            return function(*arguments, **keys)
+
+        return run
+
+    def take(self) -> set[int]:
+        """Those since the last call."""
+        found, self.noted = self.noted, set()
+        return found
+
+
 def train(ranks: Ranks, folder: Path, stages: int, pieces: int, settings: Any, recompute: bool) -> dict[int, Any]:
     """Job of a rank: trains with each accumulation; losses, norms, and the weights of its stage."""
     ranks = ranks.with_stages(stages)
     flux = toy_flux.pipeline(folder)
-    results = {}
+    results, contacts = {}, Contacts()
     for accumulation in ACCUMULATIONS:
         engine, trained = engine_of(ranks, flux, settings, accumulation, CLIP, recompute, pieces=pieces)
+        connected = contacts.take()
         steps = [engine.train_step(batches_of(ranks, flux, step, accumulation), step) for step in range(STEPS)]
         results[accumulation] = {
             "losses": [result.loss for result in steps],
             "levels": [dict(result.deciles) for result in steps],
             "norms": [result.grad_norm for result in steps],
             "weights": {name: p.detach().numpy() for name, p in trained.items()},
+            "not connected": contacts.take() - connected,
+            "kept": sum(one is not None for buffers in engine.pipe_buffers.values() for one in buffers),
             "timed": [timer.event_timers for timer in getattr(engine.timers, "timers", {}).values()],
         }
     return results
@@ -108,6 +136,8 @@ def test_equals_one_process(folder: Path, adapted: bool, pieces: int, stages: in
         expected = reference_of(folder, adapted, data_ranks, accumulation)
         weights: dict[str, torch.Tensor] = {}
         for result in (rank[accumulation] for rank in returned):
+            assert not result["not connected"], "NCCL connects two processes with their first message, and both wait"
+            assert not result["kept"], "nothing of a micro-batch is needed after its step"
             assert not any(result["timed"]), "DeepSpeed keeps something of each step for ever"
             assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
             assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
