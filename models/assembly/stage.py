@@ -142,9 +142,10 @@ def weights_of_pieces(settings: Settings) -> list[float] | None:
 
 
 def blocks_of_pieces(settings: Settings) -> list[int]:
-    """How many blocks each piece must have at least, so that there are as many in every stage as it swaps."""
-    numbers = numbers_of(settings.blocks_to_swap, settings.pipeline_stages)
-    return [-(-number // settings.pieces) for number in numbers] * settings.pieces
+    """How many blocks each piece must have at least, so that there are as many in every stage as it swaps: those that
+    do not go into the stage's pieces are of its first ones."""
+    numbers, pieces = numbers_of(settings.blocks_to_swap, settings.pipeline_stages), settings.pieces
+    return [number // pieces + (piece < number % pieces) for piece in range(pieces) for number in numbers]
 
 
 def _swapped(settings: Settings, layers: Sequence[nn.Module], bounds: Bounds) -> list[int]:

@@ -126,6 +126,15 @@ def test_pieces_have_their_stage_s_share(folder: Path) -> None:
     assert "37.5% wanted" in cut_text(planner, planner.settings)
 
 
+@pytest.mark.parametrize(("swapped", "pieces"), [(4, 2), ([5, 4], 2), ([2, 6], 3)])
+def test_pieces_have_the_blocks_that_their_stage_swaps(folder: Path, swapped: Any, pieces: int) -> None:
+    """Of nine blocks; nine need not be five in each of two pieces."""
+    keys = {"partition_method": "time", **INTERLEAVED, "pieces_per_stage": pieces}
+    planner = planner_of(folder, **keys, blocks_to_swap=swapped)
+    cut = with_cut(planner, planner.settings)
+    assert planner.swapped(cut) == (swapped if isinstance(swapped, list) else [swapped] * 2)
+
+
 def test_a_stage_of_pieces_holds_what_all_of_them_do(folder: Path) -> None:
     """And more micro-batches of them, each of a part of the stage, than the stages that wait for whole ones."""
     keys = {"partition_method": "uniform", **INTERLEAVED}
