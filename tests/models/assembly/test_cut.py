@@ -126,15 +126,6 @@ def test_pieces_have_their_stage_s_share(folder: Path) -> None:
     assert "37.5% wanted" in cut_text(planner, planner.settings)
 
 
-@pytest.mark.parametrize(("swapped", "pieces"), [(4, 2), ([5, 4], 2), ([2, 6], 3)])
-def test_pieces_have_the_blocks_that_their_stage_swaps(folder: Path, swapped: Any, pieces: int) -> None:
-    """Of nine blocks; nine need not be five in each of two pieces."""
-    keys = {"partition_method": "time", **INTERLEAVED, "pieces_per_stage": pieces}
-    planner = planner_of(folder, **keys, blocks_to_swap=swapped)
-    cut = with_cut(planner, planner.settings)
-    assert planner.swapped(cut) == (swapped if isinstance(swapped, list) else [swapped] * 2)
-
-
 def test_a_stage_of_pieces_holds_what_all_of_them_do(folder: Path) -> None:
     """And more micro-batches of them, each of a part of the stage, than the stages that wait for whole ones."""
     keys = {"partition_method": "uniform", **INTERLEAVED}
@@ -227,9 +218,16 @@ def test_a_cut_leaves_each_stage_the_blocks_that_it_is_to_swap(folder: Path, met
             planner_of(folder, blocks_to_swap=numbers, **keys)
 
 
-@pytest.mark.parametrize("method", ["time", "parameters"])
-def test_pieces_have_the_blocks_that_their_stage_swaps(folder: Path, method: str) -> None:
-    planner = planner_of(folder, partition_method=method, blocks_to_swap=[4, 3], **INTERLEAVED)
-    assert planner.swapped(with_cut(planner, planner.settings)) == [4, 3]
+@pytest.mark.parametrize(
+    ("method", "swapped", "pieces"),
+    # All nine blocks: not three in each of the first stage's two pieces and two in each of the second one's.
+    [("time", [4, 3], 2), ("parameters", [4, 3], 2), ("time", [5, 4], 2), ("time", [7, 2], 3)],
+)
+def test_pieces_have_the_blocks_that_their_stage_swaps(
+    folder: Path, method: str, swapped: list[int], pieces: int
+) -> None:
+    keys = {**INTERLEAVED, "pieces_per_stage": pieces}
+    planner = planner_of(folder, partition_method=method, blocks_to_swap=swapped, **keys)
+    assert planner.swapped(with_cut(planner, planner.settings)) == swapped
     with pytest.raises(UserError, match=r"key `blocks_to_swap`"):
         planner_of(folder, partition_method=method, blocks_to_swap=[4, 7], **INTERLEAVED)
