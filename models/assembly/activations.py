@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from models.assembly.known_operations import KnownOperations
 from utils.parallel.interleaved import InFlight
 from utils.parallel.offload import SMALLEST
+from utils.parallel.remaking import Remaking, leaving
 
 Storages = Mapping[int, int]
 """Number of a storage -> its bytes."""
@@ -34,14 +35,21 @@ class LayerActivations:
     passing: int = 0
 
 
-def peak(pieces: Sequence[Sequence[LayerActivations]], in_flight: Collection[InFlight]) -> int:
+def peak(pieces: Sequence[Sequence[LayerActivations]], in_flight: Collection[InFlight], message: int = 0) -> int:
     """The most bytes that the layers of a stage's pieces take at once, while one of the micro-batches in flight goes
-    back through one of them."""
+    back through one of them.
+
+    Args:
+        message: the bytes of one that waits.
+    """
     kept = [sum(layer.kept for layer in piece) for piece in pieces]
     highest = [_at_the_highest_layer(piece) for piece in pieces]
     return max(
-        sum(count * size for count, size in zip(counts, kept, strict=True)) - kept[piece] + highest[piece]
-        for piece, counts in in_flight
+        sum(count * size for count, size in zip(counts, kept, strict=True))
+        - kept[piece]
+        + highest[piece]
+        + waiting * message
+        for piece, counts, waiting in in_flight
     )
 
 
@@ -60,11 +68,13 @@ class LayerRun:
     Attributes:
         inputs, outputs: the tensors of its stream before and after.
         saved: what autograd keeps.
+        leaving: the tensors of its stream after it, where it is sent to another stage.
     """
 
     inputs: Sequence[torch.Tensor]
     outputs: Sequence[torch.Tensor]
     saved: Sequence[torch.Tensor]
+    leaving: Sequence[torch.Tensor] = ()
 
     @cached_property
     def kept(self) -> Storages:
@@ -105,7 +115,7 @@ def run_layers(layers: Sequence[nn.Module], stream: Any) -> list[LayerRun]:
     Args:
         stream: the input of the first layer, on the meta device.
     """
-    runs = []
+    runs, entry = [], Remaking.of(layers[0])
     with LightAttention(), KnownOperations():
         for layer in layers:
             saved: list[torch.Tensor] = []
@@ -117,7 +127,9 @@ def run_layers(layers: Sequence[nn.Module], stream: Any) -> list[LayerRun]:
             inputs = list(tensors_of(stream))
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 stream = layer.to("meta")(stream)
-            runs.append(LayerRun(inputs, list(tensors_of(stream)), saved))
+            # What the last layer returns has no fields, and stays.
+            left = tensors_of(leaving(stream, entry)) if layer is not layers[-1] else ()
+            runs.append(LayerRun(inputs, list(tensors_of(stream)), saved, list(left)))
     return runs
 
 
@@ -143,6 +155,36 @@ def activations_of(
         if offload:
             arriving = sum(tensor.nbytes for tensor in run.travelling) or arriving
     return counted
+
+
+def in_pipeline(
+    layers: Sequence[LayerActivations],
+    runs: Sequence[LayerRun],
+    held: Collection[int],
+    *,
+    recomputed: Collection[int] = (),
+    offload: bool = False,
+    received: bool = True,
+    sent: bool = True,
+) -> list[LayerActivations]:
+    """The activations of a piece of a stage, with what is kept beside its layers' own until a micro-batch is back: the
+    stream that it came with, and the one that it left with.
+
+    Args:
+        layers: what its layers keep, and the other arguments for `activations_of`.
+        received, sent: whether other pieces are before this one, and behind it.
+    """
+    seen, layers = set(held), list(layers)
+    for position, run in enumerate(runs):
+        kept = run.kept if position not in recomputed else run.staying if offload else run.entering
+        seen.update(kept)
+    if offload and recomputed:
+        # The last inputs do not travel, since they are needed first.
+        last = max(recomputed)
+        stays = _new_bytes(storages(runs[last].travelling), seen)
+        layers[last] = LayerActivations(layers[last].kept + stays, layers[last].passing - stays)
+    ends = [*(runs[0].inputs if received else ()), *(runs[-1].leaving if sent else ())]
+    return [LayerActivations(_new_bytes(storages(ends), seen)), *layers]
 
 
 def storages(tensors: Sequence[torch.Tensor]) -> dict[int, int]:

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.assembly.activations import LayerActivations, LayerRun, activations_of, peak, run_layers, storages
+from models.assembly.activations import (
+    LayerActivations,
+    LayerRun,
+    activations_of,
+    in_pipeline,
+    peak,
+    run_layers,
+    storages,
+)
 from models.assembly.divided_weights import DividedWeights
 from models.assembly.kept import Kept, gradient_size, held_by
 from models.assembly.live_bytes import ForwardRun, run_forward
@@ -188,7 +196,11 @@ class Planner:
         if key not in self._plans:
             self._plans[key] = self._without_activations(pieces, swap)
         activations = [self._activations(settings, piece) for piece in pieces]
-        return replace(self._plans[key], activations=peak(activations, _in_flight(settings, stage)))
+        # What comes for a piece, which is no smaller than what comes back from behind it.
+        message = max(
+            sum(tensor.nbytes for tensor in self._runs[start - 1].leaving) if start else 0 for start, _ in pieces
+        )
+        return replace(self._plans[key], activations=peak(activations, _in_flight(settings, stage), message))
 
     def _without_activations(self, pieces: PiecesOfStage, swap: SwapPlan) -> StagePlan:
         """The same but for what a step makes, which depends on the stage, too."""
@@ -298,16 +310,20 @@ class Planner:
         return self._swaps[pieces]
 
     def _activations(self, settings: Settings, piece: Range) -> Sequence[LayerActivations]:
-        """Of every layer of a piece, for one micro-batch."""
+        """Of a piece, for one micro-batch."""
         start, stop = piece
+        how = {"recomputed": recomputed_positions(self.staged.layers[start:], settings.recomputed_every)}
+        how["offload"], how["held"] = settings.offloads, self._held_storages
         key = start, settings.recomputed_every, settings.offloads
         # What a layer takes depends on those before it in its piece, and on none behind it.
         if key not in self._counted:
-            recomputed = recomputed_positions(self.staged.layers[start:], settings.recomputed_every)
-            self._counted[key] = activations_of(
-                self._runs[start:], self._held_storages, recomputed=recomputed, offload=settings.offloads
-            )
-        return self._counted[key][: stop - start]
+            self._counted[key] = activations_of(self._runs[start:], **how)
+        if (key, stop) not in self._counted:
+            how["recomputed"] = [position for position in how["recomputed"] if position < stop - start]
+            how |= {"received": start > 0, "sent": stop < len(self._runs)}
+            own, runs = self._counted[key][: stop - start], self._runs[start:stop]
+            self._counted[key, stop] = in_pipeline(own, runs, **how)
+        return self._counted[key, stop]
 
     @cached_property
     def _runs(self) -> list[LayerRun]:
@@ -375,5 +391,5 @@ def _in_flight(settings: Settings, stage: int) -> Collection[InFlight]:
     """What there is at the backward passes of a stage."""
     stages, micro_batches = settings.pipeline_stages, settings.gradient_accumulation_steps
     if settings.pieces == 1:
-        return [(0, (min(micro_batches, stages - stage),))]
+        return [(0, (min(micro_batches, stages - stage),), 0)]
     return in_flight(Layout(stages, settings.pieces, micro_batches), stage)

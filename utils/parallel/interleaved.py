@@ -21,9 +21,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 FORWARD_TIME, BACKWARD_TIME = 1, 2
-InFlight = tuple[int, tuple[int, ...]]
-"""Of a backward pass: its piece of the stage, and how many micro-batches have gone forward through each of the stage's
-pieces, and not back."""
+InFlight = tuple[int, tuple[int, ...], int]
+"""Of a backward pass: its piece of the stage; how many micro-batches have gone forward through each of the stage's
+pieces, and not back; and how many messages have come for later passes."""
 
 
 class Pass(NamedTuple):
@@ -112,16 +112,6 @@ def passes(layout: Layout, stage: int) -> list[Pass]:
     return [*forward[:ahead], *in_turn, *backward[len(forward) - ahead :]]
 
 
-def in_flight(layout: Layout, stage: int) -> set[InFlight]:
-    """What there is at the backward passes of a stage."""
-    counts, found = [0] * layout.pieces, set()
-    for one in passes(layout, stage):
-        if not one.forward:
-            found.add((one.piece, tuple(counts)))
-        counts[one.piece] += 1 if one.forward else -1
-    return found
-
-
 def next_pass(layout: Layout, stage: int, one: Pass) -> tuple[int, Pass] | None:
     """The stage and the pass that go on with a micro-batch after this pass of this stage, in the same direction."""
     piece = stage + one.piece * layout.stages + (1 if one.forward else -1)
@@ -208,3 +198,21 @@ def _with_under_way(steps: Sequence[Step], ways: Mapping[tuple[int, int], _OneWa
         sent_before[message.receiver] += 1
         received = bisect_left(ways[message.sender, message.receiver].times, message.sent_at, hi=number)
         yield step._replace(under_way=number - received)
+
+
+def backward_passes(layout: Layout, stage: int) -> Iterator[InFlight]:
+    """What there is at each of those of a stage, in their order."""
+    counts, come = [0] * layout.pieces, set[Pass]()
+    for one, before, after, *_ in steps_of_all(layout)[stage]:
+        come |= {message.of for message in before}
+        come.discard(one)
+        if not one.forward:
+            yield one.piece, tuple(counts), len(come)
+        counts[one.piece] += 1 if one.forward else -1
+        come |= {message.of for message in after}
+
+
+@lru_cache
+def in_flight(layout: Layout, stage: int) -> frozenset[InFlight]:
+    """The same, each once."""
+    return frozenset(backward_passes(layout, stage))

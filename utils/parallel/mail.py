@@ -19,17 +19,27 @@ class StageMail:
         grid: DeepSpeed's, of all processes.
         device: where tensors are received.
         description_group: through which descriptions of tensors go, on the CPU; None in a pipeline of one stage.
+        in_a_circle: the last stage sends to the first one, too.
     """
 
-    def __init__(self, grid: Any, device: torch.device, description_group: dist.ProcessGroup | None):
+    def __init__(
+        self,
+        grid: Any,
+        device: torch.device,
+        description_group: dist.ProcessGroup | None,
+        *,
+        in_a_circle: bool = False,
+    ):
         self._grid, self._device, self._description_group = grid, device, description_group
         self._sending: defaultdict[int, deque[list[tuple[dist.Work, torch.Tensor]]]] = defaultdict(deque)
         """By neighbouring stage, one list for each message; the tensors have to live as long."""
+        if in_a_circle:
+            self._close_circle()
 
-    def close_circle(self) -> None:
+    def _close_circle(self) -> None:
         """Connects the last stage with the first one; those that follow one another are connected already. NCCL does so
         with the first message between two processes, and the sender's host waits for the receiver's until then. No
-        schedule allows for that. All stages call it."""
+        schedule allows for that."""
         stage, last = self._grid.get_stage_id(), self._grid.get_pipe_parallel_world_size() - 1
         nothing = torch.zeros(1, device=self._device)
         if last > 1 and stage == last:

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.assembly.activations import LayerActivations, activations_of, peak, run_layers, storages
+from models.assembly.activations import (
+    LayerActivations,
+    activations_of,
+    in_pipeline,
+    peak,
+    run_layers,
+    storages,
+    tensors_of,
+)
 from models.assembly.stage import partition
 from tests.models import tiny_flux
 from tests.models.tiny_folder import settings_of
+from tests.processes import run_ranks
+from tests.utils.parallel import toy_flux
 from utils.adapters.lora import LoraSettings
 from utils.diffusion.seeds import normal
-from utils.parallel.partition import repeated_blocks
+from utils.parallel.interleaved import Layout, backward_passes
+from utils.parallel.partition import Bounds, repeated_blocks, stage_bounds
+from utils.parallel.wire import map_tensors
+from utils.ranks import Ranks
 
 TEXT_TOKENS = 5
 
@@ -121,9 +137,91 @@ def test_what_layers_share_is_counted_once_in_a_stage(folder: Path) -> None:
 
 def test_the_peak_lies_where_kept_and_passing_bytes_meet() -> None:
     layers = [LayerActivations(1, 0), LayerActivations(2, 30), LayerActivations(4, 5)]
-    assert peak([layers], [(0, (1,))]) == 33
-    assert peak([layers], [(0, (3,))]) == 2 * 7 + 33
-    assert peak([[LayerActivations()]], [(0, (1,))]) == 0
+    assert peak([layers], [(0, (1,), 0)]) == 33
+    assert peak([layers], [(0, (3,), 0)]) == 2 * 7 + 33
+    assert peak([[LayerActivations()]], [(0, (1,), 0)]) == 0
     # The second piece's peak is less, and is met while more is kept.
     pieces = [layers, [LayerActivations(10, 20)]]
-    assert peak(pieces, [(0, (1, 0)), (1, (3, 2))]) == 3 * 7 + 10 + 30
+    assert peak(pieces, [(0, (1, 0), 0), (1, (3, 2), 0)]) == 3 * 7 + 10 + 30
+    assert peak(pieces, [(0, (1, 0), 2), (1, (3, 2), 0)], 100) == 200 + 33
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of storages that operations have made within this context, and that are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[int, tuple[int, Any]] = {}
+
+    @property
+    def count(self) -> int:
+        return sum(size for size, _ in self._seen.values())
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        made = operation(*args, **(kwargs or {}))
+        given = storages([*tensors_of(args), *tensors_of(tuple((kwargs or {}).values()))])
+        for storage in (tensor.untyped_storage() for tensor in tensors_of(made)):
+            number = storage._cdata
+            if number not in given and number not in self._seen:
+                gone = partial(self._forget, number)
+                self._seen[number] = storage.nbytes(), weakref.ref(storage, gone)
+        return made
+
+    def _forget(self, number: int, _: Any) -> None:
+        self._seen.pop(number, None)
+
+
+def held_at_backward_passes(ranks: Ranks, folder: Path, bounds: Bounds, micro_batches: int) -> list[int]:
+    """Job of a stage whose blocks are recomputed: the bytes at the beginning of each backward pass of a step, without
+    gradients of weights and what has come back for the pass itself."""
+    from deepspeed.runtime.pipe import schedule
+
+    from utils.parallel.backend import initialize_deepspeed
+    from utils.parallel.engine import Engine
+    from utils.parallel.pipeline import DenoiserPipeline
+
+    initialize_deepspeed()
+    flux = toy_flux.pipeline(folder)
+    _, layers = toy_flux.denoiser_and_layers(flux, None)
+    kept = {"stages": ranks.world_size, "recompute": 1}
+    module = DenoiserPipeline(layers, bounds, flux.stream_type, flux.maths.loss, **kept)
+    engine = Engine(module, torch.optim.SGD(module.parameters()), accumulation=micro_batches, clip_norm=0.0)
+    found, live, backward = [], LiveBytes(), engine._INSTRUCTION_MAP[schedule.BackwardPass]
+
+    def measured(engine: Any, **keys: Any) -> None:
+        come_back = engine._gradients.get(keys["buffer_id"], ())
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        found.append(live.count - sum(tensor.nbytes for tensor in (*come_back, *gradients)))
+        backward(engine, **keys)
+
+    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, schedule.BackwardPass: measured}
+    with live:
+        engine.train_step((toy_flux.micro_batch(flux, 0, 0, index=0) for _ in range(micro_batches)), 0)
+    return found
+
+
+def test_what_a_stage_holds_is_counted(tmp_path: Path) -> None:
+    """At each backward pass, with what stages send one another. Two messages more may be there, which are sent and not
+    known to have arrived."""
+    folder, layout = toy_flux.write_folder(tmp_path), Layout(2, pieces=2, micro_batches=4)
+    flux = toy_flux.pipeline(folder)
+    denoiser, layers = toy_flux.denoiser_and_layers(flux, None)
+    stream, _ = toy_flux.micro_batch(flux, 0, 0, 0)
+    denoiser.to("meta")
+    bounds = stage_bounds("uniform", [1] * len(layers), 4)
+    runs, held = run_layers(layers, map_tensors(lambda tensor: tensor.to("meta"), stream)), storages(held_by(denoiser))
+    kept = []
+    for start, stop in bounds:
+        how = {"recomputed": repeated_blocks(layers[start:stop])}
+        own = activations_of(runs[start:stop], held, **how)
+        ends = {"received": start > 0, "sent": stop < len(layers)}
+        kept.append(sum(layer.kept for layer in in_pipeline(own, runs[start:stop], held, **how, **ends)))
+    message = max(sum(tensor.nbytes for tensor in run.leaving) for run in runs)
+    for stage, measured in enumerate(run_ranks(held_at_backward_passes, 2, folder, bounds, 4)):
+        planned = [
+            sum(count * size for count, size in zip(counts, kept[stage::2], strict=True)) + waiting * message
+            for _, counts, waiting in backward_passes(layout, stage)
+        ]
+        assert len(planned) == len(measured) == 2 * 4
+        for plan, real in zip(planned, measured, strict=True):
+            assert 0.95 * plan < real < plan + 2 * message

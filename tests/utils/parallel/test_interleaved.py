@@ -153,10 +153,10 @@ def test_what_is_in_flight_at_a_backward_pass() -> None:
         Pass(False, 0, 0),
         Pass(False, 0, 1),
     ]
-    assert in_flight(layout, 1) == {(1, (2, 1)), (0, (2, 0)), (0, (1, 0))}
+    assert in_flight(layout, 1) == {(1, (2, 1), 0), (0, (2, 0), 0), (0, (1, 0), 0)}
     # Never more than the micro-batches of two groups and what is ahead of the other stages.
     layout = Layout(4, 2, 16)
-    assert max(sum(counts) for _, counts in in_flight(layout, 0)) == 2 * 3 + 4 + 1
+    assert max(sum(counts) for _, counts, _ in in_flight(layout, 0)) == 2 * 3 + 4 + 1
 
 
 def test_instructions_say_what_is_done_with_which_micro_batch() -> None:
