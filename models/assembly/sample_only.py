@@ -32,7 +32,7 @@ from utils.run.sample_texts import Origin
 from utils.run.sampling import draw_into, file_name
 from utils.run.signals import StopRequests
 from utils.settings.sample_requests import requests_of
-from utils.settings.schema import PLANNED, Settings
+from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,6 @@ def _without_training(settings: Settings) -> dict[str, object]:
     return {
         "activation_checkpointing": False,
         "blocks_to_swap": 0 if settings.blocks_to_swap == "auto" else settings.blocks_to_swap,
-        "partition_method": "parameters" if settings.partition_method in PLANNED else settings.partition_method,
         # Weights are divided here too; there is nothing else that data ranks could divide.
         "zero_stage": settings.zero_stage if settings.divides_weights else 0,
         "offload_optimizer": False,

@@ -27,7 +27,6 @@ from utils.parallel.compiling import compile_blocks
 from utils.parallel.homes import BlockHomes
 from utils.parallel.partition import (
     Bounds,
-    balanced_bounds,
     lacking,
     of_stage,
     repeated_blocks,
@@ -112,28 +111,35 @@ def partition(pipeline: BasePipeline, settings: Settings, denoiser: nn.Module) -
 
 
 def bounds_of(settings: Settings, layers: Sequence[nn.Module]) -> Bounds:
-    """The range of layers of every piece of a stage; before a cut has been planned that waits for the data, that of
-    equal numbers of parameters.
+    """The range of layers of every piece of a stage. Before a cut has been planned that waits for the data, or where
+    none is, it is that of equal numbers of parameters in which every stage has the blocks that it swaps.
 
     Raises:
-        UserError: the stages do not fit the layers.
+        UserError: the stages do not fit the layers, or no cut has these blocks.
     """
-    if settings.pieces > 1 and settings.pipeline_stages * settings.pieces > len(layers):
+    pieces = settings.pipeline_stages * settings.pieces
+    if settings.pieces > 1 and pieces > len(layers):
         message = (
             f"{settings.pipeline_stages} stages of {settings.pieces} pieces are more than the model has layers, "
             f"{len(layers)}; take fewer of them"
         )
         raise UserError.of(message, where="pipeline_stages, pieces_per_stage")
     try:
-        return stage_bounds(
+        bounds = stage_bounds(
             "parameters" if settings.partition_method in PLANNED else settings.partition_method,
             [parameter_count(layer) for layer in layers],
-            settings.pipeline_stages * settings.pieces,
+            pieces,
             settings.partition_split,
             weights_of_pieces(settings),
+            lacking(layers, blocks_of_pieces(settings)) if settings.cut_is_planned else None,
         )
     except ValueError as error:
         raise UserError.of(str(error), where="pipeline_stages, partition_split") from error
+    if bounds is None:
+        blocks, numbers = len(repeated_blocks(layers)), numbers_of(settings.blocks_to_swap, settings.pipeline_stages)
+        message = f"no cut of the model's {blocks} blocks has {numbers} blocks to swap in its stages; swap less"
+        raise UserError.of(message, where="key `blocks_to_swap`")
+    return bounds
 
 
 def weights_of_pieces(settings: Settings) -> list[float] | None:
@@ -152,17 +158,10 @@ def _swapped(settings: Settings, layers: Sequence[nn.Module], bounds: Bounds) ->
     """The number of swapped blocks of every stage.
 
     Raises:
-        ValueError: a stage has fewer; if the cut is planned later, it has in every cut.
+        ValueError: a stage has fewer.
     """
     stages = settings.pipeline_stages
-    if not settings.cut_is_planned:
-        of_stages = [within(of_stage(bounds, stage, stages), layers) for stage in range(stages)]
-        return counts(settings.blocks_to_swap, of_stages)
-    numbers = numbers_of(settings.blocks_to_swap, stages)
-    if balanced_bounds(lacking(layers, blocks_of_pieces(settings)), len(layers), len(bounds)) is None:
-        blocks = len(repeated_blocks(layers))
-        raise ValueError(f"no cut of the model's {blocks} blocks has {numbers} blocks to swap in its stages; swap less")
-    return numbers
+    return counts(settings.blocks_to_swap, [within(of_stage(bounds, stage, stages), layers) for stage in range(stages)])
 
 
 def quantised_linears(pipeline: BasePipeline, denoiser: nn.Module) -> list[str]:

@@ -13,6 +13,8 @@ from torch import nn
 T = TypeVar("T")
 Range = tuple[int, int]
 """The first layer of a piece, and the one after its last."""
+Cost = Callable[[int, int, int], float]
+"""(stage, first layer, the layer after its last) -> what the stage, or the piece, costs with them."""
 Bounds = list[Range]
 """Those of all pieces of a model. A stage has one piece, or several where others have their turns between them."""
 
@@ -38,8 +40,9 @@ def stage_bounds(
     stages: int,
     split: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
-) -> Bounds:
-    """The half-open range of layers for every stage, or for every piece of one.
+    too_few: Cost | None = None,
+) -> Bounds | None:
+    """The half-open range of layers for every stage, or for every piece of one; None if there is no such cut.
 
     Args:
         method: "parameters" balances the number of parameters, frozen ones included, since under LoRA they take the
@@ -47,6 +50,7 @@ def stage_bounds(
             layers named in `split`.
         layer_sizes: parameters per layer, in order.
         weights: what each stage is to take, relative to the others; default: all alike.
+        too_few: is infinite where a stage must not have these layers, else 0; not for "manual".
 
     Raises:
         ValueError: there are fewer layers than stages, or `split` does not fit the layers.
@@ -61,7 +65,12 @@ def stage_bounds(
         return list(zip(starts, [*starts[1:], count], strict=True))
     sizes = [1] * count if method == "uniform" else layer_sizes
     sums = [0, *accumulate(sizes)]
-    return balanced_bounds(lambda _, start, stop: sums[stop] - sums[start], count, stages, weights)
+    return balanced_bounds(
+        lambda stage, start, stop: (too_few and too_few(stage, start, stop)) or sums[stop] - sums[start],
+        count,
+        stages,
+        weights,
+    )
 
 
 def _manual_starts(count: int, stages: int, split: Sequence[int]) -> list[int]:
@@ -76,14 +85,11 @@ def _manual_starts(count: int, stages: int, split: Sequence[int]) -> list[int]:
     return starts
 
 
-def balanced_bounds(
-    cost: Callable[[int, int, int], float], count: int, stages: int, weights: Sequence[float] | None = None
-) -> Bounds | None:
+def balanced_bounds(cost: Cost, count: int, stages: int, weights: Sequence[float] | None = None) -> Bounds | None:
     """The cut of which the costliest stage, relative to its weight, costs as little as possible; among equals, the one
     with the earliest cuts. None if every cut has a stage that costs infinitely much.
 
     Args:
-        cost: (stage, first layer, the layer after its last) -> what the stage costs with them.
         count: of layers; at least as many as stages.
     """
     weights = weights or [1.0] * stages
@@ -108,7 +114,7 @@ def balanced_bounds(
     return bounds[::-1]
 
 
-def lacking(layers: Sequence[nn.Module], numbers: Sequence[int]) -> Callable[[int, int, int], float]:
+def lacking(layers: Sequence[nn.Module], numbers: Sequence[int]) -> Cost:
     """(stage, first layer, the layer after its last) -> infinity if the stage would have fewer blocks than its number,
     else 0."""
     positions = repeated_blocks(layers)

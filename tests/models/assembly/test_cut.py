@@ -17,6 +17,7 @@ from models.assembly.plan import memory_text
 from tests.models.assembly.test_fitting import AUTO, BLOCKS, card_for, large_folder, planner_of
 from utils.dataset.samples import Bucket
 from utils.errors import UserError
+from utils.parallel.partition import repeated_blocks
 from utils.settings.schema import Settings
 
 LAYERS = BLOCKS + 2
@@ -228,6 +229,10 @@ def test_pieces_have_the_blocks_that_their_stage_swaps(
 ) -> None:
     keys = {**INTERLEAVED, "pieces_per_stage": pieces}
     planner = planner_of(folder, partition_method=method, blocks_to_swap=swapped, **keys)
+    # Also before it is planned, and for samples alone, for which none is.
+    if method == "time":
+        has = [len(repeated_blocks(planner.staged.stage_layers(stage))) for stage in range(2)]
+        assert all(number <= blocks for number, blocks in zip(swapped, has, strict=True))
     assert planner.swapped(with_cut(planner, planner.settings)) == swapped
     with pytest.raises(UserError, match=r"key `blocks_to_swap`"):
         planner_of(folder, partition_method=method, blocks_to_swap=[4, 7], **INTERLEAVED)
