@@ -16,7 +16,7 @@ from utils.dataset.encoders import Encoder
 from utils.dataset.samples import Bucket, Sample
 from utils.errors import Problem, UserError
 from utils.ranks import Ranks, gather
-from utils.settings.advice import allows
+from utils.settings.advice import IN_TURN, allows
 from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
@@ -174,6 +174,8 @@ def _for_training(settings: Settings) -> Iterator[str]:
     """What makes a step smaller, beside fewer weights on the card."""
     if settings.activation_checkpointing is False:
         yield 'activation_checkpointing = "auto"'
+    if settings.pieces > 1 and allows(settings, **IN_TURN):
+        yield 'schedule = "1f1b"'
     if settings.micro_batch_size_per_gpu != 1:
         yield "micro_batch_size_per_gpu = 1"
     if settings.adapter is None and not settings.offload_optimizer and "cpu" not in _devices_it_is_not_for(settings):

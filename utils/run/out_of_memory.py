@@ -13,7 +13,7 @@ import optimizers
 from utils.errors import UserError
 from utils.run.attempts import let_go, reason_of
 from utils.run.parts import RunParts
-from utils.settings.advice import allows
+from utils.settings.advice import IN_TURN, allows
 from utils.settings.schema import Settings
 
 Built = TypeVar("Built")
@@ -77,6 +77,8 @@ def savings(settings: Settings) -> Iterator[str]:
         yield "a smaller activation_checkpointing_every_n_blocks"
     elif not settings.offloads:
         yield 'activation_checkpointing = "offload": what is kept of the blocks waits in the machine\'s memory'
+    if settings.pieces > 1 and allows(settings, **IN_TURN):
+        yield 'schedule = "1f1b", without pieces_per_stage: fewer micro-batches are under way in each stage'
     if settings.micro_batch_size_per_gpu != 1:
         accumulates = allows(settings, gradient_accumulation_steps=settings.gradient_accumulation_steps + 1)
         yield "micro_batch_size_per_gpu = 1" + (", with more gradient_accumulation_steps" if accumulates else "")

@@ -55,7 +55,8 @@ def pair(message: Message) -> tuple[int, int]:
 
 class Rendezvous:
     """Messages of two processes that have one queue, as over NCCL: one arrives once both have asked for it, and all
-    that either has asked for before it have arrived."""
+    that either has asked for before it have arrived. Whoever sends waits for neither, since they are connected before
+    the step (`StageMail`)."""
 
     def __init__(self, stages: int):
         self.asked: dict[tuple[tuple[int, int], int], list[Message]] = defaultdict(list)

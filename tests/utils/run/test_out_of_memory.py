@@ -61,6 +61,16 @@ def test_what_is_set_already_is_not_advised() -> None:
     assert "transformer_dtype" not in names(spent) and "activation_checkpointing" not in names(spent)
 
 
+def test_fewer_micro_batches_at_once_are_advised() -> None:
+    flux = tiny_flux.pipeline(tiny_flux.MINI_FLUX)
+    keys = {"pipeline_stages": 2, "pieces_per_stage": 3}
+    split = {"partition_method": "manual", "partition_split": [1, 2, 3, 4, 5]}
+    for changes, advised in (({}, True), ({"schedule": "1f1b", "pieces_per_stage": 2}, False), (split, False)):
+        settings = settings_of(flux, **{"schedule": "interleaved", **keys, **changes})
+        for ways in (list(savings(settings)), ways_to_train(settings, data_ranks=1)):
+            assert any('schedule = "1f1b"' in way for way in ways) == advised, (changes, ways)
+
+
 @pytest.mark.parametrize(
     ("adapted", "keys"),
     [
