@@ -65,6 +65,8 @@ def _stages_divide_world(settings: Settings, world_size: int | None) -> Iterator
     stages = settings.pipeline_stages
     if world_size is not None and world_size % stages:
         fitting = [str(count) for count in range(1, world_size + 1) if world_size % count == 0]
+        if settings.pieces > 1:
+            fitting[0] = "1 without schedule"
         yield at(
             "key `pipeline_stages`",
             f"{stages} does not divide the {world_size} processes of this launch; launch a multiple of "

@@ -276,3 +276,18 @@ def test_what_an_adapter_needs_is_told(folder: Folder) -> None:
 def test_a_schedule_without_use_is_told(folder: Folder, accumulation: int, told: list[str]) -> None:
     keys = f"schedule = 'interleaved'\npipeline_stages = 2\ngradient_accumulation_steps = {accumulation}"
     assert [one.where for one in remarks_on_run(read_settings(folder.run(top=keys), CHOICES))] == told
+
+
+@pytest.mark.parametrize(
+    ("schedule", "processes", "told"),
+    [
+        ("1f1b", 1, "or set it to 1"),
+        ("1f1b", 9, "or set it to 1 or 3 or 9"),
+        ("interleaved", 1, "or set it to 1 without schedule"),
+        ("interleaved", 9, "or set it to 1 without schedule or 3 or 9"),
+    ],
+)
+def test_stages_that_fit_the_launch_are_told(folder: Folder, schedule: str, processes: int, told: str) -> None:
+    path = folder.run(top=f"schedule = '{schedule}'\npipeline_stages = 2\ngradient_accumulation_steps = 2")
+    (problem,) = check_rules(read_settings(path, CHOICES), world_size=processes)
+    assert problem.where == "key `pipeline_stages`" and problem.message.endswith(told)
