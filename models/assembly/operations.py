@@ -60,7 +60,13 @@ def _kind_of(layer: nn.Module, stream: Any) -> Hashable:
     given."""
     weights = tuple((name, part.shape, part.requires_grad) for name, part in layer.named_parameters())
     given = repr({name: value for name, value in vars(layer).items() if not name.startswith("_")})
-    return repr(layer), weights, given, type(stream), wire.flatten(stream)[1]
+    places: dict[int, int] = {}
+
+    def form(tensor: torch.Tensor) -> Hashable:
+        return places.setdefault(id(tensor), len(places)), tensor.dtype, tensor.shape, tensor.requires_grad
+
+    # Not as it is sent, which the first stream, of tuples in tuples in some models, never is.
+    return repr(layer), weights, given, type(stream), wire.map_tensors(form, stream)
 
 
 def _count(layer: nn.Module, stream: Any) -> tuple[LayerOperations, Any]:
