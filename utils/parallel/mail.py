@@ -19,12 +19,28 @@ class StageMail:
         grid: DeepSpeed's, of all processes.
         device: where tensors are received.
         description_group: through which descriptions of tensors go, on the CPU; None in a pipeline of one stage.
+        is_ring: whether the last stage sends to the first one.
     """
 
-    def __init__(self, grid: Any, device: torch.device, description_group: dist.ProcessGroup | None):
+    def __init__(
+        self, grid: Any, device: torch.device, description_group: dist.ProcessGroup | None, *, is_ring: bool = False
+    ):
         self._grid, self._device, self._description_group = grid, device, description_group
+        self._meet(is_ring)
         self._sending: defaultdict[int, deque[list[tuple[dist.Work, torch.Tensor]]]] = defaultdict(deque)
         """By neighbouring stage, one list for each message; the tensors have to live as long."""
+
+    def _meet(self, is_ring: bool) -> None:
+        """Exchanges something with each neighbour, all pairs in one order. With NCCL two processes make what connects
+        them when they first exchange something, and wait for each other, as no schedule expects it."""
+        stages, own = self._grid.get_pipe_parallel_world_size(), self._grid.get_stage_id()
+        pairs = {(stage, stage + 1) for stage in range(stages - 1)} | ({(0, stages - 1)} if is_ring else set())
+        for first, second in sorted(pairs):
+            something = torch.zeros(1, device=self._device)
+            if own == first:
+                dist.send(something, self._grid.stage_to_global(second))
+            elif own == second:
+                dist.recv(something, self._grid.stage_to_global(first))
 
     def buffer(self, expected: wire.TensorDescription) -> torch.Tensor:
         """Room for a tensor that is to come."""
