@@ -22,7 +22,7 @@ from models.assembly.noising import NoisedBatch, Noising
 from models.assembly.placement import block_swap, homes_of, shares_of
 from models.assembly.plan import epochs_of
 from models.assembly.rates import Rates
-from models.assembly.stage import StagedModel, load_stage, teacher_of
+from models.assembly.stage import StagedModel, load_stage, partition, teacher_of
 from models.base import BasePipeline
 from optimizers import sums
 from optimizers.ema import EMA
@@ -57,6 +57,7 @@ from utils.run.parts import RunParts
 from utils.run.patience import Patience
 from utils.run.progress import Progress
 from utils.run.report import RunPage
+from utils.run.savings import Layout, to_train
 from utils.run.signals import StopRequests
 from utils.run.trainer import Trainer
 from utils.run.webhook import Webhook
@@ -112,9 +113,28 @@ def open_checkpoint(
     return checkpoint
 
 
-@explaining
+def build_trainer(settings: Settings, ranks: Ranks, pipeline: BasePipeline, *parts: Any, **keys: Any) -> Trainer:
+    """As `built_trainer`.
+
+    Raises:
+        UserError: the GPU's memory does not suffice.
+    """
+    with explaining(
+        lambda: to_train(settings, layout_of(settings, ranks, pipeline)),
+        settings.output_dir,
+        lambda: "before the first step",
+    ):
+        return built_trainer(settings, ranks, pipeline, *parts, **keys)
+
+
+def layout_of(settings: Settings, ranks: Ranks, pipeline: BasePipeline) -> Layout:
+    """The layout of a run that has no weights yet, or failed on the way to them."""
+    staged = partition(pipeline, settings, pipeline.weights.build_empty())
+    return Layout.of(staged.layers, staged.bounds, ranks.data_ranks)
+
+
 @without_collector()
-def build_trainer(
+def built_trainer(
     settings: Settings,
     ranks: Ranks,
     pipeline: BasePipeline,
@@ -164,7 +184,7 @@ def build_trainer(
     )
     telling = _telling(settings, ranks, pipeline, data, folder, resumed=checkpoint is not None)
     norms = BlockNorms(ranks, engine, parameters, shares.written) if settings.monitoring.block_norms else None
-    telling["norms"] = norms
+    telling |= {"norms": norms, "layout": Layout.of(staged.layers, staged.bounds, ranks.data_ranks)}
     run = RunParts(settings, ranks, engine, optimizer, parameters, shares, folder, metrics, stop, ema, **telling)
     duties = _duties(run, pipeline, data, reader, noising, staged)
     if not checkpoint:

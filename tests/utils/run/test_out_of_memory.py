@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,96 +15,40 @@ import torch
 
 import train as train_py
 from models.assembly import trainer
-from models.assembly.room import ways_to_train
 from models.assembly.stage import StagedModel
-from tests.models import tiny_flux
-from tests.models.tiny_folder import settings_of
-from tests.runs import only_run
-from utils.adapters.lora import LoraSettings
+from models.base import BasePipeline
+from tests.runs import launch, metrics, only_run
 from utils.errors import UserError
 from utils.ranks import Ranks, disconnect
 from utils.run.attempts import Attempt, Failed
 from utils.run.checkpoint import Checkpoint
-from utils.run.out_of_memory import explaining, savings
 from utils.run.signals import StopRequests
-from utils.settings.advice import allows
 from utils.settings.schema import Settings
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.5 GiB of which 1 GiB is free."
-POSSIBLE = {
-    "offload_optimizer": True,
-    "blocks_to_swap": 1,
-    "pipeline_stages": 2,
-    "gradient_accumulation_steps": 2,
-    "micro_batch_size_per_gpu": 1,
-}
-"""Key that may be advised -> what it is set to then."""
-
-
-def names(text: list[str]) -> str:
-    return " ".join(line.split(" =")[0].split(":")[0] for line in text)
-
-
-def test_what_is_set_already_is_not_advised() -> None:
-    flux = tiny_flux.pipeline(tiny_flux.MINI_FLUX)
-    lora = LoraSettings(type="lora", rank=1)
-    assert "activation_checkpointing" in names(list(savings(settings_of(flux))))
-    in_full = names(list(savings(settings_of(flux))))
-    assert "blocks_to_swap" in in_full and "[optimizer] type" in in_full
-    assert "[optimizer] type" not in names(list(savings(settings_of(flux, blocks_to_swap=2))))
-    assert "blocks_to_swap" in names(list(savings(settings_of(flux, lora))))
-    small = tiny_flux.pipeline(tiny_flux.MINI_FLUX, transformer_dtype="nf4")
-    spent = list(savings(settings_of(small, lora, activation_checkpointing="offload", blocks_to_swap=3)))
-    assert spent[0].startswith("more blocks_to_swap")
-    assert "zero_stage" in names(spent) and "offload_optimizer" in names(spent)
-    spent = list(savings(settings_of(small, lora, zero_stage=1, offload_optimizer=True)))
-    assert "zero_stage" not in names(spent) and "offload_optimizer" not in names(spent)
-    spent = list(savings(settings_of(small, lora, activation_checkpointing="offload", blocks_to_swap=3)))
-    assert "transformer_dtype" not in names(spent) and "activation_checkpointing" not in names(spent)
-
-
-@pytest.mark.parametrize(
-    ("adapted", "keys"),
-    [
-        (False, {"optimizer__gradient_release": True, "gradient_clipping": 0.0}),
-        (False, {"zero_stage": 2}),
-        (False, {"offload_optimizer": True}),
-        (True, {"zero_stage": 3}),
-        (True, {"disable_block_swap_for_eval": True, "blocks_to_swap": 2}),
-    ],
-)
-def test_what_is_advised_may_be_set(adapted: bool, keys: dict[str, Any]) -> None:
-    """A rule that refused it would send the user in a circle."""
-    flux = tiny_flux.pipeline(tiny_flux.MINI_FLUX)
-    settings = settings_of(flux, LoraSettings(type="lora", rank=1) if adapted else None, micro_batch_size_per_gpu=2)
-    own = {name: value for name, value in keys.items() if "__" not in name}
-    optimizer = {name.removeprefix("optimizer__"): value for name, value in keys.items() if "__" in name}
-    settings = settings.model_copy(update={**own, "optimizer": settings.optimizer.model_copy(update=optimizer)})
-    assert allows(settings, seed=1)
-    advised = "\n".join([*savings(settings), *ways_to_train(settings, data_ranks=2)])
-    for key, value in {**POSSIBLE, "zero_stage": 3 if "zero_stage = 3" in advised else 1}.items():
-        if key in advised:
-            assert allows(settings, **{key: value}), f"{key} in {advised}"
-    if settings.offload_optimizer:
-        assert "adamw8bit" not in advised
 
 
 class Memory:
     """Of which there is none any more after so many passes through a layer.
 
+    Args:
+        training: which passes count: those of training, or those of evaluation and sampling.
+
     Attributes:
         held: the trained weights at that time.
     """
 
-    def __init__(self, passes: int):
-        self.passes, self.held = passes, {}
+    def __init__(self, passes: int, *, training: bool = True):
+        self.passes, self.training, self.held = passes, training, {}
 
-    def put_on(self, staged: StagedModel) -> StagedModel:
+    def put_on(self, staged: StagedModel, stage: int = 0) -> StagedModel:
         self._trained = staged.trained(staged.layers)
-        staged.layers[1].register_forward_pre_hook(self.ask)
+        staged.stage_layers(stage)[-1].register_forward_pre_hook(self.ask)
         return staged
 
     def ask(self, *_: object) -> None:
+        if torch.is_grad_enabled() != self.training:
+            return
         self.passes -= 1
         if self.passes < 0:
             self.held = {name: parameter.detach().clone() for name, parameter in self._trained.items()}
@@ -112,6 +58,11 @@ class Memory:
 def told_without_memory(config: Path, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> str:
     load_stage = trainer.load_stage
     monkeypatch.setattr(trainer, "load_stage", lambda *arguments, **keys: memory.put_on(load_stage(*arguments, **keys)))
+    return told_of(config)
+
+
+def told_of(config: Path) -> str:
+    """The mistake of the user's with which a run ends."""
     try:
         with pytest.raises(UserError) as error:
             train_py.run(train_py.parse_arguments(["--config", str(config)]), Ranks(), StopRequests(), 0.0)
@@ -129,6 +80,14 @@ def test_a_step_that_finds_no_memory_ends_with_advice(
     assert "step 1: the GPU's memory does not suffice (CUDA out of memory. Tried to allocate 2.00 GiB)" in told
     assert "activation_checkpointing = true" in told and "blocks_to_swap" in told and "Traceback" not in told
     assert "What was saved before stays" in told and not list(only_run(config).glob("global_step*"))
+
+
+def test_the_pass_of_a_teacher_is_part_of_a_step(
+    write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(sampling=None, checkpoint_every_n_steps=None, model__folded_guidance=2.0)
+    told = told_without_memory(config, Memory(2, training=False), monkeypatch)
+    assert "step 2: the GPU's memory does not suffice" in told and "What the steps before it made is saved" in told
 
 
 def test_what_fails_leaves_nothing_in_memory() -> None:
@@ -159,18 +118,20 @@ def test_what_fails_leaves_nothing_in_memory() -> None:
         gc.enable()
 
 
-def test_what_is_built_before_the_first_step_is_told_too(tmp_path: Path) -> None:
-    """As where the weights of a stage come to the GPU."""
+def test_what_is_built_before_the_first_step_is_told_too(
+    write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the weights of a stage come to the GPU, of which a library says so."""
 
-    @explaining
-    def build(_: Settings, what: int, *, more: int) -> int:
-        raise torch.OutOfMemoryError(SAID)
+    def load_stage(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
-    settings = settings_of(tiny_flux.pipeline(tiny_flux.MINI_FLUX), cache_text_embeddings=False)
-    settings = settings.model_copy(update={"output_dir": tmp_path})
-    with pytest.raises(UserError, match="before the first step: the GPU's memory does not suffice") as error:
-        build(settings, 1, more=2)
-    assert str(tmp_path) in str(error.value) and "- cache_text_embeddings = true" in str(error.value)
+    monkeypatch.setattr(trainer, "load_stage", load_stage)
+    config = write_config(cache_text_embeddings=False)
+    told = told_of(config)
+    assert "before the first step: the GPU's memory does not suffice (CUDA error: CUBLAS_STATUS" in told
+    # Of the blocks, of which there are no weights yet.
+    assert "- cache_text_embeddings = true" in told and "- blocks_to_swap = 3" in told
 
 
 def test_the_steps_before_are_saved(write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,3 +145,52 @@ def test_the_steps_before_are_saved(write_config: Callable[..., Path], monkeypat
     kept = {name: torch.zeros_like(parameter) for name, parameter in memory.held.items()}
     saved.load_weights(kept)
     assert kept and all(torch.equal(kept[name], value) for name, value in memory.held.items())
+
+
+def without_memory(rank: int, *, lacking: int, passes: int, training: bool) -> None:
+    """Prepares a process of a run, of which the rank `lacking` finds no memory; see `Memory`."""
+    load_stage, memory = trainer.load_stage, Memory(passes, training=training)
+
+    def loaded(pipeline: BasePipeline, settings: Settings, stage: int, *further: Any, **keys: Any) -> StagedModel:
+        return memory.put_on(load_stage(pipeline, settings, stage, *further, **keys), stage)
+
+    if rank == lacking:
+        trainer.load_stage = loaded
+
+
+@pytest.mark.parametrize(("what", "stages"), [("step 3", 1), ("evaluation 2", 2)])
+def test_of_several_processes_one_tells_what_to_set_and_all_end(
+    write_config: Callable[..., Path], what: str, stages: int
+) -> None:
+    """In a step, for which data ranks wait; and in an evaluation, in which stages work hand in hand."""
+    trains = what == "step 3"
+    keys = {"eval_before_first_step": False, "eval_every_n_steps": 2, "checkpoint_every_n_steps": 2}
+    config = write_config(pipeline_stages=stages, eval_datasets=[{"name": "held", "fraction": 0.5}], **keys)
+    lacking = partial(without_memory, lacking=1, passes=4 if trains else 0, training=trains)
+    started = time.monotonic()
+    codes, log = launch(config, processes=2, prepare=lacking)
+    assert codes == [1, 1] and time.monotonic() - started < 60, log
+    assert "Traceback" not in log
+    told, advice = log.split("\n  To need less, in this order:\n")
+    assert told.splitlines()[-1].startswith(f"  {what}: ") and "Tried to allocate 2.00 GiB" in told.splitlines()[-1]
+    assert ("eval_micro_batch_size_per_gpu = 1" in advice) != trains
+    assert ("activation_checkpointing" in advice) == trains
+    # Who is lost is told by the main rank too, in one line.
+    (verdict,) = (line for line in log.splitlines() if line.startswith("error: rank 1 "))
+    assert f"{what}: " in verdict and "Tried to allocate 2.00 GiB" in verdict and "blocks_to_swap" not in verdict
+    assert (only_run(config) / "global_step2").is_dir()
+
+
+def test_of_several_data_ranks_one_may_have_no_memory_for_what_is_not_training(
+    write_config: Callable[..., Path],
+) -> None:
+    held = {"eval_datasets": [{"name": "held", "fraction": 0.5}], "eval_every_n_steps": 3}
+    config = write_config(max_steps=3, eval_micro_batch_size_per_gpu=3, checkpoint_every_n_steps=None, **held)
+    lacking = partial(without_memory, lacking=1, passes=0, training=False)
+    codes, log = launch(config, processes=2, prepare=lacking)
+    assert codes == [0, 0], log
+    told = [line for line in log.splitlines() if "failed, and the run goes on" in line]
+    assert len(told) == 2 and sorted(metrics(only_run(config), "train/loss")) == [1, 2, 3]
+    for line in told:
+        assert "Tried to allocate 2.00 GiB; what would take less: eval_micro_batch_size_per_gpu = 1; " in line
+        assert line.endswith("(on rank 1)")
