@@ -56,7 +56,7 @@ OWN = "native"
 
 
 def check_kernels(attention: str, denoiser: nn.Module, device_type: str, dtype: torch.dtype) -> None:
-    """Whether the denoiser's attention can be computed as `attention` says.
+    """Whether the denoiser's attention can be computed as `attention` says, where the library is.
 
     Args:
         dtype: in which the denoiser computes.
@@ -74,11 +74,21 @@ def check_kernels(attention: str, denoiser: nn.Module, device_type: str, dtype: 
         reason = 'needs a GPU, and there is none; write "auto"'
     elif dtype.itemsize > 2 and not library.in_float32:
         reason = 'computes in 16 bits alone; write [model] dtype = "bfloat16", or "auto"'
-    elif find_spec(library.module) is None:
-        reason = f"needs {library.module}, which is not installed: {library.install}"
     else:
         return
     raise UserError.of(f'"{attention}" {reason}', where="key `attention`")
+
+
+def check_library(attention: str) -> None:
+    """Whether the library that `attention` names is installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    library = LIBRARIES.get(attention)
+    if library and find_spec(library.module) is None:
+        reason = f'"{attention}" needs {library.module}, which is not installed: {library.install}'
+        raise UserError.of(reason, where="key `attention`")
 
 
 def set_kernels(attention: str = "auto") -> None:
