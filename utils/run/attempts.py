@@ -125,7 +125,9 @@ class Attempt:
             Failed: on every rank, if the work failed on one.
             StopRequested: on every rank, if one was asked to stop.
         """
-        failed, stopping = any_rank([self.error is not None, self.stopping()])
+        votes = [self.error is not None, self.stopping()]
+        # A rank may work alone where the others are not to be had.
+        failed, stopping = any_rank(votes) if self.ranks.world_size > 1 else votes
         if failed:
             if self.error is not None and not is_expected(self.error):
                 logger.error("%s failed:", self.name, exc_info=self.error)

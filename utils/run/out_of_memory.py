@@ -11,6 +11,7 @@ import torch
 
 from utils.device_memory import lacks_memory
 from utils.errors import UserError
+from utils.ranks import by_first
 from utils.run.attempts import as_lines, let_go, reason_of
 
 if TYPE_CHECKING:
@@ -52,22 +53,49 @@ def in_step(error: RuntimeError, parts: RunParts, step: str, save: Callable[[], 
         step: as it is called.
         save: what the step began with; None if that is saved already, or is not there any more.
     """
-    saved = _save_before(error, parts, save) if save else KEPT
+    saved = KEPT
+    if save and _is_untouched(parts):
+        let_go(error)
+        # Several ranks may have no memory.
+        saved = by_first(parts.ranks, f"saved before {step}", lambda: _saved(parts, save)) or KEPT
     return explained(error, parts.ways(step), parts.folder, step, saved)
 
 
-def _save_before(error: RuntimeError, parts: RunParts, save: Callable[[], object]) -> str:
-    """Lets go what a step has made that found no memory, and saves what it began with: where it has not begun to change
-    that, and no other rank, which waits for this one in the step, has to save along. Returns what is told of it."""
-    if parts.ranks.world_size > 1 or parts.shares.is_stepping or parts.settings.optimizer.gradient_release:
-        return KEPT
-    let_go(error)
-    parts.engine.zero_grad()
+def _is_untouched(parts: RunParts) -> bool:
+    """Whether this rank has what the step began with: it has not begun to change that, and if others wait for it in the
+    step, so that they cannot save along, it has all of it, in no block that is on its way."""
+    settings = parts.settings
+    if parts.shares.is_stepping or settings.optimizer.gradient_release:
+        return False
+    shared = parts.ranks.stages > 1 or parts.shares.divided or settings.swaps_trained
+    return parts.ranks.world_size == 1 or not (shared or settings.divides_weights)
+
+
+def _saved(parts: RunParts, save: Callable[[], object]) -> str:
+    """Saves what a step began with that found no memory. Returns what is told of it."""
     try:
-        parts.engine.module.swap.settle()
-        if parts.ranks.device.type == "cuda":
-            torch.cuda.empty_cache()
-        save()
+        if parts.ranks.world_size == 1:
+            parts.engine.zero_grad()
+            parts.engine.module.swap.settle()
+            if parts.ranks.device.type == "cuda":
+                torch.cuda.empty_cache()
+            save()
+        else:
+            _save_beside(parts, save)
     except Exception as failure:
         return f"{KEPT}, and the steps since could not be saved: {reason_of(failure)}"
     return "What the steps before it made is saved, and --resume_from_checkpoint goes on from there"
+
+
+def _save_beside(parts: RunParts, save: Callable[[], object]) -> None:
+    """Saves where other ranks wait for this one in sums of gradients. What the device still does may wait for them, so
+    nothing here waits for that: the state is copied beside it, and the allocator keeps what is free.
+
+    Raises:
+        UserError: the run's folder is not there, as on another machine than the main rank's.
+    """
+    if not parts.folder.is_dir():
+        raise UserError.of("is not to be seen from this machine", str(parts.folder))
+    stream = torch.cuda.Stream() if parts.ranks.device.type == "cuda" else None
+    with torch.cuda.stream(stream):
+        save()

@@ -136,7 +136,7 @@ class Trainer:
             if not lacks_memory(error):
                 raise
             is_new = step > self.first_step and not self.saved and engine.global_steps == taken
-            save = self.save_checkpoint if is_new else None
+            save = partial(self.save_checkpoint, alone=self.parts.ranks.world_size > 1) if is_new else None
             raise out_of_memory.in_step(error, self.parts, f"step {step + 1}", save) from error
         # All ranks have the same numbers.
         finite = self.nonfinite.follow(step + 1, result, partial(self._files_of_step, everywhere=True))
@@ -395,6 +395,6 @@ class Trainer:
         logger.info("%s at %s\n%s", how, at, results(folder))
         self.parts.webhook.post("end", how=how, step=self.progress.step, of=self.last_step)
 
-    def save_checkpoint(self, *, background: bool = False) -> None:
-        """Writes the state to resume from; in the background, it has its place some steps later."""
-        self.saved = self.checkpoints.save(self.progress, self.owed, background=background)
+    def save_checkpoint(self, **how: bool) -> None:
+        """Writes the state to resume from; in the background, it has its place some steps later. See `Checkpoints`."""
+        self.saved = self.checkpoints.save(self.progress, self.owed, **{"background": False} | how)
