@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from models.assembly.known_operations import KnownOperations
+from utils.parallel.interleaved import InFlight
 from utils.parallel.offload import SMALLEST
 
 Storages = Mapping[int, int]
@@ -33,14 +34,23 @@ class LayerActivations:
     passing: int = 0
 
 
-def peak(layers: Sequence[LayerActivations], in_flight: int) -> int:
-    """The most bytes that a stage's layers take at once, while one of the micro-batches in flight goes back through
-    them."""
+def peak(pieces: Sequence[Sequence[LayerActivations]], in_flight: Collection[InFlight]) -> int:
+    """The most bytes that the layers of a stage's pieces take at once, while one of the micro-batches in flight goes
+    back through one of them."""
+    kept = [sum(layer.kept for layer in piece) for piece in pieces]
+    highest = [_at_the_highest_layer(piece) for piece in pieces]
+    return max(
+        sum(count * size for count, size in zip(counts, kept, strict=True)) - kept[piece] + highest[piece]
+        for piece, counts in in_flight
+    )
+
+
+def _at_the_highest_layer(piece: Sequence[LayerActivations]) -> int:
     kept, highest = 0, 0
-    for layer in layers:
+    for layer in piece:
         kept += layer.kept
         highest = max(highest, kept + layer.passing)
-    return (in_flight - 1) * kept + highest
+    return highest
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 RESUME, EXPORT = "--resume_from_checkpoint", "--export"
 WHOLE = {
     "pipeline_stages": 1,
+    "schedule": "1f1b",
+    "pieces_per_stage": 2,
     "partition_method": "parameters",
     "partition_split": None,
     "stage_weights": None,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import optimizers
 from models.assembly.cut import with_cut
 from models.assembly.memory import Planner, StagePlan
-from models.assembly.room import layout_of, planned, planned_with
+from models.assembly.room import parallelism_of, planned, planned_with
 from utils.device_memory import size_text
 from utils.errors import UserError
 from utils.run.savings import to_train
@@ -56,7 +56,7 @@ def fit(planner: Planner, memory: float) -> Settings:
     short = tried[-1].total - budget
     listed = "".join(f"\n  {attempt}" for attempt in tried)
     stays = _why_none_is_swapped(settings) if settings.blocks_to_swap == "auto" else ""
-    ways = "; ".join(way.says for way in to_train(settings, layout_of(planner, settings), planned=True))
+    ways = "; ".join(way.says for way in to_train(settings, parallelism_of(planner, settings), planned=True))
     raise UserError.of(
         f"of {size_text(memory)}, {planned(memory)}, and nothing fits:{listed}\n"
         f"The last falls short by {size_text(short)}{f'. No block is swapped: {stays}' if stays else ''}. What "

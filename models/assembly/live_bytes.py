@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.assembly.activations import tensors_of
 from models.assembly.known_operations import KnownOperations
+from utils.parallel.partition import Range
 
 
 class LiveBytes(TorchDispatchMode):
@@ -87,11 +88,12 @@ class ForwardRun:
     peaks: Sequence[int]
     entering: Sequence[int]
 
-    def peak(self, bounds: tuple[int, int]) -> int:
-        """Of a stage, which keeps what it was given until its end."""
-        start, stop = bounds
-        later = self.peaks[start + 1 : stop]
-        return max(self.peaks[start], self.entering[start] + max(later, default=0))
+    def peak(self, pieces: Sequence[Range]) -> int:
+        """Of a stage with these pieces, each of which keeps what it was given until its end."""
+        return max(
+            max(self.peaks[start], self.entering[start] + max(self.peaks[start + 1 : stop], default=0))
+            for start, stop in pieces
+        )
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ from models.base import BasePipeline
 from utils.dataset.encoders import Encoder
 from utils.dataset.epochs import micro_batch_of
 from utils.dataset.samples import Bucket
-from utils.parallel.partition import Bounds
+from utils.parallel.interleaved import InFlight, Layout, in_flight
+from utils.parallel.partition import Bounds, Range, of_stage, within
 from utils.parallel.recompute import recomputed_positions
 from utils.parallel.swap_plan import BUFFERS, SwapPlan, counts
 from utils.parallel.transfers import aligned
@@ -31,6 +32,7 @@ from utils.settings.sample_requests import requests_of
 from utils.settings.schema import Settings
 
 GIB = 2**30
+PiecesOfStage = tuple[Range, ...]
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class StagePlan:
     """The bytes that a rank of one stage holds.
 
     Attributes:
-        layers: the first and the last.
+        pieces: the layers of each.
         weights: on the device, with the buffers of swapped blocks.
         state: gradients and optimizer state, as far as they are on the device; of the rank that has most.
         activations: at the peak of training.
@@ -51,7 +53,7 @@ class StagePlan:
         divided: what data ranks divide of the weights; `swap` says then whose pieces are in the host's memory.
     """
 
-    layers: tuple[int, int]
+    pieces: PiecesOfStage
     weights: int
     state: int
     activations: int
@@ -75,8 +77,9 @@ class StagePlan:
         return max(self.training, self.evaluation, self.sampling)
 
     def __str__(self) -> str:
+        layers = " and ".join(f"{start} to {stop - 1}" for start, stop in self.pieces)
         told = (
-            f"(layers {self.layers[0]} to {self.layers[1]}): {self.training / GIB:.2f} GiB = weights "
+            f"(layers {layers}): {self.training / GIB:.2f} GiB = weights "
             f"{self.weights / GIB:.2f} + gradients and optimizer {self.state / GIB:.2f} + "
             f"activations {self.activations / GIB:.2f}"
         )
@@ -125,7 +128,7 @@ class Planner:
         self._divides = settings.divides_weights and data_ranks > 1
         self._pipeline, self._encoders = pipeline, encoders
         self._counted: dict[Hashable, list[LayerActivations]] = {}
-        self._swaps: dict[tuple[int, int], SwapPlan] = {}
+        self._swaps: dict[PiecesOfStage, SwapPlan] = {}
         self._plans: dict[Hashable, StagePlan] = {}
         self._forwards: dict[tuple[Bucket, int], ForwardRun] = {}
         self._trained_sizes, self._evaluated = list(buckets), evaluated
@@ -136,30 +139,34 @@ class Planner:
 
     def swapped(self, settings: Settings) -> list[int]:
         """The number of swapped blocks of every stage."""
-        return counts(settings.blocks_to_swap, [self._layers(bounds) for bounds in self.bounds(settings)])
+        return counts(settings.blocks_to_swap, [self._layers(pieces) for pieces in self._stages(settings)])
 
     def bounds(self, settings: Settings) -> Bounds:
-        """The range of layers of every stage."""
+        """The range of layers of every piece."""
         return bounds_of(settings, self.staged.layers)
+
+    def _stages(self, settings: Settings) -> list[PiecesOfStage]:
+        stages = settings.pipeline_stages
+        return [of_stage(self.bounds(settings), stage, stages) for stage in range(stages)]
 
     def plans(self, settings: Settings, swapped: Sequence[int]) -> list[StagePlan]:
         """One for each stage. Weights, gradients and optimizer state are counted; for activations the micro-batch of
         the largest bucket runs through the layers on the meta device."""
-        stages = enumerate(zip(self.bounds(settings), swapped, strict=True))
+        stages = enumerate(zip(self._stages(settings), swapped, strict=True))
         return [
-            self.plan_of(settings, stage, bounds, self._swap(bounds).with_blocks(number))
-            for stage, (bounds, number) in stages
+            self.plan_of(settings, stage, pieces, self._swap(pieces).with_blocks(number))
+            for stage, (pieces, number) in stages
         ]
 
     def least_swapped(self, settings: Settings, budget: float) -> list[int]:
         """The fewest swapped blocks with which each stage fits; all of its blocks if it never does."""
         found = []
-        for stage, bounds in enumerate(self.bounds(settings)):
-            swap = self._swap(bounds)
+        for stage, pieces in enumerate(self._stages(settings)):
+            swap = self._swap(pieces)
             fits = (
                 number
                 for number in range(len(swap.blocks) + 1)
-                if self.plan_of(settings, stage, bounds, swap.with_blocks(number)).total <= budget
+                if self.plan_of(settings, stage, pieces, swap.with_blocks(number)).total <= budget
             )
             found.append(next(fits, len(swap.blocks)))
         return found
@@ -173,46 +180,47 @@ class Planner:
         stages = (f"  stage {stage} {plan}" for stage, plan in enumerate(plans))
         return "\n".join([title, *stages, *self.phases.lines(plans)])
 
-    def plan_of(self, settings: Settings, stage: int, bounds: tuple[int, int], swap: SwapPlan) -> StagePlan:
+    def plan_of(self, settings: Settings, stage: int, pieces: PiecesOfStage, swap: SwapPlan) -> StagePlan:
         """What a stage holds that has these layers, and of them these swapped."""
-        in_flight = min(settings.gradient_accumulation_steps, settings.pipeline_stages - stage)
         # Whoever looks for a cut asks for the same layers in the place of many stages. A plan keeps its swap, so that
         # no other has the number of one of its blocks.
-        key = bounds, tuple(map(id, swap.blocks.values()))
+        key = pieces, tuple(map(id, swap.blocks.values()))
         if key not in self._plans:
-            self._plans[key] = self._without_activations(bounds, swap)
-        return replace(self._plans[key], activations=peak(self._activations(settings, bounds), in_flight))
+            self._plans[key] = self._without_activations(pieces, swap)
+        activations = [self._activations(settings, piece) for piece in pieces]
+        return replace(self._plans[key], activations=peak(activations, _in_flight(settings, stage)))
 
-    def _without_activations(self, bounds: tuple[int, int], swap: SwapPlan) -> StagePlan:
+    def _without_activations(self, pieces: PiecesOfStage, swap: SwapPlan) -> StagePlan:
         """The same but for what a step makes, which depends on the stage, too."""
         travelling = {id(parameter) for block in swap.trained.values() for parameter in block}
-        trained = {name: parameter for part in self._trained[slice(*bounds)] for name, parameter in part.items()}
+        of_layers = within(pieces, self._trained)
+        trained = {name: parameter for part in of_layers for name, parameter in part.items()}
         away = {name: parameter for name, parameter in trained.items() if id(parameter) in travelling}
         staying = {name: parameter for name, parameter in trained.items() if name not in away}
-        divided = self._divided(bounds, swap, trained)
+        divided = self._divided(pieces, swap, trained)
         state, stepped = self._kept.bytes_of(staying, gradients=not self._kept.releases, among=trained)
         if self._kept.releases:
-            state += max(sum(map(self._kept.gradient, part.values())) for part in self._trained[slice(*bounds)])
+            state += max(sum(map(self._kept.gradient, part.values())) for part in of_layers)
         # These are stepped where they are, without copies.
         at_home = replace(self._kept, offload=False)
         if divided.blocks:
-            weights, buffers = self._weights(bounds) - divided.saved, 0
+            weights, buffers = self._weights(pieces) - divided.saved, 0
             sums = self._kept.sums_of(away, trained)
             # Those of a block leave when the one before it begins its backward pass.
-            state += sums + max(sum(map(self._kept.gradient, part.values())) for part in self._trained[slice(*bounds)])
+            state += sums + max(sum(map(self._kept.gradient, part.values())) for part in of_layers)
             host = divided.on_host + sum(at_home.bytes_of(away, gradients=False, among=trained)) + sums
         else:
-            weights = self._weights(bounds) + swap.ring_bytes - swap.tensor_bytes
+            weights = self._weights(pieces) + swap.ring_bytes - swap.tensor_bytes
             buffers = self._gradient_buffers(swap)
             host = swap.host_bytes + sum(at_home.bytes_of(away, among=trained))
         between = self._kept.bytes_of(staying, gradients=False, among=trained)[0] + buffers
         # While the averages are in the place of the parameters, these wait beside them.
-        exchanged = self._exchanged(bounds, staying, divided) if self._kept.averages else 0
+        exchanged = self._exchanged(pieces, staying, divided) if self._kept.averages else 0
         # The first stage encodes captions, for training and for evaluation.
-        live = self.phases.staying if bounds[0] == 0 else (0, 0)
-        evaluation, sampling = self.phases.forward(bounds, weights + between + exchanged, live)
+        live = self.phases.staying if pieces[0][0] == 0 else (0, 0)
+        evaluation, sampling = self.phases.forward(pieces, weights + between + exchanged, live)
         return StagePlan(
-            layers=(bounds[0], bounds[1] - 1),
+            pieces=pieces,
             weights=weights,
             state=state + buffers,
             activations=0,
@@ -226,26 +234,26 @@ class Planner:
             divided=divided,
         )
 
-    def _divided(self, bounds: tuple[int, int], swap: SwapPlan, trained: Mapping[str, nn.Parameter]) -> DividedWeights:
+    def _divided(self, pieces: PiecesOfStage, swap: SwapPlan, trained: Mapping[str, nn.Parameter]) -> DividedWeights:
         if not self._divides:
             return DividedWeights()
         in_full = self.settings.adapter is None
-        every = self._swap(bounds)
+        every = self._swap(pieces)
         return DividedWeights.of(
             every.with_blocks(len(every.blocks)), swap.blocks, self._kept.data_ranks, trained if in_full else {}
         )
 
-    def _exchanged(self, bounds: tuple[int, int], staying: Mapping[str, nn.Parameter], divided: DividedWeights) -> int:
+    def _exchanged(self, pieces: PiecesOfStage, staying: Mapping[str, nn.Parameter], divided: DividedWeights) -> int:
         """The bytes of these parameters, of which a rank has only its own where they are divided."""
         if not divided.blocks or self.settings.adapter:
             return sum(parameter.nbytes for parameter in staying.values())
-        apart = {id(parameter) for block in self._swap(bounds).trained.values() for parameter in block}
+        apart = {id(parameter) for block in self._swap(pieces).trained.values() for parameter in block}
         return divided.pieces + sum(p.nbytes for p in staying.values() if id(p) not in apart)
 
-    def _weights(self, bounds: tuple[int, int]) -> int:
+    def _weights(self, pieces: PiecesOfStage) -> int:
         """The bytes of a stage's weights and buffers; what several of its layers have counts once."""
         held: dict[int, int] = {}
-        for layer in self._held[slice(*bounds)]:
+        for layer in within(pieces, self._held):
             held.update(layer)
         return sum(held.values())
 
@@ -279,21 +287,21 @@ class Planner:
         """Whether a step has a second forward pass, for its targets."""
         return teacher_of(self._pipeline, self.settings, self.staged) is not None
 
-    def _layers(self, bounds: tuple[int, int]) -> list[nn.Module]:
-        return self.staged.layers[slice(*bounds)]
+    def _layers(self, pieces: PiecesOfStage) -> list[nn.Module]:
+        return within(pieces, self.staged.layers)
 
-    def _swap(self, bounds: tuple[int, int]) -> SwapPlan:
+    def _swap(self, pieces: PiecesOfStage) -> SwapPlan:
         """With all blocks of a stage."""
-        if bounds not in self._swaps:
+        if pieces not in self._swaps:
             plan_of = SwapPlan.of_divided if self._divides else SwapPlan.of_all
-            self._swaps[bounds] = plan_of(self._layers(bounds), trained=self.settings.adapter is None)
-        return self._swaps[bounds]
+            self._swaps[pieces] = plan_of(self._layers(pieces), trained=self.settings.adapter is None)
+        return self._swaps[pieces]
 
-    def _activations(self, settings: Settings, bounds: tuple[int, int]) -> Sequence[LayerActivations]:
-        """Of every layer of a stage, for one micro-batch."""
-        start, stop = bounds
+    def _activations(self, settings: Settings, piece: Range) -> Sequence[LayerActivations]:
+        """Of every layer of a piece, for one micro-batch."""
+        start, stop = piece
         key = start, settings.recomputed_every, settings.offloads
-        # What a layer takes depends on those before it in its stage, and on none behind it.
+        # What a layer takes depends on those before it in its piece, and on none behind it.
         if key not in self._counted:
             recomputed = recomputed_positions(self.staged.layers[start:], settings.recomputed_every)
             self._counted[key] = activations_of(
@@ -361,3 +369,11 @@ class Planner:
         latent = torch.zeros((batch, *self._pipeline.latent_shape(bucket.width, bucket.height, bucket.frames)))
         inputs = self._pipeline.prepare_inputs({**features, "latents": latent}, latent, torch.zeros(batch))
         return map_tensors(lambda tensor: tensor.to("meta"), inputs)
+
+
+def _in_flight(settings: Settings, stage: int) -> Collection[InFlight]:
+    """What there is at the backward passes of a stage."""
+    stages, micro_batches = settings.pipeline_stages, settings.gradient_accumulation_steps
+    if settings.pieces == 1:
+        return [(0, (min(micro_batches, stages - stage),))]
+    return in_flight(Layout(stages, settings.pieces, micro_batches), stage)

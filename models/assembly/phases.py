@@ -17,6 +17,7 @@ from models.foundation.checkpoints.weights import meta_tensors
 from models.foundation.encoders.vae import ImageAutoencoder, distribution_of
 from utils.dataset.encoders import Encoder
 from utils.dataset.samples import Bucket
+from utils.parallel.partition import Range
 
 if TYPE_CHECKING:
     from models.assembly.memory import StagePlan
@@ -88,7 +89,7 @@ class Phases:
         needs = self.live_needs
         return sum(need.weights for need in needs), max((need.activations or 0 for need in needs), default=0)
 
-    def forward(self, bounds: tuple[int, int], held: int, live: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+    def forward(self, pieces: Sequence[Range], held: int, live: tuple[int, int] = (0, 0)) -> tuple[int, int]:
         """The bytes at the peaks of evaluation and of sampling, of a stage that holds so many between two steps. The
         first stage decodes, in tiles where it must.
 
@@ -96,11 +97,11 @@ class Phases:
             live: of text encoders that stay on its device: their weights, and what they take at once, which for
                 samples they do not.
         """
-        evaluation = held + sum(live) + self.evaluated.peak(bounds) if self.evaluated else 0
+        evaluation = held + sum(live) + self.evaluated.peak(pieces) if self.evaluated else 0
         if not self.sampled:
             return evaluation, 0
-        decoded = self.decoding.tiled if self.decoding and bounds[0] == 0 else 0
-        return evaluation, held + live[0] + max(self.sampled.peak(bounds), decoded)
+        decoded = self.decoding.tiled if self.decoding and pieces[0][0] == 0 else 0
+        return evaluation, held + live[0] + max(self.sampled.peak(pieces), decoded)
 
     def peaks(self, plans: Sequence[StagePlan]) -> dict[str, int]:
         """The bytes at the peak of each phase, on the rank that takes most."""

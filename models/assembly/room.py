@@ -16,7 +16,7 @@ from utils.dataset.samples import Bucket, Sample
 from utils.device_memory import size_text
 from utils.errors import Problem, UserError
 from utils.ranks import Ranks, gather
-from utils.run.savings import Layout, of_weights, to_evaluate, to_sample, to_train
+from utils.run.savings import Parallelism, of_weights, to_evaluate, to_sample, to_train
 from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
@@ -145,24 +145,25 @@ def of_plans(
     Args:
         settings: the planner's, with what was chosen.
     """
-    budget, layout = planned_with(memory), layout_of(planner, settings)
+    budget, parallelism = planned_with(memory), parallelism_of(planner, settings)
     peaks = planner.phases.peaks(plans)
     largest = max(plan.weights + plan.live[0] for plan in plans)
     if largest > budget:
-        ways = of_weights(settings, layout, planned=True)
+        ways = of_weights(settings, parallelism, planned=True)
         message = _short(largest, budget, memory, "its weights alone", [way.says for way in ways])
         yield Problem("", "training", message), largest > card
         return
     for phase, ways_of in {"training": to_train, "evaluation": to_evaluate, "sampling": to_sample}.items():
         if peaks[phase] > budget:
-            what, ways = f"{size_text(largest)} of them weights", ways_of(settings, layout, planned=True)
+            what, ways = f"{size_text(largest)} of them weights", ways_of(settings, parallelism, planned=True)
             message = _short(peaks[phase], budget, memory, what, [way.says for way in ways])
             yield Problem("", phase, message), False
 
 
-def layout_of(planner: Planner, settings: Settings) -> Layout:
-    """The layout of a planned run."""
-    return Layout.of(planner.staged.layers, planner.bounds(settings), planner.data_ranks)
+def parallelism_of(planner: Planner, settings: Settings) -> Parallelism:
+    """That of a planned run."""
+    bounds, stages = planner.bounds(settings), settings.pipeline_stages
+    return Parallelism.of(planner.staged.layers, bounds, stages, planner.data_ranks)
 
 
 def _short(bytes_: float, budget: float, memory: float, what: str, ways: Sequence[str]) -> str:

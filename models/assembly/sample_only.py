@@ -31,7 +31,7 @@ from utils.run.folder import SETTINGS
 from utils.run.out_of_memory import explaining
 from utils.run.sample_texts import Origin
 from utils.run.sampling import draw_into, file_name
-from utils.run.savings import Layout, to_draw
+from utils.run.savings import Parallelism, to_draw
 from utils.run.signals import StopRequests
 from utils.settings.sample_requests import requests_of
 from utils.settings.schema import PLANNED, Settings
@@ -131,8 +131,8 @@ def draw_samples(source: str, settings: Settings, ranks: Ranks, pipeline: BasePi
     if ranks.is_main:
         tell_long_prompts(encoders, requests, pipeline)
     initialize_deepspeed()
-    layout = Layout.of(staged.layers, staged.bounds, ranks.data_ranks)
-    savings = partial(to_draw, settings, layout)
+    parallelism = Parallelism.of(staged.layers, staged.bounds, staged.stages, ranks.data_ranks)
+    savings = partial(to_draw, settings, parallelism)
     with explaining(savings, settings.output_dir, lambda: FLAG, saved=""):
         engine = _engine(settings, ranks, pipeline, checkpoint)
     model = sample_model(pipeline, encoders, settings, ranks, Path(), in_cache=False)
@@ -192,6 +192,7 @@ def _engine(settings: Settings, ranks: Ranks, pipeline: BasePipeline, checkpoint
         staged.bounds,
         pipeline.stream_type,
         pipeline.maths.loss,
+        stages=staged.stages,
         loss_terms=pipeline.loss_terms,
         swap=block_swap(settings, staged.homes),
     )

@@ -25,7 +25,15 @@ from utils.errors import UserError
 from utils.parallel.attention import give_gradients_one_layout
 from utils.parallel.compiling import compile_blocks
 from utils.parallel.homes import BlockHomes
-from utils.parallel.partition import Bounds, balanced_bounds, lacking, repeated_blocks, stage_bounds
+from utils.parallel.partition import (
+    Bounds,
+    balanced_bounds,
+    lacking,
+    of_stage,
+    repeated_blocks,
+    stage_bounds,
+    within,
+)
 from utils.parallel.swap_plan import counts, numbers_of
 from utils.parallel.teacher import Teacher
 from utils.quantised.linear import parameter_count, quantise
@@ -45,7 +53,7 @@ class StagedModel:
     Attributes:
         denoiser: the whole module.
         layers: its layers in order; they share the denoiser's parameters.
-        bounds: the half-open range of layers of every stage.
+        bounds: the half-open range of layers of every piece of a stage, in their order; see `of_stage`.
         swapped: of how many blocks of every stage the weights are in the host's memory.
         homes: where blocks of this process's stage are that have left it while it was loaded.
     """
@@ -56,9 +64,12 @@ class StagedModel:
     swapped: list[int]
     homes: BlockHomes = field(default_factory=BlockHomes)
 
+    @property
+    def stages(self) -> int:
+        return len(self.swapped)
+
     def stage_layers(self, stage: int) -> list[nn.Module]:
-        start, stop = self.bounds[stage]
-        return self.layers[start:stop]
+        return within(of_stage(self.bounds, stage, self.stages), self.layers)
 
     def trained(self, layers: list[nn.Module]) -> dict[str, nn.Parameter]:
         """The trainable parameters among `layers`, by name."""
@@ -101,22 +112,39 @@ def partition(pipeline: BasePipeline, settings: Settings, denoiser: nn.Module) -
 
 
 def bounds_of(settings: Settings, layers: Sequence[nn.Module]) -> Bounds:
-    """The range of layers of every stage; before a cut has been planned that waits for the data, that of equal numbers
-    of parameters.
+    """The range of layers of every piece of a stage; before a cut has been planned that waits for the data, that of
+    equal numbers of parameters.
 
     Raises:
         UserError: the stages do not fit the layers.
     """
+    if settings.pieces > 1 and settings.pipeline_stages * settings.pieces > len(layers):
+        message = (
+            f"{settings.pipeline_stages} stages of {settings.pieces} pieces are more than the model has layers, "
+            f"{len(layers)}; take fewer of them"
+        )
+        raise UserError.of(message, where="pipeline_stages, pieces_per_stage")
     try:
         return stage_bounds(
             "parameters" if settings.partition_method in PLANNED else settings.partition_method,
             [parameter_count(layer) for layer in layers],
-            settings.pipeline_stages,
+            settings.pipeline_stages * settings.pieces,
             settings.partition_split,
-            settings.stage_weights,
+            weights_of_pieces(settings),
         )
     except ValueError as error:
         raise UserError.of(str(error), where="pipeline_stages, partition_split") from error
+
+
+def weights_of_pieces(settings: Settings) -> list[float] | None:
+    """What each piece of the model is to take, relative to the others; None: all alike."""
+    return settings.stage_weights and settings.stage_weights * settings.pieces
+
+
+def blocks_of_pieces(settings: Settings) -> list[int]:
+    """How many blocks each piece must have at least, so that there are as many in every stage as it swaps."""
+    numbers = numbers_of(settings.blocks_to_swap, settings.pipeline_stages)
+    return [-(-number // settings.pieces) for number in numbers] * settings.pieces
 
 
 def _swapped(settings: Settings, layers: Sequence[nn.Module], bounds: Bounds) -> list[int]:
@@ -125,10 +153,12 @@ def _swapped(settings: Settings, layers: Sequence[nn.Module], bounds: Bounds) ->
     Raises:
         ValueError: a stage has fewer; if the cut is planned later, it has in every cut.
     """
+    stages = settings.pipeline_stages
     if not settings.cut_is_planned:
-        return counts(settings.blocks_to_swap, [layers[start:stop] for start, stop in bounds])
-    numbers = numbers_of(settings.blocks_to_swap, len(bounds))
-    if balanced_bounds(lacking(layers, numbers), len(layers), len(bounds)) is None:
+        of_stages = [within(of_stage(bounds, stage, stages), layers) for stage in range(stages)]
+        return counts(settings.blocks_to_swap, of_stages)
+    numbers = numbers_of(settings.blocks_to_swap, stages)
+    if balanced_bounds(lacking(layers, blocks_of_pieces(settings)), len(layers), len(bounds)) is None:
         blocks = len(repeated_blocks(layers))
         raise ValueError(f"no cut of the model's {blocks} blocks has {numbers} blocks to swap in its stages; swap less")
     return numbers

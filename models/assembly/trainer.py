@@ -57,7 +57,7 @@ from utils.run.parts import RunParts
 from utils.run.patience import Patience
 from utils.run.progress import Progress
 from utils.run.report import RunPage
-from utils.run.savings import Layout, to_train
+from utils.run.savings import Parallelism, to_train
 from utils.run.signals import StopRequests
 from utils.run.trainer import Trainer
 from utils.run.webhook import Webhook
@@ -120,17 +120,17 @@ def build_trainer(settings: Settings, ranks: Ranks, pipeline: BasePipeline, *par
         UserError: the GPU's memory does not suffice.
     """
     with explaining(
-        lambda: to_train(settings, layout_of(settings, ranks, pipeline)),
+        lambda: to_train(settings, parallelism_of(settings, ranks, pipeline)),
         settings.output_dir,
         lambda: "before the first step",
     ):
         return built_trainer(settings, ranks, pipeline, *parts, **keys)
 
 
-def layout_of(settings: Settings, ranks: Ranks, pipeline: BasePipeline) -> Layout:
-    """The layout of a run that has no weights yet, or failed on the way to them."""
+def parallelism_of(settings: Settings, ranks: Ranks, pipeline: BasePipeline) -> Parallelism:
+    """That of a run that has no weights yet, or failed on the way to them."""
     staged = partition(pipeline, settings, pipeline.weights.build_empty())
-    return Layout.of(staged.layers, staged.bounds, ranks.data_ranks)
+    return Parallelism.of(staged.layers, staged.bounds, staged.stages, ranks.data_ranks)
 
 
 @without_collector()
@@ -184,7 +184,8 @@ def built_trainer(
     )
     telling = _telling(settings, ranks, pipeline, data, folder, resumed=checkpoint is not None)
     norms = BlockNorms(ranks, engine, parameters, shares.written) if settings.monitoring.block_norms else None
-    telling |= {"norms": norms, "layout": Layout.of(staged.layers, staged.bounds, ranks.data_ranks)}
+    parallelism = Parallelism.of(staged.layers, staged.bounds, staged.stages, ranks.data_ranks)
+    telling |= {"norms": norms, "parallelism": parallelism}
     run = RunParts(settings, ranks, engine, optimizer, parameters, shares, folder, metrics, stop, ema, **telling)
     duties = _duties(run, pipeline, data, reader, noising, staged)
     if not checkpoint:
@@ -296,6 +297,7 @@ def _engine(
         staged.bounds,
         pipeline.stream_type,
         pipeline.maths.loss,
+        stages=staged.stages,
         recompute=settings.recomputed_every,
         host=HostInputs() if settings.offloads else None,
         seed=settings.seed,

@@ -1,8 +1,9 @@
-"""Two stages against one: how much of the ideal m / (m + 1) a step of m micro-batches reaches.
+"""Two stages against one: how much of the ideal m / (m + 1) of 1F1B a step of m micro-batches reaches. Stages of two
+pieces idle less, and may be above it.
 
-Full training of a small Flux of equal blocks, cut in the middle, and of the miniature, cut by counted operations. Each
-process has one thread and one core. The reference is the same step in one stage, in two processes side by side that
-know nothing of each other, so that both cores are as busy as with two stages. Two figures:
+Full training of a small Flux of equal blocks, cut in the middle or into four pieces, and of the miniature, cut by
+counted operations. Each process has one thread and one core. The reference is the same step in one stage, in two
+processes side by side that know nothing of each other, so that both cores are as busy as with two stages. Two figures:
 
 - by the clock: the shortest of some steps each, rounds of both alternating. It means something on a quiet machine.
 - by processor time, which other programs do not lengthen much: every instruction of the schedule takes the least that
@@ -53,18 +54,22 @@ def measure() -> Iterator[str]:
         folder.mkdir()
         config = json.loads((MINI_FLUX / "transformer" / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, **EQUAL_BLOCKS}))
-        for title, source, start in (("equal blocks", Path(name), 5), ("miniature", MINI_FLUX, 4)):
-            yield f"{title}, the second stage begins with layer {start}:"
-            yield from _efficiencies(source, start)
+        for title, source, starts in (
+            ("equal blocks", Path(name), (5,)),
+            ("equal blocks", Path(name), (3, 5, 7)),
+            ("miniature", MINI_FLUX, (4,)),
+        ):
+            yield f"{title}, cut before {' and '.join(f'layer {start}' for start in starts)}:"
+            yield from _efficiencies(source, starts)
 
 
-def _efficiencies(folder: Path, start: int) -> Iterator[str]:
+def _efficiencies(folder: Path, starts: tuple[int, ...]) -> Iterator[str]:
     alone: list[Steps] = []
     staged: list[list[Steps]] = []
     for _ in range(ROUNDS):
         with ThreadPoolExecutor(2) as pool:
-            alone += [found for (found,) in pool.map(lambda core: run_ranks(steps, 1, folder, None, core), range(2))]
-        staged.append(run_ranks(steps, 2, folder, start, 0))
+            alone += [found for (found,) in pool.map(lambda core: run_ranks(steps, 1, folder, (), core), range(2))]
+        staged.append(run_ranks(steps, 2, folder, starts, 0))
     for accumulation in ACCUMULATIONS:
         one = min(found[accumulation].clock for found in alone)
         two = min(max(found[accumulation].clock for found in ranks) for ranks in staged)
@@ -99,30 +104,35 @@ def _in_order(stages: Sequence[list[tuple[str, float]]]) -> float:
         for number, stage in enumerate(stages):
             while places[number] < len(stage):
                 name, seconds = stage[places[number]]
-                kind = name.removeprefix("Send").removeprefix("Recv")
-                turn = sum(other == name for other, _ in stage[: places[number]])
-                if name.startswith("Recv") and (kind, turn) not in ends:
+                # By its sender, its kind, and its number among those.
+                sender = 1 - number if name.startswith("Recv") else number
+                message = (
+                    sender,
+                    name.removeprefix("Send").removeprefix("Recv"),
+                    sum(other == name for other, _ in stage[: places[number]]),
+                )
+                if name.startswith("Recv") and message not in ends:
                     break
-                begin = max(clocks[number], ends.get((kind, turn), 0.0) if name.startswith("Recv") else 0.0)
+                begin = max(clocks[number], ends[message] if name.startswith("Recv") else 0.0)
                 clocks[number] = begin + seconds
                 if name.startswith("Send"):
-                    ends[kind, turn] = clocks[number]
+                    ends[message] = clocks[number]
                 places[number] += 1
     return max(clocks)
 
 
-def steps(ranks: Ranks, folder: Path, start: int | None, core: int) -> dict[int, Steps]:
+def steps(ranks: Ranks, folder: Path, starts: tuple[int, ...], core: int) -> dict[int, Steps]:
     """Job of a rank: some steps with each accumulation.
 
     Args:
-        start: the first layer of the second stage; None for one stage.
+        starts: the first layers of all pieces but the first; none for one stage.
         core: that of the first rank.
     """
     os.sched_setaffinity(0, {(core + ranks.rank) % os.cpu_count()})
     torch.set_num_threads(1)
     found = {}
     for accumulation in ACCUMULATIONS:
-        engine, batches = engine_and_batches(folder, start, accumulation)
+        engine, batches = engine_and_batches(folder, starts, accumulation)
         taken: list[tuple[str, float]] = []
         engine._INSTRUCTION_MAP = {
             kind: _timed(kind.__name__, run, taken) for kind, run in engine._INSTRUCTION_MAP.items()
@@ -148,7 +158,7 @@ def _timed(name: str, run: Any, taken: list[tuple[str, float]]) -> Any:
     return timed
 
 
-def engine_and_batches(folder: Path, start: int | None, accumulation: int) -> tuple[Any, Sequence[Any]]:
+def engine_and_batches(folder: Path, starts: tuple[int, ...], accumulation: int) -> tuple[Any, Sequence[Any]]:
     """An engine with this rank's stage, random weights, and the micro-batches of a step."""
     from models.flux import FluxOptions, FluxPipeline
     from utils.diffusion.losses import Labels
@@ -164,8 +174,8 @@ def engine_and_batches(folder: Path, start: int | None, accumulation: int) -> tu
     denoiser = flux.weights.build()
     layers = flux.to_layers(denoiser)
     flux.weights.fill(denoiser, flux.weights.open(denoiser), layers)
-    bounds = [(0, len(layers))] if start is None else [(0, start), (start, len(layers))]
-    module = DenoiserPipeline(layers, bounds, flux.stream_type, flux.maths.loss)
+    bounds = list(zip((0, *starts), (*starts, len(layers)), strict=True))
+    module = DenoiserPipeline(layers, bounds, flux.stream_type, flux.maths.loss, stages=min(2, len(bounds)))
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5)
     engine = Engine(module, optimizer, accumulation=accumulation, clip_norm=1.0)
     sizes = denoiser.config

@@ -98,7 +98,7 @@ def steps(ranks: Ranks) -> dict[str, float]:
     found: dict[str, list[float]] = {way: [] for way in WAYS}
     for step in range(ROUNDS * STEPS * len(WAYS)):
         way = list(WAYS)[step // STEPS % len(WAYS)]
-        engine._travelling.begin_backward = lambda *, last, way=way: begin(last=last and WAYS[way])
+        engine._travelling.begin_backward = lambda piece, *, last, way=way: begin(piece, last=last and WAYS[way])
         started = time.perf_counter()
         engine.train_step([batch], step)
         found[way].append(time.perf_counter() - started)

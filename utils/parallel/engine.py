@@ -11,13 +11,14 @@ What differs from `deepspeed.runtime.pipe.engine.PipelineEngine` of 0.19.8, each
 - data ranks may divide state and gradients (`sharding.py`), at any number of stages, and weights (`divided.py`);
 - a step does not walk through all modules, and with one data rank nothing is copied to be averaged;
 - gradients go to other data ranks while the backward pass makes the next ones (`travelling.py`);
+- a stage may have several pieces of the model, and the schedule is interleaved then (`interleaved.py`);
 - evaluation returns a loss per sample, and a prediction can be had from the same stages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,11 +35,13 @@ from utils.parallel import wire
 from utils.parallel.backend import configuration
 from utils.parallel.breakdown import Breakdown
 from utils.parallel.clipping import Clipping, gradient_norms
-from utils.parallel.deciles import LossByDecile, means
+from utils.parallel.interleaved import Layout
 from utils.parallel.mail import StageMail
 from utils.parallel.pipeline import DenoiserPipeline
 from utils.parallel.release import GradientRelease, may_step
+from utils.parallel.schedules import schedule_of, turns_of
 from utils.parallel.sharding import Shares
+from utils.parallel.step_numbers import StepNumbers, StepResult
 from utils.parallel.step_times import StepTimes
 from utils.parallel.teacher import Teacher
 from utils.parallel.travelling import shared_by, with_zeros
@@ -48,26 +51,6 @@ from utils.settings.values import ClipBy
 MicroBatch = tuple[Any, ...]
 """(inputs of the first stage, labels of the last): NamedTuples or tuples of CPU tensors and None. Further items are
 for a teacher."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Means over the micro-batches and data ranks, and the norm of the gradient before clipping. If the norm is no
-    finite number, the step was not taken.
-
-    Attributes:
-        loss: of the prediction.
-        terms: losses that layers added to it, by name.
-        deciles: the mean loss of the step's samples by their noise level; the middle of a tenth of all that are
-            trained -> loss. Only where the labels say at which level a sample is.
-        seconds: of each part of the step on this process; see `StepTimes`.
-    """
-
-    loss: float
-    grad_norm: float
-    terms: Mapping[str, float] = field(default_factory=dict)
-    deciles: Mapping[float, float] = field(default_factory=dict)
-    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class Engine(PipelineEngine):
@@ -117,7 +100,8 @@ class Engine(PipelineEngine):
         )
         # Its own would keep the events of each step until they are printed, which they never are here.
         self.timers = NoopTimer()
-        self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        trained = module.trained_of_pieces()
+        self._trained = [parameter for piece in trained for parameter in piece]
         if float32_gradients:
             for parameter in self._trained:
                 parameter.grad_dtype = torch.promote_types(parameter.dtype, torch.float32)
@@ -128,7 +112,7 @@ class Engine(PipelineEngine):
         layers = module.forward_funcs if module.swap.needs_all_ranks else None
         late = [*shared_by(module.forward_funcs), *module.swap.late_gradients]
         how = {"sent_as": self._config.communication_data_type, "layers": layers, "late": late}
-        self._travelling = None if release else self._shares.travelling_gradients(self._trained, **how)
+        self._travelling = None if release else self._shares.travelling_gradients(trained, **how)
         module.swap.going_back = self._travelling.reduce_behind if layers and self._travelling else None
         self._times = StepTimes(self.device)
         self._INSTRUCTION_MAP = self._times.timed(self._INSTRUCTION_MAP)
@@ -144,9 +128,8 @@ class Engine(PipelineEngine):
         self.teacher = teacher
         self._after_step = after_step
         self._grad_norm, self._norms_P = torch.zeros(()), torch.zeros(0)
-        self._forward_count = self._backward_count = self._step = 0
-        self._numbers: Sequence[int] = self._rank_after_rank()
         self._keep_predictions = False
+        self._begin(0, self._rank_after_rank())
         descriptions = dist.new_group(backend="gloo") if self.is_pipe_parallel else None
         self._mail = StageMail(self.grid, self.device, descriptions)
 
@@ -169,7 +152,8 @@ class Engine(PipelineEngine):
         self._mail.finish()
         if self._breakdown:
             self._breakdown.tell(step)
-        return self._told(loss)
+        micro_batches = self.micro_batches * self.grid.get_data_parallel_world_size()
+        return self._numbers_of_step.result(loss, self._grad_norm, micro_batches, self._times)
 
     def evaluate(self, batches: Iterable[MicroBatch] | None, count: int) -> list[torch.Tensor]:
         """The loss of every sample (B,) in float32, per micro-batch, on every stage of this data rank."""
@@ -180,22 +164,6 @@ class Engine(PipelineEngine):
         """The last layer's output per micro-batch, on every stage of this data rank."""
         with self.module.swap.evaluation(count):
             return self._from_last_stage(self._run_forward(batches, count, keep_predictions=True), count)
-
-    def _told(self, loss: torch.Tensor) -> StepResult:
-        """The step's numbers, read together, since the host waits for the device whenever it reads."""
-        both = torch.stack([loss.float(), self._grad_norm.to(self.device, torch.float32)])
-        loss, grad_norm, *shared = torch.cat([both, self._shared_numbers()]).tolist()
-        terms, deciles = shared[: len(self._terms_K)], shared[len(self._terms_K) :]
-        terms = dict(zip(self.module.loss_terms, terms, strict=True))
-        return StepResult(loss, grad_norm, terms, means(deciles), self._times.read())
-
-    def _shared_numbers(self) -> torch.Tensor:
-        """The losses that layers added (K,) and those by noise level, sent from the last stages to all ranks."""
-        terms_K = self._terms_K / (self.micro_batches * self.grid.get_data_parallel_world_size())
-        numbers = torch.cat([terms_K, self._deciles.sums_2D.flatten()])
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(numbers)
-        return numbers
 
     def _with_teacher_labels(
         self, teacher: Teacher, batches: Iterable[MicroBatch] | None
@@ -217,10 +185,11 @@ class Engine(PipelineEngine):
         return range(first, first + self.micro_batches)
 
     def _begin(self, step: int, numbers: Sequence[int]) -> None:
-        self._forward_count = self._backward_count = 0
+        self._forward_count, self._backward_count = Counter(), Counter()
+        self._losses: dict[int, torch.Tensor] = {}
+        self._gradients: dict[int, list[torch.Tensor]] = {}
         self._numbers = numbers
-        self._terms_K = torch.zeros(len(self.module.loss_terms), device=self.device)
-        self._deciles = LossByDecile(self.device)
+        self._numbers_of_step = StepNumbers(self.module.loss_terms, self.device)
         self._step = step
         self.module.draw = None
 
@@ -244,80 +213,118 @@ class Engine(PipelineEngine):
             self.fwd_outputs = []
         return outputs
 
+    def _train_schedule(self) -> schedule.PipeSchedule:
+        return schedule_of(Layout(self.num_stages, self.module.pieces, self.micro_batches), self.stage_id)
+
+    def _inference_schedule(self, micro_batches: int) -> schedule.PipeSchedule:
+        layout = Layout(self.num_stages, self.module.pieces, micro_batches, trains=False)
+        return schedule_of(layout, self.stage_id)
+
+    def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
+        self.module.swap.begin_turns(turns_of(pipe_schedule))
+        super()._exec_schedule(pipe_schedule)
+
+    def _begins(self, piece: int) -> bool:
+        """Whether micro-batches begin at this piece of the stage."""
+        return self.is_first_stage() and piece == 0
+
+    def _ends(self, piece: int) -> bool:
+        """Whether they end there."""
+        return self.is_last_stage() and piece == self.module.pieces - 1
+
+    def _neighbour(self, distance: int) -> int:
+        """The stage after this one, or with -1 the one before it. Behind the last one comes the first one's next
+        piece."""
+        return (self.stage_id + distance) % self.num_stages
+
     def _from_last_stage(self, tensors: list[torch.Tensor], count: int) -> list[torch.Tensor]:
         return self._mail.from_last_stage(tensors, count, is_last=self.is_last_stage())
 
     # The instructions of the schedule, in the order in which a micro-batch goes through them.
 
-    def _load_micro_batch(self, buffer_id: int) -> None:
+    def _load_micro_batch(self, buffer_id: int, piece: int = 0) -> None:
         inputs, labels, *_ = next(self.data_iterator)
-        if self.is_first_stage():
+        if self._begins(piece):
             self.pipe_buffers["inputs"][buffer_id] = wire.to_device(inputs, self.device)
-        if self.is_last_stage():
+        if self._ends(piece):
             self.pipe_buffers["labels"][buffer_id] = wire.to_device(labels, self.device)
 
-    def _receive_activations(self, buffer_id: int) -> None:
-        description = self._mail.description(self.prev_stage)
+    def _receive_activations(self, buffer_id: int, piece: int = 0) -> None:
+        description = self._mail.description(self._neighbour(-1))
         tensors = [self._mail.buffer(expected) for expected in description.tensors]
-        self._mail.receive(tensors, self.prev_stage)
+        self._mail.receive(tensors, self._neighbour(-1))
         for tensor, expected in zip(tensors, description.tensors, strict=True):
             tensor.requires_grad_(expected.requires_grad and torch.is_grad_enabled())
         self.pipe_buffers["inputs"][buffer_id] = wire.unflatten(tensors, description)
 
-    def _forward(self, buffer_id: int) -> None:
-        self.module.draw = (self._step, self._numbers[self._forward_count])
-        self._forward_count += 1
-        outputs = self.module(self.pipe_buffers["inputs"][buffer_id])
-        self.pipe_buffers["outputs"][buffer_id] = outputs
-        if not self.is_last_stage():
-            return
+    def _forward(self, buffer_id: int, piece: int = 0) -> None:
+        self.module.draw = (self._step, self._numbers[self._forward_count[piece]])
+        self._forward_count[piece] += 1
+        outputs = self.module(self.pipe_buffers["inputs"][buffer_id], piece)
+        if not torch.is_grad_enabled():
+            self.pipe_buffers["inputs"][buffer_id] = None
+        if self._ends(piece):
+            self._finish_forward(buffer_id, outputs)
+        else:
+            self.pipe_buffers["outputs"][buffer_id] = outputs
+
+    def _finish_forward(self, buffer_id: int, outputs: Any) -> None:
+        """Takes the loss of a micro-batch, or its prediction."""
         prediction, terms_K = outputs if isinstance(outputs, Output) else (outputs, None)
         if self._keep_predictions:
             self.fwd_outputs.append(prediction)
             return
         labels = self.pipe_buffers["labels"][buffer_id]
         losses_B = self.module.loss_fn(prediction, labels)
-        if torch.is_grad_enabled() and (levels := getattr(labels, "levels", None)):
-            quantile_B, share_B = levels
-            self._deciles.add(losses_B / share_B, quantile_B)
         self.fwd_outputs.append(losses_B.detach().float())
-        self.loss = losses_B.mean()
-        self.total_loss = self.loss.detach() + (0.0 if self.total_loss is None else self.total_loss)
+        loss = losses_B.mean()
+        self.total_loss = loss.detach() + (0.0 if self.total_loss is None else self.total_loss)
         if terms_K is not None:
-            self._terms_K += terms_K.detach()
-            self.loss = self.loss + terms_K.sum()
+            self._numbers_of_step.add_terms(terms_K)
+            loss = loss + terms_K.sum()
+        if torch.is_grad_enabled():
+            self._numbers_of_step.add_levels(losses_B, labels)
+            self._losses[buffer_id] = loss
 
-    def _send_activations(self, buffer_id: int) -> None:
+    def _send_activations(self, buffer_id: int, piece: int = 0, under_way: int = 0) -> None:
         tensors, description = wire.flatten(self.pipe_buffers["outputs"][buffer_id])
-        self._mail.send(tensors, self.next_stage, description)
+        self._mail.send(tensors, self._neighbour(1), description, under_way=under_way)
+        if not torch.is_grad_enabled():
+            self.pipe_buffers["outputs"][buffer_id] = None
 
-    def _receive_gradients(self, buffer_id: int) -> None:
+    def _receive_gradients(self, buffer_id: int, piece: int = 0) -> None:
         _, description = wire.flatten(self.pipe_buffers["outputs"][buffer_id])
-        self.grad_layer = [self._mail.buffer(expected) for expected in description.tensors if expected.requires_grad]
-        self._mail.receive(self.grad_layer, self.next_stage)
+        gradients = [self._mail.buffer(expected) for expected in description.tensors if expected.requires_grad]
+        self._mail.receive(gradients, self._neighbour(1))
+        self._gradients[buffer_id] = gradients
 
-    def _backward(self, buffer_id: int) -> None:
+    def _backward(self, buffer_id: int, piece: int = 0) -> None:
         self.beside_backward()
-        self._backward_count += 1
+        self.module.swap.begin_turn()
+        self._backward_count[piece] += 1
         if self._travelling:
-            self._travelling.begin_backward(last=self._backward_count == self.micro_batches)
-        if self.is_last_stage():
-            if self.loss.requires_grad:
-                DeepSpeedEngine.backward(self, self.loss)
+            self._travelling.begin_backward(piece, last=self._backward_count[piece] == self.micro_batches)
+        if self._ends(piece):
+            loss = self._losses.pop(buffer_id)
+            if loss.requires_grad:
+                DeepSpeedEngine.backward(self, loss)
         else:
             tensors, _ = wire.flatten(self.pipe_buffers["outputs"][buffer_id])
             outputs = [tensor for tensor in tensors if tensor.requires_grad]
+            gradients = self._gradients.pop(buffer_id)
             if outputs:
-                torch.autograd.backward(outputs, self.grad_layer)
+                torch.autograd.backward(outputs, gradients)
         if self._travelling:
             self._travelling.end_backward()
-        self.grad_layer = None
         self.pipe_buffers["outputs"][buffer_id] = None
+        if self._begins(piece):
+            self.pipe_buffers["inputs"][buffer_id] = None
 
-    def _send_gradients(self, buffer_id: int) -> None:
+    def _send_gradients(self, buffer_id: int, piece: int = 0, under_way: int = 0) -> None:
         tensors, _ = wire.flatten(self.pipe_buffers["inputs"][buffer_id])
         wanted = [tensor for tensor in tensors if tensor.requires_grad]
-        self._mail.send([t.grad if t.grad is not None else torch.zeros_like(t) for t in wanted], self.prev_stage)
+        gradients = [t.grad if t.grad is not None else torch.zeros_like(t) for t in wanted]
+        self._mail.send(gradients, self._neighbour(-1), under_way=under_way)
         self.pipe_buffers["inputs"][buffer_id] = None
 
     def _reduce_gradients(self) -> None:

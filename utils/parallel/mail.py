@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,28 +23,41 @@ class StageMail:
 
     def __init__(self, grid: Any, device: torch.device, description_group: dist.ProcessGroup | None):
         self._grid, self._device, self._description_group = grid, device, description_group
-        self._sending: dict[int, list[tuple[dist.Work, torch.Tensor]]] = {}
-        """By neighbouring stage; the tensors have to live as long."""
+        self._sending: defaultdict[int, deque[list[tuple[dist.Work, torch.Tensor]]]] = defaultdict(deque)
+        """By neighbouring stage, one list for each message; the tensors have to live as long."""
 
     def buffer(self, expected: wire.TensorDescription) -> torch.Tensor:
         """Room for a tensor that is to come."""
         return torch.empty(expected.shape, dtype=expected.dtype, device=self._device)
 
-    def send(self, tensors: Sequence[torch.Tensor], stage: int, description: wire.Description | None = None) -> None:
+    def send(
+        self,
+        tensors: Sequence[torch.Tensor],
+        stage: int,
+        description: wire.Description | None = None,
+        *,
+        under_way: int = 0,
+    ) -> None:
         """Begins to send tensors, and what describes them, to a neighbouring stage; what was sent to it before has
-        arrived."""
-        self.finish(stage)
+        arrived, but for so many messages that may be under way."""
+        self._wait(self._sending[stage], under_way)
         rank, described = self._grid.stage_to_global(stage), []
         if description is not None:
             numbers = wire.encode(description)
             described = [(dist.isend(numbers, rank, group=self._description_group), numbers)]
         whole = [tensor.detach().contiguous() for tensor in tensors if tensor.numel()]
-        self._sending[stage] = [*described, *((dist.isend(tensor, rank), tensor) for tensor in whole)]
+        self._sending[stage].append([*described, *((dist.isend(tensor, rank), tensor) for tensor in whole)])
 
-    def finish(self, stage: int | None = None) -> None:
-        """Waits until what is on its way to a stage, or to all, has arrived."""
-        for receiver in [stage] if stage is not None else list(self._sending):
-            for work, _ in self._sending.pop(receiver, ()):
+    def finish(self) -> None:
+        """Waits until all has arrived that is on its way."""
+        for messages in self._sending.values():
+            self._wait(messages, 0)
+
+    @staticmethod
+    def _wait(messages: deque[list[tuple[dist.Work, torch.Tensor]]], left: int) -> None:
+        """Until the first ones have arrived, so that so many are left."""
+        while len(messages) > left:
+            for work, _ in messages.popleft():
                 work.wait()
 
     def description(self, stage: int) -> wire.Description:

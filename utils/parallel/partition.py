@@ -6,11 +6,25 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import TypeVar
 
 from torch import nn
 
-Bounds = list[tuple[int, int]]
-"""The half-open range of layers of every stage."""
+T = TypeVar("T")
+Range = tuple[int, int]
+"""The first layer of a piece, and the one after its last."""
+Bounds = list[Range]
+"""Those of all pieces of a model. A stage has one piece, or several where others have their turns between them."""
+
+
+def of_stage(of_pieces: Sequence[T], stage: int, stages: int) -> tuple[T, ...]:
+    """Of what all pieces have, that of the pieces of one of so many stages."""
+    return tuple(of_pieces[stage::stages])
+
+
+def within(ranges: Sequence[Range], of_layers: Sequence[T]) -> list[T]:
+    """Of what all layers have, that of the layers in these ranges."""
+    return [one for start, stop in ranges for one in of_layers[start:stop]]
 
 
 def repeated_blocks(layers: Sequence[nn.Module]) -> list[int]:
@@ -25,7 +39,7 @@ def stage_bounds(
     split: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
 ) -> Bounds:
-    """The half-open range of layers for every stage.
+    """The half-open range of layers for every stage, or for every piece of one.
 
     Args:
         method: "parameters" balances the number of parameters, frozen ones included, since under LoRA they take the

@@ -129,19 +129,39 @@ class Slot:
     views: list[list[torch.Tensor]] = field(default_factory=list)
 
 
+class Turn(NamedTuple):
+    """A pass of a micro-batch through a piece of the stage."""
+
+    forward: bool
+    piece: int = 0
+
+
 class Ring:
     """Keeps the swapped blocks, numbered from 0, in a few buffers of the device.
 
-    Which blocks are wanted next follows from the pass; a block that was not expected is brought all the same, and only
-    later.
+    Which blocks are wanted next follows from the pass and the one behind it; a block that was not expected is brought
+    all the same, and only later.
+
+    Args:
+        buffers: how many there are, at most.
+        pieces: the blocks of each piece of the stage; default: it has one.
 
     Attributes:
         current: the block that computes.
         goes_forward: whether a forward pass is under way.
+        following: the pass behind the one that is under way; None: the way back, or a new one.
     """
 
-    def __init__(self, blocks: Sequence[Block], transfers: Transfers, buffers: int = BUFFERS):
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        transfers: Transfers,
+        buffers: int = BUFFERS,
+        pieces: Sequence[range] | None = None,
+    ):
         self._blocks, self._transfers = blocks, transfers
+        self._pieces = pieces or [range(len(blocks))]
+        self._piece_of = [piece for piece, numbers in enumerate(self._pieces) for _ in numbers]
         size = max(block.size for block in blocks)
         # The memory may have served computation that is not done yet.
         slots = (Slot(transfers.buffer(size), transfers.computed()) for _ in range(min(buffers, len(blocks))))
@@ -156,12 +176,8 @@ class Ring:
         self._last_copy: tuple[Mark] | None = None
         self._changed: tuple[Mark] | None = None
         """When their homes were written last; None while that may happen."""
-        numbers = range(len(blocks))
-        # What is expected after each block; every block once, itself last or where the pass turns round.
-        self._in_training = [(*numbers[block + 1 :], *reversed(numbers[: block + 1])) for block in numbers]
-        self._in_evaluation = [(*numbers[block + 1 :], *numbers[: block + 1]) for block in numbers]
-        self._backward = [(*reversed(numbers[:block]), *numbers[block:]) for block in numbers]
-        self._order = self._backward
+        self.following: Turn | None = None
+        self._expected: dict[tuple[int, bool, Turn], Sequence[int]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -170,24 +186,22 @@ class Ring:
 
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
-        """A context for a pass from the first block to the last; outside of it, they are needed from the last to the
-        first."""
+        """A context for a pass from the first block of a piece to its last; outside of it, they are needed from the
+        last to the first."""
         self._leave()
-        self._order = self._in_training if torch.is_grad_enabled() else self._in_evaluation
         self.goes_forward = True
         try:
             yield
         finally:
             self.goes_forward = False
             self._leave()
-            self._order = self._backward
 
     def require(self, block: int) -> Slot:
         """The buffer with the weights of `block`, on which computation that is asked for from now on may rely until
         another block is required or this one is released. The block's parameters are in it."""
         if block != self.current:
             self._leave()
-            self._bring((block, *self._order[block][: len(self._slots) - 1]))
+            self._bring((block, *self._after(block)[: len(self._slots) - 1]))
             slot = self._held[block]
             self._slots.append(self._slots.pop(self._slots.index(slot)))
             if slot.ready is not None:
@@ -212,11 +226,26 @@ class Ring:
     def release(self, block: int) -> None:
         """All computation with the weights of `block` has been asked for that this pass needs."""
         self._leave()
-        self._bring(self._order[block][: len(self._slots)])
+        self._bring(self._after(block)[: len(self._slots)])
 
     def slot_of(self, tensor: torch.Tensor) -> Slot | None:
         """The buffer in which a tensor lies."""
         return self._by_address.get(tensor.untyped_storage().data_ptr())
+
+    def _after(self, block: int) -> Sequence[int]:
+        """What is expected after a block: the rest of its piece, then the piece of the pass behind it, then others."""
+        piece = self._piece_of[block]
+        following = self.following
+        if following is None:
+            turns_round = self.goes_forward and torch.is_grad_enabled()
+            following = Turn(forward=False, piece=piece) if turns_round else Turn(forward=True)
+        key = block, self.goes_forward, following
+        if key not in self._expected:
+            numbers, then = self._pieces[piece], self._pieces[following.piece]
+            left = range(block + 1, numbers.stop) if self.goes_forward else reversed(range(numbers.start, block))
+            behind = then if following.forward else reversed(then)
+            self._expected[key] = tuple(dict.fromkeys((*left, *behind, *range(len(self._blocks)))))
+        return self._expected[key]
 
     def _leave(self) -> None:
         if self.current is not None:

@@ -161,20 +161,19 @@ class Shares:
 
     def travelling_gradients(
         self,
-        parameters: Sequence[nn.Parameter],
+        pieces: Sequence[Sequence[nn.Parameter]],
         sent_as: torch.dtype | None = None,
         layers: Sequence[nn.Module] | None = None,
         late: Iterable[nn.Parameter] = (),
     ) -> AveragedGradients | OwnedGradients | None:
-        """What sends the gradients of these parameters, all that the stage trains, to the data ranks that keep them;
-        None if there is one alone. See `OwnedGradients` and `TravellingGradients`."""
+        """What sends the gradients of all that the pieces of a stage train to the data ranks that keep them; None if
+        there is one alone. See `OwnedGradients` and `TravellingGradients`."""
         among = DataRanks(self._group, self._device, sent_as)
-        if not parameters or among.count == 1:
+        if not any(pieces) or among.count == 1:
             return None
         if not self.divides_gradients:
-            return AveragedGradients(parameters, among, late)
-        owned_by = [self.owner_of(parameter) for parameter in parameters]
-        return OwnedGradients(parameters, among, late, owned_by=owned_by, data_rank=self.data_rank, layers=layers)
+            return AveragedGradients(pieces, among, late)
+        return OwnedGradients(pieces, among, late, owner_of=self.owner_of, data_rank=self.data_rank, layers=layers)
 
 
 class HostCopies:

@@ -14,9 +14,11 @@ recomputed asks for its weights when it runs again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +28,7 @@ from torch import nn
 from utils.device_memory import lacks_memory, size_text
 from utils.parallel.homes import BlockHomes
 from utils.parallel.host_gradients import HostGradients
-from utils.parallel.ring import Ring
+from utils.parallel.ring import Ring, Turn
 from utils.parallel.transfers import Transfers, give_back_freed, transfers_to
 from utils.ranks import largest
 
@@ -65,9 +67,29 @@ class BlockSwap:
         self._positions = list(homes.blocks)
         for block in self._blocks:
             block.give_up()
+        self._pieces = [range(len(self._blocks))]
+        self._turns: deque[Turn] = deque()
         self._ring: Ring | None = None
         self._gradients: HostGradients | None = None
         self.going_back: Callable[[int], None] | None = None
+
+    def divide(self, pieces: Sequence[Sequence[int]]) -> None:
+        """Says the positions of the layers of each piece of the stage, in order; by default it has one."""
+        ends = list(accumulate(sum(position in piece for position in self._positions) for piece in pieces))
+        self._pieces = [range(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
+
+    def begin_turns(self, turns: Iterable[Turn]) -> None:
+        """Says which passes of the stage are to come."""
+        self._turns = deque(turns if self._blocks else ())
+
+    def begin_turn(self) -> None:
+        """The first of them begins."""
+        if self._ring is None:
+            assert not self._blocks, "start() comes first"
+            return
+        if self._turns:
+            self._turns.popleft()
+        self._ring.following = self._turns[0] if self._turns else None
 
     def start(
         self, device: torch.device, group: dist.ProcessGroup | None = None, transfers: Transfers | None = None
@@ -84,7 +106,7 @@ class BlockSwap:
             block.start(device, group)
         give_back_freed()
         self._transfers = transfers or transfers_to(device)
-        self._ring = Ring(self._blocks, self._transfers)
+        self._ring = Ring(self._blocks, self._transfers, pieces=self._pieces)
         if any(self._trained) and not self._division:
             both_ways = transfers_to(device), transfers_to(device)
             self._gradients = HostGradients(self._trained, *both_ways, pinned=self._pinned)
@@ -107,12 +129,9 @@ class BlockSwap:
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
         """A context for the stage's forward pass."""
-        if self._ring is None:
-            assert not self._blocks, "start() comes first"
+        self.begin_turn()
+        with self._ring.forward_pass() if self._ring else nullcontext():
             yield
-        else:
-            with self._ring.forward_pass():
-                yield
 
     def settle(self) -> None:
         """At the end of a pass after which trained weights may change: they are in the host's memory, and have their
@@ -178,7 +197,7 @@ class BlockSwap:
         """A ring with a buffer for every block, or this one if there is no room."""
         ring.settle()
         try:
-            return Ring(self._blocks, self._transfers, buffers=len(self._blocks))
+            return Ring(self._blocks, self._transfers, buffers=len(self._blocks), pieces=self._pieces)
         except RuntimeError as error:
             if not lacks_memory(error):
                 raise

@@ -83,24 +83,33 @@ class TravellingGradients(ABC):
     """What sends gradients in buckets.
 
     Args:
-        parameters: all that the stage trains, in one order on all data ranks.
+        pieces: the parameters that each piece of the stage trains, in one order on all data ranks.
         late: those whose gradients are whole only behind the backward pass; they come last.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], ranks: DataRanks, late: Iterable[nn.Parameter] = ()):
-        self._parameters, self._ranks, last = parameters, ranks, set(map(id, late))
-        in_time = [parameter for parameter in parameters if id(parameter) not in last]
-        others = [parameter for parameter in parameters if id(parameter) in last]
-        self._buckets = [*buckets(reversed(in_time)), *buckets(others)]
+    def __init__(self, pieces: Sequence[Sequence[nn.Parameter]], ranks: DataRanks, late: Iterable[nn.Parameter] = ()):
+        parameters, last = [parameter for piece in pieces for parameter in piece], set(map(id, late))
+        self._parameters, self._ranks = parameters, ranks
+        in_time = [[parameter for parameter in piece if id(parameter) not in last] for piece in pieces]
+        self._buckets: list[list[nn.Parameter]] = []
+        self._ends = [0] * len(pieces)
+        """Where the buckets of each piece end. The last piece comes first."""
+        for piece in reversed(range(len(pieces))):
+            self._buckets += buckets(reversed(in_time[piece]))
+            self._ends[piece] = len(self._buckets)
+        self._buckets += buckets(parameter for parameter in parameters if id(parameter) in last)
+        # With the first piece, at which a micro-batch's way back ends.
+        self._ends[0] = len(self._buckets)
         self._bucket_of = {id(p): number for number, bucket in enumerate(self._buckets) for p in bucket}
         self._pending: deque[Callable[[], None]] = deque()
         self._begin()
-        for parameter in in_time:
+        for parameter in (parameter for piece in in_time for parameter in piece):
             parameter.register_post_accumulate_grad_hook(self._arrived)
 
     @abstractmethod
-    def begin_backward(self, *, last: bool) -> None:
-        """Must be called before each backward pass of a step, by all data ranks; says whether it is the last one."""
+    def begin_backward(self, piece: int, *, last: bool) -> None:
+        """Must be called before each backward pass of a step, by all data ranks; says whether it is the last one of
+        this piece."""
 
     @abstractmethod
     def end_backward(self) -> None:
@@ -124,7 +133,7 @@ class TravellingGradients(ABC):
 
     def _begin(self) -> None:
         self._missing = [len(bucket) for bucket in self._buckets]
-        self._next = 0
+        self._next, self._stop = 0, len(self._buckets)
 
     def _arrived(self, parameter: nn.Parameter) -> None:
         """A gradient is there."""
@@ -135,7 +144,7 @@ class TravellingGradients(ABC):
             self._send_next()
 
     def _is_next_ready(self) -> bool:
-        return self._next < len(self._buckets) and not self._missing[self._next]
+        return self._next < self._stop and not self._missing[self._next]
 
     @torch.no_grad()
     def _send_next(self) -> None:
@@ -149,7 +158,7 @@ class TravellingGradients(ABC):
 
     def _send_rest(self) -> None:
         """Sends all that has not begun its way, and waits until all are there. The next gradients begin anew."""
-        while self._next < len(self._buckets):
+        while self._next < self._stop:
             self._send_next()
         self._end(0)
         self._begin()
@@ -166,7 +175,7 @@ class AveragedGradients(TravellingGradients):
 
     _is_last = False
 
-    def begin_backward(self, *, last: bool) -> None:
+    def begin_backward(self, piece: int, *, last: bool) -> None:
         self._is_last = last
 
     def end_backward(self) -> None:
@@ -215,30 +224,30 @@ class OwnedGradients(TravellingGradients):
     gradient for something. Then buckets go between two blocks alone, by `reduce_behind`.
 
     Args:
-        parameters, ranks, late: see `TravellingGradients`.
-        owned_by: the data ranks that own the parameters.
+        pieces, ranks, late: see `TravellingGradients`.
+        owner_of: the data rank that owns a parameter.
         data_rank: this one.
         layers: of the stage, if buckets go between these alone; default: as soon as they are full.
     """
 
     def __init__(
         self,
-        parameters: Sequence[nn.Parameter],
+        pieces: Sequence[Sequence[nn.Parameter]],
         ranks: DataRanks,
         late: Iterable[nn.Parameter] = (),
         *,
-        owned_by: Sequence[int],
+        owner_of: Callable[[nn.Parameter], int],
         data_rank: int,
         layers: Sequence[nn.Module] | None = None,
     ):
-        super().__init__(parameters, ranks, late)
-        self._owners = {id(p): owner for p, owner in zip(parameters, owned_by, strict=True)}
-        self._data_rank, self._sums = data_rank, dict[int, torch.Tensor]()
+        super().__init__(pieces, ranks, late)
+        self._owner_of, self._data_rank, self._sums = owner_of, data_rank, dict[int, torch.Tensor]()
         # The first layer of each bucket, if these go between layers.
         self._first_layers = [first_layer(bucket, layers) for bucket in self._buckets] if layers is not None else []
 
-    def begin_backward(self, *, last: bool) -> None:
-        pass
+    def begin_backward(self, piece: int, *, last: bool) -> None:
+        # Those of the pieces behind it come first.
+        self._next, self._stop = max(self._ends[piece + 1 :], default=0), self._ends[piece]
 
     def end_backward(self) -> None:
         self._send_rest()
@@ -252,10 +261,10 @@ class OwnedGradients(TravellingGradients):
             self._send_next()
 
     def _kind(self, parameter: nn.Parameter) -> Hashable:
-        return self._owners[id(parameter)], summed_in(parameter)
+        return self._owner_of(parameter), summed_in(parameter)
 
     def _send(self, parameters: Sequence[nn.Parameter]) -> Callable[[], None]:
-        owner, dtype = self._owners[id(parameters[0])], summed_in(parameters[0])
+        owner, dtype = self._owner_of(parameters[0]), summed_in(parameters[0])
         gradients = [
             torch.zeros_like(p, dtype=dtype, device=self._ranks.device) if p.grad is None else p.grad.to(dtype)
             for p in parameters

@@ -8,7 +8,7 @@ from math import isfinite
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.parallel.engine import StepResult
+from utils.parallel.step_numbers import StepResult
 from utils.run.folder import LATEST, checkpoints_before
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from utils.run.metrics import Metrics
 from utils.run.out_of_memory import explaining
 from utils.run.patience import Patience
 from utils.run.report import RunPage
-from utils.run.savings import Layout, Saving, ways_for
+from utils.run.savings import Parallelism, Saving, ways_for
 from utils.run.signals import StopRequested, StopRequests
 from utils.run.webhook import Webhook
 from utils.settings.schema import Settings
@@ -43,7 +43,7 @@ class RunParts:
         patience: which ends the run when evaluations gain nothing any more.
         webhook: whom the run tells how it does.
         page: which is written anew when there is something to look at.
-        layout: for what is told where memory does not suffice.
+        parallelism: for what is told where memory does not suffice.
     """
 
     settings: Settings
@@ -61,7 +61,7 @@ class RunParts:
     patience: Patience = field(default_factory=Patience)
     webhook: Webhook = field(default_factory=Webhook)
     page: RunPage = field(default_factory=RunPage)
-    layout: Layout = Layout(())
+    parallelism: Parallelism = Parallelism(())
 
     def weights_to_use(self) -> AbstractContextManager[None]:
         """A context in which the parameters have the values that are to be used; see `optimizers/averaging.py`. All
@@ -70,7 +70,7 @@ class RunParts:
 
     def ways(self, what: str) -> list[Saving]:
         """What to set if the memory does not suffice for what is called so; see `ways_for`."""
-        return ways_for(what, self.settings, self.layout)
+        return ways_for(what, self.settings, self.parallelism)
 
     def telling(self, work: Callable[[], bool]) -> bool:
         """Does the work of the run, and tells of a failure that ends it, on the page and to the webhook."""

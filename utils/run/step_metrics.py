@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from optimizers.found_rates import distance_of, rates_of
-from utils.parallel.engine import StepResult
+from utils.parallel.interleaved import Layout, waiting_share
+from utils.parallel.step_numbers import StepResult
 from utils.parallel.step_times import COMPUTE, OPTIMIZER
 from utils.ranks import largest
 from utils.run.parts import RunParts
@@ -46,7 +47,7 @@ def step_metrics(run: RunParts, result: StepResult, step: int, waited: float) ->
     if in_host:
         found[HOST_MEMORY] = in_host
     if run.ranks.stages > 1:
-        found[BUBBLE] = bubble_share(stages, run.settings.gradient_accumulation_steps)
+        found[BUBBLE] = bubble_share(stages, run.settings.gradient_accumulation_steps, run.settings.pieces)
     if run.norms:
         found |= run.norms.measure()
     own = distance_of(run.optimizer) | rates_of(run.optimizer)
@@ -58,14 +59,17 @@ def is_told_in_full(step: int) -> bool:
     return step <= EVERY or step % EVERY == 0
 
 
-def bubble_share(seconds: Sequence[float], micro_batches: int) -> float:
-    """The share of a step in which the stages have nothing to do, in the mean. A step is as long as its first
-    micro-batch takes through all stages and the slowest stage for the others; communication takes no time in this.
+def bubble_share(seconds: Sequence[float], micro_batches: int, pieces: int = 1) -> float:
+    """The share of a step in which the stages have nothing to do, in the mean. The slowest stage waits for the others
+    as the schedule says; communication takes no time in this.
 
     Args:
         seconds: for which each stage computes in a step.
+        pieces: of each stage.
     """
-    length = sum(seconds) / micro_batches + max(seconds) * (micro_batches - 1) / micro_batches
+    slowest, others = max(seconds), len(seconds) - 1
+    waits = waiting_share(Layout(len(seconds), pieces, micro_batches))
+    length = slowest + (sum(seconds) - slowest) / others * waits
     return 1 - sum(seconds) / len(seconds) / length if length else 0.0
 
 

@@ -20,7 +20,7 @@ from utils.dataset.batches import TrainingBatches
 from utils.dataset.epochs import Epochs
 from utils.device_memory import lacks_memory
 from utils.errors import UserError
-from utils.parallel.engine import StepResult
+from utils.parallel.step_numbers import StepResult
 from utils.ranks import any_rank
 from utils.run import out_of_memory
 from utils.run.attempts import Failed, advised, is_expected

@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
@@ -14,6 +13,7 @@ from utils.settings.model_schema import QuantisedType
 from utils.settings.paths import missing, unwritable
 from utils.settings.rule import SettingsRule, at
 from utils.settings.schema import Settings
+from utils.settings.stage_rules import STAGE_RULES, micro_batches_overlap
 from utils.settings.step_rules import STEP_RULES
 
 EVAL_KEYS = (
@@ -72,52 +72,11 @@ def remarks_on_run(settings: Settings, file: str = "") -> list[Problem]:
     return [replace(remark, file=file) for rule in _HARMLESS for remark in rule(settings)]
 
 
-def _split_fits_method(settings: Settings, _: int) -> Iterator[Problem]:
-    split, stages, place = settings.partition_split, settings.pipeline_stages, "key `partition_split`"
-    if settings.partition_method != "manual":
-        if split is not None:
-            yield at(place, 'is for partition_method = "manual" only; set that, or leave this out')
-    elif split is None:
-        yield at(place, f'is required by partition_method = "manual": {stages - 1} layer numbers')
-    elif len(split) != stages - 1:
-        yield at(place, f"needs {stages - 1} layer numbers for pipeline_stages = {stages}; given: {split}")
-    elif any(first >= second for first, second in pairwise(split)):
-        yield at(place, f"must rise from each number to the next; given: {split}")
-
-
-def _weights_fit_stages(settings: Settings, _: int) -> Iterator[Problem]:
-    weights, stages, place = settings.stage_weights, settings.pipeline_stages, "key `stage_weights`"
-    if weights and settings.partition_method == "manual":
-        yield at(place, "is not used beside partition_split, which says where stages begin; leave out one of them")
-    elif weights and len(weights) != stages:
-        yield at(place, f"has {len(weights)} numbers for pipeline_stages = {stages}; write one for each stage")
-
-
-def _swap_fits_stages(settings: Settings, _: int) -> Iterator[Problem]:
-    swapped, stages = settings.blocks_to_swap, settings.pipeline_stages
-    if isinstance(swapped, list) and len(swapped) != stages:
-        yield at(
-            "key `blocks_to_swap`",
-            f"has {len(swapped)} numbers for pipeline_stages = {stages}; write one for each stage, or one for all",
-        )
-
-
 def _recomputed_blocks_are_asked_for(settings: Settings, _: int) -> Iterator[Problem]:
     if settings.activation_checkpointing_every_n_blocks > 1 and not settings.activation_checkpointing:
         yield at(
             "key `activation_checkpointing_every_n_blocks`",
             "is for activation_checkpointing only; set that, or leave this out",
-        )
-
-
-def _stages_divide_world(settings: Settings, world_size: int | None) -> Iterator[Problem]:
-    stages = settings.pipeline_stages
-    if world_size is not None and world_size % stages:
-        fitting = [str(count) for count in range(1, world_size + 1) if world_size % count == 0]
-        yield at(
-            "key `pipeline_stages`",
-            f"{stages} does not divide the {world_size} processes of this launch; launch a multiple of "
-            f"{stages} (deepspeed --num_gpus={stages} train.py ...), or set it to {' or '.join(fitting)}",
         )
 
 
@@ -342,12 +301,16 @@ def _swap_saves_memory(settings: Settings) -> Iterator[Problem]:
         yield at("key `blocks_to_swap`", message)
 
 
-_HARMLESS = (_eval_keys_have_data, _wandb_is_enabled, _blocks_are_swapped, _swap_saves_memory, names_are_used)
+_HARMLESS = (
+    micro_batches_overlap,
+    _eval_keys_have_data,
+    _wandb_is_enabled,
+    _blocks_are_swapped,
+    _swap_saves_memory,
+    names_are_used,
+)
 _RULES = (
-    SettingsRule(("partition_split", "partition_method", "pipeline_stages"), _split_fits_method),
-    SettingsRule(("pipeline_stages",), _stages_divide_world),
-    SettingsRule(("stage_weights", "partition_method", "pipeline_stages"), _weights_fit_stages),
-    SettingsRule(("blocks_to_swap", "pipeline_stages"), _swap_fits_stages),
+    *STAGE_RULES,
     *STEP_RULES,
     *EXPORT_RULES,
     SettingsRule(

@@ -30,6 +30,7 @@ from utils.settings.values import (
     Natural,
     NotNegative,
     Part,
+    Pieces,
     Positive,
     Recomputed,
     SettingsTable,
@@ -129,7 +130,13 @@ class Settings(SettingsTable):
     image_micro_batch_size_per_gpu: MicroBatches | None = None
     """The same for still pictures, where there are clips too; default: as for clips."""
     pipeline_stages: Count = 1
-    """Pieces that the model is cut into, each on a GPU of its own; it divides the number of GPUs."""
+    """Stages that the model is cut into, each on a GPU of its own; it divides the number of GPUs."""
+    schedule: Literal["1f1b", "interleaved"] = "1f1b"
+    """In which order the stages run micro-batches. "interleaved" gives each of them several pieces of the model, with
+    those of the others between: they wait less for one another, most where `gradient_accumulation_steps` is small, send
+    as many times as much, and keep somewhat more. What is trained is the same."""
+    pieces_per_stage: Pieces = 2
+    """How many pieces "interleaved" gives each stage."""
     gradient_accumulation_steps: Count = 1
     """Micro-batches of one optimizer step."""
     gradient_clipping: NotNegative = 1.0
@@ -261,14 +268,15 @@ class Settings(SettingsTable):
     """What "auto" takes as the memory of each GPU, in GiB, and by which the plan warns of caching, training, evaluation
     or samples that are larger; default: the smallest of the GPUs that are there."""
     partition_method: Literal["parameters", "time", "memory", "uniform", "manual"] = "parameters"
-    """How layers are divided among stages: equal numbers of parameters, of counted operations of a step ("time"), of
-    the planned peaks of memory ("memory") or of layers, or by `partition_split`. What is counted is that of the size on
-    which the run spends most time, and of the largest size; blocks that are recomputed or swapped count as such."""
+    """How layers are divided among stages, or among their pieces: equal numbers of parameters, of counted operations of
+    a step ("time"), of the planned peaks of memory ("memory") or of layers, or by `partition_split`. What is counted is
+    that of the size on which the run spends most time, and of the largest size; blocks that are recomputed or swapped
+    count as such."""
     stage_weights: list[Positive] | None = None
     """What each stage takes, relative to the others, where their GPUs differ: [2, 1] for one of 24 GB before one of
     12. Default: all alike. Not for `manual`."""
     partition_split: list[Count] | None = None
-    """For `manual`: the first layer of each stage except the first stage, counted from 0."""
+    """For `manual`: the first layer of each stage, or of each piece, except the first, counted from 0."""
     caching_batch_size: Count = 1
     """Number of samples that the VAE and the text encoders take at once when the cache is filled."""
     cache_text_embeddings: bool = True
@@ -298,6 +306,11 @@ class Settings(SettingsTable):
     """Where metrics go."""
     sampling: SamplingSettings = SamplingSettings()
     """Samples drawn during the run."""
+
+    @property
+    def pieces(self) -> int:
+        """Of the model, that each stage has."""
+        return self.pieces_per_stage if self.schedule == "interleaved" else 1
 
     @property
     def cut_is_planned(self) -> bool:

@@ -78,6 +78,7 @@ def _minutes_of(value: Any) -> Any:
 
 
 Count = Annotated[int, Field(ge=1)]
+Pieces = Annotated[int, Field(ge=2)]
 # TOML's 1e6 is a float, which stands for a very large number in other trainers' files.
 LargeCount = Annotated[
     Count,

@@ -121,6 +121,9 @@ def test_what_layers_share_is_counted_once_in_a_stage(folder: Path) -> None:
 
 def test_the_peak_lies_where_kept_and_passing_bytes_meet() -> None:
     layers = [LayerActivations(1, 0), LayerActivations(2, 30), LayerActivations(4, 5)]
-    assert peak(layers, in_flight=1) == 33
-    assert peak(layers, in_flight=3) == 2 * 7 + 33
-    assert peak([LayerActivations()], in_flight=1) == 0
+    assert peak([layers], [(0, (1,))]) == 33
+    assert peak([layers], [(0, (3,))]) == 2 * 7 + 33
+    assert peak([[LayerActivations()]], [(0, (1,))]) == 0
+    # The second piece's peak is less, and is met while more is kept.
+    pieces = [layers, [LayerActivations(10, 20)]]
+    assert peak(pieces, [(0, (1, 0)), (1, (3, 2))]) == 3 * 7 + 10 + 30

@@ -94,6 +94,54 @@ def test_a_first_stage_holds_more_micro_batches_and_gets_fewer_layers(folder: Pa
     assert accumulating[0][1] < alone[0][1] and accumulating[2][0] < alone[2][0]
 
 
+INTERLEAVED = {"pipeline_stages": 2, "schedule": "interleaved", "gradient_accumulation_steps": 4}
+
+
+def test_pieces_of_stages_are_balanced(folder: Path) -> None:
+    """The slowest piece decides, since stages wait for pieces."""
+    planner = planner_of(folder, partition_method="time", **INTERLEAVED)
+    cut = with_cut(planner, planner.settings)
+    assert len(cut.partition_split) == 3 and len(planner.bounds(cut)) == 4
+    found = []
+    for split in combinations(range(1, LAYERS), 3):
+        other = cut.model_copy(update={"partition_split": list(split)})
+        costs = [
+            sum(one.of_step(recomputed=False) for one in planner.operations[slice(*piece)])
+            for piece in planner.bounds(other)
+        ]
+        found.append(max(costs))
+        if split == tuple(cut.partition_split):
+            chosen, of_stages = max(costs), [costs[0] + costs[2], costs[1] + costs[3]]
+    assert chosen == min(found)
+    assert operations_of(planner, cut) == of_stages
+    lines = cut_text(planner, cut).splitlines()
+    assert lines[0] == 'cut into 2 stages of 2 pieces each, partition_method = "time":'
+    assert [line.split()[1] for line in lines[1:-1]] == ["0", "1", "0", "1"]
+
+
+def test_pieces_have_their_stage_s_share(folder: Path) -> None:
+    planner = planner_of(folder, partition_method="parameters", stage_weights=[3.0, 1.0], **INTERLEAVED)
+    sizes = [stop - start for start, stop in planner.bounds(planner.settings)]
+    assert sizes[0] > sizes[1] and sizes[2] > sizes[3]
+    assert "37.5% wanted" in cut_text(planner, planner.settings)
+
+
+def test_a_stage_of_pieces_holds_what_all_of_them_do(folder: Path) -> None:
+    """And more micro-batches of them, each of a part of the stage, than the stages that wait for whole ones."""
+    keys = {"partition_method": "uniform", **INTERLEAVED}
+    planner, plain = planner_of(folder, **keys), planner_of(folder, **{**keys, "schedule": "1f1b"})
+    plans, others = (one.plans(one.settings, one.swapped(one.settings)) for one in (planner, plain))
+    assert [len(plan.pieces) for plan in plans] == [2, 2]
+    assert sum(plan.weights for plan in plans) == sum(plan.weights for plan in others)
+    assert str(plans[0]).startswith("(layers 0 to ") and " and " in str(plans[0]).split("):")[0]
+    assert others[0].activations < plans[0].activations < 2 * others[0].activations
+
+
+def test_more_pieces_than_layers_are_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="2 stages of 6 pieces are more than the model has layers, 11"):
+        planner_of(folder, **INTERLEAVED, pieces_per_stage=6)
+
+
 def test_a_cut_is_told_with_what_each_stage_takes(folder: Path) -> None:
     for method, unit in (("time", "TFLOP"), ("memory", "GiB"), ("uniform", "parameters")):
         planner = planner_of(folder, pipeline_stages=2, partition_method=method, stage_weights=[2.0, 1.0])
@@ -106,6 +154,27 @@ def test_a_cut_is_told_with_what_each_stage_takes(folder: Path) -> None:
         assert [wanted for *_, wanted in shares] == ["66.7", "33.3"]
     assert told in memory_text(planner, None)
     assert cut_text(planner_of(folder), planner.settings.model_copy(update={"pipeline_stages": 1})) == ""
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"gradient_accumulation_steps": 1}, "50% of a step of 1 micro-batch, if they are alike"),
+        (
+            {"gradient_accumulation_steps": 2},
+            '33% of a step of 2 micro-batches, if they are alike; with schedule = "interleaved" 20%',
+        ),
+        (INTERLEAVED, "11% of a step of 4 micro-batches, if they are alike"),
+        # The model has no layers for twelve pieces.
+        (
+            {"pipeline_stages": 6, "gradient_accumulation_steps": 6},
+            "45% of a step of 6 micro-batches, if they are alike",
+        ),
+    ],
+)
+def test_how_long_stages_wait_is_told(folder: Path, keys: dict[str, Any], words: str) -> None:
+    planner = planner_of(folder, **{"pipeline_stages": 2, **keys})
+    assert cut_text(planner, planner.settings).splitlines()[-1] == f"  stages wait for one another for {words}"
 
 
 def test_operations_are_those_of_the_size_that_takes_most_time(folder: Path) -> None:
@@ -147,3 +216,11 @@ def test_a_cut_leaves_each_stage_the_blocks_that_it_is_to_swap(folder: Path, met
     for numbers in ([8, 1, 1], [0, 0, BLOCKS]):
         with pytest.raises(UserError, match=r"key `blocks_to_swap`: no cut of the model's 9 blocks"):
             planner_of(folder, blocks_to_swap=numbers, **keys)
+
+
+@pytest.mark.parametrize("method", ["time", "parameters"])
+def test_pieces_have_the_blocks_that_their_stage_swaps(folder: Path, method: str) -> None:
+    planner = planner_of(folder, partition_method=method, blocks_to_swap=[4, 3], **INTERLEAVED)
+    assert planner.swapped(with_cut(planner, planner.settings)) == [4, 3]
+    with pytest.raises(UserError, match=r"key `blocks_to_swap`"):
+        planner_of(folder, partition_method=method, blocks_to_swap=[4, 7], **INTERLEAVED)

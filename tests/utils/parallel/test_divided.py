@@ -178,11 +178,11 @@ def means_of(ranks: Ranks) -> list[list[list[float] | None]]:
         swap = BlockSwap(BlockHomes(layers, trained=True, division=division).filled() if divides else None)
         swap.start(torch.device("cpu"), dist.group.WORLD)
         shares.start(dist.group.WORLD, torch.device("cpu"))
-        sent = shares.travelling_gradients(trained, layers=layers if divides else None)
+        sent = shares.travelling_gradients([trained], layers=layers if divides else None)
         swap.going_back = sent.reduce_behind if divides else None
         with swap.forward_pass():
             out = forward(swap, layers, torch.ones(2, 3) * (1 + ranks.rank))
-        sent.begin_backward(last=True)
+        sent.begin_backward(0, last=True)
         out.sum().backward()
         sent.end_backward()
         swap.settle()

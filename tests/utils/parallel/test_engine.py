@@ -19,8 +19,15 @@ from utils.ranks import Ranks
 STEPS = 2
 CLIP = 0.05
 LAYOUTS = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (3, 2)]
-WAYS = [*((False, *layout) for layout in LAYOUTS), *((True, *layout) for layout in LAYOUTS[1:5:3])]
-"""In full on every layout of stages and data ranks; as a LoRA on two stages, and on two of two data ranks each."""
+INTERLEAVED = [(2, 1), (2, 2), (3, 1)]
+WAYS = [
+    *((False, 1, *layout) for layout in LAYOUTS),
+    *((True, 1, *layout) for layout in LAYOUTS[1:5:3]),
+    *((False, 2, *layout) for layout in INTERLEAVED),
+    (True, 2, 2, 1),
+]
+"""In full on every layout of stages and data ranks; as a LoRA on two stages, and on two of two data ranks each. Also
+with two pieces of the model for each stage."""
 ACCUMULATIONS = (1, 4)
 
 
@@ -39,6 +46,7 @@ def engine_of(
     *,
     clip_by: str = "norm",
     optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    pieces: int = 1,
 ) -> tuple:
     """An engine on this rank's stage, and its trainable parameters by name."""
     from utils.parallel.backend import initialize_deepspeed
@@ -50,8 +58,9 @@ def engine_of(
     initialize_deepspeed()
     denoiser, layers = toy_flux.denoiser_and_layers(flux, settings)
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
-    bounds = stage_bounds("parameters", sizes, ranks.stages)
-    module = DenoiserPipeline(layers, bounds, flux.stream_type, flux.maths.loss, recompute=recompute)
+    bounds = stage_bounds("parameters", sizes, ranks.stages * pieces)
+    kept = {"stages": ranks.stages, "recompute": recompute}
+    module = DenoiserPipeline(layers, bounds, flux.stream_type, flux.maths.loss, **kept)
     held = {id(p) for p in module.parameters()}
     trained = {base_name(name): p for name, p in denoiser.named_parameters() if p.requires_grad and id(p) in held}
     steps = optimizer(trained.values(), lr=toy_flux.LEARNING_RATE) if trained else optimizer_for_frozen_stage()
@@ -64,13 +73,13 @@ def batches_of(ranks: Ranks, flux: Any, step: int, accumulation: int) -> list | 
     return [toy_flux.micro_batch(flux, step, ranks.data_rank, index) for index in range(accumulation)]
 
 
-def train(ranks: Ranks, folder: Path, stages: int, settings: Any, recompute: bool) -> dict[int, dict[str, Any]]:
+def train(ranks: Ranks, folder: Path, stages: int, pieces: int, settings: Any, recompute: bool) -> dict[int, Any]:
     """Job of a rank: trains with each accumulation; losses, norms, and the weights of its stage."""
     ranks = ranks.with_stages(stages)
     flux = toy_flux.pipeline(folder)
     results = {}
     for accumulation in ACCUMULATIONS:
-        engine, trained = engine_of(ranks, flux, settings, accumulation, CLIP, recompute)
+        engine, trained = engine_of(ranks, flux, settings, accumulation, CLIP, recompute, pieces=pieces)
         steps = [engine.train_step(batches_of(ranks, flux, step, accumulation), step) for step in range(STEPS)]
         results[accumulation] = {
             "losses": [result.loss for result in steps],
@@ -92,9 +101,9 @@ def adapter_if(adapted: bool) -> Any:
     return toy_flux.adapter() if adapted else None
 
 
-@pytest.mark.parametrize(("adapted", "stages", "data_ranks"), WAYS)
-def test_equals_one_process(folder: Path, adapted: bool, stages: int, data_ranks: int) -> None:
-    returned = run_ranks(train, stages * data_ranks, folder, stages, adapter_if(adapted), stages == 2)
+@pytest.mark.parametrize(("adapted", "pieces", "stages", "data_ranks"), WAYS)
+def test_equals_one_process(folder: Path, adapted: bool, pieces: int, stages: int, data_ranks: int) -> None:
+    returned = run_ranks(train, stages * data_ranks, folder, stages, pieces, adapter_if(adapted), stages == 2)
     for accumulation in ACCUMULATIONS:
         expected = reference_of(folder, adapted, data_ranks, accumulation)
         weights: dict[str, torch.Tensor] = {}

@@ -49,6 +49,7 @@ class Way(NamedTuple):
     optimizer: str = "adamw"
     recompute: bool = False
     swapped: int = 0
+    pieces: int = 1
 
     @property
     def plain(self) -> Way:
@@ -69,6 +70,7 @@ ALL = ((0, False), (0, True), (1, False), (2, False), (2, True))
 OF_EACH = ((0, False), (1, True), (2, False))
 BF16, ACCUMULATED = Way(0, "bfloat16"), Way(0, "bfloat16", accumulation=3)
 ADAPTED = Way(0, "float32", accumulation=2, adapted=True)
+IN_PIECES = Way(0, accumulation=3, pieces=2)
 EIGHT_BIT = Way(0, optimizer="adamw8bit")
 FROZEN = Way(0, "bfloat16", adapted=True, recompute=True)
 LAYOUTS = {
@@ -82,7 +84,10 @@ LAYOUTS = {
         *(FROZEN._replace(zero_stage=zero, swapped=swapped) for zero, swapped in ((0, 0), (3, 0), (3, 2))),
         *(Way(zero, adapted=True) for zero in (0, 3)),
     ],
-    (2, 2): [ADAPTED._replace(zero_stage=zero, offload=offload) for zero, offload in OF_EACH],
+    (2, 2): [
+        *(ADAPTED._replace(zero_stage=zero, offload=offload) for zero, offload in OF_EACH),
+        *(IN_PIECES._replace(zero_stage=zero, offload=offload) for zero, offload in OF_EACH),
+    ],
     (1, 3): [Way(zero) for zero in (0, 1, 2, 3)],
 }
 """By stages and data ranks, what is tried on them; the plain way first."""
@@ -110,16 +115,17 @@ class Training:
     def __init__(self, ranks: Ranks, folder: Path, way: Way):
         from utils.adapters.attach import base_name
         from utils.parallel.engine import Engine
-        from utils.parallel.partition import stage_bounds
+        from utils.parallel.partition import of_stage, stage_bounds, within
         from utils.parallel.pipeline import DenoiserPipeline
         from utils.parallel.together import optimizer_for_frozen_stage
 
         self.ranks, self.way = ranks, way
         self.flux = FluxPipeline(FluxOptions(type="flux", dtype=way.dtype, diffusers_path=folder), seed=0)
         denoiser, layers = toy_flux.denoiser_and_layers(self.flux, SINGLE_BLOCKS_ONLY if way.adapted else None)
-        bounds = stage_bounds("uniform", [1] * len(layers), ranks.stages)
+        bounds = stage_bounds("uniform", [1] * len(layers), ranks.stages * way.pieces)
         recompute = int(ranks.stages == 2 or way.recompute)
-        held = {id(p) for layer in layers[slice(*bounds[ranks.stage])] for p in layer.parameters()}
+        own = within(of_stage(bounds, ranks.stage, ranks.stages), layers)
+        held = {id(p) for layer in own for p in layer.parameters()}
         named = {base_name(name): p for name, p in denoiser.named_parameters()}
         self.trained = {name: p for name, p in named.items() if p.requires_grad and id(p) in held}
         keys = {"zero_stage": way.zero_stage, "blocks_to_swap": way.swapped, "offload_optimizer": way.offload}
@@ -134,7 +140,7 @@ class Training:
         self.optimizer = build(groups, **keys) if groups else optimizer_for_frozen_stage()
         # After what looks at parameters, since those of divided blocks have no values then.
         homes = homes_of(settings, ranks, staged, trained=not way.adapted).filled()
-        formed = {"recompute": recompute, "swap": block_swap(settings, homes)}
+        formed = {"stages": ranks.stages, "recompute": recompute, "swap": block_swap(settings, homes)}
         module = DenoiserPipeline(layers, bounds, self.flux.stream_type, self.flux.maths.loss, **formed)
         self.engine = Engine(
             module,

@@ -51,9 +51,11 @@ VARIANTS = {
     "in full, stepped by the processor": {"full": True, "steps_on_host": True},
 }
 KEPT, RECOMPUTED, OFFLOADED, WITH_TEACHER, FULL, FULL_RECOMPUTED, FULL_ON_HOST = VARIANTS
+IN_PIECES = {f"in pieces, {name}": name for name in (OFFLOADED, WITH_TEACHER, FULL)}
+"""The same with two pieces of each stage."""
 LAYOUTS = [
     (1, 1, (RECOMPUTED, WITH_TEACHER, FULL_RECOMPUTED)),
-    (2, 1, (KEPT, OFFLOADED, WITH_TEACHER, FULL, FULL_ON_HOST)),
+    (2, 1, (KEPT, OFFLOADED, WITH_TEACHER, FULL, FULL_ON_HOST, *IN_PIECES)),
     (1, 2, (KEPT, FULL_RECOMPUTED)),
 ]
 """Stages, data ranks, variants."""
@@ -81,11 +83,12 @@ def engine_of(
     full: bool = False,
     bfloat16: bool = False,
     steps_on_host: bool = False,
+    pieces: int = 1,
 ) -> Any:
     from utils.parallel.backend import initialize_deepspeed
     from utils.parallel.engine import Engine
     from utils.parallel.offload import HostInputs
-    from utils.parallel.partition import stage_bounds
+    from utils.parallel.partition import of_stage, stage_bounds, within
     from utils.parallel.pipeline import DenoiserPipeline
     from utils.parallel.teacher import Teacher
     from utils.parallel.together import optimizer_for_frozen_stage
@@ -94,18 +97,18 @@ def engine_of(
     denoiser, layers = toy_flux.denoiser_and_layers(flux, None if full else toy_flux.adapter(dropout))
     if bfloat16:
         denoiser.to(torch.bfloat16)
-    bounds = stage_bounds("uniform", [1] * len(layers), ranks.stages)
-    start, stop = bounds[ranks.stage]
+    bounds = stage_bounds("uniform", [1] * len(layers), ranks.stages * pieces)
+    own = within(of_stage(bounds, ranks.stage, ranks.stages), layers)
     # In evaluation some have all blocks at once.
     homes = BlockHomes(
-        layers[start:stop],
-        count,
+        own,
+        min(count, len(repeated_blocks(own))),
         pinned=ranks.device.type == "cuda",
         trained=full,
         ranks=ranks if ranks.data_ranks > 1 and count else None,
     )
     swap = BlockSwap(homes.filled(), resident_in_evaluation=bfloat16 or offload)
-    kept = {"recompute": recompute, "host": HostInputs(smallest=1) if offload else None}
+    kept = {"stages": ranks.stages, "recompute": recompute, "host": HostInputs(smallest=1) if offload else None}
     module = DenoiserPipeline(layers, bounds, flux.stream_type, flux.maths.loss, swap=swap, **kept)
     trained = [p for p in module.parameters() if p.requires_grad]
     at_home = [parameter for block in swap._trained for parameter in block]
@@ -186,7 +189,8 @@ def train(ranks: Ranks, folder: Path, stages: int, variants: tuple[str, ...]) ->
     blocks = sum(FEWER.values()) if stages == 1 else BLOCKS
     for number, name in enumerate(variants):
         for count in (0, blocks // stages - number % 2):
-            engine = engine_of(ranks, flux, count, **VARIANTS[name])
+            pieces = 2 if name in IN_PIECES else 1
+            engine = engine_of(ranks, flux, count, pieces=pieces, **VARIANTS[IN_PIECES.get(name, name)])
             if count:
                 check_residency(engine)
             found.setdefault(name, []).append(results_of(ranks, flux, engine))
@@ -228,6 +232,11 @@ def test_swapping_changes_no_bit(
         for without, swapped in rank.values():
             assert len({loss for loss, _ in without["losses"]}) == STEPS + 1, "training changes the loss"
             assert_equal(swapped, without)
+        for same in IN_PIECES.keys() & rank.keys():
+            for in_pieces, plain in zip(rank.pop(same), rank[IN_PIECES[same]], strict=True):
+                # A stage has other weights then, and the norm is summed in another order.
+                for kind in ("losses", "evaluated", "predicted"):
+                    assert_near(in_pieces[kind], plain[kind], 1e-5)
         for same, plain in ((OFFLOADED, KEPT), (FULL_ON_HOST, FULL)):
             if same in rank:
                 assert_equal(rank.pop(same), rank[plain])

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from utils.parallel.ring import HostBlock, Ring
+from utils.parallel.interleaved import Layout
+from utils.parallel.ring import HostBlock, Ring, Turn
+from utils.parallel.schedules import schedule_of, turns_of
 from utils.parallel.swap_plan import Swappable, spread
 from utils.parallel.transfers import ALIGNMENT
 
@@ -77,22 +79,31 @@ def host_blocks(count: int) -> list[HostBlock]:
 class Stage:
     """A stage whose swapped blocks share a ring, and what it has waited."""
 
-    def __init__(self, blocks: int, swapped: Sequence[int], seconds: float, buffers: int):
+    def __init__(self, blocks: int, swapped: Sequence[int], seconds: float, buffers: int, pieces: int = 1):
         self.clock = Clock(seconds)
-        self.ring = Ring(host_blocks(len(swapped)), self.clock, buffers)
         self.numbers = {block: number for number, block in enumerate(swapped)}
-        self.blocks = range(blocks)
+        each = blocks // pieces
+        self.blocks = [range(piece * each, (piece + 1) * each) for piece in range(pieces)]
+        ends = [sum(block < of_piece.stop for block in swapped) for of_piece in self.blocks]
+        numbers = [range(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
+        self.ring = Ring(host_blocks(len(swapped)), self.clock, buffers, numbers)
 
-    def forward(self) -> None:
+    def forward(self, piece: int = 0) -> None:
         with self.ring.forward_pass():
-            for block in self.blocks:
+            for block in self.blocks[piece]:
                 self._compute(block, 1.0)
                 if block in self.numbers:
                     self.ring.release(self.numbers[block])
 
-    def backward(self) -> None:
-        for block in reversed(self.blocks):
+    def backward(self, piece: int = 0) -> None:
+        for block in reversed(self.blocks[piece]):
             self._compute(block, BACKWARD)
+
+    def run(self, turns: Sequence[Turn]) -> None:
+        """These passes, each of which is followed by the next one."""
+        for turn, following in zip(turns, [*turns[1:], None], strict=True):
+            self.ring.following = following
+            (self.forward if turn.forward else self.backward)(turn.piece)
 
     def _compute(self, block: int, seconds: float) -> None:
         number = self.numbers.get(block)
@@ -186,6 +197,18 @@ def test_several_micro_batches_may_be_under_way() -> None:
         (stage.forward if name == "F" else stage.backward)()
     # Only passes of the same direction one after the other are not foreseen.
     assert len(stage.clock.copies) == 6 + 9 * 4 + 4 * 2
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("pieces", [1, 2, 3])
+def test_passes_of_a_schedule_are_foreseen(stage: int, pieces: int) -> None:
+    """Whatever pass comes next, the block with which it begins is there, or on its way."""
+    turns = list(turns_of(schedule_of(Layout(3, pieces, 6), stage)))
+    assert len(turns) == 2 * pieces * 6
+    one = Stage(4 * pieces, range(4 * pieces), 0.5, 2, pieces)
+    one.run(turns)
+    busy = pieces * 6 * 4 * (1 + BACKWARD)
+    assert one.clock.now == busy + 0.5, "only the first block is waited for"
 
 
 def test_a_block_that_was_overwritten_can_be_read_at_home() -> None:

@@ -47,11 +47,11 @@ def job(ranks: Ranks, zero_stage: int) -> tuple[list[str], dict[str, list[float]
     named = {"shared": shared} | {f"own {place}": block.own for place, block in enumerate(blocks)}
     shares = Shares(named, ranks, zero_stage)
     shares.start(dist.group.WORLD, torch.device("cpu"))
-    sent = shares.travelling_gradients(list(named.values()), late=shared_by(blocks))
+    sent = shares.travelling_gradients([list(named.values())], late=shared_by(blocks))
     expected = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
     for number in range(2):
         happened.append("pass")
-        sent.begin_backward(last=number == 1)
+        sent.begin_backward(0, last=number == 1)
         run(blocks, number, ranks.rank, happened).backward()
         happened.append("end of pass")
         sent.end_backward()

@@ -15,7 +15,8 @@ import train as train_py
 from tests.runs import metrics, only_run
 from utils.errors import UserError
 from utils.parallel import wire
-from utils.parallel.engine import Engine, StepResult
+from utils.parallel.engine import Engine
+from utils.parallel.step_numbers import StepResult
 from utils.ranks import Ranks, disconnect
 from utils.run.export import load_file
 from utils.run.nonfinite import NonFiniteSteps

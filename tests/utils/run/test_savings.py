@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from models.assembly.memory import Planner
-from models.assembly.room import layout_of
+from models.assembly.room import parallelism_of
 from models.assembly.stage import partition
 from optimizers import find
 from tests.models import tiny_flux
@@ -20,7 +20,7 @@ from tests.models.assembly.test_fitting import BLOCKS, large_folder
 from tests.models.tiny_folder import settings_of
 from utils.adapters.lora import LoraSettings
 from utils.dataset.samples import Bucket
-from utils.run.savings import Layout, Saving, of_weights, to_draw, to_evaluate, to_sample, to_train, ways_for
+from utils.run.savings import Parallelism, Saving, of_weights, to_draw, to_evaluate, to_sample, to_train, ways_for
 from utils.settings.advice import allows
 from utils.settings.run_tables import EMASettings, SamplingSettings
 from utils.settings.schema import Settings
@@ -39,7 +39,8 @@ CHOICES: list[list[dict[str, Any]]] = [
     [{"micro_batch_size_per_gpu": size} for size in (1, 3, [[512, 4], [1024, 1]])],
     [{}, {"eval_micro_batch_size_per_gpu": 2}, {"image_micro_batch_size_per_gpu": 2}],
     [{"cache_text_embeddings": cached} for cached in (False, True)],
-    [{"pipeline_stages": stages} for stages in (1, 2)],
+    [{"pipeline_stages": stages} for stages in (1, 2)]
+    + [{"pipeline_stages": 2, "schedule": "interleaved", "gradient_accumulation_steps": 4}],
     [{"optimizer__type": name} for name in ("adamw", "adamw8bit", "soap")]
     + [{"optimizer__rounding": "kahan"}, {"optimizer__gradient_release": True, "gradient_clipping": 0.0}],
     [{"model__transformer_dtype": kept} for kept in (None, "bfloat16", "float8", "int4")],
@@ -61,7 +62,7 @@ def settings_with(adapted: bool, **keys: Any) -> Settings:
     return settings.model_copy(update={"model": model, "optimizer": optimizer})
 
 
-def sound(count: int) -> Iterator[tuple[Settings, Layout]]:
+def sound(count: int) -> Iterator[tuple[Settings, Parallelism]]:
     """Combinations of the choices that a run may have, with numbers of data ranks."""
     draw = random.Random(0)
     bases = {adapted: settings_with(adapted) for adapted in (True, False)}
@@ -74,21 +75,21 @@ def sound(count: int) -> Iterator[tuple[Settings, Layout]]:
         if allows(bases[adapted], **changed):
             count -= 1
             stages = settings.pipeline_stages
-            yield settings, Layout([BLOCKS] * stages, draw.choice((1, 2)))
+            yield settings, Parallelism([BLOCKS] * stages, draw.choice((1, 2)))
 
 
 def test_what_is_advised_may_be_set_and_is_not_set() -> None:
     """A rule that refused it would send the user in a circle."""
-    for settings, layout in sound(80):
+    for settings, parallelism in sound(50):
         given = [
             saving
             for ways, planned in product(WAYS, (False, True))
-            for saving in ways(settings, layout, planned=planned)
+            for saving in ways(settings, parallelism, planned=planned)
         ]
-        for saving in [*given, *to_draw(settings, layout)]:
+        for saving in [*given, *to_draw(settings, parallelism)]:
             assert allows(settings, **saving.changes), saving
             assert not saving.changes or settings.model_copy(update=dict(saving.changes)) != settings, saving
-        assert len({saving.says for saving in to_train(settings, layout)}) == len(to_train(settings, layout))
+        assert len({saving.says for saving in to_train(settings, parallelism)}) == len(to_train(settings, parallelism))
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,7 @@ def planner_of(folder: Path, settings: Settings, data_ranks: int) -> Planner:
     ("adapted", "data_ranks", "keys"),
     [
         (True, 2, {"micro_batch_size_per_gpu": 2, "model__transformer_dtype": "float8"}),
+        (True, 1, {"pipeline_stages": 2, "schedule": "interleaved", "gradient_accumulation_steps": 4}),
         (False, 1, {"ema": EMASettings(), "activation_checkpointing": True}),
         (False, 4, {"zero_stage": 1, "activation_checkpointing": True, "activation_checkpointing_every_n_blocks": 3}),
     ],
@@ -118,27 +120,28 @@ def test_what_is_advised_changes_the_plan(folder: Path, adapted: bool, data_rank
     sampling = SamplingSettings(prompts=["a"], sample_every_n_steps=1)
     settings = settings.model_copy(update={"sampling": sampling})
     planner = planner_of(folder, settings, data_ranks)
-    layout = layout_of(planner, settings)
-    assert layout == Layout([BLOCKS], data_ranks)
-    for phase, ways in {"training": to_train, "evaluation": to_evaluate, "sampling": to_sample}.items():
-        before = peak(planner, settings, phase)
-        advised = [saving for saving in ways(settings, layout) if saving.changes]
-        assert len(advised) > 2
-        for saving in advised:
-            changed = settings.model_copy(update=dict(saving.changes))
-            assert peak(planner_of(folder, changed, data_ranks), changed, phase) < before, (phase, saving)
+    parallelism = parallelism_of(planner, settings)
+    assert sum(parallelism.blocks) == BLOCKS and parallelism.data_ranks == data_ranks
+    phases = {"training": to_train, "evaluation": to_evaluate, "sampling": to_sample}
+    advised = {phase: ways(settings, parallelism) for phase, ways in phases.items()}
+    before = peaks(planner, settings)
+    for saving in {saving.says: saving for own in advised.values() for saving in own if saving.changes}.values():
+        changed = settings.model_copy(update=dict(saving.changes))
+        after = peaks(planner_of(folder, changed, data_ranks), changed)
+        for phase in [phase for phase, own in advised.items() if saving.says in [one.says for one in own]]:
+            assert after[phase] < before[phase], (phase, saving)
 
 
-def peak(planner: Planner, settings: Settings, phase: str) -> int:
-    return max(getattr(plan, phase) for plan in planner.plans(settings, planner.swapped(settings)))
+def peaks(planner: Planner, settings: Settings) -> dict[str, int]:
+    return planner.phases.peaks(planner.plans(settings, planner.swapped(settings)))
 
 
 def test_the_ways_are_those_of_what_a_run_was_doing() -> None:
     """As it is called in the log and by the watch."""
-    settings, layout = settings_with(True, micro_batch_size_per_gpu=2), Layout([BLOCKS])
+    settings, parallelism = settings_with(True, micro_batch_size_per_gpu=2), Parallelism([BLOCKS])
     for names, ways in {
         ("evaluation 3", "evaluation after step 3", "evaluation ema_3", "evaluation of averages"): to_evaluate,
         ("samples 3", "samples after step 3"): to_sample,
         ("step 3", "step 3, waiting for its data", "checkpoint of step 3"): to_train,
     }.items():
-        assert all(ways_for(name, settings, layout) == ways(settings, layout) for name in names)
+        assert all(ways_for(name, settings, parallelism) == ways(settings, parallelism) for name in names)

@@ -29,6 +29,13 @@ def test_the_share_in_which_stages_wait(seconds: list[float], micro_batches: int
     assert bubble_share(seconds, micro_batches) == pytest.approx(share)
 
 
+def test_pieces_of_stages_wait_less() -> None:
+    assert bubble_share([4.0, 4.0], 4, pieces=2) == pytest.approx(1 / 9)
+    assert bubble_share([3.0] * 4, 8, pieces=3) == pytest.approx(3 / 27)
+    # A single micro-batch is in one stage at a time, whatever its pieces.
+    assert bubble_share([1.0, 1.0], 1, pieces=2) == pytest.approx(1 / 2)
+
+
 def test_the_parts_of_a_step_are_measured_between_begin_and_read() -> None:
     times = StepTimes(torch.device("cpu"))
 

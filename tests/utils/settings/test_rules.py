@@ -29,6 +29,25 @@ LORA = "[adapter]\ntype = 'lora'\nrank = 1"
             "rise",
         ),
         ({"top": "pipeline_stages = 3"}, "key `pipeline_stages`", "multiple of 3"),
+        ({"top": "schedule = 'interleaved'"}, "key `schedule`", "pipeline_stages = 1"),
+        (
+            {"top": "pieces_per_stage = 3\npipeline_stages = 2"},
+            "key `pieces_per_stage`",
+            'schedule = "interleaved" only',
+        ),
+        (
+            {"top": "schedule = 'interleaved'\npipeline_stages = 2\npartition_method = 'memory'"},
+            "key `partition_method`",
+            'set "time"',
+        ),
+        (
+            {
+                "top": "schedule = 'interleaved'\npipeline_stages = 2\npartition_method = 'manual'\n"
+                "partition_split = [3]"
+            },
+            "key `partition_split`",
+            "needs 3 layer numbers for pipeline_stages = 2 with 2 pieces each",
+        ),
         ({"dataset": "dataset = 'gone.toml'"}, "key `dataset`", "no gone.toml"),
         (
             {"top": "micro_batch_size_per_gpu = [[512, 4], [1024, 1], [512, 2]]"},
@@ -251,3 +270,9 @@ def test_what_an_adapter_needs_is_told(folder: Folder) -> None:
             read_all(path, CHOICES, 1)
         (problem,) = raised.value.problems
         assert problem.where == "[adapter] rank" and expected in problem.message
+
+
+@pytest.mark.parametrize(("accumulation", "told"), [(1, ["key `schedule`"]), (2, [])])
+def test_a_schedule_without_use_is_told(folder: Folder, accumulation: int, told: list[str]) -> None:
+    keys = f"schedule = 'interleaved'\npipeline_stages = 2\ngradient_accumulation_steps = {accumulation}"
+    assert [one.where for one in remarks_on_run(read_settings(folder.run(top=keys), CHOICES))] == told
