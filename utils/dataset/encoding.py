@@ -29,7 +29,7 @@ from utils.dataset.inputs import TEXT, Unreadable
 from utils.dataset.known import Known
 from utils.dataset.samples import Bucket, Sample, SampleVersion
 from utils.dataset.tensor_store import TensorStore
-from utils.device_memory import lacks_memory, size_text
+from utils.device_memory import lacking, lacks_memory, size_text
 from utils.errors import UserError
 from utils.media.memory import decoding_budget
 from utils.progress_bar import progress_bar
@@ -246,7 +246,7 @@ def _without_room(error: RuntimeError, encoder: Encoder, job: CacheJob) -> UserE
         ways.append("smaller `resolutions` or shorter clips in the dataset's file")
     advice = f"Set {', '.join(ways)}, or fill" if ways else "Fill"
     return UserError.of(
-        f"the GPU's memory does not suffice ({said}). What is encoded stays. {advice} the cache "
+        f"{lacking(error)} does not suffice ({said}). What is encoded stays. {advice} the cache "
         "on a larger GPU, by --cache_only",
         where=f"caching, {encoder.name}",
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from utils.device_memory import lacks_memory
+from utils.device_memory import lacking, lacks_memory
 from utils.errors import UserError
 from utils.ranks import by_first
 from utils.run.attempts import as_lines, let_go, reason_of
@@ -27,8 +27,8 @@ def explained(error: Exception, savings: Iterable[Saving], folder: Path, when: s
     Args:
         saved: what is told of the steps before.
     """
-    told = f"the GPU's memory does not suffice ({reason_of(error)}){saved and f'. {saved}'}.{as_lines(savings)}"
-    return UserError.of(told, str(folder), when)
+    said = f"{lacking(error)} does not suffice ({reason_of(error)})"
+    return UserError.of(f"{said}{saved and f'. {saved}'}.{as_lines(savings)}", str(folder), when)
 
 
 @contextmanager
