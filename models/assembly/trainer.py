@@ -113,28 +113,7 @@ def open_checkpoint(
     return checkpoint
 
 
-def build_trainer(settings: Settings, ranks: Ranks, pipeline: BasePipeline, *parts: Any, **keys: Any) -> Trainer:
-    """As `built_trainer`.
-
-    Raises:
-        UserError: the GPU's memory does not suffice.
-    """
-    with explaining(
-        lambda: to_train(settings, parallelism_of(settings, ranks, pipeline)),
-        settings.output_dir,
-        lambda: "before the first step",
-    ):
-        return built_trainer(settings, ranks, pipeline, *parts, **keys)
-
-
-def parallelism_of(settings: Settings, ranks: Ranks, pipeline: BasePipeline) -> Parallelism:
-    """That of a run that has no weights yet, or failed on the way to them."""
-    staged = partition(pipeline, settings, pipeline.weights.build_empty())
-    return Parallelism.of(staged.layers, staged.bounds, staged.stages, ranks.data_ranks)
-
-
-@without_collector()
-def built_trainer(
+def build_trainer(
     settings: Settings,
     ranks: Ranks,
     pipeline: BasePipeline,
@@ -154,8 +133,35 @@ def built_trainer(
         checkpoint: what the run goes on from, as `flags` say.
 
     Raises:
-        UserError: a file of weights or an adapter does not fit; the folder cannot be made.
+        UserError: a file of weights or an adapter does not fit; the folder cannot be made; the GPU's memory does not
+            suffice.
     """
+    with explaining(
+        lambda: to_train(settings, parallelism_of(settings, ranks, pipeline)),
+        settings.output_dir,
+        lambda: "before the first step",
+    ):
+        return _built(settings, ranks, pipeline, data, stop, config, flags, in_use, checkpoint)
+
+
+def parallelism_of(settings: Settings, ranks: Ranks, pipeline: BasePipeline) -> Parallelism:
+    """That of a run that has no weights yet, or failed on the way to them."""
+    staged = partition(pipeline, settings, pipeline.weights.build_empty())
+    return Parallelism.of(staged.layers, staged.bounds, staged.stages, ranks.data_ranks)
+
+
+@without_collector()
+def _built(
+    settings: Settings,
+    ranks: Ranks,
+    pipeline: BasePipeline,
+    data: Data,
+    stop: StopRequests,
+    config: Path,
+    flags: ResumeFlags,
+    in_use: RunLock,
+    checkpoint: Checkpoint | None,
+) -> Trainer:
     epochs = epochs_of(settings, ranks, pipeline, data.training.samples)
     homes = partial(homes_of, settings, ranks, trained=settings.adapter is None)
     staged = load_stage(pipeline, settings, ranks.stage, homes, ranks=ranks)

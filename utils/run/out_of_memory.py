@@ -68,7 +68,7 @@ def _is_untouched(parts: RunParts) -> bool:
     if parts.shares.is_stepping or settings.optimizer.gradient_release:
         return False
     shared = parts.ranks.stages > 1 or parts.shares.divided or settings.swaps_trained
-    return parts.ranks.world_size == 1 or not (shared or settings.divides_weights)
+    return parts.ranks.world_size == 1 or not shared
 
 
 def _saved(parts: RunParts, save: Callable[[], object]) -> str:
