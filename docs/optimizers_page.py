@@ -42,6 +42,13 @@ Those with "schedule_free" in their names train other weights than those that ar
 what was trained. Evaluation, samples, exports, `--export` and moving averages have that average; checkpoints hold what
 training goes on from.
 
+Of the same samples, sums in another order (`activation_checkpointing` of a full fine-tune, another number of data
+ranks) make gradients that differ in their last digits. Steps then differ as little, with two exceptions. "soap" takes
+its directions from the gradients so far, and "genericoptim" with a "subspace" by "svd" from the last one. Where these
+have fewer directions than are asked for, as in the first steps, with few samples, and in the weights of the time's
+embedding, the rest are chosen by rounding alone, and later gradients go there too: losses of two such runs differ by
+some thousandths soon, and neither is nearer to the truth. The same run on the same machine is the same to the bit.
+
 `beta2_half_life` of "adamw", "adamw8bitkahan" and "genericoptim" says in samples how long squares of gradients count.
 
 ## Weights of 16 bits

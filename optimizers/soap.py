@@ -15,7 +15,8 @@ from utils.settings.values import Betas, Count, Positive, Share
 
 class SOAPSettings(OptimizerSettings):
     """`type = "soap"`: Adam in directions that follow from the gradients of whole matrices (Vyas et al. 2024): fewer
-    steps, each of which takes longer, and a square of each side of a matrix as state. Its first step moves nothing."""
+    steps, each of which takes longer, and a square of each side of a matrix as state. Its first step moves nothing.
+    Directions that no gradient has had are chosen by rounding, so that sums in another order change a run visibly."""
 
     type: Literal["soap"]
     """Algorithm; upper and lower case are alike."""

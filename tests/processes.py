@@ -114,15 +114,17 @@ def run_command(
     ends_others: bool = False,
     taken: socket.socket | None = None,
     receives: int = signal.SIGTERM,
+    prepare: Callable[[int], None] | None = None,
 ) -> list[int]:
     """`train.py` with these words on `world_size` processes; the exit codes, in the order of the ranks. What they print
     goes to `log`; once it has the text `stop_after`, the last process is sent what it `receives`. With `ends_others`
     the rest are sent SIGTERM when the main process has failed, as launchers do: they wait seconds for that. They are to
     meet at a free port, or at the one that is `taken`; then they are sent it when they are waiting for an answer there.
-    The runs of a list are forked."""
+    The runs of a list are forked. Each process is prepared with its rank."""
     context, port = _context(), taken.getsockname()[1] if taken else _free_port()
     processes = [
-        context.Process(target=_command, args=(words, rank, world_size, port, str(log))) for rank in range(world_size)
+        context.Process(target=_command, args=(words, rank, world_size, port, str(log), prepare))
+        for rank in range(world_size)
     ]
     for process in processes:
         process.start()
@@ -152,10 +154,14 @@ def _end(process: multiprocessing.process.BaseProcess, taken: socket.socket | No
     process.terminate()
 
 
-def _command(words: list[str], rank: int, world_size: int, port: int, log: str) -> None:
+def _command(
+    words: list[str], rank: int, world_size: int, port: int, log: str, prepare: Callable[[int], None] | None
+) -> None:
     import train
 
     _check_server()
+    if prepare:
+        prepare(rank)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

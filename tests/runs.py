@@ -85,12 +85,14 @@ def launch(
     ends_others: bool = False,
     taken: socket.socket | None = None,
     receives: int = signal.SIGTERM,
+    prepare: Callable[[int], None] | None = None,
 ) -> tuple[list[int], str]:
     configs = config if isinstance(config, list) else [config]
     log = configs[0].parent / "log.txt"
     log.unlink(missing_ok=True)
     words = ["--config", *map(str, configs), *words]
-    codes = run_command(words, processes, log, stop_after, ends_others=ends_others, taken=taken, receives=receives)
+    how = {"ends_others": ends_others, "taken": taken, "receives": receives, "prepare": prepare}
+    codes = run_command(words, processes, log, stop_after, **how)
     return codes, log.read_text()
 
 

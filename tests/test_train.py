@@ -52,7 +52,7 @@ def test_a_run_leaves_what_is_promised(write_config: Callable[..., Path]) -> Non
     assert codes == [0, 0], log
     run = only_run(config)
     assert (run / "config.toml").read_text() == config.read_text()
-    first, last = re.findall(r"stage \d \(layers (\d+) to \d+\): [\d.e-]+ TFLOP", log)
+    first, last = re.findall(r"stage \d \(layers? (\d+)(?: to \d+)?\): [\d.e-]+ TFLOP", log)
     assert first == "0" and toml.load(run / "settings.toml")["partition_split"] == [int(last)], log
     assert {p.name for p in run.iterdir()} >= {
         "dataset.toml",

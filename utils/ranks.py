@@ -215,6 +215,25 @@ def gather(
     return [json.loads(store.get(f"share/{tag}/{rank}")) for rank in range(ranks.world_size)]
 
 
+def by_first(ranks: Ranks, tag: str, work: Callable[[], Any], patience: timedelta = PATIENCE) -> Any:
+    """What the first rank makes (anything JSON can hold) that comes here. Others that come wait until it has, and get
+    the same, None if it takes longer than `patience`; nobody waits for ranks that do not come. `tag` must be unique
+    within a run, and the work must not fail."""
+    if ranks.world_size == 1:
+        return work()
+    store = dist.distributed_c10d._get_default_store()
+    if store.add(f"first/{tag}", 1) == 1:
+        made = work()
+        store.set(f"made/{tag}", json.dumps(made))
+        return made
+    deadline = time.monotonic() + patience.total_seconds()
+    while not store.check([f"made/{tag}"]):
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(POLL_SECONDS)
+    return json.loads(store.get(f"made/{tag}"))
+
+
 def sign_of_life(ranks: Ranks, tag: str) -> None:
     """Tells the ranks that wait at `tag` that this rank is still working."""
     if ranks.world_size > 1:

@@ -8,7 +8,7 @@ from itertools import accumulate
 from models.assembly.memory import GIB, Planner
 from models.assembly.stage import blocks_of_pieces, weights_of_pieces
 from utils.parallel.interleaved import Layout, waiting_share
-from utils.parallel.partition import balanced_bounds, lacking, of_stage
+from utils.parallel.partition import balanced_bounds, lacking, layers_text, of_stage
 from utils.parallel.recompute import recomputed_positions
 from utils.parallel.swap_plan import SwapPlan, numbers_of
 from utils.quantised.linear import parameter_count
@@ -91,7 +91,7 @@ def _shares(planner: Planner, asked: Settings, settings: Settings) -> Iterator[s
         if weights:
             wanted = f", {weights[piece] / sum(weights):.1%} wanted"
         share = amount / sum(taken) if sum(taken) else 0.0
-        yield f"  stage {stage} (layers {start} to {stop - 1}): {told(planner, amount)}, {share:.1%}{wanted}"
+        yield f"  stage {stage} ({layers_text([(start, stop)])}): {told(planner, amount)}, {share:.1%}{wanted}"
 
 
 def _parameters(planner: Planner, settings: Settings) -> Cost:

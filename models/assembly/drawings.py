@@ -23,6 +23,7 @@ from utils.dataset.batches import SampleReader, pad_ragged
 from utils.dataset.encoders import Encoder, applies_to, inputs_of, item_key
 from utils.dataset.encoding import features_of
 from utils.dataset.samples import SampleVersion
+from utils.device_memory import lacks_memory
 from utils.errors import UserError
 from utils.ranks import Ranks, any_rank, gather
 from utils.run.attempts import is_expected, let_go, reason_of
@@ -90,7 +91,9 @@ class PromptFeatures:
         try:
             self._encode_on(self.device, encoder, wanted, made)
             return
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
             # Beside what is trained there may be no room for it, and prompts are few.
             logger.info("%s has no room on the device, and reads prompts on the processor", encoder.name)
         # Behind the `except`, which holds what the attempt has made: quantised weights are made on the device.

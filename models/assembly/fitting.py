@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import optimizers
 from models.assembly.cut import with_cut
-from models.assembly.memory import GIB, Planner, StagePlan
-from models.assembly.room import planned, planned_with, ways_to_train
+from models.assembly.memory import Planner, StagePlan
+from models.assembly.room import parallelism_of, planned, planned_with
+from utils.device_memory import size_text
 from utils.errors import UserError
+from utils.run.savings import to_train
 from utils.settings.plain import as_toml
 from utils.settings.schema import Settings
 from utils.settings.step_rules import DIVIDES_GRADIENTS
@@ -31,7 +33,7 @@ class Attempt:
 
     def __str__(self) -> str:
         chosen = ", ".join(f"{key} = {as_toml(getattr(self.settings, key))}" for key in KEYS)
-        return f"{chosen}: {self.total / GIB:.2f} GiB"
+        return f"{chosen}: {size_text(self.total)}"
 
 
 def fit(planner: Planner, memory: float) -> Settings:
@@ -54,10 +56,10 @@ def fit(planner: Planner, memory: float) -> Settings:
     short = tried[-1].total - budget
     listed = "".join(f"\n  {attempt}" for attempt in tried)
     stays = _why_none_is_swapped(settings) if settings.blocks_to_swap == "auto" else ""
-    ways = ", ".join([*ways_to_train(settings, planner.data_ranks), "smaller samples"])
+    ways = "; ".join(way.says for way in to_train(settings, parallelism_of(planner, settings), planned=True))
     raise UserError.of(
-        f"of {memory / GIB:.1f} GiB, {planned(memory)}, and nothing fits:{listed}\n"
-        f"The last falls short by {short / GIB:.2f} GiB{f'. No block is swapped: {stays}' if stays else ''}. What "
+        f"of {size_text(memory)}, {planned(memory)}, and nothing fits:{listed}\n"
+        f"The last falls short by {size_text(short)}{f'. No block is swapped: {stays}' if stays else ''}. What "
         f"would take less: {ways}",
         where="key `memory_budget_gb`" if settings.memory_budget_gb else "this card's memory",
     )
@@ -85,5 +87,6 @@ def _why_none_is_swapped(settings: Settings) -> str:
     if advice := optimizers.find(settings.optimizer.type).not_on.get("cpu"):
         return f'the processor would step it, and "{settings.optimizer.type}" {advice}'
     if settings.zero_stage == DIVIDES_GRADIENTS:
-        return "zero_stage = 2 divides the gradients that it would keep in the machine's memory; set 1 or 3"
+        others = "1 or 3" if settings.pipeline_stages == 1 else "1"
+        return f"zero_stage = 2 divides the gradients that it would keep in the machine's memory; set {others}"
     return ""

@@ -31,7 +31,7 @@ from utils.dataset.encoders import Encoder
 from utils.dataset.epochs import micro_batch_of
 from utils.dataset.samples import Bucket
 from utils.parallel.interleaved import InFlight, Layout, in_flight
-from utils.parallel.partition import Bounds, Range, of_stage, within
+from utils.parallel.partition import Bounds, Range, layers_text, of_stage, within
 from utils.parallel.recompute import recomputed_positions
 from utils.parallel.swap_plan import BUFFERS, SwapPlan, counts
 from utils.parallel.transfers import aligned
@@ -85,9 +85,8 @@ class StagePlan:
         return max(self.training, self.evaluation, self.sampling)
 
     def __str__(self) -> str:
-        layers = " and ".join(f"{start} to {stop - 1}" for start, stop in self.pieces)
         told = (
-            f"(layers {layers}): {self.training / GIB:.2f} GiB = weights "
+            f"({layers_text(self.pieces)}): {self.training / GIB:.2f} GiB = weights "
             f"{self.weights / GIB:.2f} + gradients and optimizer {self.state / GIB:.2f} + "
             f"activations {self.activations / GIB:.2f}"
         )

@@ -40,7 +40,7 @@ from utils.dataset.encoding import CacheReport
 from utils.dataset.manifest import Scan
 from utils.diffusion.training import faults
 from utils.errors import Problem, UserError
-from utils.parallel.attention import check_kernels
+from utils.parallel.attention import check_kernels, check_library
 from utils.parallel.compiling import check_compiler
 from utils.ranks import Ranks
 from utils.run.metrics import check_account
@@ -83,8 +83,11 @@ def check_run(
         rates.check_alike(staged.trained(staged.layers), settings.optimizer.type)
     optimizers.warn_of_lost_steps(settings.optimizer, staged.trained(staged.layers))
     on_device(lambda device: check_kernels(settings.attention, staged.denoiser, device.type, pipeline.dtype))
+    # Libraries that are built for a GPU are not to be had without one, and this compiler is not that machine's.
+    here = partial(_check_here, ranks.device, elsewhere=elsewhere)
+    here(partial(check_library, settings.attention))
     if settings.compile:
-        check_compiler(ranks.device.type)
+        here(partial(check_compiler, ranks.device.type))
     for option, remark in pipeline.remarks():
         logger.warning("[model] %s: %s", option, remark)
     return staged
@@ -92,12 +95,27 @@ def check_run(
 
 def _check_device(device: torch.device, check: Callable[[torch.device], None], *, elsewhere: bool) -> None:
     """Whether the device can do something; see `check_run`."""
+    _check_here(device, partial(check, device), elsewhere=elsewhere, on_gpu=partial(check, torch.device("cuda")))
+
+
+def _check_here(
+    device: torch.device,
+    check: Callable[[], None],
+    *,
+    elsewhere: bool,
+    on_gpu: Callable[[], None] = lambda: None,
+) -> None:
+    """Whether this machine has something; see `check_run`.
+
+    Args:
+        on_gpu: the same of a machine with a GPU, as far as it can be known.
+    """
     try:
-        check(device)
+        check()
     except UserError as error:
         if not elsewhere or device.type == "cuda":
             raise
-        check(torch.device("cuda"))
+        on_gpu()
         for problem in error.problems:
             logger.warning("%s: %s; the plan is for a machine with a GPU", problem.where, problem.message)
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-import optimizers
 from models.assembly.encoder_needs import GIB, Need
 from models.assembly.memory import Planner, StagePlan
 from models.assembly.phases import caching_needs
 from models.foundation.encoders.text import TextEncoder
 from utils.dataset.encoders import Encoder
 from utils.dataset.samples import Bucket, Sample
+from utils.device_memory import size_text
 from utils.errors import Problem, UserError
 from utils.ranks import Ranks, gather
-from utils.settings.advice import IN_TURN, allows
+from utils.run.savings import Parallelism, of_weights, to_evaluate, to_sample, to_train
 from utils.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 MARGIN, SHARE = 1.0, 0.04
 """Of a GPU's memory so many GiB and this share are left for what is not planned: CUDA itself, the libraries' work
 areas, holes between allocations, and errors of the plan."""
-SMALLEST_FORMATS = ("nf4", "int4")
 NO_LIMIT = float("inf")
 
 
@@ -36,7 +35,7 @@ def planned_with(memory: float) -> float:
 def planned(memory: float) -> str:
     """The same as text; of a card that is smaller than what is left, why there is nothing."""
     if (budget := planned_with(memory)) > 0:
-        return f"{budget / GIB:.2f} can be planned with"
+        return f"{size_text(budget)} can be planned with"
     return f"nothing can be planned with, since {MARGIN:g} GiB and {SHARE:.0%} are left for CUDA and its libraries"
 
 
@@ -124,17 +123,17 @@ def of_encoder(
     budget = planned_with(memory)
     if need.least <= budget:
         return
-    of_weights, kept = need.weights > budget, getattr(encoder, "kept", None)
+    by_weights = need.weights > budget
     ways = []
-    if isinstance(encoder, TextEncoder) and kept not in SMALLEST_FORMATS:
-        ways.append('[model] text_encoder_dtype = "nf4"' + ("" if kept else ', or "float8"'))
-    if not of_weights and settings.caching_batch_size > 1:
+    if formats := getattr(encoder, "smaller_formats", ()):
+        ways.append("[model] text_encoder_dtype = " + ", or ".join(f'"{name}"' for name in formats))
+    if not by_weights and settings.caching_batch_size > 1:
         ways.append("caching_batch_size = 1")
-    if not of_weights and not isinstance(encoder, TextEncoder):
+    if not by_weights and not isinstance(encoder, TextEncoder):
         shorter = " or shorter clips" if bucket.frames > 1 else ""
         ways.append(f"smaller `resolutions`{shorter} in the dataset's file ({bucket} is the largest size)")
-    what = "its weights alone" if of_weights else f"{need.weights / GIB:.2f} of them weights"
-    message = f"{_short(need.least, budget, memory, what, ways)}, or fill the cache on a larger card, by --cache_only"
+    what = "its weights alone" if by_weights else f"{size_text(need.weights)} of them weights"
+    message = f"{_short(need.least, budget, memory, what, ways)}; or fill the cache on a larger card, by --cache_only"
     yield Problem("", f"caching, {need.name}", message), need.weights > card
 
 
@@ -146,66 +145,31 @@ def of_plans(
     Args:
         settings: the planner's, with what was chosen.
     """
-    budget = planned_with(memory)
+    budget, parallelism = planned_with(memory), parallelism_of(planner, settings)
     peaks = planner.phases.peaks(plans)
     largest = max(plan.weights + plan.live[0] for plan in plans)
     if largest > budget:
-        ways = [*_for_weights(settings, planner.data_ranks)]
-        message = _short(largest, budget, memory, "its weights alone", ways)
+        ways = of_weights(settings, parallelism, planned=True)
+        message = _short(largest, budget, memory, "its weights alone", [way.says for way in ways])
         yield Problem("", "training", message), largest > card
         return
-    first = {
-        "training": _for_training(settings),
-        "evaluation": ["eval_micro_batch_size_per_gpu = 1"],
-        "sampling": ["smaller samples in [sampling] (width, height, frames)"],
-    }
-    for phase, own in first.items():
+    for phase, ways_of in {"training": to_train, "evaluation": to_evaluate, "sampling": to_sample}.items():
         if peaks[phase] > budget:
-            what, ways = f"{largest / GIB:.2f} of them weights", [*own, *_for_weights(settings, planner.data_ranks)]
-            yield Problem("", phase, _short(peaks[phase], budget, memory, what, ways)), False
+            what, ways = f"{size_text(largest)} of them weights", ways_of(settings, parallelism, planned=True)
+            message = _short(peaks[phase], budget, memory, what, [way.says for way in ways])
+            yield Problem("", phase, message), False
 
 
-def ways_to_train(settings: Settings, data_ranks: int) -> list[str]:
-    """What takes less memory in training, of what the settings leave and their other keys allow."""
-    return [*_for_training(settings), *_for_weights(settings, data_ranks)]
-
-
-def _for_training(settings: Settings) -> Iterator[str]:
-    """What makes a step smaller, beside fewer weights on the card."""
-    if settings.activation_checkpointing is False:
-        yield 'activation_checkpointing = "auto"'
-    if settings.pieces > 1 and allows(settings, **IN_TURN):
-        yield 'schedule = "1f1b"'
-    if settings.micro_batch_size_per_gpu != 1:
-        yield "micro_batch_size_per_gpu = 1"
-    if settings.adapter is None and not settings.offload_optimizer and "cpu" not in _devices_it_is_not_for(settings):
-        if allows(settings, offload_optimizer=True):
-            yield "offload_optimizer = true"
-
-
-def _devices_it_is_not_for(settings: Settings) -> Collection[str]:
-    return optimizers.find(settings.optimizer.type).not_on
-
-
-def _for_weights(settings: Settings, data_ranks: int) -> Iterator[str]:
-    """What leaves fewer weights on the card."""
-    if data_ranks > 1 and not settings.divides_weights and allows(settings, zero_stage=3):
-        yield "zero_stage = 3"
-    on_host = settings.adapter is not None or "cpu" not in _devices_it_is_not_for(settings)
-    if settings.blocks_to_swap != "auto" and on_host and allows(settings, blocks_to_swap=1):
-        yield 'blocks_to_swap = "auto"'
-    if settings.adapter and settings.model.transformer_dtype not in SMALLEST_FORMATS:
-        yield '[model] transformer_dtype = "nf4"'
-    if not settings.cache_text_embeddings:
-        yield "cache_text_embeddings = true"
-    if not settings.divides_weights:
-        yield "more pipeline_stages"
+def parallelism_of(planner: Planner, settings: Settings) -> Parallelism:
+    """That of a planned run."""
+    bounds, stages = planner.bounds(settings), settings.pipeline_stages
+    return Parallelism.of(planner.staged.layers, bounds, stages, planner.data_ranks)
 
 
 def _short(bytes_: float, budget: float, memory: float, what: str, ways: Sequence[str]) -> str:
     return (
-        f"takes {bytes_ / GIB:.2f} GiB, {what}; of the {memory / GIB:.1f} GiB of a card {planned(memory)}, "
-        f"{(bytes_ - budget) / GIB:.2f} too few{'; set ' if ways else ''}{', '.join(ways)}"
+        f"takes {size_text(bytes_)}, {what}; of the {size_text(memory)} of a card {planned(memory)}, "
+        f"{size_text(bytes_ - budget)} too few{'; what would take less: ' if ways else ''}{'; '.join(ways)}"
     )
 
 

@@ -28,8 +28,10 @@ from utils.ranks import Ranks
 from utils.run.attempts import Attempt, Failed
 from utils.run.checkpoint import Checkpoint, ResumeFlags
 from utils.run.folder import SETTINGS
+from utils.run.out_of_memory import explaining
 from utils.run.sample_texts import Origin
 from utils.run.sampling import draw_into, file_name
+from utils.run.savings import Parallelism, to_draw
 from utils.run.signals import StopRequests
 from utils.settings.sample_requests import requests_of
 from utils.settings.schema import Settings
@@ -114,8 +116,8 @@ def draw_samples(source: str, settings: Settings, ranks: Ranks, pipeline: BasePi
             already, see `with_export`.
 
     Raises:
-        UserError: there is none, or nothing to draw; the model and the adapter are not those that it was made with; or
-            drawing failed.
+        UserError: there is none, or nothing to draw; the model and the adapter are not those that it was made with; the
+            GPU's memory does not suffice; or drawing failed.
     """
     requests = requests_of(settings.sampling, pipeline.guided_by_second_prediction)
     if not requests:
@@ -129,7 +131,10 @@ def draw_samples(source: str, settings: Settings, ranks: Ranks, pipeline: BasePi
     if ranks.is_main:
         tell_long_prompts(encoders, requests, pipeline)
     initialize_deepspeed()
-    engine = _engine(settings, ranks, pipeline, checkpoint)
+    parallelism = Parallelism.of(staged.layers, staged.bounds, staged.stages, ranks.data_ranks)
+    savings = partial(to_draw, settings, parallelism)
+    with explaining(savings, settings.output_dir, lambda: FLAG, saved=""):
+        engine = _engine(settings, ranks, pipeline, checkpoint)
     model = sample_model(pipeline, encoders, settings, ranks, Path(), in_cache=False)
     if checkpoint:
         run, step = checkpoint.folder.parent, checkpoint.progress.step
@@ -138,10 +143,11 @@ def draw_samples(source: str, settings: Settings, ranks: Ranks, pipeline: BasePi
         folder, origin = folder_for(export, settings.output_dir), Origin(model.name, export.name, None)
     if ranks.is_main and any(folder.glob("*")):
         logger.info("what was drawn into %s before is replaced", folder)
-    try:
-        drawn = draw_into(folder, engine, ranks, model, origin, Attempt(FLAG, ranks, stop.pending))
-    except Failed as failed:
-        raise UserError.of(f"no samples are drawn: {failed}", str(folder), FLAG) from failed
+    with explaining(savings, folder, lambda: FLAG, saved=""):
+        try:
+            drawn = draw_into(folder, engine, ranks, model, origin, Attempt(FLAG, ranks, stop.pending, savings))
+        except Failed as failed:
+            raise UserError.of(f"no samples are drawn: {failed}", str(folder), FLAG) from failed
     if ranks.is_main:
         logger.info("done: %d samples in %s", len(drawn), folder)
     if ranks.is_main and model.score:

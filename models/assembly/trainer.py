@@ -22,7 +22,7 @@ from models.assembly.noising import NoisedBatch, Noising
 from models.assembly.placement import block_swap, homes_of, shares_of
 from models.assembly.plan import epochs_of
 from models.assembly.rates import Rates
-from models.assembly.stage import StagedModel, load_stage, teacher_of
+from models.assembly.stage import StagedModel, load_stage, partition, teacher_of
 from models.base import BasePipeline
 from optimizers import sums
 from optimizers.ema import EMA
@@ -57,6 +57,7 @@ from utils.run.parts import RunParts
 from utils.run.patience import Patience
 from utils.run.progress import Progress
 from utils.run.report import RunPage
+from utils.run.savings import Parallelism, to_train
 from utils.run.signals import StopRequests
 from utils.run.trainer import Trainer
 from utils.run.webhook import Webhook
@@ -112,8 +113,6 @@ def open_checkpoint(
     return checkpoint
 
 
-@explaining
-@without_collector()
 def build_trainer(
     settings: Settings,
     ranks: Ranks,
@@ -134,8 +133,35 @@ def build_trainer(
         checkpoint: what the run goes on from, as `flags` say.
 
     Raises:
-        UserError: a file of weights or an adapter does not fit; the folder cannot be made.
+        UserError: a file of weights or an adapter does not fit; the folder cannot be made; the GPU's memory does not
+            suffice.
     """
+    with explaining(
+        lambda: to_train(settings, parallelism_of(settings, ranks, pipeline)),
+        settings.output_dir,
+        lambda: "before the first step",
+    ):
+        return _built(settings, ranks, pipeline, data, stop, config, flags, in_use, checkpoint)
+
+
+def parallelism_of(settings: Settings, ranks: Ranks, pipeline: BasePipeline) -> Parallelism:
+    """That of a run that has no weights yet, or failed on the way to them."""
+    staged = partition(pipeline, settings, pipeline.weights.build_empty())
+    return Parallelism.of(staged.layers, staged.bounds, staged.stages, ranks.data_ranks)
+
+
+@without_collector()
+def _built(
+    settings: Settings,
+    ranks: Ranks,
+    pipeline: BasePipeline,
+    data: Data,
+    stop: StopRequests,
+    config: Path,
+    flags: ResumeFlags,
+    in_use: RunLock,
+    checkpoint: Checkpoint | None,
+) -> Trainer:
     epochs = epochs_of(settings, ranks, pipeline, data.training.samples)
     homes = partial(homes_of, settings, ranks, trained=settings.adapter is None)
     staged = load_stage(pipeline, settings, ranks.stage, homes, ranks=ranks)
@@ -164,7 +190,8 @@ def build_trainer(
     )
     telling = _telling(settings, ranks, pipeline, data, folder, resumed=checkpoint is not None)
     norms = BlockNorms(ranks, engine, parameters, shares.written) if settings.monitoring.block_norms else None
-    telling["norms"] = norms
+    parallelism = Parallelism.of(staged.layers, staged.bounds, staged.stages, ranks.data_ranks)
+    telling |= {"norms": norms, "parallelism": parallelism}
     run = RunParts(settings, ranks, engine, optimizer, parameters, shares, folder, metrics, stop, ema, **telling)
     duties = _duties(run, pipeline, data, reader, noising, staged)
     if not checkpoint:

@@ -14,6 +14,7 @@ from typing import Generic, Self, TypeVar
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from utils.attention_switch import kept_off
 from utils.dataset.buckets import by_shape
 from utils.dataset.encoders import Encoder, applies_to, item_key, reads_text, text_of
 from utils.dataset.epochs import Epochs, Positions
@@ -120,7 +121,7 @@ class SampleReader:
             texts = {
                 input_name: [text_of(one, encoder, input_name) for one in versions] for input_name in encoder.reads
             }
-            with self._live_lock, torch.no_grad():
+            with self._live_lock, kept_off(), torch.no_grad():
                 made = encoder.encode(**texts)
             features |= {name: pad_ragged([tensor.cpu() for tensor in tensors]) for name, tensors in made.items()}
         return features

@@ -24,11 +24,12 @@ import torch.distributed as dist
 from utils.collector import without_collector
 from utils.dataset import references
 from utils.dataset.cache_lock import CacheBusy, CacheLock, unread
-from utils.dataset.encoders import Encoder, decoded_bytes, inputs_of, reads_media, reads_text, shape_of, wanted_by
+from utils.dataset.encoders import Encoder, decoded_bytes, inputs_of, reads_media, shape_of, wanted_by
 from utils.dataset.inputs import TEXT, Unreadable
 from utils.dataset.known import Known
 from utils.dataset.samples import Bucket, Sample, SampleVersion
 from utils.dataset.tensor_store import TensorStore
+from utils.device_memory import lacking, lacks_memory, size_text
 from utils.errors import UserError
 from utils.media.memory import decoding_budget
 from utils.progress_bar import progress_bar
@@ -191,12 +192,8 @@ def reclaim_unwanted(filled: Collection[str], job: CacheJob) -> None:
                 freed = store.compact()
                 taken += store.bytes
             if freed:
-                logger.info("cache %s: freed %s that nothing refers to", name, _size(freed))
-    logger.info("cache: %s on disk in %s", _size(taken), job.cache_dir)
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+                logger.info("cache %s: freed %s that nothing refers to", name, size_text(freed))
+    logger.info("cache: %s on disk in %s", size_text(taken), job.cache_dir)
 
 
 def _is_complete(wanted: Collection[str] | None, number: int | None, encoder: Encoder, job: CacheJob, tag: str) -> bool:
@@ -226,7 +223,9 @@ def _fill_one(encoder: Encoder, wanted: dict[str, SampleVersion], job: CacheJob,
                 encoder.load(ranks.device)
                 failures, busy = _encode({key: wanted[key] for key in missing}, encoder, job, store, tag)
                 truncated = getattr(encoder, "truncated", 0)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not lacks_memory(error):
+                    raise
                 raise _without_room(error, encoder, job) from error
             finally:
                 encoder.unload()
@@ -237,16 +236,17 @@ def _fill_one(encoder: Encoder, wanted: dict[str, SampleVersion], job: CacheJob,
     return CacheReport(encoder.name, *counts, busy, truncated, tuple(dict.fromkeys(failures)))
 
 
-def _without_room(error: torch.OutOfMemoryError, encoder: Encoder, job: CacheJob) -> UserError:
+def _without_room(error: RuntimeError, encoder: Encoder, job: CacheJob) -> UserError:
     """The error of a GPU whose memory does not suffice for an encoder, with what to set."""
     said = ". ".join(str(error).split(". ")[:2])
-    ways = ["`caching_batch_size = 1`"] if job.batch_size > 1 else []
-    if reads_text(encoder):
-        ways.append('`text_encoder_dtype = "nf4"` or "float8" in `[model]`')
+    ways = ["caching_batch_size = 1"] if job.batch_size > 1 else []
+    if formats := getattr(encoder, "smaller_formats", ()):
+        ways.append("[model] text_encoder_dtype = " + " or ".join(f'"{name}"' for name in formats))
     if reads_media(encoder):
         ways.append("smaller `resolutions` or shorter clips in the dataset's file")
+    advice = f"Set {', '.join(ways)}, or fill" if ways else "Fill"
     return UserError.of(
-        f"the GPU's memory does not suffice ({said}). What is encoded stays. Set {', '.join(ways)}, or fill the cache "
+        f"{lacking(error)} does not suffice ({said}). What is encoded stays. {advice} the cache "
         "on a larger GPU, by --cache_only",
         where=f"caching, {encoder.name}",
     )

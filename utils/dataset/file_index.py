@@ -12,7 +12,7 @@ from utils.dataset.databases import connected, explaining_errors
 from utils.errors import UserError
 
 BUSY_SECONDS = 60
-VERSION = 2
+VERSION = 3
 """To be changed when files would be measured otherwise than before; what older indices hold is then forgotten."""
 
 
@@ -50,7 +50,7 @@ def opened_index(path: Path) -> Iterator[sqlite3.Connection]:
     if_damaged = "remove it; all files are looked at again, and nothing is encoded again"
     with explaining_errors(path, if_damaged), closing(connected(path, timeout=BUSY_SECONDS)) as index:
         # What an older version of this program found may be wrong: it took one tile of a HEIF for the picture, and did
-        # not ask for the profiles of colours.
+        # not ask for the profiles of colours, or whether inks have one.
         if index.execute("PRAGMA user_version").fetchone() != (VERSION,):
             index.execute("DROP TABLE IF EXISTS media")
             index.execute(f"PRAGMA user_version = {VERSION}")

@@ -25,6 +25,8 @@ MOST_ENLARGED = 1.5
 MOST_CUT_OFF = 0.5
 AS_THEY_ARE: dict[Colours, str] = {
     "unknown": "its profile of colours cannot be used, and it is read as if it were of sRGB; save it without a profile",
+    "inks": "it is CMYK without a profile that can be used, and is read by a plain formula, which makes colours "
+    "stronger than they are in print; convert it to sRGB",
     "wide": "it has a high dynamic range or a wide gamut (HLG, PQ, BT.2020, P3), and is read as if it had not, which "
     "makes it pale; convert it to BT.709, as ffmpeg does with zscale and tonemap",
 }

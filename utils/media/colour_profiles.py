@@ -13,10 +13,11 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageCms
 
-Colours = Literal["", "converted", "unknown", "wide"]
+Colours = Literal["", "converted", "unknown", "wide", "inks"]
 """What is done about colours that may not be sRGB: nothing, since they are; they are converted, by the profile of a
 picture; or they are taken as they are, since that profile cannot be used, or since a video has a high dynamic range or
-a wide gamut, which are not converted."""
+a wide gamut, which are not converted. Of inks (CMYK) without a profile that can be used, each is taken to be the
+complement of red, green or blue, which is as much as can be known of them."""
 
 PROFILES_KEPT = 32
 ALIKE = 2
@@ -28,13 +29,13 @@ CONVERTED_TO = {"L": "RGB", "RGB": "RGB", "RGBA": "RGBA", "CMYK": "RGB"}
 
 def colours_of(image: Image.Image) -> Colours:
     """What `in_srgb` will do; the picture need not be decoded."""
-    profile = image.info.get("icc_profile")
+    profile, has_inks = image.info.get("icc_profile"), image.mode == "CMYK"
     if not profile:
-        return ""
+        return "inks" if has_inks else ""
     try:
         return "converted" if _conversion(profile, _MODES.get(_plain_mode(image), "")) else ""
     except (ImageCms.PyCMSError, OSError):
-        return "unknown"
+        return "inks" if has_inks else "unknown"
 
 
 def in_srgb(image: Image.Image) -> Image.Image:

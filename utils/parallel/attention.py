@@ -18,13 +18,14 @@ others: what has a mask is computed by torch.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from utils import attention_switch
 from utils.errors import UserError
 
 
@@ -55,7 +56,7 @@ OWN = "native"
 
 
 def check_kernels(attention: str, denoiser: nn.Module, device_type: str, dtype: torch.dtype) -> None:
-    """Whether the denoiser's attention can be computed as `attention` says.
+    """Whether the denoiser's attention can be computed as `attention` says, where the library is.
 
     Args:
         dtype: in which the denoiser computes.
@@ -73,17 +74,27 @@ def check_kernels(attention: str, denoiser: nn.Module, device_type: str, dtype: 
         reason = 'needs a GPU, and there is none; write "auto"'
     elif dtype.itemsize > 2 and not library.in_float32:
         reason = 'computes in 16 bits alone; write [model] dtype = "bfloat16", or "auto"'
-    elif find_spec(library.module) is None:
-        reason = f"needs {library.module}, which is not installed: {library.install}"
     else:
         return
     raise UserError.of(f'"{attention}" {reason}', where="key `attention`")
 
 
+def check_library(attention: str) -> None:
+    """Whether the library that `attention` names is installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    library = LIBRARIES.get(attention)
+    if library and find_spec(library.module) is None:
+        reason = f'"{attention}" needs {library.module}, which is not installed: {library.install}'
+        raise UserError.of(reason, where="key `attention`")
+
+
 def set_kernels(attention: str = "auto") -> None:
     """To be called once in a process. Torch computes what `attention` names no library for, and cuDNN's kernels are off
     wherever `kernels_for` does not let them in."""
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    attention_switch.turn_off()
     if attention in LIBRARIES:
         from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
@@ -93,13 +104,13 @@ def set_kernels(attention: str = "auto") -> None:
 @contextmanager
 def kernels_for(stream: Any) -> Iterator[None]:
     """A context in which cuDNN's kernels, or those of a library, may be taken, unless the stream brings a mask."""
-    masked = has_mask(stream)
-    torch.backends.cuda.enable_cudnn_sdp(not masked)
-    try:
-        with _own_kernels() if masked else nullcontext():
+    if not has_mask(stream):
+        with attention_switch.turned_on():
             yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        return
+    attention_switch.turn_off()
+    with _own_kernels():
+        yield
 
 
 def _own_kernels() -> Any:

@@ -131,7 +131,7 @@ class Engine(PipelineEngine):
         self._keep_predictions = False
         self._begin(0, self._rank_after_rank())
         descriptions = dist.new_group(backend="gloo") if self.is_pipe_parallel else None
-        self._mail = StageMail(self.grid, self.device, descriptions, in_a_circle=module.pieces > 1)
+        self._mail = StageMail(self.grid, self.device, descriptions, is_ring=module.pieces > 1)
 
     def train_step(
         self, batches: Iterable[MicroBatch] | None, step: int, numbers: Sequence[int] | None = None

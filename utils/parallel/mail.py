@@ -19,33 +19,28 @@ class StageMail:
         grid: DeepSpeed's, of all processes.
         device: where tensors are received.
         description_group: through which descriptions of tensors go, on the CPU; None in a pipeline of one stage.
-        in_a_circle: the last stage sends to the first one, too.
+        is_ring: whether the last stage sends to the first one.
     """
 
     def __init__(
-        self,
-        grid: Any,
-        device: torch.device,
-        description_group: dist.ProcessGroup | None,
-        *,
-        in_a_circle: bool = False,
+        self, grid: Any, device: torch.device, description_group: dist.ProcessGroup | None, *, is_ring: bool = False
     ):
         self._grid, self._device, self._description_group = grid, device, description_group
+        self._meet(is_ring)
         self._sending: defaultdict[int, deque[list[tuple[dist.Work, torch.Tensor]]]] = defaultdict(deque)
         """By neighbouring stage, one list for each message; the tensors have to live as long."""
-        if in_a_circle:
-            self._close_circle()
 
-    def _close_circle(self) -> None:
-        """Connects the last stage with the first one; those that follow one another are connected already. NCCL does so
-        with the first message between two processes, and the sender's host waits for the receiver's until then. No
-        schedule allows for that."""
-        stage, last = self._grid.get_stage_id(), self._grid.get_pipe_parallel_world_size() - 1
-        nothing = torch.zeros(1, device=self._device)
-        if last > 1 and stage == last:
-            dist.send(nothing, self._grid.stage_to_global(0))
-        elif last > 1 and stage == 0:
-            dist.recv(nothing, self._grid.stage_to_global(last))
+    def _meet(self, is_ring: bool) -> None:
+        """Exchanges something with each neighbour, all pairs in one order. With NCCL two processes make what connects
+        them when they first exchange something, and wait for each other, as no schedule expects it."""
+        stages, own = self._grid.get_pipe_parallel_world_size(), self._grid.get_stage_id()
+        pairs = {(stage, stage + 1) for stage in range(stages - 1)} | ({(0, stages - 1)} if is_ring else set())
+        for first, second in sorted(pairs):
+            something = torch.zeros(1, device=self._device)
+            if own == first:
+                dist.send(something, self._grid.stage_to_global(second))
+            elif own == second:
+                dist.recv(something, self._grid.stage_to_global(first))
 
     def buffer(self, expected: wire.TensorDescription) -> torch.Tensor:
         """Room for a tensor that is to come."""

@@ -24,6 +24,12 @@ def of_stage(of_pieces: Sequence[T], stage: int, stages: int) -> tuple[T, ...]:
     return tuple(of_pieces[stage::stages])
 
 
+def layers_text(pieces: Sequence[Range]) -> str:
+    """The layers of some pieces: "layers 0 to 3 and 8", "layer 5"."""
+    of_pieces = [str(start) if stop - start == 1 else f"{start} to {stop - 1}" for start, stop in pieces]
+    return f"layer{'' if of_pieces[0].isdigit() and len(pieces) == 1 else 's'} {' and '.join(of_pieces)}"
+
+
 def within(ranges: Sequence[Range], of_layers: Sequence[T]) -> list[T]:
     """Of what all layers have, that of the layers in these ranges."""
     return [one for start, stop in ranges for one in of_layers[start:stop]]

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from utils.device_memory import lacks_memory, size_text
 from utils.parallel.homes import BlockHomes
 from utils.parallel.host_gradients import HostGradients
 from utils.parallel.ring import Ring, Turn
@@ -32,8 +33,6 @@ from utils.parallel.transfers import Transfers, give_back_freed, transfers_to
 from utils.ranks import largest
 
 logger = logging.getLogger(__name__)
-
-GIB = 2**30
 
 
 class Place(NamedTuple):
@@ -116,15 +115,15 @@ class BlockSwap:
     def _tell(self) -> None:
         """Says what is where."""
         kept, on_host = (
-            sum(block.home.nbytes for block in blocks) / GIB
+            size_text(sum(block.home.nbytes for block in blocks))
             for blocks in (self._blocks, [block for block in self._blocks if block.on_host])
         )
-        buffers = f"{self._ring.nbytes / GIB:.2f} GiB of buffers on the device"
+        buffers = f"{size_text(self._ring.nbytes)} of buffers on the device"
         blocks = f"{len(self._blocks)} of the stage's {self._number_of_blocks} blocks"
         if not self._division:
-            logger.info("block swap: %s, %.2f GiB in the host's memory, %s", blocks, on_host, buffers)
+            logger.info("block swap: %s, %s in the host's memory, %s", blocks, on_host, buffers)
             return
-        told = "zero_stage: %s are divided among %d data ranks, %.2f GiB here, %.2f of it in the host's memory, %s"
+        told = "zero_stage: %s are divided among %d data ranks, %s here, %s of it in the host's memory, %s"
         logger.info(told, blocks, self._division.data_ranks, kept, on_host, buffers)
 
     @contextmanager
@@ -199,7 +198,9 @@ class BlockSwap:
         ring.settle()
         try:
             return Ring(self._blocks, self._transfers, buffers=len(self._blocks), pieces=self._pieces)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
             self._resident_in_evaluation = False
             logger.warning(
                 "disable_block_swap_for_eval: the GPU has no room for all blocks at once; evaluation and samples swap "

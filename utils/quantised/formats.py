@@ -202,6 +202,8 @@ FORMATS: Mapping[str, Format] = {
     "int4": GroupedInt4(),
 }
 """The formats by their names in `[model] transformer_dtype` and `text_encoder_dtype`."""
+FOUR_BITS = ("nf4", "int4")
+"""Those of half of the bytes of the others."""
 
 
 def unaliased(name: str) -> str:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import logging
 import traceback
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
+from utils.device_memory import lacks_memory
 from utils.errors import UserError
 from utils.ranks import Ranks, any_rank, gather
 from utils.run.signals import StopRequested
+
+if TYPE_CHECKING:
+    from utils.run.savings import Saving
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +33,26 @@ def reason_of(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, UserError):
         return "; ".join(": ".join(part for part in (p.file, p.where, p.message) if part) for p in error.problems)
-    if isinstance(error, torch.OutOfMemoryError):
-        return ". ".join(str(error).split(". ")[:2])
+    if lacks_memory(error):
+        return ". ".join(str(error).split("\n")[0].split(". ")[:2])
     return f"{type(error).__name__}: {error}"
 
 
 def is_expected(error: Exception) -> bool:
     """Whether the reason explains such an error, so that nobody needs its traceback."""
-    return isinstance(error, OSError | UserError | torch.OutOfMemoryError)
+    return isinstance(error, OSError | UserError) or lacks_memory(error)
+
+
+def as_lines(savings: Iterable[Saving]) -> str:
+    """What to set, for the end of an error, whose first line says what has happened."""
+    listed = "\n".join(f"    - {saving}" for saving in savings)
+    return f"\n  To need less, in this order:\n{listed}\n  --check tells how much each of them needs"
+
+
+def advised(error: Exception, savings: Callable[[], Iterable[Saving]]) -> str:
+    """Why something failed, in one line; and what to set if it found no memory."""
+    told = "; ".join(saving.says for saving in savings()) if lacks_memory(error) else ""
+    return f"{reason_of(error)}; what would take less: {told}" if told else reason_of(error)
 
 
 def let_go(error: BaseException | None) -> None:
@@ -56,10 +70,17 @@ class Attempt:
     Args:
         name: one that no other attempt of the run has.
         stopping: whether this process was asked to stop.
+        savings: -> what to set if the GPU's memory does not suffice for it.
     """
 
-    def __init__(self, name: str, ranks: Ranks, stopping: Callable[[], bool] = lambda: False):
-        self.name, self.ranks, self.stopping = name, ranks, stopping
+    def __init__(
+        self,
+        name: str,
+        ranks: Ranks,
+        stopping: Callable[[], bool] = lambda: False,
+        savings: Callable[[], Iterable[Saving]] = tuple,
+    ):
+        self.name, self.ranks, self.stopping, self.savings = name, ranks, stopping, savings
         self.error: Exception | None = None
 
     def alone(self, work: Callable[..., Result], *arguments: Any) -> Result | None:
@@ -90,9 +111,10 @@ class Attempt:
                 raise
             who = f"on rank {self.ranks.rank}" if all_ranks else f"in stage {self.ranks.stage}"
             others = "ranks" if all_ranks else "stages"
+            advice = f".{as_lines(self.savings())}" if lacks_memory(error) else ""
             raise UserError.of(
                 f"{reason_of(error)}. It failed {who}, for which the other {others} wait, so that the run ends here. "
-                "What was saved before stays: --resume_from_checkpoint goes on",
+                f"What was saved before stays: --resume_from_checkpoint goes on{advice}",
                 where=self.name,
             ) from error
 
@@ -103,11 +125,13 @@ class Attempt:
             Failed: on every rank, if the work failed on one.
             StopRequested: on every rank, if one was asked to stop.
         """
-        failed, stopping = any_rank([self.error is not None, self.stopping()])
+        votes = [self.error is not None, self.stopping()]
+        # A rank may work alone where the others are not to be had.
+        failed, stopping = any_rank(votes) if self.ranks.world_size > 1 else votes
         if failed:
             if self.error is not None and not is_expected(self.error):
                 logger.error("%s failed:", self.name, exc_info=self.error)
-            reasons = gather(self.ranks, f"failed/{self.name}", self.error and reason_of(self.error))
+            reasons = gather(self.ranks, f"failed/{self.name}", self.error and advised(self.error, self.savings))
             rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason is not None)
             raise Failed(f"{reason} (on rank {rank})" if self.ranks.world_size > 1 else reason) from self.error
         if stopping:

@@ -29,6 +29,7 @@ from optimizers.rounding import MASTER
 from optimizers.saved_state import GROUP, restore_groups, unpacked
 from utils.dataset.epochs import Continued, Epochs
 from utils.dataset.going_on import going_on
+from utils.device_memory import size_text
 from utils.errors import UserError
 from utils.json_files import ANEW, read_json
 from utils.ranks import Ranks, gather
@@ -141,7 +142,7 @@ def damage_in(folder: Path, ranks: Ranks | None = None) -> str | None:
     reasons = gather(ranks, f"whole/{folder}", found)
     found = next((reason for reason in reasons if reason), None)
     if files and found is None:
-        logger.info("%s is whole: %.2f GiB read in %.1f s", folder, size / 2**30, time.monotonic() - started)
+        logger.info("%s is whole: %s read in %.1f s", folder, size_text(size), time.monotonic() - started)
     return found
 
 

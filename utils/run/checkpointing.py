@@ -8,7 +8,7 @@ from pathlib import Path
 
 from utils.dataset.epochs import Epochs
 from utils.media.memory import available_bytes
-from utils.ranks import any_rank
+from utils.ranks import Ranks, any_rank
 from utils.run import checkpoint, saving
 from utils.run.cadence import Cadence
 from utils.run.owed import Owed
@@ -49,14 +49,18 @@ class Checkpoints:
         """Whether this rank still writes its part of a checkpoint."""
         return self._pending is not None and self._pending.is_writing
 
-    def save(self, progress: Progress, owed: Owed, *, background: bool) -> Path | None:
+    def save(self, progress: Progress, owed: Owed, *, background: bool, alone: bool = False) -> Path | None:
         """Saves the state after a step. Returns the checkpoint's folder; None if it is written while training goes on,
         until `complete` is called. One that was begun before is completed first.
 
         Args:
             owed: what is still to be done after this step.
             background: write it while training goes on, if all ranks have room for a copy.
+            alone: this rank, which has all of the state, writes it without the others, and what was begun before is not
+                completed.
         """
+        if alone:
+            self._pending = None
         self.complete()
         self.is_lost = False
         parts, settings = self._parts, self._parts.settings
@@ -72,7 +76,7 @@ class Checkpoints:
         started = time.monotonic()
         self._pending = saving.Saving(
             parts.folder,
-            parts.ranks,
+            Ranks() if alone else parts.ranks,
             progress,
             parts.parameters,
             parts.optimizer,

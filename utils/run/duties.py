@@ -69,7 +69,7 @@ def _evaluations(run: RunParts, sets: Mapping[str, EvaluationBatches], prepare: 
     kept = KeptEvaluations(run.folder)
 
     def measure(progress: Progress, prefix: str) -> None:
-        attempt = Attempt(f"evaluation {prefix}{progress.step}", run.ranks, run.stop.pending)
+        attempt = _attempt(run, f"evaluation {prefix}{progress.step}")
         started = time.monotonic()
         found = evaluate(run.engine, run.ranks, sets, prepare, attempt, settings.eval_quantiles)
         took = time.monotonic() - started
@@ -95,6 +95,10 @@ def _evaluations(run: RunParts, sets: Mapping[str, EvaluationBatches], prepare: 
         measures = partial(is_loss_of, sets, AVERAGED)
         duties.append(Duty("evaluation of averages", of_averages, measures=measures, **when))
     return duties
+
+
+def _attempt(run: RunParts, name: str) -> Attempt:
+    return Attempt(name, run.ranks, run.stop.pending, partial(run.ways, name))
 
 
 def _judge(
@@ -141,7 +145,7 @@ def _sampling(run: RunParts, sampler: SampleModel) -> Duty:
 
     def perform(progress: Progress, epoch_ended: bool) -> None:
         with ema.swapped() if ema and ema.settings.sample else run.weights_to_use():
-            attempt = Attempt(f"samples {progress.step}", run.ranks, run.stop.pending)
+            attempt = _attempt(run, f"samples {progress.step}")
             sample(run.engine, run.ranks, sampler, run.folder, run.metrics, progress.step, attempt)
         run.page.write()
 

@@ -1,113 +1,101 @@
-"""What to set when the memory of a GPU does not suffice."""
+"""What is told and done when the memory of a GPU does not suffice."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import wraps
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
-import optimizers
+from utils.device_memory import lacking, lacks_memory
 from utils.errors import UserError
-from utils.run.attempts import let_go, reason_of
-from utils.run.parts import RunParts
-from utils.settings.advice import IN_TURN, allows
-from utils.settings.schema import Settings
+from utils.ranks import by_first
+from utils.run.attempts import as_lines, let_go, reason_of
 
-Built = TypeVar("Built")
+if TYPE_CHECKING:
+    from utils.run.parts import RunParts
+    from utils.run.savings import Saving
+
 KEPT = "What was saved before stays"
 
 
-def explained(error: Exception, settings: Settings, folder: Path, when: str, saved: str = KEPT) -> UserError:
-    """The error with the settings that would save memory, those first that cost least.
+def explained(error: Exception, savings: Iterable[Saving], folder: Path, when: str, saved: str = KEPT) -> UserError:
+    """The error with what would save memory, that first which costs least.
 
     Args:
-        saved: what is told of the steps before; see `save_before`.
+        saved: what is told of the steps before.
     """
-    said = reason_of(error)
-    advice = "\n".join(f"    - {setting}" for setting in savings(settings))
-    return UserError.of(
-        f"the GPU's memory does not suffice ({said}). {saved}. To need less, in this order:\n"
-        f"{advice}\n  --check tells how much each of them needs",
-        str(folder),
-        when,
-    )
+    said = f"{lacking(error)} does not suffice ({reason_of(error)})"
+    return UserError.of(f"{said}{saved and f'. {saved}'}.{as_lines(savings)}", str(folder), when)
 
 
-def explaining(build: Callable[..., Built]) -> Callable[..., Built]:
-    """The function, which is given the run's settings first, with such an error for what finds no memory in it."""
-
-    @wraps(build)
-    def explained_build(settings: Settings, *arguments: Any, **keys: Any) -> Built:
-        try:
-            return build(settings, *arguments, **keys)
-        except torch.OutOfMemoryError as error:
-            raise explained(error, settings, settings.output_dir, "before the first step") from error
-
-    return explained_build
-
-
-def save_before(error: torch.OutOfMemoryError, parts: RunParts, save: Callable[[], object]) -> str:
-    """Lets go what a step has made that found no memory, and saves what it began with: where it has not begun to change
-    that, and no other rank, which waits for this one in the step, has to save along. Returns what is told of it."""
-    if parts.ranks.world_size > 1 or parts.shares.is_stepping or parts.settings.optimizer.gradient_release:
-        return KEPT
-    let_go(error)
-    parts.engine.zero_grad()
+@contextmanager
+def explaining(
+    savings: Callable[[], Iterable[Saving]], folder: Path, when: Callable[[], str], saved: str = KEPT
+) -> Iterator[None]:
+    """A context in which what finds no memory ends with such an error."""
     try:
-        parts.engine.module.swap.settle()
-        if parts.ranks.device.type == "cuda":
-            torch.cuda.empty_cache()
-        save()
+        yield
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        # What it holds is in nobody's way then.
+        let_go(error)
+        raise explained(error, savings(), folder, when(), saved) from error
+
+
+def in_step(error: RuntimeError, parts: RunParts, step: str, save: Callable[[], object] | None) -> UserError:
+    """The error of a step that found no memory.
+
+    Args:
+        step: as it is called.
+        save: what the step began with; None if that is saved already, or is not there any more.
+    """
+    saved = KEPT
+    if save and _is_untouched(parts):
+        let_go(error)
+        # Several ranks may have no memory.
+        saved = by_first(parts.ranks, f"saved before {step}", lambda: _saved(parts, save)) or KEPT
+    return explained(error, parts.ways(step), parts.folder, step, saved)
+
+
+def _is_untouched(parts: RunParts) -> bool:
+    """Whether this rank has what the step began with: it has not begun to change that, and if others wait for it in the
+    step, so that they cannot save along, it has all of it, in no block that is on its way."""
+    settings = parts.settings
+    if parts.shares.is_stepping or settings.optimizer.gradient_release:
+        return False
+    shared = parts.ranks.stages > 1 or parts.shares.divided or settings.swaps_trained
+    return parts.ranks.world_size == 1 or not shared
+
+
+def _saved(parts: RunParts, save: Callable[[], object]) -> str:
+    """Saves what a step began with that found no memory. Returns what is told of it."""
+    try:
+        if parts.ranks.world_size == 1:
+            parts.engine.zero_grad()
+            parts.engine.module.swap.settle()
+            if parts.ranks.device.type == "cuda":
+                torch.cuda.empty_cache()
+            save()
+        else:
+            _save_beside(parts, save)
     except Exception as failure:
         return f"{KEPT}, and the steps since could not be saved: {reason_of(failure)}"
     return "What the steps before it made is saved, and --resume_from_checkpoint goes on from there"
 
 
-def savings(settings: Settings) -> Iterator[str]:
-    """What these settings leave to save, and their other keys allow."""
-    model = settings.model
-    if not settings.cache_text_embeddings:
-        yield "cache_text_embeddings = true: no text encoder stays on the GPU"
-    if not settings.activation_checkpointing:
-        yield "activation_checkpointing = true: each block is computed once more in the backward pass"
-    elif settings.recomputed_every > 1:
-        yield "a smaller activation_checkpointing_every_n_blocks"
-    elif not settings.offloads:
-        yield 'activation_checkpointing = "offload": what is kept of the blocks waits in the machine\'s memory'
-    if settings.pieces > 1 and allows(settings, **IN_TURN):
-        yield 'schedule = "1f1b", without pieces_per_stage: fewer micro-batches are under way in each stage'
-    if settings.micro_batch_size_per_gpu != 1:
-        accumulates = allows(settings, gradient_accumulation_steps=settings.gradient_accumulation_steps + 1)
-        yield "micro_batch_size_per_gpu = 1" + (", with more gradient_accumulation_steps" if accumulates else "")
-    if settings.adapter:
-        yield f"{_more_swap(settings)}: frozen weights wait in the machine's memory"
-        if model.transformer_dtype in (None, "float32", "float16", "bfloat16"):
-            yield "[model] transformer_dtype = 'int8', 'float8' or 'nf4': the frozen weights in 8 or 4 bits"
-    yield from _of_optimizer(settings)
-    if settings.ema and settings.ema.device == "gpu":
-        yield "[ema] device = 'cpu'"
-    if not settings.divides_weights:
-        yield "more pipeline_stages, if there are more GPUs"
-    yield "smaller resolutions, or fewer frames, in the dataset"
+def _save_beside(parts: RunParts, save: Callable[[], object]) -> None:
+    """Saves where other ranks wait for this one in sums of gradients. What the device still does may wait for them, so
+    nothing here waits for that: the state is copied beside it, and the allocator keeps what is free.
 
-
-def _of_optimizer(settings: Settings) -> Iterator[str]:
-    on_host = "cpu" not in optimizers.find(settings.optimizer.type).not_on
-    if settings.optimizer.type == "adamw" and not (settings.adapter or settings.swaps or settings.offload_optimizer):
-        yield "[optimizer] type = 'adamw8bit': a quarter of the optimizer's state"
-    if not settings.adapter and on_host and allows(settings, blocks_to_swap=1):
-        yield f"{_more_swap(settings)}: weights and their optimizer state wait in the machine's memory"
-    if not (settings.zero_stage or settings.swaps_trained):
-        if allows(settings, zero_stage=3):
-            yield "zero_stage = 3, if there are several data ranks: each keeps a part of state and weights"
-        elif allows(settings, zero_stage=1):
-            yield "zero_stage = 1 or 2, if there are several data ranks: each keeps its share of the optimizer's state"
-    if on_host and not settings.offload_optimizer and allows(settings, offload_optimizer=True):
-        yield "offload_optimizer = true: the optimizer's state waits in the machine's memory"
-
-
-def _more_swap(settings: Settings) -> str:
-    return "more blocks_to_swap" if settings.swaps else "blocks_to_swap = 10 or more"
+    Raises:
+        UserError: the run's folder is not there, as on another machine than the main rank's.
+    """
+    if not parts.folder.is_dir():
+        raise UserError.of("is not to be seen from this machine", str(parts.folder))
+    stream = torch.cuda.Stream() if parts.ranks.device.type == "cuda" else None
+    with torch.cuda.stream(stream):
+        save()

@@ -19,8 +19,10 @@ from utils.ranks import Ranks
 from utils.run.attempts import reason_of
 from utils.run.block_norms import BlockNorms
 from utils.run.metrics import Metrics
+from utils.run.out_of_memory import explaining
 from utils.run.patience import Patience
 from utils.run.report import RunPage
+from utils.run.savings import Parallelism, Saving, ways_for
 from utils.run.signals import StopRequested, StopRequests
 from utils.run.webhook import Webhook
 from utils.settings.schema import Settings
@@ -41,6 +43,7 @@ class RunParts:
         patience: which ends the run when evaluations gain nothing any more.
         webhook: whom the run tells how it does.
         page: which is written anew when there is something to look at.
+        parallelism: for what is told where memory does not suffice.
     """
 
     settings: Settings
@@ -58,17 +61,24 @@ class RunParts:
     patience: Patience = field(default_factory=Patience)
     webhook: Webhook = field(default_factory=Webhook)
     page: RunPage = field(default_factory=RunPage)
+    parallelism: Parallelism = Parallelism(())
 
     def weights_to_use(self) -> AbstractContextManager[None]:
         """A context in which the parameters have the values that are to be used; see `optimizers/averaging.py`. All
         ranks enter it together."""
         return weights_to_use(self.optimizer, self.shares.held.values(), self.shares.show_values)
 
+    def ways(self, what: str) -> list[Saving]:
+        """What to set if the memory does not suffice for what is called so; see `ways_for`."""
+        return ways_for(what, self.settings, self.parallelism)
+
     def telling(self, work: Callable[[], bool]) -> bool:
         """Does the work of the run, and tells of a failure that ends it, on the page and to the webhook."""
         self.stop.watch.tell_end = self._tell_failure
+        watch = self.stop.watch
         try:
-            return work()
+            with explaining(lambda: self.ways(watch.doing), self.folder, lambda: watch.doing):
+                return work()
         except StopRequested:
             raise
         except Exception as error:

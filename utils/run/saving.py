@@ -143,7 +143,8 @@ class Saving:
         try:
             yield
         except Failed as failed:
-            (is_lost,) = any_rank([self._ranks.is_main and not self._unfinished.exists()])
+            is_lost = self._ranks.is_main and not self._unfinished.exists()
+            is_lost = any_rank([is_lost])[0] if self._ranks.world_size > 1 else is_lost
             if self._ranks.is_main:
                 shutil.rmtree(self._unfinished, ignore_errors=True)
             why = f"the checkpoint of step {self._progress.step} is not written: {failed}. {_newest(self._folder)}"
@@ -248,7 +249,9 @@ def state_of(
     """What this rank writes, by the names that the tensors have in its file; None if another rank has the same."""
     if ranks.data_rank and not shares.divided:
         return None
-    tensors = {f"weights/{name}": parameter.detach() for name, parameter in shares.written.items()}
+    # Of what is not divided each data rank has all, and one that is alone writes it, whichever it is.
+    written = shares.written if shares.divided else shares.held
+    tensors = {f"weights/{name}": parameter.detach() for name, parameter in written.items()}
     tensors |= {f"ema/{name}": average for name, average in (ema.averages if ema else {}).items()}
     of_optimizer = state_by_parameter(optimizer)
     for name, parameter in shares.stepped.items():

@@ -18,11 +18,12 @@ import torch
 from optimizers.schedules import Schedule, warn_of_warmup
 from utils.dataset.batches import TrainingBatches
 from utils.dataset.epochs import Epochs
+from utils.device_memory import lacks_memory
 from utils.errors import UserError
 from utils.parallel.step_numbers import StepResult
 from utils.ranks import any_rank
 from utils.run import out_of_memory
-from utils.run.attempts import Failed, is_expected, reason_of
+from utils.run.attempts import Failed, advised, is_expected
 from utils.run.cadence import Duty
 from utils.run.checkpointing import Checkpoints
 from utils.run.file_requests import SAVE, FileRequests, Votes, agreed
@@ -131,11 +132,12 @@ class Trainer:
             watch.at(Work(f"step {step + 1}", self._files_of_step, lambda: engine.module.draw))
             numbers = self.epochs.share(self.progress.epoch, self.progress.step_in_epoch, self.parts.ranks.data_rank)
             result = engine.train_step(micro_batches, step, numbers)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
             is_new = step > self.first_step and not self.saved and engine.global_steps == taken
-            saved = out_of_memory.save_before(error, self.parts, self.save_checkpoint) if is_new else out_of_memory.KEPT
-            where = self.parts.folder, f"step {step + 1}"
-            raise out_of_memory.explained(error, self.parts.settings, *where, saved) from error
+            save = partial(self.save_checkpoint, alone=self.parts.ranks.world_size > 1) if is_new else None
+            raise out_of_memory.in_step(error, self.parts, f"step {step + 1}", save) from error
         # All ranks have the same numbers.
         finite = self.nonfinite.follow(step + 1, result, partial(self._files_of_step, everywhere=True))
         if self.nonfinite.are_too_many:
@@ -349,7 +351,7 @@ class Trainer:
                 note_done(self.saved, duty.name)
             raise error
         else:
-            reason = reason_of(error)
+            reason = advised(error, partial(self.parts.ways, duty.name))
             if not is_expected(error):
                 logger.error("%s after step %d:", duty.name, progress.step, exc_info=error)
         if self.parts.ranks.is_main:
@@ -393,6 +395,6 @@ class Trainer:
         logger.info("%s at %s\n%s", how, at, results(folder))
         self.parts.webhook.post("end", how=how, step=self.progress.step, of=self.last_step)
 
-    def save_checkpoint(self, *, background: bool = False) -> None:
-        """Writes the state to resume from; in the background, it has its place some steps later."""
-        self.saved = self.checkpoints.save(self.progress, self.owed, background=background)
+    def save_checkpoint(self, **how: bool) -> None:
+        """Writes the state to resume from; in the background, it has its place some steps later. See `Checkpoints`."""
+        self.saved = self.checkpoints.save(self.progress, self.owed, **{"background": False} | how)

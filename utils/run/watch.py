@@ -24,8 +24,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from utils.errors import UserError
 from utils.machine import machine
 from utils.ranks import Ranks
+from utils.run.attempts import reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -129,13 +131,22 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
+    @property
+    def doing(self) -> str:
+        """What this rank does, as text."""
+        return self._work.what
+
     def at(self, work: Work) -> None:
         """Notes what this rank does from now on."""
         with self._lock:
             self._work, self._since, self._last = work, time.monotonic(), None
 
     def failed(self, error: BaseException) -> None:
-        """Tells the other ranks that this one has met an error, with which it leaves."""
+        """Tells the other ranks that this one has met an error, with which it leaves. Of one that is for the user it
+        tells the beginning, since this rank tells all of it."""
+        if isinstance(error, UserError):
+            self._note(failed=reason_of(error).split("\n")[0].removesuffix("."))
+            return
         reason = " ".join(str(error).split())
         self._note(failed=f"{type(error).__name__}: {reason}".removesuffix(": "))
 

@@ -15,9 +15,10 @@ DIVIDES_GRADIENTS = 2
 
 def _gradients_at_home_are_not_divided(settings: Settings, _: int) -> Iterator[Problem]:
     if settings.swaps_trained and settings.blocks_to_swap != "auto" and settings.zero_stage == DIVIDES_GRADIENTS:
+        weights_too = ", or 3, which divides their weights too" if settings.pipeline_stages == 1 else ""
         message = (
             "is not for swapped blocks of a full fine-tune, whose gradients are in the machine's memory anyway: set "
-            "zero_stage = 1, or 3, which divides their weights too; or leave out blocks_to_swap"
+            f"zero_stage = 1{weights_too}; or leave out blocks_to_swap"
         )
         yield at("key `zero_stage`", message)
 

@@ -15,9 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-import torch
-
 from models.foundation.checkpoints.stock import of_diffusers
+from utils.device_memory import lacks_memory
 from utils.errors import UserError
 from utils.json_files import ANEW, is_of, read_json, shown
 
@@ -104,10 +103,12 @@ def explained(file: Path, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):
+    except (UserError, MemoryError):
         raise
     # Libraries decide which errors they raise; some raise a bare Exception.
     except Exception as error:
+        if lacks_memory(error):
+            raise
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError.of(f"no {what} can be made of this ({said}); {ANEW}", str(file)) from error
 

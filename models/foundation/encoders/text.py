@@ -5,7 +5,7 @@ Shapes: B captions, L tokens, D features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,7 +25,7 @@ from utils.dataset.samples import Bucket
 from utils.errors import UserError
 from utils.first_values import none_without_memory
 from utils.json_files import read_json
-from utils.quantised.formats import FORMATS, unaliased
+from utils.quantised.formats import FORMATS, FOUR_BITS, unaliased
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -102,14 +102,25 @@ class TextEncoder:
         """Whether its weights can be quantised here."""
         if self.kept is None:
             return
-        config = self.config()
-        if any(getattr(one, "quantization_config", None) for one in (config, config.get_text_config())):
+        if self._is_quantised_in_files:
             raise UserError.of(
                 f'is quantised already (`quantization_config`), so it cannot be kept as "{self.kept}"; leave [model] '
                 "text_encoder_dtype out, or give the plain weights",
                 str(self._source),
             )
         FORMATS[self.kept].check("[model] text_encoder_dtype")
+
+    @property
+    def _is_quantised_in_files(self) -> bool:
+        config = self.config()
+        return any(getattr(one, "quantization_config", None) for one in (config, config.get_text_config()))
+
+    @property
+    def smaller_formats(self) -> Sequence[str]:
+        """Formats in which its Linears would take less memory than they do, the smallest first."""
+        if self.kept in FOUR_BITS or self._is_quantised_in_files:
+            return ()
+        return ("nf4",) if self.kept in FORMATS else ("nf4", "float8")
 
     def _check_config(self) -> None:
         """Whether a separate folder contains an encoder of the size that the model requires."""

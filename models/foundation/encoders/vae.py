@@ -22,6 +22,7 @@ from models.foundation.checkpoints.folders import read_config
 from models.foundation.checkpoints.headers import fingerprint
 from models.foundation.checkpoints.weights import assign, build_empty, load_tensors, meta_tensors
 from utils.dataset.samples import Bucket
+from utils.device_memory import lacks_memory
 from utils.diffusion import seeds
 
 logger = logging.getLogger(__name__)
@@ -241,12 +242,13 @@ def in_the_room_there_is(vae: nn.Module, method: str, values: torch.Tensor, *fur
     from then on.
 
     Raises:
-        torch.OutOfMemoryError: there is none for tiles either, or the VAE makes none.
+        RuntimeError: there is none for tiles either, or the VAE makes none.
     """
     try:
         return getattr(vae, method)(values, *further)
-    except torch.OutOfMemoryError:
-        if getattr(vae, "use_tiling", False) or not hasattr(vae, "enable_tiling"):
+    except RuntimeError as error:
+        tiles = hasattr(vae, "enable_tiling") and not getattr(vae, "use_tiling", False)
+        if not (tiles and lacks_memory(error)):
             raise
     # Behind the `except`, which holds what the attempt has made.
     size = " x ".join(str(side) for side in values.shape[2:])

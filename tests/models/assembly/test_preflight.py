@@ -31,6 +31,7 @@ from utils.dataset.collection import Collection, Source
 from utils.dataset.samples import Bucket, MediaFile, Sample, Take
 from utils.dataset.sources import Locator
 from utils.errors import UserError
+from utils.parallel import attention
 from utils.parallel.sharding import Shares
 from utils.ranks import Ranks
 from utils.run.progress import Progress
@@ -161,8 +162,32 @@ def test_what_needs_a_gpu_is_planned_where_there_is_none(folder: Path, caplog: p
     assert '[optimizer] type: "adamw8bit" runs on GPUs only' in caplog.text and "machine with a GPU" in caplog.text
     with pytest.raises(UserError, match="offload_optimizer lets the processor"):
         check_run(eight_bit.model_copy(update={"offload_optimizer": True}), Ranks(), flux, elsewhere=True)
-    with pytest.raises(UserError, match="flash_attn, which is not installed|computes in 16 bits alone"):
+    with pytest.raises(UserError, match="computes in 16 bits alone"):
         check_run(settings.model_copy(update={"attention": "flash"}), Ranks(), flux, elsewhere=True)
+
+
+def test_what_is_built_for_a_gpu_is_planned_without_it(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is no GPU, `--check` says what is not there; where there is one, a run needs it."""
+    monkeypatch.setattr(attention, "find_spec", lambda name: None)
+    monkeypatch.setenv("CXX", "no-compiler")
+    monkeypatch.setattr(Ranks, "device", torch.device("cpu"))
+    flux = tiny_flux.pipeline(folder, dtype="bfloat16")
+    keys = {"attention": "flash", "compile": True}
+    settings = settings_of(flux, LoraSettings(type="lora", rank=1)).model_copy(update=keys)
+    assert check_run(settings, Ranks(), flux, elsewhere=True).denoiser
+    told = [message for message in caplog.messages if message.endswith("; the plan is for a machine with a GPU")]
+    (needs_gpu, needs_library, needs_compiler) = told
+    assert needs_gpu.startswith('key `attention`: "flash" needs a GPU, and there is none')
+    assert needs_library.startswith('key `attention`: "flash" needs flash_attn, which is not installed: pip install')
+    assert needs_compiler.startswith("key `compile`: needs a C++ compiler")
+    monkeypatch.setattr(Ranks, "device", torch.device("cuda"))
+    with pytest.raises(UserError, match="flash_attn, which is not installed"):
+        check_run(settings, Ranks(), flux, elsewhere=True)
+    monkeypatch.setenv("CC", "no-compiler")
+    with pytest.raises(UserError, match="needs a C compiler"):
+        check_run(settings.model_copy(update={"attention": "auto"}), Ranks(), flux, elsewhere=True)
 
 
 def test_a_library_that_is_missing_is_told_before_anything_is_loaded(

@@ -28,7 +28,7 @@ def test_what_the_cache_takes_is_told(pictures, cache, caplog):
     with caplog.at_level("INFO"):
         filled(MeanEncoder(), samples_of(dataset_of(pictures), cache), cache)
         reclaim_unwanted(["vae"], CacheJob(cache, cache, Ranks()))
-    assert f"cache: {shards_of(cache) / 2**10:.1f} KiB on disk in {cache}" in caplog.text
+    assert f"cache: {shards_of(cache) / 2**10:.2f} KiB on disk in {cache}" in caplog.text
 
 
 def test_items_that_no_run_wants_are_let_go(pictures, cache, tmp_path):

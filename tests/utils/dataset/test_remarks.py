@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.utils.dataset.conftest import FACTS, LengthEncoder, MeanEncoder, dataset_of, draw_pictures, scanned, truncate
 from tests.utils.media.icc import DISPLAY_P3, of_rgb
-from utils.dataset.collection import Source, collect, shortfalls, with_truncated
+from utils.dataset.collection import LISTED, Source, collect, shortfalls, with_truncated
 from utils.dataset.decoding_check import undecodable
 from utils.dataset.manifest import Scan
 from utils.errors import UserError
@@ -58,6 +58,16 @@ def test_colours_that_are_taken_as_they_are_are_named(tmp_path, cache):
     assert {path for path in digests if digests[path] != plain[path]} == {wide}, (
         "what an older version has encoded of it was another picture"
     )
+
+
+def test_inks_that_nobody_knows_are_named_and_counted(tmp_path, cache):
+    for picture in draw_pictures(tmp_path, LISTED + 2):
+        Image.open(picture).convert("CMYK").save(picture.with_suffix(".jpg"))
+        picture.unlink()
+    told = [line for line in shortfalls(collect([source(tmp_path)], FACTS, Scan(cache / "files.sqlite"))) if line]
+    first = f"colours not converted: {tmp_path / '000.jpg'}: it is CMYK without a profile that can be used, "
+    assert len(told) == LISTED + 1 and told[0].startswith(first) and told[0].endswith("convert it to sRGB")
+    assert told[-1] == "colours not converted: and 2 more files"
 
 
 def test_an_animation_of_which_only_the_beginning_is_whole_is_named(tmp_path, cache):

@@ -102,6 +102,10 @@ def test_cmyk_is_converted(tmp_path):
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=100)
     red, green, blue = colour_at(load_image(tmp_path / "a.jpg", View(16, 16)), 8, 8)
     assert red > 250 and green < 5 and blue < 5
+    assert probe(tmp_path / "a.jpg").colours == "inks"
+    # A profile that is broken says no more of the inks than none.
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.tif", icc_profile=b"profile")
+    assert probe(tmp_path / "a.tif").colours == "inks"
 
 
 @pytest.mark.parametrize("white", [1, 255, 65535])

@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 from tests.utils.parallel import toy_flux
 from utils.errors import UserError
 from utils.parallel import attention
-from utils.parallel.attention import Library, check_kernels, give_gradients_one_layout, set_kernels
+from utils.parallel.attention import Library, check_kernels, check_library, give_gradients_one_layout, set_kernels
 from utils.parallel.recompute import run_layer, run_recomputed
 
 
@@ -76,9 +76,12 @@ def test_kernels_that_cannot_be_had_are_told(monkeypatch: pytest.MonkeyPatch) ->
         check_kernels("flash", plain, "cuda", dtype)
     with pytest.raises(UserError, match="xformers. needs a GPU"):
         check_kernels("xformers", flux, "cpu", dtype)
+    check_library("auto")
+    monkeypatch.setattr(attention, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs flash_attn, which is not installed: pip install flash-attn"):
-        check_kernels("flash", flux, "cuda", dtype)
+        check_library("flash")
     monkeypatch.setattr(attention, "find_spec", lambda name: name)
+    check_library("flash")
     with pytest.raises(UserError, match="flash3. computes in 16 bits alone"):
         check_kernels("flash3", flux, "cuda", torch.float32)
     check_kernels("xformers", flux, "cuda", torch.float32)

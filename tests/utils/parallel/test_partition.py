@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from utils.parallel.partition import stage_bounds
+from utils.parallel.partition import layers_text, of_stage, stage_bounds, within
 
 SIZES = [3, 40, 7, 7, 1, 25, 9]
 
@@ -65,3 +65,12 @@ def test_a_split_that_does_not_fit_is_refused(stages: int, split: list[int], tol
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="at most 7 stages"):
         stage_bounds("parameters", SIZES, 8)
+
+
+def test_a_stage_has_every_so_many_pieces() -> None:
+    bounds = [(0, 2), (2, 3), (3, 5), (5, 8)]
+    own = of_stage(bounds, 1, 2)
+    assert own == ((2, 3), (5, 8)) and within(own, range(8)) == [2, 5, 6, 7]
+    assert layers_text(own) == "layers 2 and 5 to 7"
+    assert layers_text(own[:1]) == "layer 2"
+    assert layers_text(own[1:]) == "layers 5 to 7"

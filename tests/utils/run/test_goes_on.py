@@ -92,7 +92,9 @@ def test_what_fails_is_told_and_changes_no_step(
     assert metrics(run, "held/loss") == {4: evaluated[4]}
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     memory = "CUDA out of memory. Tried to allocate 2 GiB"
-    assert [line.split(", and the run goes on: ") for line in told] == [
+    advice = [line.partition("; what would take less: ")[2].split("; ")[0] for line in told]
+    assert advice == ["", "eval_micro_batch_size_per_gpu = 1", "smaller samples in [sampling] (width, height, frames)"]
+    assert [line.split("; what would take less: ")[0].split(", and the run goes on: ") for line in told] == [
         [
             "export after step 2 failed",
             f"{run / 'epoch1.unfinished' / 'adapter_model.safetensors'}: No space left on device",
