@@ -195,10 +195,8 @@ class Planner:
         if key not in self._plans:
             self._plans[key] = self._without_activations(pieces, swap)
         activations = [self._activations(settings, piece) for piece in pieces]
-        # What comes for a piece, which is no smaller than what comes back from behind it.
-        message = max(
-            sum(tensor.nbytes for tensor in self._runs[start - 1].leaving) if start else 0 for start, _ in pieces
-        )
+        ends = {end for piece in pieces for end in piece if 0 < end < len(self._runs)}
+        message = max((sum(tensor.nbytes for tensor in self._runs[end - 1].leaving) for end in ends), default=0)
         return replace(self._plans[key], activations=peak(activations, _in_flight(settings, stage), message))
 
     def _without_activations(self, pieces: PiecesOfStage, swap: SwapPlan) -> StagePlan:
