@@ -114,6 +114,8 @@ def connect(ranks: Ranks, master_port: int | None = None) -> None:
         torch.cuda.set_device(ranks.device)
     _share_cores(ranks)
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    # Without `device_id`, with which torch has one queue for NCCL's messages to all others; the stages' schedules count
+    # on one for each.
     dist.init_process_group(
         backend,
         store=meet(ranks, master_port),
