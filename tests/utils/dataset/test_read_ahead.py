@@ -27,10 +27,10 @@ def test_what_is_told_to_go_on_takes_up_no_task_when_the_next_result_is_taken() 
 
 
 def test_it_ends_with_its_tasks() -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     ahead = ReadAhead(partial(int, number) for number in range(4))
     assert list(ahead) == [0, 1, 2, 3]
     ahead.go_on()
     assert list(ahead) == []
     ahead.close()
-    assert threading.active_count() == before
+    assert not set(threading.enumerate()) - before
