@@ -305,9 +305,10 @@ class Engine(PipelineEngine):
         if self._travelling:
             self._travelling.begin_backward(piece, last=self._backward_count[piece] == self.micro_batches)
         if self._ends(piece):
-            loss = self._losses.pop(buffer_id)
-            if loss.requires_grad:
-                DeepSpeedEngine.backward(self, loss)
+            # It stays until the next one is here: without its graph, a CPU's heap would shrink and grow in every step.
+            self.loss = self._losses.pop(buffer_id)
+            if self.loss.requires_grad:
+                DeepSpeedEngine.backward(self, self.loss)
         else:
             tensors, _ = wire.flatten(self.pipe_buffers["outputs"][buffer_id])
             outputs = [tensor for tensor in tensors if tensor.requires_grad]
