@@ -233,8 +233,7 @@ class Engine(PipelineEngine):
         return self.is_last_stage() and piece == self.module.pieces - 1
 
     def _neighbour(self, distance: int) -> int:
-        """The stage after this one, or with -1 the one before it. Behind the last one comes the first one's next
-        piece."""
+        """The stage after this one, or with -1 the one before it; they are in a circle if they have several pieces."""
         return (self.stage_id + distance) % self.num_stages
 
     def _from_last_stage(self, tensors: list[torch.Tensor], count: int) -> list[torch.Tensor]:
@@ -305,10 +304,12 @@ class Engine(PipelineEngine):
         if self._travelling:
             self._travelling.begin_backward(piece, last=self._backward_count[piece] == self.micro_batches)
         if self._ends(piece):
-            # It stays until the next one is here: without its graph, a CPU's heap would shrink and grow in every step.
-            self.loss = self._losses.pop(buffer_id)
-            if self.loss.requires_grad:
-                DeepSpeedEngine.backward(self, self.loss)
+            loss = self._losses.pop(buffer_id)
+            if loss.requires_grad:
+                DeepSpeedEngine.backward(self, loss)
+            # Its graph stays until the next one: without it, a CPU's heap would shrink and grow in every step. Behind
+            # other stages it would keep what has come from them.
+            self.loss = None if self.is_pipe_parallel else loss
         else:
             tensors, _ = wire.flatten(self.pipe_buffers["outputs"][buffer_id])
             outputs = [tensor for tensor in tensors if tensor.requires_grad]
