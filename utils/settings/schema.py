@@ -31,6 +31,7 @@ from utils.settings.values import (
     NotNegative,
     Part,
     Pieces,
+    PipelineSchedule,
     Positive,
     Recomputed,
     SettingsTable,
@@ -131,7 +132,7 @@ class Settings(SettingsTable):
     """The same for still pictures, where there are clips too; default: as for clips."""
     pipeline_stages: Count = 1
     """Stages that the model is cut into, each on a GPU of its own; it divides the number of GPUs."""
-    schedule: Literal["1f1b", "interleaved"] = "1f1b"
+    schedule: PipelineSchedule = "1f1b"
     """In which order the stages run micro-batches. "interleaved" gives each of them several pieces of the model, with
     those of the others between: they wait less for one another, most where `gradient_accumulation_steps` is small, send
     as many times as much, and keep somewhat more. What is trained is the same."""

@@ -79,6 +79,10 @@ def _minutes_of(value: Any) -> Any:
 
 Count = Annotated[int, Field(ge=1)]
 Pieces = Annotated[int, Field(ge=2)]
+PipelineSchedule = Annotated[
+    Literal["1f1b", "interleaved"],
+    or_else('must be "1f1b" or "interleaved", for stages of a pipeline; the learning rate\'s is named by lr_scheduler'),
+]
 # TOML's 1e6 is a float, which stands for a very large number in other trainers' files.
 LargeCount = Annotated[
     Count,

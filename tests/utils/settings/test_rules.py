@@ -291,3 +291,8 @@ def test_stages_that_fit_the_launch_are_told(folder: Folder, schedule: str, proc
     path = folder.run(top=f"schedule = '{schedule}'\npipeline_stages = 2\ngradient_accumulation_steps = 2")
     (problem,) = check_rules(read_settings(path, CHOICES), world_size=processes)
     assert problem.where == "key `pipeline_stages`" and problem.message.endswith(told)
+
+
+def test_a_schedule_of_the_learning_rate_has_another_key(folder: Folder) -> None:
+    with pytest.raises(UserError, match="key `schedule`.*the learning rate's is named by lr_scheduler"):
+        read_settings(folder.run(top="schedule = 'cosine'"), CHOICES)
