@@ -21,6 +21,7 @@ from utils.settings.run_tables import (
     told_apart,
 )
 from utils.settings.values import (
+    AttentionKernels,
     ClipBy,
     Count,
     Duration,
@@ -238,7 +239,7 @@ class Settings(SettingsTable):
     compile: bool = False
     """Compile the repeated blocks when they first run (torch.compile), which takes a minute or more and is to make each
     step shorter; needs a C compiler, and on a processor one of C++."""
-    attention: Literal["auto", "sdpa", "flash", "flash3", "xformers"] = "auto"
+    attention: AttentionKernels = "auto"
     """Kernels of the denoiser's attention on a GPU: torch's ("auto" or "sdpa"; cuDNN's where they are right, since they
     are the fastest on an H200), or those of flash-attn, flash-attn 3 or xFormers, except where there is a mask. Only
     models whose attention goes through diffusers' dispatcher can have the latter: Flux, Qwen-Image, Wan, Z-Image."""

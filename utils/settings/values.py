@@ -79,6 +79,13 @@ def _minutes_of(value: Any) -> Any:
 
 Count = Annotated[int, Field(ge=1)]
 Pieces = Annotated[int, Field(ge=2)]
+AttentionKernels = Annotated[
+    Literal["auto", "sdpa", "flash", "flash3", "xformers"],
+    or_else(
+        'must be "auto", "sdpa", "flash", "flash3" or "xformers"; SageAttention ("sage") has no backward pass to train '
+        'with, and flex attention ("flex") no kernel unless it is compiled'
+    ),
+]
 PipelineSchedule = Annotated[
     Literal["1f1b", "interleaved"],
     or_else('must be "1f1b" or "interleaved", for stages of a pipeline; the learning rate\'s is named by lr_scheduler'),

@@ -296,3 +296,9 @@ def test_stages_that_fit_the_launch_are_told(folder: Folder, schedule: str, proc
 def test_a_schedule_of_the_learning_rate_has_another_key(folder: Folder) -> None:
     with pytest.raises(UserError, match="key `schedule`.*the learning rate's is named by lr_scheduler"):
         read_settings(folder.run(top="schedule = 'cosine'"), CHOICES)
+
+
+@pytest.mark.parametrize("name", ["sage", "flex"])
+def test_why_some_kernels_are_not_offered_is_told(folder: Folder, name: str) -> None:
+    with pytest.raises(UserError, match=rf'key `attention`.*\("{name}"\) (has no backward pass|no kernel)'):
+        read_settings(folder.run(top=f"attention = '{name}'"), CHOICES)
